@@ -1,0 +1,182 @@
+"""What a call asks for: the tensors and options of one attention call, and the hashable summary a backend decides on.
+
+Shape legend, used by every file:
+    B batch    H query heads    Hkv key/value heads    Sq, Sk query/key lengths    D head dim    Dv value dim
+Tensors are logical (B, H, S, D) with any strides; lse is (B, H, Sq) float32 (float64 for float64), natural log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CAUSAL_MODES = ("none", "bottom_right", "top_left")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One attention call, normalised: every optional tensor has its full rank and every option its plain type."""
+
+    query: Tensor  # (B, H, Sq, D)
+    key: Tensor  # (B, Hkv, Sk, D)
+    value: Tensor  # (B, Hkv, Sk, Dv)
+    mask: Tensor | None = None  # bool, True = attend; 4-D, each size 1 or that of (B, H, Sq, Sk)
+    bias: Tensor | None = None  # any float dtype; 4-D, each size 1 or that of (B, H, Sq, Sk)
+    query_segments: Tensor | None = None  # (B, Sq) int32
+    key_segments: Tensor | None = None  # (B, Sk) int32, given together with query_segments
+    key_lengths: Tensor | None = None  # (B,) int32, each within [0, Sk]
+    alibi_slopes: Tensor | None = None  # (1 or B, H) in the accumulation dtype
+    sinks: Tensor | None = None  # (H,) in the accumulation dtype
+    dropout_seed: Tensor | None = None  # one int64 element on the query's device; given iff dropout_p > 0
+    causal: str = "none"  # one of CAUSAL_MODES
+    window_left: int = -1  # keys visible before the query's position; -1 = unbounded
+    window_right: int = -1  # and after it
+    softcap: float = 0.0  # 0 = none
+    dropout_p: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def position_shift(self) -> int:
+        """pos(i) = i + position_shift: where query i stands among the keys."""
+        return 0 if self.causal == "top_left" else self.key.shape[2] - self.query.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads served by one key/value head."""
+        return self.query.shape[1] // max(self.key.shape[1], 1)
+
+
+class AttentionGrads(NamedTuple):
+    """Gradients of one call, each in its tensor's own shape and dtype; None where it was not asked for."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class GradsNeeded(NamedTuple):
+    """Which gradients a backward call must produce."""
+
+    query: bool = True
+    key: bool = True
+    value: bool = True
+    bias: bool = False
+    alibi_slopes: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What a call asks for, without lengths, batch or strides: only the classes of them a kernel is chosen by."""
+
+    device: str  # "cpu", "cuda", ...
+    arch: int | None  # 10 * major + minor of a CUDA device, else None
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    group_size: int
+    causal: str
+    window_left: bool
+    window_right: bool
+    mask: bool
+    bias: bool
+    segments: bool
+    key_lengths: bool
+    alibi: bool
+    softcap: bool
+    sinks: bool
+    dropout: bool
+    float32_precision: str  # "ieee" | "tf32x3" | "tf32"; "ieee" for every other dtype
+    single_query: bool  # Sq == 1
+    aligned: bool  # data pointers and outer strides of q, k, v are multiples of 16 bytes
+    wide_offsets: bool  # some element offset passes 2**31
+    backward: bool = False
+    bias_grad: bool = False
+    alibi_grad: bool = False
+
+    @classmethod
+    def of(cls, call: AttentionCall, needs: GradsNeeded | None = None) -> AttentionSpec:
+        """The spec of a forward call, or of its backward when the needed gradients are given. Needs real tensors."""
+        query, key, value = call.query, call.key, call.value
+        arch = None
+        if query.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(query.device)
+            arch = 10 * major + minor
+        operands = (query, key, value)
+        return cls(
+            device=query.device.type,
+            arch=arch,
+            dtype=query.dtype,
+            head_dim=query.shape[3],
+            value_dim=value.shape[3],
+            group_size=call.group_size,
+            causal=call.causal,
+            window_left=call.window_left >= 0,
+            window_right=call.window_right >= 0,
+            mask=call.mask is not None,
+            bias=call.bias is not None,
+            segments=call.query_segments is not None,
+            key_lengths=call.key_lengths is not None,
+            alibi=call.alibi_slopes is not None,
+            softcap=call.softcap != 0.0,
+            sinks=call.sinks is not None,
+            dropout=call.dropout_p > 0.0,
+            float32_precision=_float32_precision(query.dtype),
+            single_query=query.shape[2] == 1,
+            aligned=all(_aligned(t) for t in operands),
+            wide_offsets=any(
+                _last_offset(t) >= 2**31 for t in (*operands, call.mask, call.bias) if t is not None
+            ),
+            backward=needs is not None,
+            bias_grad=needs is not None and needs.bias,
+            alibi_grad=needs is not None and needs.alibi_slopes,
+        )
+
+    def features(self) -> tuple[str, ...]:
+        """Names of the features in use, for messages and tables."""
+        names = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)]
+        return tuple(n for n in names if n not in ("single_query", "aligned", "wide_offsets", "backward"))
+
+    def replace(self, **changes: Any) -> AttentionSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype scores, lse and sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised dense tensor of `shape` whose dimensions lie in memory in the order of `like`'s.
+
+    The last dimension stays innermost, so a (B, S, H, D)-backed query gives a (B, S, H, Dv)-backed output.
+    """
+    outer = sorted(range(like.dim() - 1), key=lambda dim: -like.stride(dim))
+    order = [*outer, like.dim() - 1]
+    storage = like.new_empty([shape[dim] for dim in order], dtype=dtype)
+    return storage.permute([order.index(dim) for dim in range(like.dim())])
+
+
+def _float32_precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _aligned(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    outer = (stride for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1]) if length > 1)
+    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in outer)
+
+
+def _last_offset(tensor: Tensor) -> int:
+    return sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()) if length > 1)
