@@ -1,0 +1,126 @@
+"""The fastattn command: what the machine offers, and a demonstration of the library on it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastattn.console import InputError, NoOutput, Output, standard_output
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="fastattn",
+    help="One attention call, every mask, every device: see what runs here and try it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose user sees one line for bad input (exit code 2), a full disk or Ctrl-C (130)."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except InputError as error:
+            raise _stop(str(error), BAD_INPUT) from None
+        except BrokenPipeError:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the reader left: nothing to flush to
+            raise typer.Exit(1) from None
+        except OSError as error:
+            raise _stop(str(error), 1) from None
+        except KeyboardInterrupt:
+            raise _stop("interrupted", INTERRUPTED) from None
+
+    return app.command()(guarded)
+
+
+def _stop(message: str, code: int) -> typer.Exit:
+    typer.echo(f"fastattn: {message}", err=True)
+    return typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("fastattn"))
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _output(as_json: bool) -> Output:
+    return NoOutput() if as_json else standard_output()
+
+
+@command
+def doctor(as_json: JsonFlag = False) -> None:
+    """Report versions, devices, compilers, the extension and which backends can run here, and why others cannot."""
+    from fastattn import doctor as probes
+
+    found = probes.report()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        probes.show(found, standard_output())
+
+
+@command
+def demo(
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to train on; by default the standard library's own documentation."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="New or empty directory for the results; by default the first free ./fastattn-demo*."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order, the weights and the sample.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the preset's.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smaller grid and a shorter training run.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check attention against a float64 reference, time it, swap it into a torch model and train a small GPT.
+
+    Exits with 0 when everything agreed, 1 when something did not, 2 on bad input.
+    """
+    from fastattn import demo as demonstration
+
+    summary = demonstration.run(text, out, seed=seed, steps=steps, quick=quick, output=_output(as_json))
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    if not summary["passed"]:
+        raise typer.Exit(1)

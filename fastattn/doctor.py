@@ -1,0 +1,232 @@
+"""What this machine offers: versions, devices, compilers, the extension and the backends, each with its refusal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastattn.console import Output
+
+SCHEMA = 1
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
+VARIABLES = ("FASTATTN_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS")
+PROBE_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+def report() -> dict[str, Any]:
+    """Everything `fastattn doctor` knows, as plain types; a probe that fails is null and listed under "errors".
+
+    Keys: schema (raised when a key changes its meaning), fastattn, versions, platform, cpu, gpus, compilers,
+    extension, backends, environment, errors. Sizes are bytes.
+    """
+    errors: dict[str, str] = {}
+
+    def probe(name: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+            return None
+
+    return {
+        "schema": SCHEMA,
+        "fastattn": probe("fastattn", _fastattn),
+        "versions": {"python": platform.python_version()}
+        | {p: probe(p, lambda p=p: _version(p)) for p in PACKAGES},
+        "platform": probe("platform", platform.platform),
+        "cpu": probe("cpu", _cpu),
+        "gpus": probe("gpus", _gpus),
+        "compilers": {
+            "nvcc": probe("nvcc", _nvcc),
+            "c++": probe("c++", lambda: _tool(os.environ.get("CXX", "g++"))),
+            "ninja": probe("ninja", lambda: _tool("ninja")),
+        },
+        "extension": probe("extension", _extension),
+        "backends": probe("backends", _backends),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "errors": errors,
+    }
+
+
+def show(found: dict[str, Any], out: Output) -> None:
+    """Print a report for people."""
+    out.heading("Versions")
+    about, versions = found["fastattn"] or {}, found["versions"]
+    name = f"{about.get('version')}" + (f", git {about['revision']}" if about.get("revision") else "")
+    rows = [["fastattn", name], *([p, v or "not installed"] for p, v in versions.items())]
+    out.table(["package", "version"], [*rows, ["platform", found["platform"] or "unknown"]])
+
+    out.heading("Devices")
+    cpu = found["cpu"] or {}
+    memory = f", {_gib(cpu['memory'])}" if cpu.get("memory") else ""
+    threads = f"{cpu.get('cores')} cores usable, {cpu.get('torch_threads')} torch threads"
+    rows = [["cpu", cpu.get("model") or "unknown", f"{threads}{memory}, {cpu.get('instructions')}"]]
+    for index, gpu in enumerate(found["gpus"] or []):
+        detail = f"capability {gpu['capability']}, {_gib(gpu['memory'])}, driver {gpu['driver'] or 'unknown'}"
+        rows.append([f"gpu {index}", gpu["name"], detail])
+    if not found["gpus"]:
+        rows.append(["gpu", "none", "torch sees no CUDA device"])
+    out.table(["device", "model", "detail"], rows)
+
+    out.heading("Compilers and extension")
+    tools = found["compilers"]
+    rows = [
+        [t, (v or {}).get("version") or "not found", (v or {}).get("path") or ""] for t, v in tools.items()
+    ]
+    extension = found["extension"] or {}
+    rows.append(
+        ["extension", "built" if extension.get("built") else "not built", extension.get("detail") or ""]
+    )
+    out.table(["tool", "version", "where"], rows)
+
+    out.heading("Backends")
+    backends = found["backends"] or []
+    out.table(
+        ["backend", "here", "reason"],
+        [[b["name"], "ok" if b["available"] else "no", b["reason"] or ""] for b in backends],
+        verdict=1,
+    )
+    if found["environment"]:
+        out.heading("Environment")
+        out.table(["variable", "value"], [list(item) for item in found["environment"].items()])
+    for name, error in found["errors"].items():
+        out.line(f"could not read {name}: {error}", good=False)
+
+
+def _fastattn() -> dict[str, Any]:
+    import fastattn
+
+    root = Path(fastattn.__file__).resolve().parent
+    return {"version": _version("fastattn"), "path": str(root), "revision": _revision(root.parent)}
+
+
+def _revision(root: Path) -> str | None:
+    """The git revision of a checkout, marked when it has local changes; None for an installed package."""
+    if not (root / ".git").exists() or not (root / "setup.py").exists() or not shutil.which("git"):
+        return None
+    revision = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD").strip()
+    changed = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no").strip()
+    return f"{revision} with local changes" if changed else revision
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    return {
+        "model": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory": _physical_memory(),
+        "torch_threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _physical_memory() -> int | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    driver = _driver()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"{gpu.major}.{gpu.minor}"
+        found.append(
+            {"name": gpu.name, "capability": capability, "memory": gpu.total_memory, "driver": driver}
+        )
+    return found
+
+
+def _driver() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    lines = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0].strip() if lines else None
+
+
+def _nvcc() -> dict[str, Any] | None:
+    """The CUDA compiler, its toolkit's root and the version its headers state.
+
+    nvcc on PATH may be a wrapper, so the compiler itself is asked where it lives.
+    """
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    if path is None:
+        return None
+    release = re.search(r"release ([\d.]+)", _run(path, "--version"))
+    top = re.search(r"TOP=(\S+)", _run(path, "--dryrun", "-x", "cu", os.devnull, stderr=True))
+    root = Path(top.group(1)).resolve() if top else Path(path).resolve().parent.parent
+    header = root / "include" / "cuda.h"
+    define = (
+        re.search(r"#define CUDA_VERSION (\d+)", header.read_text(errors="replace"))
+        if header.exists()
+        else None
+    )
+    number = int(define.group(1)) if define else None
+    return {
+        "path": path,
+        "version": release.group(1) if release else None,
+        "root": str(root),
+        "headers": f"{number // 1000}.{number % 1000 // 10}" if number else None,
+    }
+
+
+def _tool(name: str) -> dict[str, Any] | None:
+    path = shutil.which(name)
+    if path is None:
+        return None
+    match = re.search(r"\d+(\.\d+)+", _run(path, "--version").partition("\n")[0].split(")")[-1])
+    return {"path": path, "version": match.group(0) if match else None}
+
+
+def _extension() -> dict[str, Any]:
+    built = importlib.util.find_spec("fastattn._C") is not None
+    return {"built": built, "detail": None if built else "this version has no CUDA extension"}
+
+
+def _backends() -> list[dict[str, Any]]:
+    from fastattn import backends
+
+    return [{"name": n, "available": why is None, "reason": why} for n, why in backends.available()]
+
+
+def _run(*command: str, stderr: bool = False) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+    return done.stderr if stderr else done.stdout
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

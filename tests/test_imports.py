@@ -1,0 +1,128 @@
+"""The arrows between the layers, held by parsing every import, and what `import fastattn` may load."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Layer -> the layers it may import besides itself. A layer is the first name after `fastattn.`.
+ARROWS = {
+    "spec": set(),
+    "philox": set(),
+    "reference": {"philox", "spec"},
+    "kernels": {"spec"},
+    "backends": {"spec", "philox", "kernels"},
+    "ops": {"spec", "philox", "reference", "backends"},
+    "nn": {"spec", "ops"},
+    "integrations": {"nn", "ops"},
+    "models": {"nn", "ops"},
+    "data": set(),
+    "train": {"data", "models", "nn", "ops"},
+    "console": set(),
+    "chart": set(),
+    "doctor": {"console", "backends"},
+    "demo": {"console", "chart", "data", "models", "train", "backends", "reference", "integrations"},
+    "cli": {"console", "doctor", "demo"},
+}
+# Packages that are loaded only where they are the point of the file.
+CONFINED = {
+    "triton": ("kernels", "backends/triton.py"),
+    "transformers": ("integrations/transformers.py", "integrations/swap.py"),
+    "tokenizers": ("data",),
+    "typer": ("cli.py",),
+    "rich": ("console.py", "train"),
+}
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(path inside the installed package, file) of every module of fastattn and fastattn.kernels."""
+    package = [(p.relative_to(ROOT / "fastattn").as_posix(), p) for p in (ROOT / "fastattn").rglob("*.py")]
+    kernels = [(p.relative_to(ROOT).as_posix(), p) for p in (ROOT / "kernels").rglob("*.py")]
+    return sorted(package + kernels)
+
+
+def imports(inside: str, source: str) -> Iterator[str]:
+    """Every module that a file imports at any depth, absolute, with `from x import y` read as x.y."""
+    parts = ("fastattn", *Path(inside).parts)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(
+                [*parts[: len(parts) - node.level], node.module or ""] if node.level else [node.module]
+            )
+            yield from (f"{base.rstrip('.')}.{alias.name}" for alias in node.names)
+
+
+def layer_of(inside: str) -> str:
+    return Path(inside).parts[0].removesuffix(".py")
+
+
+def forbidden(inside: str, source: str) -> list[str]:
+    """The imports of a file that point against the arrows."""
+    layer = layer_of(inside)
+    wrong = []
+    for name in imports(inside, source):
+        first, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if first == "kernels":
+            wrong.append(f"{name}: say fastattn.kernels")
+        if first == "fastattn" and layer != "__init__" and target not in ARROWS[layer] | {layer}:
+            wrong.append(name)
+        if first in CONFINED and not any(inside == p or inside.startswith(p + "/") for p in CONFINED[first]):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize(("inside", "path"), [pytest.param(*source, id=source[0]) for source in sources()])
+def test_imports_follow_the_arrows(inside: str, path: Path) -> None:
+    layer = layer_of(inside)
+    assert layer == "__init__" or layer in ARROWS, f"{layer} is a new layer: give it a row in ARROWS"
+    assert forbidden(inside, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("inside", "source"),
+    [
+        ("ops/attention.py", "from fastattn.nn import MultiHeadAttention"),
+        ("ops/attention.py", "from fastattn import nn"),
+        ("ops/attention.py", "def f():\n    from ..models import gpt"),
+        ("nn/attention.py", "import fastattn.kernels"),
+        ("backends/torch.py", "import triton"),
+        ("backends/triton.py", "import kernels.primitives"),
+        ("models/gpt.py", "import transformers.models"),
+        ("data/packing.py", "from fastattn.models.gpt import GPT"),
+    ],
+)
+def test_an_import_against_the_arrows_is_seen(inside: str, source: str) -> None:
+    assert len(forbidden(inside, source)) == 1
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    left = {layer: set(targets) for layer, targets in ARROWS.items()}
+    while left:
+        free = {layer for layer, targets in left.items() if not targets & left.keys()}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {layer: targets for layer, targets in left.items() if layer not in free}
+
+
+def test_importing_fastattn_loads_nothing_heavy() -> None:
+    script = (
+        "import sys, json, torch; before = set(sys.modules); import fastattn;"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    loaded = json.loads(done.stdout)
+    assert "fastattn.spec" in loaded
+    heavy = {"triton", "transformers", "tokenizers", "safetensors", "rich", "typer", "yaml", "matplotlib"}
+    assert heavy.isdisjoint(name.split(".")[0] for name in loaded)
+    lazy = ("fastattn.kernels", "fastattn.models", "fastattn.data", "fastattn.train", "fastattn.cli")
+    assert [name for name in loaded if name.startswith(lazy)] == []
