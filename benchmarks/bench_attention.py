@@ -1,0 +1,409 @@
+"""Attention against its peers: time, error and peak memory, on the CPU or on a GPU.
+
+    python benchmarks/bench_attention.py                      every case of this machine's device, results stored
+    python benchmarks/bench_attention.py --list               the cases
+    python benchmarks/bench_attention.py --only window --quick --csv window.csv
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import command
+import harness
+import peers
+import schema
+import torch
+from harness import Judgement, Step, Tensors
+from torch import Tensor
+
+SCRIPT = Path(__file__).resolve()
+GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+GRID_TOKENS, GRID_WIDTH = 16384, 2048
+CPU_SHAPE: dict[str, Any] = {"batch": 1, "heads": 12, "kv_heads": 12, "head_dim": 64}
+GPU_SHAPE: dict[str, Any] = {
+    "batch": 4,
+    "heads": 16,
+    "kv_heads": 16,
+    "seqlen_q": 4096,
+    "seqlen_k": 4096,
+    "head_dim": 128,
+    "dtype": torch.bfloat16,
+    "direction": "forward+backward",
+}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One call to measure: its sizes, its features, and what it should reach."""
+
+    name: str
+    group: str
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: torch.dtype = torch.float32
+    direction: str = "forward+backward"
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    documents: int = 1  # packed in one row, of equal length
+    alibi: bool = False
+    softcap: float = 0.0
+    bias: bool = False  # (1, H, Sq, Sk), with its gradient
+    random_mask: bool = False  # (B, 1, Sq, Sk), nine in ten visible
+    dropout_p: float = 0.0
+    target: schema.Result | None = None
+    only: tuple[str, ...] = ()  # contestants; () = all that the device has
+
+    @property
+    def params(self) -> schema.Result:
+        """The sizes and the features in use, for the result."""
+        hidden = ("name", "group", "dtype", "direction", "target", "only")
+        sizes = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal")
+        params = {k: v for k, v in asdict(self).items() if k not in hidden and (v or k in sizes)}
+        if self.documents == 1:
+            del params["documents"]
+        return params
+
+    @property
+    def flops(self) -> float:
+        """2 * (D + Dv) per permitted pair and head; the backward counts 2.5 forwards, whatever it recomputes."""
+        pairs = permitted_pairs(self.seqlen_q, self.seqlen_k, self.causal, self.window, self.documents)
+        share = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[self.direction]
+        return share * 4.0 * self.head_dim * pairs * self.batch * self.heads
+
+    def contestants(self, device: torch.device) -> list[str]:
+        """Names that `peers.find` knows, ours first."""
+        if self.only:
+            return list(self.only)
+        if device.type == "cpu":
+            special = self.alibi or self.softcap or self.bias or self.dropout_p
+            return ["fastattn", "sdpa", *(["composite"] if special else []), *(["flex"] if self.softcap else [])]
+        ours = [f"fastattn-{name}" for name in _backend_names() if name != "torch"]
+        return [*ours, "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flex", "flash_attn"]
+
+    def open(self, device: torch.device) -> AttentionWorkload:
+        """Random inputs on the device."""
+        return AttentionWorkload(self, device)
+
+    def small(self) -> AttentionCase:
+        """The same features at no more than 256 positions and 4 heads."""
+        group = self.heads // self.kv_heads
+        heads = min(self.heads, max(4, group))
+        window = self.window and (min(self.window[0], 63), min(self.window[1], 63))
+        sizes = {"seqlen_q": min(self.seqlen_q, 256), "seqlen_k": min(self.seqlen_k, 256), "batch": min(self.batch, 2)}
+        return replace(self, heads=heads, kv_heads=heads // group, window=window, target=None, **sizes)
+
+
+class AttentionWorkload:
+    """The inputs of one case, the same for every contestant."""
+
+    def __init__(self, case: AttentionCase, device: torch.device) -> None:
+        self.case, self.device = case, device
+        generator = torch.Generator(device).manual_seed(7)
+
+        def normal(heads: int, length: int) -> Tensor:
+            shape = (case.batch, heads, length, case.head_dim)
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
+
+        self.query, self.dout = normal(case.heads, case.seqlen_q), normal(case.heads, case.seqlen_q)
+        self.key, self.value = normal(case.kv_heads, case.seqlen_k), normal(case.kv_heads, case.seqlen_k)
+        self.needs_dense_mask = bool(case.window or case.documents > 1 or case.random_mask)
+        self.wants_grad = case.direction != "forward"
+        self.inputs = {"dq": self.query, "dk": self.key, "dv": self.value}
+        for tensor in self.inputs.values():
+            tensor.requires_grad_(self.wants_grad)
+        if case.bias:
+            shape = (1, case.heads, case.seqlen_q, case.seqlen_k)
+            self._bias = torch.randn(shape, generator=generator, device=device).to(case.dtype)
+            self.inputs["dbias"] = self._bias.requires_grad_(self.wants_grad)
+        self._random = None
+        if case.random_mask:
+            shape = (case.batch, 1, case.seqlen_q, case.seqlen_k)
+            self._random = torch.rand(shape, generator=generator, device=device) < 0.9
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The case as fastattn.attention's options."""
+        case = self.case
+        options: dict[str, Any] = {"causal": case.causal, "window": case.window, "softcap": case.softcap or None}
+        options |= {"segment_ids": self.segments(), "alibi_slopes": self.slopes() if case.alibi else None}
+        options |= {"bias": self._bias if case.bias else None, "mask": self._random}
+        if case.dropout_p:
+            options |= {"dropout_p": case.dropout_p, "dropout_seed": 11}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def segments(self) -> Tensor | None:
+        """(B, S) document numbers, or None for a single document."""
+        case = self.case
+        if case.documents == 1:
+            return None
+        ids = torch.arange(case.seqlen_k, device=self.device) * case.documents // case.seqlen_k
+        return ids.to(torch.int32).expand(case.batch, -1).contiguous()
+
+    def slopes(self) -> Tensor:
+        """(H,) ALiBi slopes."""
+        return peers.alibi_slopes(self.case.heads, self.device)
+
+    def bias(self) -> Tensor:
+        """The (1, H, Sq, Sk) learned bias."""
+        return self._bias
+
+    def dense_mask(self) -> Tensor:
+        """(1 or B, 1, Sq, Sk) bool: every hard restriction of the case."""
+        case = self.case
+        rows = torch.arange(case.seqlen_q, device=self.device)[:, None] + case.seqlen_k - case.seqlen_q
+        distance = rows - torch.arange(case.seqlen_k, device=self.device)
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if case.causal:
+            visible &= distance >= 0
+        if case.window:
+            visible &= (distance <= case.window[0]) & (-distance <= case.window[1])
+        segments = self.segments()
+        if segments is not None:
+            visible &= segments[0, -case.seqlen_q :, None] == segments[0]
+        return visible[None, None] if self._random is None else visible & self._random
+
+    def dense_bias(self) -> Tensor:
+        """(1, H, Sq, Sk) in the case's dtype: the learned bias, or ALiBi's."""
+        case = self.case
+        if case.bias:
+            return self._bias
+        rows = torch.arange(case.seqlen_q, device=self.device)[:, None] + case.seqlen_k - case.seqlen_q
+        distance = (rows - torch.arange(case.seqlen_k, device=self.device)).abs()
+        return (-self.slopes()[:, None, None] * distance)[None].to(case.dtype)
+
+    def dense_additive_mask(self) -> Tensor:
+        """The bias with -inf where the case forbids a pair."""
+        bias = self.dense_bias()
+        if not (self.case.causal or self.needs_dense_mask):
+            return bias
+        return bias.masked_fill(~self.dense_mask(), float("-inf"))
+
+    def step(self, contestant: str) -> Step:
+        """One forward, backward or both, returning out and the gradients."""
+        try:
+            call = peers.find(contestant)(self)
+        except ImportError as error:
+            raise harness.CannotRun(f"not installed: {error}") from None
+        query, key, value = self.query, self.key, self.value
+        inputs = tuple(self.inputs.values())
+        names = tuple(self.inputs)
+
+        def forward() -> Tensors:
+            with torch.no_grad():
+                return {"out": call(query, key, value)}
+
+        def both() -> Tensors:
+            out = call(query, key, value)
+            return {"out": out.detach(), **dict(zip(names, torch.autograd.grad(out, inputs, self.dout)))}
+
+        if self.case.direction == "forward":
+            return forward
+        if self.case.direction == "forward+backward":
+            return both
+        out = call(query, key, value)
+
+        def backward() -> Tensors:
+            return dict(zip(names, torch.autograd.grad(out, inputs, self.dout, retain_graph=True)))
+
+        return backward
+
+    def judge(self, contestant: str) -> Judgement | None:
+        """Float64 and plain torch on the first sequence's first key/value head; peers draw dropout masks of their own."""
+        if self.case.dropout_p and not contestant.startswith("fastattn"):
+            return None
+        return self._judgement
+
+    @cached_property
+    def _judgement(self) -> Judgement:
+        group = self.case.heads // self.case.kv_heads
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            heads = 1 if name in ("dk", "dv") else group
+            return tensor[:1, :heads]
+
+        golden = self._reference(part, torch.float64)
+        plain = self._reference(part, self.case.dtype)
+        return Judgement(part, golden, plain, f"sequence 0, query heads 0..{group - 1}")
+
+    def _reference(self, part: Any, dtype: torch.dtype) -> Tensors:
+        from fastattn import reference
+
+        case = self.case
+        leaves = {n: part(n, t).detach().to(dtype).requires_grad_(self.wants_grad) for n, t in self.inputs.items()}
+        options = dict(self.options)
+        for name in ("mask", "segment_ids"):
+            if name in options:
+                options[name] = options[name][:1]
+        if case.alibi:
+            options["alibi_slopes"] = options["alibi_slopes"][: case.heads // case.kv_heads]
+        if case.bias:
+            options["bias"] = leaves["dbias"]
+        out = reference.attention(leaves["dq"], leaves["dk"], leaves["dv"], **options)
+        assert isinstance(out, Tensor)
+        results = {"out": out.detach()} if case.direction != "backward" else {}
+        if self.wants_grad:
+            dout = part("out", self.dout).to(dtype)
+            results |= dict(zip(leaves, torch.autograd.grad(out, tuple(leaves.values()), dout)))
+        return results
+
+
+def permitted_pairs(
+    seqlen_q: int, seqlen_k: int, causal: bool = False, window: tuple[int, int] | None = None, documents: int = 1
+) -> int:
+    """Pairs (i, j) that the mask lets through, counted row by row."""
+    position = torch.arange(seqlen_q) + seqlen_k - seqlen_q
+    first, last = torch.zeros_like(position), torch.full_like(position, seqlen_k - 1)
+    if causal:
+        last = torch.minimum(last, position)
+    if window:
+        first = torch.maximum(first, position - window[0])
+        last = torch.minimum(last, position + window[1])
+    if documents > 1:
+        number = position * documents // seqlen_k
+        begin = (number * seqlen_k + documents - 1) // documents
+        end = ((number + 1) * seqlen_k + documents - 1) // documents
+        first, last = torch.maximum(first, begin), torch.minimum(last, end - 1)
+    return int((last - first + 1).clamp_min(0).sum())
+
+
+def cases_for(device: torch.device) -> list[AttentionCase]:
+    """Every case of a device, the most important first."""
+    return cpu_cases() if device.type == "cpu" else gpu_cases()
+
+
+def cpu_cases() -> list[AttentionCase]:
+    """What a CPU user meets: dense and masked training shapes, features, low precision, decoding."""
+
+    def make(name: str, group: str, length: int, **changes: Any) -> AttentionCase:
+        return AttentionCase(**{"name": name, "group": group, "seqlen_q": length, "seqlen_k": length, **CPU_SHAPE, **changes})
+
+    def against_sdpa(speed: float, memory: float | None = None) -> schema.Result:
+        target: schema.Result = {"contestant": "fastattn", "against": "sdpa", "speed": speed}
+        return target if memory is None else {**target, "memory": memory}
+
+    packed = {"documents": 8, "target": against_sdpa(6.5, 0.25)}
+    cases = [
+        make("dense-causal-2048", "dense", 2048, causal=True, target=against_sdpa(0.95)),
+        make("window-255-8192", "window", 8192, window=(255, 0), target=against_sdpa(8.0, 0.25)),
+        make("packed-causal-8192", "packed", 8192, causal=True, **packed),
+        make("packed-full-8192", "packed", 8192, **packed),
+        make("dropout-1024", "features", 1024, dropout_p=0.1, target=against_sdpa(1.0)),
+        make("dense-full-2048", "dense", 2048),
+        make("dense-causal-bf16-2048", "dense", 2048, causal=True, dtype=torch.bfloat16),
+        make("gqa-causal-2048", "features", 2048, causal=True, heads=16, kv_heads=4),
+        make("alibi-causal-2048", "features", 2048, causal=True, alibi=True),
+        make("softcap-causal-2048", "features", 2048, causal=True, softcap=30.0),
+        make("bias-grad-1024", "features", 1024, bias=True),
+        make("random-mask-2048", "features", 2048, random_mask=True),
+    ]
+    cases += [make(f"dense-causal-{s}", "dense", s, causal=True) for s in (512, 1024, 4096)]
+    cases += [make(f"window-255-{s}", "window", s, window=(255, 0)) for s in (1024, 2048, 4096)]
+    decode = {"seqlen_q": 1, "causal": True, "direction": "forward"}
+    cases += [make(f"decode-mha-{s}", "decode", s, **decode) for s in (128, 2048)]
+    cases += [make(f"decode-gqa-{s}", "decode", s, heads=16, kv_heads=2, **decode) for s in (128, 2048)]
+    return cases
+
+
+def gpu_cases() -> list[AttentionCase]:
+    """The forward and backward grids at 16k tokens and hidden size 2048, then the features SDPA and FlexAttention share."""
+    cases = []
+    for direction in ("forward", "backward"):
+        for head_dim in (128, 64, 256):
+            for causal in (True, False):
+                cases += [_grid_case(direction, head_dim, causal, length) for length in reversed(GRID_LENGTHS)]
+    features: dict[str, dict[str, Any]] = {
+        "bias-grad": {"bias": True, "batch": 1},
+        "dropout": {"dropout_p": 0.125},
+        "random-mask": {"random_mask": True},
+        "alibi": {"causal": True, "alibi": True},
+        "softcap": {"causal": True, "softcap": 30.0},
+        "window": {"window": (1023, 0)},
+        "packed": {"causal": True, "documents": 4},
+        "gqa": {"causal": True, "kv_heads": 2},
+        "fp32": {"causal": True, "dtype": torch.float32, "head_dim": 64},
+        "fp16": {"causal": True, "dtype": torch.float16},
+    }
+    cases += [AttentionCase(name=f"feature-{n}", group="features", **{**GPU_SHAPE, **f}) for n, f in features.items()]
+    decode = {"seqlen_q": 1, "seqlen_k": 8192, "batch": 16, "causal": True, "direction": "forward"}
+    cases += [
+        AttentionCase(name="decode-mha-8192", group="decode", **{**GPU_SHAPE, **decode}),
+        AttentionCase(name="decode-gqa-8192", group="decode", **{**GPU_SHAPE, **decode, "heads": 32, "kv_heads": 4}),
+    ]
+    return cases
+
+
+def _grid_case(direction: str, head_dim: int, causal: bool, length: int) -> AttentionCase:
+    heads = GRID_WIDTH // head_dim
+    return AttentionCase(
+        name=f"{direction}-{'causal' if causal else 'full'}-d{head_dim}-s{length}",
+        group=direction,
+        batch=GRID_TOKENS // length,
+        heads=heads,
+        kv_heads=heads,
+        seqlen_q=length,
+        seqlen_k=length,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        direction=direction,
+        causal=causal,
+    )
+
+
+def _backend_names() -> list[str]:
+    try:
+        from fastattn import backends
+    except ImportError:
+        return ["auto"]
+    return [backend.NAME for backend in backends.BACKENDS]
+
+
+def import_case(quick: bool) -> schema.Result:
+    """Milliseconds to import torch, and fastattn after torch, each in fresh processes taken in turn."""
+    rounds = 2 if quick else 9
+    programs = {"torch": "import torch", "fastattn": "import fastattn"}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds + 1):
+        for name, statement in programs.items():
+            before = "import torch;" if name == "fastattn" else ""
+            timed = f"from time import perf_counter as t;{before}a=t();{statement};print(t()-a)"
+            done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, cwd=schema.ROOT, check=False)
+            if done.returncode == 0 and number > 0:  # the first round fills the file cache
+                seconds[name].append(float(done.stdout))
+    rows = []
+    for name, samples in seconds.items():
+        row: schema.Result = {"contestant": name, "status": "ok", "error": None, "within_rule": None, "tflops": None}
+        row |= {"ceiling_share": None, "peak_memory_mib": None}
+        if samples:
+            rows.append(row | {"time_ms": harness.spread(samples)})
+        else:
+            rows.append({"contestant": name, "status": "failed", "reason": "the import failed"})
+    return {
+        "name": "import",
+        "group": "import",
+        "params": {"fastattn": "time beyond torch's"},
+        "direction": "import",
+        "dtype": "none",
+        "flops": None,
+        "target": {"contestant": "fastattn", "against": None, "extra_ms": 150.0},
+        "rows": rows,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see --help."""
+    return command.main("attention", SCRIPT, cases_for, {"import": import_case}, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

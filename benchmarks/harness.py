@@ -1,0 +1,447 @@
+"""Measures contestants side by side: interleaved rounds in one process, error against float64, peak memory, ceilings.
+
+A bench hands over cases; a case opens a workload; a workload gives one step per contestant. A step is one timed call and
+returns its tensors by name, which is what the errors are taken from. A contestant that cannot run says why and keeps its row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from schema import Result, without_paths
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Step = Callable[[], Tensors]
+
+MEMORY_MARK = "peak-memory:"
+# glibc keeps freed blocks below these sizes; pinned low, so that the resident size follows what is allocated
+_MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+class CannotRun(Exception):
+    """A contestant's reason for not taking part in a case."""
+
+
+class Judgement(NamedTuple):
+    """What a step's tensors are compared with: the same part of each in float64, and plain torch's own."""
+
+    part: Callable[[str, Tensor], Tensor]  # the slice of a step's tensor that was judged
+    golden: Tensors  # float64
+    plain: Tensors  # the formula in the case's dtype, scores and weights materialised
+    over: str  # which part, in words
+
+
+class Workload(Protocol):
+    """One case's inputs, allocated on one device."""
+
+    def step(self, contestant: str) -> Step:
+        """The contestant's call on these inputs; CannotRun (or any error) becomes the row's reason."""
+        ...
+
+    def judge(self, contestant: str) -> Judgement | None:
+        """The truth for this contestant; None where there is none to compare with."""
+        ...
+
+
+class Case(Protocol):
+    """What is measured, before anything is allocated."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def params(self) -> Result: ...
+    @property
+    def direction(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def flops(self) -> float | None:
+        """Operations of one call, from permitted pairs."""
+        ...
+
+    @property
+    def target(self) -> Result | None:
+        """{"contestant", "against", "speed": least ratio, "memory": greatest ratio}, or None."""
+        ...
+
+    def contestants(self, device: torch.device) -> Sequence[str]: ...
+    def open(self, device: torch.device) -> Workload: ...
+    def small(self) -> Case:
+        """The same case at a small size, run once before memory is measured."""
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one case is measured: rounds until `seconds` are used, within the two bounds."""
+
+    seconds: float = 20.0
+    least_rounds: int = 5
+    most_rounds: int = 30
+    least_sample_seconds: float = 0.002  # shorter calls are repeated within a sample
+    memory: bool = True
+    errors: bool = True
+
+
+QUICK = Budget(seconds=1.0, least_rounds=2, most_rounds=5, least_sample_seconds=0.001)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def run_case(case: Case, device: torch.device, budget: Budget, ceilings: Result, script: Path | None = None) -> Result:
+    """The case's entry of a result: every contestant's time, error, memory and share of the ceiling.
+
+    `script` is the bench whose command line runs one step in a child process (see `child_peak_memory`); without it,
+    a CPU case has no memory figures.
+    """
+    workload = case.open(device)
+    rows: dict[str, Result] = {}
+    steps: dict[str, Step] = {}
+    for contestant in case.contestants(device):
+        row, step = _admit(case, workload, contestant, device, budget)
+        rows[contestant] = row
+        if step is not None:
+            steps[contestant] = step
+    samples = time_interleaved(steps, device, budget)
+    peak = ceilings["matmul_tflops"].get(dtype_name(case.dtype))
+    for contestant, step in steps.items():
+        seconds = samples[contestant]
+        row = rows[contestant]
+        row["time_ms"] = spread(seconds)
+        tflops = case.flops / statistics.median(seconds) / 1e12 if case.flops else None
+        row["tflops"] = tflops and round(tflops, 4)
+        row["ceiling_share"] = round(tflops / peak, 4) if tflops and peak else None
+        row["peak_memory_mib"] = None
+        if budget.memory and device.type == "cuda":
+            row["peak_memory_mib"] = _cuda_peak_mib(step, device)
+    del steps, workload
+    _release(device)
+    if budget.memory and device.type == "cpu" and script is not None and case.direction != "import":
+        for contestant, row in rows.items():
+            if row["status"] == "ok":
+                row["peak_memory_mib"] = child_peak_memory(script, case.name, contestant)
+    return {
+        "name": case.name,
+        "group": case.group,
+        "params": case.params,
+        "direction": case.direction,
+        "dtype": dtype_name(case.dtype),
+        "flops": case.flops,
+        "target": case.target,
+        "rows": list(rows.values()),
+    }
+
+
+def _admit(case: Case, workload: Workload, contestant: str, device: torch.device, budget: Budget) -> tuple[Result, Step | None]:
+    row: Result = {"contestant": contestant, "status": "ok", "error": None, "within_rule": None, "error_over": None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step = workload.step(contestant)
+            outputs = step()
+            synchronize(device)
+        if budget.errors:
+            judgement = workload.judge(contestant)
+            if judgement is not None:
+                row["error"], row["within_rule"] = errors_against(judgement, outputs, case.dtype)
+                row["error_over"] = judgement.over
+    except CannotRun as reason:
+        return {"contestant": contestant, "status": "unavailable", "reason": without_paths(str(reason))}, None
+    except Exception as error:
+        text = without_paths(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        if is_device_lost(error):
+            raise
+        return {"contestant": contestant, "status": "failed", "reason": text[:300]}, None
+    return row, step
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether no further CUDA call of this process can succeed."""
+    text = str(error).lower()
+    return any(sign in text for sign in ("illegal memory access", "unspecified launch failure", "device-side assert"))
+
+
+def errors_against(judgement: Judgement, outputs: Tensors, dtype: torch.dtype) -> tuple[dict[str, float], bool]:
+    """Greatest absolute error per tensor, and whether each keeps within 2x plain torch's + eps(dtype) * max|golden|."""
+    errors: dict[str, float] = {}
+    within = True
+    for name, golden in judgement.golden.items():
+        actual = judgement.part(name, outputs[name]).double()
+        errors[name] = _greatest(actual, golden)
+        plain = _greatest(judgement.plain[name].double(), golden)
+        finite = golden[golden.isfinite()]
+        scale = finite.abs().max().item() if finite.numel() else 0.0
+        within = within and errors[name] <= 2 * plain + torch.finfo(dtype).eps * scale
+    return {name: float(f"{error:.3e}") for name, error in errors.items()}, within
+
+
+def _greatest(actual: Tensor, golden: Tensor) -> float:
+    """max |actual - golden|, equal infinities counting 0; raises where the error is not a number."""
+    difference = torch.where(actual == golden, 0.0, (actual - golden).abs())
+    worst = difference.max().item() if difference.numel() else 0.0
+    if not worst < float("inf"):
+        raise ArithmeticError(f"the error against float64 is {worst}")
+    return float(worst)
+
+
+def time_interleaved(steps: Mapping[str, Step], device: torch.device, budget: Budget) -> dict[str, list[float]]:
+    """Seconds per call of every sample: each round calls every contestant once, in an order that rotates.
+
+    The first call of each step must have happened. On CUDA a sample is bracketed by events and the last-level cache is
+    overwritten before it; elsewhere by the host's clock.
+    """
+    names = list(steps)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    if not names:
+        return samples
+    sample = _CudaSampler(device) if device.type == "cuda" else _host_sample
+    repeats = {}
+    for name in names:
+        once = sample(steps[name], 1)
+        repeats[name] = max(1, min(1000, int(budget.least_sample_seconds / max(once, 1e-7)))) if once else 1
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for number in range(budget.most_rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                samples[name].append(sample(steps[name], repeats[name]))
+            if number + 1 >= budget.least_rounds and time.perf_counter() - started > budget.seconds:
+                break
+    finally:
+        if enabled:
+            gc.enable()
+    return samples
+
+
+def _host_sample(step: Step, repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - started) / repeats
+
+
+class _CudaSampler:
+    """Seconds of device time per call, the cache overwritten before each sample.
+
+    Overwriting it also keeps the device busy while the host launches the step, so that launch gaps do not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cache = torch.empty(2**28, dtype=torch.int8, device=device)
+
+    def __call__(self, step: Step, repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.cache.zero_()
+        start.record()
+        for _ in range(repeats):
+            step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def spread(seconds: list[float]) -> Result:
+    ordered = sorted(seconds)
+
+    def quantile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return 1e3 * (ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+
+    figures = {"p20": quantile(0.2), "median": quantile(0.5), "p80": quantile(0.8)}
+    return {**{name: float(f"{value:.6g}") for name, value in figures.items()}, "samples": len(ordered)}
+
+
+def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> Result:
+    """TFLOP/s of a large square matrix product by dtype, and GB/s of a large copy (bytes read + written), on random data."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 2048
+    length = 2**30 if cuda else 2**27
+    if quick:
+        size, length = size // 2, length // 4
+    steps: dict[str, Step] = {}
+    for dtype in dtypes:
+        steps[dtype_name(dtype)] = _matmul_step(size, dtype, device)
+    source = torch.randint(0, 127, (length,), dtype=torch.int8, device=device)
+    copy = torch.empty_like(source)
+    steps["copy"] = lambda: {"copy": copy.copy_(source)}
+    for step in steps.values():
+        step()
+    budget = Budget(seconds=0.5 if quick else 3.0, least_rounds=3, most_rounds=30)
+    median = {name: statistics.median(s) for name, s in time_interleaved(steps, device, budget).items()}
+    rates = {name: round(2 * size**3 / seconds / 1e12, 4) for name, seconds in median.items() if name != "copy"}
+    return {"matmul_tflops": rates, "copy_gbps": round(2 * length / median["copy"] / 1e9, 2)}
+
+
+def _matmul_step(size: int, dtype: torch.dtype, device: torch.device) -> Step:
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    return lambda: {"product": left @ right}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _cuda_peak_mib(step: Step, device: torch.device) -> float:
+    _release(device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 2)
+
+
+def child_peak_memory(script: Path, case: str, contestant: str, timeout: float = 600) -> float | None:
+    """Peak resident MiB of one step over a baseline taken when its inputs are built, in a process of its own.
+
+    The child (`python SCRIPT --measure-memory CASE CONTESTANT`) first runs the case's small form, so that code pages,
+    thread pools and caches are not counted, and its malloc returns freed blocks to the system, so that none hides.
+    None where the system cannot reset a process's peak (other than Linux).
+    """
+    command = [sys.executable, str(script), "--measure-memory", case, contestant, "--threads", str(torch.get_num_threads())]
+    environment = {**os.environ, **_MALLOC_SETTINGS}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith(MEMORY_MARK):
+            value = json.loads(line[len(MEMORY_MARK) :])
+            return None if value is None else round(float(value), 2)
+    raise RuntimeError(f"the memory run of {contestant} in {case} ended with {done.returncode}: {done.stderr[-500:]}")
+
+
+def print_peak_memory(case: Case, contestant: str) -> None:
+    """The child's side of `child_peak_memory`: one line with the MiB of one step."""
+    device = torch.device("cpu")
+    case.small().open(device).step(contestant)()
+    step = case.open(device).step(contestant)
+    gc.collect()
+    _trim()
+    before = _reset_peak_rss()
+    step()
+    peak = None if before is None else (_status_kib("VmHWM") - before) / 1024
+    print(f"{MEMORY_MARK} {json.dumps(peak)}", flush=True)
+
+
+def _reset_peak_rss() -> int | None:
+    """Resident KiB now, the kernel's high-water mark set back to it; None where the kernel offers no such reset."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _status_kib("VmRSS")
+    except OSError:
+        return None
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"no {field} in the process status")
+
+
+def _trim() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
+def row_of(case: Result, contestant: str) -> Result | None:
+    """The contestant's row if it ran."""
+    return next((r for r in case["rows"] if r["contestant"] == contestant and r["status"] == "ok"), None)
+
+
+def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
+    """The fastest row that is not ours."""
+    peers = [r for r in case["rows"] if r["status"] == "ok" and not r["contestant"].startswith(ours)]
+    return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
+
+
+def speed_ratio(row: Result | None, peer: Result | None) -> float | None:
+    """How many times faster `row` is than `peer`."""
+    return peer["time_ms"]["median"] / row["time_ms"]["median"] if row and peer else None
+
+
+def memory_ratio(row: Result | None, peer: Result | None) -> float | None:
+    """Peak memory of `row` over that of `peer`."""
+    if not row or not peer or row["peak_memory_mib"] is None or not peer["peak_memory_mib"]:
+        return None
+    return float(row["peak_memory_mib"] / peer["peak_memory_mib"])
+
+
+def verdict(case: Result) -> str:
+    """"met", "missed (what)" or "" for a case without a target or whose target could not be measured."""
+    target = case["target"]
+    if target is None:
+        return ""
+    ours, peer = row_of(case, target["contestant"]), row_of(case, target["against"]) if target["against"] else None
+    missed = []
+    if "speed" in target:
+        ratio = speed_ratio(ours, peer)
+        if ratio is None:
+            return ""
+        if ratio < target["speed"]:
+            missed.append(f"{ratio:.2f}x of {target['speed']}x")
+    if "memory" in target:
+        ratio = memory_ratio(ours, peer)
+        if ratio is not None and ratio > target["memory"]:
+            missed.append(f"{ratio:.2f} of {target['memory']} of the memory")
+    if "extra_ms" in target:
+        if ours is None:
+            return ""
+        if ours["time_ms"]["median"] > target["extra_ms"]:
+            missed.append(f"{ours['time_ms']['median']:.0f} of {target['extra_ms']:.0f} ms")
+    return f"missed ({', '.join(missed)})" if missed else "met"
+
+
+def case_lines(case: Result) -> list[str]:
+    """The case as lines of a terminal table, one per contestant."""
+    lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]  {verdict(case)}".rstrip()]
+    peer = row_of(case, case["target"]["against"]) if case["target"] and case["target"]["against"] else best_peer(case)
+    for row in case["rows"]:
+        if row["status"] != "ok":
+            lines.append(f"  {row['contestant']:<18} {row['status']}: {row['reason']}")
+            continue
+        ratio = speed_ratio(row, peer)
+        spread = row["time_ms"]
+        parts = [
+            f"{spread['median']:10.3f} ms [{spread['p20']:.3f}, {spread['p80']:.3f}]",
+            f"{ratio:6.2f}x" if ratio else "",
+            f"{row['tflops']:8.3f} TFLOP/s" if row["tflops"] else "",
+            f"{100 * row['ceiling_share']:3.0f}% of ceiling" if row["ceiling_share"] else "",
+            f"{row['peak_memory_mib']:8.1f} MiB" if row["peak_memory_mib"] is not None else "",
+            f"error {max(row['error'].values()):.1e}" + ("" if row["within_rule"] else " (over the rule)") if row["error"] else "",
+        ]
+        lines.append(f"  {row['contestant']:<18} " + "  ".join(part for part in parts if part))
+    return lines

@@ -1,0 +1,170 @@
+"""Attention's contestants by name: each turns a workload into a function of (query, key, value), or says why it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from harness import CannotRun
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench_attention import AttentionWorkload
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def find(name: str) -> Callable[[AttentionWorkload], Attention]:
+    """The maker of a contestant's attention."""
+    family, _, variant = name.partition("-")
+    makers = {"fastattn": fastattn, "sdpa": sdpa, "composite": composite, "flex": flex, "flash_attn": flash_attn}
+    return lambda work: makers[family](work, variant)
+
+
+def fastattn(work: AttentionWorkload, backend: str) -> Attention:
+    """This project's call, on the backend it chooses or on a named one."""
+    import fastattn as library
+
+    return lambda q, k, v: library.attention(q, k, v, **work.options, backend=backend or "auto")
+
+
+def sdpa(work: AttentionWorkload, backend: str) -> Attention:
+    """torch.nn.functional.scaled_dot_product_attention, pinned to a backend where one is named.
+
+    What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built before the timing.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    case = work.case
+    if case.softcap:
+        raise CannotRun("it has no softcap")
+    pins = {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    if case.causal and not work.needs_dense_mask and case.seqlen_q != case.seqlen_k:
+        mask: Tensor | None = work.dense_mask()
+    else:
+        mask = work.dense_additive_mask() if case.alibi or case.bias else work.dense_mask() if work.needs_dense_mask else None
+    is_causal = case.causal and mask is None
+    gqa = case.kv_heads != case.heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(pins[backend]) if backend else nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=case.dropout_p, is_causal=is_causal, enable_gqa=gqa
+            )
+
+    return call
+
+
+def composite(work: AttentionWorkload, _: str) -> Attention:
+    """The formula as one writes it in torch: scores and weights materialised, the mask and the bias built beforehand."""
+    case = work.case
+    mask = work.dense_mask() if work.needs_dense_mask or case.causal else None
+    bias = work.dense_bias() if case.alibi or case.bias else None
+    group = case.heads // case.kv_heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = q @ k.mT * case.head_dim**-0.5
+        if case.softcap:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        if bias is not None:
+            scores = scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        weights = torch.softmax(scores, -1)
+        return F.dropout(weights, case.dropout_p) @ v
+
+    return call
+
+
+def flex(work: AttentionWorkload, _: str) -> Attention:
+    """torch's FlexAttention, compiled; its block mask is built before the timing."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    case = work.case
+    if case.dropout_p:
+        raise CannotRun("it has no dropout")
+    if case.random_mask:
+        raise CannotRun("a dense random mask has no mask_mod but a lookup of every element")
+    if work.device.type == "cpu" and case.direction != "forward":
+        raise CannotRun("it has no backward on the CPU")
+    block_mask = None
+    if case.causal or case.window or case.documents > 1:
+        lengths = case.seqlen_q, case.seqlen_k
+        block_mask = create_block_mask(_flex_mask(work), None, None, *lengths, device=str(work.device))
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    score_mod, gqa = _flex_score(work), case.kv_heads != case.heads
+    return lambda q, k, v: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
+
+
+def _flex_mask(work: AttentionWorkload) -> Callable[..., Tensor]:
+    case, shift = work.case, work.case.seqlen_k - work.case.seqlen_q
+    left, right = case.window or (-1, -1)
+    segments = work.segments()
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = i + shift - j
+        visible = distance >= 0 if case.causal else distance == distance
+        if left >= 0:
+            visible = visible & (distance <= left)
+        if right >= 0:
+            visible = visible & (-distance <= right)
+        if segments is not None:
+            visible = visible & (segments[0, i + shift] == segments[0, j])
+        return visible
+
+    return mask_mod
+
+
+def _flex_score(work: AttentionWorkload) -> Callable[..., Tensor] | None:
+    case, shift = work.case, work.case.seqlen_k - work.case.seqlen_q
+    if case.alibi:
+        slopes = work.slopes()
+        return lambda score, b, h, i, j: score - slopes[h] * (i + shift - j).abs()
+    if case.softcap:
+        return lambda score, b, h, i, j: case.softcap * torch.tanh(score / case.softcap)
+    if case.bias:
+        bias = work.bias()
+        return lambda score, b, h, i, j: score + bias[0, h, i, j]
+    return None
+
+
+def flash_attn(work: AttentionWorkload, _: str) -> Attention:
+    """The flash-attn package's own kernels, where it is installed."""
+    from flash_attn import flash_attn_func
+
+    case = work.case
+    if case.bias or case.random_mask or case.documents > 1:
+        raise CannotRun("flash_attn_func has no mask, bias or documents")
+    slopes = work.slopes() if case.alibi else None
+    window = case.window or (-1, -1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = flash_attn_func(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            dropout_p=case.dropout_p,
+            causal=case.causal,
+            window_size=window,
+            softcap=case.softcap,
+            alibi_slopes=slopes,
+        )
+        return out.transpose(1, 2)
+
+    return call
+
+
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """The geometric slopes 2^(-8 (h + 1) / H) of the ALiBi paper."""
+    return torch.tensor([math.pow(2.0, -8.0 * (head + 1) / heads) for head in range(heads)], device=device)
