@@ -73,6 +73,16 @@ class GradsNeeded(NamedTuple):
     sinks: bool = False
 
 
+class WeightsGradsNeeded(NamedTuple):
+    """Which gradients the backward of the weights must produce, in this order."""
+
+    query: bool = True
+    key: bool = True
+    lse: bool = True
+    bias: bool = False
+    alibi_slopes: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """What a call asks for, without lengths, batch or strides: only the classes of them a kernel is chosen by."""
@@ -94,7 +104,7 @@ class AttentionSpec:
     softcap: bool
     sinks: bool
     dropout: bool
-    float32_precision: str  # "ieee" | "tf32x3" | "tf32"; "ieee" for every other dtype
+    float32_precision: str  # "ieee" (torch's 'highest') | "tf32"; "ieee" for every other dtype
     single_query: bool  # Sq == 1
     aligned: bool  # data pointers and outer strides of q, k, v are multiples of 16 bytes
     wide_offsets: bool  # some element offset passes 2**31

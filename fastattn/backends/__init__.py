@@ -1,0 +1,127 @@
+"""Which kernel runs a call: the backends in order of preference, the choice among them, and its reasons.
+
+A backend is a module with
+    NAME                                what users call it
+    why_not(spec) -> str | None         why it cannot run this spec
+    why_not_auto(spec) -> str | None    why "auto" should pass it over although it could (optional)
+    tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional)
+and, per op, functions of (spec, call, ...) named <op>_fwd and <op>_bwd. All return the same residuals, so the forward
+of one and the backward of another agree.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import torch as pytorch  # this package has a module named torch
+
+from fastattn.backends import torch as torch_backend
+from fastattn.backends import triton as triton_backend
+from fastattn.spec import AttentionCall, AttentionSpec
+
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)  # fastest first: the order is the policy
+NAMES = tuple(backend.NAME for backend in BACKENDS)
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a call, with which tiles, and why each one before it would not."""
+
+    backend: str
+    tiles: str | None
+    refusals: tuple[tuple[str, str], ...]  # (backend, reason), in order of preference
+    spec: AttentionSpec
+    backward: str | None = None  # the backend of the backward pass, where an input requires grad
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        spec = {name: str(v) if name == "dtype" else v for name, v in asdict(self.spec).items()}
+        return {
+            "backend": self.backend,
+            "backward": self.backward,
+            "tiles": self.tiles,
+            "refusals": dict(self.refusals),
+            "spec": spec,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}" + (f" ({self.tiles})" if self.tiles else "")]
+        if self.backward:
+            lines.append(f"backward: {self.backward}")
+        lines += [f"not {name}: {reason}" for name, reason in self.refusals]
+        return "\n".join(lines)
+
+
+def select(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -> ModuleType:
+    """The backend that runs `spec`.
+
+    A named backend that cannot raises its reason; "auto" takes the first that can, after FASTATTN_BACKEND.
+    """
+    name = _forced_name() if name == "auto" else name
+    if name != "auto":
+        backend = BACKENDS[NAMES.index(name)]
+        reason = _why_not(backend, spec, op)
+        if reason is not None:
+            raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
+        return backend
+    refusals = []
+    for backend in BACKENDS:
+        reason = _why_not(backend, spec, op) or _why_not_auto(backend, spec)
+        if reason is None:
+            if backend is torch_backend and spec.device != "cpu":
+                passed_over = "; ".join(f"{name}: {why}" for name, why in refusals)
+                warn_once(f"fastattn runs this call without a fused kernel, on backend='torch' ({passed_over})")
+            return backend
+        refusals.append((backend.NAME, reason))
+    raise RuntimeError("no backend can run this call: " + "; ".join(f"{n}: {why}" for n, why in refusals))
+
+
+def refusals(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -> list[tuple[str, str]]:
+    """(backend, reason) for every backend that would not run `spec`."""
+    reasons = []
+    for backend in BACKENDS:
+        reason = _why_not(backend, spec, op) or (_why_not_auto(backend, spec) if name == "auto" else None)
+        if reason is not None:
+            reasons.append((backend.NAME, reason))
+    return reasons
+
+
+def available() -> list[tuple[str, str | None]]:
+    """(backend, None or why it cannot run on this machine at all), judged by a plain call on the best device."""
+    device = "cuda" if pytorch.cuda.is_available() else "cpu"
+    query = pytorch.empty(1, 1, 16, 64, device=device, dtype=pytorch.float16)
+    spec = AttentionSpec.of(AttentionCall(query, query, query))
+    return [(backend.NAME, backend.why_not(spec) or _why_not_auto(backend, spec)) for backend in BACKENDS]
+
+
+def warn_once(message: str) -> None:
+    """Warn the first time a message is seen in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _why_not(backend: ModuleType, spec: AttentionSpec, op: str) -> str | None:
+    if not hasattr(backend, op):
+        return f"it has no {op}"
+    return backend.why_not(spec)
+
+
+def _why_not_auto(backend: ModuleType, spec: AttentionSpec) -> str | None:
+    return backend.why_not_auto(spec) if hasattr(backend, "why_not_auto") else None
+
+
+def _forced_name() -> str:
+    name = os.environ.get("FASTATTN_BACKEND", "auto")
+    if name == "auto":
+        return name
+    if name not in NAMES:
+        raise ValueError(f"FASTATTN_BACKEND={name!r} is not a backend: choose auto, {', '.join(NAMES)}")
+    warn_once(f"FASTATTN_BACKEND={name} forces this backend for every call that does not name one")
+    return name

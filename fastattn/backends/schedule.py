@@ -1,0 +1,136 @@
+"""Which tiles of the score matrix a call has to visit, from its band and its segments alone: integers, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_MEAN_RUN = 32  # segments shorter than this on average are not worth a tile each
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Query i sees keys pos(i) - left <= j <= pos(i) + right, pos(i) = i + shift; None is unbounded."""
+
+    left: int | None
+    right: int | None
+    shift: int
+
+    def hull(self, rows: range, cols: range) -> range:
+        """The part of `cols` that some row of `rows` may see."""
+        start, stop = cols.start, cols.stop
+        if self.left is not None:
+            start = max(start, rows.start + self.shift - self.left)
+        if self.right is not None:
+            stop = min(stop, rows.stop - 1 + self.shift + self.right + 1)
+        return range(start, max(start, stop))
+
+    def covers(self, rows: range, cols: range) -> bool:
+        """Whether every row of `rows` sees every key of `cols`."""
+        if self.left is not None and cols.start < rows.stop - 1 + self.shift - self.left:
+            return False
+        return self.right is None or cols.stop - 1 <= rows.start + self.shift + self.right
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A rectangle of the score matrix and how much of it is visible."""
+
+    rows: range
+    cols: range
+    structure: str  # "full" | "causal": row r sees columns c <= r, both counted from the tile's corner | "masked"
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Segment ids of one sequence: (Sq,) and (Sk,) integers; negative ids attend nothing."""
+
+    query: NDArray[np.int32]
+    key: NDArray[np.int32]
+
+    def intervals(self, len_k: int) -> Iterator[tuple[range, range, bool]]:
+        """(rows, hull of the keys they may see, whether every row sees all of it), empty hulls left out."""
+        key_ids = self.key[:len_k]
+        ids, first, counts = np.unique(key_ids, return_index=True, return_counts=True)
+        last = len(key_ids) - 1 - np.unique(key_ids[::-1], return_index=True)[1]
+        where = {int(i): (int(f), int(p) + 1, int(n)) for i, f, p, n in zip(ids, first, last, counts) if i >= 0}
+        changes = np.flatnonzero(np.diff(self.query)) + 1
+        edges = [0, *(int(change) for change in changes), len(self.query)]
+        if len(edges) - 1 > max(8, len(self.query) // MIN_MEAN_RUN):
+            edges = list(range(0, len(self.query), MIN_MEAN_RUN)) + [len(self.query)]
+        for start, stop in zip(edges, edges[1:]):
+            seen = [where[int(i)] for i in np.unique(self.query[start:stop]) if int(i) in where]
+            if not seen:
+                continue
+            cols = range(min(f for f, _, _ in seen), max(p for _, p, _ in seen))
+            single = bool((self.query[start:stop] == self.query[start]).all())
+            yield range(start, stop), cols, single and seen[0][2] == len(cols)
+
+
+def intervals(segments: Segments | None, len_q: int, len_k: int) -> Iterator[tuple[range, range, bool]]:
+    """The row intervals a call falls into: one, or one per segment."""
+    if segments is not None:
+        yield from segments.intervals(len_k)
+    elif len_q and len_k:
+        yield range(len_q), range(len_k), True
+
+
+def whole_tiles(
+    band: Band, segments: Segments | None, len_q: int, len_k: int, row_block: int, dense: bool
+) -> Iterator[list[Tile]]:
+    """Tiles for a kernel that is itself blockwise: as large as their structure stays simple.
+
+    Yields the tiles of one row range at a time; their rows agree and their columns do not overlap. With `dense`, a
+    mask or bias must be cut along, so rows come in blocks of `row_block`.
+    """
+    for rows, cols, exact in intervals(segments, len_q, len_k):
+        if exact and not dense and band.left is None and band.right in (None, 0):
+            yield from _square_tiles(band, rows, cols)
+            continue
+        for block in _blocks(rows, row_block):
+            hull = band.hull(block, cols)
+            if hull:
+                full = exact and band.covers(block, hull)
+                yield [Tile(block, hull, "full" if full else "masked")]
+
+
+def block_tiles(
+    band: Band, segments: Segments | None, len_q: int, len_k: int, row_block: int, col_block: int
+) -> Iterator[list[Tile]]:
+    """Tiles of at most row_block x col_block, row block by row block, invisible ones left out."""
+    for rows, cols, exact in intervals(segments, len_q, len_k):
+        for block in _blocks(rows, row_block):
+            tiles = []
+            for part in _blocks(band.hull(block, cols), col_block):
+                full = exact and band.covers(block, part)
+                tiles.append(Tile(block, part, "full" if full else "masked"))
+            if tiles:
+                yield tiles
+
+
+def _square_tiles(band: Band, rows: range, cols: range) -> Iterator[list[Tile]]:
+    """A full or causal rectangle as at most two tiles: all keys before the diagonal's corner, and the diagonal."""
+    if band.right is None:
+        yield [Tile(rows, cols, "full")]
+        return
+    rows = range(max(rows.start, cols.start - band.shift), rows.stop)  # earlier rows see nothing
+    corner = rows.start + band.shift  # the last key that the first row sees
+    if not rows:
+        return
+    if corner + 1 >= cols.stop:
+        yield [Tile(rows, cols, "full")]
+        return
+    if len(rows) == 1:
+        yield [Tile(rows, range(cols.start, corner + 1), "full")]
+        return
+    tiles = [Tile(rows, range(cols.start, corner), "full")] if corner > cols.start else []
+    tiles.append(Tile(rows, range(corner, min(cols.stop, rows.stop + band.shift)), "causal"))
+    yield tiles
+
+
+def _blocks(whole: range, size: int) -> Iterator[range]:
+    for start in range(whole.start, whole.stop, size):
+        yield range(start, min(start + size, whole.stop))

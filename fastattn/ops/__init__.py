@@ -1,0 +1,1 @@
+"""The public functions, one op to a file, each with the op's registration."""

@@ -1,0 +1,254 @@
+"""The arguments of the public ops: refused by name before any work, or put in the one form backends see."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.philox import draw_seed
+from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM, accumulation_dtype
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def call_arguments(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool | str, window: tuple[int | None, int | None] | None,
+    mask: Tensor | None, bias: Tensor | None, segment_ids: Tensor | tuple[Tensor, Tensor] | None,
+    key_lengths: Tensor | None, alibi_slopes: Tensor | None, softcap: float | None, sinks: Tensor | None,
+    dropout_p: float, dropout_seed: int | Tensor | None, scale: float | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The public arguments of `attention`, checked and put in the order of AttentionCall's fields."""
+    query, key, value = autocast_qkv(query, key, value)
+    check_qkv(query, key, value)
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    seqlen_k = key.shape[2]
+    full = (batch, num_heads, seqlen_q, seqlen_k)
+    per_head_dtype = accumulation_dtype(query.dtype)
+
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: got {mask.dtype}, needs bool (True = attend); additive masks are passed as bias")
+        mask = broadcastable_4d("mask", mask, full, query)
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_floating("bias", bias)
+        bias = broadcastable_4d("bias", bias, full, query)
+    query_segments = key_segments = None
+    if segment_ids is not None:
+        ids_q, ids_k = segment_pair(segment_ids, seqlen_q, seqlen_k)
+        query_segments = check_integers("segment_ids", ids_q, (batch, seqlen_q), query)
+        key_segments = check_integers("segment_ids", ids_k, (batch, seqlen_k), query)
+    if key_lengths is not None:
+        key_lengths = check_integers("key_lengths", key_lengths, (batch,), query)
+    if alibi_slopes is not None:
+        check_tensor("alibi_slopes", alibi_slopes)
+        check_floating("alibi_slopes", alibi_slopes)
+        check_device("alibi_slopes", alibi_slopes, query)
+        if alibi_slopes.shape != (num_heads,) and alibi_slopes.shape != (batch, num_heads):
+            got = shape_of(alibi_slopes)
+            raise ValueError(f"alibi_slopes: got shape {got}, needs ({num_heads},) or ({batch}, {num_heads})")
+        alibi_slopes = alibi_slopes.view(-1, num_heads).to(per_head_dtype)
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        check_floating("sinks", sinks)
+        check_device("sinks", sinks, query)
+        if sinks.shape != (num_heads,):
+            raise ValueError(f"sinks: got shape {shape_of(sinks)}, needs ({num_heads},)")
+        sinks = sinks.to(per_head_dtype)
+    dropout_p = probability("dropout_p", dropout_p)
+    window_left, window_right = window_bounds(window)
+    return (
+        query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks,
+        seed_tensor(dropout_seed, query) if dropout_p > 0.0 else None,
+        causal_mode(causal), window_left, window_right,
+        positive_or_zero("softcap", softcap), dropout_p, score_scale(scale, head_dim),
+    )  # fmt: skip
+
+
+def autocast_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands in autocast's dtype where autocast is on, as it does for matmul; float64 is left alone."""
+    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(query), cast(key), cast(value)
+
+
+def segment_pair(
+    segment_ids: Tensor | tuple[Tensor, Tensor], seqlen_q: int, seqlen_k: int
+) -> tuple[Tensor, Tensor]:
+    if isinstance(segment_ids, (tuple, list)):
+        if len(segment_ids) != 2:
+            raise ValueError(f"segment_ids: got {len(segment_ids)} tensors, needs one or a pair (queries, keys)")
+        return segment_ids[0], segment_ids[1]
+    if seqlen_q != seqlen_k:
+        raise ValueError(
+            f"segment_ids: got one tensor for {seqlen_q} queries and {seqlen_k} keys, needs a pair (queries, keys)"
+        )
+    return segment_ids, segment_ids
+
+
+def seed_tensor(seed: int | Tensor | None, query: Tensor) -> Tensor:
+    if seed is None:
+        return draw_seed(query.device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            got = f"{seed.dtype} of shape {shape_of(seed)}"
+            raise TypeError(f"dropout_seed: got {got}, needs an int or one int64 element")
+        check_device("dropout_seed", seed, query)
+        return seed.view(1)
+    if isinstance(seed, (bool, float, str)):
+        raise TypeError(f"dropout_seed: got {type(seed).__name__}, needs an int or one int64 element")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"dropout_seed: got {seed}, needs a 64-bit integer")
+    return torch.full((1,), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=query.device)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """A shape as messages print it."""
+    return tuple(tensor.shape)
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Ranks, sizes, dtypes and devices of (B, H, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, Dv)."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs 4 dimensions (batch, heads, length, dim)")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: got {tensor.dtype}, needs float16, bfloat16, float32 or float64")
+        check_device(name, tensor, query)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, needs the query's {query.dtype}; cast it or use autocast")
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"{name}: got batch size {tensor.shape[0]}, needs the query's {query.shape[0]}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key: got head dim {key.shape[3]}, needs the query's {query.shape[3]}")
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value: got {value.shape[1]} heads, needs the key's {key.shape[1]}")
+    if value.shape[2] != key.shape[2]:
+        raise ValueError(f"value: got length {value.shape[2]}, needs the key's {key.shape[2]}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"key: got {kv_heads} heads, which does not divide the query's {heads}")
+    for name, dim in (("query", query.shape[3]), ("value", value.shape[3])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: got head dim {dim}, needs 1 to {MAX_HEAD_DIM}")
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """A torch tensor and nothing else."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, needs a torch.Tensor")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, needs a dense one; pad it and pass key_lengths")
+
+
+def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    """The query's device."""
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: got device {tensor.device}, needs the query's {query.device}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A float dtype."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {tensor.dtype}, needs a float dtype")
+
+
+def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) -> Tensor:
+    """Integers of one shape, returned as contiguous int32."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: got {tensor.dtype}, needs integers")
+    if shape_of(tensor) != shape:
+        raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs {shape}")
+    check_device(name, tensor, query)
+    return tensor.to(torch.int32).contiguous()
+
+
+def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> Tensor:
+    """`tensor` with leading ones up to rank 4, each size 1 or that of `full`."""
+    check_device(name, tensor, query)
+    if tensor.dim() > 4 or any(
+        size != 1 and size != whole for size, whole in zip(reversed(tensor.shape), reversed(full))
+    ):
+        raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs one that broadcasts to {full}")
+    return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
+
+
+def causal_mode(causal: bool | str) -> str:
+    """One of spec.CAUSAL_MODES from the public argument."""
+    if causal is True or causal == "bottom_right":
+        return "bottom_right"
+    if causal is False:
+        return "none"
+    if isinstance(causal, str) and causal == "top_left":
+        return "top_left"
+    raise ValueError(f"causal: got {causal!r}, needs False, True (bottom right) or 'top_left'")
+
+
+def window_bounds(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """(left, right) with -1 for an unbounded side."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: got {window!r}, needs None or a pair (left, right)")
+    sides = []
+    for side in window:
+        if side is None:
+            sides.append(-1)
+        elif isinstance(side, (float, bool, str, Tensor)):
+            raise TypeError(f"window: got {window!r}, needs integers or None")
+        elif side < -1:
+            raise ValueError(f"window: got {window!r}, needs sides of 0 or more; None or -1 is unbounded")
+        else:
+            sides.append(side)
+    return sides[0], sides[1]
+
+
+def positive_or_zero(name: str, number: float | None) -> float:
+    """A positive finite option, 0.0 where it is not given."""
+    if number is None:
+        return 0.0
+    if isinstance(number, (bool, str, Tensor)):
+        raise TypeError(f"{name}: got {type(number).__name__}, needs a number or None")
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name}: got {number}, needs a positive finite number or None")
+    return float(number)
+
+
+def probability(name: str, number: float) -> float:
+    """A number in [0, 1)."""
+    if isinstance(number, (bool, str, Tensor)):
+        raise TypeError(f"{name}: got {type(number).__name__}, needs a number")
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name}: got {number}, needs 0 <= p < 1")
+    return float(number)
+
+
+def score_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q.k: D**-0.5 unless given."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, (bool, str, Tensor)):
+        raise TypeError(f"scale: got {type(scale).__name__}, needs a number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, needs a finite number")
+    return float(scale)
+
+
+def check_backend(name: str) -> None:
+    """A known backend or "auto"."""
+    if name != "auto" and name not in backends.NAMES:
+        raise ValueError(f"backend: got {name!r}, needs auto, {' or '.join(backends.NAMES)}")

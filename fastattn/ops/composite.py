@@ -1,0 +1,134 @@
+"""Attention in differentiable torch operations: what runs under transforms and for second derivatives.
+
+It materialises the scores; every use says so once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn import backends, reference
+from fastattn.spec import AttentionCall, accumulation_dtype
+
+
+def transform_in_use(args: tuple[Any, ...]) -> str | None:
+    """The transform that the fused op would miss, if one is active: it would lose tangents without a word."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
+    if forward_ad._current_level >= 0:
+        tensors = (arg for arg in args if isinstance(arg, Tensor))
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            return "forward-mode AD"
+    return None
+
+
+def reference_options(call: AttentionCall) -> dict[str, Any]:
+    """The options of `reference.attention` that mean the same as `call`."""
+    return {
+        "causal": {"none": False, "bottom_right": True, "top_left": "top_left"}[call.causal],
+        "window": (call.window_left, call.window_right),
+        "mask": call.mask,
+        "bias": call.bias,
+        "segment_ids": None if call.query_segments is None else (call.query_segments, call.key_segments),
+        "key_lengths": call.key_lengths,
+        "alibi_slopes": call.alibi_slopes,
+        "softcap": call.softcap or None,
+        "sinks": call.sinks,
+        "dropout_p": call.dropout_p,
+        "dropout_seed": call.dropout_seed,
+        "scale": call.scale,
+    }
+
+
+def attention(
+    args: tuple[Any, ...], reason: str, return_lse: bool, return_weights: bool | str, backend: str
+) -> Tensor | tuple[Tensor, ...]:
+    """The call in differentiable torch operations, for transforms a fused kernel has no rule for."""
+    if backend not in ("auto", "torch"):
+        raise RuntimeError(f"backend={backend!r} cannot run this call: {reason} is active; use 'auto' or 'torch'")
+    backends.warn_once(f"fastattn materialises the scores, O(Sq * Sk) memory: {reason} is active")
+    call = AttentionCall(*args)
+    out, lse = out_and_lse(call)
+    results = [out]
+    if return_lse:
+        results.append(lse)
+    if return_weights:
+        results.append(weights(call, lse, return_weights == "mean"))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def out_and_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call in the accumulation dtype, out cast back."""
+    dtype = accumulation_dtype(call.query.dtype)
+    operands = (call.query.to(dtype), call.key.to(dtype), call.value.to(dtype))
+    out, lse = reference.attention(*operands, **reference_options(call), return_lse=True)
+    return out.to(call.query.dtype), lse
+
+
+def weights(call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
+    """The weights of a call whose lse is given."""
+    dtype = accumulation_dtype(call.query.dtype)
+    options = reference_options(call)
+    dropout = options.pop("dropout_p"), options.pop("dropout_seed")
+    options.pop("sinks")
+    key = call.key
+    if call.key_lengths is not None:
+        in_length = torch.arange(key.shape[2], device=key.device) < call.key_lengths[:, None]
+        key = torch.where(in_length[:, None, :, None], key, 0)
+    scores = reference.masked_scores(call.query.to(dtype), key.to(dtype), **options)
+    result = reference.weights_from_lse(scores, lse, *dropout)
+    return (result.mean(dim=1) if mean else result).to(call.query.dtype)
+
+
+def second_derivative(
+    forward: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Differentiate a first derivative: the backward of a backward op.
+
+    Args:
+        forward: differentiable function of `inputs` with one result per cotangent.
+        inputs, cotangents: what the backward op was given; None where absent.
+        grad_outputs: the incoming gradient of each input's gradient; None where there is none.
+
+    Returns:
+        Gradients of the cotangents and of the inputs, None where nothing flows.
+    """
+    backends.warn_once("fastattn materialises the scores, O(Sq * Sk) memory: a second derivative was asked for")
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        fresh_inputs = [_fresh(t) for t in inputs]
+        fresh_cotangents = [_fresh(t) for t in cotangents]
+        results = forward(*fresh_inputs)
+        used = [(r, c) for r, c in zip(results, fresh_cotangents) if c is not None]
+        wanted = [(t, g) for t, g in zip(fresh_inputs, grad_outputs) if t is not None and g is not None]
+        first = torch.autograd.grad(
+            [r for r, _ in used], [t for t, _ in wanted], [c for _, c in used], create_graph=True, allow_unused=True
+        )
+        pairs = [(f, g) for f, (_, g) in zip(first, wanted) if f is not None]
+        sources = [t for t in (*fresh_cotangents, *fresh_inputs) if t is not None]
+        second = iter(
+            torch.autograd.grad(
+                [f for f, _ in pairs], sources, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+            )
+        )
+    return (
+        [None if t is None else next(second) for t in fresh_cotangents],
+        [None if t is None else next(second) for t in fresh_inputs],
+    )
+
+
+def _fresh(tensor: Tensor | None) -> Tensor | None:
+    """The same values under an identity of their own: q and k may be one tensor with two gradients."""
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()

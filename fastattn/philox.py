@@ -1,0 +1,78 @@
+"""The dropout stream every backend shares: Philox4x32-10 addressed by (batch * H + head, query, key)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KEYS_PER_CALL = 8  # one Philox call yields four 32-bit words, so eight 16-bit halves
+_LOW32 = 0xFFFFFFFF
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
+    """Philox4x32 of Salmon et al. (SC 2011) on four counter words and two key words.
+
+    Words are int64 tensors holding values below 2**32, broadcast against each other: a word that depends on few
+    coordinates stays small until a round mixes it, so the first rounds of a grid of counters cost little.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # The products wrap modulo 2**64, which keeps every bit: the shift is arithmetic, the mask removes the sign.
+        product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
+        c0 = ((product1 >> 32) & _LOW32) ^ (c1 ^ k0)
+        c2 = ((product0 >> 32) & _LOW32) ^ (c3 ^ k1)
+        c1, c3 = product1 & _LOW32, product0 & _LOW32
+        k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
+    return [c0, c1, c2, c3]
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed from torch's generator, on the device, so that a replayed CUDA graph draws a new one."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """A key is kept iff its 16-bit half is at least this: round(65536 p), within 1..65535 for p > 0."""
+    if dropout_p <= 0.0:
+        return 0
+    return min(max(round(65536 * dropout_p), 1), 65535)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What kept values are multiplied with: 65536 / (65536 - threshold)."""
+    return 65536 / (65536 - keep_threshold(dropout_p))
+
+
+def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: float) -> Tensor:
+    """Which weights survive dropout.
+
+    Args:
+        seed: one int64 element; its low and high 32 bits are the Philox key.
+        heads: integer tensor of b * H + h, any shape.
+        rows: queries. Counter word 1.
+        cols: keys. Counter word 0 is key // 8; key j takes half j % 8 (word (j % 8) // 2, low half first).
+        dropout_p: probability of dropping.
+
+    Returns:
+        bool (*heads.shape, len(rows), len(cols)); True = keep.
+    """
+    device = heads.device
+    seed = seed.reshape(()).to(device)
+    first_call, last_call = cols.start // KEYS_PER_CALL, -(-cols.stop // KEYS_PER_CALL)
+    calls = torch.arange(first_call, max(last_call, first_call), device=device)
+    queries = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    heads = heads.to(torch.int64)[..., None, None]
+    words = philox_4x32(
+        (calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32)
+    )
+    threshold = keep_threshold(dropout_p)
+    shape = torch.broadcast_shapes(calls.shape, queries.shape, heads.shape)
+    keep = torch.empty(*shape, KEYS_PER_CALL, dtype=torch.bool, device=device)
+    for index, word in enumerate(words):
+        keep[..., 2 * index] = (word & 0xFFFF) >= threshold
+        keep[..., 2 * index + 1] = (word >> 16) >= threshold
+    offset = cols.start - first_call * KEYS_PER_CALL
+    return keep.flatten(-2)[..., offset : offset + len(cols)]

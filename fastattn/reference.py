@@ -1,0 +1,118 @@
+"""The oracle: what attention means, in plain torch, for any float dtype and differentiable any number of times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.philox import draw_seed, keep_mask, keep_scale
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_weights: bool | str = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """softmax(softcap(scale * q.k) + alibi + bias, masked) @ v, every intermediate in the dtype of the query.
+
+    Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
+    """
+    if key_lengths is not None:  # what lies beyond may be NaN, and 0 * NaN is NaN: remove it from every product
+        in_length = torch.arange(key.shape[2], device=query.device) < key_lengths[:, None]  # (B, Sk)
+        key = torch.where(in_length[:, None, :, None], key, 0)
+        value = torch.where(in_length[:, None, :, None], value, 0)
+    scores = masked_scores(
+        query, key, causal, window, mask, bias, segment_ids, key_lengths, alibi_slopes, softcap, scale
+    )
+    batch, num_heads, seqlen_q, seqlen_k = scores.shape
+    logits = scores
+    if sinks is not None:
+        column = sinks.to(query.dtype)[:, None, None].expand(batch, num_heads, seqlen_q, 1)
+        logits = torch.cat([scores, column], dim=-1)
+    has_key = (logits != float("-inf")).any(-1)
+    lse = torch.where(has_key[..., None], logits, 0).logsumexp(-1)  # a row of -inf alone has no finite gradient
+    lse = torch.where(has_key, lse, float("-inf"))
+    weights = weights_from_lse(scores, lse, dropout_p, dropout_seed)
+    results = [weights @ value.repeat_interleave(num_heads // value.shape[1], dim=1)]
+    if return_lse:
+        results.append(lse)
+    if return_weights:
+        results.append(weights.mean(dim=1) if return_weights == "mean" else weights)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def masked_scores(
+    query: Tensor,
+    key: Tensor,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softcap(scale * q.k) + alibi + bias, -inf where a query may not look: (B, H, Sq, Sk)."""
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    seqlen_k = key.shape[2]
+    key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
+    scores = (query @ key.mT) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    shift = 0 if causal == "top_left" else seqlen_k - seqlen_q
+    keys = torch.arange(seqlen_k, device=query.device)
+    distance = torch.arange(seqlen_q, device=query.device)[:, None] + shift - keys  # (Sq, Sk), pos(i) - j
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(query.dtype).expand(batch, num_heads)[..., None, None]
+        scores = scores - slopes * distance.abs().to(query.dtype)
+    if bias is not None:
+        scores = scores + bias.to(query.dtype)
+
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        visible = visible & (distance >= 0)
+    left, right = (None, None) if window is None else window
+    if left is not None and left >= 0:
+        visible = visible & (distance <= left)
+    if right is not None and right >= 0:
+        visible = visible & (-distance <= right)
+    if mask is not None:
+        visible = visible & mask
+    if bias is not None:
+        visible = visible & (bias != float("-inf"))
+    if segment_ids is not None:
+        ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        ids_q, ids_k = ids[0][:, None, :, None], ids[1][:, None, None, :]
+        visible = visible & (ids_q == ids_k) & (ids_q >= 0)
+    if key_lengths is not None:
+        visible = visible & (keys < key_lengths[:, None, None, None])
+    return torch.where(visible, scores, float("-inf"))
+
+
+def weights_from_lse(scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor:
+    """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
+    batch, num_heads, seqlen_q, seqlen_k = scores.shape
+    weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])
+    if dropout_p > 0.0:
+        seed = draw_seed(scores.device) if dropout_seed is None else torch.as_tensor(dropout_seed)
+        heads = torch.arange(batch * num_heads, device=scores.device).view(batch, num_heads)
+        keep = keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
+        weights = weights * keep * keep_scale(dropout_p)
+    return weights
