@@ -1,0 +1,126 @@
+"""What a model is made of: its sizes and options, validated, with presets as rows and JSON in transformers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import InitVar, asdict, dataclass
+from typing import Any
+
+from fastattn.nn.blocks import ACTIVATIONS
+
+POSITIONS = ("learned", "rotary", "alibi")
+
+
+@dataclass
+class GPTConfig:
+    """A GPT's sizes and options; names and meanings are transformers' `GPT2Config` where it has them.
+
+    Args:
+        vocab_size: tokens.
+        n_positions: longest sequence; a limit under learned positions, only a default length otherwise.
+        n_embd, n_layer, n_head: model width, blocks, query heads.
+        n_inner: width of the MLP, 4 * n_embd by default.
+        num_kv_heads: key/value heads, n_head by default; fewer is grouped-query attention.
+        positions: "learned" (GPT-2), "rotary" or "alibi".
+        rope_theta: base of the rotary angles.
+        window: how many keys each query sees, itself included; None for all.
+        qk_norm: normalise queries and keys per head.
+        bias: whether linear layers and norms have a bias.
+        activation_function: one of `fastattn.nn.blocks.ACTIVATIONS`.
+        embd_pdrop, resid_pdrop, attn_pdrop: dropout of embeddings, of what blocks add, of attention weights.
+        dropout: sets all three; not stored.
+        tie_word_embeddings: one matrix for the token embedding and the output.
+        layer_norm_epsilon, initializer_range: as named.
+        bos_token_id, eos_token_id, pad_token_id: ids `generate` uses by default, None for none.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    num_kv_heads: int | None = None
+    positions: str = "learned"
+    rope_theta: float = 10000.0
+    window: int | None = None
+    qk_norm: bool = False
+    bias: bool = True
+    activation_function: str = "gelu_new"
+    embd_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    dropout: InitVar[float | None] = None
+
+    def __post_init__(self, dropout: float | None) -> None:
+        if dropout is not None:
+            self.embd_pdrop = self.resid_pdrop = self.attn_pdrop = dropout
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _check_positive(name, getattr(self, name))
+        for name in ("n_inner", "num_kv_heads", "window"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs 0 <= p < 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head: got {self.n_head}, which does not divide n_embd={self.n_embd}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"num_kv_heads: got {self.kv_heads}, which does not divide n_head={self.n_head}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: got {self.positions!r}, needs one of {', '.join(POSITIONS)}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"positions: rotary needs an even head dim, got n_embd / n_head = {self.head_dim}"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function: got {self.activation_function!r}, needs one of {known}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.n_head if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> GPTConfig:
+        """A row of `PRESETS`, with some fields changed."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain types."""
+        return asdict(self)
+
+
+_GPT2 = {"bos_token_id": 50256, "eos_token_id": 50256}
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4},
+    "micro": {"vocab_size": 8192, "n_positions": 512, "n_embd": 256, "n_layer": 6, "n_head": 4},
+    "gpt2": {**_GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {**_GPT2, "n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {**_GPT2, "n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {**_GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
+
+
+def _check_positive(name: str, number: Any) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name}: got {number!r}, needs a positive integer")

@@ -1,0 +1,363 @@
+"""Multi-head attention: `torch.nn.MultiheadAttention` to its user, running on `fastattn.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.masks import MaskError, ShapeError, check_inputs, merge_masks
+from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotary
+from fastattn.ops.attention import attention
+
+# Attributes that exist on this class's instances but not on torch's; `swap_attention` adds and removes them.
+EXTRA_ATTRIBUTES = (
+    "num_kv_heads",
+    "rotary",
+    "window",
+    "alibi_slopes",
+    "softcap",
+    "sinks",
+    "q_norm",
+    "k_norm",
+    "backend",
+)
+
+
+class MultiHeadAttention(nn.MultiheadAttention):
+    r"""softmax(q k^T / sqrt(D) + masks) v over H heads, between an input and an output projection.
+
+    The positional parameters, `forward`, parameter names, initialisation and results are those of
+    :class:`torch.nn.MultiheadAttention` (bool masks: True = do **not** attend; float masks are added). Differences: a
+    row with no key to see gives 0 where torch gives NaN; torch's inference fast path, which reads the weights past
+    `forward`, is never taken, also inside `nn.TransformerEncoderLayer`; dropout draws from fastattn's generator, so
+    its masks agree with torch's in distribution only; TorchScript is not supported.
+
+    Keyword-only extras:
+        num_kv_heads: key/value heads, a divisor of num_heads (grouped-query attention); `in_proj_weight` then has
+            embed_dim + 2 * num_kv_heads * head_dim rows.
+        rotary: True, or a `Rotary`, turns queries and keys by their positions (after qk_norm).
+        window: (left, right) keys visible around each query; None or -1 is unbounded.
+        alibi: True for the standard slopes, or a (H,) tensor: adds -slope * distance; a buffer `alibi_slopes`.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: True adds a learnable parameter `sinks` (H,), one logit per head that takes weight and carries no value.
+        qk_norm: True normalises each head of q and k by a learned RMSNorm (`q_norm`, `k_norm`).
+        backend: "auto" or the name of a fastattn backend.
+
+    Raises ValueError for options that do not fit together; shapes that torch rejects raise ValueError too (and are
+    also what torch raises: AssertionError, or RuntimeError for masks).
+    """
+
+    num_kv_heads: int
+    rotary: Rotary | None
+    window: tuple[int | None, int | None] | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: nn.Parameter | None
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
+    backend: str
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        rotary: bool | Rotary = False,
+        window: tuple[int | None, int | None] | None = None,
+        alibi: bool | Tensor = False,
+        softcap: float | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            bias=bias,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+        if (add_bias_kv or add_zero_attn) and (rotary or alibi is not False or window is not None):
+            raise ValueError(
+                "add_bias_kv and add_zero_attn append keys that have no position: "
+                "they do not go with rotary, alibi or window"
+            )
+        self.add_extras(
+            num_kv_heads=num_kv_heads,
+            rotary=rotary,
+            window=window,
+            alibi=alibi,
+            softcap=softcap,
+            sinks=sinks,
+            qk_norm=qk_norm,
+            backend=backend,
+        )
+
+    def add_extras(
+        self,
+        *,
+        num_kv_heads: int | None = None,
+        rotary: bool | Rotary = False,
+        window: tuple[int | None, int | None] | None = None,
+        alibi: bool | Tensor = False,
+        softcap: float | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        """Give the module the attributes torch's class lacks; the constructor and `swap_attention` call this once."""
+        device, dtype = self.out_proj.weight.device, self.out_proj.weight.dtype
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {num_kv_heads}")
+        if self.num_kv_heads != self.num_heads:
+            self._narrow_keys_and_values()
+        if rotary is True:
+            rotary = Rotary(self.head_dim)
+        if isinstance(rotary, Rotary) and rotary.head_dim != self.head_dim:
+            raise ValueError(f"rotary is for head_dim {rotary.head_dim}, this module's is {self.head_dim}")
+        self.rotary = rotary or None
+        self.window = window
+        self.softcap = softcap
+        self.backend = backend
+        if isinstance(alibi, Tensor) and alibi.shape != (self.num_heads,):
+            raise ValueError(f"alibi must be of shape ({self.num_heads},), got {tuple(alibi.shape)}")
+        slopes = alibi_slopes(self.num_heads, device) if alibi is True else alibi
+        self.register_buffer("alibi_slopes", slopes if isinstance(slopes, Tensor) else None)
+        zeros = torch.zeros(self.num_heads, device=device, dtype=dtype)
+        self.register_parameter("sinks", nn.Parameter(zeros) if sinks else None)
+        self.q_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
+        self.register_forward_pre_hook(keep_forward)
+
+    def _narrow_keys_and_values(self) -> None:
+        """Shrink torch's projections of keys and values to num_kv_heads heads, initialised as torch would."""
+        kv_dim = self.num_kv_heads * self.head_dim
+        rows = {"k_proj_weight": kv_dim, "v_proj_weight": kv_dim}
+        rows |= {"in_proj_weight": self.embed_dim + 2 * kv_dim, "in_proj_bias": self.embed_dim + 2 * kv_dim}
+        for name, size in rows.items():
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, nn.Parameter(old.new_empty((size, *old.shape[1:]))))
+        for name in ("bias_k", "bias_v"):
+            if (old := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(old.new_empty((1, 1, kv_dim))))
+        self._reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        causal: bool = False,
+        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None,
+        rotary: RotaryTable | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, weights or None), as torch.nn.MultiheadAttention.forward; the keyword-only options are additions.
+
+        Shapes: query (L, E), (L, N, E), or (N, L, E) where batch_first; key (..., kdim) and value (..., vdim) likewise
+        with S for L; key_padding_mask (N, S) or (S,); attn_mask (L, S) or (N * H, L, S). Weights are (N, L, S), or
+        (N, H, L, S) where not averaged, without N for unbatched input.
+
+        causal: hide later keys (aligned to the last key) without an attn_mask. segment_ids (N, L), or a pair (N, L),
+        (N, S): only equal ids attend, negative ids attend nothing. key_lengths (N,): valid keys of each sequence.
+        rotary: cos and sin to turn queries and new keys by, in place of positions 0, 1, ... and of the module's own
+        `rotary`. cache: keys and values of earlier calls, to which this call's are appended; masks, segment ids of the
+        keys and lengths then cover those before as well.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            if is_causal or any(
+                x is not None for x in (attn_mask, key_padding_mask, segment_ids, key_lengths, rotary, cache)
+            ):
+                raise ValueError("query: a nested tensor goes without masks, lengths, segments and cache")
+            return self._forward_nested(query, key, value, need_weights, average_attn_weights, causal)
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        batched = check_inputs(query, key, value, widths=widths, batch_first=self.batch_first)
+        if is_causal and attn_mask is None:
+            raise MaskError(
+                "is_causal: is a hint about attn_mask, which is None; causal=True needs no attn_mask"
+            )
+        if is_causal and causal:
+            raise ValueError("causal: got True besides is_causal=True, needs one of them")
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        if appended and (causal or any(x is not None for x in (segment_ids, key_lengths, rotary, cache))):
+            raise ValueError(
+                "add_bias_kv, add_zero_attn: append keys that have no position, "
+                "which do not go with causal, segment_ids, key_lengths, rotary or cache"
+            )
+        seq_dim = 1 if batched and self.batch_first else 0
+        alignment: bool | str = causal
+        if is_causal and key_padding_mask is None and not need_weights:
+            alignment, attn_mask = "top_left", None  # torch trusts the hint here and uses attn_mask elsewhere
+        masks = merge_masks(
+            attn_mask,
+            key_padding_mask,
+            batch=query.shape[1 - seq_dim] if batched else 1,
+            num_heads=self.num_heads,
+            seqlen_q=query.shape[seq_dim],
+            seqlen_k=key.shape[seq_dim] + (0 if cache is None else cache.length),
+            batched=batched,
+        )
+
+        q, k, v = self._project(query, key, value)  # (..., H * D), (..., Hkv * D) twice
+        q, k, v = (self._split_heads(x) for x in (q, k, v))  # (B, H, L, D), (B, Hkv, S, D) twice
+        q, k = self._place(q, k, rotary, 0 if cache is None else cache.length)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if appended:
+            k, v = self._append_keys(k, v)
+            masks = masks.padded(appended)
+        results = attention(
+            q,
+            k,
+            v,
+            causal=alignment,
+            window=self.window,
+            mask=masks.mask,
+            bias=masks.bias,
+            segment_ids=segment_ids,
+            key_lengths=key_lengths,
+            alibi_slopes=self.alibi_slopes,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=("mean" if average_attn_weights else True) if need_weights else False,
+            backend=self.backend,
+        )
+        out, weights = results if isinstance(results, tuple) else (results, None)
+        out = self._merge_heads(out, batched)  # (..., H * D)
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return out, weights if batched or weights is None else weights.squeeze(0)
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool,
+        average_attn_weights: bool,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pad, attend within each sequence's length, and cut the output back; the weights stay padded."""
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not tensor.is_nested or tensor.layout != torch.strided or not self.batch_first:
+                got = f"nested={tensor.is_nested}, layout={tensor.layout}, batch_first={self.batch_first}"
+                raise ShapeError(f"{name}: got {got}, needs all three nested and strided, and batch_first")
+        lengths_q, lengths_k = ([row.shape[0] for row in tensor.unbind()] for tensor in (query, key))
+        if causal and lengths_q != lengths_k:
+            raise ShapeError("key: causal nested attention needs the query's lengths")
+        padded_q = torch.nested.to_padded_tensor(query, 0.0)
+        padded_k = padded_q if key is query else torch.nested.to_padded_tensor(key, 0.0)
+        padded_v = padded_k if value is key else torch.nested.to_padded_tensor(value, 0.0)
+        out, weights = self.forward(
+            padded_q,
+            padded_k,
+            padded_v,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            causal=causal,
+            key_lengths=torch.tensor(lengths_k, dtype=torch.int32, device=query.device),
+        )
+        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths_q)]), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input projections, as one product of the packed weights where the inputs are one tensor."""
+        kv_dim = self.num_kv_heads * self.head_dim
+        sizes = [self.embed_dim, kv_dim, kv_dim]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            q, k, v = F.linear(query, weight, bias).split(sizes, dim=-1)
+            return q, k, v
+        if weight is not None:
+            weights = weight.split(sizes)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.split(sizes)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        return q, k, v
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """A view (B, H, S, D) of (S, H * D), (B, S, H * D) or (S, B, H * D)."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _merge_heads(self, out: Tensor, batched: bool) -> Tensor:
+        """The inverse of `_split_heads`; no copy, as attention keeps the query's memory order."""
+        if not batched:
+            return out.squeeze(0).transpose(0, 1).flatten(-2)
+        return (out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
+
+    def _place(self, q: Tensor, k: Tensor, table: RotaryTable | None, past: int) -> tuple[Tensor, Tensor]:
+        """Normalise and rotate queries and keys, as far as the module does either."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if table is not None:
+            interleaved = self.rotary is not None and self.rotary.interleaved
+            q, k = (apply_rotary(x, table, interleaved=interleaved) for x in (q, k))
+        elif self.rotary is not None:
+            longest = max(q.shape[2], k.shape[2])
+            positions = torch.arange(past, past + longest, device=q.device)
+            cos, sin = self.rotary.table(positions, torch.promote_types(q.dtype, torch.float32))
+            q, k = (self.rotary.apply(x, (cos[: x.shape[2]], sin[: x.shape[2]])) for x in (q, k))
+        return q, k
+
+    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v with the learned pair of add_bias_kv, then the zero pair of add_zero_attn, behind them."""
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = (k.shape[0], self.num_kv_heads, 1, self.head_dim)
+            last_k, last_v = (
+                b.to(k.dtype).view(1, *shape[1:]).expand(shape) for b in (self.bias_k, self.bias_v)
+            )
+            k, v = torch.cat((k, last_k), dim=2), torch.cat((v, last_v), dim=2)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return k, v
+
+    def extra_repr(self) -> str:
+        """The options in use."""
+        shown: dict[str, Any] = {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads if self.num_kv_heads != self.num_heads else None,
+            "dropout": self.dropout or None,
+            "batch_first": self.batch_first or None,
+            "rotary": self.rotary,
+            "window": self.window,
+            "softcap": self.softcap,
+            "backend": None if self.backend == "auto" else self.backend,
+        }
+        return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
+
+
+def keep_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing: its presence keeps torch's encoder layers from bypassing `forward`."""
