@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -42,7 +43,7 @@ def report() -> dict[str, Any]:
         "schema": SCHEMA,
         "fastattn": probe("fastattn", _fastattn),
         "versions": {"python": platform.python_version()}
-        | {p: probe(p, lambda p=p: _version(p)) for p in PACKAGES},
+        | {p: probe(p, functools.partial(_version, p)) for p in PACKAGES},
         "platform": probe("platform", platform.platform),
         "cpu": probe("cpu", _cpu),
         "gpus": probe("gpus", _gpus),
