@@ -9,6 +9,7 @@ KEYS_PER_CALL = 8  # one Philox call yields four 32-bit words, so eight 16-bit h
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_TOP_BITS = 0x8000800080008000 - 2**64  # of four 16-bit halves, as a signed 64-bit integer
 
 
 def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
@@ -20,13 +21,23 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # The products wrap modulo 2**64, which keeps every bit: the shift is arithmetic, the mask removes the sign.
+        # The products wrap modulo 2**64, which keeps every bit. Their low words need no mask: all they meet before the
+        # next product is an xor, whose result is masked once.
         product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0 = ((product1 >> 32) & _LOW32) ^ (c1 ^ k0)
-        c2 = ((product0 >> 32) & _LOW32) ^ (c3 ^ k1)
-        c1, c3 = product1 & _LOW32, product0 & _LOW32
+        c0 = _xor_high(product1, c1 ^ k0)
+        c2 = _xor_high(product0, c3 ^ k1)
+        c1, c3 = product1, product0
         k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
-    return [c0, c1, c2, c3]
+    return [c0, c1 & _LOW32, c2, c3 & _LOW32]
+
+
+def _xor_high(product: Tensor, other: Tensor) -> Tensor:
+    """The high word of each product xor `other`, without temporaries where shapes and transforms allow."""
+    high = product >> 32
+    same_shape = high.shape == torch.broadcast_shapes(high.shape, other.shape)
+    if same_shape and not torch._C._are_functorch_transforms_active():
+        return high.bitwise_xor_(other).bitwise_and_(_LOW32)
+    return (high ^ other).bitwise_and_(_LOW32)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -65,14 +76,13 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
     calls = torch.arange(first_call, max(last_call, first_call), device=device)
     queries = torch.arange(rows.start, rows.stop, device=device)[:, None]
     heads = heads.to(torch.int64)[..., None, None]
-    words = philox_4x32(
-        (calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32)
+    words = torch.broadcast_tensors(
+        *philox_4x32((calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32))
     )
-    threshold = keep_threshold(dropout_p)
-    shape = torch.broadcast_shapes(calls.shape, queries.shape, heads.shape)
-    keep = torch.empty(*shape, KEYS_PER_CALL, dtype=torch.bool, device=device)
-    for index, word in enumerate(words):
-        keep[..., 2 * index] = (word & 0xFFFF) >= threshold
-        keep[..., 2 * index + 1] = (word >> 16) >= threshold
+    # Eight halves in the order of their keys, side by side in two int64; with the top bit flipped, unsigned halves
+    # compare as signed ones.
+    pairs = torch.stack([low | (high << 32) for low, high in (words[:2], words[2:])], dim=-1)
+    halves = pairs.bitwise_xor_(_TOP_BITS).view(torch.int16)
+    keep = (halves >= keep_threshold(dropout_p) - 0x8000).flatten(-2)
     offset = cols.start - first_call * KEYS_PER_CALL
-    return keep.flatten(-2)[..., offset : offset + len(cols)]
+    return keep[..., offset : offset + len(cols)]

@@ -111,10 +111,15 @@ def second_derivative(
         results = forward(*fresh_inputs)
         used = [(r, c) for r, c in zip(results, fresh_cotangents) if c is not None]
         wanted = [(t, g) for t, g in zip(fresh_inputs, grad_outputs) if t is not None and g is not None]
+        nothing = [None] * len(cotangents), [None] * len(inputs)
+        if not used or not wanted:
+            return nothing
         first = torch.autograd.grad(
             [r for r, _ in used], [t for t, _ in wanted], [c for _, c in used], create_graph=True, allow_unused=True
         )
         pairs = [(f, g) for f, (_, g) in zip(first, wanted) if f is not None]
+        if not pairs:
+            return nothing
         sources = [t for t in (*fresh_cotangents, *fresh_inputs) if t is not None]
         second = iter(
             torch.autograd.grad(
