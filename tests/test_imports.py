@@ -23,7 +23,7 @@ ARROWS = {
     "integrations": {"nn", "ops"},
     "models": {"nn", "ops"},
     "data": set(),
-    "train": {"data", "models", "nn", "ops"},
+    "train": {"chart", "data", "models", "nn", "ops"},
     "console": set(),
     "chart": set(),
     "doctor": {"", "console", "backends"},
