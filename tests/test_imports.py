@@ -23,11 +23,11 @@ ARROWS = {
     "integrations": {"nn", "ops"},
     "models": {"nn", "ops"},
     "data": set(),
-    "train": {"chart", "data", "models", "nn", "ops"},
+    "train": {"data", "models", "nn", "ops"},
     "console": set(),
-    "chart": set(),
     "doctor": {"", "console", "backends"},
-    "demo": {"", "console", "chart", "data", "models", "train", "backends", "reference", "integrations"},
+    "demo_grid": {"", "reference"},
+    "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "cli": {"console", "doctor", "demo"},
 }
 # Packages that are loaded only where they are the point of the file.
