@@ -16,11 +16,23 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def call_arguments(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool | str, window: tuple[int | None, int | None] | None,
-    mask: Tensor | None, bias: Tensor | None, segment_ids: Tensor | tuple[Tensor, Tensor] | None,
-    key_lengths: Tensor | None, alibi_slopes: Tensor | None, softcap: float | None, sinks: Tensor | None,
-    dropout_p: float, dropout_seed: int | Tensor | None, scale: float | None,
-) -> tuple[Any, ...]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     """The public arguments of `attention`, checked and put in the order of AttentionCall's fields."""
     query, key, value = autocast_qkv(query, key, value)
     check_qkv(query, key, value)

@@ -82,8 +82,9 @@ def attention(
     Source: Dao, "FlashAttention-2" (2023); dropout by Philox4x32-10 (Salmon et al., 2011), see `fastattn.philox`.
     """
     args = arguments.call_arguments(
-        query, key, value, causal, window, mask, bias, segment_ids, key_lengths, alibi_slopes, softcap, sinks,
-        dropout_p, dropout_seed, scale,
+        query, key, value, causal=causal, window=window, mask=mask, bias=bias, segment_ids=segment_ids,
+        key_lengths=key_lengths, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+        dropout_seed=dropout_seed, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
     if return_weights not in (False, True, "mean"):
@@ -109,7 +110,7 @@ def explain(
     """
     options.pop("return_lse", None)
     options.pop("return_weights", None)
-    args = arguments.call_arguments(query, key, value, **{**_OPTION_DEFAULTS, **options})
+    args = arguments.call_arguments(query, key, value, **options)
     arguments.check_backend(backend)
     call = AttentionCall(*args)
     _check_values(call)
@@ -126,13 +127,6 @@ def explain(
         spec=spec,
         backward=backward,
     )
-
-
-_OPTION_DEFAULTS: dict[str, Any] = {
-    name: default
-    for name, default in (attention.__kwdefaults__ or {}).items()
-    if name not in ("return_lse", "return_weights", "backend")
-}
 
 
 def _check_values(call: AttentionCall) -> None:
