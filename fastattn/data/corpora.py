@@ -1,0 +1,166 @@
+"""Where text comes from: the standard library's own documentation, or a user's UTF-8 files."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also") may repeat across topics
+MIN_TOPIC = 200  # characters a topic must keep once its repeated paragraphs are gone
+MAX_DOCUMENT = 1 << 22  # characters held at once; a longer document is cut at a line end
+CHUNK_BYTES = 1 << 20
+
+
+class DataError(ValueError):
+    """A user's data cannot be used; the message names the file and says what is wrong with it."""
+
+
+def default_corpus() -> list[str]:
+    """The standard library's `pydoc_data.topics`: English prose about Python, one document per topic.
+
+    Topics quote each other at length, so a paragraph that an earlier topic already has is left out: a held-out
+    topic shares no paragraph with the others. The order is fixed and unrelated to the topics' names, so that any
+    stretch of documents is a fair sample.
+    """
+    from pydoc_data.topics import topics
+
+    longest_first = sorted(topics.items(), key=lambda item: (-len(item[1]), item[0]))
+    documents = {}
+    seen: set[str] = set()
+    for name, text in longest_first:
+        kept = _without_repeats(text, seen)
+        if len(kept) >= MIN_TOPIC:
+            documents[name] = kept
+    return [documents[name] for name in sorted(documents, key=lambda n: hashlib.sha256(n.encode()).digest())]
+
+
+def _without_repeats(text: str, seen: set[str]) -> str:
+    """The paragraphs of `text` that are not in `seen`, which gains them."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        key = " ".join(paragraph.split())
+        if len(key) < MIN_SHARED_PARAGRAPH or key not in seen:
+            kept.append(paragraph)
+        if len(key) >= MIN_SHARED_PARAGRAPH:
+            seen.add(key)
+    return "\n\n".join(kept).strip("\n") + "\n"
+
+
+class TextFiles:
+    """Documents of UTF-8 text files, read as they are asked for.
+
+    Two or more blank lines in a row separate documents, and so does the end of a file. Line ends become "\\n" and a
+    byte order mark is dropped. A document longer than `max_document` characters is cut at a line end, so memory stays
+    bounded whatever the file's size.
+
+    Args:
+        paths: one path or several.
+        max_document: characters of the longest document yielded.
+
+    Raises:
+        DataError: a path is missing, a directory, not a regular file, unreadable, empty or only white space,
+            binary, or not UTF-8. Every file is checked whole before this returns.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        max_document: int = MAX_DOCUMENT,
+    ) -> None:
+        if isinstance(paths, (str, os.PathLike)):
+            paths = [paths]
+        if not paths:
+            raise DataError("paths: got no file, need at least one text file")
+        if max_document < 1:
+            raise ValueError(f"max_document: got {max_document}, need at least 1")
+        self.paths = tuple(Path(path) for path in paths)
+        self.max_document = max_document
+        for path in self.paths:
+            check_text_file(path)
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            with path.open(encoding="utf-8-sig") as lines:
+                yield from split_documents(lines, self.max_document)
+
+
+def split_documents(lines: Iterable[str], max_document: int = MAX_DOCUMENT) -> Iterator[str]:
+    """Documents of a stream of lines: runs of lines between two or more blank ones, each ending in one newline."""
+    held: list[str] = []
+    size = blank = 0
+    for line in lines:
+        for piece in _pieces(line, max_document):
+            if not piece.strip():
+                blank += 1
+                continue
+            if held and (blank >= 2 or size + blank + len(piece) > max_document):
+                yield "".join(held)
+                held, size = [], 0
+            if held:
+                held.append("\n" * blank)
+            held.append(piece if piece.endswith("\n") else piece + "\n")
+            size += blank + len(piece)
+            blank = 0
+    if held:
+        yield "".join(held)
+
+
+def _pieces(line: str, size: int) -> Iterator[str]:
+    for start in range(0, len(line), size):
+        yield line[start : start + size]
+
+
+def check_text_file(path: str | os.PathLike[str]) -> None:
+    """Raise DataError unless `path` is a readable regular file of UTF-8 text that is not all white space."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise DataError(f"{path}: is a directory, need a text file")
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{path}: is not a regular file (it must be readable more than once)")
+        with path.open("rb") as file:
+            _check_utf8(path, iter(lambda: file.read(CHUNK_BYTES), b""))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except PermissionError:
+        raise DataError(f"{path}: permission denied, need a file you may read") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _check_utf8(path: Path, chunks: Iterable[bytes]) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0  # bytes already handed to the decoder
+    empty = blank = True
+    for chunk in chunks:
+        empty = False
+        if b"\0" in chunk:
+            where = offset + chunk.index(b"\0")
+            raise DataError(f"{path}: is binary (a zero byte at offset {where}), need UTF-8 text")
+        blank = not _decode(path, decoder, chunk, offset).strip() and blank
+        offset += len(chunk)
+    if empty:
+        raise DataError(f"{path}: is empty, need some text")
+    _decode(path, decoder, b"", offset, final=True)
+    if blank:
+        raise DataError(f"{path}: holds only white space, need some text")
+
+
+def _decode(
+    path: Path, decoder: codecs.IncrementalDecoder, chunk: bytes, offset: int, final: bool = False
+) -> str:
+    held = len(decoder.getstate()[0])  # bytes of a character that the previous chunk left unfinished
+    try:
+        return decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        where = offset - held + error.start
+        raise DataError(
+            f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {where}: {error.reason}); "
+            f"convert it first, e.g. iconv -f LATIN1 -t UTF-8"
+        ) from None

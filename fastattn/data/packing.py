@@ -1,0 +1,293 @@
+"""Token streams cut into blocks: what a language model trains on, in memory or memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastattn.data.corpora import DataError
+from fastattn.data.tokenization import Tokenizer
+
+IGNORED = -100  # a label that no loss counts, as in torch.nn.functional.cross_entropy
+PADDING_SEGMENT = -1  # attends nothing
+ENCODE_CHARACTERS = 1 << 20  # text tokenised at once
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents as one run of token ids, each followed by the end-of-text token.
+
+    tokens: (N,) uint16 or uint32, possibly memory-mapped. starts: (documents,) int64, increasing, first 0: where each
+    document begins.
+    """
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    starts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def build(
+        cls, documents: Iterable[str], tokenizer: Tokenizer, directory: str | os.PathLike[str] | None = None
+    ) -> TokenStream:
+        """Tokenise documents, into memory or, given a directory, into files there that are then memory-mapped.
+
+        Raises:
+            DataError: the documents hold no token.
+        """
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        pieces = _encoded(documents, tokenizer, dtype)
+        if directory is not None:
+            _write(Path(directory), pieces, np.dtype(dtype))
+            return cls.load(directory)
+        kept, lengths = [], []
+        for piece, sizes in pieces:
+            kept.append(piece)
+            lengths.extend(sizes)
+        return cls(np.concatenate(kept or [np.empty(0, dtype)]), _starts(lengths))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> TokenStream:
+        """Memory-map a stream that `build` wrote."""
+        folder = Path(directory)
+        try:
+            meta = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
+            starts = np.load(folder / "starts.npy")
+            tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{folder}: is not a token stream ({error})") from None
+        if len(tokens) != meta["tokens"]:
+            raise DataError(f"{folder}: tokens.bin holds {len(tokens)} tokens, need {meta['tokens']}")
+        return cls(tokens, starts)
+
+    def __getitem__(self, part: slice) -> TokenStream:
+        """The stream of a contiguous part, sharing its memory; a part may begin inside a document."""
+        first, last, step = part.indices(len(self.tokens))
+        if step != 1:
+            raise ValueError(f"part: got step {step}, need 1")
+        last = max(first, last)
+        inside = self.starts[(self.starts > first) & (self.starts < last)] - first
+        return TokenStream(self.tokens[first:last], np.concatenate([np.zeros(1, np.int64), inside]))
+
+
+def _encoded(
+    documents: Iterable[str], tokenizer: Tokenizer, dtype: type[np.unsignedinteger]
+) -> Iterator[tuple[npt.NDArray[np.unsignedinteger], list[int]]]:
+    """Batches of encoded documents: their tokens as one array, and the length of each."""
+    empty = True
+    for texts in _batched(documents):
+        rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts) if ids]
+        if rows:
+            empty = False
+            yield np.concatenate([np.asarray(row, dtype) for row in rows]), [len(row) for row in rows]
+    if empty:
+        raise DataError("documents: no token in them, need some text")
+
+
+def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
+    held: list[str] = []
+    size = 0
+    for document in documents:
+        held.append(document)
+        size += len(document)
+        if size >= ENCODE_CHARACTERS:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _starts(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)[:-1]])
+
+
+def _write(
+    folder: Path, pieces: Iterable[tuple[npt.NDArray[np.unsignedinteger], list[int]]], dtype: np.dtype
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths: list[int] = []
+    with (folder / "tokens.bin").open("wb") as file:
+        for piece, sizes in pieces:
+            piece.tofile(file)
+            lengths.extend(sizes)
+    np.save(folder / "starts.npy", _starts(lengths))
+    meta = {"dtype": dtype.name, "tokens": sum(lengths), "documents": len(lengths)}
+    (folder / "stream.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+
+
+def split(
+    stream: TokenStream, validation_fraction: float = 0.1, *, by: Literal["document", "position"] = "document"
+) -> tuple[TokenStream, TokenStream]:
+    """The stream's head for training and its tail for validation; both share the stream's memory.
+
+    Args:
+        stream: what to split.
+        validation_fraction: share of tokens held out, within (0, 1).
+        by: "document" cuts at the document boundary nearest to that share; "position" at exactly that token.
+
+    Raises:
+        ValueError: the fraction is out of range, a part would have fewer than 2 tokens, or there is no boundary.
+    """
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction: got {validation_fraction}, need a number between 0 and 1")
+    cut = round(len(stream) * (1.0 - validation_fraction))
+    if by == "document":
+        if len(stream.starts) < 2:
+            raise ValueError('by: "document" needs two documents or more, the stream has one; use "position"')
+        boundaries = stream.starts[1:]
+        cut = int(boundaries[np.argmin(np.abs(boundaries - cut))])
+    elif by != "position":
+        raise ValueError(f'by: got {by!r}, need "document" or "position"')
+    if min(cut, len(stream) - cut) < 2:
+        raise ValueError(
+            f"stream: {len(stream)} tokens are too few to hold out a part of {validation_fraction:.0%}"
+        )
+    return stream[:cut], stream[cut:]
+
+
+class PackedDataset:
+    """Blocks of a token stream as rows for a causal language model that shifts its labels itself.
+
+    Block i holds tokens i*(T-1) to i*(T-1)+T-1: neighbours share one token, so that every token but the stream's first
+    is a target exactly once. The last block is padded. Each item is a dict of (T,) int64 tensors:
+    `input_ids`; `labels`, equal to input_ids with IGNORED at the first token and at padding; and, with `segments`,
+    `segment_ids`: 0, 1, ... per document in the block and PADDING_SEGMENT at padding, each document's first label
+    being IGNORED then because nothing that token may see predicts it.
+
+    Args:
+        stream: the tokens.
+        block_size: T, at least 2.
+        pad_id: the token that fills the last block.
+        segments: keep documents that share a block apart.
+        drop_last: leave out the last block when it is not full.
+
+    Raises:
+        ValueError: block_size is below 2, or the stream makes no block.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        block_size: int,
+        *,
+        pad_id: int = 0,
+        segments: bool = False,
+        drop_last: bool = False,
+    ) -> None:
+        if block_size < 2:
+            raise ValueError(f"block_size: got {block_size}, need at least 2")
+        targets, stride = len(stream) - 1, block_size - 1
+        self.num_blocks = targets // stride if drop_last else -(-targets // stride)
+        if self.num_blocks < 1:
+            raise ValueError(f"stream: {len(stream)} tokens make no block of {block_size}")
+        self.stream = stream
+        self.block_size = block_size
+        self.pad_id = pad_id
+        self.segments = segments
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -self.num_blocks <= index < self.num_blocks:
+            raise IndexError(f"index: got {index}, the dataset has {self.num_blocks} blocks")
+        first = (index % self.num_blocks) * (self.block_size - 1)
+        tokens = self.stream.tokens[first : first + self.block_size]
+        length = len(tokens)
+        input_ids = np.full(self.block_size, self.pad_id, np.int64)
+        input_ids[:length] = tokens
+        labels = np.full(self.block_size, IGNORED, np.int64)
+        labels[1:length] = tokens[1:]
+        item = {"input_ids": input_ids, "labels": labels}
+        if self.segments:
+            begins = self._document_starts(first, length)
+            labels[begins] = IGNORED
+            item["segment_ids"] = _segments(begins, length, self.block_size)
+        return {name: torch.from_numpy(values) for name, values in item.items()}
+
+    def _document_starts(self, first: int, length: int) -> npt.NDArray[np.int64]:
+        """Where documents begin in the block, counted from its first token, which always begins one."""
+        low, high = np.searchsorted(self.stream.starts, [first + 1, first + length])
+        return np.concatenate([np.zeros(1, np.int64), self.stream.starts[low:high] - first])
+
+    def num_targets(self) -> int:
+        """Tokens that count in the loss over one pass."""
+        last = min(len(self.stream), self.num_blocks * (self.block_size - 1) + 1)
+        if not self.segments:
+            return last - 1
+        positions = self.stream.starts[(self.stream.starts > 0) & (self.stream.starts < last)]
+        return last - 1 - len(positions)
+
+
+def _segments(begins: npt.NDArray[np.int64], length: int, block_size: int) -> npt.NDArray[np.int64]:
+    marks = np.zeros(length, np.int64)
+    marks[begins[1:]] = 1
+    segment_ids = np.full(block_size, PADDING_SEGMENT, np.int64)
+    segment_ids[:length] = np.cumsum(marks)
+    return segment_ids
+
+
+class IndexSampler:
+    """An endless, reproducible order over a dataset: one permutation after another, cut into equal batches.
+
+    Batches run across the end of an epoch, so none is short and no index is left out. The position is one integer, and
+    the order depends only on (length, seed), not on batch size or ranks: what one process draws with batch size 2n,
+    two ranks draw together with n.
+
+    Args:
+        length: size of the dataset.
+        seed: with the epoch's number, decides each permutation.
+        rank, world_size: this process takes every world_size-th batch.
+    """
+
+    def __init__(self, length: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
+        if length < 1:
+            raise ValueError(f"length: got {length}, need at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank} of {world_size}, need a rank within [0, world_size)")
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.consumed = 0  # indices drawn by all ranks together
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the dataset so far."""
+        return self.consumed / self.length
+
+    def next_batch(self, batch_size: int) -> list[int]:
+        """This rank's next indices; all ranks move on together by batch_size * world_size."""
+        first = self.consumed + self.rank * batch_size
+        self.consumed += batch_size * self.world_size
+        return [self._index(position) for position in range(first, first + batch_size)]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.length)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.length))
+        return int(self._order[1][offset])
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, to be saved."""
+        return {"consumed": self.consumed, "length": self.length, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Move to a saved position; refuses one of another dataset length or seed."""
+        for name in ("length", "seed"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"state: saved with {name} {state[name]}, this run has {getattr(self, name)}"
+                )
+        self.consumed = state["consumed"]

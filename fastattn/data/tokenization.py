@@ -1,0 +1,175 @@
+"""Tokenisers: a byte-level BPE trained on a corpus, and any tokenizer.json folder, in the layout transformers reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from fastattn.data.corpora import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+BYTES = 256  # the alphabet of a byte-level tokeniser: every text can be encoded, so there is no unknown token
+
+
+class Tokenizer:
+    """Text to token ids and back, with the ids that models and packing need by name.
+
+    Args:
+        core: the `tokenizers.Tokenizer` that does the work.
+        eos_token: ends every document; must be in the vocabulary.
+        pad_token: fills short rows; None means the end-of-text token serves.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, *, eos_token: str, pad_token: str | None = None) -> None:
+        self.core = core
+        self.eos_token = eos_token
+        self.pad_token = eos_token if pad_token is None else pad_token
+        self.eos_id = self._id_of("eos_token", eos_token)
+        self.pad_id = self._id_of("pad_token", self.pad_token)
+
+    def _id_of(self, argument: str, token: str) -> int:
+        found = self.core.token_to_id(token)
+        if found is None:
+            raise ValueError(f"{argument}: {token!r} is not in the vocabulary of {self.vocab_size} tokens")
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to vocab_size - 1, special tokens included."""
+        return self.core.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; no special token is added, and one spelled out in the text counts as itself."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, encoded in parallel."""
+        return [
+            encoding.ids for encoding in self.core.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`."""
+        return self.core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer also loads."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.eos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "clean_up_tokenization_spaces": False,
+        }
+        if max_length is not None:
+            settings["model_max_length"] = max_length
+        (folder / "tokenizer.json").write_text(self.core.to_str(pretty=True) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
+        """Load a folder with tokenizer.json (and tokenizer_config.json), or GPT-2's vocab.json and merges.txt.
+
+        Raises:
+            DataError: the folder holds neither, a file cannot be parsed, or no end-of-text token is named.
+        """
+        folder = Path(directory)
+        settings = _read_settings(folder / "tokenizer_config.json")
+        core = _read_core(folder)
+        eos = _token(settings.get("eos_token")) or _token(settings.get("sep_token"))
+        if eos is None and core.token_to_id(END_OF_TEXT) is not None:
+            eos = END_OF_TEXT
+        if eos is None:
+            raise DataError(
+                f"{folder}: tokenizer_config.json names no eos_token and {END_OF_TEXT} is not a token"
+            )
+        return cls(core, eos_token=eos, pad_token=_token(settings.get("pad_token")))
+
+
+def train_bpe(
+    documents: Iterable[str],
+    vocab_size: int = 4096,
+    *,
+    min_frequency: int = 2,
+    special_tokens: Sequence[str] = (),
+) -> Tokenizer:
+    """Learn a byte-level BPE: from single bytes, merge the most frequent pair until the vocabulary is full.
+
+    The same documents give the same tokeniser on every run and any number of threads. The vocabulary is smaller than
+    asked for when the text has too few pairs that occur `min_frequency` times.
+
+    Args:
+        documents: the text; read once.
+        vocab_size: number of tokens, the 256 bytes and the special tokens included.
+        min_frequency: a pair seen less often is not merged.
+        special_tokens: further special tokens beside the end of text (id 0) and padding (id 1).
+
+    Raises:
+        ValueError: vocab_size leaves no room for the bytes and special tokens, or min_frequency is below 1.
+    """
+    special = [END_OF_TEXT, PADDING, *special_tokens]
+    if vocab_size < BYTES + len(special):
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, need at least {BYTES + len(special)} "
+            f"({BYTES} bytes and {len(special)} special tokens)"
+        )
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency: got {min_frequency}, need at least 1")
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(documents, trainer=trainer)
+    return Tokenizer(core, eos_token=END_OF_TEXT, pad_token=PADDING)
+
+
+def _read_core(folder: Path) -> tokenizers.Tokenizer:
+    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return tokenizers.Tokenizer.from_file(str(whole))
+        if vocab.is_file() and merges.is_file():
+            core = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+            core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            core.decoder = decoders.ByteLevel()
+            core.post_processor = processors.ByteLevel(trim_offsets=False)
+            if core.token_to_id(END_OF_TEXT) is not None:
+                core.add_special_tokens([END_OF_TEXT])
+            return core
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise DataError(f"{folder}: the tokeniser cannot be read ({error})") from None
+    raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.json with merges.txt")
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: holds a {type(settings).__name__}, need a JSON object")
+    return settings
+
+
+def _token(value: object) -> str | None:
+    """A token as tokenizer_config.json spells it: a string, or an object with its text under "content"."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,17 @@
+"""Training: a loop for any module whose forward returns an object with a loss, and its configuration."""
+
+from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
+from fastattn.train.plot import plot_loss
+from fastattn.train.state import FitResult
+from fastattn.train.trainer import Trainer, TrainingDiverged
+
+__all__ = [
+    "ConfigError",
+    "FitResult",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDiverged",
+    "load_config",
+    "plot_loss",
+    "save_config",
+]

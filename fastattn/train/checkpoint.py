@@ -1,0 +1,205 @@
+"""The output directory of a run: the best model at its top, resumable checkpoints beside it, all written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
+from torch import nn
+
+from fastattn.data.tokenization import Tokenizer
+from fastattn.train.config import ConfigError
+
+WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
+GENERATORS = "generators.pt"
+LOG = "log.jsonl"
+RESOLVED_CONFIG = "train_config.yaml"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+UNFINISHED = (
+    ".unfinished-"  # a crash may leave such a name behind; it never counts as a checkpoint or a model
+)
+
+
+class RunDirectory:
+    """Where one run writes.
+
+    DIR/ holds the model with the lowest validation loss so far (the newest when nothing is held out), loadable by
+    `from_pretrained`, with log.jsonl and train_config.yaml; DIR/checkpoint-STEP/ holds everything to go on from STEP.
+
+    Args:
+        path: the directory; made when the run starts.
+        resume: "never", "auto" (the newest checkpoint in `path`, or a fresh start if there is none), or a checkpoint.
+        overwrite: delete an earlier run in `path` when this one starts.
+
+    Raises:
+        ConfigError: the directory cannot be written, it holds a run and neither resume nor overwrite was asked for,
+            both were, or the checkpoint to resume from is not one. Nothing has been written then.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume: str = "never", overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.overwrite = overwrite
+        if overwrite and resume != "never":
+            raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
+        _check_writable(self.path)
+        self.resume_from = self._find_checkpoint(resume)
+        if resume != "auto" and not overwrite and self._holds_run() and not self._resumes_here():
+            raise ConfigError(
+                f'output_dir: {self.path} already holds a run; resume it with resume="auto", '
+                f"replace it with overwrite=true, or choose another directory"
+            )
+        if self._resumes_here() and self.checkpoints()[-1].name != Path(resume).name != "auto":
+            newest = self.checkpoints()[-1]
+            raise ConfigError(
+                f"resume: {self.path} also holds the newer {newest.name}; delete it or choose another output_dir"
+            )
+
+    def _resumes_here(self) -> bool:
+        return self.resume_from is not None and self.resume_from.parent.resolve() == self.path.resolve()
+
+    def _holds_run(self) -> bool:
+        names = (LOG, STATE, WEIGHTS, "config.json")
+        return bool(self.checkpoints()) or any((self.path / name).exists() for name in names)
+
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return next(iter(reversed(self.checkpoints())), None)
+        checkpoint = Path(resume)
+        for name in (STATE, OPTIMIZER, WEIGHTS):
+            if not (checkpoint / name).is_file():
+                raise ConfigError(f"resume: {checkpoint} is not a checkpoint (it holds no {name})")
+        return checkpoint
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.path.is_dir():
+            return []
+        found = ((CHECKPOINT.fullmatch(entry.name), entry) for entry in self.path.iterdir())
+        numbered = [(int(m[1]), entry) for m, entry in found if m and (entry / STATE).is_file()]
+        return [entry for _, entry in sorted(numbered)]
+
+    def prepare(self) -> None:
+        """Make the directory; delete what an earlier run left, if that was asked for, and unfinished writes."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for entry in list(self.path.iterdir()):
+            if entry.name.startswith(UNFINISHED) or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
+                _delete(entry)
+        if self.overwrite:
+            for name in (
+                LOG,
+                WEIGHTS,
+                "config.json",
+                RESOLVED_CONFIG,
+                "tokenizer.json",
+                "tokenizer_config.json",
+            ):
+                (self.path / name).unlink(missing_ok=True)
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
+        """Write checkpoint-`step` through `write(folder)`, then delete all but the newest `keep`."""
+        final = self.path / f"checkpoint-{step}"
+        folder = self.path / f"{UNFINISHED}{final.name}"
+        _delete(folder)
+        folder.mkdir()
+        try:
+            write(folder)
+            publish(folder, final)
+        except BaseException:
+            _delete(folder)
+            raise
+        for old in self.checkpoints()[:-keep]:
+            if old != final:
+                _delete(old)
+        return final
+
+    def save_model(self, model: nn.Module, tokenizer: Tokenizer | None) -> None:
+        """Put the model's files at the directory's top, each replaced in one move."""
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.path) as scratch:
+            write_model(model, Path(scratch), tokenizer)
+            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == WEIGHTS):
+                _sync(file)
+                file.replace(self.path / file.name)
+        _sync(self.path)
+
+
+def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """model.safetensors, config.json where the model has one, and the tokeniser's files."""
+    save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
+    if save is not None:
+        save(folder)
+    else:
+        save_safetensors(model, str(folder / WEIGHTS))
+        config = getattr(model, "config", None)
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            text = json.dumps(dataclasses.asdict(config), indent=2)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def read_model(model: nn.Module, folder: Path) -> None:
+    """Load the weights that `write_model` wrote into `model`, every one of them."""
+    load: Callable[[Path], nn.Module] | None = getattr(type(model), "from_pretrained", None)
+    if load is not None:
+        model.load_state_dict(load(folder).state_dict())
+    else:
+        load_safetensors(model, folder / WEIGHTS, strict=True, device=str(next(model.parameters()).device))
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Rename a written folder to its final name once all of it is on disk, replacing what is there."""
+    for entry in folder.rglob("*"):
+        _sync(entry)
+    _sync(folder)
+    if final.exists():
+        doomed = final.with_name(f"{UNFINISHED}old-{final.name}")
+        _delete(doomed)
+        final.rename(doomed)
+        folder.rename(final)
+        _delete(doomed)
+    else:
+        folder.rename(final)
+    _sync(final.parent)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ConfigError unless files can be made in `path`, or in the nearest directory above that exists."""
+    try:
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"output_dir: {path} cannot be made, {existing} is a file, need a directory")
+        with tempfile.TemporaryFile(prefix=UNFINISHED, dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror or error})") from None
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # Windows refuses to open a directory
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

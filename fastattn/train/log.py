@@ -1,0 +1,61 @@
+"""log.jsonl: one JSON object per line for everything measured during a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class RunLog:
+    """Appends records to a file, each on disk before the next step, and keeps them in `records`.
+
+    Every record has "event" ("train", "eval", "warning", "diverged" or "end") and "step".
+
+    Args:
+        path: the file, or None to keep records in memory only.
+        resume_step: records of later steps in the file are dropped, None drops all: a resumed run takes those again.
+        on_record: called with each new record.
+    """
+
+    def __init__(
+        self, path: Path | None, *, resume_step: int | None, on_record: Callable[[Record], None] | None = None
+    ) -> None:
+        self.path = path
+        self.on_record = on_record
+        self.records: list[Record] = []
+        if resume_step is not None and path is not None and path.exists():
+            kept = read_log(path)
+            self.records = [r for r in kept if r["step"] <= resume_step and r["event"] != "end"]
+        if path is not None:
+            path.write_text("".join(map(_line, self.records)), encoding="utf-8")
+
+    def add(self, event: str, step: int, **values: Any) -> None:
+        """Append one record."""
+        record = {"event": event, "step": step, **values}
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+        if self.on_record is not None:
+            self.on_record(record)
+
+
+def read_log(path: Path) -> list[Record]:
+    """The records of a log file; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _line(record: Record) -> str:
+    """NaN and infinity, which JSON has no number for, become strings."""
+    plain = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in record.items()}
+    return json.dumps(plain) + "\n"

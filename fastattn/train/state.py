@@ -1,0 +1,57 @@
+"""Where a run stands, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastattn.train.log import Record
+from fastattn.train.metrics import Evaluation
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint keeps besides weights, optimiser, sampler and generators."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first: Evaluation | None = None
+    best: Evaluation | None = None
+    last: Evaluation | None = None
+    evaluated_step: int = -1
+    evaluations_without_gain: int = 0
+    nonfinite_in_a_row: int = 0
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last "train" record
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The state that `dataclasses.asdict` wrote."""
+        evaluations = {
+            name: values[name] and Evaluation(**values[name]) for name in ("first", "best", "last")
+        }
+        return cls(**{**values, **evaluations})
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `Trainer.fit` did.
+
+    stopped: why it ended; interrupted: that it was a signal. first, best, last: evaluations before training, with the
+    lowest loss, and at the end; None without dev_data. seconds: wall time of the whole run, evaluations and earlier
+    parts of a resumed run included. log: the records of log.jsonl (empty on ranks other than 0). checkpoint: what
+    `resume` takes.
+    """
+
+    stopped: str
+    interrupted: bool
+    steps: int
+    epochs: float
+    tokens: int
+    seconds: float
+    first: Evaluation | None
+    best: Evaluation | None
+    last: Evaluation | None
+    log: list[Record]
+    checkpoint: Path

@@ -1,0 +1,475 @@
+"""The training loop: any module whose forward(**batch) returns an object with a mean loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fastattn.data.packing import IndexSampler
+from fastattn.data.tokenization import Tokenizer
+from fastattn.train.checkpoint import (
+    GENERATORS,
+    LOG,
+    OPTIMIZER,
+    RESOLVED_CONFIG,
+    STATE,
+    RunDirectory,
+    read_model,
+    write_model,
+)
+from fastattn.train.config import ConfigError, TrainConfig, save_config
+from fastattn.train.distributed import Distributed, gradient_sync, usable_device, usable_dtype
+from fastattn.train.log import Record, RunLog
+from fastattn.train.metrics import Evaluation, count_targets, count_tokens, peak_flops, training_flops
+from fastattn.train.optim import build_optimizer, learning_rate
+from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
+from fastattn.train.rng import random_state, restore_random_state, seed_all, seeded
+from fastattn.train.signals import StopRequest
+from fastattn.train.state import FitResult, TrainState
+
+DATA_ORDER = ("seed", "batch_size", "accumulate")  # options that a resumed run must share with its checkpoint
+
+Batch = dict[str, Tensor]
+
+
+class Examples(Protocol):
+    """Training or validation data: items by index, which `collate` makes into a batch with "labels"."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient stopped being finite, and on_nonfinite says not to go on."""
+
+
+class Trainer:
+    """Trains a model with AdamW, warmup and cosine decay, and keeps a log, the best model and resumable checkpoints.
+
+    A step minimises the mean loss over the targets of all its micro-batches on all processes: each micro-batch's mean
+    is weighted by its number of labels that are not -100, so the gradient is that of one big batch. On CPU, and on CUDA
+    with deterministic=True, a run is reproducible from its seed, and one resumed from a checkpoint ends with the same
+    bits as one never stopped. Under torchrun the model trains as DistributedDataParallel.
+
+    Args:
+        model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
+            `shifts_labels = True` on it says that each row's first label is never a target. It is moved to the device
+            and trained in place.
+        config: see TrainConfig.
+        train_data: items by index; collated, a dict of tensors with "labels".
+        dev_data: the same, held out; None means no evaluation.
+        tokenizer: saved with the model.
+        collate: makes a list of items a batch; it runs in this process, so what it draws from torch's, Python's or
+            NumPy's global generator is part of the reproducible run.
+        display: where progress is shown; by default a bar in a terminal and lines elsewhere.
+        on_record: called with each record of the log.
+
+    Raises:
+        ConfigError: the output directory cannot take the run, or the device or precision is not to be had here.
+        ValueError: a data set is empty, or the model has nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        train_data: Examples,
+        dev_data: Examples | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        collate: Callable[[list[Any]], Batch] = default_collate,
+        display: ProgressDisplay | None = None,
+        on_record: Callable[[Record], None] | None = None,
+    ) -> None:
+        for name, data in (("train_data", train_data), ("dev_data", dev_data)):
+            if data is not None and len(data) == 0:
+                raise ValueError(f"{name}: is empty, need at least one example")
+        self.config = config
+        self.device = usable_device(config.device)
+        self.dtype = usable_dtype(config.precision, self.device)
+        self.directory = RunDirectory(config.output_dir, resume=config.resume, overwrite=config.overwrite)
+        self.model = model.to(self.device)
+        self.optimizer = build_optimizer(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.train_data, self.dev_data = train_data, dev_data
+        self.tokenizer = tokenizer
+        self.collate = collate
+        self.distributed = Distributed(self.device)
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        self.sampler = IndexSampler(len(train_data), config.seed, rank=rank, world_size=world_size)
+        self.max_steps = _step_limit(config, len(train_data), world_size)
+        self.display = (display or default_display()) if self.distributed.is_main else NoDisplay()
+        self.on_record = on_record
+        self.log = RunLog(None, resume_step=None)
+        self.state = TrainState()
+        self._compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+        self._parallel = self.distributed.wrap(self._compiled, self.device)
+        self._peak_flops = _peak_flops(config, self.device, self.dtype)
+        self._flops_per_token: float | None = None
+        self._shown: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def fit(self) -> FitResult:
+        """Train until a limit of the configuration, early stopping, Ctrl-C or SIGTERM; it ends with a checkpoint.
+
+        Raises:
+            TrainingDiverged: the loss or a gradient is not finite; the newest checkpoint is from before that.
+            KeyboardInterrupt: Ctrl-C came a second time, before the checkpoint was written.
+        """
+        with StopRequest() as stop:
+            self._begin()
+            self.display.start(self._progress())
+            try:
+                while (reason := self._reason_to_stop()) is None and not self._signalled(stop):
+                    self._train_step()
+                    self._after_step()
+                checkpoint = self._finish(evaluate=reason is not None)
+            finally:
+                self.display.stop()
+        state = self.state
+        stopped = (
+            reason
+            or f"stopped by {stop.signal_name or 'a signal to another process'}, {state.step} steps done"
+        )
+        self.log.add("end", state.step, stopped=stopped, seconds=self._seconds())
+        self.display.note(f"{stopped}; checkpoint: {checkpoint}")
+        return FitResult(
+            stopped=stopped,
+            interrupted=reason is None,
+            steps=state.step,
+            epochs=self.sampler.epochs,
+            tokens=state.tokens,
+            seconds=self._seconds(),
+            first=state.first,
+            best=state.best,
+            last=state.last,
+            log=self.log.records,
+            checkpoint=checkpoint,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, data: Examples | None = None) -> Evaluation:
+        """Mean loss per target over `data` (default: dev_data); random generators end as they were.
+
+        Raises:
+            ValueError: there is no data, or no label in it counts.
+        """
+        data = self.dev_data if data is None else data
+        if data is None:
+            raise ValueError("data: the trainer has no dev_data, need some")
+        was_training = self.model.training
+        self.model.eval()
+        loss_sum, targets = 0.0, 0
+        try:
+            with seeded(self.config.seed, self.device):
+                for batch in self._evaluation_batches(data):
+                    if count := self._count_targets(batch):
+                        loss_sum += float(self._loss(self._compiled, batch)) * count
+                        targets += count
+        finally:
+            self.model.train(was_training)
+        loss_sum, total = self.distributed.sum([loss_sum, targets], self.device)
+        if not total:
+            raise ValueError("data: all labels are -100, need some that count")
+        return Evaluation(loss_sum / total, int(total))
+
+    def _begin(self) -> None:
+        """Make the output directory, then start afresh or from the checkpoint."""
+        config, source = self.config, self.directory.resume_from
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        seed_all(config.seed + self.distributed.rank)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        if source is not None:
+            self._load(source)
+        if self.distributed.is_main:
+            self.directory.prepare()
+            save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
+            resume_step = None if source is None else self.state.step
+            self.log = RunLog(self.directory.path / LOG, resume_step=resume_step, on_record=self.on_record)
+        self.distributed.barrier()
+        self._started = time.monotonic() - self.state.seconds
+        if source is not None:
+            self.display.note(f"resumed at step {self.state.step} from {source}")
+        elif self.dev_data is not None:
+            self._evaluate_and_keep()
+            self.state.first = self.state.last
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def _signalled(self, stop: StopRequest) -> bool:
+        """Whether a process got a signal; the state's clock, which schedules may follow, is set on the way."""
+        seconds = self._seconds() if self.distributed.is_main else 0.0
+        signals, self.state.seconds = self.distributed.sum(
+            [stop.signal_name is not None, seconds], self.device
+        )
+        return signals > 0
+
+    def _reason_to_stop(self) -> str | None:
+        """Which end of the run has been reached, the same on all processes; None to go on."""
+        config, state = self.config, self.state
+        if self.max_steps is not None and state.step >= self.max_steps:
+            return f"done after {state.step} steps"
+        if config.max_seconds is not None and state.seconds >= config.max_seconds:
+            return f"done after {state.seconds:.0f} s, {state.step} steps"
+        if config.patience is not None and state.evaluations_without_gain >= config.patience:
+            return f"done after {state.step} steps: no gain in {config.patience} evaluations"
+        return None
+
+    def _progress(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        by_step = self.state.step / self.max_steps if self.max_steps else 0.0
+        by_time = self.state.seconds / self.config.max_seconds if self.config.max_seconds else 0.0
+        return min(max(by_step, by_time), 1.0)
+
+    def _train_step(self) -> None:
+        config, state = self.config, self.state
+        begun = time.monotonic()
+        rate = learning_rate(
+            state.step,
+            self._progress(),
+            lr=config.lr,
+            warmup_steps=config.warmup_steps,
+            min_lr_ratio=config.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = [
+            self._batch(self.train_data, self.sampler.next_batch(config.batch_size))
+            for _ in range(config.accumulate)
+        ]
+        if self._peak_flops and self._flops_per_token is None:
+            self._flops_per_token = training_flops(self.model, batches[0]) / count_tokens(batches[0])
+        loss, tokens = self._accumulate(batches)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip_gradients()
+        self._apply(loss, norm, rate)
+        state.step += 1
+        state.tokens += tokens
+        sums = {"steps": 1, "loss": loss, "tokens": tokens, "seconds": time.monotonic() - begun}
+        for name, value in sums.items():
+            state.window[name] = state.window.get(name, 0.0) + value
+        state.window.update(lr=rate, grad_norm=norm)
+
+    def _accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Leave in .grad the gradient of the mean loss over all targets; returns that loss and the tokens read."""
+        counts = [self._count_targets(batch) for batch in batches]
+        tokens = sum(count_tokens(batch) for batch in batches)
+        targets, all_tokens = self.distributed.sum([sum(counts), tokens], self.device)
+        if not targets:
+            self._warn("all labels are -100, so the gradient is zero")
+        loss_sum = torch.zeros((), device=self.device)
+        for i, (batch, count) in enumerate(zip(batches, counts)):
+            if count == 0:  # its mean would be 0/0: give it targets, which then weigh nothing
+                batch = {**batch, "labels": torch.zeros_like(batch["labels"])}
+            weight = count / max(targets, 1.0)
+            with gradient_sync(self._parallel, wanted=i == len(batches) - 1):
+                loss = self._loss(self._parallel, batch)
+                # DistributedDataParallel divides the sum over processes by their number.
+                self.scaler.scale(loss * (weight * self.distributed.world_size)).backward()
+            loss_sum += loss.detach().float() * weight
+        return self.distributed.sum([float(loss_sum)], self.device)[0], int(all_tokens)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = model(**batch).loss
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"model: its output's loss is {loss!r}, need a tensor: the mean over the labels")
+        return loss
+
+    def _clip_gradients(self) -> float:
+        """Scale gradients down to the clip norm, if they are finite; returns the norm they had."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.grad_clip is not None and math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        return float(norm)
+
+    def _apply(self, loss: float, norm: float, rate: float) -> None:
+        """Take the optimiser step, unless the loss or a gradient is not finite."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        overflow = math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if finite or overflow:  # the scaler skips a step that overflowed, and lowers its scale
+            self.scaler.step(self.optimizer)
+            self.state.nonfinite_in_a_row = 0
+        else:
+            self._reject(loss, norm, rate)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _reject(self, loss: float, norm: float, rate: float) -> None:
+        """Skip the step with a warning, or raise TrainingDiverged."""
+        state, config = self.state, self.config
+        state.nonfinite_in_a_row += 1
+        what = f"loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
+        if config.on_nonfinite == "skip" and state.nonfinite_in_a_row <= config.max_nonfinite:
+            self._warn(f"{what}: step skipped, {state.nonfinite_in_a_row} in a row")
+            return
+        culprit = next((name for name, p in self.model.named_parameters() if not _finite(p.grad)), None)
+        self.log.add("diverged", state.step, loss=loss, grad_norm=norm, lr=rate, parameter=culprit)
+        kept = self.directory.checkpoints()
+        raise TrainingDiverged(
+            f"step {state.step}: {what}"
+            + (f"; first in the gradient of {culprit}" if culprit else "")
+            + (f"; the newest checkpoint is {kept[-1]}" if kept else "; there is no checkpoint yet")
+            + "; try a lower lr or more warmup_steps"
+        )
+
+    def _after_step(self) -> None:
+        """Log, evaluate and save where that is due."""
+        step, config = self.state.step, self.config
+        if step == 1 or step % config.log_every == 0:
+            self._log_window()
+        if self.state.window:
+            self._shown = self._figures()
+        self.display.step(self._progress(), {"step": step, **self._shown})
+        if self.dev_data is not None and config.eval_every and step % config.eval_every == 0:
+            self._evaluate_and_keep()
+        if config.save_every and step % config.save_every == 0:
+            self._save()
+
+    def _finish(self, *, evaluate: bool) -> Path:
+        """What the end of a run owes; an interrupted one saves at once and leaves the rest to whoever resumes it."""
+        if evaluate and self.state.window:
+            self._log_window()
+        if evaluate and self.dev_data is not None and self.state.evaluated_step != self.state.step:
+            self._evaluate_and_keep()
+        return self._save()
+
+    def _figures(self) -> dict[str, float]:
+        """Loss, speed and the rest over the steps since the last "train" record."""
+        window, tokens_per_second = (
+            self.state.window,
+            self.state.window["tokens"] / self.state.window["seconds"],
+        )
+        figures = {
+            "loss": window["loss"] / window["steps"],
+            "lr": window["lr"],
+            "grad_norm": window["grad_norm"],
+            "tokens_per_second": tokens_per_second,
+        }
+        if self._peak_flops and self._flops_per_token:
+            peak = self._peak_flops * self.distributed.world_size
+            figures["mfu"] = tokens_per_second * self._flops_per_token / peak
+        return figures
+
+    def _log_window(self) -> None:
+        self._shown = self._figures()
+        self.state.window = {}
+        done = {"tokens": self.state.tokens, "epochs": self.sampler.epochs, "seconds": self._seconds()}
+        self.log.add("train", self.state.step, **self._shown, **done)
+
+    def _warn(self, text: str) -> None:
+        self.log.add("warning", self.state.step, text=text)
+        self.display.note(f"WARNING: step {self.state.step}: {text}")
+
+    def _evaluate_and_keep(self) -> None:
+        """Evaluate, and keep the model at the top of the directory if it is the best so far."""
+        state = self.state
+        state.last, state.evaluated_step = self.evaluate(), state.step
+        loss, perplexity = state.last.loss, state.last.perplexity
+        self.log.add("eval", state.step, loss=loss, perplexity=perplexity, seconds=self._seconds())
+        self.display.note(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        if state.best is not None and not (loss < state.best.loss or math.isnan(state.best.loss)):
+            state.evaluations_without_gain += 1
+            return
+        state.best, state.evaluations_without_gain = state.last, 0
+        if self.distributed.is_main:
+            self.directory.save_model(self.model, self.tokenizer)
+
+    def _save(self) -> Path:
+        """Write a checkpoint; without dev_data the newest model is also the one at the directory's top."""
+        self.state.seconds = self._seconds()
+        generators = self.distributed.gather(random_state(self.device))
+        step, path = self.state.step, self.directory.path
+        if self.distributed.is_main:
+            self.directory.save_checkpoint(
+                step, lambda folder: self._write(folder, generators), self.config.keep_checkpoints
+            )
+            if self.dev_data is None:
+                self.directory.save_model(self.model, self.tokenizer)
+        self.distributed.barrier()
+        return path / f"checkpoint-{step}"
+
+    def _write(self, folder: Path, generators: list[dict[str, Any]]) -> None:
+        write_model(self.model, folder, self.tokenizer)
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        torch.save(generators, folder / GENERATORS)
+        state = {
+            "state": asdict(self.state),
+            "sampler": self.sampler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "config": asdict(self.config),
+            "world_size": self.distributed.world_size,
+        }
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def _load(self, folder: Path) -> None:
+        """Take over everything `_write` wrote, after checking that it is from the same order of data."""
+        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        here = {**asdict(self.config), "world_size": self.distributed.world_size}
+        before = {**saved["config"], "world_size": saved["world_size"]}
+        for name in (*DATA_ORDER, "world_size"):
+            if before[name] != here[name]:
+                raise ConfigError(
+                    f"{name}: {folder} was trained with {before[name]}, this run has {here[name]}"
+                )
+        read_model(self.model, folder)
+        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+        self.scaler.load_state_dict(saved["scaler"])
+        self.sampler.load_state_dict(saved["sampler"])
+        self.state = TrainState.from_dict(saved["state"])
+        generators = torch.load(folder / GENERATORS, map_location="cpu", weights_only=True)
+        restore_random_state(generators[self.distributed.rank], self.device)
+
+    def _batch(self, data: Examples, indices: Sequence[int]) -> Batch:
+        batch = self.collate([data[index] for index in indices])
+        if not isinstance(batch, dict) or "labels" not in batch:
+            raise TypeError('train_data, dev_data: a collated batch must be a dict of tensors with "labels"')
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _evaluation_batches(self, data: Examples) -> Iterator[Batch]:
+        """This process's share of the first eval_batches batches (default: all)."""
+        size, number = self.config.batch_size, self.config.eval_batches
+        starts = range(0, len(data), size)[:number]
+        for start in starts[self.distributed.rank :: self.distributed.world_size]:
+            yield self._batch(data, range(start, min(start + size, len(data))))
+
+    def _count_targets(self, batch: Batch) -> int:
+        return count_targets(batch["labels"], shifted=getattr(self.model, "shifts_labels", False))
+
+
+def _step_limit(config: TrainConfig, examples: int, world_size: int) -> int | None:
+    """max_steps or what max_epochs comes to, whichever is less."""
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.max_epochs is not None:
+        limits.append(
+            math.ceil(config.max_epochs * examples / (config.batch_size * config.accumulate * world_size))
+        )
+    return min(limits, default=None)
+
+
+def _peak_flops(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> float | None:
+    return peak_flops(device, dtype) if config.peak_tflops is None else config.peak_tflops * 1e12
+
+
+def _finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(torch.isfinite(gradient).all())
