@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.masks import MaskError, ShapeError, check_inputs, merge_masks
 from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotary
+from fastattn.ops import arguments
 from fastattn.ops.attention import attention
 
 # Attributes that exist on this class's instances but not on torch's; `swap_attention` adds and removes them.
@@ -137,6 +138,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if isinstance(rotary, Rotary) and rotary.head_dim != self.head_dim:
             raise ValueError(f"rotary is for head_dim {rotary.head_dim}, this module's is {self.head_dim}")
         self.rotary = rotary or None
+        arguments.window_bounds(window)
+        arguments.positive_or_zero("softcap", softcap)
+        arguments.check_backend(backend)
         self.window = window
         self.softcap = softcap
         self.backend = backend
