@@ -123,22 +123,22 @@ def run_case(case: Case, device: torch.device, budget: Budget, ceilings: Result,
             steps[contestant] = step
     samples = time_interleaved(steps, device, budget)
     peak = ceilings["matmul_tflops"].get(dtype_name(case.dtype))
-    for contestant, step in steps.items():
-        seconds = samples[contestant]
+    for contestant, seconds in samples.items():
         row = rows[contestant]
         row["time_ms"] = spread(seconds)
         tflops = case.flops / statistics.median(seconds) / 1e12 if case.flops else None
         row["tflops"] = tflops and round(tflops, 4)
         row["ceiling_share"] = round(tflops / peak, 4) if tflops and peak else None
         row["peak_memory_mib"] = None
-        if budget.memory and device.type == "cuda":
-            row["peak_memory_mib"] = _cuda_peak_mib(step, device)
-    del steps, workload
+    steps.clear()
+    if budget.memory and device.type == "cuda":
+        for contestant in samples:
+            rows[contestant]["peak_memory_mib"] = _cuda_peak_mib(workload, contestant, device)
+    del workload
     _release(device)
-    if budget.memory and device.type == "cpu" and script is not None and case.direction != "import":
-        for contestant, row in rows.items():
-            if row["status"] == "ok":
-                row["peak_memory_mib"] = child_peak_memory(script, case.name, contestant)
+    if budget.memory and device.type == "cpu" and script is not None:
+        for contestant in samples:
+            rows[contestant]["peak_memory_mib"] = child_peak_memory(script, case.name, contestant)
     return {
         "name": case.name,
         "group": case.group,
@@ -314,22 +314,24 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _cuda_peak_mib(step: Step, device: torch.device) -> float:
+def _cuda_peak_mib(workload: Workload, contestant: str, device: torch.device) -> float:
     _release(device)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    step = workload.step(contestant)
+    _release(device)
+    torch.cuda.reset_peak_memory_stats(device)
     step()
     torch.cuda.synchronize(device)
     return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 2)
 
 
 def child_peak_memory(script: Path, case: str, contestant: str, timeout: float = 600) -> float | None:
-    """Peak resident MiB of one step over a baseline taken when its inputs are built, in a process of its own.
+    """Peak resident MiB of one step above the inputs that all contestants share, in a process of its own.
 
-    The child (`python SCRIPT --measure-memory CASE CONTESTANT`) first runs the case's small form, so that code pages,
-    thread pools and caches are not counted, and its malloc returns freed blocks to the system, so that none hides.
-    None where the system cannot reset a process's peak (other than Linux).
+    What a contestant alone needs, such as a dense mask, counts; the temporaries of building it do not. The child
+    (`python SCRIPT --measure-memory CASE CONTESTANT`) first runs the case's small form, so that code pages, thread pools
+    and caches are not counted, and its malloc returns freed blocks to the system, so that none hides. None where the
+    system cannot reset a process's peak (other than Linux).
     """
     command = [sys.executable, str(script), "--measure-memory", case, contestant, "--threads", str(torch.get_num_threads())]
     environment = {**os.environ, **_MALLOC_SETTINGS}
@@ -345,17 +347,20 @@ def print_peak_memory(case: Case, contestant: str) -> None:
     """The child's side of `child_peak_memory`: one line with the MiB of one step."""
     device = torch.device("cpu")
     case.small().open(device).step(contestant)()
-    step = case.open(device).step(contestant)
-    gc.collect()
-    _trim()
+    workload = case.open(device)
     before = _reset_peak_rss()
-    step()
+    step = workload.step(contestant)
+    _reset_peak_rss()
+    outputs = step()
     peak = None if before is None else (_status_kib("VmHWM") - before) / 1024
+    del outputs
     print(f"{MEMORY_MARK} {json.dumps(peak)}", flush=True)
 
 
 def _reset_peak_rss() -> int | None:
     """Resident KiB now, the kernel's high-water mark set back to it; None where the kernel offers no such reset."""
+    gc.collect()
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _status_kib("VmRSS")
