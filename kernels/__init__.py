@@ -1,0 +1,1 @@
+"""Triton kernels of fastattn: device code, its tiles and its launches."""
