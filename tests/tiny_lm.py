@@ -1,0 +1,41 @@
+"""A language model of a few hundred weights and data with something to learn, for tests of training."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastattn.data.packing import PackedDataset, TokenStream
+
+VOCAB = 23
+
+
+class TinyLM(nn.Module):
+    """Predicts a token from the one before it; with dropout, so that random state matters."""
+
+    def __init__(self, width: int = 12, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, width)
+        self.drop = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.norm(self.drop(self.embed(input_ids))))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def make_model(seed: int = 0, **options) -> TinyLM:
+    torch.manual_seed(seed)
+    return TinyLM(**options)
+
+
+def make_data(tokens: int = 600, block_size: int = 9, seed: int = 0) -> PackedDataset:
+    """Each token is mostly the one before it plus 3, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    steps = np.where(generator.random(tokens) < 0.85, 3, generator.integers(0, VOCAB, tokens))
+    stream = TokenStream((np.cumsum(steps) % VOCAB).astype(np.uint16), np.zeros(1, np.int64))
+    return PackedDataset(stream, block_size)
