@@ -14,8 +14,8 @@ from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotar
 from fastattn.ops import arguments
 from fastattn.ops.attention import attention
 
-# Attributes that exist on this class's instances but not on torch's; `swap_attention` adds and removes them.
-EXTRA_ATTRIBUTES = (
+# What an instance has that torch's has not.
+_EXTRA_ATTRIBUTES = (
     "num_kv_heads",
     "rotary",
     "window",
@@ -25,6 +25,7 @@ EXTRA_ATTRIBUTES = (
     "q_norm",
     "k_norm",
     "backend",
+    "swapped",
 )
 
 
@@ -61,6 +62,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     q_norm: nn.RMSNorm | None
     k_norm: nn.RMSNorm | None
     backend: str
+    swapped: bool
 
     def __init__(
         self,
@@ -125,8 +127,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
         sinks: bool = False,
         qk_norm: bool = False,
         backend: str = "auto",
+        swapped: bool = False,
     ) -> None:
-        """Give the module the attributes torch's class lacks; the constructor and `swap_attention` call this once."""
+        """Give a torch module what this class has more; the constructor and `swap_attention` call this, once.
+
+        swapped: the module was made by torch and will be given back to it.
+        """
         device, dtype = self.out_proj.weight.device, self.out_proj.weight.dtype
         self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -144,6 +150,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.window = window
         self.softcap = softcap
         self.backend = backend
+        self.swapped = swapped
         if isinstance(alibi, Tensor) and alibi.shape != (self.num_heads,):
             raise ValueError(f"alibi must be of shape ({self.num_heads},), got {tuple(alibi.shape)}")
         slopes = alibi_slopes(self.num_heads, device) if alibi is True else alibi
@@ -153,6 +160,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.q_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
         self.register_forward_pre_hook(keep_forward)
+
+    def remove_extras(self) -> None:
+        """Take away what `add_extras` gave, leaving exactly a torch module's attributes."""
+        for store in (self.__dict__, self._parameters, self._buffers, self._modules):
+            for name in _EXTRA_ATTRIBUTES:
+                store.pop(name, None)
+        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is keep_forward]:
+            del self._forward_pre_hooks[key]
 
     def _narrow_keys_and_values(self) -> None:
         """Shrink torch's projections of keys and values to num_kv_heads heads, initialised as torch would."""

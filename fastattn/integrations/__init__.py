@@ -1,0 +1,1 @@
+"""Ways to put fastattn's attention into models that exist."""

@@ -1,0 +1,115 @@
+"""Exchange the attention inside a model that exists, and put it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from fastattn.nn.attention import MultiHeadAttention
+from fastattn.ops import arguments
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_attention` did: names of modules as in `named_modules`, "" being the model itself."""
+
+    swapped: tuple[str, ...]
+    already: tuple[str, ...]  # ran on fastattn before the call
+    left: tuple[tuple[str, str], ...]  # (name, why it was left alone)
+    backend: str
+
+    def to_dict(self) -> dict[str, object]:
+        """The same as plain types, for JSON."""
+        return {
+            "swapped": list(self.swapped),
+            "already": list(self.already),
+            "left": dict(self.left),
+            "backend": self.backend,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"swapped {_count(self.swapped)} to fastattn (backend={self.backend!r})"]
+        lines += [f"  {name or '(the model itself)'}" for name in self.swapped]
+        if self.already:
+            lines.append(f"{_count(self.already)} ran on fastattn before")
+        if self.left:
+            lines.append(f"left {_count(self.left)} alone:")
+            lines += [f"  {name or '(the model itself)'}: {why}" for name, why in self.left]
+        return "\n".join(lines)
+
+
+def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
+    """Run every `torch.nn.MultiheadAttention` in `model` on `fastattn.attention`, in place.
+
+    A module's class becomes `fastattn.MultiHeadAttention`; the module itself stays, and with it its parameters (so
+    optimizers go on), hooks, mode, dtype and device, and every reference to it. Calling it again changes nothing but
+    the backend of what was swapped before. `restore_attention` undoes it exactly.
+
+    Args:
+        model: any module; its whole tree is searched.
+        backend: "auto" or the name of a fastattn backend for the swapped modules.
+
+    Returns:
+        A report, printable, of what was swapped and of what looks like attention but was left, with the reason.
+    """
+    arguments.check_backend(backend)
+    swapped, already, left = [], [], []
+    for name, module in list(_candidates(model)):
+        if isinstance(module, MultiHeadAttention):
+            if module.swapped:
+                module.backend = backend
+            already.append(name)
+        elif (reason := _why_not(module)) is not None:
+            left.append((name, reason))
+        else:
+            module.__class__ = MultiHeadAttention
+            cast(MultiHeadAttention, module).add_extras(backend=backend, swapped=True)
+            swapped.append(name)
+    return SwapReport(tuple(swapped), tuple(already), tuple(left), backend)
+
+
+def restore_attention(model: nn.Module) -> tuple[str, ...]:
+    """Undo `swap_attention`: every module it swapped is the torch module it was. Returns their names."""
+    names = []
+    for name, module in list(_candidates(model)):
+        if isinstance(module, MultiHeadAttention) and module.swapped:
+            module.remove_extras()
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+            names.append(name)
+    return tuple(names)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Whatever computes attention, by class or by name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) or "attention" in _class_name(module).lower():
+            yield name, module
+
+
+def _why_not(module: nn.Module) -> str | None:
+    name = _class_name(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{name} is compiled by TorchScript"
+    if not isinstance(module, nn.MultiheadAttention):
+        return f"{name} is not a torch.nn.MultiheadAttention"
+    if type(module) is not nn.MultiheadAttention:
+        return f"{name} is a subclass of torch.nn.MultiheadAttention and may compute something else"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, so exchanging its class would change nothing"
+    return None
+
+
+def _class_name(module: nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, "original_name", type(module).__name__))
+    return type(module).__name__
+
+
+def _count(names: tuple[object, ...]) -> str:
+    return f"{len(names)} module" + ("" if len(names) == 1 else "s")
