@@ -1,6 +1,27 @@
 """Fused attention for PyTorch: every mask, bias and gradient, on every device, and it says which kernel ran."""
 
+from importlib import import_module
+from types import ModuleType
+
 from fastattn import reference
+from fastattn.integrations.swap import SwapReport, restore_attention, swap_attention
+from fastattn.nn.attention import MultiHeadAttention
 from fastattn.ops.attention import attention, explain
 
-__all__ = ["attention", "explain", "reference"]
+__all__ = [
+    "MultiHeadAttention",
+    "SwapReport",
+    "attention",
+    "explain",
+    "reference",
+    "restore_attention",
+    "swap_attention",
+]
+
+_ON_FIRST_USE = ("integrations", "models", "train")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_FIRST_USE:
+        return import_module(f"fastattn.{name}")
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
