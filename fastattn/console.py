@@ -16,7 +16,9 @@ class InputError(ValueError):
 
 
 class Output(Protocol):
-    """Where a command reports."""
+    """Where a command reports; `shows_progress` says whether a long step may report as it goes."""
+
+    shows_progress: bool
 
     def heading(self, text: str) -> None:
         """Start a section."""
@@ -32,6 +34,8 @@ class Output(Protocol):
 
 class TerminalOutput:
     """Output for eyes: colours, rules and box tables as wide as the terminal."""
+
+    shows_progress = True
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -61,6 +65,8 @@ class TerminalOutput:
 class PlainOutput:
     """Output for files and pipes: aligned text, no control characters, never wrapped."""
 
+    shows_progress = True
+
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
@@ -85,6 +91,8 @@ class PlainOutput:
 
 class NoOutput:
     """Output of a command asked for JSON alone."""
+
+    shows_progress = False
 
     def heading(self, text: str) -> None:
         pass

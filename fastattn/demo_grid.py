@@ -86,6 +86,11 @@ class Measured:
     def passed(self) -> bool:
         return self.error <= self.allowed
 
+    @property
+    def verdict(self) -> str:
+        """ "ok" or what is wrong."""
+        return "ok" if self.passed else "wrong"
+
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Measured:
     """Check a case against float64, then time and weigh it beside torch, the two in turn."""
