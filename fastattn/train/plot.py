@@ -57,7 +57,10 @@ def plot_loss(
 
 def ticks(low: float, high: float, number: int = TICKS) -> list[float]:
     """About `number` round values (1, 2, 2.5 or 5 times a power of ten apart) that enclose [low, high]."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    span = high - low
+    if span <= 1e-6 * size or span < 1e-9:  # as good as one value
+        span = size if size > 1e-9 else 1.0
     rough = span / max(number - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= rough * 0.999)
