@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -294,6 +295,7 @@ def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype,
 def _report_growth(sender: Connection, case: Case, side: str, dtype: torch.dtype, seed: int) -> None:
     import resource
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo, which ends this process
     cpu = torch.device("cpu")
     small = replace(case, length=32)
     make_step(small, side, make_inputs(small, cpu, dtype, seed))()  # loads code and starts threads
