@@ -33,9 +33,15 @@ def make_model(seed: int = 0, **options) -> TinyLM:
     return TinyLM(**options)
 
 
-def make_data(tokens: int = 600, block_size: int = 9, seed: int = 0) -> PackedDataset:
+def make_data(
+    tokens: int = 600,
+    block_size: int = 9,
+    seed: int = 0,
+    starts: tuple[int, ...] = (0,),
+    segments: bool = False,
+) -> PackedDataset:
     """Each token is mostly the one before it plus 3, so that there is something to learn."""
     generator = np.random.default_rng(seed)
     steps = np.where(generator.random(tokens) < 0.85, 3, generator.integers(0, VOCAB, tokens))
-    stream = TokenStream((np.cumsum(steps) % VOCAB).astype(np.uint16), np.zeros(1, np.int64))
-    return PackedDataset(stream, block_size)
+    stream = TokenStream((np.cumsum(steps) % VOCAB).astype(np.uint16), np.array(starts, np.int64))
+    return PackedDataset(stream, block_size, segments=segments)

@@ -93,6 +93,18 @@ class RunDirectory:
         numbered = [(int(m[1]), entry) for m, entry in found if m and (entry / STATE).is_file()]
         return [entry for _, entry in sorted(numbered)]
 
+    def check_space(self, model: nn.Module, keep: int) -> None:
+        """Raise ConfigError unless the disk holds the best model and `keep` + 1 checkpoints with two moments."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+        weights, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
+        need = weights + (keep + 1) * (weights + 2 * trained)
+        free = shutil.disk_usage(_existing(self.path)).free
+        if free < need:
+            raise ConfigError(
+                f"output_dir: {self.path} has {free / 1e9:.2f} GB free, need {need / 1e9:.2f} GB for the best model "
+                f"and {keep + 1} checkpoints (keep_checkpoints + 1 while one is written)"
+            )
+
     def prepare(self) -> None:
         """Make the directory; delete what an earlier run left, if that was asked for, and unfinished writes."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -180,13 +192,18 @@ def publish(folder: Path, final: Path) -> None:
 def _check_writable(path: Path) -> None:
     """Raise ConfigError unless files can be made in `path`, or in the nearest directory above that exists."""
     try:
-        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        existing = _existing(path)
         if not existing.is_dir():
             raise ConfigError(f"output_dir: {path} cannot be made, {existing} is a file, need a directory")
         with tempfile.TemporaryFile(prefix=UNFINISHED, dir=existing):
             pass
     except OSError as error:
         raise ConfigError(f"output_dir: {path} cannot be written ({error.strerror or error})") from None
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest place above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _sync(path: Path) -> None:

@@ -32,7 +32,7 @@ from fastattn.train.log import Record, RunLog
 from fastattn.train.metrics import Evaluation, count_targets, count_tokens, peak_flops, training_flops
 from fastattn.train.optim import build_optimizer, learning_rate
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
-from fastattn.train.rng import random_state, restore_random_state, seed_all, seeded
+from fastattn.train.rng import deterministic_algorithms, random_state, restore_random_state, seed_all, seeded
 from fastattn.train.signals import StopRequest
 from fastattn.train.state import FitResult, TrainState
 
@@ -75,7 +75,7 @@ class Trainer:
         on_record: called with each record of the log.
 
     Raises:
-        ConfigError: the output directory cannot take the run, or the device or precision is not to be had here.
+        ConfigError: the output directory or the disk cannot take the run, or the device or precision is not to be had.
         ValueError: a data set is empty, or the model has nothing to train.
     """
 
@@ -98,6 +98,7 @@ class Trainer:
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
         self.directory = RunDirectory(config.output_dir, resume=config.resume, overwrite=config.overwrite)
+        self.directory.check_space(model, config.keep_checkpoints)
         self.model = model.to(self.device)
         self.optimizer = build_optimizer(
             model,
@@ -132,7 +133,7 @@ class Trainer:
             TrainingDiverged: the loss or a gradient is not finite; the newest checkpoint is from before that.
             KeyboardInterrupt: Ctrl-C came a second time, before the checkpoint was written.
         """
-        with StopRequest() as stop:
+        with StopRequest() as stop, deterministic_algorithms(self.config.deterministic):
             self._begin()
             self.display.start(self._progress())
             try:
@@ -192,8 +193,6 @@ class Trainer:
     def _begin(self) -> None:
         """Make the output directory, then start afresh or from the checkpoint."""
         config, source = self.config, self.directory.resume_from
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
         seed_all(config.seed + self.distributed.rank)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -444,7 +443,7 @@ class Trainer:
         batch = self.collate([data[index] for index in indices])
         if not isinstance(batch, dict) or "labels" not in batch:
             raise TypeError('train_data, dev_data: a collated batch must be a dict of tensors with "labels"')
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def _evaluation_batches(self, data: Examples) -> Iterator[Batch]:
         """This process's share of the first eval_batches batches (default: all)."""

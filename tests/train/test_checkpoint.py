@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,6 +258,20 @@ def test_unwritable_places_are_refused_before_anything_is_made(make_trainer, tmp
     with pytest.raises(ConfigError, match=r"output_dir: .*run cannot be written \(Permission denied\)"):
         make_trainer()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_noticed_before_the_run(make_trainer, tmp_path, monkeypatch):
+    size = sum(p.numel() * 4 for p in make_model().parameters())
+    free = size + 3 * (3 * size)
+    for left, fits in ((free, True), (free - 1, False)):
+        usage = SimpleNamespace(free=left)
+        monkeypatch.setattr("fastattn.train.checkpoint.shutil.disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            make_trainer(keep_checkpoints=2)
+        else:
+            with pytest.raises(ConfigError, match=r"output_dir: .* GB free, need .* and 3 checkpoints"):
+                make_trainer(keep_checkpoints=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tied_weights_survive(make_trainer):

@@ -272,6 +272,81 @@ def test_bfloat16_autocast_reaches_the_model(make_trainer):
     assert set(seen) == {torch.bfloat16}
 
 
+@pytest.fixture
+def half_precision(monkeypatch):
+    """float16 with loss scaling on the CPU, which a user is refused but which runs the same code as on CUDA."""
+    monkeypatch.setattr("fastattn.train.trainer.usable_dtype", lambda precision, device: torch.float16)
+
+
+def test_loss_scaling_trains_and_resumes_bit_by_bit(make_trainer, half_precision):
+    straight = make_trainer(out="straight", max_steps=12)
+    assert straight.scaler.is_enabled()
+    straight.scaler._growth_interval = 5
+    losses = [r["loss"] for r in straight.fit().log if r["event"] == "train"]
+    assert losses[-1] < losses[0]
+    assert straight.scaler.get_scale() == 4 * 2.0**16
+
+    def interrupt(record):
+        if record["event"] == "train" and record["step"] == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    parts = {"out": "parts", "max_steps": 12, "log_every": 7}
+    first = make_trainer(**parts, keywords={"on_record": interrupt})
+    first.scaler._growth_interval = 5
+    first.fit()
+    second = make_trainer(**parts, resume="auto", model=make_model(seed=3))
+    second.fit()
+    assert second.scaler.state_dict() == straight.scaler.state_dict()
+    assert torch.equal(second.model.head.weight, straight.model.head.weight)
+
+
+def test_an_overflow_under_loss_scaling_is_no_divergence(make_trainer, half_precision):
+    trainer = make_trainer(max_steps=6)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = trainer.model.head.weight.detach().clone()
+    trainer._train_step()
+    assert torch.equal(before, trainer.model.head.weight)
+    assert trainer.scaler.get_scale() == 2.0**119
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer._train_step()
+    assert not torch.equal(before, trainer.model.head.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_cuda_runs_learn_and_resume_bit_by_bit(make_trainer, precision):
+    options = {
+        "device": "cuda",
+        "precision": precision,
+        "deterministic": True,
+        "max_steps": 40,
+        "save_every": 15,
+    }
+    straight = make_trainer(out="straight", dev=make_data(seed=1), **options)
+    result = straight.fit()
+    assert result.last.perplexity < 0.6 * result.first.perplexity
+
+    def interrupt(record):
+        if record["event"] == "train" and record["step"] == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    parts = {"out": "parts", "dev": make_data(seed=1), **options}
+    make_trainer(**parts, keywords={"on_record": interrupt}).fit()
+    second = make_trainer(**parts, model=make_model(seed=3), resume="auto")
+    second.fit()
+    assert torch.equal(second.model.head.weight, straight.model.head.weight)
+
+
+def test_deterministic_algorithms_are_for_the_run_only(make_trainer):
+    seen = []
+    record = {"on_record": lambda record: seen.append(torch.are_deterministic_algorithms_enabled())}
+    make_trainer(deterministic=True, max_steps=1, keywords=record).fit()
+    make_trainer(max_steps=1, out="b", keywords=record).fit()
+    assert set(seen[:1]) == {True}
+    assert not seen[-2]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_compiled_training_uses_the_compiled_model_and_saves_the_plain_one(make_trainer, monkeypatch):
     class Compiled(nn.Module):
         calls = 0

@@ -1,0 +1,68 @@
+"""The trainer with the library's own GPT: it learns, resumes bit by bit, and leaves a folder that others load."""
+
+import pytest
+import torch
+from tiny_lm import VOCAB, make_data
+
+from fastattn.data import Tokenizer, default_corpus, train_bpe
+from fastattn.models import GPT, GPTConfig
+from fastattn.train.checkpoint import read_model
+
+
+def make_gpt(seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "dropout": 0.1}
+    return GPT(GPTConfig(**{**sizes, **options}))
+
+
+def test_gpt_learns_and_resumes_bit_by_bit(make_trainer):
+    options = {"max_steps": 30, "save_every": 10, "eval_every": 15, "lr": 1e-2, "dev": make_data(seed=1)}
+    straight = make_trainer(model=make_gpt(), out="straight", **options)
+    result = straight.fit()
+    assert result.last.perplexity < 0.6 * result.first.perplexity
+
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["step"] == 15 and record["event"] == "eval":
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_trainer(model=make_gpt(), **options, keywords={"on_record": kill}).fit()
+    resumed = make_trainer(model=make_gpt(seed=4), **options, resume="auto")
+    assert resumed.directory.resume_from.name == "checkpoint-10"
+    again = resumed.fit()
+    wanted, found = straight.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert again.last == result.last
+
+
+def test_output_directory_loads_as_a_model_and_in_transformers(make_trainer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_bpe(default_corpus()[:5], 300)
+    model = make_gpt(vocab_size=300)
+    trainer = make_trainer(model=model, dev=make_data(seed=1), max_steps=3, keywords={"tokenizer": tokenizer})
+    result = trainer.fit()
+    ids = torch.tensor([Tokenizer.from_pretrained(tmp_path / "run").encode("The list is")])
+    for folder in (tmp_path / "run", result.checkpoint):
+        ours = GPT.from_pretrained(folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert transformers.AutoTokenizer.from_pretrained(folder)("The list is").input_ids == ids[0].tolist()
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    best = make_gpt(seed=7, vocab_size=300)
+    read_model(best, tmp_path / "run")
+    trainer.model.load_state_dict(best.state_dict())
+    assert trainer.evaluate().loss == pytest.approx(result.best.loss, rel=1e-6)
+
+
+def test_packed_documents_train_apart(make_trainer):
+    """Targets counted by the trainer are those of the model, so the loss over segments is exact."""
+    data = make_data(starts=(0, 100, 333, 500), segments=True)
+    model = make_gpt().double().eval()
+    trainer = make_trainer(model=model, batch_size=7)
+    items = list(data)
+    whole = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    evaluation = trainer.evaluate(data)
+    assert evaluation.targets == data.num_targets() == 600 - 4
+    assert evaluation.loss == pytest.approx(model(**whole).loss.item(), rel=1e-6)
