@@ -5,12 +5,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also") may repeat across topics
-MIN_TOPIC = 200  # characters a topic must keep once its repeated paragraphs are gone
+MIN_SECTION = 300  # characters; a shorter section goes with the one after it
+HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~^#-])\1{2,}\n)")  # what stands before a title and its underline
 MAX_DOCUMENT = 1 << 22  # characters held at once; a longer document is cut at a line end
 CHUNK_BYTES = 1 << 20
 
@@ -20,22 +22,30 @@ class DataError(ValueError):
 
 
 def default_corpus() -> list[str]:
-    """The standard library's `pydoc_data.topics`: English prose about Python, one document per topic.
+    """The standard library's `pydoc_data.topics`: English prose about Python, one document per section.
 
-    Topics quote each other at length, so a paragraph that an earlier topic already has is left out: a held-out
-    topic shares no paragraph with the others. The order is fixed and unrelated to the topics' names, so that any
-    stretch of documents is a fair sample.
+    Topics quote each other at length, so a paragraph that another section already has is left out: held-out
+    sections share no paragraph with the others. The order is fixed and unrelated to the topics, so that any stretch
+    of documents is a fair sample.
     """
     from pydoc_data.topics import topics
 
     longest_first = sorted(topics.items(), key=lambda item: (-len(item[1]), item[0]))
-    documents = {}
     seen: set[str] = set()
-    for name, text in longest_first:
-        kept = _without_repeats(text, seen)
-        if len(kept) >= MIN_TOPIC:
-            documents[name] = kept
-    return [documents[name] for name in sorted(documents, key=lambda n: hashlib.sha256(n.encode()).digest())]
+    documents = [section for _, text in longest_first for section in _sections(_without_repeats(text, seen))]
+    return sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
+
+
+def _sections(text: str) -> list[str]:
+    """The parts of `text` that begin with an underlined heading, short ones joined to the next, the last to its
+    predecessor; none if `text` is short itself."""
+    begins = [0]
+    for heading in HEADING.finditer(text):
+        if heading.end() - begins[-1] >= MIN_SECTION:
+            begins.append(heading.end())
+    if len(text) - begins[-1] < MIN_SECTION:
+        begins.pop()
+    return [text[begin:end].strip("\n") + "\n" for begin, end in zip(begins, [*begins[1:], len(text)])]
 
 
 def _without_repeats(text: str, seen: set[str]) -> str:
@@ -47,7 +57,7 @@ def _without_repeats(text: str, seen: set[str]) -> str:
             kept.append(paragraph)
         if len(key) >= MIN_SHARED_PARAGRAPH:
             seen.add(key)
-    return "\n\n".join(kept).strip("\n") + "\n"
+    return "\n\n".join(kept)
 
 
 class TextFiles:

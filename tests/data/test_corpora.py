@@ -25,7 +25,8 @@ def paragraphs(document):
 
 def test_default_corpus_is_english_prose_of_some_size():
     documents = default_corpus()
-    assert len(documents) > 40
+    assert len(documents) > 100
+    assert min(map(len, documents)) > 250
     assert 250_000 < sum(map(len, documents)) < 465_000
     assert any("statement" in document for document in documents)
     assert documents == default_corpus()
