@@ -1,8 +1,8 @@
 """Attention against its peers: time, error and peak memory, on the CPU or on a GPU.
 
-    python benchmarks/bench_attention.py                      every case of this machine's device, results stored
-    python benchmarks/bench_attention.py --list               the cases
-    python benchmarks/bench_attention.py --only window --quick --csv window.csv
+python benchmarks/bench_attention.py                      every case of this machine's device, results stored
+python benchmarks/bench_attention.py --list               the cases
+python benchmarks/bench_attention.py --only window --quick --csv window.csv
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class AttentionCase:
     random_mask: bool = False  # (B, 1, Sq, Sk), nine in ten visible
     dropout_p: float = 0.0
     target: schema.Result | None = None
-    only: tuple[str, ...] = ()  # contestants; () = all that the device has
+    peers: tuple[str, ...] = ()  # () = those of a GPU, and ours by backend
 
     @property
     def params(self) -> schema.Result:
         """The sizes and the features in use, for the result."""
-        hidden = ("name", "group", "dtype", "direction", "target", "only")
+        hidden = ("name", "group", "dtype", "direction", "target", "peers")
         sizes = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "head_dim", "causal")
         params = {k: v for k, v in asdict(self).items() if k not in hidden and (v or k in sizes)}
         if self.documents == 1:
@@ -82,12 +82,9 @@ class AttentionCase:
         return share * 4.0 * self.head_dim * pairs * self.batch * self.heads
 
     def contestants(self, device: torch.device) -> list[str]:
-        """Names that `peers.find` knows, ours first."""
-        if self.only:
-            return list(self.only)
-        if device.type == "cpu":
-            special = self.alibi or self.softcap or self.bias or self.dropout_p
-            return ["fastattn", "sdpa", *(["composite"] if special else []), *(["flex"] if self.softcap else [])]
+        """Names that `peers.find` knows, ours first: each fused backend of ours, unless the case names its peers."""
+        if self.peers:
+            return ["fastattn", *self.peers]
         ours = [f"fastattn-{name}" for name in _backend_names() if name != "torch"]
         return [*ours, "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flex", "flash_attn"]
 
@@ -100,8 +97,16 @@ class AttentionCase:
         group = self.heads // self.kv_heads
         heads = min(self.heads, max(4, group))
         window = self.window and (min(self.window[0], 63), min(self.window[1], 63))
-        sizes = {"seqlen_q": min(self.seqlen_q, 256), "seqlen_k": min(self.seqlen_k, 256), "batch": min(self.batch, 2)}
-        return replace(self, heads=heads, kv_heads=heads // group, window=window, target=None, **sizes)
+        return replace(
+            self,
+            batch=min(self.batch, 2),
+            heads=heads,
+            kv_heads=heads // group,
+            seqlen_q=min(self.seqlen_q, 256),
+            seqlen_k=min(self.seqlen_k, 256),
+            window=window,
+            target=None,
+        )
 
 
 class AttentionWorkload:
@@ -135,7 +140,11 @@ class AttentionWorkload:
     def options(self) -> dict[str, Any]:
         """The case as fastattn.attention's options."""
         case = self.case
-        options: dict[str, Any] = {"causal": case.causal, "window": case.window, "softcap": case.softcap or None}
+        options: dict[str, Any] = {
+            "causal": case.causal,
+            "window": case.window,
+            "softcap": case.softcap or None,
+        }
         options |= {"segment_ids": self.segments(), "alibi_slopes": self.slopes() if case.alibi else None}
         options |= {"bias": self._bias if case.bias else None, "mask": self._random}
         if case.dropout_p:
@@ -219,7 +228,7 @@ class AttentionWorkload:
         return backward
 
     def judge(self, contestant: str) -> Judgement | None:
-        """Float64 and plain torch on the first sequence's first key/value head; peers draw dropout masks of their own."""
+        """The truth for the first sequence's first key/value head; None for peers that draw dropout of their own."""
         if self.case.dropout_p and not contestant.startswith("fastattn"):
             return None
         return self._judgement
@@ -240,7 +249,9 @@ class AttentionWorkload:
         from fastattn import reference
 
         case = self.case
-        leaves = {n: part(n, t).detach().to(dtype).requires_grad_(self.wants_grad) for n, t in self.inputs.items()}
+        leaves = {
+            n: part(n, t).detach().to(dtype).requires_grad_(self.wants_grad) for n, t in self.inputs.items()
+        }
         options = dict(self.options)
         for name in ("mask", "segment_ids"):
             if name in options:
@@ -259,7 +270,11 @@ class AttentionWorkload:
 
 
 def permitted_pairs(
-    seqlen_q: int, seqlen_k: int, causal: bool = False, window: tuple[int, int] | None = None, documents: int = 1
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    documents: int = 1,
 ) -> int:
     """Pairs (i, j) that the mask lets through, counted row by row."""
     position = torch.arange(seqlen_q) + seqlen_k - seqlen_q
@@ -285,8 +300,9 @@ def cases_for(device: torch.device) -> list[AttentionCase]:
 def cpu_cases() -> list[AttentionCase]:
     """What a CPU user meets: dense and masked training shapes, features, low precision, decoding."""
 
-    def make(name: str, group: str, length: int, **changes: Any) -> AttentionCase:
-        return AttentionCase(**{"name": name, "group": group, "seqlen_q": length, "seqlen_k": length, **CPU_SHAPE, **changes})
+    def make(name: str, group: str, length: int, *more_peers: str, **changes: Any) -> AttentionCase:
+        sizes = {"seqlen_q": length, "seqlen_k": length, **CPU_SHAPE, "peers": ("sdpa", *more_peers)}
+        return AttentionCase(**{"name": name, "group": group, **sizes, **changes})
 
     def against_sdpa(speed: float, memory: float | None = None) -> schema.Result:
         target: schema.Result = {"contestant": "fastattn", "against": "sdpa", "speed": speed}
@@ -298,13 +314,13 @@ def cpu_cases() -> list[AttentionCase]:
         make("window-255-8192", "window", 8192, window=(255, 0), target=against_sdpa(8.0, 0.25)),
         make("packed-causal-8192", "packed", 8192, causal=True, **packed),
         make("packed-full-8192", "packed", 8192, **packed),
-        make("dropout-1024", "features", 1024, dropout_p=0.1, target=against_sdpa(1.0)),
+        make("dropout-1024", "features", 1024, "composite", dropout_p=0.1, target=against_sdpa(1.0)),
         make("dense-full-2048", "dense", 2048),
         make("dense-causal-bf16-2048", "dense", 2048, causal=True, dtype=torch.bfloat16),
         make("gqa-causal-2048", "features", 2048, causal=True, heads=16, kv_heads=4),
-        make("alibi-causal-2048", "features", 2048, causal=True, alibi=True),
-        make("softcap-causal-2048", "features", 2048, causal=True, softcap=30.0),
-        make("bias-grad-1024", "features", 1024, bias=True),
+        make("alibi-causal-2048", "features", 2048, "composite", causal=True, alibi=True),
+        make("softcap-causal-2048", "features", 2048, "composite", "flex", causal=True, softcap=30.0),
+        make("bias-grad-1024", "features", 1024, "composite", bias=True),
         make("random-mask-2048", "features", 2048, random_mask=True),
     ]
     cases += [make(f"dense-causal-{s}", "dense", s, causal=True) for s in (512, 1024, 4096)]
@@ -316,12 +332,14 @@ def cpu_cases() -> list[AttentionCase]:
 
 
 def gpu_cases() -> list[AttentionCase]:
-    """The forward and backward grids at 16k tokens and hidden size 2048, then the features SDPA and FlexAttention share."""
+    """The forward and backward grids at 16k tokens and hidden size 2048, then features that peers share."""
     cases = []
     for direction in ("forward", "backward"):
         for head_dim in (128, 64, 256):
             for causal in (True, False):
-                cases += [_grid_case(direction, head_dim, causal, length) for length in reversed(GRID_LENGTHS)]
+                cases += [
+                    _grid_case(direction, head_dim, causal, length) for length in reversed(GRID_LENGTHS)
+                ]
     features: dict[str, dict[str, Any]] = {
         "bias-grad": {"bias": True, "batch": 1},
         "dropout": {"dropout_p": 0.125},
@@ -334,11 +352,16 @@ def gpu_cases() -> list[AttentionCase]:
         "fp32": {"causal": True, "dtype": torch.float32, "head_dim": 64},
         "fp16": {"causal": True, "dtype": torch.float16},
     }
-    cases += [AttentionCase(name=f"feature-{n}", group="features", **{**GPU_SHAPE, **f}) for n, f in features.items()]
+    cases += [
+        AttentionCase(name=f"feature-{n}", group="features", **{**GPU_SHAPE, **f})
+        for n, f in features.items()
+    ]
     decode = {"seqlen_q": 1, "seqlen_k": 8192, "batch": 16, "causal": True, "direction": "forward"}
     cases += [
         AttentionCase(name="decode-mha-8192", group="decode", **{**GPU_SHAPE, **decode}),
-        AttentionCase(name="decode-gqa-8192", group="decode", **{**GPU_SHAPE, **decode, "heads": 32, "kv_heads": 4}),
+        AttentionCase(
+            name="decode-gqa-8192", group="decode", **{**GPU_SHAPE, **decode, "heads": 32, "kv_heads": 4}
+        ),
     ]
     return cases
 
@@ -377,12 +400,20 @@ def import_case(quick: bool) -> schema.Result:
         for name, statement in programs.items():
             before = "import torch;" if name == "fastattn" else ""
             timed = f"from time import perf_counter as t;{before}a=t();{statement};print(t()-a)"
-            done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, cwd=schema.ROOT, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", timed], capture_output=True, text=True, cwd=schema.ROOT, check=False
+            )
             if done.returncode == 0 and number > 0:  # the first round fills the file cache
                 seconds[name].append(float(done.stdout))
     rows = []
     for name, samples in seconds.items():
-        row: schema.Result = {"contestant": name, "status": "ok", "error": None, "within_rule": None, "tflops": None}
+        row: schema.Result = {
+            "contestant": name,
+            "status": "ok",
+            "error": None,
+            "within_rule": None,
+            "tflops": None,
+        }
         row |= {"ceiling_share": None, "peak_memory_mib": None}
         if samples:
             rows.append(row | {"time_ms": harness.spread(samples)})

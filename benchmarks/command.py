@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import checkout
+import figures
 import harness
 import schema
 import torch
@@ -26,19 +27,21 @@ def main(
     extras: dict[str, ExtraCase] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run the bench's chosen cases; 0 unless a contestant of ours failed or broke the error rule."""
+    """Run the bench's chosen cases; 1 if a contestant of ours failed, or broke the error rule as no peer did."""
     options = _parser(bench).parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     checkout.make_importable()
+    checkout.correct_interpreter()
     device = torch.device(options.device)
-    cases = list(cases_for(device))
+    cases = list(cases_for(torch.device(options.cases_of or options.device)))
     if options.measure_memory:
         name, contestant = options.measure_memory
         harness.print_peak_memory(next(case for case in cases if case.name == name), contestant)
         return 0
     chosen = [case for case in cases if _matches(options.only, case.name, case.group)]
-    chosen_extras = {n: e for n, e in (extras or {}).items() if device.type == "cpu" and _matches(options.only, n, n)}
+    with_extras = device.type == "cpu" and options.cases_of != "cuda"
+    chosen_extras = {n: e for n, e in (extras or {}).items() if with_extras and _matches(options.only, n, n)}
     if options.list:
         print("\n".join([f"{case.name:<28} {case.group}" for case in chosen] + list(chosen_extras)))
         return 0
@@ -47,50 +50,70 @@ def main(
         return 2
     result = _start(bench, device, options, [case.dtype for case in chosen])
     path = _json_path(bench, result, options)
-    good = True
-    for name, extra in chosen_extras.items():
-        good = _add(result, extra(options.quick), path, options.merge) and good
+    problems: list[str] = []
+    for extra in chosen_extras.values():
+        problems += _add(result, extra(options.quick), path, options.merge)
     for case in chosen:
-        good = _run(case, device, options, result, path, script) and good
+        problems += _run(case, device, options, result, path, script)
     _write_outputs(bench, result, path, options)
-    return 0 if good else 1
+    if problems:
+        print(f"{len(problems)} wrong: " + "; ".join(problems))
+    return 1 if problems else 0
 
 
-def _run(case: Case, device: torch.device, options: argparse.Namespace, result: schema.Result, path: Path | None, script: Path) -> bool:
+def _run(
+    case: Case,
+    device: torch.device,
+    options: argparse.Namespace,
+    result: schema.Result,
+    path: Path | None,
+    script: Path,
+) -> list[str]:
     if options.quick:
         case = case.small()
-    if options.contestants:
-        case = _Restricted(case, options.contestants)
     budget = harness.QUICK if options.quick else Budget(memory=not options.no_memory)
     budget = replace(budget, errors=not options.no_errors)
     if options.seconds:
         budget = replace(budget, seconds=options.seconds)
-    entry = harness.run_case(case, device, budget, result["ceilings"], None if options.quick else script)
+    memory_script = None if options.quick else script
+    entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.contestants)
     return _add(result, entry, path, options.merge)
 
 
-def _add(result: schema.Result, entry: schema.Result, path: Path | None, merging: bool) -> bool:
-    """Keep the entry, store what there is so far, print it."""
+def _add(result: schema.Result, entry: schema.Result, path: Path | None, merging: bool) -> list[str]:
+    """Keep the entry, store what there is so far, print it; what is wrong with our rows."""
     result["cases"].append(entry)
     if path is not None:
         schema.save(_merged(result, path) if merging else result, path)
-    print("\n".join(harness.case_lines(entry)), flush=True)
+    print("\n".join(figures.case_lines(entry)), flush=True)
     ours = [row for row in entry["rows"] if row["contestant"].startswith("fastattn")]
-    return all(row["status"] != "failed" and row.get("within_rule") is not False for row in ours)
+    peers = [row for row in entry["rows"] if row not in ours and row.get("error")]
+    greatest = max((max(row["error"].values()) for row in peers), default=0.0)
+    problems = [
+        f"{entry['name']}, {row['contestant']}: {row['reason']}" for row in ours if row["status"] == "failed"
+    ]
+    for row in ours:
+        if row.get("within_rule") is False and max(row["error"].values()) > greatest:
+            problems.append(f"{entry['name']}, {row['contestant']}: error over the rule")
+    return problems
 
 
 def _merged(result: schema.Result, path: Path) -> schema.Result:
     return schema.merge(schema.load(path), result) if path.exists() else result
 
 
-def _start(bench: str, device: torch.device, options: argparse.Namespace, dtypes: list[torch.dtype]) -> schema.Result:
+def _start(
+    bench: str, device: torch.device, options: argparse.Namespace, dtypes: list[torch.dtype]
+) -> schema.Result:
     settings = {"quick": options.quick, "only": options.only, "contestants": options.contestants}
     result = schema.new_result(bench, device, settings)
     if options.revision:
         result["revision"] = options.revision
     result["ceilings"] = harness.measure_ceilings(device, list(dict.fromkeys(dtypes)), options.quick)
     rates = ", ".join(f"{name} {rate} TFLOP/s" for name, rate in result["ceilings"]["matmul_tflops"].items())
-    print(f"{result['device']['name']}, {result['device']['threads']} threads, torch {result['versions']['torch']}")
+    print(
+        f"{result['device']['name']}, {result['device']['threads']} threads, torch {result['versions']['torch']}"
+    )
     print(f"ceilings: matmul {rates}; copy {result['ceilings']['copy_gbps']} GB/s", flush=True)
     return result
 
@@ -118,7 +141,18 @@ def _write_outputs(bench: str, result: schema.Result, path: Path | None, options
 
 def write_csv(result: schema.Result, path: Path) -> None:
     """One line per contestant and case."""
-    names = ["case", "group", "direction", "dtype", "contestant", "status", "reason", "median_ms", "p20_ms", "p80_ms"]
+    names = [
+        "case",
+        "group",
+        "direction",
+        "dtype",
+        "contestant",
+        "status",
+        "reason",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+    ]
     names += ["tflops", "ceiling_share", "peak_memory_mib", "greatest_error", "within_rule"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -127,37 +161,42 @@ def write_csv(result: schema.Result, path: Path) -> None:
         for case in result["cases"]:
             for row in case["rows"]:
                 time = row.get("time_ms", {})
-                line = {"case": case["name"], **case, **row, "greatest_error": max((row.get("error") or {"": None}).values())}
-                table.writerow({**line, **{f"{name}_ms": time.get(name) for name in ("median", "p20", "p80")}})
+                line = {
+                    "case": case["name"],
+                    **case,
+                    **row,
+                    "greatest_error": max((row.get("error") or {"": None}).values()),
+                }
+                table.writerow(
+                    {**line, **{f"{name}_ms": time.get(name) for name in ("median", "p20", "p80")}}
+                )
 
 
 def _matches(patterns: Sequence[str], *names: str) -> bool:
     return not patterns or any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
-class _Restricted:
-    """A case with only the contestants a pattern names."""
-
-    def __init__(self, case: Case, pattern: str) -> None:
-        self._case, self._pattern = case, pattern
-
-    def contestants(self, device: torch.device) -> list[str]:
-        return [name for name in self._case.contestants(device) if re.search(self._pattern, name)]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._case, name)
-
-
 def _parser(bench: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=f"Measure {bench} against its peers on this machine.")
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--only", nargs="+", default=[], metavar="REGEX", help="cases whose name or group matches one of these")
+    add("--cases-of", choices=("cpu", "cuda"), help="the cases made for this device, whichever runs them")
+    add(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        help="cases whose name or group matches one of these",
+    )
     add("--contestants", metavar="REGEX", help="only contestants whose name matches")
     add("--quick", action="store_true", help="small sizes, few rounds, no memory: shows that everything runs")
     add("--seconds", type=float, help="measuring time per case")
     add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--json", metavar="FILE", help="where to store the result (default for a full run: the results folder)")
+    add(
+        "--json",
+        metavar="FILE",
+        help="where to store the result (default for a full run: the results folder)",
+    )
     add("--merge", action="store_true", help="keep the file's other cases")
     add("--csv", metavar="FILE", help="also as a table, one line per contestant")
     add("--plot", metavar="FOLDER", help="also as charts (needs matplotlib)")

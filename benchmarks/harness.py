@@ -1,15 +1,18 @@
-"""Measures contestants side by side: interleaved rounds in one process, error against float64, peak memory, ceilings.
+"""Measures contestants side by side: interleaved rounds in one process, errors against float64, peak memory, ceilings.
 
-A bench hands over cases; a case opens a workload; a workload gives one step per contestant. A step is one timed call and
-returns its tensors by name, which is what the errors are taken from. A contestant that cannot run says why and keeps its row.
+A bench hands over cases; a case opens a workload; a workload gives one step per contestant. A step is one timed call
+and returns its tensors by name, from which the errors are taken. A contestant that cannot run says why and keeps its
+row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from schema import Result, without_paths
@@ -29,7 +32,11 @@ Step = Callable[[], Tensors]
 
 MEMORY_MARK = "peak-memory:"
 # glibc keeps freed blocks below these sizes; pinned low, so that the resident size follows what is allocated
-_MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+_MALLOC_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 
 
 class CannotRun(Exception):
@@ -103,12 +110,21 @@ QUICK = Budget(seconds=1.0, least_rounds=2, most_rounds=5, least_sample_seconds=
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32" for torch.float32."""
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
-def run_case(case: Case, device: torch.device, budget: Budget, ceilings: Result, script: Path | None = None) -> Result:
+def run_case(
+    case: Case,
+    device: torch.device,
+    budget: Budget,
+    ceilings: Result,
+    script: Path | None = None,
+    only: str | None = None,
+) -> Result:
     """The case's entry of a result: every contestant's time, error, memory and share of the ceiling.
+
+    `only` is a pattern that a contestant's name must contain.
 
     `script` is the bench whose command line runs one step in a child process (see `child_peak_memory`); without it,
     a CPU case has no memory figures.
@@ -117,6 +133,8 @@ def run_case(case: Case, device: torch.device, budget: Budget, ceilings: Result,
     rows: dict[str, Result] = {}
     steps: dict[str, Step] = {}
     for contestant in case.contestants(device):
+        if only is not None and not re.search(only, contestant):
+            continue
         row, step = _admit(case, workload, contestant, device, budget)
         rows[contestant] = row
         if step is not None:
@@ -151,8 +169,16 @@ def run_case(case: Case, device: torch.device, budget: Budget, ceilings: Result,
     }
 
 
-def _admit(case: Case, workload: Workload, contestant: str, device: torch.device, budget: Budget) -> tuple[Result, Step | None]:
-    row: Result = {"contestant": contestant, "status": "ok", "error": None, "within_rule": None, "error_over": None}
+def _admit(
+    case: Case, workload: Workload, contestant: str, device: torch.device, budget: Budget
+) -> tuple[Result, Step | None]:
+    row: Result = {
+        "contestant": contestant,
+        "status": "ok",
+        "error": None,
+        "within_rule": None,
+        "error_over": None,
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -177,10 +203,14 @@ def _admit(case: Case, workload: Workload, contestant: str, device: torch.device
 def is_device_lost(error: BaseException) -> bool:
     """Whether no further CUDA call of this process can succeed."""
     text = str(error).lower()
-    return any(sign in text for sign in ("illegal memory access", "unspecified launch failure", "device-side assert"))
+    return any(
+        sign in text for sign in ("illegal memory access", "unspecified launch failure", "device-side assert")
+    )
 
 
-def errors_against(judgement: Judgement, outputs: Tensors, dtype: torch.dtype) -> tuple[dict[str, float], bool]:
+def errors_against(
+    judgement: Judgement, outputs: Tensors, dtype: torch.dtype
+) -> tuple[dict[str, float], bool]:
     """Greatest absolute error per tensor, and whether each keeps within 2x plain torch's + eps(dtype) * max|golden|."""
     errors: dict[str, float] = {}
     within = True
@@ -203,7 +233,9 @@ def _greatest(actual: Tensor, golden: Tensor) -> float:
     return float(worst)
 
 
-def time_interleaved(steps: Mapping[str, Step], device: torch.device, budget: Budget) -> dict[str, list[float]]:
+def time_interleaved(
+    steps: Mapping[str, Step], device: torch.device, budget: Budget
+) -> dict[str, list[float]]:
     """Seconds per call of every sample: each round calls every contestant once, in an order that rotates.
 
     The first call of each step must have happened. On CUDA a sample is bracketed by events and the last-level cache is
@@ -276,7 +308,7 @@ def spread(seconds: list[float]) -> Result:
 
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = False) -> Result:
-    """TFLOP/s of a large square matrix product by dtype, and GB/s of a large copy (bytes read + written), on random data."""
+    """TFLOP/s of a large square product by dtype, GB/s of a large copy (bytes read + written), on random data."""
     cuda = device.type == "cuda"
     size = 8192 if cuda else 2048
     length = 2**30 if cuda else 2**27
@@ -292,7 +324,9 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick:
         step()
     budget = Budget(seconds=0.5 if quick else 3.0, least_rounds=3, most_rounds=30)
     median = {name: statistics.median(s) for name, s in time_interleaved(steps, device, budget).items()}
-    rates = {name: round(2 * size**3 / seconds / 1e12, 4) for name, seconds in median.items() if name != "copy"}
+    rates = {
+        name: round(2 * size**3 / seconds / 1e12, 4) for name, seconds in median.items() if name != "copy"
+    }
     return {"matmul_tflops": rates, "copy_gbps": round(2 * length / median["copy"] / 1e9, 2)}
 
 
@@ -329,18 +363,30 @@ def child_peak_memory(script: Path, case: str, contestant: str, timeout: float =
     """Peak resident MiB of one step above the inputs that all contestants share, in a process of its own.
 
     What a contestant alone needs, such as a dense mask, counts; the temporaries of building it do not. The child
-    (`python SCRIPT --measure-memory CASE CONTESTANT`) first runs the case's small form, so that code pages, thread pools
-    and caches are not counted, and its malloc returns freed blocks to the system, so that none hides. None where the
-    system cannot reset a process's peak (other than Linux).
+    (`python SCRIPT --measure-memory CASE CONTESTANT`) first runs the case's small form, so that code pages, thread
+    pools and caches are not counted, and its malloc returns freed blocks to the system, so that none hides. None where
+    the system cannot reset a process's peak (other than Linux).
     """
-    command = [sys.executable, str(script), "--measure-memory", case, contestant, "--threads", str(torch.get_num_threads())]
+    command = [
+        sys.executable,
+        str(script),
+        "--measure-memory",
+        case,
+        contestant,
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     environment = {**os.environ, **_MALLOC_SETTINGS}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
     for line in done.stdout.splitlines():
         if line.startswith(MEMORY_MARK):
             value = json.loads(line[len(MEMORY_MARK) :])
             return None if value is None else round(float(value), 2)
-    raise RuntimeError(f"the memory run of {contestant} in {case} ended with {done.returncode}: {done.stderr[-500:]}")
+    raise RuntimeError(
+        f"the memory run of {contestant} in {case} ended with {done.returncode}: {done.stderr[-500:]}"
+    )
 
 
 def print_peak_memory(case: Case, contestant: str) -> None:
@@ -376,77 +422,5 @@ def _status_kib(field: str) -> int:
 
 
 def _trim() -> None:
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
-
-
-def row_of(case: Result, contestant: str) -> Result | None:
-    """The contestant's row if it ran."""
-    return next((r for r in case["rows"] if r["contestant"] == contestant and r["status"] == "ok"), None)
-
-
-def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
-    """The fastest row that is not ours."""
-    peers = [r for r in case["rows"] if r["status"] == "ok" and not r["contestant"].startswith(ours)]
-    return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
-
-
-def speed_ratio(row: Result | None, peer: Result | None) -> float | None:
-    """How many times faster `row` is than `peer`."""
-    return peer["time_ms"]["median"] / row["time_ms"]["median"] if row and peer else None
-
-
-def memory_ratio(row: Result | None, peer: Result | None) -> float | None:
-    """Peak memory of `row` over that of `peer`."""
-    if not row or not peer or row["peak_memory_mib"] is None or not peer["peak_memory_mib"]:
-        return None
-    return float(row["peak_memory_mib"] / peer["peak_memory_mib"])
-
-
-def verdict(case: Result) -> str:
-    """"met", "missed (what)" or "" for a case without a target or whose target could not be measured."""
-    target = case["target"]
-    if target is None:
-        return ""
-    ours, peer = row_of(case, target["contestant"]), row_of(case, target["against"]) if target["against"] else None
-    missed = []
-    if "speed" in target:
-        ratio = speed_ratio(ours, peer)
-        if ratio is None:
-            return ""
-        if ratio < target["speed"]:
-            missed.append(f"{ratio:.2f}x of {target['speed']}x")
-    if "memory" in target:
-        ratio = memory_ratio(ours, peer)
-        if ratio is not None and ratio > target["memory"]:
-            missed.append(f"{ratio:.2f} of {target['memory']} of the memory")
-    if "extra_ms" in target:
-        if ours is None:
-            return ""
-        if ours["time_ms"]["median"] > target["extra_ms"]:
-            missed.append(f"{ours['time_ms']['median']:.0f} of {target['extra_ms']:.0f} ms")
-    return f"missed ({', '.join(missed)})" if missed else "met"
-
-
-def case_lines(case: Result) -> list[str]:
-    """The case as lines of a terminal table, one per contestant."""
-    lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]  {verdict(case)}".rstrip()]
-    peer = row_of(case, case["target"]["against"]) if case["target"] and case["target"]["against"] else best_peer(case)
-    for row in case["rows"]:
-        if row["status"] != "ok":
-            lines.append(f"  {row['contestant']:<18} {row['status']}: {row['reason']}")
-            continue
-        ratio = speed_ratio(row, peer)
-        spread = row["time_ms"]
-        parts = [
-            f"{spread['median']:10.3f} ms [{spread['p20']:.3f}, {spread['p80']:.3f}]",
-            f"{ratio:6.2f}x" if ratio else "",
-            f"{row['tflops']:8.3f} TFLOP/s" if row["tflops"] else "",
-            f"{100 * row['ceiling_share']:3.0f}% of ceiling" if row["ceiling_share"] else "",
-            f"{row['peak_memory_mib']:8.1f} MiB" if row["peak_memory_mib"] is not None else "",
-            f"error {max(row['error'].values()):.1e}" + ("" if row["within_rule"] else " (over the rule)") if row["error"] else "",
-        ]
-        lines.append(f"  {row['contestant']:<18} " + "  ".join(part for part in parts if part))
-    return lines

@@ -1,10 +1,11 @@
-"""Attention's contestants by name: each turns a workload into a function of (query, key, value), or says why it cannot."""
+"""Attention's contestants by name: each makes of a workload a function of (query, key, value), or says why not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bench_attention import AttentionWorkload
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor], Any]  # of query, key and value, giving out
 
 
 def find(name: str) -> Callable[[AttentionWorkload], Attention]:
     """The maker of a contestant's attention."""
     family, _, variant = name.partition("-")
-    makers = {"fastattn": fastattn, "sdpa": sdpa, "composite": composite, "flex": flex, "flash_attn": flash_attn}
+    makers = {
+        "fastattn": fastattn,
+        "sdpa": sdpa,
+        "composite": composite,
+        "flex": flex,
+        "flash_attn": flash_attn,
+    }
     return lambda work: makers[family](work, variant)
 
 
@@ -29,13 +36,17 @@ def fastattn(work: AttentionWorkload, backend: str) -> Attention:
     """This project's call, on the backend it chooses or on a named one."""
     import fastattn as library
 
+    try:
+        library.explain(work.query, work.key, work.value, **work.options, backend=backend or "auto")
+    except RuntimeError as refusal:
+        raise CannotRun(str(refusal)) from None
     return lambda q, k, v: library.attention(q, k, v, **work.options, backend=backend or "auto")
 
 
 def sdpa(work: AttentionWorkload, backend: str) -> Attention:
     """torch.nn.functional.scaled_dot_product_attention, pinned to a backend where one is named.
 
-    What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built before the timing.
+    What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built beforehand.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,7 +62,13 @@ def sdpa(work: AttentionWorkload, backend: str) -> Attention:
     if case.causal and not work.needs_dense_mask and case.seqlen_q != case.seqlen_k:
         mask: Tensor | None = work.dense_mask()
     else:
-        mask = work.dense_additive_mask() if case.alibi or case.bias else work.dense_mask() if work.needs_dense_mask else None
+        mask = (
+            work.dense_additive_mask()
+            if case.alibi or case.bias
+            else work.dense_mask()
+            if work.needs_dense_mask
+            else None
+        )
     is_causal = case.causal and mask is None
     gqa = case.kv_heads != case.heads
 
@@ -65,7 +82,7 @@ def sdpa(work: AttentionWorkload, backend: str) -> Attention:
 
 
 def composite(work: AttentionWorkload, _: str) -> Attention:
-    """The formula as one writes it in torch: scores and weights materialised, the mask and the bias built beforehand."""
+    """The formula as one writes it in torch: scores and weights materialised, mask and bias built beforehand."""
     case = work.case
     mask = work.dense_mask() if work.needs_dense_mask or case.causal else None
     bias = work.dense_bias() if case.alibi or case.bias else None
@@ -141,7 +158,7 @@ def _flex_score(work: AttentionWorkload) -> Callable[..., Tensor] | None:
 
 def flash_attn(work: AttentionWorkload, _: str) -> Attention:
     """The flash-attn package's own kernels, where it is installed."""
-    from flash_attn import flash_attn_func
+    flash_attn_func = import_module("flash_attn").flash_attn_func
 
     case = work.case
     if case.bias or case.random_mask or case.documents > 1:

@@ -1,10 +1,11 @@
 """Charts and tables from stored results: nothing that README or docs/benchmarks.md shows is typed by hand.
 
-    python benchmarks/plot.py --update-docs      rewrite the charts, and the tables between markers
-    python benchmarks/plot.py --check            say which pages are stale
-    python benchmarks/plot.py RESULT.json --out FOLDER [--format png]
+python benchmarks/plot.py --update-docs      rewrite the charts, and the tables between markers
+python benchmarks/plot.py --check            say which pages are stale
+python benchmarks/plot.py RESULT.json --out FOLDER [--format png]
 """
 
+# ruff: noqa: RUF001 - the tables are typeset, and one language is Chinese
 from __future__ import annotations
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
+import figures
 import schema
 from schema import Result
 
@@ -55,7 +56,7 @@ WORDS = {
 
 
 def table_of(name: str, language: str = "en") -> str:
-    """The text between the markers of that name: attention-cpu (cases with a target), attention-cpu-all, attention-gpu."""
+    """What stands between the markers: attention-cpu (cases with a target), attention-cpu-all, attention-gpu."""
     builders: dict[str, Callable[[dict[str, str]], list[str]]] = {
         "attention-cpu": lambda words: _cpu_lines(words, everything=False),
         "attention-cpu-all": lambda words: _cpu_lines(words, everything=True),
@@ -88,7 +89,9 @@ def _cpu_lines(words: dict[str, str], everything: bool) -> list[str]:
     if not path.exists():
         return []
     result = schema.load(path)
-    heads = [words[name] for name in ("case", "peer", "peer_ms", "ours_ms", "speed", "target", "memory", "error")]
+    heads = [
+        words[name] for name in ("case", "peer", "peer_ms", "ours_ms", "speed", "target", "memory", "error")
+    ]
     lines = _header(heads)
     for case in result["cases"]:
         if everything or case["target"] is not None:
@@ -113,13 +116,20 @@ def describe(case: Result) -> str:
     params = case["params"]
     sq, sk = params["seqlen_q"], params["seqlen_k"]
     heads = f"{params['heads']}" + (f"/{params['kv_heads']}" if params["kv_heads"] != params["heads"] else "")
-    shape = f"{params['batch']}×{heads}×" + (f"{sq}×" if sq == sk else f"({sq}, {sk})×") + f"{params['head_dim']}"
+    shape = (
+        f"{params['batch']}×{heads}×" + (f"{sq}×" if sq == sk else f"({sq}, {sk})×") + f"{params['head_dim']}"
+    )
     parts = ["causal"] if params.get("causal") and sq > 1 else []
     if params.get("window"):
         parts.append(f"window ({params['window'][0]}, {params['window'][1]})")
     if params.get("documents"):
         parts.append(f"{params['documents']} packed documents")
-    labels = {"alibi": "ALiBi", "softcap": "softcap", "bias": "bias with gradient", "random_mask": "dense bool mask"}
+    labels = {
+        "alibi": "ALiBi",
+        "softcap": "softcap",
+        "bias": "bias with gradient",
+        "random_mask": "dense bool mask",
+    }
     parts += [label for name, label in labels.items() if params.get(name)]
     if params.get("dropout_p"):
         parts.append(f"dropout {params['dropout_p']}")
@@ -132,14 +142,9 @@ def describe(case: Result) -> str:
     return f"{shape} " + ", ".join(parts or ["full"])
 
 
-def _peer_of(case: Result) -> Result | None:
-    target = case["target"]
-    return harness.row_of(case, target["against"]) if target and target["against"] else harness.best_peer(case)
-
-
 def _case_line(case: Result) -> str:
-    ours, peer = harness.row_of(case, "fastattn"), _peer_of(case)
-    speed, target = harness.speed_ratio(ours, peer), case["target"] or {}
+    ours, peer = figures.row_of(case, "fastattn"), figures.peer_of(case)
+    speed, target = figures.speed_ratio(ours, peer), case["target"] or {}
     goal = f"≥ {target['speed']}×" if "speed" in target else ""
     if "memory" in target:
         goal += f", ≤ {target['memory']} mem"
@@ -156,7 +161,7 @@ def _case_line(case: Result) -> str:
 
 
 def _import_line(case: Result, words: dict[str, str]) -> str:
-    ours, target = harness.row_of(case, "fastattn"), case["target"]
+    ours, target = figures.row_of(case, "fastattn"), case["target"]
     return _line(words["import"], "–", "–", _ms(ours), "–", f"≤ {target['extra_ms']:.0f} ms", "–", "–")
 
 
@@ -171,25 +176,27 @@ def _gpu_lines(words: dict[str, str]) -> list[str]:
 
 
 def _grid_lines(result: Result, words: dict[str, str], direction: str) -> list[str]:
-    cells = {(c["params"]["causal"], c["params"]["head_dim"], c["params"]["seqlen_q"]): c for c in _group(result, direction)}
+    cells = {
+        (c["params"]["causal"], c["params"]["head_dim"], c["params"]["seqlen_q"]): c
+        for c in _group(result, direction)
+    }
     lengths = sorted({length for _, _, length in cells})
     if not cells:
         return []
-    lines = [words["grid"].format(direction=direction), "", *_header([words["cells"], *(f"S = {s}" for s in lengths)])]
+    lines = [
+        words["grid"].format(direction=direction),
+        "",
+        *_header([words["cells"], *(f"S = {s}" for s in lengths)]),
+    ]
     for causal, head_dim in sorted({key[:2] for key in cells}, reverse=True):
         texts = []
         for length in lengths:
             case = cells.get((causal, head_dim, length))
-            ours = _best_ours(case) if case else None
-            ratio = harness.speed_ratio(ours, harness.best_peer(case)) if case and ours else None
+            ours = figures.best_ours(case) if case else None
+            ratio = figures.speed_ratio(ours, figures.best_peer(case)) if case and ours else None
             texts.append(f"{ours['tflops']:.0f} ({ratio:.2f})" if ours and ratio else "–")
         lines.append(_line(f"{'causal' if causal else 'full'}, {head_dim}", *texts))
     return [*lines, ""]
-
-
-def _best_ours(case: Result) -> Result | None:
-    ours = [r for r in case["rows"] if r["status"] == "ok" and r["contestant"].startswith("fastattn")]
-    return min(ours, key=lambda r: r["time_ms"]["median"], default=None)
 
 
 def _header(names: list[str]) -> list[str]:
@@ -221,11 +228,16 @@ def _group(result: Result, name: str) -> list[Result]:
 
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
-    """The charts a result has cases for: TFLOP/s over length per head dim and mask, time over length, ratios to the peer."""
+    """The charts a result has cases for: TFLOP/s by length, head dim and mask; time by length; ratios to the peer."""
     import matplotlib
 
     matplotlib.use("Agg")
-    style: dict[str, Any] = {"svg.hashsalt": "fastattn", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    style: Any = {
+        "svg.hashsalt": "fastattn",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.spines.top": False,
+    }
     charts: dict[str, Any] = {}
     with matplotlib.rc_context({**style, "axes.spines.right": False}):
         for direction in ("forward", "backward"):
@@ -250,21 +262,27 @@ def _grid_figure(result: Result, direction: str) -> Any:
 
     cases = _group(result, direction)
     panels = sorted({(not c["params"]["causal"], c["params"]["head_dim"]) for c in cases})
-    contestants = list(dict.fromkeys(r["contestant"] for c in cases for r in c["rows"] if r["status"] == "ok"))
+    contestants = list(
+        dict.fromkeys(r["contestant"] for c in cases for r in c["rows"] if r["status"] == "ok")
+    )
     columns = len({head_dim for _, head_dim in panels})
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.2 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (full, head_dim) in zip(axes.flat, panels):
-        chosen = [c for c in cases if (not c["params"]["causal"], c["params"]["head_dim"]) == (full, head_dim)]
+        chosen = [
+            c for c in cases if (not c["params"]["causal"], c["params"]["head_dim"]) == (full, head_dim)
+        ]
         chosen.sort(key=lambda c: int(c["params"]["seqlen_q"]))
         width = 0.8 / max(len(contestants), 1)
         for place, contestant in enumerate(contestants):
-            found = [harness.row_of(c, contestant) for c in chosen]
+            found = [figures.row_of(c, contestant) for c in chosen]
             heights = [row["tflops"] if row else 0 for row in found]
             left = [index - 0.4 + (place + 0.5) * width for index in range(len(chosen))]
             bars = axis.bar(left, heights, width, label=contestant)
-            axis.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=5, rotation=90, padding=1)
+            axis.bar_label(
+                bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=5, rotation=90, padding=1
+            )
         axis.set_xticks(range(len(chosen)), [str(c["params"]["seqlen_q"]) for c in chosen])
         axis.set_title(f"{direction}, {'full' if full else 'causal'}, head dim {head_dim}")
         axis.set_xlabel("sequence length")
@@ -275,7 +293,11 @@ def _grid_figure(result: Result, direction: str) -> Any:
 
 def _lengths(result: Result, group: str) -> list[Result]:
     """The cases of a group that differ from each other only in length."""
-    plain = [c for c in _group(result, group) if c["dtype"] == "float32" and (group != "dense" or c["params"]["causal"])]
+    plain = [
+        c
+        for c in _group(result, group)
+        if c["dtype"] == "float32" and (group != "dense" or c["params"]["causal"])
+    ]
     return sorted(plain, key=lambda c: int(c["params"]["seqlen_q"]))
 
 
@@ -287,14 +309,21 @@ def _length_figure(result: Result) -> Any:
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups):
         cases = _lengths(result, group)
         for contestant in dict.fromkeys(row["contestant"] for case in cases for row in case["rows"]):
-            found = [(case["params"]["seqlen_q"], harness.row_of(case, contestant)) for case in cases]
+            found = [(case["params"]["seqlen_q"], figures.row_of(case, contestant)) for case in cases]
             points = [(length, row["time_ms"]) for length, row in found if row]
             middle = [time["median"] for _, time in points]
-            spread = [[m - t["p20"] for m, (_, t) in zip(middle, points)], [t["p80"] - t["median"] for _, t in points]]
-            axis.errorbar([length for length, _ in points], middle, spread, marker="o", capsize=2, label=contestant)
+            spread = [
+                [m - t["p20"] for m, (_, t) in zip(middle, points)],
+                [t["p80"] - t["median"] for _, t in points],
+            ]
+            axis.errorbar(
+                [length for length, _ in points], middle, spread, marker="o", capsize=2, label=contestant
+            )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks([case["params"]["seqlen_q"] for case in cases], [str(c["params"]["seqlen_q"]) for c in cases])
+        axis.set_xticks(
+            [case["params"]["seqlen_q"] for case in cases], [str(c["params"]["seqlen_q"]) for c in cases]
+        )
         window = cases[0]["params"].get("window")
         axis.set_title(f"window ({window[0]}, {window[1]})" if window else "causal")
         axis.set_xlabel("sequence length")
@@ -308,10 +337,16 @@ def _ratio_figure(result: Result) -> Any:
 
     ratios = []
     for case in result["cases"]:
-        ours, peer = harness.row_of(case, "fastattn"), _peer_of(case)
-        ratio = harness.speed_ratio(ours, peer) if case["direction"] != "import" else None
+        ours, peer = figures.row_of(case, "fastattn"), figures.peer_of(case)
+        ratio = figures.speed_ratio(ours, peer) if case["direction"] != "import" else None
         if ratio and peer:
-            ratios.append((f"{describe(case)}  (peer: {peer['contestant']})", ratio, (case["target"] or {}).get("speed")))
+            ratios.append(
+                (
+                    f"{describe(case)}  (peer: {peer['contestant']})",
+                    ratio,
+                    (case["target"] or {}).get("speed"),
+                )
+            )
     figure = Figure(figsize=(9, 0.28 * len(ratios) + 1.1), layout="constrained")
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
@@ -348,7 +383,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.check:
         stale = stale_pages()
-        print("\n".join(f"{name} is stale: python benchmarks/plot.py --update-docs" for name in stale) or "up to date")
+        print(
+            "\n".join(f"{name} is stale: python benchmarks/plot.py --update-docs" for name in stale)
+            or "up to date"
+        )
         return 1 if stale else 0
     if options.update_docs:
         print("\n".join(update_docs()))

@@ -106,7 +106,7 @@ def load(path: Path) -> Result:
 
 
 def merge(into: Result, other: Result) -> Result:
-    """`into` with the cases of `other` added, those of the same name replaced; both must be of one device and commit."""
+    """`into` with the cases of `other`, those of the same name replaced; both must be of one device and commit."""
     for key in ("bench", "device", "revision"):
         if into[key] != other[key]:
             raise ValueError(f"cannot merge results that differ in {key}: {into[key]!r} and {other[key]!r}")
@@ -114,7 +114,12 @@ def merge(into: Result, other: Result) -> Result:
     cases.update((case["name"], case) for case in other["cases"])
     ceilings = {**into["ceilings"], **other["ceilings"]}
     ceilings["matmul_tflops"] = {**into["ceilings"]["matmul_tflops"], **other["ceilings"]["matmul_tflops"]}
-    return {**other, "dirty": into["dirty"] or other["dirty"], "ceilings": ceilings, "cases": list(cases.values())}
+    return {
+        **other,
+        "dirty": into["dirty"] or other["dirty"],
+        "ceilings": ceilings,
+        "cases": list(cases.values()),
+    }
 
 
 def validate(result: Any) -> None:
@@ -139,7 +144,9 @@ def _validate_case(case: Result) -> None:
     where = f"case {case['name']!r}"
     _fields(case, where, name=str, group=str, params=dict, direction=str, dtype=str, rows=list)
     _fields(case, where, flops=(int, float, type(None)), target=(dict, type(None)))
-    _require(case["direction"] in DIRECTIONS, f"{where}: direction", f"one of {DIRECTIONS}", case["direction"])
+    _require(
+        case["direction"] in DIRECTIONS, f"{where}: direction", f"one of {DIRECTIONS}", case["direction"]
+    )
     for row in case["rows"]:
         _require(isinstance(row, dict), f"{where}: rows", "objects", row)
         _validate_row(row, f"{where}, {row.get('contestant')!r}")

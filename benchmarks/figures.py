@@ -1,0 +1,92 @@
+"""What a stored case says: rows, the best peer, ratios, whether the target is met, and a terminal table."""
+
+from __future__ import annotations
+
+from schema import Result
+
+
+def row_of(case: Result, contestant: str) -> Result | None:
+    """The contestant's row if it ran."""
+    return next((r for r in case["rows"] if r["contestant"] == contestant and r["status"] == "ok"), None)
+
+
+def best_ours(case: Result, ours: str = "fastattn") -> Result | None:
+    """Our fastest row."""
+    rows = [r for r in case["rows"] if r["status"] == "ok" and r["contestant"].startswith(ours)]
+    return min(rows, key=lambda r: r["time_ms"]["median"], default=None)
+
+
+def peer_of(case: Result) -> Result | None:
+    """The row ours is held against: the target's, else the best peer's."""
+    target = case["target"]
+    return row_of(case, target["against"]) if target and target["against"] else best_peer(case)
+
+
+def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
+    """The fastest row that is not ours."""
+    peers = [r for r in case["rows"] if r["status"] == "ok" and not r["contestant"].startswith(ours)]
+    return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
+
+
+def speed_ratio(row: Result | None, peer: Result | None) -> float | None:
+    """How many times faster `row` is than `peer`."""
+    return peer["time_ms"]["median"] / row["time_ms"]["median"] if row and peer else None
+
+
+def memory_ratio(row: Result | None, peer: Result | None) -> float | None:
+    """Peak memory of `row` over that of `peer`."""
+    if not row or not peer or row["peak_memory_mib"] is None or not peer["peak_memory_mib"]:
+        return None
+    return float(row["peak_memory_mib"] / peer["peak_memory_mib"])
+
+
+def verdict(case: Result) -> str:
+    """ "met", "missed (what)" or "" for a case without a target or whose target could not be measured."""
+    target = case["target"]
+    if target is None:
+        return ""
+    ours, peer = (
+        row_of(case, target["contestant"]),
+        row_of(case, target["against"]) if target["against"] else None,
+    )
+    missed = []
+    if "speed" in target:
+        ratio = speed_ratio(ours, peer)
+        if ratio is None:
+            return ""
+        if ratio < target["speed"]:
+            missed.append(f"{ratio:.2f}x of {target['speed']}x")
+    if "memory" in target:
+        ratio = memory_ratio(ours, peer)
+        if ratio is not None and ratio > target["memory"]:
+            missed.append(f"{ratio:.2f} of {target['memory']} of the memory")
+    if "extra_ms" in target:
+        if ours is None:
+            return ""
+        if ours["time_ms"]["median"] > target["extra_ms"]:
+            missed.append(f"{ours['time_ms']['median']:.0f} of {target['extra_ms']:.0f} ms")
+    return f"missed ({', '.join(missed)})" if missed else "met"
+
+
+def case_lines(case: Result) -> list[str]:
+    """The case as lines of a terminal table, one per contestant."""
+    lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]  {verdict(case)}".rstrip()]
+    peer = peer_of(case)
+    for row in case["rows"]:
+        if row["status"] != "ok":
+            lines.append(f"  {row['contestant']:<18} {row['status']}: {row['reason']}")
+            continue
+        ratio = speed_ratio(row, peer)
+        spread = row["time_ms"]
+        parts = [
+            f"{spread['median']:10.3f} ms [{spread['p20']:.3f}, {spread['p80']:.3f}]",
+            f"{ratio:6.2f}x" if ratio else "",
+            f"{row['tflops']:8.3f} TFLOP/s" if row["tflops"] else "",
+            f"{100 * row['ceiling_share']:3.0f}% of ceiling" if row["ceiling_share"] else "",
+            f"{row['peak_memory_mib']:8.1f} MiB" if row["peak_memory_mib"] is not None else "",
+            f"error {max(row['error'].values()):.1e}" + ("" if row["within_rule"] else " (over the rule)")
+            if row["error"]
+            else "",
+        ]
+        lines.append(f"  {row['contestant']:<18} " + "  ".join(part for part in parts if part))
+    return lines
