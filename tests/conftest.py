@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is decorated
+    torch.set_num_threads(1)  # test shapes are small, and test processes run side by side
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -234,8 +234,9 @@ class _Part:
         """Masked scores (b, H, rows, cols) in the accumulation dtype, and the softcap's derivative."""
         call, slope = self.call, None
         dtype = accumulation_dtype(self.query.dtype)
-        scores = _grouped(_rows(self.query, tile).to(dtype) * call.scale, self.key.shape[1])
-        scores = (scores @ _cols(self.key, tile).to(dtype).mT).view(*self.query.shape[:2], *_shape(tile))
+        query = _grouped(_rows(self.query, tile).to(dtype), self.key.shape[1])
+        scores = (query @ _cols(self.key, tile).to(dtype).mT).view(*self.query.shape[:2], *_shape(tile))
+        scores.mul_(call.scale)
         if call.softcap:
             tanh = torch.tanh_(scores.div_(call.softcap))
             slope = 1 - tanh * tanh
