@@ -25,10 +25,35 @@ class ConfigError(ValueError):
 class TrainConfig:
     """How to train, whatever the model.
 
-    A step takes `accumulate` micro-batches of `batch_size` rows on every process. The learning rate rises linearly over
-    `warmup_steps`, then follows a cosine from `lr` to `lr * min_lr_ratio`. Training ends at the first of `max_steps`,
-    `max_epochs` and `max_seconds`; with `max_seconds` the cosine follows whichever of step and time is further on, so
-    the rate has come down when time runs out (a run limited by time is not reproducible step by step).
+    Args:
+        output_dir: where the run writes.
+        max_steps, max_epochs, max_seconds: the run ends at the first of these: optimiser steps, passes over the
+            training data, wall time with evaluations. With max_seconds the learning rate follows time where that is
+            further on than steps, so that it has come down when time is up; such a run is not reproducible.
+        batch_size: rows in a micro-batch of one process.
+        accumulate: micro-batches of each process in a step.
+        lr, warmup_steps, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then falls along a
+            cosine to lr * min_lr_ratio at the end.
+        weight_decay, beta1, beta2, eps: AdamW's; vectors do not decay.
+        grad_clip: largest norm of the gradient, None for any.
+        precision: what autocast computes in; "auto" is bfloat16 on CUDA where it has it, else float32.
+        device: as torch names it; "auto" is CUDA where there is one, else the CPU.
+        compile: train through torch.compile.
+        seed: of the data's order, dropout and whatever else draws.
+        deterministic: let torch use deterministic algorithms only.
+        log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; None is
+            only before and after training for evaluations, only after it for checkpoints.
+        eval_batches: evaluate on so many batches from the start of the data, None for all.
+        keep_checkpoints: how many of the newest to keep.
+        patience: end after so many evaluations in a row without a lower loss.
+        on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" leaves the
+            step out, up to max_nonfinite times in a row.
+        resume: "never", "auto" (from the newest checkpoint in output_dir, if there is one) or a checkpoint's path.
+        overwrite: delete an earlier run in output_dir.
+        peak_tflops: the device's, for "mfu" in the log; None looks its name up.
+
+    Raises:
+        ConfigError: an option has the wrong type or is out of range, or no limit is set.
     """
 
     output_dir: str

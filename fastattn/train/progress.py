@@ -35,7 +35,7 @@ class BarDisplay:
         self.console = console
         self._bar = Progress(
             TextColumn("step {task.fields[step]}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[speed]}"),

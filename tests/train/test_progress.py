@@ -40,13 +40,13 @@ def test_time_left_counts_from_where_a_resumed_run_began(monkeypatch):
 
 def test_bar_shows_loss_speed_and_time_left():
     stream = io.StringIO()
-    display = BarDisplay(Console(file=stream, force_terminal=True, width=120))
+    display = BarDisplay(Console(file=stream, force_terminal=True, width=80))
     display.start(0.0)
     display.step(0.5, VALUES)
     display.note("step 7: validation [not markup]")
     display.stop()
     text = stream.getvalue()
-    for part in ("step 7", "50%", "loss 2.500", "12,346 tokens/s", "left", "[not markup]"):
+    for part in ("step 7", "50%", "loss 2.500", "12,346 tokens/s", " left", "[not markup]"):
         assert part in text
 
 
