@@ -17,6 +17,7 @@ from fastattn.models.generation import generate
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.linear import Linear
 from fastattn.nn.positions import Rotary, positions_from_mask, positions_in_segments
 
 IGNORE_INDEX = -100
@@ -38,6 +39,8 @@ class GPT(nn.Module):
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
+    shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -47,7 +50,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(_block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
 

@@ -56,7 +56,8 @@ class RunDirectory:
             raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
         _check_writable(self.path)
         self.resume_from = self._find_checkpoint(resume)
-        if resume != "auto" and not overwrite and self._holds_run() and not self._resumes_here():
+        restarts = resume == "auto" and (self.path / LOG).exists()  # stopped before its first checkpoint
+        if not (restarts or overwrite or self._resumes_here()) and self._holds_run():
             raise ConfigError(
                 f'output_dir: {self.path} already holds a run; resume it with resume="auto", '
                 f"replace it with overwrite=true, or choose another directory"

@@ -57,9 +57,10 @@ class Trainer:
     """Trains a model with AdamW, warmup and cosine decay, and keeps a log, the best model and resumable checkpoints.
 
     A step minimises the mean loss over the targets of all its micro-batches on all processes: each micro-batch's mean
-    is weighted by its number of labels that are not -100, so the gradient is that of one big batch. On CPU, and on CUDA
-    with deterministic=True, a run is reproducible from its seed, and one resumed from a checkpoint ends with the same
-    bits as one never stopped. Under torchrun the model trains as DistributedDataParallel.
+    is weighted by its number of labels that are not -100, so the gradient is that of one big batch. On a CPU with
+    the same number of threads, and on CUDA with deterministic=True, a run is reproducible from its seed, and one that
+    was stopped and resumed ends with the same bits as one that was not. Under torchrun the model trains as
+    DistributedDataParallel.
 
     Args:
         model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
@@ -125,6 +126,7 @@ class Trainer:
         self._flops_per_token: float | None = None
         self._shown: dict[str, float] = {}
         self._started = time.monotonic()
+        self._used = False
 
     def fit(self) -> FitResult:
         """Train until a limit of the configuration, early stopping, Ctrl-C or SIGTERM; it ends with a checkpoint.
@@ -132,7 +134,11 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss or a gradient is not finite; the newest checkpoint is from before that.
             KeyboardInterrupt: Ctrl-C came a second time, before the checkpoint was written.
+            RuntimeError: this trainer has run before; a new one with resume="auto" goes on.
         """
+        if self._used:
+            raise RuntimeError('fit: a trainer runs once; make another, with resume="auto" to go on')
+        self._used = True
         with StopRequest() as stop, deterministic_algorithms(self.config.deterministic):
             self._begin()
             self.display.start(self._progress())

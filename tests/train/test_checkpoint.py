@@ -227,8 +227,31 @@ def test_a_directory_with_a_run_is_refused_unless_asked(make_trainer):
 
 def test_a_model_folder_is_not_overwritten_by_accident(tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    for resume in ("never", "auto"):
+        with pytest.raises(ConfigError, match="already holds a run"):
+            RunDirectory(tmp_path, resume=resume)
+
+
+def test_auto_starts_again_where_a_run_ended_before_its_first_checkpoint(make_trainer):
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["event"] == "train":
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_trainer(keywords={"on_record": kill}).fit()
     with pytest.raises(ConfigError, match="already holds a run"):
-        RunDirectory(tmp_path)
+        make_trainer()
+    assert make_trainer(resume="auto", max_steps=2).fit().steps == 2
+
+
+def test_a_trainer_runs_once(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.fit()
+    with pytest.raises(RuntimeError, match="runs once"):
+        trainer.fit()
 
 
 def test_going_back_behind_a_newer_checkpoint_is_refused(make_trainer):

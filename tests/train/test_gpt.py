@@ -66,3 +66,17 @@ def test_packed_documents_train_apart(make_trainer):
     evaluation = trainer.evaluate(data)
     assert evaluation.targets == data.num_targets() == 600 - 4
     assert evaluation.loss == pytest.approx(model(**whole).loss.item(), rel=1e-6)
+
+
+def test_plain_labels_weigh_by_the_targets_there_are(make_trainer):
+    """Labels equal to the ids, first column included: micro-batches still weigh by their number of predictions."""
+    model = make_gpt(dropout=0.0).double()
+    ids = torch.randint(0, VOCAB, (4, 9))
+    labels = ids.clone()
+    labels[0, 2:] = -100
+    whole = {"input_ids": ids, "labels": labels}
+    model(**whole).loss.backward()
+    expected = model.wte.weight.grad.clone()
+    model.zero_grad()
+    make_trainer(model=model)._accumulate([{k: v[i : i + 1] for k, v in whole.items()} for i in range(4)])
+    torch.testing.assert_close(model.wte.weight.grad, expected, rtol=1e-6, atol=1e-9)
