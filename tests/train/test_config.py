@@ -5,7 +5,7 @@ from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
@@ -164,6 +164,7 @@ def test_paths_and_whole_numbers_are_taken():
     assert type(config.lr) is float
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.builds(
         TrainConfig,

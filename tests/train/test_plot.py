@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn.train.canvas import Canvas
@@ -60,6 +60,7 @@ def test_a_log_file_will_do_and_an_empty_one_will_not(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.integers(2, 10))
 def test_ticks_enclose_the_data_in_round_equal_steps(low, span, number):
     marks = ticks(low, low + span, number)
