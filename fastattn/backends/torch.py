@@ -95,7 +95,8 @@ def attention_bwd(
     dsinks = None
     if needs.sinks:
         assert call.sinks is not None
-        dsinks = -(torch.exp(call.sinks[:, None] - lse_safe) * delta).sum((0, 2))
+        terms = torch.exp(call.sinks[:, None] - lse_safe) * delta
+        dsinks = -terms.sum((0, 2), dtype=torch.float64).to(terms.dtype)  # few results of many terms that cancel
     dq, dk, dv, dbias, dslopes = sums.results()
     return AttentionGrads(dq, dk, dv, dbias, dslopes, dsinks)
 
@@ -167,7 +168,7 @@ class _Part:
         """The visible tiles, a list per row range."""
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
-            dense = any(t is not None for t in (self.call.mask, self.call.bias, self.call.alibi_slopes))
+            dense = self.call.mask is not None or self.call.bias is not None
             return whole_tiles(self.band, self.segments, len_q, len_k, FUSED_ROW_BLOCK, dense)
         return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, COL_BLOCK)
 
@@ -268,7 +269,9 @@ class _Sums:
             empty_in_order(t, tuple(t.shape), dtype).zero_() for t in (call.query, call.key, call.value)
         )
         self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
-        self.slopes = torch.zeros_like(call.alibi_slopes) if slopes and call.alibi_slopes is not None else None
+        self.slopes = None  # in float64: few results of many terms that cancel
+        if slopes and call.alibi_slopes is not None:
+            self.slopes = torch.zeros_like(call.alibi_slopes, dtype=torch.float64)
 
     def add(self, part: _Part, tile: Tile, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add one tile's share of the operands' gradients."""
@@ -282,7 +285,7 @@ class _Sums:
             target = part.cut(self.bias, tile)
             target.add_(dscores.sum_to_size(target.shape))
         if self.slopes is not None:
-            dslopes = -(dscores * part.distance(tile).abs()).sum((2, 3))
+            dslopes = -(dscores * part.distance(tile).abs()).sum((2, 3), dtype=torch.float64)
             target = self.slopes if self.slopes.shape[0] == 1 else part.of(self.slopes)
             target.add_(dslopes.sum_to_size(target.shape))
         if slope is not None:
@@ -300,7 +303,8 @@ class _Sums:
         operands = ((self.query, call.query), (self.key, call.key), (self.value, call.value))
         dq, dk, dv = (total.to(t.dtype) for total, t in operands)
         bias = self.bias.to(call.bias.dtype) if self.bias is not None and call.bias is not None else None
-        return dq, dk, dv, bias, self.slopes
+        slopes = None if self.slopes is None else self.slopes.to(accumulation_dtype(call.query.dtype))
+        return dq, dk, dv, bias, slopes
 
 
 def _parts(call: AttentionCall) -> Iterator[_Part]:
@@ -334,12 +338,12 @@ def _parts(call: AttentionCall) -> Iterator[_Part]:
 
 def _fused_runs(spec: AttentionSpec) -> bool:
     """Whether torch's fused CPU kernel can express the tiles of a call."""
-    if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
+    if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi:
         return False
-    if spec.head_dim != spec.value_dim:
+    if spec.head_dim != spec.value_dim or spec.head_dim % 8:  # odd dims: its products round worse than the rule
         return False
-    exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype
-    return exact or not (spec.bias or spec.alibi)
+    exact = spec.dtype in (torch.float32, torch.float64)  # a bias reaches the kernel in the input dtype
+    return exact or not spec.bias
 
 
 def _fused_mask(part: _Part, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
