@@ -151,7 +151,7 @@ SECTIONS = (
     Section("gpu-tests", 110, _tests("-m", "gpu", "tests")),
     Section("features", 90, _bench("^feature-|^decode-", "^feature-(window|packed|gqa)$", FUSED, 1.0)),
     Section("repetition", 75, _checks("bitwise", "wide-offsets", seconds=10)),
-    Section("flex", 100, _bench("-s4096$", "^feature-softcap$", "fastattn|sdpa-cudnn|sdpa-flash|flex", 0.6)),
+    Section("flex", 100, _bench("s4096$", "^feature-softcap$", "fastattn|sdpa-cudnn|sdpa-flash|flex", 0.6)),
     Section(
         "flex-features", 90, _bench("^feature-", "^feature-alibi$", "fastattn|sdpa-eff|sdpa-cudnn|flex", 1.0)
     ),
@@ -282,7 +282,11 @@ def _grid_summary(measured: schema.Result) -> list[str]:
                 ratio = figures.speed_ratio(ours, figures.best_peer(case))
                 cells.append(f"{ours['tflops']:4.0f}" if ours else "   -")
                 ratios += [ratio] if ratio else []
-            mean = f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x the best peer" if ratios else "no ratio"
+            mean = (
+                f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x the best peer"
+                if ratios
+                else "no ratio"
+            )
             label = f"{direction:<8} {'causal' if causal else 'full':<6} d{dim:<3}"
             lines.append(f"  {label} TFLOP/s {' '.join(cells)}  {mean}")
     return ["", *lines] if lines else []

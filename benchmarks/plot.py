@@ -79,9 +79,9 @@ def refreshed(page: Path) -> str:
     return MARKER.sub(lambda found: found[1] + table_of(found[2], language) + found[4], _read(page))
 
 
-def result_files(results: Path = schema.RESULTS) -> list[Path]:
+def result_files(results: Path | None = None) -> list[Path]:
     """Every stored result."""
-    return sorted(results.glob("*/*.json"))
+    return sorted((results or schema.RESULTS).glob("*/*.json"))
 
 
 def _cpu_lines(words: dict[str, str], everything: bool) -> list[str]:

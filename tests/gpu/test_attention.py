@@ -1,4 +1,4 @@
-"""Attention on a CUDA device: every clause of the contract and larger grids against float64, on each backend that runs."""
+"""Attention on a CUDA device against float64: every clause of the contract and larger grids, on each backend there."""
 
 from __future__ import annotations
 

@@ -1,0 +1,141 @@
+"""The attention bench: its cases are what they claim, and every contestant computes the same thing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench_attention
+import command
+import harness
+import pytest
+import schema
+import torch
+from bench_attention import AttentionCase, permitted_pairs
+
+CPU = torch.device("cpu")
+BRIEF = harness.Budget(seconds=0, least_rounds=1, most_rounds=1, least_sample_seconds=0, memory=False)
+CEILINGS: dict[str, Any] = {"matmul_tflops": {}, "copy_gbps": None}
+
+
+def _case(name: str, **changes: Any) -> AttentionCase:
+    sizes = {"batch": 1, "heads": 4, "kv_heads": 2, "seqlen_q": 96, "seqlen_k": 96, "head_dim": 16}
+    return AttentionCase(
+        **{"name": name, "group": "test", "peers": ("sdpa", "composite"), **sizes, **changes}
+    )
+
+
+FEATURES = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal, fewer queries": {"causal": True, "seqlen_q": 40},
+    "window": {"window": (20, 3)},
+    "documents": {"documents": 3},
+    "causal documents": {"documents": 5, "causal": True},
+    "alibi": {"alibi": True, "causal": True},
+    "softcap": {"softcap": 2.0, "causal": True},
+    "bias": {"bias": True},
+    "mask": {"random_mask": True, "batch": 2},
+    "bf16": {"causal": True, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_contestant_keeps_to_the_error_rule(name: str, direction: str) -> None:
+    case = _case(name, direction=direction, **FEATURES[name])
+    entry = harness.run_case(case, CPU, BRIEF, CEILINGS)
+    rows = {row["contestant"]: row for row in entry["rows"]}
+    assert rows["fastattn"]["within_rule"] is True
+    for row in rows.values():
+        if row["status"] == "unavailable":
+            assert (row["contestant"], name) == ("sdpa", "softcap")
+            continue
+        worst = max(row["error"].values())
+        assert worst < (0.2 if name == "bf16" else 1e-5), row
+        names = {"out", "dq", "dk", "dv"} if direction != "backward" else {"dq", "dk", "dv"}
+        names = {"out"} if direction == "forward" else names | ({"dbias"} if name == "bias" else set())
+        assert row["error"].keys() == names
+
+
+def test_a_peer_with_its_own_dropout_mask_is_not_judged() -> None:
+    entry = harness.run_case(_case("dropout", dropout_p=0.3), CPU, BRIEF, CEILINGS)
+    judged = {row["contestant"]: row["within_rule"] for row in entry["rows"]}
+    assert judged == {"fastattn": True, "sdpa": None, "composite": None}
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in ("mask", "bf16")])
+def test_permitted_pairs_count_the_mask(name: str) -> None:
+    case = _case(name, **FEATURES[name])
+    mask = (
+        bench_attention.AttentionWorkload(case, CPU).dense_mask().expand(1, 1, case.seqlen_q, case.seqlen_k)
+    )
+    pairs = permitted_pairs(case.seqlen_q, case.seqlen_k, case.causal, case.window, case.documents)
+    assert pairs == int(mask.sum())
+    assert case.flops == 3.5 * 4 * 16 * 4 * pairs
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own_and_small_forms(device: str) -> None:
+    cases = bench_attention.cases_for(torch.device(device))
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        small = case.small()
+        assert small.seqlen_k <= 256
+        assert replace(small, **{n: getattr(case, n) for n in _sizes()}) == replace(case, target=None)
+
+
+def _sizes() -> tuple[str, ...]:
+    return "batch", "heads", "kv_heads", "seqlen_q", "seqlen_k", "window"
+
+
+def test_the_grid_is_16k_tokens_of_width_2048() -> None:
+    grid = [case for case in bench_attention.gpu_cases() if case.group in ("forward", "backward")]
+    assert len(grid) == 2 * 3 * 2 * 6
+    assert {case.batch * case.seqlen_q for case in grid} == {16384}
+    assert {case.heads * case.head_dim for case in grid} == {2048}
+
+
+def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, table = tmp_path / "x.json", tmp_path / "x.csv"
+    options = [
+        "--device",
+        "cpu",
+        "--only",
+        "^decode-mha-128$",
+        "--quick",
+        "--json",
+        str(stored),
+        "--csv",
+        str(table),
+    ]
+    assert bench_attention.main(options) == 0
+    result = schema.load(stored)
+    assert [case["name"] for case in result["cases"]] == ["decode-mha-128"]
+    assert {row["contestant"]: row["status"] for row in result["cases"][0]["rows"]} == {
+        "fastattn": "ok",
+        "sdpa": "ok",
+    }
+    assert result["settings"]["quick"] is True
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 3
+    assert "decode-mha-128  [forward, float32]" in capsys.readouterr().out
+    again = ["--device", "cpu", "--only", "^decode-gqa-128$", "--contestants", "sdpa", "--quick", "--merge"]
+    assert bench_attention.main([*again, "--json", str(stored), "--revision", str(result["revision"])]) == 0
+    assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
+
+
+def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_attention.main(["--device", "cpu", "--only", "nosuchcase"]) == 2
+    assert "no case matches nosuchcase" in capsys.readouterr().err
+
+
+def test_partial_runs_do_not_replace_the_stored_results() -> None:
+    result = schema.new_result("attention", CPU, {})
+    full = command._parser("attention").parse_args([])
+    assert command._json_path("attention", result, full) == schema.RESULTS / "cpu" / "attention.json"
+    for partial in (["--quick"], ["--only", "x"], ["--contestants", "x"], ["--no-memory"], ["--no-errors"]):
+        options = command._parser("attention").parse_args(partial)
+        assert command._json_path("attention", result, options) is None
+    assert json.loads(json.dumps(result)) == result

@@ -1,0 +1,177 @@
+"""How contestants are timed, judged, weighed and kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import figures
+import harness
+import pytest
+import torch
+from harness import Budget, CannotRun, Judgement
+from torch import Tensor
+
+CPU = torch.device("cpu")
+BRIEF = Budget(seconds=0.0, least_rounds=4, most_rounds=4, least_sample_seconds=0.0, memory=False)
+CEILINGS = {"matmul_tflops": {"float32": 1.0}, "copy_gbps": 1.0}
+
+
+def _nothing() -> dict[str, Tensor]:
+    return {"out": torch.zeros(3)}
+
+
+@dataclass
+class FakeCase:
+    """A case whose contestants are given functions."""
+
+    steps: Mapping[str, Callable[[], Any]]
+    name: str = "fake"
+    group: str = "fake"
+    params: dict[str, Any] = field(default_factory=dict)
+    direction: str = "forward"
+    dtype: torch.dtype = torch.float32
+    flops: float | None = 1e6
+    target: dict[str, Any] | None = None
+
+    def contestants(self, device: torch.device) -> list[str]:
+        return list(self.steps)
+
+    def open(self, device: torch.device) -> FakeCase:
+        return self
+
+    def small(self) -> FakeCase:
+        return self
+
+    def step(self, contestant: str) -> Callable[[], Any]:
+        return self.steps[contestant]()
+
+    def judge(self, contestant: str) -> Judgement:
+        zeros = {"out": torch.zeros(3, dtype=torch.float64)}
+        return Judgement(lambda name, tensor: tensor, zeros, {"out": torch.full((3,), 0.25)}, "everything")
+
+
+def test_rounds_call_everyone_once_in_a_rotating_order() -> None:
+    called: list[str] = []
+    steps = {name: lambda name=name: called.append(name) for name in "abc"}
+    samples = harness.time_interleaved(steps, CPU, BRIEF)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert called[3:] == [*"abc", *"bca", *"cab", *"abc"]  # after one call each to size the samples
+
+
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    calls = []
+    budget = Budget(seconds=0, least_rounds=1, most_rounds=1, least_sample_seconds=0.002)
+    samples = harness.time_interleaved({"quick": lambda: calls.append(1)}, CPU, budget)
+    assert len(calls) > 100
+    assert samples["quick"][0] < 0.001
+
+
+def test_spread_is_median_and_quantiles() -> None:
+    spread = harness.spread([0.005, 0.001, 0.003, 0.002, 0.004, 0.006])
+    assert spread == {"p20": 2.0, "median": 3.5, "p80": 5.0, "samples": 6}
+
+
+def test_a_contestant_that_cannot_run_keeps_its_row_and_reason() -> None:
+    def refuses() -> Any:
+        raise CannotRun("it has no softcap")
+
+    def breaks() -> Any:
+        raise ValueError("cannot read /some/where/weights.bin")
+
+    def not_a_number() -> Any:
+        return lambda: {"out": torch.full((3,), float("nan"))}
+
+    steps = {"good": lambda: _nothing, "refuses": refuses, "breaks": breaks, "nan": not_a_number}
+    case = harness.run_case(FakeCase(steps), CPU, BRIEF, CEILINGS)
+    rows = {row["contestant"]: row for row in case["rows"]}
+    assert list(rows) == list(steps)
+    assert rows["refuses"] == {
+        "contestant": "refuses",
+        "status": "unavailable",
+        "reason": "it has no softcap",
+    }
+    assert rows["breaks"]["reason"] == "ValueError: cannot read weights.bin"
+    assert rows["nan"]["status"] == "failed"
+    assert "nan" in rows["nan"]["reason"]
+    assert rows["good"]["status"] == "ok"
+    assert rows["good"]["time_ms"]["samples"] == 4
+    assert rows["good"]["ceiling_share"] == pytest.approx(rows["good"]["tflops"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("value", "within"), [(0.0, True), (0.5, True), (0.51, False)])
+def test_the_rule_is_twice_the_error_of_plain_torch(value: float, within: bool) -> None:
+    judgement = FakeCase({}).judge("any")
+    errors, kept = harness.errors_against(judgement, {"out": torch.full((3,), value)}, torch.float32)
+    assert errors["out"] == pytest.approx(value)
+    assert kept is within
+
+
+def test_equal_infinities_are_no_error() -> None:
+    golden = {"lse": torch.tensor([-torch.inf, 1.0], dtype=torch.float64)}
+    judgement = Judgement(
+        lambda name, tensor: tensor, golden, {"lse": torch.tensor([-torch.inf, 1.0])}, "all"
+    )
+    errors, within = harness.errors_against(
+        judgement, {"lse": torch.tensor([-torch.inf, 1.0])}, torch.float32
+    )
+    assert errors == {"lse": 0.0}
+    assert within
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux only")
+def test_peak_memory_counts_what_a_step_holds_and_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    mib = 2**18  # float32 elements
+
+    def needs_48_uses_96() -> Callable[[], Any]:
+        own = torch.ones(48 * mib)
+
+        def step() -> dict[str, Tensor]:
+            first = torch.ones(96 * mib)
+            del first
+            return {"out": torch.ones(40 * mib) * own[0]}
+
+        return step
+
+    harness.print_peak_memory(FakeCase({"it": needs_48_uses_96}), "it")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(harness.MEMORY_MARK))
+    assert float(line.split()[1]) == pytest.approx(48 + 96, abs=6)
+
+
+def test_ceilings_are_measured_by_dtype() -> None:
+    small = harness.measure_ceilings(CPU, [torch.float32], quick=True)
+    assert small["matmul_tflops"]["float32"] > 0
+    assert small["copy_gbps"] > 0
+
+
+def _row(contestant: str, median: float, memory: float | None = None) -> dict[str, Any]:
+    time = {"median": median, "p20": median, "p80": median, "samples": 1}
+    return {"contestant": contestant, "status": "ok", "time_ms": time, "peak_memory_mib": memory}
+
+
+@pytest.mark.parametrize(
+    ("ours", "memory", "verdict"),
+    [
+        (10.0, 20.0, "met"),
+        (12.6, 20.0, "missed (7.94x of 8.0x)"),
+        (10.0, 30.0, "missed (0.30 of 0.25 of the memory)"),
+        (10.0, None, "met"),
+    ],
+)
+def test_verdict_compares_with_the_target(ours: float, memory: float | None, verdict: str) -> None:
+    target = {"contestant": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
+    case = {"target": target, "rows": [_row("fastattn", ours, memory), _row("sdpa", 100.0, 100.0)]}
+    assert figures.verdict(case) == verdict
+
+
+def test_best_peer_is_the_fastest_that_is_not_ours() -> None:
+    failed = {"contestant": "broken", "status": "failed", "reason": "no"}
+    case = {
+        "target": None,
+        "rows": [_row("fastattn-triton", 1.0), _row("slow", 9.0), _row("fast", 4.0), failed],
+    }
+    assert figures.best_peer(case) == _row("fast", 4.0)
+    assert figures.best_ours(case) == _row("fastattn-triton", 1.0)
+    assert figures.speed_ratio(figures.best_ours(case), figures.best_peer(case)) == 4.0

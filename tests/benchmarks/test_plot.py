@@ -1,0 +1,143 @@
+"""Tables and charts come from stored results, and the pages show exactly what the results give."""
+
+# ruff: noqa: RUF001 - the tables are typeset
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import plot
+import pytest
+import schema
+import torch
+
+
+def _row(contestant: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
+    return {
+        "contestant": contestant,
+        "status": "ok",
+        "time_ms": {"median": median, "p20": median * 0.9, "p80": median * 1.1, "samples": 5},
+        "error": {"out": 2e-6, "dq": 1e-6},
+        "within_rule": True,
+        "tflops": tflops,
+        "ceiling_share": 0.5,
+        "peak_memory_mib": 10.0 * median,
+    }
+
+
+def _case(
+    name: str, group: str, rows: list[dict[str, Any]], target: Any = None, **params: Any
+) -> dict[str, Any]:
+    sizes = {"batch": 1, "heads": 12, "kv_heads": 12, "seqlen_q": 2048, "seqlen_k": 2048, "head_dim": 64}
+    return {
+        "name": name,
+        "group": group,
+        "params": {**sizes, "causal": False, **params},
+        "direction": group if group in ("forward", "backward") else "forward+backward",
+        "dtype": "float32",
+        "flops": 1e9,
+        "target": target,
+        "rows": rows,
+    }
+
+
+def _store(folder: Path, kind: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    result = schema.new_result("attention", torch.device("cpu"), {})
+    result["device"] |= {"kind": kind, "name": "Some Device"}
+    result["cases"] = cases
+    schema.save(result, folder / schema.folder_name(result["device"]) / "attention.json")
+    return result
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(schema, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def _cpu_cases() -> list[dict[str, Any]]:
+    target = {"contestant": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
+    window = [_case(f"w{s}", "window", [_row("fastattn", s / 1e3), _row("sdpa", s / 100)],
+                    seqlen_q=s, seqlen_k=s, window=[255, 0], target=target) for s in (1024, 2048)]  # fmt: skip
+    missing = {"contestant": "sdpa", "status": "unavailable", "reason": "it has no softcap"}
+    return [*window, _case("cap", "features", [_row("fastattn", 2.0), missing], softcap=30.0)]
+
+
+def test_the_cpu_table_gives_times_ratio_target_memory_and_error(results: Path) -> None:
+    _store(results, "cpu", _cpu_cases())
+    short, long = plot.table_of("attention-cpu").splitlines(), plot.table_of("attention-cpu-all").splitlines()
+    assert short[2] == (
+        "| 1×12×1024×64 window (255, 0) | sdpa | 10.2 | 1.02 | **10.00×** | ≥ 8.0×, ≤ 0.25 mem "
+        "| 10 (102) | 2.0e-06 (2.0e-06) |"
+    )
+    assert [line for line in long if line not in short] == [
+        "| 1×12×2048×64 softcap | – | – | 2 | – |  | 20 (–) | 2.0e-06 (–) |"
+    ]
+    assert short[-1].startswith("Some Device, ")
+
+
+def test_the_gpu_table_gives_the_grid_with_ratios(results: Path) -> None:
+    rows = [_row("fastattn-triton", 2.0, tflops=400.0), _row("sdpa-cudnn", 1.0), _row("sdpa-flash", 4.0)]
+    cases = [
+        _case("a", "forward", rows, causal=True, seqlen_q=512),
+        _case("b", "forward", rows, seqlen_q=1024),
+    ]
+    _store(results, "cuda", cases)
+    table = plot.table_of("attention-gpu")
+    assert "| causal, 64 | 400 (0.50) | – |\n| full, 64 | – | 400 (0.50) |" in table
+
+
+@pytest.mark.parametrize(("language", "text"), [("en", "Not measured yet."), ("zh", "尚未测量。")])
+def test_what_was_not_measured_is_said_to_be_so(results: Path, language: str, text: str) -> None:
+    assert plot.table_of("attention-gpu", language) == text + "\n"
+    assert plot.table_of("attention-cpu", language) == text + "\n"
+
+
+def test_an_unknown_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="no table is called 'nothing'"):
+        plot.table_of("nothing")
+
+
+def test_pages_are_rewritten_between_their_markers_only(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(
+        "before\n<!-- benchmarks:attention-gpu:start -->\nold\n<!-- benchmarks:attention-gpu:end -->\nafter\n"
+    )
+    assert plot.stale_pages(tmp_path) == ["README.md"]
+    page.write_text(plot.refreshed(page), encoding="utf-8")
+    assert plot.stale_pages(tmp_path) == []
+    assert page.read_text(encoding="utf-8") == (
+        "before\n<!-- benchmarks:attention-gpu:start -->\nNot measured yet.\n"
+        "<!-- benchmarks:attention-gpu:end -->\nafter\n"
+    )
+
+
+def test_charts_are_drawn_and_say_where_they_come_from(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    grid = [_case(f"{d}{s}{c}", d, [_row("fastattn-triton", 2.0), _row("sdpa-flash", 1.0)], causal=c, seqlen_q=s)
+            for d in ("forward", "backward") for s in (512, 1024) for c in (True, False)]  # fmt: skip
+    result = _store(tmp_path, "cpu", [*_cpu_cases(), *grid])
+    charts = plot.draw(result, tmp_path)
+    names = ["attention_forward.svg", "attention_backward.svg", "attention_length.svg", "attention_ratio.svg"]
+    assert [chart.name for chart in charts] == names
+    for chart in charts:
+        assert plot.conditions(result) in chart.read_text(encoding="utf-8")
+    again = plot.draw(result, tmp_path / "again")
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(charts, again, strict=True))
+
+
+def test_the_pages_of_this_repository_are_fresh() -> None:
+    assert plot.stale_pages() == [], "run: python benchmarks/plot.py --update-docs"
+    assert "benchmarks:attention-cpu-all:start" in (schema.ROOT / "docs" / "benchmarks.md").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("file", plot.result_files(), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_stored_results_are_valid_and_their_charts_fresh(file: Path) -> None:
+    result = schema.load(file)
+    assert file.parent.name == schema.folder_name(result["device"])
+    charts = sorted(file.parent.glob(f"{result['bench']}_*.svg"))
+    assert charts
+    for chart in charts:
+        assert plot.conditions(result) in chart.read_text(encoding="utf-8")
