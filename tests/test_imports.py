@@ -16,7 +16,7 @@ ARROWS = {
     "spec": set(),
     "philox": set(),
     "reference": {"philox", "spec"},
-    "kernels": {"spec"},
+    "kernels": {"spec", "philox"},
     "backends": {"spec", "philox", "kernels"},
     "ops": {"spec", "philox", "reference", "backends"},
     "nn": {"spec", "ops"},

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backends
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, flops
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -361,16 +360,4 @@ for _name, _setup, _backward in (
 ):
     torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
 
-
-@register_flop_formula(torch.ops.fastattn.attention_fwd)
-def _forward_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """2 * (D + Dv) per pair of a query and a key, masked or not, as torch counts its own attention."""
-    batch, num_heads, seqlen_q, head_dim = query
-    return 2 * batch * num_heads * seqlen_q * key[2] * (head_dim + value[3])
-
-
-@register_flop_formula(torch.ops.fastattn.attention_bwd)
-def _backward_flops(dout: Any, dlse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """2.5 times the forward: the products with the scores recomputed once, as torch counts its own."""
-    batch, num_heads, seqlen_q, head_dim = query
-    return batch * num_heads * seqlen_q * key[2] * (6 * head_dim + 4 * value[3])
+flops.register()

@@ -1,0 +1,65 @@
+"""The FLOP formulas of the ops, given to torch's FLOP counter when it is first imported: that loads all of triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def forward_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """2 * (D + Dv) per pair of a query and a key, masked or not, as torch counts its own attention."""
+    batch, num_heads, seqlen_q, head_dim = query
+    return 2 * batch * num_heads * seqlen_q * key[2] * (head_dim + value[3])
+
+
+def backward_flops(
+    dout: Any, dlse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> int:
+    """2.5 times the forward: the products with the scores recomputed once, as torch counts its own."""
+    batch, num_heads, seqlen_q, head_dim = query
+    return batch * num_heads * seqlen_q * key[2] * (6 * head_dim + 4 * value[3])
+
+
+def register() -> None:
+    """Give torch's FLOP counter the formulas, now if it is loaded, else as soon as it is."""
+    if COUNTER in sys.modules:
+        _register_with(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _register_with(counter: ModuleType) -> None:
+    counter.register_flop_formula(torch.ops.fastattn.attention_fwd)(forward_flops)
+    counter.register_flop_formula(torch.ops.fastattn.attention_bwd)(backward_flops)
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds the FLOP counter once, by the other finders, and registers the formulas after it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != COUNTER:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_with(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

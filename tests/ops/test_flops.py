@@ -1,0 +1,38 @@
+"""FLOPs of attention as torch's counter sees them, whichever of the two is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastattn
+
+
+def test_pairs_count_as_torch_counts_them() -> None:
+    query = torch.randn(2, 4, 16, 8, requires_grad=True)
+    key = torch.randn(2, 2, 24, 8, requires_grad=True)
+    value = torch.randn(2, 2, 24, 12, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = fastattn.attention(query, key, value, causal=True)
+    forward = 2 * 2 * 4 * 16 * 24 * (8 + 12)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    backward = 2 * 4 * 16 * 24 * 2 * (3 * 8 + 2 * 12)  # scores again, dq and dk at D; dv and dscore at Dv
+    assert counter.get_total_flops() == backward
+
+
+@pytest.mark.parametrize(
+    "imports", ["fastattn, torch.utils.flop_counter", "torch.utils.flop_counter, fastattn"]
+)
+def test_the_order_of_imports_does_not_matter(imports: str) -> None:
+    script = (
+        f"import torch, {imports}; from torch.utils.flop_counter import flop_registry as r;"
+        "print(sorted(str(op) for op in r if str(op).startswith('fastattn')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "['fastattn.attention_bwd', 'fastattn.attention_fwd']"
