@@ -1,329 +1,402 @@
-"""Attention backward: a row-wise preparation, then one pass for dK and dV and one for dQ, all bitwise deterministic."""
+"""Attention backward: a row-wise preparation, then one pass each for dK and dV, dQ and dbias, bitwise deterministic.
+
+Every pass recomputes the weights from lse. With a `dweights` plane the same passes are the backward of the weights
+themselves: the gradient of a weight is then given instead of being dout @ v.T.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
+from .attention_fwd import INTEGERS
 from .primitives import (
     block_at,
     block_count,
+    distance,
+    dropout_keep,
     exponents,
-    head_base,
+    head_matrix,
+    head_plane,
+    head_rows,
+    head_scoring,
     key_blocks,
     keys_end,
     load_lse,
     load_tile,
     logits,
     padded,
+    plane_pointers,
     program_coordinates,
     query_blocks,
-    row_base,
     store_tile,
-    visible,
+    within_segments,
 )
 
-DELTA_INTEGERS = (
-    *("out_stride_batch", "out_stride_head", "out_stride_row"),
-    *("dout_stride_batch", "dout_stride_head", "dout_stride_row"),
-    *("num_heads", "seqlen_q"),
-)
+DOUT_STRIDES = ("stride_dob", "stride_doh", "stride_dos")
+DWEIGHTS_STRIDES = tuple(f"stride_dweights_{dim}" for dim in "bhqk")
 
 
-@triton.jit(do_not_specialize=DELTA_INTEGERS)
+@triton.jit(do_not_specialize=("stride_ob", "stride_oh", "stride_os", *DOUT_STRIDES, "num_heads", "seqlen_q"))
 def attention_delta_kernel(
-    out,
-    dout,
-    lse,
-    dlse,
-    delta,
-    out_stride_batch,
-    out_stride_head,
-    out_stride_row,
-    dout_stride_batch,
-    dout_stride_head,
-    dout_stride_row,
-    num_heads,
-    seqlen_q,
-    VARIANT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    out, dout, lse, dlse, delta, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
+    num_heads, seqlen_q, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """delta = rowsum(out * dout) - dlse, and 0 where lse is -inf: what dscore = probs * (dprobs - delta) subtracts.
 
     One program owns BLOCK_M queries of one head.
     """
     tile, batch, head = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), num_heads, False)
-    out_base = head_base(out, batch, head, out_stride_batch, out_stride_head, VARIANT.unit)
-    dout_base = head_base(dout, batch, head, dout_stride_batch, dout_stride_head, VARIANT.unit)
+    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, seqlen_q, VARIANT)
+    douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT)
     first_query = tile * BLOCK_M
     rows = first_query + tl.arange(0, BLOCK_M)
-    out_tile = load_tile(
-        out_base, first_query, seqlen_q, out_stride_row, VARIANT.value_dim, BLOCK_M, True, VARIANT
-    )
-    dout_tile = load_tile(
-        dout_base, first_query, seqlen_q, dout_stride_row, VARIANT.value_dim, BLOCK_M, True, VARIANT
-    )
+    out_tile = load_tile(outs, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
+    dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
     result = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        dlse_base = row_base(dlse, batch, head, num_heads, seqlen_q)
-        result -= tl.load(dlse_base + rows, mask=rows < seqlen_q, other=0.0)
-    lse_base = row_base(lse, batch, head, num_heads, seqlen_q)
-    lse_rows = tl.load(lse_base + rows, mask=rows < seqlen_q, other=float("-inf"))
-    result = tl.where(lse_rows == float("-inf"), 0.0, result)
-    tl.store(row_base(delta, batch, head, num_heads, seqlen_q) + rows, result, mask=rows < seqlen_q)
+        dlse_rows = head_rows(dlse, batch, head, num_heads, seqlen_q) + rows
+        result -= tl.load(dlse_rows, mask=rows < seqlen_q, other=0.0)
+    lse_rows = head_rows(lse, batch, head, num_heads, seqlen_q) + rows
+    has_key = tl.load(lse_rows, mask=rows < seqlen_q, other=0.0) != float("-inf")
+    delta_rows = head_rows(delta, batch, head, num_heads, seqlen_q) + rows
+    tl.store(delta_rows, tl.where(has_key, result, 0.0), mask=rows < seqlen_q)
 
 
-DKDV_INTEGERS = (
-    *("query_stride_batch", "query_stride_head", "query_stride_row"),
-    *("key_stride_batch", "key_stride_head", "key_stride_row"),
-    *("value_stride_batch", "value_stride_head", "value_stride_row"),
-    *("dout_stride_batch", "dout_stride_head", "dout_stride_row"),
-    *("dkey_stride_batch", "dkey_stride_head", "dkey_stride_row"),
-    *("dvalue_stride_batch", "dvalue_stride_head", "dvalue_stride_row"),
-    *("num_kv_heads", "seqlen_q", "seqlen_k", "shift", "left", "right"),
+@triton.jit
+def gradient_tile(
+    query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key, scoring, dropout,
+    dweights_plane, KEYS_FIRST: tl.constexpr, EDGE: tl.constexpr, VARIANT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(weights, dscores, dproducts) of a tile: keys by queries if KEYS_FIRST, else queries by keys.
+
+    dscores = probs * (dropout(dout @ v.T) - delta), or weights * dweights where those are given, is the gradient of the
+    logit, dproducts that of scale * q.k. weights lack the factor that makes up for dropout.
+    """
+    seed, head_index, threshold, keep_scale = dropout
+    rows = first_query + tl.arange(0, BLOCK_M)
+    cols = first_key + tl.arange(0, BLOCK_N)
+    if KEYS_FIRST:
+        rows, cols = rows[None, :], cols[:, None]
+        lse_rows = lse_rows[None, :]
+        products = tl.dot(key_tile, tl.trans(query_tile), input_precision=VARIANT.dot_precision)
+    else:
+        rows, cols = rows[:, None], cols[None, :]
+        lse_rows = lse_rows[:, None]
+        products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
+    scores, capped = logits(products, rows, cols, scoring, EDGE, VARIANT)
+    probs = tl.exp2(exponents(scores, lse_rows, scoring[0], VARIANT))
+    weights = probs
+    if VARIANT.dropout:
+        keep = dropout_keep(seed, head_index, first_query, first_key, threshold, BLOCK_M, BLOCK_N)
+        if KEYS_FIRST:
+            keep = tl.trans(keep)
+        weights = tl.where(keep, probs, 0.0)
+    if VARIANT.dweights:
+        seqlen_q, key_end, _, _, _ = scoring[6]
+        pointers = plane_pointers(dweights_plane, rows, cols, VARIANT.unit_dweights, VARIANT)
+        dweights = tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0.0).to(tl.float32)
+        dscores = tl.where(weights > 0.0, weights * dweights * keep_scale, 0.0)
+    else:
+        if KEYS_FIRST:
+            dprobs = tl.dot(value_tile, tl.trans(dout_tile), input_precision=VARIANT.dot_precision)
+            delta_rows = delta_rows[None, :]
+        else:
+            dprobs = tl.dot(dout_tile, tl.trans(value_tile), input_precision=VARIANT.dot_precision)
+            delta_rows = delta_rows[:, None]
+        if VARIANT.dropout:
+            dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
+        dscores = probs * (dprobs - delta_rows)
+    dproducts = dscores
+    if VARIANT.softcap:
+        dproducts = dscores * (1.0 - capped * capped)
+    return weights, dscores, dproducts
+
+
+@triton.jit(
+    do_not_specialize=(
+        *INTEGERS,
+        *DOUT_STRIDES,
+        *DWEIGHTS_STRIDES,
+        *("stride_dkb", "stride_dkh", "stride_dks", "stride_dvb", "stride_dvh", "stride_dvs"),
+    )
 )
-
-
-@triton.jit(do_not_specialize=DKDV_INTEGERS)
 def attention_dkdv_kernel(
-    query,
-    key,
-    value,
-    dout,
-    lse,
-    delta,
-    dkey,
-    dvalue,
-    key_lengths,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_row,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_row,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_row,
-    dout_stride_batch,
-    dout_stride_head,
-    dout_stride_row,
-    dkey_stride_batch,
-    dkey_stride_head,
-    dkey_stride_row,
-    dvalue_stride_batch,
-    dvalue_stride_head,
-    dvalue_stride_row,
-    num_kv_heads,
-    seqlen_q,
-    seqlen_k,
-    shift,
-    left,
-    right,
-    scale,
-    VARIANT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dv = probs.T @ dout and dk = scale * dscores.T @ q, with dscores = probs * (dout @ v.T - delta).
+    q, k, v, dout, lse, delta, dweights, dk, dv,
+    key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
+    stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dv = weights.T @ dout and dk = scale * dproducts.T @ q; without dv where the weights' gradients are given.
 
     One program owns BLOCK_N keys of one key/value head and adds up the query heads it serves in their order. Tiles are
-    keys by queries, so probs and dscores enter the products as they are. Keys that don't exist get their own garbage
-    rows, which are replaced by zeros at the end.
+    keys by queries, so weights and gradients enter the products as they are. Keys that don't exist get garbage rows of
+    their own, which are replaced by zeros at the end.
     """
+    num_kv_heads = num_heads // VARIANT.group_size
     tile, batch, kv_head = program_coordinates(tl.cdiv(seqlen_k, BLOCK_N), num_kv_heads, False)
-    num_heads = num_kv_heads * VARIANT.group_size
-    key_base = head_base(key, batch, kv_head, key_stride_batch, key_stride_head, VARIANT.unit)
-    value_base = head_base(value, batch, kv_head, value_stride_batch, value_stride_head, VARIANT.unit)
-
     first_key = tile * BLOCK_N
     key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
     end_key = tl.minimum(first_key + BLOCK_N, key_end)
-    first, full_first, full_last, last = query_blocks(
-        first_key, end_key, seqlen_q, shift, left, right, VARIANT, BLOCK_M
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+    planes = (
+        mask,
+        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
+        bias,
+        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
-    cols = first_key + tl.arange(0, BLOCK_N)
-    key_tile = load_tile(
-        key_base, first_key, key_end, key_stride_row, VARIANT.head_dim, BLOCK_N, True, VARIANT
-    )
-    value_tile = load_tile(
-        value_base, first_key, key_end, value_stride_row, VARIANT.value_dim, BLOCK_N, True, VARIANT
-    )
-    dkey_tile = tl.zeros([BLOCK_N, padded(VARIANT.head_dim)], tl.float32)
-    dvalue_tile = tl.zeros([BLOCK_N, padded(VARIANT.value_dim)], tl.float32)
+    positions = (seqlen_q, seqlen_k, shift, left, right)
+    blocks = query_blocks(first_key, end_key, seqlen_q, shift, left, right, VARIANT, BLOCK_M)
+    blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT)
+
+    key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
+    value_tile = key_tile
+    if not VARIANT.dweights:
+        values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+        value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
+    dk_tile = tl.zeros([BLOCK_N, padded(VARIANT.head_dim)], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, padded(VARIANT.value_dim)], tl.float32)
     for member in range(VARIANT.group_size):
         head = kv_head * VARIANT.group_size + member
-        query_base = head_base(query, batch, head, query_stride_batch, query_stride_head, VARIANT.unit)
-        dout_base = head_base(dout, batch, head, dout_stride_batch, dout_stride_head, VARIANT.unit)
-        lse_base = row_base(lse, batch, head, num_heads, seqlen_q)
-        delta_base = row_base(delta, batch, head, num_heads, seqlen_q)
+        queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
+        lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+        scoring = head_scoring(
+            batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
+            VARIANT,
+        )  # fmt: skip
+        dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
+        dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
+        dweights_plane = head_plane(dweights, dweights_strides, batch, head)
         for EDGE in tl.static_range(2):
-            for step in range(block_count(first, full_first, full_last, last, EDGE)):
-                first_query = block_at(step, first, full_first, full_last, EDGE) * BLOCK_M
-                rows = first_query + tl.arange(0, BLOCK_M)
-                query_tile = load_tile(
-                    query_base,
-                    first_query,
-                    seqlen_q,
-                    query_stride_row,
-                    VARIANT.head_dim,
-                    BLOCK_M,
-                    EDGE,
-                    VARIANT,
-                )
+            for step in range(block_count(blocks, EDGE)):
+                first_query = block_at(step, blocks, EDGE) * BLOCK_M
+                query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, VARIANT)
                 lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
-                products = tl.dot(key_tile, tl.trans(query_tile), input_precision=VARIANT.dot_precision)
-                scores = logits(products, scale, VARIANT)
-                probs = tl.exp2(exponents(scores, lse_rows[None, :], scale, VARIANT))
-                if EDGE:
-                    inside = visible(rows[None, :], cols[:, None], key_end, shift, left, right, VARIANT)
-                    probs = tl.where(inside, probs, 0.0)
-                dout_tile = load_tile(
-                    dout_base,
-                    first_query,
-                    seqlen_q,
-                    dout_stride_row,
-                    VARIANT.value_dim,
-                    BLOCK_M,
-                    EDGE,
-                    VARIANT,
-                )
-                dvalue_tile = tl.dot(
-                    probs.to(dout_tile.dtype), dout_tile, dvalue_tile, input_precision=VARIANT.dot_precision
-                )
-                dprobs = tl.dot(value_tile, tl.trans(dout_tile), input_precision=VARIANT.dot_precision)
-                delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
-                dscores = probs * (dprobs - delta_rows[None, :])
-                dkey_tile = tl.dot(
-                    dscores.to(query_tile.dtype), query_tile, dkey_tile, input_precision=VARIANT.dot_precision
-                )
+                delta_rows = lse_rows
+                dout_tile = query_tile
+                if not VARIANT.dweights:
+                    strides = (stride_dob, stride_doh, stride_dos)
+                    douts = head_matrix(dout, strides, batch, head, seqlen_q, VARIANT)
+                    dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, VARIANT)
+                    rows = first_query + tl.arange(0, BLOCK_M)
+                    delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
+                    delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
+                weights, _, dproducts = gradient_tile(
+                    query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key,
+                    scoring, dropout, dweights_plane, True, EDGE, VARIANT, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                if not VARIANT.dweights:
+                    weights = weights.to(dout_tile.dtype)
+                    dv_tile = tl.dot(weights, dout_tile, dv_tile, input_precision=VARIANT.dot_precision)
+                dproducts = dproducts.to(query_tile.dtype)
+                dk_tile = tl.dot(dproducts, query_tile, dk_tile, input_precision=VARIANT.dot_precision)
 
-    exists = (cols < key_end)[:, None]
-    dkey_base = head_base(dkey, batch, kv_head, dkey_stride_batch, dkey_stride_head, VARIANT.unit)
-    store_tile(
-        dkey_base,
-        tl.where(exists, dkey_tile * scale, 0.0),
-        first_key,
-        seqlen_k,
-        dkey_stride_row,
-        VARIANT.head_dim,
-        BLOCK_N,
-        VARIANT,
+    exists = (first_key + tl.arange(0, BLOCK_N) < key_end)[:, None]
+    dks = head_matrix(dk, (stride_dkb, stride_dkh, stride_dks), batch, kv_head, seqlen_k, VARIANT)
+    store_tile(dks, tl.where(exists, dk_tile * scale, 0.0), first_key, VARIANT.head_dim, BLOCK_N, VARIANT)
+    if not VARIANT.dweights:
+        dvs = head_matrix(dv, (stride_dvb, stride_dvh, stride_dvs), batch, kv_head, seqlen_k, VARIANT)
+        if VARIANT.dropout:
+            dv_tile *= keep_scale
+        store_tile(dvs, tl.where(exists, dv_tile, 0.0), first_key, VARIANT.value_dim, BLOCK_N, VARIANT)
+
+
+@triton.jit(
+    do_not_specialize=(
+        *INTEGERS,
+        *DOUT_STRIDES,
+        *DWEIGHTS_STRIDES,
+        *("stride_dqb", "stride_dqh", "stride_dqs"),
     )
-    dvalue_base = head_base(dvalue, batch, kv_head, dvalue_stride_batch, dvalue_stride_head, VARIANT.unit)
-    store_tile(
-        dvalue_base,
-        tl.where(exists, dvalue_tile, 0.0),
-        first_key,
-        seqlen_k,
-        dvalue_stride_row,
-        VARIANT.value_dim,
-        BLOCK_N,
-        VARIANT,
-    )
-
-
-DQ_INTEGERS = (
-    *("query_stride_batch", "query_stride_head", "query_stride_row"),
-    *("key_stride_batch", "key_stride_head", "key_stride_row"),
-    *("value_stride_batch", "value_stride_head", "value_stride_row"),
-    *("dout_stride_batch", "dout_stride_head", "dout_stride_row"),
-    *("dquery_stride_batch", "dquery_stride_head", "dquery_stride_row"),
-    *("num_heads", "seqlen_q", "seqlen_k", "shift", "left", "right"),
 )
-
-
-@triton.jit(do_not_specialize=DQ_INTEGERS)
 def attention_dq_kernel(
-    query,
-    key,
-    value,
-    dout,
-    lse,
-    delta,
-    dquery,
-    key_lengths,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_row,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_row,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_row,
-    dout_stride_batch,
-    dout_stride_head,
-    dout_stride_row,
-    dquery_stride_batch,
-    dquery_stride_head,
-    dquery_stride_row,
-    num_heads,
-    seqlen_q,
-    seqlen_k,
-    shift,
-    left,
-    right,
-    scale,
-    VARIANT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dq = scale * dscores @ k. One program owns BLOCK_M queries of one head and visits the key blocks they see."""
-    tile, batch, head = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), num_heads, VARIANT.has_right)
-    kv_head = head // VARIANT.group_size
-    query_base = head_base(query, batch, head, query_stride_batch, query_stride_head, VARIANT.unit)
-    key_base = head_base(key, batch, kv_head, key_stride_batch, key_stride_head, VARIANT.unit)
-    value_base = head_base(value, batch, kv_head, value_stride_batch, value_stride_head, VARIANT.unit)
-    dout_base = head_base(dout, batch, head, dout_stride_batch, dout_stride_head, VARIANT.unit)
+    q, k, v, dout, lse, delta, dweights, dq, dslope_tiles, dlse,
+    key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
+    stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), one number
+    per program in dslope_tiles (B, H, tiles), and dlse = -rowsum(dscores) where the weights' gradients are given.
 
+    One program owns BLOCK_M queries of one head and visits the key blocks they see.
+    """
+    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    tile, batch, head = program_coordinates(num_tiles, num_heads, VARIANT.has_right)
+    kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
     key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
-    first, full_first, full_last, last = key_blocks(
-        first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N
+    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+    planes = (
+        mask,
+        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
+        bias,
+        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
+    positions = (seqlen_q, seqlen_k, shift, left, right)
+    scoring = head_scoring(
+        batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
+    )  # fmt: skip
+    dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
+    dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
+    dweights_plane = head_plane(dweights, dweights_strides, batch, head)
+    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = within_segments(blocks, segment_blocks, batch * num_tiles + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
-    query_tile = load_tile(
-        query_base, first_query, seqlen_q, query_stride_row, VARIANT.head_dim, BLOCK_M, True, VARIANT
-    )
-    dout_tile = load_tile(
-        dout_base, first_query, seqlen_q, dout_stride_row, VARIANT.value_dim, BLOCK_M, True, VARIANT
-    )
-    lse_base = row_base(lse, batch, head, num_heads, seqlen_q)
-    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
-    delta_base = row_base(delta, batch, head, num_heads, seqlen_q)
-    delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
-    dquery_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
-    for EDGE in tl.static_range(2):
-        for step in range(block_count(first, full_first, full_last, last, EDGE)):
-            first_key = block_at(step, first, full_first, full_last, EDGE) * BLOCK_N
-            key_tile = load_tile(
-                key_base, first_key, key_end, key_stride_row, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT
-            )
-            products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-            scores = logits(products, scale, VARIANT)
-            probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
-            if EDGE:
-                cols = first_key + tl.arange(0, BLOCK_N)
-                inside = visible(rows[:, None], cols[None, :], key_end, shift, left, right, VARIANT)
-                probs = tl.where(inside, probs, 0.0)
-            value_tile = load_tile(
-                value_base, first_key, key_end, value_stride_row, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT
-            )
-            dprobs = tl.dot(dout_tile, tl.trans(value_tile), input_precision=VARIANT.dot_precision)
-            dscores = probs * (dprobs - delta_rows[:, None])
-            dquery_tile = tl.dot(
-                dscores.to(key_tile.dtype), key_tile, dquery_tile, input_precision=VARIANT.dot_precision
-            )
 
-    dquery_base = head_base(dquery, batch, head, dquery_stride_batch, dquery_stride_head, VARIANT.unit)
-    store_tile(
-        dquery_base,
-        dquery_tile * scale,
-        first_query,
-        seqlen_q,
-        dquery_stride_row,
-        VARIANT.head_dim,
-        BLOCK_M,
-        VARIANT,
+    query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+    lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+    dout_tile = query_tile
+    delta_rows = lse_rows
+    if not VARIANT.dweights:
+        douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT)
+        dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
+        delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
+        delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
+    dq_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
+    dslope = tl.zeros([BLOCK_M], tl.float32)
+    dlse_rows = tl.zeros([BLOCK_M], tl.float32)
+    for EDGE in tl.static_range(2):
+        for step in range(block_count(blocks, EDGE)):
+            first_key = block_at(step, blocks, EDGE) * BLOCK_N
+            key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT)
+            value_tile = key_tile
+            if not VARIANT.dweights:
+                value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT)
+            _, dscores, dproducts = gradient_tile(
+                query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key,
+                scoring, dropout, dweights_plane, False, EDGE, VARIANT, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            if VARIANT.alibi_grad:
+                cols = first_key + tl.arange(0, BLOCK_N)
+                dslope -= tl.sum(dscores * distance(rows[:, None], cols[None, :], shift), 1)
+            if VARIANT.dweights:
+                dlse_rows -= tl.sum(dscores, 1)
+            dproducts = dproducts.to(key_tile.dtype)
+            dq_tile = tl.dot(dproducts, key_tile, dq_tile, input_precision=VARIANT.dot_precision)
+
+    dqs = head_matrix(dq, (stride_dqb, stride_dqh, stride_dqs), batch, head, seqlen_q, VARIANT)
+    store_tile(dqs, dq_tile * scale, first_query, VARIANT.head_dim, BLOCK_M, VARIANT)
+    if VARIANT.alibi_grad:
+        tl.store(head_rows(dslope_tiles, batch, head, num_heads, num_tiles) + tile, tl.sum(dslope, 0))
+    if VARIANT.dweights:
+        dlse_base = head_rows(dlse, batch, head, num_heads, seqlen_q)
+        tl.store(dlse_base + rows, dlse_rows, mask=rows < seqlen_q)
+
+
+@triton.jit(
+    do_not_specialize=(
+        *INTEGERS,
+        *DOUT_STRIDES,
+        *DWEIGHTS_STRIDES,
+        *("bias_batch", "bias_heads", "bias_rows", "bias_cols", "batch_size"),
     )
+)
+def attention_dbias_kernel(
+    q, k, v, dout, lse, delta, dweights, dbias, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_dob, stride_doh, stride_dos,
+    stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    bias_batch, bias_heads, bias_rows, bias_cols, batch_size,
+    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dbias = dscores summed over the dimensions in which the bias is broadcast; dbias is contiguous.
+
+    One program owns a tile of the bias's own shape, BLOCK_M rows (or its one row) by BLOCK_N columns (or its one
+    column), and loops over what the bias is broadcast to, always in the same order, skipping tiles no query sees.
+    """
+    row_tiles = tl.cdiv(bias_rows, BLOCK_M)
+    col_tiles = tl.cdiv(bias_cols, BLOCK_N)
+    program = tl.program_id(0)
+    col_tile = program % col_tiles
+    row_tile = program // col_tiles % row_tiles
+    bias_head = program // col_tiles // row_tiles % bias_heads
+    bias_sequence = program // col_tiles // row_tiles // bias_heads
+    planes = (
+        mask,
+        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
+        bias,
+        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
+    )
+    positions = (seqlen_q, seqlen_k, shift, left, right)
+    query_tiles = 1
+    key_tiles = 1
+    if VARIANT.bias_one_row:
+        query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    if VARIANT.bias_one_col:
+        key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    repeats_b = batch_size // bias_batch
+    repeats_h = num_heads // bias_heads
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(repeats_b * repeats_h * query_tiles * key_tiles):
+        first_key = (col_tile + step % key_tiles) * BLOCK_N
+        first_query = (row_tile + step // key_tiles % query_tiles) * BLOCK_M
+        head = bias_head + step // key_tiles // query_tiles % repeats_h
+        batch = bias_sequence + step // key_tiles // query_tiles // repeats_h
+        key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+        end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
+        blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+        if (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N):
+            kv_head = head // VARIANT.group_size
+            queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
+            keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+            scoring = head_scoring(
+                batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale,
+                softcap, VARIANT,
+            )  # fmt: skip
+            dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
+            dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
+            dweights_plane = head_plane(dweights, dweights_strides, batch, head)
+            query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+            key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
+            lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+            lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+            dout_tile = query_tile
+            value_tile = key_tile
+            delta_rows = lse_rows
+            if not VARIANT.dweights:
+                values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+                douts = head_matrix(
+                    dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT
+                )
+                value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
+                dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
+                rows = first_query + tl.arange(0, BLOCK_M)
+                delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
+                delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
+            _, dscores, _ = gradient_tile(
+                query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key,
+                scoring, dropout, dweights_plane, False, True, VARIANT, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            total += dscores
+
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    plane = bias_sequence.to(tl.int64) * bias_heads + bias_head
+    if VARIANT.bias_one_row:
+        total = tl.sum(total, 0)[None, :]
+        rows = tl.arange(0, 1)
+    if VARIANT.bias_one_col:
+        total = tl.sum(total, 1)[:, None]
+        cols = tl.arange(0, 1)
+    offsets = (plane * bias_rows + rows[:, None]) * bias_cols + cols[None, :]
+    inside = (rows < bias_rows)[:, None] & (cols < bias_cols)[None, :]
+    tl.store(dbias + offsets, total.to(dbias.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Attention forward: online softmax over key blocks, in the log2 domain."""
+"""Attention forward: online softmax over key blocks."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -8,109 +8,101 @@ import triton.language as tl
 from .primitives import (
     block_at,
     block_count,
-    head_base,
+    dropout_keep,
+    head_matrix,
+    head_rows,
+    head_scoring,
     key_blocks,
     keys_end,
     load_tile,
     logits,
-    online_softmax_update,
     padded,
     program_coordinates,
-    row_base,
     softmax_lse,
+    softmax_start,
+    softmax_update,
     store_tile,
-    visible,
+    within_segments,
 )
 
-RUNTIME_INTEGERS = (
-    *("query_stride_batch", "query_stride_head", "query_stride_row"),
-    *("key_stride_batch", "key_stride_head", "key_stride_row"),
-    *("value_stride_batch", "value_stride_head", "value_stride_row"),
-    *("out_stride_batch", "out_stride_head", "out_stride_row"),
-    *("num_heads", "seqlen_q", "seqlen_k", "shift", "left", "right"),
+QKV_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkv" for dim in "bhs")
+PLANE_STRIDES = tuple(f"stride_{plane}_{dim}" for plane in ("mask", "bias") for dim in "bhqk")
+POSITIONS = (
+    "num_heads",
+    "seqlen_q",
+    "seqlen_k",
+    "shift",
+    "left",
+    "right",
+    "keep_threshold",
+    "stride_slopes_b",
 )
+INTEGERS = (*QKV_STRIDES, *PLANE_STRIDES, *POSITIONS)  # of every kernel that scores pairs
 
 
-@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+@triton.jit(do_not_specialize=(*INTEGERS, "stride_ob", "stride_oh", "stride_os"))
 def attention_fwd_kernel(
-    query,
-    key,
-    value,
-    out,
-    lse,
-    key_lengths,
-    query_stride_batch,
-    query_stride_head,
-    query_stride_row,
-    key_stride_batch,
-    key_stride_head,
-    key_stride_row,
-    value_stride_batch,
-    value_stride_head,
-    value_stride_row,
-    out_stride_batch,
-    out_stride_head,
-    out_stride_row,
-    num_heads,
-    seqlen_q,
-    seqlen_k,
-    shift,
-    left,
-    right,
-    scale,
-    VARIANT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out = softmax(scale * q @ k.T) @ v and lse = logsumexp(scale * q @ k.T), over visible keys.
+    q, k, v, out, lse, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, sinks, seed,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = dropout(softmax(logits)) @ v and lse = logsumexp(logits), over the keys each query sees.
 
     One program owns BLOCK_M queries of one head. It visits the key blocks its queries see: first those that all of
-    them see whole, without masking, then the edges. A row without keys gives out 0 and lse -inf.
+    them see whole, without masking, then the edges. A row without keys gives out 0 and lse -inf, or its sink.
     """
     tile, batch, head = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), num_heads, VARIANT.has_right)
     kv_head = head // VARIANT.group_size
-    query_base = head_base(query, batch, head, query_stride_batch, query_stride_head, VARIANT.unit)
-    key_base = head_base(key, batch, kv_head, key_stride_batch, key_stride_head, VARIANT.unit)
-    value_base = head_base(value, batch, kv_head, value_stride_batch, value_stride_head, VARIANT.unit)
-    out_base = head_base(out, batch, head, out_stride_batch, out_stride_head, VARIANT.unit)
-
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
     key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
-    first, full_first, full_last, last = key_blocks(
-        first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N
+    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, seqlen_q, VARIANT)
+    planes = (
+        mask,
+        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
+        bias,
+        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
+    positions = (seqlen_q, seqlen_k, shift, left, right)
+    scoring = head_scoring(
+        batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
+    )  # fmt: skip
+    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
 
-    query_tile = load_tile(
-        query_base, first_query, seqlen_q, query_stride_row, VARIANT.head_dim, BLOCK_M, True, VARIANT
-    )
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+    row_max, row_sum = softmax_start(sinks, head, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
     for EDGE in tl.static_range(2):
-        for step in range(block_count(first, full_first, full_last, last, EDGE)):
-            first_key = block_at(step, first, full_first, full_last, EDGE) * BLOCK_N
-            key_tile = load_tile(
-                key_base, first_key, key_end, key_stride_row, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT
-            )
+        for step in range(block_count(blocks, EDGE)):
+            first_key = block_at(step, blocks, EDGE) * BLOCK_N
+            cols = first_key + tl.arange(0, BLOCK_N)
+            key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT)
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-            scores = logits(products, scale, VARIANT)
-            if EDGE:
-                cols = first_key + tl.arange(0, BLOCK_N)
-                inside = visible(rows[:, None], cols[None, :], key_end, shift, left, right, VARIANT)
-                scores = tl.where(inside, scores, float("-inf"))
-            probs, rescale, row_max, row_sum = online_softmax_update(
-                scores, row_max, row_sum, scale, EDGE, VARIANT
+            scores, _ = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
+            probs, rescale, row_max, row_sum = softmax_update(
+                scores, row_max, row_sum, scale, EDGE or VARIANT.mask or VARIANT.bias, VARIANT
             )
-            value_tile = load_tile(
-                value_base, first_key, key_end, value_stride_row, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT
-            )
+            if VARIANT.dropout:
+                keep = dropout_keep(
+                    seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
+                )
+                probs = tl.where(keep, probs, 0.0)
+            value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    lse_rows = row_base(lse, batch, head, num_heads, seqlen_q) + rows
+    lse_rows = head_rows(lse, batch, head, num_heads, seqlen_q) + rows
     tl.store(lse_rows, softmax_lse(row_max, row_sum, VARIANT), mask=rows < seqlen_q)
-    acc = acc / row_sum[:, None]
-    store_tile(out_base, acc, first_query, seqlen_q, out_stride_row, VARIANT.value_dim, BLOCK_M, VARIANT)
+    if VARIANT.dropout:
+        acc *= keep_scale
+    store_tile(outs, acc / row_sum[:, None], first_query, VARIANT.value_dim, BLOCK_M, VARIANT)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels.attention_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
-from fastattn.kernels.attention_fwd import attention_fwd_kernel
-from fastattn.kernels.tiles import DELTA_ROWS, Tile
+from fastattn.kernels import attention_bwd, attention_fwd, segments
+from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, Tile
+from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
 
 
@@ -18,14 +18,30 @@ class AttentionVariant(NamedTuple):
 
     head_dim: int
     value_dim: int
-    group_size: int
-    has_left: bool  # the window bounds keys before a query's position
-    has_right: bool  # and after it; causal is right = 0
-    key_lengths: bool
-    fold_scale: bool  # q.k is multiplied with the scale within the exponent; float32 and signs don't allow it
-    dot_precision: str  # of float32 products: "ieee", "tf32x3" or "tf32"
-    unit: int  # strides are passed in multiples of this many elements, 16 bytes where everything is aligned
-    wide_offsets: bool  # offsets within a tile need 64 bits
+    group_size: int = 1
+    has_left: bool = False  # the window bounds keys before a query's position
+    has_right: bool = False  # and after it; causal is right = 0
+    key_lengths: bool = False
+    mask: bool = False
+    bias: bool = False
+    segments: bool = False
+    alibi: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    dweights: bool = False  # backward of the weights rather than of the output
+    alibi_grad: bool = False
+    bias_one_row: bool = False  # the bias whose gradient is computed is broadcast over queries
+    bias_one_col: bool = False  # or keys
+    unit_mask: bool = False  # neighbouring columns are neighbours in memory
+    unit_bias: bool = False
+    unit_dweights: bool = False
+    fold_scale: bool = False  # q.k is scaled within the exponent; not for float32, signs and changed scores
+    dot_precision: str = "ieee"  # of float32 products: "ieee", "tf32x3" or "tf32"
+    unit: int = (
+        1  # strides are passed in multiples of this many elements, 16 bytes where everything is aligned
+    )
+    wide_offsets: bool = False  # offsets within a tile need 64 bits
 
 
 class Launch(NamedTuple):
@@ -45,34 +61,21 @@ class Launch(NamedTuple):
             )
 
 
-def forward_launch(spec: AttentionSpec, call: AttentionCall, out: Tensor, lse: Tensor, tile: Tile) -> Launch:
+def forward_launch(
+    spec: AttentionSpec, call: AttentionCall, out: Tensor, lse: Tensor, segment_blocks: Tensor | None, tile: Tile
+) -> Launch:  # fmt: skip
     """attention_fwd_kernel on a call."""
-    query, key, value = call.query, call.key, call.value
-    unit = _unit(query, key, value, out)
-    args = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "out": out,
-        "lse": lse,
-        "key_lengths": call.key_lengths,
-        **_strides("query", query, unit),
-        **_strides("key", key, unit),
-        **_strides("value", value, unit),
-        **_strides("out", out, unit),
-        "num_heads": query.shape[1],
-        **_positions(call),
-        "VARIANT": _variant(spec, call, unit),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-    }
-    grid = (query.shape[0] * query.shape[1] * _cdiv(query.shape[2], tile.block_m),)
-    return Launch(attention_fwd_kernel, grid, args, tile.num_warps, tile.num_stages)
+    batch, num_heads, seqlen_q, _ = call.query.shape
+    unit = _unit(call.query, call.key, call.value, out)
+    args = _call_arguments(spec, call, unit) | _strides("o", out, unit)
+    args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks}
+    return _launch(
+        attention_fwd.attention_fwd_kernel, batch * num_heads * _cdiv(seqlen_q, tile.block_m), args, tile
+    )
 
 
 def delta_launch(
     spec: AttentionSpec,
-    call: AttentionCall,
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
@@ -80,100 +83,158 @@ def delta_launch(
     delta: Tensor,
 ) -> Launch:
     """attention_delta_kernel on the results of a call and their gradients."""
+    batch, num_heads, seqlen_q, _ = out.shape
     unit = _unit(out, dout)
-    args = {
-        "out": out,
-        "dout": dout,
-        "lse": lse,
-        "dlse": dlse,
-        "delta": delta,
-        **_strides("out", out, unit),
-        **_strides("dout", dout, unit),
-        "num_heads": out.shape[1],
-        "seqlen_q": out.shape[2],
-        "VARIANT": _variant(spec, call, unit),
-        "BLOCK_M": DELTA_ROWS,
-    }
-    grid = (out.shape[0] * out.shape[1] * _cdiv(out.shape[2], DELTA_ROWS),)
-    return Launch(attention_delta_kernel, grid, args, num_warps=4, num_stages=1)
+    variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, wide_offsets=spec.wide_offsets)
+    args = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "delta": delta, "VARIANT": variant}
+    args |= _strides("o", out, unit) | _strides("do", dout, unit)
+    args |= {"num_heads": num_heads, "seqlen_q": seqlen_q}
+    tile = Tile(DELTA_ROWS, 0, num_warps=4, num_stages=1)
+    return _launch(
+        attention_bwd.attention_delta_kernel, batch * num_heads * _cdiv(seqlen_q, DELTA_ROWS), args, tile
+    )
+
+
+class Cotangents(NamedTuple):
+    """What flows back into the passes: the output's gradient with delta, or the weights'."""
+
+    lse: Tensor
+    delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
+    dout: Tensor | None = None
+    dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
+
+    def arguments(self, unit: int) -> dict[str, Any]:
+        """The kernel arguments they make."""
+        args: dict[str, Any] = {name: getattr(self, name) for name in ("lse", "delta", "dout", "dweights")}
+        args |= _plane_strides("dweights", self.dweights)
+        if self.dout is not None:
+            return args | _strides("do", self.dout, unit)
+        return args | {"stride_dob": 0, "stride_doh": 0, "stride_dos": 0}
+
+    def tensors(self) -> list[Tensor]:
+        """Those whose rows are loaded as tiles."""
+        return [] if self.dout is None else [self.dout]
 
 
 def dkdv_launch(
     spec: AttentionSpec,
     call: AttentionCall,
-    lse: Tensor,
-    delta: Tensor,
-    dout: Tensor,
+    cotangents: Cotangents,
     dkey: Tensor,
-    dvalue: Tensor,
+    dvalue: Tensor | None,
+    segment_blocks: Tensor | None,
     tile: Tile,
 ) -> Launch:
     """attention_dkdv_kernel on a call, writing the gradients of key and value."""
-    query, key, value = call.query, call.key, call.value
-    unit = _unit(query, key, value, dout, dkey, dvalue)
-    args = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "dout": dout,
-        "lse": lse,
-        "delta": delta,
-        "dkey": dkey,
-        "dvalue": dvalue,
-        "key_lengths": call.key_lengths,
-        **_strides("query", query, unit),
-        **_strides("key", key, unit),
-        **_strides("value", value, unit),
-        **_strides("dout", dout, unit),
-        **_strides("dkey", dkey, unit),
-        **_strides("dvalue", dvalue, unit),
-        "num_kv_heads": key.shape[1],
-        **_positions(call),
-        "VARIANT": _variant(spec, call, unit),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-    }
-    grid = (key.shape[0] * key.shape[1] * _cdiv(key.shape[2], tile.block_n),)
-    return Launch(attention_dkdv_kernel, grid, args, tile.num_warps, tile.num_stages)
+    batch, num_kv_heads, seqlen_k, _ = call.key.shape
+    dvalue = dkey if dvalue is None else dvalue
+    unit = _unit(call.query, call.key, call.value, dkey, dvalue, *cotangents.tensors())
+    args = _call_arguments(spec, call, unit, cotangents)
+    args |= _strides("dk", dkey, unit) | _strides("dv", dvalue, unit)
+    args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
+    return _launch(
+        attention_bwd.attention_dkdv_kernel, batch * num_kv_heads * _cdiv(seqlen_k, tile.block_n), args, tile
+    )
 
 
 def dq_launch(
     spec: AttentionSpec,
     call: AttentionCall,
-    lse: Tensor,
-    delta: Tensor,
-    dout: Tensor,
+    cotangents: Cotangents,
     dquery: Tensor,
+    dslope_tiles: Tensor | None,
+    dlse: Tensor | None,
+    segment_blocks: Tensor | None,
     tile: Tile,
 ) -> Launch:
-    """attention_dq_kernel on a call, writing the gradient of the query."""
-    query, key, value = call.query, call.key, call.value
-    unit = _unit(query, key, value, dout, dquery)
-    args = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "dout": dout,
-        "lse": lse,
-        "delta": delta,
-        "dquery": dquery,
-        "key_lengths": call.key_lengths,
-        **_strides("query", query, unit),
-        **_strides("key", key, unit),
-        **_strides("value", value, unit),
-        **_strides("dout", dout, unit),
-        **_strides("dquery", dquery, unit),
-        "num_heads": query.shape[1],
-        **_positions(call),
-        "VARIANT": _variant(spec, call, unit),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
+    """attention_dq_kernel on a call, writing the gradients of the query and of what else belongs to a query."""
+    batch, num_heads, seqlen_q, _ = call.query.shape
+    unit = _unit(call.query, call.key, call.value, dquery, *cotangents.tensors())
+    args = _call_arguments(spec, call, unit, cotangents) | _strides("dq", dquery, unit)
+    args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
+    args["VARIANT"] = args["VARIANT"]._replace(alibi_grad=dslope_tiles is not None)
+    return _launch(
+        attention_bwd.attention_dq_kernel, batch * num_heads * _cdiv(seqlen_q, tile.block_m), args, tile
+    )
+
+
+def dbias_launch(
+    spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, dbias: Tensor, tile: Tile
+) -> Launch:
+    """attention_dbias_kernel on a call, writing the gradient of the bias in the bias's own shape, contiguous."""
+    bias_batch, bias_heads, bias_rows, bias_cols = dbias.shape
+    unit = _unit(call.query, call.key, call.value, *cotangents.tensors())
+    args = _call_arguments(spec, call, unit, cotangents)
+    args |= {
+        "bias_batch": bias_batch,
+        "bias_heads": bias_heads,
+        "bias_rows": bias_rows,
+        "bias_cols": bias_cols,
     }
-    grid = (query.shape[0] * query.shape[1] * _cdiv(query.shape[2], tile.block_m),)
-    return Launch(attention_dq_kernel, grid, args, tile.num_warps, tile.num_stages)
+    args |= {"dbias": dbias, "batch_size": call.query.shape[0]}
+    args["VARIANT"] = args["VARIANT"]._replace(bias_one_row=bias_rows == 1, bias_one_col=bias_cols == 1)
+    tiles = bias_batch * bias_heads * _cdiv(bias_rows, tile.block_m) * _cdiv(bias_cols, tile.block_n)
+    return _launch(attention_bwd.attention_dbias_kernel, tiles, args, tile)
 
 
-def _variant(spec: AttentionSpec, call: AttentionCall, unit: int) -> AttentionVariant:
+def segment_blocks_launch(
+    ids: Tensor, other_ids: Tensor, blocks: Tensor, block: int, other_block: int
+) -> Launch:
+    """segment_blocks_kernel on the ids of the side that owns the tiles and of the other, both (B, S) contiguous."""
+    args = {"ids": ids, "other_ids": other_ids, "blocks": blocks}
+    args |= {"seqlen": ids.shape[1], "other_seqlen": other_ids.shape[1]}
+    args |= {"BLOCK": block, "OTHER_BLOCK": other_block, "CHUNK": max(1, SEGMENT_CHUNK // other_block)}
+    return Launch(segments.segment_blocks_kernel, (blocks.shape[0] * blocks.shape[1],), args, 4, 1)
+
+
+def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
+    """A launch with those of the arguments that the kernel takes."""
+    args = args | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    chosen = {name: args[name] for name in kernel.arg_names}
+    return Launch(kernel, (grid,), chosen, tile.num_warps, tile.num_stages)
+
+
+def _call_arguments(
+    spec: AttentionSpec, call: AttentionCall, unit: int, cotangents: Cotangents | None = None
+) -> dict[str, Any]:
+    """Every argument that follows from the call; bounds no longer than the sequences say the same and can't overflow."""
+    query, key, value, slopes = call.query, call.key, call.value, call.alibi_slopes
+    longest = query.shape[2] + key.shape[2]
+    right = call.window_right if call.window_right >= 0 else longest
+    args: dict[str, Any] = {
+        "q": query,
+        "k": key,
+        "v": value,
+        "key_lengths": call.key_lengths,
+        "mask": None if call.mask is None else call.mask.view(torch.uint8),
+        "bias": call.bias,
+        "query_ids": call.query_segments,
+        "key_ids": call.key_segments,
+        "slopes": slopes,
+        "sinks": call.sinks,
+        "seed": call.dropout_seed,
+        "stride_slopes_b": slopes.stride(0) if slopes is not None and slopes.shape[0] > 1 else 0,
+        "num_heads": query.shape[1],
+        "seqlen_q": query.shape[2],
+        "seqlen_k": key.shape[2],
+        "shift": call.position_shift,
+        "left": min(call.window_left, longest),
+        "right": 0 if call.causal != "none" else min(right, longest),
+        "keep_threshold": keep_threshold(call.dropout_p),
+        "keep_scale": keep_scale(call.dropout_p),
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "VARIANT": _variant(spec, call, unit, cotangents),
+    }
+    args |= _strides("q", query, unit) | _strides("k", key, unit) | _strides("v", value, unit)
+    args |= _plane_strides("mask", call.mask) | _plane_strides("bias", call.bias)
+    return args if cotangents is None else args | cotangents.arguments(unit)
+
+
+def _variant(
+    spec: AttentionSpec, call: AttentionCall, unit: int, cotangents: Cotangents | None
+) -> AttentionVariant:
+    dweights = None if cotangents is None else cotangents.dweights
     return AttentionVariant(
         head_dim=spec.head_dim,
         value_dim=spec.value_dim,
@@ -181,26 +242,24 @@ def _variant(spec: AttentionSpec, call: AttentionCall, unit: int) -> AttentionVa
         has_left=spec.window_left,
         has_right=spec.window_right or spec.causal != "none",
         key_lengths=spec.key_lengths,
-        fold_scale=call.scale > 0.0 and spec.dtype != torch.float32,
+        mask=spec.mask,
+        bias=spec.bias,
+        segments=spec.segments,
+        alibi=spec.alibi,
+        softcap=spec.softcap,
+        sinks=spec.sinks and cotangents is None,
+        dropout=spec.dropout,
+        dweights=dweights is not None,
+        unit_mask=_unit_columns(call.mask),
+        unit_bias=_unit_columns(call.bias),
+        unit_dweights=_unit_columns(dweights),
+        fold_scale=call.scale > 0.0
+        and spec.dtype != torch.float32
+        and not (spec.softcap or spec.alibi or spec.bias),
         dot_precision=spec.float32_precision,
         unit=unit,
         wide_offsets=spec.wide_offsets,
     )
-
-
-def _positions(call: AttentionCall) -> dict[str, int | float]:
-    """Lengths and window of a call; bounds no longer than the sequences say the same and can't overflow."""
-    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
-    longest = seqlen_q + seqlen_k
-    right = call.window_right if call.window_right >= 0 else longest
-    return {
-        "seqlen_q": seqlen_q,
-        "seqlen_k": seqlen_k,
-        "shift": call.position_shift,
-        "left": min(call.window_left, longest),
-        "right": 0 if call.causal != "none" else min(right, longest),
-        "scale": call.scale,
-    }
 
 
 def _unit(*tensors: Tensor) -> int:
@@ -216,11 +275,24 @@ def _unit(*tensors: Tensor) -> int:
 
 def _strides(name: str, tensor: Tensor, unit: int) -> dict[str, int]:
     """The three outer strides in units; that of a dimension of size 1 is never used and may be odd."""
-    names = ("batch", "head", "row")
     return {
-        f"{name}_stride_{dim}": stride // unit if size > 1 else 0
-        for dim, stride, size in zip(names, tensor.stride(), tensor.shape)
+        f"stride_{name}{dim}": stride // unit if size > 1 else 0
+        for dim, stride, size in zip("bhs", tensor.stride(), tensor.shape)
     }
+
+
+def _plane_strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+    """The four strides of a tensor that broadcasts to (B, H, Sq, Sk): 0 where it does, or where there is none."""
+    if tensor is None:
+        return {f"stride_{name}_{dim}": 0 for dim in "bhqk"}
+    return {
+        f"stride_{name}_{dim}": stride if size > 1 else 0
+        for dim, stride, size in zip("bhqk", tensor.stride(), tensor.shape)
+    }
+
+
+def _unit_columns(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.shape[3] > 1 and tensor.stride(3) == 1
 
 
 def _cdiv(a: int, b: int) -> int:

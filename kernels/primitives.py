@@ -1,7 +1,9 @@
-"""Device functions of the attention kernels: ranges of blocks, tiles in and out, scores, masking, online softmax.
+"""Device functions of the attention kernels: ranges of blocks, tiles in and out, logits, softmax, dropout.
 
-`VARIANT` is the `AttentionVariant` of launches.py. Index vectors arrive already expanded, so one function serves
-tiles laid out queries by keys (rows [M, 1], cols [1, N]) and keys by queries (rows [1, M], cols [N, 1]).
+`VARIANT` is the `AttentionVariant` of launches.py. `rows` are query and `cols` key indices, already expanded, so one
+function serves tiles laid out queries by keys (rows [M, 1], cols [1, N]) and keys by queries (rows [1, M],
+cols [N, 1]). A matrix is a tuple (pointer to its first row, row stride, number of rows), a plane a tuple (pointer to
+its first element, row stride, column stride), with stride 0 where it is broadcast.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -11,6 +13,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.constexpr_function
+def padded(dim):
+    """The block width a head dim is padded to."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 @triton.jit
@@ -26,28 +34,33 @@ def program_coordinates(num_tiles, num_heads, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def head_base(pointer, batch, head, stride_batch, stride_head, UNIT: tl.constexpr):
-    """Where one head of one sequence begins. Strides count UNITs of elements, which keeps their alignment known."""
-    return pointer + (batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head) * UNIT
+def head_matrix(pointer, strides, batch, head, num_rows, VARIANT: tl.constexpr):
+    """The matrix of one head. Strides count units of 16 bytes where all are multiples of it, so alignment is known."""
+    stride_batch, stride_head, stride_row = strides
+    offset = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+    return pointer + offset * VARIANT.unit, stride_row, num_rows
 
 
 @triton.jit
-def row_base(pointer, batch, head, num_heads, seqlen):
-    """Where one head's row of a contiguous (B, H, S) tensor begins."""
-    return pointer + (batch.to(tl.int64) * num_heads + head) * seqlen
-
-
-@triton.constexpr_function
-def padded(dim):
-    """The block width a head dim is padded to."""
-    return max(16, triton.next_power_of_2(dim))
+def head_plane(pointer, strides, batch, head):
+    """The plane of one head of a tensor that broadcasts to (B, H, Sq, Sk); meaningless for a tensor that is absent."""
+    stride_batch, stride_head, stride_row, stride_col = strides
+    base = 0
+    if pointer is not None:
+        base = pointer + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+    return base, stride_row, stride_col
 
 
 @triton.jit
-def tile_pointers(
-    base, first_row, stride_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, VARIANT: tl.constexpr
-):
+def head_rows(pointer, batch, head, num_heads, num_rows):
+    """Where one head's row of a contiguous (B, H, rows) tensor begins."""
+    return pointer + (batch.to(tl.int64) * num_heads + head) * num_rows
+
+
+@triton.jit
+def tile_pointers(matrix, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, VARIANT: tl.constexpr):
     """Pointers [BLOCK_ROWS, padded(DIM)] to consecutive rows; the distance to the first row is always 64-bit."""
+    base, stride_row, _ = matrix
     rows = tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, padded(DIM))[None, :]
     if VARIANT.wide_offsets:
@@ -58,23 +71,21 @@ def tile_pointers(
 
 @triton.jit
 def load_tile(
-    base,
+    matrix,
     first_row,
-    end_row,
-    stride_row,
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
     VARIANT: tl.constexpr,
 ):
-    """Rows [first_row, first_row + BLOCK_ROWS) of a (rows, DIM) matrix; zeros from end_row on and beyond DIM."""
-    pointers = tile_pointers(base, first_row, stride_row, DIM, BLOCK_ROWS, VARIANT)
+    """Rows [first_row, first_row + BLOCK_ROWS) of a matrix of DIM columns; zeros beyond it."""
+    pointers = tile_pointers(matrix, first_row, DIM, BLOCK_ROWS, VARIANT)
     rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, padded(DIM))[None, :]
     if CHECK_ROWS and padded(DIM) > DIM:
-        tile = tl.load(pointers, mask=(rows < end_row) & (cols < DIM), other=0.0)
+        tile = tl.load(pointers, mask=(rows < matrix[2]) & (cols < DIM), other=0.0)
     elif CHECK_ROWS:
-        tile = tl.load(pointers, mask=rows < end_row, other=0.0)
+        tile = tl.load(pointers, mask=rows < matrix[2], other=0.0)
     elif padded(DIM) > DIM:
         tile = tl.load(pointers, mask=cols < DIM, other=0.0)
     else:
@@ -83,21 +94,26 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    base,
-    tile,
-    first_row,
-    end_row,
-    stride_row,
-    DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    VARIANT: tl.constexpr,
-):
-    """Writes the rows before end_row and the columns before DIM, converted to the tensor's dtype."""
-    pointers = tile_pointers(base, first_row, stride_row, DIM, BLOCK_ROWS, VARIANT)
+def store_tile(matrix, tile, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, VARIANT: tl.constexpr):
+    """Writes what lies within a matrix of DIM columns, converted to its dtype."""
+    pointers = tile_pointers(matrix, first_row, DIM, BLOCK_ROWS, VARIANT)
     rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, padded(DIM))[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < end_row) & (cols < DIM))
+    tl.store(pointers, tile.to(matrix[0].dtype.element_ty), mask=(rows < matrix[2]) & (cols < DIM))
+
+
+@triton.jit
+def plane_pointers(plane, rows, cols, UNIT_COLS: tl.constexpr, VARIANT: tl.constexpr):
+    """Pointers to elements of a plane; UNIT_COLS says that neighbouring columns are neighbours in memory."""
+    base, stride_row, stride_col = plane
+    if VARIANT.wide_offsets:
+        rows = rows.to(tl.int64)
+        cols = cols.to(tl.int64)
+    if UNIT_COLS:
+        offsets = rows * stride_row + cols
+    else:
+        offsets = rows * stride_row + cols * stride_col
+    return base + offsets
 
 
 @triton.jit
@@ -160,8 +176,23 @@ def query_blocks(
 
 
 @triton.jit
-def block_at(step, first, full_first, full_last, EDGE: tl.constexpr):
+def within_segments(blocks, segment_blocks, tile_index, VARIANT: tl.constexpr):
+    """Blocks narrowed to those `segment_blocks`, the prepass's (tiles, 4) table, found for this tile."""
+    first, full_first, full_last, last = blocks
+    if VARIANT.segments:
+        entry = segment_blocks + tile_index.to(tl.int64) * 4
+        first = tl.maximum(first, tl.load(entry))
+        last = tl.maximum(tl.minimum(last, tl.load(entry + 3)), first)
+        full_first = tl.minimum(tl.maximum(full_first, tl.load(entry + 1)), last)
+        full_first = tl.maximum(full_first, first)
+        full_last = tl.maximum(tl.minimum(tl.minimum(full_last, tl.load(entry + 2)), last), full_first)
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def block_at(step, blocks, EDGE: tl.constexpr):
     """The step-th block of the full blocks, or of the two edges taken as one sequence."""
+    first, full_first, full_last, _ = blocks
     block = full_first + step
     if EDGE:
         left_edge = full_first - first
@@ -170,8 +201,9 @@ def block_at(step, first, full_first, full_last, EDGE: tl.constexpr):
 
 
 @triton.jit
-def block_count(first, full_first, full_last, last, EDGE: tl.constexpr):
+def block_count(blocks, EDGE: tl.constexpr):
     """How many blocks `block_at` enumerates."""
+    first, full_first, full_last, last = blocks
     count = full_last - full_first
     if EDGE:
         count = full_first - first + last - full_last
@@ -179,25 +211,94 @@ def block_count(first, full_first, full_last, last, EDGE: tl.constexpr):
 
 
 @triton.jit
-def visible(rows, cols, key_end, shift, left, right, VARIANT: tl.constexpr):
-    """Which keys exist and lie in each query's window: pos - left <= j <= pos + right with pos = i + shift.
+def tanh(x):
+    """Within 2 units in the last place: a polynomial below 0.625, where 1 - 2 / (exp(2x) + 1) would cancel."""
+    magnitude = tl.abs(x)
+    square = x * x
+    polynomial = square * -0.006096714165578375 + 0.020997178998974037
+    polynomial = polynomial * square - 0.05385090957855562
+    polynomial = polynomial * square + 0.13332769736977804
+    polynomial = polynomial * square - 0.33333328944134344
+    small = x + x * square * polynomial
+    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0.0, -large, large))
 
-    Queries past the last are not excluded here: nothing of theirs is stored, and backward reads their lse as +inf.
+
+@triton.jit
+def distance(rows, cols, shift):
+    """|pos(i) - j| with pos(i) = i + shift, what ALiBi slopes multiply."""
+    return tl.abs(rows + shift - cols).to(tl.float32)
+
+
+@triton.jit
+def head_scoring(
+    batch, head, key_end, planes, segments, slopes, stride_slopes_b, positions, scale, softcap, VARIANT: tl.constexpr
+):  # fmt: skip
+    """All that turns q.k of one head into logits, as one tuple for `logits`: what is absent is meaningless there.
+
+    planes: (mask, strides, bias, strides); segments: (query_ids, key_ids); positions: (seqlen_q, seqlen_k, shift,
+    left, right).
     """
+    mask, mask_strides, bias, bias_strides = planes
+    query_ids, key_ids = segments
+    seqlen_q, seqlen_k, shift, left, right = positions
+    slope = 0.0
+    if VARIANT.alibi:
+        slope = tl.load(slopes + batch * stride_slopes_b + head)
+    ids = (0, 0)
+    if VARIANT.segments:
+        ids = (query_ids + batch.to(tl.int64) * seqlen_q, key_ids + batch.to(tl.int64) * seqlen_k)
+    mask_plane = head_plane(mask, mask_strides, batch, head)
+    bias_plane = head_plane(bias, bias_strides, batch, head)
+    return scale, softcap, slope, mask_plane, bias_plane, ids, (seqlen_q, key_end, shift, left, right)
+
+
+@triton.jit
+def visible(rows, cols, mask_plane, ids, positions, EDGE: tl.constexpr, VARIANT: tl.constexpr):
+    """Which keys exist and are not masked: pos - left <= j <= pos + right, same segment, mask. Full blocks need only
+    the mask. Queries past the last count as visible: nothing of theirs is stored, and backward reads their lse as +inf.
+    """
+    seqlen_q, key_end, shift, left, right = positions
     inside = cols < key_end
-    if VARIANT.has_right:
-        inside &= cols <= rows + (shift + right)
-    if VARIANT.has_left:
-        inside &= cols >= rows + (shift - left)
+    if EDGE:
+        if VARIANT.has_right:
+            inside &= cols <= rows + (shift + right)
+        if VARIANT.has_left:
+            inside &= cols >= rows + (shift - left)
+        if VARIANT.segments:
+            row_ids = tl.load(ids[0] + rows, mask=rows < seqlen_q, other=-1)
+            col_ids = tl.load(ids[1] + cols, mask=cols < key_end, other=-1)
+            inside &= (row_ids == col_ids) & (row_ids >= 0)
+    if VARIANT.mask:
+        pointers = plane_pointers(mask_plane, rows, cols, VARIANT.unit_mask, VARIANT)
+        inside &= tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0) != 0
     return inside
 
 
 @triton.jit
-def logits(products, scale, VARIANT: tl.constexpr):
-    """The logits of a tile of q.k, short of the scale where that is folded into the exponent."""
+def logits(products, rows, cols, scoring, EDGE: tl.constexpr, VARIANT: tl.constexpr):
+    """(scores, capped) of a tile of q.k: scores = softcap * tanh(scale * q.k / softcap) - slope * distance + bias, -inf
+    where a query may not look; capped is the tanh. Where it can be folded into the exponent, the scale is missing.
+    """
+    scale, softcap, slope, mask_plane, bias_plane, ids, positions = scoring
+    seqlen_q, key_end, shift, _, _ = positions
+    scores = products
+    capped = products
     if not VARIANT.fold_scale:
-        products *= scale
-    return products
+        scores = products * scale
+    if VARIANT.softcap:
+        capped = tanh(scores / softcap)
+        scores = capped * softcap
+    if VARIANT.alibi:
+        scores -= slope * distance(rows, cols, shift)
+    if VARIANT.bias:
+        pointers = plane_pointers(bias_plane, rows, cols, VARIANT.unit_bias, VARIANT)
+        bias = tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0.0)
+        scores += bias.to(tl.float32)
+    if EDGE or VARIANT.mask:
+        inside = visible(rows, cols, mask_plane, ids, positions, EDGE, VARIANT)
+        scores = tl.where(inside, scores, float("-inf"))
+    return scores, capped
 
 
 @triton.jit
@@ -212,30 +313,45 @@ def exponents(scores, reference, scale, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_update(scores, row_max, row_sum, scale, GUARD: tl.constexpr, VARIANT: tl.constexpr):
-    """One step of softmax over columns: (probs, rescale, row_max, row_sum), probs = exp(logit - row_max).
+def softmax_start(sinks, head, BLOCK_M: tl.constexpr, VARIANT: tl.constexpr):
+    """(row_max, row_sum) before any key: nothing, or the sink, which is one more key without a value."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if VARIANT.sinks:
+        sink = tl.load(sinks + head)
+        if VARIANT.fold_scale:
+            sink *= LOG2E
+        row_max = tl.maximum(row_max, sink)
+        row_sum += 1.0
+    return row_max, row_sum
+
+
+@triton.jit
+def softmax_update(scores, row_max, row_sum, scale, GUARD: tl.constexpr, VARIANT: tl.constexpr):
+    """One step of online softmax over columns: (probs, rescale, row_max, row_sum), probs = exp(logit - row_max).
 
     row_max is in the domain of `exponents`' reference, rescale is what earlier sums are worth now. GUARD admits rows
     that have seen no key yet, whose maximum is -inf.
     """
     if VARIANT.fold_scale:
         new_max = tl.maximum(row_max, tl.max(scores, 1) * (scale * LOG2E))
-        unit: tl.constexpr = 1.0
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        unit: tl.constexpr = LOG2E
     if GUARD:
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     else:
         safe_max = new_max
     probs = tl.exp2(exponents(scores, safe_max[:, None], scale, VARIANT))
-    rescale = tl.exp2((row_max - safe_max) * unit)
+    if VARIANT.fold_scale:
+        rescale = tl.exp2(row_max - safe_max)
+    else:
+        rescale = tl.exp2((row_max - safe_max) * LOG2E)
     return probs, rescale, new_max, row_sum * rescale + tl.sum(probs, 1)
 
 
 @triton.jit
 def softmax_lse(row_max, row_sum, VARIANT: tl.constexpr):
-    """Natural log of the sum of exp(logit), from the state of `online_softmax_update`; -inf for a row without keys."""
+    """Natural log of the sum of exp(logit), from the state of `softmax_update`; -inf for a row without keys."""
     if VARIANT.fold_scale:
         lse = (row_max + tl.log2(row_sum)) * LN2
     else:
@@ -244,13 +360,51 @@ def softmax_lse(row_max, row_sum, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def load_lse(base, first_row, end_row, BLOCK: tl.constexpr, VARIANT: tl.constexpr):
+def load_lse(base, first_row, num_rows, BLOCK: tl.constexpr, VARIANT: tl.constexpr):
     """lse of a block of rows as `exponents` wants its reference; +inf, which makes every weight 0, for rows that saw no
     key or don't exist."""
     rows = first_row + tl.arange(0, BLOCK)
-    lse = tl.load(base + rows, mask=rows < end_row, other=float("-inf"))
+    lse = tl.load(base + rows, mask=rows < num_rows, other=float("-inf"))
     if VARIANT.fold_scale:
         reference = lse * LOG2E
     else:
         reference = lse
     return tl.where(lse == float("-inf"), float("inf"), reference)
+
+
+@triton.jit
+def philox_round(c0, c1, c2, c3, key_low, key_high):
+    """One round of Philox4x32 on four uint32 counter words."""
+    factor0 = tl.full([1, 1], 0xD2511F53, tl.uint32)
+    factor1 = tl.full([1, 1], 0xCD9E8D57, tl.uint32)
+    next0 = tl.umulhi(c2, factor1) ^ c1 ^ key_low
+    next2 = tl.umulhi(c0, factor0) ^ c3 ^ key_high
+    return next0, c2 * factor1, next2, c0 * factor0
+
+
+@triton.jit
+def dropout_keep(
+    seed, head_index, first_query, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Which weights of a [BLOCK_M, BLOCK_N] tile survive: the stream of fastattn/philox.py, one call per 8 keys.
+
+    The counter is (key // 8, query, b * H + h, 0), the key the two halves of the seed; half j % 8 of a call's 128 bits
+    belongs to key j.
+    """
+    seed = tl.load(seed).to(tl.uint64, bitcast=True)
+    key_low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key_high = (seed >> 32).to(tl.uint32)
+    c0 = (first_key // 8 + tl.arange(0, BLOCK_N // 8))[None, :].to(tl.uint32)
+    c1 = (first_query + tl.arange(0, BLOCK_M))[:, None].to(tl.uint32)
+    c2 = tl.full([1, 1], 0, tl.uint32) + head_index.to(tl.uint32)
+    c3 = tl.full([1, 1], 0, tl.uint32)
+    weyl_low = tl.full([], 0x9E3779B9, tl.uint32)
+    weyl_high = tl.full([], 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, key_low, key_high)
+        key_low += weyl_low
+        key_high += weyl_high
+    even = tl.join(tl.join(c0 & 0xFFFF, c2 & 0xFFFF), tl.join(c1 & 0xFFFF, c3 & 0xFFFF))
+    odd = tl.join(tl.join(c0 >> 16, c2 >> 16), tl.join(c1 >> 16, c3 >> 16))
+    halves = tl.join(even, odd)  # [M, N / 8, word / 2, word % 2, half]
+    return tl.reshape(halves, [BLOCK_M, BLOCK_N]) >= threshold.to(tl.uint32)

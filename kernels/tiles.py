@@ -27,12 +27,14 @@ class Tiles:
     forward: Tile
     dkdv: Tile
     dq: Tile
+    dbias: Tile
 
 
 DELTA_ROWS = 64  # queries per program of the row-wise preparation of backward
+SEGMENT_CHUNK = 2048  # ids that the prepass of segments compares at a time
 HEAD_DIM_CLASSES = (64, 128, 256)
 
 
 def tiles_for(spec: AttentionSpec) -> Tiles:
     """The tiles of a spec; an architecture without a row of its own uses that of the nearest smaller one."""
-    return Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+    return Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))

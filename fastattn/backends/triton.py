@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,12 @@ from fastattn.spec import (
 )
 
 if TYPE_CHECKING:
-    from fastattn.kernels.tiles import Tiles
+    from fastattn.kernels.launches import Cotangents
+    from fastattn.kernels.tiles import Tile, Tiles
 
 NAME = "triton"
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MISSING_FEATURES = ("mask", "bias", "segments", "alibi", "softcap", "sinks", "dropout")
 
 
 def why_not(spec: AttentionSpec) -> str | None:
@@ -40,9 +41,6 @@ def why_not(spec: AttentionSpec) -> str | None:
         return f"dtype {spec.dtype} is not one of float16, bfloat16, float32"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
         return f"head dim {max(spec.head_dim, spec.value_dim)} is over {MAX_HEAD_DIM}"
-    missing = [feature for feature in spec.features() if feature in MISSING_FEATURES]
-    if missing:
-        return "not written yet: " + ", ".join(missing)
     return None
 
 
@@ -67,15 +65,15 @@ def attention_fwd(
     spec: AttentionSpec, call: AttentionCall, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, with the given tiles instead of the spec's own if any."""
-    from fastattn.kernels import launches
+    from fastattn.kernels.launches import forward_launch
     from fastattn.kernels.tiles import tiles_for
 
-    call = _with_unit_stride(call)
+    call = _with_plain_layouts(call)
     query, value = call.query, call.value
-    tiles = tiles or tiles_for(spec)
+    tile = (tiles or tiles_for(spec)).forward
     out = empty_in_order(query, (*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    launches.forward_launch(spec, call, out, lse, tiles.forward).run()
+    forward_launch(spec, call, out, lse, _key_blocks(call, tile), tile).run()
     return out, lse
 
 
@@ -90,37 +88,128 @@ def attention_bwd(
     tiles: Tiles | None = None,
 ) -> AttentionGrads:
     """The gradients a call needs, bitwise the same on every run."""
-    from fastattn.kernels import launches
+    from fastattn.kernels.launches import Cotangents, delta_launch
     from fastattn.kernels.tiles import tiles_for
 
-    call = _with_unit_stride(call)
-    query, key, value = call.query, call.key, call.value
-    out, dout = _unit_stride(out), _unit_stride(dout)
+    call = _with_plain_layouts(call)
+    out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    lse = lse.contiguous()
     tiles = tiles or tiles_for(spec)
     delta = torch.empty_like(lse)
-    launches.delta_launch(spec, call, out, lse, dout, dlse, delta).run()
-    dquery = dkey = dvalue = None
-    if needs.key or needs.value:
-        dkey, dvalue = empty_in_order(key, key.shape), empty_in_order(value, value.shape)
-        launches.dkdv_launch(spec, call, lse, delta, dout, dkey, dvalue, tiles.dkdv).run()
-    if needs.query:
-        dquery = empty_in_order(query, query.shape)
-        launches.dq_launch(spec, call, lse, delta, dout, dquery, tiles.dq).run()
-    return AttentionGrads(dquery, dkey if needs.key else None, dvalue if needs.value else None)
+    delta_launch(spec, out, lse, dout, dlse, delta).run()
+    cotangents = Cotangents(lse, delta, dout)
+    dkey, dvalue = _key_grads(spec, call, cotangents, needs.key or needs.value, tiles.dkdv)
+    dquery, dslopes = _query_grads(spec, call, cotangents, needs.query, needs.alibi_slopes, tiles.dq)
+    return AttentionGrads(
+        query=dquery if needs.query else None,
+        key=dkey if needs.key else None,
+        value=dvalue if needs.value else None,
+        bias=_bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None,
+        alibi_slopes=dslopes,
+        sinks=_sink_grad(call, lse, delta) if needs.sinks else None,
+    )
 
 
-def _with_unit_stride(call: AttentionCall) -> AttentionCall:
-    """The call with every operand's last dimension adjacent in memory, copied where it is not."""
-    from dataclasses import replace
+def _key_grads(
+    spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, needed: bool, tile: Tile
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of key and value; of the weights, that of the key alone."""
+    from fastattn.kernels.launches import dkdv_launch
+
+    if not needed:
+        return None, None
+    dkey = empty_in_order(call.key, call.key.shape)
+    dvalue = None if cotangents.dout is None else empty_in_order(call.value, call.value.shape)
+    dkdv_launch(spec, call, cotangents, dkey, dvalue, _query_blocks(call, tile), tile).run()
+    return dkey, dvalue
+
+
+def _query_grads(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    cotangents: Cotangents,
+    query_needed: bool,
+    slopes_needed: bool,
+    tile: Tile,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of query and slopes; those of the weights to lse are written to `dlse`."""
+    from fastattn.kernels.launches import dq_launch
+
+    if not (query_needed or slopes_needed or dlse is not None):
+        return None, None
+    query, slopes = call.query, call.alibi_slopes
+    dquery = empty_in_order(query, query.shape)
+    dslope_tiles = None
+    if slopes_needed:
+        num_tiles = -(-query.shape[2] // tile.block_m)
+        dslope_tiles = query.new_empty((*query.shape[:2], num_tiles), dtype=torch.float32)
+    dq_launch(spec, call, cotangents, dquery, dslope_tiles, dlse, _key_blocks(call, tile), tile).run()
+    if dslope_tiles is None or slopes is None:
+        return dquery, None
+    dslopes = dslope_tiles.sum(-1)
+    return dquery, dslopes if slopes.shape[0] == dslopes.shape[0] else dslopes.sum(0, keepdim=True)
+
+
+def _bias_grad(spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, tile: Tile) -> Tensor | None:
+    """The gradient of the bias in its own shape, from a pass of its own."""
+    from fastattn.kernels.launches import dbias_launch
+
+    if call.bias is None:
+        return None
+    dbias = call.bias.new_empty(call.bias.shape)
+    if call.query.shape[0] == 0 or call.query.shape[2] == 0 or call.key.shape[2] == 0:
+        return dbias.zero_()
+    dbias_launch(spec, call, cotangents, dbias, tile).run()
+    return dbias
+
+
+def _sink_grad(call: AttentionCall, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """-sum(exp(sink - lse) * delta): a sink is a key whose value, and so whose weight's gradient, is zero."""
+    if call.sinks is None:
+        return None
+    weights = torch.exp(call.sinks[:, None] - lse)
+    return -torch.where(lse == -torch.inf, 0.0, weights * delta).sum((0, 2))
+
+
+def _key_blocks(call: AttentionCall, tile: Tile) -> Tensor | None:
+    """For each query tile, the key blocks its segments meet."""
+    if call.query_segments is None or call.key_segments is None:
+        return None
+    return _segment_blocks(call.query_segments, call.key_segments, tile.block_m, tile.block_n)
+
+
+def _query_blocks(call: AttentionCall, tile: Tile) -> Tensor | None:
+    """For each key tile, the query blocks its segments meet."""
+    if call.query_segments is None or call.key_segments is None:
+        return None
+    return _segment_blocks(call.key_segments, call.query_segments, tile.block_n, tile.block_m)
+
+
+def _segment_blocks(ids: Tensor, other_ids: Tensor, block: int, other_block: int) -> Tensor:
+    from fastattn.kernels.launches import segment_blocks_launch
+
+    blocks = ids.new_empty((ids.shape[0], -(-ids.shape[1] // block), 4), dtype=torch.int32)
+    segment_blocks_launch(ids, other_ids, blocks, block, other_block).run()
+    return blocks
+
+
+def _with_plain_layouts(call: AttentionCall) -> AttentionCall:
+    """The call with the layouts kernels rely on: adjacent columns in q, k, v, and small tensors contiguous."""
+
+    def contiguous(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
 
     return replace(
         call,
         query=_unit_stride(call.query),
         key=_unit_stride(call.key),
         value=_unit_stride(call.value),
-        key_lengths=None if call.key_lengths is None else call.key_lengths.contiguous(),
+        query_segments=contiguous(call.query_segments),
+        key_segments=contiguous(call.key_segments),
+        key_lengths=contiguous(call.key_lengths),
+        alibi_slopes=contiguous(call.alibi_slopes),
+        sinks=contiguous(call.sinks),
     )
 
 

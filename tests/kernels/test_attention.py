@@ -186,7 +186,9 @@ def test_a_sequence_alone_gives_the_same_bits_as_in_a_batch() -> None:
 
 
 def test_tiles_change_only_rounding() -> None:
-    wide = Tiles(forward=Tile(64, 32, 4, 1), dkdv=Tile(32, 64, 4, 1), dq=Tile(64, 32, 4, 1))
+    wide = Tiles(
+        forward=Tile(64, 32, 4, 1), dkdv=Tile(32, 64, 4, 1), dq=Tile(64, 32, 4, 1), dbias=Tile(32, 32, 4, 1)
+    )
     case = Case("tiles", {"causal": True, "window": (30, None)}, seqlen_q=100, seqlen_k=100, tiles=wide)
     check(case)
 
