@@ -47,23 +47,22 @@ class Recipe:
 
     grid: tuple[demo_grid.Case, ...]
     vocab_size: int = 2048
-    block_size: int = 256
+    block_size: int = 128
     n_embd: int = 192
     n_layer: int = 4
-    n_head: int = 6
+    n_head: int = 4
     batch_size: int = 8
-    steps: int = 300
+    steps: int = 500
     max_seconds: float = 100.0
-    lr: float = 3e-3
-    warmup_steps: int = 20
+    lr: float = 2e-3
+    beta2: float = 0.99
+    warmup_steps: int = 30
     evaluations: int = 5
     sample_tokens: int = 120
 
 
 FULL = Recipe(grid=demo_grid.FULL)
-QUICK = Recipe(
-    grid=demo_grid.QUICK, n_embd=128, n_layer=2, n_head=4, steps=60, max_seconds=40.0, sample_tokens=60
-)
+QUICK = Recipe(grid=demo_grid.QUICK, n_embd=128, n_layer=2, steps=120, max_seconds=40.0, sample_tokens=60)
 
 
 def run(
@@ -268,6 +267,7 @@ def _train(
             max_seconds=None if steps else recipe.max_seconds,
             batch_size=recipe.batch_size,
             lr=recipe.lr,
+            beta2=recipe.beta2,
             warmup_steps=min(recipe.warmup_steps, max_steps),
             eval_every=max(max_steps // recipe.evaluations, 1),
             log_every=max(max_steps // 60, 1),
