@@ -226,7 +226,7 @@ def attention_dq_kernel(
     num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), one number
+    """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), a number
     per program in dslope_tiles (B, H, tiles), and dlse = -rowsum(dscores) where the weights' gradients are given.
 
     One program owns BLOCK_M queries of one head and visits the key blocks they see.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels import attention_bwd, attention_fwd, segments
+from fastattn.kernels import attention_bwd, attention_fwd, attention_weights, segments
 from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, Tile
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
@@ -86,7 +86,14 @@ def delta_launch(
     batch, num_heads, seqlen_q, _ = out.shape
     unit = _unit(out, dout)
     variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, wide_offsets=spec.wide_offsets)
-    args = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "delta": delta, "VARIANT": variant}
+    args: dict[str, Any] = {
+        "out": out,
+        "lse": lse,
+        "dout": dout,
+        "dlse": dlse,
+        "delta": delta,
+        "VARIANT": variant,
+    }
     args |= _strides("o", out, unit) | _strides("do", dout, unit)
     args |= {"num_heads": num_heads, "seqlen_q": seqlen_q}
     tile = Tile(DELTA_ROWS, 0, num_warps=4, num_stages=1)
@@ -102,6 +109,7 @@ class Cotangents(NamedTuple):
     delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
     dout: Tensor | None = None
     dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
+    dweights_factor: float = 1.0  # what they are to be multiplied with
 
     def arguments(self, unit: int) -> dict[str, Any]:
         """The kernel arguments they make."""
@@ -177,11 +185,23 @@ def dbias_launch(
     return _launch(attention_bwd.attention_dbias_kernel, tiles, args, tile)
 
 
+def weights_launch(
+    spec: AttentionSpec, call: AttentionCall, lse: Tensor, weights: Tensor, mean: bool, tile: Tile
+) -> Launch:
+    """attention_weights_kernel on a call: (B, H, Sq, Sk), or (B, Sq, Sk) for the mean over heads, contiguous."""
+    seqlen_q, seqlen_k = weights.shape[-2:]
+    args = _call_arguments(spec, call, _unit(call.query, call.key))
+    args |= {"lse": lse, "weights": weights, "MEAN": mean}
+    planes = weights.shape[:-2].numel()
+    grid = planes * _cdiv(seqlen_q, tile.block_m) * _cdiv(seqlen_k, tile.block_n)
+    return _launch(attention_weights.attention_weights_kernel, grid, args, tile)
+
+
 def segment_blocks_launch(
     ids: Tensor, other_ids: Tensor, blocks: Tensor, block: int, other_block: int
 ) -> Launch:
     """segment_blocks_kernel on the ids of the side that owns the tiles and of the other, both (B, S) contiguous."""
-    args = {"ids": ids, "other_ids": other_ids, "blocks": blocks}
+    args: dict[str, Any] = {"ids": ids, "other_ids": other_ids, "blocks": blocks}
     args |= {"seqlen": ids.shape[1], "other_seqlen": other_ids.shape[1]}
     args |= {"BLOCK": block, "OTHER_BLOCK": other_block, "CHUNK": max(1, SEGMENT_CHUNK // other_block)}
     return Launch(segments.segment_blocks_kernel, (blocks.shape[0] * blocks.shape[1],), args, 4, 1)
@@ -197,7 +217,7 @@ def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
 def _call_arguments(
     spec: AttentionSpec, call: AttentionCall, unit: int, cotangents: Cotangents | None = None
 ) -> dict[str, Any]:
-    """Every argument that follows from the call; bounds no longer than the sequences say the same and can't overflow."""
+    """Every argument that follows from the call. Windows longer than the sequences are cut, so that nothing overflows."""
     query, key, value, slopes = call.query, call.key, call.value, call.alibi_slopes
     longest = query.shape[2] + key.shape[2]
     right = call.window_right if call.window_right >= 0 else longest
@@ -228,7 +248,10 @@ def _call_arguments(
     }
     args |= _strides("q", query, unit) | _strides("k", key, unit) | _strides("v", value, unit)
     args |= _plane_strides("mask", call.mask) | _plane_strides("bias", call.bias)
-    return args if cotangents is None else args | cotangents.arguments(unit)
+    if cotangents is not None:
+        args |= cotangents.arguments(unit)
+        args["keep_scale"] *= cotangents.dweights_factor
+    return args
 
 
 def _variant(
@@ -258,7 +281,7 @@ def _variant(
         and not (spec.softcap or spec.alibi or spec.bias),
         dot_precision=spec.float32_precision,
         unit=unit,
-        wide_offsets=spec.wide_offsets,
+        wide_offsets=spec.wide_offsets or (dweights is not None and _last_offset(dweights) >= 2**31),
     )
 
 
@@ -289,6 +312,10 @@ def _plane_strides(name: str, tensor: Tensor | None) -> dict[str, int]:
         f"stride_{name}_{dim}": stride if size > 1 else 0
         for dim, stride, size in zip("bhqk", tensor.stride(), tensor.shape)
     }
+
+
+def _last_offset(tensor: Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1)
 
 
 def _unit_columns(tensor: Tensor | None) -> bool:

@@ -23,7 +23,7 @@ def segment_blocks_kernel(
     ids, other_ids, blocks, seqlen, other_seqlen,
     BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """blocks[b, tile] = (first, full_first, full_last, last): the blocks of the other side whose range of ids meets this
+    """blocks[b, tile] = (first, full_first, full_last, last): the blocks of the other side whose ids' range meets this
     tile's, and among them the run of those that hold one id only, this tile's only id; empty if they are no run.
 
     One program owns a tile of BLOCK ids of one sequence and reads the other side CHUNK blocks at a time.

@@ -17,6 +17,7 @@ from fastattn.spec import (
     AttentionGrads,
     AttentionSpec,
     GradsNeeded,
+    WeightsGradsNeeded,
     empty_in_order,
 )
 
@@ -108,6 +109,50 @@ def attention_bwd(
         alibi_slopes=dslopes,
         sinks=_sink_grad(call, lse, delta) if needs.sinks else None,
     )
+
+
+def attention_weights_fwd(
+    spec: AttentionSpec, call: AttentionCall, lse: Tensor, mean: bool, tiles: Tiles | None = None
+) -> Tensor:
+    """dropout(exp(score - lse)), (B, H, Sq, Sk), or its mean over heads, (B, Sq, Sk)."""
+    from fastattn.kernels.launches import weights_launch
+    from fastattn.kernels.tiles import tiles_for
+
+    call = _with_plain_layouts(call)
+    batch, num_heads, seqlen_q, _ = call.query.shape
+    heads = () if mean else (num_heads,)
+    weights = call.query.new_empty((batch, *heads, seqlen_q, call.key.shape[2]))
+    tile = (tiles or tiles_for(spec)).dbias
+    weights_launch(spec, call, lse.contiguous(), weights, mean, tile).run()
+    return weights
+
+
+def attention_weights_bwd(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    lse: Tensor,
+    dweights: Tensor,
+    mean: bool,
+    needs: WeightsGradsNeeded,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
+    from fastattn.kernels.launches import Cotangents
+    from fastattn.kernels.tiles import tiles_for
+
+    call, lse = _with_plain_layouts(call), lse.contiguous()
+    num_heads = call.query.shape[1]
+    tiles = tiles or tiles_for(spec)
+    cotangents = Cotangents(lse, dweights=dweights)
+    if mean:
+        every_head = dweights[:, None].expand(-1, num_heads, -1, -1)
+        cotangents = Cotangents(lse, dweights=every_head, dweights_factor=1.0 / num_heads)
+    dkey, _ = _key_grads(spec, call, cotangents, needs.key, tiles.dkdv)
+    dlse = torch.empty_like(lse)
+    wanted = needs.query or needs.lse
+    dquery, dslopes = _query_grads(spec, call, cotangents, wanted, needs.alibi_slopes, tiles.dq, dlse)
+    dbias = _bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None
+    return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
 
 
 def _key_grads(

@@ -17,12 +17,9 @@ from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 from numerics import assert_within_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL_TILES = Tiles(
-    forward=Tile(16, 16, 4, 1), dkdv=Tile(16, 16, 4, 1), dq=Tile(16, 16, 4, 1), dbias=Tile(16, 16, 4, 1)
-)  # lengths of 17 and more cross their edges
-UNEVEN_TILES = Tiles(
-    forward=Tile(32, 16, 4, 2), dkdv=Tile(16, 32, 4, 2), dq=Tile(16, 32, 4, 2), dbias=Tile(16, 32, 4, 2)
-)
+SMALL_TILE, UNEVEN_TILE = Tile(16, 16, 4, 1), Tile(16, 32, 4, 2)
+SMALL_TILES = Tiles(SMALL_TILE, SMALL_TILE, SMALL_TILE, SMALL_TILE)  # lengths from 17 on cross their edges
+UNEVEN_TILES = Tiles(Tile(32, 16, 4, 2), UNEVEN_TILE, UNEVEN_TILE, UNEVEN_TILE)
 DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")
 DEFAULTS: dict[str, Any] = {
     "causal": False,

@@ -54,8 +54,12 @@ CASES = [
     ),
     Case("segments", lambda make: {"segment_ids": packed(20, 3, 30)}, seqlen_q=53),
     Case(
-        "segments, causal", lambda make: {"segment_ids": packed(17, 40, 16), "causal": True}, 1, 4, 2, 73, 73
-    ),  # fmt: skip
+        "segments, causal",
+        lambda make: {"segment_ids": packed(17, 40, 16), "causal": True},
+        heads=4,
+        seqlen_q=73,
+        seqlen_k=73,
+    ),
     Case(
         "segments with whole tiles", lambda make: {"segment_ids": packed(64, 36)}, seqlen_q=100, seqlen_k=100
     ),

@@ -1,0 +1,91 @@
+"""The attention weights themselves, from lse: what `return_weights` gives."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from .attention_fwd import INTEGERS
+from .primitives import (
+    dropout_keep,
+    exponents,
+    head_matrix,
+    head_rows,
+    head_scoring,
+    key_blocks,
+    keys_end,
+    load_lse,
+    load_tile,
+    logits,
+)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_weights_kernel(
+    q, k, lse, weights, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    MEAN: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """weights = dropout(exp(logits - lse)), (B, H, Sq, Sk), or their MEAN over heads, (B, Sq, Sk); contiguous.
+
+    One program owns a tile of one head, or of the mean, whose heads it adds up in their order.
+    """
+    row_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    col_tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    program = tl.program_id(0)
+    first_key = program % col_tiles * BLOCK_N
+    first_query = program // col_tiles % row_tiles * BLOCK_M
+    plane = program // col_tiles // row_tiles
+    heads = num_heads
+    batch = plane
+    first_head = 0
+    if not MEAN:
+        heads = 1
+        batch = plane // num_heads
+        first_head = plane % num_heads
+    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+    end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
+    planes = (
+        mask,
+        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
+        bias,
+        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
+    )
+    positions = (seqlen_q, seqlen_k, shift, left, right)
+    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    seen = (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N)
+    rows = first_query + tl.arange(0, BLOCK_M)
+    cols = first_key + tl.arange(0, BLOCK_N)
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(tl.where(seen, heads, 0)):
+        head = first_head + step
+        kv_head = head // VARIANT.group_size
+        queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
+        keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+        scoring = head_scoring(
+            batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
+            VARIANT,
+        )  # fmt: skip
+        query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+        key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
+        products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
+        scores, _ = logits(products, rows[:, None], cols[None, :], scoring, True, VARIANT)
+        lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+        lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+        probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
+        if VARIANT.dropout:
+            keep = dropout_keep(
+                seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
+            )
+            probs = tl.where(keep, probs * keep_scale, 0.0)
+        total += probs
+
+    if MEAN:
+        total = total / num_heads
+    offsets = (plane.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
+    inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
+    tl.store(weights + offsets, total.to(weights.dtype.element_ty), mask=inside)
