@@ -115,6 +115,7 @@ def _write(
     folder: Path, pieces: Iterable[tuple[npt.NDArray[np.unsignedinteger], list[int]]], dtype: np.dtype
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stream.json").unlink(missing_ok=True)  # written last: without it the folder is no stream
     lengths: list[int] = []
     with (folder / "tokens.bin").open("wb") as file:
         for piece, sizes in pieces:

@@ -67,6 +67,19 @@ def test_empty_and_damaged_streams_are_refused(tokenizer, tmp_path):
         TokenStream.load(tmp_path)
 
 
+def test_a_build_that_stops_halfway_leaves_no_stream(tokenizer, tmp_path):
+    TokenStream.build(DOCUMENTS, tokenizer, tmp_path)
+
+    def failing():
+        yield DOCUMENTS[0]
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        TokenStream.build(failing(), tokenizer, tmp_path)
+    with pytest.raises(DataError, match="not a token stream"):
+        TokenStream.load(tmp_path)
+
+
 def test_split_by_document_cuts_at_the_nearest_boundary():
     train, dev = split(stream_of([50, 30, 15, 5]), 0.1)
     assert (len(train), len(dev)) == (95, 5)
