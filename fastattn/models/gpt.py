@@ -92,7 +92,7 @@ class GPT(nn.Module):
         )  # cos, sin (B or none, S, D/2)
         x = self.drop(x)
         for i, block in enumerate(self.h):
-            x = block(x, segment_ids=visible, rotary=table, cache=None if cache is None else cache[i])
+            x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
         x = self.ln_f(x)  # (B, S, E)
         logits = self.lm_head(x[:, -logits_to_keep:])  # (B, S or logits_to_keep, V)
         loss = None if labels is None else _next_token_loss(logits, labels, segment_ids)
@@ -200,20 +200,20 @@ def _block(config: GPTConfig) -> PreNormBlock:
     )
 
 
-def _visibility(
-    attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int
-) -> tuple[Tensor, Tensor] | None:
-    """Segments of queries (B, S) and keys (B, past + S) where only real tokens of one document see each other."""
+def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
+    """The options of attention by which only real tokens of one document see each other."""
     if attention_mask is None:
-        return None if segment_ids is None else (segment_ids, segment_ids)
+        return {"segment_ids": segment_ids}
+    if segment_ids is None and seqlen == 1:
+        return {"key_padding_mask": attention_mask == 0}  # (B, past + 1): one call decodes the whole batch
     real = attention_mask != 0
     if segment_ids is not None:
         ids = torch.where(real, segment_ids, -1)
     elif real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
-        return None  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
+        return {}  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
     else:
         ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
-    return ids[:, ids.shape[1] - seqlen :], ids
+    return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
 
 
 def _count_positions(

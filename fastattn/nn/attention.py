@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.linear import linear
 from fastattn.nn.masks import MaskError, ShapeError, check_inputs, merge_masks
 from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotary
 from fastattn.ops import arguments
@@ -246,8 +247,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             batched=batched,
         )
 
-        q, k, v = self._project(query, key, value)  # (..., H * D), (..., Hkv * D) twice
-        q, k, v = (self._split_heads(x) for x in (q, k, v))  # (B, H, L, D), (B, Hkv, S, D) twice
+        q, k, v = self._project(query, key, value)  # (B, H, L, D), (B, Hkv, S, D) twice
         q, k = self._place(q, k, rotary, 0 if cache is None else cache.length)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -273,7 +273,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         )
         out, weights = results if isinstance(results, tuple) else (results, None)
         out = self._merge_heads(out, batched)  # (..., H * D)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = linear(out, self.out_proj.weight, self.out_proj.bias)
         return out, weights if batched or weights is None else weights.squeeze(0)
 
     def _forward_nested(
@@ -308,24 +308,26 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths_q)]), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input projections, as one product of the packed weights where the inputs are one tensor."""
-        kv_dim = self.num_kv_heads * self.head_dim
-        sizes = [self.embed_dim, kv_dim, kv_dim]
+        """Queries, keys and values by head; one product of the packed weights where the inputs are one tensor."""
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).split(sizes, dim=-1)
+            q, k, v = self._split_heads(linear(query, weight, bias)).split(heads, dim=1)
             return q, k, v
+        rows = [n * self.head_dim for n in heads]
         if weight is not None:
-            weights = weight.split(sizes)
+            weights = weight.split(rows)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None, None, None) if bias is None else bias.split(sizes)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        biases = (None, None, None) if bias is None else bias.split(rows)
+        q, k, v = (
+            self._split_heads(linear(x, w, b)) for x, w, b in zip((query, key, value), weights, biases)
+        )
         return q, k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """A view (B, H, S, D) of (S, H * D), (B, S, H * D) or (S, B, H * D)."""
-        x = x.unflatten(-1, (-1, self.head_dim))
+        """A view (B, heads, S, D) of (S, heads * D), (B, S, heads * D) or, sequence first, (S, B, heads * D)."""
+        x = x.view(*x.shape[:-1], -1, self.head_dim)
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)

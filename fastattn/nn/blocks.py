@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.linear import Linear
 from fastattn.nn.positions import RotaryTable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,8 +29,8 @@ class Mlp(nn.Module):
         self, embed_dim: int, hidden_dim: int, *, activation: str, bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(embed_dim, hidden_dim, bias=bias)
-        self.c_proj = nn.Linear(hidden_dim, embed_dim, bias=bias)
+        self.c_fc = Linear(embed_dim, hidden_dim, bias=bias)
+        self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
         self.activation = ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
 
@@ -62,13 +62,23 @@ class PreNormBlock(nn.Module):
         self,
         x: Tensor,
         *,
+        key_padding_mask: Tensor | None = None,
         segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
         rotary: RotaryTable | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, S, E) -> (B, S, E); the options are those of `MultiHeadAttention.forward`."""
-        options: dict[str, Any] = {"segment_ids": segment_ids, "rotary": rotary, "cache": cache}
         h = self.ln_1(x)
-        h, _ = self.attn(h, h, h, need_weights=False, causal=True, **options)
-        x = x + self.dropout(h)  # (B, S, E)
+        h, _ = self.attn(
+            h,
+            h,
+            h,
+            key_padding_mask,
+            need_weights=False,
+            causal=True,
+            segment_ids=segment_ids,
+            rotary=rotary,
+            cache=cache,
+        )  # (B, S, E)
+        x = x + self.dropout(h)
         return x + self.mlp(self.ln_2(x))  # (B, S, E)
