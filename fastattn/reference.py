@@ -32,7 +32,9 @@ def attention(
 
     Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
     """
-    if key_lengths is not None:  # what lies beyond may be NaN, and 0 * NaN is NaN: remove it from every product
+    if (
+        key_lengths is not None
+    ):  # what lies beyond may be NaN, and 0 * NaN is NaN: remove it from every product
         in_length = torch.arange(key.shape[2], device=query.device) < key_lengths[:, None]  # (B, Sk)
         key = torch.where(in_length[:, None, :, None], key, 0)
         value = torch.where(in_length[:, None, :, None], value, 0)
@@ -45,7 +47,9 @@ def attention(
         column = sinks.to(query.dtype)[:, None, None].expand(batch, num_heads, seqlen_q, 1)
         logits = torch.cat([scores, column], dim=-1)
     has_key = (logits != float("-inf")).any(-1)
-    lse = torch.where(has_key[..., None], logits, 0).logsumexp(-1)  # a row of -inf alone has no finite gradient
+    lse = torch.where(has_key[..., None], logits, 0).logsumexp(
+        -1
+    )  # a row of -inf alone has no finite gradient
     lse = torch.where(has_key, lse, float("-inf"))
     weights = weights_from_lse(scores, lse, dropout_p, dropout_seed)
     results = [weights @ value.repeat_interleave(num_heads // value.shape[1], dim=1)]
@@ -106,7 +110,9 @@ def masked_scores(
     return torch.where(visible, scores, float("-inf"))
 
 
-def weights_from_lse(scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor:
+def weights_from_lse(
+    scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None
+) -> Tensor:
     """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
     batch, num_heads, seqlen_q, seqlen_k = scores.shape
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])

@@ -176,6 +176,13 @@ def empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | No
     return storage.permute([order.index(dim) for dim in range(like.dim())])
 
 
+def with_unit_last_stride(tensor: Tensor) -> Tensor:
+    """`tensor`, copied in its memory order only if its last dimension is not innermost: kernels rely on that."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
+
+
 def _float32_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from numerics import assert_within_rule
 from torch import Tensor
 
 import fastattn
+from numerics import assert_within_rule
 
 Options = dict[str, Any]
 
@@ -172,7 +172,11 @@ class Inputs:
         return cls(case, operands, c.options(make), dout, dlse)
 
     def run(
-        self, attend: Callable[..., Any], dtype: torch.dtype, outputs: Sequence[str] = ("out", "lse"), **extra: Any
+        self,
+        attend: Callable[..., Any],
+        dtype: torch.dtype,
+        outputs: Sequence[str] = ("out", "lse"),
+        **extra: Any,
     ) -> dict[str, Tensor]:
         """Results by name: out, lse, and the gradient of every differentiable tensor from `outputs`' cotangents."""
         leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in self.operands.items()}
@@ -181,7 +185,9 @@ class Inputs:
             if name in options:
                 kept = dtype if dtype == torch.float64 else options[name].dtype
                 options[name] = leaves[name] = options[name].detach().to(kept).requires_grad_()
-        out, lse = attend(leaves["query"], leaves["key"], leaves["value"], **options, **extra, return_lse=True)
+        out, lse = attend(
+            leaves["query"], leaves["key"], leaves["value"], **options, **extra, return_lse=True
+        )
         cotangents = {"out": (out, self.dout.to(out.dtype)), "lse": (lse, self.dlse.to(lse.dtype))}
         used = [cotangents[name] for name in outputs]
         grads = torch.autograd.grad(
@@ -219,7 +225,9 @@ def check(
     for name, triples in runs.items():
         value, plain_value, golden_value = (torch.stack(tensors) for tensors in zip(*triples))
         if name in case.vanishing:
-            terms = case.head_dim * 4.0**3  # |dout| |v| |k|, each within four deviations, and their products' sum
+            terms = (
+                case.head_dim * 4.0**3
+            )  # |dout| |v| |k|, each within four deviations, and their products' sum
             assert (value - golden_value).abs().max() <= torch.finfo(dtype).eps * terms, f"{case}: {name}"
         else:
             assert_within_rule(value, plain_value, golden_value, f"{case}: {name}", dtype)

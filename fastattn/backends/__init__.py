@@ -76,7 +76,9 @@ def select(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -
         if reason is None:
             if backend is torch_backend and spec.device != "cpu":
                 passed_over = "; ".join(f"{name}: {why}" for name, why in refusals)
-                warn_once(f"fastattn runs this call without a fused kernel, on backend='torch' ({passed_over})")
+                warn_once(
+                    f"fastattn runs this call without a fused kernel, on backend='torch' ({passed_over})"
+                )
             return backend
         refusals.append((backend.NAME, reason))
     raise RuntimeError("no backend can run this call: " + "; ".join(f"{n}: {why}" for n, why in refusals))

@@ -41,7 +41,9 @@ class Tile:
 
     rows: range
     cols: range
-    structure: str  # "full" | "causal": row r sees columns c <= r, both counted from the tile's corner | "masked"
+    structure: (
+        str  # "full" | "causal": row r sees columns c <= r, both counted from the tile's corner | "masked"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,9 @@ class Segments:
         key_ids = self.key[:len_k]
         ids, first, counts = np.unique(key_ids, return_index=True, return_counts=True)
         last = len(key_ids) - 1 - np.unique(key_ids[::-1], return_index=True)[1]
-        where = {int(i): (int(f), int(p) + 1, int(n)) for i, f, p, n in zip(ids, first, last, counts) if i >= 0}
+        where = {
+            int(i): (int(f), int(p) + 1, int(n)) for i, f, p, n in zip(ids, first, last, counts) if i >= 0
+        }
         changes = np.flatnonzero(np.diff(self.query)) + 1
         edges = [0, *(int(change) for change in changes), len(self.query)]
         if len(edges) - 1 > max(8, len(self.query) // MIN_MEAN_RUN):

@@ -96,7 +96,9 @@ def attention_bwd(
     if needs.sinks:
         assert call.sinks is not None
         terms = torch.exp(call.sinks[:, None] - lse_safe) * delta
-        dsinks = -terms.sum((0, 2), dtype=torch.float64).to(terms.dtype)  # few results of many terms that cancel
+        dsinks = -terms.sum((0, 2), dtype=torch.float64).to(
+            terms.dtype
+        )  # few results of many terms that cancel
     dq, dk, dv, dbias, dslopes = sums.results()
     return AttentionGrads(dq, dk, dv, dbias, dslopes, dsinks)
 
@@ -158,7 +160,9 @@ class _Part:
     value: Tensor  # (b, Hkv, length, Dv)
     segments: Segments | None
     band: Band
-    structural: dict[tuple[int, int, int], Tensor]  # visibility of tiles without segments, by shape and offset
+    structural: dict[
+        tuple[int, int, int], Tensor
+    ]  # visibility of tiles without segments, by shape and offset
 
     def of(self, tensor: Tensor) -> Tensor:
         """This part's sequences of a tensor with a batch dimension."""
@@ -340,7 +344,9 @@ def _fused_runs(spec: AttentionSpec) -> bool:
     """Whether torch's fused CPU kernel can express the tiles of a call."""
     if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi:
         return False
-    if spec.head_dim != spec.value_dim or spec.head_dim % 8:  # odd dims: its products round worse than the rule
+    if (
+        spec.head_dim != spec.value_dim or spec.head_dim % 8
+    ):  # odd dims: its products round worse than the rule
         return False
     exact = spec.dtype in (torch.float32, torch.float64)  # a bias reaches the kernel in the input dtype
     return exact or not spec.bias

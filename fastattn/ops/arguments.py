@@ -44,7 +44,9 @@ def call_arguments(
     if mask is not None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask: got {mask.dtype}, needs bool (True = attend); additive masks are passed as bias")
+            raise TypeError(
+                f"mask: got {mask.dtype}, needs bool (True = attend); additive masks are passed as bias"
+            )
         mask = broadcastable_4d("mask", mask, full, query)
     if bias is not None:
         check_tensor("bias", bias)
@@ -100,7 +102,9 @@ def segment_pair(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(segment_ids, (tuple, list)):
         if len(segment_ids) != 2:
-            raise ValueError(f"segment_ids: got {len(segment_ids)} tensors, needs one or a pair (queries, keys)")
+            raise ValueError(
+                f"segment_ids: got {len(segment_ids)} tensors, needs one or a pair (queries, keys)"
+            )
         return segment_ids[0], segment_ids[1]
     if seqlen_q != seqlen_k:
         raise ValueError(
@@ -135,13 +139,17 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs 4 dimensions (batch, heads, length, dim)")
+            raise ValueError(
+                f"{name}: got shape {shape_of(tensor)}, needs 4 dimensions (batch, heads, length, dim)"
+            )
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name}: got {tensor.dtype}, needs float16, bfloat16, float32 or float64")
         check_device(name, tensor, query)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise TypeError(f"{name}: got {tensor.dtype}, needs the query's {query.dtype}; cast it or use autocast")
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, needs the query's {query.dtype}; cast it or use autocast"
+            )
         if tensor.shape[0] != query.shape[0]:
             raise ValueError(f"{name}: got batch size {tensor.shape[0]}, needs the query's {query.shape[0]}")
     if key.shape[3] != query.shape[3]:

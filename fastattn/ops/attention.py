@@ -19,9 +19,12 @@ from fastattn.spec import (
     WeightsGradsNeeded,
     accumulation_dtype,
     empty_in_order,
+    with_unit_last_stride,
 )
 
-_DIFFERENTIABLE = GradsNeeded._fields  # the tensors of a call that can have gradients, in the order ops return them
+_DIFFERENTIABLE = (
+    GradsNeeded._fields
+)  # the tensors of a call that can have gradients, in the order ops return them
 
 
 def attention(
@@ -170,11 +173,14 @@ _LIBRARY.define(
 )
 
 
+def _kernel_call(call_args: list[Any]) -> AttentionCall:
+    """The call as backends get it: operands whose last stride is 1."""
+    return AttentionCall(*(with_unit_last_stride(operand) for operand in call_args[:3]), *call_args[3:])
 
 
 def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
-    call = AttentionCall(*call_args)
+    call = _kernel_call(call_args)
     _check_values(call)
     spec = AttentionSpec.of(call)
     return backends.select(spec, backend).attention_fwd(spec, call)
@@ -187,16 +193,20 @@ def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
 
 
-def _attention_bwd(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _attention_bwd(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
-    call, needed = AttentionCall(*call_args), GradsNeeded(*needs)
+    call, needed = _kernel_call(call_args), GradsNeeded(*needs)
     spec = AttentionSpec.of(call, needed)
     run = backends.select(spec, backend, "attention_bwd").attention_bwd
-    grads: AttentionGrads = run(spec, call, out, lse, dout, dlse, needed)
-    return _or_empty(grads, call.query)
+    grads: AttentionGrads = run(spec, call, out, lse, with_unit_last_stride(dout), dlse, needed)
+    return _or_empty((grad if need else None for grad, need in zip(grads, needed)), call.query)
 
 
-def _attention_bwd_fake(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _attention_bwd_fake(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     *call_args, needs, _ = args
     call = AttentionCall(*call_args)
     grads = (
@@ -208,9 +218,11 @@ def _attention_bwd_fake(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Ten
 
 def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
     *call_args, mean, backend = args
-    call = AttentionCall(*call_args)
+    call = _kernel_call(call_args)
     spec = AttentionSpec.of(call)
-    return backends.select(spec, backend, "attention_weights_fwd").attention_weights_fwd(spec, call, lse, mean)
+    return backends.select(spec, backend, "attention_weights_fwd").attention_weights_fwd(
+        spec, call, lse, mean
+    )
 
 
 def _attention_weights_fake(lse: Tensor, *args: Any) -> Tensor:
@@ -222,10 +234,11 @@ def _attention_weights_fake(lse: Tensor, *args: Any) -> Tensor:
 
 def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, mean, needs, backend = args
-    call, needed = AttentionCall(*call_args), WeightsGradsNeeded(*needs)
+    call, needed = _kernel_call(call_args), WeightsGradsNeeded(*needs)
     spec = AttentionSpec.of(call, GradsNeeded(bias=needed.bias, alibi_slopes=needed.alibi_slopes))
     run = backends.select(spec, backend, "attention_weights_bwd").attention_weights_bwd
-    return _or_empty(run(spec, call, lse, dweights, mean, needed), call.query)
+    grads = run(spec, call, lse, dweights, mean, needed)
+    return _or_empty((grad if need else None for grad, need in zip(grads, needed)), call.query)
 
 
 def _attention_weights_bwd_fake(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -336,7 +349,9 @@ def _weights_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Te
     return tuple(result)
 
 
-def _with_tensors(call_args: list[Any], positions: list[int], tensors: Iterable[Tensor | None]) -> AttentionCall:
+def _with_tensors(
+    call_args: list[Any], positions: list[int], tensors: Iterable[Tensor | None]
+) -> AttentionCall:
     replaced = list(call_args)
     for position, tensor in zip(positions, tensors):
         replaced[position] = tensor

@@ -52,7 +52,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """The call in differentiable torch operations, for transforms a fused kernel has no rule for."""
     if backend not in ("auto", "torch"):
-        raise RuntimeError(f"backend={backend!r} cannot run this call: {reason} is active; use 'auto' or 'torch'")
+        raise RuntimeError(
+            f"backend={backend!r} cannot run this call: {reason} is active; use 'auto' or 'torch'"
+        )
     backends.warn_once(f"fastattn materialises the scores, O(Sq * Sk) memory: {reason} is active")
     call = AttentionCall(*args)
     out, lse = out_and_lse(call)
@@ -103,7 +105,9 @@ def second_derivative(
     Returns:
         Gradients of the cotangents and of the inputs, None where nothing flows.
     """
-    backends.warn_once("fastattn materialises the scores, O(Sq * Sk) memory: a second derivative was asked for")
+    backends.warn_once(
+        "fastattn materialises the scores, O(Sq * Sk) memory: a second derivative was asked for"
+    )
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         fresh_inputs = [_fresh(t) for t in inputs]
@@ -115,7 +119,11 @@ def second_derivative(
         if not used or not wanted:
             return nothing
         first = torch.autograd.grad(
-            [r for r, _ in used], [t for t, _ in wanted], [c for _, c in used], create_graph=True, allow_unused=True
+            [r for r, _ in used],
+            [t for t, _ in wanted],
+            [c for _, c in used],
+            create_graph=True,
+            allow_unused=True,
         )
         pairs = [(f, g) for f, (_, g) in zip(first, wanted) if f is not None]
         if not pairs:
@@ -123,7 +131,11 @@ def second_derivative(
         sources = [t for t in (*fresh_cotangents, *fresh_inputs) if t is not None]
         second = iter(
             torch.autograd.grad(
-                [f for f, _ in pairs], sources, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+                [f for f, _ in pairs],
+                sources,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
             )
         )
     return (

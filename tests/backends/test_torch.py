@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fastattn
 import pytest
 import torch
 from contract import CASES, Case, Inputs, check
 
+import fastattn
 from fastattn.backends import torch as backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,12 +31,15 @@ def test_float64_agrees_to_rounding(case: Case) -> None:
     golden = inputs.run(fastattn.reference.attention, torch.float64)
     actual = inputs.run(fastattn.attention, torch.float64, backend="torch")
     for name, value in actual.items():
-        torch.testing.assert_close(value, golden[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, golden[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("rows", [16, 32, 1000])
 @pytest.mark.parametrize(
-    "name", ["plain", "causal", "window both sides", "mask", "bias with -inf", "segments", "lengths", "everything"]
+    "name",
+    ["plain", "causal", "window both sides", "mask", "bias with -inf", "segments", "lengths", "everything"],
 )
 def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for constant in ("FUSED_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
