@@ -93,17 +93,16 @@ class AttentionCase:
         return AttentionWorkload(self, device)
 
     def small(self) -> AttentionCase:
-        """The same features at no more than 256 positions and 4 heads."""
+        """The same features on one sequence of no more than 160 positions and two key/value heads."""
         group = self.heads // self.kv_heads
-        heads = min(self.heads, max(4, group))
         window = self.window and (min(self.window[0], 63), min(self.window[1], 63))
         return replace(
             self,
-            batch=min(self.batch, 2),
-            heads=heads,
-            kv_heads=heads // group,
-            seqlen_q=min(self.seqlen_q, 256),
-            seqlen_k=min(self.seqlen_k, 256),
+            batch=1,
+            heads=min(self.kv_heads, 2) * group,
+            kv_heads=min(self.kv_heads, 2),
+            seqlen_q=min(self.seqlen_q, 160),
+            seqlen_k=min(self.seqlen_k, 160),
             window=window,
             target=None,
         )

@@ -149,7 +149,7 @@ SECTIONS = (
     Section("forward", 100, _bench("^forward-", "^forward-causal-d(64|128)-s512$", FUSED, 0.6)),
     Section("backward", 120, _bench("^backward-", "^backward-causal-d(64|128)-s512$", FUSED, 0.6)),
     Section("gpu-tests", 110, _tests("-m", "gpu", "tests")),
-    Section("features", 90, _bench("^feature-|^decode-", "^feature-(window|packed|gqa)$", FUSED, 1.0)),
+    Section("features", 90, _bench("^feature-|^decode-", "^feature-window$", FUSED, 1.0)),
     Section("repetition", 75, _checks("bitwise", "wide-offsets", seconds=10)),
     Section("flex", 100, _bench("s4096$", "^feature-softcap$", "fastattn|sdpa-cudnn|sdpa-flash|flex", 0.6)),
     Section(

@@ -238,7 +238,8 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of every sample: each round calls every contestant once, in an order that rotates.
 
-    The first call of each step must have happened. On CUDA a sample is bracketed by events and the last-level cache is
+    The first call of each step must have happened. The first round takes single calls and sizes the later samples; it
+    counts where those are single calls too. On CUDA a sample is bracketed by events and the last-level cache is
     overwritten before it; elsewhere by the host's clock.
     """
     names = list(steps)
@@ -246,10 +247,7 @@ def time_interleaved(
     if not names:
         return samples
     sample = _CudaSampler(device) if device.type == "cuda" else _host_sample
-    repeats = {}
-    for name in names:
-        once = sample(steps[name], 1)
-        repeats[name] = max(1, min(1000, int(budget.least_sample_seconds / max(once, 1e-7)))) if once else 1
+    repeats = dict.fromkeys(names, 1)
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -258,8 +256,12 @@ def time_interleaved(
         for number in range(budget.most_rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                samples[name].append(sample(steps[name], repeats[name]))
-            if number + 1 >= budget.least_rounds and time.perf_counter() - started > budget.seconds:
+                seconds = sample(steps[name], repeats[name])
+                if number == 0:
+                    repeats[name] = max(1, min(1000, int(budget.least_sample_seconds / max(seconds, 1e-7))))
+                if number > 0 or repeats[name] == 1 or budget.most_rounds == 1:
+                    samples[name].append(seconds)
+            if number + 1 >= max(budget.least_rounds, 2) and time.perf_counter() - started > budget.seconds:
                 break
     finally:
         if enabled:
