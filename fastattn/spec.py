@@ -170,7 +170,7 @@ def empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | No
 
     The last dimension stays innermost, so a (B, S, H, D)-backed query gives a (B, S, H, Dv)-backed output.
     """
-    outer = sorted(range(like.dim() - 1), key=lambda dim: -like.stride(dim))
+    outer = sorted(range(like.dim() - 1), key=like.stride, reverse=True)
     order = [*outer, like.dim() - 1]
     storage = like.new_empty([shape[dim] for dim in order], dtype=dtype)
     return storage.permute([order.index(dim) for dim in range(like.dim())])

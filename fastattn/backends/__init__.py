@@ -70,7 +70,7 @@ def select(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
         return backend
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for backend in BACKENDS:
         reason = _why_not(backend, spec, op) or _why_not_auto(backend, spec)
         if reason is None:

@@ -175,7 +175,10 @@ _LIBRARY.define(
 
 def _kernel_call(call_args: list[Any]) -> AttentionCall:
     """The call as backends get it: operands whose last stride is 1."""
-    return AttentionCall(*(with_unit_last_stride(operand) for operand in call_args[:3]), *call_args[3:])
+    query, key, value, *rest = call_args
+    return AttentionCall(
+        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), *rest
+    )
 
 
 def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:

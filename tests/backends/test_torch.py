@@ -21,7 +21,7 @@ def test_contract(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("outputs", [("out",), ("lse",)], ids=lambda names: names[0])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradient_from_one_result_alone(case: Case, outputs: tuple[str, ...]) -> None:
-    """Without a gradient of lse the fused kernel serves the backward; without one of out, nothing flows to the values."""
+    """Without a gradient of lse the fused kernel serves the backward; without one of out, values get none."""
     check(case, torch.float32, outputs, backend="torch", samples=8)
 
 
