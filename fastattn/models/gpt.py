@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,12 @@ from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear
-from fastattn.nn.positions import Rotary, positions_from_mask, positions_in_segments
+from fastattn.nn.positions import Rotary, RotaryTable, positions_from_mask, positions_in_segments
 
 IGNORE_INDEX = -100
 
 
-@dataclass
-class CausalLMOutput:
+class CausalLMOutput(NamedTuple):
     """What a language model returns; loss is None without labels."""
 
     loss: Tensor | None  # ()
@@ -79,7 +77,8 @@ class GPT(nn.Module):
             logits_to_keep: logits of the last so many positions only; 0 for all.
         """
         past = 0 if cache is None else cache[0].length
-        self._check_inputs(input_ids, attention_mask, labels, segment_ids, past, logits_to_keep)
+        tensors = {"labels": labels, "segment_ids": segment_ids, "position_ids": position_ids}
+        self._check_inputs(input_ids, attention_mask, tensors, cache, logits_to_keep)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
@@ -87,9 +86,7 @@ class GPT(nn.Module):
         x = self.wte(input_ids)  # (B, S, E)
         if self.wpe is not None:
             x = x + self.wpe(position_ids)  # (B, S, E)
-        table = (
-            None if self.rotary is None else self.rotary.table(position_ids)
-        )  # cos, sin (B or none, S, D/2)
+        table = self._rotary_table(position_ids, x.dtype)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
@@ -122,11 +119,12 @@ class GPT(nn.Module):
         config, state = load_gpt(path_or_id)
         with torch.device("meta"):
             model = cls(config)
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        if missing or unexpected:
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
             raise ValueError(
-                f"pretrained model: {path_or_id} does not fit its config: missing {missing}, unexpected {unexpected}"
-            )
+                f"pretrained model: the weights of {path_or_id} do not fit its config: {error}"
+            ) from None
         model.tie_weights()
         return model.eval()
 
@@ -134,6 +132,12 @@ class GPT(nn.Module):
         """Make the head's weight the token embedding itself, where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
+
+    def _rotary_table(self, position_ids: Tensor, dtype: torch.dtype) -> RotaryTable | None:
+        """cos and sin for every block, (S, D/2) or (B, S, D/2), in float32 at least."""
+        if self.rotary is None:
+            return None
+        return self.rotary.table(position_ids, torch.promote_types(dtype, torch.float32))
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -150,30 +154,47 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        labels: Tensor | None,
-        segment_ids: Tensor | None,
-        past: int,
+        tensors: dict[str, Tensor | None],
+        cache: list[KVCache] | None,
         logits_to_keep: int,
     ) -> None:
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
             raise ValueError(f"input_ids: got {got}, needs integers of shape (batch, length)")
         batch, seqlen = input_ids.shape
+        past = 0
+        if cache is not None:
+            past = cache[0].length if cache else 0
+            shapes = {tuple(layer.keys.shape[:2]) for layer in cache}
+            if len(cache) != len(self.h) or shapes != {(batch, self.config.kv_heads)}:
+                raise ValueError(
+                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(shapes)}, "
+                    f"needs {len(self.h)} of {(batch, self.config.kv_heads)}"
+                )
         if attention_mask is not None and attention_mask.shape != (batch, past + seqlen):
             needs = f"({batch}, {past + seqlen})"
             raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {needs}")
-        for name, tensor in (("labels", labels), ("segment_ids", segment_ids)):
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, needs {tuple(input_ids.shape)}")
-        if segment_ids is not None and past:
+        for name, tensor in tensors.items():
+            shapes = {(batch, seqlen), (seqlen,)} if name == "position_ids" else {(batch, seqlen)}
+            if tensor is not None and (tuple(tensor.shape) not in shapes or tensor.is_floating_point()):
+                got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
+        if tensors["segment_ids"] is not None and past:
             raise ValueError("segment_ids: packed sequences do not go with a cache that holds tokens")
-        if labels is not None and logits_to_keep:
-            raise ValueError("logits_to_keep: labels need the logits of every position")
+        if logits_to_keep < 0 or (logits_to_keep and tensors["labels"] is not None):
+            raise ValueError(
+                f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
+            )
         if self.wpe is not None and past + seqlen > self.config.n_positions:
             raise ValueError(
                 f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}, "
                 f"the learned positions there are"
             )
+        if input_ids.is_cpu and input_ids.numel() and not torch.compiler.is_compiling():
+            least, most = (int(n) for n in input_ids.aminmax())
+            if least < 0 or most >= self.config.vocab_size:
+                needs = f"0 to {self.config.vocab_size - 1} (vocab_size - 1)"
+                raise ValueError(f"input_ids: got ids from {least} to {most}, needs {needs}")
 
 
 def _block(config: GPTConfig) -> PreNormBlock:

@@ -35,10 +35,14 @@ class KVCache:
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, Hkv, S, D) keys and values behind those held; returns views of all of them, (B, Hkv, length, D)."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            raise ValueError("cache carries no gradient: call under torch.no_grad()")
+            raise ValueError("cache: carries no gradient, call under torch.no_grad()")
+        needs = (*self.keys.shape[:2], key.shape[2], self.keys.shape[3])
+        if tuple(key.shape) != needs or value.shape != key.shape:
+            got = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
+            raise ValueError(f"cache: got {got}, needs {needs}")
         start, end = self.length, self.length + key.shape[2]
         if end > self.capacity:
-            raise ValueError(f"cache holds {self.capacity} tokens at most; this call would make it {end}")
+            raise ValueError(f"cache: got token {end}, needs {self.capacity} (its capacity) at most")
         self.keys[:, :, start:end] = key
         self.values[:, :, start:end] = value
         self.length = end

@@ -1,0 +1,327 @@
+"""GPT: what transformers' GPT-2 computes, the same with every option, padding, packing and the cache."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastattn.models import GPT, GPTConfig
+from fastattn.nn.attention import MultiHeadAttention
+
+SIZES = {
+    "vocab_size": 61,
+    "n_positions": 32,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.3,
+}
+KINDS = {
+    "learned": {},
+    "rotary": {"positions": "rotary"},
+    "alibi": {"positions": "alibi"},
+    "gqa, window, qk_norm": {"positions": "rotary", "num_kv_heads": 2, "window": 5, "qk_norm": True},
+    "no bias, untied": {"bias": False, "tie_word_embeddings": False, "n_inner": 40},
+}
+every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+
+
+def make(seed=0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**SIZES, **options})).to(dtype).eval()
+
+
+def ids(*shape):
+    return torch.randint(0, SIZES["vocab_size"], shape)
+
+
+def test_logits_loss_and_gradients_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        **SIZES, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2
+    )
+    theirs = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").double().eval()
+    ours = make()
+    ours.load_state_dict(state_of(theirs))
+    tokens = ids(3, 17)
+    labels = tokens.clone()
+    labels[0, :6] = -100
+    expected, actual = theirs(tokens, labels=labels), ours(tokens, labels=labels)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-6, atol=0)  # theirs is computed in float32
+    hidden = theirs.transformer(tokens).last_hidden_state
+    torch.testing.assert_close(actual.last_hidden_state, hidden)
+    expected.logits.square().mean().backward()
+    actual.logits.square().mean().backward()
+    torch.testing.assert_close(ours.wte.weight.grad, theirs.transformer.wte.weight.grad)
+    torch.testing.assert_close(ours.wpe.weight.grad, theirs.transformer.wpe.weight.grad)
+    for mine, other in zip(ours.h, theirs.transformer.h):
+        torch.testing.assert_close(mine.attn.in_proj_weight.grad, other.attn.c_attn.weight.grad.T)
+        torch.testing.assert_close(mine.mlp.c_proj.weight.grad, other.mlp.c_proj.weight.grad.T)
+        torch.testing.assert_close(mine.ln_1.weight.grad, other.ln_1.weight.grad)
+
+
+def state_of(theirs):
+    from fastattn.models.checkpoint import from_gpt2_names
+
+    return from_gpt2_names(theirs.state_dict(), tied=True)
+
+
+def by_hand(model, tokens):
+    """The forward pass written out with plain torch operations and explicit scores, float64."""
+    config, w = model.config, model.state_dict()
+    heads, kv_heads, dim = config.n_head, config.kv_heads, config.head_dim
+    length = tokens.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    hidden = (distance < 0) | (distance >= (config.window or length))
+    x = w["wte.weight"][tokens]
+    if config.positions == "learned":
+        x = x + w["wpe.weight"][:length]
+
+    def norm(x, name):
+        return F.layer_norm(
+            x, (config.n_embd,), w[f"{name}.weight"], w.get(f"{name}.bias"), config.layer_norm_epsilon
+        )
+
+    def rotate(t):
+        angles = torch.arange(length)[:, None] * config.rope_theta ** (
+            -torch.arange(0, dim, 2).double() / dim
+        )
+        z = torch.complex(t[..., : dim // 2], t[..., dim // 2 :]) * torch.polar(
+            torch.ones_like(angles), angles
+        )
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    for i in range(config.n_layer):
+        p = f"h.{i}."
+        h = norm(x, p + "ln_1")
+        packed = F.linear(h, w[p + "attn.in_proj_weight"], w.get(p + "attn.in_proj_bias"))
+        q, k, v = packed.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k, v))
+        if config.qk_norm:
+            q, k = (F.rms_norm(t, (dim,), w[p + f"attn.{n}_norm.weight"]) for n, t in (("q", q), ("k", k)))
+        if config.positions == "rotary":
+            q, k = rotate(q), rotate(k)
+        k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+        scores = q @ k.mT / math.sqrt(dim)
+        if config.positions == "alibi":
+            slopes = torch.tensor([2.0 ** (-8 * (n + 1) / heads) for n in range(heads)], dtype=torch.float64)
+            scores = scores - slopes[:, None, None] * distance
+        h = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        x = x + F.linear(
+            h.transpose(1, 2).flatten(-2), w[p + "attn.out_proj.weight"], w.get(p + "attn.out_proj.bias")
+        )
+        h = F.linear(norm(x, p + "ln_2"), w[p + "mlp.c_fc.weight"], w.get(p + "mlp.c_fc.bias"))
+        h = F.gelu(h, approximate="tanh")
+        x = x + F.linear(h, w[p + "mlp.c_proj.weight"], w.get(p + "mlp.c_proj.bias"))
+    return norm(x, "ln_f") @ w["lm_head.weight"].T
+
+
+@every_kind
+def test_every_option_computes_what_it_says(options):
+    model = make(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    tokens = ids(2, 13)
+    torch.testing.assert_close(model(tokens).logits, by_hand(model, tokens), rtol=1e-8, atol=1e-9)
+
+
+@every_kind
+def test_padding_on_either_side_changes_no_real_token(options):
+    model = make(**options)
+    tokens = ids(2, 9)
+    expected = model(tokens, labels=tokens)
+    padded, labels = torch.full((2, 14), 3), torch.full((2, 14), -100)
+    mask = torch.zeros(2, 14, dtype=torch.int64)
+    for row, start in ((0, 5), (1, 0)):
+        part = slice(start, start + 9)
+        padded[row, part] = labels[row, part] = tokens[row]
+        labels[row, start] = -100  # a first token is nobody's target; padding would predict this one
+        mask[row, part] = 1
+    out = model(padded, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(torch.stack((out.logits[0, 5:], out.logits[1, :9])), expected.logits)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=0)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(
+        model(padded[:1], attention_mask=mask[:1].bool()).logits[0, 5:], expected.logits[0]
+    )
+
+
+@every_kind
+def test_packed_documents_are_as_if_alone(options):
+    model = make(**options)
+    lengths = (4, 1, 7)
+    documents = [ids(1, n) for n in lengths]
+    packed = torch.cat([*documents, torch.full((1, 2), 3)], dim=1)
+    segments = torch.tensor(
+        [[0] * 4 + [1] + [0] * 7 + [-1] * 2]
+    )  # an id may come back: runs are documents' only use
+    segments[0, 5:12] = 7
+    out = model(packed, labels=packed, segment_ids=segments)
+    alone = [model(d, labels=d) for d in documents]
+    torch.testing.assert_close(out.logits[:, :12], torch.cat([o.logits for o in alone], dim=1))
+    expected = (3 * alone[0].loss + 6 * alone[2].loss) / 9  # 4 tokens have 3 targets, one has none
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    masked = model(packed, labels=packed, segment_ids=segments.clamp(min=0), attention_mask=segments >= 0)
+    torch.testing.assert_close(masked.logits[:, :12], out.logits[:, :12])
+
+
+@every_kind
+def test_the_cache_changes_nothing(options):
+    model = make(**options)
+    tokens = ids(2, 15)
+    whole = model(tokens).logits
+    cache = model.new_cache(2, 15)
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in tokens.split([6, 1, 1, 4, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+@every_kind
+@pytest.mark.parametrize("step", [1, 3])
+def test_the_cache_with_left_padding(options, step):
+    model = make(**options)
+    tokens = ids(2, 15)
+    mask = torch.ones(2, 15, dtype=torch.int64)
+    mask[1, :4] = 0
+    whole = model(tokens, attention_mask=mask).logits
+    cache = model.new_cache(2, 15)
+    with torch.no_grad():
+        parts = [
+            model(tokens[:, start : start + step], attention_mask=mask[:, : start + step], cache=cache).logits
+            for start in range(0, 15, step)
+        ]
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole[real])
+
+
+def test_logits_to_keep_and_position_ids():
+    model = make()
+    tokens = ids(2, 8)
+    whole = model(tokens)
+    torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, whole.logits[:, -3:])
+    assert whole.loss is None
+    torch.testing.assert_close(model(tokens, position_ids=torch.arange(8)).logits, whole.logits)
+    shifted = model(tokens, position_ids=torch.arange(8) + 5).logits
+    assert not torch.allclose(shifted, whole.logits)
+    rotary = make(positions="rotary")  # sees differences of positions only
+    torch.testing.assert_close(rotary(tokens, position_ids=torch.arange(8) + 5).logits, rotary(tokens).logits)
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(GPTConfig(vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=4))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            residual = name.endswith(("out_proj.weight", "mlp.c_proj.weight"))
+            std = 0.02 / (4 if residual else 1)  # sqrt(2 * 8)
+            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.05 * std * 10 / math.sqrt(parameter.numel() / 1000), name
+    assert model.lm_head.weight is model.wte.weight
+    assert (
+        sum(p.numel() for p in GPT(GPTConfig.preset("nano")).parameters())
+        == 4096 * 128 + 256 * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128
+    )
+
+
+def test_gpt2_preset_has_gpt2s_parameters():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("gpt2"))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def test_dropout_acts_in_training_only():
+    model = make(dropout=0.4)
+    tokens = ids(2, 9)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    torch.manual_seed(3)
+    first = model(tokens).logits
+    torch.manual_seed(3)
+    assert torch.equal(model(tokens).logits, first)
+    for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+        single = make(**{name: 0.4}).train()
+        assert not torch.equal(single(tokens).logits, single(tokens).logits), name
+
+
+def test_it_learns():
+    model = make(dtype=torch.float32, initializer_range=0.02).train()
+    tokens = ids(4, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(61), rel=0.05)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_bfloat16_and_autocast():
+    reference = make()
+    tokens = ids(2, 9)
+    exact = reference(tokens).logits
+    half = make(dtype=torch.bfloat16)
+    assert half(tokens).logits.dtype == torch.bfloat16
+    assert (half(tokens).logits - exact).abs().mean() < 0.03 * exact.abs().mean()
+    single = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = single(tokens, labels=tokens)
+    assert out.loss.dtype == torch.float32
+    assert (out.logits - exact).abs().mean() < 0.03 * exact.abs().mean()
+
+
+def test_compiles_without_breaks():
+    model = make(dtype=torch.float32, positions="rotary")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (7, 12):
+        tokens = ids(2, length)
+        expected, actual = model(tokens, labels=tokens), compiled(tokens, labels=tokens)
+        torch.testing.assert_close(actual.logits, expected.logits)
+        torch.testing.assert_close(actual.loss, expected.loss)
+
+
+def test_exports():
+    model = make(dtype=torch.float32)
+    tokens = ids(1, 7)
+    program = torch.export.export(model, (tokens,))
+    torch.testing.assert_close(program.module()(tokens).logits, model(tokens).logits)
+
+
+def test_attention_is_the_librarys():
+    assert all(isinstance(block.attn, MultiHeadAttention) for block in make().h)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda m: m(ids(9)), "input_ids"),
+        (lambda m: m(torch.rand(1, 9)), "input_ids"),
+        (lambda m: m(ids(1, 33)), "n_positions"),
+        (lambda m: m(ids(1, 9), attention_mask=torch.ones(1, 8)), "attention_mask"),
+        (lambda m: m(ids(1, 9), labels=ids(1, 8)), "labels"),
+        (lambda m: m(ids(1, 9), segment_ids=ids(9)), "segment_ids"),
+        (lambda m: m(ids(1, 9), labels=ids(1, 9), logits_to_keep=1), "logits_to_keep"),
+        (lambda m: m(ids(1, 9), position_ids=torch.arange(8)), "position_ids"),
+        (lambda m: m(ids(1, 9), logits_to_keep=-1), "logits_to_keep"),
+        (lambda m: m(ids(2, 9), cache=m.new_cache(1, 9)), "cache"),
+        (lambda m: m(ids(1, 9), cache=m.new_cache(1, 9)[:1]), "cache"),
+        (lambda m: m(ids(1, 9), cache=m.new_cache(1, 8)), "cache"),
+        (lambda m: m(ids(1, 9), labels=torch.rand(1, 9)), "labels"),
+        (lambda m: m(ids(1, 9) + 61), "vocab_size"),
+        (lambda m: m(ids(1, 9) - 61), "vocab_size"),
+    ],
+)
+def test_bad_calls_are_refused_by_name(call, name):
+    model = make()
+    with torch.no_grad(), pytest.raises(ValueError, match=name):
+        call(model)
