@@ -25,7 +25,7 @@ def default_corpus() -> list[str]:
     """The standard library's `pydoc_data.topics`: English prose about Python, one document per section.
 
     Topics quote each other at length, so a paragraph that another section already has is left out: held-out
-    sections share no paragraph with the others. The order is fixed and unrelated to the topics, so that any stretch
+    sections share no paragraph with the others. Lines of a prose paragraph are joined to one. The order is fixed and unrelated to the topics, so that any stretch
     of documents is a fair sample.
     """
     from pydoc_data.topics import topics
@@ -34,6 +34,12 @@ def default_corpus() -> list[str]:
     seen: set[str] = set()
     documents = [section for _, text in longest_first for section in _sections(_without_repeats(text, seen))]
     return sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether all lines start at the margin, as code's, lists' and quotations' do not, and none underlines a title."""
+    lines = paragraph.strip("\n").split("\n")
+    return all(line[:1].isalnum() or line[:1] in "\"'(“" for line in lines)
 
 
 def _sections(text: str) -> list[str]:
@@ -49,12 +55,12 @@ def _sections(text: str) -> list[str]:
 
 
 def _without_repeats(text: str, seen: set[str]) -> str:
-    """The paragraphs of `text` that are not in `seen`, which gains them."""
+    """The paragraphs of `text` that are not in `seen`, which gains them; prose on one line each."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(paragraph.split())
         if len(key) < MIN_SHARED_PARAGRAPH or key not in seen:
-            kept.append(paragraph)
+            kept.append(key if _is_prose(paragraph) else paragraph)
         if len(key) >= MIN_SHARED_PARAGRAPH:
             seen.add(key)
     return "\n\n".join(kept)

@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_default_corpus_drops_only_repeats():
     kept = {p for document in default_corpus() for p in paragraphs(document)}
     assert kept <= everything
     assert sum(map(len, kept)) > 0.99 * sum(map(len, everything))
+
+
+def test_default_corpus_joins_the_lines_of_prose_and_keeps_those_of_code():
+    text = "\n\n".join(default_corpus())
+    assert 'The "break" statement\n*********************\n' in text
+    assert re.search(r"\n   >>> .*\n   \S", text)
+    lengths = [len(line) for line in text.splitlines() if line[:1].isalpha()]
+    assert sum(length > 80 for length in lengths) > 0.5 * len(lengths)
 
 
 def write(path: Path, data: bytes) -> Path:
