@@ -25,8 +25,8 @@ def default_corpus() -> list[str]:
     """The standard library's `pydoc_data.topics`: English prose about Python, one document per section.
 
     Topics quote each other at length, so a paragraph that another section already has is left out: held-out
-    sections share no paragraph with the others. Lines of a prose paragraph are joined to one. The order is fixed and unrelated to the topics, so that any stretch
-    of documents is a fair sample.
+    sections share no paragraph with the others. The lines of a paragraph of prose are joined to one. The order is
+    fixed and unrelated to the topics, so that any stretch of documents is a fair sample.
     """
     from pydoc_data.topics import topics
 
