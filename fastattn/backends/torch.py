@@ -5,6 +5,7 @@ Forward and backward need O(S) memory: tiles come from `schedule`, what no query
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ from fastattn.spec import (
 
 NAME = "torch"
 
-FUSED_ROW_BLOCK = 128  # rows cut at once along a window or dense mask for torch's fused kernel
+FUSED_ROW_BLOCK = 64  # rows cut at once along a window or dense mask for torch's fused kernel
+FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
 
 _fused_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -47,23 +49,23 @@ def tiles(spec: AttentionSpec) -> str:
 
 def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call."""
-    batch, num_heads, seqlen_q, _ = call.query.shape
-    out = empty_in_order(call.query, (batch, num_heads, seqlen_q, spec.value_dim)).zero_()
-    lse = torch.full(
-        (batch, num_heads, seqlen_q), -torch.inf, dtype=accumulation_dtype(spec.dtype), device=out.device
-    )
-    run = _fused_rows if _fused_runs(spec) else _blockwise_rows
+    fused = _fused_runs(spec)
+    run = _fused_rows if fused else _blockwise_rows
+    shape = (*call.query.shape[:3], spec.value_dim)
+    out: Tensor | None = None
     for part in _parts(call):
-        for row_tiles in part.schedule(fused=run is _fused_rows):
-            rows = row_tiles[0].rows
+        for row_tiles in part.schedule(fused):
             out_rows, lse_rows = run(part, row_tiles)
-            part.of(out)[:, :, rows.start : rows.stop] = out_rows
-            part.of(lse)[:, :, rows.start : rows.stop] = lse_rows
-    if call.sinks is not None:
-        with_sink = torch.logaddexp(lse, call.sinks[:, None])
-        out *= torch.exp(lse - with_sink)[..., None]
-        lse = with_sink
-    return out, lse
+            if out is None:
+                if out_rows.shape == shape:  # these rows are the whole result
+                    return _with_sinks(call, _in_order(out_rows, call.query), lse_rows.contiguous())
+                out, lse = _nothing_seen(call, shape)
+            tile = row_tiles[0]
+            _rows(part.of(out), tile).copy_(out_rows)
+            _rows(part.of(lse), tile).copy_(lse_rows)
+    if out is None:
+        out, lse = _nothing_seen(call, shape)
+    return _with_sinks(call, out, lse)
 
 
 def attention_bwd(
@@ -76,31 +78,29 @@ def attention_bwd(
     needs: GradsNeeded,
 ) -> AttentionGrads:
     """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
-    sums = _Sums(call, needs.bias, needs.alibi_slopes)
-    # ds = p * (dp - delta); rows that see nothing have p = 0, and whatever reaches their lse is ignored
-    delta = (dout.to(lse.dtype) * out).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    delta = delta.masked_fill(lse == -torch.inf, 0)
-    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
-    fused = _fused_runs(spec) and dlse is None
+    fused = _fused_runs(spec) and dlse is None and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
+    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 in rows that see nothing
+    delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
+    mass = None
+    if not fused and _fused_runs(spec.replace(bias_grad=False)):  # lse came from other products than ours
+        mass = torch.ones_like(lse) if call.sinks is None else 1 - torch.exp(call.sinks[:, None] - lse_safe)
+    sums: _Sums | None = None
     for part in _parts(call):
         for row_tiles in part.schedule(fused):
             for tile in row_tiles:
                 if fused:
-                    dq, dk, dv = _fused_tile_bwd(part, tile, out, lse_safe, dout)
-                    sums.add(part, tile, dq, dk, dv)
+                    shares = _fused_tile_bwd(part, tile, out, lse_safe, dout)
+                    if sums is None and len(row_tiles) == 1 and part.is_whole(tile):
+                        dq, dk, dv = (_in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value)))
+                        return AttentionGrads(dq, dk, dv, sinks=_dsinks(call, lse_safe, delta, needs))
+                    sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
+                    sums.add(part, tile, *shares)
                 else:
-                    _blockwise_tile_bwd(part, tile, lse_safe, delta, dout, sums)
-    dsinks = None
-    if needs.sinks:
-        assert call.sinks is not None
-        terms = torch.exp(call.sinks[:, None] - lse_safe) * delta
-        dsinks = -terms.sum((0, 2), dtype=torch.float64).to(
-            terms.dtype
-        )  # few results of many terms that cancel
-    dq, dk, dv, dbias, dslopes = sums.results()
-    return AttentionGrads(dq, dk, dv, dbias, dslopes, dsinks)
+                    sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
+                    rows = _RowStatistics(lse_safe, delta, dlse, mass, alone=len(row_tiles) == 1)
+                    _blockwise_tile_bwd(part, tile, rows, dout, sums)
+    sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
+    return AttentionGrads(*sums.results(), _dsinks(call, lse_safe, delta, needs))
 
 
 def attention_weights_fwd(spec: AttentionSpec, call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
@@ -167,6 +167,13 @@ class _Part:
     def of(self, tensor: Tensor) -> Tensor:
         """This part's sequences of a tensor with a batch dimension."""
         return tensor[self.batch]
+
+    def is_whole(self, tile: Tile) -> bool:
+        """Whether a tile is everything there is to visit: every row and every key of every sequence."""
+        call = self.call
+        return (self.query.shape[0], len(tile.rows), len(tile.cols)) == (
+            call.query.shape[0], call.query.shape[2], call.key.shape[2],
+        )  # fmt: skip
 
     def schedule(self, fused: bool) -> Iterator[list[Tile]]:
         """The visible tiles, a list per row range."""
@@ -263,6 +270,42 @@ class _Part:
         return keep_mask(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p)
 
 
+def _nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows that see no key."""
+    lse = call.query.new_full(shape[:3], -torch.inf, dtype=accumulation_dtype(call.query.dtype))
+    return empty_in_order(call.query, shape).zero_(), lse
+
+
+def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) once each head's sink joins the softmax."""
+    if call.sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, call.sinks[:, None])
+    out *= torch.exp(lse - total)[..., None]
+    return out, total
+
+
+def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """rowsum(dout * out) - dlse, which dscore = p * (dp - delta) subtracts; 0 in rows that see nothing."""
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    if dlse is not None:
+        delta -= dlse
+    return delta.masked_fill_(lse == -torch.inf, 0)
+
+
+def _dsinks(call: AttentionCall, lse_safe: Tensor, delta: Tensor | None, needs: GradsNeeded) -> Tensor | None:
+    if not needs.sinks or call.sinks is None or delta is None:
+        return None
+    terms = torch.exp(call.sinks[:, None] - lse_safe) * delta
+    return -terms.sum((0, 2), dtype=torch.float64).to(terms.dtype)  # few results of many terms that cancel
+
+
+def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the memory order of `like`, copied only where it has another."""
+    wanted = empty_in_order(like, tuple(tensor.shape))
+    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)
+
+
 class _Sums:
     """Gradient accumulators of one call, zero wherever no tile adds."""
 
@@ -331,7 +374,7 @@ def _parts(call: AttentionCall) -> Iterator[_Part]:
 
     edges = [0, *(b for b in range(1, batch) if not alike(b - 1, b)), batch] if batch else []
     structural: dict[tuple[int, int, int], Tensor] = {}
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in itertools.pairwise(edges):
         rows, length = slice(start, stop), lengths[start]
         segments = None if ids_q is None or ids_k is None else Segments(ids_q[start], ids_k[start])
         yield _Part(
@@ -385,18 +428,25 @@ def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
             out = out * torch.exp(lse - total)[..., None] + tile_out * torch.exp(tile_lse - total)[..., None]
             lse = total
     assert out is not None
-    return out, lse
+    return out.to(part.query.dtype), lse
 
 
 def _fused_tile_bwd(
     part: _Part, tile: Tile, out: Tensor, lse_safe: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    key, value = _cols(part.key, tile), _cols(part.value, tile)
+    group_size = part.call.group_size
+    if group_size > 1:  # the kernel sums a group over all its rows in one go, which rounds worse than per head
+        key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
     mask, _ = _fused_mask(part, tile)
-    return _fused_bwd(
-        _rows(part.of(dout), tile), _rows(part.query, tile), _cols(part.key, tile), _cols(part.value, tile),
+    dq, dk, dv = _fused_bwd(
+        _rows(part.of(dout), tile), _rows(part.query, tile), key, value,
         _rows(part.of(out), tile), _rows(part.of(lse_safe), tile), 0.0, tile.structure == "causal",
         attn_mask=mask, scale=part.call.scale,
     )  # fmt: skip
+    if group_size > 1:
+        dk, dv = (g.unflatten(1, (-1, group_size)).sum(2) for g in (dk, dv))
+    return dq, dk, dv
 
 
 def _blockwise_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
@@ -420,13 +470,26 @@ def _blockwise_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]
     return out.to(part.query.dtype), row_max + torch.log(row_sum)
 
 
-def _blockwise_tile_bwd(
-    part: _Part, tile: Tile, lse_safe: Tensor, delta: Tensor, dout: Tensor, sums: _Sums
-) -> None:
-    """dv += (keep p)^T dout; ds = p * (keep dp - delta), and from ds every other gradient."""
+@dataclass(frozen=True, slots=True)
+class _RowStatistics:
+    """What the blockwise backward knows of each row, all (B, H, Sq)."""
+
+    lse_safe: Tensor  # +inf in rows that see nothing
+    delta: Tensor | None
+    dlse: Tensor | None
+    mass: Tensor | None  # sum of a row's weights, where lse was computed from products rounded differently
+    alone: bool  # the tile at hand holds all that its rows see, so sums over its columns are exact
+
+
+def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Tensor, sums: _Sums) -> None:
+    """dv += (keep p)^T dout; dscore = p * (keep dp - delta), and from it every other gradient."""
     num_kv_heads = part.key.shape[1]
     scores, slope = part.scores(tile)
-    probs = torch.exp_(scores.sub_(_rows(part.of(lse_safe), tile)[..., None]))
+    lse = _rows(part.of(rows.lse_safe), tile)
+    probs = torch.exp_(scores.sub_(lse[..., None]))
+    if rows.alone and rows.mass is not None:
+        total = probs.sum(-1)
+        probs.mul_((_rows(part.of(rows.mass), tile) / torch.where(total == 0, 1, total))[..., None])
     dout_rows = _grouped(_rows(part.of(dout), tile).to(probs.dtype), num_kv_heads)
     dprobs = (dout_rows @ _cols(part.value, tile).to(probs.dtype).mT).view(probs.shape)
     keep = part.kept(tile)
@@ -435,7 +498,16 @@ def _blockwise_tile_bwd(
         factor = keep.to(probs.dtype).mul_(keep_scale(part.call.dropout_p))
         weights, dprobs = probs * factor, dprobs.mul_(factor)
     _cols(part.of(sums.value), tile).add_(_grouped(weights, num_kv_heads).mT @ dout_rows)
-    dscores = dprobs.sub_(_rows(part.of(delta), tile)[..., None]).mul_(probs)
+    if rows.alone:  # rowsum(p * dp) of the tile itself cancels exactly where dscore is 0
+        dscores = dprobs.mul_(probs)
+        delta = dscores.sum(-1)
+        if rows.dlse is not None:
+            delta -= _rows(part.of(rows.dlse), tile)
+        delta = torch.where(lse == torch.inf, 0, delta)
+        dscores = dscores.addcmul_(probs, delta[..., None], value=-1)
+    else:
+        assert rows.delta is not None
+        dscores = dprobs.sub_(_rows(part.of(rows.delta), tile)[..., None]).mul_(probs)
     sums.add_scores(part, tile, dscores, slope)
 
 
