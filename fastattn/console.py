@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -26,6 +27,9 @@ class Output(Protocol):
     def line(self, text: str = "", *, good: bool | None = None) -> None:
         """One line of text; `good` colours it as a verdict."""
 
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        """Say what takes a while, for as long as it does."""
+
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None
     ) -> None:
@@ -47,6 +51,9 @@ class TerminalOutput:
     def line(self, text: str = "", *, good: bool | None = None) -> None:
         style = "" if good is None else "green" if good else "bold red"
         self.console.print(Text(text, style=style))
+
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        return self.console.status(Text(text, style="dim"))
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None
@@ -76,6 +83,10 @@ class PlainOutput:
     def line(self, text: str = "", *, good: bool | None = None) -> None:
         self._print(text)
 
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        self._print(text)
+        return nullcontext()
+
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None
     ) -> None:
@@ -99,6 +110,9 @@ class NoOutput:
 
     def line(self, text: str = "", *, good: bool | None = None) -> None:
         pass
+
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None

@@ -90,7 +90,7 @@ class Measured:
     @property
     def verdict(self) -> str:
         """ "ok" or what is wrong."""
-        return "ok" if self.passed else "wrong"
+        return "ok" if self.passed else f"wrong: {self.worst}"
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Measured:

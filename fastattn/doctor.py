@@ -91,12 +91,8 @@ def show(found: dict[str, Any], out: Output) -> None:
     out.table(["tool", "version", "where"], rows)
 
     out.heading("Backends")
-    backends = found["backends"] or []
-    out.table(
-        ["backend", "here", "reason"],
-        [[b["name"], "ok" if b["available"] else "no", b["reason"] or ""] for b in backends],
-        verdict=1,
-    )
+    rows = [[b["name"], "ok" if b["available"] else "no", b["reason"] or ""] for b in found["backends"] or []]
+    out.table(["backend", "here", "reason"], rows)
     if found["environment"]:
         out.heading("Environment")
         out.table(["variable", "value"], [list(item) for item in found["environment"].items()])
