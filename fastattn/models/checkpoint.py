@@ -133,27 +133,23 @@ def from_gpt2_names(tensors: dict[str, Tensor], *, tied: bool) -> dict[str, Tens
 
 def resolve_folder(path_or_id: str | Path) -> Path:
     """The folder itself, or a hub repository's files in the local cache, downloaded where they are missing."""
-    folder = Path(path_or_id)
-    if folder.is_dir():
+    folder, name = Path(path_or_id), str(path_or_id)
+    if name and folder.is_dir():
         return folder
-    if (
-        isinstance(path_or_id, Path)
-        or folder.exists()
-        or str(path_or_id).count("/") > 1
-        or not str(path_or_id)
-    ):
-        raise ValueError(f"pretrained model: got {str(path_or_id)!r}, which is not a folder")
+    if isinstance(path_or_id, Path) or folder.is_file() or name.count("/") > 1 or not name:
+        raise ValueError(f"pretrained model: got {name!r}, which is not a folder")
     try:
         from huggingface_hub import snapshot_download
-    except ImportError as error:
+
+        patterns = ["*.json", "*.safetensors", "*.txt"]
+        found = Path(snapshot_download(name, allow_patterns=patterns))
+        if not list(found.glob("*.safetensors")):
+            found = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except (ImportError, OSError, ValueError) as error:
         raise ValueError(
-            f"pretrained model: got {path_or_id!r}, which is not a folder; "
-            "to fetch it from the Hugging Face hub, install huggingface_hub"
+            f"pretrained model: got {name!r}, which is not a folder "
+            f"and could not be fetched from the Hugging Face hub: {error}"
         ) from error
-    patterns = ["*.json", "*.safetensors", "*.txt"]
-    found = Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
-    if not list(found.glob("*.safetensors")):
-        found = Path(snapshot_download(str(path_or_id), allow_patterns=[*patterns, "pytorch_model*.bin"]))
     return found
 
 

@@ -69,6 +69,9 @@ class GPTConfig:
         for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, needs 0 <= p < 1")
+        for name in ("rope_theta", "layer_norm_epsilon", "initializer_range"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs a positive number")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head: got {self.n_head}, which does not divide n_embd={self.n_embd}")
         if self.n_head % self.kv_heads:

@@ -26,11 +26,9 @@ class Rotary:
 
     def __post_init__(self) -> None:
         if self.dim % 2 or not 0 < self.dim <= self.head_dim:
-            raise ValueError(
-                f"rotary_dim must be even and within 2..head_dim={self.head_dim}, got {self.dim}"
-            )
+            raise ValueError(f"rotary_dim: got {self.dim}, needs an even number from 2 to {self.head_dim}")
         if self.base <= 0:
-            raise ValueError(f"base must be positive, got {self.base}")
+            raise ValueError(f"base: got {self.base}, needs a positive number")
 
     @property
     def dim(self) -> int:
@@ -77,7 +75,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     Press et al. 2022, "Train Short, Test Long".
     """
     if num_heads < 1:
-        raise ValueError(f"num_heads must be positive, got {num_heads}")
+        raise ValueError(f"num_heads: got {num_heads}, needs 1 or more")
     power = 1 << (num_heads.bit_length() - 1)
     exponents = [8 * (i + 1) / power for i in range(power)]
     exponents += [4 * (2 * i + 1) / power for i in range(num_heads - power)]
@@ -86,11 +84,13 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """(B, S) int64: the number of real tokens before each one; padding, wherever it lies, counts for nothing."""
-    return (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp_(min=0)
+    return ((attention_mask != 0).cumsum(-1) - 1).clamp_(min=0)
 
 
 def positions_in_segments(segment_ids: Tensor) -> Tensor:
     """(B, S) int64: positions that restart at 0 wherever the segment id changes."""
+    if segment_ids.shape[1] == 0:
+        return segment_ids.to(torch.int64)
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -1,0 +1,91 @@
+"""Linear is torch's, with or without oneDNN: same class to its users, same result, same gradients, same refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastattn.nn import linear as module
+from fastattn.nn.linear import Linear, linear
+
+needs_onednn = pytest.mark.skipif(not module._HAS_ONEDNN, reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many calls went to oneDNN, all sizes allowed."""
+    monkeypatch.setattr(module, "ONEDNN_MIN_WEIGHTS", 0)
+    seen = []
+    suits = module._suits_onednn
+    monkeypatch.setattr(module, "_suits_onednn", lambda *args: suits(*args) and not seen.append(1))
+    return seen
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (3, 24), (2, 5, 24), (2, 0, 24), (2, 1, 3, 24)])
+def test_same_result(calls, shape, bias):
+    torch.manual_seed(0)
+    theirs = nn.Linear(24, 40, bias=bias)
+    torch.manual_seed(0)
+    ours = Linear(24, 40, bias=bias)
+    assert isinstance(ours, nn.Linear)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    x = torch.randn(shape)
+    golden = F.linear(x.double(), ours.weight.double(), None if not bias else ours.bias.double())
+    with torch.no_grad():
+        actual, plain = ours(x), theirs(x)
+    assert actual.shape == plain.shape
+    assert len(calls) == (x.numel() > 0)
+    if x.numel():
+        error = (plain - golden).abs().max()
+        assert (actual - golden).abs().max() <= 2 * error + torch.finfo(
+            torch.float32
+        ).eps * golden.abs().max()
+
+
+@needs_onednn
+def test_strided_operands(calls):
+    x, weight = torch.randn(6, 4, 16).transpose(0, 1)[..., ::2], torch.randn(8, 20).T[:, :8]
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight), x @ weight.T)
+        torch.testing.assert_close(linear(torch.randn(8).expand(3, 8), weight).shape, torch.Size([3, 20]))
+    assert len(calls) == 2
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("case", ["grad", "dtype", "autocast", "subclass", "functorch", "small"])
+def test_everything_else_is_torchs(calls, monkeypatch, case):
+    layer, x = Linear(16, 8), torch.randn(2, 16)
+    expected = F.linear(x, layer.weight, layer.bias).detach()
+    if case == "grad":
+        out = layer(x)
+        out.sum().backward()
+        assert layer.weight.grad is not None
+    with torch.no_grad():
+        if case == "dtype":
+            out = layer.double()(x.double()).float()
+        elif case == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                out = layer(x)
+            assert out.dtype == torch.bfloat16
+            expected = expected.bfloat16()
+        elif case == "subclass":
+            out = layer(x.as_subclass(Wrapped))
+            assert type(out) is Wrapped
+        elif case == "functorch":
+            out = torch.func.vmap(layer)(x)
+        elif case == "small":
+            monkeypatch.setattr(module, "ONEDNN_MIN_WEIGHTS", 16 * 8 + 1)
+            out = layer(x)
+    torch.testing.assert_close(out.detach().as_subclass(torch.Tensor), expected, rtol=1e-2, atol=1e-2)
+    assert calls == []
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_refuse(calls):
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        linear(torch.randn(2, 7), torch.randn(3, 8))
+    assert calls == []

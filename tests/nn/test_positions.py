@@ -1,0 +1,110 @@
+"""Rotary tables against transformers and complex numbers, ALiBi slopes, positions from masks and segments."""
+
+import pytest
+import torch
+
+from fastattn.nn.positions import (
+    Rotary,
+    alibi_slopes,
+    apply_rotary,
+    positions_from_mask,
+    positions_in_segments,
+)
+
+
+def test_rotary_is_llamas():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}
+    )
+    q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
+    positions = torch.arange(9)[None].expand(2, -1) + torch.tensor([[0], [4]])
+    cos, sin = llama.LlamaRotaryEmbedding(config)(q, positions)
+    expected = llama.apply_rotary_pos_emb(q, k, cos, sin)
+    rotary = Rotary(16, base=5000.0)
+    table = rotary.table(positions)
+    torch.testing.assert_close((rotary.apply(q, table), rotary.apply(k, table)), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [None, 6, 2])
+def test_rotary_is_a_rotation_of_pairs(interleaved, rotary_dim):
+    rotary = Rotary(10, rotary_dim=rotary_dim, interleaved=interleaved)
+    x = torch.randn(2, 3, 7, 10, dtype=torch.float64)
+    positions = torch.tensor([0, 1, 2, 5, 100, 7, 3])
+    out = rotary.apply(x, rotary.table(positions, torch.float64))
+    for pair in range(rotary.dim // 2):
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + rotary.dim // 2)
+        turn = torch.polar(torch.ones(7).double(), positions.double() * 10000.0 ** (-2 * pair / rotary.dim))
+        expected = torch.complex(x[..., first], x[..., second]) * turn
+        torch.testing.assert_close(torch.complex(out[..., first], out[..., second]), expected)
+    assert torch.equal(out[..., rotary.dim :], x[..., rotary.dim :])
+    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rotary_scores_depend_on_differences_of_positions():
+    rotary = Rotary(16)
+    q, k = torch.randn(2, 1, 1, 6, 16, dtype=torch.float64)
+    scores = []
+    for start in (0, 50):
+        table = rotary.table(torch.arange(start, start + 6), torch.float64)
+        scores.append(rotary.apply(q, table) @ rotary.apply(k, table).mT)
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_rotary_by_row_dtype_and_gradient():
+    rotary = Rotary(8)
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2]])
+    table = rotary.table(positions, torch.float64)
+    out = rotary.apply(x, table)
+    for row in range(2):
+        alone = rotary.apply(x[row : row + 1], rotary.table(positions[row], torch.float64))
+        torch.testing.assert_close(out[row : row + 1], alone)
+    assert torch.autograd.gradcheck(lambda t: apply_rotary(t, table), (x,))
+    half = x.detach().bfloat16()
+    assert rotary.apply(half, rotary.table(positions)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"rotary_dim": 3}, "rotary_dim"),
+        ({"rotary_dim": 10}, "rotary_dim"),
+        ({"base": 0.0}, "base"),
+        ({"rotary_dim": 0}, "rotary_dim"),
+    ],
+)
+def test_bad_rotary(options, name):
+    with pytest.raises(ValueError, match=name):
+        Rotary(8, **options)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 6, 8, 12, 16, 25])
+def test_alibi_slopes_are_blooms(num_heads):
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    expected = bloom.build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(alibi_slopes(num_heads), expected)
+
+
+def test_alibi_slopes_of_the_paper():
+    assert alibi_slopes(8).tolist() == [2.0**-n for n in range(1, 9)]
+    with pytest.raises(ValueError, match="num_heads"):
+        alibi_slopes(0)
+
+
+def test_positions_from_mask():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 1]])
+    expected = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 1, 1, 2]])
+    assert torch.equal(positions_from_mask(mask), expected)
+    assert torch.equal(positions_from_mask(mask.bool()), expected)
+    assert torch.equal(positions_from_mask(3.5 * mask), expected)
+
+
+def test_positions_in_segments():
+    ids = torch.tensor([[5, 5, 5, 2, 2, -1, -1], [0, 1, 1, 0, 0, 0, 3]])
+    expected = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 0, 1, 2, 0]])
+    assert torch.equal(positions_in_segments(ids), expected)
+    assert positions_in_segments(ids[:, :0]).shape == (2, 0)
