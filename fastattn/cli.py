@@ -31,7 +31,7 @@ def main() -> None:
     app()
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], **settings: Any) -> Callable[..., None]:
     """Register a command whose user sees one line for bad input (exit code 2), a full disk or Ctrl-C (130)."""
 
     @functools.wraps(function)
@@ -50,7 +50,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             raise _stop("interrupted", INTERRUPTED) from None
 
-    return app.command()(guarded)
+    return app.command(**settings)(guarded)
 
 
 def _stop(message: str, code: int) -> typer.Exit:
@@ -124,3 +124,22 @@ def demo(
         typer.echo(json.dumps(summary, indent=2))
     if not summary["passed"]:
         raise typer.Exit(1)
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="attention, or all.")] = "all",
+) -> None:
+    """Measure fastattn beside its peers on this machine: time, error against float64, peak memory.
+
+    Options go to the bench: --list, --only REGEX, --contestants REGEX, --quick, --threads N, --json FILE, --csv FILE,
+    --plot FOLDER. A full run from a checkout stores its results under benchmarks/results.
+    """
+    from fastattn import bench as benches
+
+    status = benches.run(name, context.args)
+    if status:
+        raise typer.Exit(status)
+
+
+command(bench, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -28,7 +28,8 @@ ARROWS = {
     "doctor": {"", "console", "backends"},
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
-    "cli": {"console", "doctor", "demo"},
+    "bench": {"console"},
+    "cli": {"console", "doctor", "demo", "bench"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {
