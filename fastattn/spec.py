@@ -142,9 +142,7 @@ class AttentionSpec:
             float32_precision=_float32_precision(query.dtype),
             single_query=query.shape[2] == 1,
             aligned=all(_aligned(t) for t in operands),
-            wide_offsets=any(
-                _last_offset(t) >= 2**31 for t in (*operands, call.mask, call.bias) if t is not None
-            ),
+            wide_offsets=any(_passes_32_bits(t) for t in (*operands, call.mask, call.bias) if t is not None),
             backward=needs is not None,
             bias_grad=needs is not None and needs.bias,
             alibi_grad=needs is not None and needs.alibi_slopes,
@@ -191,9 +189,22 @@ def _float32_precision(dtype: torch.dtype) -> str:
 
 def _aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
-    outer = (stride for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1]) if length > 1)
-    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in outer)
+    if tensor.data_ptr() % 16:
+        return False
+    if tensor.is_contiguous() and tensor.shape[-1] * size % 16 == 0:
+        return True
+    return all(
+        stride * size % 16 == 0
+        for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1])
+        if length > 1
+    )
 
 
-def _last_offset(tensor: Tensor) -> int:
-    return sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()) if length > 1)
+def _passes_32_bits(tensor: Tensor) -> bool:
+    """Whether some element lies 2**31 or more elements from the first."""
+    if tensor.untyped_storage().nbytes() < 2**31:  # whatever the strides, no element lies outside
+        return False
+    return (
+        sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()) if length > 1)
+        >= 2**31
+    )

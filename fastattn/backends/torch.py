@@ -91,7 +91,9 @@ def attention_bwd(
                 if fused:
                     shares = _fused_tile_bwd(part, tile, out, lse_safe, dout)
                     if sums is None and len(row_tiles) == 1 and part.is_whole(tile):
-                        dq, dk, dv = (_in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value)))
+                        dq, dk, dv = (
+                            _in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
+                        )
                         return AttentionGrads(dq, dk, dv, sinks=_dsinks(call, lse_safe, delta, needs))
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
                     sums.add(part, tile, *shares)
@@ -166,7 +168,7 @@ class _Part:
 
     def of(self, tensor: Tensor) -> Tensor:
         """This part's sequences of a tensor with a batch dimension."""
-        return tensor[self.batch]
+        return tensor if self.batch.stop - self.batch.start == tensor.shape[0] else tensor[self.batch]
 
     def is_whole(self, tile: Tile) -> bool:
         """Whether a tile is everything there is to visit: every row and every key of every sequence."""
@@ -302,6 +304,8 @@ def _dsinks(call: AttentionCall, lse_safe: Tensor, delta: Tensor | None, needs: 
 
 def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the memory order of `like`, copied only where it has another."""
+    if tensor.is_contiguous() and like.is_contiguous():
+        return tensor
     wanted = empty_in_order(like, tuple(tensor.shape))
     return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)
 
@@ -361,7 +365,12 @@ def _parts(call: AttentionCall) -> Iterator[_Part]:
     if call.causal != "none":
         right = 0
     band = Band(call.window_left if call.window_left >= 0 else None, right, call.position_shift)
-    lengths = [seqlen_k] * batch if call.key_lengths is None else [int(n) for n in call.key_lengths]
+    structural: dict[tuple[int, int, int], Tensor] = {}
+    if call.key_lengths is None and call.query_segments is None:
+        if batch:
+            yield _Part(call, slice(0, batch), call.query, call.key, call.value, None, band, structural)
+        return
+    lengths = [seqlen_k] * batch if call.key_lengths is None else call.key_lengths.tolist()
     ids_q = None if call.query_segments is None else call.query_segments.cpu().numpy()
     ids_k = None if call.key_segments is None else call.key_segments.cpu().numpy()
 
@@ -373,7 +382,6 @@ def _parts(call: AttentionCall) -> Iterator[_Part]:
         return bool(np.array_equal(ids_q[a], ids_q[b]) and np.array_equal(ids_k[a], ids_k[b]))
 
     edges = [0, *(b for b in range(1, batch) if not alike(b - 1, b)), batch] if batch else []
-    structural: dict[tuple[int, int, int], Tensor] = {}
     for start, stop in itertools.pairwise(edges):
         rows, length = slice(start, stop), lengths[start]
         segments = None if ids_q is None or ids_k is None else Segments(ids_q[start], ids_k[start])
@@ -436,7 +444,9 @@ def _fused_tile_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     key, value = _cols(part.key, tile), _cols(part.value, tile)
     group_size = part.call.group_size
-    if group_size > 1:  # the kernel sums a group over all its rows in one go, which rounds worse than per head
+    if (
+        group_size > 1
+    ):  # the kernel sums a group over all its rows in one go, which rounds worse than per head
         key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
     mask, _ = _fused_mask(part, tile)
     dq, dk, dv = _fused_bwd(
@@ -517,11 +527,15 @@ def _dropped(part: _Part, tile: Tile, probs: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, tile: Tile) -> Tensor:
-    return tensor[:, :, tile.rows.start : tile.rows.stop]
+    return _along_length(tensor, tile.rows)
 
 
 def _cols(tensor: Tensor, tile: Tile) -> Tensor:
-    return tensor[:, :, tile.cols.start : tile.cols.stop]
+    return _along_length(tensor, tile.cols)
+
+
+def _along_length(tensor: Tensor, part: range) -> Tensor:
+    return tensor if len(part) == tensor.shape[2] else tensor[:, :, part.start : part.stop]
 
 
 def _shape(tile: Tile) -> tuple[int, int]:
