@@ -64,37 +64,52 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def gradient_tile(
-    query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key, scoring, dropout,
-    dweights_plane, KEYS_FIRST: tl.constexpr, EDGE: tl.constexpr, VARIANT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def weights_tile(
+    query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, KEYS_FIRST: tl.constexpr,
+    EDGE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(weights, dscores, dproducts) of a tile: keys by queries if KEYS_FIRST, else queries by keys.
+    """(probs, weights, capped) of a tile: keys by queries if KEYS_FIRST, else queries by keys.
 
-    dscores = probs * (dropout(dout @ v.T) - delta), or weights * dweights where those are given, is the gradient of the
-    logit, dproducts that of scale * q.k. weights lack the factor that makes up for dropout.
+    probs = exp(logit - lse). weights are the probs that dropout kept, still without the factor that makes up for it.
     """
-    seed, head_index, threshold, keep_scale = dropout
+    seed, head_index, threshold, _ = dropout
     rows = first_query + tl.arange(0, BLOCK_M)
     cols = first_key + tl.arange(0, BLOCK_N)
     if KEYS_FIRST:
-        rows, cols = rows[None, :], cols[:, None]
-        lse_rows = lse_rows[None, :]
         products = tl.dot(key_tile, tl.trans(query_tile), input_precision=VARIANT.dot_precision)
+        scores, capped = logits(products, rows[None, :], cols[:, None], scoring, EDGE, VARIANT)
+        probs = tl.exp2(exponents(scores, lse_rows[None, :], scoring[0], VARIANT))
     else:
-        rows, cols = rows[:, None], cols[None, :]
-        lse_rows = lse_rows[:, None]
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-    scores, capped = logits(products, rows, cols, scoring, EDGE, VARIANT)
-    probs = tl.exp2(exponents(scores, lse_rows, scoring[0], VARIANT))
+        scores, capped = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
+        probs = tl.exp2(exponents(scores, lse_rows[:, None], scoring[0], VARIANT))
     weights = probs
     if VARIANT.dropout:
         keep = dropout_keep(seed, head_index, first_query, first_key, threshold, BLOCK_M, BLOCK_N)
         if KEYS_FIRST:
             keep = tl.trans(keep)
         weights = tl.where(keep, probs, 0.0)
+    return probs, weights, capped
+
+
+@triton.jit
+def gradient_tile(
+    probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout, dweights_plane,
+    KEYS_FIRST: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(dscores, dproducts) of a tile: the gradients of the logits and of scale * q.k.
+
+    dscores = probs * (dropout(dout @ v.T) - delta), or weights * dweights where the weights' gradients are given.
+    """
+    _, _, _, keep_scale = dropout
     if VARIANT.dweights:
         seqlen_q, key_end, _, _, _ = scoring[6]
+        rows = first_query + tl.arange(0, BLOCK_M)
+        cols = first_key + tl.arange(0, BLOCK_N)
+        if KEYS_FIRST:
+            rows, cols = rows[None, :], cols[:, None]
+        else:
+            rows, cols = rows[:, None], cols[None, :]
         pointers = plane_pointers(dweights_plane, rows, cols, VARIANT.unit_dweights, VARIANT)
         dweights = tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0.0).to(tl.float32)
         dscores = tl.where(weights > 0.0, weights * dweights * keep_scale, 0.0)
@@ -106,12 +121,13 @@ def gradient_tile(
             dprobs = tl.dot(dout_tile, tl.trans(value_tile), input_precision=VARIANT.dot_precision)
             delta_rows = delta_rows[:, None]
         if VARIANT.dropout:
-            dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
-        dscores = probs * (dprobs - delta_rows)
+            dscores = weights * (dprobs * keep_scale) - probs * delta_rows
+        else:
+            dscores = probs * (dprobs - delta_rows)
     dproducts = dscores
     if VARIANT.softcap:
         dproducts = dscores * (1.0 - capped * capped)
-    return weights, dscores, dproducts
+    return dscores, dproducts
 
 
 @triton.jit(
@@ -187,13 +203,17 @@ def attention_dkdv_kernel(
                     rows = first_query + tl.arange(0, BLOCK_M)
                     delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
                     delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
-                weights, _, dproducts = gradient_tile(
-                    query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key,
-                    scoring, dropout, dweights_plane, True, EDGE, VARIANT, BLOCK_M, BLOCK_N,
+                probs, weights, capped = weights_tile(
+                    query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, True, EDGE, VARIANT,
+                    BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 if not VARIANT.dweights:
-                    weights = weights.to(dout_tile.dtype)
-                    dv_tile = tl.dot(weights, dout_tile, dv_tile, input_precision=VARIANT.dot_precision)
+                    factor = weights.to(dout_tile.dtype)
+                    dv_tile = tl.dot(factor, dout_tile, dv_tile, input_precision=VARIANT.dot_precision)
+                _, dproducts = gradient_tile(
+                    probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
+                    dweights_plane, True, VARIANT, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
                 dproducts = dproducts.to(query_tile.dtype)
                 dk_tile = tl.dot(dproducts, query_tile, dk_tile, input_precision=VARIANT.dot_precision)
 
@@ -277,9 +297,13 @@ def attention_dq_kernel(
             value_tile = key_tile
             if not VARIANT.dweights:
                 value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT)
-            _, dscores, dproducts = gradient_tile(
-                query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key,
-                scoring, dropout, dweights_plane, False, EDGE, VARIANT, BLOCK_M, BLOCK_N,
+            probs, weights, capped = weights_tile(
+                query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, False, EDGE, VARIANT,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            dscores, dproducts = gradient_tile(
+                probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
+                dweights_plane, False, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if VARIANT.alibi_grad:
                 cols = first_key + tl.arange(0, BLOCK_N)
@@ -382,9 +406,13 @@ def attention_dbias_kernel(
                 rows = first_query + tl.arange(0, BLOCK_M)
                 delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
                 delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
-            _, dscores, _ = gradient_tile(
-                query_tile, key_tile, dout_tile, value_tile, lse_rows, delta_rows, first_query, first_key,
-                scoring, dropout, dweights_plane, False, True, VARIANT, BLOCK_M, BLOCK_N,
+            probs, weights, capped = weights_tile(
+                query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, False, True, VARIANT,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            dscores, _ = gradient_tile(
+                probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
+                dweights_plane, False, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             total += dscores
 

@@ -217,7 +217,7 @@ def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
 def _call_arguments(
     spec: AttentionSpec, call: AttentionCall, unit: int, cotangents: Cotangents | None = None
 ) -> dict[str, Any]:
-    """Every argument that follows from the call. Windows longer than the sequences are cut, so that nothing overflows."""
+    """Every argument that follows from the call. Windows are cut to the sequences, so that nothing overflows."""
     query, key, value, slopes = call.query, call.key, call.value, call.alibi_slopes
     longest = query.shape[2] + key.shape[2]
     right = call.window_right if call.window_right >= 0 else longest

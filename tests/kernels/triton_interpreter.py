@@ -1,7 +1,8 @@
-"""Triton's interpreter made to compute what a GPU does with bfloat16, and not to prepare itself anew for every call.
+"""Triton's interpreter made to compute what a GPU does with bfloat16, and relieved of work it does in vain.
 
 Without this, `tl.dot` multiplies the 16-bit patterns of bfloat16 operands as integers and a float32 value stored as
-bfloat16 is cut off instead of rounded. Triton interprets only where TRITON_INTERPRET=1 was set before its import.
+bfloat16 is cut off instead of rounded; every device function called prepares triton.language anew, and every tensor
+is copied onto itself at the end. Triton interprets only where TRITON_INTERPRET=1 was set before its import.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Correction:
         self._replace(self.builder, "create_fp_to_fp", self._convert)
         self._replace(self.builder, "create_dot", self._dot)
         self._replace(self.module.GridExecutor, "__call__", self._launch)
+        self._replace(self.module.GridExecutor, "_restore_args_dev", self._leave_in_place)
         self._replace(self.module, "_patch_lang", self._patch_once)
 
     def remove(self) -> None:
@@ -98,6 +100,10 @@ class Correction:
                 self.patched = None
 
         return call
+
+    def _leave_in_place(self, original: Any) -> Any:
+        """Kernels wrote to the CPU tensors themselves; copying back would write every page of their storages."""
+        return lambda *args: None
 
     def _patch_once(self, original: Any) -> Any:
         """A launch patches triton.language anew for every device function called; once per module is enough."""

@@ -1,0 +1,60 @@
+"""Prints, as JSON, what Triton would look compiled kernels up by for calls of many lengths; for test_specialisation.py."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from attention_launches import launches_of
+from compile_matrix import specialise
+from triton.backends.compiler import GPUTarget
+
+from fastattn.kernels.tiles import Tile
+from fastattn.spec import AttentionCall
+
+TILE = Tile(64, 64, 4, 2)
+
+
+def call(batch: int, heads: int, length: int, padding: int) -> AttentionCall:
+    """A call with every feature whose rows lie `padding` elements apart."""
+    query = torch.empty(batch, length, heads, 64 + padding, dtype=torch.float16).transpose(1, 2)[..., :64]
+    ids = torch.zeros(batch, length, dtype=torch.int32)
+    return AttentionCall(
+        query,
+        query,
+        query,
+        bias=torch.empty(1, heads, length, length),
+        mask=torch.empty(1, 1, length, length, dtype=torch.bool),
+        query_segments=ids,
+        key_segments=ids,
+        key_lengths=torch.zeros(batch, dtype=torch.int32),
+        alibi_slopes=torch.ones(batch, heads),
+        dropout_seed=torch.zeros(1, dtype=torch.int64),
+        dropout_p=0.1,
+        softcap=2.0,
+        causal="bottom_right",
+        window_left=length,
+        scale=0.125,
+    )
+
+
+def signature(launch: object) -> str:
+    """The types, constants and attributes of a launch's arguments, its options included."""
+    source, options = specialise(launch, GPUTarget("cuda", 90, 32))
+    return str((source.signature, source.constants, source.attrs, options.num_warps, options.num_stages))
+
+
+def report(calls: list[AttentionCall]) -> dict[str, list[str]]:
+    """The signatures of every kernel over calls."""
+    rows: dict[str, list[str]] = {}
+    for one in calls:
+        for name, launch in launches_of(one, TILE).items():
+            rows.setdefault(name, []).append(signature(launch))
+    return rows
+
+
+if __name__ == "__main__":
+    lengths = [call(2, 4, length, 0) for length in (2, 17, 1000, 1024)]
+    shapes = [call(1, 16, 33, 0), call(16, 2, 33, 0)]
+    unaligned = [call(2, 4, length, padding) for length in (17, 32) for padding in (1, 4, 13)]
+    print(json.dumps({"lengths": report(lengths + shapes), "unaligned": report(unaligned)}))

@@ -1,0 +1,47 @@
+"""One compiled variant serves every length: what Triton's launcher specialises on, asked of it without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "weights", "segments")
+
+
+@pytest.fixture(scope="module")
+def signatures() -> dict[str, dict[str, list[str]]]:
+    """What the launcher would look a compiled kernel up by, per kernel and call, from a process that doesn't interpret."""
+    script = Path(__file__).parent / "specialisation_report.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=_environment()
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    return environment
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lengths_batches_and_heads_share_one_variant(
+    signatures: dict[str, dict[str, list[str]]], kernel: str
+) -> None:
+    """S = 2, 17, 1000 and 1024, batches of 1 and 16, 1 and 16 heads."""
+    assert len(set(signatures["lengths"][kernel])) == 1
+    assert len(signatures["lengths"][kernel]) == 6
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+def test_alignment_is_a_flag(signatures: dict[str, dict[str, list[str]]], kernel: str) -> None:
+    """Rows at multiples of 16 bytes or not are two variants, however many strides there are."""
+    assert len(set(signatures["unaligned"][kernel])) == 1
+    assert set(signatures["unaligned"][kernel]) != set(signatures["lengths"][kernel])
