@@ -37,7 +37,7 @@ DEFAULT_OUT = "fastattn-demo"
 MAX_CHARACTERS = 8_000_000  # more text than a demo's training run can read
 MIN_TOKENS = 1024
 HELD_OUT = 0.1
-PROMPT = "The "
+PROMPT = "The"  # no space after it: it belongs to the next token
 LAYERS = 4  # of the encoder whose attention is swapped
 
 
@@ -48,8 +48,8 @@ class Recipe:
     grid: tuple[demo_grid.Case, ...]
     vocab_size: int = 2048
     block_size: int = 128
-    n_embd: int = 192
-    n_layer: int = 4
+    n_embd: int = 256
+    n_layer: int = 2
     n_head: int = 4
     batch_size: int = 8
     steps: int = 500
