@@ -103,8 +103,8 @@ def available() -> list[tuple[str, str | None]]:
 
 
 def warn_once(message: str) -> None:
-    """Warn the first time a message is seen in this process."""
-    if message not in _warned:
+    """Warn the first time a message is seen in this process; code that is being compiled cannot warn."""
+    if not pytorch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 

@@ -18,11 +18,11 @@ from fastattn.spec import AttentionCall, accumulation_dtype
 
 def transform_in_use(args: tuple[Any, ...]) -> str | None:
     """The transform that the fused op would miss, if one is active: it would lose tangents without a word."""
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform"
     if forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling():  # a traced tensor does not tell whether it is a dual
+            return "forward-mode AD"
         tensors = (arg for arg in args if isinstance(arg, Tensor))
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             return "forward-mode AD"

@@ -342,6 +342,35 @@ def test_vmap_over_seeds() -> None:
         torch.testing.assert_close(out, run(seed))
 
 
+TRANSFORMED: dict[str, Callable[[Callable[..., Tensor]], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "vmap": lambda attend: torch.func.vmap(attend),
+    "grad": lambda attend: torch.func.grad(lambda q, k, v: attend(q[0], k[0], v[0]).square().sum()),
+    "vmap of grad": lambda attend: torch.func.vmap(
+        torch.func.grad(lambda q, k, v: attend(q, k, v).square().sum())
+    ),
+    "jvp": lambda attend: lambda q, k, v: torch.func.jvp(lambda q: attend(q[0], k[0], v[0]), (q,), (q,))[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_compiled_transforms(name: str) -> None:
+    """Traced code sees the transform too: a tangent that the fused op lost would be lost without a word."""
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(3, 2, 4, s, 8) for s in (5, 6, 6))
+    compiled = torch.compile(TRANSFORMED[name](fastattn.attention), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), TRANSFORMED[name](fastattn.reference.attention)(q, k, v))
+
+
+def test_compiled_code_keeps_tangents() -> None:
+    torch._dynamo.reset()
+    q, k, v = qkv()
+    expected = torch.func.jvp(lambda q: fastattn.reference.attention(q, k, v), (q,), (q,))[1]
+    compiled = torch.compile(lambda q: fastattn.attention(q, k, v), backend="aot_eager")
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(compiled(forward_ad.make_dual(q, q))).tangent
+    torch.testing.assert_close(tangent, expected)
+
+
 def test_a_named_kernel_refuses_transforms() -> None:
     q, k, v = qkv()
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run this call: a torch\.func transform"):
