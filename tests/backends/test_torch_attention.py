@@ -7,7 +7,7 @@ import torch
 from contract import CASES, Case, Inputs, check
 
 import fastattn
-from fastattn.backends import torch as backend
+from fastattn.backends import torch_attention as backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

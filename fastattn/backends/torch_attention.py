@@ -1,0 +1,541 @@
+"""Attention in torch operations: torch's fused CPU kernel where it can express a tile, blockwise softmax elsewhere.
+
+Forward and backward need O(S) memory: tiles come from `schedule`, what no query sees is never visited.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastattn.backends.schedule import Band, Segments, Tile, block_tiles, whole_tiles
+from fastattn.philox import keep_mask, keep_scale
+from fastattn.spec import (
+    AttentionCall,
+    AttentionGrads,
+    AttentionSpec,
+    GradsNeeded,
+    WeightsGradsNeeded,
+    accumulation_dtype,
+    empty_in_order,
+)
+
+FUSED_ROW_BLOCK = 64  # rows cut at once along a window or dense mask for torch's fused kernel
+FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
+ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
+
+_fused_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def tiles(spec: AttentionSpec) -> str:
+    """What computes a tile, and its rows and columns."""
+    if _fused_runs(spec):
+        return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
+    return f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
+
+
+def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call."""
+    fused = _fused_runs(spec)
+    run = _fused_rows if fused else _blockwise_rows
+    shape = (*call.query.shape[:3], spec.value_dim)
+    out: Tensor | None = None
+    for part in _parts(call):
+        for row_tiles in part.schedule(fused):
+            out_rows, lse_rows = run(part, row_tiles)
+            if out is None:
+                if out_rows.shape == shape:  # these rows are the whole result
+                    return _with_sinks(call, _in_order(out_rows, call.query), lse_rows.contiguous())
+                out, lse = _nothing_seen(call, shape)
+            tile = row_tiles[0]
+            _rows(part.of(out), tile).copy_(out_rows)
+            _rows(part.of(lse), tile).copy_(lse_rows)
+    if out is None:
+        out, lse = _nothing_seen(call, shape)
+    return _with_sinks(call, out, lse)
+
+
+def attention_bwd(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needs: GradsNeeded,
+) -> AttentionGrads:
+    """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
+    fused = _fused_runs(spec) and dlse is None and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
+    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 in rows that see nothing
+    delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
+    mass = None
+    if not fused and _fused_runs(spec.replace(bias_grad=False)):  # lse came from other products than ours
+        mass = torch.ones_like(lse) if call.sinks is None else 1 - torch.exp(call.sinks[:, None] - lse_safe)
+    sums: _Sums | None = None
+    for part in _parts(call):
+        for row_tiles in part.schedule(fused):
+            for tile in row_tiles:
+                if fused:
+                    shares = _fused_tile_bwd(part, tile, out, lse_safe, dout)
+                    if sums is None and len(row_tiles) == 1 and part.is_whole(tile):
+                        dq, dk, dv = (
+                            _in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
+                        )
+                        return AttentionGrads(dq, dk, dv, sinks=_dsinks(call, lse_safe, delta, needs))
+                    sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
+                    sums.add(part, tile, *shares)
+                else:
+                    sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
+                    rows = _RowStatistics(lse_safe, delta, dlse, mass, alone=len(row_tiles) == 1)
+                    _blockwise_tile_bwd(part, tile, rows, dout, sums)
+    sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
+    return AttentionGrads(*sums.results(), _dsinks(call, lse_safe, delta, needs))
+
+
+def attention_weights_fwd(spec: AttentionSpec, call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
+    """keep * exp(score - lse) / (1 - p), (B, H, Sq, Sk), or its mean over heads, (B, Sq, Sk)."""
+    batch, num_heads, seqlen_q, _ = call.query.shape
+    shape = (batch, seqlen_q, call.key.shape[2]) if mean else (batch, num_heads, seqlen_q, call.key.shape[2])
+    weights = call.query.new_zeros(shape)
+    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
+    for part in _parts(call):
+        for row_tiles in part.schedule(fused=False):
+            for tile in row_tiles:
+                probs = torch.exp(part.scores(tile)[0] - _rows(part.of(lse_safe), tile)[..., None])
+                probs = _dropped(part, tile, probs)
+                part.of(weights)[..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop] = (
+                    probs.mean(1) if mean else probs
+                )
+    return weights
+
+
+def attention_weights_bwd(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    lse: Tensor,
+    dweights: Tensor,
+    mean: bool,
+    needs: WeightsGradsNeeded,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
+    sums = _Sums(call, needs.bias, needs.alibi_slopes)
+    dlse = torch.zeros_like(lse)
+    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
+    num_heads = call.query.shape[1]
+    for part in _parts(call):
+        for row_tiles in part.schedule(fused=False):
+            for tile in row_tiles:
+                scores, slope = part.scores(tile)
+                weights = _dropped(part, tile, torch.exp(scores - _rows(part.of(lse_safe), tile)[..., None]))
+                dtile = part.of(dweights)[
+                    ..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop
+                ]
+                dtile = (dtile[:, None] / num_heads if mean else dtile).to(weights.dtype)
+                dscores = torch.where(weights > 0, weights * dtile, 0)
+                _rows(part.of(dlse), tile).sub_(dscores.sum(-1))
+                sums.add_scores(part, tile, dscores, slope)
+    dq, dk, _, dbias, dslopes = sums.results()
+    return dq, dk, dlse, dbias, dslopes
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
+
+    call: AttentionCall
+    batch: slice
+    query: Tensor  # (b, H, Sq, D)
+    key: Tensor  # (b, Hkv, length, D)
+    value: Tensor  # (b, Hkv, length, Dv)
+    segments: Segments | None
+    band: Band
+    structural: dict[
+        tuple[int, int, int], Tensor
+    ]  # visibility of tiles without segments, by shape and offset
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part's sequences of a tensor with a batch dimension."""
+        return tensor if self.batch.stop - self.batch.start == tensor.shape[0] else tensor[self.batch]
+
+    def is_whole(self, tile: Tile) -> bool:
+        """Whether a tile is everything there is to visit: every row and every key of every sequence."""
+        call = self.call
+        return (self.query.shape[0], len(tile.rows), len(tile.cols)) == (
+            call.query.shape[0], call.query.shape[2], call.key.shape[2],
+        )  # fmt: skip
+
+    def schedule(self, fused: bool) -> Iterator[list[Tile]]:
+        """The visible tiles, a list per row range."""
+        len_q, len_k = self.query.shape[2], self.key.shape[2]
+        if fused:
+            dense = self.call.mask is not None or self.call.bias is not None
+            return whole_tiles(self.band, self.segments, len_q, len_k, FUSED_ROW_BLOCK, dense)
+        return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, COL_BLOCK)
+
+    def cut(self, dense: Tensor, tile: Tile) -> Tensor:
+        """A tile of a 4-D tensor that broadcasts to (B, H, Sq, Sk)."""
+        if dense.shape[0] != 1:
+            dense = self.of(dense)
+        if dense.shape[2] != 1:
+            dense = dense[:, :, tile.rows.start : tile.rows.stop]
+        if dense.shape[3] != 1:
+            dense = dense[:, :, :, tile.cols.start : tile.cols.stop]
+        return dense
+
+    def distance(self, tile: Tile) -> Tensor:
+        """pos(i) - j over a tile, (rows, cols) int64."""
+        device = self.query.device
+        positions = torch.arange(tile.rows.start, tile.rows.stop, device=device) + self.band.shift
+        return positions[:, None] - torch.arange(tile.cols.start, tile.cols.stop, device=device)
+
+    def visible(self, tile: Tile) -> Tensor | None:
+        """Which pairs of a tile attend, bool, broadcastable to (b, H, rows, cols); None = all."""
+        call, visible = self.call, None
+        if tile.structure != "full":
+            visible = self._structure(tile)
+        if call.mask is not None:
+            mask = self.cut(call.mask, tile)
+            visible = mask if visible is None else visible & mask
+        if call.bias is not None:
+            finite = self.cut(call.bias, tile) != -torch.inf
+            visible = finite if visible is None else visible & finite
+        return visible
+
+    def _structure(self, tile: Tile) -> Tensor:
+        offset = tile.rows.start + self.band.shift - tile.cols.start
+        key = (len(tile.rows), len(tile.cols), offset)
+        if key not in self.structural:
+            distance, band = self.distance(tile), self.band
+            seen = torch.ones_like(distance, dtype=torch.bool)
+            if band.left is not None:
+                seen &= distance <= band.left
+            if band.right is not None:
+                seen &= distance >= -band.right
+            self.structural[key] = seen
+        seen = self.structural[key]
+        if self.segments is not None:
+            ids_q = torch.from_numpy(self.segments.query[tile.rows.start : tile.rows.stop]).to(seen.device)
+            ids_k = torch.from_numpy(self.segments.key[tile.cols.start : tile.cols.stop]).to(seen.device)
+            seen = seen & (ids_q[:, None] == ids_k) & (ids_q >= 0)[:, None]
+        return seen
+
+    def additive(self, tile: Tile) -> Tensor | None:
+        """alibi + bias over a tile in the accumulation dtype, broadcastable to (b, H, rows, cols)."""
+        call, total = self.call, None
+        dtype = accumulation_dtype(self.query.dtype)
+        if call.alibi_slopes is not None:
+            slopes = call.alibi_slopes if call.alibi_slopes.shape[0] == 1 else self.of(call.alibi_slopes)
+            total = -slopes[:, :, None, None] * self.distance(tile).abs().to(dtype)
+        if call.bias is not None:
+            bias = self.cut(call.bias, tile).to(dtype)
+            total = bias if total is None else total + bias
+        return total
+
+    def scores(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """Masked scores (b, H, rows, cols) in the accumulation dtype, and the softcap's derivative."""
+        call, slope = self.call, None
+        dtype = accumulation_dtype(self.query.dtype)
+        query = _grouped(_rows(self.query, tile).to(dtype), self.key.shape[1])
+        scores = (query @ _cols(self.key, tile).to(dtype).mT).view(*self.query.shape[:2], *_shape(tile))
+        scores.mul_(call.scale)
+        if call.softcap:
+            tanh = torch.tanh_(scores.div_(call.softcap))
+            slope = 1 - tanh * tanh
+            scores = tanh.mul_(call.softcap)
+        additive, visible = self.additive(tile), self.visible(tile)
+        if additive is not None:
+            scores = scores.add_(additive)
+        if visible is not None:
+            scores = scores.masked_fill_(~visible, -torch.inf)
+        return scores, slope
+
+    def kept(self, tile: Tile) -> Tensor | None:
+        """Which weights of a tile dropout keeps, (b, H, rows, cols); None without dropout."""
+        call = self.call
+        if call.dropout_seed is None:
+            return None
+        num_heads = self.query.shape[1]
+        heads = torch.arange(call.query.shape[0] * num_heads, device=self.query.device).view(-1, num_heads)
+        return keep_mask(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p)
+
+
+def _nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows that see no key."""
+    lse = call.query.new_full(shape[:3], -torch.inf, dtype=accumulation_dtype(call.query.dtype))
+    return empty_in_order(call.query, shape).zero_(), lse
+
+
+def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) once each head's sink joins the softmax."""
+    if call.sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, call.sinks[:, None])
+    out *= torch.exp(lse - total)[..., None]
+    return out, total
+
+
+def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """rowsum(dout * out) - dlse, which dscore = p * (dp - delta) subtracts; 0 in rows that see nothing."""
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    if dlse is not None:
+        delta -= dlse
+    return delta.masked_fill_(lse == -torch.inf, 0)
+
+
+def _dsinks(call: AttentionCall, lse_safe: Tensor, delta: Tensor | None, needs: GradsNeeded) -> Tensor | None:
+    if not needs.sinks or call.sinks is None or delta is None:
+        return None
+    terms = torch.exp(call.sinks[:, None] - lse_safe) * delta
+    return -terms.sum((0, 2), dtype=torch.float64).to(terms.dtype)  # few results of many terms that cancel
+
+
+def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the memory order of `like`, copied only where it has another."""
+    if tensor.is_contiguous() and like.is_contiguous():
+        return tensor
+    wanted = empty_in_order(like, tuple(tensor.shape))
+    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)
+
+
+class _Sums:
+    """Gradient accumulators of one call, zero wherever no tile adds."""
+
+    def __init__(self, call: AttentionCall, bias: bool, slopes: bool) -> None:
+        dtype = accumulation_dtype(call.query.dtype)
+        self.call = call
+        self.query, self.key, self.value = (
+            empty_in_order(t, tuple(t.shape), dtype).zero_() for t in (call.query, call.key, call.value)
+        )
+        self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
+        self.slopes = None  # in float64: few results of many terms that cancel
+        if slopes and call.alibi_slopes is not None:
+            self.slopes = torch.zeros_like(call.alibi_slopes, dtype=torch.float64)
+
+    def add(self, part: _Part, tile: Tile, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add one tile's share of the operands' gradients."""
+        _rows(part.of(self.query), tile).add_(dq)
+        _cols(part.of(self.key), tile).add_(dk)
+        _cols(part.of(self.value), tile).add_(dv)
+
+    def add_scores(self, part: _Part, tile: Tile, dscores: Tensor, slope: Tensor | None) -> None:
+        """Add what follows from a tile's dscores (b, H, rows, cols): everything but the value's gradient."""
+        if self.bias is not None:
+            target = part.cut(self.bias, tile)
+            target.add_(dscores.sum_to_size(target.shape))
+        if self.slopes is not None:
+            dslopes = -(dscores * part.distance(tile).abs()).sum((2, 3), dtype=torch.float64)
+            target = self.slopes if self.slopes.shape[0] == 1 else part.of(self.slopes)
+            target.add_(dslopes.sum_to_size(target.shape))
+        if slope is not None:
+            dscores = dscores * slope
+        num_kv_heads = part.key.shape[1]
+        dscores = _grouped(dscores * self.call.scale, num_kv_heads)
+        query = _grouped(_rows(part.query, tile).to(dscores.dtype), num_kv_heads)
+        dq = dscores @ _cols(part.key, tile).to(dscores.dtype)
+        _rows(part.of(self.query), tile).add_(dq.view(*part.query.shape[:2], len(tile.rows), -1))
+        _cols(part.of(self.key), tile).add_(dscores.mT @ query)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The sums in their tensors' own dtypes and memory order."""
+        call = self.call
+        operands = ((self.query, call.query), (self.key, call.key), (self.value, call.value))
+        dq, dk, dv = (total.to(t.dtype) for total, t in operands)
+        bias = self.bias.to(call.bias.dtype) if self.bias is not None and call.bias is not None else None
+        slopes = None if self.slopes is None else self.slopes.to(accumulation_dtype(call.query.dtype))
+        return dq, dk, dv, bias, slopes
+
+
+def _parts(call: AttentionCall) -> Iterator[_Part]:
+    """The batch in runs of sequences that share one schedule: one run unless lengths or segments differ."""
+    batch, seqlen_k = call.query.shape[0], call.key.shape[2]
+    right = call.window_right if call.window_right >= 0 else None
+    if call.causal != "none":
+        right = 0
+    band = Band(call.window_left if call.window_left >= 0 else None, right, call.position_shift)
+    structural: dict[tuple[int, int, int], Tensor] = {}
+    if call.key_lengths is None and call.query_segments is None:
+        if batch:
+            yield _Part(call, slice(0, batch), call.query, call.key, call.value, None, band, structural)
+        return
+    lengths = [seqlen_k] * batch if call.key_lengths is None else call.key_lengths.tolist()
+    ids_q = None if call.query_segments is None else call.query_segments.cpu().numpy()
+    ids_k = None if call.key_segments is None else call.key_segments.cpu().numpy()
+
+    def alike(a: int, b: int) -> bool:
+        if lengths[a] != lengths[b]:
+            return False
+        if ids_q is None or ids_k is None:
+            return True
+        return bool(np.array_equal(ids_q[a], ids_q[b]) and np.array_equal(ids_k[a], ids_k[b]))
+
+    edges = [0, *(b for b in range(1, batch) if not alike(b - 1, b)), batch] if batch else []
+    for start, stop in itertools.pairwise(edges):
+        rows, length = slice(start, stop), lengths[start]
+        segments = None if ids_q is None or ids_k is None else Segments(ids_q[start], ids_k[start])
+        yield _Part(
+            call, rows, call.query[rows], call.key[rows, :, :length], call.value[rows, :, :length],
+            segments, band, structural,
+        )  # fmt: skip
+
+
+def _fused_runs(spec: AttentionSpec) -> bool:
+    """Whether torch's fused CPU kernel can express the tiles of a call."""
+    if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi:
+        return False
+    if (
+        spec.head_dim != spec.value_dim or spec.head_dim % 8
+    ):  # odd dims: its products round worse than the rule
+        return False
+    exact = spec.dtype in (torch.float32, torch.float64)  # a bias reaches the kernel in the input dtype
+    return exact or not spec.bias
+
+
+def _fused_mask(part: _Part, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+    """The tile's additive mask in the input dtype, and which rows see a key (None = all do)."""
+    if tile.structure == "causal":
+        return None, None
+    additive, visible = part.additive(tile), part.visible(tile)
+    if visible is None:
+        return additive, None
+    if additive is None:
+        additive = torch.zeros((), dtype=part.query.dtype)
+    mask = torch.where(visible, additive, -torch.inf)
+    seen = visible.any(-1)
+    return mask, None if bool(seen.all()) else seen
+
+
+def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    """One row range by torch's fused kernel; its at most two tiles are merged by their lse."""
+    out: Tensor | None = None
+    for tile in row_tiles:
+        mask, seen = _fused_mask(part, tile)
+        tile_out, tile_lse = _fused_fwd(
+            _rows(part.query, tile), _cols(part.key, tile), _cols(part.value, tile), 0.0,
+            tile.structure == "causal", attn_mask=mask, scale=part.call.scale,
+        )  # fmt: skip
+        if seen is not None:
+            tile_out = tile_out.masked_fill(~seen[..., None], 0)
+            tile_lse = tile_lse.masked_fill(~seen, -torch.inf)
+        if out is None:
+            out, lse = tile_out, tile_lse
+        else:
+            total = torch.logaddexp(lse, tile_lse)
+            out = out * torch.exp(lse - total)[..., None] + tile_out * torch.exp(tile_lse - total)[..., None]
+            lse = total
+    assert out is not None
+    return out.to(part.query.dtype), lse
+
+
+def _fused_tile_bwd(
+    part: _Part, tile: Tile, out: Tensor, lse_safe: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    key, value = _cols(part.key, tile), _cols(part.value, tile)
+    group_size = part.call.group_size
+    if (
+        group_size > 1
+    ):  # the kernel sums a group over all its rows in one go, which rounds worse than per head
+        key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
+    mask, _ = _fused_mask(part, tile)
+    dq, dk, dv = _fused_bwd(
+        _rows(part.of(dout), tile), _rows(part.query, tile), key, value,
+        _rows(part.of(out), tile), _rows(part.of(lse_safe), tile), 0.0, tile.structure == "causal",
+        attn_mask=mask, scale=part.call.scale,
+    )  # fmt: skip
+    if group_size > 1:
+        dk, dv = (g.unflatten(1, (-1, group_size)).sum(2) for g in (dk, dv))
+    return dq, dk, dv
+
+
+def _blockwise_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    """One row range by online softmax over its tiles."""
+    dtype = accumulation_dtype(part.query.dtype)
+    shape = (*part.query.shape[:2], len(row_tiles[0].rows))
+    row_max = part.query.new_full(shape, -torch.inf, dtype=dtype)
+    row_sum = torch.zeros_like(row_max)
+    acc = row_max.new_zeros((*shape, part.value.shape[3]))
+    for tile in row_tiles:
+        scores, _ = part.scores(tile)
+        new_max = torch.maximum(row_max, scores.amax(-1))
+        base = new_max.masked_fill(new_max == -torch.inf, 0)  # rows that saw nothing yet: exp(-inf - 0) = 0
+        probs = torch.exp_(scores.sub_(base[..., None]))
+        rescale = torch.exp(row_max - base)
+        row_sum = row_sum * rescale + probs.sum(-1)
+        values = _grouped(_dropped(part, tile, probs), part.key.shape[1]) @ _cols(part.value, tile).to(dtype)
+        acc = acc.mul_(rescale[..., None]).add_(values.view(acc.shape))
+        row_max = new_max
+    out = acc / torch.where(row_sum == 0, 1, row_sum)[..., None]
+    return out.to(part.query.dtype), row_max + torch.log(row_sum)
+
+
+@dataclass(frozen=True, slots=True)
+class _RowStatistics:
+    """What the blockwise backward knows of each row, all (B, H, Sq)."""
+
+    lse_safe: Tensor  # +inf in rows that see nothing
+    delta: Tensor | None
+    dlse: Tensor | None
+    mass: Tensor | None  # sum of a row's weights, where lse was computed from products rounded differently
+    alone: bool  # the tile at hand holds all that its rows see, so sums over its columns are exact
+
+
+def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Tensor, sums: _Sums) -> None:
+    """dv += (keep p)^T dout; dscore = p * (keep dp - delta), and from it every other gradient."""
+    num_kv_heads = part.key.shape[1]
+    scores, slope = part.scores(tile)
+    lse = _rows(part.of(rows.lse_safe), tile)
+    probs = torch.exp_(scores.sub_(lse[..., None]))
+    if rows.alone and rows.mass is not None:
+        total = probs.sum(-1)
+        probs.mul_((_rows(part.of(rows.mass), tile) / torch.where(total == 0, 1, total))[..., None])
+    dout_rows = _grouped(_rows(part.of(dout), tile).to(probs.dtype), num_kv_heads)
+    dprobs = (dout_rows @ _cols(part.value, tile).to(probs.dtype).mT).view(probs.shape)
+    keep = part.kept(tile)
+    weights = probs
+    if keep is not None:
+        factor = keep.to(probs.dtype).mul_(keep_scale(part.call.dropout_p))
+        weights, dprobs = probs * factor, dprobs.mul_(factor)
+    _cols(part.of(sums.value), tile).add_(_grouped(weights, num_kv_heads).mT @ dout_rows)
+    if rows.alone:  # rowsum(p * dp) of the tile itself cancels exactly where dscore is 0
+        dscores = dprobs.mul_(probs)
+        delta = dscores.sum(-1)
+        if rows.dlse is not None:
+            delta -= _rows(part.of(rows.dlse), tile)
+        delta = torch.where(lse == torch.inf, 0, delta)
+        dscores = dscores.addcmul_(probs, delta[..., None], value=-1)
+    else:
+        assert rows.delta is not None
+        dscores = dprobs.sub_(_rows(part.of(rows.delta), tile)[..., None]).mul_(probs)
+    sums.add_scores(part, tile, dscores, slope)
+
+
+def _dropped(part: _Part, tile: Tile, probs: Tensor) -> Tensor:
+    keep = part.kept(tile)
+    return probs if keep is None else probs * keep * keep_scale(part.call.dropout_p)
+
+
+def _rows(tensor: Tensor, tile: Tile) -> Tensor:
+    return _along_length(tensor, tile.rows)
+
+
+def _cols(tensor: Tensor, tile: Tile) -> Tensor:
+    return _along_length(tensor, tile.cols)
+
+
+def _along_length(tensor: Tensor, part: range) -> Tensor:
+    return tensor if len(part) == tensor.shape[2] else tensor[:, :, part.start : part.stop]
+
+
+def _shape(tile: Tile) -> tuple[int, int]:
+    return len(tile.rows), len(tile.cols)
+
+
+def _grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:
+    """(b, H, rows, n) -> (b, Hkv, group * rows, n): the query heads of one key head share its products."""
+    batch, num_heads, rows, width = tensor.shape
+    return tensor.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, width)
