@@ -115,7 +115,10 @@ def second_derivative(
         results = forward(*fresh_inputs)
         used = [(r, c) for r, c in zip(results, fresh_cotangents) if c is not None]
         wanted = [(t, g) for t, g in zip(fresh_inputs, grad_outputs) if t is not None and g is not None]
-        nothing: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * len(cotangents), [None] * len(inputs))
+        nothing: tuple[list[Tensor | None], list[Tensor | None]] = (
+            [None] * len(cotangents),
+            [None] * len(inputs),
+        )
         if not used or not wanted:
             return nothing
         first = torch.autograd.grad(

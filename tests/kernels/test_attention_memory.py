@@ -11,8 +11,14 @@ NAN = float("nan")
 SEGMENTS = packed(32, 48)
 
 EXCLUDED = {
-    "causal": ({"causal": "top_left"}, slice(48, 80)),  # 40 queries see keys below 40, the last block begins at 32
-    "window left": ({"window": (8, None)}, slice(0, 16)),  # the first query stands at 40 and sees keys from 32
+    "causal": (
+        {"causal": "top_left"},
+        slice(48, 80),
+    ),  # 40 queries see keys below 40, the last block begins at 32
+    "window left": (
+        {"window": (8, None)},
+        slice(0, 16),
+    ),  # the first query stands at 40 and sees keys from 32
     "window right": ({"window": (None, 0), "causal": "top_left"}, slice(48, 80)),
     "segments": ({"segment_ids": (SEGMENTS[:, :32], SEGMENTS)}, slice(32, 80)),
     "lengths": ({"key_lengths": torch.tensor([33], device=DEVICE)}, slice(48, 80)),
