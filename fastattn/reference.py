@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,10 +30,12 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_weights: bool | str = False,
+    first_sequence: int = 0,
 ) -> Tensor | tuple[Tensor, ...]:
     """softmax(softcap(scale * q.k) + alibi + bias, masked) @ v, every intermediate in the dtype of the query.
 
     Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
+    `first_sequence` is where the batch stands in the dropout stream.
     """
     if (
         key_lengths is not None
@@ -41,7 +46,7 @@ def attention(
     scores = masked_scores(
         query, key, causal, window, mask, bias, segment_ids, key_lengths, alibi_slopes, softcap, scale
     )
-    batch, num_heads, seqlen_q, seqlen_k = scores.shape
+    batch, num_heads, seqlen_q, _seqlen_k = scores.shape
     logits = scores
     if sinks is not None:
         column = sinks.to(query.dtype)[:, None, None].expand(batch, num_heads, seqlen_q, 1)
@@ -51,7 +56,7 @@ def attention(
         -1
     )  # a row of -inf alone has no finite gradient
     lse = torch.where(has_key, lse, float("-inf"))
-    weights = weights_from_lse(scores, lse, dropout_p, dropout_seed)
+    weights = weights_from_lse(scores, lse, dropout_p, dropout_seed, first_sequence)
     results = [weights @ value.repeat_interleave(num_heads // value.shape[1], dim=1)]
     if return_lse:
         results.append(lse)
@@ -111,14 +116,51 @@ def masked_scores(
 
 
 def weights_from_lse(
-    scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None
+    scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None, first_sequence: int = 0
 ) -> Tensor:
     """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
     batch, num_heads, seqlen_q, seqlen_k = scores.shape
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])
     if dropout_p > 0.0:
         seed = draw_seed(scores.device) if dropout_seed is None else torch.as_tensor(dropout_seed)
-        heads = torch.arange(batch * num_heads, device=scores.device).view(batch, num_heads)
+        sequences = torch.arange(first_sequence, first_sequence + batch, device=scores.device)
+        heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=scores.device)
         keep = keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
         weights = weights * keep * keep_scale(dropout_p)
     return weights
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each packed sequence by itself: (T, H, D) tensors cut at cu_seqlens; lse is (H, T)."""
+    if dropout_seed is None:
+        dropout_seed = draw_seed(query.device)
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
+    lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
+    outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # tokens outside every sequence keep these
+    edges_q, edges_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b, (start, stop) in enumerate(pairwise(edges_q)):
+        if start == stop:
+            continue
+        keys = slice(edges_k[b], edges_k[b + 1])
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2 and slopes.shape[0] > 1:
+            slopes = slopes[b : b + 1]
+        sequence_out, sequence_lse = attention(
+            query[start:stop].transpose(0, 1)[None], key[keys].transpose(0, 1)[None], value[keys].transpose(0, 1)[None],
+            **options, alibi_slopes=slopes, dropout_seed=dropout_seed, return_lse=True, first_sequence=b,
+        )  # fmt: skip
+        outs[start:stop] = sequence_out[0].transpose(0, 1).split(1)
+        lses[start:stop] = sequence_lse[0].split(1, dim=1)
+    out = torch.cat(outs) if outs else out
+    return (out, torch.cat(lses, dim=1) if lses else lse) if return_lse else out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, flops
+from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -148,16 +149,11 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 
 _CALL_NAMES = tuple(field.name for field in fields(AttentionCall))
-_CALL_SCHEMA = ", ".join(
-    {
-        "Tensor": "Tensor {}",
-        "Tensor | None": "Tensor? {}",
-        "str": "str {}",
-        "int": "SymInt {}",
-        "float": "float {}",
-    }[str(field.type)].format(field.name)
-    for field in fields(AttentionCall)
+_POSITIONS = tuple(_CALL_NAMES.index(name) for name in _DIFFERENTIABLE)
+_WEIGHTS_POSITIONS = tuple(  # behind lse, which is the first input of the weights
+    0 if name == "lse" else 1 + _CALL_NAMES.index(name) for name in WeightsGradsNeeded._fields
 )
+_CALL_SCHEMA = schema_of(fields(AttentionCall))
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 _GRADS_SCHEMA = "(" + ", ".join(["Tensor"] * len(_DIFFERENTIABLE)) + ")"
 
@@ -204,7 +200,7 @@ def _attention_bwd(
     spec = AttentionSpec.of(call, needed)
     run = backends.select(spec, backend, "attention_bwd").attention_bwd
     grads: AttentionGrads = run(spec, call, out, lse, with_unit_last_stride(dout), dlse, needed)
-    return _or_empty((grad if need else None for grad, need in zip(grads, needed)), call.query)
+    return wanted_or_empty(grads, needed, call.query)
 
 
 def _attention_bwd_fake(
@@ -216,7 +212,7 @@ def _attention_bwd_fake(
         empty_in_order(getattr(call, name), tuple(getattr(call, name).shape)) if need else None
         for name, need in zip(_DIFFERENTIABLE, needs)
     )
-    return _or_empty(grads, call.query)
+    return wanted_or_empty(grads, needs, call.query)
 
 
 def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
@@ -241,7 +237,7 @@ def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[T
     spec = AttentionSpec.of(call, GradsNeeded(bias=needed.bias, alibi_slopes=needed.alibi_slopes))
     run = backends.select(spec, backend, "attention_weights_bwd").attention_weights_bwd
     grads = run(spec, call, lse, dweights, mean, needed)
-    return _or_empty((grad if need else None for grad, need in zip(grads, needed)), call.query)
+    return wanted_or_empty(grads, needed, call.query)
 
 
 def _attention_weights_bwd_fake(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -249,111 +245,77 @@ def _attention_weights_bwd_fake(dweights: Tensor, lse: Tensor, *args: Any) -> tu
     call = AttentionCall(*call_args)
     sources = (lse if name == "lse" else getattr(call, name) for name in WeightsGradsNeeded._fields)
     grads = (empty_in_order(t, tuple(t.shape)) if need else None for t, need in zip(sources, needs))
-    return _or_empty(grads, call.query)
-
-
-def _or_empty(grads: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Ops return tensors only: a gradient nobody asked for is an empty one."""
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.inputs = tuple(None if isinstance(arg, Tensor) else arg for arg in inputs)
-    ctx.tensor_positions = tuple(i for i, arg in enumerate(inputs) if isinstance(arg, Tensor))
-    ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_positions), *results)
-
-
-def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """The inputs and the results that `_save_inputs` kept."""
-    inputs, tensors = list(ctx.inputs), ctx.saved_tensors
-    for position, tensor in zip(ctx.tensor_positions, tensors):
-        inputs[position] = tensor
-    return inputs, tensors[len(ctx.tensor_positions) :]
+    return wanted_or_empty(grads, needs, call.query)
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save_inputs(ctx, inputs, output)
+    save_inputs(ctx, inputs, output)
 
 
 def _attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (out, lse) = _saved(ctx)
+    inputs, (out, lse) = saved(ctx)
     *call_args, backend = inputs
-    needs = [ctx.needs_input_grad[_CALL_NAMES.index(name)] for name in _DIFFERENTIABLE]
-    result: list[Tensor | None] = [None] * len(inputs)
     if dout is None and dlse is None:
-        return tuple(result)
+        return (None,) * len(inputs)
     dout = torch.zeros_like(out) if dout is None else dout
+    needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
     grads = torch.ops.fastattn.attention_bwd(dout, dlse, out, lse, *call_args, needs, backend)
-    for name, grad, need in zip(_DIFFERENTIABLE, grads, needs):
-        if need:
-            result[_CALL_NAMES.index(name)] = grad
-    return tuple(result)
+    return tuple(at_positions(len(inputs), _POSITIONS, grads, needs))
 
 
 def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save_inputs(ctx, inputs, ())
+    save_inputs(ctx, inputs, ())
 
 
 def _weights_backward(ctx: Any, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = _saved(ctx)
+    inputs, _ = saved(ctx)
     lse, *call_args, mean, backend = inputs
-    result: list[Tensor | None] = [None] * len(inputs)
     if dweights is None:
-        return tuple(result)
-    positions = [0 if name == "lse" else 1 + _CALL_NAMES.index(name) for name in WeightsGradsNeeded._fields]
-    needs = [ctx.needs_input_grad[position] for position in positions]
+        return (None,) * len(inputs)
+    needs = [ctx.needs_input_grad[position] for position in _WEIGHTS_POSITIONS]
     grads = torch.ops.fastattn.attention_weights_bwd(dweights, lse, *call_args, mean, needs, backend)
-    for position, grad, need in zip(positions, grads, needs):
-        if need:
-            result[position] = grad
-    return tuple(result)
+    return tuple(at_positions(len(inputs), _WEIGHTS_POSITIONS, grads, needs))
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save_inputs(ctx, inputs, ())
+    save_inputs(ctx, inputs, ())
 
 
 def _attention_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = _saved(ctx)
+    inputs, _ = saved(ctx)
     dout, dlse, _, _, *call_args, _, _ = inputs
-    positions = [_CALL_NAMES.index(name) for name in _DIFFERENTIABLE]
 
     def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return composite.out_and_lse(_with_tensors(call_args, positions, tensors))
+        return composite.out_and_lse(_with_tensors(call_args, _POSITIONS, tensors))
 
-    sources = [call_args[position] for position in positions]
+    sources = [call_args[position] for position in _POSITIONS]
     of_cotangents, of_inputs = composite.second_derivative(forward, sources, (dout, dlse), grad_outputs)
-    result: list[Tensor | None] = [*of_cotangents, None, None, *(None,) * len(call_args), None, None]
-    for position, grad in zip(positions, of_inputs):
-        result[4 + position] = grad
-    return tuple(result)
+    positions = (0, 1, *(4 + position for position in _POSITIONS))
+    grads = (*of_cotangents, *of_inputs)
+    return tuple(at_positions(len(inputs), positions, grads, (True,) * len(grads)))
 
 
 def _weights_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = _saved(ctx)
-    dweights, lse, *call_args, mean, _, _ = inputs
-    names = [name for name in WeightsGradsNeeded._fields if name != "lse"]
-    positions = [_CALL_NAMES.index(name) for name in names]
+    inputs, _ = saved(ctx)
+    dweights, *arguments, mean, _, _ = inputs  # arguments: lse and the call's
 
-    def forward(lse: Tensor, *tensors: Tensor | None) -> tuple[Tensor]:
-        return (composite.weights(_with_tensors(call_args, positions, tensors), lse, mean),)
+    def forward(*tensors: Tensor | None) -> tuple[Tensor]:
+        _, *call_args = arguments
+        replaced = dict(zip(_WEIGHTS_POSITIONS, tensors))
+        lse = replaced.pop(0)
+        assert lse is not None
+        call = _with_tensors(call_args, [position - 1 for position in replaced], replaced.values())
+        return (composite.weights(call, lse, mean),)
 
-    by_name = dict(zip(WeightsGradsNeeded._fields, grad_outputs))
-    of_cotangents, (of_lse, *of_inputs) = composite.second_derivative(
-        forward,
-        [lse, *(call_args[position] for position in positions)],
-        (dweights,),
-        [by_name["lse"], *(by_name[name] for name in names)],
-    )
-    result: list[Tensor | None] = [*of_cotangents, of_lse, *(None,) * len(call_args), None, None, None]
-    for position, grad in zip(positions, of_inputs):
-        result[2 + position] = grad
-    return tuple(result)
+    sources = [arguments[position] for position in _WEIGHTS_POSITIONS]
+    of_cotangents, of_inputs = composite.second_derivative(forward, sources, (dweights,), grad_outputs)
+    positions = (0, *(1 + position for position in _WEIGHTS_POSITIONS))
+    grads = (*of_cotangents, *of_inputs)
+    return tuple(at_positions(len(inputs), positions, grads, (True,) * len(grads)))
 
 
 def _with_tensors(
-    call_args: list[Any], positions: list[int], tensors: Iterable[Tensor | None]
+    call_args: list[Any], positions: Iterable[int], tensors: Iterable[Tensor | None]
 ) -> AttentionCall:
     replaced = list(call_args)
     for position, tensor in zip(positions, tensors):

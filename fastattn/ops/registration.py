@@ -1,0 +1,48 @@
+"""What the registration of every op shares: inputs saved whole, gradients handed out by position, no None results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], results: Sequence[Tensor]) -> None:
+    """Keep every input of an op, and some of its results, for its backward."""
+    ctx.set_materialize_grads(False)
+    ctx.inputs = tuple(None if isinstance(arg, Tensor) else arg for arg in inputs)
+    ctx.tensor_positions = tuple(i for i, arg in enumerate(inputs) if isinstance(arg, Tensor))
+    ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_positions), *results)
+
+
+def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """The inputs and the results that `save_inputs` kept."""
+    inputs, tensors = list(ctx.inputs), ctx.saved_tensors
+    for position, tensor in zip(ctx.tensor_positions, tensors):
+        inputs[position] = tensor
+    return inputs, tensors[len(ctx.tensor_positions) :]
+
+
+def wanted_or_empty(
+    grads: Iterable[Tensor | None], needs: Iterable[bool], like: Tensor
+) -> tuple[Tensor, ...]:
+    """Ops return tensors only: a gradient nobody asked for is an empty one."""
+    return tuple(grad if grad is not None and need else like.new_empty(0) for grad, need in zip(grads, needs))
+
+
+def at_positions(
+    length: int, positions: Iterable[int], grads: Iterable[Tensor | None], needs: Iterable[bool]
+) -> list[Tensor | None]:
+    """The result of a backward: `grads` at the inputs they belong to where needed, None elsewhere."""
+    result: list[Tensor | None] = [None] * length
+    for position, grad, need in zip(positions, grads, needs):
+        if need:
+            result[position] = grad
+    return result
+
+
+def schema_of(fields: Iterable[Any]) -> str:
+    """The schema of a call dataclass's fields, in order."""
+    kinds = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "int": "SymInt", "float": "float"}
+    return ", ".join(f"{kinds[str(field.type)]} {field.name}" for field in fields)
