@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,6 +37,9 @@ def main(
     checkout.correct_interpreter()
     device = torch.device(options.device)
     cases = list(cases_for(torch.device(options.cases_of or options.device)))
+    if options.warm_cases:
+        warm_cases([case for case in cases if case.name in options.warm_cases], device, options.contestants)
+        return 0
     if options.measure_memory:
         name, contestant = options.measure_memory
         harness.print_peak_memory(next(case for case in cases if case.name == name), contestant)
@@ -48,6 +53,8 @@ def main(
     if not chosen and not chosen_extras:
         print(f"no case matches {' '.join(options.only)}; --list shows them", file=sys.stderr)
         return 2
+    if options.warm:
+        warm(script, [case.name for case in chosen], options)
     result = _start(bench, device, options, [case.dtype for case in chosen])
     path = _json_path(bench, result, options)
     problems: list[str] = []
@@ -59,6 +66,34 @@ def main(
     if problems:
         print(f"{len(problems)} wrong: " + "; ".join(problems))
     return 1 if problems else 0
+
+
+def warm(script: Path, names: list[str], options: argparse.Namespace) -> None:
+    """Let processes compile what the cases need, side by side, into the compilers' caches on disk."""
+    command = [sys.executable, str(script), "--device", options.device]
+    command += ["--cases-of", options.cases_of] if options.cases_of else []
+    command += ["--contestants", options.contestants] if options.contestants else []
+    shares = [names[start :: options.warm] for start in range(min(options.warm, len(names)))]
+    null = subprocess.DEVNULL
+    workers = [
+        subprocess.Popen([*command, "--warm-cases", *share], stdout=null, stderr=null) for share in shares
+    ]
+    for worker in workers:
+        worker.wait()
+
+
+def warm_cases(cases: Sequence[Case], device: torch.device, only: str | None) -> None:
+    """A worker's side of `warm`: one step of every contestant that compiles.
+
+    Our kernels serve all lengths, so the small form will do; FlexAttention is compiled for one shape.
+    """
+    for case in cases:
+        for contestant in case.contestants(device):
+            if not re.search("fastattn|flex", contestant) or (only and not re.search(only, contestant)):
+                continue
+            form = case if contestant == "flex" else case.small()
+            with contextlib.suppress(Exception):  # the measured run gives the reason
+                form.open(device).step(contestant)()
 
 
 def _run(
@@ -204,5 +239,7 @@ def _parser(bench: str) -> argparse.ArgumentParser:
     add("--no-memory", action="store_true", help="skip the peak memory")
     add("--no-errors", action="store_true", help="skip the comparison with float64")
     add("--revision", help="commit to record where the checkout has no git folder")
+    add("--warm", type=int, metavar="N", help="first compile what is needed, in N processes")
+    add("--warm-cases", nargs="+", default=[], help=argparse.SUPPRESS)
     add("--measure-memory", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
     return parser

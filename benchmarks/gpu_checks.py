@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from torch import Tensor
 Finding = dict[str, Any]
 SEQUENCES = (1, 2, 15, 17, 63, 64, 65, 113, 127, 128, 129, 191, 200, 255, 257, 384, 511, 520, 1000, 1023)
 HEAD_DIMS = (1, 8, 16, 17, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 200, 256)
+CALLS_PER_KIND = 16
 SMALL = 70  # the greatest length where Triton is interpreted
 # Both sides of the rule are rounding errors, and on tensors of a few numbers which is larger is luck: a call over the
 # rule is counted, one over it this many times has failed. A wrong kernel is off by orders of magnitude.
@@ -46,23 +48,25 @@ def backends_here(device: torch.device) -> list[str]:
 
 
 class RandomCall:
-    """A call drawn from a seed: sizes, dtype, strides and any mixture of features."""
+    """A call drawn from a seed: sizes, dtype, strides and any mixture of features.
+
+    Every CALLS_PER_KIND seeds share what kernels are compiled for (dtype, head dims, features) and differ in the rest.
+    """
 
     def __init__(self, seed: int, device: torch.device, longest: int) -> None:
-        self.draw = random.Random(seed)
+        self.draw, self.kind = random.Random(seed), random.Random(seed // CALLS_PER_KIND)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.device = device
-        draw = self.draw
+        draw, kind = self.draw, self.kind
         lengths = [length for length in SEQUENCES if length <= longest]
-        self.kv_heads, group = draw.choice([1, 2, 3]), draw.choice([1, 1, 2, 4])
+        self.kv_heads, group = draw.choice([1, 2, 3]), kind.choice([1, 1, 2, 4])
         self.batch, self.heads = draw.choice([1, 2, 3]), self.kv_heads * group
         self.seqlen_q, self.seqlen_k = draw.choice(lengths), draw.choice(lengths)
         if draw.random() < 0.4:
             self.seqlen_k = self.seqlen_q
-        self.head_dim = draw.choice(HEAD_DIMS)
-        self.value_dim = self.head_dim if draw.random() < 0.7 else draw.choice(HEAD_DIMS)
-        low = [torch.float16] if device.type == "cpu" else [torch.float16, torch.bfloat16, torch.bfloat16]
-        self.dtype = draw.choice([*low, torch.float32])
+        self.head_dim = kind.choice(HEAD_DIMS)
+        self.value_dim = self.head_dim if kind.random() < 0.7 else kind.choice(HEAD_DIMS)
+        self.dtype = kind.choice([torch.float16, torch.bfloat16, torch.bfloat16, torch.float32])
         self.rows_first = draw.random() < 0.5  # (B, S, H, D) in memory
         self.options = self._options()
         self.operands = {
@@ -103,28 +107,28 @@ class RandomCall:
         return results
 
     def _options(self) -> dict[str, Any]:
-        draw = self.draw
-        options: dict[str, Any] = {"causal": draw.choice([False, True, True, "top_left"])}
-        if draw.random() < 0.3:
-            options["window"] = (draw.choice([0, 5, 40, 130, None]), draw.choice([0, 3, 70, None]))
-        if draw.random() < 0.25:
+        draw, kind = self.draw, self.kind
+        options: dict[str, Any] = {"causal": kind.choice([False, True, True, "top_left"])}
+        if kind.random() < 0.3:
+            options["window"] = (draw.choice([0, 5, 40, 130]), kind.choice([0, 70, None]))
+        if kind.random() < 0.25:
             options["key_lengths"] = self._integers(0, self.seqlen_k + 1, self.batch)
-        if draw.random() < 0.5:  # half the calls keep to what every backend has
+        if kind.random() < 0.5:  # half the calls keep to what every backend has
             return options
         for name, chance in (("mask", 0.25), ("bias", 0.3)):
-            if draw.random() < chance:
+            if kind.random() < chance:
                 shape = [size if draw.random() < 0.6 else 1 for size in self._plane()]
                 noise = self._normal(*shape)
                 options[name] = noise > -1.3 if name == "mask" else noise
-        if draw.random() < 0.3:
+        if kind.random() < 0.3:
             options["segment_ids"] = tuple(self._integers(-1, 3, self.batch, n) for n in self._plane()[2:])
-        if draw.random() < 0.25:
+        if kind.random() < 0.25:
             options["alibi_slopes"] = self._normal(self.heads).abs()
-        if draw.random() < 0.25:
+        if kind.random() < 0.25:
             options["softcap"] = 2.0
-        if draw.random() < 0.25:
+        if kind.random() < 0.25:
             options["sinks"] = self._normal(self.heads)
-        if draw.random() < 0.25:
+        if kind.random() < 0.25:
             options |= {"dropout_p": 0.2, "dropout_seed": draw.randrange(1 << 40)}
         return options
 
@@ -202,9 +206,8 @@ def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Fi
     for name in names:
         passed, failed, refused = (counts[name, kind] for kind in ("passed", "failed", "refused"))
         status = "failed" if failed else "passed" if passed else "skipped"
-        detail = (
-            f"{passed} passed, {failed} failed, {refused} refused; worst {worst[name]:.2f} of what is allowed"
-        )
+        detail = f"{passed} passed ({counts[name, 'over']} of them over the rule), {failed} failed, {refused} refused"
+        detail += f"; worst {worst[name]:.2f} of what is allowed"
         yield finding("random", status, detail, backend=name, summary=True)
 
 
@@ -383,21 +386,49 @@ CHECKS: dict[str, Callable[[torch.device, float, int], Iterator[Finding]]] = {
 }
 
 
+def in_workers(check: str, options: argparse.Namespace) -> Iterator[Finding]:
+    """The findings of a check run in several processes, each from seeds of its own: kernels compile side by side."""
+    command = [
+        sys.executable,
+        __file__,
+        check,
+        "--seconds",
+        str(options.seconds),
+        "--device",
+        options.device,
+        "--seed",
+    ]
+    workers = [
+        subprocess.Popen([*command, str(options.seed + 100_000 * number)], stdout=subprocess.PIPE, text=True)
+        for number in range(options.workers)
+    ]
+    for number, worker in enumerate(workers):
+        output, _ = worker.communicate()
+        findings = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        yield from findings
+        if worker.returncode and not any(item["status"] == "failed" for item in findings):
+            yield finding(check, "failed", f"worker {number} ended with status {worker.returncode}")
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Correctness of fastattn on this machine's device.")
     parser.add_argument("check", nargs="*", help=f"which checks: {', '.join(CHECKS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=60.0, help="time for the checks that repeat")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes for the random calls")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     unknown = [name for name in options.check if name not in CHECKS]
     if unknown:
         parser.error(f"unknown check {unknown[0]!r}: choose from {', '.join(CHECKS)}")
     checkout.make_importable()
+    checkout.correct_interpreter()
     failed = False
     for name in options.check or CHECKS:
-        for item in CHECKS[name](torch.device(options.device), options.seconds, options.seed):
+        spread = name == "random" and options.workers > 1
+        run = CHECKS[name](torch.device(options.device), options.seconds, options.seed)
+        for item in in_workers(name, options) if spread else run:
             print(json.dumps(item), flush=True)
             failed = failed or item["status"] == "failed"
     return 1 if failed else 0

@@ -29,6 +29,7 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Step = Callable[[], Tensors]
+Sampler = Callable[[Step, int], float]  # seconds per call of a step called that many times
 
 MEMORY_MARK = "peak-memory:"
 # glibc keeps freed blocks below these sizes; pinned low, so that the resident size follows what is allocated
@@ -139,7 +140,8 @@ def run_case(
         rows[contestant] = row
         if step is not None:
             steps[contestant] = step
-    samples = time_interleaved(steps, device, budget)
+    sampler = _sampler(device)
+    samples = time_interleaved(steps, device, budget, sampler)
     peak = ceilings["matmul_tflops"].get(dtype_name(case.dtype))
     for contestant, seconds in samples.items():
         row = rows[contestant]
@@ -147,8 +149,12 @@ def run_case(
         tflops = case.flops / statistics.median(seconds) / 1e12 if case.flops else None
         row["tflops"] = tflops and round(tflops, 4)
         row["ceiling_share"] = round(tflops / peak, 4) if tflops and peak else None
+        row["host_ms"] = None
+        if isinstance(sampler, _CudaSampler):
+            row["host_ms"] = round(1e3 * statistics.median(sampler.host[steps[contestant]]), 4)
         row["peak_memory_mib"] = None
     steps.clear()
+    del sampler
     if budget.memory and device.type == "cuda":
         for contestant in samples:
             rows[contestant]["peak_memory_mib"] = _cuda_peak_mib(workload, contestant, device)
@@ -234,7 +240,7 @@ def _greatest(actual: Tensor, golden: Tensor) -> float:
 
 
 def time_interleaved(
-    steps: Mapping[str, Step], device: torch.device, budget: Budget
+    steps: Mapping[str, Step], device: torch.device, budget: Budget, sample: Sampler | None = None
 ) -> dict[str, list[float]]:
     """Seconds per call of every sample: each round calls every contestant once, in an order that rotates.
 
@@ -246,7 +252,7 @@ def time_interleaved(
     samples: dict[str, list[float]] = {name: [] for name in names}
     if not names:
         return samples
-    sample = _CudaSampler(device) if device.type == "cuda" else _host_sample
+    sample = sample or _sampler(device)
     repeats = dict.fromkeys(names, 1)
     gc.collect()
     enabled = gc.isenabled()
@@ -269,6 +275,10 @@ def time_interleaved(
     return samples
 
 
+def _sampler(device: torch.device) -> Sampler:
+    return _CudaSampler(device) if device.type == "cuda" else _host_sample
+
+
 def _host_sample(step: Step, repeats: int) -> float:
     started = time.perf_counter()
     for _ in range(repeats):
@@ -279,18 +289,28 @@ def _host_sample(step: Step, repeats: int) -> float:
 class _CudaSampler:
     """Seconds of device time per call, the cache overwritten before each sample.
 
-    Overwriting it also keeps the device busy while the host launches the step, so that launch gaps do not count.
+    A spinning kernel then holds the device back for longer than the host took to launch such calls before, so that
+    launch gaps do not count; what the host took is kept in `host`.
     """
+
+    HERTZ = 2e9  # no slower than any clock a device spins at, so the wait is never too short
 
     def __init__(self, device: torch.device) -> None:
         self.cache = torch.empty(2**28, dtype=torch.int8, device=device)
+        self.host: dict[Step, list[float]] = {}
 
     def __call__(self, step: Step, repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        launches = self.host.setdefault(step, [])
+        wait = repeats * min(2 * max(launches[-3:], default=0.001), 0.01)
+        torch.cuda.synchronize()
         self.cache.zero_()
+        torch.cuda._sleep(int(wait * self.HERTZ))
         start.record()
+        began = time.perf_counter()
         for _ in range(repeats):
             step()
+        launches.append((time.perf_counter() - began) / repeats)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
