@@ -8,9 +8,12 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also") may repeat across topics
+PAGE_WIDTH = 70  # what Sphinx wraps its text output to
+UNDERLINE = re.compile(r"([*=~^#-])\1{2,}")
 MIN_SECTION = 300  # characters; a shorter section goes with the one after it
 HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~^#-])\1{2,}\n)")  # what stands before a title and its underline
 MAX_DOCUMENT = 1 << 22  # characters held at once; a longer document is cut at a line end
@@ -25,7 +28,7 @@ def default_corpus() -> list[str]:
     """The standard library's `pydoc_data.topics`: English prose about Python, one document per section.
 
     Topics quote each other at length, so a paragraph that another section already has is left out: held-out
-    sections share no paragraph with the others. The lines of a paragraph of prose are joined to one. The order is
+    sections share no paragraph with the others. Hard-wrapped paragraphs are joined to one line. The order is
     fixed and unrelated to the topics, so that any stretch of documents is a fair sample.
     """
     from pydoc_data.topics import topics
@@ -36,10 +39,16 @@ def default_corpus() -> list[str]:
     return sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
 
 
-def _is_prose(paragraph: str) -> bool:
-    """Whether all lines start at the margin, as code's, lists' and quotations' do not, and none underlines a title."""
+def _unwrapped(paragraph: str) -> str:
+    """The paragraph on one line if each of its line breaks was forced by the width of the page, else as it is."""
     lines = paragraph.strip("\n").split("\n")
-    return all(line[:1].isalnum() or line[:1] in "\"'(“" for line in lines)
+    joined = lines[0]
+    for line, following in pairwise(lines):
+        words = following.split()
+        if not words or UNDERLINE.fullmatch(following) or len(f"{line} {words[0]}") <= PAGE_WIDTH:
+            return paragraph
+        joined += following.lstrip() if re.search(r"\w-$", line) else " " + following.lstrip()
+    return joined
 
 
 def _sections(text: str) -> list[str]:
@@ -55,12 +64,12 @@ def _sections(text: str) -> list[str]:
 
 
 def _without_repeats(text: str, seen: set[str]) -> str:
-    """The paragraphs of `text` that are not in `seen`, which gains them; prose on one line each."""
+    """The paragraphs of `text` that are not in `seen`, which gains them, unwrapped."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(paragraph.split())
         if len(key) < MIN_SHARED_PARAGRAPH or key not in seen:
-            kept.append(key if _is_prose(paragraph) else paragraph)
+            kept.append(_unwrapped(paragraph))
         if len(key) >= MIN_SHARED_PARAGRAPH:
             seen.add(key)
     return "\n\n".join(kept)

@@ -13,6 +13,7 @@ from fastattn.data.corpora import (
     MIN_SHARED_PARAGRAPH,
     DataError,
     TextFiles,
+    _unwrapped,
     check_text_file,
     default_corpus,
     split_documents,
@@ -20,7 +21,8 @@ from fastattn.data.corpora import (
 
 
 def paragraphs(document):
-    keys = (" ".join(paragraph.split()) for paragraph in document.split("\n\n"))
+    """Those long enough to count, as they read whatever the line breaks, at spaces and after hyphens."""
+    keys = (" ".join(paragraph.split()).replace("- ", "-") for paragraph in document.split("\n\n"))
     return [key for key in keys if len(key) >= MIN_SHARED_PARAGRAPH]
 
 
@@ -45,6 +47,27 @@ def test_default_corpus_drops_only_repeats():
     kept = {p for document in default_corpus() for p in paragraphs(document)}
     assert kept <= everything
     assert sum(map(len, kept)) > 0.99 * sum(map(len, everything))
+
+
+WRAPPED = (
+    "   Each of these lines was broken where the next word would not fit the\n   page, also after a hyphen."
+)
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "expected"),
+    [
+        (WRAPPED, WRAPPED.replace("\n   ", " ")),
+        ("* " + "x" * 60 + " and-\n  so-on-and-on", "* " + "x" * 60 + " and-so-on-and-on"),
+        ("short\nlines", "short\nlines"),
+        ("A title\n=======", "A title\n======="),
+        ("A title as long as fifty characters or a little more\n" + "=" * 52, None),
+        ("x = [" + "1, " * 22 + "\n     2]\nprint(x)", None),
+        ("one line", "one line"),
+    ],
+)
+def test_only_forced_line_breaks_are_undone(paragraph, expected):
+    assert _unwrapped(paragraph) == (paragraph if expected is None else expected)
 
 
 def test_default_corpus_joins_the_lines_of_prose_and_keeps_those_of_code():
