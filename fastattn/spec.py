@@ -1,4 +1,4 @@
-"""What a call asks for: the tensors and options of one attention call, and the hashable summary a backend decides on.
+"""What a call asks for: the tensors and options of one call, and the hashable summary a backend decides on.
 
 Shape legend, used by every file:
     B batch    H query heads    Hkv key/value heads    Sq, Sk query/key lengths    D head dim    Dv value dim
@@ -49,6 +49,48 @@ class AttentionCall:
     def group_size(self) -> int:
         """Query heads served by one key/value head."""
         return self.query.shape[1] // max(self.key.shape[1], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenCall:
+    """One call on packed sequences: sequence b owns tokens cu_seqlens[b] .. cu_seqlens[b + 1]."""
+
+    query: Tensor  # (T, H, D)
+    key: Tensor  # (Tk, Hkv, D)
+    value: Tensor  # (Tk, Hkv, Dv)
+    cu_seqlens_q: Tensor  # (B + 1,) int32, ascending from 0
+    cu_seqlens_k: Tensor  # (B + 1,) int32
+    alibi_slopes: Tensor | None = None  # (1 or B, H) in the accumulation dtype
+    sinks: Tensor | None = None  # (H,) in the accumulation dtype
+    dropout_seed: Tensor | None = None  # one int64 element on the query's device; given iff dropout_p > 0
+    max_seqlen_q: int = -1  # upper bounds of the lengths; -1 = not given
+    max_seqlen_k: int = -1
+    causal: str = "none"
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    scale: float = 1.0
+
+    def as_one_sequence(self) -> AttentionCall:
+        """The packed tokens as a single (1, H, T, D) sequence: what a spec is made of."""
+        query, key, value = (t.transpose(0, 1)[None] for t in (self.query, self.key, self.value))
+        return AttentionCall(
+            query, key, value, alibi_slopes=self.alibi_slopes, sinks=self.sinks, dropout_seed=self.dropout_seed,
+            causal=self.causal, window_left=self.window_left, window_right=self.window_right, softcap=self.softcap,
+            dropout_p=self.dropout_p, scale=self.scale,
+        )  # fmt: skip
+
+    def sequence(self, b: int, rows: slice, cols: slice) -> AttentionCall:
+        """Sequence b by itself, a (1, H, S, D) view of its tokens."""
+        whole = self.as_one_sequence()
+        slopes = self.alibi_slopes
+        if slopes is not None and slopes.shape[0] > 1:
+            slopes = slopes[b : b + 1]
+        return replace(
+            whole, query=whole.query[:, :, rows], key=whole.key[:, :, cols], value=whole.value[:, :, cols],
+            alibi_slopes=slopes,
+        )  # fmt: skip
 
 
 class AttentionGrads(NamedTuple):
@@ -116,14 +158,10 @@ class AttentionSpec:
     def of(cls, call: AttentionCall, needs: GradsNeeded | None = None) -> AttentionSpec:
         """The spec of a forward call, or of its backward when the needed gradients are given. Needs real tensors."""
         query, key, value = call.query, call.key, call.value
-        arch = None
-        if query.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(query.device)
-            arch = 10 * major + minor
         operands = (query, key, value)
         return cls(
             device=query.device.type,
-            arch=arch,
+            arch=_arch_of(query),
             dtype=query.dtype,
             head_dim=query.shape[3],
             value_dim=value.shape[3],
@@ -158,6 +196,87 @@ class AttentionSpec:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True, slots=True)
+class SoftmaxCall:
+    """One softmax: exp(scale * x) over its sum along `dim`, or the logarithm of that."""
+
+    x: Tensor  # any shape, at least 1-D
+    mask: Tensor | None  # bool, True = keep; of x's rank, each size 1 or x's
+    dim: int  # 0 or more
+    scale: float
+    causal: bool  # entry (i, j) of the last two dims stays where j <= i + columns - rows
+    log: bool
+    dtype: torch.dtype  # of the result
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropyCall:
+    """One cross-entropy per row of logits."""
+
+    logits: Tensor  # (N, V)
+    target: Tensor  # (N,) int64
+    ignore_index: int  # rows with this target have loss 0
+    label_smoothing: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCrossEntropyCall:
+    """One cross-entropy per row of softcap(hidden @ weight.T + bias)."""
+
+    hidden: Tensor  # (N, E)
+    weight: Tensor  # (V, E)
+    bias: Tensor | None  # (V,)
+    target: Tensor  # (N,) int64
+    ignore_index: int
+    label_smoothing: float
+    softcap: float  # 0 = none
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxSpec:
+    """What a softmax or a cross-entropy asks for: the class of its rows, not their number."""
+
+    device: str
+    arch: int | None  # 10 * major + minor of a CUDA device, else None
+    dtype: torch.dtype  # of the input
+    columns: int  # the row length rounded up to a power of two
+    unit_columns: bool  # neighbours in a row are neighbours in memory
+    wide_rows: bool  # some offset within a row, or across a tile of rows, may pass 2**31
+    mask: bool = False
+    causal: bool = False
+    log: bool = False
+    backward: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        dim: int = -1,
+        *,
+        mask: bool = False,
+        causal: bool = False,
+        log: bool = False,
+        backward: bool = False,
+    ) -> SoftmaxSpec:
+        """The spec of rows along `dim` of x. Needs a real tensor."""
+        return cls(
+            device=x.device.type,
+            arch=_arch_of(x),
+            dtype=x.dtype,
+            columns=1 << max(x.shape[dim] - 1, 0).bit_length(),
+            unit_columns=x.stride(dim) == 1 or x.shape[dim] == 1,
+            wide_rows=_passes_32_bits(x),
+            mask=mask,
+            causal=causal,
+            log=log,
+            backward=backward,
+        )
+
+    def replace(self, **changes: Any) -> SoftmaxSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype scores, lse and sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -179,6 +298,13 @@ def with_unit_last_stride(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
+
+
+def _arch_of(tensor: Tensor) -> int | None:
+    if tensor.device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def _float32_precision(dtype: torch.dtype) -> str:

@@ -7,7 +7,9 @@ from fastattn.backends.torch_attention import (
     attention_weights_fwd,
     tiles,
 )
-from fastattn.spec import AttentionSpec
+from fastattn.backends.torch_softmax import softmax_bwd, softmax_fwd, softmax_tiles
+from fastattn.backends.torch_varlen import varlen_bwd, varlen_fwd
+from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
     "NAME",
@@ -15,13 +17,18 @@ __all__ = [
     "attention_fwd",
     "attention_weights_bwd",
     "attention_weights_fwd",
+    "softmax_bwd",
+    "softmax_fwd",
+    "softmax_tiles",
     "tiles",
+    "varlen_bwd",
+    "varlen_fwd",
     "why_not",
 ]
 
 NAME = "torch"
 
 
-def why_not(spec: AttentionSpec) -> str | None:
+def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     """This backend runs everything."""
     return None

@@ -40,13 +40,13 @@ def tiles(spec: AttentionSpec) -> str:
     return f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
 
 
-def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call."""
+def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call whose batch starts at `first_sequence` of the dropout stream."""
     fused = _fused_runs(spec)
     run = _fused_rows if fused else _blockwise_rows
     shape = (*call.query.shape[:3], spec.value_dim)
     out: Tensor | None = None
-    for part in _parts(call):
+    for part in _parts(call, first_sequence):
         for row_tiles in part.schedule(fused):
             out_rows, lse_rows = run(part, row_tiles)
             if out is None:
@@ -69,6 +69,7 @@ def attention_bwd(
     dout: Tensor,
     dlse: Tensor | None,
     needs: GradsNeeded,
+    first_sequence: int = 0,
 ) -> AttentionGrads:
     """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
     fused = _fused_runs(spec) and dlse is None and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
@@ -78,7 +79,7 @@ def attention_bwd(
     if not fused and _fused_runs(spec.replace(bias_grad=False)):  # lse came from other products than ours
         mass = torch.ones_like(lse) if call.sinks is None else 1 - torch.exp(call.sinks[:, None] - lse_safe)
     sums: _Sums | None = None
-    for part in _parts(call):
+    for part in _parts(call, first_sequence):
         for row_tiles in part.schedule(fused):
             for tile in row_tiles:
                 if fused:
@@ -149,6 +150,7 @@ class _Part:
     """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
 
     call: AttentionCall
+    first_sequence: int  # where the call's batch stands in the dropout stream
     batch: slice
     query: Tensor  # (b, H, Sq, D)
     key: Tensor  # (b, Hkv, length, D)
@@ -260,8 +262,9 @@ class _Part:
         call = self.call
         if call.dropout_seed is None:
             return None
-        num_heads = self.query.shape[1]
-        heads = torch.arange(call.query.shape[0] * num_heads, device=self.query.device).view(-1, num_heads)
+        batch, num_heads, device = call.query.shape[0], self.query.shape[1], self.query.device
+        sequences = torch.arange(self.first_sequence, self.first_sequence + batch, device=device)
+        heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=device)
         return keep_mask(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p)
 
 
@@ -351,7 +354,7 @@ class _Sums:
         return dq, dk, dv, bias, slopes
 
 
-def _parts(call: AttentionCall) -> Iterator[_Part]:
+def _parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[_Part]:
     """The batch in runs of sequences that share one schedule: one run unless lengths or segments differ."""
     batch, seqlen_k = call.query.shape[0], call.key.shape[2]
     right = call.window_right if call.window_right >= 0 else None
@@ -361,7 +364,17 @@ def _parts(call: AttentionCall) -> Iterator[_Part]:
     structural: dict[tuple[int, int, int], Tensor] = {}
     if call.key_lengths is None and call.query_segments is None:
         if batch:
-            yield _Part(call, slice(0, batch), call.query, call.key, call.value, None, band, structural)
+            yield _Part(
+                call,
+                first_sequence,
+                slice(0, batch),
+                call.query,
+                call.key,
+                call.value,
+                None,
+                band,
+                structural,
+            )
         return
     lengths = [seqlen_k] * batch if call.key_lengths is None else call.key_lengths.tolist()
     ids_q = None if call.query_segments is None else call.query_segments.cpu().numpy()
@@ -379,7 +392,7 @@ def _parts(call: AttentionCall) -> Iterator[_Part]:
         rows, length = slice(start, stop), lengths[start]
         segments = None if ids_q is None or ids_k is None else Segments(ids_q[start], ids_k[start])
         yield _Part(
-            call, rows, call.query[rows], call.key[rows, :, :length], call.value[rows, :, :length],
+            call, first_sequence, rows, call.query[rows], call.key[rows, :, :length], call.value[rows, :, :length],
             segments, band, structural,
         )  # fmt: skip
 

@@ -60,13 +60,7 @@ def call_arguments(
     if key_lengths is not None:
         key_lengths = check_integers("key_lengths", key_lengths, (batch,), query)
     if alibi_slopes is not None:
-        check_tensor("alibi_slopes", alibi_slopes)
-        check_floating("alibi_slopes", alibi_slopes)
-        check_device("alibi_slopes", alibi_slopes, query)
-        if alibi_slopes.shape != (num_heads,) and alibi_slopes.shape != (batch, num_heads):
-            got = shape_of(alibi_slopes)
-            raise ValueError(f"alibi_slopes: got shape {got}, needs ({num_heads},) or ({batch}, {num_heads})")
-        alibi_slopes = alibi_slopes.view(-1, num_heads).to(per_head_dtype)
+        alibi_slopes = per_head_slopes(alibi_slopes, batch, num_heads, query)
     if sinks is not None:
         check_tensor("sinks", sinks)
         check_floating("sinks", sinks)
@@ -266,6 +260,18 @@ def score_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, needs a finite number")
     return float(scale)
+
+
+def per_head_slopes(slopes: Tensor, batch: int, num_heads: int, query: Tensor) -> Tensor:
+    """ALiBi slopes (H,) or (B, H) as (1 or B, H) in the accumulation dtype."""
+    check_tensor("alibi_slopes", slopes)
+    check_floating("alibi_slopes", slopes)
+    check_device("alibi_slopes", slopes, query)
+    if slopes.shape != (num_heads,) and slopes.shape != (batch, num_heads):
+        raise ValueError(
+            f"alibi_slopes: got shape {shape_of(slopes)}, needs ({num_heads},) or ({batch}, {num_heads})"
+        )
+    return slopes.reshape(-1, num_heads).to(accumulation_dtype(query.dtype))
 
 
 def check_backend(name: str) -> None:

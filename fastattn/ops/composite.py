@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, reference
-from fastattn.spec import AttentionCall, accumulation_dtype
+from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
 def transform_in_use(args: tuple[Any, ...]) -> str | None:
@@ -32,12 +32,19 @@ def transform_in_use(args: tuple[Any, ...]) -> str | None:
 def reference_options(call: AttentionCall) -> dict[str, Any]:
     """The options of `reference.attention` that mean the same as `call`."""
     return {
-        "causal": {"none": False, "bottom_right": True, "top_left": "top_left"}[call.causal],
-        "window": (call.window_left, call.window_right),
+        **shared_options(call),
         "mask": call.mask,
         "bias": call.bias,
         "segment_ids": None if call.query_segments is None else (call.query_segments, call.key_segments),
         "key_lengths": call.key_lengths,
+    }
+
+
+def shared_options(call: AttentionCall | VarlenCall) -> dict[str, Any]:
+    """Those of them that packed sequences have too."""
+    return {
+        "causal": {"none": False, "bottom_right": True, "top_left": "top_left"}[call.causal],
+        "window": (call.window_left, call.window_right),
         "alibi_slopes": call.alibi_slopes,
         "softcap": call.softcap or None,
         "sinks": call.sinks,
@@ -47,15 +54,23 @@ def reference_options(call: AttentionCall) -> dict[str, Any]:
     }
 
 
+_SCORES = "the scores, O(Sq * Sk) memory"
+
+
+def refuse_named(backend: str, transform: str, materialised: str = _SCORES) -> None:
+    """A named kernel cannot run under a transform; anything else takes the composite path, and says so."""
+    if backend not in ("auto", "torch"):
+        raise RuntimeError(
+            f"backend={backend!r} cannot run this call: {transform} is active; use 'auto' or 'torch'"
+        )
+    backends.warn_once(f"fastattn materialises {materialised}: {transform} is active")
+
+
 def attention(
     args: tuple[Any, ...], reason: str, return_lse: bool, return_weights: bool | str, backend: str
 ) -> Tensor | tuple[Tensor, ...]:
     """The call in differentiable torch operations, for transforms a fused kernel has no rule for."""
-    if backend not in ("auto", "torch"):
-        raise RuntimeError(
-            f"backend={backend!r} cannot run this call: {reason} is active; use 'auto' or 'torch'"
-        )
-    backends.warn_once(f"fastattn materialises the scores, O(Sq * Sk) memory: {reason} is active")
+    refuse_named(backend, reason)
     call = AttentionCall(*args)
     out, lse = out_and_lse(call)
     results = [out]
@@ -94,6 +109,7 @@ def second_derivative(
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
     grad_outputs: Sequence[Tensor | None],
+    materialised: str = _SCORES,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Differentiate a first derivative: the backward of a backward op.
 
@@ -101,13 +117,12 @@ def second_derivative(
         forward: differentiable function of `inputs` with one result per cotangent.
         inputs, cotangents: what the backward op was given; None where absent.
         grad_outputs: the incoming gradient of each input's gradient; None where there is none.
+        materialised: what this costs, for the warning.
 
     Returns:
         Gradients of the cotangents and of the inputs, None where nothing flows.
     """
-    backends.warn_once(
-        "fastattn materialises the scores, O(Sq * Sk) memory: a second derivative was asked for"
-    )
+    backends.warn_once(f"fastattn materialises {materialised}: a second derivative was asked for")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         fresh_inputs = [_fresh(t) for t in inputs]

@@ -1,0 +1,277 @@
+"""`attention_varlen`: attention on packed sequences, and its registration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, reference
+from fastattn.ops import arguments, composite
+from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
+from fastattn.spec import (
+    AttentionGrads,
+    AttentionSpec,
+    GradsNeeded,
+    VarlenCall,
+    accumulation_dtype,
+    empty_in_order,
+    with_unit_last_stride,
+)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of every sequence in a packed batch by itself, without padding.
+
+    Args:
+        query: (T, H, D), the sequences' queries one after another.
+        key, value: (Tk, Hkv, D) and (Tk, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, ascending from 0: sequence b owns tokens cu_seqlens[b] up to
+            cu_seqlens[b + 1]. Sequences may be empty; tokens after the last belong to none.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Left out, they are read from cu_seqlens where a
+            kernel needs them, which costs a synchronisation and cannot happen while a CUDA graph is captured.
+        causal, window, alibi_slopes, softcap, sinks, dropout_p, dropout_seed, scale, backend: as in `attention`,
+            with each sequence's own lengths for Sq and Sk; alibi_slopes is (H,) or (B, H).
+        return_lse: also return the log-sum-exp, (H, T) float32, natural log, differentiable.
+
+    Returns:
+        out (T, H, Dv) in the query's dtype and memory order, and lse if asked for. Tokens of no sequence, and rows
+        that see no key, give out 0 and lse -inf.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the named backend cannot run the call.
+
+    Source: Dao, "FlashAttention-2" (2023), variable-length interface.
+    """
+    args = _call_arguments(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        scale=scale,
+    )  # fmt: skip
+    arguments.check_backend(backend)
+    if (transform := composite.transform_in_use(args)) is not None:
+        composite.refuse_named(backend, transform)
+        out, lse = _composite(VarlenCall(*args))
+    else:
+        out, lse = torch.ops.fastattn.varlen_fwd(*args, backend)
+    return (out, lse) if return_lse else out
+
+
+def _call_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *,
+    alibi_slopes: Tensor | None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """The public arguments, checked and put in the order of VarlenCall's fields."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        arguments.check_tensor(name, tensor)
+        if tensor.dim() != 3:
+            got = arguments.shape_of(tensor)
+            raise ValueError(f"{name}: got shape {got}, needs 3 dimensions (tokens, heads, dim)")
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        arguments.check_tensor(name, tensor)
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}: got {tensor.dtype}, needs int32")
+        if tensor.dim() != 1 or tensor.shape[0] == 0:
+            raise ValueError(f"{name}: got shape {arguments.shape_of(tensor)}, needs (batch + 1,)")
+        arguments.check_device(name, tensor, query)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        got, needs = arguments.shape_of(cu_seqlens_k), arguments.shape_of(cu_seqlens_q)
+        raise ValueError(f"cu_seqlens_k: got shape {got}, needs that of cu_seqlens_q, {needs}")
+    batch, num_heads = cu_seqlens_q.shape[0] - 1, query.shape[1]
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
+    as_padded = (t.transpose(0, 1)[None] for t in (query, key, value))
+    query, key, value, *_, sinks, seed, causal, left, right, softcap, dropout_p, scale = (
+        arguments.call_arguments(*as_padded, **options)
+    )
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    bounds = []
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(bound, (bool, float, str, Tensor)):
+            raise TypeError(f"{name}: got {type(bound).__name__}, needs an integer or None")
+        if bound is not None and bound < 0:
+            raise ValueError(f"{name}: got {bound}, needs 0 or more")
+        bounds.append(-1 if bound is None else bound)
+    return (
+        query, key, value, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), slopes, sinks, seed, *bounds,
+        causal, left, right, softcap, dropout_p, scale,
+    )  # fmt: skip
+
+
+def _check_values(call: VarlenCall) -> None:
+    """What only real data shows, and a CPU shows without a synchronisation."""
+    if call.query.device.type != "cpu":
+        return
+    for name, edges, tokens, bound in (
+        ("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q),
+        ("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k),
+    ):
+        lengths = edges.diff()
+        first, last = int(edges[0]), int(edges[-1])
+        if first != 0 or bool((lengths < 0).any()) or last > tokens:
+            got = f"{edges.tolist()}" if len(edges) <= 9 else f"values from {first} to {last}"
+            raise ValueError(
+                f"{name}: got {got}, needs ascending values from 0 to at most {tokens} (the tokens)"
+            )
+        longest = int(lengths.max()) if len(lengths) else 0
+        if 0 <= bound < longest:
+            raise ValueError(
+                f"max_seqlen_{name[-1]}: got {bound}, needs at least {longest} (the longest sequence)"
+            )
+
+
+def _composite(call: VarlenCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) in differentiable torch operations."""
+    dtype = accumulation_dtype(call.query.dtype)
+    operands = (call.query.to(dtype), call.key.to(dtype), call.value.to(dtype))
+    options = composite.shared_options(call)
+    out, lse = reference.attention_varlen(
+        *operands, call.cu_seqlens_q, call.cu_seqlens_k, **options, return_lse=True
+    )
+    return out.to(call.query.dtype), lse
+
+
+_DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
+_CALL_NAMES = tuple(field.name for field in fields(VarlenCall))
+_POSITIONS = tuple(_CALL_NAMES.index(name) for name in _DIFFERENTIABLE)
+_CALL_SCHEMA = schema_of(fields(VarlenCall))
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+
+_LIBRARY.define(f"varlen_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(
+    f"varlen_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CALL_SCHEMA}, bool[] needs, str backend)"
+    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _kernel_call(call_args: list[Any]) -> VarlenCall:
+    query, key, value, *rest = call_args
+    call = VarlenCall(
+        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), *rest
+    )
+    capturing = query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
+        raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
+    return call
+
+
+def _varlen_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *call_args, backend = args
+    call = _kernel_call(call_args)
+    _check_values(call)
+    spec = AttentionSpec.of(call.as_one_sequence())
+    return backends.select(spec, backend, "varlen_fwd").varlen_fwd(spec, call)
+
+
+def _varlen_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    query, value = args[0], args[2]
+    tokens, num_heads, _ = query.shape
+    out = empty_in_order(query, (tokens, num_heads, value.shape[2]))
+    return out, query.new_empty((num_heads, tokens), dtype=accumulation_dtype(query.dtype))
+
+
+def _varlen_bwd(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *call_args, needs, backend = args
+    call = _kernel_call(call_args)
+    needed = GradsNeeded(**dict(zip(_DIFFERENTIABLE, needs)))
+    spec = AttentionSpec.of(call.as_one_sequence(), needed)
+    run = backends.select(spec, backend, "varlen_bwd").varlen_bwd
+    grads: AttentionGrads = run(spec, call, out, lse, with_unit_last_stride(dout), dlse, needed)
+    return wanted_or_empty((getattr(grads, name) for name in _DIFFERENTIABLE), needs, call.query)
+
+
+def _varlen_bwd_fake(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *call_args, needs, _ = args
+    call = VarlenCall(*call_args)
+    sources = (getattr(call, name) for name in _DIFFERENTIABLE)
+    grads = (empty_in_order(t, tuple(t.shape)) if need else None for t, need in zip(sources, needs))
+    return wanted_or_empty(grads, needs, call.query)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    save_inputs(ctx, inputs, output)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, (out, lse) = saved(ctx)
+    *call_args, backend = inputs
+    if dout is None and dlse is None:
+        return (None,) * len(inputs)
+    dout = torch.zeros_like(out) if dout is None else dout
+    needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
+    grads = torch.ops.fastattn.varlen_bwd(dout, dlse, out, lse, *call_args, needs, backend)
+    return tuple(at_positions(len(inputs), _POSITIONS, grads, needs))
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_inputs(ctx, inputs, ())
+
+
+def _double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, _ = saved(ctx)
+    dout, dlse, _, _, *call_args, _, _ = inputs
+
+    def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _composite(_with_tensors(call_args, tensors))
+
+    sources = [call_args[position] for position in _POSITIONS]
+    of_cotangents, of_inputs = composite.second_derivative(forward, sources, (dout, dlse), grad_outputs)
+    grads = (*of_cotangents, *of_inputs)
+    positions = (0, 1, *(4 + position for position in _POSITIONS))
+    return tuple(at_positions(len(inputs), positions, grads, (True,) * len(grads)))
+
+
+def _with_tensors(call_args: list[Any], tensors: Iterable[Tensor | None]) -> VarlenCall:
+    replaced = list(call_args)
+    for position, tensor in zip(_POSITIONS, tensors):
+        replaced[position] = tensor
+    return VarlenCall(*replaced)
+
+
+for _name, _kernel, _fake in (
+    ("varlen_fwd", _varlen_fwd, _varlen_fwd_fake),
+    ("varlen_bwd", _varlen_bwd, _varlen_bwd_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
+
+torch.library.register_autograd("fastattn::varlen_fwd", _backward, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd(
+    "fastattn::varlen_bwd", _double_backward, setup_context=_setup_backward, lib=_LIBRARY
+)
