@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models import generation
 from fastattn.models.checkpoint import load_gpt, save_gpt
 from fastattn.models.config import GPTConfig
-from fastattn.models.generation import generate
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
@@ -105,9 +105,7 @@ class GPT(nn.Module):
             for _ in self.h
         ]
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Prompt and continuation ids; the options are those of `fastattn.models.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **options)
+    generate = generation.generate
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, in GPT-2's format where the model has nothing GPT-2 has not."""

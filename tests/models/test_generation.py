@@ -193,6 +193,15 @@ def test_no_gradients_and_no_side_effects():
     model(out, labels=out).loss.backward()  # what it returns can be trained on
 
 
+def test_it_runs_under_autocast_and_in_bfloat16():
+    tokens, mask = ragged([5, 3], "left")
+    single = make().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = single.generate(tokens, mask, max_new_tokens=4)
+    assert out.shape == (2, 9)
+    assert single.bfloat16().generate(tokens, mask, max_new_tokens=4).shape == (2, 9)
+
+
 def test_it_may_fill_every_position():
     model = make()
     tokens = ids(1, 60)

@@ -405,6 +405,20 @@ def test_encoder_in_eval_with_padding(monkeypatch, enable_nested_tensor):
     torch.testing.assert_close(actual * real, expected * real)
 
 
+def test_a_fully_padded_sample_stays_finite_in_an_encoder():
+    theirs, ours = (
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval() for layer in encoder_layer()
+    )
+    x = torch.randn(BATCH, LEN_K, EMBED, dtype=torch.float64)
+    padding = torch.zeros(BATCH, LEN_K, dtype=torch.bool)
+    padding[1] = True
+    with torch.no_grad():
+        expected, actual = (e(x, src_key_padding_mask=padding) for e in (theirs, ours))
+    assert expected[1].isnan().all()
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual[[0, 2]], expected[[0, 2]])
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_attend_within_their_lengths():
     _, ours = pair(batch_first=True)
