@@ -4,7 +4,8 @@ A backend is a module with
     NAME                                what users call it
     why_not(spec) -> str | None         why it cannot run this spec
     why_not_auto(spec) -> str | None    why "auto" should pass it over although it could (optional)
-    tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional)
+    tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional; <op>_tiles for
+                                        other ops than attention)
 and, per op, functions of (spec, call, ...) named <op>_fwd and <op>_bwd. All return the same residuals, so the forward
 of one and the backward of another agree.
 """
@@ -21,7 +22,9 @@ import torch as pytorch  # this package has a module named torch
 
 from fastattn.backends import torch as torch_backend
 from fastattn.backends import triton as triton_backend
-from fastattn.spec import AttentionCall, AttentionSpec
+from fastattn.spec import AttentionCall, AttentionSpec, SoftmaxSpec
+
+Spec = AttentionSpec | SoftmaxSpec
 
 BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)  # fastest first: the order is the policy
 NAMES = tuple(backend.NAME for backend in BACKENDS)
@@ -36,7 +39,7 @@ class Explanation:
     backend: str
     tiles: str | None
     refusals: tuple[tuple[str, str], ...]  # (backend, reason), in order of preference
-    spec: AttentionSpec
+    spec: Spec
     backward: str | None = None  # the backend of the backward pass, where an input requires grad
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def select(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -> ModuleType:
+def select(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> ModuleType:
     """The backend that runs `spec`.
 
     A named backend that cannot raises its reason; "auto" takes the first that can, after FASTATTN_BACKEND.
@@ -84,7 +87,7 @@ def select(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -
     raise RuntimeError("no backend can run this call: " + "; ".join(f"{n}: {why}" for n, why in refusals))
 
 
-def refusals(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd") -> list[tuple[str, str]]:
+def refusals(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> list[tuple[str, str]]:
     """(backend, reason) for every backend that would not run `spec`."""
     reasons = []
     for backend in BACKENDS:
@@ -92,6 +95,13 @@ def refusals(spec: AttentionSpec, name: str = "auto", op: str = "attention_fwd")
         if reason is not None:
             reasons.append((backend.NAME, reason))
     return reasons
+
+
+def explanation(spec: Spec, name: str, op: str) -> Explanation:
+    """What `select` would do for an op other than attention, and why."""
+    chosen = select(spec, name, op)
+    tiles = getattr(chosen, op.removesuffix("_fwd") + "_tiles", None)
+    return Explanation(chosen.NAME, tiles(spec) if tiles else None, tuple(refusals(spec, name, op)), spec)
 
 
 def available() -> list[tuple[str, str | None]]:
@@ -109,13 +119,13 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _why_not(backend: ModuleType, spec: AttentionSpec, op: str) -> str | None:
+def _why_not(backend: ModuleType, spec: Spec, op: str) -> str | None:
     if not hasattr(backend, op):
         return f"it has no {op}"
     return backend.why_not(spec)
 
 
-def _why_not_auto(backend: ModuleType, spec: AttentionSpec) -> str | None:
+def _why_not_auto(backend: ModuleType, spec: Spec) -> str | None:
     return backend.why_not_auto(spec) if hasattr(backend, "why_not_auto") else None
 
 

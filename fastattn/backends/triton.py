@@ -17,6 +17,7 @@ from fastattn.spec import (
     AttentionGrads,
     AttentionSpec,
     GradsNeeded,
+    SoftmaxSpec,
     WeightsGradsNeeded,
     empty_in_order,
 )
@@ -30,7 +31,7 @@ MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def why_not(spec: AttentionSpec) -> str | None:
+def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     """Why this backend can't run `spec`, or None."""
     if not _installed():
         return "triton is not installed"
@@ -40,12 +41,12 @@ def why_not(spec: AttentionSpec) -> str | None:
         return f"compute capability {spec.arch / 10} is below {MIN_ARCH / 10}"
     if spec.dtype not in DTYPES:
         return f"dtype {spec.dtype} is not one of float16, bfloat16, float32"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+    if isinstance(spec, AttentionSpec) and max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
         return f"head dim {max(spec.head_dim, spec.value_dim)} is over {MAX_HEAD_DIM}"
     return None
 
 
-def why_not_auto(spec: AttentionSpec) -> str | None:
+def why_not_auto(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     """Why "auto" passes this backend over although it could run `spec`, or None."""
     return "Triton's interpreter is for tests, not for use" if spec.device != "cuda" else None
 

@@ -1,0 +1,217 @@
+"""`softmax`: the public call, and its registration as torch ops with fake implementations and gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, reference_losses
+from fastattn.ops import arguments, composite
+from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
+
+
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    log: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """exp(scale * x) / sum(exp(scale * x)) along `dim` over what the mask keeps, or its logarithm, fused.
+
+    Args:
+        x: any shape and strides, float16, bfloat16, float32 or float64; sums are kept in float32 or float64.
+        dim: the dimension that sums to one.
+        scale: factor on x.
+        mask: bool, True = keep, broadcastable to x. What it hides is 0 (-inf in log), even if x is NaN there, and
+            neither sends nor receives a gradient. An entry of -inf counts as hidden.
+        causal: keep entry (i, j) of the last two dims where j <= i + columns - rows (bottom right).
+        log: return the natural logarithm.
+        backend: "auto" or the name of one; a named backend that cannot run the call raises its reason.
+
+    Returns:
+        A tensor of x's shape, dtype and memory order (float32 for 16-bit x under CUDA autocast, as torch does). Where
+        nothing is kept in a row, it is 0 (-inf in log) with zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the named backend cannot run the call.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for long rows.
+    """
+    args = _call_arguments(x, dim, scale, mask, causal, log)
+    arguments.check_backend(backend)
+    if (transform := composite.transform_in_use(args)) is not None:
+        composite.refuse_named(backend, transform, "the masked scores")
+        return _composite(*args)
+    if x.dim() == 0:
+        return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
+    result: Tensor = torch.ops.fastattn.softmax_fwd(*args, backend)
+    return result
+
+
+def explain(
+    x: Tensor, dim: int = -1, *, backend: str = "auto", scale: float = 1.0, mask: Tensor | None = None,
+    causal: bool = False, log: bool = False,
+) -> backends.Explanation:  # fmt: skip
+    """Which backend `softmax` would use for these arguments, with which tiles, and why not the others."""
+    args = _call_arguments(x, dim, scale, mask, causal, log)
+    arguments.check_backend(backend)
+    return backends.explanation(_spec(SoftmaxCall(*args)), backend, "softmax_fwd")
+
+
+def _call_arguments(
+    x: Tensor, dim: int, scale: float, mask: Tensor | None, causal: bool, log: bool
+) -> tuple[Any, ...]:
+    """The public arguments, checked and put in the order of SoftmaxCall's fields."""
+    arguments.check_tensor("x", x)
+    arguments.check_floating("x", x)
+    rank = x.dim()
+    if isinstance(dim, bool) or not isinstance(dim, (int, torch.SymInt)):
+        raise TypeError(f"dim: got {type(dim).__name__}, needs an int")
+    if not -max(rank, 1) <= dim < max(rank, 1):
+        raise ValueError(f"dim: got {dim}, needs {-max(rank, 1)} to {max(rank, 1) - 1} for {rank} dimensions")
+    for name, flag in (("causal", causal), ("log", log)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, needs True or False")
+    if causal and rank < 2:
+        raise ValueError(f"causal: got True for shape {arguments.shape_of(x)}, needs at least 2 dimensions")
+    if isinstance(scale, (bool, str, Tensor)) or scale is None:
+        raise TypeError(f"scale: got {type(scale).__name__}, needs a number")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, needs a finite number")
+    if mask is not None:
+        mask = _mask_of_rank(mask, x)
+    return x, mask, dim % max(rank, 1), float(scale), causal, log, _result_dtype(x)
+
+
+def _mask_of_rank(mask: Tensor, x: Tensor) -> Tensor:
+    arguments.check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got {mask.dtype}, needs bool (True = keep)")
+    if mask.device != x.device:
+        raise ValueError(f"mask: got device {mask.device}, needs x's {x.device}")
+    if mask.dim() > x.dim() or any(
+        size != 1 and size != whole for size, whole in zip(reversed(mask.shape), reversed(x.shape))
+    ):
+        raise ValueError(
+            f"mask: got shape {arguments.shape_of(mask)}, needs one that broadcasts to {arguments.shape_of(x)}"
+        )
+    return mask[(None,) * (x.dim() - mask.dim())] if mask.dim() < x.dim() else mask
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or float32 where torch's own softmax would be autocast to it."""
+    autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return accumulation_dtype(x.dtype) if autocast else x.dtype
+
+
+def _composite(
+    x: Tensor, mask: Tensor | None, dim: int, scale: float, causal: bool, log: bool, dtype: torch.dtype
+) -> Tensor:
+    """The call in differentiable torch operations."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return reference_losses.softmax(wide, dim, scale=scale, mask=mask, causal=causal, log=log).to(dtype)
+
+
+def _spec(call: SoftmaxCall) -> SoftmaxSpec:
+    return SoftmaxSpec.of(
+        call.x, call.dim, mask=call.mask is not None, causal=call.causal, log=call.log, backward=False
+    )
+
+
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_LIBRARY.define(
+    "softmax_fwd(Tensor x, Tensor? mask, int dim, float scale, bool causal, bool log, ScalarType dtype, str backend)"
+    " -> Tensor"
+)
+_LIBRARY.define(
+    "softmax_bwd(Tensor dout, Tensor out, int dim, float scale, bool log, ScalarType dtype, str backend) -> Tensor"
+)
+
+
+def _softmax_fwd(*args: Any) -> Tensor:
+    *call_args, backend = args
+    call = SoftmaxCall(*call_args)
+    spec = _spec(call)
+    result: Tensor = backends.select(spec, backend, "softmax_fwd").softmax_fwd(spec, call)
+    return result
+
+
+def _softmax_fwd_fake(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, dtype=args[-2])
+
+
+def _softmax_bwd(
+    dout: Tensor, out: Tensor, dim: int, scale: float, log: bool, dtype: torch.dtype, backend: str
+) -> Tensor:
+    spec = SoftmaxSpec.of(out, dim, log=log, backward=True)
+    run = backends.select(spec, backend, "softmax_bwd").softmax_bwd
+    result: Tensor = run(spec, dout, out, dim, scale, dtype)
+    return result
+
+
+def _softmax_bwd_fake(dout: Tensor, out: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(out, dtype=args[-2])
+
+
+def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, dim, scale, _, log, _, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = (dim, scale, log, x.dtype, backend)
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx = None
+    if dout is not None:
+        dx = torch.ops.fastattn.softmax_bwd(dout, *ctx.saved_tensors, *ctx.options)
+    return (dx, *(None,) * 7)
+
+
+def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dout, out, dim, scale, log, _, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = (dim, scale, log, backend)
+    ctx.save_for_backward(dout, out)
+
+
+def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Derivatives of dx = scale * y * (dy - sum(y * dy)), in log scale * (dy - exp(y) * sum(dy)), by dy and y."""
+    nothing = (None,) * 7
+    if grad is None:
+        return nothing
+    dout, out = ctx.saved_tensors
+    dim, scale, log, backend = ctx.options
+    grad = grad.to(out.dtype) * scale
+    if not log:
+        total = (grad * out).sum(dim, keepdim=True)
+        of_dout = out * (grad - total)
+        of_out = grad * (dout - (dout * out).sum(dim, keepdim=True)) - dout * total
+        return (of_dout, of_out, *nothing[2:])
+    visible = out != -torch.inf
+    grad, dout = torch.where(visible, grad, 0), torch.where(visible, dout, 0)
+    probs = torch.exp(out)
+    weighted = grad * probs
+    of_dout = torch.where(visible, grad - weighted.sum(dim, keepdim=True), 0)
+    return (of_dout, -weighted * dout.sum(dim, keepdim=True), *nothing[2:])
+
+
+for _name, _kernel, _fake in (
+    ("softmax_fwd", _softmax_fwd, _softmax_fwd_fake),
+    ("softmax_bwd", _softmax_bwd, _softmax_bwd_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
+
+for _name, _setup, _gradient in (
+    ("softmax_fwd", _setup_fwd, _backward),
+    ("softmax_bwd", _setup_bwd, _double_backward),
+):
+    torch.library.register_autograd(f"fastattn::{_name}", _gradient, setup_context=_setup, lib=_LIBRARY)
