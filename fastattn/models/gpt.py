@@ -75,8 +75,12 @@ class GPT(nn.Module):
                 positions restart with each and no target crosses a boundary. Negative ids are padding.
             cache: one `KVCache` per block, as `new_cache` makes; holds earlier tokens and is appended to.
             logits_to_keep: logits of the last so many positions only; 0 for all.
+
+        Raises:
+            ValueError: a tensor does not fit, the sequence is longer than learned positions or the cache allow, or
+                an id is out of range (asked on a CPU only, where it costs no synchronisation).
         """
-        past = 0 if cache is None else cache[0].length
+        past = cache[0].length if cache else 0
         tensors = {"labels": labels, "segment_ids": segment_ids, "position_ids": position_ids}
         self._check_inputs(input_ids, attention_mask, tensors, cache, logits_to_keep)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
@@ -160,9 +164,8 @@ class GPT(nn.Module):
             got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
             raise ValueError(f"input_ids: got {got}, needs integers of shape (batch, length)")
         batch, seqlen = input_ids.shape
-        past = 0
+        past = cache[0].length if cache else 0
         if cache is not None:
-            past = cache[0].length if cache else 0
             shapes = {tuple(layer.keys.shape[:2]) for layer in cache}
             if len(cache) != len(self.h) or shapes != {(batch, self.config.kv_heads)}:
                 raise ValueError(
@@ -188,11 +191,18 @@ class GPT(nn.Module):
                 f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}, "
                 f"the learned positions there are"
             )
-        if input_ids.is_cpu and input_ids.numel() and not torch.compiler.is_compiling():
-            least, most = (int(n) for n in input_ids.aminmax())
-            if least < 0 or most >= self.config.vocab_size:
-                needs = f"0 to {self.config.vocab_size - 1} (vocab_size - 1)"
-                raise ValueError(f"input_ids: got ids from {least} to {most}, needs {needs}")
+        _check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        if self.wpe is not None and tensors["position_ids"] is not None:
+            _check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
+
+
+def _check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
+    """Ids within [0, size), where asking costs no synchronisation."""
+    if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
+        return
+    least, most = (int(n) for n in ids.aminmax())
+    if least < 0 or most >= size:
+        raise ValueError(f"{name}: got {least} to {most}, needs 0 to {size - 1} ({limit} - 1)")
 
 
 def _block(config: GPTConfig) -> PreNormBlock:

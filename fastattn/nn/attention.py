@@ -42,7 +42,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
     Keyword-only extras:
         num_kv_heads: key/value heads, a divisor of num_heads (grouped-query attention); `in_proj_weight` then has
             embed_dim + 2 * num_kv_heads * head_dim rows.
-        rotary: True, or a `Rotary`, turns queries and keys by their positions (after qk_norm).
+        rotary: True, or a `Rotary`, turns queries and keys by their positions (after qk_norm); query i stands at key
+            position i + S - L, as for window and alibi.
         window: (left, right) keys visible around each query; None or -1 is unbounded.
         alibi: True for the standard slopes, or a (H,) tensor: adds -slope * distance; a buffer `alibi_slopes`.
         softcap: scores become softcap * tanh(scores / softcap).
@@ -103,8 +104,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         )
         if (add_bias_kv or add_zero_attn) and (rotary or alibi is not False or window is not None):
             raise ValueError(
-                "add_bias_kv and add_zero_attn append keys that have no position: "
-                "they do not go with rotary, alibi or window"
+                "add_bias_kv, add_zero_attn: append keys that have no position, "
+                "which do not go with rotary, alibi or window"
             )
         self.add_extras(
             num_kv_heads=num_kv_heads,
@@ -137,13 +138,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
         device, dtype = self.out_proj.weight.device, self.out_proj.weight.dtype
         self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {num_kv_heads}")
+            raise ValueError(
+                f"num_kv_heads: got {num_kv_heads}, needs a divisor of num_heads={self.num_heads}"
+            )
         if self.num_kv_heads != self.num_heads:
             self._narrow_keys_and_values()
         if rotary is True:
             rotary = Rotary(self.head_dim)
         if isinstance(rotary, Rotary) and rotary.head_dim != self.head_dim:
-            raise ValueError(f"rotary is for head_dim {rotary.head_dim}, this module's is {self.head_dim}")
+            raise ValueError(f"rotary: got one for head_dim {rotary.head_dim}, needs {self.head_dim}")
         self.rotary = rotary or None
         arguments.window_bounds(window)
         arguments.positive_or_zero("softcap", softcap)
@@ -153,7 +156,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.backend = backend
         self.swapped = swapped
         if isinstance(alibi, Tensor) and alibi.shape != (self.num_heads,):
-            raise ValueError(f"alibi must be of shape ({self.num_heads},), got {tuple(alibi.shape)}")
+            raise ValueError(f"alibi: got shape {tuple(alibi.shape)}, needs ({self.num_heads},)")
         slopes = alibi_slopes(self.num_heads, device) if alibi is True else alibi
         self.register_buffer("alibi_slopes", slopes if isinstance(slopes, Tensor) else None)
         zeros = torch.zeros(self.num_heads, device=device, dtype=dtype)
@@ -235,8 +238,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             )
         seq_dim = 1 if batched and self.batch_first else 0
         alignment: bool | str = causal
-        if is_causal and key_padding_mask is None and not need_weights:
-            alignment, attn_mask = "top_left", None  # torch trusts the hint here and uses attn_mask elsewhere
+        positional = self.rotary is not None or self.window is not None or self.alibi_slopes is not None
+        if is_causal and key_padding_mask is None and not need_weights and not positional:
+            # torch trusts the hint here and uses attn_mask elsewhere; positions count from the last key in both
+            alignment, attn_mask = "top_left", None
         masks = merge_masks(
             attn_mask,
             key_padding_mask,
@@ -346,10 +351,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
             interleaved = self.rotary is not None and self.rotary.interleaved
             q, k = (apply_rotary(x, table, interleaved=interleaved) for x in (q, k))
         elif self.rotary is not None:
-            longest = max(q.shape[2], k.shape[2])
-            positions = torch.arange(past, past + longest, device=q.device)
+            seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+            first = past + min(0, seqlen_k - seqlen_q)  # the last query and the last key share a position
+            positions = torch.arange(first, past + seqlen_k, device=q.device)
             cos, sin = self.rotary.table(positions, torch.promote_types(q.dtype, torch.float32))
-            q, k = (self.rotary.apply(x, (cos[: x.shape[2]], sin[: x.shape[2]])) for x in (q, k))
+            q, k = (
+                self.rotary.apply(x, (cos[len(positions) - n :], sin[len(positions) - n :]))
+                for x, n in ((q, seqlen_q), (k, seqlen_k))
+            )
         return q, k
 
     def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,7 +383,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
             "batch_first": self.batch_first or None,
             "rotary": self.rotary,
             "window": self.window,
+            "alibi": True if self.alibi_slopes is not None else None,
             "softcap": self.softcap,
+            "sinks": True if self.sinks is not None else None,
             "backend": None if self.backend == "auto" else self.backend,
         }
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)

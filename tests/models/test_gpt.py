@@ -319,6 +319,8 @@ def test_attention_is_the_librarys():
         (lambda m: m(ids(1, 9), labels=torch.rand(1, 9)), "labels"),
         (lambda m: m(ids(1, 9) + 61), "vocab_size"),
         (lambda m: m(ids(1, 9) - 61), "vocab_size"),
+        (lambda m: m(ids(1, 9), position_ids=torch.arange(9) + 30), "position_ids"),
+        (lambda m: m(ids(1, 9), cache=[]), "cache"),
     ],
 )
 def test_bad_calls_are_refused_by_name(call, name):

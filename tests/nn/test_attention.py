@@ -535,6 +535,36 @@ def test_extras_do_what_they_say(case, causal):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("options", [{"rotary": True}, {"alibi": True}, {"window": (3, 0)}])
+def test_positions_count_from_the_last_key(options):
+    """The last queries alone give what they give among all; and a causal hint changes nothing but the kernel."""
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64, **options)
+    x = torch.randn(2, 9, EMBED, dtype=torch.float64)
+    whole = module(x, x, x, causal=True)[0]
+    torch.testing.assert_close(module(x[:, 5:], x, x, causal=True)[0], whole[:, 5:])
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    for need_weights in (True, False):
+        hinted = module(x, x, x, attn_mask=hidden, is_causal=True, need_weights=need_weights)[0]
+        torch.testing.assert_close(hinted, whole)
+        last = module(x[:, 5:], x, x, attn_mask=hidden[5:], is_causal=True, need_weights=need_weights)[0]
+        torch.testing.assert_close(last, whole[:, 5:])
+    longer = module(x, x[:, 4:], x[:, 4:], causal=True)[0]
+    torch.testing.assert_close(longer[:, 4:], module(x[:, 4:], x[:, 4:], x[:, 4:], causal=True)[0])
+
+
+def test_repr_names_the_options_in_use():
+    plain = repr(MultiHeadAttention(EMBED, HEADS))
+    assert "embed_dim=24, num_heads=4" in plain
+    assert "rotary" not in plain
+    full = repr(
+        MultiHeadAttention(EMBED, HEADS, rotary=True, alibi=True, sinks=True, num_kv_heads=2, window=(3, 0))
+    )
+    assert all(
+        name in full
+        for name in ("rotary=Rotary(", "alibi=True", "sinks=True", "num_kv_heads=2", "window=(3, 0)")
+    )
+
+
 def test_sinks_take_weight_and_learn():
     torch.manual_seed(0)
     module = MultiHeadAttention(EMBED, HEADS, batch_first=True, sinks=True, dtype=torch.float64)
