@@ -162,7 +162,8 @@ def _validate_row(row: Result, where: str) -> None:
         return
     _fields(row, where, time_ms=dict, error=(dict, type(None)), within_rule=(bool, type(None)))
     _fields(row, where, tflops=(int, float, type(None)), ceiling_share=(int, float, type(None)))
-    _fields(row, where, peak_memory_mib=(int, float, type(None)))
+    number = (int, float, type(None))
+    _fields({"host_ms": None, **row}, where, peak_memory_mib=number, host_ms=number)
     _fields(row["time_ms"], f"{where}: time_ms", median=float, p20=float, p80=float, samples=int)
     time = row["time_ms"]
     in_order = 0 < time["p20"] <= time["median"] <= time["p80"] < math.inf and time["samples"] > 0

@@ -126,6 +126,41 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
     assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
 
 
+def test_warming_hands_each_process_its_share(tmp_path: Path) -> None:
+    script = tmp_path / "bench.py"
+    script.write_text(
+        f"import sys; open({str(tmp_path)!r} + '/' + sys.argv[-1] + '.txt', 'w').write(' '.join(sys.argv))"
+    )
+    options = command._parser("attention").parse_args(
+        ["--device", "cpu", "--contestants", "flex", "--warm", "2"]
+    )
+    command.warm(script, ["a", "b", "c"], options)
+    arguments = {file.stem: file.read_text().split()[1:] for file in tmp_path.glob("*.txt")}
+    common = ["--device", "cpu", "--contestants", "flex", "--warm-cases"]
+    assert arguments == {"c": [*common, "a", "c"], "b": [*common, "b"]}
+
+
+def test_warming_runs_what_compiles_and_leaves_failures_to_the_measured_run() -> None:
+    ran: list[str] = []
+
+    class Recorder:
+        def contestants(self, device: torch.device) -> list[str]:
+            return ["fastattn-triton", "sdpa", "flex", "fastattn-torch"]
+
+        def small(self) -> Recorder:
+            return self
+
+        def open(self, device: torch.device) -> Recorder:
+            return self
+
+        def step(self, contestant: str) -> Any:
+            ran.append(contestant)
+            raise RuntimeError("no such kernel")
+
+    command.warm_cases([Recorder()], CPU, "triton|flex|sdpa")
+    assert ran == ["fastattn-triton", "flex"]
+
+
 def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_attention.main(["--device", "cpu", "--only", "nosuchcase"]) == 2
     assert "no case matches nosuchcase" in capsys.readouterr().err

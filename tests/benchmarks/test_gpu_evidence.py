@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -135,6 +136,16 @@ def test_every_check_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         findings = list(check(torch.device("cpu"), 1.0, 5))
         assert {finding["status"] for finding in findings} <= {"passed", "skipped"}, (name, findings)
         assert name == "wide-offsets" or findings[-1]["status"] == "passed"
+
+
+def test_workers_report_and_a_lost_one_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "checks.py"
+    script.write_text(f"import sys\nprint({PASSED!r})\nsys.exit(3 if int(sys.argv[-1]) > 7 else 0)\n")
+    monkeypatch.setattr(gpu_checks, "__file__", str(script))
+    options = argparse.Namespace(seconds=1.0, device="cpu", seed=7, workers=2)
+    findings = list(gpu_checks.in_workers("random", options))
+    assert [finding["status"] for finding in findings] == ["passed", "passed", "failed"]
+    assert findings[-1]["detail"] == "worker 1 ended with status 3"
 
 
 def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
