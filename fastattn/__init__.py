@@ -5,16 +5,24 @@ from types import ModuleType
 
 from fastattn import reference
 from fastattn.integrations.swap import SwapReport, restore_attention, swap_attention
+from fastattn.integrations.torch import sdpa_override
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.ops.attention import attention, explain
+from fastattn.ops.kv_cache import attention_kv_cache
+from fastattn.ops.sdpa import scaled_dot_product_attention
+from fastattn.ops.varlen import attention_varlen
 
 __all__ = [
     "MultiHeadAttention",
     "SwapReport",
     "attention",
+    "attention_kv_cache",
+    "attention_varlen",
     "explain",
     "reference",
     "restore_attention",
+    "scaled_dot_product_attention",
+    "sdpa_override",
     "swap_attention",
 ]
 

@@ -20,7 +20,7 @@ ARROWS = {
     "backends": {"spec", "philox", "kernels"},
     "ops": {"spec", "philox", "reference", "backends"},
     "nn": {"spec", "ops"},
-    "integrations": {"nn", "ops"},
+    "integrations": {"nn", "ops", "backends", "spec"},
     "models": {"nn", "ops"},
     "data": set(),
     "train": {"data", "models", "nn", "ops"},

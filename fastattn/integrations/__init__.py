@@ -1,1 +1,12 @@
 """Ways to put fastattn's attention into models that exist."""
+
+from importlib import import_module
+from types import ModuleType
+
+_ON_FIRST_USE = ("flash_attn", "torch", "transformers")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_FIRST_USE:
+        return import_module(f"fastattn.integrations.{name}")
+    raise AttributeError(f"module 'fastattn.integrations' has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""`scaled_dot_product_attention`: torch.nn.functional's call, running on `attention`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.ops import arguments
+from fastattn.ops.attention import attention
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """Arguments that do not fit together; torch raises RuntimeError here."""
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * query @ key.T + attn_mask) @ value with dropout on the weights, as in torch.nn.functional.
+
+    Args:
+        query: (..., H, L, E), from two dimensions to any number; leading ones broadcast.
+        key: (..., H, S, E), or (..., Hkv, S, E) under `enable_gqa`.
+        value: as key, with a last dimension of its own.
+        attn_mask: broadcastable to (..., H, L, S): bool, True = attend, or float, added to the scores and
+            differentiable; or torch's `causal_upper_left` / `causal_lower_right`, which stay structured.
+        dropout_p: probability of dropping a weight, applied whenever it is above 0; drawn from fastattn's generator,
+            so the dropped weights agree with torch's in distribution only.
+        is_causal: query i sees keys j <= i, counted from the first key whatever L and S; without attn_mask.
+        scale: E**-0.5 by default.
+        enable_gqa: key and value may have fewer heads, divisors of H.
+        backend: "auto" or the name of a fastattn backend.
+
+    Returns:
+        (..., H, L, Ev) in the query's dtype; a row that sees no key is 0.
+
+    Raises:
+        RuntimeError: attn_mask together with is_causal, heads that do not fit (ValueErrors, too); a named backend that
+            cannot run the call.
+        ValueError, TypeError: any other argument that does not fit; the message names it. Unlike torch's, this call
+            refuses head dims over 256, nested tensors, and a value whose length is not the key's.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        arguments.check_tensor(name, tensor)
+        if tensor.dim() < 2:
+            raise ArgumentError(f"{name}: got {tensor.dim()} dimensions, needs at least 2")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {type(flag).__name__}, needs a bool")
+    if attn_mask is not None and is_causal:
+        raise ArgumentError("attn_mask: got a tensor besides is_causal=True, needs one of them")
+    causal: bool | str = "top_left" if is_causal else False
+    if (alignment := _causal_bias(attn_mask)) is not None:
+        causal, attn_mask = alignment, None
+    rank = max(query.dim(), key.dim(), value.dim())
+    outer: tuple[int, ...] = query.shape[:-3]
+    if rank != 4 or not outer == key.shape[:-3] == value.shape[:-3]:
+        outer, query, key, value = _with_batch_dim(query, key, value)
+    query, key, value = _fit_heads(query, key, value, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        arguments.check_tensor("attn_mask", attn_mask)
+        full = (*outer, query.shape[1], query.shape[2], key.shape[2])
+        attn_mask = _mask_4d(attn_mask, rank, full)
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    drop_all = dropout_p == 1.0
+    out = cast(
+        Tensor,
+        attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            mask=mask,
+            bias=bias,
+            dropout_p=0.0 if drop_all else dropout_p,
+            scale=scale,
+            backend=backend,
+        ),
+    )
+    if drop_all:
+        out = F.dropout(out, 1.0)
+    if rank == 4:
+        return out
+    if rank < 4:
+        return out.view(out.shape[4 - rank :])
+    return out.unflatten(0, outer)
+
+
+def _causal_bias(attn_mask: Any) -> bool | str | None:
+    """The alignment that one of torch's causal mask objects stands for; None for other masks."""
+    bias = sys.modules.get(
+        "torch.nn.attention.bias"
+    )  # slow to import, and imported by whoever made such an object
+    if attn_mask is None or bias is None or not isinstance(attn_mask, bias.CausalBias):
+        return None
+    return True if attn_mask.variant == bias.CausalVariant.LOWER_RIGHT else "top_left"
+
+
+def _with_batch_dim(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """(outer, q, k, v): what lies before the heads, broadcast, and the tensors with that as one dimension."""
+    tensors = [t[(None,) * (4 - t.dim())] if t.dim() < 4 else t for t in (query, key, value)]
+    try:
+        outer = tuple(torch.broadcast_shapes(*(t.shape[:-3] for t in tensors)))
+    except RuntimeError:
+        got = ", ".join(str(arguments.shape_of(t)) for t in (query, key, value))
+        raise ArgumentError(f"query, key, value: got shapes {got}, whose batches do not broadcast") from None
+    q, k, v = (t.expand(*outer, *t.shape[-3:]).flatten(0, len(outer) - 1) for t in tensors)
+    return outer, q, k, v
+
+
+def _fit_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors with heads as `attention` takes them: as many keys as values, a divisor of the queries."""
+    heads, key_heads, value_heads = query.shape[1], key.shape[1], value.shape[1]
+    if heads == key_heads == value_heads:
+        return query, key, value
+    got = f"got {heads}, {key_heads} and {value_heads} heads"
+    if enable_gqa:
+        if any(n == 0 or heads % n for n in (key_heads, value_heads)):
+            raise ArgumentError(f"query, key, value: {got}, needs divisors of the query's")
+        if key_heads != value_heads:
+            key = key.repeat_interleave(heads // key_heads, dim=1)
+            value = value.repeat_interleave(heads // value_heads, dim=1)
+        return query, key, value
+    widest = max(heads, key_heads, value_heads)
+    if any(n not in (1, widest) for n in (heads, key_heads, value_heads)):
+        raise ArgumentError(
+            f"query, key, value: {got}, which do not broadcast; enable_gqa=True allows fewer keys"
+        )
+    if key_heads != value_heads:
+        key, value = (t.expand(-1, widest, -1, -1) for t in (key, value))
+    return query.expand(-1, widest, -1, -1), key, value
+
+
+def _mask_4d(attn_mask: Tensor, rank: int, full: tuple[int, ...]) -> Tensor:
+    """`attn_mask`, broadcastable to `full` (..., H, L, S), with one dimension before the heads."""
+    if attn_mask.dim() > rank or any(
+        size not in (1, whole) for size, whole in zip(reversed(attn_mask.shape), reversed(full))
+    ):
+        got, needs = arguments.shape_of(attn_mask), full[len(full) - rank :]
+        raise ArgumentError(f"attn_mask: got shape {got}, needs one that broadcasts to {needs}")
+    if attn_mask.dtype != torch.bool:
+        arguments.check_floating("attn_mask", attn_mask)
+    mask = attn_mask[(None,) * (len(full) - attn_mask.dim())]
+    outer = len(full) - 3
+    if outer == 1:
+        return mask
+    if any(size != 1 for size in mask.shape[:outer]):
+        mask = mask.expand(*full[:outer], *mask.shape[outer:])
+    return mask.flatten(0, outer - 1)
