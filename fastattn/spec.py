@@ -93,6 +93,50 @@ class VarlenCall:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class KVCacheCall:
+    """One call against a key/value cache; Sn new keys per sequence are appended first where given."""
+
+    query: Tensor  # (B, H, Sq, D)
+    k_cache: Tensor  # (B, Hkv, S, D), or paged (P, Hkv, page, D); written to
+    v_cache: Tensor  # (B, Hkv, S, Dv), or paged (P, Hkv, page, Dv); written to
+    cache_lengths: Tensor  # (B,) int32: tokens in the cache before the append
+    key: Tensor | None = None  # (B, Hkv, Sn, D)
+    value: Tensor | None = None  # (B, Hkv, Sn, Dv)
+    block_table: Tensor | None = None  # (B, pages) int32: where each page of a sequence lies in a paged cache
+    rotary_cos: Tensor | None = None  # (positions, rotary_dim / 2)
+    rotary_sin: Tensor | None = None
+    alibi_slopes: Tensor | None = None  # (1 or B, H) in the accumulation dtype
+    sinks: Tensor | None = None  # (H,) in the accumulation dtype
+    rotary_interleaved: bool = False  # pairs (0, 1), (2, 3) ... instead of (0, r / 2), (1, r / 2 + 1) ...
+    causal: str = "bottom_right"
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    scale: float = 1.0
+    num_splits: int = 0  # pieces a kernel cuts the keys into; 0 = its own choice
+
+    @property
+    def new_keys(self) -> int:
+        """Sn."""
+        return 0 if self.key is None else self.key.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a sequence may have."""
+        page = self.k_cache.shape[2]
+        return page if self.block_table is None else page * self.block_table.shape[1]
+
+    def attending(
+        self, query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None
+    ) -> AttentionCall:
+        """The attention of queries to keys that are in place, with this call's options."""
+        return AttentionCall(
+            query, key, value, alibi_slopes=alibi_slopes, sinks=self.sinks, causal=self.causal,
+            window_left=self.window_left, window_right=self.window_right, softcap=self.softcap, scale=self.scale,
+        )  # fmt: skip
+
+
 class AttentionGrads(NamedTuple):
     """Gradients of one call, each in its tensor's own shape and dtype; None where it was not asked for."""
 

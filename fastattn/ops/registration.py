@@ -42,7 +42,19 @@ def at_positions(
     return result
 
 
-def schema_of(fields: Iterable[Any]) -> str:
-    """The schema of a call dataclass's fields, in order."""
-    kinds = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "int": "SymInt", "float": "float"}
-    return ", ".join(f"{kinds[str(field.type)]} {field.name}" for field in fields)
+def schema_of(fields: Iterable[Any], mutated: Iterable[str] = ()) -> str:
+    """The schema of a call dataclass's fields, in order; `mutated` names the tensors an op writes to."""
+    kinds = {
+        "Tensor": "Tensor",
+        "Tensor | None": "Tensor?",
+        "str": "str",
+        "int": "SymInt",
+        "float": "float",
+        "bool": "bool",
+    }
+    aliases = dict(zip(mutated, "abcdef"))
+    arguments = []
+    for field in fields:
+        alias = f"({aliases[field.name]}!)" if field.name in aliases else ""
+        arguments.append(f"{kinds[str(field.type)]}{alias} {field.name}")
+    return ", ".join(arguments)

@@ -1,0 +1,229 @@
+"""`attention_kv_cache`: attention against a growing cache of keys and values, and its registration."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.ops import arguments, composite
+from fastattn.ops.registration import schema_of
+from fastattn.spec import (
+    AttentionSpec,
+    KVCacheCall,
+    accumulation_dtype,
+    empty_in_order,
+    with_unit_last_stride,
+)
+
+
+def attention_kv_cache(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    causal: bool | str = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of new queries to everything in a cache, after appending new keys and values to it.
+
+    Args:
+        query: (B, H, Sq, D): one token while decoding, more while a prompt is read in chunks.
+        k_cache, v_cache: (B, Hkv, S, D) and (B, Hkv, S, Dv), or pages (P, Hkv, page, D) and (P, Hkv, page, Dv) with a
+            block_table; any strides. New keys and values are written into them.
+        cache_lengths: (B,) int32, tokens in the cache before this call; left as it is.
+        key, value: (B, Hkv, Sn, D) and (B, Hkv, Sn, Dv), written at cache_lengths. Sequence b then has
+            cache_lengths[b] + Sn keys, its Sk.
+        block_table: (B, pages) int32; page i of sequence b is k_cache[block_table[b, i]].
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2); rotate the first rotary_dim dimensions of the new keys to
+            the positions they are written at, and of query i to position i + Sk - Sq.
+        rotary_interleaved: rotate pairs (0, 1), (2, 3) ... rather than (0, rotary_dim / 2) ...
+        causal, window, softcap, alibi_slopes, sinks, scale, backend: as in `attention`; causal is on by default.
+        num_splits: pieces a GPU kernel cuts the keys into, for results that repeat bitwise; None leaves it to the
+            kernel. The torch backend reads the keys in one piece.
+        return_lse: also return the log-sum-exp, (B, H, Sq) float32, natural log.
+
+    Returns:
+        out (B, H, Sq, Dv) in the query's dtype and memory order, and lse if asked for. No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it. Nothing is written then.
+        RuntimeError: the named backend cannot run the call, or a tensor requires grad.
+
+    Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
+    """
+    args = _call_arguments(
+        query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
+        rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
+    )  # fmt: skip
+    arguments.check_backend(backend)
+    if (transform := composite.transform_in_use(args)) is not None:
+        raise RuntimeError(
+            f"attention_kv_cache writes to its caches and has no gradient, but {transform} is active"
+        )
+    out, lse = torch.ops.fastattn.kv_cache_fwd(*args, backend)
+    return (out, lse) if return_lse else out
+
+
+def _call_arguments(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    alibi_slopes: Tensor | None,
+    rotary_interleaved: bool,
+    num_splits: int | None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """The public arguments, checked and put in the order of KVCacheCall's fields."""
+    tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        arguments.check_tensor(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: got shape {arguments.shape_of(tensor)}, needs 4 dimensions")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise RuntimeError(
+                f"{name}: requires grad, which attention_kv_cache does not give; use torch.no_grad()"
+            )
+    batch, num_heads = query.shape[:2]
+    if (key is None) != (value is None):
+        missing = "key" if key is None else "value"
+        raise ValueError(f"{missing}: got None, needs a tensor: keys and values are appended together")
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        got, needs = arguments.shape_of(v_cache), tuple(k_cache.shape[:3])
+        raise ValueError(f"v_cache: got shape {got}, needs the k_cache's {needs} in front")
+    cache_lengths = arguments.check_integers("cache_lengths", cache_lengths, (batch,), query)
+    if block_table is None:
+        if k_cache.shape[0] != batch:
+            raise ValueError(f"k_cache: got batch size {k_cache.shape[0]}, needs the query's {batch}")
+    else:
+        arguments.check_tensor("block_table", block_table)
+        if block_table.dim() != 2:
+            got = arguments.shape_of(block_table)
+            raise ValueError(f"block_table: got shape {got}, needs ({batch}, pages)")
+        block_table = arguments.check_integers(
+            "block_table", block_table, (batch, block_table.shape[1]), query
+        )
+    one = (
+        k_cache[:1],
+        v_cache[:1],
+    )  # heads, dims, dtypes and options are those of a padded call of batch size 1
+    *_, sinks, _, causal, left, right, softcap, _, scale = arguments.call_arguments(
+        query[:1], *one, **options
+    )
+    if key is not None and value is not None:
+        for name, tensor, cache in (("key", key, k_cache), ("value", value, v_cache)):
+            expected = (batch, cache.shape[1], key.shape[2], cache.shape[3])
+            if arguments.shape_of(tensor) != expected:
+                raise ValueError(f"{name}: got shape {arguments.shape_of(tensor)}, needs {expected}")
+            if tensor.dtype != cache.dtype:
+                raise TypeError(f"{name}: got {tensor.dtype}, needs the cache's {cache.dtype}")
+            arguments.check_device(name, tensor, query)
+    _check_rotary(rotary_cos, rotary_sin, query)
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
+    if num_splits is not None and (isinstance(num_splits, (bool, float, str, Tensor)) or num_splits < 1):
+        raise ValueError(f"num_splits: got {num_splits!r}, needs a positive integer or None")
+    return (
+        query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, slopes, sinks,
+        bool(rotary_interleaved), causal, left, right, softcap, scale, num_splits or 0,
+    )  # fmt: skip
+
+
+def _check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+    if cos is None and sin is None:
+        return
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if table is None:
+            raise ValueError(f"{name}: got None, needs a tensor: cosines and sines come together")
+        arguments.check_tensor(name, table)
+        arguments.check_floating(name, table)
+        arguments.check_device(name, table, query)
+        if table.dim() != 2 or not 1 <= table.shape[1] <= query.shape[3] // 2:
+            got, most = arguments.shape_of(table), query.shape[3] // 2
+            raise ValueError(
+                f"{name}: got shape {got}, needs (positions, 1 to {most}): half the rotated dims"
+            )
+    assert cos is not None
+    assert sin is not None
+    if cos.shape != sin.shape:
+        got, needs = arguments.shape_of(sin), arguments.shape_of(cos)
+        raise ValueError(f"rotary_sin: got shape {got}, needs that of rotary_cos, {needs}")
+
+
+def _check_values(call: KVCacheCall) -> None:
+    """What only real data shows, and a CPU shows without a synchronisation; before anything is written."""
+    if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
+        return
+    shortest, longest = (int(n) for n in torch.aminmax(call.cache_lengths))
+    if shortest < 0 or longest + call.new_keys > call.capacity:
+        raise ValueError(
+            f"cache_lengths: got values from {shortest} to {longest}, needs 0 to {call.capacity - call.new_keys}: "
+            f"the cache holds {call.capacity} tokens and {call.new_keys} are appended"
+        )
+    if call.rotary_cos is not None:
+        positions = call.rotary_cos.shape[0]
+        first = shortest + call.new_keys - call.query.shape[2]
+        if first < 0 or longest + call.new_keys > positions:
+            raise ValueError(
+                f"rotary_cos: got {positions} positions, needs positions {first} to {longest + call.new_keys - 1}"
+            )
+    if call.block_table is not None:
+        page, pages = call.k_cache.shape[2], call.k_cache.shape[0]
+        used = torch.arange(call.block_table.shape[1]) * page < (call.cache_lengths + call.new_keys)[:, None]
+        blocks = call.block_table[used]
+        if blocks.numel():
+            lowest, highest = (int(n) for n in torch.aminmax(blocks))
+            if lowest < 0 or highest >= pages:
+                raise ValueError(
+                    f"block_table: got values from {lowest} to {highest}, needs 0 to {pages - 1}"
+                )
+
+
+_CALL_SCHEMA = schema_of(fields(KVCacheCall), mutated=("k_cache", "v_cache"))
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_LIBRARY.define(f"kv_cache_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
+
+
+def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    query, *call_args, backend = args
+    call = KVCacheCall(with_unit_last_stride(query), *call_args)
+    _check_values(call)
+    spec = AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
+    return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)
+
+
+def _kv_cache_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    query, v_cache = args[0], args[2]
+    batch, num_heads, seqlen_q, _ = query.shape
+    out = empty_in_order(query, (batch, num_heads, seqlen_q, v_cache.shape[3]))
+    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
+
+
+_LIBRARY.impl("kv_cache_fwd", _kv_cache_fwd, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::kv_cache_fwd", _kv_cache_fwd_fake, lib=_LIBRARY)

@@ -1,0 +1,306 @@
+"""`attention_kv_cache`: decoding and chunked prefill, dense and paged, against the padded call's reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.library import opcheck
+
+import fastattn
+from fastattn.ops.kv_cache import _call_arguments
+from numerics import assert_within_rule
+
+BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM, CAPACITY, PAGE = 3, 4, 2, 16, 16, 40, 8
+
+
+class Cache:
+    """The same random past as a dense and as a paged cache, with whatever follows it set to NaN."""
+
+    def __init__(
+        self, lengths: list[int], dtype: torch.dtype = torch.float32, value_dim: int = VALUE_DIM
+    ) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        self.k, self.v = (
+            torch.randn(BATCH, KV_HEADS, CAPACITY, dim, generator=generator).to(dtype)
+            for dim in (DIM, value_dim)
+        )
+        beyond = torch.arange(CAPACITY) >= self.lengths[:, None]
+        for cache in (self.k, self.v):
+            cache.masked_fill_(beyond[:, None, :, None], torch.nan)
+        pages = CAPACITY // PAGE
+        self.block_table = torch.randperm(BATCH * pages, generator=generator).view(BATCH, pages).int()
+        self.paged = [
+            torch.full((BATCH * pages, KV_HEADS, PAGE, t.shape[3]), torch.nan).to(dtype)
+            for t in (self.k, self.v)
+        ]
+        for paged, dense in zip(self.paged, (self.k, self.v)):
+            for b in range(BATCH):
+                for i, block in enumerate(self.block_table[b].tolist()):
+                    paged[block] = dense[b, :, i * PAGE : (i + 1) * PAGE]
+
+    def call(self, kind: str) -> dict[str, Tensor]:
+        """The cache arguments of one kind."""
+        if kind == "paged":
+            k, v = self.paged
+            return {
+                "k_cache": k,
+                "v_cache": v,
+                "cache_lengths": self.lengths,
+                "block_table": self.block_table,
+            }
+        return {"k_cache": self.k, "v_cache": self.v, "cache_lengths": self.lengths}
+
+    def dense(self, kind: str) -> tuple[Tensor, Tensor]:
+        """(k, v) as (B, Hkv, S, D), whatever the kind."""
+        if kind == "paged":
+            k, v = (t[self.block_table.long()].transpose(1, 2).flatten(2, 3) for t in self.paged)
+            return k, v
+        return self.k, self.v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int, interleaved: bool) -> Tensor:
+    """x (H, S, D) as complex numbers turned by the angle of each position."""
+    half = cos.shape[1]
+    turns = torch.complex(cos, sin)[start : start + x.shape[1]]
+    turned = x[..., : 2 * half]
+    if interleaved:
+        pairs = torch.view_as_complex(turned.unflatten(-1, (half, 2)).contiguous()) * turns
+        result = torch.view_as_real(pairs).flatten(-2)
+    else:
+        pairs = torch.complex(turned[..., :half], turned[..., half:]) * turns
+        result = torch.cat([pairs.real, pairs.imag], dim=-1)
+    return torch.cat([result, x[..., 2 * half :]], dim=-1)
+
+
+def expected(
+    cache: Cache,
+    kind: str,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    dtype: torch.dtype,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """One sequence at a time by the reference, in `dtype`."""
+    k, v = cache.dense(kind)
+    rotary = [options.pop(name, None) for name in ("rotary_cos", "rotary_sin", "rotary_interleaved")]
+    slopes = options.pop("alibi_slopes", None)
+    outs, lses = [], []
+    for b, length in enumerate(cache.lengths.tolist()):
+        q, past_k, past_v = query[b].to(dtype), k[b, :, :length].to(dtype), v[b, :, :length].to(dtype)
+        if key is not None and value is not None:
+            new = key[b].to(dtype)
+            if rotary[0] is not None:
+                new = rotate(new, rotary[0].to(dtype), rotary[1].to(dtype), length, bool(rotary[2]))
+            past_k, past_v = torch.cat([past_k, new], 1), torch.cat([past_v, value[b].to(dtype)], 1)
+        if rotary[0] is not None:
+            start = past_k.shape[1] - q.shape[1]
+            q = rotate(q, rotary[0].to(dtype), rotary[1].to(dtype), start, bool(rotary[2]))
+        row = slopes[b : b + 1] if slopes is not None and slopes.dim() == 2 else slopes
+        out, lse = fastattn.reference.attention(
+            q[None],
+            past_k[None],
+            past_v[None],
+            **{"causal": True, **options},
+            alibi_slopes=row,
+            return_lse=True,
+        )
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+ROTARY = {
+    "rotary_cos": torch.cos(torch.linspace(0, 9, CAPACITY)[:, None] * torch.linspace(1, 0.1, 6)),
+    "rotary_sin": torch.sin(torch.linspace(0, 9, CAPACITY)[:, None] * torch.linspace(1, 0.1, 6)),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "not causal": {"causal": False},
+    "window": {"window": (6, 0)},
+    "softcap and scale": {"softcap": 2.0, "scale": 0.3},
+    "slopes": {"alibi_slopes": torch.rand(HEADS)},
+    "slopes per sequence": {"alibi_slopes": torch.rand(BATCH, HEADS)},
+    "sinks": {"sinks": torch.randn(HEADS)},
+    "rotary": ROTARY,
+    "rotary interleaved": {**ROTARY, "rotary_interleaved": True},
+}
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 31], [9, 9, 9]], ids=["ragged", "equal"])
+@pytest.mark.parametrize("new", [1, 6], ids=["decode", "chunk"])
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_append_and_attend(name: str, kind: str, new: int, lengths: list[int]) -> None:
+    query = torch.randn(BATCH, HEADS, new, DIM)
+    key, value = torch.randn(BATCH, KV_HEADS, new, DIM), torch.randn(BATCH, KV_HEADS, new, VALUE_DIM)
+    golden = expected(Cache(lengths), kind, query, key, value, torch.float64, **OPTIONS[name])
+    plain = expected(Cache(lengths), kind, query, key, value, torch.float32, **OPTIONS[name])
+    cache = Cache(lengths)
+    actual = fastattn.attention_kv_cache(
+        query, **cache.call(kind), key=key, value=value, **OPTIONS[name], return_lse=True
+    )
+    for a, p, g, result in zip(actual, plain, golden, ("out", "lse")):
+        assert_within_rule(a, p, g, f"{name}: {result}")
+    assert cache.lengths.tolist() == lengths
+    before, (k, v) = Cache(lengths), cache.dense(kind)
+    for b, length in enumerate(lengths):
+        assert torch.equal(v[b, :, length : length + new], value[b])
+        if "rotary_cos" not in OPTIONS[name]:
+            assert torch.equal(k[b, :, length : length + new], key[b])
+        for old, now in zip(before.dense(kind), (k, v)):
+            assert torch.equal(old[b, :, :length], now[b, :, :length])
+            assert bool(now[b, :, length + new :].isnan().all())
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_without_new_keys_nothing_is_written(kind: str) -> None:
+    cache = Cache([5, 12, 31])
+    before = [t.clone() for t in (*cache.dense(kind),)]
+    query = torch.randn(BATCH, HEADS, 3, DIM)
+    out, lse = fastattn.attention_kv_cache(query, **cache.call(kind), return_lse=True)
+    golden = expected(cache, kind, query, None, None, torch.float64)
+    torch.testing.assert_close((out.double(), lse.double()), golden, rtol=1e-5, atol=1e-5)
+    for old, now in zip(before, cache.dense(kind)):
+        torch.testing.assert_close(old, now, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_and_another_value_dim(dtype: torch.dtype) -> None:
+    cache = Cache([5, 12, 31], dtype, value_dim=24)
+    query = torch.randn(BATCH, HEADS, 1, DIM).to(dtype)
+    key, value = (torch.randn(BATCH, KV_HEADS, 1, dim).to(dtype) for dim in (DIM, 24))
+    plain, golden = (
+        expected(Cache([5, 12, 31], dtype, 24), "dense", query, key, value, d) for d in (dtype, torch.float64)
+    )
+    actual = fastattn.attention_kv_cache(query, **cache.call("dense"), key=key, value=value, return_lse=True)
+    for a, p, g in zip(actual, plain, golden):
+        assert_within_rule(a, p, g, dtype=dtype)
+
+
+def test_decoding_token_by_token_is_causal_attention() -> None:
+    q = torch.randn(BATCH, HEADS, 20, DIM, dtype=torch.float64)
+    k, v = (torch.randn(BATCH, KV_HEADS, 20, DIM, dtype=torch.float64) for _ in range(2))
+    whole = fastattn.attention(q, k, v, causal=True)
+    k_cache, v_cache = (
+        torch.full((BATCH, KV_HEADS, 20, DIM), torch.nan, dtype=torch.float64) for _ in range(2)
+    )
+    steps = []
+    for t in range(20):
+        now = slice(t, t + 1)
+        steps.append(
+            fastattn.attention_kv_cache(
+                q[:, :, now],
+                k_cache,
+                v_cache,
+                torch.full((BATCH,), t, dtype=torch.int32),
+                key=k[:, :, now],
+                value=v[:, :, now],
+            )
+        )
+    torch.testing.assert_close(torch.cat(steps, dim=2), whole)
+
+
+def test_any_strides() -> None:
+    """A (B, S, Hkv, D)-backed cache, a slice of a larger one, and one whose last stride is not 1."""
+    cache = Cache([5, 12, 31])
+    query = torch.randn(BATCH, HEADS, 1, DIM)
+    key, value = (torch.randn(BATCH, KV_HEADS, 1, DIM) for _ in range(2))
+    expect = fastattn.attention_kv_cache(query, **cache.call("dense"), key=key, value=value)
+    for strided in (
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: torch.cat([t, t], dim=1)[:, :KV_HEADS],
+        lambda t: t.mT.contiguous().mT,
+    ):
+        fresh = Cache([5, 12, 31])
+        k_cache, v_cache = strided(fresh.k), strided(fresh.v)
+        out = fastattn.attention_kv_cache(query, k_cache, v_cache, fresh.lengths, key=key, value=value)
+        torch.testing.assert_close(out, expect)
+        torch.testing.assert_close(k_cache[1, :, 12:13], key[1])
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_opcheck(kind: str) -> None:
+    cache = Cache([5, 0, 31])
+    query = torch.randn(BATCH, HEADS, 1, DIM)
+    key, value = (torch.randn(BATCH, KV_HEADS, 1, DIM) for _ in range(2))
+    arguments = cache.call(kind)
+    k_cache, v_cache = (arguments[name].nan_to_num() for name in ("k_cache", "v_cache"))
+    args = _call_arguments(
+        query, k_cache, v_cache, cache.lengths, key, value, arguments.get("block_table"), *ROTARY.values(), None,
+        False, None, causal=True, window=None, softcap=None, sinks=None, scale=None,
+    )  # fmt: skip
+    opcheck(torch.ops.fastattn.kv_cache_fwd.default, (*args, "auto"))
+
+
+def test_compiled_decoding_writes_the_cache_and_does_not_recompile() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(
+        lambda q, k, v, lengths, key, value: fastattn.attention_kv_cache(
+            q, k, v, lengths, key=key, value=value
+        ),
+        fullgraph=True,
+        backend=counter,
+    )
+    cache, eager = Cache([5, 0, 20]), Cache([5, 0, 20])
+    for _ in range(3):
+        query = torch.randn(BATCH, HEADS, 1, DIM)
+        key, value = (torch.randn(BATCH, KV_HEADS, 1, DIM) for _ in range(2))
+        out = step(query, cache.k, cache.v, cache.lengths, key, value)
+        expect = fastattn.attention_kv_cache(query, eager.k, eager.v, eager.lengths, key=key, value=value)
+        torch.testing.assert_close(out, expect)
+        torch.testing.assert_close(cache.k, eager.k, equal_nan=True)
+        cache.lengths += 1
+        eager.lengths += 1
+    assert counter.frame_count == 1
+
+
+C = Cache([5, 0, 31])
+QUERY, KEY, VALUE = (torch.zeros(BATCH, heads, 2, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "query rank": ({"query": QUERY[0]}, ValueError, "query: got shape .4, 2, 16., needs 4 dimensions"),
+    "requires grad": ({"query": QUERY.clone().requires_grad_()}, RuntimeError, "query: requires grad"),
+    "key without value": ({"value": None}, ValueError, "value: got None, needs a tensor"),
+    "key shape": ({"key": KEY[:, :1]}, ValueError, r"key: got shape \(3, 1, 2, 16\), needs \(3, 2, 2, 16\)"),
+    "value shape": ({"value": VALUE[:, :, :1]}, ValueError, r"value: got shape \(3, 2, 1, 16\), needs \(3, 2, 2, 16\)"),
+    "key dtype": ({"key": KEY.half()}, TypeError, "key: got torch.float16, needs the cache's torch.float32"),
+    "cache dtype": ({"k_cache": C.k.half()}, TypeError, "key: got torch.float16, needs the query's torch.float32"),
+    "caches differ": ({"v_cache": C.v[:, :, :9]}, ValueError, "v_cache: got shape .*, needs the k_cache's"),
+    "batch": ({"k_cache": C.k[:2], "v_cache": C.v[:2]}, ValueError, "k_cache: got batch size 2, needs the query's 3"),
+    "lengths shape": ({"cache_lengths": C.lengths[:2]}, ValueError, r"cache_lengths: got shape \(2,\), needs \(3,\)"),
+    "lengths dtype": ({"cache_lengths": C.lengths.float()}, TypeError, "cache_lengths: got torch.float32"),
+    "negative length": ({"cache_lengths": C.lengths - 1}, ValueError, "cache_lengths: got values from -1 to 30"),
+    "full cache": ({"cache_lengths": C.lengths + 8}, ValueError, "cache_lengths: got values from 8 to 39, needs 0 to"),
+    "table rank": ({"block_table": C.lengths}, ValueError, r"block_table: got shape \(3,\), needs \(3, pages\)"),
+    "rotary alone": ({"rotary_cos": ROTARY["rotary_cos"]}, ValueError, "rotary_sin: got None"),
+    "rotary shape": ({"rotary_cos": torch.zeros(40, 9), "rotary_sin": torch.zeros(40, 9)}, ValueError,
+                     r"rotary_cos: got shape \(40, 9\), needs \(positions, 1 to 8\)"),
+    "rotary short": ({"rotary_cos": torch.zeros(9, 4), "rotary_sin": torch.zeros(9, 4)}, ValueError,
+                     "rotary_cos: got 9 positions, needs positions 0 to 32"),
+    "splits": ({"num_splits": 0}, ValueError, "num_splits: got 0, needs a positive integer"),
+    "backend": ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_bad_input_is_refused_by_name_and_nothing_is_written(change: str) -> None:
+    wrong, error, message = BAD[change]
+    before = C.k.clone()
+    with pytest.raises(error, match=message):
+        fastattn.attention_kv_cache(
+            **{"query": QUERY, **C.call("dense"), "key": KEY, "value": VALUE, **wrong}
+        )
+    torch.testing.assert_close(C.k, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_block_table_that_points_nowhere_is_refused() -> None:
+    cache = Cache([5, 0, 31])
+    arguments = cache.call("paged")
+    arguments["block_table"] = arguments["block_table"] + 3
+    with pytest.raises(ValueError, match=r"block_table: got values from \d+ to 1[567], needs 0 to 14"):
+        fastattn.attention_kv_cache(QUERY, **arguments, key=KEY, value=VALUE)
