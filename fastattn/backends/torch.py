@@ -7,6 +7,7 @@ from fastattn.backends.torch_attention import (
     attention_weights_fwd,
     tiles,
 )
+from fastattn.backends.torch_kv_cache import kv_cache_fwd
 from fastattn.backends.torch_softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.backends.torch_varlen import varlen_bwd, varlen_fwd
 from fastattn.spec import AttentionSpec, SoftmaxSpec
@@ -17,6 +18,7 @@ __all__ = [
     "attention_fwd",
     "attention_weights_bwd",
     "attention_weights_fwd",
+    "kv_cache_fwd",
     "softmax_bwd",
     "softmax_fwd",
     "softmax_tiles",
