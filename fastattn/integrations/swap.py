@@ -73,14 +73,25 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
-    """Undo `swap_attention`: every module it swapped is the torch module it was. Returns their names."""
-    names = []
-    for name, module in list(_candidates(model)):
-        if isinstance(module, MultiHeadAttention) and module.swapped:
-            module.remove_extras()
-            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-            names.append(name)
-    return tuple(names)
+    """Undo `swap_attention`: every module it swapped is the torch module it was. Returns their names.
+
+    Raises ValueError, before changing any, where something else changed a swapped module's class after the swap, as
+    `torch.nn.utils.parametrize` and `fully_shard` do: undo that first.
+    """
+    swapped = {
+        name: module
+        for name, module in _candidates(model)
+        if isinstance(module, MultiHeadAttention) and module.swapped
+    }
+    for name, module in swapped.items():
+        if type(module) is not MultiHeadAttention:
+            raise ValueError(
+                f"model: {name or 'it'} became a {_class_name(module)} after the swap; undo that before restoring"
+            )
+    for module in swapped.values():
+        module.remove_extras()
+        module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+    return tuple(swapped)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastattn.integrations.swap import SwapReport, restore_attention, swap_attention
 from fastattn.nn.attention import MultiHeadAttention
@@ -269,6 +270,30 @@ def test_what_is_left_is_reported_with_the_reason():
     assert report.to_dict()["left"] == reasons
     assert restore_attention(model) == ("torchs",)
     assert model["ours"].window == (3, 0)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_class_changed_by_others_is_respected():
+    """torch.nn.utils.parametrize gives a module a class of its own, before a swap or after it."""
+    model = nn.ModuleList(nn.MultiheadAttention(EMBED, 4, batch_first=True) for _ in range(2))
+    x = torch.randn(2, 3, EMBED)
+    parametrize.register_parametrization(model[0], "in_proj_weight", Doubled())
+    report = swap_attention(model)
+    assert report.swapped == ("1",)
+    assert report.left[0][0] == "0"
+    expected = model[1](x, x, x)
+    parametrize.register_parametrization(model[1], "in_proj_weight", Doubled())
+    assert not torch.allclose(model[1](x, x, x)[0], expected[0])
+    with pytest.raises(ValueError, match="became a Parametrized"):
+        restore_attention(model)
+    parametrize.remove_parametrizations(model[1], "in_proj_weight", leave_parametrized=False)
+    torch.testing.assert_close(model[1](x, x, x), expected)
+    assert restore_attention(model) == ("1",)
+    torch.testing.assert_close(model[1](x, x, x), expected)
 
 
 def test_bad_arguments():
