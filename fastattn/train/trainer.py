@@ -283,15 +283,26 @@ class Trainer:
             self._warn("all labels are -100, so the gradient is zero")
         loss_sum = torch.zeros((), device=self.device)
         for i, (batch, count) in enumerate(zip(batches, counts)):
-            if count == 0:  # its mean would be 0/0: give it targets, which then weigh nothing
-                batch = {**batch, "labels": torch.zeros_like(batch["labels"])}
-            weight = count / max(targets, 1.0)
             with gradient_sync(self._parallel, wanted=i == len(batches) - 1):
-                loss = self._loss(self._parallel, batch)
+                loss = self._weighted_loss(batch, count / max(targets, 1.0))
                 # DistributedDataParallel divides the sum over processes by their number.
-                self.scaler.scale(loss * (weight * self.distributed.world_size)).backward()
-            loss_sum += loss.detach().float() * weight
+                self.scaler.scale(loss * self.distributed.world_size).backward()
+            loss_sum += loss.detach().float()
         return self.distributed.sum([float(loss_sum)], self.device)[0], int(all_tokens)
+
+    def _weighted_loss(self, batch: Batch, weight: float) -> Tensor:
+        """The batch's mean loss times its share of all targets; a zero with zero gradients if it has no target."""
+        if weight == 0.0:  # its mean is 0/0, but in parallel this process must still take part
+            if self.distributed.active:
+                self._parallel(**batch)
+            return (
+                sum(
+                    (p.sum() for p in self.model.parameters() if p.requires_grad),
+                    torch.zeros((), device=self.device),
+                )
+                * 0.0
+            )
+        return self._loss(self._parallel, batch) * weight
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -80,3 +80,10 @@ def test_plain_labels_weigh_by_the_targets_there_are(make_trainer):
     model.zero_grad()
     make_trainer(model=model)._accumulate([{k: v[i : i + 1] for k, v in whole.items()} for i in range(4)])
     torch.testing.assert_close(model.wte.weight.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_block_of_documents_too_short_to_predict_anything_is_harmless(make_trainer):
+    data = make_data(starts=tuple(range(600)), segments=True)
+    trainer = make_trainer(model=make_gpt(), train=data, max_steps=2)
+    assert any("all labels are -100" in r.get("text", "") for r in trainer.fit().log)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
