@@ -38,7 +38,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected:
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, -1234567890123456789, 2**62 + 12345])
-@pytest.mark.parametrize("rows,cols", [(range(5), range(17)), (range(3, 9), range(5, 40))])
+@pytest.mark.parametrize(("rows", "cols"), [(range(5), range(17)), (range(3, 9), range(5, 40))])
 def test_every_weight_has_its_own_half(seed: int, rows: range, cols: range) -> None:
     p = 0.37
     keep = keep_mask(torch.tensor([seed]), torch.arange(6).view(2, 3), rows, cols, p)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +65,8 @@ class Segments:
         changes = np.flatnonzero(np.diff(self.query)) + 1
         edges = [0, *(int(change) for change in changes), len(self.query)]
         if len(edges) - 1 > max(8, len(self.query) // MIN_MEAN_RUN):
-            edges = list(range(0, len(self.query), MIN_MEAN_RUN)) + [len(self.query)]
-        for start, stop in zip(edges, edges[1:]):
+            edges = [*range(0, len(self.query), MIN_MEAN_RUN), len(self.query)]
+        for start, stop in pairwise(edges):
             seen = [where[int(i)] for i in np.unique(self.query[start:stop]) if int(i) in where]
             if not seen:
                 continue
