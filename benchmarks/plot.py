@@ -250,7 +250,7 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for name, figure in charts.items():
-            figure.text(0.01, 0.005, conditions(result), fontsize=6, color="0.4")
+            figure.supxlabel(conditions(result), x=0.01, ha="left", fontsize=6, color="0.4")
             paths.append(folder / f"{result['bench']}_{name}.{kind}")
             figure.savefig(paths[-1], metadata={"Date": None} if kind == "svg" else None, dpi=150)
     return paths
@@ -358,6 +358,7 @@ def _ratio_figure(result: Result) -> Any:
     axis.axvline(1.0, color="0.5", linewidth=0.8)
     axis.set_yticks(list(places), [label for label, _, _ in ratios], fontsize=7)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axis.set_xlabel("times the peer's speed (red: the target)")
     return figure
 
