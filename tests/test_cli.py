@@ -146,8 +146,10 @@ def test_a_pipe_gets_plain_text_and_may_close_early() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    # A shell's background jobs ignore Ctrl-C and hand that on: undo it, for a runner may be one.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + COMMAND[-1]
     with subprocess.Popen(
-        [*COMMAND, "demo", "--quick", "--out", str(out)],
+        [*COMMAND[:-1], listening, "demo", "--quick", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
