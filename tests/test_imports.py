@@ -34,7 +34,7 @@ ARROWS = {
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {
     "triton": ("kernels", "backends/triton.py"),
-    "transformers": ("integrations/transformers.py", "integrations/swap.py"),
+    "transformers": ("integrations",),
     "tokenizers": ("data",),
     "typer": ("cli.py",),
     "rich": ("console.py", "train"),
