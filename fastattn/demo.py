@@ -59,7 +59,7 @@ class Recipe:
     steps: int = 500
     seconds: float = 150.0
     least_seconds: float = 20.0
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     beta2: float = 0.99
     warmup_steps: int = 30
     evaluations: int = 5
