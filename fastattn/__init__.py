@@ -8,8 +8,10 @@ from fastattn.integrations.swap import SwapReport, restore_attention, swap_atten
 from fastattn.integrations.torch import sdpa_override
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.ops.attention import attention, explain
+from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastattn.ops.kv_cache import attention_kv_cache
 from fastattn.ops.sdpa import scaled_dot_product_attention
+from fastattn.ops.softmax import softmax
 from fastattn.ops.varlen import attention_varlen
 
 __all__ = [
@@ -18,11 +20,14 @@ __all__ = [
     "attention",
     "attention_kv_cache",
     "attention_varlen",
+    "cross_entropy",
     "explain",
+    "linear_cross_entropy",
     "reference",
     "restore_attention",
     "scaled_dot_product_attention",
     "sdpa_override",
+    "softmax",
     "swap_attention",
 ]
 

@@ -7,6 +7,12 @@ from fastattn.backends.torch_attention import (
     attention_weights_fwd,
     tiles,
 )
+from fastattn.backends.torch_cross_entropy import (
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_fwd,
+)
 from fastattn.backends.torch_kv_cache import kv_cache_fwd
 from fastattn.backends.torch_softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.backends.torch_varlen import varlen_bwd, varlen_fwd
@@ -18,7 +24,11 @@ __all__ = [
     "attention_fwd",
     "attention_weights_bwd",
     "attention_weights_fwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
     "kv_cache_fwd",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
     "softmax_bwd",
     "softmax_fwd",
     "softmax_tiles",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
-BLOCK_ELEMENTS = {"cpu": 2**17}  # a block stays in a core's cache between the passes over it
+BLOCK_ELEMENTS = {"cpu": 2**18}  # a block stays in a core's cache between the passes over it
 OTHER_BLOCK_ELEMENTS = 2**26  # elsewhere few launches count more
 
 Index = tuple[slice, ...]
@@ -32,17 +33,19 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
         _constant_where_unseen(x, out, dim, call.log)
         return out
     mask = None if call.mask is None else call.mask.expand(x.shape)
+    kernel = torch.ops.aten._log_softmax if call.log else torch.ops.aten._softmax
+    scratch: dict[torch.Size, Tensor] = {}
     for block in blocks_of(out, dim, block_elements(spec.device)):
-        scores = x[block].to(accumulation_dtype(x.dtype)) * call.scale
-        visible = None if mask is None else mask[block]
+        scores = _scratch(scratch, out[block], accumulation_dtype(x.dtype))
+        scores.copy_(x[block])  # scaled after it is widened
+        if call.scale != 1.0:
+            scores.mul_(call.scale)
+        if mask is not None:
+            scores.masked_fill_(~mask[block], -torch.inf)
         if call.causal:
-            below = _causal(block, x)
-            visible = below if visible is None else visible & below
-        if visible is not None:
-            scores.masked_fill_(~visible, -torch.inf)
-        probs = scores.log_softmax(dim) if call.log else scores.softmax(dim)
-        _constant_where_unseen(scores, probs, dim, call.log)
-        out[block] = probs
+            scores.masked_fill_(_above_diagonal(block, x), -torch.inf)
+        _into(out[block], kernel, scores, dim, False)
+        _constant_where_unseen(scores, out[block], dim, call.log)
     return out
 
 
@@ -51,14 +54,34 @@ def softmax_bwd(
 ) -> Tensor:
     """scale * out * (dout - sum(out * dout)), in log scale * (dout - exp(out) * sum(dout)); 0 where out is constant."""
     dx = torch.empty_like(out, dtype=dtype)
-    derivative = torch._log_softmax_backward_data if spec.log else torch._softmax_backward_data
+    kernel = torch.ops.aten._log_softmax_backward_data if spec.log else torch.ops.aten._softmax_backward_data
     constant = -torch.inf if spec.log else 0.0
+    nothing = out.new_zeros(())
+    scratch: dict[torch.Size, Tensor] = {}
     for block in blocks_of(out, dim, block_elements(spec.device)):
-        rows = out[block]
-        cotangent = torch.where(rows != constant, dout[block], 0)
-        part = derivative(cotangent, rows, dim, rows.dtype)
-        dx[block] = part if scale == 1.0 else part * scale
+        rows, part = out[block], dx[block]
+        cotangent = _scratch(scratch, rows, out.dtype)
+        torch.where(rows != constant, dout[block], nothing, out=cotangent)
+        _into(part, kernel, cotangent, rows, dim, out.dtype)
+        if scale != 1.0:
+            part.mul_(scale)
     return dx
+
+
+def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a block's shape and memory order, kept for the next block: fresh memory costs more than softmax."""
+    if like.shape not in kept:
+        kept[like.shape] = torch.empty_like(like, dtype=dtype)
+    return kept[like.shape]
+
+
+def _into(target: Tensor, kernel: Any, *args: Any) -> None:
+    """Run one of torch's softmax kernels on a block, writing to its place without a copy if torch can."""
+    if target.is_contiguous() and target.dtype == args[0].dtype:
+        name = "grad_input" if kernel is torch.ops.aten._softmax_backward_data else "out"
+        kernel.out(*args, **{name: target})
+    else:
+        target.copy_(kernel.default(*args))
 
 
 def block_elements(device: str) -> int:
@@ -103,9 +126,9 @@ def _constant_where_unseen(scores: Tensor, result: Tensor, dim: int, log: bool) 
         result.masked_fill_(unseen.unsqueeze(dim), -torch.inf if log else 0.0)
 
 
-def _causal(block: Index, x: Tensor) -> Tensor:
-    """Which entries of a block lie on or below the diagonal that ends in the bottom right corner."""
+def _above_diagonal(block: Index, x: Tensor) -> Tensor:
+    """Which entries of a block lie above the diagonal that ends in the bottom right corner."""
     rows, columns = (
         torch.arange(length, device=x.device)[part] for length, part in zip(x.shape[-2:], block[-2:])
     )
-    return columns <= rows[:, None] + (x.shape[-1] - x.shape[-2])
+    return columns > rows[:, None] + (x.shape[-1] - x.shape[-2])

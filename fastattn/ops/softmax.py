@@ -176,9 +176,9 @@ def _backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dout, out, dim, scale, log, _, backend = inputs
+    dout, out, dim, scale, log, _, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.options = (dim, scale, log, backend)
+    ctx.options = (dim, scale, log)
     ctx.save_for_backward(dout, out)
 
 
@@ -188,7 +188,7 @@ def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     if grad is None:
         return nothing
     dout, out = ctx.saved_tensors
-    dim, scale, log, backend = ctx.options
+    dim, scale, log = ctx.options
     grad = grad.to(out.dtype) * scale
     if not log:
         total = (grad * out).sum(dim, keepdim=True)

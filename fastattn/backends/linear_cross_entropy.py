@@ -1,0 +1,163 @@
+"""Cross-entropy of a linear layer's outputs, a few tokens at a time: the loop around any backend's cross-entropy.
+
+Every chunk's logits are made, used and overwritten by their gradient; what stays is of the size of the operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
+
+CHUNK_LOGITS = {"cpu": 2**22}  # logits made at once: enough tokens for a matrix product to run at its best
+OTHER_CHUNK_LOGITS = 2**27
+MIN_CHUNKS = 4  # however few the logits, never more than a quarter of them at once
+
+Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, Tensor]]
+Backward = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class LinearGrads(NamedTuple):
+    """Gradients of one call; those of weight and bias in the accumulation dtype, None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward(
+    spec: SoftmaxSpec,
+    call: LinearCrossEntropyCall,
+    needs: tuple[bool, ...] | None,
+    cross_entropy_fwd: Forward,
+    cross_entropy_bwd: Backward,
+) -> tuple[Tensor, Tensor, LinearGrads | None]:
+    """(losses, lse) of every token, and the gradients of the sum of losses if `needs` are given."""
+    whole = call
+    call, kept = _without_ignored(call)
+    lse = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
+    losses = torch.empty_like(lse)
+    grads = None if needs is None else _Grads(call, needs)
+    for rows in chunks(*_sizes(call), call.hidden.device.type):
+        chunk = _chunk(call, rows)
+        losses[rows], lse[rows] = cross_entropy_fwd(spec, chunk)
+        if grads is not None:
+            grads.add(spec, chunk, rows, torch.ones_like(lse[rows]), lse[rows], cross_entropy_bwd)
+    return (
+        _spread(losses, kept, whole.target),
+        _spread(lse, kept, whole.target),
+        grads and grads.results(kept, whole),
+    )
+
+
+def backward(
+    spec: SoftmaxSpec,
+    call: LinearCrossEntropyCall,
+    dlosses: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+    cross_entropy_bwd: Backward,
+) -> LinearGrads:
+    """The needed gradients for any gradient of the losses, from logits computed again."""
+    whole = call
+    call, kept = _without_ignored(call)
+    if kept is not None:
+        dlosses, lse = dlosses[kept], lse[kept]
+    grads = _Grads(call, needs)
+    for rows in chunks(*_sizes(call), call.hidden.device.type):
+        grads.add(spec, _chunk(call, rows), rows, dlosses[rows], lse[rows], cross_entropy_bwd)
+    return grads.results(kept, whole)
+
+
+def chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
+    """The tokens whose logits are made at once."""
+    fit = CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
+    step = max(1, min(fit, -(-tokens // MIN_CHUNKS)))
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+class _Grads:
+    """The gradients while chunks are added to them."""
+
+    def __init__(self, call: LinearCrossEntropyCall, needs: tuple[bool, ...]) -> None:
+        hidden, weight, bias = needs
+        dtype = accumulation_dtype(call.hidden.dtype)
+        self.call = call
+        self.hidden = torch.empty_like(call.hidden) if hidden else None
+        self.weight = torch.zeros_like(call.weight, dtype=dtype) if weight else None
+        self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
+
+    def add(
+        self,
+        spec: SoftmaxSpec,
+        chunk: CrossEntropyCall,
+        rows: slice,
+        dlosses: Tensor,
+        lse: Tensor,
+        cross_entropy_bwd: Backward,
+    ) -> None:
+        """What one chunk's logits contribute; they are overwritten unless the softcap needs them."""
+        call, logits = self.call, chunk.logits
+        dlogits = cross_entropy_bwd(spec, chunk, dlosses, lse, None if call.softcap else logits)
+        if call.softcap:
+            dlogits.mul_((logits / call.softcap).square_().neg_().add_(1))
+        if self.hidden is not None:
+            torch.mm(dlogits, call.weight, out=self.hidden[rows])
+        if self.weight is not None:
+            hidden = _hidden(call, rows)
+            if self.weight.dtype == hidden.dtype:
+                self.weight.addmm_(dlogits.mT, hidden)
+            else:
+                self.weight.add_(dlogits.mT @ hidden)
+        if self.bias is not None:
+            self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
+
+    def results(self, kept: Tensor | None, whole: LinearCrossEntropyCall) -> LinearGrads:
+        """The gradients, that of hidden with zeros at the tokens left out."""
+        hidden = None if self.hidden is None else _spread(self.hidden, kept, whole.hidden)
+        return LinearGrads(hidden, self.weight, self.bias)
+
+
+def _sizes(call: LinearCrossEntropyCall) -> tuple[int, int]:
+    return call.hidden.shape[0], call.weight.shape[0]
+
+
+def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
+    """The cross-entropy of some tokens, their logits made."""
+    hidden = _hidden(call, rows)
+    logits = hidden @ call.weight.mT if call.bias is None else torch.addmm(call.bias, hidden, call.weight.mT)
+    if call.softcap:
+        logits.div_(call.softcap).tanh_().mul_(call.softcap)
+    return CrossEntropyCall(logits, call.target[rows], call.ignore_index, call.label_smoothing)
+
+
+def _hidden(call: LinearCrossEntropyCall, rows: slice) -> Tensor:
+    """Some rows of hidden; ignored ones, which may hold anything, as zeros."""
+    hidden = call.hidden[rows]
+    if call.hidden.device.type == "cpu":  # they have been left out already
+        return hidden
+    return torch.where((call.target[rows] != call.ignore_index)[:, None], hidden, 0)
+
+
+def _without_ignored(call: LinearCrossEntropyCall) -> tuple[LinearCrossEntropyCall, Tensor | None]:
+    """The call without its ignored tokens and the positions of the others, where that costs no synchronisation."""
+    if call.hidden.device.type != "cpu":
+        return call, None
+    kept = (call.target != call.ignore_index).nonzero()[:, 0]
+    if kept.shape[0] == call.target.shape[0]:
+        return call, None
+    return replace(call, hidden=call.hidden[kept], target=call.target[kept]), kept
+
+
+def _spread(values: Tensor, kept: Tensor | None, like: Tensor) -> Tensor:
+    """Rows of kept tokens at their positions among all of `like`'s, zeros elsewhere."""
+    if kept is None:
+        return values
+    spread = torch.zeros_like(like, dtype=values.dtype)
+    spread[kept] = values
+    return spread
