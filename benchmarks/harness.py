@@ -302,7 +302,7 @@ class _CudaSampler:
     def __call__(self, step: Step, repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         launches = self.host.setdefault(step, [])
-        wait = repeats * min(2 * max(launches[-3:], default=0.001), 0.01)
+        wait = min(2 * repeats * max(launches[-3:], default=0.001), 0.05)
         torch.cuda.synchronize()
         self.cache.zero_()
         torch.cuda._sleep(int(wait * self.HERTZ))
