@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def _start(
     bench: str, device: torch.device, options: argparse.Namespace, dtypes: list[torch.dtype]
 ) -> schema.Result:
     settings = {"quick": options.quick, "only": options.only, "contestants": options.contestants}
+    settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
     result = schema.new_result(bench, device, settings)
     if options.revision:
         result["revision"] = options.revision
