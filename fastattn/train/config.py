@@ -29,7 +29,7 @@ class TrainConfig:
         output_dir: where the run writes.
         max_steps, max_epochs, max_seconds: the run ends at the first of these: optimiser steps, passes over the
             training data, wall time with evaluations. With max_seconds the learning rate follows time where that is
-            further on than steps, so that it has come down when time is up; such a run is not reproducible.
+            further on than steps, so that it has risen and come down when time is up; such a run is not reproducible.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
         lr, warmup_steps, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then falls along a

@@ -36,13 +36,15 @@ def build_optimizer(
     )
 
 
-def learning_rate(step: int, progress: float, *, lr: float, warmup_steps: int, min_lr_ratio: float) -> float:
-    """The rate of step number `step` (from 0): lr*(step+1)/warmup, then lr*(r + (1-r)*(1+cos(pi*x))/2).
+def learning_rate(
+    step: float, progress: float, *, lr: float, warmup_steps: int, min_lr_ratio: float
+) -> float:
+    """The rate after `step` steps: lr*(step+1)/warmup, then lr*(r + (1-r)*(1+cos(pi*x))/2).
 
     r is min_lr_ratio and x runs from 0 to 1 over what follows the warmup.
 
     Args:
-        step: optimiser steps already taken.
+        step: optimiser steps already taken, or where time has taken the place of steps, as many as it stands for.
         progress: how much of the whole run is done, from 0 to 1, warmup included.
         lr, warmup_steps, min_lr_ratio: as in TrainConfig.
     """

@@ -143,7 +143,11 @@ class Trainer:
             self._begin()
             self.display.start(self._progress())
             try:
-                while (reason := self._reason_to_stop()) is None and not self._signalled(stop):
+                while True:
+                    signalled = self._signalled(stop)
+                    reason = self._reason_to_stop()
+                    if signalled or reason:
+                        break
                     self._train_step()
                     self._after_step()
                 checkpoint = self._finish(evaluate=reason is not None)
@@ -248,9 +252,12 @@ class Trainer:
     def _train_step(self) -> None:
         config, state = self.config, self.state
         begun = time.monotonic()
+        progress = self._progress()
         rate = learning_rate(
-            state.step,
-            self._progress(),
+            max(state.step, progress * self.max_steps)
+            if self.max_steps and config.max_seconds
+            else state.step,
+            progress,
             lr=config.lr,
             warmup_steps=config.warmup_steps,
             min_lr_ratio=config.min_lr_ratio,
@@ -372,10 +379,8 @@ class Trainer:
 
     def _figures(self) -> dict[str, float]:
         """Loss, speed and the rest over the steps since the last "train" record."""
-        window, tokens_per_second = (
-            self.state.window,
-            self.state.window["tokens"] / self.state.window["seconds"],
-        )
+        window = self.state.window
+        tokens_per_second = window["tokens"] / max(window["seconds"], 1e-9)  # a coarse clock may stand still
         figures = {
             "loss": window["loss"] / window["steps"],
             "lr": window["lr"],

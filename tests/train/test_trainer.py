@@ -166,6 +166,22 @@ def test_time_ends_a_run_with_the_rate_at_its_floor(make_trainer):
     assert min(rates[-1:]) < 4e-3
 
 
+def test_a_slow_machine_passes_through_the_whole_schedule(make_trainer, monkeypatch):
+    """Ten steps fit into the time that was meant for a thousand: the rate still rises, peaks and comes down."""
+    now = [0.0]
+    monkeypatch.setattr("fastattn.train.trainer.time.monotonic", lambda: now[0])
+    tick = {"on_record": lambda record: now.__setitem__(0, now[0] + 1.0)}
+    result = make_trainer(
+        max_steps=1000, max_seconds=10.0, warmup_steps=50, log_every=1, lr=1.0, grad_clip=1e-3, keywords=tick
+    ).fit()
+    rates = [r["lr"] for r in result.log if r["event"] == "train"]
+    assert len(rates) == 10
+    assert rates[0] == pytest.approx(1 / 50)
+    assert rates[1] > 0.98
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] < 0.16
+
+
 def test_early_stopping(make_trainer):
     options = {"dev": make_data(seed=1), "max_steps": 1000, "eval_every": 2, "patience": 3}
     result = make_trainer(lr=5.0, warmup_steps=0, **options).fit()
