@@ -28,6 +28,7 @@ from fastattn.spec import (
 FUSED_ROW_BLOCK = 64  # rows cut at once along a window or dense mask for torch's fused kernel
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
+EXTREME_LSE = 1e4  # beyond it lse has no digits left for the number of keys it sums over
 
 _fused_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -42,7 +43,7 @@ def tiles(spec: AttentionSpec) -> str:
 
 def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call whose batch starts at `first_sequence` of the dropout stream."""
-    fused = _fused_runs(spec)
+    fused = _fused_runs(spec) and call.scale > 0
     run = _fused_rows if fused else _blockwise_rows
     shape = (*call.query.shape[:3], spec.value_dim)
     out: Tensor | None = None
@@ -72,15 +73,19 @@ def attention_bwd(
     first_sequence: int = 0,
 ) -> AttentionGrads:
     """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
-    fused = _fused_runs(spec) and dlse is None and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 in rows that see nothing
+    extreme = _is_extreme(call, lse)
+    forward_fused = _fused_runs(spec.replace(bias_grad=False)) and call.scale > 0
+    fused = forward_fused and not (spec.bias_grad or extreme) and dlse is None
+    fused = fused and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
-    mass = None
-    if not fused and _fused_runs(spec.replace(bias_grad=False)):  # lse came from other products than ours
-        mass = torch.ones_like(lse) if call.sinks is None else 1 - torch.exp(call.sinks[:, None] - lse_safe)
+    # lse of the fused forward came from products that round differently: where a tile holds a whole row, its weights
+    # are made to sum to 1 again.
+    normalise = not fused and (forward_fused or extreme)
+    sink_weight = None if call.sinks is None else torch.exp(call.sinks[:, None] - lse_safe)
     sums: _Sums | None = None
     for part in _parts(call, first_sequence):
-        for row_tiles in part.schedule(fused):
+        for row_tiles in part.schedule(fused, whole_rows=extreme):
             for tile in row_tiles:
                 if fused:
                     shares = _fused_tile_bwd(part, tile, out, lse_safe, dout)
@@ -88,15 +93,16 @@ def attention_bwd(
                         dq, dk, dv = (
                             _in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
                         )
-                        return AttentionGrads(dq, dk, dv, sinks=_dsinks(call, lse_safe, delta, needs))
+                        return AttentionGrads(dq, dk, dv, sinks=_dsinks(sink_weight, delta, needs))
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
                     sums.add(part, tile, *shares)
                 else:
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
-                    rows = _RowStatistics(lse_safe, delta, dlse, mass, alone=len(row_tiles) == 1)
+                    alone = len(row_tiles) == 1
+                    rows = _RowStatistics(lse_safe, delta, dlse, sink_weight, alone and normalise, alone)
                     _blockwise_tile_bwd(part, tile, rows, dout, sums)
     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
-    return AttentionGrads(*sums.results(), _dsinks(call, lse_safe, delta, needs))
+    return AttentionGrads(*sums.results(), _dsinks(sink_weight, delta, needs))
 
 
 def attention_weights_fwd(spec: AttentionSpec, call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
@@ -105,10 +111,13 @@ def attention_weights_fwd(spec: AttentionSpec, call: AttentionCall, lse: Tensor,
     shape = (batch, seqlen_q, call.key.shape[2]) if mean else (batch, num_heads, seqlen_q, call.key.shape[2])
     weights = call.query.new_zeros(shape)
     lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
+    extreme = _is_extreme(call, lse) and call.sinks is None
     for part in _parts(call):
-        for row_tiles in part.schedule(fused=False):
+        for row_tiles in part.schedule(fused=False, whole_rows=extreme):
             for tile in row_tiles:
                 probs = torch.exp(part.scores(tile)[0] - _rows(part.of(lse_safe), tile)[..., None])
+                if extreme:
+                    probs /= probs.sum(-1, keepdim=True).clamp_min(1e-30)
                 probs = _dropped(part, tile, probs)
                 part.of(weights)[..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop] = (
                     probs.mean(1) if mean else probs
@@ -126,7 +135,7 @@ def attention_weights_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
     sums = _Sums(call, needs.bias, needs.alibi_slopes)
-    dlse = torch.zeros_like(lse)
+    dlse = lse.new_zeros(lse.shape)
     lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
     num_heads = call.query.shape[1]
     for part in _parts(call):
@@ -157,9 +166,9 @@ class _Part:
     value: Tensor  # (b, Hkv, length, Dv)
     segments: Segments | None
     band: Band
-    structural: dict[
-        tuple[int, int, int], Tensor
-    ]  # visibility of tiles without segments, by shape and offset
+    last_band: list[
+        tuple[tuple[int, int, int], Tensor]
+    ]  # the last tile's band mask: those of a window repeat
 
     def of(self, tensor: Tensor) -> Tensor:
         """This part's sequences of a tensor with a batch dimension."""
@@ -172,13 +181,14 @@ class _Part:
             call.query.shape[0], call.query.shape[2], call.key.shape[2],
         )  # fmt: skip
 
-    def schedule(self, fused: bool) -> Iterator[list[Tile]]:
-        """The visible tiles, a list per row range."""
+    def schedule(self, fused: bool, whole_rows: bool = False) -> Iterator[list[Tile]]:
+        """The visible tiles, a list per row range; with `whole_rows` one tile holds all that a row sees."""
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
             dense = self.call.mask is not None or self.call.bias is not None
             return whole_tiles(self.band, self.segments, len_q, len_k, FUSED_ROW_BLOCK, dense)
-        return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, COL_BLOCK)
+        col_block = max(len_k, 1) if whole_rows else COL_BLOCK
+        return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, col_block)
 
     def cut(self, dense: Tensor, tile: Tile) -> Tensor:
         """A tile of a 4-D tensor that broadcasts to (B, H, Sq, Sk)."""
@@ -205,27 +215,34 @@ class _Part:
             mask = self.cut(call.mask, tile)
             visible = mask if visible is None else visible & mask
         if call.bias is not None:
-            finite = self.cut(call.bias, tile) != -torch.inf
+            finite = self.cut(call.bias, tile).to(accumulation_dtype(self.query.dtype)) != -torch.inf
             visible = finite if visible is None else visible & finite
         return visible
 
-    def _structure(self, tile: Tile) -> Tensor:
-        offset = tile.rows.start + self.band.shift - tile.cols.start
-        key = (len(tile.rows), len(tile.cols), offset)
-        if key not in self.structural:
-            distance, band = self.distance(tile), self.band
+    def _structure(self, tile: Tile) -> Tensor | None:
+        seen = self._within_band(tile)
+        if self.segments is not None:
+            device = self.query.device
+            ids_q = torch.from_numpy(self.segments.query[tile.rows.start : tile.rows.stop]).to(device)
+            ids_k = torch.from_numpy(self.segments.key[tile.cols.start : tile.cols.stop]).to(device)
+            same = (ids_q[:, None] == ids_k) & (ids_q >= 0)[:, None]
+            seen = same if seen is None else seen & same
+        return seen
+
+    def _within_band(self, tile: Tile) -> Tensor | None:
+        band = self.band
+        if band.covers(tile.rows, tile.cols):
+            return None
+        key = (len(tile.rows), len(tile.cols), tile.rows.start + band.shift - tile.cols.start)
+        if not self.last_band or self.last_band[0][0] != key:
+            distance = self.distance(tile)
             seen = torch.ones_like(distance, dtype=torch.bool)
             if band.left is not None:
                 seen &= distance <= band.left
             if band.right is not None:
                 seen &= distance >= -band.right
-            self.structural[key] = seen
-        seen = self.structural[key]
-        if self.segments is not None:
-            ids_q = torch.from_numpy(self.segments.query[tile.rows.start : tile.rows.stop]).to(seen.device)
-            ids_k = torch.from_numpy(self.segments.key[tile.cols.start : tile.cols.stop]).to(seen.device)
-            seen = seen & (ids_q[:, None] == ids_k) & (ids_q >= 0)[:, None]
-        return seen
+            self.last_band[:] = [(key, seen)]
+        return self.last_band[0][1]
 
     def additive(self, tile: Tile) -> Tensor | None:
         """alibi + bias over a tile in the accumulation dtype, broadcastable to (b, H, rows, cols)."""
@@ -279,8 +296,8 @@ def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, 
     if call.sinks is None:
         return out, lse
     total = torch.logaddexp(lse, call.sinks[:, None])
-    out *= torch.exp(lse - total)[..., None]
-    return out, total
+    share = torch.exp(lse - total.masked_fill(total == -torch.inf, 0))  # a sink of -inf is no sink
+    return out.mul_(share[..., None]), total
 
 
 def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
@@ -291,11 +308,16 @@ def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tenso
     return delta.masked_fill_(lse == -torch.inf, 0)
 
 
-def _dsinks(call: AttentionCall, lse_safe: Tensor, delta: Tensor | None, needs: GradsNeeded) -> Tensor | None:
-    if not needs.sinks or call.sinks is None or delta is None:
+def _dsinks(sink_weight: Tensor | None, delta: Tensor | None, needs: GradsNeeded) -> Tensor | None:
+    if not needs.sinks or sink_weight is None or delta is None:
         return None
-    terms = torch.exp(call.sinks[:, None] - lse_safe) * delta
+    terms = sink_weight * delta
     return -terms.sum((0, 2), dtype=torch.float64).to(terms.dtype)  # few results of many terms that cancel
+
+
+def _is_extreme(call: AttentionCall, lse: Tensor) -> bool:
+    """Whether some row's scores are so large, by its bias, that exp(score - lse) no longer gives its weights."""
+    return call.bias is not None and bool(((lse.abs() > EXTREME_LSE) & lse.isfinite()).any())
 
 
 def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
@@ -315,10 +337,14 @@ class _Sums:
         self.query, self.key, self.value = (
             empty_in_order(t, tuple(t.shape), dtype).zero_() for t in (call.query, call.key, call.value)
         )
-        self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
+        self.bias = None  # in float64 where it is broadcast, for the same reason as the slopes
+        if bias and call.bias is not None:
+            full = (*call.query.shape[:3], call.key.shape[2])
+            total_dtype = dtype if call.bias.shape == full else torch.float64
+            self.bias = call.bias.new_zeros(call.bias.shape, dtype=total_dtype)
         self.slopes = None  # in float64: few results of many terms that cancel
         if slopes and call.alibi_slopes is not None:
-            self.slopes = torch.zeros_like(call.alibi_slopes, dtype=torch.float64)
+            self.slopes = call.alibi_slopes.new_zeros(call.alibi_slopes.shape, dtype=torch.float64)
 
     def add(self, part: _Part, tile: Tile, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add one tile's share of the operands' gradients."""
@@ -330,7 +356,8 @@ class _Sums:
         """Add what follows from a tile's dscores (b, H, rows, cols): everything but the value's gradient."""
         if self.bias is not None:
             target = part.cut(self.bias, tile)
-            target.add_(dscores.sum_to_size(target.shape))
+            broadcast = [dim for dim, size in enumerate(target.shape) if size != dscores.shape[dim]]
+            target.add_(dscores.sum(broadcast, keepdim=True, dtype=target.dtype) if broadcast else dscores)
         if self.slopes is not None:
             dslopes = -(dscores * part.distance(tile).abs()).sum((2, 3), dtype=torch.float64)
             target = self.slopes if self.slopes.shape[0] == 1 else part.of(self.slopes)
@@ -361,7 +388,7 @@ def _parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[_Part]:
     if call.causal != "none":
         right = 0
     band = Band(call.window_left if call.window_left >= 0 else None, right, call.position_shift)
-    structural: dict[tuple[int, int, int], Tensor] = {}
+    last_band: list[tuple[tuple[int, int, int], Tensor]] = []
     if call.key_lengths is None and call.query_segments is None:
         if batch:
             yield _Part(
@@ -373,7 +400,7 @@ def _parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[_Part]:
                 call.value,
                 None,
                 band,
-                structural,
+                last_band,
             )
         return
     lengths = [seqlen_k] * batch if call.key_lengths is None else call.key_lengths.tolist()
@@ -393,7 +420,7 @@ def _parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[_Part]:
         segments = None if ids_q is None or ids_k is None else Segments(ids_q[start], ids_k[start])
         yield _Part(
             call, first_sequence, rows, call.query[rows], call.key[rows, :, :length], call.value[rows, :, :length],
-            segments, band, structural,
+            segments, band, last_band,
         )  # fmt: skip
 
 
@@ -493,7 +520,8 @@ class _RowStatistics:
     lse_safe: Tensor  # +inf in rows that see nothing
     delta: Tensor | None
     dlse: Tensor | None
-    mass: Tensor | None  # sum of a row's weights, where lse was computed from products rounded differently
+    sink_weight: Tensor | None
+    normalise: bool  # make the weights of each row, with its sink's, sum to 1
     alone: bool  # the tile at hand holds all that its rows see, so sums over its columns are exact
 
 
@@ -503,9 +531,11 @@ def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Ten
     scores, slope = part.scores(tile)
     lse = _rows(part.of(rows.lse_safe), tile)
     probs = torch.exp_(scores.sub_(lse[..., None]))
-    if rows.alone and rows.mass is not None:
+    if rows.normalise:
         total = probs.sum(-1)
-        probs.mul_((_rows(part.of(rows.mass), tile) / torch.where(total == 0, 1, total))[..., None])
+        if rows.sink_weight is not None:
+            total += _rows(part.of(rows.sink_weight), tile)
+        probs.div_(torch.where(total == 0, 1, total)[..., None])
     dout_rows = _grouped(_rows(part.of(dout), tile).to(probs.dtype), num_kv_heads)
     dprobs = (dout_rows @ _cols(part.value, tile).to(probs.dtype).mT).view(probs.shape)
     keep = part.kept(tile)
