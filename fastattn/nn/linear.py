@@ -33,7 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        weight.numel() >= ONEDNN_MIN_WEIGHTS
+        not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and weight.numel() >= ONEDNN_MIN_WEIGHTS
         and not torch.is_grad_enabled()
         and x.is_cpu
         and weight.is_cpu
@@ -44,6 +45,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
         and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0  # FlopCounterMode and its like know F.linear only
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
     )

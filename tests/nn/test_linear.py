@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.nn import linear as module
 from fastattn.nn.linear import Linear, linear
@@ -57,7 +58,10 @@ class Wrapped(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize("case", ["grad", "dtype", "autocast", "subclass", "functorch", "small"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "case", ["grad", "dtype", "autocast", "subclass", "functorch", "small", "flop counter", "trace"]
+)
 def test_everything_else_is_torchs(calls, monkeypatch, case):
     layer, x = Linear(16, 8), torch.randn(2, 16)
     expected = F.linear(x, layer.weight, layer.bias).detach()
@@ -78,6 +82,12 @@ def test_everything_else_is_torchs(calls, monkeypatch, case):
             assert type(out) is Wrapped
         elif case == "functorch":
             out = torch.func.vmap(layer)(x)
+        elif case == "flop counter":
+            with FlopCounterMode(display=False) as counter:
+                out = layer(x)
+            assert counter.get_total_flops() == 2 * 2 * 16 * 8
+        elif case == "trace":
+            out = torch.jit.trace(layer, x, check_trace=False)(x)
         elif case == "small":
             monkeypatch.setattr(module, "ONEDNN_MIN_WEIGHTS", 16 * 8 + 1)
             out = layer(x)
