@@ -58,7 +58,7 @@ class Recipe:
     batch_size: int = 8
     steps: int = 500
     seconds: float = 150.0
-    least_seconds: float = 20.0
+    least_seconds: float = 30.0
     lr: float = 1.5e-3
     beta2: float = 0.99
     warmup_steps: int = 30
