@@ -25,7 +25,7 @@ def softmax(
     if causal:
         visible = visible & causal_mask(x.shape[-2], x.shape[-1], x.device)
     seen = visible.any(dim, keepdim=True)
-    scores = torch.where(visible, scores, torch.where(seen, NOTHING, 0.0))  # no row is -inf alone
+    scores = scores.masked_fill(~visible, NOTHING).masked_fill(~seen, 0.0)  # no row is -inf alone
     result = scores.log_softmax(dim) if log else scores.softmax(dim)
     return torch.where(visible, result, NOTHING if log else 0.0)
 

@@ -37,29 +37,26 @@ def forward(
     cross_entropy_fwd: Forward,
     cross_entropy_bwd: Backward,
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
-    """(losses, lse) of every token, and the gradients of the sum of losses if `needs` are given."""
+    """(losses, norms) of every token, and the gradients of the sum of losses if `needs` are given."""
     whole = call
     call, kept = _without_ignored(call)
-    lse = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
-    losses = torch.empty_like(lse)
+    losses = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
+    norms = losses.new_empty(losses.shape[0], 2)
     grads = None if needs is None else _Grads(call, needs)
     for rows in chunks(*_sizes(call), call.hidden.device.type):
         chunk = _chunk(call, rows)
-        losses[rows], lse[rows] = cross_entropy_fwd(spec, chunk)
+        losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
         if grads is not None:
-            grads.add(spec, chunk, rows, torch.ones_like(lse[rows]), lse[rows], cross_entropy_bwd)
-    return (
-        _spread(losses, kept, whole.target),
-        _spread(lse, kept, whole.target),
-        grads and grads.results(kept, whole),
-    )
+            grads.add(spec, chunk, rows, torch.ones_like(losses[rows]), norms[rows], cross_entropy_bwd)
+    made = None if grads is None else grads.results(kept, whole)
+    return _spread(losses, kept, whole.target), _spread(norms, kept, whole.target), made
 
 
 def backward(
     spec: SoftmaxSpec,
     call: LinearCrossEntropyCall,
     dlosses: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     needs: tuple[bool, ...],
     cross_entropy_bwd: Backward,
 ) -> LinearGrads:
@@ -67,10 +64,10 @@ def backward(
     whole = call
     call, kept = _without_ignored(call)
     if kept is not None:
-        dlosses, lse = dlosses[kept], lse[kept]
+        dlosses, norms = dlosses[kept], norms[kept]
     grads = _Grads(call, needs)
     for rows in chunks(*_sizes(call), call.hidden.device.type):
-        grads.add(spec, _chunk(call, rows), rows, dlosses[rows], lse[rows], cross_entropy_bwd)
+        grads.add(spec, _chunk(call, rows), rows, dlosses[rows], norms[rows], cross_entropy_bwd)
     return grads.results(kept, whole)
 
 
@@ -98,12 +95,12 @@ class _Grads:
         chunk: CrossEntropyCall,
         rows: slice,
         dlosses: Tensor,
-        lse: Tensor,
+        norms: Tensor,
         cross_entropy_bwd: Backward,
     ) -> None:
         """What one chunk's logits contribute; they are overwritten unless the softcap needs them."""
         call, logits = self.call, chunk.logits
-        dlogits = cross_entropy_bwd(spec, chunk, dlosses, lse, None if call.softcap else logits)
+        dlogits = cross_entropy_bwd(spec, chunk, dlosses, norms, None if call.softcap else logits)
         if call.softcap:
             dlogits.mul_((logits / call.softcap).square_().neg_().add_(1))
         if self.hidden is not None:
@@ -155,9 +152,12 @@ def _without_ignored(call: LinearCrossEntropyCall) -> tuple[LinearCrossEntropyCa
 
 
 def _spread(values: Tensor, kept: Tensor | None, like: Tensor) -> Tensor:
-    """Rows of kept tokens at their positions among all of `like`'s, zeros elsewhere."""
+    """Rows of kept tokens at their positions among all of `like`'s, zeros elsewhere, in its memory order."""
     if kept is None:
         return values
-    spread = torch.zeros_like(like, dtype=values.dtype)
+    if values.dim() == like.dim():
+        spread = torch.zeros_like(like, dtype=values.dtype)
+    else:
+        spread = values.new_zeros((like.shape[0], *values.shape[1:]))
     spread[kept] = values
     return spread

@@ -14,24 +14,31 @@ from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec,
 
 
 def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
-    """(losses, lse), both (N,) in the accumulation dtype: lse - (1 - s) * z[target] - s * mean(z), 0 where ignored."""
+    """(losses, norms) in the accumulation dtype: lse - (1 - s) * z[target] - s * mean(z), (N,), 0 where ignored.
+
+    norms (N, 2) are the parts of lse, the largest logit and the logarithm of sum(exp(z - largest)): apart they lose
+    nothing to the size of the logits.
+    """
     logits, smoothing = call.logits, call.label_smoothing
     dtype = accumulation_dtype(logits.dtype)
-    lse = logits.new_empty(logits.shape[0], dtype=dtype)
-    losses = torch.empty_like(lse)
+    losses = logits.new_empty(logits.shape[0], dtype=dtype)
+    norms = logits.new_empty(logits.shape[0], 2, dtype=dtype)
     ignored, target = _ignored(call)
     for rows in _blocks(logits):
         z = logits[rows].to(dtype)
-        torch.logsumexp(z, 1, out=lse[rows])
-        chosen = z.gather(1, target[rows, None])[:, 0]
-        torch.sub(lse[rows], chosen, alpha=1 - smoothing, out=losses[rows])
+        largest = z.amax(1, keepdim=True)
+        shifted = z - largest
+        norms[rows, :1] = largest
+        chosen = shifted.gather(1, target[rows, None])[:, 0]
         if smoothing:
-            losses[rows] -= smoothing * z.mean(1)
-    return losses.masked_fill_(ignored, 0), lse
+            chosen = chosen * (1 - smoothing) + smoothing * shifted.mean(1)
+        norms[rows, 1] = shifted.exp_().sum(1).log_()
+        torch.sub(norms[rows, 1], chosen, out=losses[rows])
+    return losses.masked_fill_(ignored, 0), norms
 
 
 def cross_entropy_bwd(
-    spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, lse: Tensor, out: Tensor | None = None
+    spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """dloss * (exp(z - lse) - (1 - s) * [target] - s / V) of each row, written to `out` if given: that may be z."""
     logits, smoothing = call.logits, call.label_smoothing
@@ -40,8 +47,8 @@ def cross_entropy_bwd(
     some_ignored = bool(ignored.any())
     for rows in _blocks(logits):
         part, dloss = dlogits[rows], dlosses[rows, None]
-        probs = part if part.dtype == lse.dtype else torch.empty_like(part, dtype=lse.dtype)
-        torch.sub(logits[rows], lse[rows, None], out=probs).exp_()
+        probs = part if part.dtype == norms.dtype else torch.empty_like(part, dtype=norms.dtype)
+        torch.sub(logits[rows], norms[rows, :1], out=probs).sub_(norms[rows, 1:]).exp_()
         if smoothing:
             probs.sub_(smoothing / logits.shape[1])
         probs.mul_(dloss).scatter_add_(1, target[rows, None], dloss * (smoothing - 1))
@@ -55,15 +62,15 @@ def cross_entropy_bwd(
 def linear_cross_entropy_fwd(
     spec: SoftmaxSpec, call: LinearCrossEntropyCall, needs: tuple[bool, ...] | None = None
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
-    """(losses, lse) without all the logits, and the gradients of the sum of losses that are needed."""
+    """(losses, norms) without all the logits, and the gradients of the sum of losses that are needed."""
     return linear_cross_entropy.forward(spec, call, needs, cross_entropy_fwd, cross_entropy_bwd)
 
 
 def linear_cross_entropy_bwd(
-    spec: SoftmaxSpec, call: LinearCrossEntropyCall, dlosses: Tensor, lse: Tensor, needs: tuple[bool, ...]
+    spec: SoftmaxSpec, call: LinearCrossEntropyCall, dlosses: Tensor, norms: Tensor, needs: tuple[bool, ...]
 ) -> LinearGrads:
     """The gradients of hidden, weight and bias that are needed, from logits computed again."""
-    return linear_cross_entropy.backward(spec, call, dlosses, lse, needs, cross_entropy_bwd)
+    return linear_cross_entropy.backward(spec, call, dlosses, norms, needs, cross_entropy_bwd)
 
 
 def _ignored(call: CrossEntropyCall) -> tuple[Tensor, Tensor]:

@@ -172,15 +172,18 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _autocast(tensor: Tensor) -> Tensor:
     """An operand of a matrix product in autocast's dtype where autocast is on; float64 is left alone."""
-    kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if tensor.dtype == torch.float64 or not _autocast_on(tensor):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _autocast_on(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
-    autocast = torch.is_autocast_enabled(logits.device.type)
-    return accumulation_dtype(logits.dtype) if autocast else logits.dtype
+    return accumulation_dtype(logits.dtype) if _autocast_on(logits) else logits.dtype
 
 
 def _reduced(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -209,16 +212,16 @@ def _linear_composite(call: LinearCrossEntropyCall) -> Tensor:
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 _CALL = schema_of(fields(CrossEntropyCall))
 _LINEAR = schema_of(fields(LinearCrossEntropyCall))
-_LIBRARY.define(f"cross_entropy_fwd({_CALL}, str backend) -> (Tensor losses, Tensor lse)")
-_LIBRARY.define(f"cross_entropy_bwd(Tensor dlosses, Tensor lse, {_CALL}, str backend) -> Tensor")
-_LIBRARY.define(f"linear_cross_entropy_fwd({_LINEAR}, str backend) -> (Tensor losses, Tensor lse)")
+_LIBRARY.define(f"cross_entropy_fwd({_CALL}, str backend) -> (Tensor losses, Tensor norms)")
+_LIBRARY.define(f"cross_entropy_bwd(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor")
+_LIBRARY.define(f"linear_cross_entropy_fwd({_LINEAR}, str backend) -> (Tensor losses, Tensor norms)")
 _LIBRARY.define(
-    f"linear_cross_entropy_bwd(Tensor dlosses, Tensor lse, {_LINEAR}, bool[] needs, str backend)"
+    f"linear_cross_entropy_bwd(Tensor dlosses, Tensor norms, {_LINEAR}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     f"linear_cross_entropy_sum({_LINEAR}, bool[] needs, str backend)"
-    " -> (Tensor total, Tensor lse, Tensor dhidden, Tensor dweight, Tensor dbias)"
+    " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
 
@@ -227,16 +230,16 @@ def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = CrossEntropyCall(*call_args)
     _check_values(call.target, call.logits.shape[1], call.ignore_index)
     spec = SoftmaxSpec.of(call.logits)
-    losses, lse = backends.select(spec, backend, "cross_entropy_fwd").cross_entropy_fwd(spec, call)
-    return losses, lse
+    losses, norms = backends.select(spec, backend, "cross_entropy_fwd").cross_entropy_fwd(spec, call)
+    return losses, norms
 
 
-def _cross_entropy_bwd(dlosses: Tensor, lse: Tensor, *args: Any) -> Tensor:
+def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
     *call_args, backend = args
     call = CrossEntropyCall(*call_args)
     spec = SoftmaxSpec.of(call.logits, backward=True)
     run = backends.select(spec, backend, "cross_entropy_bwd").cross_entropy_bwd
-    dlogits: Tensor = run(spec, call, dlosses, lse)
+    dlogits: Tensor = run(spec, call, dlosses, norms)
     return dlogits
 
 
@@ -252,16 +255,16 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     _check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = _linear_spec(call, backward=False)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, lse, _ = run(spec, call)
-    return losses, lse
+    losses, norms, _ = run(spec, call)
+    return losses, norms
 
 
-def _linear_bwd(dlosses: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
     call = LinearCrossEntropyCall(*call_args)
     spec = _linear_spec(call, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
-    grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, lse, needs))
+    grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
     return wanted_or_empty(grads, needs, call.hidden)
 
 
@@ -271,33 +274,33 @@ def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     _check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = _linear_spec(call, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, lse, grads = run(spec, call, needs)
-    return (losses.sum(), lse, *wanted_or_empty(grads, needs, call.hidden))
+    losses, norms, grads = run(spec, call, needs)
+    return (losses.sum(), norms, *wanted_or_empty(grads, needs, call.hidden))
 
 
 def _per_token_fake(first: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    rows = first.new_empty(first.shape[0], dtype=accumulation_dtype(first.dtype))
-    return rows, torch.empty_like(rows)
+    losses = first.new_empty(first.shape[0], dtype=accumulation_dtype(first.dtype))
+    return losses, losses.new_empty(first.shape[0], 2)
 
 
-def _cross_entropy_bwd_fake(dlosses: Tensor, lse: Tensor, logits: Tensor, *args: Any) -> Tensor:
+def _cross_entropy_bwd_fake(dlosses: Tensor, norms: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _linear_bwd_fake(dlosses: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _linear_bwd_fake(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grads = (None if tensor is None else torch.empty_like(tensor) for tensor in args[:3])
     return wanted_or_empty(grads, args[-2], args[0])
 
 
 def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias = args[:3]
-    _, lse = _per_token_fake(hidden)
+    losses, norms = _per_token_fake(hidden)
     grads = (
         torch.empty_like(hidden),
-        torch.empty_like(weight, dtype=lse.dtype),
-        None if bias is None else torch.empty_like(bias, dtype=lse.dtype),
+        torch.empty_like(weight, dtype=norms.dtype),
+        None if bias is None else torch.empty_like(bias, dtype=norms.dtype),
     )
-    return (lse.new_empty(()), lse, *wanted_or_empty(grads, args[-2], hidden))
+    return (losses.new_empty(()), norms, *wanted_or_empty(grads, args[-2], hidden))
 
 
 def _check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -330,32 +333,32 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _cross_entropy_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (lse,) = saved(ctx)
+    inputs, (norms,) = saved(ctx)
     dlogits = None
     if dlosses is not None:
-        dlogits = torch.ops.fastattn.cross_entropy_bwd(dlosses, lse, *inputs)
+        dlogits = torch.ops.fastattn.cross_entropy_bwd(dlosses, norms, *inputs)
     return (dlogits, *(None,) * (len(inputs) - 1))
 
 
 def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (lse,) = saved(ctx)
+    inputs, (norms,) = saved(ctx)
     if dlosses is None:
         return (None,) * len(inputs)
     *call_args, backend = inputs
     needs = [ctx.needs_input_grad[position] for position in _LINEAR_POSITIONS]
-    grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, lse, *call_args, needs, backend)
+    grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
 
 
 def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The kept gradients scaled; they are constants, so a graph of this backward is made from the losses instead."""
-    inputs, (lse, *kept) = saved(ctx)
+    inputs, (norms, *kept) = saved(ctx)
     if dtotal is None:
         return (None,) * len(inputs)
     *call_args, needs, backend = inputs
     if torch.is_grad_enabled():
-        dlosses = dtotal.expand(lse.shape)
-        grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, lse, *call_args, needs, backend)
+        dlosses = dtotal.expand(norms.shape[0])
+        grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
     else:
         grads = [(grad * dtotal).to(call_args[0].dtype) for grad in kept]
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
