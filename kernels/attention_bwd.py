@@ -23,6 +23,7 @@ from .primitives import (
     key_blocks,
     keys_end,
     load_lse,
+    load_rows,
     load_tile,
     logits,
     padded,
@@ -193,16 +194,15 @@ def attention_dkdv_kernel(
             for step in range(block_count(blocks, EDGE)):
                 first_query = block_at(step, blocks, EDGE) * BLOCK_M
                 query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, VARIANT)
-                lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+                lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, EDGE, VARIANT)
                 delta_rows = lse_rows
                 dout_tile = query_tile
                 if not VARIANT.dweights:
                     strides = (stride_dob, stride_doh, stride_dos)
                     douts = head_matrix(dout, strides, batch, head, seqlen_q, VARIANT)
                     dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, VARIANT)
-                    rows = first_query + tl.arange(0, BLOCK_M)
                     delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
-                    delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
+                    delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, EDGE)
                 probs, weights, capped = weights_tile(
                     query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, True, EDGE, VARIANT,
                     BLOCK_M, BLOCK_N,
@@ -279,14 +279,14 @@ def attention_dq_kernel(
 
     query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
     lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
-    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
     dout_tile = query_tile
     delta_rows = lse_rows
     if not VARIANT.dweights:
         douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT)
         dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
         delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
-        delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
+        delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
     dq_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     dlse_rows = tl.zeros([BLOCK_M], tl.float32)
@@ -392,7 +392,7 @@ def attention_dbias_kernel(
             query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
             key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
             lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
-            lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+            lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
             dout_tile = query_tile
             value_tile = key_tile
             delta_rows = lse_rows
@@ -403,9 +403,8 @@ def attention_dbias_kernel(
                 )
                 value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
                 dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
-                rows = first_query + tl.arange(0, BLOCK_M)
                 delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
-                delta_rows = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)
+                delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
             probs, weights, capped = weights_tile(
                 query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, False, True, VARIANT,
                 BLOCK_M, BLOCK_N,

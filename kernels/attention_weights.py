@@ -75,7 +75,7 @@ def attention_weights_kernel(
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
         scores, _ = logits(products, rows[:, None], cols[None, :], scoring, True, VARIANT)
         lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
-        lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, VARIANT)
+        lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
         probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
         if VARIANT.dropout:
             keep = dropout_keep(

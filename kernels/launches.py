@@ -54,8 +54,10 @@ class Launch(NamedTuple):
     num_stages: int
 
     def run(self) -> None:
-        """Launch, unless there is nothing to do."""
-        if self.grid[0] > 0:
+        """Launch on the device of the first argument, unless there is nothing to do."""
+        if self.grid[0] == 0:
+            return
+        with torch.cuda.device_of(next(iter(self.args.values()))):
             self.kernel[self.grid](
                 **self.args, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
             )

@@ -360,11 +360,21 @@ def softmax_lse(row_max, row_sum, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def load_lse(base, first_row, num_rows, BLOCK: tl.constexpr, VARIANT: tl.constexpr):
+def load_rows(base, first_row, num_rows, other, BLOCK: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """A block of one head's row of a (B, H, rows) tensor, `other` past its end."""
+    rows = first_row + tl.arange(0, BLOCK)
+    if CHECK_ROWS:
+        values = tl.load(base + rows, mask=rows < num_rows, other=other)
+    else:
+        values = tl.load(base + rows)
+    return values
+
+
+@triton.jit
+def load_lse(base, first_row, num_rows, BLOCK: tl.constexpr, CHECK_ROWS: tl.constexpr, VARIANT: tl.constexpr):
     """lse of a block of rows as `exponents` wants its reference; +inf, which makes every weight 0, for rows that saw no
     key or don't exist."""
-    rows = first_row + tl.arange(0, BLOCK)
-    lse = tl.load(base + rows, mask=rows < num_rows, other=float("-inf"))
+    lse = load_rows(base, first_row, num_rows, float("-inf"), BLOCK, CHECK_ROWS)
     if VARIANT.fold_scale:
         reference = lse * LOG2E
     else:

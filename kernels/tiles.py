@@ -1,8 +1,14 @@
-"""Tile shapes: which block sizes, warps and pipeline stages each kernel uses for a spec on an architecture."""
+"""Tile shapes: which block sizes, warps and pipeline stages each kernel uses for a spec on an architecture.
+
+A row is chosen by kernel, architecture family, element size, padded head dim and whether anything changes the scores.
+The rows are seeds reasoned from shared memory and registers and held to them by the compile checks of tests/kernels.
+Nothing depends on lengths or batch, so a sequence gives the same bits alone and in a batch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastattn.spec import AttentionSpec
 
@@ -17,12 +23,12 @@ class Tile:
     num_stages: int
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The tiles of one call: its forward kernel and its two backward passes."""
+    """The tiles of one call: forward, the two passes of backward, and what works on single tiles of scores."""
 
     forward: Tile
     dkdv: Tile
@@ -30,11 +36,112 @@ class Tiles:
     dbias: Tile
 
 
+class Key(NamedTuple):
+    """What a row is chosen by."""
+
+    family: int  # of architectures, one of FAMILIES
+    bits: int  # 16 or 32
+    head_dim: int  # one of HEAD_DIMS: the larger of key and value dim, rounded up
+    rich: bool  # something in RICH_FEATURES is in use: more registers per score
+
+
 DELTA_ROWS = 64  # queries per program of the row-wise preparation of backward
 SEGMENT_CHUNK = 2048  # ids that the prepass of segments compares at a time
-HEAD_DIM_CLASSES = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256)
+FAMILIES = {  # family: (architectures, bytes of shared memory a block may use)
+    80: ((80, 87), 166912),
+    86: ((86, 89, 120, 121), 101376),
+    90: ((90,), 232448),
+    100: ((100, 101, 103, 110), 232448),
+}
+RICH_FEATURES = ("mask", "bias", "segments", "alibi", "softcap", "dropout")
+
+
+def _rows(family: int, bits: int, rich: bool, *tiles: Tiles) -> dict[Key, Tiles]:
+    """Rows of one family for HEAD_DIMS in order."""
+    return {Key(family, bits, dim, rich): row for dim, row in zip(HEAD_DIMS, tiles)}
+
+
+TABLE: dict[Key, Tiles] = {
+    # Ampere: 164 KiB of shared memory, mma from registers.
+    **_rows(
+        80, 16, False,
+        Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ),
+    **_rows(
+        80, 16, True,
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ),
+    # float32: exact products run on the plain cores, whose operands and results all sit in registers.
+    **_rows(
+        80, 32, False,
+        Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)),
+        Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ),
+    **_rows(
+        80, 32, True,
+        Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)),
+        Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ),
+    # Hopper: 227 KiB; wgmma takes 64 rows per group of four warps and its accumulators take most registers.
+    **_rows(
+        90, 16, False,
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ),
+    **_rows(
+        90, 16, True,
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ),
+}  # fmt: skip
+
+
+def _like(family: int, model: int, bits: tuple[int, ...]) -> dict[Key, Tiles]:
+    """Rows of a family that has none of its own yet."""
+    return {
+        key._replace(family=family): row
+        for key, row in TABLE.items()
+        if key.family == model and key.bits in bits
+    }
+
+
+TABLE |= _like(90, 80, bits=(32,))  # float32 products don't use wgmma
+TABLE |= _like(100, 90, bits=(16, 32))
+TABLE |= _like(86, 80, bits=(16, 32))
+TABLE |= {  # 99 KiB of shared memory
+    Key(86, 16, 256, False): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    Key(86, 16, 256, True): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+}  # fmt: skip
 
 
 def tiles_for(spec: AttentionSpec) -> Tiles:
-    """The tiles of a spec; an architecture without a row of its own uses that of the nearest smaller one."""
-    return Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+    """The tiles of a spec."""
+    return TABLE[key_of(spec)]
+
+
+def key_of(spec: AttentionSpec) -> Key:
+    """The row a spec is served by."""
+    widest = max(spec.head_dim, spec.value_dim)
+    return Key(
+        family=family_of(spec.arch),
+        bits=32 if spec.dtype.itemsize == 4 else 16,
+        head_dim=next(dim for dim in HEAD_DIMS if dim >= widest),
+        rich=any(getattr(spec, feature) for feature in RICH_FEATURES),
+    )
+
+
+def family_of(arch: int | None) -> int:
+    """The family of an architecture; an unknown one is taken for the nearest known one below it."""
+    if arch is None:
+        return 80
+    known = {member: family for family, (members, _) in FAMILIES.items() for member in members}
+    return known[max((member for member in known if member <= arch), default=80)]

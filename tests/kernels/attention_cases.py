@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,13 +46,14 @@ class Case:
     name: str
     options: Options | Callable[[Maker], Options] = field(default_factory=dict)
     batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    seqlen_q: int = 37
-    seqlen_k: int = 53
+    heads: int = 1
+    kv_heads: int = 1
+    seqlen_q: int = 21
+    seqlen_k: int = 37
     head_dim: int = 16
     value_dim: int = 16
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float16
+    samples: int = 1  # inputs judged together: the largest of few float32 errors is a matter of luck
     tiles: Tiles = SMALL_TILES
 
     def __str__(self) -> str:
@@ -150,12 +151,17 @@ def run_reference(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     return results
 
 
-def check(case: Case, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Hold every result of a case to the error rule; returns the Triton results."""
-    inputs = Inputs.of(case)
-    actual = run_triton(inputs, case.tiles)
-    golden = run_reference(inputs, torch.float64)
-    plain = run_reference(inputs, case.dtype)
-    for name in names or actual:
-        assert_within_rule(actual[name], plain[name], golden[name], f"{case.name}: {name}")
+def check(case: Case) -> dict[str, Tensor]:
+    """Hold every result of a case to the error rule; returns the Triton results of the last sample."""
+    runs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(case.samples):
+        inputs = Inputs.of(case, seed)
+        actual = run_triton(inputs, case.tiles)
+        golden = run_reference(inputs, torch.float64)
+        plain = run_reference(inputs, case.dtype)
+        for name in actual:
+            runs.setdefault(name, []).append((actual[name], plain[name], golden[name]))
+    for name, triples in runs.items():
+        judged = (torch.stack(tensors) for tensors in zip(*triples))
+        assert_within_rule(*judged, f"{case.name}: {name}", case.dtype)
     return actual

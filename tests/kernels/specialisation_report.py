@@ -1,4 +1,4 @@
-"""Prints, as JSON, what Triton would look compiled kernels up by for calls of many lengths; for test_specialisation.py."""
+"""Prints as JSON what Triton looks compiled kernels up by, for calls of many lengths; run by test_specialisation.py."""
 
 from __future__ import annotations
 

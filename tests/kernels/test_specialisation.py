@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "weights", "segments")
 
 @pytest.fixture(scope="module")
 def signatures() -> dict[str, dict[str, list[str]]]:
-    """What the launcher would look a compiled kernel up by, per kernel and call, from a process that doesn't interpret."""
+    """What the launcher looks compiled kernels up by, per kernel and call, from a process that doesn't interpret."""
     script = Path(__file__).parent / "specialisation_report.py"
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=False, env=_environment()
@@ -24,8 +25,6 @@ def signatures() -> dict[str, dict[str, list[str]]]:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     return environment

@@ -1,0 +1,89 @@
+"""The tile table: complete, well formed, and chosen by what a spec says alone."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from fastattn.kernels.tiles import (
+    FAMILIES,
+    HEAD_DIMS,
+    RICH_FEATURES,
+    TABLE,
+    Key,
+    family_of,
+    key_of,
+    tiles_for,
+)
+from fastattn.spec import AttentionCall, AttentionSpec
+
+
+def spec_of(head_dim: int = 64, dtype: torch.dtype = torch.float16, **changes: object) -> AttentionSpec:
+    query = torch.empty(1, 1, 16, head_dim, dtype=dtype)
+    return AttentionSpec.of(AttentionCall(query, query, query)).replace(device="cuda", arch=90, **changes)
+
+
+def test_every_key_has_a_row() -> None:
+    keys = {Key(*key) for key in product(FAMILIES, (16, 32), HEAD_DIMS, (False, True))}
+    assert set(TABLE) == keys
+
+
+@pytest.mark.parametrize("key", TABLE, ids=str)
+def test_rows_are_well_formed(key: Key) -> None:
+    """Blocks are powers of two that matrix units take; a call of the dropout stream serves eight keys."""
+    row = TABLE[key]
+    for tile in (row.forward, row.dkdv, row.dq, row.dbias):
+        for block in (tile.block_m, tile.block_n):
+            assert block >= 16
+            assert block & (block - 1) == 0
+        assert tile.num_warps in (4, 8)
+        assert 1 <= tile.num_stages <= 4
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [
+        (None, 80),
+        (80, 80),
+        (86, 86),
+        (87, 80),
+        (89, 86),
+        (90, 90),
+        (100, 100),
+        (103, 100),
+        (120, 86),
+        (121, 86),
+    ],
+)
+def test_families(arch: int | None, family: int) -> None:
+    assert family_of(arch) == family
+
+
+def test_an_architecture_to_come_takes_the_nearest_one_below() -> None:
+    assert family_of(95) == 90
+    assert family_of(130) == 86
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "row"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)]
+)
+def test_head_dims_round_up(head_dim: int, row: int) -> None:
+    assert key_of(spec_of(head_dim)).head_dim == row
+    assert key_of(spec_of(16, value_dim=head_dim)).head_dim == max(row, 64)
+
+
+@pytest.mark.parametrize("feature", RICH_FEATURES)
+def test_what_changes_scores_takes_rich_rows(feature: str) -> None:
+    assert key_of(spec_of(**{feature: True})).rich
+    assert not key_of(spec_of(causal="bottom_right", window_left=True, key_lengths=True, sinks=True)).rich
+
+
+def test_float32_has_rows_of_its_own() -> None:
+    assert key_of(spec_of(dtype=torch.float32)).bits == 32
+    assert key_of(spec_of(dtype=torch.bfloat16)).bits == 16
+
+
+def test_forward_and_backward_share_a_row() -> None:
+    assert tiles_for(spec_of(backward=True)) == tiles_for(spec_of())
