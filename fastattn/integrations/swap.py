@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -43,11 +45,12 @@ class SwapReport:
 
 
 def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
-    """Run every `torch.nn.MultiheadAttention` in `model` on `fastattn.attention`, in place.
+    """Run every `torch.nn.MultiheadAttention` and transformers model in `model` on `fastattn.attention`, in place.
 
     A module's class becomes `fastattn.MultiHeadAttention`; the module itself stays, and with it its parameters (so
-    optimizers go on), hooks, mode, dtype and device, and every reference to it. Calling it again changes nothing but
-    the backend of what was swapped before. `restore_attention` undoes it exactly.
+    optimizers go on), hooks, mode, dtype and device, and every reference to it. A transformers model gets the
+    attention implementation "fastattn". Calling it again changes nothing but the backend of what was swapped before.
+    `restore_attention` undoes it exactly.
 
     Args:
         model: any module; its whole tree is searched.
@@ -57,8 +60,11 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
         A report, printable, of what was swapped and of what looks like attention but was left, with the reason.
     """
     arguments.check_backend(backend)
+    candidates = list(_candidates(model))
     swapped, already, left = [], [], []
-    for name, module in list(_candidates(model)):
+    if (door := _transformers()) is not None:
+        swapped, already, left = door.swap_models(model, backend)
+    for name, module in candidates:
         if isinstance(module, MultiHeadAttention):
             if module.swapped:
                 module.backend = backend
@@ -73,7 +79,7 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
-    """Undo `swap_attention`: every module it swapped is the torch module it was. Returns their names.
+    """Undo `swap_attention`: every module it swapped runs what it ran before. Returns their names.
 
     Raises ValueError, before changing any, where something else changed a swapped module's class after the swap, as
     `torch.nn.utils.parametrize` and `fully_shard` do: undo that first.
@@ -91,15 +97,28 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     for module in swapped.values():
         module.remove_extras()
         module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-    return tuple(swapped)
+    hub = [] if (door := _transformers()) is None else door.restore_models(model)
+    return (*hub, *swapped)
+
+
+def _transformers() -> ModuleType | None:
+    """The part for transformers models; None where nobody imported transformers, so that no such model can exist."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from fastattn.integrations import transformers
+
+    return transformers
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Whatever computes attention, by class or by name."""
+    """Whatever computes attention, by class or by name, outside transformers models; torch's class inside them, too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
+    door = _transformers()
+    inside = set() if door is None else {id(m) for _, top in door.top_models(model) for m in top.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or "attention" in _class_name(module).lower():
+        named = "attention" in _class_name(module).lower() and id(module) not in inside
+        if isinstance(module, nn.MultiheadAttention) or named:
             yield name, module
 
 

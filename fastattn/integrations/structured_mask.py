@@ -1,0 +1,117 @@
+"""A mask that is still known by its structure: the kernel's options to fastattn, a bool tensor to everyone else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class StructuredMask:
+    """A (B, 1, Sq, Sk) mask, True = attend, as the options of `fastattn.attention` that say the same.
+
+    Whoever treats it as a tensor (indexes it, reads a tensor's attribute, hands it to a torch function) works on
+    `dense()`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        device: torch.device | str,
+        causal: bool | str = False,
+        window: tuple[int, int] | None = None,
+        segment_ids: tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> None:
+        self.shape = shape
+        self.device = device
+        self.causal = causal
+        self.window = window
+        self.segment_ids = segment_ids
+        self.key_lengths = key_lengths
+
+    def options(self, batch: int) -> dict[str, Any]:
+        """Options of `attention` for a batch of this size."""
+        options: dict[str, Any] = {"causal": self.causal}
+        if self.window is not None:
+            options["window"] = self.window
+        if self.segment_ids is not None:
+            options["segment_ids"] = tuple(ids.expand(batch, -1) for ids in self.segment_ids)
+        if self.key_lengths is not None:
+            options["key_lengths"] = self.key_lengths.expand(batch)
+        return options
+
+    def dense(self) -> Tensor:
+        """The mask itself, bool."""
+        batch, _, seqlen_q, seqlen_k = self.shape
+        shift = 0 if self.causal == "top_left" else seqlen_k - seqlen_q
+        pos = torch.arange(seqlen_q, device=self.device)[:, None] + shift
+        keys = torch.arange(seqlen_k, device=self.device)
+        seen = torch.ones(batch, seqlen_q, seqlen_k, dtype=torch.bool, device=self.device)
+        if self.causal:
+            seen = seen & (keys <= pos)
+        left, right = self.window or (-1, -1)
+        if left >= 0:
+            seen = seen & (keys >= pos - left)
+        if right >= 0:
+            seen = seen & (keys <= pos + right)
+        if self.segment_ids is not None:
+            of_query, of_key = self.segment_ids
+            seen = seen & (of_query[:, :, None] == of_key[:, None, :]) & (of_key >= 0)[:, None, :]
+        if self.key_lengths is not None:
+            seen = seen & (keys < self.key_lengths[:, None])[:, None, :]
+        return seen[:, None]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Another device; another dtype makes it a tensor."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, torch.bool):
+            return self.dense().to(*args, **kwargs)
+        if device is None:
+            return self
+
+        def move(ids: Tensor | None) -> Tensor | None:
+            return None if ids is None else ids.to(device)
+
+        pair = self.segment_ids and (self.segment_ids[0].to(device), self.segment_ids[1].to(device))
+        return StructuredMask(self.shape, device, self.causal, self.window, pair, move(self.key_lengths))
+
+    def contiguous(self) -> StructuredMask:
+        """Itself: nothing is laid out yet."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        def densify(leaf: Any) -> Any:
+            return leaf.dense() if isinstance(leaf, StructuredMask) else leaf
+
+        return func(*pytree.tree_map(densify, args), **pytree.tree_map(densify, kwargs or {}))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense()[index]
+
+    def __and__(self, other: Any) -> Tensor:
+        return self.dense() & other
+
+    def __or__(self, other: Any) -> Tensor:
+        return self.dense() | other
+
+    def __invert__(self) -> Tensor:
+        return ~self.dense()
+
+    __rand__ = __and__
+    __ror__ = __or__

@@ -1,0 +1,191 @@
+"""transformers' mask functions read back into what a kernel takes: causality, windows, documents, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from fastattn.integrations.structured_mask import StructuredMask
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a mask function keeps: keys j of query position i with i - left <= j <= i + right in i's document."""
+
+    causal: bool = False
+    left: int | None = None
+    right: int | None = None
+    documents: Tensor | None = None  # (B, S)
+    by_document: bool = (
+        False  # positions are counted within documents, which changes no difference between them
+    )
+
+    def both(self, other: Pattern) -> Pattern | None:
+        """The intersection of two patterns, where it is one."""
+        if self.documents is not None and other.documents is not None:
+            return None
+        return Pattern(
+            self.causal or other.causal,
+            _smaller(self.left, other.left),
+            _smaller(self.right, other.right),
+            other.documents if self.documents is None else self.documents,
+            self.by_document or other.by_document,
+        )
+
+
+def structured_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Any = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> StructuredMask | Tensor | None:
+    """A transformers mask function: None, a `StructuredMask`, or the dense bool mask that "sdpa" would get.
+
+    A mask function is recognised by its code object, and the variables it closes over tell the rest.
+    """
+    if isinstance(attention_mask, StructuredMask):  # `generate` made it, with all that is known here
+        return attention_mask
+    pattern = _pattern_of(mask_function)
+    shape = (batch_size, 1, q_length, kv_length)
+    mask = None
+    if pattern is not None and pattern.by_document and pattern.documents is None:
+        pattern = None
+    if pattern is not None and not isinstance(kv_offset, Tensor):
+        mask = _aligned(pattern, shape, q_offset - kv_offset, device)
+    if mask is None:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, device=device,
+            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            **kwargs,
+        )  # fmt: skip
+    if attention_mask is not None:
+        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        _add_padding(mask, padding[:, kv_offset : kv_offset + kv_length])
+    skip = pattern is not None and (allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip)
+    # without a mask, attention counts from the first key, and a single query sees everything
+    implied = not mask.causal or mask.causal == "top_left"
+    if skip and implied and mask.window is None and mask.segment_ids is None and mask.key_lengths is None:
+        return None
+    return mask
+
+
+def _pattern_of(function: Callable[..., Any]) -> Pattern | None:
+    if function is masking_utils.causal_mask_function:
+        return Pattern(causal=True)
+    if function is masking_utils.bidirectional_mask_function:
+        return Pattern()
+    if torch.compiler.is_compiling():  # closures cannot be looked into
+        return None
+    read = _READERS.get(getattr(function, "__code__", None))
+    if read is None:
+        return None
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    return read(**dict(zip(names, (cell.cell_contents for cell in cells))))
+
+
+def _read_and(mask_functions: tuple[Callable[..., Any], ...]) -> Pattern | None:
+    whole: Pattern | None = Pattern()
+    for function in mask_functions:
+        part = _pattern_of(function)
+        whole = None if part is None or whole is None else whole.both(part)
+    return whole
+
+
+def _read_remapped(mask_function: Callable[..., Any], position_ids: Tensor) -> Pattern | None:
+    inner = _pattern_of(mask_function)
+    return None if inner is None or inner.documents is not None else replace(inner, by_document=True)
+
+
+def _code(make: Callable[..., Any], *args: Any) -> Any:
+    return make(*args).__code__
+
+
+_READERS: dict[Any, Callable[..., Pattern | None]] = {
+    _code(masking_utils.and_masks): _read_and,
+    _code(masking_utils.sliding_window_overlay, 1): lambda sliding_window: Pattern(left=sliding_window - 1),
+    _code(masking_utils.sliding_window_bidirectional_overlay, 1): lambda sliding_window: Pattern(
+        left=sliding_window, right=sliding_window
+    ),
+    _code(masking_utils.packed_sequence_mask_function, None): lambda packed_sequence_mask: Pattern(
+        documents=packed_sequence_mask
+    ),
+    _code(masking_utils.remap_positions_for_packed_sequence, None, None): _read_remapped,
+}
+
+
+def _aligned(
+    pattern: Pattern, shape: tuple[int, int, int, int], shift: int | Tensor, device: torch.device | str
+) -> StructuredMask | None:
+    """The pattern on queries that stand at key position i + shift; None if no option of the kernel says that."""
+    batch, _, seqlen_q, seqlen_k = shape
+    ids = pattern.documents
+    pair = None if ids is None else (ids.to(torch.int32), ids.to(torch.int32))
+    mask = StructuredMask(shape, device, segment_ids=pair)
+    if pair is not None and (seqlen_q != seqlen_k or pair[0].shape[1] != seqlen_q):
+        return None
+    if not pattern.causal and pattern.left is None and pattern.right is None:
+        return mask
+    if isinstance(shift, Tensor):
+        if seqlen_q == 1 and pattern.causal and (pattern.left is None or seqlen_k <= pattern.left + 1):
+            mask.key_lengths = (shift.to(device) + 1).clamp(max=seqlen_k).to(torch.int32).expand(batch)
+            return mask
+        if is_tracing(shift):
+            return None
+        shift = int(shift)
+    if seqlen_q == 1 and pattern.causal and shift >= seqlen_k:
+        return None
+    if pattern.left is not None and shift + seqlen_q - 1 > pattern.left:
+        mask.window = (pattern.left, -1)
+    if pattern.right is not None and seqlen_k - 1 - shift > pattern.right:
+        mask.window = (mask.window[0] if mask.window else -1, pattern.right)
+    if shift == seqlen_k - seqlen_q:
+        mask.causal = pattern.causal and seqlen_q > 1
+        if shift == 0 and mask.causal:
+            mask.causal = "top_left"
+        return mask
+    if shift == 0 and pattern.causal:
+        mask.causal = "top_left"
+        return mask
+    if seqlen_q == 1 and pattern.causal and mask.window is None:
+        mask.key_lengths = torch.full((batch,), shift + 1, dtype=torch.int32, device=device)
+        return mask
+    return None
+
+
+def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
+    """Hide padded keys: by lengths where they lie at the end, else as keys of no document."""
+    batch, _, seqlen_q, seqlen_k = mask.shape
+    if not is_tracing(padding):
+        lengths = padding.sum(-1, dtype=torch.int32)
+        at_end = torch.arange(seqlen_k, device=padding.device) < lengths[:, None]
+        everything, lengths_tell = torch.stack((padding.all(), (at_end == padding).all())).tolist()
+        if everything:
+            return
+        if lengths_tell:
+            mask.key_lengths = (
+                lengths if mask.key_lengths is None else torch.minimum(lengths, mask.key_lengths)
+            )
+            return
+    of_query, of_key = mask.segment_ids or (
+        torch.zeros(batch, seqlen_q, dtype=torch.int32, device=padding.device),
+        torch.zeros(batch, seqlen_k, dtype=torch.int32, device=padding.device),
+    )
+    mask.segment_ids = (of_query, of_key.masked_fill(~padding, -1))
+
+
+def _smaller(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
