@@ -122,8 +122,9 @@ def test_charts_are_drawn_and_say_where_they_come_from(tmp_path: Path) -> None:
     assert [chart.name for chart in charts] == names
     for chart in charts:
         assert plot.conditions(result) in chart.read_text(encoding="utf-8")
-    again = plot.draw(result, tmp_path / "again")
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(charts, again, strict=True))
+    result["cases"] = result["cases"][-2:]
+    first, again = (plot.draw(result, tmp_path / name)[0].read_bytes() for name in ("first", "again"))
+    assert first == again
 
 
 def test_the_pages_of_this_repository_are_fresh() -> None:
