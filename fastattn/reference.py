@@ -37,26 +37,22 @@ def attention(
     Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
     `first_sequence` is where the batch stands in the dropout stream.
     """
-    if (
-        key_lengths is not None
-    ):  # what lies beyond may be NaN, and 0 * NaN is NaN: remove it from every product
-        in_length = torch.arange(key.shape[2], device=query.device) < key_lengths[:, None]  # (B, Sk)
-        key = torch.where(in_length[:, None, :, None], key, 0)
-        value = torch.where(in_length[:, None, :, None], value, 0)
+    if causal not in (False, True, "top_left", "bottom_right"):
+        raise ValueError(f"causal: got {causal!r}, needs False, True (bottom right) or 'top_left'")
+    key, value = without_padding(key, value, key_lengths)
     scores = masked_scores(
         query, key, causal, window, mask, bias, segment_ids, key_lengths, alibi_slopes, softcap, scale
     )
-    batch, num_heads, seqlen_q, _seqlen_k = scores.shape
+    batch, num_heads, seqlen_q, seqlen_k = scores.shape
     logits = scores
     if sinks is not None:
         column = sinks.to(query.dtype)[:, None, None].expand(batch, num_heads, seqlen_q, 1)
         logits = torch.cat([scores, column], dim=-1)
     has_key = (logits != float("-inf")).any(-1)
-    lse = torch.where(has_key[..., None], logits, 0).logsumexp(
-        -1
-    )  # a row of -inf alone has no finite gradient
-    lse = torch.where(has_key, lse, float("-inf"))
-    weights = weights_from_lse(scores, lse, dropout_p, dropout_seed, first_sequence)
+    logits = torch.where(has_key[..., None], logits, 0)  # a row of -inf alone has no finite gradient
+    lse = torch.where(has_key, logits.logsumexp(-1), float("-inf"))
+    weights = torch.where(scores != float("-inf"), logits.softmax(-1)[..., :seqlen_k], 0)
+    weights = dropped(weights, dropout_p, dropout_seed, first_sequence)
     results = [weights @ value.repeat_interleave(num_heads // value.shape[1], dim=1)]
     if return_lse:
         results.append(lse)
@@ -115,19 +111,41 @@ def masked_scores(
     return torch.where(visible, scores, float("-inf"))
 
 
+def without_padding(key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with 0 beyond the lengths: what lies there may be NaN, and 0 * NaN is NaN."""
+    if key_lengths is None:
+        return key, value
+    in_length = torch.arange(key.shape[2], device=key.device) < key_lengths[:, None]  # (B, Sk)
+    key = torch.where(in_length[:, None, :, None], key, 0)
+    return key, torch.where(in_length[:, None, :, None], value, 0)
+
+
 def weights_from_lse(
     scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None, first_sequence: int = 0
 ) -> Tensor:
     """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
-    batch, num_heads, seqlen_q, seqlen_k = scores.shape
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])
-    if dropout_p > 0.0:
-        seed = draw_seed(scores.device) if dropout_seed is None else torch.as_tensor(dropout_seed)
-        sequences = torch.arange(first_sequence, first_sequence + batch, device=scores.device)
-        heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=scores.device)
-        keep = keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
-        weights = weights * keep * keep_scale(dropout_p)
-    return weights
+    return dropped(weights, dropout_p, dropout_seed, first_sequence)
+
+
+def dropped(
+    weights: Tensor, dropout_p: float, dropout_seed: int | Tensor | None, first_sequence: int
+) -> Tensor:
+    """keep * weights / (1 - p)."""
+    if dropout_p <= 0.0:
+        return weights
+    batch, num_heads, seqlen_q, seqlen_k = weights.shape
+    device = weights.device
+    if dropout_seed is None:
+        dropout_seed = draw_seed(device)
+    elif not isinstance(dropout_seed, Tensor):
+        dropout_seed = torch.tensor(
+            dropout_seed if dropout_seed < 2**63 else dropout_seed - 2**64, device=device
+        )
+    sequences = torch.arange(first_sequence, first_sequence + batch, device=device)
+    heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=device)
+    keep = keep_mask(dropout_seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
+    return weights * keep * keep_scale(dropout_p)
 
 
 def attention_varlen(

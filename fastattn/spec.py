@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CAUSAL_MODES = ("none", "bottom_right", "top_left")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
@@ -33,7 +32,7 @@ class AttentionCall:
     alibi_slopes: Tensor | None = None  # (1 or B, H) in the accumulation dtype
     sinks: Tensor | None = None  # (H,) in the accumulation dtype
     dropout_seed: Tensor | None = None  # one int64 element on the query's device; given iff dropout_p > 0
-    causal: str = "none"  # one of CAUSAL_MODES
+    causal: str = "none"  # "none" | "bottom_right" | "top_left"
     window_left: int = -1  # keys visible before the query's position; -1 = unbounded
     window_right: int = -1  # and after it
     softcap: float = 0.0  # 0 = none

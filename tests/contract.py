@@ -89,6 +89,8 @@ CASES = (
     Case("batch, length, heads, dim in memory", lambda make: {"causal": True}, layout="bshd"),
     Case("custom scale", lambda make: {"scale": 0.3}),
     Case("negative scale", lambda make: {"scale": -0.3}),
+    Case("negative scale, causal", lambda make: {"scale": -0.3, "causal": True}),
+    Case("scale of zero", lambda make: {"scale": 0.0, "causal": True}),
     Case("mask", lambda make: {"mask": make.chance(0.7, 2, 4, 70, 83)}),
     Case("mask of keys", lambda make: {"mask": make.chance(0.7, 2, 1, 1, 83)}),
     Case("mask of rank 2", lambda make: {"mask": make.chance(0.7, 70, 83), "causal": True}),

@@ -33,7 +33,7 @@ def scalar_attention(
     out = torch.zeros(batch, heads, seqlen_q, value.shape[3], dtype=query.dtype)
     lse = torch.full((batch, heads, seqlen_q), -math.inf, dtype=query.dtype)
     weights = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=query.dtype)
-    scale = options.get("scale") or dim**-0.5
+    scale = dim**-0.5 if options.get("scale") is None else options["scale"]
     p = options.get("dropout_p", 0.0)
     for b in range(batch):
         for h in range(heads):

@@ -13,6 +13,7 @@ of one and the backward of another agree.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -66,32 +67,37 @@ def select(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> ModuleT
 
     A named backend that cannot raises its reason; "auto" takes the first that can, after FASTATTN_BACKEND.
     """
-    name = _forced_name() if name == "auto" else name
+    name = resolve(name)
     if name != "auto":
         backend = BACKENDS[NAMES.index(name)]
         reason = _why_not(backend, spec, op)
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
         return backend
-    refusals: list[tuple[str, str]] = []
+    passed_over: list[str] = []
     for backend in BACKENDS:
         reason = _why_not(backend, spec, op) or _why_not_auto(backend, spec)
         if reason is None:
             if backend is torch_backend and spec.device != "cpu":
-                passed_over = "; ".join(f"{name}: {why}" for name, why in refusals)
                 warn_once(
-                    f"fastattn runs this call without a fused kernel, on backend='torch' ({passed_over})"
+                    f"fastattn runs this call without a fused kernel, on backend='torch' ({'; '.join(passed_over)})"
                 )
             return backend
-        refusals.append((backend.NAME, reason))
-    raise RuntimeError("no backend can run this call: " + "; ".join(f"{n}: {why}" for n, why in refusals))
+        passed_over.append(f"{backend.NAME}: {reason}")
+    raise RuntimeError(f"no backend can run this call: {'; '.join(passed_over)}")
 
 
 def refusals(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> list[tuple[str, str]]:
     """(backend, reason) for every backend that would not run `spec`."""
+    forced = resolve(name) if name == "auto" else "auto"
     reasons = []
     for backend in BACKENDS:
-        reason = _why_not(backend, spec, op) or (_why_not_auto(backend, spec) if name == "auto" else None)
+        if forced == "auto":
+            reason = _why_not(backend, spec, op)
+            if reason is None and name == "auto":
+                reason = _why_not_auto(backend, spec)
+        else:
+            reason = None if forced == backend.NAME else f"FASTATTN_BACKEND={forced} forces another"
         if reason is not None:
             reasons.append((backend.NAME, reason))
     return reasons
@@ -112,11 +118,32 @@ def available() -> list[tuple[str, str | None]]:
     return [(backend.NAME, backend.why_not(spec) or _why_not_auto(backend, spec)) for backend in BACKENDS]
 
 
+def resolve(name: str) -> str:
+    """The backend that `name` stands for: "auto" is what FASTATTN_BACKEND says, if it says anything."""
+    forced = os.environ.get("FASTATTN_BACKEND", "auto") if name == "auto" else "auto"
+    if forced == "auto":
+        return name
+    if forced not in NAMES:
+        raise ValueError(f"FASTATTN_BACKEND={forced!r} is not a backend: choose auto, {', '.join(NAMES)}")
+    warn_once(f"FASTATTN_BACKEND={forced} forces this backend for every call that does not name one")
+    return forced
+
+
 def warn_once(message: str) -> None:
-    """Warn the first time a message is seen in this process; code that is being compiled cannot warn."""
-    if not pytorch.compiler.is_compiling() and message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    """Warn the first time a message is seen in this process, at the line that called this package.
+
+    Code that is being compiled cannot warn.
+    """
+    if pytorch.compiler.is_compiling() or message in _warned:
+        return
+    _warned.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "fastattn",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _why_not(backend: ModuleType, spec: Spec, op: str) -> str | None:
@@ -127,13 +154,3 @@ def _why_not(backend: ModuleType, spec: Spec, op: str) -> str | None:
 
 def _why_not_auto(backend: ModuleType, spec: Spec) -> str | None:
     return backend.why_not_auto(spec) if hasattr(backend, "why_not_auto") else None
-
-
-def _forced_name() -> str:
-    name = os.environ.get("FASTATTN_BACKEND", "auto")
-    if name == "auto":
-        return name
-    if name not in NAMES:
-        raise ValueError(f"FASTATTN_BACKEND={name!r} is not a backend: choose auto, {', '.join(NAMES)}")
-    warn_once(f"FASTATTN_BACKEND={name} forces this backend for every call that does not name one")
-    return name

@@ -77,7 +77,7 @@ def attention_bwd(
     extreme = _is_extreme(call, lse)
     forward_fused = _fused_runs(spec.replace(bias_grad=False)) and call.scale > 0
     fused = forward_fused and not (spec.bias_grad or extreme) and dlse is None
-    fused = fused and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
+    fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
     # lse of the fused forward came from products that round differently: where a tile holds a whole row, its weights
     # are made to sum to 1 again.
@@ -96,6 +96,7 @@ def attention_bwd(
                         return AttentionGrads(dq, dk, dv, sinks=_dsinks(sink_weight, delta, needs))
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
                     sums.add(part, tile, *shares)
+                    del shares  # or they would live on beside the next tile's
                 else:
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
                     alone = len(row_tiles) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fastattn import backends
 from fastattn.philox import draw_seed
 from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM, accumulation_dtype
 
+INT32 = torch.iinfo(torch.int32)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -69,6 +70,7 @@ def call_arguments(
             raise ValueError(f"sinks: got shape {shape_of(sinks)}, needs ({num_heads},)")
         sinks = sinks.to(per_head_dtype)
     dropout_p = probability("dropout_p", dropout_p)
+    check_seed(dropout_seed)
     window_left, window_right = window_bounds(window)
     return (
         query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks,
@@ -80,9 +82,10 @@ def call_arguments(
 
 def autocast_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operands in autocast's dtype where autocast is on, as it does for matmul; float64 is left alone."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    device = query.device.type if isinstance(query, Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor) -> Tensor:
         eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
@@ -110,17 +113,24 @@ def segment_pair(
 def seed_tensor(seed: int | Tensor | None, query: Tensor) -> Tensor:
     if seed is None:
         return draw_seed(query.device)
+    check_seed(seed)
+    if isinstance(seed, Tensor):
+        check_device("dropout_seed", seed, query)
+        return seed.view(1)
+    return torch.full((1,), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=query.device)
+
+
+def check_seed(seed: int | Tensor | None) -> None:
+    """An integer of 64 bits, one int64 element, or None."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             got = f"{seed.dtype} of shape {shape_of(seed)}"
             raise TypeError(f"dropout_seed: got {got}, needs an int or one int64 element")
-        check_device("dropout_seed", seed, query)
-        return seed.view(1)
-    if isinstance(seed, (bool, float, str)):
-        raise TypeError(f"dropout_seed: got {type(seed).__name__}, needs an int or one int64 element")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"dropout_seed: got {seed}, needs a 64-bit integer")
-    return torch.full((1,), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=query.device)
+    elif seed is not None:
+        if not is_integer(seed):
+            raise TypeError(f"dropout_seed: got {type(seed).__name__}, needs an int or one int64 element")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"dropout_seed: got {seed}, needs a 64-bit integer")
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -188,7 +198,20 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], query: Ten
     if shape_of(tensor) != shape:
         raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs {shape}")
     check_device(name, tensor, query)
+    if tensor.dtype == torch.int64 and tensor.device.type == "cpu" and tensor.numel() and _readable(tensor):
+        lowest, highest = (int(n) for n in torch.aminmax(tensor))
+        if not (lowest >= INT32.min and highest <= INT32.max):
+            raise ValueError(f"{name}: got values from {lowest} to {highest}, needs 32-bit integers")
     return tensor.to(torch.int32).contiguous()
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: not while code is traced or transformed."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
 
 
 def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> Tensor:
@@ -202,7 +225,7 @@ def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Te
 
 
 def causal_mode(causal: bool | str) -> str:
-    """One of spec.CAUSAL_MODES from the public argument."""
+    """The mode, "none", "bottom_right" or "top_left" from the public argument."""
     if causal is True or causal == "bottom_right":
         return "bottom_right"
     if causal is False:
@@ -222,29 +245,43 @@ def window_bounds(window: tuple[int | None, int | None] | None) -> tuple[int, in
     for side in window:
         if side is None:
             sides.append(-1)
-        elif isinstance(side, (float, bool, str, Tensor)):
+        elif not is_integer(side):
             raise TypeError(f"window: got {window!r}, needs integers or None")
         elif side < -1:
             raise ValueError(f"window: got {window!r}, needs sides of 0 or more; None or -1 is unbounded")
         else:
-            sides.append(side)
+            sides.append(side if side <= INT32.max else -1)  # no sequence is longer
     return sides[0], sides[1]
+
+
+def is_integer(number: Any) -> bool:
+    """A Python, numpy or symbolic integer; not a bool."""
+    return isinstance(number, (int, numbers.Integral, torch.SymInt)) and not isinstance(number, bool)
+
+
+def is_number(number: Any) -> bool:
+    """A Python, numpy or symbolic real number; not a bool."""
+    return is_integer(number) or isinstance(number, (float, numbers.Real, torch.SymFloat))
+
+
+def _finite(number: float) -> bool:
+    return number == number and abs(number) < 2.0**1023  # math.isfinite takes no symbolic number
 
 
 def positive_or_zero(name: str, number: float | None) -> float:
     """A positive finite option, 0.0 where it is not given."""
     if number is None:
         return 0.0
-    if isinstance(number, (bool, str, Tensor)):
+    if isinstance(number, bool) or not is_number(number):
         raise TypeError(f"{name}: got {type(number).__name__}, needs a number or None")
-    if not (number > 0 and math.isfinite(number)):
+    if not (number > 0 and _finite(number)):
         raise ValueError(f"{name}: got {number}, needs a positive finite number or None")
     return float(number)
 
 
 def probability(name: str, number: float) -> float:
     """A number in [0, 1)."""
-    if isinstance(number, (bool, str, Tensor)):
+    if isinstance(number, bool) or not is_number(number):
         raise TypeError(f"{name}: got {type(number).__name__}, needs a number")
     if not 0.0 <= number < 1.0:
         raise ValueError(f"{name}: got {number}, needs 0 <= p < 1")
@@ -255,11 +292,17 @@ def score_scale(scale: float | None, head_dim: int) -> float:
     """The factor on q.k: D**-0.5 unless given."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, (bool, str, Tensor)):
+    if isinstance(scale, bool) or not is_number(scale):
         raise TypeError(f"scale: got {type(scale).__name__}, needs a number or None")
-    if not math.isfinite(scale):
+    if not _finite(scale):
         raise ValueError(f"scale: got {scale}, needs a finite number")
     return float(scale)
+
+
+def check_returned_weights(kind: bool | str) -> None:
+    """False, True or "mean"."""
+    if not isinstance(kind, (bool, str)) or kind not in (False, True, "mean"):
+        raise ValueError(f"return_weights: got {kind!r}, needs False, True or 'mean'")
 
 
 def per_head_slopes(slopes: Tensor, batch: int, num_heads: int, query: Tensor) -> Tensor:

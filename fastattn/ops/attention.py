@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, flops
-from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
+from fastattn.ops.registration import (
+    at_positions,
+    in_own_precision,
+    save_inputs,
+    saved,
+    schema_of,
+    wanted_or_empty,
+)
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -90,9 +97,9 @@ def attention(
         dropout_seed=dropout_seed, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
-    if return_weights not in (False, True, "mean"):
-        raise ValueError(f"return_weights: got {return_weights!r}, needs False, True or 'mean'")
+    arguments.check_returned_weights(return_weights)
     if (transform := composite.transform_in_use(args)) is not None:
+        _check_values(AttentionCall(*args))
         return composite.attention(args, transform, return_lse, return_weights, backend)
     out, lse = torch.ops.fastattn.attention_fwd(*args, backend)
     results = [out]
@@ -112,7 +119,10 @@ def explain(
     requires grad. Raises as `attention` does for arguments that do not fit or a named backend that cannot run them.
     """
     options.pop("return_lse", None)
-    options.pop("return_weights", None)
+    arguments.check_returned_weights(options.pop("return_weights", False))
+    arguments.check_seed(options.get("dropout_seed"))
+    if options.get("dropout_seed") is None:
+        options["dropout_seed"] = 0  # a call draws one; to explain it must not
     args = arguments.call_arguments(query, key, value, **options)
     arguments.check_backend(backend)
     call = AttentionCall(*args)
@@ -136,6 +146,8 @@ def _check_values(call: AttentionCall) -> None:
     """What only real data shows, and a CPU shows without a synchronisation."""
     lengths = call.key_lengths
     if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(lengths) or torch.compiler.is_compiling():
         return
     shortest, longest = (int(n) for n in torch.aminmax(lengths))
     if shortest < 0 or longest > call.key.shape[2]:
@@ -208,11 +220,8 @@ def _attention_bwd_fake(
 ) -> tuple[Tensor, ...]:
     *call_args, needs, _ = args
     call = AttentionCall(*call_args)
-    grads = (
-        empty_in_order(getattr(call, name), tuple(getattr(call, name).shape)) if need else None
-        for name, need in zip(_DIFFERENTIABLE, needs)
-    )
-    return wanted_or_empty(grads, needs, call.query)
+    sources = {name: getattr(call, name) for name in _DIFFERENTIABLE}
+    return wanted_or_empty(_fake_grads(sources, needs), needs, call.query)
 
 
 def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
@@ -243,9 +252,19 @@ def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[T
 def _attention_weights_bwd_fake(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, _, needs, _ = args
     call = AttentionCall(*call_args)
-    sources = (lse if name == "lse" else getattr(call, name) for name in WeightsGradsNeeded._fields)
-    grads = (empty_in_order(t, tuple(t.shape)) if need else None for t, need in zip(sources, needs))
-    return wanted_or_empty(grads, needs, call.query)
+    sources = {name: lse if name == "lse" else getattr(call, name) for name in WeightsGradsNeeded._fields}
+    return wanted_or_empty(_fake_grads(sources, needs), needs, call.query)
+
+
+def _fake_grads(sources: dict[str, Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
+    """Operands' gradients lie in memory as the operands do, all others contiguously."""
+    for (name, source), need in zip(sources.items(), needs):
+        if not need:
+            yield None
+        elif name in ("query", "key", "value"):
+            yield empty_in_order(source, tuple(source.shape))
+        else:
+            yield source.new_empty(source.shape)
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -329,7 +348,7 @@ for _name, _kernel, _fake in (
     ("attention_weights", _attention_weights, _attention_weights_fake),
     ("attention_weights_bwd", _attention_weights_bwd, _attention_weights_bwd_fake),
 ):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, in_own_precision(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
 
 for _name, _setup, _backward in (

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, reference
+from fastattn.ops.registration import own_precision
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
@@ -59,6 +60,7 @@ _SCORES = "the scores, O(Sq * Sk) memory"
 
 def refuse_named(backend: str, transform: str, materialised: str = _SCORES) -> None:
     """A named kernel cannot run under a transform; anything else takes the composite path, and says so."""
+    backend = backends.resolve(backend)
     if backend not in ("auto", "torch"):
         raise RuntimeError(
             f"backend={backend!r} cannot run this call: {transform} is active; use 'auto' or 'torch'"
@@ -83,25 +85,27 @@ def attention(
 
 def out_and_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call in the accumulation dtype, out cast back."""
-    dtype = accumulation_dtype(call.query.dtype)
-    operands = (call.query.to(dtype), call.key.to(dtype), call.value.to(dtype))
-    out, lse = reference.attention(*operands, **reference_options(call), return_lse=True)
-    return out.to(call.query.dtype), lse
+    with own_precision(call.query):
+        out, lse = reference.attention(*_operands(call), **reference_options(call), return_lse=True)
+        return out.to(call.query.dtype), lse
 
 
 def weights(call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
     """The weights of a call whose lse is given."""
-    dtype = accumulation_dtype(call.query.dtype)
     options = reference_options(call)
     dropout = options.pop("dropout_p"), options.pop("dropout_seed")
     options.pop("sinks")
-    key = call.key
-    if call.key_lengths is not None:
-        in_length = torch.arange(key.shape[2], device=key.device) < call.key_lengths[:, None]
-        key = torch.where(in_length[:, None, :, None], key, 0)
-    scores = reference.masked_scores(call.query.to(dtype), key.to(dtype), **options)
-    result = reference.weights_from_lse(scores, lse, *dropout)
-    return (result.mean(dim=1) if mean else result).to(call.query.dtype)
+    with own_precision(call.query):
+        query, key, value = _operands(call)
+        key, _ = reference.without_padding(key, value, call.key_lengths)
+        scores = reference.masked_scores(query, key, **options)
+        result = reference.weights_from_lse(scores, lse, *dropout)
+        return (result.mean(dim=1) if mean else result).to(call.query.dtype)
+
+
+def _operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(call.query.dtype)
+    return call.query.to(dtype), call.key.to(dtype), call.value.to(dtype)
 
 
 def second_derivative(
@@ -124,7 +128,8 @@ def second_derivative(
     """
     backends.warn_once(f"fastattn materialises {materialised}: a second derivative was asked for")
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device = next(t for t in inputs if t is not None)
+    with torch.enable_grad(), own_precision(device):
         fresh_inputs = [_fresh(t) for t in inputs]
         fresh_cotangents = [_fresh(t) for t in cotangents]
         results = forward(*fresh_inputs)

@@ -29,6 +29,17 @@ def backward_flops(
     return batch * num_heads * seqlen_q * key[2] * (6 * head_dim + 4 * value[3])
 
 
+def weights_flops(lse: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    """2 * D per pair of a query and a key: the scores once more."""
+    batch, num_heads, seqlen_q, head_dim = query
+    return 2 * batch * num_heads * seqlen_q * key[2] * head_dim
+
+
+def weights_backward_flops(dweights: Any, lse: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    """Three times the forward: the scores, and the gradients of query and key."""
+    return 3 * weights_flops(lse, query, key)
+
+
 def register() -> None:
     """Give torch's FLOP counter the formulas, now if it is loaded, else as soon as it is."""
     if COUNTER in sys.modules:
@@ -40,6 +51,8 @@ def register() -> None:
 def _register_with(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.fastattn.attention_fwd)(forward_flops)
     counter.register_flop_formula(torch.ops.fastattn.attention_bwd)(backward_flops)
+    counter.register_flop_formula(torch.ops.fastattn.attention_weights)(weights_flops)
+    counter.register_flop_formula(torch.ops.fastattn.attention_weights_bwd)(weights_backward_flops)
 
 
 class _WhenImported(MetaPathFinder):
@@ -50,9 +63,11 @@ class _WhenImported(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != COUNTER:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)  # whoever only looks for the module must not use the hook up
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -60,6 +75,8 @@ class _WhenImported(MetaPathFinder):
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             _register_with(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

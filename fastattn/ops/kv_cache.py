@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite
-from fastattn.ops.registration import schema_of
+from fastattn.ops.registration import in_own_precision, schema_of
 from fastattn.spec import (
     AttentionSpec,
     KVCacheCall,
@@ -147,7 +147,7 @@ def _call_arguments(
     slopes = None
     if alibi_slopes is not None:
         slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
-    if num_splits is not None and (isinstance(num_splits, (bool, float, str, Tensor)) or num_splits < 1):
+    if num_splits is not None and (not arguments.is_integer(num_splits) or num_splits < 1):
         raise ValueError(f"num_splits: got {num_splits!r}, needs a positive integer or None")
     return (
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, slopes, sinks,
@@ -225,5 +225,5 @@ def _kv_cache_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
 
 
-_LIBRARY.impl("kv_cache_fwd", _kv_cache_fwd, "CompositeExplicitAutograd")
+_LIBRARY.impl("kv_cache_fwd", in_own_precision(_kv_cache_fwd), "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::kv_cache_fwd", _kv_cache_fwd_fake, lib=_LIBRARY)

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def own_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for a tensor's device: operands are cast before an op, what follows chooses its own precision."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` with autocast off for the device of its first tensor."""
+
+    @wraps(kernel)
+    def run(*args: Any) -> Any:
+        with own_precision(next(arg for arg in args if isinstance(arg, Tensor))):
+            return kernel(*args)
+
+    return run
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], results: Sequence[Tensor]) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fastattn import backends, reference
 from fastattn.ops import arguments, composite
-from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
+from fastattn.ops.registration import (
+    at_positions,
+    in_own_precision,
+    save_inputs,
+    saved,
+    schema_of,
+    wanted_or_empty,
+)
 from fastattn.spec import (
     AttentionGrads,
     AttentionSpec,
@@ -119,7 +126,7 @@ def _call_arguments(
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     bounds = []
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(bound, (bool, float, str, Tensor)):
+        if bound is not None and not arguments.is_integer(bound):
             raise TypeError(f"{name}: got {type(bound).__name__}, needs an integer or None")
         if bound is not None and bound < 0:
             raise ValueError(f"{name}: got {bound}, needs 0 or more")
@@ -268,7 +275,7 @@ for _name, _kernel, _fake in (
     ("varlen_fwd", _varlen_fwd, _varlen_fwd_fake),
     ("varlen_bwd", _varlen_bwd, _varlen_bwd_fake),
 ):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, in_own_precision(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
 
 torch.library.register_autograd("fastattn::varlen_fwd", _backward, setup_context=_setup, lib=_LIBRARY)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import weakref
+
 import pytest
 import torch
 from contract import CASES, Case, Inputs, check
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn.backends import torch_attention as backend
+from fastattn.ops.arguments import call_arguments
+from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,27 +56,112 @@ def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.Mon
     check(case, torch.float32, ("out",), backend="torch", samples=8)
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it were alive with at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return result
+
+    def freed(self, key: int, nbytes: int) -> None:
+        self.storages.discard(key)
+        self.live -= nbytes
+
+
+def _peak(length: int, options: dict[str, object]) -> int:
+    """Bytes alive at most within a forward and backward of the backend itself, its results included."""
+    q = torch.randn(1, 1, length, 8)
+    call = AttentionCall(*call_arguments(q, q, q, **options))  # type: ignore[arg-type]
+    with LiveBytes() as memory:
+        out, lse = backend.attention_fwd(AttentionSpec.of(call), call)
+        needs = GradsNeeded()
+        backend.attention_bwd(AttentionSpec.of(call, needs), call, out, lse, out, None, needs)
+    return memory.peak
+
+
+def test_the_memory_tracker_sees_what_lives_together() -> None:
+    with LiveBytes() as memory:
+        for _ in range(5):
+            torch.zeros(1000)
+        kept = [torch.zeros(1000) for _ in range(3)]
+    assert 12000 <= memory.peak <= 16000
+    assert len(kept) == 3
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"window": (63, 0)}, {"causal": True, "softcap": 4.0}, {"dropout_p": 0.1, "dropout_seed": 1}],
-    ids=["window", "softcap", "dropout"],
+    [
+        {"window": (63, 0)},
+        {"window": (None, 5)},
+        {"causal": True},
+        {"causal": True, "softcap": 4.0},
+        {"causal": True, "mask": torch.rand(1, 1, 1, 1) < 2},
+        {"dropout_p": 0.1, "dropout_seed": 1},
+        {"alibi_slopes": torch.ones(1)},
+        {"segment_ids": None},
+    ],
+    ids=["window", "right window", "causal", "softcap", "mask", "dropout", "alibi", "segments"],
 )
 def test_memory_grows_with_length_not_its_square(options: dict[str, object]) -> None:
-    """No allocation of a forward and backward at S = 4096 comes near S * S elements."""
-    biggest = 0
+    peaks = []
+    for length in (1024, 4096):
+        if "segment_ids" in options:
+            options = {"segment_ids": torch.randint(0, 9, (1, length))}
+        peaks.append(_peak(length, options))
+    assert peaks[1] < 6 * peaks[0], "four times the length may cost four times the memory, not sixteen times"
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal biggest
-            result = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(result):
-                if isinstance(tensor, torch.Tensor):
-                    biggest = max(biggest, tensor.untyped_storage().nbytes())
-            return result
 
-    q = torch.randn(1, 1, 4096, 32)
-    with Watch():
-        call = fastattn.ops.arguments.call_arguments(q, q, q, **options)
-        out, lse = torch.ops.fastattn.attention_fwd(*call, "torch")
-        torch.ops.fastattn.attention_bwd(out, None, out, lse, *call, [True] * 3 + [False] * 3, "torch")
-    assert biggest < 4096 * 4096
+def rel_error(actual: torch.Tensor, golden: torch.Tensor) -> float:
+    return ((actual - golden).abs().max() / golden.abs().max()).item()
+
+
+@pytest.mark.parametrize("sink", [10.0, 20.0, -math.inf])
+@pytest.mark.parametrize("length", [11, 64])
+@pytest.mark.parametrize("outputs", [("out",), ("out", "lse")], ids=["out", "both"])
+def test_large_and_absent_sinks(outputs: tuple[str, ...], length: int, sink: float) -> None:
+    """Weights of 1e-9 beside the sink's keep their gradients; a sink of -inf is no sink, even in an empty row."""
+
+    def options(make: object) -> dict[str, object]:
+        mask = torch.ones(9, length, dtype=torch.bool)
+        mask[3] = False
+        return {"sinks": torch.full((4,), sink), "mask": mask}
+
+    case = Case(f"sink {sink}", options, seqlen_q=9, seqlen_k=length, head_dim=8, value_dim=8)
+    inputs = Inputs.of(case, torch.float32)
+    golden = inputs.run(fastattn.reference.attention, torch.float64, outputs)
+    actual = inputs.run(fastattn.attention, torch.float32, outputs, backend="torch")
+    for name, value in actual.items():
+        assert not value.isnan().any(), name
+        if name not in ("lse", "dsinks"):
+            assert rel_error(value.double(), golden[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("length", [9, 64, 700])
+@pytest.mark.parametrize("grad", [False, True], ids=["bias", "bias with gradient"])
+def test_rows_whose_bias_is_the_smallest_number(length: int, grad: bool) -> None:
+    """Masks made of finfo.min leave rows whose keys weigh the same; lse has no digits left for their number."""
+    torch.manual_seed(2)
+    bias = torch.zeros(6, length)
+    bias[2] = torch.finfo(torch.float32).min
+    q, k, v = (torch.randn(1, 2, s, 16) for s in (6, length, length))
+    dout = torch.randn(1, 2, 6, 16)
+    results = []
+    for attend, dtype in ((fastattn.attention, torch.float32), (fastattn.reference.attention, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out, weights = attend(*leaves, bias=bias.to(dtype).requires_grad_(grad), return_weights=True)
+        results.append([out, weights, *torch.autograd.grad(out, leaves, dout.to(dtype))])
+    torch.testing.assert_close(results[1][0][:, :, 2], v.double().mean(2))
+    for actual, golden in zip(*results):
+        assert rel_error(actual.double(), golden) < 1e-5

@@ -251,6 +251,24 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["fused", "blockwise"])
+def test_autocast_stops_at_the_op(softcap: float | None) -> None:
+    """What is kept in float32 outside autocast is kept in float32 inside it, forward, backward and transformed."""
+    q, k, v = qkv(sq=40, sk=300, dtype=torch.bfloat16, grad=True)
+
+    def run() -> list[Tensor]:
+        out, lse, weights = fastattn.attention(q, k, v, softcap=softcap, return_lse=True, return_weights=True)
+        results = [out, lse, weights, *torch.autograd.grad(out.sum() + lse.sum() + weights.sum(), (q, k, v))]
+        return [*results, torch.func.vmap(lambda q: fastattn.attention(q, k, v, return_lse=True)[1])(q[None])]
+
+    outside = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run()
+    for a, b in zip(inside, outside):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     q, k, v = qkv(dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -391,6 +409,23 @@ OPCHECK_OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("view", ["permuted", "expanded", "transposed"])
+def test_opcheck_of_a_bias_in_any_layout(view: str) -> None:
+    """The gradient's strides are what tracing was told, so that compiled code may rely on them."""
+    bias = {
+        "permuted": torch.randn(9, 11, 4).permute(2, 0, 1)[None],
+        "expanded": torch.randn(1, 1, 9, 11).expand(2, 4, 9, 11),
+        "transposed": torch.randn(2, 4, 11, 9).mT,
+    }[view].requires_grad_()
+    slopes = torch.rand(4, 2).T.requires_grad_()
+    args = call_arguments(*qkv(grad=True), bias=bias, alibi_slopes=slopes)
+    opcheck(torch.ops.fastattn.attention_fwd.default, (*args, "auto"))
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    out, lse = torch.ops.fastattn.attention_fwd(*detached, "auto")
+    needs = [True] * 5 + [False]
+    opcheck(torch.ops.fastattn.attention_bwd.default, (out, None, out, lse, *detached, needs, "auto"))
+
+
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("options", OPCHECK_OPTIONS.values(), ids=OPCHECK_OPTIONS)
 def test_opcheck(options: dict[str, Any], layout: str) -> None:
@@ -449,6 +484,17 @@ def test_compiled_dropout_draws_anew() -> None:
         lambda: fastattn.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
     )
     assert not torch.equal(compiled(), compiled())
+
+
+@pytest.mark.parametrize("option", ["scale", "softcap"])
+def test_compiled_code_takes_any_number(option: str) -> None:
+    torch._dynamo.reset()
+    q, k, v = qkv()
+    compiled = torch.compile(
+        lambda number: fastattn.attention(q, k, v, **{option: number}), fullgraph=True, backend="aot_eager"
+    )
+    for number in (0.5, 0.7, 2.0, 3):
+        torch.testing.assert_close(compiled(number), fastattn.attention(q, k, v, **{option: number}))
 
 
 def test_export() -> None:
@@ -514,6 +560,15 @@ def test_explain_takes_the_arguments_of_attention() -> None:
     assert "blockwise" in explanation.tiles
 
 
+def test_explaining_changes_nothing_and_checks_as_the_call_does() -> None:
+    q, k, v = qkv()
+    state = torch.get_rng_state()
+    fastattn.explain(q, k, v, dropout_p=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="return_weights: got 'all'"):
+        fastattn.explain(q, k, v, return_weights="all")
+
+
 def test_a_named_backend_that_cannot_raises_its_reason() -> None:
     q, k, v = qkv(dtype=torch.float64)
     with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: "):
@@ -532,6 +587,11 @@ def test_the_environment_forces_a_backend_loudly(monkeypatch: pytest.MonkeyPatch
     ):
         fastattn.attention(q, k, v)
     assert fastattn.attention(q, k, v, backend="torch").shape == q.shape  # a name in the call stands
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run this call: a torch\.func transform"):
+        torch.func.jvp(lambda q: fastattn.attention(q, k, v), (q,), (q,))
+    monkeypatch.setenv("FASTATTN_BACKEND", "torch")
+    refusals = dict(fastattn.explain(q, k, v).refusals)
+    assert refusals == {"triton": "FASTATTN_BACKEND=torch forces another"}
     monkeypatch.setenv("FASTATTN_BACKEND", "fastest")
     with pytest.raises(ValueError, match="FASTATTN_BACKEND='fastest' is not a backend"):
         fastattn.attention(q, k, v)
@@ -592,6 +652,16 @@ BAD = {
     "negative dropout": ({"dropout_p": -0.1}, ValueError, "dropout_p: got -0.1"),
     "nan dropout": ({"dropout_p": math.nan}, ValueError, "dropout_p: got nan"),
     "seed of two": ({"dropout_p": 0.1, "dropout_seed": torch.tensor([1, 2])}, TypeError, "dropout_seed: got torch.i"),
+    "dropout None": ({"dropout_p": None}, TypeError, "dropout_p: got NoneType, needs a number"),
+    "scale list": ({"scale": [1.0]}, TypeError, "scale: got list, needs a number"),
+    "complex scale": ({"scale": 1j}, TypeError, "scale: got complex, needs a number"),
+    "window of lists": ({"window": ([1], 2)}, TypeError, r"window: got \(\[1\], 2\), needs integers"),
+    "unused seed": ({"dropout_seed": "x"}, TypeError, "dropout_seed: got str, needs an int"),
+    "weights tensor": ({"return_weights": torch.zeros(2)}, ValueError, "return_weights: got tensor"),
+    "lengths of 64 bits": ({"key_lengths": torch.tensor([2**32 + 3, 1])}, ValueError,
+                           "key_lengths: got values from 1 to 4294967299, needs 32-bit integers"),
+    "segments of 64 bits": ({"segment_ids": (torch.zeros(2, 5).long(), torch.full((2, 7), 2**32))}, ValueError,
+                            "segment_ids: got values from 4294967296 to 4294967296, needs 32-bit"),
     "float seed": ({"dropout_p": 0.1, "dropout_seed": 1.5}, TypeError, "dropout_seed: got float"),
     "seed too large": ({"dropout_p": 0.1, "dropout_seed": 2**64}, ValueError, "dropout_seed: got 1844"),
     "scale": ({"scale": math.inf}, ValueError, "scale: got inf, needs a finite number"),
