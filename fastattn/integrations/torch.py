@@ -1,18 +1,20 @@
-"""torch's own doors: `scaled_dot_product_attention` replaced while a context lasts."""
+"""torch's own doors: its attention function replaced while a context lasts, and its registry of flash kernels."""
 
 from __future__ import annotations
 
 from contextlib import ContextDecorator
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends import warn_once
 from fastattn.ops import arguments
 from fastattn.ops.sdpa import scaled_dot_product_attention
-from fastattn.spec import MAX_HEAD_DIM
+from fastattn.spec import MAX_HEAD_DIM, AttentionCall, GradsNeeded
 
 
 class sdpa_override(ContextDecorator):
@@ -79,3 +81,100 @@ def _why_torchs(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if any(t.dim() > 0 and t.shape[-1] > MAX_HEAD_DIM for t in tensors):
         return f"a head dim over {MAX_HEAD_DIM}"
     return None
+
+
+def register() -> None:
+    """Make "fastattn" one of torch's flash-attention implementations for CUDA, without activating it.
+
+    `torch.nn.attention.activate_flash_attention_impl("fastattn")` then runs every scaled_dot_product_attention for
+    which torch picks its flash kernel (float16 or bfloat16 on CUDA, without attn_mask) on fastattn, compiled code and
+    C++ callers included; `restore_flash_attention_impl()` undoes it. Calling this again changes nothing.
+
+    Raises ImportError where torch has no such registry.
+    """
+    from torch.nn import attention as registry
+
+    if not hasattr(registry, "register_flash_attention_impl"):
+        raise ImportError(f"torch {torch.__version__} has no registry of flash-attention implementations")
+    registry.register_flash_attention_impl("fastattn", register_fn=_activate)
+
+
+class _FlashOverrides:
+    """torch's flash-attention ops on a dispatch key, ours until removed."""
+
+    def __init__(self, dispatch_key: str) -> None:
+        self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL", dispatch_key)
+        for name, kernel in (
+            ("_scaled_dot_product_flash_attention", _flash_forward),
+            ("_scaled_dot_product_flash_attention_backward", _flash_backward),
+        ):
+            self._library.impl(name, kernel, dispatch_key, allow_override=True)
+
+    def remove(self) -> None:
+        """Give the ops back."""
+        self._library = None  # its finaliser unregisters
+
+
+def _activate() -> _FlashOverrides:
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "fastattn as a flash-attention implementation: torch finds no CUDA device to run it on"
+        )
+    return _FlashOverrides("CUDA")
+
+
+def _flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """aten::_scaled_dot_product_flash_attention: (B, H, S, D), causal to the bottom right.
+
+    Dropout's seed travels to the backward in the first half of rng_state.
+    """
+    if return_debug_mask:
+        raise RuntimeError("return_debug_mask: fastattn does not return it, needs False")
+    args = arguments.call_arguments(query, key, value, causal=is_causal, dropout_p=dropout_p, scale=scale)
+    out, lse = torch.ops.fastattn.attention_fwd(*args, "auto")
+    rng_state = torch.zeros(2, dtype=torch.int64, device=query.device)
+    if dropout_p > 0.0:
+        rng_state[:1] = args[_SEED]
+    unused = torch.zeros((), dtype=torch.uint64, device=query.device)
+    no_mask = query.new_empty(0)
+    return out, lse, None, None, query.shape[2], key.shape[2], rng_state.view(torch.uint64), unused, no_mask
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten::_scaled_dot_product_flash_attention_backward."""
+    args = arguments.call_arguments(
+        query, key, value, causal=is_causal, dropout_p=dropout_p, scale=scale,
+        dropout_seed=philox_seed.view(torch.int64)[:1] if dropout_p > 0.0 else None,
+    )  # fmt: skip
+    needs = list(GradsNeeded())
+    dq, dk, dv, *_ = torch.ops.fastattn.attention_bwd(grad_out, None, out, logsumexp, *args, needs, "auto")
+    return dq, dk, dv
+
+
+_SEED = [field.name for field in fields(AttentionCall)].index("dropout_seed")

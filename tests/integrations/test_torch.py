@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import fastattn
+from fastattn.integrations import torch as door
 from fastattn.ops import sdpa as sdpa_module
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -205,3 +206,119 @@ def test_compiled_code(module, follows):
         torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(compiled(x), expected)
     assert fused_calls() == ([True, False] if follows else [True])
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+
+
+@pytest.fixture
+def registry():
+    from torch.nn import attention
+
+    yield attention
+    attention.restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_registers_without_activating(registry):
+    door.register()
+    door.register()
+    assert registry.list_flash_attention_impls().count("fastattn") == 1
+    assert registry.current_flash_attention_impl() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="activation works with a GPU")
+def test_activating_without_cuda_says_so(registry):
+    door.register()
+    with pytest.raises(RuntimeError, match="CUDA"):
+        registry.activate_flash_attention_impl("fastattn")
+    assert registry.current_flash_attention_impl() is None
+
+
+def test_activation_overrides_cuda_until_restored(registry, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ours = fastattn.__name__ + "/integrations/torch.py"
+
+    def owner(name):
+        return torch._C._dispatch_dump(name)
+
+    names = (
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_backward",
+    )
+    door.register()
+    before = [owner(name) for name in names]
+    registry.activate_flash_attention_impl("fastattn")
+    assert registry.current_flash_attention_impl() == "fastattn"
+    assert all(ours in owner(name) for name in names)
+    registry.restore_flash_attention_impl()
+    assert registry.current_flash_attention_impl() is None
+    assert [owner(name) for name in names] == before
+
+
+@pytest.fixture
+def on_the_cpu():
+    """The overrides under the CPU's key, where torch has no such kernels: the dispatcher and autograd are real."""
+    overrides = door._FlashOverrides("CPU")
+    yield overrides
+    overrides.remove()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_overrides_meet_torchs_schema_and_autograd(on_the_cpu, causal, dropout_p):
+    q, k, v = (torch.randn(2, h, s, 8, requires_grad=True) for h, s in ((4, 5), (2, 7), (2, 7)))
+    torch.manual_seed(3)
+    out, lse, _, _, max_q, max_k, rng_state, *_ = FLASH(q, k, v, dropout_p, causal, scale=0.3)
+    seed = rng_state.view(torch.int64)[:1] if dropout_p else None
+    options = {"causal": causal, "dropout_p": dropout_p, "dropout_seed": seed, "scale": 0.3}
+    expected, expected_lse = fastattn.attention(q, k, v, **options, return_lse=True)
+    assert (max_q, max_k) == (5, 7)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    weight = torch.randn_like(out)
+    actual, wanted = (torch.autograd.grad(o, (q, k, v), weight) for o in (out, expected))
+    torch.testing.assert_close(actual, wanted)
+    again = FLASH(q, k, v, dropout_p, causal, scale=0.3)[0]
+    assert torch.equal(again, out) == (dropout_p == 0)
+
+
+def test_the_overrides_refuse_and_go(on_the_cpu):
+    q, k, v = qkv()
+    with pytest.raises(RuntimeError, match="return_debug_mask"):
+        FLASH(q, k, v, return_debug_mask=True)
+    on_the_cpu.remove()
+    with pytest.raises(NotImplementedError):
+        FLASH(q, k, v)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_overrides_return_what_torchs_meta_kernels_say(on_the_cpu, transposed):
+    """Compiled code plans with these: shapes, strides and dtypes of every result."""
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) if transposed else t for t in qkv())
+    real, planned = (FLASH(*(t.to(device) for t in (q, k, v)), 0.3, True) for device in ("cpu", "meta"))
+    kinds = [
+        [(t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in results]
+        for results in (real, planned)
+    ]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_torchs_flash_path_is_fastattn(registry, dtype):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (torch.randn(2, 4, 256, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def run():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+    expected = run()
+    door.register()
+    registry.activate_flash_attention_impl("fastattn")
+    with torch.profiler.profile() as profile:
+        actual = run()
+    registry.restore_flash_attention_impl()
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert any("fastattn" in event.key for event in profile.key_averages())
