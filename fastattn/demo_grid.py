@@ -8,8 +8,10 @@ import multiprocessing
 import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -281,7 +283,8 @@ def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype,
     context.set_forkserver_preload([__name__, "fastattn.cli"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_report_growth, args=(sender, case, side, dtype, seed), daemon=True)
-    child.start()
+    with _ctrl_c_ignored():
+        child.start()
     sender.close()
     try:
         return int(receiver.recv()) if receiver.poll(CHILD_SECONDS) else None
@@ -292,10 +295,22 @@ def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype,
         child.join()
 
 
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C for good: it is for the demo, which ends them."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _report_growth(sender: Connection, case: Case, side: str, dtype: torch.dtype, seed: int) -> None:
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo, which ends this process
     cpu = torch.device("cpu")
     small = replace(case, length=32)
     make_step(small, side, make_inputs(small, cpu, dtype, seed))()  # loads code and starts threads
