@@ -308,7 +308,7 @@ class SoftmaxSpec:
             dtype=x.dtype,
             columns=1 << max(x.shape[dim] - 1, 0).bit_length(),
             unit_columns=x.stride(dim) == 1 or x.shape[dim] == 1,
-            wide_rows=_passes_32_bits(x),
+            wide_rows=_passes_32_bits(x) or x.numel() >= 2**31,
             mask=mask,
             causal=causal,
             log=log,
