@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.backends.triton_cross_entropy import (
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_fwd,
+)
+from fastattn.backends.triton_softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.spec import (
     MAX_HEAD_DIM,
     AttentionCall,
@@ -25,6 +32,26 @@ from fastattn.spec import (
 if TYPE_CHECKING:
     from fastattn.kernels.launches import Cotangents
     from fastattn.kernels.tiles import Tile, Tiles
+
+__all__ = [
+    "DTYPES",
+    "MIN_ARCH",
+    "NAME",
+    "attention_bwd",
+    "attention_fwd",
+    "attention_weights_bwd",
+    "attention_weights_fwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "softmax_bwd",
+    "softmax_fwd",
+    "softmax_tiles",
+    "tiles",
+    "why_not",
+    "why_not_auto",
+]
 
 NAME = "triton"
 MIN_ARCH = 80
