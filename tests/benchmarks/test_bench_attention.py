@@ -126,6 +126,17 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
     assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
 
 
+def test_a_ceiling_is_the_better_of_two_measurements() -> None:
+    row = {"contestant": "fastattn", "tflops": 3.0, "ceiling_share": 1.5}
+    result = {
+        "ceilings": {"matmul_tflops": {"float32": 2.0, "bfloat16": 9.0}, "copy_gbps": 5.0},
+        "cases": [{"dtype": "float32", "rows": [row, {"contestant": "flex", "status": "failed"}]}],
+    }
+    command._raise_ceilings(result, {"matmul_tflops": {"float32": 6.0, "bfloat16": 8.0}, "copy_gbps": 4.0})
+    assert result["ceilings"] == {"matmul_tflops": {"float32": 6.0, "bfloat16": 9.0}, "copy_gbps": 5.0}
+    assert row["ceiling_share"] == 0.5
+
+
 def test_warming_hands_each_process_its_share(tmp_path: Path) -> None:
     script = tmp_path / "bench.py"
     script.write_text(
