@@ -75,8 +75,8 @@ def attention_bwd(
     """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
     lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 in rows that see nothing
     extreme = _is_extreme(call, lse)
-    forward_fused = _fused_runs(spec.replace(bias_grad=False)) and call.scale > 0
-    fused = forward_fused and not (spec.bias_grad or extreme) and dlse is None
+    forward_fused = _fused_runs(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
+    fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme) and dlse is None
     fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
     # lse of the fused forward came from products that round differently: where a tile holds a whole row, its weights
@@ -186,7 +186,7 @@ class _Part:
         """The visible tiles, a list per row range; with `whole_rows` one tile holds all that a row sees."""
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
-            dense = self.call.mask is not None or self.call.bias is not None
+            dense = any(t is not None for t in (self.call.mask, self.call.bias, self.call.alibi_slopes))
             return whole_tiles(self.band, self.segments, len_q, len_k, FUSED_ROW_BLOCK, dense)
         col_block = max(len_k, 1) if whole_rows else COL_BLOCK
         return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, col_block)
@@ -208,16 +208,13 @@ class _Part:
         return positions[:, None] - torch.arange(tile.cols.start, tile.cols.stop, device=device)
 
     def visible(self, tile: Tile) -> Tensor | None:
-        """Which pairs of a tile attend, bool, broadcastable to (b, H, rows, cols); None = all."""
+        """Which pairs of a tile attend, a bias of -inf aside: bool, broadcastable to (b, H, rows, cols); None = all."""
         call, visible = self.call, None
         if tile.structure != "full":
             visible = self._structure(tile)
         if call.mask is not None:
             mask = self.cut(call.mask, tile)
             visible = mask if visible is None else visible & mask
-        if call.bias is not None:
-            finite = self.cut(call.bias, tile).to(accumulation_dtype(self.query.dtype)) != -torch.inf
-            visible = finite if visible is None else visible & finite
         return visible
 
     def _structure(self, tile: Tile) -> Tensor | None:
@@ -427,27 +424,27 @@ def _parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[_Part]:
 
 def _fused_runs(spec: AttentionSpec) -> bool:
     """Whether torch's fused CPU kernel can express the tiles of a call."""
-    if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi:
+    if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
         return False
     if (
         spec.head_dim != spec.value_dim or spec.head_dim % 8
     ):  # odd dims: its products round worse than the rule
         return False
-    exact = spec.dtype in (torch.float32, torch.float64)  # a bias reaches the kernel in the input dtype
-    return exact or not spec.bias
+    exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype
+    return exact or not (spec.bias or spec.alibi)
 
 
 def _fused_mask(part: _Part, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
     """The tile's additive mask in the input dtype, and which rows see a key (None = all do)."""
     if tile.structure == "causal":
         return None, None
-    additive, visible = part.additive(tile), part.visible(tile)
-    if visible is None:
-        return additive, None
-    if additive is None:
-        additive = torch.zeros((), dtype=part.query.dtype)
-    mask = torch.where(visible, additive, -torch.inf)
-    seen = visible.any(-1)
+    mask, visible = part.additive(tile), part.visible(tile)
+    if visible is not None:
+        zero = torch.zeros((), dtype=part.query.dtype)
+        mask = torch.where(visible, zero if mask is None else mask, -torch.inf)
+    if mask is None:
+        return None, None
+    seen = (mask != -torch.inf).any(-1)
     return mask, None if bool(seen.all()) else seen
 
 
