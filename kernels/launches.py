@@ -36,7 +36,9 @@ class AttentionVariant(NamedTuple):
     unit_mask: bool = False  # neighbouring columns are neighbours in memory
     unit_bias: bool = False
     unit_dweights: bool = False
-    fold_scale: bool = False  # q.k is scaled within the exponent; not for float32, signs and changed scores
+    fold_scale: bool = (
+        False  # q.k is scaled within the exponent; not for float32, signs, sinks and changed scores
+    )
     dot_precision: str = "ieee"  # of float32 products: "ieee", "tf32x3" or "tf32"
     unit: int = (
         1  # strides are passed in multiples of this many elements, 16 bytes where everything is aligned
@@ -280,7 +282,7 @@ def _variant(
         unit_dweights=_unit_columns(dweights),
         fold_scale=call.scale > 0.0
         and spec.dtype != torch.float32
-        and not (spec.softcap or spec.alibi or spec.bias),
+        and not (spec.softcap or spec.alibi or spec.bias or spec.sinks),
         dot_precision=spec.float32_precision,
         unit=unit,
         wide_offsets=spec.wide_offsets or (dweights is not None and _last_offset(dweights) >= 2**31),

@@ -318,10 +318,7 @@ def softmax_start(sinks, head, BLOCK_M: tl.constexpr, VARIANT: tl.constexpr):
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if VARIANT.sinks:
-        sink = tl.load(sinks + head)
-        if VARIANT.fold_scale:
-            sink *= LOG2E
-        row_max = tl.maximum(row_max, sink)
+        row_max = tl.maximum(row_max, tl.load(sinks + head))
         row_sum += 1.0
     return row_max, row_sum
 
@@ -346,6 +343,8 @@ def softmax_update(scores, row_max, row_sum, scale, GUARD: tl.constexpr, VARIANT
         rescale = tl.exp2(row_max - safe_max)
     else:
         rescale = tl.exp2((row_max - safe_max) * LOG2E)
+    if VARIANT.sinks:  # a sink of +inf stays the maximum, and inf - inf is NaN
+        rescale = tl.where(row_max == new_max, 1.0, rescale)
     return probs, rescale, new_max, row_sum * rescale + tl.sum(probs, 1)
 
 

@@ -64,6 +64,8 @@ def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
         return "triton is not installed"
     if spec.device != "cuda" and not _interpreting():
         return f"device {spec.device!r} has no Triton kernels, they need a CUDA device"
+    if torch.version.hip is not None:
+        return "the tiles are made for CUDA devices, this is a ROCm build of torch"
     if spec.arch is not None and spec.arch < MIN_ARCH:
         return f"compute capability {spec.arch / 10} is below {MIN_ARCH / 10}"
     if spec.dtype not in DTYPES:
@@ -220,8 +222,10 @@ def _query_grads(
     dq_launch(spec, call, cotangents, dquery, dslope_tiles, dlse, _key_blocks(call, tile), tile).run()
     if dslope_tiles is None or slopes is None:
         return dquery, None
-    dslopes = dslope_tiles.sum(-1)
-    return dquery, dslopes if slopes.shape[0] == dslopes.shape[0] else dslopes.sum(0, keepdim=True)
+    dslopes = dslope_tiles.sum(-1, dtype=torch.float64)
+    if slopes.shape[0] < dslopes.shape[0]:
+        dslopes = dslopes.sum(0, keepdim=True)
+    return dquery, dslopes.to(slopes.dtype)
 
 
 def _bias_grad(spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, tile: Tile) -> Tensor | None:
@@ -241,8 +245,11 @@ def _sink_grad(call: AttentionCall, lse: Tensor, delta: Tensor) -> Tensor | None
     """-sum(exp(sink - lse) * delta): a sink is a key whose value, and so whose weight's gradient, is zero."""
     if call.sinks is None:
         return None
-    weights = torch.exp(call.sinks[:, None] - lse)
-    return -torch.where(lse == -torch.inf, 0.0, weights * delta).sum((0, 2))
+    weights = torch.exp(
+        (call.sinks[:, None] - lse).nan_to_num(nan=0.0)
+    )  # inf - inf: the sink has all the weight
+    terms = torch.where(lse == -torch.inf, 0.0, weights * delta)
+    return -terms.sum((0, 2), dtype=torch.float64).to(call.sinks.dtype)
 
 
 def _key_blocks(call: AttentionCall, tile: Tile) -> Tensor | None:

@@ -19,7 +19,8 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return f"sm_{self.arch} {self.bits}-bit D{self.head_dim} {self.kernel} [{self.features}] {self.tile}"
+        arch = self.arch if self.arch == AMD else f"sm_{self.arch}"
+        return f"{arch} {self.bits}-bit D{self.head_dim} {self.kernel} [{self.features}] {self.tile}"
 
     @property
     def strict(self) -> bool:
@@ -109,35 +111,50 @@ def entries(
     only: Iterable[str] = (),
 ) -> Iterator[Entry]:
     """Every kernel of every row of some architectures, with each (or only some) of the feature sets the row serves."""
-    from fastattn.kernels.tiles import TABLE, family_of
+    from fastattn.kernels.tiles import TABLE
 
     for arch in architectures:
-        family = 80 if arch == AMD else family_of(int(arch))
-        for key, row in TABLE.items():
-            if (
-                key.family != family
-                or bits not in (0, key.bits)
-                or (head_dims and key.head_dim not in head_dims)
-            ):
+        for key in TABLE:
+            if key.family != family(arch) or bits not in (0, key.bits):
                 continue
-            for kernel in kernels:
+            if head_dims and key.head_dim not in head_dims:
+                continue
+            row = tiles_on(arch, key)
+            for kernel, features in product(kernels, FEATURES[key.rich]):
+                if only and features not in only:
+                    continue
+                if kernel == "dbias" and "bias" not in features and features != "all":
+                    continue
                 tile = row.dbias if kernel == "weights" else getattr(row, kernel)
-                for features in FEATURES[key.rich]:
-                    if only and features not in only:
-                        continue
-                    if kernel == "dbias" and "bias" not in features and features != "all":
-                        continue
-                    yield Entry(arch, key.bits, key.head_dim, kernel, features, str(tile))
+                yield Entry(arch, key.bits, key.head_dim, kernel, features, str(tile))
+
+
+def family(arch: str) -> int:
+    """Whose rows an architecture is compiled with."""
+    from fastattn.kernels.tiles import family_of
+
+    return 86 if arch == AMD else family_of(int(arch))
+
+
+def tiles_on(arch: str, key: Any) -> Any:
+    """A row of the table; without the stages of a pipeline for AMD, whose 64 KiB have no room for them."""
+    from fastattn.kernels.tiles import TABLE
+
+    row = TABLE[key]
+    if arch != AMD:
+        return row
+    tiles = {field.name: replace(getattr(row, field.name), num_stages=1) for field in fields(row)}
+    return replace(row, **tiles)
 
 
 def compile_entry(entry: Entry) -> Report:
     """Compile an entry with the tile that tiles.py gives it."""
     from attention_launches import launches_of
 
-    from fastattn.kernels.tiles import TABLE, Key, family_of
+    from fastattn.kernels.tiles import Key
 
-    family = 80 if entry.arch == AMD else family_of(int(entry.arch))
-    row = TABLE[Key(family, entry.bits, entry.head_dim, entry.features in FEATURES[True])]
+    key = Key(family(entry.arch), entry.bits, entry.head_dim, entry.features in FEATURES[True])
+    row = tiles_on(entry.arch, key)
     call = call_with(entry.features, entry.head_dim, entry.bits)
     try:
         return compile_launch(launches_of(call, row)[entry.kernel], entry.arch)
@@ -208,11 +225,11 @@ def _run(*command: Any) -> str:
 
 def problem(entry: Entry, report: Report) -> str | None:
     """What is wrong with an entry, if anything."""
-    from fastattn.kernels.tiles import FAMILIES, family_of
+    from fastattn.kernels.tiles import FAMILIES
 
     if report.error:
         return report.error
-    limit = AMD_SHARED if entry.arch == AMD else FAMILIES[family_of(int(entry.arch))][1]
+    limit = AMD_SHARED if entry.arch == AMD else FAMILIES[family(entry.arch)][1]
     if report.shared > limit:
         return f"{report.shared} bytes of shared memory, limit {limit}"
     if entry.strict and report.local_ops:
@@ -240,18 +257,16 @@ def run(chosen: list[Entry], workers: int) -> dict[Entry, Report]:
 
 
 def write(reports: dict[Entry, Report]) -> None:
-    """Store the table for people and for the comparison of later runs, keeping the rows that were not compiled."""
+    """Store the table, keeping what an earlier run found for rows that are still in use and were not compiled now."""
     import triton
 
     rows = {entry.name: {**asdict(entry), **asdict(report)} for entry, report in reports.items()}
     if STORED.exists():
         stored = json.loads(STORED.read_text())
-        kept = (
-            {row["name"]: row["values"] for row in stored["rows"]}
-            if stored["triton"] == triton.__version__
-            else {}
-        )
-        rows = {**kept, **rows}
+        current = {entry.name for entry in entries([*map(str, ARCHITECTURES), AMD])}
+        if stored["triton"] == triton.__version__:
+            kept = {row["name"]: row["values"] for row in stored["rows"] if row["name"] in current}
+            rows = {**kept, **rows}
     listed = [{"name": name, "values": rows[name]} for name in sorted(rows)]
     STORED.write_text(json.dumps({"triton": triton.__version__, "rows": listed}, indent=1) + "\n")
     lines = [

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import DEVICE, UNEVEN_TILES, Case, Maker, Options, check
+from attention_cases import (
+    DEVICE,
+    SMALL_TILES,
+    UNEVEN_TILES,
+    Case,
+    Inputs,
+    Maker,
+    Options,
+    check,
+    run_reference,
+    run_triton,
+)
+
+from numerics import assert_within_rule
 
 BFLOAT = torch.bfloat16
 FLOAT32 = {"dtype": torch.float32, "samples": 4}
@@ -87,7 +100,13 @@ CASES = [
         tiles=UNEVEN_TILES,
     ),
     Case("sinks", lambda make: {"sinks": make.normal(2), "causal": True}, heads=2, seqlen_q=53, seqlen_k=37),
-    Case("sinks, float32", lambda make: {"sinks": make.normal(2), "window": (9, 0)}, heads=2, **FLOAT32),
+    Case(
+        "sinks, float32",
+        lambda make: {"sinks": make.normal(2), "window": (9, 0)},
+        heads=2,
+        dtype=torch.float32,
+        samples=8,
+    ),
     Case("dropout, float32", {"dropout_p": 0.3, "dropout_seed": 1234567890123}, **FLOAT32),
     Case(
         "dropout, causal, grouped heads",
@@ -119,3 +138,39 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("sink", [float("inf"), float("-inf"), 3e38, -3e38, 5.0])
+def test_extreme_sinks(sink: float) -> None:
+    """A sink of +inf takes all weight, one of -inf none; 53 queries over 37 keys leave some rows nothing else."""
+    options = {"sinks": torch.tensor([sink], device=DEVICE), "causal": True}
+    case = Case("sink", options, seqlen_q=53, seqlen_k=37)
+    inputs = Inputs.of(case)
+    actual = run_triton(inputs, SMALL_TILES)
+    if sink == float("inf"):  # where the plain formula only finds NaN
+        assert (actual["out"] == 0).all()
+        assert (actual["lse"] == sink).all()
+        torch.testing.assert_close(actual["dsinks"], inputs.dlse.sum((0, 2)))
+    else:
+        golden, plain = run_reference(inputs, torch.float64), run_reference(inputs, torch.float32)
+        assert_within_rule(actual["out"], plain["out"], golden["out"], "out", torch.float16)
+        torch.testing.assert_close(actual["lse"].double(), golden["lse"])
+    for name in ("dquery", "dkey", "dvalue", "dsinks"):
+        assert actual[name].isfinite().all(), name
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e30])
+def test_biases_near_the_end_of_the_range(lowest: float) -> None:
+    """A bias that stands for a mask: rows of nothing else attend evenly, as softmax says, and nothing overflows."""
+    bias = torch.zeros(21, 37, device=DEVICE)
+    bias[:, 20:] = lowest
+    bias[5] = lowest
+    case = Case("lowest", {"bias": bias})
+    inputs = Inputs.of(case)
+    actual, golden = run_triton(inputs, SMALL_TILES), run_reference(inputs, torch.float64)
+    plain = run_reference(inputs, torch.float32)
+    rows = [row for row in range(21) if row != 5]
+    for name in ("out", "dquery"):
+        kept = [results[name][:, :, rows] for results in (actual, plain, golden)]
+        assert_within_rule(*kept, name, torch.float16)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
