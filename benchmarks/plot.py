@@ -208,7 +208,10 @@ def _line(*cells: str) -> str:
 
 
 def _ms(row: Result | None) -> str:
-    return f"{row['time_ms']['median']:.3g}" if row else "–"
+    if row is None:
+        return "–"
+    median = row["time_ms"]["median"]
+    return f"{median:.0f}" if median >= 100 else f"{median:.3g}"
 
 
 def _mib(row: Result | None) -> str:
