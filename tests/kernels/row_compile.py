@@ -18,7 +18,7 @@ COLUMNS = (1, 64, 1000, 4096, 16384, 32768, 262144)  # whole rows, some to a pro
 
 
 def softmax_launches(columns: int, dtype: torch.dtype, features: str) -> dict[str, Any]:
-    """Forward and backward of softmax on a few rows: "plain", "strided" (columns apart) or "all" (mask, causal, log)."""
+    """Forward and backward of softmax on a few rows: "plain", "strided" columns or "all" (mask, causal, log)."""
     from fastattn.kernels.row_tiles import row_tile_for
     from fastattn.kernels.softmax_launches import Rows, backward_launch, forward_launch
     from fastattn.spec import SoftmaxSpec
@@ -55,8 +55,11 @@ def loss_launches(classes: int, dtype: torch.dtype, smoothing: float) -> dict[st
     }
 
 
-def entries(architectures: list[str]) -> Iterator[tuple[str, str, int, str]]:
-    """(architecture, dtype, columns, features) of everything compiled."""
+Entry = tuple[str, str, int, str]  # architecture, dtype, columns, features
+
+
+def entries(architectures: list[str]) -> Iterator[Entry]:
+    """Every kind of tile with every kind of feature."""
     for arch in architectures:
         for dtype in ("bfloat16", "float32"):
             for columns in COLUMNS:
@@ -70,7 +73,37 @@ def entries(architectures: list[str]) -> Iterator[tuple[str, str, int, str]]:
                 yield arch, dtype, 131072, features
 
 
-def compiled(entry: tuple[str, str, int, str]) -> dict[str, dict[str, Any]]:
+def few() -> Iterator[Entry]:
+    """The longest rows held whole, by which dtype they are hardest to hold, and the rest once."""
+    yield "80", "float32", 16384, "plain"
+    yield "90", "float32", 32768, "plain"
+    yield "90", "bfloat16", 262144, "all"
+    yield "80", "bfloat16", 64, "strided"
+    yield "90", "bfloat16", 50257, "smoothed loss"
+
+
+def signatures() -> dict[str, list[str]]:
+    """What Triton would look compiled kernels up by: per kernel, over lengths that should share one variant."""
+    from compile_matrix import specialise, target_of
+
+    found: dict[str, list[str]] = {}
+    half = torch.float16
+    groups = [softmax_launches(columns, half, "plain") for columns in (1032, 1600, 2048)]
+    groups += [
+        {f"{name} long": launch for name, launch in softmax_launches(columns, half, "plain").items()}
+        for columns in (40000, 65536, 300000)
+    ]
+    groups += [loss_launches(classes, half, 0.1) for classes in (32000, 50264, 131072)]
+    for group in groups:
+        for name, launch in group.items():
+            source, options = specialise(launch, target_of("90"))
+            found.setdefault(name, []).append(
+                str((source.signature, source.constants, source.attrs, options.num_warps))
+            )
+    return found
+
+
+def compiled(entry: Entry) -> dict[str, dict[str, Any]]:
     """What the compiler made of the kernels of an entry."""
     from compile_matrix import compile_launch
 
@@ -88,12 +121,13 @@ def compiled(entry: tuple[str, str, int, str]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """The command line."""
-    chosen = list(entries(sys.argv[1:] or ["80", "90"]))
+    every = "--all" in sys.argv
+    chosen = list(entries(sys.argv[2:] or ["80", "90"]) if every else few())
     reports: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(2) as pool:
         for made in pool.map(compiled, chosen):
             reports |= made
-    print(json.dumps(reports, indent=1))
+    print(json.dumps({"compiled": reports, "signatures": signatures()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""The Triton softmax through the interpreter against float64, its thresholds, and its binaries."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import DEVICE
+from torch import Tensor
+
+from fastattn import reference_losses
+from fastattn.backends import triton_softmax as backend
+from fastattn.kernels import row_tiles
+from fastattn.kernels.row_tiles import RowTile, loss_tile_for, row_tile_for
+from fastattn.kernels.softmax_launches import Rows
+from fastattn.spec import SoftmaxCall, SoftmaxSpec
+from numerics import assert_within_rule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILES = {"the spec's": None, "in chunks": RowTile(2, 8, 1, whole=False)}
+CASES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
+    "plain": ((3, 7, 21), -1, {}),
+    "log, scale": ((3, 7, 21), -1, {"log": True, "scale": 2.5}),
+    "causal": ((2, 9, 13), -1, {"causal": True}),
+    "causal, more rows than columns": ((2, 13, 9), -1, {"causal": True, "log": True}),
+    "causal over rows": ((2, 9, 13), -2, {"causal": True}),
+    "causal over neither": ((4, 5, 6), 0, {"causal": True, "mask": (5, 6)}),
+    "mask": ((2, 3, 5, 17), -1, {"mask": (2, 1, 1, 17), "scale": -0.5}),
+    "mask, causal, log": ((2, 3, 9, 9), -1, {"mask": (3, 1, 9), "causal": True, "log": True}),
+    "first dim": ((11, 6), 0, {"scale": 0.5}),
+    "middle dim": ((3, 11, 6), 1, {"log": True}),
+}
+
+
+def forward(x: Tensor, dim: int, tile: RowTile | None = None, **options: Any) -> tuple[Tensor, SoftmaxCall]:
+    dim, mask = dim % x.dim(), options.get("mask")
+    mask = None if mask is None else mask[(None,) * (x.dim() - mask.dim())]
+    scale, causal, log = options.get("scale", 1.0), options.get("causal", False), options.get("log", False)
+    call = SoftmaxCall(x, mask, dim, scale, causal, log, x.dtype)
+    spec = SoftmaxSpec.of(x, dim, mask=mask is not None, causal=causal, log=log)
+    return backend.softmax_fwd(spec, call, tile), call
+
+
+def forward_and_backward(
+    x: Tensor, dout: Tensor, dim: int, tile: RowTile | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    out, call = forward(x, dim, tile, **options)
+    spec = SoftmaxSpec.of(out, call.dim, log=call.log, backward=True)
+    return out, backend.softmax_bwd(spec, dout, out, call.dim, call.scale, x.dtype, tile)
+
+
+def reference(x: Tensor, dout: Tensor, dim: int, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    out = reference_losses.softmax(leaf, dim, **options)
+    return out, torch.autograd.grad(out, leaf, dout)[0]
+
+
+def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
+    shape, dim, options = CASES[name]
+    options = dict(options)
+    if "mask" in options:
+        options["mask"] = torch.rand(options["mask"], device=DEVICE) < 0.6
+    x, dout = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+    return x, dout, dim, options
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_error_rule(name: str, dtype: torch.dtype, tile: RowTile | None) -> None:
+    x, dout, dim, options = inputs(name, dtype)
+    actual = forward_and_backward(x, dout, dim, tile, **options)
+    plain = reference(x, dout, dim, **options)
+    golden = reference(x.double(), dout.double(), dim, **options)
+    for result, *three in zip(("out", "dx"), actual, plain, golden):
+        assert_within_rule(*three, result)
+
+
+WHOLE_FWD, WHOLE_BWD = row_tiles.WHOLE_ROW_COLUMNS[False], row_tiles.WHOLE_ROW_COLUMNS[True]
+
+
+@pytest.mark.parametrize(
+    "columns", [1, 2, 1024, 2048, 2049, WHOLE_BWD, WHOLE_BWD + 1, WHOLE_FWD, WHOLE_FWD + 1, 300_000]
+)
+def test_both_sides_of_every_threshold(columns: int) -> None:
+    x, dout = torch.randn(3, columns, device=DEVICE), torch.randn(3, columns, device=DEVICE)
+    for actual, expected in zip(forward_and_backward(x, dout, -1), reference(x.double(), dout.double(), -1)):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_thresholds_are_where_the_data_says() -> None:
+    spec = SoftmaxSpec.of(torch.empty(1, WHOLE_FWD))
+    for whole, backward in ((WHOLE_FWD, False), (WHOLE_BWD, True)):
+        at, beyond = (spec.replace(columns=c, backward=backward) for c in (whole, 2 * whole))
+        assert row_tile_for(at) == RowTile(1, whole, 32 if whole > 16384 else 16, whole=True)
+        assert row_tile_for(beyond).columns == row_tiles.LONG_CHUNK[backward]
+        assert not row_tile_for(beyond).whole
+    assert row_tile_for(spec.replace(columns=row_tiles.TILE_ELEMENTS)).rows == 1
+    assert row_tile_for(spec.replace(columns=row_tiles.TILE_ELEMENTS // 2)).rows == 2
+    strided = spec.replace(unit_columns=False)
+    assert row_tile_for(strided.replace(columns=row_tiles.STRIDED_WHOLE_COLUMNS)).whole
+    assert not row_tile_for(strided.replace(columns=2 * row_tiles.STRIDED_WHOLE_COLUMNS)).whole
+    assert loss_tile_for(spec.replace(columns=256)).columns == 256
+    assert loss_tile_for(spec.replace(columns=2**17)).columns == row_tiles.LOSS_CHUNK
+
+
+@pytest.mark.parametrize("columns", [row_tiles.STRIDED_WHOLE_COLUMNS, row_tiles.STRIDED_WHOLE_COLUMNS + 1])
+def test_columns_apart_in_memory(columns: int) -> None:
+    x, dout = torch.randn(2, columns, 5, device=DEVICE), torch.randn(2, columns, 5, device=DEVICE)
+    for actual, expected in zip(forward_and_backward(x, dout, 1), reference(x.double(), dout.double(), 1)):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("log", [False, True])
+def test_rows_without_entries_and_what_a_mask_hides(log: bool, tile: RowTile | None) -> None:
+    x, dout = torch.randn(4, 19, device=DEVICE), torch.randn(4, 19, device=DEVICE)
+    mask = torch.rand(4, 19, device=DEVICE) < 0.5
+    mask[2] = False
+    poisoned = [t.masked_fill(~mask, float("nan")) for t in (x, dout)]
+    clean = forward_and_backward(x, dout, -1, tile, mask=mask, log=log)
+    for a, b in zip(clean, forward_and_backward(*poisoned, -1, tile, mask=mask, log=log)):
+        assert torch.equal(a, b)
+    out, dx = clean
+    assert bool((out[2] == (-torch.inf if log else 0)).all())
+    assert not dx[2].any()
+
+
+def test_layouts() -> None:
+    """Permuted, sliced, expanded and five-dimensional inputs, and a gradient in another order than its tensor."""
+    base = torch.randn(4, 3, 6, 5, device=DEVICE)
+    wide_mask = torch.rand(2, 1, 3, 1, 7, device=DEVICE) < 0.7
+    cases: list[tuple[Tensor, int, dict[str, Any]]] = [
+        (base.permute(2, 0, 3, 1), 1, {}),
+        (base.permute(2, 0, 3, 1), 3, {"causal": True}),
+        (base[::2, :, 1:5, ::2], -1, {}),
+        (torch.randn(4, 1, 5, device=DEVICE).expand(4, 3, 5), 1, {}),
+        (torch.randn(2, 3, 3, 2, 7, device=DEVICE), -1, {"mask": wide_mask}),
+        (torch.randn(2, 3, 3, 2, 7, device=DEVICE).permute(3, 0, 4, 1, 2), 2, {}),
+    ]
+    for x, dim, options in cases:
+        dout = torch.randn(x.shape[::-1], device=DEVICE).permute(*range(x.dim() - 1, -1, -1))
+        actual = forward_and_backward(x, dout, dim, **options)
+        for a, e in zip(actual, reference(x.double(), dout.double(), dim, **options)):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-6)
+        assert actual[0].stride() == torch.empty_like(x).stride()
+
+
+def test_rows_collapse_to_what_the_kernel_takes() -> None:
+    x = torch.empty(2, 3, 4, 5)
+    assert Rows.of([x, x], 3) == Rows((1, 1, 24, 5), ((0, 0, 5, 1),) * 2)
+    assert Rows.of([x, x], 3, inner=2).sizes == (1, 6, 4, 5)
+    assert Rows.of([x, x], 1).sizes == (1, 2, 20, 3)
+    mask = torch.empty(2, 1, 4, 1).expand(x.shape)
+    assert Rows.of([mask, x, x], 3).sizes == (2, 3, 4, 5)
+    assert (
+        Rows.of([torch.empty(2, 1, 4, 1, 2).expand(2, 3, 4, 5, 2)] + [torch.empty(2, 3, 4, 5, 2)] * 2, 4)
+        is None
+    )
+
+
+def test_a_wider_result_and_empty_ones() -> None:
+    x = torch.randn(3, 9, device=DEVICE).half()
+    out, call = forward(x, -1)
+    wide = backend.softmax_fwd(SoftmaxSpec.of(x), replace(call, dtype=torch.float32))
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.half(), out)
+    for shape in ((0, 4), (4, 0)):
+        empty = torch.empty(shape, device=DEVICE)
+        assert forward_and_backward(empty, empty, -1)[1].shape == shape
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2**30 elements apart; only the pages in use are ever touched."""
+    near = torch.randn(3, 20, device=DEVICE).half()
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided(near.shape, (2**30, 1)).copy_(near)
+    apart = storage.as_strided((3, 20), (1, 2**26), 32).copy_(near)
+    expected, _ = forward(near, -1)
+    assert torch.equal(forward(far, -1)[0], expected)
+    torch.testing.assert_close(forward(apart, -1)[0], expected)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """The compiler's answers, from a process that doesn't interpret."""
+    script = Path(__file__).parent / "row_compile.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_tiles_compile_without_spills(report: dict[str, Any]) -> None:
+    assert len(report["compiled"]) == 10
+    for name, made in report["compiled"].items():
+        assert made["error"] == "", name
+        assert made["registers"] > 0, name
+        assert made["local_ops"] == 0, name
+        assert made["shared"] <= 49152, name
+
+
+def test_lengths_share_one_variant(report: dict[str, Any]) -> None:
+    """Lengths of one power of two, every long row, and every vocabulary: nothing is compiled twice."""
+    assert len(report["signatures"]) == 6
+    for name, found in report["signatures"].items():
+        assert len(found) == 3, name
+        assert len(set(found)) == 1, name
