@@ -150,6 +150,8 @@ def _packing_options(
                 "cu_seq_lens_k: differs from cu_seq_lens_q, which causal or local attention needs"
             )
         return {"segment_ids": (_documents(ends_q, seqlen_q), _documents(ends_k, seqlen_k))}
+    if "key_lengths" in options:  # positions of padding mean nothing
+        return {}
     positions = kwargs.get("position_ids")
     if (
         options.get("causal")
