@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import DEVICE, SMALL_TILES, Case, Inputs, run_reference
 
+import fastattn
 from fastattn.backends import torch as torch_backend
 from fastattn.backends import triton as triton_backend
 from fastattn.spec import AttentionSpec, GradsNeeded
@@ -52,3 +53,22 @@ def test_forward_of_one_backward_of_the_other(case: Case, forward: str) -> None:
     for name in inputs.differentiable():
         actual = getattr(grads, name).reshape(golden["d" + name].shape)
         assert_within_rule(actual, plain["d" + name], golden["d" + name], f"d{name}")
+
+
+@pytest.mark.parametrize("weights", [True, "mean"])
+def test_weights_through_the_public_call(weights: bool | str) -> None:
+    """Output, lse and weights of one call, and the gradients that reach its inputs through all three."""
+    inputs = Inputs.of(
+        Case("weights", {"causal": True, "softcap": 2.0}, heads=2, seqlen_k=21, dtype=torch.float32)
+    )
+    leaves = [tensor.requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value)]
+
+    def results(name: str) -> list[torch.Tensor]:
+        out, lse, w = fastattn.attention(
+            *leaves, **inputs.options, return_lse=True, return_weights=weights, backend=name
+        )
+        total = out.sin().sum() + (w * w).sum() + lse.sum()
+        return [out, lse, w, *torch.autograd.grad(total, leaves)]
+
+    for ours, theirs in zip(results("triton"), results("torch")):
+        torch.testing.assert_close(ours, theirs)
