@@ -25,7 +25,9 @@ from fastattn.spec import (
     empty_in_order,
 )
 
-FUSED_ROW_BLOCK = 64  # rows cut at once along a window or dense mask for torch's fused kernel
+FUSED_ROW_BLOCK = 64  # rows cut at once along a window for torch's fused kernel
+FUSED_DENSE_ROW_BLOCK = 128  # and along a dense mask or bias, whose tiles are as wide as the keys
+FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
 EXTREME_LSE = 1e4  # beyond it lse has no digits left for the number of keys it sums over
@@ -88,15 +90,17 @@ def attention_bwd(
         for row_tiles in part.schedule(fused, whole_rows=extreme):
             for tile in row_tiles:
                 if fused:
-                    shares = _fused_tile_bwd(part, tile, out, lse_safe, dout)
                     if sums is None and len(row_tiles) == 1 and part.is_whole(tile):
+                        shares = _fused_tile_bwd(part, tile, out, lse_safe, dout)
                         dq, dk, dv = (
                             _in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
                         )
                         return AttentionGrads(dq, dk, dv, sinks=_dsinks(sink_weight, delta, needs))
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
-                    sums.add(part, tile, *shares)
-                    del shares  # or they would live on beside the next tile's
+                    for kv_heads in _kv_head_chunks(part, tile):
+                        shares = _fused_tile_bwd(part, tile, out, lse_safe, dout, kv_heads)
+                        sums.add(part, tile, kv_heads, *shares)
+                        del shares  # or they would live on beside the next ones
                 else:
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
                     alone = len(row_tiles) == 1
@@ -187,7 +191,8 @@ class _Part:
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
             dense = any(t is not None for t in (self.call.mask, self.call.bias, self.call.alibi_slopes))
-            return whole_tiles(self.band, self.segments, len_q, len_k, FUSED_ROW_BLOCK, dense)
+            row_block = FUSED_DENSE_ROW_BLOCK if dense else FUSED_ROW_BLOCK
+            return whole_tiles(self.band, self.segments, len_q, len_k, row_block, dense)
         col_block = max(len_k, 1) if whole_rows else COL_BLOCK
         return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, col_block)
 
@@ -344,11 +349,11 @@ class _Sums:
         if slopes and call.alibi_slopes is not None:
             self.slopes = call.alibi_slopes.new_zeros(call.alibi_slopes.shape, dtype=torch.float64)
 
-    def add(self, part: _Part, tile: Tile, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add one tile's share of the operands' gradients."""
-        _rows(part.of(self.query), tile).add_(dq)
-        _cols(part.of(self.key), tile).add_(dk)
-        _cols(part.of(self.value), tile).add_(dv)
+    def add(self, part: _Part, tile: Tile, kv_heads: slice, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add one tile's share of the gradients of some key heads and the query heads they serve."""
+        _rows(part.of(self.query)[:, _query_heads(part, kv_heads)], tile).add_(dq)
+        _cols(part.of(self.key)[:, kv_heads], tile).add_(dk)
+        _cols(part.of(self.value)[:, kv_heads], tile).add_(dv)
 
     def add_scores(self, part: _Part, tile: Tile, dscores: Tensor, slope: Tensor | None) -> None:
         """Add what follows from a tile's dscores (b, H, rows, cols): everything but the value's gradient."""
@@ -470,19 +475,38 @@ def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     return out.to(part.query.dtype), lse
 
 
-def _fused_tile_bwd(
-    part: _Part, tile: Tile, out: Tensor, lse_safe: Tensor, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    key, value = _cols(part.key, tile), _cols(part.value, tile)
+def _kv_head_chunks(part: _Part, tile: Tile) -> Iterator[slice]:
+    """The key heads in runs whose shares of a tile's gradients stay small, yet give every thread a head."""
+    batch, num_kv_heads = part.key.shape[:2]
+    per_head = batch * max(len(tile.rows), len(tile.cols)) * part.key.shape[3] * part.key.element_size()
+    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), -(-torch.get_num_threads() // max(batch, 1)))
+    for start in range(0, num_kv_heads, chunk):
+        yield slice(start, min(start + chunk, num_kv_heads))
+
+
+def _query_heads(part: _Part, kv_heads: slice) -> slice:
     group_size = part.call.group_size
-    if (
-        group_size > 1
-    ):  # the kernel sums a group over all its rows in one go, which rounds worse than per head
+    return slice(kv_heads.start * group_size, kv_heads.stop * group_size)
+
+
+def _fused_tile_bwd(
+    part: _Part, tile: Tile, out: Tensor, lse_safe: Tensor, dout: Tensor, kv_heads: slice | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's share of dq, dk and dv, of some key heads and the query heads they serve, or of all."""
+    kv_heads = kv_heads or slice(0, part.key.shape[1])
+    heads = _query_heads(part, kv_heads)
+    key, value = (_cols(t[:, kv_heads], tile) for t in (part.key, part.value))
+    dout, query, out, lse_safe = (
+        _rows(t[:, heads], tile) for t in (part.of(dout), part.query, part.of(out), part.of(lse_safe))
+    )
+    group_size = part.call.group_size
+    if group_size > 1:  # the kernel sums a group over all its rows at once, which rounds worse than per head
         key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
     mask, _ = _fused_mask(part, tile)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask[:, heads]
     dq, dk, dv = _fused_bwd(
-        _rows(part.of(dout), tile), _rows(part.query, tile), key, value,
-        _rows(part.of(out), tile), _rows(part.of(lse_safe), tile), 0.0, tile.structure == "causal",
+        dout, query, key, value, out, lse_safe, 0.0, tile.structure == "causal",
         attn_mask=mask, scale=part.call.scale,
     )  # fmt: skip
     if group_size > 1:

@@ -46,10 +46,21 @@ def test_float64_agrees_to_rounding(case: Case) -> None:
 @pytest.mark.parametrize("rows", [16, 32, 1000])
 @pytest.mark.parametrize(
     "name",
-    ["plain", "causal", "window both sides", "mask", "bias with -inf", "segments", "lengths", "everything"],
+    [
+        "plain",
+        "causal",
+        "grouped heads",
+        "window both sides",
+        "mask",
+        "bias with -inf",
+        "segments",
+        "lengths",
+        "everything",
+    ],
 )
 def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for constant in ("FUSED_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
+    monkeypatch.setattr(backend, "FUSED_SHARE_BYTES", 1)
+    for constant in ("FUSED_ROW_BLOCK", "FUSED_DENSE_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
         monkeypatch.setattr(backend, constant, rows)
     case = next(case for case in CASES if case.name == name)
     check(case, torch.float32, backend="torch", samples=8)
