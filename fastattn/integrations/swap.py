@@ -62,7 +62,7 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     arguments.check_backend(backend)
     candidates = list(_candidates(model))
     swapped, already, left = [], [], []
-    if (door := _transformers()) is not None:
+    if (door := _transformers(model)) is not None:
         swapped, already, left = door.swap_models(model, backend)
     for name, module in candidates:
         if isinstance(module, MultiHeadAttention):
@@ -97,13 +97,14 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     for module in swapped.values():
         module.remove_extras()
         module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-    hub = [] if (door := _transformers()) is None else door.restore_models(model)
+    hub = [] if (door := _transformers(model)) is None else door.restore_models(model)
     return (*hub, *swapped)
 
 
-def _transformers() -> ModuleType | None:
-    """The part for transformers models; None where nobody imported transformers, so that no such model can exist."""
-    if "transformers.modeling_utils" not in sys.modules:
+def _transformers(model: nn.Module) -> ModuleType | None:
+    """The part for transformers models, loaded only where there is one."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None or not any(isinstance(m, library.PreTrainedModel) for m in model.modules()):
         return None
     from fastattn.integrations import transformers
 
@@ -114,7 +115,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Whatever computes attention, by class or by name, outside transformers models; torch's class inside them, too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
-    door = _transformers()
+    door = _transformers(model)
     inside = set() if door is None else {id(m) for _, top in door.top_models(model) for m in top.modules()}
     for name, module in model.named_modules():
         named = "attention" in _class_name(module).lower() and id(module) not in inside

@@ -11,9 +11,15 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import masking_utils
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
-from transformers.utils import output_capturing
+
+try:
+    from transformers import masking_utils
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+    from transformers.utils import output_capturing
+except ImportError as error:
+    raise ImportError(
+        f"fastattn.integrations.transformers: got transformers {transformers.__version__}, needs 5.23 or newer"
+    ) from error
 
 from fastattn.backends import NAMES
 from fastattn.integrations.structured_mask import StructuredMask
@@ -214,11 +220,15 @@ def swap_models(model: nn.Module, backend: str) -> tuple[list[str], list[str], l
     name = NAME if backend == "auto" else f"{NAME}_{backend}"
     before = {path: _implementation(owner) for path, _, owner in _attentions(model)}
     for _, top in top_models(model):
-        if not hasattr(top, _PREVIOUS):
-            if all(config._attn_implementation in _FUNCTIONS for config in _configs(top)):
-                continue  # its user chose fastattn
-            previous = [(config, config._attn_implementation_internal) for config in _configs(top)]
-            setattr(top, _PREVIOUS, previous)
+        recorded = {id(config): old for config, old in getattr(top, _PREVIOUS, [])}
+        previous = []
+        for config in _configs(top):
+            current = config._attn_implementation_internal
+            ours = id(config) in recorded and current in _FUNCTIONS
+            previous.append((config, recorded[id(config)] if ours else current))
+        if all(old in _FUNCTIONS for _, old in previous):
+            continue  # its user chose fastattn
+        setattr(top, _PREVIOUS, previous)
         top.set_attn_implementation(name)
         if all(config._attn_implementation == old for config, old in getattr(top, _PREVIOUS)):
             delattr(top, _PREVIOUS)
@@ -240,7 +250,8 @@ def restore_models(model: nn.Module) -> list[str]:
     before = {path: _implementation(owner) for path, _, owner in _attentions(model)}
     for _, top in top_models(model):
         for config, implementation in vars(top).pop(_PREVIOUS, []):
-            config._attn_implementation_internal = implementation
+            if config._attn_implementation in _FUNCTIONS:  # its user may have chosen another since
+                config._attn_implementation_internal = implementation
     return [path for path, module, owner in _attentions(model) if _implementation(owner) != before[path]]
 
 

@@ -274,7 +274,7 @@ def test_packed_documents_do_not_see_each_other(calls, pass_as):
 
 def test_positions_of_padding_are_not_packed(calls):
     """`generate` numbers padding from 0 on the right, too."""
-    model, (arguments, valid) = MODELS["llama"].make(), MODELS["llama"].inputs("right")
+    model, (arguments, _) = MODELS["llama"].make(), MODELS["llama"].inputs("right")
     positions = (arguments["attention_mask"].cumsum(-1) - 1).masked_fill(arguments["attention_mask"] == 0, 0)
     outs = []
     for implementation in ("eager", "fastattn"):
@@ -584,6 +584,20 @@ def test_a_swapped_model_can_be_copied_and_saved(tmp_path):
         assert len(fastattn.restore_attention(twin)) == 2
         assert twin.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "fastattn"
+
+
+def test_what_its_user_chose_since_the_swap_stays():
+    model = MODELS["t5"].make()
+    fastattn.swap_attention(model)
+    model.set_attn_implementation("eager")
+    assert fastattn.restore_attention(model) == ()
+    assert model.config._attn_implementation == "eager"
+    for again in range(2):
+        assert len(fastattn.swap_attention(model).swapped) == 6
+        if again == 0:
+            model.set_attn_implementation("eager")
+    fastattn.restore_attention(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_what_its_user_chose_stays():
