@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
-CHUNK_LOGITS = {"cpu": 2**22}  # logits made at once: enough tokens for a matrix product to run at its best
+CHUNK_LOGITS = {"cpu": 2**23}  # logits made at once: enough tokens for a matrix product to run at its best
 OTHER_CHUNK_LOGITS = 2**27
 MIN_CHUNKS = 4  # however few the logits, never more than a quarter of them at once
 

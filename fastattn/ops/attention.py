@@ -359,4 +359,9 @@ for _name, _setup, _backward in (
 ):
     torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
 
-flops.register()
+flops.register(
+    attention_fwd=flops.forward_flops,
+    attention_bwd=flops.backward_flops,
+    attention_weights=flops.weights_flops,
+    attention_weights_bwd=flops.weights_backward_flops,
+)

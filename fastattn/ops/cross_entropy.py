@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
@@ -408,3 +408,9 @@ for _name, _setup, _backward in (
     ("linear_cross_entropy_sum", _setup_sum, _sum_backward),
 ):
     torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+
+flops.register(
+    linear_cross_entropy_fwd=flops.linear_loss_flops,
+    linear_cross_entropy_sum=flops.linear_loss_sum_flops,
+    linear_cross_entropy_bwd=flops.linear_loss_backward_flops,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -40,19 +40,40 @@ def weights_backward_flops(dweights: Any, lse: Any, query: Any, key: Any, *args:
     return 3 * weights_flops(lse, query, key)
 
 
-def register() -> None:
-    """Give torch's FLOP counter the formulas, now if it is loaded, else as soon as it is."""
+def linear_loss_flops(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """2 * E per logit of hidden (N, E) and weight (V, E)."""
+    return 2 * hidden[0] * weight[0] * hidden[1]
+
+
+def linear_loss_sum_flops(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """The logits, and the gradients of hidden and weight as they are needed: each as much again."""
+    *_, (needs_hidden, needs_weight, _bias), _backend = args
+    return (1 + needs_hidden + needs_weight) * linear_loss_flops(hidden, weight)
+
+
+def linear_loss_backward_flops(
+    dlosses: Any, norms: Any, hidden: Any, weight: Any, *args: Any, **kwargs: Any
+) -> int:
+    """The logits once more, and the gradients."""
+    return linear_loss_sum_flops(hidden, weight, *args)
+
+
+_waiting: dict[str, Callable[..., int]] = {}  # formulas by op, until the counter is imported
+
+
+def register(**formulas: Callable[..., int]) -> None:
+    """Give torch's FLOP counter the formulas of ops by name, now if it is loaded, else as soon as it is."""
     if COUNTER in sys.modules:
-        _register_with(sys.modules[COUNTER])
-    else:
+        _register_with(sys.modules[COUNTER], formulas)
+        return
+    if not _waiting:
         sys.meta_path.insert(0, _WhenImported())
+    _waiting.update(formulas)
 
 
-def _register_with(counter: ModuleType) -> None:
-    counter.register_flop_formula(torch.ops.fastattn.attention_fwd)(forward_flops)
-    counter.register_flop_formula(torch.ops.fastattn.attention_bwd)(backward_flops)
-    counter.register_flop_formula(torch.ops.fastattn.attention_weights)(weights_flops)
-    counter.register_flop_formula(torch.ops.fastattn.attention_weights_bwd)(weights_backward_flops)
+def _register_with(counter: ModuleType, formulas: dict[str, Callable[..., int]]) -> None:
+    for op, formula in formulas.items():
+        counter.register_flop_formula(getattr(torch.ops.fastattn, op))(formula)
 
 
 class _WhenImported(MetaPathFinder):
@@ -74,7 +95,7 @@ class _WhenImported(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _register_with(module)
+            _register_with(module, _waiting)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
 

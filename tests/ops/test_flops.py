@@ -24,6 +24,19 @@ def test_pairs_count_as_torch_counts_them() -> None:
     assert counter.get_total_flops() == backward
 
 
+@pytest.mark.parametrize(("reduction", "products"), [("mean", (3, 0)), ("none", (1, 3))])
+def test_a_linear_loss_counts_the_products_it_makes(reduction: str, products: tuple[int, int]) -> None:
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+    target = torch.randint(0, 10, (6,))
+    one = 2 * 6 * 4 * 10
+    with FlopCounterMode(display=False) as counter:
+        loss = fastattn.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    assert counter.get_total_flops() == products[0] * one
+    with FlopCounterMode(display=False) as counter:
+        loss.sum().backward()
+    assert counter.get_total_flops() == products[1] * one
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -41,4 +54,5 @@ def test_the_order_of_imports_does_not_matter(imports: str) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     ops = ("attention_bwd", "attention_fwd", "attention_weights", "attention_weights_bwd")
-    assert done.stdout.split() == [f"fastattn.{op}" for op in ops]
+    losses = tuple(f"linear_cross_entropy_{kind}" for kind in ("bwd", "fwd", "sum"))
+    assert done.stdout.split() == [f"fastattn.{op}" for op in (*ops, *losses)]
