@@ -89,7 +89,12 @@ def test_logits_and_all_gradients(name, padding, in_float64):
 
 def generate(model, implementation, prompt, **options):
     model.set_attn_implementation(implementation)
-    options |= {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "no_repeat_ngram_size": 2}
+    options = {
+        "max_new_tokens": 20,
+        "min_new_tokens": 20,
+        "do_sample": False,
+        "no_repeat_ngram_size": 2,
+    } | options
     with torch.no_grad():
         return model.generate(**prompt, pad_token_id=0, **options)
 
@@ -101,6 +106,27 @@ def test_twenty_greedy_tokens(name, padding, cache):
     expected = generate(model, "eager", prompt, cache_implementation=cache)
     assert expected.unique().numel() > 4
     assert torch.equal(generate(model, "fastattn", prompt, cache_implementation=cache), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "cache_implementation": "static"}, {"use_cache": False}],
+    ids=["beams", "beams, static", "no cache"],
+)
+def test_other_ways_to_generate(name, options):
+    model, prompt = MODELS[name].make(), MODELS[name].prompt("left")
+    expected = generate(model, "eager", prompt, **options)
+    assert torch.equal(generate(model, "fastattn", prompt, **options), expected)
+
+
+def test_drafted_tokens_are_checked_several_at_once(calls):
+    model, prompt = MODELS["llama"].make(), {"input_ids": MODELS["llama"].prompt("none")["input_ids"][:1]}
+    prompt["input_ids"] = prompt["input_ids"].repeat(1, 2)
+    expected = generate(model, "eager", prompt, no_repeat_ngram_size=0)
+    actual = generate(model, "fastattn", prompt, no_repeat_ngram_size=0, prompt_lookup_num_tokens=2)
+    assert torch.equal(actual, expected)
+    assert any(options["causal"] is True for options in calls)  # several queries at the end of a cache
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
