@@ -118,6 +118,7 @@ TABLE |= _like(90, 80, bits=(32,))  # float32 products don't use wgmma
 TABLE |= _like(100, 90, bits=(16, 32))
 TABLE |= _like(86, 80, bits=(16, 32))
 TABLE |= {  # 99 KiB of shared memory
+    Key(86, 16, 64, False): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
     Key(86, 16, 128, False): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
     Key(86, 16, 256, False): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     Key(86, 16, 256, True): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
