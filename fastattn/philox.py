@@ -79,10 +79,15 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
     words = torch.broadcast_tensors(
         *philox_4x32((calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32))
     )
-    # Eight halves in the order of their keys, side by side in two int64; with the top bit flipped, unsigned halves
-    # compare as signed ones.
-    pairs = torch.stack([low | (high << 32) for low, high in (words[:2], words[2:])], dim=-1)
-    halves = pairs.bitwise_xor_(_TOP_BITS).view(torch.int16)
+    if torch._C._are_functorch_transforms_active():  # which know no view as another dtype
+        halves = (
+            torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1) - 0x8000
+        )
+    else:
+        # Eight halves in the order of their keys, side by side in two int64; with the top bit flipped, unsigned
+        # halves compare as signed ones.
+        pairs = torch.stack([low | (high << 32) for low, high in (words[:2], words[2:])], dim=-1)
+        halves = pairs.bitwise_xor_(_TOP_BITS).view(torch.int16)
     keep = (halves >= keep_threshold(dropout_p) - 0x8000).flatten(-2)
     offset = cols.start - first_call * KEYS_PER_CALL
     return keep[..., offset : offset + len(cols)]
