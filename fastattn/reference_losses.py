@@ -59,7 +59,9 @@ def linear_cross_entropy(
     softcap: float = 0.0,
 ) -> Tensor:
     """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), all logits materialised."""
-    logits = torch.nn.functional.linear(torch.where((target != ignore_index)[:, None], hidden, 0), weight, bias)
+    logits = torch.nn.functional.linear(
+        torch.where((target != ignore_index)[:, None], hidden, 0), weight, bias
+    )
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return cross_entropy(logits, target, ignore_index, label_smoothing)
