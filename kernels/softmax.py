@@ -181,7 +181,8 @@ def softmax_fwd_long_kernel(
 @triton.jit
 def load_cotangents(y, dy, rows, cols, num_columns, VARIANT: tl.constexpr):
     """(y, dy) of some columns in float32, dy 0 where y is constant or beyond the row."""
-    (y_pointers, y_step), (dy_pointers, dy_step) = y, dy
+    y_pointers, y_step = y
+    dy_pointers, dy_step = dy
     inside = rows[3][:, None] & (cols < num_columns)[None, :]
     constant = float("-inf") if VARIANT.log else 0.0
     result = tl.load(y_pointers + column_offsets(cols, y_step, VARIANT), mask=inside, other=constant).to(
