@@ -35,7 +35,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
     mask = None if call.mask is None else call.mask.expand(x.shape)
     kernel = torch.ops.aten._log_softmax if call.log else torch.ops.aten._softmax
     scratch: dict[torch.Size, Tensor] = {}
-    for block in blocks_of(out, dim, block_elements(spec.device)):
+    for block in blocks_of(out, dim, _limit(spec, out, dim)):
         scores = _scratch(scratch, out[block], accumulation_dtype(x.dtype))
         scores.copy_(x[block])  # scaled after it is widened
         if call.scale != 1.0:
@@ -54,11 +54,22 @@ def softmax_bwd(
 ) -> Tensor:
     """scale * out * (dout - sum(out * dout)), in log scale * (dout - exp(out) * sum(dout)); 0 where out is constant."""
     dx = torch.empty_like(out, dtype=dtype)
+    if out.numel() == 0:
+        return dx
+    if not spec.log and scale == 1.0 and dtype == out.dtype:
+        order = _memory_order(out)
+        y, dy = out.permute(order), dout.permute(order)
+        whole = torch.ops.aten._softmax_backward_data.out
+        whole(dy, y, order.index(dim), dtype, grad_input=dx.permute(order))
+        if (
+            not dx.select(dim, 0).isnan().any()
+        ):  # NaN or inf that meets a constant 0 turns its whole row to NaN
+            return dx
     kernel = torch.ops.aten._log_softmax_backward_data if spec.log else torch.ops.aten._softmax_backward_data
     constant = -torch.inf if spec.log else 0.0
     nothing = out.new_zeros(())
     scratch: dict[torch.Size, Tensor] = {}
-    for block in blocks_of(out, dim, block_elements(spec.device)):
+    for block in blocks_of(out, dim, _limit(spec, out, dim)):
         rows, part = out[block], dx[block]
         cotangent = _scratch(scratch, rows, out.dtype)
         torch.where(rows != constant, dout[block], nothing, out=cotangent)
@@ -89,6 +100,17 @@ def block_elements(device: str) -> int:
     return BLOCK_ELEMENTS.get(device, OTHER_BLOCK_ELEMENTS)
 
 
+def _limit(spec: SoftmaxSpec, tensor: Tensor, dim: int) -> int:
+    """The elements of a block: a row for each thread at least, as torch's kernels share out rows."""
+    threads = torch.get_num_threads() if spec.device == "cpu" else 1
+    return max(block_elements(spec.device), threads * tensor.shape[dim])
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of a dense tensor from the slowest to the fastest: so permuted it is contiguous."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
 def blocks_of(tensor: Tensor, dim: int, limit: int) -> Iterator[Index]:
     """Indices that cut a tensor into blocks of at most `limit` elements, in memory order, never along `dim`.
 
@@ -113,7 +135,7 @@ def blocks_of(tensor: Tensor, dim: int, limit: int) -> Iterator[Index]:
 
 def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
     """Torch's kernel on the whole tensor, its dimensions taken in the order in which `out` lies in memory."""
-    order = sorted(range(x.dim()), key=out.stride, reverse=True)
+    order = _memory_order(out)
     kernel = torch.ops.aten._log_softmax.out if log else torch.ops.aten._softmax.out
     kernel(x.permute(order), order.index(dim), False, out=out.permute(order))
 
