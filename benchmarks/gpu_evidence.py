@@ -105,17 +105,11 @@ def _install(run: Run) -> list[str] | str:
 
 def _tests(*selection: str) -> Callable[[Run], list[str] | str]:
     def command(run: Run) -> list[str] | str:
-        line = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n0",
-            "--no-header",
-            "--maxfail=20",
-            "-p",
-            "no:cacheprovider",
-        ]
+        line = [sys.executable, "-m", "pytest", "-q", "--no-header", "--maxfail=20", "-p", "no:cacheprovider"]
+        line += [
+            "-o",
+            "addopts=--import-mode=importlib",
+        ]  # the project's own ask for a plugin that may be missing
         if find_spec("xdist") is not None and not run.dry:
             line += ["-n", str(WORKERS)]
         return [*line, *selection]
