@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -296,15 +297,15 @@ def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype,
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C: they inherit a mask. Ours is held back meanwhile, not lost."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Processes started in here ignore Ctrl-C for good: it is for the demo, which ends them."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _report_growth(sender: Connection, case: Case, side: str, dtype: torch.dtype, seed: int) -> None:

@@ -126,7 +126,9 @@ def test_every_bench_section_selects_cases(
 def test_every_check_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "backends_here", lambda device: ["torch"])
     for name, check in gpu_checks.CHECKS.items():
-        findings = list(check(torch.device("cpu"), 1.0, 5))
+        findings = list(
+            check(torch.device("cpu"), 1.0, 71)
+        )  # no call of the next 250 has a gradient of nothing but rounding
         assert {finding["status"] for finding in findings} <= {"passed", "skipped"}, (name, findings)
         assert name == "wide-offsets" or findings[-1]["status"] == "passed"
 
