@@ -123,12 +123,14 @@ def test_every_bench_section_selects_cases(
         assert capsys.readouterr().out.strip()
 
 
+# Seed 70 draws windows of one key, whose gradient is nothing but rounding: 4.9 times what is allowed.
+SEED = 71
+
+
 def test_every_check_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "backends_here", lambda device: ["torch"])
     for name, check in gpu_checks.CHECKS.items():
-        findings = list(
-            check(torch.device("cpu"), 1.0, 71)
-        )  # no call of the next 250 has a gradient of nothing but rounding
+        findings = list(check(torch.device("cpu"), 1.0, SEED))
         assert {finding["status"] for finding in findings} <= {"passed", "skipped"}, (name, findings)
         assert name == "wide-offsets" or findings[-1]["status"] == "passed"
 
@@ -150,13 +152,10 @@ def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(query: torch.Tensor, *args: Any, **options: Any) -> Any:
         out, lse = right(query, *args, **options)
-        return (
-            out * 2,
-            lse,
-        )  # beyond any rounding, so that the first calls show it however slow the machine is
+        return out * 1.01, lse
 
     monkeypatch.setattr(gpu_checks, "backends_here", lambda device: ["torch"])
     monkeypatch.setattr(fastattn, "attention", wrong)
-    findings = list(gpu_checks.check_random(torch.device("cpu"), 2.0, 0))
+    findings = list(gpu_checks.check_random(torch.device("cpu"), 4.0, 0))
     assert findings[-1]["status"] == "failed"
     assert "of what is allowed" in findings[0]["detail"]
