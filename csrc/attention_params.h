@@ -1,0 +1,54 @@
+// What the attention kernels are given: plain structs that the host fills and passes by value.
+//
+// Shapes: B batch, H query heads, Hkv key/value heads, Sq and Sk lengths, D head dim. In packed calls the sequences lie
+// one after the other, T query tokens and Tk key tokens in all, and B counts sequences.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+// Element (b, h, s, d) of a tensor lies b * batch + h * head + s * row + d elements from its first.
+struct Strides {
+  int64_t batch;  // 0 in packed calls
+  int64_t head;
+  int64_t row;
+};
+
+// Lengths, windows and positions all stay below this, so that sums of three of them fit 32 bits.
+constexpr int kUnbounded = 1 << 29;
+
+// The part of a call that forward and backward share. What a query sees: see device/mask.cuh.
+struct AttentionParams {
+  const void* q;  // (B, H, Sq, D), packed (H, T, D)
+  const void* k;  // (B, Hkv, Sk, D), packed (Hkv, Tk, D)
+  const void* v;  // (B, Hkv, Sk, D), packed (Hkv, Tk, D)
+  void* out;      // (B, H, Sq, D), packed (H, T, D); the backward reads it
+  float* lse;     // (B, H, Sq), packed (H, T): natural logarithm; rows adjacent; the backward reads it
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides out_strides;
+  Strides lse_strides;  // row is 1
+
+  const int32_t* cu_seqlens_q;  // (B + 1,), null unless packed: sequence b owns tokens cu[b] .. cu[b + 1]
+  const int32_t* cu_seqlens_k;  // (B + 1,), null unless packed
+  const int32_t* key_lengths;   // (B,), or null: keys from key_lengths[b] on do not exist, whatever their bytes hold
+
+  int batch;
+  int num_heads;
+  int num_kv_heads;  // divides num_heads; query head h reads key/value head h / (num_heads / num_kv_heads)
+  int seqlen_q;      // Sq; packed: an upper bound of every sequence's
+  int seqlen_k;      // Sk; packed: an upper bound of every sequence's
+  int64_t total_q;   // rows of q per head: Sq, packed T
+  int64_t total_k;   // rows of k and v per head: Sk, packed Tk
+  int head_dim;      // D, a multiple of 8
+
+  bool top_left;     // query i stands at key position i, not i + Sk - Sq
+  int window_left;   // keys seen before a query's position, kUnbounded for all
+  int window_right;  // keys seen after it, kUnbounded for all; 0 for causal
+  float scale;       // positive: score = scale * q.k
+  float softcap;     // then softcap * tanh(score / softcap); 0 for none
+};
+
+}  // namespace fastattn

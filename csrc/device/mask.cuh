@@ -1,0 +1,110 @@
+// Which keys a query sees: the tiles that hold some of them, and the mask of a tile of scores.
+//
+// Query i stands at key position i + shift and sees the keys j of its sequence with
+//     i + shift - left <= j <= i + shift + right,   0 <= j < num_keys.
+#pragma once
+
+#include "fragment.cuh"
+
+namespace fastattn {
+
+struct Visibility {
+  int num_queries;
+  int num_keys;
+  int shift;
+  int left;  // kUnbounded at most, like right
+  int right;
+
+  // Query i sees the keys first_key(i) .. end_key(i) - 1, none where the end comes first.
+  FASTATTN_DEVICE int first_key(int query) const { return query + shift - left > 0 ? query + shift - left : 0; }
+  FASTATTN_DEVICE int end_key(int query) const {
+    return query + shift + right + 1 < num_keys ? query + shift + right + 1 : num_keys;
+  }
+
+  // Key j, j < num_keys, is seen by the queries first_query(j) .. end_query(j) - 1, none where the end comes first.
+  FASTATTN_DEVICE int first_query(int key) const { return key - shift - right > 0 ? key - shift - right : 0; }
+  FASTATTN_DEVICE int end_query(int key) const {
+    return key - shift + left + 1 < num_queries ? key - shift + left + 1 : num_queries;
+  }
+};
+
+// The blocks begin .. end - 1 hold something that a tile sees. Those of whole_begin .. whole_end - 1, a part of them
+// and maybe none, lie inside the tensors and are seen by all of the tile: they need no mask.
+struct BlockRange {
+  int begin;
+  int whole_begin;
+  int whole_end;
+  int end;
+
+  FASTATTN_DEVICE bool empty() const { return begin >= end; }
+};
+
+// The range of blocks of kBlock that meet [first, last_end), whole where they lie inside [whole_first, whole_last_end).
+template <int kBlock>
+FASTATTN_DEVICE BlockRange block_range(int first, int last_end, int whole_first, int whole_last_end) {
+  if (last_end <= first) return {0, 0, 0, 0};
+  const int begin = first / kBlock;
+  const int end = (last_end + kBlock - 1) / kBlock;
+  int whole_begin = (whole_first + kBlock - 1) / kBlock;
+  whole_begin = whole_begin < begin ? begin : whole_begin > end ? end : whole_begin;
+  int whole_end = whole_last_end > 0 ? whole_last_end / kBlock : 0;
+  whole_end = whole_end < whole_begin ? whole_begin : whole_end > end ? end : whole_end;
+  return {begin, whole_begin, whole_end, end};
+}
+
+// The blocks of kBlockN keys that the queries from first_query on, kBlockM at most, see. Rows of the tile past the last
+// query count for nothing: what they get is not stored.
+template <int kBlockM, int kBlockN>
+FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
+  const int end_query = first_query + kBlockM < seen.num_queries ? first_query + kBlockM : seen.num_queries;
+  if (end_query <= first_query) return {0, 0, 0, 0};
+  return block_range<kBlockN>(seen.first_key(first_query), seen.end_key(end_query - 1),
+                              seen.first_key(end_query - 1), seen.end_key(first_query));
+}
+
+// The blocks of kBlockM queries that see the keys from first_key on, kBlockN at most. None is whole for a tile that
+// reaches past the last key.
+template <int kBlockM, int kBlockN>
+FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {
+  const int end_key = first_key + kBlockN < seen.num_keys ? first_key + kBlockN : seen.num_keys;
+  if (end_key <= first_key) return {0, 0, 0, 0};
+  const int whole_end = first_key + kBlockN <= seen.num_keys ? seen.end_query(first_key) : 0;
+  return block_range<kBlockM>(seen.first_query(first_key), seen.end_query(end_key - 1),
+                              seen.first_query(end_key - 1), whole_end);
+}
+
+// Sets to -inf what lies outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count from
+// the tile's first.
+template <int N>
+FASTATTN_DEVICE void mask_columns(float (&scores)[N], int thread, const int (&first)[2], const int (&end)[2]) {
+  const int column = fragment_column(thread);
+  const int from[2] = {first[0] - column, first[1] - column};
+  const int to[2] = {end[0] - column, end[1] - column};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int half = fragment_half(i);
+    if (fragment_offset(i) < from[half] || fragment_offset(i) >= to[half]) scores[i] = negative_infinity();
+  }
+}
+
+// Masks a tile of scores whose rows are queries from `query` on and whose columns are keys from `key` on.
+template <int N>
+FASTATTN_DEVICE void mask_scores(float (&scores)[N], const Visibility& seen, int thread, int query, int key) {
+  const int row = query + fragment_row(thread);
+  const int first[2] = {seen.first_key(row) - key, seen.first_key(row + 8) - key};
+  const int end[2] = {seen.end_key(row) - key, seen.end_key(row + 8) - key};
+  mask_columns(scores, thread, first, end);
+}
+
+// Masks a tile of scores whose rows are keys from `key` on and whose columns are queries from `query` on; everything
+// past the last query or key is masked.
+template <int N>
+FASTATTN_DEVICE void mask_transposed_scores(float (&scores)[N], const Visibility& seen, int thread, int key, int query) {
+  const int row = key + fragment_row(thread);
+  const int first[2] = {seen.first_query(row) - query, seen.first_query(row + 8) - query};
+  const int end[2] = {row < seen.num_keys ? seen.end_query(row) - query : 0,
+                      row + 8 < seen.num_keys ? seen.end_query(row + 8) - query : 0};
+  mask_columns(scores, thread, first, end);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,49 @@
+// A ring of stages in shared memory between a producer and its consumers.
+#pragma once
+
+#include "mbarrier.cuh"
+
+namespace fastattn {
+
+// A role's place in a ring: the stage it uses next, and the parity of that stage's current phase.
+template <int kStages>
+struct PipelineState {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  FASTATTN_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The barriers of a ring, in shared memory. Per stage, in turn: the producer waits until it is empty, fills it and
+// arrives at `full` once; the consumers wait until it is full, read it and arrive at `empty`, each as often as init was
+// told. Every role walks the ring with a PipelineState of its own.
+template <int kStages>
+struct Pipeline {
+  using State = PipelineState<kStages>;
+
+  Mbarrier full[kStages];
+  Mbarrier empty[kStages];
+
+  // By one thread, before fence_barrier_init and block_sync.
+  FASTATTN_DEVICE void init(int consumer_arrivals) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&full[stage], 1);
+      mbarrier_init(&empty[stage], consumer_arrivals);
+    }
+  }
+
+  // A fresh stage counts as empty.
+  FASTATTN_DEVICE void wait_empty(State state) { mbarrier_wait(&empty[state.stage], state.parity ^ 1); }
+
+  FASTATTN_DEVICE void wait_full(State state) { mbarrier_wait(&full[state.stage], state.parity); }
+
+  // The consumers' side of wait_empty: the caller has finished reading.
+  FASTATTN_DEVICE void release(State state) { mbarrier_arrive(&empty[state.stage]); }
+};
+
+}  // namespace fastattn
