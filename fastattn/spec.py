@@ -8,6 +8,7 @@ Tensors are logical (B, H, S, D) with any strides; lse is (B, H, Sq) float32 (fl
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -197,12 +198,12 @@ class AttentionSpec:
     bias_grad: bool = False
     alibi_grad: bool = False
 
-    @classmethod
-    def of(cls, call: AttentionCall, needs: GradsNeeded | None = None) -> AttentionSpec:
+    @staticmethod
+    def of(call: AttentionCall, needs: GradsNeeded | None = None) -> AttentionSpec:
         """The spec of a forward call, or of its backward when the needed gradients are given. Needs real tensors."""
         query, key, value = call.query, call.key, call.value
         operands = (query, key, value)
-        return cls(
+        return _attention_spec(
             device=query.device.type,
             arch=_arch_of(query),
             dtype=query.dtype,
@@ -237,6 +238,9 @@ class AttentionSpec:
     def replace(self, **changes: Any) -> AttentionSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+_attention_spec = lru_cache(maxsize=4096)(AttentionSpec)  # the same few again and again, slow to make
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def call_arguments(
 def autocast_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operands in autocast's dtype where autocast is on, as it does for matmul; float64 is left alone."""
     device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
 
@@ -92,6 +93,17 @@ def autocast_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
         return tensor.to(dtype) if eligible else tensor
 
     return cast(query), cast(key), cast(value)
+
+
+def own_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for a tensor's device: operands are cast before an op, what follows chooses its own precision."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def segment_pair(

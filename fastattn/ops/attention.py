@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -11,14 +10,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, flops
-from fastattn.ops.registration import (
-    at_positions,
-    in_own_precision,
-    save_inputs,
-    saved,
-    schema_of,
-    wanted_or_empty,
-)
+from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -29,10 +21,6 @@ from fastattn.spec import (
     empty_in_order,
     with_unit_last_stride,
 )
-
-_DIFFERENTIABLE = (
-    GradsNeeded._fields
-)  # the tensors of a call that can have gradients, in the order ops return them
 
 
 def attention(
@@ -101,12 +89,12 @@ def attention(
     if (transform := composite.transform_in_use(args)) is not None:
         _check_values(AttentionCall(*args))
         return composite.attention(args, transform, return_lse, return_weights, backend)
-    out, lse = torch.ops.fastattn.attention_fwd(*args, backend)
+    out, lse = _run_attention(*args, backend)
     results = [out]
     if return_lse:
         results.append(lse)
     if return_weights:
-        results.append(torch.ops.fastattn.attention_weights(lse, *args, return_weights == "mean", backend))
+        results.append(_run_weights(lse, *args, return_weights == "mean", backend))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -129,7 +117,7 @@ def explain(
     _check_values(call)
     spec = AttentionSpec.of(call)
     chosen = backends.select(spec, backend)
-    needs = GradsNeeded(*(_requires_grad(getattr(call, name)) for name in _DIFFERENTIABLE))
+    needs = GradsNeeded(*(_requires_grad(getattr(call, name)) for name in GradsNeeded._fields))
     backward = None
     if any(needs):
         backward = backends.select(AttentionSpec.of(call, needs), backend, "attention_bwd").NAME
@@ -160,25 +148,9 @@ def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-_CALL_NAMES = tuple(field.name for field in fields(AttentionCall))
-_POSITIONS = tuple(_CALL_NAMES.index(name) for name in _DIFFERENTIABLE)
-_WEIGHTS_POSITIONS = tuple(  # behind lse, which is the first input of the weights
-    0 if name == "lse" else 1 + _CALL_NAMES.index(name) for name in WeightsGradsNeeded._fields
-)
 _CALL_SCHEMA = schema_of(fields(AttentionCall))
+_CALL_NAMES = [field.name for field in fields(AttentionCall)]
 _LIBRARY = torch.library.Library("fastattn", "DEF")
-_GRADS_SCHEMA = "(" + ", ".join(["Tensor"] * len(_DIFFERENTIABLE)) + ")"
-
-_LIBRARY.define(f"attention_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
-_LIBRARY.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CALL_SCHEMA}, bool[] needs, str backend)"
-    f" -> {_GRADS_SCHEMA}"
-)
-_LIBRARY.define(f"attention_weights(Tensor lse, {_CALL_SCHEMA}, bool mean, str backend) -> Tensor")
-_LIBRARY.define(
-    f"attention_weights_bwd(Tensor dweights, Tensor lse, {_CALL_SCHEMA}, bool mean, bool[] needs, str backend)"
-    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _kernel_call(call_args: list[Any]) -> AttentionCall:
@@ -215,15 +187,6 @@ def _attention_bwd(
     return wanted_or_empty(grads, needed, call.query)
 
 
-def _attention_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    *call_args, needs, _ = args
-    call = AttentionCall(*call_args)
-    sources = {name: getattr(call, name) for name in _DIFFERENTIABLE}
-    return wanted_or_empty(_fake_grads(sources, needs), needs, call.query)
-
-
 def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
     *call_args, mean, backend = args
     call = _kernel_call(call_args)
@@ -249,115 +212,35 @@ def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[T
     return wanted_or_empty(grads, needed, call.query)
 
 
-def _attention_weights_bwd_fake(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *call_args, _, needs, _ = args
-    call = AttentionCall(*call_args)
-    sources = {name: lse if name == "lse" else getattr(call, name) for name in WeightsGradsNeeded._fields}
-    return wanted_or_empty(_fake_grads(sources, needs), needs, call.query)
+def _composed_weights(inputs: list[Any]) -> tuple[Tensor]:
+    lse, *call_args, mean = inputs
+    return (composite.weights(AttentionCall(*call_args), lse, mean),)
 
 
-def _fake_grads(sources: dict[str, Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
-    """Operands' gradients lie in memory as the operands do, all others contiguously."""
-    for (name, source), need in zip(sources.items(), needs):
-        if not need:
-            yield None
-        elif name in ("query", "key", "value"):
-            yield empty_in_order(source, tuple(source.shape))
-        else:
-            yield source.new_empty(source.shape)
-
-
-def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    save_inputs(ctx, inputs, output)
-
-
-def _attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (out, lse) = saved(ctx)
-    *call_args, backend = inputs
-    if dout is None and dlse is None:
-        return (None,) * len(inputs)
-    dout = torch.zeros_like(out) if dout is None else dout
-    needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
-    grads = torch.ops.fastattn.attention_bwd(dout, dlse, out, lse, *call_args, needs, backend)
-    return tuple(at_positions(len(inputs), _POSITIONS, grads, needs))
-
-
-def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save_inputs(ctx, inputs, ())
-
-
-def _weights_backward(ctx: Any, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = saved(ctx)
-    lse, *call_args, mean, backend = inputs
-    if dweights is None:
-        return (None,) * len(inputs)
-    needs = [ctx.needs_input_grad[position] for position in _WEIGHTS_POSITIONS]
-    grads = torch.ops.fastattn.attention_weights_bwd(dweights, lse, *call_args, mean, needs, backend)
-    return tuple(at_positions(len(inputs), _WEIGHTS_POSITIONS, grads, needs))
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_inputs(ctx, inputs, ())
-
-
-def _attention_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = saved(ctx)
-    dout, dlse, _, _, *call_args, _, _ = inputs
-
-    def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return composite.out_and_lse(_with_tensors(call_args, _POSITIONS, tensors))
-
-    sources = [call_args[position] for position in _POSITIONS]
-    of_cotangents, of_inputs = composite.second_derivative(forward, sources, (dout, dlse), grad_outputs)
-    positions = (0, 1, *(4 + position for position in _POSITIONS))
-    grads = (*of_cotangents, *of_inputs)
-    return tuple(at_positions(len(inputs), positions, grads, (True,) * len(grads)))
-
-
-def _weights_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = saved(ctx)
-    dweights, *arguments, mean, _, _ = inputs  # arguments: lse and the call's
-
-    def forward(*tensors: Tensor | None) -> tuple[Tensor]:
-        _, *call_args = arguments
-        replaced = dict(zip(_WEIGHTS_POSITIONS, tensors))
-        lse = replaced.pop(0)
-        assert lse is not None
-        call = _with_tensors(call_args, [position - 1 for position in replaced], replaced.values())
-        return (composite.weights(call, lse, mean),)
-
-    sources = [arguments[position] for position in _WEIGHTS_POSITIONS]
-    of_cotangents, of_inputs = composite.second_derivative(forward, sources, (dweights,), grad_outputs)
-    positions = (0, *(1 + position for position in _WEIGHTS_POSITIONS))
-    grads = (*of_cotangents, *of_inputs)
-    return tuple(at_positions(len(inputs), positions, grads, (True,) * len(grads)))
-
-
-def _with_tensors(
-    call_args: list[Any], positions: Iterable[int], tensors: Iterable[Tensor | None]
-) -> AttentionCall:
-    replaced = list(call_args)
-    for position, tensor in zip(positions, tensors):
-        replaced[position] = tensor
-    return AttentionCall(*replaced)
-
-
-for _name, _kernel, _fake in (
-    ("attention_fwd", _attention_fwd, _attention_fwd_fake),
-    ("attention_bwd", _attention_bwd, _attention_bwd_fake),
-    ("attention_weights", _attention_weights, _attention_weights_fake),
-    ("attention_weights_bwd", _attention_weights_bwd, _attention_weights_bwd_fake),
-):
-    _LIBRARY.impl(_name, in_own_precision(_kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
-
-for _name, _setup, _backward in (
-    ("attention_fwd", _setup_attention, _attention_backward),
-    ("attention_bwd", _setup_backward, _attention_double_backward),
-    ("attention_weights", _setup_weights, _weights_backward),
-    ("attention_weights_bwd", _setup_backward, _weights_double_backward),
-):
-    torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+_run_attention = define_with_gradient(
+    _LIBRARY,
+    ("attention_fwd", "attention_bwd"),
+    _CALL_SCHEMA,
+    ("out", "lse"),
+    {name: _CALL_NAMES.index(name) for name in GradsNeeded._fields},
+    keeps_results=True,
+    forward=_attention_fwd,
+    forward_fake=_attention_fwd_fake,
+    backward=_attention_bwd,
+    composed=lambda call_args: composite.out_and_lse(AttentionCall(*call_args)),
+)
+_run_weights = define_with_gradient(
+    _LIBRARY,
+    ("attention_weights", "attention_weights_bwd"),
+    f"Tensor lse, {_CALL_SCHEMA}, bool mean",
+    ("weights",),
+    {name: ("lse", *_CALL_NAMES).index(name) for name in WeightsGradsNeeded._fields},
+    keeps_results=False,
+    forward=_attention_weights,
+    forward_fake=_attention_weights_fake,
+    backward=_attention_weights_bwd,
+    composed=_composed_weights,
+)
 
 flops.register(
     attention_fwd=flops.forward_flops,

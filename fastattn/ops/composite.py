@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, reference
-from fastattn.ops.registration import own_precision
+from fastattn.ops.arguments import own_precision
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite
-from fastattn.ops.registration import in_own_precision, schema_of
+from fastattn.ops.registration import define, schema_of
 from fastattn.spec import (
     AttentionSpec,
     KVCacheCall,
@@ -78,7 +78,7 @@ def attention_kv_cache(
         raise RuntimeError(
             f"attention_kv_cache writes to its caches and has no gradient, but {transform} is active"
         )
-    out, lse = torch.ops.fastattn.kv_cache_fwd(*args, backend)
+    out, lse = _run(*args, backend)
     return (out, lse) if return_lse else out
 
 
@@ -205,11 +205,6 @@ def _check_values(call: KVCacheCall) -> None:
                 )
 
 
-_CALL_SCHEMA = schema_of(fields(KVCacheCall), mutated=("k_cache", "v_cache"))
-_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-_LIBRARY.define(f"kv_cache_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
-
-
 def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     query, *call_args, backend = args
     call = KVCacheCall(with_unit_last_stride(query), *call_args)
@@ -225,5 +220,11 @@ def _kv_cache_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
 
 
-_LIBRARY.impl("kv_cache_fwd", in_own_precision(_kv_cache_fwd), "CompositeExplicitAutograd")
-torch.library.register_fake("fastattn::kv_cache_fwd", _kv_cache_fwd_fake, lib=_LIBRARY)
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_run = define(
+    _LIBRARY,
+    "kv_cache_fwd",
+    f"({schema_of(fields(KVCacheCall), mutated=('k_cache', 'v_cache'))}, str backend) -> (Tensor out, Tensor lse)",
+    _kv_cache_fwd,
+    _kv_cache_fwd_fake,
+)

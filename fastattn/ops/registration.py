@@ -1,33 +1,185 @@
-"""What the registration of every op shares: inputs saved whole, gradients handed out by position, no None results."""
+"""What the registration of every op shares: the way it is called, and gradients that come back by position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _dispatch_keys,
+    _dispatch_tls_local_include_set,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch.nn import Parameter
+
+from fastattn.ops import composite
+from fastattn.ops.arguments import autocasts, own_precision
+from fastattn.spec import empty_in_order
+
+Kernel = Callable[..., Any]
 
 
-def own_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off for a tensor's device: operands are cast before an op, what follows chooses its own precision."""
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+def _keys(*names: str) -> int:
+    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(DispatchKey, name))
+    return keys.raw_repr()
 
 
-def in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` with autocast off for the device of its first tensor."""
+# What torch's dispatcher has to look at where nothing but autograd does: of the thread, and of a tensor.
+_NO_MODE = {_keys("BackendSelect"), _keys("BackendSelect", "ADInplaceOrView")}
+_PLAIN_TENSOR = {
+    _keys(device, f"Autocast{device}", *tracked)
+    for device in ("CPU", "CUDA")
+    for tracked in ((), ("ADInplaceOrView", f"Autograd{device}"))  # () under inference_mode
+}
 
-    @wraps(kernel)
+
+def unwatched(args: Iterable[Any]) -> bool:
+    """Whether nothing would notice that an op's kernel is called past the dispatcher: no gradient is wanted, no mode,
+    transform, trace or profiler is active, and every tensor is a plain one."""
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_tls_local_include_set().raw_repr() not in _NO_MODE
+        or _len_torch_function_stack()
+        or _profiler_enabled()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for arg in args:
+        if arg is None:
+            continue
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if (grad and arg.requires_grad) or _dispatch_keys(arg).raw_repr() not in _PLAIN_TENSOR:
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
+
+
+def define(library: torch.library.Library, name: str, schema: str, kernel: Kernel, fake: Kernel) -> Kernel:
+    """Register an op without a gradient, and return the function that calls it.
+
+    That calls the kernel itself where it is `unwatched`: the dispatcher costs as much as attention of one query.
+    """
+
     def run(*args: Any) -> Any:
-        with own_precision(next(arg for arg in args if isinstance(arg, Tensor))):
-            return kernel(*args)
+        if autocasts(args[0].device.type):
+            with own_precision(args[0]):
+                return kernel(*args)
+        return kernel(*args)
 
-    return run
+    library.define(f"{name}{schema}")
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=library)
+    op = getattr(torch.ops.fastattn, name).default
+
+    def call(*args: Any) -> Any:
+        return run(*args) if unwatched(args) else op(*args)
+
+    return call
+
+
+def define_with_gradient(
+    library: torch.library.Library,
+    names: tuple[str, str],
+    schema: str,
+    results: Sequence[str],
+    differentiable: dict[str, int],
+    *,
+    keeps_results: bool,
+    forward: Kernel,
+    forward_fake: Kernel,
+    backward: Kernel,
+    composed: Callable[[list[Any]], tuple[Tensor, ...]],
+) -> Kernel:
+    """Register an op, the op of its backward, and the gradients of both; return the function that calls the first.
+
+    Args:
+        names: of the op and of its backward.
+        schema: of the op's inputs; it also takes the name of a backend, last.
+        results: names of the tensors it returns. The backward takes a gradient of each, the results where
+            `keeps_results`, the inputs, which gradients are needed, and the backend.
+        differentiable: names and positions of the inputs that have gradients, in the order the backward returns them.
+        composed: the results from the inputs in differentiable torch operations, for second derivatives.
+    """
+    positions = tuple(differentiable.values())
+    kept = [f"Tensor {name}" for name in results] if keeps_results else []
+    cotangents = [f"Tensor{'?' if i else ''} d{name}" for i, name in enumerate(results)]
+    returned = ", ".join(f"Tensor {name}" for name in results)
+    lead = len(cotangents) + len(kept)  # what a backward takes before the inputs
+
+    def backward_fake(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, needs, _ = args[lead:]
+        sources = {name: inputs[position] for name, position in differentiable.items()}
+        return wanted_or_empty(_fake_grads(sources, needs), needs, inputs[positions[0]])
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save_inputs(ctx, inputs, output if keeps_results else ())
+
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        save_inputs(ctx, inputs, ())
+
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, kept_results = saved(ctx)
+        if all(grad is None for grad in grads):
+            return (None,) * len(inputs)
+        first, *others = grads
+        first = torch.zeros_like(kept_results[0]) if first is None else first
+        *op_inputs, backend = inputs
+        needs = [ctx.needs_input_grad[position] for position in positions]
+        found = call_backward(first, *others, *kept_results, *op_inputs, needs, backend)
+        return tuple(at_positions(len(inputs), positions, found, needs))
+
+    def second_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, _ = saved(ctx)
+        *op_inputs, _, _ = inputs[lead:]
+
+        def again(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            replaced = list(op_inputs)
+            for position, tensor in zip(positions, tensors):
+                replaced[position] = tensor
+            return composed(replaced)
+
+        sources = [op_inputs[position] for position in positions]
+        of_cotangents, of_inputs = composite.second_derivative(
+            again, sources, inputs[: len(cotangents)], grads
+        )
+        found = (*of_cotangents, *of_inputs)
+        at = (*range(len(cotangents)), *(lead + position for position in positions))
+        return tuple(at_positions(len(inputs), at, found, (True,) * len(found)))
+
+    call_forward = define(
+        library, names[0], f"({schema}, str backend) -> ({returned})", forward, forward_fake
+    )
+    call_backward = define(
+        library,
+        names[1],
+        f"({', '.join((*cotangents, *kept))}, {schema}, bool[] needs, str backend)"
+        f" -> ({', '.join(['Tensor'] * len(positions))})",
+        backward,
+        backward_fake,
+    )
+    for name, rule, keep in zip(names, (gradient, second_gradient), (setup, setup_backward)):
+        torch.library.register_autograd(f"fastattn::{name}", rule, setup_context=keep, lib=library)
+    return call_forward
+
+
+def _fake_grads(sources: dict[str, Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
+    """Operands' gradients lie in memory as the operands do, all others contiguously."""
+    for (name, source), need in zip(sources.items(), needs):
+        if not need:
+            yield None
+        elif name in ("query", "key", "value"):
+            yield empty_in_order(source, tuple(source.shape))
+        else:
+            yield source.new_empty(source.shape)
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], results: Sequence[Tensor]) -> None:

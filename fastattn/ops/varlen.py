@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -11,14 +10,7 @@ from torch import Tensor
 
 from fastattn import backends, reference
 from fastattn.ops import arguments, composite
-from fastattn.ops.registration import (
-    at_positions,
-    in_own_precision,
-    save_inputs,
-    saved,
-    schema_of,
-    wanted_or_empty,
-)
+from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionGrads,
     AttentionSpec,
@@ -83,7 +75,7 @@ def attention_varlen(
         composite.refuse_named(backend, transform)
         out, lse = _composite(VarlenCall(*args))
     else:
-        out, lse = torch.ops.fastattn.varlen_fwd(*args, backend)
+        out, lse = _run(*args, backend)
     return (out, lse) if return_lse else out
 
 
@@ -171,16 +163,6 @@ def _composite(call: VarlenCall) -> tuple[Tensor, Tensor]:
 
 
 _DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
-_CALL_NAMES = tuple(field.name for field in fields(VarlenCall))
-_POSITIONS = tuple(_CALL_NAMES.index(name) for name in _DIFFERENTIABLE)
-_CALL_SCHEMA = schema_of(fields(VarlenCall))
-_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-
-_LIBRARY.define(f"varlen_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
-_LIBRARY.define(
-    f"varlen_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CALL_SCHEMA}, bool[] needs, str backend)"
-    f" -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _kernel_call(call_args: list[Any]) -> VarlenCall:
@@ -221,64 +203,17 @@ def _varlen_bwd(
     return wanted_or_empty((getattr(grads, name) for name in _DIFFERENTIABLE), needs, call.query)
 
 
-def _varlen_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    *call_args, needs, _ = args
-    call = VarlenCall(*call_args)
-    sources = (getattr(call, name) for name in _DIFFERENTIABLE)
-    grads = (empty_in_order(t, tuple(t.shape)) if need else None for t, need in zip(sources, needs))
-    return wanted_or_empty(grads, needs, call.query)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    save_inputs(ctx, inputs, output)
-
-
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (out, lse) = saved(ctx)
-    *call_args, backend = inputs
-    if dout is None and dlse is None:
-        return (None,) * len(inputs)
-    dout = torch.zeros_like(out) if dout is None else dout
-    needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
-    grads = torch.ops.fastattn.varlen_bwd(dout, dlse, out, lse, *call_args, needs, backend)
-    return tuple(at_positions(len(inputs), _POSITIONS, grads, needs))
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_inputs(ctx, inputs, ())
-
-
-def _double_backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = saved(ctx)
-    dout, dlse, _, _, *call_args, _, _ = inputs
-
-    def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _composite(_with_tensors(call_args, tensors))
-
-    sources = [call_args[position] for position in _POSITIONS]
-    of_cotangents, of_inputs = composite.second_derivative(forward, sources, (dout, dlse), grad_outputs)
-    grads = (*of_cotangents, *of_inputs)
-    positions = (0, 1, *(4 + position for position in _POSITIONS))
-    return tuple(at_positions(len(inputs), positions, grads, (True,) * len(grads)))
-
-
-def _with_tensors(call_args: list[Any], tensors: Iterable[Tensor | None]) -> VarlenCall:
-    replaced = list(call_args)
-    for position, tensor in zip(_POSITIONS, tensors):
-        replaced[position] = tensor
-    return VarlenCall(*replaced)
-
-
-for _name, _kernel, _fake in (
-    ("varlen_fwd", _varlen_fwd, _varlen_fwd_fake),
-    ("varlen_bwd", _varlen_bwd, _varlen_bwd_fake),
-):
-    _LIBRARY.impl(_name, in_own_precision(_kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
-
-torch.library.register_autograd("fastattn::varlen_fwd", _backward, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastattn::varlen_bwd", _double_backward, setup_context=_setup_backward, lib=_LIBRARY
+_CALL_NAMES = [field.name for field in fields(VarlenCall)]
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_run = define_with_gradient(
+    _LIBRARY,
+    ("varlen_fwd", "varlen_bwd"),
+    schema_of(fields(VarlenCall)),
+    ("out", "lse"),
+    {name: _CALL_NAMES.index(name) for name in _DIFFERENTIABLE},
+    keeps_results=True,
+    forward=_varlen_fwd,
+    forward_fake=_varlen_fwd_fake,
+    backward=_varlen_bwd,
+    composed=lambda call_args: _composite(VarlenCall(*call_args)),
 )
