@@ -17,6 +17,7 @@ from fastattn.backends.triton_cross_entropy import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
+from fastattn.backends.triton_kv_cache import kv_cache_fwd, kv_cache_tiles
 from fastattn.backends.triton_softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.spec import (
     MAX_HEAD_DIM,
@@ -43,6 +44,8 @@ __all__ = [
     "attention_weights_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
+    "kv_cache_fwd",
+    "kv_cache_tiles",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "softmax_bwd",
