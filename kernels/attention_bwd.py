@@ -28,11 +28,11 @@ from .primitives import (
     logits,
     padded,
     plane_pointers,
-    program_coordinates,
     query_blocks,
     store_tile,
     within_segments,
 )
+from .sequences import program_tile
 
 DOUT_STRIDES = ("stride_dob", "stride_doh", "stride_dos")
 DWEIGHTS_STRIDES = tuple(f"stride_dweights_{dim}" for dim in "bhqk")
@@ -47,20 +47,22 @@ def attention_delta_kernel(
 
     One program owns BLOCK_M queries of one head.
     """
-    tile, batch, head = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), num_heads, False)
-    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, seqlen_q, VARIANT)
-    douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT)
+    lengths = (seqlen_q, seqlen_q, 0)
+    tile, head, sequence = program_tile(lengths, (), num_heads, False, False, BLOCK_M, VARIANT)
+    batch, _, _, _, _, _ = sequence
+    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, 0, seqlen_q, VARIANT)
+    douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, 0, seqlen_q, VARIANT)
     first_query = tile * BLOCK_M
     rows = first_query + tl.arange(0, BLOCK_M)
     out_tile = load_tile(outs, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
     dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
     result = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
-        dlse_rows = head_rows(dlse, batch, head, num_heads, seqlen_q) + rows
+        dlse_rows = head_rows(dlse, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
         result -= tl.load(dlse_rows, mask=rows < seqlen_q, other=0.0)
-    lse_rows = head_rows(lse, batch, head, num_heads, seqlen_q) + rows
+    lse_rows = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
     has_key = tl.load(lse_rows, mask=rows < seqlen_q, other=0.0) != float("-inf")
-    delta_rows = head_rows(delta, batch, head, num_heads, seqlen_q) + rows
+    delta_rows = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
     tl.store(delta_rows, tl.where(has_key, result, 0.0), mask=rows < seqlen_q)
 
 
@@ -141,13 +143,13 @@ def gradient_tile(
 )
 def attention_dkdv_kernel(
     q, k, v, dout, lse, delta, dweights, dk, dv,
-    key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
-    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv = weights.T @ dout and dk = scale * dproducts.T @ q; without dv where the weights' gradients are given.
@@ -157,32 +159,40 @@ def attention_dkdv_kernel(
     their own, which are replaced by zeros at the end.
     """
     num_kv_heads = num_heads // VARIANT.group_size
-    tile, batch, kv_head = program_coordinates(tl.cdiv(seqlen_k, BLOCK_N), num_kv_heads, False)
+    lengths = (seqlen_q, seqlen_k, shift)
+    packing = (edges_q, edges_k, batch_size)
+    tile, kv_head, sequence = program_tile(lengths, packing, num_kv_heads, True, False, BLOCK_N, VARIANT)
+    batch, query_base, key_base, num_queries, num_keys, shift = sequence
+    if VARIANT.varlen:  # noqa: SIM102 - at compile time
+        if tile < 0:
+            return
     first_key = tile * BLOCK_N
-    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+    key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
     end_key = tl.minimum(first_key + BLOCK_N, key_end)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, VARIANT)
     planes = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
         (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
-    positions = (seqlen_q, seqlen_k, shift, left, right)
-    blocks = query_blocks(first_key, end_key, seqlen_q, shift, left, right, VARIANT, BLOCK_M)
+    positions = (num_queries, num_keys, shift, left, right)
+    blocks = query_blocks(first_key, end_key, num_queries, shift, left, right, VARIANT, BLOCK_M)
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT)
 
     key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
     value_tile = key_tile
     if not VARIANT.dweights:
-        values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+        values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, VARIANT)
         value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
     dk_tile = tl.zeros([BLOCK_N, padded(VARIANT.head_dim)], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, padded(VARIANT.value_dim)], tl.float32)
     for member in range(VARIANT.group_size):
         head = kv_head * VARIANT.group_size + member
-        queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
-        lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+        queries = head_matrix(
+            q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, VARIANT
+        )
+        lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         scoring = head_scoring(
             batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
             VARIANT,
@@ -194,15 +204,15 @@ def attention_dkdv_kernel(
             for step in range(block_count(blocks, EDGE)):
                 first_query = block_at(step, blocks, EDGE) * BLOCK_M
                 query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, VARIANT)
-                lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, EDGE, VARIANT)
+                lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, EDGE, VARIANT)
                 delta_rows = lse_rows
                 dout_tile = query_tile
                 if not VARIANT.dweights:
                     strides = (stride_dob, stride_doh, stride_dos)
-                    douts = head_matrix(dout, strides, batch, head, seqlen_q, VARIANT)
+                    douts = head_matrix(dout, strides, batch, head, query_base, num_queries, VARIANT)
                     dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, VARIANT)
-                    delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
-                    delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, EDGE)
+                    delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+                    delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, EDGE)
                 probs, weights, capped = weights_tile(
                     query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, True, EDGE, VARIANT,
                     BLOCK_M, BLOCK_N,
@@ -218,10 +228,12 @@ def attention_dkdv_kernel(
                 dk_tile = tl.dot(dproducts, query_tile, dk_tile, input_precision=VARIANT.dot_precision)
 
     exists = (first_key + tl.arange(0, BLOCK_N) < key_end)[:, None]
-    dks = head_matrix(dk, (stride_dkb, stride_dkh, stride_dks), batch, kv_head, seqlen_k, VARIANT)
+    dks = head_matrix(dk, (stride_dkb, stride_dkh, stride_dks), batch, kv_head, key_base, num_keys, VARIANT)
     store_tile(dks, tl.where(exists, dk_tile * scale, 0.0), first_key, VARIANT.head_dim, BLOCK_N, VARIANT)
     if not VARIANT.dweights:
-        dvs = head_matrix(dv, (stride_dvb, stride_dvh, stride_dvs), batch, kv_head, seqlen_k, VARIANT)
+        dvs = head_matrix(
+            dv, (stride_dvb, stride_dvh, stride_dvs), batch, kv_head, key_base, num_keys, VARIANT
+        )
         if VARIANT.dropout:
             dv_tile *= keep_scale
         store_tile(dvs, tl.where(exists, dv_tile, 0.0), first_key, VARIANT.value_dim, BLOCK_N, VARIANT)
@@ -237,36 +249,43 @@ def attention_dkdv_kernel(
 )
 def attention_dq_kernel(
     q, k, v, dout, lse, delta, dweights, dq, dslope_tiles, dlse,
-    key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
-    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), a number
-    per program in dslope_tiles (B, H, tiles), and dlse = -rowsum(dscores) where the weights' gradients are given.
+    per program in dslope_tiles, and dlse = -rowsum(dscores) where the weights' gradients are given.
 
     One program owns BLOCK_M queries of one head and visits the key blocks they see.
     """
-    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
-    tile, batch, head = program_coordinates(num_tiles, num_heads, VARIANT.has_right)
+    lengths = (seqlen_q, seqlen_k, shift)
+    packing = (edges_q, edges_k, batch_size)
+    tile, head, sequence = program_tile(
+        lengths, packing, num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT
+    )
+    batch, query_base, key_base, num_queries, num_keys, shift = sequence
+    if VARIANT.varlen:  # noqa: SIM102 - at compile time
+        if tile < 0:
+            return
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
-    end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
-    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
-    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+    end_query = tl.minimum(first_query + BLOCK_M, num_queries)
+    key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
+    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, VARIANT)
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, VARIANT)
+    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, VARIANT)
     planes = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
         (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
-    positions = (seqlen_q, seqlen_k, shift, left, right)
+    positions = (num_queries, num_keys, shift, left, right)
     scoring = head_scoring(
         batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
     )  # fmt: skip
@@ -274,19 +293,20 @@ def attention_dq_kernel(
     dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
     dweights_plane = head_plane(dweights, dweights_strides, batch, head)
     blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
-    blocks = within_segments(blocks, segment_blocks, batch * num_tiles + tile, VARIANT)
+    blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
-    lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
-    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
+    lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+    lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, True, VARIANT)
     dout_tile = query_tile
     delta_rows = lse_rows
     if not VARIANT.dweights:
-        douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT)
+        strides = (stride_dob, stride_doh, stride_dos)
+        douts = head_matrix(dout, strides, batch, head, query_base, num_queries, VARIANT)
         dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
-        delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
-        delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
+        delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, True)
     dq_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     dlse_rows = tl.zeros([BLOCK_M], tl.float32)
@@ -313,13 +333,13 @@ def attention_dq_kernel(
             dproducts = dproducts.to(key_tile.dtype)
             dq_tile = tl.dot(dproducts, key_tile, dq_tile, input_precision=VARIANT.dot_precision)
 
-    dqs = head_matrix(dq, (stride_dqb, stride_dqh, stride_dqs), batch, head, seqlen_q, VARIANT)
+    dqs = head_matrix(dq, (stride_dqb, stride_dqh, stride_dqs), batch, head, query_base, num_queries, VARIANT)
     store_tile(dqs, dq_tile * scale, first_query, VARIANT.head_dim, BLOCK_M, VARIANT)
     if VARIANT.alibi_grad:
-        tl.store(head_rows(dslope_tiles, batch, head, num_heads, num_tiles) + tile, tl.sum(dslope, 0))
+        tl.store(dslope_tiles + tl.program_id(0), tl.sum(dslope, 0))
     if VARIANT.dweights:
-        dlse_base = head_rows(dlse, batch, head, num_heads, seqlen_q)
-        tl.store(dlse_base + rows, dlse_rows, mask=rows < seqlen_q)
+        dlse_base = head_rows(dlse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        tl.store(dlse_base + rows, dlse_rows, mask=rows < num_queries)
 
 
 @triton.jit(
@@ -327,7 +347,7 @@ def attention_dq_kernel(
         *INTEGERS,
         *DOUT_STRIDES,
         *DWEIGHTS_STRIDES,
-        *("bias_batch", "bias_heads", "bias_rows", "bias_cols", "batch_size"),
+        *("bias_batch", "bias_heads", "bias_rows", "bias_cols"),
     )
 )
 def attention_dbias_kernel(
@@ -337,8 +357,8 @@ def attention_dbias_kernel(
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
-    bias_batch, bias_heads, bias_rows, bias_cols, batch_size,
-    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    bias_batch, bias_heads, bias_rows, bias_cols,
+    num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dbias = dscores summed over the dimensions in which the bias is broadcast; dbias is contiguous.
@@ -380,8 +400,8 @@ def attention_dbias_kernel(
         blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
         if (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N):
             kv_head = head // VARIANT.group_size
-            queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
-            keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+            queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
+            keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, key_end, VARIANT)
             scoring = head_scoring(
                 batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale,
                 softcap, VARIANT,
@@ -391,19 +411,21 @@ def attention_dbias_kernel(
             dweights_plane = head_plane(dweights, dweights_strides, batch, head)
             query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
             key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
-            lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+            lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
             lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
             dout_tile = query_tile
             value_tile = key_tile
             delta_rows = lse_rows
             if not VARIANT.dweights:
-                values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
+                values = head_matrix(
+                    v, (stride_vb, stride_vh, stride_vs), batch, kv_head, 0, key_end, VARIANT
+                )
                 douts = head_matrix(
-                    dout, (stride_dob, stride_doh, stride_dos), batch, head, seqlen_q, VARIANT
+                    dout, (stride_dob, stride_doh, stride_dos), batch, head, 0, seqlen_q, VARIANT
                 )
                 value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
                 dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
-                delta_base = head_rows(delta, batch, head, num_heads, seqlen_q)
+                delta_base = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT)
                 delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
             probs, weights, capped = weights_tile(
                 query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, False, True, VARIANT,

@@ -17,18 +17,19 @@ from .primitives import (
     load_tile,
     logits,
     padded,
-    program_coordinates,
     softmax_lse,
     softmax_start,
     softmax_update,
     store_tile,
     within_segments,
 )
+from .sequences import program_tile
 
 QKV_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkv" for dim in "bhs")
 PLANE_STRIDES = tuple(f"stride_{plane}_{dim}" for plane in ("mask", "bias") for dim in "bhqk")
 POSITIONS = (
     "num_heads",
+    "batch_size",
     "seqlen_q",
     "seqlen_k",
     "shift",
@@ -42,12 +43,13 @@ INTEGERS = (*QKV_STRIDES, *PLANE_STRIDES, *POSITIONS)  # of every kernel that sc
 
 @triton.jit(do_not_specialize=(*INTEGERS, "stride_ob", "stride_oh", "stride_os"))
 def attention_fwd_kernel(
-    q, k, v, out, lse, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, sinks, seed,
+    q, k, v, out, lse, edges_q, edges_k,
+    key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, sinks, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
-    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = dropout(softmax(logits)) @ v and lse = logsumexp(logits), over the keys each query sees.
@@ -55,22 +57,30 @@ def attention_fwd_kernel(
     One program owns BLOCK_M queries of one head. It visits the key blocks its queries see: first those that all of
     them see whole, without masking, then the edges. A row without keys gives out 0 and lse -inf, or its sink.
     """
-    tile, batch, head = program_coordinates(tl.cdiv(seqlen_q, BLOCK_M), num_heads, VARIANT.has_right)
+    lengths = (seqlen_q, seqlen_k, shift)
+    packing = (edges_q, edges_k, batch_size)
+    tile, head, sequence = program_tile(
+        lengths, packing, num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT
+    )
+    batch, query_base, key_base, num_queries, num_keys, shift = sequence
+    if VARIANT.varlen:  # noqa: SIM102 - at compile time
+        if tile < 0:
+            return
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
-    end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
-    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
-    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_end, VARIANT)
-    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, seqlen_q, VARIANT)
+    end_query = tl.minimum(first_query + BLOCK_M, num_queries)
+    key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
+    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, VARIANT)
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, VARIANT)
+    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, VARIANT)
+    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, query_base, num_queries, VARIANT)
     planes = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
         (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
-    positions = (seqlen_q, seqlen_k, shift, left, right)
+    positions = (num_queries, num_keys, shift, left, right)
     scoring = head_scoring(
         batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
     )  # fmt: skip
@@ -79,7 +89,7 @@ def attention_fwd_kernel(
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
-    row_max, row_sum = softmax_start(sinks, head, BLOCK_M, VARIANT)
+    row_max, row_sum = softmax_start(sinks, batch, head, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
     for EDGE in tl.static_range(2):
         for step in range(block_count(blocks, EDGE)):
@@ -101,8 +111,8 @@ def attention_fwd_kernel(
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    lse_rows = head_rows(lse, batch, head, num_heads, seqlen_q) + rows
-    tl.store(lse_rows, softmax_lse(row_max, row_sum, VARIANT), mask=rows < seqlen_q)
+    lse_rows = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT) + rows
+    tl.store(lse_rows, softmax_lse(row_max, row_sum, VARIANT), mask=rows < num_queries)
     if VARIANT.dropout:
         acc *= keep_scale
     store_tile(outs, acc / row_sum[:, None], first_query, VARIANT.value_dim, BLOCK_M, VARIANT)

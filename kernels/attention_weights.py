@@ -26,7 +26,7 @@ def attention_weights_kernel(
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
-    num_heads, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     MEAN: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """weights = dropout(exp(logits - lse)), (B, H, Sq, Sk), or their MEAN over heads, (B, Sq, Sk); contiguous.
@@ -64,8 +64,8 @@ def attention_weights_kernel(
     for step in range(tl.where(seen, heads, 0)):
         head = first_head + step
         kv_head = head // VARIANT.group_size
-        queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, seqlen_q, VARIANT)
-        keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_end, VARIANT)
+        queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
+        keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, key_end, VARIANT)
         scoring = head_scoring(
             batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
             VARIANT,
@@ -74,7 +74,7 @@ def attention_weights_kernel(
         key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
         scores, _ = logits(products, rows[:, None], cols[None, :], scoring, True, VARIANT)
-        lse_base = head_rows(lse, batch, head, num_heads, seqlen_q)
+        lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
         lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
         probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
         if VARIANT.dropout:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels import attention_bwd, attention_fwd, attention_weights, segments
-from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, Tile
+from fastattn.kernels import attention_bwd, attention_fwd, attention_weights, segments, sequences
+from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, Tile
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
 
@@ -21,6 +21,7 @@ class AttentionVariant(NamedTuple):
     group_size: int = 1
     has_left: bool = False  # the window bounds keys before a query's position
     has_right: bool = False  # and after it; causal is right = 0
+    varlen: bool = False  # sequences lie packed one after another
     key_lengths: bool = False
     mask: bool = False
     bias: bool = False
@@ -46,6 +47,18 @@ class AttentionVariant(NamedTuple):
     wide_offsets: bool = False  # offsets within a tile need 64 bits
 
 
+class Packing(NamedTuple):
+    """Where the sequences of a call lie whose tensors are all tokens as one (1, H, T, D) sequence."""
+
+    edges_q: Tensor  # (B + 1,) int32
+    edges_k: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences there are."""
+        return self.edges_q.shape[0] - 1
+
+
 class Launch(NamedTuple):
     """One kernel launch, complete: what runs on a GPU is what the compile checks compile."""
 
@@ -66,16 +79,15 @@ class Launch(NamedTuple):
 
 
 def forward_launch(
-    spec: AttentionSpec, call: AttentionCall, out: Tensor, lse: Tensor, segment_blocks: Tensor | None, tile: Tile
+    spec: AttentionSpec, call: AttentionCall, out: Tensor, lse: Tensor, segment_blocks: Tensor | None, tile: Tile,
+    packing: Packing | None = None,
 ) -> Launch:  # fmt: skip
     """attention_fwd_kernel on a call."""
-    batch, num_heads, seqlen_q, _ = call.query.shape
     unit = _unit(call.query, call.key, call.value, out)
-    args = _call_arguments(spec, call, unit) | _strides("o", out, unit)
+    args = _call_arguments(spec, call, unit, packing) | _strides("o", out, unit)
     args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks}
-    return _launch(
-        attention_fwd.attention_fwd_kernel, batch * num_heads * _cdiv(seqlen_q, tile.block_m), args, tile
-    )
+    grid = num_tiles(call.query, tile.block_m, packing)
+    return _launch(attention_fwd.attention_fwd_kernel, grid, args, tile)
 
 
 def delta_launch(
@@ -136,17 +148,16 @@ def dkdv_launch(
     dvalue: Tensor | None,
     segment_blocks: Tensor | None,
     tile: Tile,
+    packing: Packing | None = None,
 ) -> Launch:
     """attention_dkdv_kernel on a call, writing the gradients of key and value."""
-    batch, num_kv_heads, seqlen_k, _ = call.key.shape
     dvalue = dkey if dvalue is None else dvalue
     unit = _unit(call.query, call.key, call.value, dkey, dvalue, *cotangents.tensors())
-    args = _call_arguments(spec, call, unit, cotangents)
+    args = _call_arguments(spec, call, unit, packing, cotangents)
     args |= _strides("dk", dkey, unit) | _strides("dv", dvalue, unit)
     args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
-    return _launch(
-        attention_bwd.attention_dkdv_kernel, batch * num_kv_heads * _cdiv(seqlen_k, tile.block_n), args, tile
-    )
+    grid = num_tiles(call.key, tile.block_n, packing)
+    return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
 
 
 def dq_launch(
@@ -158,16 +169,25 @@ def dq_launch(
     dlse: Tensor | None,
     segment_blocks: Tensor | None,
     tile: Tile,
+    packing: Packing | None = None,
 ) -> Launch:
     """attention_dq_kernel on a call, writing the gradients of the query and of what else belongs to a query."""
-    batch, num_heads, seqlen_q, _ = call.query.shape
     unit = _unit(call.query, call.key, call.value, dquery, *cotangents.tensors())
-    args = _call_arguments(spec, call, unit, cotangents) | _strides("dq", dquery, unit)
+    args = _call_arguments(spec, call, unit, packing, cotangents) | _strides("dq", dquery, unit)
     args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
     args["VARIANT"] = args["VARIANT"]._replace(alibi_grad=dslope_tiles is not None)
-    return _launch(
-        attention_bwd.attention_dq_kernel, batch * num_heads * _cdiv(seqlen_q, tile.block_m), args, tile
-    )
+    grid = num_tiles(call.query, tile.block_m, packing)
+    return _launch(attention_bwd.attention_dq_kernel, grid, args, tile)
+
+
+def sequence_sums_launch(
+    tiles: Tensor, packing: Packing, num_tokens: int, block: int, sums: Tensor
+) -> Launch:
+    """sequence_sums_kernel on what attention_dq_kernel found per tile of `block` queries, (H, slots)."""
+    args: dict[str, Any] = {"tiles": tiles, "edges": packing.edges_q, "sums": sums}
+    args |= {"batch_size": sums.shape[0], "num_heads": sums.shape[1], "num_tokens": num_tokens}
+    args |= {"BLOCK": block, "CHUNK": SLOT_CHUNK}
+    return Launch(sequences.sequence_sums_kernel, (sums.numel(),), args, 1, 1)
 
 
 def dbias_launch(
@@ -176,14 +196,14 @@ def dbias_launch(
     """attention_dbias_kernel on a call, writing the gradient of the bias in the bias's own shape, contiguous."""
     bias_batch, bias_heads, bias_rows, bias_cols = dbias.shape
     unit = _unit(call.query, call.key, call.value, *cotangents.tensors())
-    args = _call_arguments(spec, call, unit, cotangents)
+    args = _call_arguments(spec, call, unit, None, cotangents)
     args |= {
         "bias_batch": bias_batch,
         "bias_heads": bias_heads,
         "bias_rows": bias_rows,
         "bias_cols": bias_cols,
     }
-    args |= {"dbias": dbias, "batch_size": call.query.shape[0]}
+    args["dbias"] = dbias
     args["VARIANT"] = args["VARIANT"]._replace(bias_one_row=bias_rows == 1, bias_one_col=bias_cols == 1)
     tiles = bias_batch * bias_heads * _cdiv(bias_rows, tile.block_m) * _cdiv(bias_cols, tile.block_n)
     return _launch(attention_bwd.attention_dbias_kernel, tiles, args, tile)
@@ -211,6 +231,14 @@ def segment_blocks_launch(
     return Launch(segments.segment_blocks_kernel, (blocks.shape[0] * blocks.shape[1],), args, 4, 1)
 
 
+def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
+    """Programs that own a tile of `block` rows of one head each; of packed tensors, slots of sequences.py."""
+    batch, num_heads, length, _ = tensor.shape
+    if packing is not None:
+        return num_heads * (length // block + packing.batch_size + 1)
+    return batch * num_heads * _cdiv(length, block)
+
+
 def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
     """A launch with those of the arguments that the kernel takes."""
     args = args | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
@@ -219,7 +247,11 @@ def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
 
 
 def _call_arguments(
-    spec: AttentionSpec, call: AttentionCall, unit: int, cotangents: Cotangents | None = None
+    spec: AttentionSpec,
+    call: AttentionCall,
+    unit: int,
+    packing: Packing | None = None,
+    cotangents: Cotangents | None = None,
 ) -> dict[str, Any]:
     """Every argument that follows from the call. Windows are cut to the sequences, so that nothing overflows."""
     query, key, value, slopes = call.query, call.key, call.value, call.alibi_slopes
@@ -229,6 +261,8 @@ def _call_arguments(
         "q": query,
         "k": key,
         "v": value,
+        "edges_q": None if packing is None else packing.edges_q,
+        "edges_k": None if packing is None else packing.edges_k,
         "key_lengths": call.key_lengths,
         "mask": None if call.mask is None else call.mask.view(torch.uint8),
         "bias": call.bias,
@@ -239,16 +273,17 @@ def _call_arguments(
         "seed": call.dropout_seed,
         "stride_slopes_b": slopes.stride(0) if slopes is not None and slopes.shape[0] > 1 else 0,
         "num_heads": query.shape[1],
+        "batch_size": query.shape[0] if packing is None else packing.batch_size,
         "seqlen_q": query.shape[2],
         "seqlen_k": key.shape[2],
-        "shift": call.position_shift,
+        "shift": call.position_shift if packing is None else int(call.causal != "top_left"),
         "left": min(call.window_left, longest),
         "right": 0 if call.causal != "none" else min(right, longest),
         "keep_threshold": keep_threshold(call.dropout_p),
         "keep_scale": keep_scale(call.dropout_p),
         "scale": call.scale,
         "softcap": call.softcap,
-        "VARIANT": _variant(spec, call, unit, cotangents),
+        "VARIANT": _variant(spec, call, unit, cotangents)._replace(varlen=packing is not None),
     }
     args |= _strides("q", query, unit) | _strides("k", key, unit) | _strides("v", value, unit)
     args |= _plane_strides("mask", call.mask) | _plane_strides("bias", call.bias)

@@ -34,10 +34,17 @@ def program_coordinates(num_tiles, num_heads, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def head_matrix(pointer, strides, batch, head, num_rows, VARIANT: tl.constexpr):
-    """The matrix of one head. Strides count units of 16 bytes where all are multiples of it, so alignment is known."""
+def head_matrix(pointer, strides, batch, head, first_row, num_rows, VARIANT: tl.constexpr):
+    """The matrix of one head; its sequence begins at `first_row` where sequences are packed.
+
+    Strides count units of 16 bytes where all are multiples of it, so alignment is known.
+    """
     stride_batch, stride_head, stride_row = strides
-    offset = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+    offset = head.to(tl.int64) * stride_head
+    if VARIANT.varlen:
+        offset += first_row.to(tl.int64) * stride_row
+    else:
+        offset += batch.to(tl.int64) * stride_batch
     return pointer + offset * VARIANT.unit, stride_row, num_rows
 
 
@@ -52,9 +59,13 @@ def head_plane(pointer, strides, batch, head):
 
 
 @triton.jit
-def head_rows(pointer, batch, head, num_heads, num_rows):
-    """Where one head's row of a contiguous (B, H, rows) tensor begins."""
-    return pointer + (batch.to(tl.int64) * num_heads + head) * num_rows
+def head_rows(pointer, batch, head, num_heads, first_row, num_rows, VARIANT: tl.constexpr):
+    """Where one head's row of a contiguous (B, H, rows) tensor begins, or a sequence's part of a (H, rows) tensor."""
+    if VARIANT.varlen:
+        base = pointer + head.to(tl.int64) * num_rows + first_row
+    else:
+        base = pointer + (batch.to(tl.int64) * num_heads + head) * num_rows
+    return base
 
 
 @triton.jit
@@ -244,7 +255,7 @@ def head_scoring(
     seqlen_q, seqlen_k, shift, left, right = positions
     slope = 0.0
     if VARIANT.alibi:
-        slope = tl.load(slopes + batch * stride_slopes_b + head)
+        slope = tl.load(slopes + batch * stride_slopes_b + head, mask=batch >= 0, other=0.0)
     ids = (0, 0)
     if VARIANT.segments:
         ids = (query_ids + batch.to(tl.int64) * seqlen_q, key_ids + batch.to(tl.int64) * seqlen_k)
@@ -313,12 +324,15 @@ def exponents(scores, reference, scale, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def softmax_start(sinks, head, BLOCK_M: tl.constexpr, VARIANT: tl.constexpr):
-    """(row_max, row_sum) before any key: nothing, or the sink, which is one more key without a value."""
+def softmax_start(sinks, batch, head, BLOCK_M: tl.constexpr, VARIANT: tl.constexpr):
+    """(row_max, row_sum) before any key: nothing, or the sink, which is one more key without a value.
+
+    Tokens of no sequence, whose batch is -1, have no sink either.
+    """
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if VARIANT.sinks:
-        row_max = tl.maximum(row_max, tl.load(sinks + head))
+        row_max = tl.maximum(row_max, tl.load(sinks + head, mask=batch >= 0, other=float("-inf")))
         row_sum += 1.0
     return row_max, row_sum
 

@@ -47,6 +47,7 @@ class Key(NamedTuple):
 
 DELTA_ROWS = 64  # queries per program of the row-wise preparation of backward
 SEGMENT_CHUNK = 2048  # ids that the prepass of segments compares at a time
+SLOT_CHUNK = 32  # tiles of a packed sequence whose numbers are added at a time
 HEAD_DIMS = (64, 128, 256)
 FAMILIES = {  # family: (architectures, bytes of shared memory a block may use)
     80: ((80, 87), 166912),

@@ -1,0 +1,246 @@
+"""Attention on the Triton backend: tensors for the results, then the launches of forward, backward and weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import (
+    AttentionCall,
+    AttentionGrads,
+    AttentionSpec,
+    GradsNeeded,
+    WeightsGradsNeeded,
+    empty_in_order,
+)
+
+if TYPE_CHECKING:
+    from fastattn.kernels.launches import Cotangents, Packing
+    from fastattn.kernels.tiles import Tile, Tiles
+
+
+def attention_fwd(
+    spec: AttentionSpec, call: AttentionCall, tiles: Tiles | None = None, packing: Packing | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
+    from fastattn.kernels.launches import forward_launch
+    from fastattn.kernels.tiles import tiles_for
+
+    call = with_plain_layouts(call)
+    query, value = call.query, call.value
+    tile = (tiles or tiles_for(spec)).forward
+    out = empty_in_order(query, (*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    forward_launch(spec, call, out, lse, _key_blocks(call, tile), tile, packing).run()
+    return out, lse
+
+
+def attention_bwd(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needs: GradsNeeded,
+    tiles: Tiles | None = None,
+    packing: Packing | None = None,
+) -> AttentionGrads:
+    """The gradients a call, or packed sequences, need, bitwise the same on every run."""
+    from fastattn.kernels.launches import Cotangents, delta_launch
+    from fastattn.kernels.tiles import tiles_for
+
+    call = with_plain_layouts(call)
+    out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    tiles = tiles or tiles_for(spec)
+    delta = torch.empty_like(lse)
+    delta_launch(spec, out, lse, dout, dlse, delta).run()
+    cotangents = Cotangents(lse, delta, dout)
+    dkey, dvalue = _key_grads(spec, call, packing, cotangents, needs.key or needs.value, tiles.dkdv)
+    dquery, dslopes = _query_grads(spec, call, packing, cotangents, needs.query, needs.alibi_slopes, tiles.dq)
+    return AttentionGrads(
+        query=dquery if needs.query else None,
+        key=dkey if needs.key else None,
+        value=dvalue if needs.value else None,
+        bias=_bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None,
+        alibi_slopes=dslopes,
+        sinks=_sink_grad(call, lse, delta) if needs.sinks else None,
+    )
+
+
+def attention_weights_fwd(
+    spec: AttentionSpec, call: AttentionCall, lse: Tensor, mean: bool, tiles: Tiles | None = None
+) -> Tensor:
+    """dropout(exp(score - lse)), (B, H, Sq, Sk), or its mean over heads, (B, Sq, Sk)."""
+    from fastattn.kernels.launches import weights_launch
+    from fastattn.kernels.tiles import tiles_for
+
+    call = with_plain_layouts(call)
+    batch, num_heads, seqlen_q, _ = call.query.shape
+    heads = () if mean else (num_heads,)
+    weights = call.query.new_empty((batch, *heads, seqlen_q, call.key.shape[2]))
+    tile = (tiles or tiles_for(spec)).dbias
+    weights_launch(spec, call, lse.contiguous(), weights, mean, tile).run()
+    return weights
+
+
+def attention_weights_bwd(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    lse: Tensor,
+    dweights: Tensor,
+    mean: bool,
+    needs: WeightsGradsNeeded,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
+    from fastattn.kernels.launches import Cotangents
+    from fastattn.kernels.tiles import tiles_for
+
+    call, lse = with_plain_layouts(call), lse.contiguous()
+    num_heads = call.query.shape[1]
+    tiles = tiles or tiles_for(spec)
+    cotangents = Cotangents(lse, dweights=dweights)
+    if mean:
+        every_head = dweights[:, None].expand(-1, num_heads, -1, -1)
+        cotangents = Cotangents(lse, dweights=every_head, dweights_factor=1.0 / num_heads)
+    dkey, _ = _key_grads(spec, call, None, cotangents, needs.key, tiles.dkdv)
+    dlse = torch.empty_like(lse)
+    wanted = needs.query or needs.lse
+    dquery, dslopes = _query_grads(spec, call, None, cotangents, wanted, needs.alibi_slopes, tiles.dq, dlse)
+    dbias = _bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None
+    return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
+
+
+def _key_grads(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    packing: Packing | None,
+    cotangents: Cotangents,
+    needed: bool,
+    tile: Tile,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of key and value; of the weights, that of the key alone."""
+    from fastattn.kernels.launches import dkdv_launch
+
+    if not needed:
+        return None, None
+    dkey = empty_in_order(call.key, call.key.shape)
+    dvalue = None if cotangents.dout is None else empty_in_order(call.value, call.value.shape)
+    dkdv_launch(spec, call, cotangents, dkey, dvalue, _query_blocks(call, tile), tile, packing).run()
+    return dkey, dvalue
+
+
+def _query_grads(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    packing: Packing | None,
+    cotangents: Cotangents,
+    query_needed: bool,
+    slopes_needed: bool,
+    tile: Tile,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of query and slopes; those of the weights to lse are written to `dlse`."""
+    from fastattn.kernels.launches import dq_launch, num_tiles
+
+    if not (query_needed or slopes_needed or dlse is not None):
+        return None, None
+    query, slopes = call.query, call.alibi_slopes
+    dquery = empty_in_order(query, query.shape)
+    dslope_tiles = None
+    if slopes_needed:
+        dslope_tiles = query.new_empty(num_tiles(query, tile.block_m, packing), dtype=torch.float32)
+    blocks = _key_blocks(call, tile)
+    dq_launch(spec, call, cotangents, dquery, dslope_tiles, dlse, blocks, tile, packing).run()
+    if dslope_tiles is None or slopes is None:
+        return dquery, None
+    dslopes = _slope_grads(query, dslope_tiles, packing, tile)
+    if slopes.shape[0] == 1:
+        dslopes = dslopes.sum(0, keepdim=True)
+    return dquery, dslopes.to(slopes.dtype)
+
+
+def _slope_grads(query: Tensor, dslope_tiles: Tensor, packing: Packing | None, tile: Tile) -> Tensor:
+    """The sum over each sequence's tiles, (B, H) float64."""
+    from fastattn.kernels.launches import sequence_sums_launch
+
+    batch, num_heads, seqlen_q, _ = query.shape
+    if packing is None:
+        return dslope_tiles.view(batch, num_heads, -(-seqlen_q // tile.block_m)).sum(-1, dtype=torch.float64)
+    sums = query.new_empty((packing.batch_size, num_heads), dtype=torch.float64)
+    sequence_sums_launch(dslope_tiles, packing, seqlen_q, tile.block_m, sums).run()
+    return sums
+
+
+def _bias_grad(spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, tile: Tile) -> Tensor | None:
+    """The gradient of the bias in its own shape, from a pass of its own."""
+    from fastattn.kernels.launches import dbias_launch
+
+    if call.bias is None:
+        return None
+    dbias = call.bias.new_empty(call.bias.shape)
+    if call.query.shape[0] == 0 or call.query.shape[2] == 0 or call.key.shape[2] == 0:
+        return dbias.zero_()
+    dbias_launch(spec, call, cotangents, dbias, tile).run()
+    return dbias
+
+
+def _sink_grad(call: AttentionCall, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """-sum(exp(sink - lse) * delta): a sink is a key whose value, and so whose weight's gradient, is zero."""
+    if call.sinks is None:
+        return None
+    weights = torch.exp(
+        (call.sinks[:, None] - lse).nan_to_num(nan=0.0)
+    )  # inf - inf: the sink has all the weight
+    terms = torch.where(lse == -torch.inf, 0.0, weights * delta)
+    return -terms.sum((0, 2), dtype=torch.float64).to(call.sinks.dtype)
+
+
+def _key_blocks(call: AttentionCall, tile: Tile) -> Tensor | None:
+    """For each query tile, the key blocks its segments meet."""
+    if call.query_segments is None or call.key_segments is None:
+        return None
+    return _segment_blocks(call.query_segments, call.key_segments, tile.block_m, tile.block_n)
+
+
+def _query_blocks(call: AttentionCall, tile: Tile) -> Tensor | None:
+    """For each key tile, the query blocks its segments meet."""
+    if call.query_segments is None or call.key_segments is None:
+        return None
+    return _segment_blocks(call.key_segments, call.query_segments, tile.block_n, tile.block_m)
+
+
+def _segment_blocks(ids: Tensor, other_ids: Tensor, block: int, other_block: int) -> Tensor:
+    from fastattn.kernels.launches import segment_blocks_launch
+
+    blocks = ids.new_empty((ids.shape[0], -(-ids.shape[1] // block), 4), dtype=torch.int32)
+    segment_blocks_launch(ids, other_ids, blocks, block, other_block).run()
+    return blocks
+
+
+def with_plain_layouts(call: AttentionCall) -> AttentionCall:
+    """The call with the layouts kernels rely on: adjacent columns in q, k, v, and small tensors contiguous."""
+
+    def contiguous(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
+
+    return replace(
+        call,
+        query=_unit_stride(call.query),
+        key=_unit_stride(call.key),
+        value=_unit_stride(call.value),
+        query_segments=contiguous(call.query_segments),
+        key_segments=contiguous(call.key_segments),
+        key_lengths=contiguous(call.key_lengths),
+        alibi_slopes=contiguous(call.alibi_slopes),
+        sinks=contiguous(call.sinks),
+    )
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
