@@ -1,0 +1,61 @@
+// A softmax along the rows of an accumulator that sees its columns block by block.
+#pragma once
+
+#include "fragment.cuh"
+
+namespace fastattn {
+
+// tanh(x) to the accuracy of exp2_approx, three special functions in all: tanh_approx is too coarse for a softcap.
+FASTATTN_DEVICE float tanh_exact(float x) {
+  return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * kLog2E * x));
+}
+
+// Running maximum and sum of the two rows a thread shares with its quad. With `factor` > 0, the scores' factor times
+// log2(e), row r has seen columns whose probabilities relative to 2**row_max_log2[r] sum to row_sum[r], of which each
+// thread of the quad holds its own columns' part. A row that has seen only -inf has row_max_log2 = -inf, row_sum = 0.
+struct OnlineSoftmax {
+  float row_max_log2[2] = {negative_infinity(), negative_infinity()};
+  float row_sum[2] = {0.0f, 0.0f};
+
+  // Turns a block of scores into probabilities; what was summed before them is to be multiplied by rescale[r].
+  template <int N>
+  FASTATTN_DEVICE void update(float (&scores)[N], float factor, float (&rescale)[2]) {
+    float block_max[2] = {negative_infinity(), negative_infinity()};
+#pragma unroll
+    for (int i = 0; i < N; ++i) block_max[fragment_half(i)] = maximum(block_max[fragment_half(i)], scores[i]);
+    float base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float new_max = maximum(row_max_log2[r], quad_max(block_max[r]) * factor);
+      base[r] = new_max == negative_infinity() ? 0.0f : new_max;  // -inf minus -inf is NaN, minus 0 it stays
+      rescale[r] = exp2_approx(row_max_log2[r] - base[r]);
+      row_max_log2[r] = new_max;
+      row_sum[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int r = fragment_half(i);
+      scores[i] = exp2_approx(scores[i] * factor - base[r]);
+      row_sum[r] += scores[i];
+    }
+  }
+
+  // Sums over the quad. Then 1 / row_sum normalises row r, 0 where nothing was seen, and lse[r] is its logarithm.
+  FASTATTN_DEVICE void finish(float (&inverse_sum)[2], float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row_sum[r] = quad_sum(row_sum[r]);
+      inverse_sum[r] = row_sum[r] == 0.0f ? 0.0f : 1.0f / row_sum[r];
+      lse[r] = (row_max_log2[r] + log2_approx(row_sum[r])) * kLn2;
+    }
+  }
+};
+
+// Multiplies the two rows of an accumulator.
+template <int N>
+FASTATTN_DEVICE void scale_rows(float (&accumulator)[N], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) accumulator[i] *= factor[fragment_half(i)];
+}
+
+}  // namespace fastattn

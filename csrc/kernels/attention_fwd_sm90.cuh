@@ -1,0 +1,379 @@
+// Attention forward for Hopper: persistent blocks of one copying and two or three multiplying warpgroups.
+#pragma once
+
+#include "../device/online_softmax.cuh"
+#include "../device/panel.cuh"
+#include "../device/pipeline.cuh"
+#include "attention_schedule.cuh"
+#include "attention_sequence.cuh"
+
+namespace fastattn {
+
+constexpr int kWarpgroupRows = 64;
+constexpr uint32_t kMaxSharedBytes = 232448;  // of a block on sm_90
+
+// The shape of one instantiation: tiles of kBlockM queries, 64 per consumer warpgroup, by kBlockN keys. Head dims up to
+// kHeadDim are served: the copy engine reads zeros for the columns that are missing, and does not write them.
+template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_, bool kSoftcap_>
+struct ForwardShape {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kBlockM_;
+  static constexpr int kBlockN = kBlockN_;
+  static constexpr bool kSoftcap = kSoftcap_;
+
+  static constexpr int kStages = 2;
+  static constexpr int kConsumers = kBlockM / kWarpgroupRows;
+  static constexpr int kConsumerArrivals = kConsumers * 4;  // one per warp
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  // Of 64 Ki registers: the consumers take what the producer gives up.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  // Above 128 columns the products of a tile take so much longer than its softmax that turns only cost.
+  static constexpr bool kTakesTurns = kHeadDim <= 128;
+
+  static constexpr uint32_t kQueryBytes = kTileBytes<kBlockM, kHeadDim>;
+  static constexpr uint32_t kKeyBytes = kTileBytes<kBlockN, kHeadDim>;
+  static constexpr uint32_t kRingBytes = 2 * kStages * kKeyBytes;
+  static constexpr uint32_t kOtherBytes = 1024 + 256;  // to align the tiles, and the barriers
+  // Where there is room, the result has memory of its own and the next queries arrive while it is written; elsewhere it
+  // takes the place of the queries.
+  static constexpr bool kOwnOut = 2 * kQueryBytes + kRingBytes + kOtherBytes <= kMaxSharedBytes;
+  static constexpr uint32_t kKeysAt = (kOwnOut ? 2 : 1) * kQueryBytes;
+  static constexpr uint32_t kValuesAt = kKeysAt + kStages * kKeyBytes;
+  static constexpr uint32_t kBarriersAt = kKeysAt + kRingBytes;
+  static constexpr uint32_t kSharedBytes = kBarriersAt + kOtherBytes;
+
+  static_assert(kHeadDim % kPanelColumns == 0 && kBlockM % kWarpgroupRows == 0 && kBlockN % 16 == 0);
+  static_assert(kConsumers == 2 || kConsumers == 3);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+};
+
+struct ForwardMaps {
+  CUtensorMap q;    // (D, Sq, H, B) fastest first, packed (D, T, H, 1); boxes of 64 columns, kBlockM rows
+  CUtensorMap k;    // (D, Sk, Hkv, B), packed (D, Tk, Hkv, 1); boxes of 64 columns, kBlockN rows
+  CUtensorMap v;    // the same
+  CUtensorMap out;  // as q; boxes of 64 columns, 64 rows
+};
+
+// The block's shared memory. Tiles are panels of 64 columns, one after the other.
+template <class Shape>
+struct ForwardShared {
+  struct Barriers {
+    Pipeline<1> queries;
+    Pipeline<Shape::kStages> keys;
+    Pipeline<Shape::kStages> values;
+    Mbarrier landed;  // the producer's own, for values it has to edit
+  };
+  static_assert(sizeof(Barriers) <= 256);
+
+  unsigned char* base;  // a multiple of 1024
+
+  FASTATTN_DEVICE unsigned char* queries() const { return base; }
+  FASTATTN_DEVICE unsigned char* out() const { return Shape::kOwnOut ? base + Shape::kQueryBytes : base; }
+  FASTATTN_DEVICE unsigned char* keys(int stage) const { return base + Shape::kKeysAt + stage * Shape::kKeyBytes; }
+  FASTATTN_DEVICE unsigned char* values(int stage) const { return base + Shape::kValuesAt + stage * Shape::kKeyBytes; }
+  FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
+};
+
+// The warp that fills shared memory: per tile its queries, then its key and value blocks from the last to the first.
+template <class Shape>
+struct ForwardProducer {
+  using Shared = ForwardShared<Shape>;
+  using Ring = Pipeline<Shape::kStages>;
+
+  const ForwardMaps& maps;
+  const AttentionParams& params;
+  Shared shared;
+  bool issues = elect_one();  // the lane that speaks for the warp
+  Pipeline<1>::State query_state = {};
+  typename Ring::State ring_state = {};  // keys and values go round together
+  uint32_t landed_parity = 0;
+
+  FASTATTN_DEVICE void run(const TileSchedule& schedule) {
+    typename Shared::Barriers& barriers = shared.barriers();
+    for (int round = 0, number; (number = tile_of_round(round)) < schedule.num_tiles; ++round) {
+      const Tile tile = tile_at(schedule, number);
+      const int head = tile.plane % params.num_heads;
+      const int kv_head = head / (params.num_heads / params.num_kv_heads);
+      const Sequence sequence = sequence_of(params, tile.plane / params.num_heads);
+      const int first_query = tile.query_block * Shape::kBlockM;
+      if (first_query >= sequence.seen.num_queries) continue;
+
+      barriers.queries.wait_empty(query_state);
+      load<Shape::kBlockM>(shared.queries(), maps.q, barriers.queries.full[0], sequence.query_start + first_query, head,
+                           sequence.batch);
+      query_state.advance();
+      const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query);
+      for (int block = blocks.end - 1; block >= blocks.begin; --block) {
+        const int stage = ring_state.stage;
+        const int first_row = sequence.key_start + block * Shape::kBlockN;
+        barriers.keys.wait_empty(ring_state);
+        load<Shape::kBlockN>(shared.keys(stage), maps.k, barriers.keys.full[stage], first_row, kv_head, sequence.batch);
+        barriers.values.wait_empty(ring_state);
+        const int keys_here = sequence.seen.num_keys - block * Shape::kBlockN;
+        if (keys_here < Shape::kBlockN && sequence.key_start + sequence.seen.num_keys < params.total_k) {
+          load_values_zeroed_from(keys_here, first_row, kv_head, sequence.batch);
+        } else {
+          load<Shape::kBlockN>(shared.values(stage), maps.v, barriers.values.full[stage], first_row, kv_head,
+                               sequence.batch);
+        }
+        ring_state.advance();
+      }
+    }
+  }
+
+  // Starts filling a tile of kRows rows.
+  template <int kRows>
+  FASTATTN_DEVICE void load(unsigned char* tile, const CUtensorMap& map, Mbarrier& full, int row, int head, int batch) {
+    if (!issues) return;
+    mbarrier_arrive_expect_tx(&full, kTileBytes<kRows, Shape::kHeadDim>);
+    load_tile<kRows, Shape::kHeadDim>(tile, &map, &full, row, head, batch);
+  }
+
+  // Fills a tile of values of which rows from keys_here on exist in memory but not for this sequence. Their
+  // probabilities are 0, but 0 times a NaN is NaN: the warp clears them before the consumers see the tile.
+  FASTATTN_DEVICE void load_values_zeroed_from(int keys_here, int row, int head, int batch) {
+    unsigned char* tile = shared.values(ring_state.stage);
+    load<Shape::kBlockN>(tile, maps.v, shared.barriers().landed, row, head, batch);
+    mbarrier_wait(&shared.barriers().landed, landed_parity);
+    landed_parity ^= 1;
+    zero_rows<Shape::kBlockN, Shape::kHeadDim>(tile, keys_here);
+    fence_proxy_async();
+    warp_sync();
+    if (issues) mbarrier_arrive(&shared.barriers().values.full[ring_state.stage]);
+  }
+};
+
+// A warpgroup that owns 64 queries of each tile: their scores, their running softmax and their rows of the result.
+//
+// The scores of a block are issued before the product of the previous block's probabilities with its values, so that
+// the tensor cores have the one to do while the softmax of the other runs; and the warpgroups take turns in issuing, so
+// that one's softmax falls into the other's products.
+template <class Shape>
+struct ForwardConsumer {
+  using Element = typename Shape::Element;
+  using Ring = Pipeline<Shape::kStages>;
+
+  const ForwardMaps& maps;
+  const AttentionParams& params;
+  ForwardShared<Shape> shared;
+  int group;   // which 64 rows of the tile
+  int thread;  // within the warpgroup
+  Pipeline<1>::State query_state = {};
+  typename Ring::State key_state = {};
+  typename Ring::State value_state = {};
+
+  OnlineSoftmax softmax = {};
+  float scores[Shape::kBlockN / 2];            // 64 x kBlockN: of the block in hand, then its probabilities
+  uint32_t probs[Shape::kBlockN / 16][4] = {};  // the same, rounded, as operands of the next product
+  float out[Shape::kHeadDim / 2];              // 64 x kHeadDim
+
+  FASTATTN_DEVICE void run(const TileSchedule& schedule) {
+    if (Shape::kTakesTurns && group == Shape::kConsumers - 1) pass_turn();
+    for (int round = 0, number; (number = tile_of_round(round)) < schedule.num_tiles; ++round) {
+      const Tile tile = tile_at(schedule, number);
+      const Sequence sequence = sequence_of(params, tile.plane / params.num_heads);
+      const int first_query = tile.query_block * Shape::kBlockM;
+      if (first_query >= sequence.seen.num_queries) continue;
+      const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query);
+      attend(sequence.seen, blocks, first_query + group * kWarpgroupRows);
+      store(sequence, tile.plane % params.num_heads, first_query + group * kWarpgroupRows);
+      query_state.advance();
+    }
+    if (Shape::kTakesTurns && group == 0) await_turn();  // the last one passed has no other taker
+    if (thread == 0) bulk_wait<0>();
+  }
+
+  // The unnormalised result of the queries from `query` on.
+  FASTATTN_DEVICE void attend(const Visibility& seen, const BlockRange& blocks, int query) {
+    auto& barriers = shared.barriers();
+    softmax = {};
+#pragma unroll
+    for (int i = 0; i < Shape::kHeadDim / 2; ++i) out[i] = 0.0f;
+    barriers.queries.wait_full(query_state);
+    if (!blocks.empty()) {
+      barriers.keys.wait_full(key_state);
+      multiply_keys();
+      wgmma_wait<0>();
+      pin_registers(scores);
+      release(barriers.keys, key_state);
+      float rescale[2];
+      weigh<true>(seen, query, blocks.end - 1, rescale);
+      to_operand<Element>(scores, probs);
+      int block = blocks.end - 2;
+      for (; block >= blocks.whole_end; --block) step<true>(seen, query, block);
+      for (; block >= blocks.whole_begin; --block) step<false>(seen, query, block);
+      for (; block >= blocks.begin; --block) step<true>(seen, query, block);
+    }
+    if (Shape::kOwnOut) release_queries();
+    if (!blocks.empty()) {
+      barriers.values.wait_full(value_state);
+      multiply_values();
+      wgmma_wait<0>();
+      pin_registers(out);
+      release(barriers.values, value_state);
+    }
+  }
+
+  // The scores of this block and the result of the one before it.
+  template <bool kMasked>
+  FASTATTN_DEVICE void step(const Visibility& seen, int query, int block) {
+    auto& barriers = shared.barriers();
+    barriers.keys.wait_full(key_state);
+    if (Shape::kTakesTurns) await_turn();
+    multiply_keys();
+    barriers.values.wait_full(value_state);
+    multiply_values();
+    if (Shape::kTakesTurns) pass_turn();
+    wgmma_wait<1>();
+    pin_registers(scores);
+    release(barriers.keys, key_state);
+    float rescale[2];
+    weigh<kMasked>(seen, query, block, rescale);
+    wgmma_wait<0>();
+    pin_registers(out);
+    release(barriers.values, value_state);
+    scale_rows(out, rescale);
+    to_operand<Element>(scores, probs);
+  }
+
+  // Starts scores = q k^T.
+  FASTATTN_DEVICE void multiply_keys() {
+    pin_registers(scores);
+    wgmma_fence();
+    multiply_transposed<Element, Shape::kBlockM, Shape::kBlockN, Shape::kHeadDim>(
+        scores, shared.queries(), group * kWarpgroupRows, shared.keys(key_state.stage));
+    wgmma_commit();
+  }
+
+  // Starts out += probs v.
+  FASTATTN_DEVICE void multiply_values() {
+    pin_registers(out);
+    wgmma_fence();
+    multiply_add<Element, Shape::kBlockN>(out, probs, shared.values(value_state.stage));
+    wgmma_commit();
+  }
+
+  // Turns products into scores and these into probabilities.
+  template <bool kMasked>
+  FASTATTN_DEVICE void weigh(const Visibility& seen, int query, int block, float (&rescale)[2]) {
+    float factor = params.scale * kLog2E;
+    if (Shape::kSoftcap) {
+      const float into_cap = params.scale / params.softcap;
+#pragma unroll
+      for (int i = 0; i < Shape::kBlockN / 2; ++i) scores[i] = tanh_exact(scores[i] * into_cap);
+      factor = params.softcap * kLog2E;
+    }
+    if (kMasked) mask_scores(scores, seen, thread, query, block * Shape::kBlockN);
+    softmax.update(scores, factor, rescale);
+  }
+
+  // Writes the rows from `query` on: through shared memory, then by the copy engine, which stops at the tensor's end;
+  // where another sequence follows, row by row.
+  FASTATTN_DEVICE void store(const Sequence& sequence, int head, int query) {
+    float inverse_sum[2], lse[2];
+    softmax.finish(inverse_sum, lse);
+    scale_rows(out, inverse_sum);
+    const int rows_here = sequence.seen.num_queries - query;
+    const int64_t row = sequence.query_start + query;
+    store_lse(lse, sequence.batch, head, row, rows_here);
+
+    if (Shape::kOwnOut && thread == 0) bulk_wait_read<0>();
+    warpgroup_sync();
+    store_fragment<Element, Shape::kBlockM>(shared.out(), group * kWarpgroupRows + thread / kWarpThreads * 16, out);
+    fence_proxy_async();
+    warpgroup_sync();
+    if (rows_here >= kWarpgroupRows || row + rows_here == params.total_q) {
+      if (thread == 0) {
+        for (int column = 0; column < Shape::kHeadDim; column += kPanelColumns) {
+          tma_store_4d(&maps.out, shared.out() + tile_offset<Shape::kBlockM>(group * kWarpgroupRows, column), column,
+                       static_cast<int>(row), head, sequence.batch);
+        }
+        bulk_commit();
+        if (!Shape::kOwnOut) bulk_wait_read<0>();
+      }
+    } else {
+      store_rows(sequence.batch, head, row, rows_here);
+    }
+    if (!Shape::kOwnOut) {
+      warpgroup_sync();
+      release_queries();
+    }
+  }
+
+  FASTATTN_DEVICE void store_lse(const float (&lse)[2], int batch, int head, int64_t row, int rows_here) {
+    if (thread % 4 != 0) return;
+    float* first = params.lse + batch * params.lse_strides.batch + head * params.lse_strides.head + row;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = fragment_row(thread) + 8 * half;
+      if (r < rows_here) first[r] = lse[half];
+    }
+  }
+
+  FASTATTN_DEVICE void store_rows(int batch, int head, int64_t row, int rows_here) {
+    constexpr int kColumnsPerStore = 16 / sizeof(Element);
+    constexpr int kStoresPerRow = Shape::kHeadDim / kColumnsPerStore;
+    Element* first = static_cast<Element*>(params.out) + batch * params.out_strides.batch +
+                     head * params.out_strides.head + row * params.out_strides.row;
+    for (int i = thread; i < kWarpgroupRows * kStoresPerRow; i += kWarpgroupThreads) {
+      const int r = i / kStoresPerRow;
+      const int column = i % kStoresPerRow * kColumnsPerStore;
+      if (r >= rows_here || column >= params.head_dim) continue;
+      const unsigned char* source = shared.out() + tile_offset<Shape::kBlockM>(group * kWarpgroupRows + r, column);
+      st_global_16(first + r * params.out_strides.row + column, ld_shared(reinterpret_cast<const uint4*>(source)));
+    }
+  }
+
+  // One arrival per warp, whose reads its last wait has seen finished.
+  template <int kStages>
+  FASTATTN_DEVICE void release(Pipeline<kStages>& pipeline, PipelineState<kStages>& state) {
+    if (thread % kWarpThreads == 0) pipeline.release(state);
+    state.advance();
+  }
+
+  FASTATTN_DEVICE void release_queries() {
+    if (thread % kWarpThreads == 0) shared.barriers().queries.release(query_state);
+  }
+
+  // Named barriers 1 .. 3: the turn of each warpgroup, given by the one before it; 4 .. 6: its own threads.
+  FASTATTN_DEVICE void await_turn() { named_barrier_sync(1 + group, 2 * kWarpgroupThreads); }
+  FASTATTN_DEVICE void pass_turn() {
+    named_barrier_arrive(1 + (group + 1) % Shape::kConsumers, 2 * kWarpgroupThreads);
+  }
+  FASTATTN_DEVICE void warpgroup_sync() { named_barrier_sync(4 + group, kWarpgroupThreads); }
+};
+
+// out = softmax(scores) v and lse = logsumexp(scores), where scores = scale q k^T, capped and masked as params say.
+//
+// A block owns one tile of queries at a time and walks through the tiles in the schedule's order. Warpgroup 0 gives up
+// its registers; its first warp keeps the copy engine busy. The others own 64 queries of the tile each. Queries, keys
+// and values reach them through pipelines in shared memory. Bits depend on a tile's own data only, not on the block.
+template <class Shape>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
+    attention_fwd_sm90(FASTATTN_GRID_CONSTANT const ForwardMaps maps,
+                       FASTATTN_GRID_CONSTANT const AttentionParams params,
+                       FASTATTN_GRID_CONSTANT const TileSchedule schedule) {
+  const ForwardShared<Shape> shared = {align_shared<1024>(dynamic_shared_memory())};
+  if (thread_index() == 0) {
+    auto& barriers = shared.barriers();
+    barriers.queries.init(Shape::kConsumerArrivals);
+    barriers.keys.init(Shape::kConsumerArrivals);
+    barriers.values.init(Shape::kConsumerArrivals);
+    mbarrier_init(&barriers.landed, 1);
+    fence_barrier_init();
+  }
+  block_sync();
+
+  const int warpgroup = warpgroup_index();
+  if (warpgroup == 0) {
+    decrease_registers<Shape::kProducerRegisters>();
+    if (warp_index() == 0) ForwardProducer<Shape>{maps, params, shared}.run(schedule);
+  } else {
+    increase_registers<Shape::kConsumerRegisters>();
+    ForwardConsumer<Shape>{maps, params, shared, warpgroup - 1, thread_index() % kWarpgroupThreads}.run(schedule);
+  }
+}
+
+}  // namespace fastattn
