@@ -107,6 +107,15 @@ FASTATTN_DEVICE void pin_registers(uint32_t (&registers)[Count]) {
 #endif
 }
 
+// The value, of an origin hidden from the compiler: what is computed from it is computed where it is used, rather than
+// ahead of a loop that needs the registers.
+FASTATTN_DEVICE int recomputed(int value) {
+#if !defined(FASTATTN_EMULATION)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // Byte offset of (row, column) of 16-bit elements within a panel of 64-element rows under the 128-byte swizzle; the
 // panel begins at a multiple of 1024.
 FASTATTN_HOST_DEVICE uint32_t swizzled_offset(uint32_t row, uint32_t column) {

@@ -317,7 +317,7 @@ struct ForwardConsumer {
     constexpr int kStoresPerRow = Shape::kHeadDim / kColumnsPerStore;
     Element* first = static_cast<Element*>(params.out) + batch * params.out_strides.batch +
                      head * params.out_strides.head + row * params.out_strides.row;
-    for (int i = thread; i < kWarpgroupRows * kStoresPerRow; i += kWarpgroupThreads) {
+    for (int i = recomputed(thread); i < kWarpgroupRows * kStoresPerRow; i += kWarpgroupThreads) {
       const int r = i / kStoresPerRow;
       const int column = i % kStoresPerRow * kColumnsPerStore;
       if (r >= rows_here || column >= params.head_dim) continue;
