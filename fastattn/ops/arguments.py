@@ -161,23 +161,23 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name}: got {tensor.dtype}, needs float16, bfloat16, float32 or float64")
         check_device(name, tensor, query)
+    dtype = query.dtype
+    (batch, heads, _, head_dim), (_, kv_heads, seqlen_k, key_dim) = query.shape, key.shape
+    _, value_heads, value_length, value_dim = value.shape
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(
-                f"{name}: got {tensor.dtype}, needs the query's {query.dtype}; cast it or use autocast"
-            )
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(f"{name}: got batch size {tensor.shape[0]}, needs the query's {query.shape[0]}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key: got head dim {key.shape[3]}, needs the query's {query.shape[3]}")
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"value: got {value.shape[1]} heads, needs the key's {key.shape[1]}")
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(f"value: got length {value.shape[2]}, needs the key's {key.shape[2]}")
-    heads, kv_heads = query.shape[1], key.shape[1]
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, needs the query's {dtype}; cast it or use autocast")
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name}: got batch size {tensor.shape[0]}, needs the query's {batch}")
+    if key_dim != head_dim:
+        raise ValueError(f"key: got head dim {key_dim}, needs the query's {head_dim}")
+    if value_heads != kv_heads:
+        raise ValueError(f"value: got {value_heads} heads, needs the key's {kv_heads}")
+    if value_length != seqlen_k:
+        raise ValueError(f"value: got length {value_length}, needs the key's {seqlen_k}")
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"key: got {kv_heads} heads, which does not divide the query's {heads}")
-    for name, dim in (("query", query.shape[3]), ("value", value.shape[3])):
+    for name, dim in (("query", head_dim), ("value", value_dim)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: got head dim {dim}, needs 1 to {MAX_HEAD_DIM}")
 
@@ -273,7 +273,9 @@ def is_integer(number: Any) -> bool:
 
 def is_number(number: Any) -> bool:
     """A Python, numpy or symbolic real number; not a bool."""
-    return is_integer(number) or isinstance(number, (float, numbers.Real, torch.SymFloat))
+    return (
+        isinstance(number, float) or is_integer(number) or isinstance(number, (numbers.Real, torch.SymFloat))
+    )
 
 
 def _finite(number: float) -> bool:

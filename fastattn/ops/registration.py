@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import (
     DispatchKey,
     DispatchKeySet,
+    _any_requires_grad,
     _dispatch_keys,
     _dispatch_tls_local_include_set,
     _len_torch_function_stack,
@@ -41,8 +42,8 @@ _PLAIN_TENSOR = {
 
 
 def unwatched(args: Iterable[Any]) -> bool:
-    """Whether nothing would notice that an op's kernel is called past the dispatcher: no gradient is wanted, no mode,
-    transform, trace or profiler is active, and every tensor is a plain one."""
+    """Whether nothing but autograd would notice that an op's kernel is called past the dispatcher: no mode, transform,
+    trace or profiler is active, and every tensor is a plain one."""
     if (
         torch.compiler.is_compiling()
         or _dispatch_tls_local_include_set().raw_repr() not in _NO_MODE
@@ -50,23 +51,32 @@ def unwatched(args: Iterable[Any]) -> bool:
         or _profiler_enabled()
     ):
         return False
-    grad = torch.is_grad_enabled()
     for arg in args:
         if arg is None:
             continue
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if (grad and arg.requires_grad) or _dispatch_keys(arg).raw_repr() not in _PLAIN_TENSOR:
+            if _dispatch_keys(arg).raw_repr() not in _PLAIN_TENSOR:
                 return False
         elif isinstance(arg, Tensor):
             return False
     return True
 
 
-def define(library: torch.library.Library, name: str, schema: str, kernel: Kernel, fake: Kernel) -> Kernel:
-    """Register an op without a gradient, and return the function that calls it.
+def define(
+    library: torch.library.Library,
+    name: str,
+    schema: str,
+    kernel: Kernel,
+    fake: Kernel,
+    gradient: tuple[Kernel, Kernel] | None = None,
+) -> Kernel:
+    """Register an op, its fake implementation and its gradient; return the function that calls it.
 
-    That calls the kernel itself where it is `unwatched`: the dispatcher costs as much as attention of one query.
+    That calls the kernel itself where it is `unwatched`: the dispatcher costs as much as attention of one query, and
+    its autograd several times that.
+
+    gradient: keep(ctx, inputs, output), and backward(ctx, *grads) -> a gradient or None for every input.
     """
 
     def run(*args: Any) -> Any:
@@ -78,10 +88,26 @@ def define(library: torch.library.Library, name: str, schema: str, kernel: Kerne
     library.define(f"{name}{schema}")
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=library)
-    op = getattr(torch.ops.fastattn, name).default
+    op = recorded = getattr(torch.ops.fastattn, name).default
+    if gradient is not None:
+        keep, backward = gradient
+        torch.library.register_autograd(f"fastattn::{name}", backward, setup_context=keep, lib=library)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = run(*args)
+            keep(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function: Any = type(name, (torch.autograd.Function,), methods)
+        recorded = function.apply
 
     def call(*args: Any) -> Any:
-        return run(*args) if unwatched(args) else op(*args)
+        if not unwatched(args):
+            return op(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return recorded(*args)
+        return run(*args)
 
     return call
 
@@ -120,11 +146,8 @@ def define_with_gradient(
         sources = {name: inputs[position] for name, position in differentiable.items()}
         return wanted_or_empty(_fake_grads(sources, needs), needs, inputs[positions[0]])
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save_inputs(ctx, inputs, output if keeps_results else ())
-
-    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        save_inputs(ctx, inputs, ())
 
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, kept_results = saved(ctx)
@@ -155,9 +178,6 @@ def define_with_gradient(
         at = (*range(len(cotangents)), *(lead + position for position in positions))
         return tuple(at_positions(len(inputs), at, found, (True,) * len(found)))
 
-    call_forward = define(
-        library, names[0], f"({schema}, str backend) -> ({returned})", forward, forward_fake
-    )
     call_backward = define(
         library,
         names[1],
@@ -165,10 +185,16 @@ def define_with_gradient(
         f" -> ({', '.join(['Tensor'] * len(positions))})",
         backward,
         backward_fake,
+        (keep_inputs, second_gradient),
     )
-    for name, rule, keep in zip(names, (gradient, second_gradient), (setup, setup_backward)):
-        torch.library.register_autograd(f"fastattn::{name}", rule, setup_context=keep, lib=library)
-    return call_forward
+    return define(
+        library,
+        names[0],
+        f"({schema}, str backend) -> ({returned})",
+        forward,
+        forward_fake,
+        (keep, gradient),
+    )
 
 
 def _fake_grads(sources: dict[str, Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
@@ -180,6 +206,11 @@ def _fake_grads(sources: dict[str, Tensor], needs: Iterable[bool]) -> Iterator[T
             yield empty_in_order(source, tuple(source.shape))
         else:
             yield source.new_empty(source.shape)
+
+
+def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep every input of an op for its backward."""
+    save_inputs(ctx, inputs, ())
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], results: Sequence[Tensor]) -> None:

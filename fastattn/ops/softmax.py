@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn import backends, reference_losses
 from fastattn.ops import arguments, composite
+from fastattn.ops.registration import define
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
 
@@ -52,7 +53,7 @@ def softmax(
         return _composite(*args)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
-    result: Tensor = torch.ops.fastattn.softmax_fwd(*args, backend)
+    result: Tensor = _run(*args, backend)
     return result
 
 
@@ -126,16 +127,6 @@ def _spec(call: SoftmaxCall) -> SoftmaxSpec:
     )
 
 
-_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-_LIBRARY.define(
-    "softmax_fwd(Tensor x, Tensor? mask, int dim, float scale, bool causal, bool log, ScalarType dtype, str backend)"
-    " -> Tensor"
-)
-_LIBRARY.define(
-    "softmax_bwd(Tensor dout, Tensor out, int dim, float scale, bool log, ScalarType dtype, str backend) -> Tensor"
-)
-
-
 def _softmax_fwd(*args: Any) -> Tensor:
     *call_args, backend = args
     call = SoftmaxCall(*call_args)
@@ -171,7 +162,7 @@ def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     dx = None
     if dout is not None:
-        dx = torch.ops.fastattn.softmax_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        dx = _run_backward(dout, *ctx.saved_tensors, *ctx.options)
     return (dx, *(None,) * 7)
 
 
@@ -203,15 +194,20 @@ def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     return (of_dout, -weighted * dout.sum(dim, keepdim=True), *nothing[2:])
 
 
-for _name, _kernel, _fake in (
-    ("softmax_fwd", _softmax_fwd, _softmax_fwd_fake),
-    ("softmax_bwd", _softmax_bwd, _softmax_bwd_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
-
-for _name, _setup, _gradient in (
-    ("softmax_fwd", _setup_fwd, _backward),
-    ("softmax_bwd", _setup_bwd, _double_backward),
-):
-    torch.library.register_autograd(f"fastattn::{_name}", _gradient, setup_context=_setup, lib=_LIBRARY)
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_run_backward = define(
+    _LIBRARY,
+    "softmax_bwd",
+    "(Tensor dout, Tensor out, int dim, float scale, bool log, ScalarType dtype, str backend) -> Tensor",
+    _softmax_bwd,
+    _softmax_bwd_fake,
+    (_setup_bwd, _double_backward),
+)
+_run = define(
+    _LIBRARY,
+    "softmax_fwd",
+    "(Tensor x, Tensor? mask, int dim, float scale, bool causal, bool log, ScalarType dtype, str backend) -> Tensor",
+    _softmax_fwd,
+    _softmax_fwd_fake,
+    (_setup_fwd, _backward),
+)
