@@ -472,7 +472,7 @@ def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
             out = out * torch.exp(lse - total)[..., None] + tile_out * torch.exp(tile_lse - total)[..., None]
             lse = total
     assert out is not None
-    return out.to(part.query.dtype), lse
+    return (out if out.dtype == part.query.dtype else out.to(part.query.dtype)), lse
 
 
 def _kv_head_chunks(part: _Part, tile: Tile) -> Iterator[slice]:
