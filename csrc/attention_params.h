@@ -51,4 +51,22 @@ struct AttentionParams {
   float softcap;     // then softcap * tanh(score / softcap); 0 for none
 };
 
+// What the backward needs beside the call. Gradients have the shapes of what they are the gradients of.
+struct AttentionBackwardParams {
+  AttentionParams call;
+  const void* dout;   // (B, H, Sq, D), packed (H, T, D)
+  const float* dlse;  // (B, H, Sq), packed (H, T), with the strides of lse; or null
+  void* dq;           // (B, H, Sq, D), packed (H, T, D)
+  void* dk;           // (B, Hkv, Sk, D), packed (Hkv, Tk, D)
+  void* dv;           // (B, Hkv, Sk, D), packed (Hkv, Tk, D)
+  Strides dout_strides;
+  Strides dq_strides;
+  Strides dk_strides;
+  Strides dv_strides;
+
+  float* lse_log2;      // (B, H, padded_rows), packed (H, padded_rows): see kernels/attention_bwd_rows.cuh
+  float* delta;         // the same
+  int64_t padded_rows;  // a multiple of kRowBlock: Sq rounded up, packed (T / kRowBlock + B) * kRowBlock
+};
+
 }  // namespace fastattn

@@ -1,0 +1,88 @@
+// Tiles of 16-bit values in shared memory as the tensor cores read them: panels of 64 columns, one after the other, a
+// panel's rows 128 bytes each under the 128-byte swizzle. Tiles begin at multiples of 1024 bytes.
+#pragma once
+
+#include "copy.cuh"
+#include "fragment.cuh"
+#include "sync.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace fastattn {
+
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+
+// Bytes of a tile. kColumns is a multiple of 64, kRows of 8.
+template <int kRows, int kColumns>
+constexpr uint32_t kTileBytes = kRows * kColumns * 2;
+
+// Byte offset of (row, column) in a tile of kRows.
+template <int kRows>
+FASTATTN_DEVICE uint32_t tile_offset(int row, int column) {
+  return column / kPanelColumns * (kRows * kPanelRowBytes) + swizzled_offset(row, column % kPanelColumns);
+}
+
+// Starts copying kRows rows of one head from `row` on, all columns, to a tile. One thread calls it.
+template <int kRows, int kColumns>
+FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* barrier, int row, int head, int batch) {
+#pragma unroll
+  for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
+    tma_load_4d(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes, map, barrier,
+                panel * kPanelColumns, row, head, batch);
+  }
+}
+
+// Zeroes the rows of a tile from `first_row` on. A whole warp calls it, then it orders the tensor cores' reads behind
+// the zeros with fence_proxy_async.
+template <int kRows, int kColumns>
+FASTATTN_DEVICE void zero_rows(void* tile, int first_row) {
+  constexpr int kChunks = kPanelRowBytes / 16;
+  for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
+    uint4* rows = reinterpret_cast<uint4*>(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes);
+    for (int chunk = first_row * kChunks + lane_index(); chunk < kRows * kChunks; chunk += kWarpThreads) {
+      st_shared(&rows[chunk], make_uint4(0, 0, 0, 0));
+    }
+  }
+}
+
+// Starts acc (+)= A B^T over kDepth columns: A is 64 rows, from `row` on, of a tile of kRowsA, B all rows of a tile of
+// kRowsB.
+template <class T, int kRowsA, int kRowsB, int kDepth, int Accumulators>
+FASTATTN_DEVICE void multiply_transposed(float (&acc)[Accumulators], const void* a, int row, const void* b) {
+  static_assert(2 * Accumulators == kRowsB);
+  const uint64_t first_a = wgmma_descriptor(static_cast<const unsigned char*>(a) + row * kPanelRowBytes);
+  const uint64_t first_b = wgmma_descriptor(b);
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    const uint32_t within = step % 4 * 32;
+    wgmma<T>(acc, advance_descriptor(first_a, step / 4 * kRowsA * kPanelRowBytes + within),
+             advance_descriptor(first_b, step / 4 * kRowsB * kPanelRowBytes + within), step > 0);
+  }
+}
+
+// Starts acc += A B: A is 64 x kRowsB in registers, B a tile of kRowsB rows and 2 * Accumulators columns.
+template <class T, int kRowsB, int Accumulators, int Steps>
+FASTATTN_DEVICE void multiply_add(float (&acc)[Accumulators], const uint32_t (&a)[Steps][4], const void* b) {
+  static_assert(16 * Steps == kRowsB);
+  const uint64_t first_b = wgmma_descriptor(b, kRowsB * kPanelRowBytes);
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    wgmma<T, Operand::kAcrossK>(acc, a[step], advance_descriptor(first_b, step * 16 * kPanelRowBytes), true);
+  }
+}
+
+// Writes a warp's 16 rows of a 64 x N accumulator, rounded to T, to the rows of a tile of kRows from `row` on.
+template <class T, int kRows, int Accumulators>
+FASTATTN_DEVICE void store_fragment(void* tile, int row, const float (&acc)[Accumulators]) {
+  uint32_t operand[Accumulators / 8][4];
+  to_operand<T>(acc, operand);
+  const int lane = recomputed(lane_index());
+#pragma unroll
+  for (int step = 0; step < Accumulators / 8; ++step) {
+    const uint32_t offset = tile_offset<kRows>(row + lane % 16, step * 16 + lane / 16 * 8);
+    stmatrix_x4(static_cast<unsigned char*>(tile) + offset, operand[step]);
+  }
+}
+
+}  // namespace fastattn
