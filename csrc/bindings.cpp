@@ -1,0 +1,27 @@
+// What Python sees of the extension.
+#include <torch/csrc/utils/pybind.h>
+
+#include "api.h"
+
+extern "C" const char fastattn_build_info[];
+
+namespace py = pybind11;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CUDA kernels of fastattn; call them through fastattn's own functions.";
+  m.attr("build_info") = py::str(fastattn_build_info);
+
+  m.def("softmax_forward", &fastattn::softmax_forward, release_gil(), py::arg("x"), py::arg("mask"), py::arg("dim"),
+        py::arg("scale"), py::arg("causal"), py::arg("log"), py::arg("dtype"));
+  m.def("softmax_backward", &fastattn::softmax_backward, release_gil(), py::arg("dout"), py::arg("out"),
+        py::arg("dim"), py::arg("scale"), py::arg("log"), py::arg("dtype"));
+  m.def("softmax_plan", &fastattn::softmax_plan, py::arg("columns"), py::arg("element_size"),
+        py::arg("backward") = false, py::arg("clusters") = false);
+
+  m.def("cross_entropy_forward", &fastattn::cross_entropy_forward, release_gil(), py::arg("logits"),
+        py::arg("target"), py::arg("ignore_index") = -100, py::arg("label_smoothing") = 0.0);
+  m.def("cross_entropy_backward", &fastattn::cross_entropy_backward, release_gil(), py::arg("dlosses"),
+        py::arg("norms"), py::arg("logits"), py::arg("target"), py::arg("ignore_index") = -100,
+        py::arg("label_smoothing") = 0.0, py::arg("out") = py::none());
+}

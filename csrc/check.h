@@ -1,0 +1,47 @@
+// What host code checks: arguments, with the name, what it got and what it needs, and launches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <cuda_runtime_api.h>
+
+namespace fastattn {
+
+inline void check_cuda(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.is_cuda(), name, ": got device ", tensor.device(), ", needs a CUDA device");
+}
+
+inline void check_same_device(const char* name, const at::Tensor& tensor, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, ": got device ", tensor.device(), ", needs ",
+                    other.device());
+}
+
+inline void check_dtype(const char* name, const at::Tensor& tensor, at::ScalarType wanted) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == wanted, name, ": got ", tensor.scalar_type(), ", needs ", wanted);
+}
+
+inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef wanted) {
+  TORCH_CHECK_VALUE(tensor.sizes() == wanted, name, ": got shape ", tensor.sizes(), ", needs ", wanted);
+}
+
+// What came of a launch; nothing is left behind for the next call to find.
+inline void check_launch(const char* kernel, cudaError_t error) {
+  if (error == cudaSuccess) {
+    return;
+  }
+  cudaGetLastError();
+  TORCH_CHECK(error != cudaErrorNoKernelImageForDevice, kernel,
+              ": the extension is not built for this GPU; `fastattn build` builds it for the GPUs present");
+  TORCH_CHECK(false, kernel, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+}
+
+// Whether the current device has thread block clusters.
+inline bool has_clusters() {
+  int device = 0;
+  int major = 0;
+  check_launch("cudaGetDevice", cudaGetDevice(&device));
+  check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,54 @@
+// From run-time dtypes to compile-time kernels. Each axis exists because the inner loop changes with it; the product of
+// the axes is what a build compiles, for each architecture:
+//
+//   softmax forward   (in, out) x held elements {8, 16, 32, none}; floats have no 32    4 + 4 + 4 + 4 + 3 = 19
+//   softmax backward  (y, dx) x held elements {8, 16, none}                             5 x 3             = 15
+//   cross-entropy     dtype x {forward, backward}                                       3 x 2             =  6
+//
+// (in, out) is one of three dtypes, or a 16-bit input with a float result, as autocast wants: 5 pairs. Scale, mask,
+// causality, log, lengths, alignment and the threads of a row are arguments: they change no instruction of the loop over
+// elements, or are tested once per 16 bytes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "device/config.cuh"
+
+namespace fastattn {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// function(Type<T>) for the T of a dtype.
+template <class Function>
+auto dispatch_dtype(const char* name, at::ScalarType dtype, Function function) {
+  switch (dtype) {
+    case at::kHalf:
+      return function(Type<half_t>());
+    case at::kBFloat16:
+      return function(Type<bfloat16_t>());
+    case at::kFloat:
+      return function(Type<float>());
+    default:
+      TORCH_CHECK_TYPE(false, name, ": got ", dtype, ", needs float16, bfloat16 or float32");
+  }
+}
+
+// function(Type<Narrow>, Type<Wide>) for a dtype of the input and that of the result or gradient, which is the same or,
+// where the input has 16 bits, float.
+template <class Function>
+auto dispatch_pair(at::ScalarType narrow, at::ScalarType wide, Function function) {
+  return dispatch_dtype("dtype", narrow, [&](auto tag) {
+    using Narrow = typename decltype(tag)::type;
+    if (wide == at::kFloat) {
+      return function(tag, Type<float>());
+    }
+    TORCH_CHECK_TYPE(wide == narrow, "dtype: got ", wide, " for ", narrow, ", needs the same or float32");
+    return function(tag, Type<Narrow>());
+  });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,128 @@
+// Cross-entropy of rows of logits z with a class each: an online pass for the loss, an elementwise one for its gradient.
+//
+//   loss = log(sum(exp(z - max))) + (1 - s) * (max - z[target]) + s * (max - mean(z))
+//   dz = dloss * (exp(z - max - log(sum)) - (1 - s) * [target] - s / classes)
+//
+// An ignored row has loss 0, no gradient, and is not read; a target that is no class gives NaN.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fastattn {
+
+constexpr int kLossThreads = 256;  // of a block of the backward
+constexpr int kLossVectors = 2;    // each of them takes
+
+// Elements of a row that a block of the backward takes.
+template <class T>
+constexpr int kLossPart = kLossThreads * kLossVectors * kVector<T>;
+
+// Parts a row is cut into; its first vector may begin before it.
+template <class T>
+FASTATTN_HOST_DEVICE int64_t loss_parts(int64_t classes) {
+  return (classes + kVector<T> - 1 + kLossPart<T> - 1) / kLossPart<T>;
+}
+
+FASTATTN_DEVICE bool is_class(int64_t target, int64_t classes) { return target >= 0 && target < classes; }
+
+FASTATTN_DEVICE float not_a_number() { return negative_infinity() - negative_infinity(); }
+
+// The loss of one row, read in steps by its threads.
+template <class T>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
+    cross_entropy_forward_kernel(const FASTATTN_GRID_CONSTANT CrossEntropyForward p,
+                                 const FASTATTN_GRID_CONSTANT RowPlan plan) {
+  constexpr int kV = kVector<T>;
+  const RowThreads mine = row_threads(plan);
+  const bool exists = mine.row < p.rows;
+  const int64_t target = exists ? p.target[mine.row] : p.ignore_index;
+  const bool kept = target != p.ignore_index;
+  const T* const z = static_cast<const T*>(p.logits) + (exists ? mine.row : 0) * p.row_stride;
+  const int shift = misalignment<kV>(z);
+  const int64_t vectors = kept ? vectors_of(p.classes, shift, kV) : 0;
+  float largest = negative_infinity();
+  float sum = 0.0f;
+  float plain_sum = 0.0f;
+#pragma unroll 2
+  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads) {
+    const int64_t first = vector * kV - shift;
+    const Packed<T, kV> raw = load_vector<true, kV>(z, first, p.classes, true, negative_infinity());
+    float new_largest = largest;
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      new_largest = maximum(new_largest, raw.value(j));
+    }
+    const float reference = finite_maximum(new_largest);
+    sum *= exponential(largest - reference);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      sum += exponential(raw.value(j) - reference);
+    }
+    if (p.smoothing != 0.0f) {
+#pragma unroll
+      for (int j = 0; j < kV; ++j) {
+        plain_sum += first + j >= 0 && first + j < p.classes ? raw.value(j) : 0.0f;
+      }
+    }
+    largest = new_largest;
+  }
+  const float row_largest = reduce_row<Maximum>(largest, mine, 0);
+  sum = sum == 0.0f ? 0.0f : sum * exponential(finite_maximum(largest) - finite_maximum(row_largest));
+  sum = reduce_row<Sum>(sum, mine, 1);
+  plain_sum = reduce_row<Sum>(plain_sum, mine, 2);
+  if (mine.thread != 0 || !exists) {
+    return;
+  }
+  const float log_sum = kept ? logf(sum) : 0.0f;
+  float loss = 0.0f;
+  if (kept) {
+    const float chosen = is_class(target, p.classes) ? to_float(z[target]) : not_a_number();
+    const float mean = plain_sum / static_cast<float>(p.classes);
+    loss = log_sum + (1.0f - p.smoothing) * (row_largest - chosen);
+    loss += p.smoothing != 0.0f ? p.smoothing * (row_largest - mean) : 0.0f;
+  }
+  p.losses[mine.row] = loss;
+  p.norms[2 * mine.row] = row_largest;
+  p.norms[2 * mine.row + 1] = log_sum;
+}
+
+// The gradient of a part of one row. A thread writes only where it alone has read: dlogits may be the logits.
+template <class T>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
+    cross_entropy_backward_kernel(const FASTATTN_GRID_CONSTANT CrossEntropyBackward p) {
+  constexpr int kV = kVector<T>;
+  const int64_t parts = loss_parts<T>(p.classes);
+  const int64_t block = block_index().x;
+  const int64_t row = block / parts;
+  const int64_t target = p.target[row];
+  const bool kept = target != p.ignore_index;
+  const T* const z = static_cast<const T*>(p.logits) + row * p.row_stride;
+  T* const dz = static_cast<T*>(p.dlogits) + row * p.dlogits_row_stride;
+  const int shift = misalignment<kV>(z);
+  const bool dz_aligned = aligned_before(dz, shift);
+  const float reference = p.norms[2 * row];
+  const float log_sum = p.norms[2 * row + 1];
+  const float dloss = kept && !is_class(target, p.classes) ? not_a_number() : p.dlosses[row];
+  const float everywhere = p.smoothing / static_cast<float>(p.classes);
+  const int64_t vector = block % parts * (kLossThreads * kLossVectors) + thread_index();
+  Packed<T, kV> raw[kLossVectors];
+#pragma unroll
+  for (int i = 0; i < kLossVectors; ++i) {
+    const int64_t first = (vector + i * kLossThreads) * kV - shift;
+    raw[i] = load_vector<false, kV>(z, first, kept ? p.classes : int64_t{0}, true, 0.0f);
+  }
+#pragma unroll
+  for (int i = 0; i < kLossVectors; ++i) {
+    const int64_t first = (vector + i * kLossThreads) * kV - shift;
+    float gradient[kV];
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      const float probability = exponential(raw[i].value(j) - reference - log_sum) - everywhere;
+      const float wanted = first + j == target ? 1.0f - p.smoothing : 0.0f;
+      gradient[j] = kept ? dloss * (probability - wanted) : 0.0f;
+    }
+    store_vector<kV>(dz, first, p.classes, dz_aligned, gradient);
+  }
+}
+
+}  // namespace fastattn

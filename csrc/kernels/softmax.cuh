@@ -1,0 +1,366 @@
+// Softmax over rows: scaled, masked, causal, or its logarithm, and its gradient.
+//
+//   y = exp(scale * x - max) / sum(exp(scale * x - max))        log: scale * x - max - log(sum)
+//   dx = scale * y * (dy - sum(y * dy))                         log: scale * (dy - exp(y) * sum(dy))
+//
+// Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. A row that keeps nothing is 0, in log -inf; where y is that constant, dx is 0.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fastattn {
+
+// The lowest `count` of V bits.
+template <int V, class Index>
+FASTATTN_DEVICE uint32_t bits_below(Index count) {
+  const int bits = count <= 0 ? 0 : (count >= V ? V : static_cast<int>(count));
+  return (1u << bits) - 1u;
+}
+
+// The columns of a row that causality leaves.
+template <class Index>
+struct KeptRange {
+  Index begin;
+  Index end;
+
+  // Whether some of V elements from `first` on are kept.
+  template <int V>
+  FASTATTN_DEVICE bool meets(Index first) const {
+    return first + V > begin && first < end;
+  }
+
+  // One bit per element from `first` on.
+  template <int V>
+  FASTATTN_DEVICE uint32_t bits(Index first) const {
+    return bits_below<V>(end - first) & ~bits_below<V>(begin - first);
+  }
+
+  FASTATTN_DEVICE bool holds(Index column) const { return column >= begin && column < end; }
+};
+
+template <class Index>
+FASTATTN_DEVICE KeptRange<Index> kept_range(const SoftmaxForward& p, const RowPosition& position) {
+  int64_t begin = 0;
+  int64_t end = p.sizes.columns;
+  if (p.causal == Causal::kColumnsAreKeys) {
+    end = smaller(end, larger(position.inner + p.shift + 1, 0));
+  }
+  if (p.causal == Causal::kColumnsAreQueries) {
+    begin = smaller(end, larger(position.inner - p.shift, 0));
+  }
+  return {static_cast<Index>(begin), static_cast<Index>(end)};
+}
+
+// One bit per element first .. first + V - 1: whether the mask keeps it. Nothing is read outside [begin, end).
+template <int V, class Index>
+FASTATTN_DEVICE uint32_t load_mask(const uint8_t* row, int64_t stride, Index first, const KeptRange<Index>& kept) {
+  if (stride == 0) {
+    return row[0] != 0 ? 0xffffffffu : 0u;
+  }
+  uint8_t bytes[V] = {};
+  const uint8_t* const source = row + first * stride;
+  if (stride == 1 && first >= kept.begin && first + V <= kept.end && reinterpret_cast<uintptr_t>(source) % V == 0) {
+    if (V == 8) {
+      *reinterpret_cast<uint64_t*>(bytes) = *reinterpret_cast<const uint64_t*>(source);
+    } else {
+      *reinterpret_cast<uint32_t*>(bytes) = *reinterpret_cast<const uint32_t*>(source);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (kept.holds(first + i)) {
+        bytes[i] = row[(first + i) * stride];
+      }
+    }
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    bits |= static_cast<uint32_t>(bytes[i] != 0) << i;
+  }
+  return bits;
+}
+
+// A row of a forward call and how this thread reads it.
+template <class In, class Out, class Index>
+struct ForwardRow {
+  static constexpr int kV = kVector<In, Out>;
+
+  const In* x;
+  const uint8_t* mask;
+  Out* y;
+  KeptRange<Index> kept;
+  Index columns;
+  int shift;       // the first vector begins this many elements before the row
+  bool y_aligned;  // vectors of y lie at multiples of 16 bytes too
+
+  FASTATTN_DEVICE ForwardRow(const SoftmaxForward& p, int64_t row) {
+    const bool exists = row < row_count(p.sizes);
+    const RowPosition position = row_position(exists ? row : 0, p.sizes);
+    x = static_cast<const In*>(p.x) + position.offset(p.x_strides);
+    y = static_cast<Out*>(p.y) + position.offset(p.y_strides);
+    mask = p.mask == nullptr ? nullptr : p.mask + position.offset(p.mask_strides);
+    kept = exists ? kept_range<Index>(p, position) : KeptRange<Index>{0, 0};
+    columns = exists ? static_cast<Index>(p.sizes.columns) : 0;
+    shift = misalignment<kV>(x);
+    y_aligned = aligned_before(y, shift);
+  }
+
+  FASTATTN_DEVICE Index first_of(Index vector) const { return vector * kV - shift; }
+
+  FASTATTN_DEVICE Packed<In, kV> load(Index first) const {
+    if (kept.template meets<kV>(first)) {
+      return load_vector<true, kV>(x, first, columns, true, 0.0f);
+    }
+    return Packed<In, kV>{};
+  }
+
+  // One bit per element from `first` on: whether it is kept.
+  FASTATTN_DEVICE uint32_t keep(const SoftmaxForward& p, Index first) const {
+    const uint32_t bits = kept.template bits<kV>(first);
+    return mask != nullptr && bits != 0 ? bits & load_mask<kV>(mask, p.mask_column_stride, first, kept) : bits;
+  }
+
+  // scale * x, -inf where it is not kept.
+  FASTATTN_DEVICE void scores(const SoftmaxForward& p, const Packed<In, kV>& raw, uint32_t keep, float (&out)[kV]) const {
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      out[i] = (keep >> i & 1u) != 0 ? raw.value(i) * p.scale : negative_infinity();
+    }
+  }
+};
+
+// One row, held by its threads: Elements of it in each.
+template <class In, class Out, int Elements, int Threads>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, 1)
+    softmax_forward_kernel(const FASTATTN_GRID_CONSTANT SoftmaxForward p, const FASTATTN_GRID_CONSTANT RowPlan plan) {
+  constexpr int kV = kVector<In, Out>;
+  constexpr int kVectors = Elements / kV;
+  static_assert(Elements <= 32, "one bit each");
+  const RowThreads mine = row_threads(plan);
+  announce_block(mine);
+  const ForwardRow<In, Out, int> row(p, mine.row);
+  Packed<In, kV> raw[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    raw[i] = row.load(row.first_of(mine.thread + i * mine.threads));
+  }
+  uint32_t keep = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    keep |= row.keep(p, row.first_of(mine.thread + i * mine.threads)) << i * kV;
+  }
+  float scores[kVectors][kV];
+  float largest = negative_infinity();
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    row.scores(p, raw[i], keep >> i * kV, scores[i]);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      largest = maximum(largest, scores[i][j]);
+    }
+  }
+  largest = finite_maximum(reduce_row<Maximum>(largest, mine, 0));
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      const float difference = scores[i][j] - largest;
+      const float power = exponential(difference);
+      sum += power;
+      scores[i][j] = p.log ? difference : power;
+    }
+  }
+  sum = reduce_row<Sum>(sum, mine, 1);
+  sum = sum == 0.0f ? 1.0f : sum;
+  const float factor = p.log ? 1.0f : 1.0f / sum;
+  const float offset = p.log ? logf(sum) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      scores[i][j] = scores[i][j] * factor - offset;
+    }
+    store_vector<kV>(row.y, row.first_of(mine.thread + i * mine.threads), row.columns, row.y_aligned, scores[i]);
+  }
+}
+
+// One row of any length: maximum and sum online, then the result, from the end, which was read last.
+template <class In, class Out>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
+    softmax_forward_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxForward p,
+                                const FASTATTN_GRID_CONSTANT RowPlan plan) {
+  constexpr int kV = kVector<In, Out>;
+  const RowThreads mine = row_threads(plan);
+  const ForwardRow<In, Out, int64_t> row(p, mine.row);
+  const int64_t vectors = vectors_of(row.columns, row.shift, kV);
+  float largest = negative_infinity();
+  float sum = 0.0f;
+  float scores[kV];
+#pragma unroll 2
+  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads) {
+    const int64_t first = row.first_of(vector);
+    row.scores(p, row.load(first), row.keep(p, first), scores);
+    float new_largest = largest;
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      new_largest = maximum(new_largest, scores[j]);
+    }
+    const float reference = finite_maximum(new_largest);
+    sum *= exponential(largest - reference);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      sum += exponential(scores[j] - reference);
+    }
+    largest = new_largest;
+  }
+  const float row_largest = finite_maximum(reduce_row<Maximum>(largest, mine, 0));
+  sum = sum == 0.0f ? 0.0f : sum * exponential(finite_maximum(largest) - row_largest);  // 0 * inf is NaN
+  sum = reduce_row<Sum>(sum, mine, 1);
+  sum = sum == 0.0f ? 1.0f : sum;
+  const float factor = p.log ? 1.0f : 1.0f / sum;
+  const float offset = p.log ? logf(sum) : 0.0f;
+  const int64_t steps = (vectors + mine.threads - 1) / mine.threads;
+#pragma unroll 2
+  for (int64_t step = steps - 1; step >= 0; --step) {
+    const int64_t first = row.first_of(step * mine.threads + mine.thread);
+    row.scores(p, row.load(first), row.keep(p, first), scores);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      const float difference = scores[j] - row_largest;
+      scores[j] = (p.log ? difference : exponential(difference)) * factor - offset;
+    }
+    store_vector<kV>(row.y, first, row.columns, row.y_aligned, scores);
+  }
+}
+
+// A row of a backward call and how this thread reads it. T: dtype of y and dy, Grad: of dx.
+template <class T, class Grad, class Index>
+struct BackwardRow {
+  static constexpr int kV = kVector<T, Grad>;
+
+  const T* y;
+  const T* dy;
+  Grad* dx;
+  Index columns;
+  int shift;  // the first vector begins this many elements before the row
+  bool dy_aligned;
+  bool dx_aligned;
+  bool log;
+
+  FASTATTN_DEVICE BackwardRow(const SoftmaxBackward& p, int64_t row) {
+    const bool exists = row < row_count(p.sizes);
+    const RowPosition position = row_position(exists ? row : 0, p.sizes);
+    y = static_cast<const T*>(p.y) + position.offset(p.y_strides);
+    dy = static_cast<const T*>(p.dy) + position.offset(p.dy_strides);
+    dx = static_cast<Grad*>(p.dx) + position.offset(p.dx_strides);
+    columns = exists ? static_cast<Index>(p.sizes.columns) : 0;
+    shift = misalignment<kV>(y);
+    dy_aligned = aligned_before(dy, shift);
+    dx_aligned = aligned_before(dx, shift);
+    log = p.log;
+  }
+
+  FASTATTN_DEVICE Index first_of(Index vector) const { return vector * kV - shift; }
+
+  FASTATTN_DEVICE float constant() const { return log ? negative_infinity() : 0.0f; }
+
+  FASTATTN_DEVICE Packed<T, kV> load_y(Index first) const {
+    return load_vector<true, kV>(y, first, columns, true, constant());
+  }
+
+  FASTATTN_DEVICE Packed<T, kV> load_dy(Index first) const {
+    return load_vector<true, kV>(dy, first, columns, dy_aligned, 0.0f);
+  }
+
+  // What is summed over the row: y * dy, in log dy; nothing where y is constant, whatever dy is there.
+  FASTATTN_DEVICE float term(float result, float cotangent) const {
+    if (result == constant()) {
+      return 0.0f;
+    }
+    return log ? cotangent : result * cotangent;
+  }
+
+  FASTATTN_DEVICE float gradient(float result, float cotangent, float total, float scale) const {
+    if (result == constant()) {
+      return 0.0f;
+    }
+    return scale * (log ? cotangent - exponential(result) * total : result * (cotangent - total));
+  }
+};
+
+// The gradient of one row, held by its threads.
+template <class T, class Grad, int Elements, int Threads>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, 1)
+    softmax_backward_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p, const FASTATTN_GRID_CONSTANT RowPlan plan) {
+  constexpr int kV = kVector<T, Grad>;
+  constexpr int kVectors = Elements / kV;
+  const RowThreads mine = row_threads(plan);
+  announce_block(mine);
+  const BackwardRow<T, Grad, int> row(p, mine.row);
+  Packed<T, kV> y[kVectors];
+  Packed<T, kV> dy[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int first = row.first_of(mine.thread + i * mine.threads);
+    y[i] = row.load_y(first);
+    dy[i] = row.load_dy(first);
+  }
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      total += row.term(y[i].value(j), dy[i].value(j));
+    }
+  }
+  total = reduce_row<Sum>(total, mine, 0);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    float gradient[kV];
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      gradient[j] = row.gradient(y[i].value(j), dy[i].value(j), total, p.scale);
+    }
+    store_vector<kV>(row.dx, row.first_of(mine.thread + i * mine.threads), row.columns, row.dx_aligned, gradient);
+  }
+}
+
+// The gradient of one row of any length: the sum, then the gradient, from the end, which was read last.
+template <class T, class Grad>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
+    softmax_backward_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p,
+                                 const FASTATTN_GRID_CONSTANT RowPlan plan) {
+  constexpr int kV = kVector<T, Grad>;
+  const RowThreads mine = row_threads(plan);
+  const BackwardRow<T, Grad, int64_t> row(p, mine.row);
+  const int64_t vectors = vectors_of(row.columns, row.shift, kV);
+  float total = 0.0f;
+#pragma unroll 2
+  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads) {
+    const int64_t first = row.first_of(vector);
+    const Packed<T, kV> y = row.load_y(first);
+    const Packed<T, kV> dy = row.load_dy(first);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      total += row.term(y.value(j), dy.value(j));
+    }
+  }
+  total = reduce_row<Sum>(total, mine, 0);
+  const int64_t steps = (vectors + mine.threads - 1) / mine.threads;
+#pragma unroll 2
+  for (int64_t step = steps - 1; step >= 0; --step) {
+    const int64_t first = row.first_of(step * mine.threads + mine.thread);
+    const Packed<T, kV> y = row.load_y(first);
+    const Packed<T, kV> dy = row.load_dy(first);
+    float gradient[kV];
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      gradient[j] = row.gradient(y.value(j), dy.value(j), total, p.scale);
+    }
+    store_vector<kV>(row.dx, first, row.columns, row.dx_aligned, gradient);
+  }
+}
+
+}  // namespace fastattn

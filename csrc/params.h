@@ -1,0 +1,84 @@
+// What kernels are launched with: plain structs of pointers, sizes and strides, which know nothing of torch.
+//
+// Sizes and strides are 64-bit and count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+// How a softmax's entries (row, column) of the last two dims are cut off: causality seen along a row.
+enum class Causal : int32_t {
+  kNone = 0,
+  kColumnsAreKeys = 1,     // column j of row i stays where j <= i + shift
+  kColumnsAreQueries = 2,  // column i of row j stays where j <= i + shift
+};
+
+// A tensor's place in memory, seen as (outer, mid, inner, columns) rows. Neighbouring columns are neighbours.
+struct RowStrides {
+  int64_t outer;
+  int64_t mid;
+  int64_t inner;
+};
+
+struct RowSizes {
+  int64_t outer;
+  int64_t mid;
+  int64_t inner;
+  int64_t columns;
+};
+
+struct SoftmaxForward {
+  const void* x;        // (outer, mid, inner, columns)
+  const uint8_t* mask;  // (outer, mid, inner, columns), nonzero = keep; may be null
+  void* y;              // (outer, mid, inner, columns)
+  RowSizes sizes;
+  RowStrides x_strides;
+  RowStrides mask_strides;  // 0 where it is broadcast
+  int64_t mask_column_stride;
+  RowStrides y_strides;
+  int64_t shift;
+  float scale;
+  Causal causal;
+  bool log;
+};
+
+struct SoftmaxBackward {
+  const void* y;   // (outer, mid, inner, columns), the forward's result
+  const void* dy;  // (outer, mid, inner, columns), of y's dtype
+  void* dx;        // (outer, mid, inner, columns)
+  RowSizes sizes;
+  RowStrides y_strides;
+  RowStrides dy_strides;
+  RowStrides dx_strides;
+  float scale;
+  bool log;
+};
+
+struct CrossEntropyForward {
+  const void* logits;     // (rows, classes)
+  const int64_t* target;  // (rows,)
+  float* losses;          // (rows,)
+  float* norms;           // (rows, 2): the maximum and the logarithm of the sum
+  int64_t rows;
+  int64_t classes;
+  int64_t row_stride;
+  int64_t ignore_index;
+  float smoothing;
+};
+
+struct CrossEntropyBackward {
+  const void* logits;     // (rows, classes)
+  const int64_t* target;  // (rows,)
+  const float* dlosses;   // (rows,)
+  const float* norms;     // (rows, 2)
+  void* dlogits;          // (rows, classes); may be the logits
+  int64_t rows;
+  int64_t classes;
+  int64_t row_stride;
+  int64_t dlogits_row_stride;
+  int64_t ignore_index;
+  float smoothing;
+};
+
+}  // namespace fastattn
