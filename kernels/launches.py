@@ -242,6 +242,8 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
 def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
     """A launch with those of the arguments that the kernel takes."""
     args = args | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    if tile.tf32x3 and args["VARIANT"].dot_precision == "ieee":
+        args["VARIANT"] = args["VARIANT"]._replace(dot_precision="tf32x3")
     chosen = {name: args[name] for name in kernel.arg_names}
     return Launch(kernel, (grid,), chosen, tile.num_warps, tile.num_stages)
 

@@ -1,13 +1,15 @@
 """Tile shapes: which block sizes, warps and pipeline stages each kernel uses for a spec on an architecture.
 
 A row is chosen by kernel, architecture family, element size, padded head dim and whether anything changes the scores.
-The rows are seeds reasoned from shared memory and registers and held to them by the compile checks of tests/kernels.
+The rows are seeds reasoned from shared memory and registers and held to them by the compile checks of tests/kernels;
+`fastattn bench tune` measures better ones, which tuned.py keeps.
 Nothing depends on lengths or batch, so a sequence gives the same bits alone and in a batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from fastattn.spec import AttentionSpec
@@ -21,9 +23,11 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    tf32x3: bool = False  # exact float32 products are made of three of tf32, on the matrix units
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+        products = ", tf32x3" if self.tf32x3 else ""
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{products}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,83 +55,98 @@ SLOT_CHUNK = 32  # tiles of a packed sequence whose numbers are added at a time
 HEAD_DIMS = (64, 128, 256)
 FAMILIES = {  # family: (architectures, bytes of shared memory a block may use)
     80: ((80, 87), 166912),
-    86: ((86, 89, 120, 121), 101376),
+    86: ((86, 89), 101376),
     90: ((90,), 232448),
     100: ((100, 101, 103, 110), 232448),
+    120: ((120, 121), 101376),
 }
 RICH_FEATURES = ("mask", "bias", "segments", "alibi", "softcap", "dropout")
 
 
-def _rows(family: int, bits: int, rich: bool, *tiles: Tiles) -> dict[Key, Tiles]:
-    """Rows of one family for HEAD_DIMS in order."""
-    return {Key(family, bits, dim, rich): row for dim, row in zip(HEAD_DIMS, tiles)}
+def _rows(families: tuple[int, ...], bits: int, rich: bool, *tiles: Tiles) -> dict[Key, Tiles]:
+    """Rows of some families for HEAD_DIMS in order."""
+    return {Key(family, bits, dim, rich): row for family in families for dim, row in zip(HEAD_DIMS, tiles)}
 
 
 TABLE: dict[Key, Tiles] = {
-    # Ampere: 164 KiB of shared memory, mma from registers.
+    # Ampere with 163 KiB: mma.sync from registers, which results and operands share; two or three blocks on their way.
     **_rows(
-        80, 16, False,
+        (80,), 16, False,
         Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
         Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     ),
     **_rows(
-        80, 16, True,
-        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
-        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        (80,), 16, True,
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ),
+    # The same matrix units with 99 KiB: fewer stages, and smaller blocks of wide heads.
+    **_rows(
+        (86, 120), 16, False,
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    ),
+    **_rows(
+        (86, 120), 16, True,
+        Tiles(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ),
+    # Hopper: 227 KiB; wgmma takes 64 rows per group of four warps and its accumulators take most registers.
+    **_rows(
+        (90,), 16, False,
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ),
+    **_rows(
+        (90,), 16, True,
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ),
+    # Blackwell with 227 KiB: tcgen05 accumulates outside the registers, 64 or 128 rows at a time.
+    **_rows(
+        (100,), 16, False,
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ),
+    **_rows(
+        (100,), 16, True,
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 16, 8, 1), Tile(64, 32, 8, 1)),
     ),
     # float32: exact products run on the plain cores, whose operands and results all sit in registers.
     **_rows(
-        80, 32, False,
+        (80, 86, 90, 100, 120), 32, False,
         Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)),
         Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     **_rows(
-        80, 32, True,
+        (80, 86, 90, 100, 120), 32, True,
         Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)),
-        Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    ),
-    # Hopper: 227 KiB; wgmma takes 64 rows per group of four warps and its accumulators take most registers.
-    **_rows(
-        90, 16, False,
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
-        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-    ),
-    **_rows(
-        90, 16, True,
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
-        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        Tiles(Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
+        Tiles(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
 }  # fmt: skip
 
 
-def _like(family: int, model: int, bits: tuple[int, ...]) -> dict[Key, Tiles]:
-    """Rows of a family that has none of its own yet."""
-    return {
-        key._replace(family=family): row
-        for key, row in TABLE.items()
-        if key.family == model and key.bits in bits
-    }
+@cache
+def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
+    """The tiles of attention on a spec: those measured on this machine where there are any, else the table's."""
+    from fastattn.kernels.tuned import winners_for
+
+    return replace(table_tiles(spec), **winners_for(spec, packed))
 
 
-TABLE |= _like(90, 80, bits=(32,))  # float32 products don't use wgmma
-TABLE |= _like(100, 90, bits=(16, 32))
-TABLE |= _like(86, 80, bits=(16, 32))
-TABLE |= {  # 99 KiB of shared memory
-    Key(86, 16, 64, False): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
-    Key(86, 16, 128, False): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    Key(86, 16, 256, False): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    Key(86, 16, 256, True): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-}  # fmt: skip
-
-
-def tiles_for(spec: AttentionSpec) -> Tiles:
-    """The tiles of a spec."""
+def table_tiles(spec: AttentionSpec) -> Tiles:
+    """The tiles of a spec that the table gives it."""
     return TABLE[key_of(spec)]
 
 

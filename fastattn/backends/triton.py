@@ -80,12 +80,13 @@ def tiles(spec: AttentionSpec) -> str | None:
     """The tiles `spec` runs with, in a line; None where triton is missing."""
     if not _installed():
         return None
-    from fastattn.kernels.tiles import tiles_for
+    from fastattn.kernels.tiles import table_tiles, tiles_for
 
     chosen = tiles_for(spec)
+    source = "" if chosen == table_tiles(spec) else ", measured here"
     if spec.backward:
-        return f"dk, dv {chosen.dkdv}; dq {chosen.dq}"
-    return f"forward {chosen.forward}"
+        return f"dk, dv {chosen.dkdv}; dq {chosen.dq}{source}"
+    return f"forward {chosen.forward}{source}"
 
 
 @cache

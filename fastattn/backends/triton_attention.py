@@ -31,7 +31,7 @@ def attention_fwd(
 
     call = with_plain_layouts(call)
     query, value = call.query, call.value
-    tile = (tiles or tiles_for(spec)).forward
+    tile = (tiles or tiles_for(spec, packing is not None)).forward
     out = empty_in_order(query, (*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     forward_launch(spec, call, out, lse, _key_blocks(call, tile), tile, packing).run()
@@ -56,7 +56,7 @@ def attention_bwd(
     call = with_plain_layouts(call)
     out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    tiles = tiles or tiles_for(spec)
+    tiles = tiles or tiles_for(spec, packing is not None)
     delta = torch.empty_like(lse)
     delta_launch(spec, out, lse, dout, dlse, delta).run()
     cotangents = Cotangents(lse, delta, dout)
@@ -77,13 +77,13 @@ def attention_weights_fwd(
 ) -> Tensor:
     """dropout(exp(score - lse)), (B, H, Sq, Sk), or its mean over heads, (B, Sq, Sk)."""
     from fastattn.kernels.launches import weights_launch
-    from fastattn.kernels.tiles import tiles_for
+    from fastattn.kernels.tiles import table_tiles
 
     call = with_plain_layouts(call)
     batch, num_heads, seqlen_q, _ = call.query.shape
     heads = () if mean else (num_heads,)
     weights = call.query.new_empty((batch, *heads, seqlen_q, call.key.shape[2]))
-    tile = (tiles or tiles_for(spec)).dbias
+    tile = (tiles or table_tiles(spec)).dbias
     weights_launch(spec, call, lse.contiguous(), weights, mean, tile).run()
     return weights
 
@@ -99,11 +99,11 @@ def attention_weights_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
     from fastattn.kernels.launches import Cotangents
-    from fastattn.kernels.tiles import tiles_for
+    from fastattn.kernels.tiles import table_tiles
 
     call, lse = with_plain_layouts(call), lse.contiguous()
     num_heads = call.query.shape[1]
-    tiles = tiles or tiles_for(spec)
+    tiles = tiles or table_tiles(spec)
     cotangents = Cotangents(lse, dweights=dweights)
     if mean:
         every_head = dweights[:, None].expand(-1, num_heads, -1, -1)
