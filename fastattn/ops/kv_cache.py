@@ -71,7 +71,7 @@ def attention_kv_cache(
     """
     args = _call_arguments(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
-        rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
+        sinks, rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
     if (transform := composite.transform_in_use(args)) is not None:
@@ -93,6 +93,7 @@ def _call_arguments(
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     rotary_interleaved: bool,
     num_splits: int | None,
     **options: Any,
@@ -105,7 +106,14 @@ def _call_arguments(
         arguments.check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name}: got shape {arguments.shape_of(tensor)}, needs 4 dimensions")
-        if torch.is_grad_enabled() and tensor.requires_grad:
+    tensors |= {
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    for name, tensor in tensors.items() if torch.is_grad_enabled() else ():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise RuntimeError(
                 f"{name}: requires grad, which attention_kv_cache does not give; use torch.no_grad()"
             )
@@ -133,7 +141,7 @@ def _call_arguments(
         v_cache[:1],
     )  # heads, dims, dtypes and options are those of a padded call of batch size 1
     *_, sinks, _, causal, left, right, softcap, _, scale = arguments.call_arguments(
-        query[:1], *one, **options
+        query[:1], *one, sinks=sinks, **options
     )
     if key is not None and value is not None:
         for name, tensor, cache in (("key", key, k_cache), ("value", value, v_cache)):

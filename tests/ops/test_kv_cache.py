@@ -7,118 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import Tensor
+from kv_caches import Cache, expected, rotary_tables
 from torch.library import opcheck
 
 import fastattn
 from fastattn.ops.kv_cache import _call_arguments
 from numerics import assert_within_rule
 
-BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM, CAPACITY, PAGE = 3, 4, 2, 16, 16, 40, 8
+BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM, CAPACITY = 3, 4, 2, 16, 16, 40  # of Cache's own defaults
 
-
-class Cache:
-    """The same random past as a dense and as a paged cache, with whatever follows it set to NaN."""
-
-    def __init__(
-        self, lengths: list[int], dtype: torch.dtype = torch.float32, value_dim: int = VALUE_DIM
-    ) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.lengths = torch.tensor(lengths, dtype=torch.int32)
-        self.k, self.v = (
-            torch.randn(BATCH, KV_HEADS, CAPACITY, dim, generator=generator).to(dtype)
-            for dim in (DIM, value_dim)
-        )
-        beyond = torch.arange(CAPACITY) >= self.lengths[:, None]
-        for cache in (self.k, self.v):
-            cache.masked_fill_(beyond[:, None, :, None], torch.nan)
-        pages = CAPACITY // PAGE
-        self.block_table = torch.randperm(BATCH * pages, generator=generator).view(BATCH, pages).int()
-        self.paged = [
-            torch.full((BATCH * pages, KV_HEADS, PAGE, t.shape[3]), torch.nan).to(dtype)
-            for t in (self.k, self.v)
-        ]
-        for paged, dense in zip(self.paged, (self.k, self.v)):
-            for b in range(BATCH):
-                for i, block in enumerate(self.block_table[b].tolist()):
-                    paged[block] = dense[b, :, i * PAGE : (i + 1) * PAGE]
-
-    def call(self, kind: str) -> dict[str, Tensor]:
-        """The cache arguments of one kind."""
-        if kind == "paged":
-            k, v = self.paged
-            return {
-                "k_cache": k,
-                "v_cache": v,
-                "cache_lengths": self.lengths,
-                "block_table": self.block_table,
-            }
-        return {"k_cache": self.k, "v_cache": self.v, "cache_lengths": self.lengths}
-
-    def dense(self, kind: str) -> tuple[Tensor, Tensor]:
-        """(k, v) as (B, Hkv, S, D), whatever the kind."""
-        if kind == "paged":
-            k, v = (t[self.block_table.long()].transpose(1, 2).flatten(2, 3) for t in self.paged)
-            return k, v
-        return self.k, self.v
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int, interleaved: bool) -> Tensor:
-    """x (H, S, D) as complex numbers turned by the angle of each position."""
-    half = cos.shape[1]
-    turns = torch.complex(cos, sin)[start : start + x.shape[1]]
-    turned = x[..., : 2 * half]
-    if interleaved:
-        pairs = torch.view_as_complex(turned.unflatten(-1, (half, 2)).contiguous()) * turns
-        result = torch.view_as_real(pairs).flatten(-2)
-    else:
-        pairs = torch.complex(turned[..., :half], turned[..., half:]) * turns
-        result = torch.cat([pairs.real, pairs.imag], dim=-1)
-    return torch.cat([result, x[..., 2 * half :]], dim=-1)
-
-
-def expected(
-    cache: Cache,
-    kind: str,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    dtype: torch.dtype,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """One sequence at a time by the reference, in `dtype`."""
-    k, v = cache.dense(kind)
-    rotary = [options.pop(name, None) for name in ("rotary_cos", "rotary_sin", "rotary_interleaved")]
-    slopes = options.pop("alibi_slopes", None)
-    outs, lses = [], []
-    for b, length in enumerate(cache.lengths.tolist()):
-        q, past_k, past_v = query[b].to(dtype), k[b, :, :length].to(dtype), v[b, :, :length].to(dtype)
-        if key is not None and value is not None:
-            new = key[b].to(dtype)
-            if rotary[0] is not None:
-                new = rotate(new, rotary[0].to(dtype), rotary[1].to(dtype), length, bool(rotary[2]))
-            past_k, past_v = torch.cat([past_k, new], 1), torch.cat([past_v, value[b].to(dtype)], 1)
-        if rotary[0] is not None:
-            start = past_k.shape[1] - q.shape[1]
-            q = rotate(q, rotary[0].to(dtype), rotary[1].to(dtype), start, bool(rotary[2]))
-        row = slopes[b : b + 1] if slopes is not None and slopes.dim() == 2 else slopes
-        out, lse = fastattn.reference.attention(
-            q[None],
-            past_k[None],
-            past_v[None],
-            **{"causal": True, **options},
-            alibi_slopes=row,
-            return_lse=True,
-        )
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
-
-
-ROTARY = {
-    "rotary_cos": torch.cos(torch.linspace(0, 9, CAPACITY)[:, None] * torch.linspace(1, 0.1, 6)),
-    "rotary_sin": torch.sin(torch.linspace(0, 9, CAPACITY)[:, None] * torch.linspace(1, 0.1, 6)),
-}
+ROTARY = rotary_tables(CAPACITY, 6)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "not causal": {"causal": False},
@@ -176,7 +74,8 @@ def test_half_precision_and_another_value_dim(dtype: torch.dtype) -> None:
     query = torch.randn(BATCH, HEADS, 1, DIM).to(dtype)
     key, value = (torch.randn(BATCH, KV_HEADS, 1, dim).to(dtype) for dim in (DIM, 24))
     plain, golden = (
-        expected(Cache([5, 12, 31], dtype, 24), "dense", query, key, value, d) for d in (dtype, torch.float64)
+        expected(Cache([5, 12, 31], dtype, value_dim=24), "dense", query, key, value, d)
+        for d in (dtype, torch.float64)
     )
     actual = fastattn.attention_kv_cache(query, **cache.call("dense"), key=key, value=value, return_lse=True)
     for a, p, g in zip(actual, plain, golden):
@@ -265,6 +164,7 @@ QUERY, KEY, VALUE = (torch.zeros(BATCH, heads, 2, DIM) for heads in (HEADS, KV_H
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "query rank": ({"query": QUERY[0]}, ValueError, "query: got shape .4, 2, 16., needs 4 dimensions"),
     "requires grad": ({"query": QUERY.clone().requires_grad_()}, RuntimeError, "query: requires grad"),
+    "sinks require grad": ({"sinks": torch.zeros(HEADS, requires_grad=True)}, RuntimeError, "sinks: requires grad"),
     "key without value": ({"value": None}, ValueError, "value: got None, needs a tensor"),
     "key shape": ({"key": KEY[:, :1]}, ValueError, r"key: got shape \(3, 1, 2, 16\), needs \(3, 2, 2, 16\)"),
     "value shape": ({"value": VALUE[:, :, :1]}, ValueError, r"value: got shape \(3, 2, 1, 16\), needs \(3, 2, 2, 16\)"),
