@@ -132,7 +132,7 @@ def test_opcheck(kind: str) -> None:
     k_cache, v_cache = (arguments[name].nan_to_num() for name in ("k_cache", "v_cache"))
     args = _call_arguments(
         query, k_cache, v_cache, cache.lengths, key, value, arguments.get("block_table"), *ROTARY.values(), None,
-        False, None, causal=True, window=None, softcap=None, sinks=None, scale=None,
+        None, False, None, causal=True, window=None, softcap=None, scale=None,
     )  # fmt: skip
     opcheck(torch.ops.fastattn.kv_cache_fwd.default, (*args, "auto"))
 

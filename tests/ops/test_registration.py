@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -192,7 +192,7 @@ def test_traces_contain_the_op() -> None:
     graphs.append(torch.export.export(_Module(call), tuple(operands)).module())
     assert len(graphs) == 3
     assert all(OP in graph.code for graph in graphs)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match=r"torch\.jit\.trace"):
         trace = torch.jit.trace(call, tuple(operands), check_trace=False)
     assert "fastattn::attention_fwd" in str(trace.graph)
 
@@ -218,7 +218,7 @@ def test_fake_and_meta_tensors_compute_nothing() -> None:
 class Logged(Tensor):
     """A subclass by __torch_function__ alone: the dispatcher does not know it."""
 
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
