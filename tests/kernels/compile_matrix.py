@@ -1,43 +1,39 @@
-"""Compiles every row of tiles.py ahead of time, without a GPU, and reports registers, shared memory, spills and wgmma.
+"""Compiles every row of the tile tables ahead of time, without a GPU: registers, shared memory, spills and wgmma.
 
-    python tests/kernels/compile_matrix.py                        the rows of sm_80 and sm_90
-    python tests/kernels/compile_matrix.py --all                  every architecture
-    python tests/kernels/compile_matrix.py --arch 90 --head-dim 128 --bits 16 --kernel forward
+    python tests/kernels/compile_matrix.py --write -j 4             bring the table on file up to date
+    python tests/kernels/compile_matrix.py --arch 90 --size 128 --bits 16 --kernel forward
+    python tests/kernels/compile_matrix.py --stale                  list what changed since it was written
 
-Prints a table; --write also stores it as docs/compile_table.md and compile_table.json beside this file. The exit
-status is 1 where shared memory overflows, spills grow beyond those on record (for the same Triton), or a 16-bit row
-without score features spills at all up to head dim 128 or lacks wgmma on sm_90.
+--write compiles what the table on file lacks or has from other code, tiles or another Triton, and stores
+compile_table.json beside this file and docs/compile_table.md. The exit status is 1 where shared memory overflows, a
+16-bit row without score features spills at all up to head dim 128 or lacks wgmma on sm_90, or a row spills more than
+the table on file says (with the same Triton); --accept-spills stores such a row, which --write alone doesn't.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import compile_record
 import torch
+from compile_inspect import AMD, Report, compile_launch
 
-HERE = Path(__file__).parent
-STORED = HERE / "compile_table.json"
-DOCUMENT = HERE.parents[1] / "docs" / "compile_table.md"
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-AMD = "gfx942"  # portability: must compile, nothing is held to a limit but shared memory
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120", AMD)
 AMD_SHARED = 65536
-KERNELS = ("forward", "dkdv", "dq", "dbias", "weights")
-FEATURES = {  # of a row: what it is compiled with
+ATTENTION = ("forward", "dkdv", "dq", "dbias", "weights")
+FEATURES = {  # of an attention row: what it is compiled with
     False: ("plain", "causal", "causal, window, lengths, sinks"),
     True: ("softcap, alibi", "bias, mask, segments", "dropout", "all"),
 }
+ROW_KERNELS = ("softmax_fwd", "softmax_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
+KERNELS = (*ATTENTION, *ROW_KERNELS)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 
@@ -47,35 +43,37 @@ class Entry:
 
     arch: str
     bits: int
-    head_dim: int
+    size: int  # head dim, or columns
     kernel: str
     features: str
-    tile: str
+    tile: str = field(compare=False, default="")
 
     @property
     def name(self) -> str:
+        """What the row is called in the table on file; a row keeps its name, and its spills, when its tile changes."""
         arch = self.arch if self.arch == AMD else f"sm_{self.arch}"
-        return f"{arch} {self.bits}-bit D{self.head_dim} {self.kernel} [{self.features}] {self.tile}"
+        return f"{arch} {self.bits}-bit {self.size_name[0]}{self.size} {self.kernel} [{self.features}]"
+
+    @property
+    def size_name(self) -> str:
+        """What `size` counts."""
+        return "D" if self.kernel in ATTENTION else "N, columns"
 
     @property
     def strict(self) -> bool:
-        """Held to no spills: 16-bit plain and causal rows up to head dim 128."""
-        return (
-            self.features in FEATURES[False] and self.head_dim <= 128 and self.bits == 16 and self.arch != AMD
-        )
+        """Held to no spills: rows of softmax, and 16-bit plain and causal attention up to head dim 128."""
+        if self.arch == AMD:
+            return False
+        if self.kernel in ROW_KERNELS:
+            return True
+        return self.features in FEATURES[False] and self.size <= 128 and self.bits == 16
 
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory a block may use."""
+        from fastattn.kernels.tiles import FAMILIES
 
-@dataclass(frozen=True)
-class Report:
-    """What the compiler made of one kernel; error is set if it failed."""
-
-    registers: int = 0
-    shared: int = 0  # bytes
-    stack: int = 0  # bytes per thread
-    local_ops: int = 0  # loads and stores of local memory in the SASS
-    wgmma: int = 0
-    wide_copies: int = 0  # asynchronous copies of 16 bytes to shared memory in the PTX
-    error: str = ""
+        return AMD_SHARED if self.arch == AMD else FAMILIES[family(self.arch)][1]
 
 
 def call_with(features: str, head_dim: int, bits: int) -> Any:
@@ -104,30 +102,42 @@ def call_with(features: str, head_dim: int, bits: int) -> Any:
     return AttentionCall(query, query, query, **options)
 
 
-def entries(
-    architectures: Iterable[str],
-    kernels: Iterable[str] = KERNELS,
-    bits: int = 0,
-    head_dims: Iterable[int] = (),
-    only: Iterable[str] = (),
-) -> Iterator[Entry]:
-    """Every kernel of every row of some architectures, with each (or only some) of the feature sets the row serves."""
+def entries(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Entry]:
+    """Every kernel of every row of some architectures, with each of the feature sets the row serves."""
+    for arch in architectures:
+        yield from _attention_entries(arch)
+        yield from _row_entries(arch)
+
+
+def _attention_entries(arch: str) -> Iterator[Entry]:
     from fastattn.kernels.tiles import TABLE
 
-    for arch in architectures:
-        for key in TABLE:
-            if key.family != family(arch) or bits not in (0, key.bits):
+    for key in TABLE:
+        if key.family != family(arch):
+            continue
+        row = tiles_on(arch, key)
+        for kernel, features in product(ATTENTION, FEATURES[key.rich]):
+            if kernel == "dbias" and "bias" not in features and features != "all":
                 continue
-            if head_dims and key.head_dim not in head_dims:
-                continue
-            row = tiles_on(arch, key)
-            for kernel, features in product(kernels, FEATURES[key.rich]):
-                if only and features not in only:
-                    continue
-                if kernel == "dbias" and "bias" not in features and features != "all":
-                    continue
-                tile = row.dbias if kernel == "weights" else getattr(row, kernel)
-                yield Entry(arch, key.bits, key.head_dim, kernel, features, str(tile))
+            tile = row.dbias if kernel == "weights" else getattr(row, kernel)
+            yield Entry(arch, key.bits, key.head_dim, kernel, features, short(tile))
+
+
+def _row_entries(arch: str) -> Iterator[Entry]:
+    import row_compile
+
+    for bits, columns, features in row_compile.entries():
+        for name in row_compile.launches(bits, columns, features):
+            tile = row_compile.tile_of(name, bits, columns, features)
+            yield Entry(arch, bits, columns, name, features, short(tile))
+
+
+def short(tile: Any) -> str:
+    """A tile in a few characters."""
+    if hasattr(tile, "block_m"):
+        shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+        return shape + (" tf32x3" if getattr(tile, "tf32x3", False) else "")
+    return f"{tile.rows}x{tile.columns} {tile.num_warps}w" + ("" if tile.whole else " in chunks")
 
 
 def family(arch: str) -> int:
@@ -144,190 +154,153 @@ def tiles_on(arch: str, key: Any) -> Any:
     row = TABLE[key]
     if arch != AMD:
         return row
-    tiles = {field.name: replace(getattr(row, field.name), num_stages=1) for field in fields(row)}
+    tiles = {each.name: replace(getattr(row, each.name), num_stages=1) for each in fields(row)}
     return replace(row, **tiles)
 
 
-def compile_entry(entry: Entry) -> Report:
-    """Compile an entry with the tile that tiles.py gives it."""
+@cache
+def _attention_launches(row: Any, bits: int, head_dim: int, features: str) -> dict[str, Any]:
     from attention_launches import launches_of
 
+    return launches_of(call_with(features, head_dim, bits), row)
+
+
+def launch_of(entry: Entry) -> Any:
+    """The launch that is compiled for an entry, with the tile that the tables give it."""
+    if entry.kernel in ROW_KERNELS:
+        import row_compile
+
+        return row_compile.launches(entry.bits, entry.size, entry.features)[entry.kernel]
     from fastattn.kernels.tiles import Key
 
-    key = Key(family(entry.arch), entry.bits, entry.head_dim, entry.features in FEATURES[True])
-    row = tiles_on(entry.arch, key)
-    call = call_with(entry.features, entry.head_dim, entry.bits)
+    key = Key(family(entry.arch), entry.bits, entry.size, entry.features in FEATURES[True])
+    launches = _attention_launches(tiles_on(entry.arch, key), entry.bits, entry.size, entry.features)
+    return launches[entry.kernel]
+
+
+def key_of(entry: Entry) -> str:
+    """What the compiler would be given for an entry now."""
+    return compile_record.row_key(launch_of(entry), entry.arch)
+
+
+def stale(chosen: Iterable[Entry], table: dict[str, Any]) -> list[Entry]:
+    """The entries that a table on file lacks, or has from other code or tiles."""
+    return [entry for entry in chosen if table["rows"].get(entry.name, {}).get("key") != key_of(entry)]
+
+
+def compile_entry(entry: Entry) -> Report:
+    """Compile an entry."""
     try:
-        return compile_launch(launches_of(call, row)[entry.kernel], entry.arch)
+        return compile_launch(launch_of(entry), entry.arch)
     except Exception as error:
         return Report(error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def target_of(arch: str) -> Any:
-    """Triton's name for an architecture."""
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", int(arch), 32)
-
-
-def specialise(launch: Any, target: Any) -> tuple[Any, Any]:
-    """The source and options that Triton's own launcher would compile for these arguments on `target`."""
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(target)
-    kernel = launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    bound, specialization, options = binder(**launch.args, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
-    return ASTSource(kernel, signature, constants, attributes), parsed
-
-
-def compile_launch(launch: Any, arch: str | int) -> Report:
-    """Compile one launch for an architecture and inspect the binary."""
-    import triton
-
-    target = target_of(str(arch))
-    source, options = specialise(launch, target)
-    binary = triton.compile(source, target=target, options=options.__dict__)
-    return Report(shared=binary.metadata.shared) if arch == AMD else inspect_binary(binary)
-
-
-def inspect_binary(binary: Any) -> Report:
-    """Registers, stack, spills and wgmma of a compiled kernel, from the tools in triton's package."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _run(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run(tools / "cuobjdump", "-sass", file.name)
-    return Report(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        shared=binary.metadata.shared,
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        local_ops=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        wgmma=len(re.findall(r"wgmma\.mma_async", binary.asm["ptx"])),
-        wide_copies=len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", binary.asm["ptx"])),
-    )
-
-
-def _run(*command: Any) -> str:
-    environment = {**os.environ, "PATH": f"{Path(command[0]).parent}:{os.environ.get('PATH', '')}"}
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=True, env=environment
-    )
-    return done.stdout
-
-
 def problem(entry: Entry, report: Report, allowance: int | None = None) -> str | None:
     """What is wrong with an entry, if anything; spills may not grow beyond an allowance."""
-    from fastattn.kernels.tiles import FAMILIES
-
     if report.error:
         return report.error
-    limit = AMD_SHARED if entry.arch == AMD else FAMILIES[family(entry.arch)][1]
-    if report.shared > limit:
-        return f"{report.shared} bytes of shared memory, limit {limit}"
+    if report.shared > entry.shared_limit:
+        return f"{report.shared} bytes of shared memory, limit {entry.shared_limit}"
     if entry.strict and report.local_ops:
         return f"{report.local_ops} loads and stores of local memory, none are allowed"
     if allowance is not None and report.local_ops > allowance:
         return f"{report.local_ops} loads and stores of local memory, {allowance} are on record"
-    if entry.strict and entry.arch == "90" and not report.wgmma:
+    if not entry.strict or entry.kernel in ROW_KERNELS:
+        return None
+    if entry.arch == "90" and not report.async_mma:
         return "no wgmma"
-    if entry.strict and entry.kernel in ("forward", "dkdv", "dq") and not report.wide_copies:
+    if entry.kernel in ("forward", "dkdv", "dq") and not report.wide_copies:
         return "operands are not copied 16 bytes at a time"
     return None
 
 
-def recorded_spills() -> dict[str, int]:
+def allowances(table: dict[str, Any]) -> dict[str, int]:
     """Loads and stores of local memory on record, by entry, if this is the Triton they were recorded with."""
     import triton
 
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {"triton": None}
-    if stored["triton"] != triton.__version__:
+    if table["triton"] != triton.__version__:
         return {}
-    return {row["name"]: row["values"]["local_ops"] for row in stored["rows"]}
+    return {name: row.get("local_ops", 0) for name, row in table["rows"].items()}
 
 
-def run(chosen: list[Entry], workers: int, allowances: dict[str, int]) -> dict[Entry, Report]:
+def run(chosen: list[Entry], workers: int, allowed: dict[str, int]) -> dict[Entry, Report]:
     """Compile entries in parallel, printing each as it is done."""
     reports = {}
     with ProcessPoolExecutor(workers) as pool:
-        for entry, report in zip(chosen, pool.map(compile_entry, chosen)):
+        for entry, report in zip(chosen, pool.map(compile_entry, chosen, chunksize=2)):
             reports[entry] = report
-            wrong = problem(entry, report, allowances.get(entry.name))
+            wrong = problem(entry, report, allowed.get(entry.name))
             print(
-                f"{entry.name:78} reg {report.registers:3} smem {report.shared:6} stack {report.stack:5} "
-                f"local {report.local_ops:5} wgmma {report.wgmma:3}{'  <- ' + wrong if wrong else ''}",
+                f"{entry.name:66} {entry.tile:18} reg {report.registers:3} smem {report.shared:6} "
+                f"local {report.local_ops:4} mma {report.async_mma:3}{'  <- ' + wrong if wrong else ''}",
                 flush=True,
             )
     return reports
 
 
-def write(reports: dict[Entry, Report]) -> None:
-    """Store the table, keeping what an earlier run found for rows that are still in use and were not compiled now."""
+def write(table: dict[str, Any], reports: dict[Entry, Report], wrong: set[Entry]) -> None:
+    """Store the table: new reports but those with problems, and what is on file of rows still in use."""
     import triton
 
-    rows = {entry.name: {**asdict(entry), **asdict(report)} for entry, report in reports.items()}
-    if STORED.exists():
-        stored = json.loads(STORED.read_text())
-        current = {entry.name for entry in entries([*map(str, ARCHITECTURES), AMD])}
-        if stored["triton"] == triton.__version__:
-            kept = {row["name"]: row["values"] for row in stored["rows"] if row["name"] in current}
-            rows = {**kept, **rows}
-    listed = [{"name": name, "values": rows[name]} for name in sorted(rows)]
-    STORED.write_text(json.dumps({"triton": triton.__version__, "rows": listed}, indent=1) + "\n")
-    lines = [
-        "# What the compiler makes of the Triton kernels",
-        "",
-        f"Written by `python tests/kernels/compile_matrix.py --all --write` with Triton {triton.__version__}. "
-        "Registers per thread, shared memory in KiB per block, loads and stores of local memory (spills), wgmma and "
-        "16-byte asynchronous copies in the code.",
-        "",
-        "| architecture | bits | D | kernel | features | tile | registers | shared | spills | wgmma | copies |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in listed:
-        v = row["values"]
-        figures = [v["registers"], round(v["shared"] / 1024), v["local_ops"], v["wgmma"], v["wide_copies"]]
-        cells = [v["arch"], v["bits"], v["head_dim"], v["kernel"], v["features"], v["tile"]]
-        cells += ["failed: " + v["error"]] if v["error"] else figures
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text("\n".join(lines) + "\n")
+    current = list(entries())
+    rows = {}
+    if table["triton"] == triton.__version__:
+        rows = {entry.name: table["rows"][entry.name] for entry in current if entry.name in table["rows"]}
+    for entry, report in reports.items():
+        if entry not in wrong:
+            rows[entry.name] = compile_record.row_of(key_of(entry), report)
+    compile_record.store(triton.__version__, rows, current)
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every architecture")
-    parser.add_argument(
-        "--arch", action="append", help="one architecture, as in 90 or gfx942; may be repeated"
-    )
-    parser.add_argument("--kernel", action="append", choices=KERNELS)
-    parser.add_argument("--bits", type=int, default=0, choices=(16, 32))
-    parser.add_argument("--head-dim", type=int, action="append")
-    parser.add_argument("--features", action="append", choices=[*FEATURES[False], *FEATURES[True]])
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="store the table")
-    args = parser.parse_args()
-    every = [*map(str, ARCHITECTURES), AMD]
-    architectures = every if args.all else args.arch or ["80", "90"]
-    chosen = list(
-        entries(architectures, args.kernel or KERNELS, args.bits, args.head_dim or (), args.features or ())
-    )
-    allowances = {} if args.write else recorded_spills()
-    reports = run(chosen, args.workers, allowances)
+    args = _parser().parse_args()
+    import triton
+
+    table = compile_record.load()
+    chosen = [entry for entry in entries(args.arch or ARCHITECTURES) if _wanted(entry, args)]
+    if (args.write or args.stale) and table["triton"] == triton.__version__:
+        chosen = stale(chosen, table)
+    if args.stale:
+        print("\n".join([entry.name for entry in chosen] + [f"{len(chosen)} rows are stale"]))
+        return 1 if chosen else 0
+    allowed = {} if args.accept_spills else allowances(table)
+    reports = run(chosen, args.jobs, allowed)
+    wrong = {entry for entry, report in reports.items() if problem(entry, report, allowed.get(entry.name))}
     if args.write:
-        write(reports)
-    wrong = [e.name for e, report in reports.items() if problem(e, report, allowances.get(e.name))]
+        write(table, reports, wrong)
     print(f"{len(reports)} compiled, {len(wrong)} with problems")
     return 1 if wrong else 0
+
+
+def _wanted(entry: Entry, args: argparse.Namespace) -> bool:
+    return (
+        entry.kernel in (args.kernel or KERNELS)
+        and entry.bits in (args.bits or DTYPES)
+        and entry.size in (args.size or [entry.size])
+        and entry.features in (args.features or [entry.features])
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add(
+        "--arch",
+        action="append",
+        choices=ARCHITECTURES,
+        help="one architecture; may be repeated, as may the rest",
+    )
+    add("--kernel", action="append", choices=KERNELS)
+    add("--bits", type=int, action="append", choices=(16, 32))
+    add("--size", type=int, action="append", help="head dim, or columns")
+    add("--features", action="append", help="as the table names them")
+    add("-j", "--jobs", type=int, default=2, help="processes that compile")
+    add("--write", action="store_true", help="compile what is stale and store the table")
+    add("--accept-spills", action="store_true", help="with --write: let spills on record grow")
+    add("--stale", action="store_true", help="list what --write would compile, compiling nothing")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,35 +1,36 @@
-"""Compiles the kernels on rows ahead of time, without a GPU, for every tile of row_tiles.py; prints JSON.
+"""What the kernels on rows are compiled with, for compile_matrix.py; run by itself, compiles a few and prints JSON.
 
-python tests/kernels/row_compile.py [ARCH ...]        sm_80 and sm_90 unless named
+python tests/kernels/row_compile.py        the hardest rows, and what launches of many lengths are looked up by
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
 
 COLUMNS = (1, 64, 1000, 4096, 16384, 32768, 262144)  # whole rows, some to a program, and long ones
+VOCABULARIES = (50257, 131072)
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+SMOOTHING = 0.1
 
 
 def softmax_launches(columns: int, dtype: torch.dtype, features: str) -> dict[str, Any]:
     """Forward and backward of softmax on a few rows: "plain", "strided" columns or "all" (mask, causal, log)."""
     from fastattn.kernels.row_tiles import row_tile_for
     from fastattn.kernels.softmax_launches import Rows, backward_launch, forward_launch
-    from fastattn.spec import SoftmaxSpec
 
-    strided, rich = features == "strided", features == "all"
-    x = torch.empty(2, 4, columns, 16 if strided else 1, dtype=dtype)
-    x, dim, inner = (x, 2, None) if strided else (x[..., 0], 2, 1 if rich else None)
+    rich = features == "all"
+    x, dim, inner = _rows(columns, dtype, features)
     mask = torch.empty(x.shape, dtype=torch.bool) if rich else None
     launches = {}
     for backward in (False, True):
-        spec = SoftmaxSpec.of(x, dim, mask=rich, causal=rich, log=rich, backward=backward)
+        spec = _softmax_spec(columns, dtype, features, backward)
         tile = row_tile_for(spec)
         if backward:
             rows = Rows.of([x, x, x], dim)
@@ -38,6 +39,21 @@ def softmax_launches(columns: int, dtype: torch.dtype, features: str) -> dict[st
             rows = Rows.of([x, x] if mask is None else [mask, x, x], dim, inner)
             launches["softmax_fwd"] = forward_launch(spec, x, mask, x, rows, int(rich), 0.5, tile)
     return launches
+
+
+def _rows(columns: int, dtype: torch.dtype, features: str) -> tuple[torch.Tensor, int, int | None]:
+    """(x, the dimension of its columns, the innermost of its row dimensions if one has to be)."""
+    if features == "strided":
+        return torch.empty(2, 4, columns, 16, dtype=dtype), 2, None
+    return torch.empty(2, 4, columns, dtype=dtype), 2, 1 if features == "all" else None
+
+
+def _softmax_spec(columns: int, dtype: torch.dtype, features: str, backward: bool) -> Any:
+    from fastattn.spec import SoftmaxSpec
+
+    x, dim, _ = _rows(columns, dtype, features)
+    rich = features == "all"
+    return SoftmaxSpec.of(x, dim, mask=rich, causal=rich, log=rich, backward=backward)
 
 
 def loss_launches(classes: int, dtype: torch.dtype, smoothing: float) -> dict[str, Any]:
@@ -55,36 +71,54 @@ def loss_launches(classes: int, dtype: torch.dtype, smoothing: float) -> dict[st
     }
 
 
-Entry = tuple[str, str, int, str]  # architecture, dtype, columns, features
+@cache
+def launches(bits: int, columns: int, features: str) -> dict[str, Any]:
+    """The launches of a row of the compile table, by kernel."""
+    if "loss" in features:
+        return loss_launches(columns, DTYPES[bits], SMOOTHING if features.startswith("smoothed") else 0.0)
+    return softmax_launches(columns, DTYPES[bits], features)
 
 
-def entries(architectures: list[str]) -> Iterator[Entry]:
+def tile_of(kernel: str, bits: int, columns: int, features: str) -> Any:
+    """The tile such a launch is made with."""
+    from fastattn.kernels.row_tiles import loss_tile_for, row_tile_for
+    from fastattn.spec import SoftmaxSpec
+
+    if "loss" in features:
+        return loss_tile_for(SoftmaxSpec.of(torch.empty(4, columns, dtype=DTYPES[bits])))
+    return row_tile_for(_softmax_spec(columns, DTYPES[bits], features, kernel == "softmax_bwd"))
+
+
+Row = tuple[int, int, str]  # bits, columns, features
+
+
+def entries() -> Iterator[Row]:
     """Every kind of tile with every kind of feature."""
-    for arch in architectures:
-        for dtype in ("bfloat16", "float32"):
-            for columns in COLUMNS:
-                yield arch, dtype, columns, "plain"
-            for columns in (64, 16384, 262144):
-                yield arch, dtype, columns, "all"
-            for columns in (64, 4096):
-                yield arch, dtype, columns, "strided"
-            for features in ("loss", "smoothed loss"):
-                yield arch, dtype, 50257, features
-                yield arch, dtype, 131072, features
+    for bits in DTYPES:
+        for columns in COLUMNS:
+            yield bits, columns, "plain"
+        for columns in (64, 16384, 262144):
+            yield bits, columns, "all"
+        for columns in (64, 4096):
+            yield bits, columns, "strided"
+        for columns in VOCABULARIES:
+            yield bits, columns, "loss"
+            yield bits, columns, "smoothed loss"
 
 
-def few() -> Iterator[Entry]:
-    """The longest rows held whole, by which dtype they are hardest to hold, and the rest once."""
-    yield "80", "float32", 16384, "plain"
-    yield "90", "float32", 32768, "plain"
-    yield "90", "bfloat16", 262144, "all"
-    yield "80", "bfloat16", 64, "strided"
-    yield "90", "bfloat16", 50257, "smoothed loss"
+# The longest rows held whole, by which dtype they are hardest to hold, and the rest once.
+FEW: tuple[tuple[str, Row], ...] = (
+    ("80", (32, 16384, "plain")),
+    ("90", (32, 32768, "plain")),
+    ("90", (16, 262144, "all")),
+    ("80", (16, 64, "strided")),
+    ("90", (16, 50257, "smoothed loss")),
+)
 
 
 def signatures() -> dict[str, list[str]]:
     """What Triton would look compiled kernels up by: per kernel, over lengths that should share one variant."""
-    from compile_matrix import specialise, target_of
+    from compile_inspect import specialise, target_of
 
     found: dict[str, list[str]] = {}
     half = torch.float16
@@ -103,29 +137,22 @@ def signatures() -> dict[str, list[str]]:
     return found
 
 
-def compiled(entry: Entry) -> dict[str, dict[str, Any]]:
+def compiled(entry: tuple[str, Row]) -> dict[str, dict[str, Any]]:
     """What the compiler made of the kernels of an entry."""
-    from compile_matrix import compile_launch
+    from compile_inspect import compile_launch
 
-    arch, dtype_name, columns, features = entry
-    dtype = getattr(torch, dtype_name)
-    if "loss" in features:
-        launches = loss_launches(columns, dtype, 0.1 if features.startswith("smoothed") else 0.0)
-    else:
-        launches = softmax_launches(columns, dtype, features)
+    arch, row = entry
     return {
-        f"sm_{arch} {dtype_name} {columns} {features} {name}": asdict(compile_launch(launch, arch))
-        for name, launch in launches.items()
+        f"sm_{arch} {row} {name}": asdict(compile_launch(launch, arch))
+        for name, launch in launches(*row).items()
     }
 
 
 def main() -> None:
     """The command line."""
-    every = "--all" in sys.argv
-    chosen = list(entries(sys.argv[2:] or ["80", "90"]) if every else few())
     reports: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(2) as pool:
-        for made in pool.map(compiled, chosen):
+        for made in pool.map(compiled, FEW):
             reports |= made
     print(json.dumps({"compiled": reports, "signatures": signatures()}, indent=1))
 

@@ -6,7 +6,7 @@ import json
 
 import torch
 from attention_launches import launches_of
-from compile_matrix import specialise
+from compile_inspect import specialise
 from triton.backends.compiler import GPUTarget
 
 from fastattn.kernels.tiles import Tile

@@ -1,0 +1,91 @@
+"""Compiles one kernel launch ahead of time, without a GPU, and reads what the compiler made of it from the binary."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+AMD = "gfx942"
+AMD_WARPS = 16  # a wavefront has 64 lanes, a block 1024
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one kernel; error is set if it failed."""
+
+    registers: int = 0
+    shared: int = 0  # bytes
+    stack: int = 0  # bytes per thread
+    local_ops: int = 0  # loads and stores of local memory in the SASS
+    async_mma: int = 0  # asynchronous matrix instructions in the PTX: wgmma, tcgen05
+    wide_copies: int = 0  # asynchronous copies of 16 bytes to shared memory in the PTX
+    error: str = ""
+
+
+def target_of(arch: str) -> Any:
+    """Triton's name for an architecture."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", int(arch), 32)
+
+
+def specialise(launch: Any, target: Any) -> tuple[Any, Any]:
+    """The source and options that Triton's own launcher would compile for these arguments on `target`."""
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    bound, specialization, options = binder(**launch.args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), parsed
+
+
+def compile_launch(launch: Any, arch: str | int) -> Report:
+    """Compile one launch for an architecture and inspect the binary."""
+    import triton
+
+    target = target_of(str(arch))
+    if str(arch) == AMD:
+        launch = launch._replace(num_warps=min(launch.num_warps, AMD_WARPS))
+    source, options = specialise(launch, target)
+    binary = triton.compile(source, target=target, options=options.__dict__)
+    return Report(shared=binary.metadata.shared) if str(arch) == AMD else inspect_binary(binary)
+
+
+def inspect_binary(binary: Any) -> Report:
+    """Registers, stack, spills and matrix instructions of a compiled kernel, from the tools in triton's package."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run(tools / "cuobjdump", "-sass", file.name)
+    ptx = binary.asm["ptx"]
+    return Report(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=binary.metadata.shared,
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        local_ops=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        async_mma=len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", ptx)),
+        wide_copies=len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
+    )
+
+
+def _run(*command: Any) -> str:
+    environment = {**os.environ, "PATH": f"{Path(command[0]).parent}:{os.environ.get('PATH', '')}"}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout
