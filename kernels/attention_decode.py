@@ -23,8 +23,12 @@ from .primitives import (
 )
 
 CACHE_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "kv" for dim in "bhsd")
+NEW_STRIDES = tuple(f"stride_new_{tensor}{dim}" for tensor in "kv" for dim in "bhs")
+QUERY_STRIDES = ("stride_qb", "stride_qh", "stride_qs", "stride_slopes_b", "left", "right")
+OUT_STRIDES = ("stride_ob", "stride_oh", "stride_os")
 ROTARY = ("stride_cos", "stride_sin", "rotary_positions")
 SIZES = ("num_kv_heads", "new_keys", "capacity", "stride_table")
+QUERIES = ("num_heads", "num_splits", "num_rows", "seqlen_q")
 
 
 @triton.jit
@@ -36,6 +40,14 @@ def program_coordinates(num_tiles, num_heads, HEAVY_LAST: tl.constexpr):
         tile = num_tiles - 1 - tile
     head = program // num_tiles % num_heads
     return tile, program // num_tiles // num_heads, head
+
+
+@triton.jit
+def packed_rows(pointer, strides, batch, heads, rows, VARIANT: tl.constexpr):
+    """Pointers to the first element of each row of a tile: one row of one head each."""
+    stride_batch, stride_head, stride_row = strides
+    offsets = heads.to(tl.int64) * stride_head + rows.to(tl.int64) * stride_row
+    return pointer + (batch.to(tl.int64) * stride_batch + offsets) * VARIANT.unit
 
 
 @triton.jit
@@ -82,8 +94,10 @@ def load_cached(
     VARIANT: tl.constexpr,
     CACHE: tl.constexpr,
 ):
-    """Keys [first_key, first_key + BLOCK_ROWS) of a sequence; zeros past its length. A block that lies in one page needs
-    one look at the block table, others one for each key."""
+    """Keys [first_key, first_key + BLOCK_ROWS) of a sequence; zeros past its length.
+
+    A block that lies in one page needs one look at the block table, others one for each key.
+    """
     base, stride_block, stride_row, _, table, length = cache
     if CACHE.page_size % BLOCK_ROWS == 0 and CACHE.unit_columns:
         first_row = first_key
@@ -142,7 +156,7 @@ def split_of(blocks, split, num_splits):
     return begin, full_begin, full_end, end
 
 
-@triton.jit(do_not_specialize=(*CACHE_STRIDES, *ROTARY, *SIZES, *(f"stride_new_{t}{d}" for t in "kv" for d in "bhs")))
+@triton.jit(do_not_specialize=(*CACHE_STRIDES, *ROTARY, *SIZES, *NEW_STRIDES))
 def cache_append_kernel(
     key, value, k_cache, v_cache, cache_lengths, block_table, rotary_cos, rotary_sin,
     stride_new_kb, stride_new_kh, stride_new_ks, stride_new_vb, stride_new_vh, stride_new_vs,
@@ -162,40 +176,33 @@ def cache_append_kernel(
     if CACHE.page_size:
         table += batch.to(tl.int64) * stride_table
     rotary = (rotary_cos, stride_cos, rotary_sin, stride_sin, rotary_positions)
-    tokens = tokens.to(tl.int64)
 
-    starts = key + (batch.to(tl.int64) * stride_new_kb + head.to(tl.int64) * stride_new_kh) * VARIANT.unit
-    keys = load_rotated(
-        starts + tokens * stride_new_ks * VARIANT.unit, exists, positions, rotary, VARIANT.head_dim, CACHE
-    )
+    starts = packed_rows(key, (stride_new_kb, stride_new_kh, stride_new_ks), batch, head, tokens, VARIANT)
+    keys = load_rotated(starts, exists, positions, rotary, VARIANT.head_dim, CACHE)
     strides = (stride_kb, stride_kh, stride_ks, stride_kd)
     cache = head_cache(k_cache, strides, table, batch, head, capacity, VARIANT, CACHE)
     inside = exists[:, None] & (tl.arange(0, padded(VARIANT.head_dim))[None, :] < VARIANT.head_dim)
     rows = cache_rows(cache, positions, exists, VARIANT, CACHE)
     tl.store(rows[:, None] + cache_columns(cache, VARIANT.head_dim, CACHE), keys, mask=inside)
 
-    starts = value + (batch.to(tl.int64) * stride_new_vb + head.to(tl.int64) * stride_new_vh) * VARIANT.unit
+    starts = packed_rows(value, (stride_new_vb, stride_new_vh, stride_new_vs), batch, head, tokens, VARIANT)
     cols = tl.arange(0, padded(VARIANT.value_dim))[None, :]
     inside = exists[:, None] & (cols < VARIANT.value_dim)
-    values = tl.load((starts + tokens * stride_new_vs * VARIANT.unit)[:, None] + cols, mask=inside, other=0.0)
+    values = tl.load(starts[:, None] + cols, mask=inside, other=0.0)
     strides = (stride_vb, stride_vh, stride_vs, stride_vd)
     cache = head_cache(v_cache, strides, table, batch, head, capacity, VARIANT, CACHE)
     rows = cache_rows(cache, positions, exists, VARIANT, CACHE)
     tl.store(rows[:, None] + cache_columns(cache, VARIANT.value_dim, CACHE), values, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=(
-        *CACHE_STRIDES, *ROTARY, *SIZES, *(f"stride_{t}{d}" for t in "qo" for d in "bhs"), "stride_o_split",
-        "stride_slopes_b", "num_splits", "num_rows", "seqlen_q", "left", "right",
-    )
-)  # fmt: skip
+@triton.jit(do_not_specialize=(*CACHE_STRIDES, *ROTARY, *SIZES, *QUERY_STRIDES, *OUT_STRIDES, *QUERIES))
 def attention_decode_kernel(
     q, k_cache, v_cache, out, lse, cache_lengths, block_table, rotary_cos, rotary_sin, slopes, sinks,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd,
-    stride_ob, stride_oh, stride_os, stride_o_split, stride_table, stride_cos, stride_sin, stride_slopes_b,
-    rotary_positions, num_kv_heads, num_splits, num_rows, seqlen_q, new_keys, capacity, left, right, scale, softcap,
+    stride_ob, stride_oh, stride_os, stride_table, stride_cos, stride_sin, stride_slopes_b,
+    rotary_positions, num_heads, num_kv_heads, num_splits, num_rows, seqlen_q, new_keys, capacity, left, right,
+    scale, softcap,
     VARIANT: tl.constexpr, CACHE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[split] = softmax(logits) @ v and lse[split] = logsumexp(logits), over the split's share of the cached keys.
@@ -227,8 +234,7 @@ def attention_decode_kernel(
     strides = (stride_vb, stride_vh, stride_vs, stride_vd)
     values = head_cache(v_cache, strides, table, batch, kv_head, length, VARIANT, CACHE)
     rotary = (rotary_cos, stride_cos, rotary_sin, stride_sin, rotary_positions)
-    starts = heads.to(tl.int64) * stride_qh + queries.to(tl.int64) * stride_qs + batch.to(tl.int64) * stride_qb
-    starts = q + starts * VARIANT.unit
+    starts = packed_rows(q, (stride_qb, stride_qh, stride_qs), batch, heads, queries, VARIANT)
     query_tile = load_rotated(starts, exists, length - seqlen_q + queries, rotary, VARIANT.head_dim, CACHE)
     slope = 0.0
     if VARIANT.alibi:
@@ -251,18 +257,18 @@ def attention_decode_kernel(
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 
-    rows = (batch.to(tl.int64) * num_kv_heads * VARIANT.group_size + heads) * seqlen_q + queries
+    rows = (batch.to(tl.int64) * num_heads + heads) * seqlen_q + queries
     tl.store(lse + split.to(tl.int64) * num_rows + rows, softmax_lse(row_max, row_sum, VARIANT), mask=exists)
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    starts = heads.to(tl.int64) * stride_oh + queries.to(tl.int64) * stride_os + batch.to(tl.int64) * stride_ob
-    starts = out + (starts + split.to(tl.int64) * stride_o_split) * VARIANT.unit
+    starts = packed_rows(out, (stride_ob, stride_oh, stride_os), batch, heads, queries, VARIANT)
+    starts += split.to(tl.int64) * num_rows * VARIANT.value_dim
     cols = tl.arange(0, padded(VARIANT.value_dim))[None, :]
     needed = tl.where((split == 0) | (blocks[0] < blocks[3]), seqlen_q, 0)
     inside = (queries < needed)[:, None] & (cols < VARIANT.value_dim)
     tl.store(starts[:, None] + cols, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=("stride_ob", "stride_oh", "stride_os", "num_heads", "num_splits", "num_rows", "seqlen_q"))
+@triton.jit(do_not_specialize=(*OUT_STRIDES, *QUERIES))
 def attention_combine_kernel(
     split_out, split_lse, out, lse, sinks, stride_ob, stride_oh, stride_os,
     num_heads, num_splits, num_rows, seqlen_q, VARIANT: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
@@ -284,7 +290,8 @@ def attention_combine_kernel(
         scores = tl.load(split_lse + index, mask=splits < num_splits, other=float("-inf"))
         inside = (scores != float("-inf"))[:, None] & (cols < VARIANT.value_dim)[None, :]
         tile = tl.load(split_out + index[:, None] * VARIANT.value_dim + cols[None, :], mask=inside, other=0.0)
-        probs, rescale, row_max, row_sum = softmax_update(scores[None, :], row_max, row_sum, 1.0, True, VARIANT)
+        scores = scores[None, :]
+        probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, 1.0, True, VARIANT)
         acc = acc * rescale + tl.sum(tl.trans(probs) * tile, 0)
     tl.store(lse + row + tl.arange(0, 1), softmax_lse(row_max, row_sum, VARIANT))
     start = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_os

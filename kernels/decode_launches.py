@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.kernels import attention_decode
 from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS
-from fastattn.kernels.launches import AttentionVariant, Launch, _cdiv, _strides, _unit
+from fastattn.kernels.launches import AttentionVariant, Launch, _cdiv, _launch, _strides, _unit
 from fastattn.kernels.tiles import Tile
 from fastattn.spec import AttentionSpec, KVCacheCall
 
@@ -30,7 +30,9 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
     assert key is not None
     assert value is not None
     unit = _cache_unit(call, key, value)
-    variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, wide_offsets=_wide(call, call.capacity))
+    variant = AttentionVariant(
+        spec.head_dim, spec.value_dim, unit=unit, wide_offsets=_wide(call, call.capacity)
+    )
     args = _cache_arguments(call, unit) | _strides("new_k", key, unit) | _strides("new_v", value, unit)
     args |= {"key": key, "value": value, "VARIANT": variant, "BLOCK_ROWS": APPEND_ROWS}
     batch, num_kv_heads, new_keys, _ = key.shape
@@ -41,7 +43,7 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
 def decode_launch(
     spec: AttentionSpec, call: KVCacheCall, out: Tensor, lse: Tensor, num_splits: int, tile: Tile
 ) -> Launch:
-    """attention_decode_kernel on a call: out (B, H, Sq, Dv), with more than one split (splits, B, H, Sq, Dv) float32."""
+    """attention_decode_kernel on a call; out (B, H, Sq, Dv), or (splits, B, H, Sq, Dv) float32 to be combined."""
     query, slopes = call.query, call.alibi_slopes
     batch, num_heads, seqlen_q, _ = query.shape
     first_out = out if num_splits == 1 else out[0]
@@ -55,7 +57,7 @@ def decode_launch(
         "lse": lse,
         "slopes": slopes,
         "sinks": call.sinks,
-        "stride_o_split": 0 if num_splits == 1 else out.stride(0) // unit,
+        "num_heads": num_heads,
         "stride_slopes_b": slopes.stride(0) if slopes is not None and slopes.shape[0] > 1 else 0,
         "num_splits": num_splits,
         "num_rows": batch * num_heads * seqlen_q,
@@ -65,8 +67,6 @@ def decode_launch(
         "scale": call.scale,
         "softcap": call.softcap,
         "VARIANT": _variant(spec, call, unit, num_splits, tile),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
     }
     tiles = _cdiv(seqlen_q * spec.group_size, tile.block_m)
     grid = batch * call.k_cache.shape[1] * num_splits * tiles
@@ -76,7 +76,7 @@ def decode_launch(
 def combine_launch(
     spec: AttentionSpec, call: KVCacheCall, split_out: Tensor, split_lse: Tensor, out: Tensor, lse: Tensor
 ) -> Launch:
-    """attention_combine_kernel on the results of the splits, contiguous (splits, B, H, Sq, Dv) and (splits, B, H, Sq)."""
+    """attention_combine_kernel on what the splits gave, contiguous (splits, B, H, Sq, Dv) and (splits, B, H, Sq)."""
     _, num_heads, seqlen_q, _ = out.shape
     args: dict[str, Any] = {
         "split_out": split_out,
@@ -92,13 +92,9 @@ def combine_launch(
         "BLOCK_SPLITS": COMBINE_SPLITS,
     }
     args |= _strides("o", out, 1)
-    return _launch(attention_decode.attention_combine_kernel, lse.numel(), args, Tile(1, COMBINE_SPLITS, 4, 1))
-
-
-def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
-    """A launch with those of the arguments that the kernel takes."""
-    chosen = {name: args[name] for name in kernel.arg_names}
-    return Launch(kernel, (grid,), chosen, tile.num_warps, tile.num_stages)
+    return _launch(
+        attention_decode.attention_combine_kernel, lse.numel(), args, Tile(1, COMBINE_SPLITS, 4, 1)
+    )
 
 
 def _cache_arguments(call: KVCacheCall, unit: int) -> dict[str, Any]:
@@ -135,7 +131,7 @@ def _variant(
     spec: AttentionSpec, call: KVCacheCall, unit: int, num_splits: int, tile: Tile
 ) -> AttentionVariant:
     """The attention of one split; the sinks are added here if nothing is combined afterwards."""
-    sinks = spec.sinks and num_splits == 1
+    sinks, precision = spec.sinks and num_splits == 1, spec.float32_precision
     return AttentionVariant(
         head_dim=spec.head_dim,
         value_dim=spec.value_dim,
@@ -148,7 +144,7 @@ def _variant(
         fold_scale=call.scale > 0.0
         and spec.dtype != torch.float32
         and not (spec.softcap or spec.alibi or sinks),
-        dot_precision=spec.float32_precision,
+        dot_precision="tf32x3" if tile.tf32x3 and precision == "ieee" else precision,
         unit=unit,
         wide_offsets=_wide(call, tile.block_n),
     )

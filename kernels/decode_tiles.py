@@ -6,23 +6,26 @@ while a prompt is read in chunks, where the forward kernel's tiles serve. Neithe
 
 from __future__ import annotations
 
-from fastattn.kernels.tiles import Tile, key_of, tiles_for
+from dataclasses import replace
+
+from fastattn.kernels.tiles import FAMILIES, Tile, key_of, table_tiles
 from fastattn.spec import AttentionSpec
 
 APPEND_ROWS = 32  # new tokens a program of the append writes
 COMBINE_SPLITS = 16  # splits a program of the combine reads at a time
 DECODE_ROWS = (16, 32, 64)  # rows of query tiles smaller than the forward kernel's
-# (family, bits, head dim): keys per block, warps and stages of small tiles: two or more blocks of keys and of values in
-# flight per program, and shared memory for two programs per multiprocessor where there is enough.
+WIDE_WARPS = 8  # of tiles with more rows than the first
+# (family, bits, head dim): keys per block, warps and stages of the smallest tiles: two blocks of keys and of values on
+# their way per program, and shared memory for two programs per multiprocessor.
 DECODE_TABLE = {
-    **{(family, 16, 64): (64, 4, 4) for family in (80, 86, 90, 100)},
+    **{(family, 16, 64): (64, 4, 4) for family in FAMILIES},
     **{(family, 16, 128): (64, 4, 3) for family in (80, 90, 100)},
     **{(family, 16, 256): (32, 4, 3) for family in (80, 90, 100)},
-    (86, 16, 128): (32, 4, 3),
-    (86, 16, 256): (32, 4, 2),
-    **{(family, 32, 64): (32, 4, 2) for family in (80, 86, 90, 100)},
-    **{(family, 32, 128): (32, 8, 2) for family in (80, 86, 90, 100)},
-    **{(family, 32, 256): (16, 8, 2) for family in (80, 86, 90, 100)},
+    **{(family, 16, 128): (32, 4, 3) for family in (86, 120)},
+    **{(family, 16, 256): (16, 4, 3) for family in (86, 120)},
+    **{(family, 32, 64): (32, 4, 2) for family in FAMILIES},
+    **{(family, 32, 128): (32, 8, 2) for family in FAMILIES},
+    **{(family, 32, 256): (16, 8, 2) for family in FAMILIES},
 }
 
 PROGRAMS_PER_SM = 2
@@ -33,13 +36,20 @@ FEWEST_SPLIT_KEYS = 256  # less is not worth a combine
 MOST_SPLIT_KEYS = 16384  # of one program while decoding, so that one long sequence doesn't hold up a batch
 
 
-def decode_tile_for(spec: AttentionSpec, rows: int) -> Tile:
-    """The tile for `rows` rows, queries times the heads that share a key head."""
+def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
+    """The tile for `rows` rows, queries times the heads that share a key head.
+
+    Where keys lie in pages, the block table is a load ahead of the loads of keys: as much on its way takes twice the
+    stages.
+    """
     block_m = next((size for size in DECODE_ROWS if size >= rows), 0)
-    if not block_m or (block_m > 16 and spec.dtype.itemsize == 4):
-        return tiles_for(spec).forward
-    key = key_of(spec)
-    return Tile(block_m, *DECODE_TABLE[key.family, key.bits, key.head_dim])
+    if not block_m or (block_m > DECODE_ROWS[0] and spec.dtype.itemsize == 4):
+        tile = table_tiles(spec).forward
+    else:
+        key = key_of(spec)
+        block_n, num_warps, num_stages = DECODE_TABLE[key.family, key.bits, key.head_dim]
+        tile = Tile(block_m, block_n, num_warps if block_m == DECODE_ROWS[0] else WIDE_WARPS, num_stages)
+    return replace(tile, num_stages=2 * tile.num_stages - 1) if paged else tile
 
 
 def splits_for(batch: int, num_kv_heads: int, query_tiles: int, capacity: int, num_sms: int) -> int:

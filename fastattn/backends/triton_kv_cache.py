@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def kv_cache_tiles(spec: AttentionSpec) -> str:
-    """The tile a step of decoding runs with, or a chunk of a prompt, in a line."""
+    """The tile a step of decoding runs with against a dense cache, or a chunk of a prompt, in a line."""
     from fastattn.kernels.decode_tiles import decode_tile_for
-    from fastattn.kernels.tiles import tiles_for
+    from fastattn.kernels.tiles import table_tiles
 
     if spec.single_query:
-        return f"decode {decode_tile_for(spec, spec.group_size)}"
-    return f"chunk {tiles_for(spec).forward}"
+        return f"decode {decode_tile_for(spec, spec.group_size, paged=False)}"
+    return f"chunk {table_tiles(spec).forward}"
 
 
 def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,8 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
     query = call.query
     if call.key is not None:
         append_launch(spec, call).run()
-    tile = tile or decode_tile_for(spec, spec.group_size * query.shape[2])
+    if tile is None:
+        tile = decode_tile_for(spec, spec.group_size * query.shape[2], call.block_table is not None)
     out = empty_in_order(query, (*query.shape[:3], spec.value_dim))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     num_splits = _num_splits(spec, call, tile)
