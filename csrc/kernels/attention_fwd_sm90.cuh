@@ -94,11 +94,9 @@ struct ForwardProducer {
     typename Shared::Barriers& barriers = shared.barriers();
     for (int round = 0, number; (number = tile_of_round(round)) < schedule.num_tiles; ++round) {
       const Tile tile = tile_at(schedule, number);
-      const int head = tile.plane % params.num_heads;
-      const int kv_head = head / (params.num_heads / params.num_kv_heads);
-      const Sequence sequence = sequence_of(params, tile.plane / params.num_heads);
-      const int first_query = tile.query_block * Shape::kBlockM;
+      const auto [sequence, head, first_query] = query_tile<Shape::kBlockM>(params, tile.query_block, tile.plane);
       if (first_query >= sequence.seen.num_queries) continue;
+      const int kv_head = head / (params.num_heads / params.num_kv_heads);
 
       barriers.queries.wait_empty(query_state);
       load<Shape::kBlockM>(shared.queries(), maps.q, barriers.queries.full[0], sequence.query_start + first_query, head,
@@ -173,12 +171,11 @@ struct ForwardConsumer {
     if (Shape::kTakesTurns && group == Shape::kConsumers - 1) pass_turn();
     for (int round = 0, number; (number = tile_of_round(round)) < schedule.num_tiles; ++round) {
       const Tile tile = tile_at(schedule, number);
-      const Sequence sequence = sequence_of(params, tile.plane / params.num_heads);
-      const int first_query = tile.query_block * Shape::kBlockM;
+      const auto [sequence, head, first_query] = query_tile<Shape::kBlockM>(params, tile.query_block, tile.plane);
       if (first_query >= sequence.seen.num_queries) continue;
       const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query);
       attend(sequence.seen, blocks, first_query + group * kWarpgroupRows);
-      store(sequence, tile.plane % params.num_heads, first_query + group * kWarpgroupRows);
+      store(sequence, head, first_query + group * kWarpgroupRows);
       query_state.advance();
     }
     if (Shape::kTakesTurns && group == 0) await_turn();  // the last one passed has no other taker

@@ -7,25 +7,72 @@
 namespace fastattn {
 
 struct Sequence {
-  int batch;          // index of the tensors' batch: 0 in packed calls
-  int query_start;    // its first row in q, out and lse: 0 unless packed
-  int key_start;      // its first row in k and v
-  int key_rows;       // Sk: its rows in k and v, those past num_keys included
+  int batch;        // index of the tensors' batch: 0 in packed calls
+  int query_start;  // its first row in q, out and lse: 0 unless packed
+  int key_start;    // its first row in k and v
+  int key_rows;     // Sk: its rows in k and v, those past num_keys included
   Visibility seen;
 };
 
+// Sequence b. In packed calls the tokens behind the last sequence are one more, number `batch`, of queries without keys.
 FASTATTN_DEVICE Sequence sequence_of(const AttentionParams& params, int b) {
   const bool packed = params.cu_seqlens_q != nullptr;
+  const bool leftover = packed && b == params.batch;
   const int query_start = packed ? params.cu_seqlens_q[b] : 0;
+  const int query_end = leftover ? static_cast<int>(params.total_q) : packed ? params.cu_seqlens_q[b + 1] : params.seqlen_q;
   const int key_start = packed ? params.cu_seqlens_k[b] : 0;
-  const int num_queries = packed ? params.cu_seqlens_q[b + 1] - query_start : params.seqlen_q;
-  const int key_rows = packed ? params.cu_seqlens_k[b + 1] - key_start : params.seqlen_k;
-  const int num_keys = params.key_lengths == nullptr          ? key_rows
-                       : params.key_lengths[b] < key_rows ? params.key_lengths[b]
-                                                              : key_rows;
+  const int key_end = leftover ? key_start : packed ? params.cu_seqlens_k[b + 1] : params.seqlen_k;
+  const int num_queries = query_end - query_start;
+  const int key_rows = key_end - key_start;
+  int num_keys = key_rows;
+  if (params.key_lengths != nullptr && params.key_lengths[b] < key_rows) num_keys = params.key_lengths[b];
   const int shift = params.top_left ? 0 : key_rows - num_queries;
   return {packed ? 0 : b, query_start, key_start, key_rows,
           {num_queries, num_keys, shift, params.window_left, params.window_right}};
+}
+
+// Blocks of packed rows are counted so that no length need be known ahead: sequence b begins with block
+// cu_seqlens[b] / kBlock + b, and has as many to itself as it can need, some of them maybe empty.
+template <int kBlock>
+FASTATTN_HOST_DEVICE constexpr int64_t packed_blocks(int64_t rows, int64_t sequences) {
+  return rows / kBlock + sequences + 1;  // the leftover rows are one more sequence
+}
+
+struct PackedBlock {
+  int sequence;
+  int block;  // within the sequence, which may end before it
+};
+
+// The sequence that has block number `number`.
+template <int kBlock>
+FASTATTN_DEVICE PackedBlock find_packed_block(const int32_t* cu_seqlens, int sequences, int number) {
+  int first = 0;
+  for (int last = sequences; first < last;) {
+    const int middle = (first + last + 1) / 2;
+    if (cu_seqlens[middle] / kBlock + middle <= number) {
+      first = middle;
+    } else {
+      last = middle - 1;
+    }
+  }
+  return {first, number - cu_seqlens[first] / kBlock - first};
+}
+
+// A block of queries of one head.
+struct QueryTile {
+  Sequence sequence;
+  int head;
+  int first_query;  // within the sequence, which may end before it
+};
+
+// Tile number `block` of a plane: of head `plane % H` of sequence `plane / H`, or in packed calls of head `plane`.
+template <int kBlockM>
+FASTATTN_DEVICE QueryTile query_tile(const AttentionParams& params, int block, int plane) {
+  if (params.cu_seqlens_q == nullptr) {
+    return {sequence_of(params, plane / params.num_heads), plane % params.num_heads, block * kBlockM};
+  }
+  const PackedBlock place = find_packed_block<kBlockM>(params.cu_seqlens_q, params.batch, block);
+  return {sequence_of(params, place.sequence), plane, place.block * kBlockM};
 }
 
 }  // namespace fastattn
