@@ -202,7 +202,6 @@ class AttentionSpec:
     def of(call: AttentionCall, needs: GradsNeeded | None = None) -> AttentionSpec:
         """The spec of a forward call, or of its backward when the needed gradients are given. Needs real tensors."""
         query, key, value = call.query, call.key, call.value
-        operands = (query, key, value)
         return _attention_spec(
             device=query.device.type,
             arch=_arch_of(query),
@@ -223,8 +222,8 @@ class AttentionSpec:
             dropout=call.dropout_p > 0.0,
             float32_precision=_float32_precision(query.dtype),
             single_query=query.shape[2] == 1,
-            aligned=all(_aligned(t) for t in operands),
-            wide_offsets=any(_passes_32_bits(t) for t in (*operands, call.mask, call.bias) if t is not None),
+            aligned=_aligned(query) and _aligned(key) and _aligned(value),
+            wide_offsets=_passes_32_bits(query, key, value, call.mask, call.bias),
             backward=needs is not None,
             bias_grad=needs is not None and needs.bias,
             alibi_grad=needs is not None and needs.alibi_slopes,
@@ -373,11 +372,12 @@ def _aligned(tensor: Tensor) -> bool:
     )
 
 
-def _passes_32_bits(tensor: Tensor) -> bool:
-    """Whether some element lies 2**31 or more elements from the first."""
-    if tensor.untyped_storage().nbytes() < 2**31:  # whatever the strides, no element lies outside
-        return False
-    return (
-        sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()) if length > 1)
-        >= 2**31
-    )
+def _passes_32_bits(*tensors: Tensor | None) -> bool:
+    """Whether some element lies 2**31 or more elements from the first of its tensor."""
+    for tensor in tensors:
+        # in a smaller storage no element lies that far, whatever the strides
+        if tensor is not None and tensor.untyped_storage().nbytes() >= 2**31:
+            steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()) if size > 1)
+            if sum(steps) >= 2**31:
+                return True
+    return False

@@ -17,17 +17,22 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as pytorch  # this package has a module named torch
 
+from fastattn.backends import cuda as cuda_backend
 from fastattn.backends import torch as torch_backend
 from fastattn.backends import triton as triton_backend
 from fastattn.spec import AttentionCall, AttentionSpec, SoftmaxSpec
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 Spec = AttentionSpec | SoftmaxSpec
 
-BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)  # fastest first: the order is the policy
+# Fastest first: the order is the policy. "auto" takes cuda only where it was measured to be faster than triton.
+BACKENDS: tuple[ModuleType, ...] = (cuda_backend, triton_backend, torch_backend)
 NAMES = tuple(backend.NAME for backend in BACKENDS)
 
 _warned: set[str] = set()
@@ -35,31 +40,62 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run a call, with which tiles, and why each one before it would not."""
+    """Which backend would run a call, with which tiles, and why each one before it would not.
+
+    `print` writes it as plain lines, `rich.print` as a table, `to_dict` gives plain types.
+    """
 
     backend: str
     tiles: str | None
     refusals: tuple[tuple[str, str], ...]  # (backend, reason), in order of preference
     spec: Spec
     backward: str | None = None  # the backend of the backward pass, where an input requires grad
+    backward_tiles: str | None = None
+    backward_refusals: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain types, for JSON."""
         spec = {name: str(v) if name == "dtype" else v for name, v in asdict(self.spec).items()}
         return {
             "backend": self.backend,
-            "backward": self.backward,
             "tiles": self.tiles,
             "refusals": dict(self.refusals),
+            "backward": self.backward,
+            "backward_tiles": self.backward_tiles,
+            "backward_refusals": dict(self.backward_refusals),
             "spec": spec,
         }
 
-    def __str__(self) -> str:
-        lines = [f"backend: {self.backend}" + (f" ({self.tiles})" if self.tiles else "")]
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """(what is said, backend, its tiles or reason)."""
+        rows = [("backend", self.backend, self.tiles or "")]
         if self.backward:
-            lines.append(f"backward: {self.backward}")
-        lines += [f"not {name}: {reason}" for name, reason in self.refusals]
+            rows.append(("backward", self.backward, self.backward_tiles or ""))
+        rows += [("not", name, reason) for name, reason in self.refusals]
+        of_backward = [refusal for refusal in self.backward_refusals if refusal not in self.refusals]
+        return rows + [("backward not", name, reason) for name, reason in of_backward]
+
+    def __str__(self) -> str:
+        lines = []
+        for said, name, detail in self._rows():
+            if said.endswith("not"):
+                lines.append(f"{said} {name}: {detail}")
+            else:
+                lines.append(f"{said}: {name}" + (f" ({detail})" if detail else ""))
         return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        table.add_column("backend")
+        table.add_column("tiles, or why not", overflow="fold")
+        for said, name, detail in self._rows():
+            style = "dim" if said.endswith("not") else "green"
+            table.add_row(Text(said, style="dim"), Text(name, style=style), Text(detail))
+        return table
 
 
 def select(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> ModuleType:
@@ -103,11 +139,22 @@ def refusals(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> list[
     return reasons
 
 
-def explanation(spec: Spec, name: str, op: str) -> Explanation:
-    """What `select` would do for an op other than attention, and why."""
-    chosen = select(spec, name, op)
-    tiles = getattr(chosen, op.removesuffix("_fwd") + "_tiles", None)
-    return Explanation(chosen.NAME, tiles(spec) if tiles else None, tuple(refusals(spec, name, op)), spec)
+def explanation(spec: Spec, name: str, op: str = "attention", backward: Spec | None = None) -> Explanation:
+    """What `select` would do for the forward of an op and, with a spec of it, for its backward; and why."""
+    forward, tiles, refused = _explain_pass(spec, name, op, "fwd")
+    if backward is None:
+        return Explanation(forward, tiles, refused, spec)
+    return Explanation(forward, tiles, refused, spec, *_explain_pass(backward, name, op, "bwd"))
+
+
+def _explain_pass(
+    spec: Spec, name: str, op: str, direction: str
+) -> tuple[str, str | None, tuple[tuple[str, str], ...]]:
+    """(backend, its tiles, the refusals of the others) of one pass of an op."""
+    chosen = select(spec, name, f"{op}_{direction}")
+    tiles = getattr(chosen, "tiles" if op == "attention" else f"{op}_tiles", None)
+    refused = tuple(refusals(spec, name, f"{op}_{direction}"))
+    return chosen.NAME, tiles(spec) if tiles else None, refused
 
 
 def available() -> list[tuple[str, str | None]]:

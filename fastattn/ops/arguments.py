@@ -132,6 +132,12 @@ def seed_tensor(seed: int | Tensor | None, query: Tensor) -> Tensor:
     return torch.full((1,), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=query.device)
 
 
+def undrawn_seed(seed: int | Tensor | None) -> int | Tensor:
+    """The seed, any where a call would draw one: to explain a call must not."""
+    check_seed(seed)
+    return 0 if seed is None else seed
+
+
 def check_seed(seed: int | Tensor | None) -> None:
     """An integer of 64 bits, one int64 element, or None."""
     if isinstance(seed, Tensor):

@@ -108,26 +108,14 @@ def explain(
     """
     options.pop("return_lse", None)
     arguments.check_returned_weights(options.pop("return_weights", False))
-    arguments.check_seed(options.get("dropout_seed"))
-    if options.get("dropout_seed") is None:
-        options["dropout_seed"] = 0  # a call draws one; to explain it must not
+    options["dropout_seed"] = arguments.undrawn_seed(options.get("dropout_seed"))
     args = arguments.call_arguments(query, key, value, **options)
     arguments.check_backend(backend)
     call = AttentionCall(*args)
     _check_values(call)
-    spec = AttentionSpec.of(call)
-    chosen = backends.select(spec, backend)
     needs = GradsNeeded(*(_requires_grad(getattr(call, name)) for name in GradsNeeded._fields))
-    backward = None
-    if any(needs):
-        backward = backends.select(AttentionSpec.of(call, needs), backend, "attention_bwd").NAME
-    return backends.Explanation(
-        backend=chosen.NAME,
-        tiles=chosen.tiles(spec) if hasattr(chosen, "tiles") else None,
-        refusals=tuple(backends.refusals(spec, backend)),
-        spec=spec,
-        backward=backward,
-    )
+    backward = AttentionSpec.of(call, needs) if any(needs) else None
+    return backends.explanation(AttentionSpec.of(call), backend, backward=backward)
 
 
 def _check_values(call: AttentionCall) -> None:

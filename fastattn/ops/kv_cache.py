@@ -82,6 +82,37 @@ def attention_kv_cache(
     return (out, lse) if return_lse else out
 
 
+def explain(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    num_splits: int | None = None,
+    causal: bool | str = True,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **options: Any,
+) -> backends.Explanation:
+    """Which backend `attention_kv_cache` would use for these arguments, with which tiles, and why not the others."""
+    args = _call_arguments(
+        query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
+        sinks, rotary_interleaved, num_splits, causal=causal, **options,
+    )  # fmt: skip
+    arguments.check_backend(backend)
+    call = KVCacheCall(*args)
+    _check_values(call)
+    return backends.explanation(_spec(call), backend, "kv_cache")
+
+
 def _call_arguments(
     query: Tensor,
     k_cache: Tensor,
@@ -213,11 +244,15 @@ def _check_values(call: KVCacheCall) -> None:
                 )
 
 
+def _spec(call: KVCacheCall) -> AttentionSpec:
+    return AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
+
+
 def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     query, *call_args, backend = args
     call = KVCacheCall(with_unit_last_stride(query), *call_args)
     _check_values(call)
-    spec = AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
+    spec = _spec(call)
     return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)
 
 

@@ -64,7 +64,7 @@ def explain(
     """Which backend `softmax` would use for these arguments, with which tiles, and why not the others."""
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
-    return backends.explanation(_spec(SoftmaxCall(*args)), backend, "softmax_fwd")
+    return backends.explanation(_spec(SoftmaxCall(*args)), backend, "softmax")
 
 
 def _call_arguments(

@@ -79,6 +79,36 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    backend: str = "auto",
+    return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
+    **options: Any,
+) -> backends.Explanation:
+    """Which backend `attention_varlen` would use for these arguments, with which tiles, and why not the others."""
+    options["dropout_seed"] = arguments.undrawn_seed(options.get("dropout_seed"))
+    args = _call_arguments(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes=alibi_slopes,
+        **options,
+    )  # fmt: skip
+    arguments.check_backend(backend)
+    call = VarlenCall(*args)
+    _check_values(call)
+    whole = call.as_one_sequence()
+    wants = {name: getattr(call, name) for name in _DIFFERENTIABLE}
+    needs = GradsNeeded(**{name: t is not None and t.requires_grad for name, t in wants.items()})
+    backward = AttentionSpec.of(whole, needs) if any(needs) else None
+    return backends.explanation(AttentionSpec.of(whole), backend, "varlen", backward)
+
+
 def _call_arguments(
     query: Tensor,
     key: Tensor,
