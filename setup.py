@@ -1,14 +1,74 @@
-"""Maps the source tree to packages: fastattn/ as it lies, and kernels/ as fastattn.kernels."""
+"""Maps the source tree to packages, and builds the CUDA extension where torch and a CUDA toolkit are there for it.
 
-from setuptools import find_packages, setup
+FASTATTN_BUILD_CUDA: auto (the default) builds it where it can, 1 fails where it cannot, 0 never builds it.
+"""
 
-KERNELS = "fastattn.kernels"
+import importlib.util
+import os
+import sys
+from pathlib import Path
 
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS, SOURCES = "fastattn.kernels", "fastattn.csrc"
+BUILDING = {"bdist_wheel", "editable_wheel", "build_ext", "develop", "install"}
+
+
+def load_build():
+    """fastattn/build.py by its path: the package itself needs torch."""
+    path = Path(__file__).resolve().parent / "fastattn" / "build.py"
+    spec = importlib.util.spec_from_file_location("fastattn_build", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+wanted = os.environ.get("FASTATTN_BUILD_CUDA", "auto")
+if wanted not in ("auto", "0", "1"):
+    raise SystemExit(f"FASTATTN_BUILD_CUDA={wanted!r}: needs auto, 0 or 1")
+
+
+def plan():
+    """What is to be built, or None."""
+    if wanted == "0" or not BUILDING & set(sys.argv):
+        return None
+    try:
+        return build.make_plan()
+    except build.BuildError as error:
+        if wanted == "1":
+            raise SystemExit(f"FASTATTN_BUILD_CUDA=1, but {error}") from None
+        print(f"without the CUDA extension: {error}", file=sys.stderr)
+        return None
+
+
+class BuildExtension(build_ext):
+    """Compiles by fastattn/build.py, as `fastattn build` does."""
+
+    def build_extension(self, extension):
+        target = Path(self.get_ext_fullpath(extension.name))
+        try:
+            made = build.build(chosen, Path(self.build_temp).resolve())
+        except build.BuildError as error:
+            if wanted == "1":
+                raise SystemExit(str(error)) from None
+            print(f"without the CUDA extension: {error}", file=sys.stderr)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(made), str(target))
+
+
+chosen = plan()
 setup(
     packages=[
         *find_packages(include=["fastattn", "fastattn.*"]),
         KERNELS,
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
+        SOURCES,
     ],
-    package_dir={KERNELS: "kernels"},
+    package_dir={KERNELS: "kernels", SOURCES: "csrc"},
+    ext_modules=[Extension("fastattn._C", sources=[], optional=wanted == "auto")] if chosen else [],
+    cmdclass={"build_ext": BuildExtension},
 )

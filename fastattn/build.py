@@ -24,11 +24,21 @@ from typing import Any
 
 MARKER = b"FASTATTN_BUILD_INFO="  # stands before the build info in a built extension
 MIN_ARCH = 80
-DEFAULT_ARCHS = ("8.0+PTX", "9.0a")  # where no GPU says better: every GPU from 8.0 on, and Hopper's own instructions
+DEFAULT_ARCHS = (
+    "8.0+PTX",
+    "9.0a",
+)  # where no GPU says better: every GPU from 8.0 on, and Hopper's own instructions
 SM90_SUFFIX = "_sm90.cu"  # a source so named uses instructions of compute capability 9.0 alone
 JOB_BYTES = 2 * 2**30  # what one compiler may take
 DEFAULT_ROOTS = ("/usr/local/cuda",)  # where a toolkit is looked for after CUDA_HOME and PATH
-NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden")
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "-lineinfo",
+    "-Xptxas=-v",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+)
 CXX_FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
 LIBRARIES = ("c10", "c10_cuda", "torch_cpu", "torch_cuda", "torch", "torch_python")
 
@@ -119,6 +129,21 @@ class Object:
     cached: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What `fastattn build` made."""
+
+    library: Path
+    info: BuildInfo
+    toolkit: Toolkit
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        parts = asdict(self.info) | {"toolkit": asdict(self.toolkit)}
+        return {"library": str(self.library), "seconds": round(self.seconds, 1), **parts}
+
+
 def csrc_folder() -> Path:
     """The CUDA sources: beside the package in a checkout, inside it when installed."""
     here = Path(__file__).resolve().parent
@@ -202,7 +227,9 @@ def make_plan(arch_list: str | None = None, csrc: Path | None = None) -> Plan:
     torch = find_torch()
     toolkit = find_toolkit()
     if toolkit is None:
-        raise BuildError("no CUDA toolkit: there is no nvcc with headers beside it; set CUDA_HOME to the toolkit's root")
+        raise BuildError(
+            "no CUDA toolkit: there is no nvcc with headers beside it; set CUDA_HOME to the toolkit's root"
+        )
     if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
         raise BuildError(
             f"the CUDA toolkit in {toolkit.root} is {toolkit.version}, torch {torch.version} needs"
@@ -250,12 +277,25 @@ def build(plan: Plan, cache: Path | None = None, force: bool = False, log: Log =
             return library
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
         try:
-            link(plan, compile_all(plan, cache / "objects", force=force, log=log), scratch / library.name, log)
+            link(
+                plan, compile_all(plan, cache / "objects", force=force, log=log), scratch / library.name, log
+            )
             folder.mkdir(exist_ok=True)
             (scratch / library.name).replace(library)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return library
+
+
+def build_here(arch_list: str | None = None, force: bool = False, log: Log = print) -> Built:
+    """The extension for this torch in the cache, compiled if it is not there."""
+    started = time.monotonic()
+    plan = make_plan(arch_list)
+    log(
+        f"torch {plan.torch.version}, CUDA {plan.toolkit.version} in {plan.toolkit.root}, for {', '.join(plan.archs)}"
+    )
+    library = build(plan, force=force, log=log)
+    return Built(library, plan.info(), plan.toolkit, time.monotonic() - started)
 
 
 def sources(plan: Plan) -> list[Path]:
@@ -303,7 +343,9 @@ def link(plan: Plan, objects: Sequence[Object], target: Path, log: Log = print) 
     info = json.dumps(json.dumps(asdict(plan.info())))
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "build_info.cpp"
-        source.write_text(f'extern "C" const char fastattn_build_info[] = "{MARKER.decode()}" {info};\n', "utf-8")
+        source.write_text(
+            f'extern "C" const char fastattn_build_info[] = "{MARKER.decode()}" {info};\n', "utf-8"
+        )
         folders = [f"{plan.torch.folder}/lib", f"{plan.toolkit.root}/lib64"]
         command = [_cxx(), "-shared", "-fPIC", str(source), *(str(made.path) for made in objects)]
         command += [*(f"-L{folder}" for folder in folders), *(f"-l{name}" for name in LIBRARIES), "-lcudart"]
@@ -346,7 +388,12 @@ def _flags(plan: Plan, source: Path) -> tuple[list[str], list[str]]:
         *CXX_FLAGS, "-DTORCH_EXTENSION_NAME=_C", f"-D_GLIBCXX_USE_CXX11_ABI={int(plan.torch.cxx11_abi)}",
         f"-DFASTATTN_SM90={int('9.0a' in plan.archs)}",
     ]  # fmt: skip
-    outer = (folder, folder / "torch/csrc/api/include", plan.toolkit.root + "/include", sysconfig.get_path("include"))
+    outer = (
+        folder,
+        folder / "torch/csrc/api/include",
+        plan.toolkit.root + "/include",
+        sysconfig.get_path("include"),
+    )
     return flags, [f"-I{plan.csrc}", *(f"-isystem{path}" for path in outer)]
 
 
@@ -383,7 +430,9 @@ def _cxx() -> str:
 
 def _root_of(nvcc: str) -> Path:
     """Where a compiler lives: it is asked, since the one on PATH may be a script that starts another."""
-    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
     top = re.search(r"TOP=(\S+)", done.stderr)
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
@@ -403,7 +452,9 @@ def _versions(*compilers: str) -> list[str]:
 def _run(command: Sequence[str], what: str) -> str:
     """The output of a command; a failure raises with it."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
     except OSError as error:
         raise BuildError(f"{what} failed: {error}") from None
     if done.returncode:

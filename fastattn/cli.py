@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastattn import bench as benches
 from fastattn.console import InputError, NoOutput, Output, standard_output
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -31,7 +32,9 @@ def main() -> None:
     app()
 
 
-def command(function: Callable[..., None], **settings: Any) -> Callable[..., None]:
+def command(
+    function: Callable[..., None], group: typer.Typer = app, **settings: Any
+) -> Callable[..., None]:
     """Register a command whose user sees one line for bad input (exit code 2), a full disk or Ctrl-C (130)."""
 
     @functools.wraps(function)
@@ -50,7 +53,7 @@ def command(function: Callable[..., None], **settings: Any) -> Callable[..., Non
         except KeyboardInterrupt:
             raise _stop("interrupted", INTERRUPTED) from None
 
-    return app.command(**settings)(guarded)
+    return group.command(**settings)(guarded)
 
 
 def _stop(message: str, code: int) -> typer.Exit:
@@ -126,20 +129,59 @@ def demo(
         raise typer.Exit(1)
 
 
-def bench(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help="attention, or all.")] = "all",
+@command
+def build(
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU architectures, such as '8.0;9.0a'; by default TORCH_CUDA_ARCH_LIST or the GPUs here."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile again what is in the cache.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Measure fastattn beside its peers on this machine: time, error against float64, peak memory.
+    """Build the CUDA extension for this torch into the cache, from which fastattn loads it.
 
-    Options go to the bench: --list, --only REGEX, --contestants REGEX, --quick, --threads N, --json FILE, --csv FILE,
-    --plot FOLDER. A full run from a checkout stores its results under benchmarks/results.
+    Needs a CUDA build of torch, a CUDA toolkit of the same major version, g++ and some minutes. FASTATTN_CACHE_DIR
+    says where the cache is, MAX_JOBS how many compilers run at once. Exits with 1 when there is no result.
     """
-    from fastattn import bench as benches
+    from fastattn import build as builder
+    from fastattn import extension
 
-    status = benches.run(name, context.args)
-    if status:
-        raise typer.Exit(status)
+    try:
+        made = builder.build_here(arch, force, log=lambda line: _output(as_json).line(line))
+    except builder.BuildError as error:
+        raise _stop(str(error), 1) from None
+    found = extension.state()
+    loads = found.path is not None and found.path.name == made.library.name
+    if as_json:
+        typer.echo(json.dumps(made.to_dict() | {"loads": loads, "reason": found.reason}, indent=2))
+    elif loads:
+        typer.echo(f"built {made.library}")
+    if not loads:
+        raise _stop(f"built {made.library}, but {found.reason}", 1)
 
 
-command(bench, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+bench = typer.Typer(
+    help="Measure fastattn beside its peers on this machine: time, error against float64, peak memory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+
+
+def _bench_command(name: str, summary: str) -> None:
+    """`fastattn bench NAME`, whose options, --help among them, are the script's own."""
+
+    def measure(context: typer.Context) -> None:
+        status = benches.run(name, context.args)
+        if status:
+            raise typer.Exit(status)
+
+    passing = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    command(measure, bench, name=name, help=summary, context_settings=passing)
+
+
+for _name, _summary in benches.NAMES.items():
+    _bench_command(_name, _summary)
+_bench_command("all", "Every one of these, one after the other; --out FOLDER, --update-docs.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -14,11 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastattn import build
 from fastattn.console import Output
 
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
-VARIABLES = ("FASTATTN_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS")
+VARIABLES = (
+    "FASTATTN_BACKEND", "FASTATTN_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
+    "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
+)  # fmt: skip
 PROBE_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -175,29 +178,17 @@ def _driver() -> str | None:
 
 
 def _nvcc() -> dict[str, Any] | None:
-    """The CUDA compiler, its toolkit's root and the version its headers state.
-
-    nvcc on PATH may be a wrapper, so the compiler itself is asked where it lives.
-    """
-    home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    """The CUDA compiler that would build the extension, its toolkit's root and the version its headers state."""
+    toolkit = build.find_toolkit()
+    path = toolkit.nvcc if toolkit else shutil.which("nvcc")
     if path is None:
         return None
     release = re.search(r"release ([\d.]+)", _run(path, "--version"))
-    top = re.search(r"TOP=(\S+)", _run(path, "--dryrun", "-x", "cu", os.devnull, stderr=True))
-    root = Path(top.group(1)).resolve() if top else Path(path).resolve().parent.parent
-    header = root / "include" / "cuda.h"
-    define = (
-        re.search(r"#define CUDA_VERSION (\d+)", header.read_text(errors="replace"))
-        if header.exists()
-        else None
-    )
-    number = int(define.group(1)) if define else None
     return {
         "path": path,
         "version": release.group(1) if release else None,
-        "root": str(root),
-        "headers": f"{number // 1000}.{number % 1000 // 10}" if number else None,
+        "root": toolkit.root if toolkit else None,
+        "headers": toolkit.version if toolkit else None,
     }
 
 
@@ -210,8 +201,13 @@ def _tool(name: str) -> dict[str, Any] | None:
 
 
 def _extension() -> dict[str, Any]:
-    built = importlib.util.find_spec("fastattn._C") is not None
-    return {"built": built, "detail": None if built else "this version has no CUDA extension"}
+    from fastattn import extension
+
+    found = extension.state()
+    if found.info is None:
+        return {"built": False, "detail": found.reason}
+    detail = f"{found.path}, for {', '.join(found.info.archs)}"
+    return {"built": True, "detail": detail, "path": str(found.path), "archs": list(found.info.archs)}
 
 
 def _backends() -> list[dict[str, Any]]:

@@ -19,7 +19,9 @@ ARROWS = {
     "reference_losses": set(),
     "cache": set(),
     "kernels": {"spec", "philox", "cache"},
-    "backends": {"spec", "philox", "kernels"},
+    "build": set(),
+    "extension": {"build"},
+    "backends": {"spec", "philox", "kernels", "build", "extension"},
     "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
     "nn": {"spec", "ops"},
     "integrations": {"nn", "ops", "backends", "spec"},
@@ -27,11 +29,11 @@ ARROWS = {
     "data": set(),
     "train": {"data", "models", "nn", "ops"},
     "console": set(),
-    "doctor": {"", "console", "backends"},
+    "doctor": {"", "console", "backends", "build", "extension"},
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "cli": {"console", "doctor", "demo", "bench"},
+    "cli": {"console", "doctor", "demo", "bench", "build", "extension"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {

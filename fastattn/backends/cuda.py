@@ -1,0 +1,85 @@
+"""The CUDA backend: the compiled extension, where it is built and where it was measured to be the faster choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastattn import build, extension
+from fastattn.backends.cuda_softmax import (
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_fwd,
+    softmax_bwd,
+    softmax_fwd,
+    softmax_tiles,
+)
+from fastattn.spec import AttentionSpec, SoftmaxSpec
+
+__all__ = [
+    "DTYPES",
+    "MEASURED_ROWS",
+    "MIN_ARCH",
+    "NAME",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "softmax_bwd",
+    "softmax_fwd",
+    "softmax_tiles",
+    "why_not",
+    "why_not_auto",
+]
+
+NAME = "cuda"
+MIN_ARCH = build.MIN_ARCH
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRows:
+    """Rows for which this backend was measured to be no slower than Triton."""
+
+    arch: int
+    backward: bool
+    min_columns: int
+    max_columns: int
+
+
+MEASURED_ROWS: tuple[
+    MeasuredRows, ...
+] = ()  # nothing has been measured yet, so "auto" chooses nothing from here
+
+
+def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
+    """Why this backend can't run `spec`, or None."""
+    if spec.device != "cuda":
+        return f"device {spec.device!r} is no CUDA device"
+    if spec.arch is not None and spec.arch < MIN_ARCH:
+        return f"compute capability {spec.arch / 10} is below {MIN_ARCH / 10}"
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype} is not one of float16, bfloat16, float32"
+    found = extension.state()
+    if found.info is None:
+        return found.reason
+    if spec.arch is not None and not build.covers(found.info.archs, spec.arch):
+        built = ", ".join(found.info.archs)
+        return f"the extension is built for {built}, this GPU is {spec.arch / 10}; {extension.ADVICE}"
+    return None
+
+
+def why_not_auto(spec: AttentionSpec | SoftmaxSpec) -> str | None:
+    """Why "auto" passes this backend over although it could run `spec`, or None."""
+    if isinstance(spec, AttentionSpec):
+        return None
+    if not spec.unit_columns:
+        return "neighbours in a row are apart in memory, Triton takes such rows without a copy"
+    rows = [row for row in MEASURED_ROWS if row.arch == spec.arch and row.backward == spec.backward]
+    if not rows:
+        return "not yet measured on this GPU; backend='cuda' or FASTATTN_BACKEND=cuda runs it"
+    if not any(row.min_columns <= spec.columns <= row.max_columns for row in rows):
+        return f"not measured to be faster than Triton for rows of {spec.columns}"
+    return None

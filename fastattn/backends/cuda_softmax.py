@@ -1,0 +1,78 @@
+"""Softmax and cross-entropy on the CUDA backend: calls of the extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import extension
+from fastattn.backends import linear_cross_entropy
+from fastattn.backends.linear_cross_entropy import LinearGrads
+from fastattn.spec import (
+    CrossEntropyCall,
+    LinearCrossEntropyCall,
+    SoftmaxCall,
+    SoftmaxSpec,
+    with_unit_last_stride,
+)
+
+CLUSTER_ARCH = 90  # the first compute capability with thread block clusters
+
+
+def softmax_tiles(spec: SoftmaxSpec) -> str:
+    """How a row is shared out, in a line."""
+    clusters = (spec.arch or 0) >= CLUSTER_ARCH
+    plan = extension.module().softmax_plan(spec.columns, spec.dtype.itemsize, spec.backward, clusters)
+    elements, lanes, warps, blocks = plan
+    held = f"{elements} elements a thread" if elements else "read twice"
+    cluster = f", {blocks} blocks" if blocks > 1 else ""
+    return f"a row on {lanes * warps * blocks} threads{cluster}, {held}"
+
+
+def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
+    """exp(scale * x) over its sum along a dimension, or the logarithm; constant where masked."""
+    run = extension.module().softmax_forward
+    result: Tensor = run(call.x, call.mask, call.dim, call.scale, call.causal, call.log, call.dtype)
+    return result
+
+
+def softmax_bwd(
+    spec: SoftmaxSpec, dout: Tensor, out: Tensor, dim: int, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """scale * out * (dout - sum(out * dout)), in log scale * (dout - exp(out) * sum(dout)); 0 where out is constant."""
+    result: Tensor = extension.module().softmax_backward(dout, out, dim, scale, spec.log, dtype)
+    return result
+
+
+def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
+    """(losses, norms), float32: (N,), 0 where ignored, and the parts of lse, (N, 2)."""
+    losses, norms = extension.module().cross_entropy_forward(
+        with_unit_last_stride(call.logits), call.target.contiguous(), call.ignore_index, call.label_smoothing
+    )
+    return losses, norms
+
+
+def cross_entropy_bwd(
+    spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """dloss * (exp(z - lse) - (1 - s) * [target] - s / V) of each row, written to `out` if given: that may be z."""
+    logits = with_unit_last_stride(call.logits)
+    dlogits: Tensor = extension.module().cross_entropy_backward(
+        dlosses.float().contiguous(), norms.contiguous(), logits, call.target.contiguous(),
+        call.ignore_index, call.label_smoothing, out,
+    )  # fmt: skip
+    return dlogits
+
+
+def linear_cross_entropy_fwd(
+    spec: SoftmaxSpec, call: LinearCrossEntropyCall, needs: tuple[bool, ...] | None = None
+) -> tuple[Tensor, Tensor, LinearGrads | None]:
+    """(losses, norms) without all the logits, and the gradients of the sum of losses that are needed."""
+    return linear_cross_entropy.forward(spec, call, needs, cross_entropy_fwd, cross_entropy_bwd)
+
+
+def linear_cross_entropy_bwd(
+    spec: SoftmaxSpec, call: LinearCrossEntropyCall, dlosses: Tensor, norms: Tensor, needs: tuple[bool, ...]
+) -> LinearGrads:
+    """The gradients of hidden, weight and bias that are needed, from logits computed again."""
+    return linear_cross_entropy.backward(spec, call, dlosses, norms, needs, cross_entropy_bwd)

@@ -1,0 +1,104 @@
+"""The built CUDA extension: found, checked against this torch, Python and sources, and loaded when first asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastattn import build
+
+ADVICE = "`fastattn build` makes one that fits"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What there is: a loaded module with its info, or the reason why there is none."""
+
+    module: ModuleType | None = None
+    info: build.BuildInfo | None = None
+    path: Path | None = None
+    reason: str | None = None
+
+
+@cache
+def state() -> State:
+    """The extension of this environment: the installed one, or one that `fastattn build` left in the cache.
+
+    One that does not fit is never loaded; if it is the installed one, that is warned about once.
+    """
+    if torch.version.cuda is None:
+        return State(reason=f"torch {torch.__version__} is built without CUDA")
+    here = _here()
+    refused = None
+    for path, installed in _candidates():
+        info = build.BuildInfo.of_file(path)
+        wrong = "it is no build of fastattn" if info is None else info.mismatch(here)
+        if wrong is None:
+            loaded = _load(path)
+            if isinstance(loaded, ModuleType):
+                return State(loaded, info, path)
+            wrong = loaded
+        if installed:
+            refused = f"the installed extension does not fit: {wrong}"
+    if refused is None:
+        return State(reason="the extension is not built here; `fastattn build` builds it")
+    warnings.warn(
+        f"fastattn runs without its CUDA extension, {refused}; {ADVICE}", RuntimeWarning, stacklevel=2
+    )
+    return State(reason=f"{refused}; {ADVICE}")
+
+
+def module() -> ModuleType:
+    """The loaded extension; RuntimeError with the reason where there is none."""
+    found = state()
+    if found.module is None:
+        raise RuntimeError(found.reason)
+    return found.module
+
+
+def _here() -> build.BuildInfo:
+    """What a build for this process would say of itself, architectures aside."""
+    sources = build.sources_hash(build.csrc_folder())
+    return build.BuildInfo(str(torch.__version__), str(torch.version.cuda), build.abi_tag(), (), sources)
+
+
+def _candidates() -> Iterator[tuple[Path, bool]]:
+    """(library, whether it is the installed one), those that run on this GPU first, then the newest first."""
+    name = build.library_name()
+    installed = Path(__file__).resolve().parent / name
+    if installed.exists():
+        yield installed, True
+    found = [path for path in build.cache_folder().glob(f"*/{name}") if "." not in path.parent.name]
+    yield from ((path, False) for path in sorted(found, key=_preference, reverse=True))
+
+
+def _preference(path: Path) -> tuple[bool, float]:
+    info = build.BuildInfo.of_file(path)
+    fits = False
+    if info is not None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        fits = build.covers(info.archs, 10 * major + minor)
+    return fits, path.stat().st_mtime
+
+
+def _load(path: Path) -> ModuleType | str:
+    """The module, or why it cannot be loaded."""
+    name = "fastattn._C"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        return f"{path} is no extension module"
+    try:
+        made = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
+    except ImportError as error:
+        return f"it cannot be loaded: {error}"
+    sys.modules[name] = made
+    return made
