@@ -1,7 +1,8 @@
 """Attention backward: a row-wise preparation, then one pass each for dK and dV, dQ and dbias, bitwise deterministic.
 
-Every pass recomputes the weights from lse. With a `dweights` plane the same passes are the backward of the weights
-themselves: the gradient of a weight is then given instead of being dout @ v.T.
+Every pass recomputes the weights from lse, and with a bias from the `row_factor` of attention_row_factor.py. With a
+`dweights` plane the same passes are the backward of the weights themselves: the gradient of a weight is then given
+instead of being dout @ v.T.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -68,12 +69,12 @@ def attention_delta_kernel(
 
 @triton.jit
 def weights_tile(
-    query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, KEYS_FIRST: tl.constexpr,
+    query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, KEYS_FIRST: tl.constexpr,
     EDGE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(probs, weights, capped) of a tile: keys by queries if KEYS_FIRST, else queries by keys.
 
-    probs = exp(logit - lse). weights are the probs that dropout kept, still without the factor that makes up for it.
+    probs = row_factor * exp(logit - lse). weights are the probs that dropout kept, not yet scaled up to make up for it.
     """
     seed, head_index, threshold, _ = dropout
     rows = first_query + tl.arange(0, BLOCK_M)
@@ -82,10 +83,14 @@ def weights_tile(
         products = tl.dot(key_tile, tl.trans(query_tile), input_precision=VARIANT.dot_precision)
         scores, capped = logits(products, rows[None, :], cols[:, None], scoring, EDGE, VARIANT)
         probs = tl.exp2(exponents(scores, lse_rows[None, :], scoring[0], VARIANT))
+        if VARIANT.bias:
+            probs *= factor_rows[None, :]
     else:
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
         scores, capped = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
         probs = tl.exp2(exponents(scores, lse_rows[:, None], scoring[0], VARIANT))
+        if VARIANT.bias:
+            probs *= factor_rows[:, None]
     weights = probs
     if VARIANT.dropout:
         keep = dropout_keep(seed, head_index, first_query, first_key, threshold, BLOCK_M, BLOCK_N)
@@ -142,7 +147,7 @@ def gradient_tile(
     )
 )
 def attention_dkdv_kernel(
-    q, k, v, dout, lse, delta, dweights, dk, dv,
+    q, k, v, dout, lse, row_factor, delta, dweights, dk, dv,
     edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
@@ -205,6 +210,10 @@ def attention_dkdv_kernel(
                 first_query = block_at(step, blocks, EDGE) * BLOCK_M
                 query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, VARIANT)
                 lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, EDGE, VARIANT)
+                factor_rows = lse_rows
+                if VARIANT.bias:
+                    factor_base = head_rows(row_factor, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+                    factor_rows = load_rows(factor_base, first_query, num_queries, 1.0, BLOCK_M, EDGE)
                 delta_rows = lse_rows
                 dout_tile = query_tile
                 if not VARIANT.dweights:
@@ -214,8 +223,8 @@ def attention_dkdv_kernel(
                     delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
                     delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, EDGE)
                 probs, weights, capped = weights_tile(
-                    query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, True, EDGE, VARIANT,
-                    BLOCK_M, BLOCK_N,
+                    query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, True, EDGE,
+                    VARIANT, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 if not VARIANT.dweights:
                     factor = weights.to(dout_tile.dtype)
@@ -248,7 +257,7 @@ def attention_dkdv_kernel(
     )
 )
 def attention_dq_kernel(
-    q, k, v, dout, lse, delta, dweights, dq, dslope_tiles, dlse,
+    q, k, v, dout, lse, row_factor, delta, dweights, dq, dslope_tiles, dlse,
     edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
@@ -299,6 +308,10 @@ def attention_dq_kernel(
     query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
     lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
     lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, True, VARIANT)
+    factor_rows = lse_rows
+    if VARIANT.bias:
+        factor_base = head_rows(row_factor, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        factor_rows = load_rows(factor_base, first_query, num_queries, 1.0, BLOCK_M, True)
     dout_tile = query_tile
     delta_rows = lse_rows
     if not VARIANT.dweights:
@@ -318,8 +331,8 @@ def attention_dq_kernel(
             if not VARIANT.dweights:
                 value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT)
             probs, weights, capped = weights_tile(
-                query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, False, EDGE, VARIANT,
-                BLOCK_M, BLOCK_N,
+                query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, False, EDGE,
+                VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dscores, dproducts = gradient_tile(
                 probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
@@ -351,7 +364,7 @@ def attention_dq_kernel(
     )
 )
 def attention_dbias_kernel(
-    q, k, v, dout, lse, delta, dweights, dbias, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    q, k, v, dout, lse, row_factor, delta, dweights, dbias, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -413,6 +426,8 @@ def attention_dbias_kernel(
             key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
             lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
             lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
+            factor_base = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            factor_rows = load_rows(factor_base, first_query, seqlen_q, 1.0, BLOCK_M, True)
             dout_tile = query_tile
             value_tile = key_tile
             delta_rows = lse_rows
@@ -428,8 +443,8 @@ def attention_dbias_kernel(
                 delta_base = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT)
                 delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
             probs, weights, capped = weights_tile(
-                query_tile, key_tile, lse_rows, first_query, first_key, scoring, dropout, False, True, VARIANT,
-                BLOCK_M, BLOCK_N,
+                query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, False, True,
+                VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dscores, _ = gradient_tile(
                 probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,

@@ -15,6 +15,7 @@ from .primitives import (
     key_blocks,
     keys_end,
     load_lse,
+    load_rows,
     load_tile,
     logits,
 )
@@ -22,14 +23,14 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def attention_weights_kernel(
-    q, k, lse, weights, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    q, k, lse, row_factor, weights, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     MEAN: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """weights = dropout(exp(logits - lse)), (B, H, Sq, Sk), or their MEAN over heads, (B, Sq, Sk); contiguous.
+    """weights = dropout(row_factor * exp(logits - lse)), (B, H, Sq, Sk), or their MEAN over heads; contiguous.
 
     One program owns a tile of one head, or of the mean, whose heads it adds up in their order.
     """
@@ -77,6 +78,9 @@ def attention_weights_kernel(
         lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
         lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
         probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
+        if VARIANT.bias:
+            factor_base = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            probs *= load_rows(factor_base, first_query, seqlen_q, 1.0, BLOCK_M, True)[:, None]
         if VARIANT.dropout:
             keep = dropout_keep(
                 seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N

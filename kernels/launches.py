@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels import attention_bwd, attention_fwd, attention_weights, segments, sequences
+from fastattn.kernels import (
+    attention_bwd,
+    attention_fwd,
+    attention_row_factor,
+    attention_weights,
+    segments,
+    sequences,
+)
 from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, Tile
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
@@ -118,10 +125,20 @@ def delta_launch(
     )
 
 
+def row_factor_launch(
+    spec: AttentionSpec, call: AttentionCall, lse: Tensor, row_factor: Tensor, tile: Tile
+) -> Launch:
+    """attention_row_factor_kernel on a call."""
+    args = _call_arguments(spec, call, _unit(call.query, call.key)) | {"lse": lse, "row_factor": row_factor}
+    grid = num_tiles(call.query, tile.block_m, None)
+    return _launch(attention_row_factor.attention_row_factor_kernel, grid, args, tile)
+
+
 class Cotangents(NamedTuple):
     """What flows back into the passes: the output's gradient with delta, or the weights'."""
 
     lse: Tensor
+    row_factor: Tensor | None = None  # (B, H, Sq) float32, given with a bias
     delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
     dout: Tensor | None = None
     dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
@@ -129,7 +146,8 @@ class Cotangents(NamedTuple):
 
     def arguments(self, unit: int) -> dict[str, Any]:
         """The kernel arguments they make."""
-        args: dict[str, Any] = {name: getattr(self, name) for name in ("lse", "delta", "dout", "dweights")}
+        names = ("lse", "row_factor", "delta", "dout", "dweights")
+        args: dict[str, Any] = {name: getattr(self, name) for name in names}
         args |= _plane_strides("dweights", self.dweights)
         if self.dout is not None:
             return args | _strides("do", self.dout, unit)
@@ -210,12 +228,18 @@ def dbias_launch(
 
 
 def weights_launch(
-    spec: AttentionSpec, call: AttentionCall, lse: Tensor, weights: Tensor, mean: bool, tile: Tile
+    spec: AttentionSpec,
+    call: AttentionCall,
+    lse: Tensor,
+    row_factor: Tensor | None,
+    weights: Tensor,
+    mean: bool,
+    tile: Tile,
 ) -> Launch:
     """attention_weights_kernel on a call: (B, H, Sq, Sk), or (B, Sq, Sk) for the mean over heads, contiguous."""
     seqlen_q, seqlen_k = weights.shape[-2:]
     args = _call_arguments(spec, call, _unit(call.query, call.key))
-    args |= {"lse": lse, "weights": weights, "MEAN": mean}
+    args |= {"lse": lse, "row_factor": row_factor, "weights": weights, "MEAN": mean}
     planes = weights.shape[:-2].numel()
     grid = planes * _cdiv(seqlen_q, tile.block_m) * _cdiv(seqlen_k, tile.block_n)
     return _launch(attention_weights.attention_weights_kernel, grid, args, tile)

@@ -59,7 +59,8 @@ def attention_bwd(
     tiles = tiles or tiles_for(spec, packing is not None)
     delta = torch.empty_like(lse)
     delta_launch(spec, out, lse, dout, dlse, delta).run()
-    cotangents = Cotangents(lse, delta, dout)
+    row_factor = _row_factor(spec, call, lse, tiles.dq)
+    cotangents = Cotangents(lse, row_factor, delta, dout)
     dkey, dvalue = _key_grads(spec, call, packing, cotangents, needs.key or needs.value, tiles.dkdv)
     dquery, dslopes = _query_grads(spec, call, packing, cotangents, needs.query, needs.alibi_slopes, tiles.dq)
     return AttentionGrads(
@@ -68,7 +69,7 @@ def attention_bwd(
         value=dvalue if needs.value else None,
         bias=_bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None,
         alibi_slopes=dslopes,
-        sinks=_sink_grad(call, lse, delta) if needs.sinks else None,
+        sinks=_sink_grad(call, lse, row_factor, delta) if needs.sinks else None,
     )
 
 
@@ -84,7 +85,8 @@ def attention_weights_fwd(
     heads = () if mean else (num_heads,)
     weights = call.query.new_empty((batch, *heads, seqlen_q, call.key.shape[2]))
     tile = (tiles or table_tiles(spec)).dbias
-    weights_launch(spec, call, lse.contiguous(), weights, mean, tile).run()
+    lse = lse.contiguous()
+    weights_launch(spec, call, lse, _row_factor(spec, call, lse, tile), weights, mean, tile).run()
     return weights
 
 
@@ -104,16 +106,28 @@ def attention_weights_bwd(
     call, lse = with_plain_layouts(call), lse.contiguous()
     num_heads = call.query.shape[1]
     tiles = tiles or table_tiles(spec)
-    cotangents = Cotangents(lse, dweights=dweights)
+    row_factor = _row_factor(spec, call, lse, tiles.dq)
+    cotangents = Cotangents(lse, row_factor, dweights=dweights)
     if mean:
         every_head = dweights[:, None].expand(-1, num_heads, -1, -1)
-        cotangents = Cotangents(lse, dweights=every_head, dweights_factor=1.0 / num_heads)
+        cotangents = Cotangents(lse, row_factor, dweights=every_head, dweights_factor=1.0 / num_heads)
     dkey, _ = _key_grads(spec, call, None, cotangents, needs.key, tiles.dkdv)
     dlse = torch.empty_like(lse)
     wanted = needs.query or needs.lse
     dquery, dslopes = _query_grads(spec, call, None, cotangents, wanted, needs.alibi_slopes, tiles.dq, dlse)
     dbias = _bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None
     return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
+
+
+def _row_factor(spec: AttentionSpec, call: AttentionCall, lse: Tensor, tile: Tile) -> Tensor | None:
+    """What lse leaves out of the weights: only biases reach magnitudes at which it does."""
+    from fastattn.kernels.launches import row_factor_launch
+
+    if call.bias is None:
+        return None
+    row_factor = torch.empty_like(lse)
+    row_factor_launch(spec, call, lse, row_factor, tile).run()
+    return row_factor
 
 
 def _key_grads(
@@ -190,13 +204,15 @@ def _bias_grad(spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents,
     return dbias
 
 
-def _sink_grad(call: AttentionCall, lse: Tensor, delta: Tensor) -> Tensor | None:
+def _sink_grad(call: AttentionCall, lse: Tensor, row_factor: Tensor | None, delta: Tensor) -> Tensor | None:
     """-sum(exp(sink - lse) * delta): a sink is a key whose value, and so whose weight's gradient, is zero."""
     if call.sinks is None:
         return None
     weights = torch.exp(
         (call.sinks[:, None] - lse).nan_to_num(nan=0.0)
     )  # inf - inf: the sink has all the weight
+    if row_factor is not None:
+        weights *= row_factor
     terms = torch.where(lse == -torch.inf, 0.0, weights * delta)
     return -terms.sum((0, 2), dtype=torch.float64).to(call.sinks.dtype)
 

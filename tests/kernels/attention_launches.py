@@ -22,7 +22,8 @@ def launches_of(call: AttentionCall, tiles: Tile | Tiles) -> dict[str, launches.
     if call.query_segments is not None:
         blocks = torch.empty(query.shape[0], 4, 4, dtype=torch.int32)
     slope_sums = lse if needs.alibi_slopes else None
-    cotangents = launches.Cotangents(lse, lse, out)
+    row_factor = None if call.bias is None else lse
+    cotangents = launches.Cotangents(lse, row_factor, lse, out)
     made = {
         "forward": launches.forward_launch(forward, call, out, lse, blocks, tiles.forward),
         "delta": launches.delta_launch(backward, out, lse, out, lse, lse),
@@ -30,8 +31,9 @@ def launches_of(call: AttentionCall, tiles: Tile | Tiles) -> dict[str, launches.
         "dq": launches.dq_launch(backward, call, cotangents, query, slope_sums, None, blocks, tiles.dq),
     }
     weights = torch.empty(*query.shape[:3], key.shape[2], dtype=query.dtype)
-    made["weights"] = launches.weights_launch(forward, call, lse, weights, False, tiles.dbias)
+    made["weights"] = launches.weights_launch(forward, call, lse, row_factor, weights, False, tiles.dbias)
     if call.bias is not None:
+        made["row_factor"] = launches.row_factor_launch(backward, call, lse, lse, tiles.dq)
         made["dbias"] = launches.dbias_launch(backward, call, cotangents, call.bias, tiles.dbias)
     if call.query_segments is not None and call.key_segments is not None:
         ids, other_ids = call.query_segments, call.key_segments

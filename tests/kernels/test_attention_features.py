@@ -17,6 +17,8 @@ from attention_cases import (
     run_triton,
 )
 
+from fastattn.backends import triton as backend
+from fastattn.spec import AttentionSpec
 from numerics import assert_within_rule
 
 BFLOAT = torch.bfloat16
@@ -160,17 +162,24 @@ def test_extreme_sinks(sink: float) -> None:
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e30])
-def test_biases_near_the_end_of_the_range(lowest: float) -> None:
-    """A bias that stands for a mask: rows of nothing else attend evenly, as softmax says, and nothing overflows."""
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"sinks": torch.tensor([-1e9], device=DEVICE)}], ids=str
+)
+def test_biases_near_the_end_of_the_range(lowest: float, options: Options) -> None:
+    """A bias that stands for a mask: rows of nothing else attend evenly, and so do their gradients, although their lse
+    has no digits left for the number of their keys."""
     bias = torch.zeros(21, 37, device=DEVICE)
     bias[:, 20:] = lowest
     bias[5] = lowest
-    case = Case("lowest", {"bias": bias})
-    inputs = Inputs.of(case)
-    actual, golden = run_triton(inputs, SMALL_TILES), run_reference(inputs, torch.float64)
-    plain = run_reference(inputs, torch.float32)
-    rows = [row for row in range(21) if row != 5]
-    for name in ("out", "dquery"):
-        kept = [results[name][:, :, rows] for results in (actual, plain, golden)]
-        assert_within_rule(*kept, name, torch.float16)
-    assert all(tensor.isfinite().all() for tensor in actual.values())
+    check(Case("lowest", {"bias": bias, **options}))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_weights_of_biases_near_the_end_of_the_range(mean: bool) -> None:
+    bias = torch.full((37,), torch.finfo(torch.float32).min, device=DEVICE)
+    inputs = Inputs.of(Case("lowest", {"bias": bias}, heads=2))
+    call = inputs.call()
+    spec = AttentionSpec.of(call)
+    _, lse = backend.attention_fwd(spec, call, SMALL_TILES)
+    weights = backend.attention_weights_fwd(spec, call, lse, mean, SMALL_TILES)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 37))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "weights", "segments")
+KERNELS = ("forward", "delta", "row_factor", "dkdv", "dq", "dbias", "weights", "segments")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,79 @@
+"""What a float32 lse of huge magnitude cannot say of its row: the factor that makes the row's weights sum to 1."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from .attention_fwd import INTEGERS
+from .primitives import (
+    LOG2E,
+    exponents,
+    head_matrix,
+    head_rows,
+    head_scoring,
+    key_blocks,
+    keys_end,
+    load_lse,
+    load_tile,
+    logits,
+)
+from .sequences import program_tile
+
+EXTREME_LSE = tl.constexpr(1e4)  # beyond it, too few digits are left for the logarithm of a sum
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_row_factor_kernel(
+    q, k, lse, row_factor, key_lengths, mask, bias, query_ids, key_ids, slopes, sinks,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, scale, softcap,
+    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """row_factor = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1: a row whose biases are all the smallest
+    number has lse = that number, however many keys share it.
+
+    One program owns BLOCK_M queries of one head and looks at keys only if it has an extreme row.
+    """
+    lengths = (seqlen_q, seqlen_k, shift)
+    tile, head, sequence = program_tile(lengths, (), num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT)
+    batch = sequence[0]
+    kv_head = head // VARIANT.group_size
+    first_query = tile * BLOCK_M
+    end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
+    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, key_end, VARIANT)
+    planes = (
+        mask,
+        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
+        bias,
+        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
+    )
+    positions = (seqlen_q, seqlen_k, shift, left, right)
+    scoring = head_scoring(
+        batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
+    )  # fmt: skip
+    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    rows = first_query + tl.arange(0, BLOCK_M)
+
+    lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
+    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
+    extreme = (tl.abs(lse_rows) > EXTREME_LSE) & (tl.abs(lse_rows) < float("inf"))
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if VARIANT.sinks:
+        total += tl.exp2((tl.load(sinks + head) - lse_rows) * LOG2E)
+    query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+    any_extreme = tl.max(extreme.to(tl.int32), 0) > 0
+    for step in range(tl.where(any_extreme, blocks[3] - blocks[0], 0)):
+        first_key = (blocks[0] + step) * BLOCK_N
+        cols = first_key + tl.arange(0, BLOCK_N)
+        key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
+        products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
+        scores, _ = logits(products, rows[:, None], cols[None, :], scoring, True, VARIANT)
+        total += tl.sum(tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT)), 1)
+    factor = 1.0 / tl.where(extreme & (total > 0.0), total, 1.0)
+    factor_rows = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
+    tl.store(factor_rows, factor, mask=rows < seqlen_q)
