@@ -8,6 +8,22 @@
 
 namespace fastattn {
 
+// (out, lse) of (B, H, Sq, D) tensors. -1 is an unbounded side of the window, 0 no softcap.
+std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, const at::Tensor& key,
+                                                     const at::Tensor& value,
+                                                     const std::optional<at::Tensor>& key_lengths, bool top_left,
+                                                     int64_t window_left, int64_t window_right, double softcap,
+                                                     double scale);
+
+// (out (T, H, D), lse (H, T)) of packed sequences.
+std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+                                                  const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left,
+                                                  int64_t window_right, double softcap, double scale);
+
+// (queries, keys) of the forward's tiles.
+std::tuple<int, int> attention_forward_tile(int64_t head_dim, bool windowed, bool softcap);
+
 at::Tensor softmax_forward(const at::Tensor& x, const std::optional<at::Tensor>& mask, int64_t dim, double scale,
                            bool causal, bool log, at::ScalarType dtype);
 

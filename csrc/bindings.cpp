@@ -12,6 +12,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "CUDA kernels of fastattn; call them through fastattn's own functions.";
   m.attr("build_info") = py::str(fastattn_build_info);
 
+  m.def("attention_forward", &fastattn::attention_forward, release_gil(), py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("key_lengths") = py::none(), py::arg("top_left") = false,
+        py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("softcap") = 0.0, py::arg("scale"));
+  m.def("varlen_forward", &fastattn::varlen_forward, release_gil(), py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("top_left") = false,
+        py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("softcap") = 0.0, py::arg("scale"));
+  m.def("attention_forward_tile", &fastattn::attention_forward_tile, py::arg("head_dim"),
+        py::arg("windowed") = false, py::arg("softcap") = false);
+
   m.def("softmax_forward", &fastattn::softmax_forward, release_gil(), py::arg("x"), py::arg("mask"), py::arg("dim"),
         py::arg("scale"), py::arg("causal"), py::arg("log"), py::arg("dtype"));
   m.def("softmax_backward", &fastattn::softmax_backward, release_gil(), py::arg("dout"), py::arg("out"),

@@ -4,6 +4,8 @@
 //   softmax forward   (in, out) x held elements {8, 16, 32, none}; floats have no 32    4 + 4 + 4 + 4 + 3 = 19
 //   softmax backward  (y, dx) x held elements {8, 16, none}                             5 x 3             = 15
 //   cross-entropy     dtype x {forward, backward}                                       3 x 2             =  6
+//   attention forward 16-bit dtype x head dim {64, 128, 256} x {plain, softcap}, and
+//     at 128 other tiles for calls without causality or window (attention_tiles.h)      2 x (2 + 3 + 2)   = 14
 //
 // (in, out) is one of three dtypes, or a 16-bit input with a float result, as autocast wants: 5 pairs. Scale, mask,
 // causality, log, lengths, alignment and the threads of a row are arguments: they change no instruction of the loop over
@@ -13,6 +15,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <type_traits>
+
+#include "attention_tiles.h"
 #include "device/config.cuh"
 
 namespace fastattn {
@@ -49,6 +54,22 @@ auto dispatch_pair(at::ScalarType narrow, at::ScalarType wide, Function function
     TORCH_CHECK_TYPE(wide == narrow, "dtype: got ", wide, " for ", narrow, ", needs the same or float32");
     return function(tag, Type<Narrow>());
   });
+}
+
+// function(Type<T>, the kernels' head dim as an integral constant) for a 16-bit dtype and a head dim.
+template <class Function>
+auto dispatch_attention(at::ScalarType dtype, int head_dim, Function function) {
+  const auto with_dim = [&](auto tag) {
+    switch (padded_head_dim(head_dim)) {
+      case 64:
+        return function(tag, std::integral_constant<int, 64>());
+      case 128:
+        return function(tag, std::integral_constant<int, 128>());
+      default:
+        return function(tag, std::integral_constant<int, 256>());
+    }
+  };
+  return dtype == at::kHalf ? with_dim(Type<half_t>()) : with_dim(Type<bfloat16_t>());
 }
 
 }  // namespace fastattn

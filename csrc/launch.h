@@ -6,7 +6,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include "attention_params.h"
 #include "device/config.cuh"
+#include "device/tensor_map.h"
 #include "params.h"
 
 namespace fastattn {
@@ -22,5 +24,11 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& params, cuda
 
 template <class T>
 cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& params, cudaStream_t stream);
+
+// kHeadDim is padded_head_dim(params.head_dim). There is at least one query and one key. `multiprocessors` are the
+// device's; the results do not depend on them.
+template <class Element, int kHeadDim>
+cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
+                                     cudaStream_t stream);
 
 }  // namespace fastattn

@@ -23,11 +23,14 @@ struct Tile {
 // Bytes of keys and values that a section may have: most of the 50 MB of L2, whose halves keep copies of each other.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
-// The schedule of planes with `kv_bytes` of keys and values per key head.
-inline TileSchedule schedule_tiles(int planes, int query_blocks, int group_size, int64_t kv_bytes) {
+// The schedule of planes with `kv_bytes` of keys and values per key head; num_tiles is -1 for more than fit.
+inline TileSchedule schedule_tiles(int64_t planes, int64_t query_blocks, int group_size, int64_t kv_bytes) {
+  constexpr int64_t kMostTiles = int64_t{1} << 30;
+  if (planes > kMostTiles || query_blocks > kMostTiles || planes * query_blocks > kMostTiles) return {-1, 0, 0, 0};
   const int64_t kv_heads = kv_bytes < kSectionBytes ? kSectionBytes / (kv_bytes > 0 ? kv_bytes : 1) : 1;
   const int64_t section = kv_heads < planes / group_size ? kv_heads * group_size : planes;
-  return {planes * query_blocks, query_blocks, planes, static_cast<int>(section)};
+  return {static_cast<int>(planes * query_blocks), static_cast<int>(query_blocks), static_cast<int>(planes),
+          static_cast<int>(section)};
 }
 
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)

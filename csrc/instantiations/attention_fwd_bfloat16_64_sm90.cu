@@ -1,0 +1,7 @@
+#include "kernels/attention_fwd_launch.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_attention_forward<bfloat16_t, 64>(const AttentionParams&, TensorMapEncoder, int, cudaStream_t);
+
+}  // namespace fastattn

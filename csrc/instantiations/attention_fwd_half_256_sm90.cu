@@ -1,0 +1,7 @@
+#include "kernels/attention_fwd_launch.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_attention_forward<half_t, 256>(const AttentionParams&, TensorMapEncoder, int, cudaStream_t);
+
+}  // namespace fastattn

@@ -1,0 +1,84 @@
+// Describes a call to the copy engine and launches its forward kernel; for the files of instantiations/.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <climits>
+#include <type_traits>
+
+#include "../attention_tiles.h"
+#include "../device/head_map.h"
+#include "../launch.h"
+#include "attention_fwd_sm90.cuh"
+
+namespace fastattn {
+
+template <class Element>
+constexpr CUtensorMapDataType kMapType =
+    std::is_same_v<Element, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+// Maps of q, k, v and out. The call has at least one query and one key.
+template <class Shape>
+CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, ForwardMaps* maps) {
+  constexpr CUtensorMapDataType type = kMapType<typename Shape::Element>;
+  const int64_t batch = p.cu_seqlens_q == nullptr ? p.batch : 1;
+  CUresult error = encode_head_map(encode, &maps->q, type, p.q, p.q_strides, batch, p.num_heads, p.total_q, p.head_dim,
+                                   Shape::kBlockM);
+  if (error != CUDA_SUCCESS) return error;
+  error = encode_head_map(encode, &maps->k, type, p.k, p.k_strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
+                          Shape::kBlockN);
+  if (error != CUDA_SUCCESS) return error;
+  error = encode_head_map(encode, &maps->v, type, p.v, p.v_strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
+                          Shape::kBlockN);
+  if (error != CUDA_SUCCESS) return error;
+  return encode_head_map(encode, &maps->out, type, p.out, p.out_strides, batch, p.num_heads, p.total_q, p.head_dim,
+                         kWarpgroupRows);
+}
+
+template <class Shape>
+TileSchedule forward_schedule(const AttentionParams& p) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t planes = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
+  const int64_t query_blocks =
+      packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
+  return schedule_tiles(planes, query_blocks, p.num_heads / p.num_kv_heads, 4 * p.total_k * p.head_dim);
+}
+
+#if !defined(FASTATTN_EMULATION)
+
+template <class Shape>
+cudaError_t launch_forward_shape(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
+                                 cudaStream_t stream) {
+  ForwardMaps maps;
+  if (encode_forward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  const TileSchedule schedule = forward_schedule<Shape>(params);
+  if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
+  const auto kernel = attention_fwd_sm90<Shape>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int blocks = schedule.num_tiles < multiprocessors ? schedule.num_tiles : multiprocessors;
+  kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(maps, params, schedule);
+  return cudaGetLastError();
+}
+
+template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap>
+using ShapeFor = ForwardShape<Element, kHeadDim, forward_tile(kHeadDim, kWindowed, kSoftcap).queries,
+                              forward_tile(kHeadDim, kWindowed, kSoftcap).keys, kSoftcap>;
+
+template <class Element, int kHeadDim>
+cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
+                                     cudaStream_t stream) {
+  const auto launch = [&](auto shape) {
+    return launch_forward_shape<decltype(shape)>(params, encode, multiprocessors, stream);
+  };
+  if (params.softcap != 0.0f) return launch(ShapeFor<Element, kHeadDim, true, true>{});
+  if (params.window_left < kUnbounded || params.window_right < kUnbounded) {
+    return launch(ShapeFor<Element, kHeadDim, true, false>{});
+  }
+  return launch(ShapeFor<Element, kHeadDim, false, false>{});
+}
+
+#endif  // nvcc
+
+}  // namespace fastattn
