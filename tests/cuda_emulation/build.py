@@ -1,0 +1,123 @@
+"""Builds kernels for the CPU emulation with g++ and calls them, failures of the execution model becoming exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+FLAGS = (
+    "-O2",
+    "-march=native",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-DFASTATTN_EMULATION",
+    "-Wno-unknown-pragmas",
+)
+LANDINGS = ("eager", "lazy", "random")
+
+Landing = Literal["eager", "lazy", "random"]
+
+
+class EmulationError(Exception):
+    """A kernel broke a rule of the execution model, or could not go on."""
+
+
+@cache
+def cuda_include() -> Path | None:
+    """A folder with cuda.h and vector_types.h: the CUDA toolkit's, or the one triton brings; None without either."""
+    folders = [Path(home) / "include" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "include")
+    wanted = ("cuda.h", "vector_types.h", "vector_functions.h")
+    return next((folder for folder in folders if all((folder / name).is_file() for name in wanted)), None)
+
+
+def missing_tool() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if shutil.which("g++") is None:
+        return "needs g++"
+    if cuda_include() is None:
+        return "needs cuda.h, from a CUDA toolkit or triton"
+    return None
+
+
+class Library:
+    """The entry points of one shared library: functions of pointers, int64_t and double, null or a message returned."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulator_configure.argtypes = [
+            ctypes.c_uint64,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+        ]
+
+    def __call__(
+        self,
+        name: str,
+        *arguments: torch.Tensor | int | float | None,
+        seed: int = 0,
+        landing: Landing = "random",
+        resident: int = 1,
+        check: bool = True,
+    ) -> None:
+        """Calls entry point `name`; tensors go by their address.
+
+        `seed` draws the order of threads, `landing` says when background work is delivered, `resident` how many blocks
+        are alive at once, `check` whether races are looked for. Raises EmulationError.
+        """
+        self._library.emulator_configure(seed, LANDINGS.index(landing), resident, int(check))
+        entry = self._library[name]
+        entry.restype = ctypes.c_char_p
+        message = entry(*map(_as_c, arguments))
+        if message is not None:
+            raise EmulationError(message.decode())
+
+
+def _as_c(argument: torch.Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def build(source: Path, cache_folder: Path, defines: tuple[str, ...] = ()) -> Library:
+    """Compiles `source` to a library in `cache_folder`, unless the same text was compiled there before.
+
+    `defines` are macros, "NAME" or "NAME=VALUE". Raises RuntimeError with the compiler's output.
+    """
+    include = cuda_include()
+    flags = (*FLAGS, *(f"-D{macro}" for macro in defines))
+    digest = hashlib.sha256(repr((flags, str(include))).encode())
+    headers = [*(ROOT / "csrc").rglob("*.*h"), *HERE.rglob("*.h")]
+    for path in (source, *sorted(headers)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    library = cache_folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            partial = library.with_suffix(".partial")
+            folders = (f"-I{HERE}", f"-I{ROOT}", f"-I{ROOT / 'csrc'}", "-isystem", str(include))
+            command = ["g++", *flags, *folders, "-o", str(partial), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+            partial.replace(library)
+    return Library(library)

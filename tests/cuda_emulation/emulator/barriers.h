@@ -1,0 +1,146 @@
+// Barriers of a block and a cluster, fences, registers and semaphores.
+#pragma once
+
+#include "warp.h"
+
+namespace emulator {
+
+inline void tick(Thread& thread) { thread.clock.raise(thread.component, thread.clock[thread.component] + 1); }
+
+// What the thread has done and seen becomes part of `clock`, what it does next does not.
+inline void release(Thread& thread, Clock& clock) {
+  clock.join(thread.clock);
+  tick(thread);
+}
+
+inline void join_barrier(Barrier& barrier, int threads, bool wait, const char* place) {
+  Thread& thread = self();
+  machine().preempt();
+  if (barrier.arrived > 0 && barrier.expected != threads) {
+    fail(text("%s for %d threads, others came for %d", place, threads, barrier.expected));
+  }
+  barrier.expected = threads;
+  const uint32_t bit = 1u << (&barrier - thread.block->barriers);
+  if (thread.arrived_barriers & bit) fail(text("%s: the thread arrives twice before the others have come", place));
+  thread.arrived_barriers |= bit;
+  barrier.arrivals.push_back(&thread);
+  barrier.clock.join(thread.clock);
+  if (!wait) tick(thread);
+  if (++barrier.arrived < threads) {
+    if (wait) machine().sleep(barrier.waiting, place);
+    return;
+  }
+  if (wait) barrier.waiting.push_back(&thread);
+  for (Thread* waiter : barrier.waiting) {
+    waiter->clock.join(barrier.clock);
+    tick(*waiter);
+  }
+  if (wait) barrier.waiting.pop_back();
+  barrier.arrived = 0;
+  for (Thread* arrival : barrier.arrivals) arrival->arrived_barriers &= ~bit;
+  barrier.arrivals.clear();
+  barrier.clock.clear();
+  machine().wake(barrier.waiting);
+}
+
+inline void block_sync() { join_barrier(self().block->barriers[0], block_threads(), true, "block_sync"); }
+
+inline void named_barrier(int id, int threads, bool wait) {
+  static const char* const kPlaces[16] = {
+      "named barrier 0",  "named barrier 1",  "named barrier 2",  "named barrier 3",
+      "named barrier 4",  "named barrier 5",  "named barrier 6",  "named barrier 7",
+      "named barrier 8",  "named barrier 9",  "named barrier 10", "named barrier 11",
+      "named barrier 12", "named barrier 13", "named barrier 14", "named barrier 15"};
+  if (id < 1 || id > 15) fail(text("named barrier %d does not exist", id));
+  if (threads % kWarp != 0 || threads < kWarp) fail(text("%d threads are not whole warps", threads));
+  join_barrier(self().block->barriers[id], threads, wait, kPlaces[id]);
+}
+
+inline void fence_barrier_init() {
+  Thread& thread = self();
+  for (auto& barrier : thread.block->mbarriers) {
+    if (barrier->initialised.component == thread.component) barrier->fenced = true;
+  }
+}
+
+inline void fence_proxy_async() {
+  Thread& thread = self();
+  const uint32_t count = thread.block->cluster->thread_count;
+  thread.clock.copy_range(count, 0, count);
+  tick(thread);
+  fence_barrier_init();
+}
+
+inline void fence_proxy_async_global() {}
+inline void device_fence() { machine().preempt(); }
+
+inline void set_max_registers(int count, bool increase) {
+  Thread& thread = self();
+  Block& block = *thread.block;
+  if (increase ? count < thread.registers : count > thread.registers) {
+    fail(text("%s_registers<%d> with %d registers", increase ? "increase" : "decrease", count, thread.registers));
+  }
+  struct Slot {
+  } slot;
+  warp_collective(increase ? "increase_registers" : "decrease_registers", 0xffffffff, slot, [](Slot**) {});
+  const int change = count - thread.registers;
+  while (block.free_registers < change) machine().sleep(block.waiting_for_registers, "increase_registers");
+  block.free_registers -= change;
+  thread.registers = count;
+  machine().wake(block.waiting_for_registers);
+}
+
+inline uint32_t semaphore_load(const uint32_t* semaphore) {
+  machine().poll("semaphore_load_acquire");
+  return *semaphore;
+}
+
+inline void semaphore_add(uint32_t* semaphore, uint32_t value) {
+  machine().preempt();
+  *semaphore += value;
+  machine().made_progress();
+}
+
+inline uint32_t counter_fetch_add(uint32_t* counter, uint32_t value) {
+  machine().preempt();
+  const uint32_t before = *counter;
+  *counter += value;
+  machine().made_progress();
+  return before;
+}
+
+inline uint32_t cluster_rank() { return self().block->rank; }
+inline uint32_t cluster_blocks() { return machine().launch_.cluster; }
+
+inline void cluster_arrive() {
+  Thread& thread = self();
+  Cluster& cluster = *thread.block->cluster;
+  machine().preempt();
+  release(thread, cluster.arriving);
+  if (++cluster.arrived < static_cast<int>(cluster.thread_count)) return;
+  cluster.arrived = 0;
+  ++cluster.generation;
+  cluster.released = cluster.arriving;
+  cluster.arriving.clear();
+  machine().wake(cluster.waiting);
+}
+
+inline void cluster_wait() {
+  Thread& thread = self();
+  Cluster& cluster = *thread.block->cluster;
+  const uint32_t wanted = ++thread.cluster_waits;
+  while (cluster.generation < wanted) machine().sleep(cluster.waiting, "cluster_wait");
+  thread.clock.join(cluster.released);
+}
+
+template <class T>
+T* map_shared(T* pointer, uint32_t rank) {
+  Thread& thread = self();
+  const Block& mine = *thread.block;
+  if (rank >= mine.cluster->blocks.size()) fail(text("map_shared to block %u of %zu", rank, mine.cluster->blocks.size()));
+  auto* bytes = reinterpret_cast<unsigned char*>(const_cast<std::remove_const_t<T>*>(pointer));
+  if (!mine.holds(bytes)) fail("map_shared of a pointer that is not in the block's shared memory");
+  return reinterpret_cast<T*>(mine.cluster->blocks[rank]->memory + (bytes - mine.memory));
+}
+
+}  // namespace emulator

@@ -1,0 +1,526 @@
+// Blocks of threads as fibers, the order they run in, and what they do to shared memory.
+#pragma once
+
+#include <cstdio>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "clock.h"
+#include "fiber.h"
+#include "types.h"
+
+namespace emulator {
+
+// When the copy engine and the tensor cores deliver: at once, when somebody must have it, or at any time between.
+enum class Landing { kEager, kLazy, kRandom };
+
+struct Options {
+  uint64_t seed = 0;
+  Landing landing = Landing::kRandom;
+  int resident = 1;   // clusters (blocks, where there are no clusters) that are alive at the same time
+  bool check = true;  // watch for races
+};
+
+struct Launch {
+  uint3 grid = {1, 1, 1};
+  int threads = kWarp;
+  size_t shared_bytes = 0;
+  int cluster = 1;  // blocks, along x
+};
+
+// Work of the copy engine that has been issued. `land` runs once.
+struct Operation {
+  std::function<void()> land;
+  bool landed = false;
+};
+using OperationPointer = std::shared_ptr<Operation>;
+
+struct Thread;
+struct Cluster;
+
+// Threads asleep until an event.
+using WaitQueue = std::vector<Thread*>;
+
+struct Barrier {  // block_sync and the named barriers
+  int expected = 0;
+  int arrived = 0;
+  Clock clock;
+  std::vector<Thread*> arrivals;
+  WaitQueue waiting;
+};
+
+struct MbarrierState {
+  uint32_t index = 0;  // in the block
+  uint32_t expected = 0, pending = 0, phase = 0;
+  int64_t bytes = 0;
+  uint32_t component = 0;
+  Event initialised;
+  bool fenced = false;  // a fence has followed the initialisation
+  Clock arriving, completed;
+  WaitQueue waiting;
+};
+
+struct StoreGroup {
+  std::vector<OperationPointer> reads, writes;
+};
+
+struct CopyRange {
+  unsigned char* destination;
+  size_t bytes;
+  OperationPointer operation;
+};
+
+// A 64 x columns tile of sums, one while its multiplies are in flight.
+struct Accumulator {
+  int columns;
+  std::vector<float> tile;
+};
+
+struct Multiply {
+  std::shared_ptr<Accumulator> accumulator;
+  uint64_t a, b;
+  bool a_in_registers, a_transposed, b_transposed, accumulate;
+  float (*to_float)(uint16_t);
+  uint32_t group;
+  int issued = 0;  // threads
+  float a_tile[64 * 16];
+  std::vector<Event> writers;  // of what it reads
+};
+
+struct Warpgroup {
+  struct Block* block = nullptr;
+  std::deque<std::shared_ptr<Multiply>> multiplies;  // the last ones issued
+  uint32_t dropped = 0;                              // multiplies before the first of these
+  uint32_t executed = 0;
+  WaitQueue waiting;
+};
+
+// Registers of a thread that a multiply still uses: accumulators, or A, with what they must hold when it is done.
+struct InFlight {
+  uint32_t* registers;
+  uint32_t group;
+  std::shared_ptr<Accumulator> accumulator;  // null for A
+  std::vector<uint32_t> expected;
+};
+
+struct RegisterCopy {  // what an array of a thread held at its last wgmma_fence
+  const void* array;
+  std::vector<unsigned char> bytes;
+};
+
+struct Thread {
+  std::unique_ptr<Fiber> fiber;
+  struct Block* block = nullptr;
+  int index = 0;
+  uint32_t component = 0;
+  Clock clock;
+  bool done = false;
+  bool asleep = false;
+  const char* place = nullptr;         // where it waits
+  const void* place_object = nullptr;  // for what
+
+  uint32_t collective_mask = 0;
+  void* collective_slot = nullptr;
+  const char* collective = nullptr;
+
+  int registers = 0;
+  uint32_t cluster_waits = 0;
+  uint32_t arrived_barriers = 0;  // a bit for each of the block's barriers
+  uint32_t store_component = Event::kNone;
+  std::deque<StoreGroup> stores;  // committed and not known to be finished; the last one is open
+  uint32_t stores_committed = 0;
+  std::deque<std::vector<CopyRange>> copies;  // likewise for cp.async
+
+  uint32_t multiplies_issued = 0;
+  std::vector<uint32_t> multiplies_committed;  // by each group and all before it
+  bool wgmma_fenced = false;
+  std::vector<RegisterCopy> register_copies;
+  std::vector<InFlight> in_flight;
+
+  Event now() const { return {component, clock[component]}; }
+};
+
+struct Block {
+  Cluster* cluster = nullptr;
+  uint3 index = {0, 0, 0};
+  uint32_t rank = 0;
+  int alive = 0;
+  unsigned char* arena = nullptr;   // begins at a multiple of 1024, like the shared window
+  unsigned char* memory = nullptr;  // where the kernel's dynamic shared memory begins
+  size_t bytes = 0;
+  std::vector<unsigned char> storage;
+  Shadow shadow;
+  std::vector<std::unique_ptr<Thread>> threads;
+  Barrier barriers[16];
+  std::vector<std::unique_ptr<MbarrierState>> mbarriers;
+  std::vector<std::unique_ptr<Warpgroup>> warpgroups;
+  int loads_in_flight = 0;
+  std::vector<uint32_t> elected;  // lane per warp
+  int free_registers = 0;
+  WaitQueue waiting_for_registers;
+  std::vector<Event> remote_accesses;
+
+  bool holds(const void* pointer) const {
+    return memory <= pointer && static_cast<const unsigned char*>(pointer) < memory + bytes;
+  }
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  uint32_t thread_count = 0;
+  uint32_t components = 0;
+  std::map<uint32_t, std::string> names;  // of components beyond the threads'
+  int alive = 0;
+  int arrived = 0;
+  uint32_t generation = 0;
+  Clock arriving, released;
+  WaitQueue waiting;
+
+  uint32_t warp_component(const Thread& thread) const {
+    return 2 * thread_count + thread.component / kWarp;
+  }
+  uint32_t add_component(std::string name) {
+    names[components] = std::move(name);
+    return components++;
+  }
+};
+
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
+constexpr size_t kGuardBytes = 1024;
+constexpr size_t kSharedLimit = 227 * 1024;
+constexpr int kBlockRegisters = 64 * 1024;
+constexpr uint32_t kWindowStart = 1024;
+
+class Machine {
+ public:
+  Machine(const Options& options, const Launch& launch, std::function<void()> kernel)
+      : options_(options), launch_(launch), kernel_(std::move(kernel)), random_{options.seed} {}
+
+  void run();
+
+  Options options_;
+  Launch launch_;
+  Random random_{0};
+  Thread* running_ = nullptr;
+
+  // Puts the running thread to sleep; wake() lets it go on.
+  void sleep(WaitQueue& queue, const char* place, const void* object = nullptr) {
+    Thread& thread = *running_;
+    queue.push_back(&thread);
+    thread.asleep = true;
+    thread.place = place;
+    thread.place_object = object;
+    thread.fiber->switch_out();
+    thread.place = nullptr;
+  }
+
+  void wake(WaitQueue& queue) {
+    ++progress_;
+    for (Thread* thread : queue) {
+      thread->asleep = false;
+      ready_.push_back(thread);
+    }
+    queue.clear();
+  }
+
+  // Lets others run first, once.
+  void step_aside() {
+    ready_.push_front(running_);
+    running_->fiber->switch_out();
+  }
+
+  // Lets all others run first: the thread polls something that only they can change.
+  void poll(const char* place) {
+    polling_.push_back(running_);
+    running_->place = place;
+    running_->fiber->switch_out();
+    running_->place = nullptr;
+  }
+
+  // Sometimes lets others run first, where the order may matter.
+  void preempt() {
+    if (random_.below(4) == 0) step_aside();
+  }
+
+  void made_progress() { ++progress_; }
+
+  OperationPointer start(std::function<void()> land) {
+    auto operation = std::make_shared<Operation>(Operation{std::move(land)});
+    if (options_.landing == Landing::kEager) {
+      finish(*operation);
+    } else {
+      pending_.push_back(operation);
+    }
+    return operation;
+  }
+
+  void finish(Operation& operation) {
+    if (operation.landed) return;
+    operation.landed = true;
+    ++progress_;
+    operation.land();
+  }
+
+  [[noreturn]] void fail(const std::string& what) const;
+  void thread_main();
+
+ private:
+  bool land_one();
+  Thread* pick();
+  bool start_cluster();
+  void end_thread(Thread& thread);
+  [[noreturn]] void report_deadlock(const char* kind);
+
+  std::function<void()> kernel_;
+  std::string failure_;
+  std::vector<std::unique_ptr<Cluster>> clusters_;
+  std::deque<Thread*> ready_;
+  std::deque<Thread*> polling_;
+  std::vector<OperationPointer> pending_;
+  uint64_t next_cluster_ = 0;
+  uint64_t progress_ = 0;
+  std::vector<std::unique_ptr<Fiber>> spare_fibers_;
+};
+
+inline thread_local Machine* machine_pointer = nullptr;
+
+inline Machine& machine() { return *machine_pointer; }
+inline Thread& self() { return *machine_pointer->running_; }
+
+[[noreturn]] inline void fail(const std::string& what) { machine().fail(what); }
+
+inline std::string text(const char* format, auto... values) {
+  char buffer[512];
+  std::snprintf(buffer, sizeof(buffer), format, values...);
+  return buffer;
+}
+
+inline std::string name(const Block& block) { return text("block (%u, %u, %u)", block.index.x, block.index.y, block.index.z); }
+
+inline std::string name(const Cluster& cluster, Event event) {
+  const uint32_t component = event.component & ~Event::kFourWarps;
+  if (event.component == Event::kNone) return "nobody";
+  if (event.component == Event::kNever) return "an unfinished cp_async";
+  if (component < 2 * cluster.thread_count) return text("thread %u", component % cluster.thread_count);
+  const uint32_t warp = component - 2 * cluster.thread_count;
+  if (warp < (cluster.thread_count + kWarp - 1) / kWarp) return text("wgmma group %u of the warpgroup at warp %u", event.tick, warp);
+  return cluster.names.at(component);
+}
+
+inline void Machine::fail(const std::string& what) const {
+  if (!running_) throw Failure(what);
+  throw Failure(name(*running_->block) + text(", thread %d: ", running_->index) + what);
+}
+
+inline void Machine::thread_main() {
+  try {
+    kernel_();
+    end_thread(*running_);
+  } catch (const Failure& failure) {
+    failure_ = failure.what();
+  }
+  Thread& thread = *running_;
+  thread.fiber->switch_out();
+}
+
+inline void Machine::end_thread(Thread& thread) {
+  Block& block = *thread.block;
+  for (const StoreGroup& group : thread.stores) {
+    if (group.reads.empty()) continue;
+    const bool open = &group == &thread.stores.back();
+    fail(open ? "ends without committing its bulk stores" : "ends while its bulk stores still read shared memory");
+  }
+  for (const auto& group : thread.copies) {
+    if (!group.empty()) fail("ends while its cp_async copies are in flight");
+  }
+  if (!thread.in_flight.empty()) fail("ends while its multiplies are in flight");
+  for (const Event& access : block.remote_accesses) {
+    if (!access.known_to(thread.clock)) {
+      fail("ends while " + name(*block.cluster, access) + " of the cluster may still access its shared memory");
+    }
+  }
+  for (int i = thread.index / kWarpgroup * kWarpgroup; i < (thread.index / kWarpgroup + 1) * kWarpgroup; ++i) {
+    if (i < launch_.threads && block.threads[i]->done && block.threads[i]->registers != thread.registers) {
+      fail("has another number of registers than the rest of its warpgroup");
+    }
+  }
+  thread.done = true;
+  ++progress_;
+  if (--block.alive > 0) return;
+  if (block.loads_in_flight > 0) fail("the block ends while copies to its shared memory are in flight");
+  for (size_t i = 0; i < kGuardBytes; ++i) {
+    if (block.memory[block.bytes + i] != kPoison) fail("the block wrote past the end of its shared memory");
+  }
+  --block.cluster->alive;
+}
+
+inline Thread* Machine::pick() {
+  if (ready_.empty()) return nullptr;
+  // A third of the seeds each: any thread next, the one woken last, the one woken first.
+  Thread* thread;
+  if (options_.seed % 3 == 1) {
+    thread = ready_.back();
+    ready_.pop_back();
+    return thread;
+  }
+  if (options_.seed % 3 == 0) std::swap(ready_.front(), ready_[random_.below(ready_.size())]);
+  thread = ready_.front();
+  ready_.pop_front();
+  return thread;
+}
+
+inline bool Machine::land_one() {
+  while (!pending_.empty()) {
+    std::swap(pending_.back(), pending_[random_.below(pending_.size())]);
+    const OperationPointer operation = pending_.back();
+    pending_.pop_back();
+    if (operation->landed) continue;
+    finish(*operation);
+    return true;
+  }
+  return false;
+}
+
+inline bool Machine::start_cluster() {
+  const uint3 grid = launch_.grid;
+  const uint64_t first_block = next_cluster_ * launch_.cluster;
+  if (first_block >= uint64_t(grid.x) * grid.y * grid.z) return false;
+  ++next_cluster_;
+  auto cluster = std::make_unique<Cluster>();
+  cluster->thread_count = launch_.threads * launch_.cluster;
+  cluster->components = 2 * cluster->thread_count + (cluster->thread_count + kWarp - 1) / kWarp + 4;
+  cluster->alive = launch_.cluster;
+  std::vector<Thread*> order;
+  // Aligned to 16 bytes and, on purpose, to no more.
+  const size_t skew = 16 + 32 * random_.below(31);
+  for (int rank = 0; rank < launch_.cluster; ++rank) {
+    auto block = std::make_unique<Block>();
+    const uint64_t linear = first_block + rank;
+    block->cluster = cluster.get();
+    block->rank = rank;
+    block->index = {static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
+                    static_cast<unsigned>(linear / grid.x / grid.y)};
+    block->alive = launch_.threads;
+    block->bytes = launch_.shared_bytes;
+    block->storage.assign(launch_.shared_bytes + kGuardBytes + 2048, kPoison);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(block->storage.data());
+    block->arena = block->storage.data() + (-start & 1023);
+    block->memory = block->arena + skew;
+    block->shadow.reset(launch_.shared_bytes);
+    block->free_registers = kBlockRegisters;
+    for (int i = 0; i < launch_.threads; ++i) {
+      auto thread = std::make_unique<Thread>();
+      if (spare_fibers_.empty()) spare_fibers_.push_back(std::make_unique<Fiber>());
+      thread->fiber = std::move(spare_fibers_.back());
+      spare_fibers_.pop_back();
+      thread->fiber->prepare([] { machine().thread_main(); });
+      thread->block = block.get();
+      thread->index = i;
+      thread->component = rank * launch_.threads + i;
+      thread->clock.set(cluster->components - 1, 0);
+      thread->clock.set(thread->component, 1);
+      thread->registers = std::min(255, kBlockRegisters / launch_.threads / 8 * 8);
+      block->free_registers -= thread->registers;
+      if (i % kWarp == 0) block->elected.push_back(random_.below(std::min(kWarp, launch_.threads - i)));
+      if (i % kWarpgroup == 0) {
+        block->warpgroups.push_back(std::make_unique<Warpgroup>());
+        block->warpgroups.back()->block = block.get();
+      }
+      thread->stores.emplace_back();
+      thread->copies.emplace_back();
+      order.push_back(thread.get());
+      block->threads.push_back(std::move(thread));
+    }
+    cluster->blocks.push_back(std::move(block));
+  }
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
+  ready_.insert(ready_.end(), order.begin(), order.end());
+  clusters_.push_back(std::move(cluster));
+  return true;
+}
+
+inline void Machine::run() {
+  constexpr int kIdleRounds = 200;
+  int idle_rounds = 0;
+  uint64_t progress_before = 0;
+  for (int i = 0; i < options_.resident && start_cluster(); ++i) {
+  }
+  while (true) {
+    if (options_.landing == Landing::kRandom && !pending_.empty() && random_.below(8) == 0) land_one();
+    if (Thread* thread = pick()) {
+      running_ = thread;
+      thread->fiber->switch_in();
+      running_ = nullptr;
+      if (!failure_.empty()) throw Failure(failure_);
+      if (thread->fiber->overflowed()) fail("a thread overflowed its stack");
+      if (!thread->done || thread->block->cluster->alive > 0) continue;
+      for (size_t i = 0; i < clusters_.size(); ++i) {
+        if (clusters_[i].get() != thread->block->cluster) continue;
+        for (auto& block : clusters_[i]->blocks) {
+          for (auto& member : block->threads) spare_fibers_.push_back(std::move(member->fiber));
+        }
+        clusters_.erase(clusters_.begin() + i);
+        break;
+      }
+      start_cluster();
+      continue;
+    }
+    if (land_one()) continue;
+    if (!polling_.empty()) {
+      idle_rounds = progress_ == progress_before ? idle_rounds + 1 : 0;
+      progress_before = progress_;
+      if (idle_rounds > kIdleRounds) report_deadlock("livelock");
+      ready_.swap(polling_);
+      continue;
+    }
+    if (clusters_.empty()) return;
+    report_deadlock("deadlock");
+  }
+}
+
+inline void Machine::report_deadlock(const char* kind) {
+  std::map<std::string, std::vector<int>> waiting;
+  for (const auto& cluster : clusters_) {
+    for (const auto& block : cluster->blocks) {
+      for (const auto& thread : block->threads) {
+        if (thread->done) continue;
+        std::string where = name(*block) + " in " + (thread->place ? thread->place : "its code");
+        for (const auto& barrier : block->mbarriers) {
+          if (thread->place_object != barrier.get() || !thread->place) continue;
+          where += text(" of mbarrier %u in phase %u with %u arrivals and %lld bytes missing", barrier->index,
+                        barrier->phase, barrier->pending, static_cast<long long>(barrier->bytes));
+        }
+        waiting[where].push_back(thread->index);
+      }
+    }
+  }
+  std::string report = kind;
+  for (const auto& [where, threads] : waiting) {
+    report += text("; %zu threads (%d .. %d) of ", threads.size(), threads.front(), threads.back()) + where;
+  }
+  throw Failure(report);
+}
+
+// Runs the kernel over the grid. Throws Failure.
+template <class... Parameters, class... Arguments>
+void launch(const Options& options, const Launch& launch, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (launch.threads < 1 || launch.threads > 1024) throw Failure("a block has 1 to 1024 threads");
+  if (launch.shared_bytes > kSharedLimit) throw Failure(text("%zu bytes of shared memory are too many", launch.shared_bytes));
+  if (launch.grid.x % launch.cluster != 0) throw Failure("the grid is not a multiple of the cluster");
+  Machine machine(options, launch, [&] { kernel(arguments...); });
+  machine_pointer = &machine;
+  try {
+    machine.run();
+  } catch (...) {
+    machine_pointer = nullptr;
+    throw;
+  }
+  machine_pointer = nullptr;
+}
+
+}  // namespace emulator

@@ -1,0 +1,104 @@
+// Barriers in shared memory: arrivals, expected bytes, phases.
+#pragma once
+
+#include "barriers.h"
+
+namespace emulator {
+
+constexpr uint64_t kMbarrierMark = 0x6d626172;  // upper half of the word in shared memory; the lower is the index
+
+inline MbarrierState& mbarrier_state(Block& block, const void* barrier) {
+  check_alignment(barrier, 8, "an mbarrier");
+  uint64_t word;
+  std::memcpy(&word, barrier, sizeof(word));
+  const uint64_t index = word & 0xffffffff;
+  if (word >> 32 != kMbarrierMark || index >= block.mbarriers.size()) fail("uses an mbarrier that is not initialised");
+  MbarrierState& state = *block.mbarriers[index];
+  if (!state.initialised.known_to(self().clock)) {
+    fail(text("uses mbarrier %u with nothing ordering that after its initialisation", state.index));
+  }
+  return state;
+}
+
+inline void mbarrier_init(void* barrier, uint32_t arrivals) {
+  Thread& thread = self();
+  Block& block = *thread.block;
+  check_alignment(barrier, 8, "an mbarrier");
+  checked_offset(block, barrier, 8);
+  if (arrivals < 1 || arrivals >= 1 << 20) fail(text("an mbarrier of %u arrivals", arrivals));
+  auto state = std::make_unique<MbarrierState>();
+  state->index = block.mbarriers.size();
+  state->expected = state->pending = arrivals;
+  state->component = block.cluster->add_component(text("a copy completing at mbarrier %u of ", state->index) + name(block));
+  state->initialised = thread.now();
+  const uint64_t word = kMbarrierMark << 32 | state->index;
+  std::memcpy(barrier, &word, sizeof(word));
+  block.mbarriers.push_back(std::move(state));
+  tick(thread);
+}
+
+inline void complete_phase_if_done(MbarrierState& state) {
+  if (state.pending > 0 || state.bytes != 0) return;
+  ++state.phase;
+  state.pending = state.expected;
+  state.completed = state.arriving;
+  state.completed.set(state.component, state.phase);
+  state.arriving.clear();
+  machine().wake(state.waiting);
+}
+
+inline void arrive(MbarrierState& state, uint32_t bytes) {
+  if (state.pending == 0) fail(text("arrives at mbarrier %u once more than it expects in a phase", state.index));
+  state.bytes += bytes;
+  release(self(), state.arriving);
+  --state.pending;
+  complete_phase_if_done(state);
+}
+
+inline void mbarrier_arrive(void* barrier, uint32_t bytes) {
+  machine().preempt();
+  arrive(mbarrier_state(*self().block, barrier), bytes);
+}
+
+inline void mbarrier_expect_tx(void* barrier, uint32_t bytes) {
+  mbarrier_state(*self().block, barrier).bytes += bytes;
+}
+
+inline void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
+  machine().preempt();
+  void* remote = map_shared(static_cast<unsigned char*>(barrier), rank);
+  arrive(mbarrier_state(block_holding(remote), remote), 0);
+}
+
+inline bool phase_completed(const MbarrierState& state, uint32_t parity) { return (state.phase & 1) != parity; }
+
+inline void check_parity(uint32_t parity) {
+  if (parity > 1) fail(text("waits for parity %u, which is neither 0 nor 1", parity));
+}
+
+inline void mbarrier_wait(void* barrier, uint32_t parity) {
+  check_parity(parity);
+  MbarrierState& state = mbarrier_state(*self().block, barrier);
+  while (!phase_completed(state, parity)) machine().sleep(state.waiting, parity ? "mbarrier_wait(1)" : "mbarrier_wait(0)", &state);
+  self().clock.join(state.completed);
+}
+
+inline bool mbarrier_try_wait(void* barrier, uint32_t parity) {
+  check_parity(parity);
+  MbarrierState& state = mbarrier_state(*self().block, barrier);
+  machine().poll("mbarrier_try_wait");
+  if (!phase_completed(state, parity)) return false;
+  self().clock.join(state.completed);
+  return true;
+}
+
+// `bytes` of a copy issued in phase `phase` have arrived.
+inline void complete_bytes(const Block& block, MbarrierState& state, uint32_t phase, uint32_t bytes) {
+  const std::string where = name(block) + text(": mbarrier %u", state.index);
+  if (state.phase != phase) throw Failure(where + text(" completed phase %u without a copy that was issued in it", phase));
+  state.bytes -= bytes;
+  if (state.bytes < 0) throw Failure(where + " was told to expect fewer bytes than were copied");
+  complete_phase_if_done(state);
+}
+
+}  // namespace emulator
