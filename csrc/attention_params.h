@@ -64,9 +64,8 @@ struct AttentionBackwardParams {
   Strides dk_strides;
   Strides dv_strides;
 
-  float* lse_log2;      // (B, H, padded_rows), packed (H, padded_rows): see kernels/attention_bwd_rows.cuh
-  float* delta;         // the same
-  int64_t padded_rows;  // a multiple of kRowBlock: Sq rounded up, packed (T / kRowBlock + B) * kRowBlock
+  float* lse_log2;  // (B, H, query_row_blocks * kRowBlock), packed without B: see kernels/attention_bwd_rows.cuh
+  float* delta;     // the same
 };
 
 }  // namespace fastattn

@@ -38,12 +38,23 @@ FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* bar
 template <int kRows, int kColumns>
 FASTATTN_DEVICE void zero_rows(void* tile, int first_row) {
   constexpr int kChunks = kPanelRowBytes / 16;
+#pragma unroll 1  // rare, and its callers have few registers
   for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
     uint4* rows = reinterpret_cast<uint4*>(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes);
+#pragma unroll 1
     for (int chunk = first_row * kChunks + lane_index(); chunk < kRows * kChunks; chunk += kWarpThreads) {
       st_shared(&rows[chunk], make_uint4(0, 0, 0, 0));
     }
   }
+}
+
+// The same descriptor, worked out anew where this stands: the compiler would keep one for each step of a product in
+// registers around a loop.
+FASTATTN_DEVICE uint64_t recomputed(uint64_t descriptor) {
+#if !defined(FASTATTN_EMULATION)
+  asm volatile("" : "+l"(descriptor));
+#endif
+  return descriptor;
 }
 
 // Starts acc (+)= A B^T over kDepth columns: A is 64 rows, from `row` on, of a tile of kRowsA, B all rows of a tile of
@@ -51,8 +62,8 @@ FASTATTN_DEVICE void zero_rows(void* tile, int first_row) {
 template <class T, int kRowsA, int kRowsB, int kDepth, int Accumulators>
 FASTATTN_DEVICE void multiply_transposed(float (&acc)[Accumulators], const void* a, int row, const void* b) {
   static_assert(2 * Accumulators == kRowsB);
-  const uint64_t first_a = wgmma_descriptor(static_cast<const unsigned char*>(a) + row * kPanelRowBytes);
-  const uint64_t first_b = wgmma_descriptor(b);
+  const uint64_t first_a = recomputed(wgmma_descriptor(static_cast<const unsigned char*>(a) + row * kPanelRowBytes));
+  const uint64_t first_b = recomputed(wgmma_descriptor(b));
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     const uint32_t within = step % 4 * 32;

@@ -14,12 +14,17 @@ namespace fastattn {
 
 constexpr int kRowBlock = 128;
 
-// Row 0 of sequence b, head h, in lse_log2 and delta. A packed sequence starts at a block of its own: those before it
-// fill cu_seqlens_q[b] / kRowBlock + b blocks at most.
-FASTATTN_DEVICE int64_t padded_row(const AttentionBackwardParams& params, int b, int head) {
-  const AttentionParams& call = params.call;
-  if (call.cu_seqlens_q == nullptr) return (static_cast<int64_t>(b) * call.num_heads + head) * params.padded_rows;
-  return head * params.padded_rows + (call.cu_seqlens_q[b] / kRowBlock + b) * int64_t{kRowBlock};
+// Blocks of rows of a head, those of all packed sequences together.
+FASTATTN_HOST_DEVICE int query_row_blocks(const AttentionParams& call) {
+  if (call.cu_seqlens_q != nullptr) return static_cast<int>(packed_blocks<kRowBlock>(call.total_q, call.batch));
+  return (call.seqlen_q + kRowBlock - 1) / kRowBlock;
+}
+
+// Where row 0 of a head of a sequence lies in lse_log2 and delta, which have query_row_blocks blocks per head.
+FASTATTN_DEVICE int64_t padded_row(const AttentionParams& call, const Sequence& sequence, int head) {
+  const int64_t head_rows = int64_t{query_row_blocks(call)} * kRowBlock;
+  if (call.cu_seqlens_q == nullptr) return (int64_t{sequence.batch} * call.num_heads + head) * head_rows;
+  return head * head_rows + (sequence.query_start / kRowBlock + sequence.index) * int64_t{kRowBlock};
 }
 
 // The sum of the products of 8 pairs of T.
@@ -42,16 +47,16 @@ template <class T, int kRowThreads>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(256, 4)
     attention_bwd_rows_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params) {
   const AttentionParams& call = params.call;
-  const int row_blocks = (call.seqlen_q + kRowBlock - 1) / kRowBlock;
-  const int first_row = block_index().x % row_blocks * kRowBlock;
-  const int head = block_index().x / row_blocks % call.num_heads;
-  const int b = block_index().x / row_blocks / call.num_heads;
-  const Sequence sequence = sequence_of(call, b);
+  const int row_blocks = query_row_blocks(call);
+  const QueryTile tile = query_tile<kRowBlock>(call, block_index().x % row_blocks, block_index().x / row_blocks);
+  const Sequence& sequence = tile.sequence;
+  const int first_row = tile.first_query;
+  const int head = tile.head;
   if (first_row >= sequence.seen.num_queries) return;
   const int64_t out_base = sequence.batch * call.out_strides.batch + head * call.out_strides.head;
   const int64_t dout_base = sequence.batch * params.dout_strides.batch + head * params.dout_strides.head;
   const int64_t lse_base = sequence.batch * call.lse_strides.batch + head * call.lse_strides.head;
-  const int64_t padded_base = padded_row(params, b, head);
+  const int64_t padded_base = padded_row(call, sequence, head);
 
   for (int row = thread_index() / kRowThreads; row < kRowBlock; row += block_threads() / kRowThreads) {
     const int query = first_row + row;

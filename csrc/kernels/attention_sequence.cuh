@@ -7,6 +7,7 @@
 namespace fastattn {
 
 struct Sequence {
+  int index;        // which one of the call
   int batch;        // index of the tensors' batch: 0 in packed calls
   int query_start;  // its first row in q, out and lse: 0 unless packed
   int key_start;    // its first row in k and v
@@ -27,7 +28,7 @@ FASTATTN_DEVICE Sequence sequence_of(const AttentionParams& params, int b) {
   int num_keys = key_rows;
   if (params.key_lengths != nullptr && params.key_lengths[b] < key_rows) num_keys = params.key_lengths[b];
   const int shift = params.top_left ? 0 : key_rows - num_queries;
-  return {packed ? 0 : b, query_start, key_start, key_rows,
+  return {b, packed ? 0 : b, query_start, key_start, key_rows,
           {num_queries, num_keys, shift, params.window_left, params.window_right}};
 }
 
@@ -56,6 +57,31 @@ FASTATTN_DEVICE PackedBlock find_packed_block(const int32_t* cu_seqlens, int seq
     }
   }
   return {first, number - cu_seqlens[first] / kBlock - first};
+}
+
+// Sequence b as the owner of keys. In packed calls the keys behind the last sequence are one more, number `batch`, that
+// nobody sees.
+FASTATTN_DEVICE Sequence key_sequence_of(const AttentionParams& params, int b) {
+  if (params.cu_seqlens_k == nullptr || b < params.batch) return sequence_of(params, b);
+  const int start = params.cu_seqlens_k[b];
+  return {b, 0, 0, start, static_cast<int>(params.total_k) - start, {0, 0, 0, kUnbounded, kUnbounded}};
+}
+
+// A block of keys of one key head.
+struct KeyTile {
+  Sequence sequence;
+  int kv_head;
+  int first_key;  // within the sequence, which may end before it
+};
+
+// Tile number `block` of a plane: of head `plane % Hkv` of sequence `plane / Hkv`, or in packed calls of head `plane`.
+template <int kBlockN>
+FASTATTN_DEVICE KeyTile key_tile(const AttentionParams& params, int block, int plane) {
+  if (params.cu_seqlens_k == nullptr) {
+    return {sequence_of(params, plane / params.num_kv_heads), plane % params.num_kv_heads, block * kBlockN};
+  }
+  const PackedBlock place = find_packed_block<kBlockN>(params.cu_seqlens_k, params.batch, block);
+  return {key_sequence_of(params, place.sequence), plane, place.block * kBlockN};
 }
 
 // A block of queries of one head.

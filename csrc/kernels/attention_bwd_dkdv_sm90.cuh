@@ -1,0 +1,296 @@
+// Attention backward for Hopper: the gradients of keys and values, one tile of keys per block.
+//
+//     p  = exp2(log2(e) * score - lse_log2),   dp = v dout',   ds = p * (dp - delta) * dscore/dx,   x = scale * k q'
+//     dv = sum over queries of p dout,         dk = scale * sum over queries of ds q
+//
+// Rows of p, dp and ds are keys here and columns queries, so that both come out of the products as the register
+// operands of the next ones. The query heads of a group and their blocks are summed in order: the same bits every time.
+#pragma once
+
+#include "../device/panel.cuh"
+#include "../device/pipeline.cuh"
+#include "attention_bwd_rows.cuh"
+#include "attention_bwd_common.cuh"
+#include "attention_schedule.cuh"
+
+namespace fastattn {
+
+// What a block computes: one gradient at a time where the accumulators of both do not fit the registers.
+enum class KeyGradients { kBoth, kKeys, kValues };
+
+template <class Element_, int kHeadDim_, int kBlockN_, int kBlockM_, KeyGradients kWanted, bool kSoftcap_>
+struct KeyGradientsShape {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockN = kBlockN_;  // keys of a block, 64 per consumer warpgroup
+  static constexpr int kBlockM = kBlockM_;  // queries of a stage
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr bool kKeys = kWanted != KeyGradients::kValues;
+  static constexpr bool kValues = kWanted != KeyGradients::kKeys;
+
+  static constexpr int kStages = 2;
+  static constexpr int kConsumers = kBlockN / 64;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = 240;
+
+  static constexpr uint32_t kKeyBytes = kTileBytes<kBlockN, kHeadDim>;
+  static constexpr uint32_t kQueryBytes = kTileBytes<kBlockM, kHeadDim>;
+  static constexpr uint32_t kRowBytes = kBlockM * 4;  // of lse_log2, and of delta
+  static constexpr uint32_t kStageBytes = 2 * kQueryBytes + 2 * kRowBytes;
+  static constexpr uint32_t kValuesAt = kKeyBytes;
+  static constexpr uint32_t kQueriesAt = 2 * kKeyBytes;
+  static constexpr uint32_t kDoutAt = kQueriesAt + kStages * kQueryBytes;
+  static constexpr uint32_t kLseAt = kDoutAt + kStages * kQueryBytes;
+  static constexpr uint32_t kDeltaAt = kLseAt + kStages * kRowBytes;
+  static constexpr uint32_t kBarriersAt = kDeltaAt + kStages * kRowBytes;
+  static constexpr uint32_t kSharedBytes = kBarriersAt + 1024 + 128;  // 1024 to align the tiles
+
+  static_assert(kHeadDim % kPanelColumns == 0 && kBlockN % 64 == 0 && kBlockM % 16 == 0);
+  static_assert(kRowBlock % kBlockM == 0, "stages end where the padded rows do");
+  static_assert(kConsumers == 2 && kSharedBytes <= 232448);
+};
+
+template <class Shape>
+struct KeyGradientsShared {
+  struct Barriers {
+    Pipeline<Shape::kStages> queries;
+    Mbarrier keys;
+    Mbarrier landed;  // of a stage whose last rows have to be zeroed before anyone may read it
+  };
+
+  unsigned char* base = align_shared<1024>(dynamic_shared_memory());
+  unsigned char* keys = base;
+  unsigned char* values = base + Shape::kValuesAt;
+  Barriers* barriers = reinterpret_cast<Barriers*>(base + Shape::kBarriersAt);
+
+  FASTATTN_DEVICE unsigned char* queries(int stage) const {
+    return base + Shape::kQueriesAt + stage * Shape::kQueryBytes;
+  }
+  FASTATTN_DEVICE unsigned char* dout(int stage) const { return base + Shape::kDoutAt + stage * Shape::kQueryBytes; }
+  FASTATTN_DEVICE float* lse_log2(int stage) const {
+    return reinterpret_cast<float*>(base + Shape::kLseAt + stage * Shape::kRowBytes);
+  }
+  FASTATTN_DEVICE float* delta(int stage) const {
+    return reinterpret_cast<float*>(base + Shape::kDeltaAt + stage * Shape::kRowBytes);
+  }
+};
+
+// One warp copies the tile of keys and values once, then block after block of queries, of every head of the group.
+template <class Shape>
+FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, const BackwardMaps& maps,
+                                     const KeyTile& tile, const BlockRange& blocks,
+                                     const KeyGradientsShared<Shape>& shared) {
+  constexpr int kBlockM = Shape::kBlockM;
+  constexpr int kHeadDim = Shape::kHeadDim;
+  const Sequence& sequence = tile.sequence;
+  const bool issues = elect_one();
+  auto& barriers = *shared.barriers;
+  if (issues) {
+    mbarrier_arrive_expect_tx(&barriers.keys, Shape::kKeyBytes * (Shape::kKeys ? 2 : 1));
+    const int row = sequence.key_start + tile.first_key;
+    load_tile<Shape::kBlockN, kHeadDim>(shared.keys, &maps.k, &barriers.keys, row, tile.kv_head, sequence.batch);
+    if (Shape::kKeys) {
+      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, &barriers.keys, row, tile.kv_head, sequence.batch);
+    }
+  }
+
+  typename Pipeline<Shape::kStages>::State state;
+  uint32_t landed_parity = 0;
+  const int group_size = params.call.num_heads / params.call.num_kv_heads;
+  for (int member = 0; member < group_size; ++member) {
+    const int head = tile.kv_head * group_size + member;
+    const int64_t padded = padded_row(params.call, sequence, head);
+    for (int block = blocks.begin; block < blocks.end; ++block, state.advance()) {
+      const int first_query = block * kBlockM;
+      // In a packed tensor the rows past the sequence are a neighbour's, which may hold anything.
+      const int rows = sequence.seen.num_queries - first_query;
+      const bool zeroes = rows < kBlockM && params.call.cu_seqlens_q != nullptr;
+      Mbarrier* arrived = zeroes ? &barriers.landed : &barriers.queries.full[state.stage];
+      barriers.queries.wait_empty(state);
+      if (issues) {
+        mbarrier_arrive_expect_tx(arrived, Shape::kStageBytes);
+        const int row = sequence.query_start + first_query;
+        load_tile<kBlockM, kHeadDim>(shared.queries(state.stage), &maps.q, arrived, row, head, sequence.batch);
+        load_tile<kBlockM, kHeadDim>(shared.dout(state.stage), &maps.dout, arrived, row, head, sequence.batch);
+        bulk_load(shared.lse_log2(state.stage), params.lse_log2 + padded + first_query, Shape::kRowBytes, arrived);
+        bulk_load(shared.delta(state.stage), params.delta + padded + first_query, Shape::kRowBytes, arrived);
+      }
+      if (zeroes) {
+        mbarrier_wait(arrived, landed_parity);
+        landed_parity ^= 1;
+        zero_rows<kBlockM, kHeadDim>(shared.queries(state.stage), rows);
+        zero_rows<kBlockM, kHeadDim>(shared.dout(state.stage), rows);
+        fence_proxy_async();
+        warp_sync();
+        if (issues) mbarrier_arrive(&barriers.queries.full[state.stage]);
+      }
+    }
+  }
+}
+
+// What the 64 keys of a warpgroup add to its accumulators over all queries. The scores of the next block of queries are
+// on their way while this block's gradients are summed, and its dp while they become p.
+template <class Shape, int Accumulators>
+FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
+                                              const BlockRange& blocks, const KeyGradientsShared<Shape>& shared, int first_row,
+                                              float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+  using T = typename Shape::Element;
+  constexpr int kBlockM = Shape::kBlockM;
+  constexpr int kGradientGroups = Shape::kKeys && Shape::kValues ? 2 : 1;
+  constexpr int kScoreGroups = Shape::kKeys ? 2 : 1;
+  const auto start_scores = [&](float (&scores)[kBlockM / 2], int stage) {
+    wgmma_fence();
+    multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(scores, shared.keys, first_row, shared.queries(stage));
+    wgmma_commit();
+  };
+  const auto start_dp = [&](float (&dp)[kBlockM / 2], int stage) {
+    if constexpr (!Shape::kKeys) return;
+    wgmma_fence();
+    multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(dp, shared.values, first_row, shared.dout(stage));
+    wgmma_commit();
+  };
+  const int thread = thread_index() % kWarpgroupThreads;
+  const ScoreScale score_scale(params.call);
+  auto& queries = shared.barriers->queries;
+  const int steps = (blocks.end - blocks.begin) * (params.call.num_heads / params.call.num_kv_heads);
+
+  // Only products write these: anything else that did would have to wait for those still in flight.
+  float scores[kBlockM / 2];
+  float dp[kBlockM / 2];
+  typename Pipeline<Shape::kStages>::State state;
+  mbarrier_wait(&shared.barriers->keys, 0);
+  if (steps == 0) return;
+  queries.wait_full(state);
+  start_scores(scores, state.stage);
+  start_dp(dp, state.stage);
+  int block = blocks.begin;
+  for (int steps_left = steps;;) {
+    wgmma_wait<kScoreGroups - 1>();
+    pin_registers(scores);
+    float p[kBlockM / 2];
+    float slope[Shape::kSoftcap ? kBlockM / 2 : 1];  // dscore/dx
+    copy_registers(p, scores);
+    score_scale.template cap<Shape::kSoftcap>(p, slope);
+    if (block < blocks.whole_begin || block >= blocks.whole_end) {
+      mask_transposed_scores(p, tile.sequence.seen, thread, tile.first_key + first_row, block * kBlockM);
+    }
+    const float* lse_log2 = shared.lse_log2(state.stage) + fragment_column(thread);
+#pragma unroll
+    for (int i = 0; i < kBlockM / 2; i += 4) {
+      const float2 row_lse = ld_shared(reinterpret_cast<const float2*>(lse_log2 + fragment_offset(i)));
+      p[i] = exp2_approx(p[i] * score_scale.log2 - row_lse.x);
+      p[i + 1] = exp2_approx(p[i + 1] * score_scale.log2 - row_lse.y);
+      p[i + 2] = exp2_approx(p[i + 2] * score_scale.log2 - row_lse.x);
+      p[i + 3] = exp2_approx(p[i + 3] * score_scale.log2 - row_lse.y);
+    }
+    uint32_t p_operand[kBlockM / 16][4];
+    uint32_t ds_operand[kBlockM / 16][4];
+    if constexpr (Shape::kValues) {
+      to_operand<T>(p, p_operand);
+      wgmma_fence();
+      multiply_add<T, kBlockM>(dv, p_operand, shared.dout(state.stage));
+      wgmma_commit();
+    }
+    if constexpr (Shape::kKeys) {
+      wgmma_wait<kGradientGroups - 1>();
+      pin_registers(dp);
+      float ds[kBlockM / 2];
+      const float* delta = shared.delta(state.stage) + fragment_column(thread);
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; i += 4) {
+        const float2 row_delta = ld_shared(reinterpret_cast<const float2*>(delta + fragment_offset(i)));
+        ds[i] = p[i] * (dp[i] - row_delta.x);
+        ds[i + 1] = p[i + 1] * (dp[i + 1] - row_delta.y);
+        ds[i + 2] = p[i + 2] * (dp[i + 2] - row_delta.x);
+        ds[i + 3] = p[i + 3] * (dp[i + 3] - row_delta.y);
+      }
+      score_scale.template uncap<Shape::kSoftcap>(ds, slope);
+      to_operand<T>(ds, ds_operand);
+      wgmma_fence();
+      multiply_add<T, kBlockM>(dk, ds_operand, shared.queries(state.stage));
+      wgmma_commit();
+    }
+
+    if (--steps_left == 0) break;
+    auto next = state;
+    next.advance();
+    queries.wait_full(next);
+    start_scores(scores, next.stage);
+    wgmma_wait<1>();
+    queries.release(state);
+    start_dp(dp, next.stage);
+    state = next;
+    block = block + 1 < blocks.end ? block + 1 : blocks.begin;
+  }
+  wgmma_wait<0>();
+  if constexpr (Shape::kValues) pin_registers(dv);
+  if constexpr (Shape::kKeys) pin_registers(dk);
+}
+
+// The tile of keys of this block, and the blocks of queries that see some of it. Each role works it out for itself: what
+// is alive where the roles part would have to fit the few registers of the producer.
+struct KeyWork {
+  KeyTile tile;
+  BlockRange blocks;
+};
+
+template <class Shape>
+FASTATTN_DEVICE KeyWork key_work(const AttentionParams& call, const TileSchedule& schedule) {
+  const Tile place = tile_at(schedule, block_index().x);
+  // The schedule has the last block first, but here the first is the longest under causality.
+  const int block = schedule.query_blocks - 1 - place.query_block;
+  const KeyTile tile = key_tile<Shape::kBlockN>(call, block, place.plane);
+  return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
+}
+
+// One block owns kBlockN keys of one head of one sequence: their gradients over all the queries that see them.
+template <class Shape>
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
+    attention_bwd_dkdv_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
+                              const FASTATTN_GRID_CONSTANT BackwardMaps maps,
+                              const FASTATTN_GRID_CONSTANT TileSchedule schedule) {
+  using T = typename Shape::Element;
+  const KeyGradientsShared<Shape> shared;
+  if (thread_index() == 0) {
+    shared.barriers->queries.init(Shape::kConsumers * kWarpgroupThreads);
+    mbarrier_init(&shared.barriers->keys, 1);
+    mbarrier_init(&shared.barriers->landed, 1);
+    fence_barrier_init();
+  }
+  block_sync();
+
+  const int consumer = warpgroup_index() - 1;
+  if (consumer < 0) {
+    decrease_registers<Shape::kProducerRegisters>();
+    if (warp_index() != 0) return;
+    const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
+    if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
+  } else {
+    increase_registers<Shape::kConsumerRegisters>();
+    const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
+    const Sequence& sequence = tile.sequence;
+    if (tile.first_key >= sequence.key_rows) return;
+    const int first_row = consumer * 64;
+    float dk[Shape::kHeadDim / 2] = {};
+    float dv[Shape::kHeadDim / 2] = {};
+    accumulate_key_gradients<Shape>(params, tile, blocks, shared, first_row, dk, dv);
+
+    // The warpgroup's own rows of the tiles of keys and values have been read for the last time.
+    warpgroup_sync(consumer);
+    const int warp_row = first_row + warp_index() % 4 * 16;
+    const GradientRows rows = {tile.first_key + warp_row, sequence.seen.num_keys, sequence.key_rows, params.call.head_dim};
+    if constexpr (Shape::kKeys) {
+      const Strides& strides = params.dk_strides;
+      T* gradient = head_of(static_cast<T*>(params.dk), strides, sequence.batch, tile.kv_head, sequence.key_start);
+      store_gradient<T, Shape::kBlockN>(shared.keys, warp_row, dk, params.call.scale, gradient, strides.row, rows);
+    }
+    if constexpr (Shape::kValues) {
+      const Strides& strides = params.dv_strides;
+      T* gradient = head_of(static_cast<T*>(params.dv), strides, sequence.batch, tile.kv_head, sequence.key_start);
+      store_gradient<T, Shape::kBlockN>(shared.values, warp_row, dv, 1.0f, gradient, strides.row, rows);
+    }
+  }
+}
+
+}  // namespace fastattn
