@@ -194,9 +194,8 @@ def warn_once(message: str) -> None:
 
 
 def _why_not(backend: ModuleType, spec: Spec, op: str) -> str | None:
-    if not hasattr(backend, op):
-        return f"it has no {op}"
-    return backend.why_not(spec)
+    reason: str | None = backend.why_not(spec)
+    return reason if reason is not None or hasattr(backend, op) else f"it has no {op}"
 
 
 def _why_not_auto(backend: ModuleType, spec: Spec) -> str | None:

@@ -340,4 +340,5 @@ def per_head_slopes(slopes: Tensor, batch: int, num_heads: int, query: Tensor) -
 def check_backend(name: str) -> None:
     """A known backend or "auto"."""
     if name != "auto" and name not in backends.NAMES:
-        raise ValueError(f"backend: got {name!r}, needs auto, {' or '.join(backends.NAMES)}")
+        *names, last = ("auto", *backends.NAMES)
+        raise ValueError(f"backend: got {name!r}, needs {', '.join(names)} or {last}")

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import fastattn
-from fastattn import reference_losses
+from fastattn import backends, reference_losses
 from fastattn.backends import torch_softmax
 from fastattn.ops.softmax import explain
 from numerics import assert_within_rule
@@ -277,7 +277,7 @@ def test_explain_and_the_choice_of_backend() -> None:
     x = torch.randn(4, 100)
     explanation = explain(x, causal=True)
     assert explanation.backend == "torch"
-    assert [name for name, _ in explanation.refusals] == ["triton"]
+    assert [name for name, _ in explanation.refusals] == ["cuda", "triton"]
     assert explanation.tiles is not None
     assert "torch's softmax" in explanation.tiles
     assert explanation.to_dict()["spec"]["columns"] == 128
@@ -300,7 +300,7 @@ BAD = {
     "causal": ({"causal": "top_left"}, TypeError, "causal: got 'top_left', needs True or False"),
     "causal rank": ({"x": X[0], "causal": True}, ValueError, r"causal: got True for shape \(4,\), needs at least 2"),
     "log": ({"log": 1}, TypeError, "log: got 1, needs True or False"),
-    "backend": ({"backend": "cudnn"}, ValueError, "backend: got 'cudnn', needs auto, triton or torch"),
+    "backend": ({"backend": "cudnn"}, ValueError, "backend: got 'cudnn', needs auto, cuda, triton or torch"),
 }  # fmt: skip
 
 

@@ -1,0 +1,202 @@
+"""The choice of a backend: explained in words, as a table and as plain types; a fused path missed is said once."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import fastattn
+from fastattn import backends, spec
+from fastattn.integrations import flash_attn
+from fastattn.ops import kv_cache, softmax, varlen
+
+FUSED = [backend for backend in backends.BACKENDS if backend.NAME != "torch"]
+
+
+def qkv(grad: bool = False) -> list[Tensor]:
+    return [torch.randn(2, 4, 5, 8, requires_grad=grad) for _ in range(3)]
+
+
+ENDS = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+
+def drawn(explanation: backends.Explanation, **options: Any) -> str:
+    console = Console(file=io.StringIO(), width=60, **options)
+    console.print(explanation)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def explanation() -> backends.Explanation:
+    return fastattn.explain(*qkv(grad=True), causal=True, softcap=2.0)
+
+
+def test_in_words(explanation: backends.Explanation) -> None:
+    first, second, *rest = str(explanation).splitlines()
+    assert first == f"backend: torch ({explanation.tiles})"
+    assert second == f"backward: torch ({explanation.backward_tiles})"
+    assert rest == [f"not {name}: {reason}" for name, reason in explanation.refusals]
+    assert len(rest) == len(FUSED)
+    assert "blockwise" in first
+
+
+def test_as_a_table_in_a_terminal_and_without_escapes_elsewhere(explanation: backends.Explanation) -> None:
+    plain, colourful = drawn(explanation), drawn(explanation, force_terminal=True)
+    assert "\x1b[" in colourful
+    assert "\x1b" not in plain
+    said = " ".join(plain.split())
+    assert "backend tiles, or why not" in said
+    for name, detail in (*explanation.refusals, ("torch", str(explanation.tiles))):
+        assert any(f" {name} " in line for line in plain.splitlines())
+        assert all(word in said for word in detail.split())
+
+
+def test_as_plain_types(explanation: backends.Explanation) -> None:
+    as_dict = json.loads(json.dumps(explanation.to_dict()))
+    assert as_dict.keys() == {field.name for field in dataclasses.fields(explanation)}
+    assert as_dict["backend"] == as_dict["backward"] == "torch"
+    assert as_dict["refusals"] == dict(explanation.refusals)
+    assert as_dict["spec"]["causal"] == "bottom_right"
+    assert as_dict["spec"]["dtype"] == "torch.float32"
+    assert as_dict["spec"]["softcap"] is True
+
+
+def test_a_backward_that_runs_elsewhere_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = FUSED[-1]
+    monkeypatch.setattr(fused, "why_not", lambda spec: "no backward" if spec.backward else None)
+    monkeypatch.setattr(fused, "why_not_auto", lambda spec: None)
+    monkeypatch.setattr(fused, "tiles", lambda spec: "64x64")
+    explanation = fastattn.explain(*qkv(grad=True))
+    assert (explanation.backend, explanation.tiles, explanation.backward) == (fused.NAME, "64x64", "torch")
+    assert f"backward not {fused.NAME}: no backward" in str(explanation)
+    assert "no backward" in drawn(explanation)
+    assert fastattn.explain(*qkv()).backward is None
+
+
+def test_the_other_ops_are_explained_too() -> None:
+    q, k, v = qkv(grad=True)
+    packed = [t.flatten(0, 1) for t in (q, k, v)]
+    state = torch.get_rng_state()
+    explanation = varlen.explain(*packed, ENDS, ENDS, causal=True, dropout_p=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert explanation.backend == explanation.backward == "torch"
+    assert explanation.spec.features() == ("dropout",)
+    cache, lengths = torch.zeros(2, 4, 9, 8), torch.tensor([3, 4], dtype=torch.int32)
+    with torch.no_grad():
+        explanation = kv_cache.explain(q, cache, cache, lengths, key=k, value=v, window=(3, 0))
+    assert explanation.backend == "torch"
+    assert explanation.spec.window_left
+    assert not cache.any()
+    assert softmax.explain(q, causal=True).backend == "torch"
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        varlen.explain(*packed, ENDS + 1, ENDS)
+    with pytest.raises(ValueError, match="cache_lengths"), torch.no_grad():
+        kv_cache.explain(q, cache, cache, lengths + 9)
+
+
+def into_a_cache(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    cache = torch.zeros(2, 4, 9, 8)
+    with torch.no_grad():
+        return fastattn.attention_kv_cache(q, cache, cache.clone(), torch.tensor([3, 4], dtype=torch.int32))
+
+
+def by_module(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    x = q[0]
+    return fastattn.MultiHeadAttention(8, 2, batch_first=True)(x, x, x)
+
+
+def by_torchs_name(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    with fastattn.sdpa_override():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def by_swap(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    fastattn.swap_attention(layer)
+    return layer(q[0])
+
+
+def by_transformers(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    from fastattn.integrations.transformers import attention_forward
+
+    return attention_forward(torch.nn.Module(), q, k, v, None)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return fastattn.attention_varlen(*(t.flatten(0, 1) for t in (q, k, v)), ENDS, ENDS)
+
+
+DOORS: dict[str, Callable[..., Any]] = {
+    "attention": fastattn.attention,
+    "weights": lambda q, k, v: fastattn.attention(q, k, v, return_weights=True),
+    "varlen": packed,
+    "kv_cache": into_a_cache,
+    "softmax": lambda q, k, v: fastattn.softmax(q),
+    "cross_entropy": lambda q, k, v: fastattn.cross_entropy(q[0, 0], torch.arange(5)),
+    "sdpa": fastattn.scaled_dot_product_attention,
+    "sdpa_override": by_torchs_name,
+    "flash-attn": flash_attn.flash_attn_func,
+    "MultiHeadAttention": by_module,
+    "swap_attention": by_swap,
+    "transformers": by_transformers,
+}
+
+
+@pytest.fixture
+def on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Specs say that calls run on a GPU that no fused kernel is made for."""
+    for kind in (spec.AttentionSpec, spec.SoftmaxSpec):
+        of = kind.of
+        monkeypatch.setattr(
+            kind, "of", staticmethod(lambda *a, of=of, **k: of(*a, **k).replace(device="cuda", arch=70))
+        )
+
+
+@pytest.mark.usefixtures("on_an_old_gpu")
+@pytest.mark.parametrize("door", DOORS)
+def test_no_fused_kernel_is_said_once_at_every_door(door: str) -> None:
+    if door == "transformers" and find_spec("transformers") is None:
+        pytest.skip("needs transformers")
+    with pytest.warns(RuntimeWarning, match=r"without a fused kernel, on backend='torch'") as said:
+        DOORS[door](*qkv())
+    messages = [str(warning.message) for warning in said]
+    assert len(messages) == len(set(messages))
+    assert all(all(f"{backend.NAME}: " in message for backend in FUSED) for message in messages)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DOORS[door](*qkv())
+
+
+@pytest.mark.usefixtures("on_an_old_gpu")
+def test_a_backward_off_the_fused_path_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = qkv(grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = fastattn.attention(*operands)
+    backends._warned.clear()
+    with pytest.warns(RuntimeWarning, match="without a fused kernel"):
+        out.sum().backward()
+
+
+@pytest.mark.usefixtures("on_an_old_gpu")
+def test_a_backend_that_was_asked_for_by_name_is_no_surprise() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.attention(*qkv(), backend="torch")
+
+
+def test_the_warning_points_at_the_line_that_called() -> None:
+    q, k, v = qkv()
+    with pytest.warns(RuntimeWarning, match="materialises") as said:
+        torch.vmap(lambda q: fastattn.attention(q, k, v))(q[None])
+    assert [warning.filename for warning in said] == [__file__]
