@@ -1,11 +1,10 @@
-// Chooses a plan for the rows of a call and launches its kernel; for the files of instantiations/.
+// The launches of launch.h, for the files of instantiations/.
 #pragma once
 
 #include <climits>
 
-#include "cross_entropy.cuh"
 #include "launch.h"
-#include "softmax.cuh"
+#include "softmax_select.cuh"
 
 namespace fastattn {
 
@@ -35,56 +34,26 @@ cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, c
   return cudaLaunchKernelEx(&config, kernel, params, plan);
 }
 
-inline int64_t count_rows(const RowSizes& sizes) {
-  return sizes.columns == 0 ? 0 : sizes.outer * sizes.mid * sizes.inner;
-}
-
-// What a row may take up when its first vector begins before it. A row that fills its threads to the last element has
-// to begin where a vector does.
-template <class T>
-int64_t covered_columns(const void* data, const RowStrides& strides, int64_t columns, int width) {
-  const bool aligned = reinterpret_cast<uintptr_t>(data) / sizeof(T) % width == 0 && strides.outer % width == 0 &&
-                       strides.mid % width == 0 && strides.inner % width == 0;
-  return aligned ? columns : columns + width - 1;
+// launch_rows on a stream, as select_* calls it.
+inline auto on(cudaStream_t stream) {
+  return [stream](auto kernel, const auto& params, const RowPlan& plan, int64_t rows) {
+    return launch_rows(kernel, params, plan, rows, stream);
+  };
 }
 
 template <class In, class Out>
-cudaError_t launch_softmax_forward(const SoftmaxForward& p, bool clusters, cudaStream_t stream) {
-  const int64_t columns = covered_columns<In>(p.x, p.x_strides, p.sizes.columns, kVector<In, Out>);
-  const RowPlan plan = plan_for(forward_plans<sizeof(In)>(), columns, clusters);
-  const int64_t rows = count_rows(p.sizes);
-  if (plan.elements == 8) {
-    return launch_rows(softmax_forward_kernel<In, Out, 8, kRowThreads>, p, plan, rows, stream);
-  }
-  if (plan.elements == 16) {
-    return launch_rows(softmax_forward_kernel<In, Out, 16, kMaxRowThreads>, p, plan, rows, stream);
-  }
-  if constexpr (sizeof(In) == 2) {
-    if (plan.elements == 32) {
-      return launch_rows(softmax_forward_kernel<In, Out, 32, kMaxRowThreads>, p, plan, rows, stream);
-    }
-  }
-  return launch_rows(softmax_forward_long_kernel<In, Out>, p, plan, rows, stream);
+cudaError_t launch_softmax_forward(const SoftmaxForward& params, bool clusters, cudaStream_t stream) {
+  return select_softmax_forward<In, Out>(params, clusters, on(stream));
 }
 
 template <class T, class Grad>
-cudaError_t launch_softmax_backward(const SoftmaxBackward& p, bool clusters, cudaStream_t stream) {
-  const int64_t columns = covered_columns<T>(p.y, p.y_strides, p.sizes.columns, kVector<T, Grad>);
-  const RowPlan plan = plan_for(kWidePlans, columns, clusters);
-  const int64_t rows = count_rows(p.sizes);
-  if (plan.elements == 8) {
-    return launch_rows(softmax_backward_kernel<T, Grad, 8, kRowThreads>, p, plan, rows, stream);
-  }
-  if (plan.elements == 16) {
-    return launch_rows(softmax_backward_kernel<T, Grad, 16, kMaxRowThreads>, p, plan, rows, stream);
-  }
-  return launch_rows(softmax_backward_long_kernel<T, Grad>, p, plan, rows, stream);
+cudaError_t launch_softmax_backward(const SoftmaxBackward& params, bool clusters, cudaStream_t stream) {
+  return select_softmax_backward<T, Grad>(params, clusters, on(stream));
 }
 
 template <class T>
-cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& p, cudaStream_t stream) {
-  const RowPlan plan = plan_for(kLossPlans, p.classes, false);
-  return launch_rows(cross_entropy_forward_kernel<T>, p, plan, p.rows, stream);
+cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& params, cudaStream_t stream) {
+  return select_cross_entropy_forward<T>(params, on(stream));
 }
 
 template <class T>
