@@ -16,7 +16,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import fastattn
-from fastattn import backends, reference_losses
+from fastattn import reference_losses
 from fastattn.backends import torch_softmax
 from fastattn.ops.softmax import explain
 from numerics import assert_within_rule
