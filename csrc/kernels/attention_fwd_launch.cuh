@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <climits>
 #include <type_traits>
 
 #include "../attention_tiles.h"
@@ -44,39 +43,39 @@ TileSchedule forward_schedule(const AttentionParams& p) {
   return schedule_tiles(planes, query_blocks, p.num_heads / p.num_kv_heads, 4 * p.total_k * p.head_dim);
 }
 
-#if !defined(FASTATTN_EMULATION)
+template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap>
+using ForwardShapeFor = ForwardShape<Element, kHeadDim, forward_tile(kHeadDim, kWindowed, kSoftcap).queries,
+                                     forward_tile(kHeadDim, kWindowed, kSoftcap).keys, kSoftcap>;
 
-template <class Shape>
-cudaError_t launch_forward_shape(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
-                                 cudaStream_t stream) {
-  ForwardMaps maps;
-  if (encode_forward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  const TileSchedule schedule = forward_schedule<Shape>(params);
-  if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
-  const auto kernel = attention_fwd_sm90<Shape>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
-  if (error != cudaSuccess) return error;
-  const int blocks = schedule.num_tiles < multiprocessors ? schedule.num_tiles : multiprocessors;
-  kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(maps, params, schedule);
-  return cudaGetLastError();
+// function(shape) for the shape of a call.
+template <class Element, int kHeadDim, class Function>
+auto with_forward_shape(const AttentionParams& params, Function function) {
+  if (params.softcap != 0.0f) return function(ForwardShapeFor<Element, kHeadDim, true, true>());
+  if (params.window_left < kUnbounded || params.window_right < kUnbounded) {
+    return function(ForwardShapeFor<Element, kHeadDim, true, false>());
+  }
+  return function(ForwardShapeFor<Element, kHeadDim, false, false>());
 }
 
-template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap>
-using ShapeFor = ForwardShape<Element, kHeadDim, forward_tile(kHeadDim, kWindowed, kSoftcap).queries,
-                              forward_tile(kHeadDim, kWindowed, kSoftcap).keys, kSoftcap>;
+#if !defined(FASTATTN_EMULATION)
 
 template <class Element, int kHeadDim>
 cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
                                      cudaStream_t stream) {
-  const auto launch = [&](auto shape) {
-    return launch_forward_shape<decltype(shape)>(params, encode, multiprocessors, stream);
-  };
-  if (params.softcap != 0.0f) return launch(ShapeFor<Element, kHeadDim, true, true>{});
-  if (params.window_left < kUnbounded || params.window_right < kUnbounded) {
-    return launch(ShapeFor<Element, kHeadDim, true, false>{});
-  }
-  return launch(ShapeFor<Element, kHeadDim, false, false>{});
+  return with_forward_shape<Element, kHeadDim>(params, [&](auto shape) {
+    using Shape = decltype(shape);
+    ForwardMaps maps;
+    if (encode_forward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+    const TileSchedule schedule = forward_schedule<Shape>(params);
+    if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
+    const auto kernel = attention_fwd_sm90<Shape>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    const int blocks = schedule.num_tiles < multiprocessors ? schedule.num_tiles : multiprocessors;
+    kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(maps, params, schedule);
+    return cudaGetLastError();
+  });
 }
 
 #endif  // nvcc

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fastattn import build, extension
+from fastattn.backends import cuda_attention
+from fastattn.backends.cuda_attention import attention_fwd, varlen_fwd
+from fastattn.backends.cuda_attention import attention_tiles as tiles
 from fastattn.backends.cuda_softmax import (
     cross_entropy_bwd,
     cross_entropy_fwd,
@@ -23,6 +26,7 @@ __all__ = [
     "MEASURED_ROWS",
     "MIN_ARCH",
     "NAME",
+    "attention_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
     "linear_cross_entropy_bwd",
@@ -30,6 +34,8 @@ __all__ = [
     "softmax_bwd",
     "softmax_fwd",
     "softmax_tiles",
+    "tiles",
+    "varlen_fwd",
     "why_not",
     "why_not_auto",
 ]
@@ -68,13 +74,15 @@ def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     if spec.arch is not None and not build.covers(found.info.archs, spec.arch):
         built = ", ".join(found.info.archs)
         return f"the extension is built for {built}, this GPU is {spec.arch / 10}; {extension.ADVICE}"
+    if isinstance(spec, AttentionSpec):
+        return cuda_attention.why_not(spec, found.info.archs)
     return None
 
 
 def why_not_auto(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     """Why "auto" passes this backend over although it could run `spec`, or None."""
     if isinstance(spec, AttentionSpec):
-        return None
+        return cuda_attention.why_not_auto(spec)
     if not spec.unit_columns:
         return "neighbours in a row are apart in memory, Triton takes such rows without a copy"
     rows = [row for row in MEASURED_ROWS if row.arch == spec.arch and row.backward == spec.backward]

@@ -1,0 +1,132 @@
+"""Attention on the CUDA backend: what Hopper's kernels take, and calls of the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import extension
+from fastattn.spec import (
+    MAX_HEAD_DIM,
+    AttentionCall,
+    AttentionSpec,
+    VarlenCall,
+    empty_in_order,
+    with_unit_last_stride,
+)
+
+ARCH = 90  # whose warpgroup products and copy engine the kernels are written for
+CODE = "9.0a"  # what the extension is to be built for
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIM_MULTIPLE = 8  # 16 bytes, the copy engine's step
+UNSUPPORTED = {  # field of the spec: what to call it
+    "mask": "a mask",
+    "bias": "a bias",
+    "segments": "segment_ids",
+    "alibi": "alibi_slopes",
+    "sinks": "sinks",
+    "dropout": "dropout",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredHeads:
+    """Head dims for which this backend was measured to be no slower than Triton."""
+
+    arch: int
+    backward: bool
+    head_dim: int
+
+
+MEASURED_HEADS: tuple[MeasuredHeads, ...] = ()  # nothing has been measured yet
+
+
+def why_not(spec: AttentionSpec, built: Sequence[str]) -> str | None:
+    """Why an extension built for these architectures can't run `spec`, or None."""
+    if spec.arch != ARCH:
+        here = "this device has none" if spec.arch is None else f"this GPU has {spec.arch / 10}"
+        return f"the attention kernels need compute capability {ARCH / 10}, {here}"
+    if CODE not in built:
+        return f"the extension is built for {', '.join(built)}, attention needs {CODE}; {extension.ADVICE}"
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype} is not one of float16, bfloat16"
+    used = [name for field, name in UNSUPPORTED.items() if getattr(spec, field)]
+    if used:
+        return f"the kernels know nothing of {', '.join(used)}"
+    if spec.value_dim != spec.head_dim:
+        return f"value dim {spec.value_dim} is not the head dim {spec.head_dim}"
+    if spec.head_dim % HEAD_DIM_MULTIPLE or not 0 < spec.head_dim <= MAX_HEAD_DIM:
+        return f"head dim {spec.head_dim} is not a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
+    if not spec.aligned:
+        return "some data or stride of query, key or value is not a multiple of 16 bytes"
+    return None
+
+
+def why_not_auto(spec: AttentionSpec) -> str | None:
+    """Why "auto" passes this backend over although it could run `spec`, or None."""
+    if spec.single_query:
+        return "a single query leaves most of a tile empty"
+    if MeasuredHeads(ARCH, spec.backward, spec.head_dim) not in MEASURED_HEADS:
+        return "not yet measured on this GPU; backend='cuda' or FASTATTN_BACKEND=cuda runs it"
+    return None
+
+
+def attention_tiles(spec: AttentionSpec) -> str:
+    """The tiles `spec` runs with, in a line."""
+    windowed = spec.causal != "none" or spec.window_left or spec.window_right
+    queries, keys = extension.module().attention_forward_tile(spec.head_dim, windowed, spec.softcap)
+    return f"forward {queries}x{keys}, {queries // 64 + 1} warpgroups, 2 stages"
+
+
+def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call."""
+    query, scale = _with_positive_scale(call.query, call.scale)
+    out, lse = extension.module().attention_forward(
+        _with_plain_strides(query),
+        _with_plain_strides(call.key),
+        _with_plain_strides(call.value),
+        None if call.key_lengths is None else call.key_lengths.contiguous(),
+        *_mask_options(call),
+        call.softcap,
+        scale,
+    )
+    return out, lse
+
+
+def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
+    """(out (T, H, D), lse (H, T)); tokens of no sequence get 0 and -inf. Never waits for the device."""
+    query, scale = _with_positive_scale(call.query, call.scale)
+    out, lse = extension.module().varlen_forward(
+        _with_plain_strides(query),
+        _with_plain_strides(call.key),
+        _with_plain_strides(call.value),
+        call.cu_seqlens_q.contiguous(),
+        call.cu_seqlens_k.contiguous(),
+        *_mask_options(call),
+        call.softcap,
+        scale,
+    )
+    return out, lse
+
+
+def _mask_options(call: AttentionCall | VarlenCall) -> tuple[bool, int, int]:
+    """(top_left, window_left, window_right): to the kernels, causality is a window without a right side."""
+    right = call.window_right if call.causal == "none" else 0
+    return call.causal == "top_left", call.window_left, right
+
+
+def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The query and scale of the same scores with a scale above 0: the kernels take maxima before they scale."""
+    if scale > 0.0:
+        return query, scale
+    return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+
+
+def _with_plain_strides(tensor: Tensor) -> Tensor:
+    """`tensor`, copied only where columns are apart or a dimension is expanded: the copy engine needs real strides."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
+    return with_unit_last_stride(tensor)
