@@ -33,7 +33,8 @@ FEATURES = {  # of an attention row: what it is compiled with
     True: ("softcap, alibi", "bias, mask, segments", "dropout", "all"),
 }
 ROW_KERNELS = ("softmax_fwd", "softmax_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
-KERNELS = (*ATTENTION, *ROW_KERNELS)
+CACHE_KERNELS = ("decode", "cache_append", "combine")
+KERNELS = (*ATTENTION, *CACHE_KERNELS, *ROW_KERNELS)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 
@@ -57,16 +58,19 @@ class Entry:
     @property
     def size_name(self) -> str:
         """What `size` counts."""
-        return "D" if self.kernel in ATTENTION else "N, columns"
+        return "N, columns" if self.kernel in ROW_KERNELS else "D"
 
     @property
     def strict(self) -> bool:
-        """Held to no spills: rows of softmax, and 16-bit plain and causal attention up to head dim 128."""
+        """Held to no spills: rows of softmax, and 16-bit attention without score features up to head dim 128."""
         if self.arch == AMD:
             return False
         if self.kernel in ROW_KERNELS:
             return True
-        return self.features in FEATURES[False] and self.size <= 128 and self.bits == 16
+        plain = self.features in FEATURES[False] or (
+            self.kernel in CACHE_KERNELS and "all" not in self.features
+        )
+        return plain and self.size <= 128 and self.bits == 16
 
     @property
     def shared_limit(self) -> int:
@@ -106,6 +110,7 @@ def entries(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Entry]:
     """Every kernel of every row of some architectures, with each of the feature sets the row serves."""
     for arch in architectures:
         yield from _attention_entries(arch)
+        yield from _cache_entries(arch)
         yield from _row_entries(arch)
 
 
@@ -121,6 +126,26 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
                 continue
             tile = row.dbias if kernel == "weights" else getattr(row, kernel)
             yield Entry(arch, key.bits, key.head_dim, kernel, features, short(tile))
+
+
+def _cache_entries(arch: str) -> Iterator[Entry]:
+    import decode_compile
+
+    for bits, head_dim, kernel, features in decode_compile.entries():
+        launch = _cache_launches(arch, bits, head_dim, features)[kernel]
+        tile = ""
+        if kernel == "decode":
+            shape = f"{launch.args['BLOCK_M']}x{launch.args['BLOCK_N']}"
+            tile = f"{shape} {launch.num_warps}w {launch.num_stages}s"
+        yield Entry(arch, bits, head_dim, kernel, features, tile)
+
+
+def _cache_launches(arch: str, bits: int, head_dim: int, features: str) -> dict[str, Any]:
+    import decode_compile
+
+    if arch == AMD:
+        return decode_compile.launches(family(arch), bits, head_dim, features, num_stages=1)
+    return decode_compile.launches(int(arch), bits, head_dim, features)
 
 
 def _row_entries(arch: str) -> Iterator[Entry]:
@@ -171,6 +196,8 @@ def launch_of(entry: Entry) -> Any:
         import row_compile
 
         return row_compile.launches(entry.bits, entry.size, entry.features)[entry.kernel]
+    if entry.kernel in CACHE_KERNELS:
+        return _cache_launches(entry.arch, entry.bits, entry.size, entry.features)[entry.kernel]
     from fastattn.kernels.tiles import Key
 
     key = Key(family(entry.arch), entry.bits, entry.size, entry.features in FEATURES[True])
@@ -208,9 +235,9 @@ def problem(entry: Entry, report: Report, allowance: int | None = None) -> str |
         return f"{report.local_ops} loads and stores of local memory, {allowance} are on record"
     if not entry.strict or entry.kernel in ROW_KERNELS:
         return None
-    if entry.arch == "90" and not report.async_mma:
+    if entry.kernel in ATTENTION and entry.arch == "90" and not report.async_mma:
         return "no wgmma"
-    if entry.kernel in ("forward", "dkdv", "dq") and not report.wide_copies:
+    if entry.kernel in ("forward", "dkdv", "dq", "decode") and not report.wide_copies:
         return "operands are not copied 16 bytes at a time"
     return None
 

@@ -1,90 +1,185 @@
-"""The launches of attention against a cache that the compile checks look at: shapes, layouts, features."""
+"""What the kernels on caches are compiled with, for compile_matrix.py; run by itself, compiles a few and prints JSON.
+
+python tests/kernels/decode_compile.py        the tiles of decoding, and what launches of many sizes are looked up by
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from fastattn.spec import AttentionSpec, KVCacheCall
 
-LAYOUTS = ("dense", "paged 64", "paged 16", "any strides")
-FEATURES: dict[str, dict[str, Any]] = {
-    "plain": {"causal": "none"},
-    "causal": {},
-    "all": {
-        "window_left": 100,
-        "window_right": 3,
-        "softcap": 30.0,
-        "alibi_slopes": "slopes",
-        "sinks": "sinks",
-    },
-    "rotary": {"rotary_cos": "table", "rotary_sin": "table"},
-    "rotary interleaved": {"rotary_cos": "table", "rotary_sin": "table", "rotary_interleaved": True},
-}
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
+CAPACITY = 4096
+HEADS = {"1 head": 1, "4 heads": 4, "8 heads": 8}  # that share a key head
+QUERIES = {"4 queries": 4, "8 queries": 8, "64 queries": 64}  # with 8 heads: 32, 64 and 512 rows
+PAGES = {"pages of 64": 64, "pages of 16": 16}
+FEATURES = {  # of decode, by bits
+    16: (
+        "8 heads",
+        "4 heads, pages of 64",
+        "1 head, pages of 16",
+        "8 heads, rotary",
+        "8 heads, pages of 16, all",
+        "8 heads, 4 queries",
+        "8 heads, 8 queries, pages of 64",
+        "8 heads, 64 queries, pages of 16",
+    ),
+    32: ("8 heads", "1 head, pages of 16", "8 heads, pages of 16, all"),
+}
+APPEND, COMBINE = "pages of 16, rotary", "8 heads, sinks"
 
 
 def cache_call(
-    head_dim: int,
-    bits: int = 16,
-    group: int = 4,
-    layout: str = "dense",
-    features: str = "causal",
-    *,
-    batch: int = 2,
-    kv_heads: int = 2,
-    seqlen_q: int = 1,
-    capacity: int = 4096,
+    features: str, head_dim: int, bits: int, *, batch: int = 2, kv_heads: int = 2, capacity: int = CAPACITY
 ) -> KVCacheCall:
-    """A call with as many new keys as queries."""
-    dtype, paged = DTYPES[bits], layout.startswith("paged")
-    page = int(layout.split()[1]) if paged else capacity
-    pages = -(-capacity // page)
-    shape = (batch * pages, kv_heads, page, head_dim)
-    last = 2 if layout == "any strides" else 1
-    k_cache = torch.empty(*shape[:3], head_dim * last, dtype=dtype)[..., ::last]
+    """A call with the named features that appends as many keys as it has queries."""
+    names, dtype = features.split(", "), DTYPES[bits]
+    group, seqlen_q, page = (
+        next((sizes[name] for name in names if name in sizes), default)
+        for sizes, default in ((HEADS, 8), (QUERIES, 1), (PAGES, 0))
+    )
+    pages = -(-capacity // page) if page else 1
+    cache = torch.empty(batch * pages, kv_heads, page or capacity, head_dim, dtype=dtype)
     new = torch.empty(batch, kv_heads, seqlen_q, head_dim, dtype=dtype)
-    tensors = {
-        "slopes": torch.ones(1, kv_heads * group),
-        "sinks": torch.ones(kv_heads * group),
-        "table": torch.empty(capacity, head_dim // 2),
-    }
-    options = {name: tensors.get(value, value) if isinstance(value, str) else value
-               for name, value in FEATURES[features].items()}  # fmt: skip
+    options: dict[str, Any] = {"causal": "bottom_right", "scale": 0.125}
+    if "rotary" in names or "all" in names:
+        table = torch.empty(capacity, head_dim // 2)
+        options |= {"rotary_cos": table, "rotary_sin": table}
+    if "sinks" in names or "all" in names:
+        options["sinks"] = torch.ones(kv_heads * group)
+    if "all" in names:
+        slopes = torch.ones(1, kv_heads * group)
+        options |= {"window_left": 100, "softcap": 30.0, "alibi_slopes": slopes, "rotary_interleaved": True}
     return KVCacheCall(
-        torch.empty(batch, kv_heads * group, seqlen_q, head_dim, dtype=dtype),
-        k_cache,
-        k_cache,
-        torch.zeros(batch, dtype=torch.int32),
-        new,
-        new,
-        torch.zeros(batch, pages, dtype=torch.int32) if paged else None,
-        **{
-            "causal": "bottom_right",
-            "scale": 0.125,
-            **options,
-            **({"causal": "none"} if features == "plain" else {}),
-        },
+        query=torch.empty(batch, kv_heads * group, seqlen_q, head_dim, dtype=dtype),
+        k_cache=cache,
+        v_cache=cache,
+        cache_lengths=torch.zeros(batch, dtype=torch.int32),
+        key=new,
+        value=new,
+        block_table=torch.zeros(batch, pages, dtype=torch.int32) if page else None,
+        **options,
     )
 
 
-def launches_of(call: KVCacheCall, arch: int, num_splits: int = 1) -> dict[str, Any]:
-    """The launches of a call on an architecture by name."""
+def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int = 0) -> dict[str, Any]:
+    """The launches of a call on an architecture, by kernel; with its tile's own stages unless others are named."""
     from fastattn.kernels.decode_launches import append_launch, combine_launch, decode_launch
+
+    tile, spec = tile_of(call, arch), _spec_of(call, arch)
+    if num_stages:
+        tile = replace(tile, num_stages=num_stages)
+    query = call.query
+    out = query.new_empty(*query.shape[:3], call.v_cache.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    split_out = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
+    split_lse = lse.new_empty(num_splits, *lse.shape)
+    results = (out, lse) if num_splits == 1 else (split_out, split_lse)
+    return {
+        "decode": decode_launch(spec, call, *results, num_splits, tile),
+        "cache_append": append_launch(spec, call),
+        "combine": combine_launch(spec, call, split_out, split_lse, out, lse),
+    }
+
+
+def tile_of(call: KVCacheCall, arch: int) -> Any:
+    """The tile a call gets on an architecture."""
     from fastattn.kernels.decode_tiles import decode_tile_for
 
-    query, value = call.query, call.v_cache
-    spec = AttentionSpec.of(call.attending(query, call.k_cache, value, call.alibi_slopes)).replace(arch=arch)
-    tile = decode_tile_for(spec, spec.group_size * query.shape[2], call.block_table is not None)
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    split_out = out if num_splits == 1 else out.new_empty((num_splits, *out.shape), dtype=torch.float32)
-    split_lse = lse.new_empty(num_splits, *lse.shape)
-    return {
-        "decode": decode_launch(spec, call, split_out, split_lse, num_splits, tile),
-        "append": append_launch(spec, call),
-        "combine": combine_launch(
-            spec, call, split_lse.new_empty(num_splits, *out.shape), split_lse, out, lse
-        ),
-    }
+    spec = _spec_of(call, arch)
+    return decode_tile_for(spec, spec.group_size * call.query.shape[2], call.block_table is not None)
+
+
+def _spec_of(call: KVCacheCall, arch: int) -> AttentionSpec:
+    spec = AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
+    return spec.replace(arch=arch)
+
+
+Row = tuple[int, int, str, str]  # bits, head dim, kernel, features
+
+
+def entries() -> Iterator[Row]:
+    """Every kind of tile with every kind of cache and feature."""
+    from fastattn.kernels.tiles import HEAD_DIMS
+
+    for bits, every in FEATURES.items():
+        for head_dim in HEAD_DIMS:
+            for features in every:
+                yield bits, head_dim, "decode", features
+            yield bits, head_dim, "cache_append", APPEND
+            yield bits, head_dim, "combine", COMBINE
+
+
+@cache
+def launches(arch: int, bits: int, head_dim: int, features: str, num_stages: int = 0) -> dict[str, Any]:
+    """The launches of a row of the compile table, by kernel."""
+    num_splits = 1 if "all" in features else 8  # the sinks are the last split's, or the combine's
+    return launches_of(cache_call(features, head_dim, bits), arch, num_splits, num_stages)
+
+
+def signatures() -> dict[str, list[str]]:
+    """What Triton would look compiled kernels up by, over caches, batches and splits that should share one variant."""
+    from compile_inspect import specialise, target_of
+
+    found: dict[str, list[str]] = {}
+    sizes = [
+        (2, 2, 2, 2),
+        (17, 2, 2, 3),
+        (1000, 2, 2, 16),
+        (1024, 1, 2, 2),
+        (1024, 16, 1, 64),
+        (4096, 3, 16, 7),
+    ]
+    for layout in ("rotary", "pages of 16, rotary", "all"):
+        for capacity, batch, kv_heads, num_splits in sizes:
+            call = cache_call(layout, 64, 16, batch=batch, kv_heads=kv_heads, capacity=capacity)
+            for name, launch in launches_of(call, 90, num_splits).items():
+                source, options = specialise(launch, target_of("90"))
+                given = (
+                    source.signature,
+                    source.constants,
+                    source.attrs,
+                    options.num_warps,
+                    options.num_stages,
+                )
+                found.setdefault(f"{name}, {layout}", []).append(str(given))
+    return found
+
+
+FEW: tuple[tuple[str, Row], ...] = (
+    ("80", (16, 128, "decode", "8 heads")),
+    ("90", (16, 128, "decode", "4 heads, pages of 64")),
+    ("90", (16, 64, "decode", "1 head, pages of 16")),
+    ("90", (16, 128, "cache_append", APPEND)),
+    ("90", (16, 128, "combine", COMBINE)),
+)
+
+
+def compiled(entry: tuple[str, Row]) -> dict[str, dict[str, Any]]:
+    """What the compiler made of an entry."""
+    from compile_inspect import compile_launch
+
+    arch, (bits, head_dim, kernel, features) = entry
+    launch = launches(int(arch), bits, head_dim, features)[kernel]
+    return {f"sm_{arch} {bits}-bit D{head_dim} {kernel} [{features}]": asdict(compile_launch(launch, arch))}
+
+
+def main() -> None:
+    """The command line."""
+    reports: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(2) as pool:
+        for made in pool.map(compiled, FEW):
+            reports |= made
+    print(json.dumps({"compiled": reports, "signatures": signatures()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
