@@ -99,8 +99,8 @@ def render(table: Mapping[str, Any], entries: Iterable[Any]) -> str:
         "# What the compiler makes of the Triton kernels",
         "",
         f"Every configuration of `kernels/tiles.py`, `decode_tiles.py` and `row_tiles.py`, compiled ahead of time by "
-        f"Triton {table['triton']}. Written by `{REGENERATE}`, which compiles only what has changed since; a test fails when "
-        "this page is older than the kernels or the tiles.",
+        f"Triton {table['triton']}. Written by `{REGENERATE}`, which compiles only what has changed since; a test "
+        "fails when this page is older than the kernels or the tiles.",
         "",
         "| architecture | configurations | most shared memory, KiB | limit, KiB | of them spill | of these must not |",
         "|---|---|---|---|---|---|",
