@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,19 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-EXAMPLES = list(dict.fromkeys(example for name in READMES for example in blocks(name, "python")))
+def examples(name: str) -> list[tuple[str, str]]:
+    """Every Python example with the output that follows it, "" where none is shown."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    pattern = r"^```python\n(.*?)^```$(?:(?:(?!^```|^#).)*?^```text\n(.*?)^```$)?"
+    return re.findall(pattern, text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_every_example_runs(example: str, tmp_path: Path) -> None:
+EXAMPLES = list(dict.fromkeys(example for name in READMES for example in examples(name)))
+AS_SHOWN = not torch.cuda.is_available() and find_spec("triton") is not None  # the machine the outputs are from
+
+
+@pytest.mark.parametrize(("example", "output"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_every_example_runs_and_prints_what_is_shown(example: str, output: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     done = subprocess.run(
@@ -53,13 +62,22 @@ def test_every_example_runs(example: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    if output and AS_SHOWN:
+        assert done.stdout == output
 
 
-@pytest.mark.parametrize("language", ["python", "bash"])
-def test_both_readmes_show_the_same_code(language: str) -> None:
+@pytest.mark.parametrize(("language", "count"), [("python", 3), ("bash", 2), ("text", 2)])
+def test_both_readmes_show_the_same_code(language: str, count: int) -> None:
     first, second = (blocks(name, language) for name in READMES)
-    assert len(first) == 2
+    assert len(first) == count
     assert first == second
+
+
+def test_explain_and_the_report_of_a_swap_are_shown() -> None:
+    shown = [example for example, output in examples(READMES[0]) if output]
+    assert len(shown) == 2
+    assert "print(fastattn.explain(" in shown[0]
+    assert "print(fastattn.swap_attention(" in shown[1]
 
 
 @pytest.mark.parametrize("name", READMES)
