@@ -32,9 +32,7 @@ def main() -> None:
     app()
 
 
-def command(
-    function: Callable[..., None], group: typer.Typer = app, **settings: Any
-) -> Callable[..., None]:
+def command(function: Callable[..., None], group: typer.Typer = app, **settings: Any) -> Callable[..., None]:
     """Register a command whose user sees one line for bad input (exit code 2), a full disk or Ctrl-C (130)."""
 
     @functools.wraps(function)
@@ -185,3 +183,53 @@ def _bench_command(name: str, summary: str) -> None:
 for _name, _summary in benches.NAMES.items():
     _bench_command(_name, _summary)
 _bench_command("all", "Every one of these, one after the other; --out FOLDER, --update-docs.")
+
+
+def tune(
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="float16, bfloat16 or float32; this and the next may be repeated."),
+    ] = None,
+    head_dim: Annotated[
+        list[str] | None, typer.Option(help="As in 64, or 192,128 where values have their own.")
+    ] = None,
+    features: Annotated[
+        list[str] | None, typer.Option(help="Kinds of calls: plain, or features as in causal+window.")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="forward, dkdv, dq or dbias; by default all.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer calls, and only neighbours of built-in tiles.")
+    ] = False,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after so long.")] = None,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Processes that compile and check.")] = 4,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates; needs no GPU.")] = False,
+    arch: Annotated[
+        int | None,
+        typer.Option(
+            min=80, help="For --dry-run: 10 times a compute capability; by default this GPU's, or 90."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find the fastest tiles of the Triton attention kernels on this GPU; later calls use them.
+
+    Every candidate is compared with a float64 reference before it is timed; those that are right are timed in turns.
+    Winners go to the cache folder (FASTATTN_CACHE_DIR), for this device, these versions and these kernels alone. Exits
+    with 1 where no tile was right, 2 without a GPU.
+    """
+    from fastattn.tune import command as tuning
+
+    options = tuning.Options.of(dtype, head_dim, features, kernel, quick, minutes, jobs)
+    output = _output(as_json)
+    if arch is not None and not dry_run:
+        raise InputError("--arch goes with --dry-run: what is measured is the GPU at hand")
+    report = tuning.list_candidates(options, arch, output) if dry_run else tuning.tune_here(options, output)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    if report.get("failed"):
+        raise typer.Exit(1)
+
+
+command(tune, bench)

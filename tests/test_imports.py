@@ -33,7 +33,8 @@ ARROWS = {
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "cli": {"console", "doctor", "demo", "bench", "build", "extension"},
+    "tune": {"console", "kernels", "backends", "reference", "ops", "spec"},
+    "cli": {"console", "doctor", "demo", "bench", "build", "extension", "tune"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {

@@ -1,0 +1,192 @@
+"""What is tuned: kernels on kinds of calls, the tiles that might serve them, and the race that decides."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from fastattn.kernels.tiles import FAMILIES, Tile, family_of, table_tiles
+from fastattn.kernels.tuned import KERNELS, signature
+from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FEATURES = (
+    "causal", "window", "lengths", "sinks", "alibi", "softcap", "bias", "mask", "segments", "dropout", "packed",
+)  # fmt: skip
+UNPACKED = ("lengths", "bias", "mask", "segments")  # what packed sequences don't have
+KINDS = ("plain", "causal", "causal+window", "causal+alibi", "causal+softcap", "causal+segments", "causal+dropout",
+         "causal+packed", "bias")  # fmt: skip
+QUICK_KINDS = ("plain", "causal")
+HEAD_DIMS, QUICK_HEAD_DIMS = (64, 128, 256), (64, 128)
+LEAST_GAIN = 1.02  # over the built-in tile, below which it stays
+LAGGING = 1.2  # times the fastest median: leaves the race
+REGISTERS = 255  # of a thread
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel on one kind of call: what a winner is found for."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    value_dim: int
+    features: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences lie packed one after another."""
+        return "packed" in self.features
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        dims = f"D{self.head_dim}" + (f" Dv{self.value_dim}" if self.value_dim != self.head_dim else "")
+        return f"{self.kernel} {self.dtype} {dims} {'+'.join(self.features) or 'plain'}"
+
+    def spec(self, arch: int) -> AttentionSpec:
+        """The spec of such calls on a device of compute capability arch / 10."""
+        query = torch.empty(1, 1, 16, self.head_dim, dtype=DTYPES[self.dtype])
+        value = torch.empty(1, 1, 16, self.value_dim, dtype=DTYPES[self.dtype])
+        needs = None if self.kernel == "forward" else GradsNeeded(bias="bias" in self.features)
+        spec = AttentionSpec.of(AttentionCall(query, query, value), needs)
+        has = self.features.__contains__
+        return spec.replace(
+            device="cuda", arch=arch, aligned=True, causal="bottom_right" if has("causal") else "none",
+            window_left=has("window"), mask=has("mask"), bias=has("bias"), segments=has("segments"),
+            key_lengths=has("lengths"), alibi=has("alibi"), softcap=has("softcap"), sinks=has("sinks"),
+            dropout=has("dropout"),
+        )  # fmt: skip
+
+    def signature(self, arch: int) -> str:
+        """What its winner is stored by."""
+        return signature(self.spec(arch), self.kernel, self.packed)
+
+    def built_in(self, arch: int) -> Tile:
+        """The tile it has without tuning."""
+        tile: Tile = getattr(table_tiles(self.spec(arch)), self.kernel)
+        return tile
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile that might serve, or why it can't."""
+
+    tile: Tile
+    reason: str | None = None
+
+
+def works(
+    dtypes: Sequence[str], head_dims: Sequence[tuple[int, int]], kinds: Sequence[str], kernels: Sequence[str]
+) -> Iterator[Work]:
+    """Every kernel on every kind of call; ValueError for names that don't exist or don't go together."""
+    _known("dtype", dtypes, DTYPES)
+    _known("kernel", kernels, KERNELS)
+    for kind in kinds:
+        features = () if kind == "plain" else tuple(kind.split("+"))
+        _known("features", features, FEATURES)
+        both = [name for name in UNPACKED if name in features]
+        if "packed" in features and both:
+            raise ValueError(f"features: got {kind!r}, but packed sequences have no {both[0]}")
+        for dtype, (head_dim, value_dim), kernel in product(dtypes, head_dims, kernels):
+            if kernel != "dbias" or "bias" in features:
+                yield Work(kernel, dtype, head_dim, value_dim, features)
+
+
+def _known(what: str, names: Sequence[str], known: Any) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what}: got {name!r}, needs one of {', '.join(known)}")
+
+
+def candidates(work: Work, arch: int, quick: bool = False) -> list[Candidate]:
+    """The built-in tile first, then the others; quick: those that differ from it in one number.
+
+    A reason is given where no compiler could make the tile fit: these are lower bounds of what it takes.
+    """
+    built_in = work.built_in(arch)
+    exact = work.itemsize == 4 and work.spec(arch).float32_precision == "ieee"
+    blocks = (16, 32, 64) if work.itemsize == 4 else (32, 64, 128)
+    grid = product(blocks, blocks, (4, 8), (1, 2, 3, 4), (False, True) if exact else (False,))
+    tiles = [Tile(*numbers) for numbers in grid]
+    if quick:
+        tiles = [tile for tile in tiles if _steps_between(tile, built_in) == 1]
+    others = [tile for tile in tiles if tile != built_in]
+    return [Candidate(tile, _impossible(work, tile, arch)) for tile in (built_in, *others)]
+
+
+def _steps_between(tile: Tile, other: Tile) -> int:
+    """In how many steps of one number each one tile becomes the other; a step doubles, halves, adds or takes one."""
+    doublings = [
+        abs(a.bit_length() - b.bit_length())
+        for a, b in (
+            (tile.block_m, other.block_m),
+            (tile.block_n, other.block_n),
+            (tile.num_warps, other.num_warps),
+        )
+    ]
+    return sum(doublings) + abs(tile.num_stages - other.num_stages) + (tile.tf32x3 != other.tf32x3)
+
+
+def _impossible(work: Work, tile: Tile, arch: int) -> str | None:
+    family = family_of(arch)
+    limit = FAMILIES[family][1]
+    shared, registers = least_shared(work, tile), least_registers(work, tile)
+    if shared > limit:
+        return f"needs at least {shared} bytes of shared memory, the limit is {limit}"
+    if family != 100 and registers > REGISTERS:  # there, results have a memory of their own
+        return f"needs at least {registers} registers per thread, there are {REGISTERS}"
+    return None
+
+
+def least_shared(work: Work, tile: Tile) -> int:
+    """Bytes of the blocks that are on their way at once; a pipeline of one stage has none."""
+    streamed = {
+        "forward": tile.block_n * (work.head_dim + work.value_dim),
+        "dq": tile.block_n * (work.head_dim + work.value_dim),
+        "dkdv": tile.block_m * (work.head_dim + work.value_dim),
+        "dbias": 0,
+    }[work.kernel]
+    return streamed * work.itemsize * (tile.num_stages if tile.num_stages > 1 else 0)
+
+
+def least_registers(work: Work, tile: Tile) -> int:
+    """Registers per thread of the float32 results that live through the loop, and of one block of scores."""
+    results = {
+        "forward": tile.block_m * work.value_dim,
+        "dq": tile.block_m * work.head_dim,
+        "dkdv": tile.block_n * (work.head_dim + work.value_dim),
+        "dbias": tile.block_m * tile.block_n,
+    }[work.kernel]
+    return (results + tile.block_m * tile.block_n) // (WARP * tile.num_warps)
+
+
+def race(
+    tiles: Sequence[Tile], seconds: Callable[[Tile], float], rounds: int, keep: Tile | None = None
+) -> dict[Tile, float]:
+    """The median seconds of each tile, taken in turns, back and forth; those far behind leave, but never `keep`."""
+    times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
+    running = list(tiles)
+    for turn in range(rounds):
+        for tile in running if turn % 2 == 0 else reversed(running):
+            times[tile].append(seconds(tile))
+        best = min(statistics.median(times[tile]) for tile in running)
+        running = [t for t in running if t == keep or statistics.median(times[t]) <= LAGGING * best]
+    return {tile: statistics.median(taken) for tile, taken in times.items()}
+
+
+def winner_of(medians: dict[Tile, float], built_in: Tile) -> Tile:
+    """The fastest; the built-in tile where the gain is within what a repetition might turn around."""
+    fastest = min(medians, key=lambda tile: medians[tile])
+    if built_in in medians and medians[built_in] < LEAST_GAIN * medians[fastest]:
+        return built_in
+    return fastest
