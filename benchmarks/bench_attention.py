@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import command
+import figures
 import harness
 import peers
 import schema
@@ -75,6 +76,26 @@ class AttentionCase:
         return params
 
     @property
+    def label(self) -> str:
+        """The call in words."""
+        return figures.describe_attention(self.params, harness.dtype_name(self.dtype), self.direction)
+
+    @property
+    def axis(self) -> schema.Result | None:
+        """Speed over length, for the groups whose cases differ in it alone; the grids have charts of their own."""
+        if self.group not in ("dense", "window") or self.dtype != torch.float32:
+            return None
+        if self.group == "dense" and not self.causal:
+            return None
+        line = f"window ({self.window[0]}, {self.window[1]})" if self.window else "causal"
+        return {"name": "sequence length", "value": self.seqlen_q, "line": line}
+
+    @property
+    def bytes(self) -> float | None:
+        """None: arithmetic bounds it."""
+        return None
+
+    @property
     def flops(self) -> float:
         """2 * (D + Dv) per permitted pair and head; the backward counts 2.5 forwards, whatever it recomputes."""
         pairs = permitted_pairs(self.seqlen_q, self.seqlen_k, self.causal, self.window, self.documents)
@@ -86,7 +107,9 @@ class AttentionCase:
         if self.peers:
             return ["fastattn", *self.peers]
         ours = [f"fastattn-{name}" for name in _backend_names() if name != "torch"]
-        return [*ours, "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flex", "flash_attn"]
+        pinned = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient"]
+        formula = ["composite-compile"] if self.group == "features" else []
+        return [*ours, *pinned, "flex", *formula, "flash_attn", "xformers"]
 
     def open(self, device: torch.device) -> AttentionWorkload:
         """Random inputs on the device."""
@@ -199,10 +222,7 @@ class AttentionWorkload:
 
     def step(self, contestant: str) -> Step:
         """One forward, backward or both, returning out and the gradients."""
-        try:
-            call = peers.find(contestant)(self)
-        except ImportError as error:
-            raise harness.CannotRun(f"not installed: {error}") from None
+        call = peers.find(contestant)(self)
         query, key, value = self.query, self.key, self.value
         inputs = tuple(self.inputs.values())
         names = tuple(self.inputs)
@@ -307,6 +327,7 @@ def cpu_cases() -> list[AttentionCase]:
         target: schema.Result = {"contestant": "fastattn", "against": "sdpa", "speed": speed}
         return target if memory is None else {**target, "memory": memory}
 
+    formula = ("composite", "composite-compile")
     packed = {"documents": 8, "target": against_sdpa(6.5, 0.25)}
     cases = [
         make("dense-causal-2048", "dense", 2048, causal=True, target=against_sdpa(0.95)),
@@ -318,16 +339,14 @@ def cpu_cases() -> list[AttentionCase]:
         make("dense-causal-bf16-2048", "dense", 2048, causal=True, dtype=torch.bfloat16),
         make("gqa-causal-2048", "features", 2048, causal=True, heads=16, kv_heads=4),
         make("alibi-causal-2048", "features", 2048, "composite", causal=True, alibi=True),
-        make("softcap-causal-2048", "features", 2048, "composite", "flex", causal=True, softcap=30.0),
+        make("softcap-causal-2048", "features", 2048, *formula, "flex", causal=True, softcap=30.0),
         make("bias-grad-1024", "features", 1024, "composite", bias=True),
         make("random-mask-2048", "features", 2048, random_mask=True),
     ]
     cases += [make(f"dense-causal-{s}", "dense", s, causal=True) for s in (512, 1024, 4096)]
     cases += [make(f"window-255-{s}", "window", s, window=(255, 0)) for s in (1024, 2048, 4096)]
-    decode = {"seqlen_q": 1, "causal": True, "direction": "forward"}
-    cases += [make(f"decode-mha-{s}", "decode", s, **decode) for s in (128, 2048)]
-    cases += [make(f"decode-gqa-{s}", "decode", s, heads=16, kv_heads=2, **decode) for s in (128, 2048)]
-    return cases
+    flex = make("flex-window-1024", "features", 1024, "flex", window=(255, 0), direction="forward")
+    return [*cases, flex]
 
 
 def gpu_cases() -> list[AttentionCase]:
@@ -354,13 +373,6 @@ def gpu_cases() -> list[AttentionCase]:
     cases += [
         AttentionCase(name=f"feature-{n}", group="features", **{**GPU_SHAPE, **f})
         for n, f in features.items()
-    ]
-    decode = {"seqlen_q": 1, "seqlen_k": 8192, "batch": 16, "causal": True, "direction": "forward"}
-    cases += [
-        AttentionCase(name="decode-mha-8192", group="decode", **{**GPU_SHAPE, **decode}),
-        AttentionCase(
-            name="decode-gqa-8192", group="decode", **{**GPU_SHAPE, **decode, "heads": 32, "kv_heads": 4}
-        ),
     ]
     return cases
 
@@ -413,7 +425,7 @@ def import_case(quick: bool) -> schema.Result:
             "within_rule": None,
             "tflops": None,
         }
-        row |= {"ceiling_share": None, "peak_memory_mib": None}
+        row |= {"gbps": None, "ceiling_share": None, "host_ms": None, "peak_memory_mib": None}
         if samples:
             rows.append(row | {"time_ms": harness.spread(samples)})
         else:
@@ -424,7 +436,10 @@ def import_case(quick: bool) -> schema.Result:
         "params": {"fastattn": "time beyond torch's"},
         "direction": "import",
         "dtype": "none",
+        "label": "`import fastattn` after `import torch`",
+        "axis": None,
         "flops": None,
+        "bytes": None,
         "target": {"contestant": "fastattn", "against": None, "extra_ms": 150.0},
         "rows": rows,
     }

@@ -1,4 +1,4 @@
-"""Softmax, cross-entropy and that of a linear layer beside torch's, eager and compiled: time, error and peak memory.
+"""Softmax of rows of every length beside torch's, eager and compiled, and other kernels where they are installed.
 
 python benchmarks/bench_softmax.py              every case of this machine's device, results stored
 python benchmarks/bench_softmax.py --list       the cases
@@ -7,199 +7,173 @@ python benchmarks/bench_softmax.py --list       the cases
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+import calls
 import command
 import schema
 import torch
-from harness import Judgement, Step, Tensors
+from harness import Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()
-GPU_ELEMENTS = 2**29  # of a softmax's input: far more than caches hold
+GPU_ELEMENTS = 2**29  # of the input: far more than caches hold
 GPU_COLUMNS = (4096, 262144, 256, 512, 1024, 2048, 8192, 16384, 32768, 65536, 131072)
 JUDGED_ROWS = 8
 
 
 @dataclass(frozen=True)
-class RowCase:
-    """One op on `rows` rows of `columns` entries; a linear loss makes them from `width` features."""
+class SoftmaxCase:
+    """Softmax along the last dimension of `rows` rows."""
 
     name: str
-    group: str  # "softmax", "loss" or "linear-loss"
+    group: str  # "rows" or "causal": then the rows are the queries of squares
     rows: int
     columns: int
-    width: int = 0
-    causal: bool = False  # rows are the queries of squares
     dtype: torch.dtype = torch.float32
     direction: str = "forward+backward"
+    target: schema.Result | None = None
+    compiled: bool = True  # whether torch.compile takes part
+
+    @property
+    def causal(self) -> bool:
+        """Whether a row stops at its own position in its square."""
+        return self.group == "causal"
 
     @property
     def params(self) -> schema.Result:
         """The sizes, for the result."""
-        return {
-            k: v for k, v in asdict(self).items() if k not in ("name", "group", "dtype", "direction") and v
-        }
+        return {k: v for k, v in asdict(self).items() if k in ("rows", "columns")}
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        parts = [f"softmax {self.rows}×{self.columns}"] + (["causal"] if self.causal else [])  # noqa: RUF001
+        return ", ".join([*parts, *command.unusual(self.dtype, self.direction)])
+
+    @property
+    def axis(self) -> schema.Result | None:
+        """Speed over the row's length."""
+        return {"name": "row length", "value": self.columns, "line": f"{self.group}, {self.direction}"}
 
     @property
     def flops(self) -> float | None:
-        """The products of a linear loss, three with its gradients; the rest is bound by memory."""
-        if not self.width:
-            return None
-        return (1 if self.direction == "forward" else 3) * 2.0 * self.rows * self.columns * self.width
+        """None: memory bounds it."""
+        return None
 
     @property
-    def target(self) -> schema.Result | None:
-        """Losses: no slower than torch and no more memory."""
-        if self.group == "softmax":
-            return None
-        return {"contestant": "fastattn", "against": "torch", "speed": 1.0, "memory": 1.0}
+    def bytes(self) -> float:
+        """Forward: x read, y written. Backward: y and dy read, dx written."""
+        passes = {"forward": 2, "forward+backward": 5}[self.direction]
+        return float(passes * self.rows * self.columns * self.dtype.itemsize)
 
     def contestants(self, device: torch.device) -> list[str]:
         """Ours first."""
-        return ["fastattn", "torch"] + (["torch-compile"] if device.type == "cuda" else [])
+        compiled = ["torch-compile"] if self.compiled else []
+        installed = ["liger", "quack"] if device.type == "cuda" else []
+        return ["fastattn", "torch", *compiled, *([] if self.causal else installed)]
 
-    def open(self, device: torch.device) -> RowWorkload:
+    def open(self, device: torch.device) -> SoftmaxWorkload:
         """Random inputs on the device."""
-        return RowWorkload(self, device)
+        return SoftmaxWorkload(self, device)
 
-    def small(self) -> RowCase:
+    def small(self) -> SoftmaxCase:
         """The same op on few and short rows."""
         columns = min(self.columns, 64)
-        return replace(self, rows=columns if self.causal else 16, columns=columns, width=min(self.width, 16))
+        return replace(self, rows=columns if self.causal else 16, columns=columns)
 
 
-class RowWorkload:
-    """The inputs of one case, the same for every contestant."""
+class SoftmaxWorkload:
+    """The input of one case, the same for every contestant."""
 
-    def __init__(self, case: RowCase, device: torch.device) -> None:
-        self.case = case
+    def __init__(self, case: SoftmaxCase, device: torch.device) -> None:
+        self.case, self.device = case, device
         generator = torch.Generator(device).manual_seed(7)
+        shape = (-1, case.columns, case.columns) if case.causal else (case.rows, case.columns)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(case.dtype)
+        def normal() -> Tensor:
+            made = torch.randn((case.rows, case.columns), generator=generator, device=device)
+            return made.to(case.dtype).view(shape)
 
-        if case.width:
-            self.inputs = {
-                "dhidden": normal(case.rows, case.width),
-                "dweight": normal(case.columns, case.width).mul_(case.width**-0.5),
-            }
-        else:
-            squares = (-1, case.columns, case.columns) if case.causal else (case.rows, case.columns)
-            self.inputs = {"dx": normal(case.rows, case.columns).view(squares)}
-            self.dout = normal(case.rows, case.columns).view(squares)
-        for tensor in self.inputs.values():
-            tensor.requires_grad_(case.direction != "forward")
-        self.target = torch.randint(case.columns, (case.rows,), generator=generator, device=device)
+        self.inputs = calls.leaves_of({"dx": normal()}, case.direction)
+        self.dout = normal()
 
     def step(self, contestant: str) -> Step:
         """One forward, or one with its backward."""
-        call = self._call(contestant == "fastattn")
-        if contestant == "torch-compile":
-            call = torch.compile(call, dynamic=False)
-
-        def step() -> Tensors:
-            return self._run(call, self.inputs)
-
-        return step
+        return calls.step_of(self._call(contestant), self.inputs, self.dout, self.case.direction)
 
     def judge(self, contestant: str) -> Judgement | None:
-        """The truth in float64: for a softmax of its first rows, for a loss the loss alone."""
+        """The truth in float64 for the first rows, or the first square."""
         return self._judgement
 
     @cached_property
     def _judgement(self) -> Judgement:
-        call, case = self._call(ours=False), self.case
-        if case.group == "softmax":
-            few = {n: t[:1] if case.causal else t[:JUDGED_ROWS] for n, t in self.inputs.items()}
+        count = 1 if self.case.causal else JUDGED_ROWS
+        return calls.judge_by(
+            self._formula,
+            {"dx": self.inputs["dx"][:count]},
+            self.dout[:count],
+            self.case.direction,
+            self.case.dtype,
+            lambda name, tensor: tensor[:count],
+            "the first square" if self.case.causal else f"rows 0..{count - 1}",
+        )
 
-            def part(name: str, tensor: Tensor) -> Tensor:
-                return tensor[: few["dx"].shape[0]]
+    def _call(self, contestant: str) -> calls.Call:
+        if contestant == "fastattn":
+            import fastattn
 
-            over = "the first square" if case.causal else f"rows 0..{few['dx'].shape[0] - 1}"
-        else:
-            few, over = self.inputs, "the loss"
+            return lambda x: fastattn.softmax(x, causal=self.case.causal)
+        if contestant == "torch-compile":
+            compiled: calls.Call = torch.compile(self._formula, dynamic=False)
+            return compiled
+        if contestant == "liger":
+            call: calls.Call = import_module("liger_kernel.ops.softmax").LigerSoftmaxFunction.apply
+            return call
+        if contestant == "quack":
+            return import_module("quack").softmax
+        return self._formula
 
-            def part(name: str, tensor: Tensor) -> Tensor:
-                return tensor
-
-        results = []
-        for dtype in (torch.float64, case.dtype):
-            leaves = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in few.items()}
-            made = self._run(call, leaves)
-            results.append({n: t for n, t in made.items() if case.group == "softmax" or n == "out"})
-        golden, plain = results
-        return Judgement(part, golden, plain, over)
-
-    def _run(self, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensors:
-        if self.case.direction == "forward":
-            with torch.no_grad():
-                return {"out": call(*inputs.values())}
-        out = call(*inputs.values())
-        upstream = self.dout[: out.shape[0]].to(out.dtype) if out.dim() else None
-        return {
-            "out": out.detach(),
-            **dict(zip(inputs, torch.autograd.grad(out, tuple(inputs.values()), upstream))),
-        }
-
-    def _call(self, ours: bool) -> Callable[..., Tensor]:
-        """The op by fastattn or in torch's own operations."""
-        import fastattn
-
-        case, target = self.case, self.target
-        functional = torch.nn.functional
-        if case.group == "loss":
-            loss = fastattn.cross_entropy if ours else functional.cross_entropy
-            return lambda logits: loss(logits, target)
-        if case.group == "linear-loss" and ours:
-            return lambda hidden, weight: fastattn.linear_cross_entropy(hidden, weight, target)
-        if case.group == "linear-loss":
-            return lambda hidden, weight: functional.cross_entropy(hidden @ weight.T, target)
-        if ours:
-            return lambda x: fastattn.softmax(x, causal=case.causal)
-        if not case.causal:
+    @property
+    def _formula(self) -> calls.Call:
+        if not self.case.causal:
             return lambda x: x.softmax(-1)
-        above = torch.ones(case.columns, case.columns, dtype=torch.bool, device=target.device).triu(1)
+        columns = self.case.columns
+        above = torch.ones(columns, columns, dtype=torch.bool, device=self.device).triu(1)
         return lambda x: x.masked_fill(above, -torch.inf).softmax(-1)
 
 
-def cases_for(device: torch.device) -> list[RowCase]:
+def cases_for(device: torch.device) -> list[SoftmaxCase]:
     """Every case of a device, the most important first."""
     return cpu_cases() if device.type == "cpu" else gpu_cases()
 
 
-def cpu_cases() -> list[RowCase]:
-    """Losses of a small language model, and softmaxes of attention's shapes."""
-    return [
-        RowCase("linear-loss-1024x32768", "linear-loss", 1024, 32768, width=256),
-        RowCase("loss-1024x50257", "loss", 1024, 50257),
-        RowCase("softmax-causal-512", "softmax", 48 * 512, 512, causal=True),
-        RowCase("softmax-512", "softmax", 48 * 512, 512),
-        RowCase("softmax-causal-bf16-512", "softmax", 48 * 512, 512, causal=True, dtype=torch.bfloat16),
-        RowCase("softmax-262144", "softmax", 32, 262144),
+def cpu_cases() -> list[SoftmaxCase]:
+    """Softmaxes of attention's shapes, and of rows from short to very long."""
+    cases = [
+        SoftmaxCase("causal-512", "causal", 24 * 512, 512),
+        SoftmaxCase("causal-bf16-512", "causal", 24 * 512, 512, dtype=torch.bfloat16),
+    ]
+    return cases + [
+        SoftmaxCase(f"rows-{columns}", "rows", 2**22 // columns, columns, compiled=columns == 512)
+        for columns in (512, 128, 4096, 32768, 262144)
     ]
 
 
-def gpu_cases() -> list[RowCase]:
-    """Rows of every length in bfloat16, both directions; losses of large vocabularies."""
-    cases: list[RowCase] = []
+def gpu_cases() -> list[SoftmaxCase]:
+    """Rows of every length in bfloat16, both directions."""
+    cases = []
     for direction in ("forward", "forward+backward"):
-        cases += [
-            RowCase(
-                f"softmax-{direction}-{columns}", "softmax", GPU_ELEMENTS // columns, columns,
-                dtype=torch.bfloat16, direction=direction,
-            )
-            for columns in GPU_COLUMNS
-        ]  # fmt: skip
-    sizes: dict[str, Any] = {"dtype": torch.bfloat16}
-    for vocab in (50257, 128256, 151936):
-        cases.append(RowCase(f"loss-8192x{vocab}", "loss", 8192, vocab, **sizes))
-        cases.append(RowCase(f"linear-loss-8192x{vocab}", "linear-loss", 8192, vocab, width=2048, **sizes))
-    return cases
+        for columns in GPU_COLUMNS:
+            name = f"{direction}-{columns}"
+            rows = GPU_ELEMENTS // columns
+            cases.append(SoftmaxCase(name, "rows", rows, columns, torch.bfloat16, direction))
+    square = {"dtype": torch.bfloat16, "rows": 64 * 2048, "columns": 2048}
+    return [*cases, SoftmaxCase("causal-2048", "causal", **square)]  # type: ignore[arg-type]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

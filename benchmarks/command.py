@@ -16,6 +16,7 @@ from pathlib import Path
 import checkout
 import figures
 import harness
+import memory
 import schema
 import torch
 from harness import Budget, Case
@@ -42,14 +43,14 @@ def main(
         warm_cases([case for case in cases if case.name in options.warm_cases], device, options.contestants)
         return 0
     if options.measure_memory:
-        name, contestant = options.measure_memory
-        harness.print_peak_memory(next(case for case in cases if case.name == name), contestant)
+        name, *contestants = options.measure_memory
+        memory.print_peaks(next(case for case in cases if case.name == name), contestants)
         return 0
     chosen = [case for case in cases if _matches(options.only, case.name, case.group)]
     with_extras = device.type == "cpu" and options.cases_of != "cuda"
     chosen_extras = {n: e for n, e in (extras or {}).items() if with_extras and _matches(options.only, n, n)}
     if options.list:
-        print("\n".join([f"{case.name:<28} {case.group}" for case in chosen] + list(chosen_extras)))
+        print("\n".join([f"{case.name:<34} {case.group}" for case in chosen] + list(chosen_extras)))
         return 0
     if not chosen and not chosen_extras:
         print(f"no case matches {' '.join(options.only)}; --list shows them", file=sys.stderr)
@@ -83,7 +84,11 @@ def _raise_ceilings(result: schema.Result, again: schema.Result) -> None:
     result["ceilings"] = {"matmul_tflops": rates, "copy_gbps": max(first["copy_gbps"], again["copy_gbps"])}
     for case in result["cases"]:
         for row in case["rows"]:
-            if row.get("ceiling_share") is not None:
+            if row.get("ceiling_share") is None:
+                continue
+            if row.get("gbps"):
+                row["ceiling_share"] = round(row["gbps"] / result["ceilings"]["copy_gbps"], 4)
+            else:
                 row["ceiling_share"] = round(row["tflops"] / rates[case["dtype"]], 4)
 
 
@@ -104,13 +109,15 @@ def warm(script: Path, names: list[str], options: argparse.Namespace) -> None:
 def warm_cases(cases: Sequence[Case], device: torch.device, only: str | None) -> None:
     """A worker's side of `warm`: one step of every contestant that compiles.
 
-    Our kernels serve all lengths, so the small form will do; FlexAttention is compiled for one shape.
+    Our kernels serve all lengths, so the small form will do; what torch compiles is compiled for one shape.
     """
     for case in cases:
         for contestant in case.contestants(device):
-            if not re.search("fastattn|flex", contestant) or (only and not re.search(only, contestant)):
+            if not re.search("fastattn|flex|compile", contestant) or (
+                only and not re.search(only, contestant)
+            ):
                 continue
-            form = case if contestant == "flex" else case.small()
+            form = case if re.search("flex|compile", contestant) else case.small()
             with contextlib.suppress(Exception):  # the measured run gives the reason
                 form.open(device).step(contestant)()
 
@@ -175,9 +182,15 @@ def _start(
 
 def _json_path(bench: str, result: schema.Result, options: argparse.Namespace) -> Path | None:
     if options.json:
-        return Path(options.json)
+        return destination(options.json, bench, ".json")
     partial = options.quick or options.only or options.contestants or options.no_memory or options.no_errors
     return None if partial else schema.RESULTS / schema.folder_name(result["device"]) / f"{bench}.json"
+
+
+def destination(text: str, bench: str, suffix: str) -> Path:
+    """The file that an option names, or the bench's own in the folder that it names."""
+    path = Path(text)
+    return path if path.suffix == suffix else path / f"{bench}{suffix}"
 
 
 def _write_outputs(bench: str, result: schema.Result, path: Path | None, options: argparse.Namespace) -> None:
@@ -185,8 +198,9 @@ def _write_outputs(bench: str, result: schema.Result, path: Path | None, options
     if path is not None:
         print(f"stored {path}")
     if options.csv:
-        write_csv(stored, Path(options.csv))
-        print(f"stored {options.csv}")
+        table = destination(options.csv, bench, ".csv")
+        write_csv(stored, table)
+        print(f"stored {table}")
     if options.plot:
         import plot
 
@@ -208,7 +222,15 @@ def write_csv(result: schema.Result, path: Path) -> None:
         "p20_ms",
         "p80_ms",
     ]
-    names += ["tflops", "ceiling_share", "peak_memory_mib", "greatest_error", "within_rule"]
+    names += [
+        "tflops",
+        "gbps",
+        "ceiling_share",
+        "host_ms",
+        "peak_memory_mib",
+        "greatest_error",
+        "within_rule",
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, names, extrasaction="ignore")
@@ -227,12 +249,20 @@ def write_csv(result: schema.Result, path: Path) -> None:
                 )
 
 
+def unusual(dtype: torch.dtype, direction: str) -> list[str]:
+    """What a label adds: a dtype other than float32, a direction other than forward and backward."""
+    words = [] if dtype == torch.float32 else [harness.dtype_name(dtype)]
+    return words if direction == "forward+backward" else [*words, direction]
+
+
 def _matches(patterns: Sequence[str], *names: str) -> bool:
     return not patterns or any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
 def _parser(bench: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=f"Measure {bench} against its peers on this machine.")
+    parser = argparse.ArgumentParser(
+        prog=f"fastattn bench {bench}", description=f"Measure {bench} beside its peers on this machine."
+    )
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--cases-of", choices=("cpu", "cuda"), help="the cases made for this device, whichever runs them")
@@ -249,11 +279,12 @@ def _parser(bench: str) -> argparse.ArgumentParser:
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add(
         "--json",
-        metavar="FILE",
-        help="where to store the result (default for a full run: the results folder)",
+        "--out",
+        metavar="PATH",
+        help="a .json file, or a folder for the bench's own (default for a full run: the results folder)",
     )
     add("--merge", action="store_true", help="keep the file's other cases")
-    add("--csv", metavar="FILE", help="also as a table, one line per contestant")
+    add("--csv", metavar="PATH", help="also as a table, one line per contestant: a .csv file or a folder")
     add("--plot", metavar="FOLDER", help="also as charts (needs matplotlib)")
     add("--list", action="store_true", help="show the chosen cases and stop")
     add("--no-memory", action="store_true", help="skip the peak memory")
@@ -261,5 +292,5 @@ def _parser(bench: str) -> argparse.ArgumentParser:
     add("--revision", help="commit to record where the checkout has no git folder")
     add("--warm", type=int, metavar="N", help="first compile what is needed, in N processes")
     add("--warm-cases", nargs="+", default=[], help=argparse.SUPPRESS)
-    add("--measure-memory", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
+    add("--measure-memory", nargs="+", help=argparse.SUPPRESS)  # a case, then contestants
     return parser

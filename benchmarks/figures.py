@@ -1,8 +1,11 @@
 """What a stored case says: rows, the best peer, ratios, whether the target is met, and a terminal table."""
 
+# ruff: noqa: RUF001 - labels are typeset
 from __future__ import annotations
 
 from schema import Result
+
+FLOOR = "floor-"  # what begins the name of a row that is no contestant
 
 
 def row_of(case: Result, contestant: str) -> Result | None:
@@ -16,15 +19,32 @@ def best_ours(case: Result, ours: str = "fastattn") -> Result | None:
     return min(rows, key=lambda r: r["time_ms"]["median"], default=None)
 
 
+def ours_of(case: Result) -> Result | None:
+    """The row of ours that counts: the target's, the call as users make it, else our fastest."""
+    target = case["target"]
+    named = row_of(case, target["contestant"]) if target else None
+    return named or row_of(case, "fastattn") or best_ours(case)
+
+
+def host_us(row: Result | None) -> float | None:
+    """Microseconds that a call costs the host: on a CPU all of it."""
+    if row is None or row["status"] != "ok":
+        return None
+    host = row.get("host_ms")
+    return float(1e3 * (row["time_ms"]["median"] if host is None else host))
+
+
 def peer_of(case: Result) -> Result | None:
     """The row ours is held against: the target's, else the best peer's."""
     target = case["target"]
-    return row_of(case, target["against"]) if target and target["against"] else best_peer(case)
+    named = row_of(case, target["against"]) if target and target["against"] else None
+    return named or best_peer(case)
 
 
 def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
-    """The fastest row that is not ours."""
-    peers = [r for r in case["rows"] if r["status"] == "ok" and not r["contestant"].startswith(ours)]
+    """The fastest row that is not ours, nor a floor: work that any contestant has to do and more."""
+    others = [r for r in case["rows"] if not r["contestant"].startswith((ours, FLOOR))]
+    peers = [r for r in others if r["status"] == "ok"]
     return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
 
 
@@ -82,6 +102,7 @@ def case_lines(case: Result) -> list[str]:
             f"{spread['median']:10.3f} ms [{spread['p20']:.3f}, {spread['p80']:.3f}]",
             f"{ratio:6.2f}x" if ratio else "",
             f"{row['tflops']:8.3f} TFLOP/s" if row["tflops"] else "",
+            f"{row['gbps']:8.1f} GB/s" if row.get("gbps") else "",
             f"{100 * row['ceiling_share']:3.0f}% of ceiling" if row["ceiling_share"] else "",
             f"{row['peak_memory_mib']:8.1f} MiB" if row["peak_memory_mib"] is not None else "",
             f"error {max(row['error'].values()):.1e}" + ("" if row["within_rule"] else " (over the rule)")
@@ -90,3 +111,33 @@ def case_lines(case: Result) -> list[str]:
         ]
         lines.append(f"  {row['contestant']:<18} " + "  ".join(part for part in parts if part))
     return lines
+
+
+def describe_attention(params: Result, dtype: str, direction: str) -> str:
+    """A call of attention in words: shape, mask, features, and what is not the default."""
+    sq, sk = params["seqlen_q"], params["seqlen_k"]
+    heads = f"{params['heads']}" + (f"/{params['kv_heads']}" if params["kv_heads"] != params["heads"] else "")
+    shape = (
+        f"{params['batch']}×{heads}×" + (f"{sq}×" if sq == sk else f"({sq}, {sk})×") + f"{params['head_dim']}"
+    )
+    parts = ["causal"] if params.get("causal") and sq > 1 else []
+    if params.get("window"):
+        parts.append(f"window ({params['window'][0]}, {params['window'][1]})")
+    if params.get("documents"):
+        parts.append(f"{params['documents']} packed documents")
+    labels = {
+        "alibi": "ALiBi",
+        "softcap": "softcap",
+        "bias": "bias with gradient",
+        "random_mask": "dense bool mask",
+    }
+    parts += [label for name, label in labels.items() if params.get(name)]
+    if params.get("dropout_p"):
+        parts.append(f"dropout {params['dropout_p']}")
+    if sq == 1:
+        parts.append("one query")
+    if dtype != "float32":
+        parts.append(dtype)
+    if direction != "forward+backward":
+        parts.append(direction)
+    return f"{shape} " + ", ".join(parts or ["full"])

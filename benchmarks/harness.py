@@ -7,15 +7,9 @@ row.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import memory
 import torch
 from schema import Result, without_paths
 from torch import Tensor
@@ -30,14 +25,6 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 Step = Callable[[], Tensors]
 Sampler = Callable[[Step, int], float]  # seconds per call of a step called that many times
-
-MEMORY_MARK = "peak-memory:"
-# glibc keeps freed blocks below these sizes; pinned low, so that the resident size follows what is allocated
-_MALLOC_SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_TOP_PAD_": "0",
-}
 
 
 class CannotRun(Exception):
@@ -79,8 +66,23 @@ class Case(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def label(self) -> str:
+        """The case in words, as tables show it."""
+        ...
+
+    @property
+    def axis(self) -> Result | None:
+        """Where the case stands in a chart over size: {"name": of the axis, "value": on it, "line": which curve}."""
+        ...
+
+    @property
     def flops(self) -> float | None:
-        """Operations of one call, from permitted pairs."""
+        """Operations of one call, from permitted pairs; None where memory is what bounds it."""
+        ...
+
+    @property
+    def bytes(self) -> float | None:
+        """Bytes a call cannot avoid to read and write; None where arithmetic is what bounds it."""
         ...
 
     @property
@@ -100,7 +102,7 @@ class Budget:
     """How long one case is measured: rounds until `seconds` are used, within the two bounds."""
 
     seconds: float = 20.0
-    least_rounds: int = 5
+    least_rounds: int = 5  # 3 where five would take four times `seconds`
     most_rounds: int = 30
     least_sample_seconds: float = 0.002  # shorter calls are repeated within a sample
     memory: bool = True
@@ -127,7 +129,7 @@ def run_case(
 
     `only` is a pattern that a contestant's name must contain.
 
-    `script` is the bench whose command line runs one step in a child process (see `child_peak_memory`); without it,
+    `script` is the bench whose command line runs steps in child processes (see `memory.child_peaks`); without it,
     a CPU case has no memory figures.
     """
     workload = case.open(device)
@@ -142,13 +144,10 @@ def run_case(
             steps[contestant] = step
     sampler = _sampler(device)
     samples = time_interleaved(steps, device, budget, sampler)
-    peak = ceilings["matmul_tflops"].get(dtype_name(case.dtype))
     for contestant, seconds in samples.items():
         row = rows[contestant]
         row["time_ms"] = spread(seconds)
-        tflops = case.flops / statistics.median(seconds) / 1e12 if case.flops else None
-        row["tflops"] = tflops and round(tflops, 4)
-        row["ceiling_share"] = round(tflops / peak, 4) if tflops and peak else None
+        row |= rates(case, statistics.median(seconds), ceilings)
         row["host_ms"] = None
         if isinstance(sampler, _CudaSampler):
             row["host_ms"] = round(1e3 * statistics.median(sampler.host[steps[contestant]]), 4)
@@ -157,22 +156,40 @@ def run_case(
     del sampler
     if budget.memory and device.type == "cuda":
         for contestant in samples:
-            rows[contestant]["peak_memory_mib"] = _cuda_peak_mib(workload, contestant, device)
+            rows[contestant]["peak_memory_mib"] = memory.cuda_peak_mib(workload, contestant, device)
     del workload
-    _release(device)
-    if budget.memory and device.type == "cpu" and script is not None:
-        for contestant in samples:
-            rows[contestant]["peak_memory_mib"] = child_peak_memory(script, case.name, contestant)
+    memory.release(device)
+    if budget.memory and device.type == "cpu" and script is not None and samples:
+        for contestant, peak in memory.child_peaks(script, case.name, list(samples)).items():
+            rows[contestant]["peak_memory_mib"] = peak
     return {
         "name": case.name,
         "group": case.group,
+        "label": case.label,
+        "axis": case.axis,
         "params": case.params,
         "direction": case.direction,
         "dtype": dtype_name(case.dtype),
         "flops": case.flops,
+        "bytes": case.bytes,
         "target": case.target,
         "rows": list(rows.values()),
     }
+
+
+def rates(case: Case, seconds: float, ceilings: Result) -> Result:
+    """TFLOP/s or GB/s of a call, and the share of the ceiling that bounds such calls."""
+    found: Result = {"tflops": None, "gbps": None, "ceiling_share": None}
+    peak, rate = None, None
+    if case.flops:
+        rate, peak = case.flops / seconds / 1e12, ceilings["matmul_tflops"].get(dtype_name(case.dtype))
+        found["tflops"] = round(rate, 4)
+    elif case.bytes:
+        rate, peak = case.bytes / seconds / 1e9, ceilings["copy_gbps"]
+        found["gbps"] = round(rate, 4)
+    if rate and peak:
+        found["ceiling_share"] = round(rate / peak, 4)
+    return found
 
 
 def _admit(
@@ -196,6 +213,9 @@ def _admit(
             if judgement is not None:
                 row["error"], row["within_rule"] = errors_against(judgement, outputs, case.dtype)
                 row["error_over"] = judgement.over
+    except ImportError as error:
+        reason = without_paths(f"not installed: {error}".splitlines()[0])
+        return {"contestant": contestant, "status": "unavailable", "reason": reason[:300]}, None
     except CannotRun as reason:
         return {"contestant": contestant, "status": "unavailable", "reason": without_paths(str(reason))}, None
     except Exception as error:
@@ -267,7 +287,9 @@ def time_interleaved(
                     repeats[name] = max(1, min(1000, int(budget.least_sample_seconds / max(seconds, 1e-7))))
                 if number > 0 or repeats[name] == 1 or budget.most_rounds == 1:
                     samples[name].append(seconds)
-            if number + 1 >= max(budget.least_rounds, 2) and time.perf_counter() - started > budget.seconds:
+            used = time.perf_counter() - started
+            enough = budget.least_rounds if used <= 4 * budget.seconds else min(budget.least_rounds, 3)
+            if number + 1 >= max(enough, 2) and used > budget.seconds:
                 break
     finally:
         if enabled:
@@ -362,87 +384,3 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _cuda_peak_mib(workload: Workload, contestant: str, device: torch.device) -> float:
-    _release(device)
-    before = torch.cuda.memory_allocated(device)
-    step = workload.step(contestant)
-    _release(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 2)
-
-
-def child_peak_memory(script: Path, case: str, contestant: str, timeout: float = 600) -> float | None:
-    """Peak resident MiB of one step above the inputs that all contestants share, in a process of its own.
-
-    What a contestant alone needs, such as a dense mask, counts; the temporaries of building it do not. The child
-    (`python SCRIPT --measure-memory CASE CONTESTANT`) first runs the case's small form, so that code pages, thread
-    pools and caches are not counted, and its malloc returns freed blocks to the system, so that none hides. None where
-    the system cannot reset a process's peak (other than Linux).
-    """
-    command = [
-        sys.executable,
-        str(script),
-        "--measure-memory",
-        case,
-        contestant,
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
-    environment = {**os.environ, **_MALLOC_SETTINGS}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(MEMORY_MARK):
-            value = json.loads(line[len(MEMORY_MARK) :])
-            return None if value is None else round(float(value), 2)
-    raise RuntimeError(
-        f"the memory run of {contestant} in {case} ended with {done.returncode}: {done.stderr[-500:]}"
-    )
-
-
-def print_peak_memory(case: Case, contestant: str) -> None:
-    """The child's side of `child_peak_memory`: one line with the MiB of one step."""
-    device = torch.device("cpu")
-    case.small().open(device).step(contestant)()
-    workload = case.open(device)
-    before = _reset_peak_rss()
-    step = workload.step(contestant)
-    _reset_peak_rss()
-    outputs = step()
-    peak = None if before is None else (_status_kib("VmHWM") - before) / 1024
-    del outputs
-    print(f"{MEMORY_MARK} {json.dumps(peak)}", flush=True)
-
-
-def _reset_peak_rss() -> int | None:
-    """Resident KiB now, the kernel's high-water mark set back to it; None where the kernel offers no such reset."""
-    gc.collect()
-    _trim()
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status_kib("VmRSS")
-    except OSError:
-        return None
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"no {field} in the process status")
-
-
-def _trim() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

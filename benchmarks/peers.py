@@ -28,6 +28,7 @@ def find(name: str) -> Callable[[AttentionWorkload], Attention]:
         "composite": composite,
         "flex": flex,
         "flash_attn": flash_attn,
+        "xformers": xformers,
     }
     return lambda work: makers[family](work, variant)
 
@@ -48,17 +49,11 @@ def sdpa(work: AttentionWorkload, backend: str) -> Attention:
 
     What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built beforehand.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import sdpa_kernel
 
     case = work.case
     if case.softcap:
         raise CannotRun("it has no softcap")
-    pins = {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    }
     if case.causal and not work.needs_dense_mask and case.seqlen_q != case.seqlen_k:
         mask: Tensor | None = work.dense_mask()
     else:
@@ -73,7 +68,7 @@ def sdpa(work: AttentionWorkload, backend: str) -> Attention:
     gqa = case.kv_heads != case.heads
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(pins[backend]) if backend else nullcontext():
+        with sdpa_kernel(sdpa_backend(backend)) if backend else nullcontext():
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=case.dropout_p, is_causal=is_causal, enable_gqa=gqa
             )
@@ -81,8 +76,22 @@ def sdpa(work: AttentionWorkload, backend: str) -> Attention:
     return call
 
 
-def composite(work: AttentionWorkload, _: str) -> Attention:
-    """The formula as one writes it in torch: scores and weights materialised, mask and bias built beforehand."""
+def sdpa_backend(name: str) -> Any:
+    """torch's name for a backend of its SDPA."""
+    from torch.nn.attention import SDPBackend
+
+    return {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }[name]
+
+
+def composite(work: AttentionWorkload, variant: str) -> Attention:
+    """The formula as one writes it in torch, eager or compiled: scores and weights are tensors; mask and bias were
+    built beforehand.
+    """
     case = work.case
     mask = work.dense_mask() if work.needs_dense_mask or case.causal else None
     bias = work.dense_bias() if case.alibi or case.bias else None
@@ -101,7 +110,8 @@ def composite(work: AttentionWorkload, _: str) -> Attention:
         weights = torch.softmax(scores, -1)
         return F.dropout(weights, case.dropout_p) @ v
 
-    return call
+    compiled: Attention = torch.compile(call, dynamic=False) if variant == "compile" else call
+    return compiled
 
 
 def flex(work: AttentionWorkload, _: str) -> Attention:
@@ -177,6 +187,28 @@ def flash_attn(work: AttentionWorkload, _: str) -> Attention:
             softcap=case.softcap,
             alibi_slopes=slopes,
         )
+        return out.transpose(1, 2)
+
+    return call
+
+
+def xformers(work: AttentionWorkload, _: str) -> Attention:
+    """xFormers' memory-efficient attention, where it is installed."""
+    fmha = import_module("xformers.ops.fmha")
+    case = work.case
+    if case.softcap or case.documents > 1 or case.window or case.kv_heads != case.heads:
+        raise CannotRun("the bench has no such form of it")
+    mask = fmha.attn_bias.LowerTriangularMask() if case.causal else None
+    if case.alibi or case.bias:
+        mask = work.dense_additive_mask()
+    elif case.random_mask:
+        visible = work.dense_mask().expand(-1, case.heads, -1, -1)
+        zero = torch.zeros((), dtype=case.dtype, device=work.device)
+        mask = torch.where(visible, zero, -torch.inf)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (t.transpose(1, 2) for t in (q, k, v))
+        out: Tensor = fmha.memory_efficient_attention(*rows, attn_bias=mask, p=case.dropout_p)
         return out.transpose(1, 2)
 
     return call

@@ -1,262 +1,64 @@
-"""Charts and tables from stored results: nothing that README or docs/benchmarks.md shows is typed by hand.
+"""Charts from stored results, and the command that renews charts and tables of the pages.
 
 python benchmarks/plot.py --update-docs      rewrite the charts, and the tables between markers
-python benchmarks/plot.py --check            say which pages are stale
+python benchmarks/plot.py --check            say which pages and charts are stale
 python benchmarks/plot.py RESULT.json --out FOLDER [--format png]
 """
 
-# ruff: noqa: RUF001 - the tables are typeset, and one language is Chinese
+# ruff: noqa: RUF001 - charts are typeset
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import figures
 import schema
 from schema import Result
+from tables import conditions, refreshed, result_files, stale_pages
 
-PAGES = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
-MARKER = re.compile(r"(<!-- benchmarks:([\w-]+):start -->\n)(.*?)(<!-- benchmarks:\2:end -->)", re.DOTALL)
-WORDS = {
-    "en": {
-        "case": "call (forward + backward, float32 unless said)",
-        "peer": "peer",
-        "speed": "speed",
-        "target": "target",
-        "peer_ms": "peer, ms",
-        "ours_ms": "fastattn, ms",
-        "memory": "peak memory, MiB (peer)",
-        "error": "error vs float64 (peer)",
-        "none": "Not measured yet.",
-        "import": "`import fastattn` after `import torch`",
-        "on": "{device}, {threads} threads, torch {torch}, {date}, commit {revision}",
-        "grid": "{direction}, TFLOP/s (ratio to the best peer)",
-        "cells": "mask, head dim",
-    },
-    "zh": {
-        "case": "调用(未注明者为 float32 前向 + 反向)",
-        "peer": "对照",
-        "speed": "速度比",
-        "target": "目标",
-        "peer_ms": "对照,毫秒",
-        "ours_ms": "fastattn,毫秒",
-        "memory": "峰值内存,MiB(对照)",
-        "error": "与 float64 的误差(对照)",
-        "none": "尚未测量。",
-        "import": "`import torch` 之后的 `import fastattn`",
-        "on": "{device},{threads} 线程,torch {torch},{date},提交 {revision}",
-        "grid": "{direction},TFLOP/s(与最快对照之比)",
-        "cells": "掩码,头维度",
-    },
+MOST_BARS = 60
+STYLE: Any = {
+    "svg.hashsalt": "fastattn",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 
 
-def table_of(name: str, language: str = "en") -> str:
-    """What stands between the markers: attention-cpu (cases with a target), attention-cpu-all, attention-gpu."""
-    builders: dict[str, Callable[[dict[str, str]], list[str]]] = {
-        "attention-cpu": lambda words: _cpu_lines(words, everything=False),
-        "attention-cpu-all": lambda words: _cpu_lines(words, everything=True),
-        "attention-gpu": _gpu_lines,
-    }
-    if name not in builders:
-        raise ValueError(f"no table is called {name!r}; there are {', '.join(builders)}")
-    words = WORDS[language]
-    return "\n".join(builders[name](words) or [words["none"]]) + "\n"
-
-
-def stale_pages(root: Path = schema.ROOT) -> list[str]:
-    """Pages whose tables are not what the results give."""
-    return [name for name in PAGES if (root / name).exists() and refreshed(root / name) != _read(root / name)]
-
-
-def refreshed(page: Path) -> str:
-    """The page with every table between markers made anew."""
-    language = "zh" if ".zh" in page.name else "en"
-    return MARKER.sub(lambda found: found[1] + table_of(found[2], language) + found[4], _read(page))
-
-
-def result_files(results: Path | None = None) -> list[Path]:
-    """Every stored result."""
-    return sorted((results or schema.RESULTS).glob("*/*.json"))
-
-
-def _cpu_lines(words: dict[str, str], everything: bool) -> list[str]:
-    path = schema.RESULTS / "cpu" / "attention.json"
-    if not path.exists():
-        return []
-    result = schema.load(path)
-    heads = [
-        words[name] for name in ("case", "peer", "peer_ms", "ours_ms", "speed", "target", "memory", "error")
+def chart_names(result: Result) -> list[str]:
+    """The charts a result has cases for: the grids of attention, speed over size, ratios to the peer."""
+    names = [
+        name for name in ("forward", "backward") if result["bench"] == "attention" and _group(result, name)
     ]
-    lines = _header(heads)
-    for case in result["cases"]:
-        if everything or case["target"] is not None:
-            lines.append(_import_line(case, words) if case["direction"] == "import" else _case_line(case))
-    return [*lines, "", conditions(result, words)]
-
-
-def conditions(result: Result, words: dict[str, str] | None = None) -> str:
-    """Device, versions, date and commit in a line."""
-    words = words or WORDS["en"]
-    return words["on"].format(
-        device=result["device"]["name"],
-        threads=result["device"]["threads"],
-        torch=result["versions"]["torch"],
-        date=result["date"][:10],
-        revision=(result["revision"] or "?")[:10] + ("+" if result["dirty"] else ""),
-    )
-
-
-def describe(case: Result) -> str:
-    """A case in words: shape, mask, features, and what is not the default."""
-    params = case["params"]
-    sq, sk = params["seqlen_q"], params["seqlen_k"]
-    heads = f"{params['heads']}" + (f"/{params['kv_heads']}" if params["kv_heads"] != params["heads"] else "")
-    shape = (
-        f"{params['batch']}×{heads}×" + (f"{sq}×" if sq == sk else f"({sq}, {sk})×") + f"{params['head_dim']}"
-    )
-    parts = ["causal"] if params.get("causal") and sq > 1 else []
-    if params.get("window"):
-        parts.append(f"window ({params['window'][0]}, {params['window'][1]})")
-    if params.get("documents"):
-        parts.append(f"{params['documents']} packed documents")
-    labels = {
-        "alibi": "ALiBi",
-        "softcap": "softcap",
-        "bias": "bias with gradient",
-        "random_mask": "dense bool mask",
-    }
-    parts += [label for name, label in labels.items() if params.get(name)]
-    if params.get("dropout_p"):
-        parts.append(f"dropout {params['dropout_p']}")
-    if sq == 1:
-        parts.append("one query")
-    if case["dtype"] != "float32":
-        parts.append(case["dtype"])
-    if case["direction"] != "forward+backward":
-        parts.append(case["direction"])
-    return f"{shape} " + ", ".join(parts or ["full"])
-
-
-def _case_line(case: Result) -> str:
-    ours, peer = figures.row_of(case, "fastattn"), figures.peer_of(case)
-    speed, target = figures.speed_ratio(ours, peer), case["target"] or {}
-    goal = f"≥ {target['speed']}×" if "speed" in target else ""
-    if "memory" in target:
-        goal += f", ≤ {target['memory']} mem"
-    return _line(
-        describe(case),
-        peer["contestant"] if peer else "–",
-        _ms(peer),
-        _ms(ours),
-        f"**{speed:.2f}×**" if speed else "–",
-        goal,
-        f"{_mib(ours)} ({_mib(peer)})",
-        f"{_error(ours)} ({_error(peer)})",
-    )
-
-
-def _import_line(case: Result, words: dict[str, str]) -> str:
-    ours, target = figures.row_of(case, "fastattn"), case["target"]
-    return _line(words["import"], "–", "–", _ms(ours), "–", f"≤ {target['extra_ms']:.0f} ms", "–", "–")
-
-
-def _gpu_lines(words: dict[str, str]) -> list[str]:
-    lines = []
-    for path in result_files():
-        result = schema.load(path)
-        if result["bench"] == "attention" and result["device"]["kind"] == "cuda":
-            lines += [*_grid_lines(result, words, "forward"), *_grid_lines(result, words, "backward")]
-            lines += [conditions(result, words), ""]
-    return lines[:-1]
-
-
-def _grid_lines(result: Result, words: dict[str, str], direction: str) -> list[str]:
-    cells = {
-        (c["params"]["causal"], c["params"]["head_dim"], c["params"]["seqlen_q"]): c
-        for c in _group(result, direction)
-    }
-    lengths = sorted({length for _, _, length in cells})
-    if not cells:
-        return []
-    lines = [
-        words["grid"].format(direction=direction),
-        "",
-        *_header([words["cells"], *(f"S = {s}" for s in lengths)]),
-    ]
-    for causal, head_dim in sorted({key[:2] for key in cells}, reverse=True):
-        texts = []
-        for length in lengths:
-            case = cells.get((causal, head_dim, length))
-            ours = figures.best_ours(case) if case else None
-            ratio = figures.speed_ratio(ours, figures.best_peer(case)) if case and ours else None
-            texts.append(f"{ours['tflops']:.0f} ({ratio:.2f})" if ours and ratio else "–")
-        lines.append(_line(f"{'causal' if causal else 'full'}, {head_dim}", *texts))
-    return [*lines, ""]
-
-
-def _header(names: list[str]) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _ms(row: Result | None) -> str:
-    if row is None:
-        return "–"
-    median = row["time_ms"]["median"]
-    return f"{median:.0f}" if median >= 100 else f"{median:.3g}"
-
-
-def _mib(row: Result | None) -> str:
-    return f"{row['peak_memory_mib']:.0f}" if row and row["peak_memory_mib"] is not None else "–"
-
-
-def _error(row: Result | None) -> str:
-    return f"{max(row['error'].values()):.1e}" if row and row["error"] else "–"
-
-
-def _read(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
-
-
-def _group(result: Result, name: str) -> list[Result]:
-    return [case for case in result["cases"] if case["group"] == name]
+    names += ["length"] if _lines(result) else []
+    names += ["ratio"] if _ratios(result) else []
+    return names
 
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
-    """The charts a result has cases for: TFLOP/s by length, head dim and mask; time by length; ratios to the peer."""
+    """Write each of the result's charts to the folder; the files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    style: Any = {
-        "svg.hashsalt": "fastattn",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "axes.spines.top": False,
-    }
-    charts: dict[str, Any] = {}
-    with matplotlib.rc_context({**style, "axes.spines.right": False}):
-        for direction in ("forward", "backward"):
-            if _group(result, direction):
-                charts[direction] = _grid_figure(result, direction)
-        if any(len(_lengths(result, group)) > 1 for group in ("dense", "window")):
-            charts["length"] = _length_figure(result)
-        if result["device"]["kind"] == "cpu":
-            charts["ratio"] = _ratio_figure(result)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, figure in charts.items():
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name in chart_names(result):
+            if name == "ratio":
+                figure = _ratio_figure(result)
+            else:
+                figure = _length_figure(result) if name == "length" else _grid_figure(result, name)
             figure.supxlabel(conditions(result), x=0.01, ha="left", fontsize=6, color="0.4")
             paths.append(folder / f"{result['bench']}_{name}.{kind}")
             figure.savefig(paths[-1], metadata={"Date": None} if kind == "svg" else None, dpi=150)
     return paths
+
+
+def _group(result: Result, name: str) -> list[Result]:
+    return [case for case in result["cases"] if case["group"] == name]
 
 
 def _grid_figure(result: Result, direction: str) -> Any:
@@ -294,62 +96,86 @@ def _grid_figure(result: Result, direction: str) -> Any:
     return figure
 
 
-def _lengths(result: Result, group: str) -> list[Result]:
-    """The cases of a group that differ from each other only in length."""
-    plain = [
-        c
-        for c in _group(result, group)
-        if c["dtype"] == "float32" and (group != "dense" or c["params"]["causal"])
-    ]
-    return sorted(plain, key=lambda c: int(c["params"]["seqlen_q"]))
+def _lines(result: Result) -> dict[str, list[Result]]:
+    """The cases of each line of a chart over size, by rising size; a line has two sizes at least."""
+    found: dict[str, list[Result]] = {}
+    for case in result["cases"]:
+        if case.get("axis") and any(row["status"] == "ok" for row in case["rows"]):
+            found.setdefault(case["axis"]["line"], []).append(case)
+    several = {line: cases for line, cases in found.items() if len({c["axis"]["value"] for c in cases}) > 1}
+    return {line: sorted(cases, key=lambda c: float(c["axis"]["value"])) for line, cases in several.items()}
 
 
 def _length_figure(result: Result) -> Any:
+    """A panel per line: time over size with 20th and 80th percentiles, or the rate where one is what matters."""
     from matplotlib.figure import Figure
 
-    groups = [group for group in ("dense", "window") if len(_lengths(result, group)) > 1]
-    figure = Figure(figsize=(4.6 * len(groups), 3.4), layout="constrained")
-    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups):
-        cases = _lengths(result, group)
+    lines = _lines(result)
+    columns = min(len(lines), 3)
+    rows = -(-len(lines) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, (line, cases) in zip(axes.flat, lines.items()):
+        unit = "GB/s" if cases[0].get("bytes") else "TFLOP/s" if result["device"]["kind"] == "cuda" else "ms"
         for contestant in dict.fromkeys(row["contestant"] for case in cases for row in case["rows"]):
-            found = [(case["params"]["seqlen_q"], figures.row_of(case, contestant)) for case in cases]
-            points = [(length, row["time_ms"]) for length, row in found if row]
-            middle = [time["median"] for _, time in points]
-            spread = [
-                [m - t["p20"] for m, (_, t) in zip(middle, points)],
-                [t["p80"] - t["median"] for _, t in points],
-            ]
-            axis.errorbar(
-                [length for length, _ in points], middle, spread, marker="o", capsize=2, label=contestant
-            )
+            rows_found = [(case["axis"]["value"], figures.row_of(case, contestant)) for case in cases]
+            points = [(value, _spread(row, unit)) for value, row in rows_found if row]
+            if points:
+                middle = [m for _, (_, m, _) in points]
+                spread = [[m - low for _, (low, m, _) in points], [high - m for _, (_, m, high) in points]]
+                places = [value for value, _ in points]
+                axis.errorbar(places, middle, spread, marker="o", capsize=2, label=contestant)
+        copy = result["ceilings"]["copy_gbps"]
+        if unit == "GB/s" and copy:
+            axis.axhline(copy, color="0.5", linewidth=0.8, linestyle="--", label="copy")
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(
-            [case["params"]["seqlen_q"] for case in cases], [str(c["params"]["seqlen_q"]) for c in cases]
-        )
-        window = cases[0]["params"].get("window")
-        axis.set_title(f"window ({window[0]}, {window[1]})" if window else "causal")
-        axis.set_xlabel("sequence length")
-        axis.set_ylabel("ms, forward + backward")
-        axis.legend(fontsize=7)
+        if unit == "ms":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        values = list(dict.fromkeys(case["axis"]["value"] for case in cases))
+        axis.set_xticks(values, [_short(value) for value in values], fontsize=7)
+        axis.minorticks_off()
+        axis.set_title(line)
+        axis.set_xlabel(cases[0]["axis"]["name"])
+        axis.set_ylabel(unit)
+        axis.legend(fontsize=6)
+    for axis in axes.flat[len(lines) :]:
+        axis.remove()
     return figure
+
+
+def _spread(row: Result, unit: str) -> tuple[float, float, float]:
+    """(20th percentile, median, 80th percentile) of a row in the unit."""
+    time = row["time_ms"]
+    if unit == "ms":
+        return time["p20"], time["median"], time["p80"]
+    rate = row["gbps"] if unit == "GB/s" else row["tflops"]
+    return rate * time["median"] / time["p80"], rate, rate * time["median"] / time["p20"]
+
+
+def _short(value: float) -> str:
+    return f"{value / 1024:.0f}k" if value >= 16384 and value % 1024 == 0 else f"{value:g}"
+
+
+def _ratios(result: Result) -> list[tuple[str, float, float | None]]:
+    """(case, times the peer's speed, target) of the cases that have both; the grids of attention have their own."""
+    found = []
+    for case in result["cases"]:
+        if case["direction"] == "import" or case["group"] in ("forward", "backward"):
+            continue
+        ours, peer = figures.ours_of(case), figures.peer_of(case)
+        ratio = figures.speed_ratio(ours, peer)
+        if ratio and peer:
+            label = f"{case['label']}  (peer: {peer['contestant']})"
+            found.append((label, ratio, (case["target"] or {}).get("speed")))
+    return found[:MOST_BARS]
 
 
 def _ratio_figure(result: Result) -> Any:
     from matplotlib.figure import Figure
 
-    ratios = []
-    for case in result["cases"]:
-        ours, peer = figures.row_of(case, "fastattn"), figures.peer_of(case)
-        ratio = figures.speed_ratio(ours, peer) if case["direction"] != "import" else None
-        if ratio and peer:
-            ratios.append(
-                (
-                    f"{describe(case)}  (peer: {peer['contestant']})",
-                    ratio,
-                    (case["target"] or {}).get("speed"),
-                )
-            )
+    ratios = _ratios(result)
     figure = Figure(figsize=(9, 0.28 * len(ratios) + 1.1), layout="constrained")
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
@@ -366,14 +192,32 @@ def _ratio_figure(result: Result) -> Any:
     return figure
 
 
+def stale_charts() -> list[str]:
+    """Stored results whose charts are missing, drawn from other results, or of no stored result."""
+    stale = []
+    for folder in sorted({path.parent for path in result_files()}):
+        wanted: dict[Path, Result] = {}
+        for path in result_files():
+            if path.parent == folder:
+                result = schema.load(path)
+                wanted |= {folder / f"{result['bench']}_{n}.svg": result for n in chart_names(result)}
+        for chart in {*wanted, *folder.glob("*.svg")}:
+            fresh = chart in wanted and chart.exists()
+            if not fresh or conditions(wanted[chart]) not in chart.read_text(encoding="utf-8"):
+                stale.append(f"{folder.name}/{chart.name}")
+    return sorted(stale)
+
+
 def update_docs(root: Path = schema.ROOT) -> list[str]:
     """Rewrite every page's tables and every result's charts; the names of what changed."""
     changed = stale_pages(root)
     for name in changed:
         (root / name).write_text(refreshed(root / name), encoding="utf-8")
-    for path in result_files():
-        changed += [chart.name for chart in draw(schema.load(path), path.parent)]
-    return changed
+    drawn = [chart for path in result_files() for chart in draw(schema.load(path), path.parent)]
+    for folder in {path.parent for path in result_files()}:
+        for chart in set(folder.glob("*.svg")) - set(drawn):
+            chart.unlink()
+    return changed + [chart.name for chart in drawn]
 
 
 def main() -> int:
@@ -383,14 +227,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for its charts")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     parser.add_argument("--update-docs", action="store_true", help="rewrite tables and charts of the pages")
-    parser.add_argument("--check", action="store_true", help="fail when a page is stale")
+    parser.add_argument("--check", action="store_true", help="fail when a page or a chart is stale")
     options = parser.parse_args()
     if options.check:
-        stale = stale_pages()
-        print(
-            "\n".join(f"{name} is stale: python benchmarks/plot.py --update-docs" for name in stale)
-            or "up to date"
-        )
+        stale = [*stale_pages(), *stale_charts()]
+        how = "python benchmarks/plot.py --update-docs"
+        print("\n".join(f"{name} is stale: {how}" for name in stale) or "up to date")
         return 1 if stale else 0
     if options.update_docs:
         print("\n".join(update_docs()))

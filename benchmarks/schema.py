@@ -8,8 +8,10 @@ A result is one JSON object (docs/benchmarks.md shows it in full):
     revision, dirty     git commit of the checkout, and whether tracked files differed from it
     settings            the options of the run
     ceilings            measured in the same run: matmul_tflops by dtype, copy_gbps
-    cases               each with name, group, params, direction, dtype, flops, target and one row per contestant
-Times are milliseconds per call, memory MiB above the inputs, flops counted from permitted pairs.
+    cases               each with name, group, label, axis, params, direction, dtype, flops, bytes, target and one row
+                        per contestant
+Times are milliseconds per call, memory MiB above the inputs, flops counted from permitted pairs, bytes those that a
+call cannot avoid to move.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from typing import Any
 import torch
 
 FORMAT = "fastattn-bench"
-VERSION = 1
+VERSION = 2
 STATUSES = ("ok", "unavailable", "failed")
 DIRECTIONS = ("forward", "backward", "forward+backward", "import")
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+# Results belong to the checkout; benches that were installed without one leave theirs where they are run.
+RESULTS = (
+    ROOT / "benchmarks" / "results" if (ROOT / "pyproject.toml").exists() else Path("fastattn-benchmarks")
+)
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+[\w.+@-]*")
 
 Result = dict[str, Any]
@@ -144,6 +149,9 @@ def _validate_case(case: Result) -> None:
     where = f"case {case['name']!r}"
     _fields(case, where, name=str, group=str, params=dict, direction=str, dtype=str, rows=list)
     _fields(case, where, flops=(int, float, type(None)), target=(dict, type(None)))
+    _fields(case, where, label=str, bytes=(int, float, type(None)), axis=(dict, type(None)))
+    if case["axis"] is not None:
+        _fields(case["axis"], f"{where}: axis", name=str, value=(int, float), line=str)
     _require(
         case["direction"] in DIRECTIONS, f"{where}: direction", f"one of {DIRECTIONS}", case["direction"]
     )
@@ -163,7 +171,7 @@ def _validate_row(row: Result, where: str) -> None:
     _fields(row, where, time_ms=dict, error=(dict, type(None)), within_rule=(bool, type(None)))
     _fields(row, where, tflops=(int, float, type(None)), ceiling_share=(int, float, type(None)))
     number = (int, float, type(None))
-    _fields({"host_ms": None, **row}, where, peak_memory_mib=number, host_ms=number)
+    _fields(row, where, peak_memory_mib=number, host_ms=number, gbps=number)
     _fields(row["time_ms"], f"{where}: time_ms", median=float, p20=float, p80=float, samples=int)
     time = row["time_ms"]
     in_order = 0 < time["p20"] <= time["median"] <= time["p80"] < math.inf and time["samples"] > 0
@@ -175,7 +183,7 @@ def _require(condition: bool, field: str, needs: str, got: Any) -> None:
         raise ValueError(f"{field} needs {needs}, got {str(got)[:200]}")
 
 
-def _fields(value: Any, where: str, **types: Any) -> None:
+def _fields(value: Any, where: str, /, **types: Any) -> None:
     _require(isinstance(value, dict), where, "an object", value)
     for name, kinds in types.items():
         _require(name in value, f"{where}: {name}", "a value", "nothing")
@@ -219,6 +227,8 @@ def _module_version(name: str) -> str | None:
 
 
 def _revision() -> tuple[str | None, bool]:
+    if not (ROOT / "pyproject.toml").exists():
+        return None, False  # not a checkout: a repository around it is somebody else's
     commit = _first_line(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     changed = _first_line(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return commit, changed is not None

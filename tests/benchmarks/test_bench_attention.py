@@ -104,7 +104,7 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
         "--device",
         "cpu",
         "--only",
-        "^decode-mha-128$",
+        "^dense-causal-512$",
         "--quick",
         "--json",
         str(stored),
@@ -113,28 +113,32 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
     ]
     assert bench_attention.main(options) == 0
     result = schema.load(stored)
-    assert [case["name"] for case in result["cases"]] == ["decode-mha-128"]
+    assert [case["name"] for case in result["cases"]] == ["dense-causal-512"]
     assert {row["contestant"]: row["status"] for row in result["cases"][0]["rows"]} == {
         "fastattn": "ok",
         "sdpa": "ok",
     }
     assert result["settings"]["quick"] is True
     assert len(table.read_text(encoding="utf-8").splitlines()) == 3
-    assert "decode-mha-128  [forward, float32]" in capsys.readouterr().out
-    again = ["--device", "cpu", "--only", "^decode-gqa-128$", "--contestants", "sdpa", "--quick", "--merge"]
+    assert "dense-causal-512  [forward+backward, float32]" in capsys.readouterr().out
+    again = ["--device", "cpu", "--only", "^gqa-causal-2048$", "--contestants", "sdpa", "--quick", "--merge"]
     assert bench_attention.main([*again, "--json", str(stored), "--revision", str(result["revision"])]) == 0
     assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
 
 
 def test_a_ceiling_is_the_better_of_two_measurements() -> None:
-    row = {"contestant": "fastattn", "tflops": 3.0, "ceiling_share": 1.5}
+    row = {"contestant": "fastattn", "tflops": 3.0, "gbps": None, "ceiling_share": 1.5}
+    moved = {"contestant": "fastattn", "tflops": None, "gbps": 2.5, "ceiling_share": 2.0}
     result = {
         "ceilings": {"matmul_tflops": {"float32": 2.0, "bfloat16": 9.0}, "copy_gbps": 5.0},
-        "cases": [{"dtype": "float32", "rows": [row, {"contestant": "flex", "status": "failed"}]}],
+        "cases": [
+            {"dtype": "float32", "rows": [row, {"contestant": "flex", "status": "failed"}]},
+            {"dtype": "float32", "rows": [moved]},
+        ],
     }
     command._raise_ceilings(result, {"matmul_tflops": {"float32": 6.0, "bfloat16": 8.0}, "copy_gbps": 4.0})
     assert result["ceilings"] == {"matmul_tflops": {"float32": 6.0, "bfloat16": 9.0}, "copy_gbps": 5.0}
-    assert row["ceiling_share"] == 0.5
+    assert (row["ceiling_share"], moved["ceiling_share"]) == (0.5, 0.5)
 
 
 def test_warming_hands_each_process_its_share(tmp_path: Path) -> None:
@@ -170,6 +174,11 @@ def test_warming_runs_what_compiles_and_leaves_failures_to_the_measured_run() ->
 
     command.warm_cases([Recorder()], CPU, "triton|flex|sdpa")
     assert ran == ["fastattn-triton", "flex"]
+
+
+def test_a_bench_names_its_file_in_a_folder(tmp_path: Path) -> None:
+    assert command.destination("a/b.json", "varlen", ".json") == Path("a/b.json")
+    assert command.destination(str(tmp_path), "cross-entropy", ".csv") == tmp_path / "cross-entropy.csv"
 
 
 def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,20 @@ from typer.testing import CliRunner
 from fastattn import bench, cli
 
 
+def invoke(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, ["bench", *words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with two benches that print their arguments."""
+    """A checkout whose scripts write down their arguments and exit with their number."""
     (tmp_path / "fastattn").mkdir()
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "harness.py").touch()
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "fastattn" / "bench.py"))
-    for name in ("bench_one", "bench_two_parts"):
+    for name in (*(f"bench_{name.replace('-', '_')}" for name in bench.NAMES), "plot"):
         script = f"import sys; open({str(tmp_path / name)!r}, 'w').write(' '.join(sys.argv[1:]));"
         script += "sys.exit(len(sys.argv) - 1)"
         (tmp_path / "benchmarks" / f"{name}.py").write_text(script)
@@ -24,29 +31,51 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_options_reach_the_bench_and_its_status_comes_back(folder: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["bench", "two-parts", "--only", "window", "--quick"])
-    assert result.exit_code == 3
-    assert (folder / "bench_two_parts").read_text() == "--only window --quick"
-    assert not (folder / "bench_one").exists()
+    assert invoke("cross-entropy", "--only", "window", "--quick")[0] == 3
+    assert (folder / "bench_cross_entropy").read_text() == "--only window --quick"
+    assert not (folder / "bench_attention").exists()
 
 
-def test_all_runs_every_bench(folder: Path) -> None:
-    assert CliRunner().invoke(cli.app, ["bench"]).exit_code == 0
-    assert (folder / "bench_one").read_text() == (folder / "bench_two_parts").read_text() == ""
+def test_help_is_the_bench_s_own(folder: Path) -> None:
+    assert invoke("varlen", "--help")[0] == 1
+    assert (folder / "bench_varlen").read_text() == "--help"
 
 
-def test_an_unknown_bench_is_bad_input(folder: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["bench", "nothing"])
-    assert result.exit_code == 2
-    assert "no bench is called 'nothing': choose one, two-parts, all" in result.output
+def test_all_runs_every_bench_and_then_the_pages(folder: Path) -> None:
+    assert invoke("all", "--out", str(folder), "--update-docs")[0] == 2
+    for name in bench.NAMES:
+        assert (folder / f"bench_{name.replace('-', '_')}").read_text() == f"--out {folder}"
+    assert (folder / "plot").read_text() == "--update-docs"
 
 
-def test_without_the_checkout_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [("--json", "x.json"), ("--out=x.json",), ("--csv", "x.csv")])
+def test_all_needs_folders(folder: Path, words: tuple[str, ...]) -> None:
+    code, output = invoke("all", *words)
+    assert code == 2
+    assert "name a folder" in output
+    assert not (folder / "bench_attention").exists()
+
+
+def test_an_unknown_bench_is_wrong_usage() -> None:
+    code, output = invoke("nothing")
+    assert code == 2
+    assert "nothing" in output
+
+
+def test_help_names_every_bench() -> None:
+    code, output = invoke("--help")
+    assert code == 0
+    assert all(name in output for name in (*bench.NAMES, "all"))
+
+
+def test_without_the_scripts_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "fastattn" / "bench.py"))
-    result = CliRunner().invoke(cli.app, ["bench"])
-    assert result.exit_code == 2
-    assert "clone the repository" in result.output
+    code, output = invoke("all")
+    assert code == 2
+    assert "clone the repository" in output
 
 
-def test_this_checkout_has_the_attention_bench() -> None:
-    assert "attention" in bench.scripts()
+def test_this_checkout_has_every_script() -> None:
+    assert all(bench.script(name).exists() for name in bench.NAMES)
+    written = {path.stem for path in bench.folder().glob("bench_*.py")}
+    assert written == {f"bench_{name.replace('-', '_')}" for name in bench.NAMES}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import figures
 import harness
+import memory
 import pytest
 import torch
 from harness import Budget, CannotRun, Judgement
 from torch import Tensor
 
 CPU = torch.device("cpu")
-BRIEF = Budget(seconds=0.0, least_rounds=4, most_rounds=4, least_sample_seconds=0.0, memory=False)
+BRIEF = Budget(seconds=60.0, least_rounds=4, most_rounds=4, least_sample_seconds=0.0, memory=False)
 CEILINGS = {"matmul_tflops": {"float32": 1.0}, "copy_gbps": 1.0}
 
 
@@ -29,11 +32,14 @@ class FakeCase:
 
     steps: Mapping[str, Callable[[], Any]]
     name: str = "fake"
+    label: str = "a fake"
     group: str = "fake"
+    axis: dict[str, Any] | None = None
     params: dict[str, Any] = field(default_factory=dict)
     direction: str = "forward"
     dtype: torch.dtype = torch.float32
     flops: float | None = 1e6
+    bytes: float | None = None
     target: dict[str, Any] | None = None
 
     def contestants(self, device: torch.device) -> list[str]:
@@ -59,6 +65,12 @@ def test_rounds_call_everyone_once_in_a_rotating_order() -> None:
     samples = harness.time_interleaved(steps, CPU, BRIEF)
     assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
     assert called == [*"abc", *"bca", *"cab", *"abc"]
+
+
+def test_slow_calls_take_fewer_rounds() -> None:
+    budget = Budget(seconds=0.001, least_rounds=5, most_rounds=9, least_sample_seconds=0)
+    samples = harness.time_interleaved({"slow": lambda: time.sleep(0.01)}, CPU, budget)
+    assert len(samples["slow"]) == 3
 
 
 def test_short_calls_are_repeated_within_a_sample() -> None:
@@ -136,9 +148,29 @@ def test_peak_memory_counts_what_a_step_holds_and_what_it_needs(capsys: pytest.C
 
         return step
 
-    harness.print_peak_memory(FakeCase({"it": needs_48_uses_96}), "it")
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(harness.MEMORY_MARK))
-    assert float(line.split()[1]) == pytest.approx(48 + 96, abs=6)
+    assert memory.peak_of_step(FakeCase({"it": needs_48_uses_96}), "it") == pytest.approx(48 + 96, abs=6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes fork on Linux")
+def test_contestants_are_weighed_in_processes_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "bench.py"
+    script.write_text(
+        f"import os, sys\nsys.path.append({str(Path(memory.__file__).parent)!r})\nimport memory\n"
+        "def peak(case, name):\n"
+        "    if name == 'dies': os._exit(3)\n"
+        "    if name == 'fails': raise ValueError('no room')\n"
+        "    print('noise')\n"
+        "    return 2.126\n"
+        "memory.peak_of_step = peak\n"
+        "memory.print_peaks(None, sys.argv[sys.argv.index('--measure-memory') + 2:])\n"
+    )
+    peaks = memory.child_peaks(script, "case", ["good", "dies", "fails", "last"])
+    assert peaks == {"good": 2.13, "last": 2.13}
+    err = capsys.readouterr().err
+    assert "dies: no memory figure" in err
+    assert "fails: no memory figure: ValueError: no room" in err
 
 
 def test_ceilings_are_measured_by_dtype() -> None:

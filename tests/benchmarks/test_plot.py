@@ -9,7 +9,10 @@ from typing import Any
 import plot
 import pytest
 import schema
+import tables
 import torch
+
+from fastattn import bench
 
 
 def _row(contestant: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
@@ -20,6 +23,8 @@ def _row(contestant: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
         "error": {"out": 2e-6, "dq": 1e-6},
         "within_rule": True,
         "tflops": tflops,
+        "gbps": None,
+        "host_ms": None,
         "ceiling_share": 0.5,
         "peak_memory_mib": 10.0 * median,
     }
@@ -29,23 +34,29 @@ def _case(
     name: str, group: str, rows: list[dict[str, Any]], target: Any = None, **params: Any
 ) -> dict[str, Any]:
     sizes = {"batch": 1, "heads": 12, "kv_heads": 12, "seqlen_q": 2048, "seqlen_k": 2048, "head_dim": 64}
+    axis = (
+        {"name": "sequence length", "value": params["seqlen_q"], "line": group} if group == "window" else None
+    )
     return {
         "name": name,
+        "label": f"the call {name}",
+        "axis": axis,
         "group": group,
         "params": {**sizes, "causal": False, **params},
         "direction": group if group in ("forward", "backward") else "forward+backward",
         "dtype": "float32",
         "flops": 1e9,
+        "bytes": None,
         "target": target,
         "rows": rows,
     }
 
 
-def _store(folder: Path, kind: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    result = schema.new_result("attention", torch.device("cpu"), {})
+def _store(folder: Path, kind: str, cases: list[dict[str, Any]], bench: str = "attention") -> dict[str, Any]:
+    result = schema.new_result(bench, torch.device("cpu"), {})
     result["device"] |= {"kind": kind, "name": "Some Device"}
     result["cases"] = cases
-    schema.save(result, folder / schema.folder_name(result["device"]) / "attention.json")
+    schema.save(result, folder / schema.folder_name(result["device"]) / f"{bench}.json")
     return result
 
 
@@ -65,15 +76,37 @@ def _cpu_cases() -> list[dict[str, Any]]:
 
 def test_the_cpu_table_gives_times_ratio_target_memory_and_error(results: Path) -> None:
     _store(results, "cpu", _cpu_cases())
-    short, long = plot.table_of("attention-cpu").splitlines(), plot.table_of("attention-cpu-all").splitlines()
+    short, long = (tables.table_of(name).splitlines() for name in ("headline-cpu", "attention-cpu"))
     assert short[2] == (
-        "| 1×12×1024×64 window (255, 0) | sdpa | 10.2 | 1.02 | **10.00×** | ≥ 8.0×, ≤ 0.25 mem "
-        "| 10 (102) | 2.0e-06 (2.0e-06) |"
+        "| the call w1024 | sdpa | 10.2 | 1.02 | **10.00×** | ≥ 8.0×, ≤ 0.25 mem "
+        "| 1 TFLOP/s (50 %) | 10 (102) | 2.0e-06 (2.0e-06) |"
     )
     assert [line for line in long if line not in short] == [
-        "| 1×12×2048×64 softcap | – | – | 2 | – |  | 20 (–) | 2.0e-06 (–) |"
+        "| the call cap | – | – | 2 | – |  | 1 TFLOP/s (50 %) | 20 (–) | 2.0e-06 (–) |"
     ]
     assert short[-1].startswith("Some Device, ")
+
+
+def test_the_headline_joins_the_benches_and_names_their_conditions_once(results: Path) -> None:
+    _store(results, "cpu", _cpu_cases())
+    target = {"contestant": "fastattn", "against": "torch", "speed": 1.0}
+    rows = [_row("fastattn", 1.0), _row("torch", 2.0), {**_row("floor-products", 0.5), "tflops": None}]
+    _store(results, "cpu", [_case("loss", "loss", rows, target)], "cross-entropy")
+    lines = tables.table_of("headline-cpu").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| the call w1024", "| the call w2048", "| the call loss", "", lines[-1],
+    ]  # fmt: skip
+    assert "| torch | 2 | 1 | **2.00×** | ≥ 1.0× | 1 TFLOP/s (50 %), products 0.5 ms |" in lines[4]
+
+
+def test_the_table_of_overhead_is_in_microseconds_of_the_host(results: Path) -> None:
+    ours, other = _row("fastattn", 0.075), {**_row("fastattn-sdpa", 0.05), "host_ms": 0.02}
+    _store(results, "cpu", [_case("call", "call", [ours, other, _row("sdpa", 0.005)])], "overhead")
+    lines = tables.table_of("overhead-cpu").splitlines()
+    assert lines[2:4] == [
+        "| the call call | sdpa | 5 | 75 | **70** |",
+        "| the call call (`sdpa`) | sdpa | 5 | 20 | **15** |",
+    ]
 
 
 def test_the_gpu_table_gives_the_grid_with_ratios(results: Path) -> None:
@@ -83,19 +116,19 @@ def test_the_gpu_table_gives_the_grid_with_ratios(results: Path) -> None:
         _case("b", "forward", rows, seqlen_q=1024),
     ]
     _store(results, "cuda", cases)
-    table = plot.table_of("attention-gpu")
+    table = tables.table_of("attention-gpu")
     assert "| causal, 64 | 400 (0.50) | – |\n| full, 64 | – | 400 (0.50) |" in table
 
 
 @pytest.mark.parametrize(("language", "text"), [("en", "Not measured yet."), ("zh", "尚未测量。")])
 def test_what_was_not_measured_is_said_to_be_so(results: Path, language: str, text: str) -> None:
-    assert plot.table_of("attention-gpu", language) == text + "\n"
-    assert plot.table_of("attention-cpu", language) == text + "\n"
+    assert tables.table_of("attention-gpu", language) == text + "\n"
+    assert tables.table_of("attention-cpu", language) == text + "\n"
 
 
 def test_an_unknown_table_is_refused() -> None:
     with pytest.raises(ValueError, match="no table is called 'nothing'"):
-        plot.table_of("nothing")
+        tables.table_of("nothing")
 
 
 def test_pages_are_rewritten_between_their_markers_only(results: Path, tmp_path: Path) -> None:
@@ -127,18 +160,52 @@ def test_charts_are_drawn_and_say_where_they_come_from(tmp_path: Path) -> None:
     assert first == again
 
 
-def test_the_pages_of_this_repository_are_fresh() -> None:
-    assert plot.stale_pages() == [], "run: python benchmarks/plot.py --update-docs"
-    assert "benchmarks:attention-cpu-all:start" in (schema.ROOT / "docs" / "benchmarks.md").read_text(
-        encoding="utf-8"
-    )
+def test_a_rate_is_drawn_where_memory_bounds_the_calls(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    cases = _cpu_cases()[:2]
+    for case in cases:
+        case |= {"bytes": 1e6, "flops": None}
+        for row in case["rows"]:
+            row |= {"gbps": 3.0, "tflops": None}
+    result = _store(tmp_path, "cuda", cases, "decode")
+    text = plot.draw(result, tmp_path)[0].read_text(encoding="utf-8")
+    assert "GB/s" in text
+    assert "TFLOP/s" not in text
 
 
-@pytest.mark.parametrize("file", plot.result_files(), ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_stored_results_are_valid_and_their_charts_fresh(file: Path) -> None:
+def test_stale_charts_are_named(results: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = _store(results, "cpu", _cpu_cases())
+    names = ["cpu/attention_length.svg", "cpu/attention_ratio.svg"]
+    assert plot.stale_charts() == names
+    plot.draw(result, results / "cpu")
+    (results / "cpu" / "softmax_ratio.svg").write_text("of a bench that has no result")
+    assert plot.stale_charts() == ["cpu/softmax_ratio.svg"]
+    result["date"] = "2020-01-01T00:00:00Z"
+    schema.save(result, results / "cpu" / "attention.json")
+    assert plot.stale_charts() == [*names, "cpu/softmax_ratio.svg"]
+    plot.update_docs(results)
+    assert plot.stale_charts() == []
+
+
+def test_the_pages_and_charts_of_this_repository_are_fresh() -> None:
+    stale = [*tables.stale_pages(), *plot.stale_charts()]
+    assert stale == [], "run: python benchmarks/plot.py --update-docs"
+
+
+def test_every_bench_has_its_tables_on_the_page() -> None:
+    page = (schema.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    shown = {found[1] for found in tables.MARKER.findall(page)}
+    assert shown == {f"{name}-{kind}" for name in bench.NAMES for kind in ("cpu", "gpu")}
+    assert list(tables.BENCHES) == list(bench.NAMES)
+
+
+@pytest.mark.parametrize("file", tables.result_files(), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_stored_results_are_valid_and_in_their_place(file: Path) -> None:
     result = schema.load(file)
     assert file.parent.name == schema.folder_name(result["device"])
-    charts = sorted(file.parent.glob(f"{result['bench']}_*.svg"))
-    assert charts
-    for chart in charts:
-        assert plot.conditions(result) in chart.read_text(encoding="utf-8")
+    assert file.stem == result["bench"]
+    assert result["bench"] in bench.NAMES
+    assert not result["settings"]["quick"]
+    assert not [row for case in result["cases"] for row in case["rows"] if row["contestant"].startswith("fastattn")
+                and row["status"] != "ok" and result["device"]["kind"] == "cpu"]  # fmt: skip

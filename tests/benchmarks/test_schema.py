@@ -19,16 +19,21 @@ ROW = {
     "error": {"out": 1e-6},
     "within_rule": True,
     "tflops": 0.1,
+    "gbps": None,
+    "host_ms": None,
     "ceiling_share": 0.5,
     "peak_memory_mib": 3.5,
 }
 CASE = {
     "name": "dense",
+    "label": "a dense call",
+    "axis": {"name": "sequence length", "value": 8, "line": "causal"},
     "group": "dense",
     "params": {"seqlen_q": 8},
     "direction": "forward",
     "dtype": "float32",
     "flops": 1e6,
+    "bytes": None,
     "target": {"contestant": "fastattn", "against": "sdpa", "speed": 1.0},
     "rows": [ROW, {"contestant": "sdpa", "status": "unavailable", "reason": "none"}],
 }
@@ -72,6 +77,9 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (_set("version", 99), "format, version"),
         (_set("bench", 3), "bench"),
+        (_set("cases/0/label", None), "label"),
+        (_set("cases/0/axis/value", "8"), "axis"),
+        (_set("cases/0/rows/0/gbps", "fast"), "gbps"),
         (_set("date", "yesterday"), "does not match"),
         (_set("dirty", "no"), "dirty"),
         (_set("device/threads", True), "threads"),

@@ -1,0 +1,215 @@
+"""Packed sequences of unequal length beside padded calls, one call per sequence, and packed kernels of others.
+
+python benchmarks/bench_varlen.py              every case of this machine's device, results stored
+python benchmarks/bench_varlen.py --list       the cases
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import calls
+import command
+import schema
+import torch
+import varlen_peers
+from harness import Judgement, Step
+from torch import Tensor
+
+SCRIPT = Path(__file__).resolve()
+
+
+@dataclass(frozen=True)
+class VarlenCase:
+    """A batch of sequences whose lengths are spread evenly from `shortest` to `longest`, in a fixed random order."""
+
+    name: str
+    group: str
+    batch: int
+    shortest: int
+    longest: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = False
+    dtype: torch.dtype = torch.float32
+    direction: str = "forward+backward"
+    target: schema.Result | None = None
+    peers: tuple[str, ...] = ()  # () = those of a GPU, and ours by backend
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        spread = torch.linspace(self.shortest, self.longest, self.batch).round().to(torch.int64)
+        order = torch.randperm(self.batch, generator=torch.Generator().manual_seed(7))
+        return [int(length) for length in spread[order]]
+
+    @property
+    def params(self) -> schema.Result:
+        """The sizes, and how much of a padded batch would be tokens."""
+        names = ("batch", "shortest", "longest", "heads", "kv_heads", "head_dim", "causal")
+        tokens = sum(self.lengths)
+        share = round(tokens / (self.batch * max(self.lengths)), 4)
+        return {**{name: getattr(self, name) for name in names}, "tokens": tokens, "tokens_of_padded": share}
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        parts = [f"{self.batch} sequences of {self.shortest}..{self.longest}, {heads}×{self.head_dim}"]  # noqa: RUF001
+        parts += ["causal"] if self.causal else []
+        return ", ".join([*parts, *command.unusual(self.dtype, self.direction)])
+
+    @property
+    def axis(self) -> schema.Result | None:
+        """Speed over the longest sequence."""
+        line = f"{'causal' if self.causal else 'full'}, {self.direction}, D {self.head_dim}"
+        return {"name": "longest sequence", "value": self.longest, "line": line}
+
+    @property
+    def flops(self) -> float:
+        """2 * (D + Dv) per permitted pair and head; a backward counts 2.5 forwards."""
+        pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
+        share = {"forward": 1.0, "forward+backward": 3.5}[self.direction]
+        return share * 4.0 * self.head_dim * pairs * self.heads
+
+    @property
+    def bytes(self) -> float | None:
+        """None: arithmetic bounds it."""
+        return None
+
+    def contestants(self, device: torch.device) -> list[str]:
+        """Ours first."""
+        if self.peers:
+            return ["fastattn", *self.peers]
+        padded = [f"sdpa-padded-{name}" for name in ("cudnn", "flash", "efficient")]
+        others = ["sdpa-loop", "nested", "flex", "varlen_attn", "flash_attn", "xformers"]
+        return [*calls.our_backends(), *padded, *others]
+
+    def open(self, device: torch.device) -> VarlenWorkload:
+        """Random packed inputs on the device."""
+        return VarlenWorkload(self, device)
+
+    def small(self) -> VarlenCase:
+        """The same options on three short sequences and two key/value heads."""
+        group = self.heads // self.kv_heads
+        kv_heads = min(self.kv_heads, 2)
+        return replace(
+            self, batch=3, shortest=5, longest=70, kv_heads=kv_heads, heads=kv_heads * group, target=None
+        )
+
+
+class VarlenWorkload:
+    """The packed q, k and v of one case, the same for every contestant."""
+
+    def __init__(self, case: VarlenCase, device: torch.device) -> None:
+        self.case, self.device = case, device
+        generator = torch.Generator(device).manual_seed(7)
+        self.tokens, self.longest = sum(case.lengths), max(case.lengths)
+
+        def normal(heads: int) -> Tensor:
+            shape = (self.tokens, heads, case.head_dim)
+            return torch.randn(shape, generator=generator, device=device).to(case.dtype)
+
+        tensors = {"dq": normal(case.heads), "dk": normal(case.kv_heads), "dv": normal(case.kv_heads)}
+        self.inputs = calls.leaves_of(tensors, case.direction)
+        self.dout = normal(case.heads)
+        edges = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]
+        self.edges = [int(edge) for edge in edges]
+        self.cu_seqlens = torch.tensor(self.edges, dtype=torch.int32, device=device)
+
+    def step(self, contestant: str) -> Step:
+        """One forward, or one with its backward; padded contestants work on tensors padded beforehand."""
+        call, inputs, dout = varlen_peers.find(contestant)(self)
+        return calls.step_of(call, inputs, dout, self.case.direction)
+
+    def judge(self, contestant: str) -> Judgement | None:
+        """The truth in float64 for the first sequence's first key/value head, with all its query heads."""
+        golden, plain, over = self._truth
+        length, heads = self.case.lengths[0], {"dk": 1, "dv": 1}
+        group = self.case.heads // self.case.kv_heads
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            if contestant.startswith("sdpa-padded"):
+                tensor = tensor[0, :, :length].transpose(0, 1)
+            elif contestant == "flex":
+                tensor = tensor[0].transpose(0, 1)
+            return tensor[:length, : heads.get(name, group)]
+
+        return Judgement(part, golden, plain, over)
+
+    @cached_property
+    def _truth(self) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+        from fastattn import reference
+
+        case, length = self.case, self.case.lengths[0]
+        group = case.heads // case.kv_heads
+        few = {n: t[:length, : group if n == "dq" else 1] for n, t in self.inputs.items()}
+
+        def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            rows = (t.transpose(0, 1)[None] for t in (query, key, value))
+            out = reference.attention(*rows, causal=case.causal)
+            assert isinstance(out, Tensor)
+            return out[0].transpose(0, 1)
+
+        over = f"sequence 0 of {length} tokens, query heads 0..{group - 1}"
+        dout = self.dout[:length, :group]
+        judgement = calls.judge_by(
+            formula, few, dout, case.direction, case.dtype, lambda name, tensor: tensor, over
+        )
+        return dict(judgement.golden), dict(judgement.plain), over
+
+
+def cases_for(device: torch.device) -> list[VarlenCase]:
+    """Every case of a device, the most important first."""
+    return cpu_cases() if device.type == "cpu" else gpu_cases()
+
+
+def cpu_cases() -> list[VarlenCase]:
+    """Mixed lengths as an encoder meets them, and documents as a language model does."""
+    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 64, "peers": ("sdpa-padded", "sdpa-loop")}
+    faster = {"contestant": "fastattn", "against": "sdpa-padded", "speed": 1.2}
+    return [
+        VarlenCase("encoder-8-128", "encoder", 32, 8, 128, direction="forward", target=faster, **sizes),  # type: ignore[arg-type]
+        VarlenCase("encoder-16-512", "encoder", 16, 16, 512, target=faster, **sizes),  # type: ignore[arg-type]
+        VarlenCase("documents-64-1024", "documents", 8, 64, 1024, causal=True, **sizes),  # type: ignore[arg-type]
+        VarlenCase("equal-512", "documents", 8, 512, 512, causal=True, **sizes),  # type: ignore[arg-type]
+    ]
+
+
+def gpu_cases() -> list[VarlenCase]:
+    """About 16k tokens of width 2048 in bfloat16: spread lengths, and equal ones where padding costs nothing."""
+    flex = {"contestant": "fastattn-triton", "against": "flex", "speed": 1.1}
+    cases = []
+    for direction in ("forward", "forward+backward"):
+        for longest, batch in ((512, 64), (2048, 16), (8192, 4)):
+            cases.append(
+                VarlenCase(
+                    f"{direction}-causal-{longest}", "documents", batch, longest // 16, longest, 16, 16, 128,
+                    causal=True, dtype=torch.bfloat16, direction=direction, target=flex,
+                )
+            )  # fmt: skip
+        encoder = (64, 16, 512, 12, 12, 64)
+        cases.append(
+            VarlenCase(f"{direction}-encoder", "encoder", *encoder, dtype=torch.bfloat16, direction=direction)
+        )
+        equal = (8, 2048, 2048, 16, 2, 128)
+        cases.append(
+            VarlenCase(
+                f"{direction}-gqa-equal", "documents", *equal, True, torch.bfloat16, direction=direction
+            )
+        )
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see --help."""
+    return command.main("varlen", SCRIPT, cases_for, {}, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The benches of whole models run every case in its small form and their contestants agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bench_generate
+import bench_train
+import figures
+import pytest
+import torch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", bench_train.cases_for(CPU), ids=lambda case: case.name)
+def test_losses_agree(case: Any) -> None:
+    pytest.importorskip("transformers")
+    workload = case.small().open(CPU)
+    judgement = workload.judge("fastattn")
+    assert (judgement is None) == bool(case.dropout)
+    for contestant in case.contestants(CPU):
+        loss = workload.step(contestant)()["loss"].double()
+        if judgement is not None:
+            torch.testing.assert_close(loss, judgement.golden["loss"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", bench_generate.cases_for(CPU), ids=lambda case: case.name)
+def test_generated_tokens_agree(case: Any) -> None:
+    pytest.importorskip("transformers")
+    workload = case.small().open(CPU)
+    names = [name for name in case.contestants(CPU) if not name.startswith(figures.FLOOR)]
+    ours, *others = (workload.step(name)()["ids"] for name in names)
+    for theirs in others:
+        assert torch.equal(ours, theirs)
+
+
+def test_a_step_updates_the_contestants_own_weights_only() -> None:
+    case = bench_train.TrainCase("x", "train", 1, 24, update=True, peers=()).small()
+    workload = case.open(CPU)
+    before = {name: value.clone() for name, value in workload.pair.model.state_dict().items()}
+    step = workload.step("fastattn")
+    first, second = step()["loss"], step()["loss"]
+    assert first != second
+    for name, value in workload.pair.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_products_count_every_matrix_of_a_block_once() -> None:
+    from gpt_pair import GPTPair, product_weights
+
+    pair = GPTPair("", CPU)
+    width, layers, vocabulary = pair.config.n_embd, pair.config.n_layer, pair.config.vocab_size
+    numbers = sum(weight.numel() for weight in product_weights(pair.model))
+    assert numbers == layers * 12 * width**2 + vocabulary * width
