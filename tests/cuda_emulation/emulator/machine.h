@@ -424,7 +424,7 @@ inline bool Machine::start_cluster() {
       thread->component = rank * launch_.threads + i;
       thread->clock.set(cluster->components - 1, 0);
       thread->clock.set(thread->component, 1);
-      thread->registers = std::min(255, kBlockRegisters / launch_.threads / 8 * 8);
+      thread->registers = std::min(256, kBlockRegisters / launch_.threads / 8 * 8);
       block->free_registers -= thread->registers;
       if (i % kWarp == 0) block->elected.push_back(random_.below(std::min(kWarp, launch_.threads - i)));
       if (i % kWarpgroup == 0) {

@@ -5,7 +5,8 @@
 
 namespace emulator {
 
-constexpr uint32_t kInFlight = 0x7fdeadbe;  // what accumulators hold in flight: a NaN
+// What accumulators hold in flight: a signalling NaN, which spreads when read and changes when computed with.
+constexpr uint32_t kInFlight = 0x7fa5a5a5;
 
 // Calls chunk(address, row, k) for the 16-byte pieces of an operand of `rows` rows (of A, columns of B) and 16 values of
 // K: eight values along K from (row, k), or along the rows where it is transposed.
@@ -74,11 +75,13 @@ inline void execute_until(Warpgroup& group, uint32_t end) {
   }
 }
 
-// Notes the reads of an operand and adds their writers.
-inline void note_operand(Block& block, Multiply& multiply, uint64_t descriptor, bool transposed, int rows, Event read) {
+// Notes the reads of an operand and adds their writers. Each warp reads its own 16 rows of A and all of B.
+inline void note_operand(Block& block, Multiply& multiply, uint64_t descriptor, bool transposed, int rows,
+                         uint32_t first_warp, bool is_a) {
   if (!machine().options_.check) return;
   check_descriptor(descriptor, transposed);
-  for_each_chunk(descriptor, transposed, rows, [&](uint32_t address, int, int) {
+  for_each_chunk(descriptor, transposed, rows, [&](uint32_t address, int row, int) {
+    const Event read{is_a ? first_warp + row / 16 : first_warp | Event::kFourWarps, multiply.group};
     const unsigned char* pointer = shared_pointer(block, address);
     const size_t offset = checked_offset(block, pointer, 16);
     for (Shadow::Cell* cell = block.shadow.begin(offset); cell != block.shadow.end(offset + 16); ++cell) {
@@ -146,9 +149,8 @@ void wgmma(float* acc, int columns, uint64_t a, const uint32_t* a_registers, uin
     multiply->group = commit;
     multiply->to_float = [](uint16_t bits) { return T{bits}.to_float(); };
     const uint32_t first_warp = block.cluster->warp_component(*block.threads[thread.index - member]);
-    const Event read{first_warp | Event::kFourWarps, commit};
-    if (!a_registers) note_operand(block, *multiply, a, a_transposed, 64, read);
-    note_operand(block, *multiply, b, b_transposed, columns, read);
+    if (!a_registers) note_operand(block, *multiply, a, a_transposed, 64, first_warp, true);
+    note_operand(block, *multiply, b, b_transposed, columns, first_warp, false);
     group.multiplies.push_back(multiply);
   }
   Multiply& multiply = *group.multiplies[number - group.dropped];

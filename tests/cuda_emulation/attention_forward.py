@@ -1,0 +1,163 @@
+"""Calls of the emulated Hopper forward, and what the reference makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cuda_emulation.build import Landing, Library
+from fastattn import reference
+from numerics import assert_within_rule
+from torch import Tensor
+
+UNBOUNDED = 1 << 29  # kUnbounded
+ELEMENTS = {torch.float16: "half_t", torch.bfloat16: "bfloat16_t"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: lengths per sequence if it is packed."""
+
+    name: str
+    head_dim: int = 64
+    seqlen_q: int | tuple[int, ...] = 200
+    seqlen_k: int | tuple[int, ...] = 300
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    dtype: torch.dtype = torch.float16
+    options: dict[str, Any] = field(default_factory=dict)  # of reference.attention
+    key_lengths: tuple[int, ...] | None = None
+    leftover: int = 0  # tokens behind the last sequence
+    blocks: int = 2  # of the persistent grid
+    kernel_dim: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.seqlen_q, tuple)
+
+
+@dataclass
+class Inputs:
+    """q, k, v as (B, H, S, D), packed (1, H, T, D), views of (B, S, H, D) memory."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    ends_q: Tensor | None = None  # cu_seqlens
+    ends_k: Tensor | None = None
+    key_lengths: Tensor | None = None
+
+
+def inputs_of(case: Case, spread: float = 1.0) -> Inputs:
+    """Random inputs; what no query may see is NaN."""
+    generator = torch.Generator().manual_seed(1)
+
+    def heads_of(batch: int, rows: int, heads: int, scale: float = 1.0) -> Tensor:
+        memory = torch.randn(batch, rows, heads, case.head_dim, generator=generator) * scale
+        return memory.to(case.dtype).transpose(1, 2)
+
+    def ends(lengths: tuple[int, ...]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    if case.packed:
+        assert isinstance(case.seqlen_q, tuple)
+        assert isinstance(case.seqlen_k, tuple)
+        rows_q, rows_k = sum(case.seqlen_q) + case.leftover, sum(case.seqlen_k) + case.leftover
+        inputs = Inputs(
+            heads_of(1, rows_q, case.heads, spread),
+            heads_of(1, rows_k, case.kv_heads),
+            heads_of(1, rows_k, case.kv_heads),
+            ends(case.seqlen_q),
+            ends(case.seqlen_k),
+        )
+        inputs.key[:, :, sum(case.seqlen_k) :] = torch.nan
+        inputs.value[:, :, sum(case.seqlen_k) :] = torch.nan
+        return inputs
+    assert isinstance(case.seqlen_q, int)
+    assert isinstance(case.seqlen_k, int)
+    inputs = Inputs(
+        heads_of(case.batch, case.seqlen_q, case.heads, spread),
+        heads_of(case.batch, case.seqlen_k, case.kv_heads),
+        heads_of(case.batch, case.seqlen_k, case.kv_heads),
+    )
+    if case.key_lengths is not None:
+        inputs.key_lengths = torch.tensor(case.key_lengths, dtype=torch.int32)
+        for b, length in enumerate(case.key_lengths):
+            inputs.key[b, :, length:] = torch.nan
+            inputs.value[b, :, length:] = torch.nan
+    return inputs
+
+
+def run(
+    emulated: Callable[..., Library],
+    case: Case,
+    inputs: Inputs,
+    *,
+    seed: int = 0,
+    landing: Landing = "random",
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the emulated kernel; both begin as NaN."""
+    out = torch.full_like(inputs.query, torch.nan)
+    batch, heads, rows, head_dim = out.shape
+    lse = torch.full((batch, heads, rows), torch.nan)
+    tensors = (inputs.query, inputs.key, inputs.value, out)
+    strides = torch.tensor([tensor.stride()[:3] for tensor in tensors])
+    left, right = (UNBOUNDED if side is None else side for side in case.options.get("window") or (None, None))
+    causal = case.options.get("causal", False)
+    sequences = batch if inputs.ends_q is None else len(inputs.ends_q) - 1
+    keys = inputs.key.shape[2]
+    sizes = torch.tensor(
+        [
+            sequences, heads, inputs.key.shape[1], rows, keys, rows, keys, head_dim,
+            int(causal == "top_left"), left, 0 if causal else right,
+        ]
+    )  # fmt: skip
+    kernel_dim = case.kernel_dim or next(dim for dim in (64, 128, 256) if dim >= head_dim)
+    library = emulated("attention_fwd.cpp", f"HEAD_DIM={kernel_dim}", f"ELEMENT={ELEMENTS[case.dtype]}")
+    library(
+        "attention_forward", inputs.query, inputs.key, inputs.value, out, lse, strides, sizes, inputs.ends_q,
+        inputs.ends_k, inputs.key_lengths, float(case.options.get("scale") or head_dim**-0.5),
+        float(case.options.get("softcap") or 0.0), case.blocks, seed=seed, landing=landing,
+    )  # fmt: skip
+    return out, lse
+
+
+def wanted(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the reference in `dtype`."""
+    query, key, value = (tensor.to(dtype) for tensor in (inputs.query, inputs.key, inputs.value))
+    if inputs.ends_q is None or inputs.ends_k is None:
+        return reference.attention(
+            query, key, value, key_lengths=inputs.key_lengths, return_lse=True, **case.options
+        )
+    out = torch.zeros_like(query)
+    lse = query.new_full(query.shape[:3], -torch.inf)
+    for b in range(len(inputs.ends_q) - 1):
+        rows, cols = (slice(int(ends[b]), int(ends[b + 1])) for ends in (inputs.ends_q, inputs.ends_k))
+        result = reference.attention(
+            query[:, :, rows], key[:, :, cols], value[:, :, cols], return_lse=True, **case.options
+        )
+        out[:, :, rows], lse[:, :, rows] = result
+    return out, lse
+
+
+def check(
+    emulated: Callable[..., Library],
+    case: Case,
+    *,
+    seed: int = 0,
+    landing: Landing = "random",
+    spread: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Holds the emulated kernel to the error rule."""
+    inputs = inputs_of(case, spread)
+    out, lse = run(emulated, case, inputs, seed=seed, landing=landing)
+    golden, plain = wanted(case, inputs, torch.float64), wanted(case, inputs, case.dtype)
+    assert_within_rule(out, plain[0], golden[0], "out", case.dtype)
+    assert_within_rule(lse, plain[1], golden[1], "lse", case.dtype)
+    return out, lse

@@ -1,0 +1,13 @@
+// A guard of the one device there is.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device) {}
+  ~CUDAGuard() {}
+};
+
+}  // namespace c10::cuda

@@ -1,0 +1,136 @@
+"""The Hopper backward, executed on the CPU, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from numerics import assert_within_rule
+from torch import Tensor
+
+from fastattn import reference
+
+UNBOUNDED = 1 << 29
+ELEMENTS = {torch.float16: "half_t", torch.bfloat16: "bfloat16_t"}
+
+# name: (head_dim, batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, options)
+CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
+    "one tile": (64, 1, 1, 1, 128, 128, {}),
+    "edges of every tile": (64, 1, 1, 1, 129, 193, {}),
+    "one query": (64, 1, 1, 1, 1, 65, {}),
+    "one key": (64, 1, 1, 1, 65, 1, {}),
+    "causal": (64, 2, 1, 1, 200, 200, {"causal": True}),
+    "causal, fewer queries": (64, 1, 1, 1, 70, 260, {"causal": True}),
+    "causal, more queries": (64, 1, 1, 1, 260, 70, {"causal": True}),
+    "causal top left": (64, 1, 1, 1, 70, 260, {"causal": "top_left"}),
+    "window": (64, 1, 1, 1, 300, 280, {"window": (30, 17)}),
+    "window to the left": (64, 1, 1, 1, 300, 300, {"window": (64, 0), "causal": True}),
+    "grouped heads": (64, 2, 4, 2, 100, 150, {"causal": True}),
+    "key lengths": (64, 3, 2, 1, 130, 200, {"key_lengths": [0, 77, 200]}),
+    "key lengths, causal": (64, 2, 1, 1, 130, 200, {"key_lengths": [131, 5], "causal": True}),
+    "softcap": (64, 1, 2, 1, 130, 140, {"softcap": 3.0, "causal": True}),
+    "scale": (64, 1, 1, 1, 65, 66, {"scale": 0.3}),
+    "small head": (40, 1, 2, 2, 130, 130, {"causal": True}),
+    "128": (128, 1, 2, 1, 140, 270, {}),
+    "128, causal": (128, 1, 1, 1, 257, 257, {"causal": True}),
+    "128, softcap": (128, 1, 1, 1, 130, 150, {"softcap": 2.0}),
+    "padded to 128": (72, 1, 1, 1, 65, 130, {"causal": True}),
+    "256": (256, 1, 2, 1, 70, 140, {"causal": True}),
+    "256, softcap": (256, 1, 1, 1, 33, 65, {"softcap": 2.0}),
+    "padded to 256": (136, 1, 1, 1, 65, 33, {}),
+}
+
+
+class Grads(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def emulate(
+    library: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None, *, causal: bool | str = False, window: tuple[int, int] = (-1, -1),
+    key_lengths: Tensor | None = None, cu_seqlens: tuple[Tensor, Tensor] | None = None, softcap: float = 0.0,
+    scale: float | None = None, **schedule: Any,
+) -> Grads:  # fmt: skip
+    """The gradients by the kernels; tensors are (B, H, S, D), or (H, T, D) with cu_seqlens."""
+    packed = cu_seqlens is not None
+    heads = q.shape[-3], k.shape[-3]
+    batch = len(cu_seqlens[0]) - 1 if cu_seqlens else q.shape[0]
+    grads = Grads(*(torch.full_like(x, torch.nan) for x in (q, k, v)))
+    rows = torch.zeros(1, dtype=torch.int64)
+    library("padded_rows", rows, cu_seqlens[0] if cu_seqlens else None, batch, q.shape[-2])
+    scratch = torch.full((2, (1 if packed else batch) * heads[0] * int(rows)), torch.nan)
+    strides = [
+        (0 if packed else x.stride(0), x.stride(-3), x.stride(-2)) for x in (q, k, v, out, dout, *grads)
+    ]
+    left, right = (UNBOUNDED if side < 0 else side for side in window)
+    sizes = torch.tensor(
+        [batch, *heads, q.shape[-2], k.shape[-2], q.shape[-2], k.shape[-2], q.shape[-1], causal == "top_left",
+         left, 0 if causal else right]
+    )  # fmt: skip
+    library(
+        "attention_backward", q, k, v, out, dout, lse, dlse, *grads, scratch[0], scratch[1],
+        torch.tensor(strides), sizes, *(cu_seqlens or (None, None)), key_lengths,
+        float(scale or q.shape[-1] ** -0.5), float(softcap), **schedule,
+    )  # fmt: skip
+    return grads
+
+
+def differentiated(
+    inputs: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Grads]:
+    """(out, lse, gradients) of the formula in the dtype of the inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = reference.attention(*leaves, **options, return_lse=True)
+    results, cotangents = [out], [dout.to(out.dtype)]
+    if dlse is not None:
+        seen = lse.isfinite()
+        results.append(lse.masked_fill(~seen, 0))
+        cotangents.append(dlse.to(lse.dtype).masked_fill(~seen, 0))
+    grads = torch.autograd.grad(results, leaves, cotangents)
+    return out.detach(), lse.detach(), Grads(*grads)
+
+
+def build(emulated: Callable[..., Any], head_dim: int, dtype: torch.dtype) -> Callable[..., None]:
+    padded = next(d for d in (64, 128, 256) if head_dim <= d)
+    return emulated("attention_bwd.cpp", f"HEAD_DIM={padded}", f"ELEMENT={ELEMENTS[dtype]}")
+
+
+def make_inputs(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor, dict[str, Any]]:
+    head_dim, batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, options = CASES[name]
+    torch.manual_seed(len(name))
+    q = torch.randn(batch, num_heads, seqlen_q, head_dim).to(dtype)
+    k, v = (torch.randn(batch, num_kv_heads, seqlen_k, head_dim).to(dtype) for _ in range(2))
+    options = dict(options)
+    if "key_lengths" in options:
+        options["key_lengths"] = torch.tensor(options["key_lengths"], dtype=torch.int32)
+    dlse = torch.randn(batch, num_heads, seqlen_q)
+    return (q, k, v), torch.randn_like(q), dlse, options
+
+
+def check(emulated: Callable[..., Any], name: str, dtype: torch.dtype, with_dlse: bool, **schedule: Any) -> Grads:
+    inputs, dout, dlse, options = make_inputs(name, dtype)
+    cotangent = dlse if with_dlse else None
+    out, lse, golden = differentiated(tuple(x.double() for x in inputs), dout, cotangent, options)
+    _, _, plain = differentiated(inputs, dout, cotangent, options)
+    if "key_lengths" in options:
+        inputs = (inputs[0], *(x.clone() for x in inputs[1:]))
+        for b, length in enumerate(options["key_lengths"].tolist()):
+            for padded in inputs[1:]:
+                padded[b, :, length:] = torch.nan
+    grads = emulate(
+        build(emulated, inputs[0].shape[-1], dtype), *inputs, out.to(dtype), lse.float(), dout, cotangent,
+        **options, **schedule,
+    )  # fmt: skip
+    for label, actual, same, exact in zip(Grads._fields, grads, plain, golden):
+        assert_within_rule(actual, same, exact, f"d{label}")
+    return grads
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(emulated: Callable[..., Any], name: str) -> None:
+    vanishing = CASES[name][5] == 1  # with one key, the gradients of out to q and k are
+    check(emulated, name, torch.float16, with_dlse=vanishing or len(name) % 2 == 0, seed=len(name))
