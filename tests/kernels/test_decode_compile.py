@@ -1,0 +1,43 @@
+"""Kernels on caches compiled ahead of time: decoding spills nothing and copies 16 bytes; one variant serves every size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """The compiler's answers, from a process that doesn't interpret."""
+    script = Path(__file__).parent / "decode_compile.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_decoding_compiles_without_spills(report: dict[str, Any]) -> None:
+    assert len(report["compiled"]) == 5
+    for name, made in report["compiled"].items():
+        assert made["error"] == "", name
+        assert made["registers"] > 0, name
+        assert made["local_ops"] == 0, name
+        assert made["shared"] <= 232448 // 3, name  # three programs to a multiprocessor of Hopper
+        assert made["wide_copies"] or "decode" not in name, name
+
+
+def test_caches_batches_heads_and_splits_share_one_variant(report: dict[str, Any]) -> None:
+    """Capacities of 2, 17, 1000, 1024 and 4096, batches of 1, 2, 3 and 16, as many heads, 2 to 64 splits."""
+    assert len(report["signatures"]) == 9
+    for name, found in report["signatures"].items():
+        assert len(found) == 6, name
+        assert len(set(found)) == 1, name
