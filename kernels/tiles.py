@@ -124,8 +124,8 @@ TABLE: dict[Key, Tiles] = {
     # float32: exact products run on the plain cores, whose operands and results all sit in registers.
     **_rows(
         (80, 86, 90, 100, 120), 32, False,
-        Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
         Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     **_rows(

@@ -9,8 +9,10 @@ from fastattn.kernels.tiles import Tile, Tiles
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 
 
-def launches_of(call: AttentionCall, tiles: Tile | Tiles) -> dict[str, launches.Launch]:
-    """The launches of forward and backward by name: those of the bias, weights and segments where they apply."""
+def launches_of(
+    call: AttentionCall, tiles: Tile | Tiles, packing: launches.Packing | None = None
+) -> dict[str, launches.Launch]:
+    """The launches of forward and backward by name; those of bias, weights and segments where they apply."""
     if isinstance(tiles, Tile):
         tiles = Tiles(tiles, tiles, tiles, tiles)
     query, key, value = call.query, call.key, call.value
@@ -25,11 +27,15 @@ def launches_of(call: AttentionCall, tiles: Tile | Tiles) -> dict[str, launches.
     row_factor = None if call.bias is None else lse
     cotangents = launches.Cotangents(lse, row_factor, lse, out)
     made = {
-        "forward": launches.forward_launch(forward, call, out, lse, blocks, tiles.forward),
+        "forward": launches.forward_launch(forward, call, out, lse, blocks, tiles.forward, packing),
         "delta": launches.delta_launch(backward, out, lse, out, lse, lse),
-        "dkdv": launches.dkdv_launch(backward, call, cotangents, key, value, blocks, tiles.dkdv),
-        "dq": launches.dq_launch(backward, call, cotangents, query, slope_sums, None, blocks, tiles.dq),
+        "dkdv": launches.dkdv_launch(backward, call, cotangents, key, value, blocks, tiles.dkdv, packing),
+        "dq": launches.dq_launch(
+            backward, call, cotangents, query, slope_sums, None, blocks, tiles.dq, packing
+        ),
     }
+    if packing is not None:
+        return made
     weights = torch.empty(*query.shape[:3], key.shape[2], dtype=query.dtype)
     made["weights"] = launches.weights_launch(forward, call, lse, row_factor, weights, False, tiles.dbias)
     if call.bias is not None:

@@ -29,9 +29,10 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120", AMD)
 AMD_SHARED = 65536
 ATTENTION = ("forward", "dkdv", "dq", "dbias", "weights")
 FEATURES = {  # of an attention row: what it is compiled with
-    False: ("plain", "causal", "causal, window, lengths, sinks"),
-    True: ("softcap, alibi", "bias, mask, segments", "dropout", "all"),
+    False: ("plain", "causal", "causal, window, lengths, sinks", "causal, packed"),
+    True: ("softcap, alibi", "bias, mask, segments", "dropout", "all", "softcap, alibi, dropout, packed"),
 }
+PACKED = ("forward", "dkdv", "dq")  # the kernels that packed sequences run on
 ROW_KERNELS = ("softmax_fwd", "softmax_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
 CACHE_KERNELS = ("decode", "cache_append", "combine")
 KERNELS = (*ATTENTION, *CACHE_KERNELS, *ROW_KERNELS)
@@ -84,8 +85,8 @@ def call_with(features: str, head_dim: int, bits: int) -> Any:
     """A small call with the named features."""
     from fastattn.spec import AttentionCall
 
-    length = 16
-    query = torch.empty(2, 2, length, head_dim, dtype=DTYPES[bits])
+    length, batch = 16, 1 if "packed" in features else 2
+    query = torch.empty(batch, 2, length, head_dim, dtype=DTYPES[bits])
     ids = torch.zeros(2, length, dtype=torch.int32)
     groups: dict[str, dict[str, Any]] = {
         "causal": {"causal": "bottom_right"},
@@ -123,6 +124,8 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
         row = tiles_on(arch, key)
         for kernel, features in product(ATTENTION, FEATURES[key.rich]):
             if kernel == "dbias" and "bias" not in features and features != "all":
+                continue
+            if "packed" in features and kernel not in PACKED:
                 continue
             tile = row.dbias if kernel == "weights" else getattr(row, kernel)
             yield Entry(arch, key.bits, key.head_dim, kernel, features, short(tile))
@@ -187,7 +190,11 @@ def tiles_on(arch: str, key: Any) -> Any:
 def _attention_launches(row: Any, bits: int, head_dim: int, features: str) -> dict[str, Any]:
     from attention_launches import launches_of
 
-    return launches_of(call_with(features, head_dim, bits), row)
+    from fastattn.kernels.launches import Packing
+
+    edges = torch.zeros(3, dtype=torch.int32)
+    packing = Packing(edges, edges) if "packed" in features else None
+    return launches_of(call_with(features, head_dim, bits), row, packing)
 
 
 def launch_of(entry: Entry) -> Any:
