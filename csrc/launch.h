@@ -31,4 +31,9 @@ template <class Element, int kHeadDim>
 cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
                                      cudaStream_t stream);
 
+// The gradients whose pointers are not null, of a call with at least one query and one key; dk and dv come together.
+template <class Element, int kHeadDim>
+cudaError_t launch_attention_backward(const AttentionBackwardParams& params, TensorMapEncoder encode,
+                                      cudaStream_t stream);
+
 }  // namespace fastattn

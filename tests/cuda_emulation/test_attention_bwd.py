@@ -111,7 +111,9 @@ def make_inputs(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tens
     return (q, k, v), torch.randn_like(q), dlse, options
 
 
-def check(emulated: Callable[..., Any], name: str, dtype: torch.dtype, with_dlse: bool, **schedule: Any) -> Grads:
+def check(
+    emulated: Callable[..., Any], name: str, dtype: torch.dtype, with_dlse: bool, **schedule: Any
+) -> Grads:
     inputs, dout, dlse, options = make_inputs(name, dtype)
     cotangent = dlse if with_dlse else None
     out, lse, golden = differentiated(tuple(x.double() for x in inputs), dout, cotangent, options)
@@ -134,3 +136,82 @@ def check(emulated: Callable[..., Any], name: str, dtype: torch.dtype, with_dlse
 def test_gradients(emulated: Callable[..., Any], name: str) -> None:
     vanishing = CASES[name][5] == 1  # with one key, the gradients of out to q and k are
     check(emulated, name, torch.float16, with_dlse=vanishing or len(name) % 2 == 0, seed=len(name))
+
+
+@pytest.mark.parametrize("name", ["causal", "128, causal", "256"])
+def test_bfloat16(emulated: Callable[..., Any], name: str) -> None:
+    check(emulated, name, torch.bfloat16, with_dlse=True, seed=1)
+
+
+@pytest.mark.parametrize("landing", ["eager", "lazy", "random"])
+@pytest.mark.parametrize("name", ["grouped heads", "key lengths, causal", "128, causal"])
+def test_no_schedule_changes_a_bit(emulated: Callable[..., Any], name: str, landing: str) -> None:
+    first = check(emulated, name, torch.float16, with_dlse=True, seed=0, landing="random")
+    for seed in range(1, 4):
+        again = check(emulated, name, torch.float16, with_dlse=True, seed=seed, landing=landing, resident=2)
+        for label, a, b in zip(Grads._fields, first, again):
+            assert torch.equal(a, b), f"d{label} under schedule {seed}"
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "options"),
+    [
+        ([5, 130, 1, 64], [5, 130, 1, 64], {"causal": True}),
+        ([0, 129, 3], [7, 200, 0], {}),
+        ([100, 20], [40, 200], {"causal": True, "window": (50, 0), "softcap": 4.0}),
+    ],
+    ids=["causal", "empty sequences", "window and softcap"],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed(
+    emulated: Callable[..., Any],
+    head_dim: int,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    options: dict[str, Any],
+) -> None:
+    """Each sequence as if it were alone, though its neighbours are NaN; what belongs to none gets zero."""
+    dtype, num_heads, num_kv_heads, behind = torch.float16, 2, 1, 9
+    starts_q, starts_k = ([sum(ls[:i]) for i in range(len(ls) + 1)] for ls in (lengths_q, lengths_k))
+    torch.manual_seed(3)
+    q, dout = (torch.randn(num_heads, starts_q[-1] + behind, head_dim).to(dtype) for _ in range(2))
+    k, v = (torch.randn(num_kv_heads, starts_k[-1] + behind, head_dim).to(dtype) for _ in range(2))
+    dlse = torch.randn(q.shape[:2])
+    cu_seqlens = tuple(torch.tensor(starts, dtype=torch.int32) for starts in (starts_q, starts_k))
+    library = build(emulated, head_dim, dtype)
+    for b in range(len(lengths_q)):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        own = tuple(x[None, :, s] for x, s in ((q, rows), (k, keys), (v, keys)))
+        own_dout, own_dlse = dout[None, :, rows], dlse[None, :, rows]
+        out, lse, golden = differentiated(tuple(x.double() for x in own), own_dout, own_dlse, options)
+        _, _, plain = differentiated(own, own_dout, own_dlse, options)
+
+        def among_nan(x: Tensor, own: slice) -> Tensor:
+            alone = torch.full_like(x, torch.nan)
+            alone[:, own] = x[:, own]
+            return alone
+
+        packed_out, packed_lse = torch.zeros_like(q), torch.full_like(dlse, -torch.inf)
+        packed_out[:, rows], packed_lse[:, rows] = out[0].to(dtype), lse[0].float()
+        grads = emulate(
+            library, among_nan(q, rows), among_nan(k, keys), among_nan(v, keys), packed_out, packed_lse,
+            among_nan(dout, rows), dlse, cu_seqlens=cu_seqlens, **options, seed=b,
+        )  # fmt: skip
+        for label, s, actual, same, exact in zip(Grads._fields, (rows, keys, keys), grads, plain, golden):
+            assert_within_rule(actual[:, s], same[0], exact[0], f"d{label}")
+            end = (starts_q if label == "query" else starts_k)[-1]
+            assert actual[:, end:].eq(0).all()
+
+
+def test_heads_between_other_heads(emulated: Callable[..., Any]) -> None:
+    """Strided heads, in the memory order (B, S, H, D)."""
+    dtype = torch.float16
+    q, dout = (torch.randn(1, 70, 3, 72).to(dtype)[:, :, 1:2, :64].transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(1, 90, 3, 72).to(dtype)[:, :, 1:2, :64].transpose(1, 2) for _ in range(2))
+    dlse = torch.randn(1, 1, 70)
+    inputs = (q, k, v)
+    out, lse, golden = differentiated(tuple(x.double() for x in inputs), dout, dlse, {})
+    _, _, plain = differentiated(inputs, dout, dlse, {})
+    grads = emulate(build(emulated, 64, dtype), *inputs, out.to(dtype), lse.float(), dout, dlse, seed=5)
+    for label, actual, same, exact in zip(Grads._fields, grads, plain, golden):
+        assert_within_rule(actual, same, exact, f"d{label}")

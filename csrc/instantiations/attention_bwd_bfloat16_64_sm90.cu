@@ -1,0 +1,7 @@
+#include "kernels/attention_bwd_launch.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_attention_backward<bfloat16_t, 64>(const AttentionBackwardParams&, TensorMapEncoder, cudaStream_t);
+
+}  // namespace fastattn

@@ -1,0 +1,135 @@
+// Describes a call to the copy engine and launches the passes of its backward; for the files of instantiations/.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+
+#include "../attention_tiles.h"
+#include "../device/head_map.h"
+#include "../launch.h"
+#include "attention_bwd_dkdv_sm90.cuh"
+#include "attention_bwd_dq_sm90.cuh"
+
+namespace fastattn {
+
+// Maps of q and dout in boxes of a shape's queries, of k and v in boxes of its keys.
+template <class Shape>
+CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardParams& params, BackwardMaps* maps) {
+  const AttentionParams& p = params.call;
+  constexpr CUtensorMapDataType type = std::is_same_v<typename Shape::Element, half_t>
+                                           ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t batch = p.cu_seqlens_q == nullptr ? p.batch : 1;
+  const auto queries = [&](CUtensorMap* map, const void* data, const Strides& strides) {
+    return encode_head_map(encode, map, type, data, strides, batch, p.num_heads, p.total_q, p.head_dim, Shape::kBlockM);
+  };
+  const auto keys = [&](CUtensorMap* map, const void* data, const Strides& strides) {
+    return encode_head_map(encode, map, type, data, strides, batch, p.num_kv_heads, p.total_k, p.head_dim, Shape::kBlockN);
+  };
+  for (CUresult error : {queries(&maps->q, p.q, p.q_strides), queries(&maps->dout, params.dout, params.dout_strides),
+                         keys(&maps->k, p.k, p.k_strides), keys(&maps->v, p.v, p.v_strides)}) {
+    if (error != CUDA_SUCCESS) return error;
+  }
+  return CUDA_SUCCESS;
+}
+
+// One block of threads for each tile of keys, or of queries.
+template <class Shape>
+TileSchedule key_schedule(const AttentionParams& p) {
+  const bool packed = p.cu_seqlens_k != nullptr;
+  const int64_t planes = packed ? p.num_kv_heads : int64_t{p.batch} * p.num_kv_heads;
+  const int64_t blocks =
+      packed ? packed_blocks<Shape::kBlockN>(p.total_k, p.batch) : (p.total_k + Shape::kBlockN - 1) / Shape::kBlockN;
+  return schedule_tiles(planes, blocks, 1, 4 * p.total_q * p.head_dim * (p.num_heads / p.num_kv_heads));
+}
+
+template <class Shape>
+TileSchedule query_schedule(const AttentionParams& p) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t planes = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
+  const int64_t blocks =
+      packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
+  return schedule_tiles(planes, blocks, p.num_heads / p.num_kv_heads, 4 * p.total_k * p.head_dim);
+}
+
+template <class Element, int kHeadDim, KeyGradients kWanted, bool kSoftcap>
+using KeyGradientsShapeFor =
+    KeyGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, kSoftcap).keys,
+                      key_gradients_tile(kHeadDim, kSoftcap).queries, kWanted, kSoftcap>;
+
+template <class Element, int kHeadDim, bool kSoftcap>
+using QueryGradientShapeFor = QueryGradientShape<Element, kHeadDim, query_gradient_tile(kHeadDim, kSoftcap).queries,
+                                                 query_gradient_tile(kHeadDim, kSoftcap).keys, kSoftcap>;
+
+// Threads per row of the first pass, 8 columns each.
+template <int kHeadDim>
+constexpr int kRowThreads = kHeadDim / 8;
+
+constexpr int kRowPassThreads = 256;
+
+// Blocks of the first pass.
+inline int64_t row_pass_blocks(const AttentionParams& p) {
+  return query_row_blocks(p) * (p.cu_seqlens_q == nullptr ? int64_t{p.batch} : 1) * p.num_heads;
+}
+
+// key_pass(shape, schedule) for each pass over keys and query_pass(shape, schedule) for that over queries, until one of
+// them returns something other than Error{}.
+template <class Error, class Element, int kHeadDim, bool kSoftcap, class KeyPass, class QueryPass>
+Error run_gradient_passes(const AttentionBackwardParams& params, KeyPass key_pass, QueryPass query_pass) {
+  const auto keys = [&](auto shape) { return key_pass(shape, key_schedule<decltype(shape)>(params.call)); };
+  Error error = {};
+  if (params.dk != nullptr) {
+    if constexpr (kHeadDim <= 128) {
+      error = keys(KeyGradientsShapeFor<Element, kHeadDim, KeyGradients::kBoth, kSoftcap>());
+    } else {
+      error = keys(KeyGradientsShapeFor<Element, kHeadDim, KeyGradients::kKeys, kSoftcap>());
+      if (error != Error{}) return error;
+      error = keys(KeyGradientsShapeFor<Element, kHeadDim, KeyGradients::kValues, kSoftcap>());
+    }
+  }
+  if (error != Error{} || params.dq == nullptr) return error;
+  using Shape = QueryGradientShapeFor<Element, kHeadDim, kSoftcap>;
+  return query_pass(Shape(), query_schedule<Shape>(params.call));
+}
+
+#if !defined(FASTATTN_EMULATION)
+
+template <class Shape, class Kernel>
+cudaError_t launch_gradient_pass(Kernel kernel, const AttentionBackwardParams& params, const TileSchedule& schedule,
+                                 TensorMapEncoder encode, cudaStream_t stream) {
+  BackwardMaps maps;
+  if (encode_backward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<schedule.num_tiles, Shape::kThreads, Shape::kSharedBytes, stream>>>(params, maps, schedule);
+  return cudaGetLastError();
+}
+
+template <class Element, int kHeadDim>
+cudaError_t launch_attention_backward(const AttentionBackwardParams& params, TensorMapEncoder encode,
+                                      cudaStream_t stream) {
+  const int64_t row_blocks = row_pass_blocks(params.call);
+  if (row_blocks > int64_t{1} << 30) return cudaErrorInvalidConfiguration;
+  attention_bwd_rows_kernel<Element, kRowThreads<kHeadDim>>
+      <<<static_cast<unsigned>(row_blocks), kRowPassThreads, 0, stream>>>(params);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  const auto key_pass = [&](auto shape, const TileSchedule& schedule) {
+    using Shape = decltype(shape);
+    return launch_gradient_pass<Shape>(attention_bwd_dkdv_kernel<Shape>, params, schedule, encode, stream);
+  };
+  const auto query_pass = [&](auto shape, const TileSchedule& schedule) {
+    using Shape = decltype(shape);
+    return launch_gradient_pass<Shape>(attention_bwd_dq_kernel<Shape>, params, schedule, encode, stream);
+  };
+  return params.call.softcap != 0.0f
+             ? run_gradient_passes<cudaError_t, Element, kHeadDim, true>(params, key_pass, query_pass)
+             : run_gradient_passes<cudaError_t, Element, kHeadDim, false>(params, key_pass, query_pass);
+}
+
+#endif  // nvcc
+
+}  // namespace fastattn
