@@ -28,10 +28,14 @@ from compile_inspect import AMD, Report, compile_launch
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", AMD)
 AMD_SHARED = 65536
 ATTENTION = ("forward", "dkdv", "dq", "dbias", "weights")
-FEATURES = {  # of an attention row: what it is compiled with
+FEATURES = {  # of an attention row: what it is compiled with, by whether something changes its scores
     False: ("plain", "causal", "causal, window, lengths, sinks", "causal, packed"),
     True: ("softcap, alibi", "bias, mask, segments", "dropout", "all", "softcap, alibi, dropout, packed"),
 }
+EVERY_FEATURE = ("80", "90")  # architectures whose rows are compiled with all of those; the others with
+FEWER = {False: ("plain", "causal"), True: ("all",)}
+CACHE_ARCHITECTURES = ("80", "86", "90", "100", "120")  # one of each family of tiles
+ROW_ARCHITECTURES = ("80", "90", "120")  # their tiles are the same everywhere
 PACKED = ("forward", "dkdv", "dq")  # the kernels that packed sequences run on
 ROW_KERNELS = ("softmax_fwd", "softmax_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
 CACHE_KERNELS = ("decode", "cache_append", "combine")
@@ -111,8 +115,10 @@ def entries(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Entry]:
     """Every kernel of every row of some architectures, with each of the feature sets the row serves."""
     for arch in architectures:
         yield from _attention_entries(arch)
-        yield from _cache_entries(arch)
-        yield from _row_entries(arch)
+        if arch in CACHE_ARCHITECTURES:
+            yield from _cache_entries(arch)
+        if arch in ROW_ARCHITECTURES:
+            yield from _row_entries(arch)
 
 
 def _attention_entries(arch: str) -> Iterator[Entry]:
@@ -122,10 +128,13 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
         if key.family != family(arch):
             continue
         row = tiles_on(arch, key)
-        for kernel, features in product(ATTENTION, FEATURES[key.rich]):
+        chosen = FEATURES if arch in EVERY_FEATURE else FEWER
+        for kernel, features in product(ATTENTION, chosen[key.rich]):
             if kernel == "dbias" and "bias" not in features and features != "all":
                 continue
             if "packed" in features and kernel not in PACKED:
+                continue
+            if kernel == "weights" and features not in ("plain", "all"):
                 continue
             tile = row.dbias if kernel == "weights" else getattr(row, kernel)
             yield Entry(arch, key.bits, key.head_dim, kernel, features, short(tile))
@@ -146,8 +155,6 @@ def _cache_entries(arch: str) -> Iterator[Entry]:
 def _cache_launches(arch: str, bits: int, head_dim: int, features: str) -> dict[str, Any]:
     import decode_compile
 
-    if arch == AMD:
-        return decode_compile.launches(family(arch), bits, head_dim, features, num_stages=1)
     return decode_compile.launches(int(arch), bits, head_dim, features)
 
 

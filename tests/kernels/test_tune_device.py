@@ -1,4 +1,4 @@
-"""Tuning's own check of a tile, run as kernels run here: every kernel and feature is right, and a wrong one is found."""
+"""Tuning's own check of a tile, run as kernels run here: each kernel and feature is right, a wrong one is found."""
 
 from __future__ import annotations
 
