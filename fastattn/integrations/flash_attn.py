@@ -120,8 +120,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -139,7 +139,8 @@ def flash_attn_varlen_func(
     Args:
         q: (T, H, D), the sequences' tokens one after another; k, v: (Tk, Hkv, D) and (Tk, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each sequence starts, and the end of the last.
-        max_seqlen_q, max_seqlen_k: the longest lengths, or None to have them read from cu_seqlens.
+        max_seqlen_q, max_seqlen_k: the longest lengths, numbers or tensors of one element (which costs a
+            synchronisation), or None to have them read from cu_seqlens.
         block_table: refused; paged keys go to `flash_attn_with_kvcache`.
         dropout_p ... s_aux: as in `flash_attn_func`, but there is no softmax to return under dropout.
 
@@ -151,8 +152,8 @@ def flash_attn_varlen_func(
     if return_attn_probs and dropout_p:
         raise ValueError("return_attn_probs: packed sequences have no softmax to return under dropout")
     out, lse = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=dropout_p, sinks=s_aux,
-        return_lse=True, **_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, _length(max_seqlen_q), _length(max_seqlen_k), dropout_p=dropout_p,
+        sinks=s_aux, return_lse=True, **_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 
@@ -160,7 +161,7 @@ def flash_attn_varlen_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int | None,
+    max_seqlen: int | Tensor | None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -183,8 +184,8 @@ def flash_attn_varlen_kvpacked_func(
     kv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -222,6 +223,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries to a cache, after writing new keys and values into it. No gradients.
 
@@ -266,7 +269,7 @@ def flash_attn_with_kvcache(
     out = attention_kv_cache(
         query, keys, values, cache_seqlens, key=new_key, value=new_value, block_table=block_table,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
-        num_splits=num_splits or None, return_lse=return_softmax_lse,
+        num_splits=num_splits or None, return_lse=return_softmax_lse, sinks=s_aux,
         **_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
     )  # fmt: skip
     if isinstance(out, tuple):
@@ -304,13 +307,21 @@ def unpad_input(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """The inverse of `unpad_input`: (T, ...) tokens at their indices of a zero (batch, seqlen, ...)."""
-    padded = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
-    return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """input[indices]."""
     return input.index_select(0, indices)
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """A zero (first_axis_dim, ...) with result[indices] = values."""
+    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+
+
+def _length(length: int | Tensor | None) -> int | None:
+    return int(length) if isinstance(length, Tensor) and length.numel() == 1 else cast("int | None", length)
 
 
 def _heads_first(name: str, tensor: Tensor, rank: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import fields
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -21,10 +23,10 @@ class sdpa_override(ContextDecorator):
     """While entered, `torch.nn.functional.scaled_dot_product_attention` is fastattn's, whoever calls it.
 
     A context manager and a decorator; re-entrant, and what was there before is back after an exception, too. It
-    exchanges the attribute for the whole process, all threads included. Reached: every call that looks the function up
-    in `torch.nn.functional`, so models written in plain torch, timm, diffusers, transformers' "sdpa", and
-    `nn.MultiheadAttention` and the encoder layers wherever they call it (training, or without their inference fast
-    path, and with need_weights=False). Not reached: `from torch.nn.functional import scaled_dot_product_attention`
+    exchanges the attribute for the whole process, all threads included, until the last one has left. Reached: every
+    call that looks the function up in `torch.nn.functional`, so models written in plain torch, timm, diffusers,
+    transformers' "sdpa", and `nn.MultiheadAttention` and the encoder layers wherever they call it (training, or
+    without their inference fast path, and with need_weights=False). Not reached: `from torch.nn.functional import scaled_dot_product_attention`
     done before, calls of `torch.ops.aten`, TorchScript, and the inference fast path of torch's encoder layers
     (`swap_attention` reaches that). Compiled code follows into the context and out again, except for calls inside
     `nn.MultiheadAttention`: they stay what they were when compiled.
@@ -39,38 +41,54 @@ class sdpa_override(ContextDecorator):
     def __init__(self, backend: str = "auto") -> None:
         arguments.check_backend(backend)
         self.backend = backend
-        self._previous: list[Any] = []
+        self._mine: list[Any] = []
 
     def __enter__(self) -> sdpa_override:
-        previous, backend = F.scaled_dot_product_attention, self.backend
-
-        def override(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-        ) -> Tensor:
-            if (reason := _why_torchs(query, key, value)) is not None:
-                warn_once(f"sdpa_override leaves this call to torch: {reason}")
-                return previous(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
-            )
-
-        self._previous.append(previous)
-        F.scaled_dot_product_attention = override
+        with _lock:
+            if not _entered:
+                _before.append(F.scaled_dot_product_attention)
+            function = _override(F.scaled_dot_product_attention, self.backend)
+            _entered.append(function)
+            self._mine.append(function)
+            F.scaled_dot_product_attention = function
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        F.scaled_dot_product_attention = self._previous.pop()
+        with _lock:  # threads may leave in another order than they entered
+            _entered.remove(self._mine.pop())
+            F.scaled_dot_product_attention = _entered[-1] if _entered else _before.pop()
+
+
+_lock = Lock()
+_entered: list[Any] = []  # what contexts put in the place of torch's function, the latest last
+_before: list[Any] = []  # what was there before the first of them
+
+
+def _override(previous: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """torch's function on a backend of fastattn; what fastattn refuses goes to `previous`."""
+
+    def scaled_dot_product_attention_by_fastattn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if (reason := _why_torchs(query, key, value)) is not None:
+            warn_once(f"sdpa_override leaves this call to torch: {reason}")
+            return previous(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
+        )
+
+    return scaled_dot_product_attention_by_fastattn
 
 
 def _why_torchs(query: Tensor, key: Tensor, value: Tensor) -> str | None:

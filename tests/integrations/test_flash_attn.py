@@ -30,6 +30,7 @@ SIGNATURES = {
     ],
     "unpad_input": ["hidden_states", "attention_mask", "unused_mask"],
     "pad_input": ["hidden_states", "indices", "batch", "seqlen"],
+    "index_put_first_axis": ["values", "indices", "first_axis_dim"],
 }  # fmt: skip
 DEFAULTS = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
@@ -169,6 +170,9 @@ def test_sinks():
     packing = (ends([SQ, SQ]), ends([SK, SK]), SQ, SK)
     out = fa.flash_attn_varlen_func(*(t.flatten(0, 1) for t in (q, k, v)), *packing, s_aux=sinks)
     torch.testing.assert_close(out.unflatten(0, (B, SQ)), expected_of(q, k, v, sinks=sinks))
+    with torch.no_grad():
+        out = fa.flash_attn_with_kvcache(q, k.clone(), v.clone(), s_aux=sinks)
+        torch.testing.assert_close(out, expected_of(q, k, v, sinks=sinks))
 
 
 def cache(places=12):
@@ -252,6 +256,8 @@ def test_unpad_and_pad():
     assert used.tolist() == [3, 3, 0]
     back = fa.pad_input(tokens, indices, 3, 5)
     assert torch.equal(back, x * mask[..., None, None])
+    assert torch.equal(fa.index_first_axis(x.flatten(0, 1), indices), tokens)
+    assert torch.equal(fa.index_put_first_axis(tokens, indices, 15), back.flatten(0, 1))
     (grad,) = torch.autograd.grad(back.sum(), x)
     assert torch.equal(grad, torch.ones_like(x) * mask[..., None, None])
     more = fa.unpad_input(x, mask.bool(), torch.tensor([[0, 0, 0, 1, 1]] * 3))

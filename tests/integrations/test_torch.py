@@ -90,6 +90,41 @@ def test_all_threads_see_it(calls):
     assert calls == ["auto"]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_may_leave_in_any_order(calls, shared):
+    """The first to enter leaves first: the other still runs on its backend, and nothing stays behind."""
+    first = fastattn.sdpa_override("torch")
+    second = first if shared else fastattn.sdpa_override()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with first:
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(10)
+    with second:
+        leave.set()
+        thread.join()
+        F.scaled_dot_product_attention(*qkv())
+    assert F.scaled_dot_product_attention is ORIGINAL
+    assert calls == ["torch" if shared else "auto"]
+
+
+def test_entering_again_compiles_nothing_again():
+    graphs = []
+    torch._dynamo.reset()
+    model = torch.compile(Calls(), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    x = torch.randn(2, 6, 16)
+    for _ in range(4):
+        with fastattn.sdpa_override():
+            model(x)
+        model(x)
+    assert len(graphs) == 2
+
+
 def test_a_named_backend_that_cannot_says_why(monkeypatch):
     from fastattn.backends import triton
 
