@@ -8,6 +8,10 @@
 namespace fastattn {
 
 inline void check_cuda(const char* name, const at::Tensor& tensor) {
+#if defined(FASTATTN_EMULATION)
+  TORCH_CHECK_VALUE(tensor.is_cpu(), name, ": the emulation has the CPU's memory");
+  return;
+#endif
   TORCH_CHECK_VALUE(tensor.is_cuda(), name, ": got device ", tensor.device(), ", needs a CUDA device");
 }
 

@@ -182,18 +182,37 @@ FASTATTN_DEVICE Index vectors_of(Index columns, int shift, int width) {
   return (columns + shift + width - 1) / width;
 }
 
-// As many T as V elements take, in 16-byte pieces.
+// V elements of a row, packed into registers.
 template <class T, int V>
 struct Packed {
-  static constexpr int kPieces = V * static_cast<int>(sizeof(T)) / kVectorBytes;
-  static_assert(V * sizeof(T) % kVectorBytes == 0);
-  uint4 pieces[kPieces];
+  static constexpr int kBytes = V * static_cast<int>(sizeof(T));
+  static constexpr int kPieces = kBytes / kVectorBytes;  // that move at once
+  static_assert(kBytes % kVectorBytes == 0 && (sizeof(T) == 2 || sizeof(T) == 4));
+  uint32_t words[kBytes / 4];
 
-  FASTATTN_DEVICE float value(int i) const {
-    T values[V];
-    memcpy(values, pieces, sizeof(pieces));
-    return to_float(values[i]);
+  FASTATTN_DEVICE T get(int i) const {
+    T value;
+    if constexpr (sizeof(T) == 4) {
+      memcpy(&value, &words[i], sizeof(T));
+    } else {
+      const uint16_t half = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
+      memcpy(&value, &half, sizeof(T));
+    }
+    return value;
   }
+
+  // Elements are set in order.
+  FASTATTN_DEVICE void set(int i, T value) {
+    if constexpr (sizeof(T) == 4) {
+      memcpy(&words[i], &value, sizeof(T));
+    } else {
+      uint16_t half;
+      memcpy(&half, &value, sizeof(T));
+      words[i / 2] = i % 2 == 0 ? half : words[i / 2] | static_cast<uint32_t>(half) << 16;
+    }
+  }
+
+  FASTATTN_DEVICE float value(int i) const { return to_float(get(i)); }
 };
 
 // Reads elements first .. first + V - 1 of a row of `columns`; what lies outside is `other`. `aligned`: that address is
@@ -202,45 +221,45 @@ template <bool ReadOnly, int V, class T, class Index>
 FASTATTN_DEVICE Packed<T, V> load_vector(const T* row, Index first, Index columns, bool aligned, float other) {
   Packed<T, V> packed;
   if (aligned && first >= 0 && first + V <= columns) {
-    const T* const source = row + first;
 #pragma unroll
     for (int piece = 0; piece < Packed<T, V>::kPieces; ++piece) {
-      const void* const address = source + piece * kVector<T>;
-      packed.pieces[piece] = ReadOnly ? ld_global_16(address) : *static_cast<const uint4*>(address);
+      const void* const address = row + first + piece * kVector<T>;
+      const uint4 four = ReadOnly ? ld_global_16(address) : *static_cast<const uint4*>(address);
+      packed.words[4 * piece] = four.x;
+      packed.words[4 * piece + 1] = four.y;
+      packed.words[4 * piece + 2] = four.z;
+      packed.words[4 * piece + 3] = four.w;
     }
     return packed;
   }
-  T values[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const bool inside = first + i >= 0 && first + i < columns;
-    values[i] = inside ? row[first + i] : from_float<T>(other);
+    packed.set(i, inside ? row[first + i] : from_float<T>(other));
   }
-  memcpy(packed.pieces, values, sizeof(values));
   return packed;
 }
 
 // Writes the elements that lie inside the row.
 template <int V, class T, class Index>
 FASTATTN_DEVICE void store_vector(T* row, Index first, Index columns, bool aligned, const float (&values)[V]) {
-  T rounded[V];
+  Packed<T, V> packed;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    rounded[i] = from_float<T>(values[i]);
+    packed.set(i, from_float<T>(values[i]));
   }
   if (aligned && first >= 0 && first + V <= columns) {
-    Packed<T, V> packed;
-    memcpy(packed.pieces, rounded, sizeof(rounded));
 #pragma unroll
     for (int piece = 0; piece < Packed<T, V>::kPieces; ++piece) {
-      st_global_16(row + first + piece * kVector<T>, packed.pieces[piece]);
+      const uint32_t* const word = packed.words + 4 * piece;
+      st_global_16(row + first + piece * kVector<T>, make_uint4(word[0], word[1], word[2], word[3]));
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     if (first + i >= 0 && first + i < columns) {
-      row[first + i] = rounded[i];
+      row[first + i] = packed.get(i);
     }
   }
 }

@@ -112,7 +112,7 @@ struct ForwardRow {
     if (kept.template meets<kV>(first)) {
       return load_vector<true, kV>(x, first, columns, true, 0.0f);
     }
-    return Packed<In, kV>{};
+    return {};
   }
 
   // One bit per element from `first` on: whether it is kept.
@@ -222,7 +222,6 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   const float factor = p.log ? 1.0f : 1.0f / sum;
   const float offset = p.log ? logf(sum) : 0.0f;
   const int64_t steps = (vectors + mine.threads - 1) / mine.threads;
-#pragma unroll 2
   for (int64_t step = steps - 1; step >= 0; --step) {
     const int64_t first = row.first_of(step * mine.threads + mine.thread);
     row.scores(p, row.load(first), row.keep(p, first), scores);

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,11 +49,16 @@ def build(folder: Path) -> EmulatedExtension:
     path = folder / f"{NAME}-{digest}.so"
     libraries = Path(torch.__file__).parent / "lib"
     names = ("c10", "torch_cpu", "torch", "torch_python")
-    _once(path, ["g++", "-shared", *map(str, objects), f"-L{libraries}", *(f"-l{name}" for name in names)])
+    _once(path, ["g++", "-shared", "-Wl,-z,lazy", *map(str, objects), f"-L{libraries}", *(f"-l{name}" for name in names)])
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)  # ops whose launches are not emulated are missed only if they are called
+    try:
+        module = importlib.util.module_from_spec(spec)
+    finally:
+        sys.setdlopenflags(flags)
     spec.loader.exec_module(module)
     return EmulatedExtension(module, path)
 
@@ -61,7 +67,7 @@ def _compile(source: Path, folder: Path) -> Path:
     include = Path(torch.__file__).parent / "include"
     system = (include, include / "torch/csrc/api/include", sysconfig.get_path("include"), cuda_include())
     flags = [flag for flag in FLAGS if flag != "-shared"]
-    flags += [f"-DTORCH_EXTENSION_NAME={NAME}", "-DFASTATTN_SM90=1", "-fvisibility=hidden"]
+    flags += [f"-DTORCH_EXTENSION_NAME={NAME}", "-DFASTATTN_SM90=1", "-Wno-attributes"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     own = (HERE / "stubs", ROOT / "csrc", HERE, ROOT)
     paths = [*(f"-I{path}" for path in own), *(f"-isystem{path}" for path in system)]
