@@ -21,8 +21,26 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const
                                                   const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left,
                                                   int64_t window_right, double softcap, double scale);
 
+// (dq, dk, dv) of (B, H, S, D) tensors, given the forward's out and lse and their gradients; dq only with query_grad,
+// dk and dv only with key_grads.
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> attention_backward(
+    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& dlse,
+    const std::optional<at::Tensor>& key_lengths, bool top_left, int64_t window_left, int64_t window_right,
+    double softcap, double scale, bool query_grad, bool key_grads);
+
+// The same of packed sequences.
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> varlen_backward(
+    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& dlse,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left,
+    int64_t window_right, double softcap, double scale, bool query_grad, bool key_grads);
+
 // (queries, keys) of the forward's tiles.
 std::tuple<int, int> attention_forward_tile(int64_t head_dim, bool windowed, bool softcap);
+
+// (queries, keys) of the tiles of the pass over keys, then of that over queries.
+std::tuple<int, int, int, int> attention_backward_tiles(int64_t head_dim, bool softcap);
 
 at::Tensor softmax_forward(const at::Tensor& x, const std::optional<at::Tensor>& mask, int64_t dim, double scale,
                            bool causal, bool log, at::ScalarType dtype);

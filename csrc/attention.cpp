@@ -17,23 +17,23 @@
 namespace fastattn {
 namespace {
 
-// An uninitialised dense tensor of the query's shape whose outer dimensions lie in memory in the order of the query's.
-at::Tensor empty_like_query(const at::Tensor& query) {
-  std::vector<int64_t> order(query.dim());
+// An uninitialised dense tensor of a tensor's shape whose outer dimensions lie in memory in the order of its own.
+at::Tensor empty_like(const at::Tensor& tensor) {
+  std::vector<int64_t> order(tensor.dim());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end() - 1,
-                   [&](int64_t a, int64_t b) { return query.stride(a) > query.stride(b); });
+                   [&](int64_t a, int64_t b) { return tensor.stride(a) > tensor.stride(b); });
   std::vector<int64_t> sizes, place(order.size());
   for (size_t i = 0; i < order.size(); ++i) {
-    sizes.push_back(query.size(order[i]));
+    sizes.push_back(tensor.size(order[i]));
     place[order[i]] = static_cast<int64_t>(i);
   }
-  return at::empty(sizes, query.options()).permute(place);
+  return at::empty(sizes, tensor.options()).permute(place);
 }
 
 std::tuple<at::Tensor, at::Tensor> run_forward(AttentionParams params, const at::Tensor& query, at::IntArrayRef lse_shape) {
   const c10::cuda::CUDAGuard guard(query.device());
-  at::Tensor out = empty_like_query(query);
+  at::Tensor out = empty_like(query);
   at::Tensor lse = at::empty(lse_shape, query.options().dtype(at::kFloat));
   if (lse.numel() == 0) return {out, lse};
   if (params.total_k == 0) return {out.zero_(), lse.fill_(-std::numeric_limits<float>::infinity())};
@@ -49,6 +49,71 @@ std::tuple<at::Tensor, at::Tensor> run_forward(AttentionParams params, const at:
                      params, tensor_map_encoder(), multiprocessors, stream);
                }));
   return {out, lse};
+#else
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "the extension is built without 9.0a, which the attention kernels need");
+#endif
+}
+
+using Gradients = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+
+Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, const at::Tensor& query,
+                       const at::Tensor& key, const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
+                       const std::optional<at::Tensor>& dlse, at::IntArrayRef lse_shape, bool query_grad,
+                       bool key_grads) {
+  AttentionBackwardParams params = {};
+  params.call = call;
+  check_heads("dout", dout, query);
+  check_heads("out", out, query);
+  check_shape("dout", dout, query.sizes());
+  check_shape("out", out, query.sizes());
+  const auto check_row_values = [&](const char* name, const at::Tensor& tensor) {
+    check_dtype(name, tensor, at::kFloat);
+    check_same_device(name, tensor, query);
+    check_shape(name, tensor, lse_shape);
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": needs to be contiguous");
+  };
+  check_row_values("lse", lse);
+  if (dlse.has_value()) check_row_values("dlse", *dlse);
+
+  const c10::cuda::CUDAGuard guard(query.device());
+  Gradients gradients;
+  auto& [dq, dk, dv] = gradients;
+  const auto allocate = [](std::optional<at::Tensor>& gradient, const at::Tensor& tensor, void*& data, Strides& strides) {
+    gradient = empty_like(tensor);
+    data = gradient->mutable_data_ptr();
+    strides = head_strides(*gradient);
+  };
+  if (query_grad) allocate(dq, query, params.dq, params.dq_strides);
+  if (key_grads) {
+    allocate(dk, key, params.dk, params.dk_strides);
+    allocate(dv, value, params.dv, params.dv_strides);
+  }
+  if (query.numel() == 0 || key.numel() == 0) {
+    for (auto* gradient : {&dq, &dk, &dv}) {
+      if (gradient->has_value()) (*gradient)->zero_();
+    }
+    return gradients;
+  }
+
+  params.dout = dout.const_data_ptr();
+  params.dout_strides = head_strides(dout);
+  params.call.out = const_cast<void*>(out.const_data_ptr());
+  params.call.out_strides = head_strides(out);
+  params.call.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  params.call.lse_strides = {call.num_heads * call.total_q, call.total_q, 1};
+  params.dlse = dlse.has_value() ? dlse->const_data_ptr<float>() : nullptr;
+  const int64_t planes = call.cu_seqlens_q == nullptr ? int64_t{call.batch} * call.num_heads : call.num_heads;
+  const at::Tensor rows = at::empty({2, planes, query_row_blocks(call) * kRowBlock}, lse.options());
+  params.lse_log2 = rows.mutable_data_ptr<float>();
+  params.delta = params.lse_log2 + rows.stride(0);
+#if FASTATTN_SM90
+  hopper_multiprocessors();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+  check_launch("attention_backward", dispatch_attention(query.scalar_type(), call.head_dim, [&](auto tag, auto head_dim) {
+                 return launch_attention_backward<typename decltype(tag)::type, decltype(head_dim)::value>(
+                     params, tensor_map_encoder(), stream);
+               }));
+  return gradients;
 #else
   TORCH_CHECK_NOT_IMPLEMENTED(false, "the extension is built without 9.0a, which the attention kernels need");
 #endif
@@ -73,6 +138,33 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const
   const AttentionParams params = packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k,
                                              {top_left, window_left, window_right, softcap, scale});
   return run_forward(params, query, {query.size(1), query.size(0)});
+}
+
+Gradients attention_backward(const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key,
+                             const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
+                             const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& key_lengths,
+                             bool top_left, int64_t window_left, int64_t window_right, double softcap, double scale,
+                             bool query_grad, bool key_grads) {
+  const AttentionParams call =
+      dense_call(query, key, value, key_lengths, {top_left, window_left, window_right, softcap, scale});
+  return run_backward(call, dout, query, key, value, out, lse, dlse, query.sizes().slice(0, 3), query_grad, key_grads);
+}
+
+Gradients varlen_backward(const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key,
+                          const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
+                          const std::optional<at::Tensor>& dlse, const at::Tensor& cu_seqlens_q,
+                          const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left, int64_t window_right,
+                          double softcap, double scale, bool query_grad, bool key_grads) {
+  const AttentionParams call = packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k,
+                                           {top_left, window_left, window_right, softcap, scale});
+  return run_backward(call, dout, query, key, value, out, lse, dlse, {query.size(1), query.size(0)}, query_grad, key_grads);
+}
+
+std::tuple<int, int, int, int> attention_backward_tiles(int64_t head_dim, bool softcap) {
+  const int padded = padded_head_dim(static_cast<int>(head_dim));
+  const TileSize keys = key_gradients_tile(padded, softcap);
+  const TileSize queries = query_gradient_tile(padded, softcap);
+  return {keys.queries, keys.keys, queries.queries, queries.keys};
 }
 
 std::tuple<int, int> attention_forward_tile(int64_t head_dim, bool windowed, bool softcap) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "device/config.cuh"
+
 namespace fastattn {
 
 // Element (b, h, s, d) of a tensor lies b * batch + h * head + s * row + d elements from its first.
@@ -50,6 +52,22 @@ struct AttentionParams {
   float scale;       // positive: score = scale * q.k
   float softcap;     // then softcap * tanh(score / softcap); 0 for none
 };
+
+// Blocks of packed rows are counted so that no length need be known ahead: sequence b begins with block
+// cu_seqlens[b] / kBlock + b, and has as many to itself as it can need, some of them maybe empty.
+template <int kBlock>
+FASTATTN_HOST_DEVICE constexpr int64_t packed_blocks(int64_t rows, int64_t sequences) {
+  return rows / kBlock + sequences + 1;  // the leftover rows are one more sequence
+}
+
+// Rows of lse_log2 and delta are kept in blocks of one sequence.
+constexpr int kRowBlock = 128;
+
+// Blocks of rows of a head, those of all packed sequences together.
+FASTATTN_HOST_DEVICE int query_row_blocks(const AttentionParams& call) {
+  if (call.cu_seqlens_q != nullptr) return static_cast<int>(packed_blocks<kRowBlock>(call.total_q, call.batch));
+  return (call.seqlen_q + kRowBlock - 1) / kRowBlock;
+}
 
 // What the backward needs beside the call. Gradients have the shapes of what they are the gradients of.
 struct AttentionBackwardParams {

@@ -12,14 +12,6 @@
 
 namespace fastattn {
 
-constexpr int kRowBlock = 128;
-
-// Blocks of rows of a head, those of all packed sequences together.
-FASTATTN_HOST_DEVICE int query_row_blocks(const AttentionParams& call) {
-  if (call.cu_seqlens_q != nullptr) return static_cast<int>(packed_blocks<kRowBlock>(call.total_q, call.batch));
-  return (call.seqlen_q + kRowBlock - 1) / kRowBlock;
-}
-
 // Where row 0 of a head of a sequence lies in lse_log2 and delta, which have query_row_blocks blocks per head.
 FASTATTN_DEVICE int64_t padded_row(const AttentionParams& call, const Sequence& sequence, int head) {
   const int64_t head_rows = int64_t{query_row_blocks(call)} * kRowBlock;

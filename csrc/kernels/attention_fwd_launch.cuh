@@ -1,14 +1,15 @@
 // Describes a call to the copy engine and launches its forward kernel; for the files of instantiations/.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <type_traits>
 
 #include "../attention_tiles.h"
 #include "../device/head_map.h"
-#include "../launch.h"
 #include "attention_fwd_sm90.cuh"
+
+#if !defined(FASTATTN_EMULATION)
+#include "../launch.h"
+#endif
 
 namespace fastattn {
 

@@ -32,13 +32,6 @@ FASTATTN_DEVICE Sequence sequence_of(const AttentionParams& params, int b) {
           {num_queries, num_keys, shift, params.window_left, params.window_right}};
 }
 
-// Blocks of packed rows are counted so that no length need be known ahead: sequence b begins with block
-// cu_seqlens[b] / kBlock + b, and has as many to itself as it can need, some of them maybe empty.
-template <int kBlock>
-FASTATTN_HOST_DEVICE constexpr int64_t packed_blocks(int64_t rows, int64_t sequences) {
-  return rows / kBlock + sequences + 1;  // the leftover rows are one more sequence
-}
-
 struct PackedBlock {
   int sequence;
   int block;  // within the sequence, which may end before it
