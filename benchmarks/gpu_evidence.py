@@ -147,7 +147,7 @@ FUSED = "fastattn|sdpa|flash_attn"  # all but FlexAttention, which compiles half
 AND_FLEX = "fastattn|sdpa-cudnn|sdpa-flash|sdpa-efficient|flex"
 SECTIONS = (
     Section("install", 60, _install),
-    Section("correctness", 80, _checks("random", "cudnn-trap", seconds=40)),
+    Section("correctness", 120, _checks("random", "kv-cache", "cudnn-trap", seconds=40)),
     Section("forward", 110, _bench("^forward-", "^forward-causal-d(64|128)-s512$", FUSED, 0.6)),
     Section("backward", 130, _bench("^backward-", "^backward-causal-d(64|128)-s512$", FUSED, 0.6)),
     Section("gpu-tests", 120, _tests("-m", "gpu", "tests")),
