@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import DEVICE
+from softmax_cases import CASES, DTYPES, call_of, inputs, reference
 from torch import Tensor
 
-from fastattn import reference_losses
 from fastattn.backends import triton_softmax as backend
 from fastattn.kernels import row_tiles
 from fastattn.kernels.row_tiles import RowTile, loss_tile_for, row_tile_for
@@ -23,28 +23,12 @@ from fastattn.kernels.softmax_launches import Rows
 from fastattn.spec import SoftmaxCall, SoftmaxSpec
 from numerics import assert_within_rule
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILES = {"the spec's": None, "in chunks": RowTile(2, 8, 1, whole=False)}
-CASES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
-    "plain": ((3, 7, 21), -1, {}),
-    "log, scale": ((3, 7, 21), -1, {"log": True, "scale": 2.5}),
-    "causal": ((2, 9, 13), -1, {"causal": True}),
-    "causal, more rows than columns": ((2, 13, 9), -1, {"causal": True, "log": True}),
-    "causal over rows": ((2, 9, 13), -2, {"causal": True}),
-    "causal over neither": ((4, 5, 6), 0, {"causal": True, "mask": (5, 6)}),
-    "mask": ((2, 3, 5, 17), -1, {"mask": (2, 1, 1, 17), "scale": -0.5}),
-    "mask, causal, log": ((2, 3, 9, 9), -1, {"mask": (3, 1, 9), "causal": True, "log": True}),
-    "first dim": ((11, 6), 0, {"scale": 0.5}),
-    "middle dim": ((3, 11, 6), 1, {"log": True}),
-}
 
 
 def forward(x: Tensor, dim: int, tile: RowTile | None = None, **options: Any) -> tuple[Tensor, SoftmaxCall]:
-    dim, mask = dim % x.dim(), options.get("mask")
-    mask = None if mask is None else mask[(None,) * (x.dim() - mask.dim())]
-    scale, causal, log = options.get("scale", 1.0), options.get("causal", False), options.get("log", False)
-    call = SoftmaxCall(x, mask, dim, scale, causal, log, x.dtype)
-    spec = SoftmaxSpec.of(x, dim, mask=mask is not None, causal=causal, log=log)
+    call = call_of(x, dim, **options)
+    spec = SoftmaxSpec.of(x, call.dim, mask=call.mask is not None, causal=call.causal, log=call.log)
     return backend.softmax_fwd(spec, call, tile), call
 
 
@@ -56,26 +40,11 @@ def forward_and_backward(
     return out, backend.softmax_bwd(spec, dout, out, call.dim, call.scale, x.dtype, tile)
 
 
-def reference(x: Tensor, dout: Tensor, dim: int, **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = x.detach().requires_grad_()
-    out = reference_losses.softmax(leaf, dim, **options)
-    return out, torch.autograd.grad(out, leaf, dout)[0]
-
-
-def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    shape, dim, options = CASES[name]
-    options = dict(options)
-    if "mask" in options:
-        options["mask"] = torch.rand(options["mask"], device=DEVICE) < 0.6
-    x, dout = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
-    return x, dout, dim, options
-
-
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_error_rule(name: str, dtype: torch.dtype, tile: RowTile | None) -> None:
-    x, dout, dim, options = inputs(name, dtype)
+    x, dout, dim, options = inputs(name, dtype, DEVICE)
     actual = forward_and_backward(x, dout, dim, tile, **options)
     plain = reference(x, dout, dim, **options)
     golden = reference(x.double(), dout.double(), dim, **options)
