@@ -8,7 +8,7 @@ import torch
 
 from fastattn import build, extension
 from fastattn.backends import cuda_attention
-from fastattn.backends.cuda_attention import attention_fwd, varlen_fwd
+from fastattn.backends.cuda_attention import attention_bwd, attention_fwd, varlen_bwd, varlen_fwd
 from fastattn.backends.cuda_attention import attention_tiles as tiles
 from fastattn.backends.cuda_softmax import (
     cross_entropy_bwd,
@@ -26,6 +26,7 @@ __all__ = [
     "MEASURED_ROWS",
     "MIN_ARCH",
     "NAME",
+    "attention_bwd",
     "attention_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
@@ -35,6 +36,7 @@ __all__ = [
     "softmax_fwd",
     "softmax_tiles",
     "tiles",
+    "varlen_bwd",
     "varlen_fwd",
     "why_not",
     "why_not_auto",

@@ -12,7 +12,9 @@ from fastattn import extension
 from fastattn.spec import (
     MAX_HEAD_DIM,
     AttentionCall,
+    AttentionGrads,
     AttentionSpec,
+    GradsNeeded,
     VarlenCall,
     empty_in_order,
     with_unit_last_stride,
@@ -77,6 +79,9 @@ def why_not_auto(spec: AttentionSpec) -> str | None:
 def attention_tiles(spec: AttentionSpec) -> str:
     """The tiles `spec` runs with, in a line."""
     windowed = spec.causal != "none" or spec.window_left or spec.window_right
+    if spec.backward:
+        tiles = extension.module().attention_backward_tiles(spec.head_dim, spec.softcap)
+        return "dk, dv {}x{}; dq {}x{}; 3 warpgroups, 2 stages".format(*tiles)
     queries, keys = extension.module().attention_forward_tile(spec.head_dim, windowed, spec.softcap)
     return f"forward {queries}x{keys}, {queries // 64 + 1} warpgroups, 2 stages"
 
@@ -96,6 +101,35 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Ten
     return out, lse
 
 
+def attention_bwd(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needs: GradsNeeded,
+) -> AttentionGrads:
+    """The gradients a call needs, bitwise the same on every run."""
+    query, scale = _with_positive_scale(call.query, call.scale)
+    grads = extension.module().attention_backward(
+        _with_aligned_rows(dout),
+        _with_plain_strides(query),
+        _with_plain_strides(call.key),
+        _with_plain_strides(call.value),
+        _with_aligned_rows(out),
+        lse.contiguous(),
+        None if dlse is None else dlse.contiguous(),
+        None if call.key_lengths is None else call.key_lengths.contiguous(),
+        *_mask_options(call),
+        call.softcap,
+        scale,
+        needs.query,
+        needs.key or needs.value,
+    )
+    return _needed_grads(call.scale, grads, needs)
+
+
 def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), lse (H, T)); tokens of no sequence get 0 and -inf. Never waits for the device."""
     query, scale = _with_positive_scale(call.query, call.scale)
@@ -110,6 +144,46 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
         scale,
     )
     return out, lse
+
+
+def varlen_bwd(
+    spec: AttentionSpec,
+    call: VarlenCall,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    needs: GradsNeeded,
+) -> AttentionGrads:
+    """Gradients of (out, lse) of packed sequences; tokens of no sequence get 0. Never waits for the device."""
+    query, scale = _with_positive_scale(call.query, call.scale)
+    grads = extension.module().varlen_backward(
+        _with_aligned_rows(dout),
+        _with_plain_strides(query),
+        _with_plain_strides(call.key),
+        _with_plain_strides(call.value),
+        _with_aligned_rows(out),
+        lse.contiguous(),
+        None if dlse is None else dlse.contiguous(),
+        call.cu_seqlens_q.contiguous(),
+        call.cu_seqlens_k.contiguous(),
+        *_mask_options(call),
+        call.softcap,
+        scale,
+        needs.query,
+        needs.key or needs.value,
+    )
+    return _needed_grads(call.scale, grads, needs)
+
+
+def _needed_grads(
+    scale: float, grads: tuple[Tensor | None, Tensor | None, Tensor | None], needs: GradsNeeded
+) -> AttentionGrads:
+    """What is needed of (dq, dk, dv), dq being that of the query `_with_positive_scale` made."""
+    dquery, dkey, dvalue = grads
+    if dquery is not None and scale <= 0.0:
+        dquery = -dquery if scale < 0.0 else dquery.zero_()
+    return AttentionGrads(dquery, dkey if needs.key else None, dvalue if needs.value else None)
 
 
 def _mask_options(call: AttentionCall | VarlenCall) -> tuple[bool, int, int]:
@@ -130,3 +204,12 @@ def _with_plain_strides(tensor: Tensor) -> Tensor:
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
         return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
     return with_unit_last_stride(tensor)
+
+
+def _with_aligned_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, copied only where some 8 columns do not begin at a multiple of 16 bytes."""
+    tensor = _with_plain_strides(tensor)
+    steps = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1]
+    if tensor.data_ptr() % 16 == 0 and all(step % HEAD_DIM_MULTIPLE == 0 for step in steps):
+        return tensor
+    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
