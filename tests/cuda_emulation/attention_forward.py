@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from cuda_emulation.build import Landing, Library
+from torch import Tensor
+
 from fastattn import reference
 from numerics import assert_within_rule
-from torch import Tensor
 
 UNBOUNDED = 1 << 29  # kUnbounded
 ELEMENTS = {torch.float16: "half_t", torch.bfloat16: "bfloat16_t"}

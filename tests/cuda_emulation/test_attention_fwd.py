@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from cuda_emulation.attention_forward import Case, check, inputs_of, run
-from cuda_emulation.build import EmulationError
 
 BF16 = torch.bfloat16
 LANDINGS = ("eager", "lazy", "random")
@@ -39,22 +38,47 @@ FEATURES = [
     Case("grouped heads", batch=2, heads=6, kv_heads=2, seqlen_q=70, seqlen_k=140, blocks=3),
     Case("one key head", batch=2, heads=3, kv_heads=1, head_dim=128, seqlen_q=140, seqlen_k=70, dtype=BF16),
     *(Case(f"head dim {dim}", head_dim=dim, seqlen_q=130, seqlen_k=140) for dim in (8, 40, 72, 96, 120)),
-    *(Case(f"head dim {dim}", head_dim=dim, seqlen_q=70, seqlen_k=140, dtype=BF16) for dim in (136, 192, 248)),
+    *(
+        Case(f"head dim {dim}", head_dim=dim, seqlen_q=70, seqlen_k=140, dtype=BF16)
+        for dim in (136, 192, 248)
+    ),
     Case("key lengths", batch=4, key_lengths=(300, 0, 129, 1), blocks=3),
     Case("key lengths, causal", batch=3, key_lengths=(170, 20, 255), options={"causal": True}),
     Case("key lengths, D128", head_dim=128, dtype=BF16, batch=3, key_lengths=(300, 176, 177)),
-    Case("key lengths, D256", head_dim=256, dtype=BF16, batch=2, key_lengths=(163, 80), options={"window": (200, 9)}),
+    Case(
+        "key lengths, D256",
+        head_dim=256,
+        dtype=BF16,
+        batch=2,
+        key_lengths=(163, 80),
+        options={"window": (200, 9)},
+    ),
 ]
 PACKED = [
     Case("packed", seqlen_q=(70, 200, 1), seqlen_k=(140, 60, 129), heads=2, kv_heads=1),
     Case("packed, causal", seqlen_q=(300, 5, 130), seqlen_k=(300, 150, 20), options={"causal": True}),
     Case("packed, top left", seqlen_q=(100, 260), seqlen_k=(190, 80), options={"causal": "top_left"}),
-    Case("packed, window", seqlen_q=(250, 199), seqlen_k=(250, 330), options={"window": (60, 20)}, dtype=BF16),
+    Case(
+        "packed, window", seqlen_q=(250, 199), seqlen_k=(250, 330), options={"window": (60, 20)}, dtype=BF16
+    ),
     Case("packed, empty sequences", seqlen_q=(0, 40, 33, 0, 9), seqlen_k=(12, 0, 150, 0, 128)),
     Case("packed, tokens of none", seqlen_q=(50, 100), seqlen_k=(64, 130), leftover=210, heads=2, kv_heads=2),
     Case("packed, D128", head_dim=128, seqlen_q=(128, 129, 3), seqlen_k=(176, 10, 177), dtype=BF16, blocks=3),
-    Case("packed, D256", head_dim=256, seqlen_q=(60, 150), seqlen_k=(81, 160), dtype=BF16, options={"causal": True}),
-    Case("packed, softcap, head dim 80", head_dim=80, seqlen_q=(65, 130), seqlen_k=(200, 9), options={"softcap": 2.0}),
+    Case(
+        "packed, D256",
+        head_dim=256,
+        seqlen_q=(60, 150),
+        seqlen_k=(81, 160),
+        dtype=BF16,
+        options={"causal": True},
+    ),
+    Case(
+        "packed, softcap, head dim 80",
+        head_dim=80,
+        seqlen_q=(65, 130),
+        seqlen_k=(200, 9),
+        options={"softcap": 2.0},
+    ),
     Case("packed, many", seqlen_q=(7,) * 30, seqlen_k=(7,) * 30, blocks=5, options={"causal": True}),
 ]
 
