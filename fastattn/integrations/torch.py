@@ -26,10 +26,10 @@ class sdpa_override(ContextDecorator):
     exchanges the attribute for the whole process, all threads included, until the last one has left. Reached: every
     call that looks the function up in `torch.nn.functional`, so models written in plain torch, timm, diffusers,
     transformers' "sdpa", and `nn.MultiheadAttention` and the encoder layers wherever they call it (training, or
-    without their inference fast path, and with need_weights=False). Not reached: `from torch.nn.functional import scaled_dot_product_attention`
-    done before, calls of `torch.ops.aten`, TorchScript, and the inference fast path of torch's encoder layers
-    (`swap_attention` reaches that). Compiled code follows into the context and out again, except for calls inside
-    `nn.MultiheadAttention`: they stay what they were when compiled.
+    without their inference fast path, and with need_weights=False). Not reached: `from torch.nn.functional import
+    scaled_dot_product_attention` done before, calls of `torch.ops.aten`, TorchScript, and the inference fast path of
+    torch's encoder layers (`swap_attention` reaches that). Compiled code follows into the context and out again,
+    except for calls inside `nn.MultiheadAttention`: they stay what they were when compiled.
 
     Nested tensors and head dims over 256, which fastattn refuses, go to the function that was there before, with one
     warning for each reason.

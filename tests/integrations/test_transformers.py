@@ -108,6 +108,18 @@ def test_twenty_greedy_tokens(name, padding, cache):
     assert torch.equal(generate(model, "fastattn", prompt, cache_implementation=cache), expected)
 
 
+@pytest.mark.parametrize("kind", ["Dynamic", "Static"])
+def test_the_caches_of_windowed_layers_slide(kind):
+    """What the twenty tokens above go through: one layer's cache forgets what lies before its window."""
+    model, prompt = MODELS["gemma3"].make(), MODELS["gemma3"].prompt("left")
+    done = generate(
+        model, "fastattn", prompt, cache_implementation=kind.lower(), return_dict_in_generate=True
+    )
+    names = [type(layer).__name__ for layer in done.past_key_values.layers]
+    assert names == [f"{kind}SlidingWindowLayer", f"{kind}Layer"]
+    assert done.past_key_values.layers[0].keys.shape[2] < LENGTH
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 @pytest.mark.parametrize(
     "options",
@@ -129,8 +141,20 @@ def test_drafted_tokens_are_checked_several_at_once(calls):
     assert any(options["causal"] is True for options in calls)  # several queries at the end of a cache
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize(("name", "padding"), [("gpt2", "none"), ("mistral", "left"), ("gpt_oss", "right")])
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [
+        ("gpt2", "none"),
+        ("mistral", "left"),
+        ("gemma2", "right"),
+        ("gpt_oss", "right"),
+        ("t5", "none"),
+    ],
+)
 def test_triton_runs_models_too(name, padding, in_float64):
     example = MODELS[name]
     model = example.make()
@@ -139,8 +163,18 @@ def test_triton_runs_models_too(name, padding, in_float64):
     golden = in_float64(model, arguments, valid)
     plain = loss_and_grads(model, "eager", arguments, valid)
     actual = loss_and_grads(model, "fastattn_triton", arguments, valid)
+    assert actual.keys() == golden.keys()
     error, where = worst_error(actual, golden)
     assert error <= 2 * worst_error(plain, golden)[0] + torch.finfo(torch.float32).eps, where
+
+
+@NEEDS_TRITON
+def test_triton_generates_too():
+    model, prompt = MODELS["gemma3"].make(), MODELS["gemma3"].prompt("left")
+    prompt = {name: t[1:2] for name, t in prompt.items()}
+    few = {"max_new_tokens": 3, "min_new_tokens": 3}
+    expected = generate(model, "eager", prompt, **few)
+    assert torch.equal(generate(model, "fastattn_triton", prompt, **few), expected)
 
 
 @pytest.fixture
@@ -397,6 +431,26 @@ def test_gradient_checkpointing(name, reentrant):
     torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_draws_the_same_dropout_again(reentrant):
+    model, (arguments, valid) = MODELS["llama"].make().train(), MODELS["llama"].inputs()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.4
+    results = []
+    for checkpointed in (False, True, False):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        else:
+            model.gradient_checkpointing_disable()
+        torch.manual_seed(len(results) // 2)
+        results.append(loss_and_grads(model, "fastattn", arguments, valid))
+    plain, again, other_seed = results
+    torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(other_seed["logits"], plain["logits"])
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
 def test_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
@@ -464,6 +518,21 @@ def test_the_attention_function_by_itself():
     (out, _), a = call(query=torch.randn(1, 4, 5, 8), is_causal=False)
     shared = a["query"].expand(2, -1, -1, -1)
     assert torch.equal(out, fastattn.attention(shared, a["key"], a["value"], scale=0.3).transpose(1, 2))
+
+
+def test_the_attention_function_as_models_call_it():
+    """Five positional arguments; a single query sees the whole cache; dropout; keywords it has no use for."""
+    module = nn.Module()
+    module.is_causal = True
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
+    out, _ = door.attention_forward(
+        module, q, k, v, None, position_ids=torch.full((2, 1), 6), encoder_hidden_states=None, use_cache=True
+    )
+    assert torch.equal(out, fastattn.attention(q, k, v).transpose(1, 2))
+    torch.manual_seed(5)
+    out, _ = door.attention_forward(module, q, k, v, None, dropout=0.5)
+    torch.manual_seed(5)
+    assert torch.equal(out, fastattn.attention(q, k, v, dropout_p=0.5).transpose(1, 2))
 
 
 def test_without_a_mask_it_counts_from_the_first_key():
@@ -551,6 +620,33 @@ def test_the_choice_is_not_written_to_the_config(tmp_path):
     assert "fastattn" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="fastattn")
     assert again.config._attn_implementation == "fastattn"
+
+
+def test_the_parts_of_a_model_can_be_chosen_one_by_one(calls):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    text = hf.CLIPTextConfig(**small, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vision = hf.CLIPVisionConfig(**small, image_size=16, patch_size=8)
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    inputs = {"input_ids": torch.randint(3, VOCAB, (2, 5)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    inputs["input_ids"][:, -1] = 2
+    model.set_attn_implementation("eager")
+    expected = model(**inputs).logits_per_image
+    model.set_attn_implementation({"text_config": "fastattn", "vision_config": "sdpa"})
+    torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=1e-4, atol=1e-5)
+    assert [structure(options) for options in calls] == [{"causal"}]
+    report = fastattn.swap_attention(model)
+    assert len(report.already) == len(report.swapped) == 1
+    torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=1e-4, atol=1e-5)
+    fastattn.restore_attention(model)
+    implementations = (model.config.text_config, model.config.vision_config)
+    assert [config._attn_implementation for config in implementations] == ["fastattn", "sdpa"]
+
+
+def test_weights_asked_for_by_the_config_are_refused_by_transformers():
+    model = MODELS["bert"].make()
+    model.set_attn_implementation("fastattn")
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
 
 
 def test_continuous_batching_is_refused_by_transformers():
