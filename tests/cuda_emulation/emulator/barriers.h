@@ -96,6 +96,9 @@ inline uint32_t semaphore_load(const uint32_t* semaphore) {
 }
 
 inline void semaphore_add(uint32_t* semaphore, uint32_t value) {
+  for (const StoreGroup& group : self().stores) {
+    if (!group.writes.empty()) fail("releases a semaphore while its bulk stores may not have reached global memory");
+  }
   machine().preempt();
   *semaphore += value;
   machine().made_progress();

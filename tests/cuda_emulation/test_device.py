@@ -1,0 +1,190 @@
+"""Each part of csrc/device does in the emulation what the PTX manual says, and reports its misuse."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cuda_emulation.build import LANDINGS, EmulationError
+
+SOURCE = "device_kernels.cpp"
+SEEDS = range(3)
+SCHEDULES = list(product(SEEDS, LANDINGS))
+PRODUCTS = [
+    (dtype, n, a_across, b_across, False)
+    for dtype in (torch.float16, torch.bfloat16)
+    for n in (8, 80, 128, 256)
+    for a_across in (False, True)
+    for b_across in (False, True)
+] + [(torch.bfloat16, n, False, b_across, True) for n in (8, 80, 128, 256) for b_across in (False, True)]
+
+
+@pytest.mark.parametrize(("dtype", "n", "a_across", "b_across", "a_in_registers"), PRODUCTS)
+def test_wgmma(
+    emulated, dtype: torch.dtype, n: int, a_across: bool, b_across: bool, a_in_registers: bool
+) -> None:
+    """Against a float64 product, for every layout of the operands."""
+    a, b = torch.randn(64, 128).to(dtype), torch.randn(128, n).to(dtype)
+    out = torch.full((64, n), torch.nan)
+    stored_a = a.t().contiguous() if a_across else a
+    stored_b = b if b_across else b.t().contiguous()
+    flags = (dtype == torch.bfloat16, n, a_across, b_across, a_in_registers)
+    emulated(SOURCE)("run_product", *map(int, flags), stored_a, stored_b, a, out)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+
+
+def swizzled(box: torch.Tensor, swizzle: int) -> torch.Tensor:
+    """The floats of a box as they lie in shared memory: 16-byte units exchanged by the 128-byte row they are in."""
+    units = box.reshape(-1, 4)
+    where = torch.arange(len(units))
+    return units[where ^ (where // 8 & ((1 << swizzle) - 1))].reshape(-1)
+
+
+BOXES = [
+    # sizes, box, coordinates; fastest first
+    ((64, 10), (32, 8), (0, 0)),
+    ((60, 10), (32, 8), (32, 5)),  # past the end of both
+    ((64, 10), (32, 8), (-4, -3)),
+    ((64, 10), (32, 8), (64, 10)),  # nothing of it exists
+    ((32, 6, 5), (32, 4, 3), (0, 4, -1)),
+    ((32, 6, 5, 3), (32, 3, 2, 2), (-8, 4, 4, 2)),
+    ((36, 3, 2, 3, 2), (32, 2, 2, 2, 2), (12, 2, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("sizes", "box", "at"), BOXES)
+@pytest.mark.parametrize("landing", LANDINGS)
+def test_boxes(emulated, sizes: tuple[int, ...], box: tuple[int, ...], at: tuple[int, ...], landing) -> None:
+    """Out-of-bounds elements read as zeros and are not written; every swizzle lies as documented."""
+    source = torch.randn(sizes[::-1])
+    wanted = source
+    for dim, (size, count, first) in enumerate(zip(sizes[::-1], box[::-1], at[::-1])):
+        where = torch.arange(first, first + count)
+        exists = ((where >= 0) & (where < size)).reshape(-1, *[1] * (len(sizes) - 1 - dim))
+        wanted = wanted.index_select(dim, where.clamp(0, size - 1)) * exists
+    for swizzle, add in ((0, False), (3, False), (3, True)):
+        target = torch.randn(sizes[::-1])
+        expected = target.clone()
+        inside = tuple(slice(max(c, 0), max(c + n, 0)) for c, n in zip(at[::-1], box[::-1]))
+        expected[inside] = source[inside] + (target[inside] if add else 0)
+        image = torch.empty(wanted.numel())
+        emulated(SOURCE)(
+            "run_move_box", len(sizes), source, target, torch.tensor(sizes), torch.tensor(box),
+            torch.tensor(at, dtype=torch.int32), swizzle, image, int(add), landing=landing,
+        )  # fmt: skip
+        assert torch.equal(image, swizzled(wanted, swizzle))
+        assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("swizzle", [1, 2])
+def test_narrow_swizzles(emulated, swizzle: int) -> None:
+    source = torch.randn(6, 64)
+    columns = 4 * 2**swizzle
+    image = torch.empty(8 * columns)
+    emulated(SOURCE)(
+        "run_move_box", 2, source, torch.empty_like(source), torch.tensor([64, 6]), torch.tensor([columns, 8]),
+        torch.tensor([8, 1], dtype=torch.int32), swizzle, image, 0,
+    )  # fmt: skip
+    wanted = torch.nn.functional.pad(source, (0, 0, 0, 8))[1:9, 8 : 8 + columns].contiguous()
+    assert torch.equal(image, swizzled(wanted, swizzle))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "box"),
+    [((63, 4), (32, 4)), ((64, 4), (64, 4)), ((64, 4), (30, 4)), ((64, 400), (32, 300)), ((64, 0), (32, 4))],
+    ids=["stride", "wider than the swizzle", "row not of 16 bytes", "box over 256", "empty"],
+)
+def test_the_encoder_refuses(emulated, sizes: tuple[int, int], box: tuple[int, int]) -> None:
+    with pytest.raises(EmulationError, match="encode_tiled refuses"):
+        emulated(SOURCE)(
+            "run_move_box", 2, torch.empty(64, 400), torch.empty(64, 400), torch.tensor(sizes), torch.tensor(box),
+            torch.zeros(2, dtype=torch.int32), 3, torch.empty(1), 0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [0, 5, 16])
+def test_cp_async(emulated, last: int) -> None:
+    x = torch.randint(1, 255, (16 * 70,), dtype=torch.uint8)
+    expected = x.clone()
+    expected[16 * 69 + last :] = 0
+    for seed, landing in SCHEDULES:
+        y = torch.zeros_like(x)
+        emulated(SOURCE)("run_copy_async", x, y, 70, last, 1, seed=seed, landing=landing)
+        assert torch.equal(y, expected)
+        with pytest.raises(EmulationError, match=r"nothing ordering the two|in flight"):
+            emulated(SOURCE)("run_copy_async", x, y, 70, last, 0, seed=seed, landing=landing)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stmatrix(emulated, count: int, transposed: bool) -> None:
+    matrices = torch.randint(-(2**15), 2**15, (count, 8, 8), dtype=torch.int16)
+    # Lane l holds row l // 4, columns 2 (l % 4) and the next.
+    fragments = matrices.reshape(count, 32, 2).contiguous()
+    y = torch.empty_like(matrices)
+    for seed in SEEDS:
+        emulated(SOURCE)("run_store_matrices", fragments, y, count, int(transposed), seed=seed)
+        assert torch.equal(y, matrices.transpose(1, 2) if transposed else matrices)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "report"),
+    [
+        (0, None),
+        (1, "may not have started|uses an mbarrier|nothing ordering that after its initialisation|has ended"),
+        (2, "nothing ordering the two|nobody wrote"),
+        (3, "has ended|may still access its shared memory"),
+    ],
+)
+def test_clusters(emulated, mistake: int, report: str | None) -> None:
+    x = torch.randn(8)
+    for seed in range(6):
+        y = torch.empty(8)
+        call = {"seed": seed, "resident": 1 + seed % 2}
+        if report is None:
+            emulated(SOURCE)("run_cluster_sum", x, y, 8, 4, mistake, **call)
+            torch.testing.assert_close(y, x.reshape(2, 4).sum(1).repeat_interleave(4))
+        else:
+            with pytest.raises(EmulationError, match=report):
+                emulated(SOURCE)("run_cluster_sum", x, y, 8, 4, mistake, **call)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 7])
+def test_blocks_in_an_order(emulated, resident: int) -> None:
+    """A release before the stores have arrived is caught; the last block's value stays, all values are added."""
+    for seed, landing in SCHEDULES:
+        y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        call = {"seed": seed, "landing": landing, "resident": resident}
+        emulated(SOURCE)("run_take_turns", y, turn, ticket, 7, 1, **call)
+        assert y.tolist() == [6] * 4 + [21] * 4
+        with pytest.raises(EmulationError, match="releases a semaphore"):
+            emulated(SOURCE)("run_take_turns", y, turn.zero_(), ticket.zero_(), 7, 0, **call)
+
+
+def test_waiting_for_a_block_that_never_starts_is_a_livelock(emulated) -> None:
+    y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(EmulationError, match=r"livelock.*semaphore_load_acquire"):
+        emulated(SOURCE)("run_take_turns", y, turn, ticket, 2, 1, resident=2)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "report"),
+    [
+        (0, None),
+        (1, "not in shared memory"),
+        (2, "not aligned to 4 bytes"),
+        (3, "nobody wrote"),
+        (4, "arrives twice"),
+        (5, "60 threads are not whole warps"),
+    ],
+)
+def test_shared_memory_and_named_barriers(emulated, mistake: int, report: str | None) -> None:
+    for seed in SEEDS:
+        y = torch.full((32,), -1, dtype=torch.int32)
+        if report is None:
+            emulated(SOURCE)("run_hand_over", y, mistake, seed=seed)
+            assert y.tolist() == list(range(32))
+        else:
+            with pytest.raises(EmulationError, match=report):
+                emulated(SOURCE)("run_hand_over", y, mistake, seed=seed)
