@@ -9,8 +9,9 @@ from attention_launches import launches_of
 from compile_inspect import specialise
 from triton.backends.compiler import GPUTarget
 
+from fastattn.kernels.launches import Packing, sequence_sums_launch
 from fastattn.kernels.tiles import Tile
-from fastattn.spec import AttentionCall
+from fastattn.spec import AttentionCall, VarlenCall
 
 TILE = Tile(64, 64, 4, 2)
 
@@ -53,8 +54,36 @@ def report(calls: list[AttentionCall]) -> dict[str, list[str]]:
     return rows
 
 
+def packed_report(sizes: list[tuple[int, int, int]]) -> dict[str, list[str]]:
+    """The signatures of every kernel over packed calls of (sequences, tokens, heads)."""
+    rows: dict[str, list[str]] = {}
+    for batch, tokens, heads in sizes:
+        query = torch.empty(tokens, heads, 64, dtype=torch.float16)
+        edges = torch.zeros(batch + 1, dtype=torch.int32)
+        call = VarlenCall(
+            query, query, query, edges, edges, causal="bottom_right", window_left=9, softcap=2.0, scale=0.125,
+            alibi_slopes=torch.ones(2, heads), dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64),
+        )  # fmt: skip
+        packing = Packing(edges, edges)
+        launches = launches_of(call.as_one_sequence(), TILE, packing)
+        sums = torch.empty(batch, heads, dtype=torch.float64)
+        launches["sums"] = sequence_sums_launch(torch.empty(heads, 9), packing, tokens, 64, sums)
+        for name, launch in launches.items():
+            rows.setdefault(name, []).append(signature(launch))
+    return rows
+
+
 if __name__ == "__main__":
     lengths = [call(2, 4, length, 0) for length in (2, 17, 1000, 1024)]
     shapes = [call(1, 16, 33, 0), call(16, 2, 33, 0)]
     unaligned = [call(2, 4, length, padding) for length in (17, 32) for padding in (1, 4, 13)]
-    print(json.dumps({"lengths": report(lengths + shapes), "unaligned": report(unaligned)}))
+    packed = [(1, 2, 4), (3, 17, 4), (16, 1000, 4), (17, 1024, 1), (300, 5000, 16)]
+    print(
+        json.dumps(
+            {
+                "lengths": report(lengths + shapes),
+                "unaligned": report(unaligned),
+                "packed": packed_report(packed),
+            }
+        )
+    )

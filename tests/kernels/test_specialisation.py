@@ -39,6 +39,13 @@ def test_lengths_batches_and_heads_share_one_variant(
     assert len(signatures["lengths"][kernel]) == 6
 
 
+@pytest.mark.parametrize("kernel", ["forward", "delta", "dkdv", "dq", "sums"])
+def test_packed_batches_share_one_variant(signatures: dict[str, dict[str, list[str]]], kernel: str) -> None:
+    """From 1 to 300 sequences of 2 to 5000 tokens in all, 1 to 16 heads."""
+    assert len(set(signatures["packed"][kernel])) == 1
+    assert len(signatures["packed"][kernel]) == 5
+
+
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
 def test_alignment_is_a_flag(signatures: dict[str, dict[str, list[str]]], kernel: str) -> None:
     """Rows at multiples of 16 bytes or not are two variants, however many strides there are."""
