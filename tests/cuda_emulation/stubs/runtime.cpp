@@ -1,6 +1,11 @@
 // The little of the CUDA runtime that host code of csrc calls, where the emulation stands in for a GPU.
 #include <cuda_runtime_api.h>
 
+#include <cstring>
+
+#include "emulator.h"
+#include "emulator/tensor_map.h"
+
 namespace {
 
 int compute_capability = 90;
@@ -34,6 +39,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(&emulator::encode_tiled) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
 }
 
 __attribute__((visibility("default"))) void emulate_compute_capability(int value) { compute_capability = value; }

@@ -1,0 +1,156 @@
+"""The extension's attention from tensors to gradients: its host code as built, its launches emulated."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulation.extension import EmulatedExtension
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.backends import cuda_attention
+from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, VarlenCall
+from numerics import assert_within_rule
+
+DTYPE = torch.float16
+
+
+def heads(batch: int, rows: int, num_heads: int, head_dim: int = 64) -> Tensor:
+    """(B, H, S, D), each head a slice of wider rows in the memory order (B, S, H, D)."""
+    return torch.randn(batch, rows, num_heads, 72).to(DTYPE)[..., :head_dim].transpose(1, 2)
+
+
+def graded(
+    inputs: tuple[Tensor, ...], dout: Tensor, dlse: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = reference.attention(*leaves, **options, return_lse=True)
+    grads = torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse.to(lse.dtype)))
+    return (out.detach(), lse.detach(), *grads)
+
+
+@pytest.mark.parametrize("scale", [0.2, -0.2, 0.0])
+@pytest.mark.parametrize(
+    ("call_options", "options"),
+    [
+        ({}, {}),
+        ({"causal": "bottom_right", "softcap": 2.0}, {"causal": True, "softcap": 2.0}),
+        ({"causal": "top_left"}, {"causal": "top_left"}),
+        ({"window_left": 20, "window_right": 9}, {"window": (20, 9)}),
+    ],
+    ids=["plain", "causal and softcap", "top left", "window"],
+)
+def test_dense(
+    emulated_extension: EmulatedExtension, scale: float, call_options: dict[str, Any], options: dict[str, Any]
+) -> None:
+    query, dout = heads(2, 70, 2, 40), heads(2, 70, 2, 40)
+    key, value = heads(2, 90, 1, 40), heads(2, 90, 1, 40)
+    dlse = torch.randn(2, 2, 70)
+    call = AttentionCall(query, key, value, scale=scale, **call_options)
+    spec = AttentionSpec.of(call)
+    out, lse = cuda_attention.attention_fwd(spec, call)
+    assert out.stride() == torch.empty(2, 70, 2, 40).transpose(1, 2).stride()
+    needs = GradsNeeded()
+    grads = cuda_attention.attention_bwd(spec, call, out, lse, dout, dlse, needs)
+    inputs = (query, key, value)
+    golden = graded(tuple(x.double() for x in inputs), dout, dlse, {**options, "scale": scale})
+    plain = graded(inputs, dout, dlse, {**options, "scale": scale})
+    for name, actual, same, exact in zip(
+        ("out", "lse", "dq", "dk", "dv"), (out, lse, *grads[:3]), plain, golden
+    ):
+        if exact.count_nonzero() == 0:
+            assert actual.eq(0).all(), name
+        else:
+            assert_within_rule(actual, same, exact, name)
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [GradsNeeded(True, False, False), GradsNeeded(False, True, False), GradsNeeded(False, False, True)],
+    ids=["query", "key", "value"],
+)
+def test_only_what_is_needed(emulated_extension: EmulatedExtension, needs: GradsNeeded) -> None:
+    query, key, value, dout = (heads(1, 65, 1) for _ in range(4))
+    lengths = torch.tensor([40], dtype=torch.int32)
+    call = AttentionCall(query, key, value, key_lengths=lengths, scale=0.125)
+    spec = AttentionSpec.of(call)
+    out, lse = cuda_attention.attention_fwd(spec, call)
+    expanded = dout[:, :, :1].expand_as(out)  # as from a sum: its rows have no strides
+    every = cuda_attention.attention_bwd(spec, call, out, lse, expanded, None, GradsNeeded())
+    some = cuda_attention.attention_bwd(spec, call, out, lse, expanded, None, needs)
+    for needed, one, all_of_them in zip(needs[:3], some[:3], every[:3]):
+        assert (one is not None) == needed
+        if needed:
+            torch.testing.assert_close(one, all_of_them, rtol=0, atol=0)
+
+
+def test_packed_is_each_sequence(emulated_extension: EmulatedExtension) -> None:
+    """Lengths below, at and past a tile; the packed call's bits are those of each sequence alone."""
+    ends = [0, 5, 5, 133, 262]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    query, key, value, dout = (torch.randn(265, 2, 64).to(DTYPE) for _ in range(4))
+    dlse = torch.randn(2, 265)
+    call = VarlenCall(query, key, value, cu_seqlens, cu_seqlens, causal="bottom_right", scale=0.125)
+    spec = AttentionSpec.of(call.as_one_sequence())
+    out, lse = cuda_attention.varlen_fwd(spec, call)
+    grads = cuda_attention.varlen_bwd(spec, call, out, lse, dout, dlse, GradsNeeded())
+    assert out[ends[-1] :].eq(0).all()
+    assert lse[:, ends[-1] :].isneginf().all()
+    for grad in grads[:3]:
+        assert grad[ends[-1] :].eq(0).all()
+    for first, end in pairwise(ends):
+        rows = slice(first, end)
+        if first == end:
+            continue
+        own = (x[None, rows].transpose(1, 2) for x in (query, key, value))
+        alone = AttentionCall(*own, causal="bottom_right", scale=0.125)
+        own_out, own_lse = cuda_attention.attention_fwd(spec, alone)
+        own_dout = dout[None, rows].transpose(1, 2)
+        own_grads = cuda_attention.attention_bwd(
+            spec, alone, own_out, own_lse, own_dout, dlse[None, :, rows], GradsNeeded()
+        )
+        assert torch.equal(lse[:, rows], own_lse[0])
+        for packed, single in zip((out, *grads[:3]), (own_out, *own_grads[:3])):
+            assert torch.equal(packed[rows], single[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 9, 64), (1, 2, 0, 64), (1, 0, 9, 64)], ids=["batch", "rows", "heads"]
+)
+def test_nothing_to_do(emulated_extension: EmulatedExtension, shape: tuple[int, ...]) -> None:
+    query, key = torch.randn(shape).to(DTYPE), torch.randn(shape[0], shape[1], 7, 64).to(DTYPE)
+    for q, k in ((query, key), (key, query)):
+        call = AttentionCall(q, k, k, scale=1.0)
+        spec = AttentionSpec.of(call)
+        out, lse = cuda_attention.attention_fwd(spec, call)
+        assert out.eq(0).all()
+        assert lse.isneginf().all()
+        grads = cuda_attention.attention_bwd(spec, call, out, lse, torch.randn_like(q), None, GradsNeeded())
+        assert all(grad.eq(0).all() and grad.shape == x.shape for grad, x in zip(grads[:3], (q, k, k)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dout": torch.zeros(1, 1, 9, 64)}, "dout: got Float, needs float16 or bfloat16"),
+        (
+            {"dout": torch.zeros(1, 1, 8, 64, dtype=DTYPE)},
+            r"dout: got shape \[1, 1, 8, 64\], needs \[1, 1, 9, 64\]",
+        ),
+        ({"out": torch.zeros(1, 1, 9, 64, dtype=torch.bfloat16)}, "out: got BFloat16, needs Half"),
+        ({"lse": torch.zeros(1, 1, 9, dtype=torch.float64)}, "lse: got Double, needs Float"),
+        ({"lse": torch.zeros(1, 9, 1)}, r"lse: got shape \[1, 9, 1\], needs \[1, 1, 9\]"),
+        ({"dlse": torch.zeros(1, 1, 18)[..., ::2]}, "dlse: needs to be contiguous"),
+        ({"scale": -1.0}, "scale: got -1, needs a positive number"),
+        ({"window_left": -2}, "window_left: got -2, needs -1 or more"),
+    ],
+)
+def test_bad_arguments(emulated_extension: EmulatedExtension, changes: dict[str, Any], message: str) -> None:
+    tensor = torch.zeros(1, 1, 9, 64, dtype=DTYPE)
+    arguments = dict.fromkeys(("dout", "query", "key", "value", "out"), tensor)
+    arguments |= {"lse": torch.zeros(1, 1, 9), "scale": 1.0, **changes}
+    with pytest.raises((TypeError, ValueError), match=message):
+        emulated_extension.module.attention_backward(**arguments)
