@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastattn.kernels.tiles import FAMILIES, Tile, key_of, table_tiles
 from fastattn.spec import AttentionSpec
 
-APPEND_ROWS = 32  # new tokens a program of the append writes
+APPEND_ROWS = 16  # new tokens a program of the append writes
 COMBINE_SPLITS = 16  # splits a program of the combine reads at a time
 DECODE_ROWS = (16, 32, 64)  # rows of query tiles smaller than the forward kernel's
 WIDE_WARPS = 8  # of tiles with more rows than the first
