@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn.ops import registration
 from fastattn.ops.registration import unwatched
 
 OP = "fastattn.attention_fwd"
@@ -213,6 +214,24 @@ def test_fake_and_meta_tensors_compute_nothing() -> None:
     fakes = [mode.from_tensor(t) for t in qkv()]
     assert isinstance(fastattn.attention(*fakes), FakeTensor)  # outside of the mode they came from
     assert fastattn.attention(*(t.to("meta") for t in qkv())).is_meta
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_plain_tensor_is_on_each_device(device: str) -> None:
+    """Fake tensors carry the keys of real ones on a device that need not be there, and two of their own."""
+    for mode in (contextlib.nullcontext(), torch.inference_mode()):
+        with mode, FakeTensorMode():
+            keys = torch._C._dispatch_keys(torch.empty(2, device=device))
+        for key in ("Python", "PythonTLSSnapshot"):
+            keys = keys.remove(getattr(torch._C.DispatchKey, key))
+        assert keys.raw_repr() in registration._PLAIN_TENSOR
+
+
+@pytest.mark.gpu
+def test_a_gpus_tensors_are_plain() -> None:
+    assert unwatched([t.cuda() for t in qkv()])
+    with torch.inference_mode():
+        assert unwatched([t.cuda() for t in qkv()])
 
 
 class Logged(Tensor):
