@@ -183,13 +183,7 @@ class DecodeWorkload:
             return out
 
         if backend:
-            try:
-                with torch.no_grad():
-                    call()
-            except RuntimeError as refusal:
-                if "cannot run" not in str(refusal):
-                    raise
-                raise CannotRun(str(refusal)) from None
+            calls.unless_refused(call)
         return call
 
     def _sdpa(self, backend: str) -> Callable[[], Tensor]:

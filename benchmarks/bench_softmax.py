@@ -75,7 +75,8 @@ class SoftmaxCase:
         """Ours first."""
         compiled = ["torch-compile"] if self.compiled else []
         installed = ["liger", "quack"] if device.type == "cuda" else []
-        return ["fastattn", "torch", *compiled, *([] if self.causal else installed)]
+        ours = calls.our_backends() if device.type == "cuda" else ["fastattn"]
+        return [*ours, "torch", *compiled, *([] if self.causal else installed)]
 
     def open(self, device: torch.device) -> SoftmaxWorkload:
         """Random inputs on the device."""
@@ -124,10 +125,8 @@ class SoftmaxWorkload:
         )
 
     def _call(self, contestant: str) -> calls.Call:
-        if contestant == "fastattn":
-            import fastattn
-
-            return lambda x: fastattn.softmax(x, causal=self.case.causal)
+        if contestant.startswith("fastattn"):
+            return self._ours(contestant.partition("-")[2] or "auto")
         if contestant == "torch-compile":
             compiled: calls.Call = torch.compile(self._formula, dynamic=False)
             return compiled
@@ -137,6 +136,15 @@ class SoftmaxWorkload:
         if contestant == "quack":
             return import_module("quack").softmax
         return self._formula
+
+    def _ours(self, backend: str) -> calls.Call:
+        import fastattn
+
+        def call(x: Tensor) -> Tensor:
+            return fastattn.softmax(x, causal=self.case.causal, backend=backend)
+
+        calls.unless_refused(lambda: call(self.inputs["dx"]))
+        return call
 
     @property
     def _formula(self) -> calls.Call:

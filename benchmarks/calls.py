@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import Judgement, Step, Tensors
+from harness import CannotRun, Judgement, Step, Tensors
 from torch import Tensor
 
 Call = Callable[..., Any]  # of the inputs in their order, giving out
@@ -55,6 +55,17 @@ def judge_by(
         found = results_of(formula, leaves_of(few, direction, precision), upstream, direction)
         made.append({n: t for n, t in found.items() if names is None or n in names})
     return Judgement(part, made[0], made[1], over)
+
+
+def unless_refused(call: Callable[[], Any]) -> None:
+    """Make the call once without gradients; a named backend's refusal becomes the contestant's reason."""
+    try:
+        with torch.no_grad():
+            call()
+    except RuntimeError as refusal:
+        if "cannot run this call" not in str(refusal):
+            raise
+        raise CannotRun(str(refusal)) from None
 
 
 def our_backends() -> list[str]:

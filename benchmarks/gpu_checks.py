@@ -18,33 +18,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import checkout
+import gpu_op_checks
 import torch
-from schema import without_paths
+from cache_calls import CacheCall
+from judging import SLACK, Finding, backends_here, excess, finding
 from torch import Tensor
 
-Finding = dict[str, Any]
 SEQUENCES = (1, 2, 15, 17, 63, 64, 65, 113, 127, 128, 129, 191, 200, 255, 257, 384, 511, 520, 1000, 1023)
 HEAD_DIMS = (1, 8, 16, 17, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 200, 256)
 CALLS_PER_KIND = 16
 SMALL = 70  # the greatest length where Triton is interpreted
-# Both sides of the rule are rounding errors, and on tensors of a few numbers which is larger is luck: a call over the
-# rule is counted, one over it this many times has failed. A wrong kernel is off by orders of magnitude.
-SLACK = 4.0
-
-
-def finding(check: str, status: str, detail: str = "", **more: Any) -> Finding:
-    """One result: status is "passed", "failed", "skipped" or "info"."""
-    return {"check": check, "status": status, "detail": without_paths(detail)[:400], **more}
-
-
-def backends_here(device: torch.device) -> list[str]:
-    """The backends that can run on the device, fastest first."""
-    from fastattn import backends
-    from fastattn.spec import AttentionCall, AttentionSpec
-
-    query = torch.empty(1, 1, 16, 64, device=device, dtype=torch.float16)
-    spec = AttentionSpec.of(AttentionCall(query, query, query))
-    return [backend.NAME for backend in backends.BACKENDS if backend.why_not(spec) is None]
 
 
 class RandomCall:
@@ -147,27 +130,30 @@ class RandomCall:
         return torch.randint(low, high, shape, generator=self.generator, device=self.device)
 
 
-def excess(actual: Tensor, plain: Tensor, golden: Tensor, dtype: torch.dtype) -> float:
-    """max|actual - golden| over what the rule allows, 2 max|plain - golden| + eps(dtype) max|golden|; inf for NaN."""
-    actual, plain, golden = actual.double(), plain.double(), golden.double()
-    infinite = golden.isinf()
-    if (
-        actual.shape != golden.shape
-        or actual.isnan().any()
-        or not torch.equal(actual[infinite], golden[infinite])
-    ):
-        return float("inf")
-    if not golden.numel():
-        return 0.0
-    actual, plain, golden = (t.masked_fill(infinite, 0) for t in (actual, plain, golden))
-    error = (actual - golden).abs().max().item()
-    allowed = 2 * (plain - golden).abs().max().item() + torch.finfo(dtype).eps * golden.abs().max().item()
-    return 0.0 if error == 0 else error / allowed if allowed else float("inf")
-
-
 def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
     """Random calls, forward and backward with a gradient into lse, each backend that accepts them."""
-    from fastattn import attention, reference
+    from fastattn import attention
+
+    yield from _judge("random", RandomCall, attention, device, seconds, seed)
+
+
+def check_kv_cache(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
+    """Random calls against a cache, and what is in the cache afterwards, each backend that accepts them."""
+    from fastattn import attention_kv_cache
+
+    yield from _judge("kv-cache", CacheCall, attention_kv_cache, device, seconds, seed)
+
+
+def _judge(
+    check: str,
+    draw: Callable[[int, torch.device, int], RandomCall | CacheCall],
+    op: Callable[..., Any],
+    device: torch.device,
+    seconds: float,
+    seed: int,
+) -> Iterator[Finding]:
+    """Drawn calls of an op against the reference in float64, for some time."""
+    from fastattn import reference
 
     names = backends_here(device)
     counts: Counter[tuple[str, str]] = Counter()
@@ -176,13 +162,13 @@ def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Fi
     stop = time.monotonic() + seconds
     number = 0
     while time.monotonic() < stop:
-        call = RandomCall(seed + number, device, longest)
+        call = draw(seed + number, device, longest)
         number += 1
         golden = call.run(reference.attention, torch.float64)
         plain = call.run(reference.attention, call.dtype)
         for name in names:
             try:
-                actual = call.run(attention, call.dtype, backend=name)
+                actual = call.run(op, call.dtype, backend=name)
                 ratios = {key: excess(actual[key], plain[key], golden[key], call.dtype) for key in golden}
             except RuntimeError as error:
                 if "cannot run this call" in str(error):
@@ -190,7 +176,7 @@ def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Fi
                     continue
                 counts[name, "failed"] += 1
                 yield finding(
-                    "random", "failed", f"{error} in {call.describe()}", backend=name, seed=seed + number - 1
+                    check, "failed", f"{error} in {call.describe()}", backend=name, seed=seed + number - 1
                 )
                 if device.type == "cuda":
                     torch.cuda.synchronize()  # an illegal access ends this process here, not in an unrelated call
@@ -202,13 +188,13 @@ def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Fi
             counts[name, "over"] += 1 < ratios[top] <= SLACK
             if not good:
                 detail = f"{top} at {ratios[top]:.3g} of what is allowed: {call.describe()}"
-                yield finding("random", "failed", detail, backend=name, seed=seed + number - 1)
+                yield finding(check, "failed", detail, backend=name, seed=seed + number - 1)
     for name in names:
         passed, failed, refused = (counts[name, kind] for kind in ("passed", "failed", "refused"))
         status = "failed" if failed else "passed" if passed else "skipped"
         detail = f"{passed} passed ({counts[name, 'over']} of them over the rule), {failed} failed, {refused} refused"
         detail += f"; worst {worst[name]:.2f} of what is allowed"
-        yield finding("random", status, detail, backend=name, summary=True)
+        yield finding(check, status, detail, backend=name, summary=True)
 
 
 def check_cudnn_trap(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
@@ -380,6 +366,8 @@ def _compare(
 
 CHECKS: dict[str, Callable[[torch.device, float, int], Iterator[Finding]]] = {
     "random": check_random,
+    "kv-cache": check_kv_cache,
+    "ops": gpu_op_checks.check_ops,
     "cudnn-trap": check_cudnn_trap,
     "bitwise": check_bitwise,
     "wide-offsets": check_wide_offsets,
@@ -426,7 +414,7 @@ def main() -> int:
     checkout.correct_interpreter()
     failed = False
     for name in options.check or CHECKS:
-        spread = name == "random" and options.workers > 1
+        spread = name in ("random", "kv-cache") and options.workers > 1
         run = CHECKS[name](torch.device(options.device), options.seconds, options.seed)
         for item in in_workers(name, options) if spread else run:
             print(json.dumps(item), flush=True)

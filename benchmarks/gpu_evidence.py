@@ -3,9 +3,10 @@
     python benchmarks/gpu_evidence.py --minutes 9 --out evidence
     python benchmarks/gpu_evidence.py --dry-run                  on a CPU: every section in its small form, or why not
     python benchmarks/gpu_evidence.py --sections forward flex --resume
+    python benchmarks/gpu_evidence.py --resume --minutes 9 --publish
 
 Sections run in order of importance, each in a process of its own with a limit of its own, so that a crash or a hang
-costs one section. What finished is stored at once: evidence.json (sections and findings), attention.json (what was
+costs one section. What finished is stored at once: evidence.json (sections and findings), BENCH.json (what was
 measured), log.txt (all output), and the charts. It ends with a table one screen long.
 """
 
@@ -14,149 +15,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import checkout
-import figures
+import evidence_summary
 import schema
+from evidence_sections import ROOT, SECTIONS, Report, Run, Section
 
 FORMAT, VERSION = "fastattn-evidence", 1
-ROOT = checkout.ROOT
-BENCH = [sys.executable, str(ROOT / "benchmarks" / "bench_attention.py")]
-CHECKS = [sys.executable, str(ROOT / "benchmarks" / "gpu_checks.py")]
-LOG_LIMIT = 12 * 2**20
-RESERVE = 12.0  # seconds kept for the table and the charts
 LEAST = 15.0  # a section is not begun with less time than this
-
-Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One step of the evidence: its limit in seconds, and its command, or why it has none here."""
-
-    name: str
-    limit: float
-    command: Callable[[Run], list[str] | str]
-
-
-@dataclass
-class Run:
-    """The options of this run, and what its sections share."""
-
-    out: Path
-    minutes: float
-    dry: bool
-    environment: dict[str, str]
-    report: Report
-    started: float
-
-    @property
-    def remaining(self) -> float:
-        """Seconds left before the reserve."""
-        return self.minutes * 60 - (time.monotonic() - self.started) - RESERVE
-
-    def store(self) -> None:
-        """Replace evidence.json."""
-        path = self.out / "evidence.json"
-        partial = path.with_name("evidence.json.partial")
-        partial.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    def log(self, text: str) -> None:
-        """Append to log.txt, up to its limit."""
-        path = self.out / "log.txt"
-        if not path.exists() or path.stat().st_size + len(text) < LOG_LIMIT:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text if text.endswith("\n") else text + "\n")
-
-
-def _install(run: Run) -> list[str] | str:
-    if run.dry:
-        return [
-            sys.executable,
-            "-c",
-            "import checkout; print('fastattn is found', checkout.make_importable())",
-        ]
-    return [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-e",
-        str(ROOT),
-    ]
-
-
-def _tests(*selection: str) -> Callable[[Run], list[str] | str]:
-    def command(run: Run) -> list[str] | str:
-        line = [sys.executable, "-m", "pytest", "-q", "--no-header", "--maxfail=20", "-p", "no:cacheprovider"]
-        line += [
-            "-o",
-            "addopts=--import-mode=importlib",
-        ]  # the project's own ask for a plugin that may be missing
-        if find_spec("xdist") is not None and not run.dry:
-            line += ["-n", str(WORKERS)]
-        return [*line, *selection]
-
-    return command
-
-
-def _kernel_tests(run: Run) -> list[str] | str:
-    if run.dry:
-        return "the interpreter runs these tests wherever the suite runs; on a GPU they compile"
-    return _tests("tests/kernels", "tests/backends")(run)
-
-
-def _checks(*names: str, seconds: float) -> Callable[[Run], list[str] | str]:
-    def command(run: Run) -> list[str] | str:
-        line = [*CHECKS, *names, "--seconds", str(5.0 if run.dry else seconds)]
-        return line if run.dry else [*line, "--workers", str(WORKERS)]
-
-    return command
-
-
-def _bench(only: str, dry_only: str, contestants: str, seconds: float) -> Callable[[Run], list[str] | str]:
-    def command(run: Run) -> list[str] | str:
-        line = [*BENCH, "--cases-of", "cuda", "--merge", "--json", str(run.out / "attention.json")]
-        line += ["--only", dry_only if run.dry else only, "--contestants", contestants]
-        line += ["--quick"] if run.dry else ["--seconds", str(seconds), "--warm", str(WORKERS)]
-        revision = run.report["revision"]
-        return line + (["--revision", revision] if revision else [])
-
-    return command
-
-
-WORKERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # processes that compile kernels side by side
-FUSED = "fastattn|sdpa|flash_attn"  # all but FlexAttention, which compiles half a minute per shape
-AND_FLEX = "fastattn|sdpa-cudnn|sdpa-flash|sdpa-efficient|flex"
-SECTIONS = (
-    Section("install", 60, _install),
-    Section("correctness", 120, _checks("random", "kv-cache", "cudnn-trap", seconds=40)),
-    Section("forward", 110, _bench("^forward-", "^forward-causal-d(64|128)-s512$", FUSED, 0.6)),
-    Section("backward", 130, _bench("^backward-", "^backward-causal-d(64|128)-s512$", FUSED, 0.6)),
-    Section("gpu-tests", 120, _tests("-m", "gpu", "tests")),
-    Section("features", 90, _bench("^feature-|^decode-", "^feature-window$", FUSED, 1.0)),
-    Section("repetition", 75, _checks("bitwise", "wide-offsets", seconds=10)),
-    Section("flex", 110, _bench("ward-.*s4096$", "^feature-softcap$", AND_FLEX, 0.6)),
-    Section("flex-features", 90, _bench("^feature-", "^feature-alibi$", AND_FLEX, 1.0)),
-    Section("kernel-tests", 120, _kernel_tests),
-)
 
 
 def run_section(section: Section, run: Run) -> Report:
@@ -221,7 +96,9 @@ def _detail(name: str, code: int | None, limit: float, output: str, findings: li
     late = f"stopped after {limit:.0f} s; " if code is None else ""
     if findings:
         counts = {s: sum(f["status"] == s for f in findings) for s in ("passed", "failed", "skipped")}
-        return late + ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        text = late + ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        silent = code not in (0, None) and not counts["failed"]
+        return f"exit status {code} after {text}: {lines[-1]}" if silent else text
     if code is not None and code < 0:
         return f"killed by signal {-code}; " + (lines[-1] if lines else "")
     return late + (lines[-1] if lines else "no output")
@@ -250,58 +127,6 @@ def link_checkout(site: Path) -> None:
         if item.name != "__pycache__":
             (package / item.name).symlink_to(item, target_is_directory=item.is_dir())
     (package / "kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
-
-
-def summary(report: Report, measured: schema.Result | None) -> list[str]:
-    """The table: sections, failed findings, the grids, the features."""
-    device = report["device"]
-    lines = [
-        f"{device['name']}  torch {report['versions']['torch']}  commit {(report['revision'] or '?')[:10]}",
-        "",
-    ]
-    for entry in report["sections"]:
-        lines.append(
-            f"  {entry['name']:<14} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail'][:90]}"
-        )
-    failed = [f for entry in report["sections"] for f in entry["findings"] if f["status"] == "failed"]
-    lines += [f"  ! {f['check']} {f.get('backend', '')}: {f['detail'][:100]}" for f in failed[:6]]
-    return lines if measured is None else [*lines, *_grid_summary(measured), *_feature_summary(measured)]
-
-
-def _grid_summary(measured: schema.Result) -> list[str]:
-    lines = []
-    for direction in ("forward", "backward"):
-        cases = [case for case in measured["cases"] if case["group"] == direction]
-        for causal, dim in sorted(
-            {(c["params"]["causal"], c["params"]["head_dim"]) for c in cases}, key=lambda k: (k[1], k[0])
-        ):
-            cells, ratios = [], []
-            chosen = [c for c in cases if (c["params"]["causal"], c["params"]["head_dim"]) == (causal, dim)]
-            for case in sorted(chosen, key=lambda c: int(c["params"]["seqlen_q"])):
-                ours = figures.best_ours(case)
-                ratio = figures.speed_ratio(ours, figures.best_peer(case))
-                cells.append(f"{ours['tflops']:4.0f}" if ours else "   -")
-                ratios += [ratio] if ratio else []
-            mean = (
-                f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x the best peer"
-                if ratios
-                else "no ratio"
-            )
-            label = f"{direction:<8} {'causal' if causal else 'full':<6} d{dim:<3}"
-            lines.append(f"  {label} TFLOP/s {' '.join(cells)}  {mean}")
-    return ["", *lines] if lines else []
-
-
-def _feature_summary(measured: schema.Result) -> list[str]:
-    lines = []
-    for case in measured["cases"]:
-        if case["group"] in ("features", "decode"):
-            ours, peer = figures.best_ours(case), figures.best_peer(case)
-            ratio = figures.speed_ratio(ours, peer)
-            if ours:
-                against = f"{ratio:.2f}x {peer['contestant']}" if ratio and peer else "no peer ran"
-                lines.append(f"  {case['name']:<22} {ours['time_ms']['median']:8.3f} ms  {against}")
-    return ["", *lines] if lines else []
 
 
 def _new_report(device: Any, dry: bool, revision: str | None) -> Report:
@@ -335,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     import torch
 
+    if options.publish and options.dry_run:
+        print("--publish goes with a GPU: small forms are no measurements", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available() and not options.dry_run:
         print("no CUDA GPU here: --dry-run exercises every section in its small form", file=sys.stderr)
         return 2
@@ -343,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = _new_report(device, options.dry_run, options.revision)
     report["sections"] = _kept_sections(options.out, report) if options.resume else []
     if not report["sections"]:
-        for name in ("evidence.json", "attention.json", "log.txt"):
-            (options.out / name).unlink(missing_ok=True)
+        for name in ("evidence", *evidence_summary.BENCHES):
+            (options.out / f"{name}.json").unlink(missing_ok=True)
+        (options.out / "log.txt").unlink(missing_ok=True)
     environment = _environment(options.dry_run)
     run = Run(options.out.resolve(), options.minutes, options.dry_run, environment, report, time.monotonic())
     done = {entry["name"] for entry in report["sections"]}
@@ -352,8 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = not options.sections or section.name in (*options.sections, "install")
         if wanted and section.name not in done:
             _attempt(section, run)
-    measured = _draw(run)
-    print("\n".join(["", *summary(report, measured)]))
+    measured = evidence_summary.load_all(run.out)
+    _draw(run, measured)
+    print("\n".join(["", *evidence_summary.summary(report, measured)]))
+    if options.publish:
+        print(f"published to {publish(run, measured).relative_to(ROOT)}")
     return 1 if any(entry["status"] in ("failed", "timeout") for entry in report["sections"]) else 0
 
 
@@ -393,18 +225,28 @@ def _attempt(section: Section, run: Run) -> None:
     )
 
 
-def _draw(run: Run) -> schema.Result | None:
-    path = run.out / "attention.json"
-    if not path.exists():
-        return None
-    measured = schema.load(path)
-    try:
-        import plot
+def _draw(run: Run, measured: Sequence[schema.Result]) -> None:
+    import plot
 
-        plot.draw(measured, run.out)
+    try:
+        for result in measured:
+            plot.draw(result, run.out)
     except ImportError as error:
         print(f"no charts: {error}")
-    return measured
+
+
+def publish(run: Run, measured: Sequence[schema.Result]) -> Path:
+    """Copy what was measured to the results of this device, and renew the pages and their charts."""
+    import plot
+
+    folder = schema.RESULTS / schema.folder_name(run.report["device"])
+    for result in measured:
+        schema.save(result, folder / f"{result['bench']}.json")
+    try:
+        plot.update_docs()
+    except ImportError as error:
+        print(f"pages are as they were: {error}")
+    return folder
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -420,6 +262,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: every section in its small form"
+    )
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="then copy the results to benchmarks/results/DEVICE and renew the pages",
     )
     parser.add_argument("--revision", help="commit to record where the checkout has no git folder")
     return parser

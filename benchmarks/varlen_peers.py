@@ -45,13 +45,7 @@ def fastattn(work: VarlenWorkload, backend: str) -> Made:
         return out
 
     if backend:
-        try:
-            with torch.no_grad():
-                call(*work.inputs.values())
-        except RuntimeError as refusal:
-            if "cannot run" not in str(refusal):
-                raise
-            raise CannotRun(str(refusal)) from None
+        calls.unless_refused(lambda: call(*work.inputs.values()))
     return call, work.inputs, work.dout
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
+from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-import bench_attention
+import evidence_sections
+import evidence_summary
 import gpu_checks
 import gpu_evidence
+import gpu_op_checks
+import plot
 import pytest
 import schema
 import torch
-from gpu_evidence import Section
+from evidence_sections import Run, Section
+
+from fastattn import bench
 
 
 def _python(code: str) -> Any:
@@ -68,6 +75,18 @@ def test_each_section_ends_by_itself_and_is_stored(
     assert [entry["name"] for entry in resumed["sections"]] == ["good", "install"]
 
 
+def test_a_section_in_its_small_form_stores_what_it_measured(tmp_path: Path) -> None:
+    assert gpu_evidence.main(["--dry-run", "--out", str(tmp_path), "--sections", "losses"]) == 0
+    report = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))
+    assert [(entry["name"], entry["status"]) for entry in report["sections"]] == [
+        ("install", "ok"),
+        ("losses", "ok"),
+    ]
+    (measured,) = evidence_summary.load_all(tmp_path)
+    assert measured["bench"] == "cross-entropy"
+    assert {row["status"] for case in measured["cases"] for row in case["rows"]} <= {"ok", "unavailable"}
+
+
 def test_sections_without_time_left_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_evidence, "SECTIONS", FAKES[:2])
     gpu_evidence.main(["--dry-run", "--out", str(tmp_path), "--minutes", "0.01"])
@@ -112,15 +131,103 @@ def test_a_checkout_that_cannot_be_installed_is_linked(tmp_path: Path) -> None:
 def test_every_bench_section_selects_cases(
     dry: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = gpu_evidence.Run(tmp_path, 9, dry, {}, {"revision": "abc"}, time.monotonic())
-    commands = {section.name: section.command(run) for section in gpu_evidence.SECTIONS}
-    benches = {
-        name: line for name, line in commands.items() if line[: len(gpu_evidence.BENCH)] == gpu_evidence.BENCH
-    }
-    assert benches.keys() == {"forward", "backward", "features", "flex", "flex-features"}
-    for line in benches.values():
-        assert bench_attention.main([*line[len(gpu_evidence.BENCH) :], "--list", "--device", "cpu"]) == 0
-        assert capsys.readouterr().out.strip()
+    run = Run(tmp_path, 9, dry, {}, {"revision": "abc"}, time.monotonic())
+    benches: dict[str, set[str]] = {}
+    for section in evidence_sections.SECTIONS:
+        line = section.command(run)
+        for name in bench.NAMES:
+            script = str(evidence_sections.bench_script(name))
+            if isinstance(line, list) and script in line:
+                options = line[line.index(script) + 1 :]
+                assert import_module(Path(script).stem).main([*options, "--list", "--device", "cpu"]) == 0
+                assert capsys.readouterr().out.strip()
+                assert ("--quick" in options) is dry
+                benches.setdefault(name, set()).add(section.name)
+    assert benches.keys() == bench.NAMES.keys()
+    assert benches["attention"] == {"forward", "backward", "features", "flex", "flex-features"}
+
+
+def test_the_compiled_contestants_of_models_are_not_run_in_small(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sections = {section.name: section for section in evidence_sections.SECTIONS}
+    for dry in (True, False):
+        run = Run(tmp_path, 9, dry, {}, {"revision": None}, time.monotonic())
+        line = sections["train"].command(run)
+        pattern = line[line.index("--contestants") + 1]
+        assert bool(re.search(pattern, "fastattn-compile")) is not dry
+        assert "--warm" not in line
+
+
+def test_what_a_machine_lacks_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    run = Run(tmp_path, 9, False, {}, {"revision": None}, time.monotonic())
+    commands = {section.name: section.command(run) for section in evidence_sections.SECTIONS}
+    assert commands["build"] == "no nvcc here"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "CPU build" in str(evidence_sections._build(run))
+    if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        assert commands["sanitizer"] == "no compute-sanitizer here"
+
+
+def test_an_exit_status_no_finding_explains_is_told() -> None:
+    passed = [{"status": "passed"}]
+    detail = gpu_evidence._detail("sanitizer", 9, 10, "x\n===== ERROR SUMMARY: 2 errors", passed)
+    assert detail == "exit status 9 after 1 passed: ===== ERROR SUMMARY: 2 errors"
+    assert gpu_evidence._detail("ops", 0, 10, "x", passed) == "1 passed"
+
+
+def _measured(bench_name: str, device: str, **changes: Any) -> dict[str, Any]:
+    result = schema.new_result(bench_name, torch.device("cpu"), {"quick": False})
+    result["device"] |= {"kind": "cuda", "name": device}
+    time_ms = {"median": 100.0, "p20": 99.0, "p80": 101.0, "samples": 5}
+    shared = {"status": "ok", "error": None, "within_rule": None, "peak_memory_mib": 1.0, "host_ms": 0.05}
+    rows = [
+        {**shared, "contestant": name, "time_ms": {k: v * factor for k, v in time_ms.items() if k != "samples"} |
+         {"samples": 5}, "tflops": 400.0 / factor, "gbps": None, "ceiling_share": 0.8}
+        for name, factor in (("fastattn-compile", 1.0), ("transformers-sdpa", 1.5))
+    ]  # fmt: skip
+    case = {
+        "name": "train-16x1024", "label": "a step", "axis": None, "group": "train", "direction": "forward+backward",
+        "params": {"batch": 16, "seqlen": 1024}, "dtype": "bfloat16", "flops": 1.0, "bytes": None, "rows": rows,
+        "target": {"contestant": "fastattn-compile", "against": "transformers-sdpa", "speed": 1.3}, **changes,
+    }  # fmt: skip
+    return {**result, "cases": [case]}
+
+
+def test_the_table_gives_ratios_targets_and_mfu() -> None:
+    result = _measured("train", "NVIDIA H200")
+    report = {"device": result["device"], "versions": result["versions"], "revision": "abc", "sections": []}
+    lines = evidence_summary.summary(report, [result])
+    assert lines[-2:] == [
+        "  train          1 of 1 cases, 1.50x; worst 1.50x train-16x1024, best 1.50x train-16x1024; targets 1/1",
+        "                 train-16x1024: 163840 tokens/s, 400 TFLOP/s, MFU 40 % of 989",
+    ]
+    sections = [{"name": "x", "status": "ok", "seconds": 1.0, "detail": "", "findings": []}] * len(
+        evidence_sections.SECTIONS
+    )
+    results = [_measured(name, "NVIDIA H200") for name in evidence_summary.BENCHES]
+    assert len(evidence_summary.summary({**report, "sections": sections}, results)) < 60
+
+
+def test_published_results_lie_under_the_name_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updated: list[bool] = []
+    monkeypatch.setattr(schema, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot, "update_docs", lambda: updated.append(True))
+    result = _measured("train", "NVIDIA H100 80GB HBM3")
+    run = Run(tmp_path, 9, False, {}, {"device": result["device"]}, time.monotonic())
+    folder = gpu_evidence.publish(run, [result])
+    assert folder == tmp_path / "nvidia-h100-80gb-hbm3"
+    assert schema.load(folder / "train.json") == result
+    assert updated == [True]
+
+
+def test_small_forms_are_not_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_evidence.main(["--dry-run", "--publish"]) == 2
+    assert "no measurements" in capsys.readouterr().err
 
 
 # Seed 70 draws windows of one key, whose gradient is nothing but rounding: 4.9 times what is allowed.
@@ -128,7 +235,8 @@ SEED = 71
 
 
 def test_every_check_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "backends_here", lambda device: ["torch"])
+    for module in (gpu_checks, gpu_op_checks):
+        monkeypatch.setattr(module, "backends_here", lambda device: ["torch"])
     for name, check in gpu_checks.CHECKS.items():
         findings = list(check(torch.device("cpu"), 1.0, SEED))
         assert {finding["status"] for finding in findings} <= {"passed", "skipped"}, (name, findings)
@@ -159,3 +267,16 @@ def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = list(gpu_checks.check_random(torch.device("cpu"), 4.0, 0))
     assert findings[-1]["status"] == "failed"
     assert "of what is allowed" in findings[0]["detail"]
+
+
+def test_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastattn
+
+    right = fastattn.softmax
+    monkeypatch.setattr(gpu_op_checks, "backends_here", lambda device: ["torch"])
+    monkeypatch.setattr(fastattn, "softmax", lambda x, **options: right(x, **options) * 1.1)
+    findings = list(gpu_op_checks.check_ops(torch.device("cpu"), 3.0, 0))
+    failed = {finding["detail"].split(":")[0] for finding in findings if finding["status"] == "failed"}
+    assert failed == {"softmax"}
+    summaries = {f["detail"].split(":")[0]: f["status"] for f in findings if f.get("summary")}
+    assert summaries == {name: "failed" if name == "softmax" else "passed" for name in gpu_op_checks.OPS}

@@ -1,0 +1,191 @@
+"""The ops beside attention against float64: packed sequences, softmax and the losses, on each backend."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from judging import SLACK, Finding, backends_here, excess, finding
+from torch import Tensor
+
+HEAD_DIMS = (16, 64, 80, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_CALLS = 400  # of one op and backend
+
+
+class OpCall:
+    """One call of an op: its differentiable inputs, and the op and its oracle as functions of them."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        ours: Callable[..., Tensor],
+        oracle: Callable[..., Tensor],
+        text: str,
+        gradient: bool = True,
+    ) -> None:
+        self.tensors, self.ours, self.oracle, self.text = tensors, ours, oracle, text
+        self.gradient = gradient
+
+    def run(self, call: Callable[..., Tensor], dtype: torch.dtype, **extra: Any) -> dict[str, Tensor]:
+        """out, and the gradient of every input from a cotangent drawn from a fixed seed."""
+        leaves = {n: t.detach().to(dtype).requires_grad_(self.gradient) for n, t in self.tensors.items()}
+        out = call(*leaves.values(), **extra)
+        if not self.gradient:
+            return {"out": out}
+        generator = torch.Generator(out.device).manual_seed(5)
+        cotangent = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+        grads = torch.autograd.grad(out, tuple(leaves.values()), cotangent)
+        return {"out": out.detach(), **{"d" + name: grad for name, grad in zip(leaves, grads)}}
+
+
+def check_ops(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
+    """Calls of every op from seeds, an equal share of the time for each, at least one."""
+    for number, (name, make) in enumerate(OPS.items()):
+        end = time.monotonic() + seconds / len(OPS)
+        draw = random.Random(seed + number)
+        generator = torch.Generator(device).manual_seed(seed + number)
+        results: dict[str, list[float]] = {}
+        refusals: dict[str, str] = {}
+        for count in itertools.count():
+            call = make(draw, generator, device, 1000 if device.type == "cuda" else 40)
+            for backend in _backends(call, device):
+                try:
+                    worst, where = _worst(call, backend)
+                except RuntimeError as error:
+                    if "cannot run this call" not in str(error):
+                        yield finding("ops", "failed", f"{name}: {error} in {call.text}", backend=backend)
+                        return
+                    refusals[backend] = str(error)
+                    continue
+                results.setdefault(backend, []).append(worst)
+                if worst > SLACK:
+                    detail = f"{name}: {where} at {worst:.3g} of what is allowed: {call.text}"
+                    yield finding("ops", "failed", detail, backend=backend)
+            if time.monotonic() > end or count >= MOST_CALLS:
+                break
+        yield from _summaries(name, results, refusals)
+
+
+def _summaries(name: str, results: dict[str, list[float]], refusals: dict[str, str]) -> Iterator[Finding]:
+    for backend, ratios in results.items():
+        failed = sum(ratio > SLACK for ratio in ratios)
+        detail = f"{name}: {len(ratios)} calls, {failed} failed; worst {max(ratios):.2f} of what is allowed"
+        yield finding("ops", "failed" if failed else "passed", detail, backend=backend, summary=True)
+    for backend in refusals.keys() - results.keys():
+        yield finding("ops", "skipped", f"{name}: {refusals[backend]}", backend=backend)
+
+
+def _backends(call: OpCall, device: torch.device) -> list[str]:
+    """Those of the device where the op takes a backend's name, else the one that it chooses."""
+    return backends_here(device) if "backend" in inspect.signature(call.ours).parameters else ["auto"]
+
+
+def _worst(call: OpCall, backend: str) -> tuple[float, str]:
+    """The greatest part of the allowed error that a result uses, and which result that is."""
+    dtype = next(iter(call.tensors.values())).dtype
+    golden, plain = call.run(call.oracle, torch.float64), call.run(call.oracle, dtype)
+    actual = call.run(call.ours, dtype, **({} if backend == "auto" else {"backend": backend}))
+    ratios = {name: excess(actual[name], plain[name], golden[name], dtype) for name in golden}
+    top = max(ratios, key=lambda name: ratios[name])
+    return ratios[top], top
+
+
+def _varlen(draw: random.Random, generator: torch.Generator, device: torch.device, longest: int) -> OpCall:
+    import fastattn
+    from fastattn import reference
+
+    lengths = [draw.choice([0, 1, 17, longest // 2, longest]) for _ in range(draw.randint(1, 4))]
+    lengths += [] if sum(lengths) else [17]
+    edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    kv_heads, group, dim = draw.choice([1, 2]), draw.choice([1, 4]), draw.choice(HEAD_DIMS)
+    options: dict[str, Any] = {"causal": draw.random() < 0.5}
+    if draw.random() < 0.3:
+        options["window"] = (draw.choice([3, 40]), 0)
+    dtype, most = draw.choice(DTYPES), max(lengths)
+    tensors = {
+        name: _normal((sum(lengths), heads, dim), dtype, generator, device)
+        for name, heads in (("query", kv_heads * group), ("key", kv_heads), ("value", kv_heads))
+    }
+
+    def ours(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Any:
+        return fastattn.attention_varlen(
+            query, key, value, edges, edges, most, most, **options, backend=backend
+        )
+
+    def oracle(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return reference.attention_varlen(query, key, value, edges, edges, **options)
+
+    return OpCall(
+        tensors, ours, oracle, f"lengths {lengths}, {kv_heads * group}/{kv_heads}x{dim} {dtype} {options}"
+    )
+
+
+def _softmax(draw: random.Random, generator: torch.Generator, device: torch.device, longest: int) -> OpCall:
+    import fastattn
+    from fastattn import reference_losses
+
+    widest = 70_000 if device.type == "cuda" else 300
+    columns = draw.choice([1, 33, 256, 1000, widest])
+    options: dict[str, Any] = {"causal": draw.random() < 0.4, "log": draw.random() < 0.3, "scale": 0.7}
+    rows, dtype = draw.choice([1, 7, 64]), draw.choice(DTYPES)
+
+    def ours(x: Tensor, backend: str = "auto") -> Tensor:
+        return fastattn.softmax(x, **options, backend=backend)
+
+    def oracle(x: Tensor) -> Tensor:
+        # -inf has no gradient to speak of; a log's hidden entries are compared as they are
+        return reference_losses.softmax(x, **options)
+
+    tensors = {"x": _normal((rows, columns), dtype, generator, device)}
+    return OpCall(tensors, ours, oracle, f"{rows}x{columns} {dtype} {options}", gradient=not options["log"])
+
+
+def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.device, int], OpCall]:
+    def make(draw: random.Random, generator: torch.Generator, device: torch.device, longest: int) -> OpCall:
+        import fastattn
+        from fastattn import reference_losses
+
+        rows = draw.choice([1, 5, 60])
+        classes = draw.choice([2, 97, 32_000 if device.type == "cuda" else 300])
+        dtype, smoothing = draw.choice(DTYPES), draw.choice([0.0, 0.1])
+        target = torch.randint(classes, (rows,), generator=generator, device=device)
+        target[:: draw.choice([2, 9])] = -100
+        function: Any = fastattn.linear_cross_entropy if linear else fastattn.cross_entropy
+        truth: Any = reference_losses.linear_cross_entropy if linear else reference_losses.cross_entropy
+
+        def ours(*inputs: Tensor) -> Any:
+            return function(*inputs, target, label_smoothing=smoothing, reduction="sum")
+
+        def oracle(*inputs: Tensor) -> Any:
+            return truth(*inputs, target, label_smoothing=smoothing).sum()
+
+        if not linear:
+            tensors = {"logits": _normal((rows, classes), dtype, generator, device)}
+        else:
+            tensors = {
+                "hidden": _normal((rows, 48), dtype, generator, device),
+                "weight": _normal((classes, 48), dtype, generator, device) * 48**-0.5,
+            }
+        return OpCall(tensors, ours, oracle, f"{rows}x{classes} {dtype} smoothing {smoothing}")
+
+    return make
+
+
+def _normal(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+OPS: dict[str, Callable[[random.Random, torch.Generator, torch.device, int], OpCall]] = {
+    "varlen": _varlen,
+    "softmax": _softmax,
+    "cross-entropy": _losses(linear=False),
+    "linear-cross-entropy": _losses(linear=True),
+}
