@@ -20,13 +20,14 @@ struct OnlineSoftmax {
   // Turns a block of scores into probabilities; what was summed before them is to be multiplied by rescale[r].
   template <int N>
   FASTATTN_DEVICE void update(float (&scores)[N], float factor, float (&rescale)[2]) {
-    float block_max[2] = {negative_infinity(), negative_infinity()};
+    float block_max[4] = {scores[0], scores[1], scores[2], scores[3]};  // two a row: shorter chains of comparisons
 #pragma unroll
-    for (int i = 0; i < N; ++i) block_max[fragment_half(i)] = maximum(block_max[fragment_half(i)], scores[i]);
+    for (int i = 4; i < N; ++i) block_max[i % 4] = maximum(block_max[i % 4], scores[i]);
     float base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float new_max = maximum(row_max_log2[r], quad_max(block_max[r]) * factor);
+      const float new_max =
+          maximum(row_max_log2[r], quad_max(maximum(block_max[2 * r], block_max[2 * r + 1])) * factor);
       base[r] = new_max == negative_infinity() ? 0.0f : new_max;  // -inf minus -inf is NaN, minus 0 it stays
       rescale[r] = exp2_approx(row_max_log2[r] - base[r]);
       row_max_log2[r] = new_max;

@@ -330,7 +330,9 @@ struct ForwardConsumer {
     state.advance();
   }
 
+  // A tile without keys has no multiply to wait for: lanes that still wait for its queries must not be overtaken.
   FASTATTN_DEVICE void release_queries() {
+    warp_sync();
     if (thread % kWarpThreads == 0) shared.barriers().queries.release(query_state);
   }
 
