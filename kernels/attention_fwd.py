@@ -10,11 +10,12 @@ from .primitives import (
     block_count,
     dropout_keep,
     head_matrix,
+    head_operand,
     head_rows,
     head_scoring,
     key_blocks,
     keys_end,
-    load_tile,
+    load_operand,
     logits,
     padded,
     softmax_lse,
@@ -50,12 +51,13 @@ def attention_fwd_kernel(
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
-    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = dropout(softmax(logits)) @ v and lse = logsumexp(logits), over the keys each query sees.
 
     One program owns BLOCK_M queries of one head. It visits the key blocks its queries see: first those that all of
-    them see whole, without masking, then the edges. A row without keys gives out 0 and lse -inf, or its sink.
+    them see whole, without masking, then the edges. A row without keys gives out 0 and lse -inf, or its sink. With TMA,
+    q, k and v are descriptors.
     """
     lengths = (seqlen_q, seqlen_k, shift)
     packing = (edges_q, edges_k, batch_size)
@@ -70,9 +72,12 @@ def attention_fwd_kernel(
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, num_queries)
     key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
-    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, VARIANT)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, VARIANT)
-    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, VARIANT)
+    strides = (stride_qb, stride_qh, stride_qs)
+    queries = head_operand(q, strides, batch, head, query_base, num_queries, TMA, VARIANT)
+    strides = (stride_kb, stride_kh, stride_ks)
+    keys = head_operand(k, strides, batch, kv_head, key_base, key_end, TMA, VARIANT)
+    strides = (stride_vb, stride_vh, stride_vs)
+    values = head_operand(v, strides, batch, kv_head, key_base, key_end, TMA, VARIANT)
     outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, query_base, num_queries, VARIANT)
     planes = (
         mask,
@@ -88,14 +93,14 @@ def attention_fwd_kernel(
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
 
-    query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+    query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
     row_max, row_sum = softmax_start(sinks, batch, head, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
     for EDGE in tl.static_range(2):
         for step in range(block_count(blocks, EDGE)):
             first_key = block_at(step, blocks, EDGE) * BLOCK_N
             cols = first_key + tl.arange(0, BLOCK_N)
-            key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT)
+            key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, TMA, VARIANT)
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
             scores, _ = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
             probs, rescale, row_max, row_sum = softmax_update(
@@ -106,7 +111,9 @@ def attention_fwd_kernel(
                     seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
                 )
                 probs = tl.where(keep, probs, 0.0)
-            value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT)
+            value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
+            if TMA and EDGE and (VARIANT.varlen or VARIANT.key_lengths):  # what follows the keys may be NaN
+                value_tile = tl.where((cols < key_end)[:, None], value_tile, 0.0)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 

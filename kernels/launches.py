@@ -15,7 +15,7 @@ from fastattn.kernels import (
     segments,
     sequences,
 )
-from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, Tile
+from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, TMA_ARCH, Tile
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
 
@@ -74,15 +74,20 @@ class Launch(NamedTuple):
     args: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
-        """Launch on the device of the first argument, unless there is nothing to do."""
+        """Launch on the device of the first tensor, unless there is nothing to do."""
         if self.grid[0] == 0:
             return
-        with torch.cuda.device_of(next(iter(self.args.values()))):
-            self.kernel[self.grid](
-                **self.args, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
-            )
+        with torch.cuda.device_of(next(value for value in self.args.values() if isinstance(value, Tensor))):
+            self.kernel[self.grid](**self.args, **self.options)
 
 
 def forward_launch(
@@ -92,7 +97,13 @@ def forward_launch(
     """attention_fwd_kernel on a call."""
     unit = _unit(call.query, call.key, call.value, out)
     args = _call_arguments(spec, call, unit, packing) | _strides("o", out, unit)
-    args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks}
+    args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks, "TMA": False}
+    if tile.tma and can_use_tma(spec, call, unit):
+        args |= {
+            "q": _descriptor(call.query, tile.block_m, unit),
+            "k": _descriptor(call.key, tile.block_n, unit),
+        }
+        args |= {"v": _descriptor(call.value, tile.block_n, unit), "TMA": True}
     grid = num_tiles(call.query, tile.block_m, packing)
     return _launch(attention_fwd.attention_fwd_kernel, grid, args, tile)
 
@@ -263,13 +274,33 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
     return batch * num_heads * _cdiv(length, block)
 
 
+def can_use_tma(spec: AttentionSpec, call: AttentionCall, unit: int) -> bool:
+    """Whether descriptors can stand for the operands of a call: everything at multiples of 16 bytes, nothing empty or
+    broadcast; with 16-bit dtypes, whose products run on wgmma, from Hopper on."""
+    if unit == 1 or spec.dtype.itemsize != 2 or (spec.arch is not None and spec.arch < TMA_ARCH):
+        return False
+    sizes = [pair for t in (call.query, call.key, call.value) for pair in zip(t.shape, t.stride())]
+    return all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
+
+
+def _descriptor(tensor: Tensor, block: int, unit: int) -> Any:
+    """A (B, H, S, D) tensor as TMA sees it, in blocks of `block` rows of one head; the stride of a dimension of size 1
+    is never used, but has to be a multiple of 16 bytes."""
+    from triton import next_power_of_2
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [stride if size > 1 else unit for size, stride in zip(tensor.shape[:3], tensor.stride())]
+    width = max(16, next_power_of_2(tensor.shape[3]))
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block, width])
+
+
 def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
     """A launch with those of the arguments that the kernel takes."""
     args = args | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     if tile.tf32x3 and args["VARIANT"].dot_precision == "ieee":
         args["VARIANT"] = args["VARIANT"]._replace(dot_precision="tf32x3")
     chosen = {name: args[name] for name in kernel.arg_names}
-    return Launch(kernel, (grid,), chosen, tile.num_warps, tile.num_stages)
+    return Launch(kernel, (grid,), chosen, tile.num_warps, tile.num_stages, tile.max_registers)
 
 
 def _call_arguments(

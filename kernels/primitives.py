@@ -105,6 +105,33 @@ def load_tile(
 
 
 @triton.jit
+def head_operand(tensor, strides, batch, head, first_row, num_rows, TMA: tl.constexpr, VARIANT: tl.constexpr):
+    """What `load_operand` loads from: `head_matrix`, or with TMA a descriptor of the whole (B, H, S, D) tensor."""
+    if TMA and VARIANT.varlen:
+        operand = (tensor, 0, head, first_row)
+    elif TMA:
+        operand = (tensor, batch, head, 0)
+    else:
+        operand = head_matrix(tensor, strides, batch, head, first_row, num_rows, VARIANT)
+    return operand
+
+
+@triton.jit
+def load_operand(
+    operand, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr, TMA: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """`load_tile`; TMA itself leaves zeros beyond the tensor, but not beyond what a sequence has of it."""
+    if TMA:
+        descriptor, batch, head, before = operand
+        block = descriptor.load([batch, head, before + first_row, 0])
+        tile = tl.reshape(block, [BLOCK_ROWS, padded(DIM)])
+    else:
+        tile = load_tile(operand, first_row, DIM, BLOCK_ROWS, CHECK_ROWS, VARIANT)
+    return tile
+
+
+@triton.jit
 def store_tile(matrix, tile, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, VARIANT: tl.constexpr):
     """Writes what lies within a matrix of DIM columns, converted to its dtype."""
     pointers = tile_pointers(matrix, first_row, DIM, BLOCK_ROWS, VARIANT)

@@ -24,10 +24,14 @@ class Tile:
     num_warps: int
     num_stages: int
     tf32x3: bool = False  # exact float32 products are made of three of tf32, on the matrix units
+    tma: bool = False  # forward: operands come by TMA where a call allows it; on in no row, for nobody has measured it
+    max_registers: int | None = None  # per thread, where fewer let more blocks share a multiprocessor
 
     def __str__(self) -> str:
-        products = ", tf32x3" if self.tf32x3 else ""
-        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{products}"
+        extras = ", tf32x3" if self.tf32x3 else ""
+        extras += ", TMA" if self.tma else ""
+        extras += f", {self.max_registers} registers" if self.max_registers else ""
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages{extras}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Key(NamedTuple):
     rich: bool  # something in RICH_FEATURES is in use: more registers per score
 
 
+TMA_ARCH = 90  # the first architecture that has it
 DELTA_ROWS = 64  # queries per program of the row-wise preparation of backward
 SEGMENT_CHUNK = 2048  # ids that the prepass of segments compares at a time
 SLOT_CHUNK = 32  # tiles of a packed sequence whose numbers are added at a time
@@ -98,7 +103,7 @@ TABLE: dict[Key, Tiles] = {
     # Hopper: 227 KiB; wgmma takes 64 rows per group of four warps and its accumulators take most registers.
     **_rows(
         (90,), 16, False,
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3, max_registers=128), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
         Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
         Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     ),

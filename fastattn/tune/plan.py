@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 
-from fastattn.kernels.tiles import FAMILIES, Tile, family_of, table_tiles
-from fastattn.kernels.tuned import KERNELS, signature
+from fastattn.kernels.tiles import FAMILIES, TMA_ARCH, Tile, family_of, table_tiles
+from fastattn.kernels.tuned import KERNELS, REGISTER_CAPS, signature
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -27,6 +27,7 @@ LEAST_GAIN = 1.02  # over the built-in tile, below which it stays
 LAGGING = 1.2  # times the fastest median: leaves the race
 REGISTERS = 255  # of a thread
 WARP = 32
+SWITCHES = ("tf32x3", "tma", "max_registers")  # of a tile: one step each
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,11 @@ def candidates(work: Work, arch: int, quick: bool = False) -> list[Candidate]:
     built_in = work.built_in(arch)
     exact = work.itemsize == 4 and work.spec(arch).float32_precision == "ieee"
     blocks = (16, 32, 64) if work.itemsize == 4 else (32, 64, 128)
-    grid = product(blocks, blocks, (4, 8), (1, 2, 3, 4), (False, True) if exact else (False,))
-    tiles = [Tile(*numbers) for numbers in grid]
+    tma = work.kernel == "forward" and work.itemsize == 2 and arch >= TMA_ARCH
+    switches = ((False, True) if exact else (False,), (False, True) if tma else (False,))
+    grid = product(blocks, blocks, (4, 8), (1, 2, 3, 4), *switches)
+    tiles = [Tile(*numbers, max_registers=built_in.max_registers) for numbers in grid]
+    tiles += [replace(built_in, max_registers=cap) for cap in REGISTER_CAPS]
     if quick:
         tiles = [tile for tile in tiles if _steps_between(tile, built_in) == 1]
     others = [tile for tile in tiles if tile != built_in]
@@ -134,7 +138,8 @@ def _steps_between(tile: Tile, other: Tile) -> int:
             (tile.num_warps, other.num_warps),
         )
     ]
-    return sum(doublings) + abs(tile.num_stages - other.num_stages) + (tile.tf32x3 != other.tf32x3)
+    switched = sum(getattr(tile, name) != getattr(other, name) for name in SWITCHES)
+    return sum(doublings) + abs(tile.num_stages - other.num_stages) + switched
 
 
 def _impossible(work: Work, tile: Tile, arch: int) -> str | None:
@@ -143,8 +148,9 @@ def _impossible(work: Work, tile: Tile, arch: int) -> str | None:
     shared, registers = least_shared(work, tile), least_registers(work, tile)
     if shared > limit:
         return f"needs at least {shared} bytes of shared memory, the limit is {limit}"
-    if family != 100 and registers > REGISTERS:  # there, results have a memory of their own
-        return f"needs at least {registers} registers per thread, there are {REGISTERS}"
+    available = tile.max_registers or REGISTERS
+    if family != 100 and registers > available:  # there, results have a memory of their own
+        return f"needs at least {registers} registers per thread, there are {available}"
     return None
 
 

@@ -24,6 +24,7 @@ class Report:
     local_ops: int = 0  # loads and stores of local memory in the SASS
     async_mma: int = 0  # asynchronous matrix instructions in the PTX: wgmma, tcgen05
     wide_copies: int = 0  # asynchronous copies of 16 bytes to shared memory in the PTX
+    tma_copies: int = 0  # copies of tiles by TMA in the PTX
     error: str = ""
 
 
@@ -42,8 +43,7 @@ def specialise(launch: Any, target: Any) -> tuple[Any, Any]:
     backend = make_backend(target)
     kernel = launch.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    bound, specialization, options = binder(**launch.args, **options)
+    bound, specialization, options = binder(**launch.args, **launch.options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
@@ -79,6 +79,7 @@ def inspect_binary(binary: Any) -> Report:
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         local_ops=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         async_mma=len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", ptx)),
+        tma_copies=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         wide_copies=len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
     )
 

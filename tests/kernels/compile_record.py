@@ -32,6 +32,7 @@ def row_key(launch: Any, arch: str) -> str:
     """What the compiler is given for a launch on an architecture, in 16 hex digits."""
     args = {name: _described(value) for name, value in launch.args.items()}
     given = [fingerprint(launch.kernel), args, launch.num_warps, launch.num_stages, arch]
+    given += [launch.max_registers] if launch.max_registers is not None else []
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
 

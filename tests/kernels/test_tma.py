@@ -1,0 +1,127 @@
+"""The forward with operands loaded by TMA: the same bits, and only where descriptors can stand for the operands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import DEVICE, SMALL_TILES, UNEVEN_TILES, Case, Inputs, Maker
+from torch import Tensor
+from varlen_cases import Case as PackedCase
+from varlen_cases import Inputs as PackedInputs
+
+from fastattn.backends import triton as backend
+from fastattn.kernels.launches import forward_launch
+from fastattn.spec import AttentionCall, AttentionSpec
+
+NAN = float("nan")
+HAS_TMA = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+pytestmark = pytest.mark.skipif(not HAS_TMA, reason="needs a GPU of compute capability 9.0, or none")
+
+
+def everything(make: Maker) -> dict[str, object]:
+    return {
+        "causal": True, "window": (30, None), "bias": make.normal(4, 1, 37), "mask": make.normal(2, 1, 21, 37) < 1.0,
+        "alibi_slopes": make.normal(4).abs(), "segment_ids": (make.integers(0, 2, 2, 21), make.integers(0, 2, 2, 37)),
+        "sinks": make.normal(4), "softcap": 3.0, "dropout_p": 0.2, "dropout_seed": 99,
+    }  # fmt: skip
+
+
+CASES = [
+    Case("plain", batch=2, heads=2, kv_heads=2),
+    Case("causal, bfloat16", {"causal": True}, dtype=torch.bfloat16),
+    Case("lengths", lambda make: {"key_lengths": torch.tensor([0, 29, 37], device=DEVICE)}, batch=3),
+    Case("grouped heads, odd dims", {"window": (9, 4)}, heads=4, kv_heads=2, head_dim=24, value_dim=40),
+    Case("head dim 128", {"causal": True}, head_dim=128, value_dim=128, tiles=UNEVEN_TILES),
+    Case("everything", everything, batch=2, heads=4, kv_heads=2, head_dim=8, value_dim=16),
+]
+
+
+def both(call: AttentionCall, case: Case) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(out, lse) without TMA and with it."""
+    with_tma = replace(case.tiles, forward=replace(case.tiles.forward, tma=True))
+    assert uses_tma(call)
+    spec = AttentionSpec.of(call)
+    return backend.attention_fwd(spec, call, case.tiles), backend.attention_fwd(spec, call, with_tma)
+
+
+def uses_tma(call: AttentionCall, **changes: object) -> bool:
+    """Whether a launch would, with a tile that asks for it."""
+    out = call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
+    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+    spec = AttentionSpec.of(call).replace(**changes)
+    return forward_launch(spec, call, out, lse, None, replace(SMALL_TILES.forward, tma=True)).args["TMA"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits(case: Case) -> None:
+    inputs = Inputs.of(case)
+    if "key_lengths" in inputs.options:
+        for row, length in enumerate(inputs.options["key_lengths"].tolist()):
+            inputs.key[row, :, length:] = NAN
+            inputs.value[row, :, length:] = NAN
+    plain, tma = both(inputs.call(), case)
+    assert torch.equal(plain[0], tma[0])
+    assert torch.equal(plain[1], tma[1])
+
+
+def test_same_bits_from_any_memory_order() -> None:
+    inputs = Inputs.of(Case("strides", {"causal": True}, batch=2, heads=2, kv_heads=2))
+    for name in ("query", "key", "value"):
+        tensor = getattr(inputs, name).transpose(1, 2).contiguous()
+        setattr(inputs, name, torch.cat([tensor, tensor], dim=-1)[..., :16].transpose(1, 2))
+    plain, tma = both(inputs.call(), Case(""))
+    assert torch.equal(plain[0], tma[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_same_bits_of_packed_sequences_with_poisoned_neighbours(options: dict[str, object]) -> None:
+    inputs = PackedInputs.of(PackedCase("packed", options, heads=2, kv_heads=2))
+    call = inputs.call()
+    with_tma = replace(SMALL_TILES, forward=replace(SMALL_TILES.forward, tma=True))
+    spec = AttentionSpec.of(call.as_one_sequence())
+    expected = backend.varlen_fwd(spec, call, SMALL_TILES)
+    for result, plain in zip(backend.varlen_fwd(spec, call, with_tma), expected):
+        assert torch.equal(result, plain)
+    for name, ranges in (("query", inputs.rows), ("key", inputs.cols), ("value", inputs.cols)):
+        getattr(inputs, name)[ranges(2)] = NAN
+    out, _ = backend.varlen_fwd(spec, call, with_tma)
+    for b in (0, 3, 4):
+        assert torch.equal(out[inputs.rows(b)], expected[0][inputs.rows(b)])
+
+
+def test_only_where_descriptors_can_be_made() -> None:
+    query = torch.empty(2, 2, 20, 16, dtype=torch.float16, device=DEVICE)
+    call = AttentionCall(query, query, query)
+    assert uses_tma(call)
+    assert uses_tma(call, arch=90)
+    assert uses_tma(call, arch=120)
+    assert not uses_tma(call, arch=89)
+    assert uses_tma(replace(call, key=query[:, :1, :1], value=query[:, :1, :1]))
+    assert not uses_tma(replace(call, query=query[..., 1:9], key=query[..., :8]))  # not at 16 bytes
+    assert not uses_tma(replace(call, key=query[:1, :1, :1].expand(2, 2, 20, 16)))  # broadcast
+    assert not uses_tma(replace(call, key=query[:, :, :0], value=query[:, :, :0]))  # empty
+    exact = query.float()
+    assert not uses_tma(AttentionCall(exact, exact, exact))
+
+
+def test_compiled_for_hopper() -> None:
+    """TMA feeds wgmma, nothing spills, and no operand is copied by threads."""
+    script = Path(__file__).parent / "tma_compile.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    for name, report in json.loads(done.stdout).items():
+        assert report["tma_copies"] > 0, name
+        assert report["async_mma"] > 0, name
+        assert report["local_ops"] == 0, name
+        assert report["wide_copies"] == 0, name
+        assert report["registers"] <= 168, name  # without TMA 235 for head dim 128
