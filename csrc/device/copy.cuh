@@ -111,8 +111,8 @@ FASTATTN_DEVICE void stmatrix_x2(void* row, const uint32_t (&matrices)[2]) {
 #if defined(FASTATTN_EMULATION)
   emulator::stmatrix(row, matrices, 2, false);
 #else
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
-               "r"(matrices[0]), "r"(matrices[1])
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)), "r"(matrices[0]),
+               "r"(matrices[1])
                : "memory");
 #endif
 }

@@ -36,8 +36,7 @@ FASTATTN_DEVICE void tma_load_2d(void* destination, const CUtensorMap* map, Mbar
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(destination)),
-      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)),
-      "r"(c0), "r"(c1)
+      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)), "r"(c0), "r"(c1)
       : "memory");
 #endif
 }
@@ -50,38 +49,34 @@ FASTATTN_DEVICE void tma_load_3d(void* destination, const CUtensorMap* map, Mbar
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(shared_address(destination)),
-      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)),
-      "r"(c0), "r"(c1), "r"(c2)
+      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 #endif
 }
 
 FASTATTN_DEVICE void tma_load_4d(void* destination, const CUtensorMap* map, Mbarrier* barrier, int c0, int c1, int c2,
-                                 int c3,
-                                 CachePolicy policy = CachePolicy::kEvictNormal) {
+                                 int c3, CachePolicy policy = CachePolicy::kEvictNormal) {
 #if defined(FASTATTN_EMULATION)
   emulator::tma_load(destination, map, barrier, {c0, c1, c2, c3});
 #else
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(shared_address(destination)),
-      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)),
-      "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 #endif
 }
 
 FASTATTN_DEVICE void tma_load_5d(void* destination, const CUtensorMap* map, Mbarrier* barrier, int c0, int c1, int c2,
-                                 int c3, int c4,
-                                 CachePolicy policy = CachePolicy::kEvictNormal) {
+                                 int c3, int c4, CachePolicy policy = CachePolicy::kEvictNormal) {
 #if defined(FASTATTN_EMULATION)
   emulator::tma_load(destination, map, barrier, {c0, c1, c2, c3, c4});
 #else
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(shared_address(destination)),
-      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)),
-      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "l"(map), "r"(shared_address(barrier)), "l"(static_cast<uint64_t>(policy)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "r"(c4)
       : "memory");
 #endif
 }

@@ -36,8 +36,8 @@ CUtensorMap contiguous_map(const void* data, std::array<uint64_t, Rank> sizes, s
 
 constexpr int kDepth = 128;  // values of K in the products
 
-// out (64 x N) = A B, A being 64 x kDepth and B kDepth x N. An operand along K is stored as (64 or N, kDepth), one across
-// K as (kDepth, 64 or N); panels of 64 of its fastest dimension follow each other in shared memory.
+// out (64 x N) = A B, A being 64 x kDepth and B kDepth x N. An operand along K is stored as (64 or N, kDepth), one
+// across K as (kDepth, 64 or N); panels of 64 of its fastest dimension follow each other in shared memory.
 template <class T, int N, Operand a_layout, Operand b_layout, bool a_in_registers>
 FASTATTN_KERNEL void product(FASTATTN_GRID_CONSTANT const CUtensorMap a, FASTATTN_GRID_CONSTANT const CUtensorMap b,
                              const T* a_rows, float* out) {
@@ -109,16 +109,19 @@ void launch_product(bool a_across, bool b_across, bool a_in_registers, const voi
                     void* out) {
   constexpr Operand kAlong = Operand::kAlongK, kAcross = Operand::kAcrossK;
   if (a_in_registers) {
-    (b_across ? launch_product<T, N, kAlong, kAcross, true> : launch_product<T, N, kAlong, kAlong, true>)(a, b, a_rows, out);
+    (b_across ? launch_product<T, N, kAlong, kAcross, true> : launch_product<T, N, kAlong, kAlong, true>)(a, b, a_rows,
+                                                                                                          out);
   } else if (a_across) {
-    (b_across ? launch_product<T, N, kAcross, kAcross, false> : launch_product<T, N, kAcross, kAlong, false>)(a, b, a_rows, out);
+    (b_across ? launch_product<T, N, kAcross, kAcross, false>
+              : launch_product<T, N, kAcross, kAlong, false>)(a, b, a_rows, out);
   } else {
-    (b_across ? launch_product<T, N, kAlong, kAcross, false> : launch_product<T, N, kAlong, kAlong, false>)(a, b, a_rows, out);
+    (b_across ? launch_product<T, N, kAlong, kAcross, false>
+              : launch_product<T, N, kAlong, kAlong, false>)(a, b, a_rows, out);
   }
 }
 
-// Copies the box at (c0 .. c4) of `in` to shared memory, then to `image` as it lies there, and by the copy engine to the
-// same coordinates of `out`.
+// Copies the box at (c0 .. c4) of `in` to shared memory, then to `image` as it lies there, and by the copy engine to
+// the same coordinates of `out`.
 FASTATTN_KERNEL void move_box(FASTATTN_GRID_CONSTANT const CUtensorMap in, FASTATTN_GRID_CONSTANT const CUtensorMap out,
                               int rank, const int* c, int bytes, uint32_t* image, bool add) {
   unsigned char* box = align_shared<1024>(dynamic_shared_memory());
@@ -260,7 +263,8 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
 }  // namespace
 
 extern "C" const char* run_product(int64_t bfloat16, int64_t n, int64_t a_across, int64_t b_across,
-                                   int64_t a_in_registers, const void* a, const void* b, const void* a_rows, void* out) {
+                                   int64_t a_in_registers, const void* a, const void* b, const void* a_rows,
+                                   void* out) {
   return emulator::guarded([&] {
     const auto launch = [&]<int N>() {
       if (bfloat16) {
@@ -288,7 +292,8 @@ extern "C" const char* run_move_box(int64_t rank, const void* in, void* out, con
   });
 }
 
-extern "C" const char* run_copy_async(const unsigned char* x, unsigned char* y, int64_t chunks, int64_t last, int64_t wait) {
+extern "C" const char* run_copy_async(const unsigned char* x, unsigned char* y, int64_t chunks, int64_t last,
+                                      int64_t wait) {
   return emulator::guarded([&] {
     const emulator::Launch launch{.threads = 32, .shared_bytes = size_t(chunks) * 16};
     emulator::launch(emulator::options, launch, copy_async, x, y, int(chunks), int(last), wait != 0);

@@ -1,4 +1,5 @@
-// A small kernel with everything a Hopper attention kernel has but the softmax, and a switch for each thing to get wrong.
+// A small kernel with everything a Hopper attention kernel has but the softmax, and a switch for each thing to get
+// wrong.
 #include <cmath>
 
 #include "device/cluster.cuh"
@@ -117,8 +118,7 @@ void store_output(Shared& shared, const CUtensorMap& out, const float (&acc)[32]
   for (int i = 0; i < 16; ++i) {
     const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8;
     const int column = i / 2 * 8 + thread % 4 * 2;
-    const uint32_t offset =
-        mistake == kUnswizzledEpilogue ? row * 128 + column * 2 : swizzled_offset(row, column);
+    const uint32_t offset = mistake == kUnswizzledEpilogue ? row * 128 + column * 2 : swizzled_offset(row, column);
     auto* destination = reinterpret_cast<unsigned char*>(shared.q[consumer]) + offset;
     st_shared(reinterpret_cast<uint32_t*>(destination), pack<bfloat16_t>(acc[2 * i], acc[2 * i + 1]));
   }
@@ -222,9 +222,9 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(384, 1)
 
 CUtensorMap tile_map(const void* data, int64_t rows) {
   CUtensorMap map;
-  const CUresult result = encode_tensor_map<2>(
-      emulator::encode_tiled, &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, {kTile, static_cast<uint64_t>(rows)},
-      {kTile * 2}, {kTile, kTile}, CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUresult result = encode_tensor_map<2>(emulator::encode_tiled, &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data,
+                                               {kTile, static_cast<uint64_t>(rows)}, {kTile * 2}, {kTile, kTile},
+                                               CU_TENSOR_MAP_SWIZZLE_128B);
   if (result != CUDA_SUCCESS) throw std::runtime_error("encode_tiled refuses");
   return map;
 }
@@ -234,8 +234,8 @@ CUtensorMap tile_map(const void* data, int64_t rows) {
 extern "C" const char* run_pipeline(const void* q, const void* k, const void* v, void* out, int64_t rows, int64_t keys,
                                     int64_t mistake) {
   return emulator::guarded([&] {
-    const emulator::Launch launch{.grid = {unsigned((rows + 127) / 128), 1, 1}, .threads = 384,
-                                  .shared_bytes = sizeof(Shared) + 1024};
+    const emulator::Launch launch{
+        .grid = {unsigned((rows + 127) / 128), 1, 1}, .threads = 384, .shared_bytes = sizeof(Shared) + 1024};
     emulator::launch(emulator::options, launch, pipeline, tile_map(q, rows), tile_map(k, keys), tile_map(v, keys),
                      tile_map(out, rows), int((keys + kTile - 1) / kTile), Mistake(mistake));
   });

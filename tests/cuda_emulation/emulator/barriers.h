@@ -140,7 +140,8 @@ template <class T>
 T* map_shared(T* pointer, uint32_t rank) {
   Thread& thread = self();
   const Block& mine = *thread.block;
-  if (rank >= mine.cluster->blocks.size()) fail(text("map_shared to block %u of %zu", rank, mine.cluster->blocks.size()));
+  if (rank >= mine.cluster->blocks.size())
+    fail(text("map_shared to block %u of %zu", rank, mine.cluster->blocks.size()));
   auto* bytes = reinterpret_cast<unsigned char*>(const_cast<std::remove_const_t<T>*>(pointer));
   if (!mine.holds(bytes)) fail("map_shared of a pointer that is not in the block's shared memory");
   return reinterpret_cast<T*>(mine.cluster->blocks[rank]->memory + (bytes - mine.memory));

@@ -87,7 +87,8 @@ inline void start_load(unsigned char* destination, uint32_t bytes, void* barrier
   Thread& thread = self();
   Block& block = *thread.block;
   MbarrierState& state = mbarrier_state(block, barrier);
-  if (!state.fenced) fail(text("copies to mbarrier %u without fence_barrier_init behind its initialisation", state.index));
+  if (!state.fenced)
+    fail(text("copies to mbarrier %u without fence_barrier_init behind its initialisation", state.index));
   note_write(block, destination, bytes, Event{state.component, state.phase + 1}, true);
   ++block.loads_in_flight;
   machine().start([&block, &state, phase = state.phase, bytes, copy] {

@@ -181,9 +181,7 @@ struct Cluster {
   Clock arriving, released;
   WaitQueue waiting;
 
-  uint32_t warp_component(const Thread& thread) const {
-    return 2 * thread_count + thread.component / kWarp;
-  }
+  uint32_t warp_component(const Thread& thread) const { return 2 * thread_count + thread.component / kWarp; }
   uint32_t add_component(std::string name) {
     names[components] = std::move(name);
     return components++;
@@ -300,7 +298,9 @@ inline std::string text(const char* format, auto... values) {
   return buffer;
 }
 
-inline std::string name(const Block& block) { return text("block (%u, %u, %u)", block.index.x, block.index.y, block.index.z); }
+inline std::string name(const Block& block) {
+  return text("block (%u, %u, %u)", block.index.x, block.index.y, block.index.z);
+}
 
 inline std::string name(const Cluster& cluster, Event event) {
   const uint32_t component = event.component & ~Event::kFourWarps;
@@ -308,7 +308,8 @@ inline std::string name(const Cluster& cluster, Event event) {
   if (event.component == Event::kNever) return "an unfinished cp_async";
   if (component < 2 * cluster.thread_count) return text("thread %u", component % cluster.thread_count);
   const uint32_t warp = component - 2 * cluster.thread_count;
-  if (warp < (cluster.thread_count + kWarp - 1) / kWarp) return text("wgmma group %u of the warpgroup at warp %u", event.tick, warp);
+  if (warp < (cluster.thread_count + kWarp - 1) / kWarp)
+    return text("wgmma group %u of the warpgroup at warp %u", event.tick, warp);
   return cluster.names.at(component);
 }
 
@@ -508,9 +509,11 @@ inline void Machine::report_deadlock(const char* kind) {
 
 // Runs the kernel over the grid. Throws Failure.
 template <class... Parameters, class... Arguments>
-void launch(const Options& options, const Launch& launch, void (*kernel)(Parameters...), const Arguments&... arguments) {
+void launch(const Options& options, const Launch& launch, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
   if (launch.threads < 1 || launch.threads > 1024) throw Failure("a block has 1 to 1024 threads");
-  if (launch.shared_bytes > kSharedLimit) throw Failure(text("%zu bytes of shared memory are too many", launch.shared_bytes));
+  if (launch.shared_bytes > kSharedLimit)
+    throw Failure(text("%zu bytes of shared memory are too many", launch.shared_bytes));
   if (launch.grid.x % launch.cluster != 0) throw Failure("the grid is not a multiple of the cluster");
   Machine machine(options, launch, [&] { kernel(arguments...); });
   machine_pointer = &machine;

@@ -29,7 +29,8 @@ inline void mbarrier_init(void* barrier, uint32_t arrivals) {
   auto state = std::make_unique<MbarrierState>();
   state->index = block.mbarriers.size();
   state->expected = state->pending = arrivals;
-  state->component = block.cluster->add_component(text("a copy completing at mbarrier %u of ", state->index) + name(block));
+  state->component =
+      block.cluster->add_component(text("a copy completing at mbarrier %u of ", state->index) + name(block));
   state->initialised = thread.now();
   const uint64_t word = kMbarrierMark << 32 | state->index;
   std::memcpy(barrier, &word, sizeof(word));
@@ -60,9 +61,7 @@ inline void mbarrier_arrive(void* barrier, uint32_t bytes) {
   arrive(mbarrier_state(*self().block, barrier), bytes);
 }
 
-inline void mbarrier_expect_tx(void* barrier, uint32_t bytes) {
-  mbarrier_state(*self().block, barrier).bytes += bytes;
-}
+inline void mbarrier_expect_tx(void* barrier, uint32_t bytes) { mbarrier_state(*self().block, barrier).bytes += bytes; }
 
 inline void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
   machine().preempt();
@@ -79,7 +78,8 @@ inline void check_parity(uint32_t parity) {
 inline void mbarrier_wait(void* barrier, uint32_t parity) {
   check_parity(parity);
   MbarrierState& state = mbarrier_state(*self().block, barrier);
-  while (!phase_completed(state, parity)) machine().sleep(state.waiting, parity ? "mbarrier_wait(1)" : "mbarrier_wait(0)", &state);
+  while (!phase_completed(state, parity))
+    machine().sleep(state.waiting, parity ? "mbarrier_wait(1)" : "mbarrier_wait(0)", &state);
   self().clock.join(state.completed);
 }
 
@@ -95,7 +95,8 @@ inline bool mbarrier_try_wait(void* barrier, uint32_t parity) {
 // `bytes` of a copy issued in phase `phase` have arrived.
 inline void complete_bytes(const Block& block, MbarrierState& state, uint32_t phase, uint32_t bytes) {
   const std::string where = name(block) + text(": mbarrier %u", state.index);
-  if (state.phase != phase) throw Failure(where + text(" completed phase %u without a copy that was issued in it", phase));
+  if (state.phase != phase)
+    throw Failure(where + text(" completed phase %u without a copy that was issued in it", phase));
   state.bytes -= bytes;
   if (state.bytes < 0) throw Failure(where + " was told to expect fewer bytes than were copied");
   complete_phase_if_done(state);

@@ -30,7 +30,8 @@ inline Block& block_holding(const void* pointer) {
 
 inline uint32_t shared_address(const void* pointer) {
   const Block& block = *self().block;
-  if (!block.holds(pointer) && pointer != block.memory + block.bytes) fail("shared_address of a pointer that is not in shared memory");
+  if (!block.holds(pointer) && pointer != block.memory + block.bytes)
+    fail("shared_address of a pointer that is not in shared memory");
   return kWindowStart + static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - block.arena);
 }
 
@@ -51,7 +52,8 @@ inline Event as_seen(const Cluster& cluster, Event event, bool async) {
 inline size_t checked_offset(const Block& block, const void* pointer, size_t bytes) {
   const auto* first = static_cast<const unsigned char*>(pointer);
   if (first < block.memory || first + bytes > block.memory + block.bytes) {
-    fail(text("accesses bytes %td .. %td of %zu bytes of shared memory", first - block.memory, first - block.memory + bytes, block.bytes));
+    fail(text("accesses bytes %td .. %td of %zu bytes of shared memory", first - block.memory,
+              first - block.memory + bytes, block.bytes));
   }
   return first - block.memory;
 }
@@ -101,7 +103,8 @@ inline void note_write(Block& block, const void* pointer, size_t bytes, Event ev
 }
 
 inline void check_alignment(const void* pointer, size_t alignment, const char* what) {
-  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) fail(text("%s is not aligned to %zu bytes", what, alignment));
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
+    fail(text("%s is not aligned to %zu bytes", what, alignment));
 }
 
 inline void track_shared_read(const void* pointer, size_t bytes) {

@@ -8,8 +8,8 @@ namespace emulator {
 // What accumulators hold in flight: a signalling NaN, which spreads when read and changes when computed with.
 constexpr uint32_t kInFlight = 0x7fa5a5a5;
 
-// Calls chunk(address, row, k) for the 16-byte pieces of an operand of `rows` rows (of A, columns of B) and 16 values of
-// K: eight values along K from (row, k), or along the rows where it is transposed.
+// Calls chunk(address, row, k) for the 16-byte pieces of an operand of `rows` rows (of A, columns of B) and 16 values
+// of K: eight values along K from (row, k), or along the rows where it is transposed.
 template <class Chunk>
 void for_each_chunk(uint64_t descriptor, bool transposed, int rows, Chunk chunk) {
   const uint32_t start = (descriptor & 0x3fff) << 4;
@@ -38,8 +38,8 @@ inline void check_descriptor(uint64_t descriptor, bool transposed) {
 }
 
 // tile[row * row_step + k * k_step] = the operand's value.
-inline void read_operand(Block& block, const Multiply& multiply, uint64_t descriptor, bool transposed, int rows, float* tile,
-                         int row_step, int k_step) {
+inline void read_operand(Block& block, const Multiply& multiply, uint64_t descriptor, bool transposed, int rows,
+                         float* tile, int row_step, int k_step) {
   for_each_chunk(descriptor, transposed, rows, [&](uint32_t address, int row, int k) {
     uint16_t values[8];
     std::memcpy(values, shared_pointer(block, address), 16);
@@ -52,7 +52,8 @@ inline void read_operand(Block& block, const Multiply& multiply, uint64_t descri
 inline void execute(Block& block, Multiply& multiply) {
   const int columns = multiply.accumulator->columns;
   float b_tile[16 * 256];
-  if (!multiply.a_in_registers) read_operand(block, multiply, multiply.a, multiply.a_transposed, 64, multiply.a_tile, 16, 1);
+  if (!multiply.a_in_registers)
+    read_operand(block, multiply, multiply.a, multiply.a_transposed, 64, multiply.a_tile, 16, 1);
   read_operand(block, multiply, multiply.b, multiply.b_transposed, columns, b_tile, 1, columns);
   for (int row = 0; row < 64; ++row) {
     float* sums = multiply.accumulator->tile.data() + row * columns;
@@ -170,7 +171,8 @@ void wgmma(float* acc, int columns, uint64_t a, const uint32_t* a_registers, uin
     multiply.accumulator = entry ? entry->accumulator : std::make_shared<Accumulator>(columns);
     if (multiply.accumulator) multiply.accumulator->tile.resize(64 * columns);
   }
-  if (!multiply.accumulator || multiply.accumulator->columns != columns || (entry && entry->accumulator != multiply.accumulator)) {
+  if (!multiply.accumulator || multiply.accumulator->columns != columns ||
+      (entry && entry->accumulator != multiply.accumulator)) {
     fail("multiplies into registers that another multiply in flight uses otherwise");
   }
   if (entry) {
@@ -192,8 +194,8 @@ void wgmma(float* acc, int columns, uint64_t a, const uint32_t* a_registers, uin
     if (InFlight* used = find_in_flight(thread, a_registers)) {
       used->group = commit;
     } else {
-      thread.in_flight.push_back({const_cast<uint32_t*>(a_registers), commit, nullptr,
-                                  std::vector<uint32_t>(a_registers, a_registers + 4)});
+      thread.in_flight.push_back(
+          {const_cast<uint32_t*>(a_registers), commit, nullptr, std::vector<uint32_t>(a_registers, a_registers + 4)});
     }
   }
 

@@ -32,11 +32,20 @@ inline CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint3
   encoded.rank = rank;
   encoded.data = static_cast<unsigned char*>(data);
   switch (swizzle) {
-    case CU_TENSOR_MAP_SWIZZLE_NONE: encoded.swizzle = Swizzle::kNone; break;
-    case CU_TENSOR_MAP_SWIZZLE_32B: encoded.swizzle = Swizzle::k32; break;
-    case CU_TENSOR_MAP_SWIZZLE_64B: encoded.swizzle = Swizzle::k64; break;
-    case CU_TENSOR_MAP_SWIZZLE_128B: encoded.swizzle = Swizzle::k128; break;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    case CU_TENSOR_MAP_SWIZZLE_NONE:
+      encoded.swizzle = Swizzle::kNone;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_32B:
+      encoded.swizzle = Swizzle::k32;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_64B:
+      encoded.swizzle = Swizzle::k64;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_128B:
+      encoded.swizzle = Swizzle::k128;
+      break;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
   for (cuuint32_t i = 0; i < rank; ++i) {
     if (sizes[i] < 1 || sizes[i] > 1ull << 32 || box[i] < 1 || box[i] > 256 || element_strides[i] != 1) {

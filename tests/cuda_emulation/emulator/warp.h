@@ -22,7 +22,8 @@ void warp_collective(const char* kind, uint32_t mask, Slot& slot, Complete compl
   Slot* slots[kWarp] = {};
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    if (first + lane >= static_cast<int>(threads.size())) fail(text("%s names lane %d, which the warp lacks", kind, lane));
+    if (first + lane >= static_cast<int>(threads.size()))
+      fail(text("%s names lane %d, which the warp lacks", kind, lane));
     const Thread& other = *threads[first + lane];
     if (other.done) fail(text("calls %s with lane %d, which has ended", kind, lane));
     if (!other.collective) {
@@ -73,7 +74,8 @@ inline uint32_t ballot(bool predicate, uint32_t mask) {
   } slot{predicate, 0};
   warp_collective("ballot", mask, slot, [](Slot** slots) {
     uint32_t result = 0;
-    for (int lane = 0; lane < kWarp; ++lane) result |= static_cast<uint32_t>(slots[lane] && slots[lane]->predicate) << lane;
+    for (int lane = 0; lane < kWarp; ++lane)
+      result |= static_cast<uint32_t>(slots[lane] && slots[lane]->predicate) << lane;
     for (int lane = 0; lane < kWarp; ++lane) {
       if (slots[lane]) slots[lane]->result = result;
     }
