@@ -28,15 +28,23 @@ class Case:
     batch: int = 1
     heads: int = 1
     kv_heads: int = 1
-    dtype: torch.dtype = torch.float16
     options: dict[str, Any] = field(default_factory=dict)  # of reference.attention
     key_lengths: tuple[int, ...] | None = None
     leftover: int = 0  # tokens behind the last sequence
     blocks: int = 2  # of the persistent grid
-    kernel_dim: int | None = None
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def kernel_dim(self) -> int:
+        """The head dim of the kernel that runs it."""
+        return next(dim for dim in (64, 128, 256) if dim >= self.head_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """One per kernel: each is a build."""
+        return torch.float16 if self.kernel_dim == 64 else torch.bfloat16
 
     @property
     def packed(self) -> bool:
@@ -119,8 +127,7 @@ def run(
             int(causal == "top_left"), left, 0 if causal else right,
         ]
     )  # fmt: skip
-    kernel_dim = case.kernel_dim or next(dim for dim in (64, 128, 256) if dim >= head_dim)
-    library = emulated("attention_fwd.cpp", f"HEAD_DIM={kernel_dim}", f"ELEMENT={ELEMENTS[case.dtype]}")
+    library = emulated("attention_fwd.cpp", f"HEAD_DIM={case.kernel_dim}", f"ELEMENT={ELEMENTS[case.dtype]}")
     library(
         "attention_forward", inputs.query, inputs.key, inputs.value, out, lse, strides, sizes, inputs.ends_q,
         inputs.ends_k, inputs.key_lengths, float(case.options.get("scale") or head_dim**-0.5),
