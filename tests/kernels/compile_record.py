@@ -62,7 +62,9 @@ def _collect(function: Any, seen: dict[str, str]) -> None:
 
 
 def _described(value: Any) -> str:
-    """An argument as far as the compiler sees it: a tensor's dtype, everything else by value."""
+    """An argument as far as the compiler sees it: a tensor's dtype, a descriptor's block, everything else by value."""
+    if hasattr(value, "block_shape"):
+        return f"{value.base.dtype} in blocks {value.block_shape}"
     return str(value.dtype) if isinstance(value, torch.Tensor) else repr(value)
 
 
