@@ -1,4 +1,4 @@
-"""Kernels on caches compiled ahead of time: decoding spills nothing and copies 16 bytes; one variant serves every size."""
+"""Kernels on caches compiled ahead of time: nothing spills, copies are of 16 bytes, one variant serves every size."""
 
 from __future__ import annotations
 
