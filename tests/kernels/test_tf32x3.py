@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(
 THRICE = Tile(16, 16, 4, 1, tf32x3=True)
 TILES = Tiles(THRICE, THRICE, THRICE, THRICE)
 SIZES = {
-    "seqlen_q": 70,
-    "seqlen_k": 83,
-    "head_dim": 64,
-    "value_dim": 64,
+    "seqlen_q": 33,
+    "seqlen_k": 49,
+    "head_dim": 32,
+    "value_dim": 32,
     "dtype": torch.float32,
     "samples": 3,
 }
