@@ -14,6 +14,7 @@ from attention_cases import run_triton as run_padded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from varlen_cases import RAGGED, Case, Inputs, check, gradients, run_reference, run_triton
 
@@ -365,6 +366,19 @@ def test_the_public_call_and_its_gradients() -> None:
 
     for ours, theirs in zip(results("triton"), results("torch")):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_opcheck() -> None:
+    """Schema, fake and autograd registration hold for what this backend returns."""
+    inputs = Inputs.of(Case("opcheck", {"causal": True}, lengths=((5, 7), (0, 3)), rest=(1, 0)))
+    call = inputs.call()
+    args = [getattr(call, name) for name in VarlenCall.__dataclass_fields__]
+    out, lse = torch.ops.fastattn.varlen_fwd(*args, "triton")
+    needs = [True, True, True, False, False]
+    opcheck(torch.ops.fastattn.varlen_bwd.default, (out, lse, out, lse, *args, needs, "triton"))
+    for tensor in args[:3]:
+        tensor.requires_grad_()
+    opcheck(torch.ops.fastattn.varlen_fwd.default, (*args, "triton"))
 
 
 def test_compiles_without_breaks() -> None:
