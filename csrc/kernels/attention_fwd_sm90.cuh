@@ -362,6 +362,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
     barriers.values.init(Shape::kConsumerArrivals);
     mbarrier_init(&barriers.landed, 1);
     fence_barrier_init();
+    for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) tma_prefetch_map(map);
   }
   block_sync();
 
