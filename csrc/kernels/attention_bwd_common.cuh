@@ -3,6 +3,7 @@
 
 #include "../device/online_softmax.cuh"
 #include "../device/panel.cuh"
+#include "../device/pipeline.cuh"
 #include "attention_sequence.cuh"
 
 namespace fastattn {
@@ -54,6 +55,13 @@ FASTATTN_DEVICE void warpgroup_sync(int consumer) {
   } else {
     named_barrier_sync(2, kWarpgroupThreads);
   }
+}
+
+// Gives a stage back, one arrival a warp: all its lanes have read what they wanted of it.
+template <int kStages>
+FASTATTN_DEVICE void release_stage(Pipeline<kStages>& pipeline, PipelineState<kStages> state) {
+  warp_sync();
+  if (lane_index() == 0) pipeline.release(state);
 }
 
 template <int N>

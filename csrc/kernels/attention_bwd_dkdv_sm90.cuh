@@ -218,7 +218,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
     queries.wait_full(next);
     start_scores(scores, next.stage);
     wgmma_wait<1>();
-    queries.release(state);
+    release_stage(queries, state);
     start_dp(dp, next.stage);
     state = next;
     block = block + 1 < blocks.end ? block + 1 : blocks.begin;
@@ -253,7 +253,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
   using T = typename Shape::Element;
   const KeyGradientsShared<Shape> shared;
   if (thread_index() == 0) {
-    shared.barriers->queries.init(Shape::kConsumers * kWarpgroupThreads);
+    shared.barriers->queries.init(Shape::kConsumers * kWarpgroupThreads / kWarpThreads);
     mbarrier_init(&shared.barriers->keys, 1);
     mbarrier_init(&shared.barriers->landed, 1);
     fence_barrier_init();

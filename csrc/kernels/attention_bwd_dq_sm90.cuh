@@ -165,7 +165,7 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
     keys.wait_full(next);
     start_scores(scores, next.stage);
     wgmma_wait<1>();
-    keys.release(state);
+    release_stage(keys, state);
     start_dp(dp, next.stage);
     state = next;
   }
@@ -196,7 +196,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
   using T = typename Shape::Element;
   const QueryGradientShared<Shape> shared;
   if (thread_index() == 0) {
-    shared.barriers->keys.init(Shape::kConsumers * kWarpgroupThreads);
+    shared.barriers->keys.init(Shape::kConsumers * kWarpgroupThreads / kWarpThreads);
     mbarrier_init(&shared.barriers->queries, 1);
     mbarrier_init(&shared.barriers->landed, 1);
     fence_barrier_init();

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -26,6 +27,7 @@ FLAGS = (
     "-DFASTATTN_EMULATION",
     "-Wno-unknown-pragmas",
 )
+CSRC = ROOT / "csrc"
 LANDINGS = ("eager", "lazy", "random")
 
 Landing = Literal["eager", "lazy", "random"]
@@ -97,25 +99,43 @@ def _as_c(argument: torch.Tensor | int | float | None) -> ctypes.c_void_p | ctyp
     return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
-def build(source: Path, cache_folder: Path, defines: tuple[str, ...] = ()) -> Library:
+INCLUDE = re.compile(rb'^\s*#include "([^"]+)"', re.MULTILINE)
+
+
+def texts(source: Path, folders: tuple[Path, ...]) -> dict[Path, bytes]:
+    """The text of `source` and of every file it includes by a quoted name, looked for beside it and in `folders`."""
+    found: dict[Path, bytes] = {}
+    todo = [source.resolve()]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found[path] = path.read_bytes()
+        for name in INCLUDE.findall(found[path]):
+            candidates = ((folder / name.decode()).resolve() for folder in (path.parent, *folders))
+            todo += [next(filter(Path.is_file, candidates), path)]
+    return found
+
+
+def build(source: Path, cache_folder: Path, defines: tuple[str, ...] = (), csrc: Path = CSRC) -> Library:
     """Compiles `source` to a library in `cache_folder`, unless the same text was compiled there before.
 
-    `defines` are macros, "NAME" or "NAME=VALUE". Raises RuntimeError with the compiler's output.
+    `defines` are macros, "NAME" or "NAME=VALUE"; `csrc` is where the kernels are. Raises RuntimeError with the
+    compiler's output.
     """
-    include = cuda_include()
+    include, folders = cuda_include(), (HERE, csrc)
     flags = (*FLAGS, *(f"-D{macro}" for macro in defines))
     digest = hashlib.sha256(repr((flags, str(include))).encode())
-    headers = [*(ROOT / "csrc").rglob("*.*h"), *HERE.rglob("*.h")]
-    for path in (source, *sorted(headers)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path, text in sorted(texts(source, folders).items()):
+        digest.update(path.name.encode() + b"\0" + text)
     library = cache_folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     cache_folder.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             partial = library.with_suffix(".partial")
-            folders = (f"-I{HERE}", f"-I{ROOT}", f"-I{ROOT / 'csrc'}", "-isystem", str(include))
-            command = ["g++", *flags, *folders, "-o", str(partial), str(source)]
+            paths = [f"-I{folder}" for folder in folders]
+            command = ["g++", *flags, *paths, "-isystem", str(include), "-o", str(partial), str(source)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from numerics import assert_within_rule
 from torch import Tensor
 
 from fastattn import reference
+from numerics import assert_within_rule
 
 UNBOUNDED = 1 << 29
 ELEMENTS = {torch.float16: "half_t", torch.bfloat16: "bfloat16_t"}
@@ -30,6 +30,7 @@ CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "grouped heads": (64, 2, 4, 2, 100, 150, {"causal": True}),
     "key lengths": (64, 3, 2, 1, 130, 200, {"key_lengths": [0, 77, 200]}),
     "key lengths, causal": (64, 2, 1, 1, 130, 200, {"key_lengths": [131, 5], "causal": True}),
+    "key lengths, several blocks": (64, 1, 2, 1, 140, 450, {"key_lengths": [430]}),
     "softcap": (64, 1, 2, 1, 130, 140, {"softcap": 3.0, "causal": True}),
     "scale": (64, 1, 1, 1, 65, 66, {"scale": 0.3}),
     "small head": (40, 1, 2, 2, 130, 130, {"causal": True}),

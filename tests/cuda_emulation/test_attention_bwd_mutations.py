@@ -1,0 +1,68 @@
+"""The backward's kernels with one line broken: the emulation has to notice, in every schedule it tries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation.build import EmulationError, Library
+from cuda_emulation.mutations import Mutation, breakable_library
+from cuda_emulation.test_attention_bwd import check
+
+KERNELS = {
+    "kernels/attention_bwd_dkdv_sm90.cuh": [
+        Mutation("queries read before they are there", "queries.wait_full(next);"),
+        Mutation("queries overwritten while read", "barriers.queries.wait_empty(state);"),
+        Mutation("keys read before they are there", "mbarrier_wait(&shared.barriers->keys, 0);"),
+        Mutation("queries released while read", "wgmma_wait<1>();", "wgmma_wait<3>();"),
+        Mutation(
+            "scores touched in flight", "wgmma_wait<kScoreGroups - 1>();", "wgmma_wait<kScoreGroups>();"
+        ),
+        Mutation(
+            "dp touched in flight", "wgmma_wait<kGradientGroups - 1>();", "wgmma_wait<kGradientGroups>();"
+        ),
+        Mutation("gradients stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();"),
+        Mutation(
+            "too few bytes expected",
+            "mbarrier_arrive_expect_tx(arrived, Shape::kStageBytes);",
+            "mbarrier_arrive_expect_tx(arrived, Shape::kStageBytes - 16);",
+        ),
+    ],
+    "kernels/attention_bwd_dq_sm90.cuh": [
+        Mutation("keys read before they are there", "keys.wait_full(next);"),
+        Mutation("keys overwritten while read", "barriers.keys.wait_empty(state);"),
+        Mutation("keys released while read", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=1),
+        Mutation("keys zeroed without a fence", "fence_proxy_async();"),
+        Mutation("keys not zeroed", "zero_rows<kBlockN, kHeadDim>(shared.keys(state.stage), rows);"),
+        Mutation("gradient stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=1),
+    ],
+}
+MUTATIONS = [mutation for kernel in KERNELS.values() for mutation in kernel]
+CASE = "key lengths, several blocks"
+
+
+@pytest.fixture(scope="module")
+def breakable(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    folder = tmp_path_factory.mktemp("breakable")
+    return breakable_library(
+        "attention_bwd.cpp", KERNELS, folder, library_folder, "HEAD_DIM=64", "ELEMENT=half_t"
+    )
+
+
+def run(breakable: Library, line: int, seed: int) -> None:
+    breakable("break_line", line)
+    landing = ("eager", "lazy", "random")[seed % 3]
+    check(lambda *_: breakable, CASE, torch.float16, with_dlse=True, seed=seed, landing=landing)
+
+
+def test_whole_it_passes(breakable: Library) -> None:
+    for seed in range(3):
+        run(breakable, -1, seed)
+
+
+@pytest.mark.parametrize("line", range(len(MUTATIONS)), ids=[mutation.name for mutation in MUTATIONS])
+def test_is_noticed(breakable: Library, line: int) -> None:
+    for seed in range(6):
+        with pytest.raises((EmulationError, AssertionError)):
+            run(breakable, line, seed)
