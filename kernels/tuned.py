@@ -78,13 +78,13 @@ def winners_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Tile]:
     """The measured tiles of a spec by kernel; empty where nothing was measured, or for odd strides."""
     if spec.arch is None or not spec.aligned or spec.wide_offsets:
         return {}
-    measured = _winners_here(spec.arch)
+    measured = winners_here(spec.arch)
     found = {kernel: measured.get(signature(spec, kernel, packed)) for kernel in KERNELS}
     return {kernel: winner.tile for kernel, winner in found.items() if winner is not None}
 
 
 @cache
-def _winners_here(arch: int) -> dict[str, Winner]:
+def winners_here(arch: int) -> dict[str, Winner]:
     """The winners on file for the devices of an architecture; a file that can't be used is one warning."""
     name = device_name(arch)
     if name is None:

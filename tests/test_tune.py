@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -333,3 +334,19 @@ def test_the_lookup_of_tiles_costs_next_to_nothing_the_second_time() -> None:
     spec = WORK.spec(90)
     assert tiles_for(spec) is tiles_for(spec)
     assert tile_table.tiles_for.cache_info().hits > 0
+
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tuning.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^fastattn bench tune ([^#\n]*)", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_the_commands_of_the_page_are_accepted(arguments: str) -> None:
+    done = command_line(*arguments.split(), *(() if "--dry-run" in arguments else ("--dry-run",)))
+    assert done.exit_code == 0, done.output
+    assert "candidates" in done.output
+
+
+def test_the_page_has_its_examples() -> None:
+    assert len(COMMANDS) == 4
+    assert f"{round(100 * (plan.LEAST_GAIN - 1))} %" in PAGE

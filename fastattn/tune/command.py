@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -157,7 +158,9 @@ def tune(
     winners = _stored(machine)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     done: list[Report] = []
-    output.line(f"{machine.device}, compute capability {machine.capability}, Triton {machine.triton}")
+    output.line(
+        f"{machine.device}, compute capability {machine.capability}, Triton {machine.triton}: {len(works)} to tune"
+    )
     for work in works:
         if deadline is not None and time.monotonic() > deadline:
             break
@@ -233,7 +236,7 @@ def _stored(machine: Machine) -> dict[str, Winner]:
 
 def forget_lookups() -> None:
     """Let this process see what was stored."""
-    tuned._winners_here.cache_clear()
+    tuned.winners_here.cache_clear()
     tile_table.tiles_for.cache_clear()
 
 
@@ -286,7 +289,7 @@ class Verdicts:
 
     @staticmethod
     def _pool(jobs: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        return ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
     def of(self, tasks: Sequence[tuple[Any, ...]]) -> list[str | None]:
         """The verdict of each task. Where a process died, what wasn't done is repeated singly to find which did it."""
