@@ -10,8 +10,8 @@
 //     at 256 two passes over keys                                                       2 x (5 + 5 + 7)   = 34
 //
 // (in, out) is one of three dtypes, or a 16-bit input with a float result, as autocast wants: 5 pairs. Scale, mask,
-// causality, log, lengths, alignment and the threads of a row are arguments: they change no instruction of the loop over
-// elements, or are tested once per 16 bytes.
+// causality, log, lengths, alignment and the threads of a row are arguments: they change no instruction of the loop
+// over elements, or are tested once per 16 bytes.
 #pragma once
 
 #include <ATen/core/Tensor.h>

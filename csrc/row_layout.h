@@ -15,7 +15,7 @@ namespace fastattn {
 template <size_t Count>
 struct RowLayout {
   RowSizes sizes;
-  std::array<RowStrides, Count> strides;       // of each tensor
+  std::array<RowStrides, Count> strides;      // of each tensor
   std::array<int64_t, Count> column_strides;  // 1 where there is one column
 };
 

@@ -5,8 +5,8 @@
 
 namespace fastattn {
 
-// One row belongs to `lanes` lanes of `warps` warps of `blocks` blocks, each thread holding `elements` of it; a row that
-// is not held is read twice, in steps.
+// One row belongs to `lanes` lanes of `warps` warps of `blocks` blocks, each thread holding `elements` of it; a row
+// that is not held is read twice, in steps.
 struct RowPlan {
   int64_t max_columns;
   int elements;  // a thread holds; 0: the row is not held
@@ -15,17 +15,29 @@ struct RowPlan {
   int blocks;    // over 1: a cluster, from compute capability 9.0 on
 };
 
-constexpr int kRowThreads = 128;       // of a block whose rows need no more
+constexpr int kRowThreads = 128;  // of a block whose rows need no more
 constexpr int kMaxRowThreads = 1024;
-constexpr int kLongRowThreads = 512;   // of a row that is not held: more would spill
+constexpr int kLongRowThreads = 512;  // of a row that is not held: more would spill
 constexpr int64_t kAnyColumns = INT64_MAX;
 
 // For a 16-bit input of which a thread holds up to 32 elements; more, or as many floats, would spill at 1024 threads.
 constexpr RowPlan kNarrowPlans[] = {
-    {8, 8, 1, 1, 1},          {16, 8, 2, 1, 1},        {32, 8, 4, 1, 1},        {64, 8, 8, 1, 1},
-    {128, 8, 16, 1, 1},       {256, 8, 32, 1, 1},      {512, 16, 32, 1, 1},     {1024, 16, 32, 2, 1},
-    {2048, 16, 32, 4, 1},     {4096, 16, 32, 8, 1},    {8192, 16, 32, 16, 1},   {16384, 32, 32, 16, 1},
-    {32768, 32, 32, 32, 1},   {65536, 32, 32, 32, 2},  {131072, 32, 32, 32, 4}, {262144, 32, 32, 32, 8},
+    {8, 8, 1, 1, 1},
+    {16, 8, 2, 1, 1},
+    {32, 8, 4, 1, 1},
+    {64, 8, 8, 1, 1},
+    {128, 8, 16, 1, 1},
+    {256, 8, 32, 1, 1},
+    {512, 16, 32, 1, 1},
+    {1024, 16, 32, 2, 1},
+    {2048, 16, 32, 4, 1},
+    {4096, 16, 32, 8, 1},
+    {8192, 16, 32, 16, 1},
+    {16384, 32, 32, 16, 1},
+    {32768, 32, 32, 32, 1},
+    {65536, 32, 32, 32, 2},
+    {131072, 32, 32, 32, 4},
+    {262144, 32, 32, 32, 8},
     {kAnyColumns, 0, 32, 16, 1},
 };
 
@@ -39,7 +51,9 @@ constexpr RowPlan kWidePlans[] = {
 
 // Losses: a row is read in steps, by more threads the longer it is.
 constexpr RowPlan kLossPlans[] = {
-    {256, 0, 32, 1, 1}, {1024, 0, 32, 4, 1}, {kAnyColumns, 0, 32, 16, 1},
+    {256, 0, 32, 1, 1},
+    {1024, 0, 32, 4, 1},
+    {kAnyColumns, 0, 32, 16, 1},
 };
 
 // The table of a softmax's forward, whose input has elements of so many bytes.

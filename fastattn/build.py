@@ -304,9 +304,11 @@ def sources(plan: Plan) -> list[Path]:
     return [*sorted(plan.csrc.glob("*.cpp")), *(path for path in device if _archs_of(path, plan.archs))]
 
 
-def compile_all(plan: Plan, objects: Path, force: bool = False, log: Log = print) -> list[Object]:
-    """Every source compiled, several at once."""
-    todo = sources(plan)
+def compile_all(
+    plan: Plan, objects: Path, force: bool = False, log: Log = print, only: Sequence[Path] | None = None
+) -> list[Object]:
+    """Every source, or `only` some, compiled, several at once."""
+    todo = sources(plan) if only is None else list(only)
     objects.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs()) as pool:
         futures = [pool.submit(compile_one, plan, path, objects, force) for path in todo]
@@ -326,15 +328,16 @@ def compile_one(plan: Plan, source: Path, objects: Path, force: bool = False) ->
     text = "\0".join(path.read_text("utf-8") for path in _with_headers(source, plan.csrc))
     key = _digest(json.dumps([flags, _versions(compiler, _cxx()), text, _tied(plan, source)]))[:32]
     path, record = objects / f"{key}.o", objects / f"{key}.json"
-    if path.exists() and record.exists() and not force:
-        kept = json.loads(record.read_text("utf-8"))
-        return Object(name, path, kept["log"], kept["seconds"], cached=True)
-    partial = objects / f"{key}.{os.getpid()}.o"
-    started = time.monotonic()
-    said = _run([compiler, *flags, *includes, "-c", str(source), "-o", str(partial)], f"compiling {name}")
-    seconds = time.monotonic() - started
-    record.write_text(json.dumps({"log": said, "seconds": seconds}), "utf-8")
-    partial.replace(path)
+    with _locked(objects / f"{key}.lock"):
+        if path.exists() and record.exists() and not force:
+            kept = json.loads(record.read_text("utf-8"))
+            return Object(name, path, kept["log"], kept["seconds"], cached=True)
+        partial = objects / f"{key}.partial.o"
+        started = time.monotonic()
+        said = _run([compiler, *flags, *includes, "-c", str(source), "-o", str(partial)], f"compiling {name}")
+        seconds = time.monotonic() - started
+        record.write_text(json.dumps({"log": said, "seconds": seconds}), "utf-8")
+        partial.replace(path)
     return Object(name, path, said, seconds, cached=False)
 
 

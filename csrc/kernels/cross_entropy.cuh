@@ -1,4 +1,5 @@
-// Cross-entropy of rows of logits z with a class each: an online pass for the loss, an elementwise one for its gradient.
+// Cross-entropy of rows of logits z with a class each: an online pass for the loss, an elementwise one for its
+// gradient.
 //
 //   loss = log(sum(exp(z - max))) + (1 - s) * (max - z[target]) + s * (max - mean(z))
 //   dz = dloss * (exp(z - max - log(sum)) - (1 - s) * [target] - s / classes)

@@ -91,16 +91,15 @@ FASTATTN_DEVICE void announce_block(const RowThreads& mine) {
   }
 }
 
-// A value combined over the threads of a row, in an order that depends on nothing but the plan. All threads of the block
-// (and cluster) call it, with slot 0 first, and each slot once in a kernel: so one barrier is enough.
+// A value combined over the threads of a row, in an order that depends on nothing but the plan. All threads of the
+// block (and cluster) call it, with slot 0 first, and each slot once in a kernel: so one barrier is enough.
 template <class Operation>
 FASTATTN_DEVICE float reduce_row(float value, const RowThreads& mine, int slot) {
   value = reduce_lanes<Operation>(value, mine.lanes);
   if (mine.warps == 1 && mine.blocks == 1) {
     return value;
   }
-  float* const shared =
-      reinterpret_cast<float*>(dynamic_shared_memory()) + slot * kMaxRowBlocks * kWarpThreads;
+  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory()) + slot * kMaxRowBlocks * kWarpThreads;
   const int warp = thread_index() / kWarpThreads;
   const int lane = lane_index();
   if (mine.blocks == 1) {
@@ -163,8 +162,8 @@ FASTATTN_DEVICE RowPosition row_position(int64_t row, const RowSizes& sizes) {
   return {row / sizes.inner / sizes.mid, row / sizes.inner % sizes.mid, row % sizes.inner};
 }
 
-// How many elements a pointer lies behind a multiple of V elements. A row is cut into vectors at those multiples, so its
-// first vector may begin before it and its last end after it.
+// How many elements a pointer lies behind a multiple of V elements. A row is cut into vectors at those multiples, so
+// its first vector may begin before it and its last end after it.
 template <int V, class T>
 FASTATTN_DEVICE int misalignment(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % V);

@@ -3,7 +3,8 @@
 //   y = exp(scale * x - max) / sum(exp(scale * x - max))        log: scale * x - max - log(sum)
 //   dx = scale * y * (dy - sum(y * dy))                         log: scale * (dy - exp(y) * sum(dy))
 //
-// Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. A row that keeps nothing is 0, in log -inf; where y is that constant, dx is 0.
+// Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. A row that keeps nothing is 0, in
+// log -inf; where y is that constant, dx is 0.
 #pragma once
 
 #include "rows.cuh"
@@ -122,7 +123,8 @@ struct ForwardRow {
   }
 
   // scale * x, -inf where it is not kept.
-  FASTATTN_DEVICE void scores(const SoftmaxForward& p, const Packed<In, kV>& raw, uint32_t keep, float (&out)[kV]) const {
+  FASTATTN_DEVICE void scores(const SoftmaxForward& p, const Packed<In, kV>& raw, uint32_t keep,
+                              float (&out)[kV]) const {
 #pragma unroll
     for (int i = 0; i < kV; ++i) {
       out[i] = (keep >> i & 1u) != 0 ? raw.value(i) * p.scale : negative_infinity();
@@ -130,9 +132,13 @@ struct ForwardRow {
   }
 };
 
+// Blocks of so many threads that shall fit a multiprocessor: short rows hide their latency by numbers.
+template <int Threads>
+constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
+
 // One row, held by its threads: Elements of it in each.
 template <class In, class Out, int Elements, int Threads>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, 1)
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
     softmax_forward_kernel(const FASTATTN_GRID_CONSTANT SoftmaxForward p, const FASTATTN_GRID_CONSTANT RowPlan plan) {
   constexpr int kV = kVector<In, Out>;
   constexpr int kVectors = Elements / kV;
@@ -291,7 +297,7 @@ struct BackwardRow {
 
 // The gradient of one row, held by its threads.
 template <class T, class Grad, int Elements, int Threads>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, 1)
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
     softmax_backward_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p, const FASTATTN_GRID_CONSTANT RowPlan plan) {
   constexpr int kV = kVector<T, Grad>;
   constexpr int kVectors = Elements / kV;

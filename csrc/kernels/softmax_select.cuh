@@ -1,5 +1,5 @@
-// Which kernel and which plan the rows of a call take. `launch(kernel, params, plan, rows)` is the caller's: the runtime's
-// on a GPU, the stand-in's in emulation.
+// Which kernel and which plan the rows of a call take. `launch(kernel, params, plan, rows)` is the caller's: the
+// runtime's on a GPU, the stand-in's in emulation.
 #pragma once
 
 #include "cross_entropy.cuh"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from cuda_emulation.build import FLAGS, HERE, LANDINGS, ROOT, Landing, cuda_include
+from cuda_emulation.build import FLAGS, HERE, LANDINGS, ROOT, Landing, cuda_include, texts
 
 NAME = "emulated_extension"
 SOURCES = (
@@ -83,9 +83,8 @@ def _compile(source: Path, folder: Path) -> Path:
     own = (HERE / "stubs", ROOT / "csrc", HERE, ROOT)
     paths = [*(f"-I{path}" for path in own), *(f"-isystem{path}" for path in system)]
     digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    headers = [*(ROOT / "csrc").rglob("*.*h"), *HERE.rglob("*.h")]
-    for path in (source, *sorted(headers)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path, text in sorted(texts(source, own).items()):
+        digest.update(path.name.encode() + b"\0" + text)
     target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     _once(target, ["g++", *flags, *paths, "-c", str(source)])
     return target

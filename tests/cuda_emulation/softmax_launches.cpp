@@ -1,8 +1,7 @@
 // The launches of csrc/launch.h, run by the emulation on the tensors' own memory.
-#include "launch.h"
-
 #include "emulator_test.h"
 #include "kernels/softmax_select.cuh"
+#include "launch.h"
 
 namespace fastattn {
 
@@ -50,10 +49,10 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& params, cu
   return cudaSuccess;
 }
 
-#define INSTANTIATE(T)                                                                                  \
-  template cudaError_t launch_softmax_forward<T, T>(const SoftmaxForward&, bool, cudaStream_t);         \
-  template cudaError_t launch_softmax_backward<T, T>(const SoftmaxBackward&, bool, cudaStream_t);       \
-  template cudaError_t launch_cross_entropy_forward<T>(const CrossEntropyForward&, cudaStream_t);       \
+#define INSTANTIATE(T)                                                                            \
+  template cudaError_t launch_softmax_forward<T, T>(const SoftmaxForward&, bool, cudaStream_t);   \
+  template cudaError_t launch_softmax_backward<T, T>(const SoftmaxBackward&, bool, cudaStream_t); \
+  template cudaError_t launch_cross_entropy_forward<T>(const CrossEntropyForward&, cudaStream_t); \
   template cudaError_t launch_cross_entropy_backward<T>(const CrossEntropyBackward&, cudaStream_t);
 
 INSTANTIATE(half_t)

@@ -290,7 +290,10 @@ inline thread_local Machine* machine_pointer = nullptr;
 inline Machine& machine() { return *machine_pointer; }
 inline Thread& self() { return *machine_pointer->running_; }
 
-[[noreturn]] inline void fail(const std::string& what) { machine().fail(what); }
+[[noreturn]] inline void fail(const std::string& what) {
+  if (!machine_pointer) throw Failure(what);
+  machine().fail(what);
+}
 
 inline std::string text(const char* format, auto... values) {
   char buffer[512];

@@ -1,0 +1,128 @@
+"""What nvcc makes of every CUDA kernel: registers, spills, shared memory, wgmma instructions, seconds.
+
+python tests/csrc/compile_report.py [ARCH ...]        by default 8.0 and 9.0a; exits with 1 where a kernel spills
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from fastattn import build
+
+ARCHS = ("8.0", "9.0a")
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+class Kernel(NamedTuple):
+    """One kernel compiled for one architecture."""
+
+    source: str
+    arch: str
+    name: str
+    registers: int
+    spilled: int  # bytes stored and loaded
+    shared: int  # bytes, beside what a launch asks for
+    wgmma: int
+    warnings: tuple[str, ...]  # of the assembler
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if build.find_toolkit() is None:
+        return "needs a CUDA toolkit"
+    return None if shutil.which("g++") else "needs g++"
+
+
+def compile_kernels(archs: tuple[str, ...] = ARCHS) -> tuple[list[build.Object], list[Kernel]]:
+    """Every instantiation, from the cache where its text is there: kernels know nothing of torch, so none is needed."""
+    toolkit = build.find_toolkit()
+    assert toolkit is not None
+    nothing = build.Torch("", toolkit.version, "", True, ())
+    plan = build.Plan(build.csrc_folder(), toolkit, nothing, archs)
+    device = [path for path in build.sources(plan) if path.suffix == ".cu"]
+    objects = build.compile_all(plan, build.cache_folder() / "objects", log=lambda _: None, only=device)
+    return objects, [kernel for made in objects for kernel in kernels_of(made, toolkit)]
+
+
+def kernels_of(made: build.Object, toolkit: build.Toolkit) -> list[Kernel]:
+    """The kernels of an object, by what the assembler said of them and by their code."""
+    wgmma = _wgmma(made.path, toolkit) if made.source.endswith(build.SM90_SUFFIX) else Counter()
+    warnings = tuple(line for line in made.log.splitlines() if "warning" in line or "Potential" in line)
+    found = []
+    for match in ENTRY.finditer(made.log):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        found.append(
+            Kernel(
+                made.source, match["arch"], _readable(match["name"]), int(match["registers"]),
+                int(match["stores"]) + int(match["loads"]), int(shared.group(1)) if shared else 0,
+                wgmma[match["name"]], warnings,
+            )
+        )  # fmt: skip
+    return found
+
+
+def disassembler(toolkit: build.Toolkit) -> str | None:
+    """cuobjdump, the toolkit's or the one that triton brings."""
+    folders = [Path(toolkit.root) / "bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next((tool for folder in folders if (tool := shutil.which("cuobjdump", path=str(folder)))), None)
+
+
+def _wgmma(path: Path, toolkit: build.Toolkit) -> Counter[str]:
+    """wgmma instructions by kernel."""
+    counts: Counter[str] = Counter()
+    tool = disassembler(toolkit)
+    if tool is None:
+        return counts
+    code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    name = ""
+    for line in code.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            name = match.group(1)
+        elif "HGMMA" in line:
+            counts[name] += 1
+    return counts
+
+
+def _readable(mangled: str) -> str:
+    if shutil.which("c++filt") is None:
+        return mangled
+    text = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(
+        r"\(.*\)$|fastattn::|^void |\(int\)|\(bool\)", "", re.sub(r"\(fastattn::[A-Z].*$", "", text)
+    )
+
+
+def table(objects: list[build.Object], kernels: list[Kernel]) -> str:
+    """The report, as text."""
+    lines = [f"{'kernel':<78} {'arch':<7} registers  spilled  static shared  wgmma"]
+    for k in kernels:
+        lines.append(
+            f"{k.name[:78]:<78} {k.arch:<7} {k.registers:>9}  {k.spilled:>7}  {k.shared:>13}  {k.wgmma or '':>5}"
+        )
+    lines += [f"{made.source}: {made.seconds:.1f} s" for made in objects]
+    lines.append(f"{len(kernels)} kernels in {sum(made.seconds for made in objects):.0f} s of compiling")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        sys.exit(reason)
+    compiled, all_kernels = compile_kernels(tuple(sys.argv[1:]) or ARCHS)
+    print(table(compiled, all_kernels))
+    if spilling := [kernel for kernel in all_kernels if kernel.spilled]:
+        sys.exit("\n".join(f"spills {k.spilled} bytes on {k.arch}: {k.name}" for k in spilling))
