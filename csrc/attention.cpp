@@ -31,7 +31,8 @@ at::Tensor empty_like(const at::Tensor& tensor) {
   return at::empty(sizes, tensor.options()).permute(place);
 }
 
-std::tuple<at::Tensor, at::Tensor> run_forward(AttentionParams params, const at::Tensor& query, at::IntArrayRef lse_shape) {
+std::tuple<at::Tensor, at::Tensor> run_forward(AttentionParams params, const at::Tensor& query,
+                                               at::IntArrayRef lse_shape) {
   const c10::cuda::CUDAGuard guard(query.device());
   at::Tensor out = empty_like(query);
   at::Tensor lse = at::empty(lse_shape, query.options().dtype(at::kFloat));
@@ -44,7 +45,8 @@ std::tuple<at::Tensor, at::Tensor> run_forward(AttentionParams params, const at:
 #if FASTATTN_SM90
   const int multiprocessors = hopper_multiprocessors();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch("attention_forward", dispatch_attention(query.scalar_type(), params.head_dim, [&](auto tag, auto head_dim) {
+  check_launch("attention_forward",
+               dispatch_attention(query.scalar_type(), params.head_dim, [&](auto tag, auto head_dim) {
                  return launch_attention_forward<typename decltype(tag)::type, decltype(head_dim)::value>(
                      params, tensor_map_encoder(), multiprocessors, stream);
                }));
@@ -78,7 +80,8 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
   const c10::cuda::CUDAGuard guard(query.device());
   Gradients gradients;
   auto& [dq, dk, dv] = gradients;
-  const auto allocate = [](std::optional<at::Tensor>& gradient, const at::Tensor& tensor, void*& data, Strides& strides) {
+  const auto allocate = [](std::optional<at::Tensor>& gradient, const at::Tensor& tensor, void*& data,
+                           Strides& strides) {
     gradient = empty_like(tensor);
     data = gradient->mutable_data_ptr();
     strides = head_strides(*gradient);
@@ -109,7 +112,8 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
 #if FASTATTN_SM90
   hopper_multiprocessors();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch("attention_backward", dispatch_attention(query.scalar_type(), call.head_dim, [&](auto tag, auto head_dim) {
+  check_launch("attention_backward",
+               dispatch_attention(query.scalar_type(), call.head_dim, [&](auto tag, auto head_dim) {
                  return launch_attention_backward<typename decltype(tag)::type, decltype(head_dim)::value>(
                      params, tensor_map_encoder(), stream);
                }));
@@ -135,8 +139,8 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const
                                                   const at::Tensor& value, const at::Tensor& cu_seqlens_q,
                                                   const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left,
                                                   int64_t window_right, double softcap, double scale) {
-  const AttentionParams params = packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k,
-                                             {top_left, window_left, window_right, softcap, scale});
+  const AttentionParams params =
+      packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k, {top_left, window_left, window_right, softcap, scale});
   return run_forward(params, query, {query.size(1), query.size(0)});
 }
 
@@ -155,9 +159,10 @@ Gradients varlen_backward(const at::Tensor& dout, const at::Tensor& query, const
                           const std::optional<at::Tensor>& dlse, const at::Tensor& cu_seqlens_q,
                           const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left, int64_t window_right,
                           double softcap, double scale, bool query_grad, bool key_grads) {
-  const AttentionParams call = packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k,
-                                           {top_left, window_left, window_right, softcap, scale});
-  return run_backward(call, dout, query, key, value, out, lse, dlse, {query.size(1), query.size(0)}, query_grad, key_grads);
+  const AttentionParams call =
+      packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k, {top_left, window_left, window_right, softcap, scale});
+  return run_backward(call, dout, query, key, value, out, lse, dlse, {query.size(1), query.size(0)}, query_grad,
+                      key_grads);
 }
 
 std::tuple<int, int, int, int> attention_backward_tiles(int64_t head_dim, bool softcap) {

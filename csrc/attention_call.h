@@ -141,8 +141,8 @@ inline int hopper_multiprocessors() {
   check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  TORCH_CHECK_NOT_IMPLEMENTED(major == 9 && minor == 0, "the attention kernels need compute capability 9.0, this GPU has ",
-                              major, ".", minor);
+  TORCH_CHECK_NOT_IMPLEMENTED(major == 9 && minor == 0,
+                              "the attention kernels need compute capability 9.0, this GPU has ", major, ".", minor);
   return count;
 }
 

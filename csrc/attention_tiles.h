@@ -25,8 +25,8 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
 }
 
 // Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers
-// decide: a thread holds keys * head_dim / 128 sums of each gradient (above 128 of one of them at a time), three blocks of
-// keys * queries / 256 scores, and the cap's slopes beside.
+// decide: a thread holds keys * head_dim / 128 sums of each gradient (above 128 of one of them at a time), three blocks
+// of keys * queries / 256 scores, and the cap's slopes beside.
 constexpr TileSize key_gradients_tile(int head_dim, bool softcap) {
   if (head_dim == 64) return {64, 128};
   if (head_dim == 128) return {softcap ? 32 : 64, 128};

@@ -6,8 +6,9 @@
 
 namespace fastattn {
 
-// Describes 16-bit `data` of logical shape (batch, heads, rows, head_dim) for boxes of 64 columns by box_rows rows under
-// the 128-byte swizzle. The strides are multiples of 8 elements where there is more than one of what they step over.
+// Describes 16-bit `data` of logical shape (batch, heads, rows, head_dim) for boxes of 64 columns by box_rows rows
+// under the 128-byte swizzle. The strides are multiples of 8 elements where there is more than one of what they step
+// over.
 inline CUresult encode_head_map(TensorMapEncoder encode, CUtensorMap* map, CUtensorMapDataType type, const void* data,
                                 const Strides& strides, int64_t batch, int64_t heads, int64_t rows, int64_t head_dim,
                                 int box_rows) {

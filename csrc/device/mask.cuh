@@ -58,8 +58,8 @@ template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
   const int end_query = first_query + kBlockM < seen.num_queries ? first_query + kBlockM : seen.num_queries;
   if (end_query <= first_query) return {0, 0, 0, 0};
-  return block_range<kBlockN>(seen.first_key(first_query), seen.end_key(end_query - 1),
-                              seen.first_key(end_query - 1), seen.end_key(first_query));
+  return block_range<kBlockN>(seen.first_key(first_query), seen.end_key(end_query - 1), seen.first_key(end_query - 1),
+                              seen.end_key(first_query));
 }
 
 // The blocks of kBlockM queries that see the keys from first_key on, kBlockN at most. None is whole for a tile that
@@ -69,12 +69,12 @@ FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {
   const int end_key = first_key + kBlockN < seen.num_keys ? first_key + kBlockN : seen.num_keys;
   if (end_key <= first_key) return {0, 0, 0, 0};
   const int whole_end = first_key + kBlockN <= seen.num_keys ? seen.end_query(first_key) : 0;
-  return block_range<kBlockM>(seen.first_query(first_key), seen.end_query(end_key - 1),
-                              seen.first_query(end_key - 1), whole_end);
+  return block_range<kBlockM>(seen.first_query(first_key), seen.end_query(end_key - 1), seen.first_query(end_key - 1),
+                              whole_end);
 }
 
-// Sets to -inf what lies outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count from
-// the tile's first.
+// Sets to -inf what lies outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count
+// from the tile's first.
 template <int N>
 FASTATTN_DEVICE void mask_columns(float (&scores)[N], int thread, const int (&first)[2], const int (&end)[2]) {
   const int column = fragment_column(thread);
@@ -99,7 +99,8 @@ FASTATTN_DEVICE void mask_scores(float (&scores)[N], const Visibility& seen, int
 // Masks a tile of scores whose rows are keys from `key` on and whose columns are queries from `query` on; everything
 // past the last query or key is masked.
 template <int N>
-FASTATTN_DEVICE void mask_transposed_scores(float (&scores)[N], const Visibility& seen, int thread, int key, int query) {
+FASTATTN_DEVICE void mask_transposed_scores(float (&scores)[N], const Visibility& seen, int thread, int key,
+                                            int query) {
   const int row = key + fragment_row(thread);
   const int first[2] = {seen.first_query(row) - query, seen.first_query(row + 8) - query};
   const int end[2] = {row < seen.num_keys ? seen.end_query(row) - query : 0,

@@ -163,9 +163,9 @@ struct ForwardConsumer {
   typename Ring::State value_state = {};
 
   OnlineSoftmax softmax = {};
-  float scores[Shape::kBlockN / 2];            // 64 x kBlockN: of the block in hand, then its probabilities
+  float scores[Shape::kBlockN / 2];             // 64 x kBlockN: of the block in hand, then its probabilities
   uint32_t probs[Shape::kBlockN / 16][4] = {};  // the same, rounded, as operands of the next product
-  float out[Shape::kHeadDim / 2];              // 64 x kHeadDim
+  float out[Shape::kHeadDim / 2];               // 64 x kHeadDim
 
   FASTATTN_DEVICE void run(const TileSchedule& schedule) {
     if (Shape::kTakesTurns && group == Shape::kConsumers - 1) pass_turn();
@@ -338,9 +338,7 @@ struct ForwardConsumer {
 
   // Named barriers 1 .. 3: the turn of each warpgroup, given by the one before it; 4 .. 6: its own threads.
   FASTATTN_DEVICE void await_turn() { named_barrier_sync(1 + group, 2 * kWarpgroupThreads); }
-  FASTATTN_DEVICE void pass_turn() {
-    named_barrier_arrive(1 + (group + 1) % Shape::kConsumers, 2 * kWarpgroupThreads);
-  }
+  FASTATTN_DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % Shape::kConsumers, 2 * kWarpgroupThreads); }
   FASTATTN_DEVICE void warpgroup_sync() { named_barrier_sync(4 + group, kWarpgroupThreads); }
 };
 

@@ -6,8 +6,8 @@
 namespace fastattn {
 
 // Blocks of queries times planes, a plane being one head of one sequence (b * H + h), in packed calls one head of all
-// sequences. Tiles are numbered section by section, so that the keys and values of the planes in flight stay in the L2 cache; within a section the last block of
-// queries of every plane comes first, which is the longest under causality.
+// sequences. Tiles are numbered section by section, so that the keys and values of the planes in flight stay in the L2
+// cache; within a section the last block of queries of every plane comes first, which is the longest under causality.
 struct TileSchedule {
   int num_tiles;
   int query_blocks;        // per plane

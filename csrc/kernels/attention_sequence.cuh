@@ -15,12 +15,15 @@ struct Sequence {
   Visibility seen;
 };
 
-// Sequence b. In packed calls the tokens behind the last sequence are one more, number `batch`, of queries without keys.
+// Sequence b. In packed calls the tokens behind the last sequence are one more, number `batch`, of queries without
+// keys.
 FASTATTN_DEVICE Sequence sequence_of(const AttentionParams& params, int b) {
   const bool packed = params.cu_seqlens_q != nullptr;
   const bool leftover = packed && b == params.batch;
   const int query_start = packed ? params.cu_seqlens_q[b] : 0;
-  const int query_end = leftover ? static_cast<int>(params.total_q) : packed ? params.cu_seqlens_q[b + 1] : params.seqlen_q;
+  const int query_end = leftover ? static_cast<int>(params.total_q)
+                        : packed ? params.cu_seqlens_q[b + 1]
+                                 : params.seqlen_q;
   const int key_start = packed ? params.cu_seqlens_k[b] : 0;
   const int key_end = leftover ? key_start : packed ? params.cu_seqlens_k[b + 1] : params.seqlen_k;
   const int num_queries = query_end - query_start;
@@ -28,8 +31,8 @@ FASTATTN_DEVICE Sequence sequence_of(const AttentionParams& params, int b) {
   int num_keys = key_rows;
   if (params.key_lengths != nullptr && params.key_lengths[b] < key_rows) num_keys = params.key_lengths[b];
   const int shift = params.top_left ? 0 : key_rows - num_queries;
-  return {b, packed ? 0 : b, query_start, key_start, key_rows,
-          {num_queries, num_keys, shift, params.window_left, params.window_right}};
+  return {b,         packed ? 0 : b, query_start,
+          key_start, key_rows,       {num_queries, num_keys, shift, params.window_left, params.window_right}};
 }
 
 struct PackedBlock {

@@ -1,8 +1,7 @@
 // The Hopper forward as its launch would run it. HEAD_DIM and ELEMENT choose the instantiations.
-#include "kernels/attention_fwd_launch.cuh"
-
 #include "emulator/tensor_map.h"
 #include "emulator_test.h"
+#include "kernels/attention_fwd_launch.cuh"
 
 using namespace fastattn;
 
