@@ -129,6 +129,46 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
   }
 }
 
+// p = exp2(log2(e) * score - lse_log2) of a warpgroup's 64 keys, from `row` of the block's on, and a block of queries whose
+// products with them are `scores`. slope = dscore/dx under a softcap.
+template <class Shape, int N, int Slopes>
+FASTATTN_DEVICE void probabilities(const ScoreScale& score_scale, const KeyTile& tile, const BlockRange& blocks, int row,
+                                   int block, const float* lse_log2, const float (&scores)[N], float (&p)[N],
+                                   float (&slope)[Slopes]) {
+  const int thread = thread_index() % kWarpgroupThreads;
+  copy_registers(p, scores);
+  score_scale.template cap<Shape::kSoftcap>(p, slope);
+  if (block < blocks.whole_begin || block >= blocks.whole_end) {
+    mask_transposed_scores(p, tile.sequence.seen, thread, tile.first_key + row, block * Shape::kBlockM);
+  }
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float* column = lse_log2 + fragment_column(thread) + fragment_offset(i);
+    const float2 row_lse = ld_shared(reinterpret_cast<const float2*>(column));
+    p[i] = exp2_approx(p[i] * score_scale.log2 - row_lse.x);
+    p[i + 1] = exp2_approx(p[i + 1] * score_scale.log2 - row_lse.y);
+    p[i + 2] = exp2_approx(p[i + 2] * score_scale.log2 - row_lse.x);
+    p[i + 3] = exp2_approx(p[i + 3] * score_scale.log2 - row_lse.y);
+  }
+}
+
+// ds = p * (dp - delta) * slope.
+template <class Shape, int N, int Slopes>
+FASTATTN_DEVICE void score_gradients(const ScoreScale& score_scale, const float* delta, const float (&p)[N],
+                                     const float (&dp)[N], const float (&slope)[Slopes], float (&ds)[N]) {
+  const int thread = thread_index() % kWarpgroupThreads;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float* column = delta + fragment_column(thread) + fragment_offset(i);
+    const float2 row_delta = ld_shared(reinterpret_cast<const float2*>(column));
+    ds[i] = p[i] * (dp[i] - row_delta.x);
+    ds[i + 1] = p[i + 1] * (dp[i + 1] - row_delta.y);
+    ds[i + 2] = p[i + 2] * (dp[i + 2] - row_delta.x);
+    ds[i + 3] = p[i + 3] * (dp[i + 3] - row_delta.y);
+  }
+  score_scale.template uncap<Shape::kSoftcap>(ds, slope);
+}
+
 // What the 64 keys of a warpgroup add to its accumulators over all queries. The scores of the next block of queries are
 // on their way while this block's gradients are summed, and its dp while they become p.
 template <class Shape, int Accumulators>
@@ -150,7 +190,6 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
     multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(dp, shared.values, first_row, shared.dout(stage));
     wgmma_commit();
   };
-  const int thread = thread_index() % kWarpgroupThreads;
   const ScoreScale score_scale(params.call);
   auto& queries = shared.barriers->queries;
   const int steps = (blocks.end - blocks.begin) * (params.call.num_heads / params.call.num_kv_heads);
@@ -170,20 +209,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
     pin_registers(scores);
     float p[kBlockM / 2];
     float slope[Shape::kSoftcap ? kBlockM / 2 : 1];  // dscore/dx
-    copy_registers(p, scores);
-    score_scale.template cap<Shape::kSoftcap>(p, slope);
-    if (block < blocks.whole_begin || block >= blocks.whole_end) {
-      mask_transposed_scores(p, tile.sequence.seen, thread, tile.first_key + first_row, block * kBlockM);
-    }
-    const float* lse_log2 = shared.lse_log2(state.stage) + fragment_column(thread);
-#pragma unroll
-    for (int i = 0; i < kBlockM / 2; i += 4) {
-      const float2 row_lse = ld_shared(reinterpret_cast<const float2*>(lse_log2 + fragment_offset(i)));
-      p[i] = exp2_approx(p[i] * score_scale.log2 - row_lse.x);
-      p[i + 1] = exp2_approx(p[i + 1] * score_scale.log2 - row_lse.y);
-      p[i + 2] = exp2_approx(p[i + 2] * score_scale.log2 - row_lse.x);
-      p[i + 3] = exp2_approx(p[i + 3] * score_scale.log2 - row_lse.y);
-    }
+    probabilities<Shape>(score_scale, tile, blocks, first_row, block, shared.lse_log2(state.stage), scores, p, slope);
     uint32_t p_operand[kBlockM / 16][4];
     uint32_t ds_operand[kBlockM / 16][4];
     if constexpr (Shape::kValues) {
@@ -196,16 +222,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
       wgmma_wait<kGradientGroups - 1>();
       pin_registers(dp);
       float ds[kBlockM / 2];
-      const float* delta = shared.delta(state.stage) + fragment_column(thread);
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; i += 4) {
-        const float2 row_delta = ld_shared(reinterpret_cast<const float2*>(delta + fragment_offset(i)));
-        ds[i] = p[i] * (dp[i] - row_delta.x);
-        ds[i + 1] = p[i + 1] * (dp[i + 1] - row_delta.y);
-        ds[i + 2] = p[i + 2] * (dp[i + 2] - row_delta.x);
-        ds[i + 3] = p[i + 3] * (dp[i + 3] - row_delta.y);
-      }
-      score_scale.template uncap<Shape::kSoftcap>(ds, slope);
+      score_gradients<Shape>(score_scale, shared.delta(state.stage), p, dp, slope, ds);
       to_operand<T>(ds, ds_operand);
       wgmma_fence();
       multiply_add<T, kBlockM>(dk, ds_operand, shared.queries(state.stage));
@@ -226,6 +243,28 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
   wgmma_wait<0>();
   if constexpr (Shape::kValues) pin_registers(dv);
   if constexpr (Shape::kKeys) pin_registers(dk);
+}
+
+// Stores the gradients of a warpgroup's 64 keys by way of their rows of the tiles of keys and values.
+template <class Shape, int Accumulators>
+FASTATTN_DEVICE void store_key_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
+                                         const KeyGradientsShared<Shape>& shared, int consumer,
+                                         float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+  using T = typename Shape::Element;
+  const Sequence& sequence = tile.sequence;
+  warpgroup_sync(consumer);  // these rows have been read for the last time
+  const int warp_row = consumer * 64 + warp_index() % 4 * 16;
+  const GradientRows rows = {tile.first_key + warp_row, sequence.seen.num_keys, sequence.key_rows, params.call.head_dim};
+  if constexpr (Shape::kKeys) {
+    const Strides& strides = params.dk_strides;
+    T* gradient = head_of(static_cast<T*>(params.dk), strides, sequence.batch, tile.kv_head, sequence.key_start);
+    store_gradient<T, Shape::kBlockN>(shared.keys, warp_row, dk, params.call.scale, gradient, strides.row, rows);
+  }
+  if constexpr (Shape::kValues) {
+    const Strides& strides = params.dv_strides;
+    T* gradient = head_of(static_cast<T*>(params.dv), strides, sequence.batch, tile.kv_head, sequence.key_start);
+    store_gradient<T, Shape::kBlockN>(shared.values, warp_row, dv, 1.0f, gradient, strides.row, rows);
+  }
 }
 
 // The tile of keys of this block, and the blocks of queries that see some of it. Each role works it out for itself: what
@@ -250,7 +289,6 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
     attention_bwd_dkdv_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
                               const FASTATTN_GRID_CONSTANT BackwardMaps maps,
                               const FASTATTN_GRID_CONSTANT TileSchedule schedule) {
-  using T = typename Shape::Element;
   const KeyGradientsShared<Shape> shared;
   if (thread_index() == 0) {
     shared.barriers->queries.init(Shape::kConsumers * kWarpgroupThreads / kWarpThreads);
@@ -269,27 +307,11 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
   } else {
     increase_registers<Shape::kConsumerRegisters>();
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
-    const Sequence& sequence = tile.sequence;
-    if (tile.first_key >= sequence.key_rows) return;
-    const int first_row = consumer * 64;
+    if (tile.first_key >= tile.sequence.key_rows) return;
     float dk[Shape::kHeadDim / 2] = {};
     float dv[Shape::kHeadDim / 2] = {};
-    accumulate_key_gradients<Shape>(params, tile, blocks, shared, first_row, dk, dv);
-
-    // The warpgroup's own rows of the tiles of keys and values have been read for the last time.
-    warpgroup_sync(consumer);
-    const int warp_row = first_row + warp_index() % 4 * 16;
-    const GradientRows rows = {tile.first_key + warp_row, sequence.seen.num_keys, sequence.key_rows, params.call.head_dim};
-    if constexpr (Shape::kKeys) {
-      const Strides& strides = params.dk_strides;
-      T* gradient = head_of(static_cast<T*>(params.dk), strides, sequence.batch, tile.kv_head, sequence.key_start);
-      store_gradient<T, Shape::kBlockN>(shared.keys, warp_row, dk, params.call.scale, gradient, strides.row, rows);
-    }
-    if constexpr (Shape::kValues) {
-      const Strides& strides = params.dv_strides;
-      T* gradient = head_of(static_cast<T*>(params.dv), strides, sequence.batch, tile.kv_head, sequence.key_start);
-      store_gradient<T, Shape::kBlockN>(shared.values, warp_row, dv, 1.0f, gradient, strides.row, rows);
-    }
+    accumulate_key_gradients<Shape>(params, tile, blocks, shared, consumer * 64, dk, dv);
+    store_key_gradients<Shape>(params, tile, shared, consumer, dk, dv);
   }
 }
 
