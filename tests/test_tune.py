@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastattn import cli
+from fastattn.backends import triton as triton_backend
 from fastattn.console import InputError, NoOutput
 from fastattn.kernels import tiles as tile_table
 from fastattn.kernels import tuned
@@ -49,6 +51,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     """One Hopper card, an empty cache, nothing looked up yet."""
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tuned, "device_name", lambda arch: CARD)
+    monkeypatch.setattr(tuned, "version", lambda package: f"1.0 of {package}")  # Triton may be missing
     forget_lookups()
     yield Machine.of(CARD, 90)
     forget_lookups()
@@ -122,6 +125,16 @@ def test_a_winner_serves_nothing_but_what_it_was_measured_for(machine: Machine) 
         changed = spec.replace(**other)
         assert tiles_for(changed) == table_tiles(changed), other
     assert tiles_for(spec, packed=True) == table_tiles(spec)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="without Triton nothing is said of its tiles")
+def test_explaining_says_that_a_tile_was_measured(machine: Machine) -> None:
+    tuned_once(machine)
+    spec = WORK.spec(90)
+    assert triton_backend.tiles(spec) == f"forward {FAST}, measured here"
+    assert "measured" not in (triton_backend.varlen_tiles(spec) or "measured")
+    assert (triton_backend.tiles(spec.replace(backward=True)) or "").endswith("measured here")
+    assert "measured" not in (triton_backend.tiles(spec.replace(head_dim=64)) or "measured")
 
 
 def test_gradients_look_up_their_own_kernels(machine: Machine) -> None:

@@ -45,6 +45,7 @@ __all__ = [
     "tiles",
     "varlen_bwd",
     "varlen_fwd",
+    "varlen_tiles",
     "why_not",
     "why_not_auto",
 ]
@@ -78,11 +79,20 @@ def why_not_auto(spec: AttentionSpec | SoftmaxSpec) -> str | None:
 
 def tiles(spec: AttentionSpec) -> str | None:
     """The tiles `spec` runs with, in a line; None where triton is missing."""
+    return _tiles(spec, packed=False)
+
+
+def varlen_tiles(spec: AttentionSpec) -> str | None:
+    """The same for packed sequences."""
+    return _tiles(spec, packed=True)
+
+
+def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     if not _installed():
         return None
     from fastattn.kernels.tiles import table_tiles, tiles_for
 
-    chosen = tiles_for(spec)
+    chosen = tiles_for(spec, packed)
     source = "" if chosen == table_tiles(spec) else ", measured here"
     if spec.backward:
         return f"dk, dv {chosen.dkdv}; dq {chosen.dq}{source}"
