@@ -146,14 +146,17 @@ inline int hopper_multiprocessors() {
   return count;
 }
 
-// The driver's encoder of tensor maps.
+// The driver's encoder of tensor maps, looked up once.
 inline TensorMapEncoder tensor_map_encoder() {
-  void* symbol = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  check_launch("cudaGetDriverEntryPointByVersion",
-               cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found));
-  TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
-  return reinterpret_cast<TensorMapEncoder>(symbol);
+  static const TensorMapEncoder encoder = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    check_launch("cudaGetDriverEntryPointByVersion",
+                 cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found));
+    TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<TensorMapEncoder>(symbol);
+  }();
+  return encoder;
 }
 
 }  // namespace fastattn
