@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS, SOURCES = "fastattn.kernels", "fastattn.csrc"
+KERNELS, SOURCES, BENCHES = "fastattn.kernels", "fastattn.csrc", "fastattn.benchmarks"
 BUILDING = {"bdist_wheel", "editable_wheel", "build_ext", "develop", "install"}
 
 
@@ -67,8 +67,9 @@ setup(
         KERNELS,
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
         SOURCES,
+        BENCHES,
     ],
-    package_dir={KERNELS: "kernels", SOURCES: "csrc"},
+    package_dir={KERNELS: "kernels", SOURCES: "csrc", BENCHES: "benchmarks"},
     ext_modules=[Extension("fastattn._C", sources=[], optional=wanted == "auto")] if chosen else [],
     cmdclass={"build_ext": BuildExtension},
 )

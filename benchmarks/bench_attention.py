@@ -405,6 +405,7 @@ def _backend_names() -> list[str]:
 def import_case(quick: bool) -> schema.Result:
     """Milliseconds to import torch, and fastattn after torch, each in fresh processes taken in turn."""
     rounds = 2 if quick else 9
+    place = schema.ROOT if (schema.ROOT / "pyproject.toml").exists() else None
     programs = {"torch": "import torch", "fastattn": "import fastattn"}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
@@ -412,7 +413,7 @@ def import_case(quick: bool) -> schema.Result:
             before = "import torch;" if name == "fastattn" else ""
             timed = f"from time import perf_counter as t;{before}a=t();{statement};print(t()-a)"
             done = subprocess.run(
-                [sys.executable, "-c", timed], capture_output=True, text=True, cwd=schema.ROOT, check=False
+                [sys.executable, "-c", timed], capture_output=True, text=True, cwd=place, check=False
             )
             if done.returncode == 0 and number > 0:  # the first round fills the file cache
                 seconds[name].append(float(done.stdout))

@@ -28,7 +28,7 @@ ALL_OPTIONS = (
 def folder() -> Path:
     """Where the scripts lie: in the checkout, or installed beside the package."""
     package = Path(__file__).resolve().parent
-    for place in (package.parent / "benchmarks", package / "benchmarks"):
+    for place in (package / "benchmarks", package.parent / "benchmarks"):
         if (place / "harness.py").exists():
             return place
     raise InputError(

@@ -2,6 +2,7 @@
 
 import email
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastattn
 import fastattn.kernels
@@ -30,7 +32,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for target in ("sdist", "wheel"):
         script = f"import sys; from setuptools import build_meta; build_meta.build_{target}(sys.argv[1])"
         command = [sys.executable, "-c", script, str(folder)]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120)
+        environment = {**os.environ, "FASTATTN_BUILD_CUDA": "0"}
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120, env=environment)
         assert done.returncode == 0, done.stderr
     return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
 
@@ -47,7 +50,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) ->
         for p in (ROOT / "kernels").rglob("*.py")
     }
     assert "fastattn/kernels/__init__.py" in kernels
-    assert package | kernels | {"fastattn/py.typed"} == {
+    benches = {f"fastattn/benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")}
+    assert "fastattn/benchmarks/bench_attention.py" in benches
+    sources = {
+        f"fastattn/csrc/{p.relative_to(ROOT / 'csrc').as_posix()}"
+        for p in (ROOT / "csrc").rglob("*")
+        if p.suffix in (".h", ".cpp", ".cuh", ".cu")
+    }
+    assert package | kernels | benches | sources | {"fastattn/py.typed"} == {
         name for name in names if name.startswith("fastattn/")
     }
 
@@ -58,6 +68,12 @@ def test_the_sdist_holds_what_tests_and_a_build_need(built: dict[str, Path]) -> 
     needed = {"pyproject.toml", "setup.py", "LICENSE", "README.md", "README.zh-CN.md", "CHANGELOG.md"}
     needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*.py")}
+    needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")}
+    needed |= {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "tests" / "cuda_emulation").rglob("*.*")
+        if "__" not in str(p)
+    }
     assert needed <= names
 
 
@@ -92,6 +108,28 @@ def test_the_kernels_belong_to_the_package_that_is_imported() -> None:
     kernels = Path(fastattn.kernels.__file__).resolve().parent
     assert kernels in (package / "kernels", package.parent / "kernels")
     assert fastattn.kernels.__name__ == "fastattn.kernels"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "message"),
+    [
+        ("1", 1, "FASTATTN_BUILD_CUDA=1, but "),
+        ("auto", 0, "without the CUDA extension: "),
+        ("maybe", 1, "needs auto, 0 or 1"),
+    ],
+)
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch could build the extension")
+def test_a_torch_without_cuda_builds_nothing_and_says_so(
+    tmp_path: Path, wanted: str, code: int, message: str
+) -> None:
+    command = [sys.executable, str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "FASTATTN_BUILD_CUDA": wanted}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_setup_py_stays_thin() -> None:
