@@ -140,21 +140,23 @@ def with_last_page_in_use(call: KVCacheCall) -> KVCacheCall:
     return replace(call, k_cache=k_cache, v_cache=v_cache, block_table=(call.block_table + shift) % blocks)
 
 
-@pytest.mark.parametrize("far", ["rows", "rows of one block", "heads", "pages"])
+@pytest.mark.parametrize("far", ["rows", "rows of one block", "heads", "pages", "pages smaller than blocks"])
 def test_offsets_beyond_32_bits(far: str) -> None:
     """The last row, head or page lies 2**31 elements and more after the first; only what is in use is touched."""
-    kind, capacity = "paged" if far == "pages" else "dense", 16 if far == "rows of one block" else 24
-    case = Case("far", new=2, lengths=(capacity - 2,), capacity=capacity, kv_heads=2, kind=kind, page=8)
+    kind, page = "paged" if far.startswith("pages") else "dense", 16 if far == "pages" else 8
+    capacity = 16 if far == "rows of one block" else 3 * page
+    case = Case("far", new=2, lengths=(capacity - 2,), capacity=capacity, kv_heads=2, kind=kind, page=page)
     near = Inputs.of(case).call()
     if kind == "paged":
         near = with_last_page_in_use(near)
     blocks, heads, rows, dim = near.k_cache.shape
     span = 2**31 + 2**20
-    row = -(-(2**31 + 2**12) // (rows - 1)) // 8 * 8 + 8
-    strides = {
-        "heads": (span, 2**31, dim, 1),
-        "pages": (-(-(2**31 + 2**12) // max(blocks - 1, 1)) // 8 * 8 + 8, rows * dim, dim, 1),
-    }.get(far, (span, dim, row, 1))
+    apart = {count: -(-(2**31 + 2**12) // (8 * count)) * 8 for count in (rows - 1, max(blocks - 1, 1))}
+    strides = (span, dim, apart[rows - 1], 1)
+    if far == "heads":
+        strides = (span, 2**31, dim, 1)
+    elif kind == "paged":
+        strides = (apart[blocks - 1], rows * dim, dim, 1)
     storage = torch.empty(span, dtype=torch.float16, device=DEVICE)
     spread = []
     for index, cache in enumerate((near.k_cache, near.v_cache)):
