@@ -2,7 +2,7 @@
 
 Every pass recomputes the weights from lse, and with a bias from the `row_factor` of attention_row_factor.py. With a
 `dweights` plane the same passes are the backward of the weights themselves: the gradient of a weight is then given
-instead of being dout @ v.T.
+instead of being dout @ v.T. With TMA, q, k, v and dout are descriptors.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,12 +18,14 @@ from .primitives import (
     dropout_keep,
     exponents,
     head_matrix,
+    head_operand,
     head_plane,
     head_rows,
     head_scoring,
     key_blocks,
     keys_end,
     load_lse,
+    load_operand,
     load_rows,
     load_tile,
     logits,
@@ -155,7 +157,7 @@ def attention_dkdv_kernel(
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
-    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv = weights.T @ dout and dk = scale * dproducts.T @ q; without dv where the weights' gradients are given.
 
@@ -174,7 +176,7 @@ def attention_dkdv_kernel(
     first_key = tile * BLOCK_N
     key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
     end_key = tl.minimum(first_key + BLOCK_N, key_end)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, VARIANT)
+    keys = head_operand(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, TMA, VARIANT)
     planes = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
@@ -185,17 +187,19 @@ def attention_dkdv_kernel(
     blocks = query_blocks(first_key, end_key, num_queries, shift, left, right, VARIANT, BLOCK_M)
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT)
 
-    key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
+    key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, True, TMA, VARIANT)
     value_tile = key_tile
     if not VARIANT.dweights:
-        values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, VARIANT)
-        value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
+        values = head_operand(
+            v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, TMA, VARIANT
+        )
+        value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, True, TMA, VARIANT)
     dk_tile = tl.zeros([BLOCK_N, padded(VARIANT.head_dim)], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, padded(VARIANT.value_dim)], tl.float32)
     for member in range(VARIANT.group_size):
         head = kv_head * VARIANT.group_size + member
-        queries = head_matrix(
-            q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, VARIANT
+        queries = head_operand(
+            q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
         )
         lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         scoring = head_scoring(
@@ -208,7 +212,7 @@ def attention_dkdv_kernel(
         for EDGE in tl.static_range(2):
             for step in range(block_count(blocks, EDGE)):
                 first_query = block_at(step, blocks, EDGE) * BLOCK_M
-                query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, VARIANT)
+                query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, TMA, VARIANT)
                 lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, EDGE, VARIANT)
                 factor_rows = lse_rows
                 if VARIANT.bias:
@@ -218,8 +222,10 @@ def attention_dkdv_kernel(
                 dout_tile = query_tile
                 if not VARIANT.dweights:
                     strides = (stride_dob, stride_doh, stride_dos)
-                    douts = head_matrix(dout, strides, batch, head, query_base, num_queries, VARIANT)
-                    dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, VARIANT)
+                    douts = head_operand(dout, strides, batch, head, query_base, num_queries, TMA, VARIANT)
+                    dout_tile = load_operand(
+                        douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, TMA, VARIANT
+                    )
                     delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
                     delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, EDGE)
                 probs, weights, capped = weights_tile(
@@ -265,7 +271,7 @@ def attention_dq_kernel(
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
-    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), a number
     per program in dslope_tiles, and dlse = -rowsum(dscores) where the weights' gradients are given.
@@ -285,9 +291,13 @@ def attention_dq_kernel(
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, num_queries)
     key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
-    queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, VARIANT)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, VARIANT)
-    values = head_matrix(v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, VARIANT)
+    queries = head_operand(
+        q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
+    )
+    keys = head_operand(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, TMA, VARIANT)
+    values = head_operand(
+        v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, TMA, VARIANT
+    )
     planes = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
@@ -305,7 +315,7 @@ def attention_dq_kernel(
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
 
-    query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
+    query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
     lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
     lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, True, VARIANT)
     factor_rows = lse_rows
@@ -316,8 +326,8 @@ def attention_dq_kernel(
     delta_rows = lse_rows
     if not VARIANT.dweights:
         strides = (stride_dob, stride_doh, stride_dos)
-        douts = head_matrix(dout, strides, batch, head, query_base, num_queries, VARIANT)
-        dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
+        douts = head_operand(dout, strides, batch, head, query_base, num_queries, TMA, VARIANT)
+        dout_tile = load_operand(douts, first_query, VARIANT.value_dim, BLOCK_M, True, TMA, VARIANT)
         delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, True)
     dq_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
@@ -326,10 +336,10 @@ def attention_dq_kernel(
     for EDGE in tl.static_range(2):
         for step in range(block_count(blocks, EDGE)):
             first_key = block_at(step, blocks, EDGE) * BLOCK_N
-            key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT)
+            key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, TMA, VARIANT)
             value_tile = key_tile
             if not VARIANT.dweights:
-                value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT)
+                value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
             probs, weights, capped = weights_tile(
                 query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, False, EDGE,
                 VARIANT, BLOCK_M, BLOCK_N,

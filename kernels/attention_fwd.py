@@ -112,8 +112,6 @@ def attention_fwd_kernel(
                 )
                 probs = tl.where(keep, probs, 0.0)
             value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
-            if TMA and EDGE and (VARIANT.varlen or VARIANT.key_lengths):  # what follows the keys may be NaN
-                value_tile = tl.where((cols < key_end)[:, None], value_tile, 0.0)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 

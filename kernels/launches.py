@@ -97,13 +97,8 @@ def forward_launch(
     """attention_fwd_kernel on a call."""
     unit = _unit(call.query, call.key, call.value, out)
     args = _call_arguments(spec, call, unit, packing) | _strides("o", out, unit)
-    args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks, "TMA": False}
-    if tile.tma and can_use_tma(spec, call, unit):
-        args |= {
-            "q": _descriptor(call.query, tile.block_m, unit),
-            "k": _descriptor(call.key, tile.block_n, unit),
-        }
-        args |= {"v": _descriptor(call.value, tile.block_n, unit), "TMA": True}
+    args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks}
+    args |= _tma_arguments(spec, call, unit, tile)
     grid = num_tiles(call.query, tile.block_m, packing)
     return _launch(attention_fwd.attention_fwd_kernel, grid, args, tile)
 
@@ -185,6 +180,7 @@ def dkdv_launch(
     args = _call_arguments(spec, call, unit, packing, cotangents)
     args |= _strides("dk", dkey, unit) | _strides("dv", dvalue, unit)
     args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
+    args |= _tma_arguments(spec, call, unit, tile, cotangents)
     grid = num_tiles(call.key, tile.block_n, packing)
     return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
 
@@ -204,6 +200,7 @@ def dq_launch(
     unit = _unit(call.query, call.key, call.value, dquery, *cotangents.tensors())
     args = _call_arguments(spec, call, unit, packing, cotangents) | _strides("dq", dquery, unit)
     args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
+    args |= _tma_arguments(spec, call, unit, tile, cotangents)
     args["VARIANT"] = args["VARIANT"]._replace(alibi_grad=dslope_tiles is not None)
     grid = num_tiles(call.query, tile.block_m, packing)
     return _launch(attention_bwd.attention_dq_kernel, grid, args, tile)
@@ -274,13 +271,28 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
     return batch * num_heads * _cdiv(length, block)
 
 
-def can_use_tma(spec: AttentionSpec, call: AttentionCall, unit: int) -> bool:
-    """Whether descriptors can stand for the operands of a call: everything at multiples of 16 bytes, nothing empty or
-    broadcast; with 16-bit dtypes, whose products run on wgmma, from Hopper on."""
-    if unit == 1 or spec.dtype.itemsize != 2 or (spec.arch is not None and spec.arch < TMA_ARCH):
-        return False
-    sizes = [pair for t in (call.query, call.key, call.value) for pair in zip(t.shape, t.stride())]
-    return all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
+def _tma_arguments(
+    spec: AttentionSpec, call: AttentionCall, unit: int, tile: Tile, cotangents: Cotangents | None = None
+) -> dict[str, Any]:
+    """The TMA flag, and descriptors in place of the operands where the tile asks for them and they can stand for them:
+    everything at multiples of 16 bytes, nothing empty or broadcast; with 16-bit dtypes, whose products run on wgmma,
+    from Hopper on."""
+    if not tile.tma:
+        return {"TMA": False}
+    operands = {
+        "q": (call.query, tile.block_m),
+        "k": (call.key, tile.block_n),
+        "v": (call.value, tile.block_n),
+    }
+    if cotangents is not None and cotangents.dout is not None:
+        operands["dout"] = (cotangents.dout, tile.block_m)
+    sizes = [pair for tensor, _ in operands.values() for pair in zip(tensor.shape, tensor.stride())]
+    fits = unit > 1 and spec.dtype.itemsize == 2 and (spec.arch is None or spec.arch >= TMA_ARCH)
+    fits &= all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
+    if not fits:
+        return {"TMA": False}
+    descriptors = {name: _descriptor(tensor, block, unit) for name, (tensor, block) in operands.items()}
+    return descriptors | {"TMA": True}
 
 
 def _descriptor(tensor: Tensor, block: int, unit: int) -> Any:

@@ -24,7 +24,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tf32x3: bool = False  # exact float32 products are made of three of tf32, on the matrix units
-    tma: bool = False  # forward: operands come by TMA where a call allows it; on in no row, for nobody has measured it
+    tma: bool = False  # operands come by TMA where a call allows it; on in no row, for nobody has measured it
     max_registers: int | None = None  # per thread, where fewer let more blocks share a multiprocessor
 
     def __str__(self) -> str:

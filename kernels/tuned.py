@@ -26,7 +26,7 @@ KERNELS = ("forward", "dkdv", "dq", "dbias")  # the fields of Tiles
 FEATURES = ("key_lengths", "mask", "bias", "segments", "alibi", "softcap", "sinks", "dropout")
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), range(1, 9)
 REGISTER_CAPS = (None, 128)
-TMA_NAMES = ("forward float16 ", "forward bfloat16 ")
+TMA_KERNELS = ("forward", "dkdv", "dq")
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,12 @@ def _winner(name: str, entry: Any) -> Winner:
         raise ValueError(f"{name!r} has an impossible tile, {tile}")
     if not isinstance(tile.tf32x3, bool) or (tile.tf32x3 and " float32 ieee " not in name):
         raise ValueError(f"{name!r} asks for tf32x3 where no exact float32 products are made")
-    if not isinstance(tile.tma, bool) or (tile.tma and not name.startswith(TMA_NAMES)):
-        raise ValueError(f"{name!r} asks for TMA, which only a 16-bit forward has")
+    if not isinstance(tile.tma, bool) or (
+        tile.tma and (name.split()[0] not in TMA_KERNELS or " float32 " in name)
+    ):
+        raise ValueError(
+            f"{name!r} asks for TMA, which only 16-bit operands of {', '.join(TMA_KERNELS)} come by"
+        )
     if tile.max_registers not in REGISTER_CAPS:
         raise ValueError(f"{name!r} asks for {tile.max_registers} registers, needs one of {REGISTER_CAPS}")
     return Winner(tile, ms, built_in_ms)

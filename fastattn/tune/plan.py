@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastattn.kernels.tiles import FAMILIES, TMA_ARCH, Tile, family_of, table_tiles
-from fastattn.kernels.tuned import KERNELS, REGISTER_CAPS, signature
+from fastattn.kernels.tuned import KERNELS, REGISTER_CAPS, TMA_KERNELS, signature
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -117,7 +117,7 @@ def candidates(work: Work, arch: int, quick: bool = False) -> list[Candidate]:
     built_in = work.built_in(arch)
     exact = work.itemsize == 4 and work.spec(arch).float32_precision == "ieee"
     blocks = (16, 32, 64) if work.itemsize == 4 else (32, 64, 128)
-    tma = work.kernel == "forward" and work.itemsize == 2 and arch >= TMA_ARCH
+    tma = work.kernel in TMA_KERNELS and work.itemsize == 2 and arch >= TMA_ARCH
     switches = ((False, True) if exact else (False,), (False, True) if tma else (False,))
     grid = product(blocks, blocks, (4, 8), (1, 2, 3, 4), *switches)
     tiles = [Tile(*numbers, max_registers=built_in.max_registers) for numbers in grid]
