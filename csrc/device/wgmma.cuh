@@ -99,11 +99,11 @@ FASTATTN_DEVICE void pin_registers(float (&registers)[Count]) {
 #endif
 }
 
-template <int Count>
-FASTATTN_DEVICE void pin_registers(uint32_t (&registers)[Count]) {
+template <int Steps>
+FASTATTN_DEVICE void pin_registers(uint32_t (&operand)[Steps][4]) {
 #if !defined(FASTATTN_EMULATION)
 #pragma unroll
-  for (int i = 0; i < Count; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+  for (int i = 0; i < 4 * Steps; ++i) asm volatile("" : "+r"(operand[i / 4][i % 4])::"memory");
 #endif
 }
 
