@@ -40,11 +40,17 @@ def test_matrix_products_of_hopper_are_wgmma_and_none_is_serialised(kernels: lis
 @pytest.mark.timeout(900)
 def test_dispatch_states_how_many_kernels_there_are(kernels: list[Kernel]) -> None:
     text = (CSRC / "dispatch.h").read_text(encoding="utf-8")
-    for family in ("softmax forward", "softmax backward", "cross-entropy"):
-        match = re.search(rf"{family} .*= +(\d+)$", text, re.MULTILINE)
-        assert match is not None
-        pattern = family.replace(" ", "_").replace("-", "_")
-        built = [k for k in kernels if k.arch == "sm_90a" and k.name.startswith(pattern)]
+    families = {
+        "softmax forward": "softmax_forward",
+        "softmax backward": "softmax_backward",
+        "cross-entropy": "cross_entropy",
+        "attention forward": "attention_fwd",
+        "attention backward": "attention_bwd",
+    }
+    for family, prefix in families.items():
+        match = re.search(rf"^//   {family} [^=]*= +(\d+)$", text, re.MULTILINE)
+        assert match is not None, family
+        built = [k for k in kernels if k.arch == "sm_90a" and k.name.startswith(prefix)]
         assert len(built) == int(match.group(1)), family
 
 
