@@ -45,7 +45,8 @@ def examples(name: str) -> list[tuple[str, str]]:
 
 
 EXAMPLES = list(dict.fromkeys(example for name in READMES for example in examples(name)))
-AS_SHOWN = not torch.cuda.is_available() and find_spec("triton") is not None  # the machine the outputs are from
+# what the shown outputs are from
+AS_SHOWN = not torch.cuda.is_available() and find_spec("triton") is not None
 
 
 @pytest.mark.parametrize(("example", "output"), EXAMPLES, ids=range(len(EXAMPLES)))
