@@ -34,6 +34,7 @@ from .primitives import (
     query_blocks,
     store_tile,
     within_segments,
+    zero_beyond,
 )
 from .sequences import program_tile
 
@@ -212,7 +213,9 @@ def attention_dkdv_kernel(
         for EDGE in tl.static_range(2):
             for step in range(block_count(blocks, EDGE)):
                 first_query = block_at(step, blocks, EDGE) * BLOCK_M
+                rows = first_query + tl.arange(0, BLOCK_M)
                 query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, TMA, VARIANT)
+                query_tile = zero_beyond(query_tile, rows, num_queries, EDGE, TMA, VARIANT)
                 lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, EDGE, VARIANT)
                 factor_rows = lse_rows
                 if VARIANT.bias:
@@ -226,6 +229,7 @@ def attention_dkdv_kernel(
                     dout_tile = load_operand(
                         douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, TMA, VARIANT
                     )
+                    dout_tile = zero_beyond(dout_tile, rows, num_queries, EDGE, TMA, VARIANT)
                     delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
                     delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, EDGE)
                 probs, weights, capped = weights_tile(
@@ -336,10 +340,13 @@ def attention_dq_kernel(
     for EDGE in tl.static_range(2):
         for step in range(block_count(blocks, EDGE)):
             first_key = block_at(step, blocks, EDGE) * BLOCK_N
+            cols = first_key + tl.arange(0, BLOCK_N)
             key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, TMA, VARIANT)
+            key_tile = zero_beyond(key_tile, cols, key_end, EDGE, TMA, VARIANT)
             value_tile = key_tile
             if not VARIANT.dweights:
                 value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
+                value_tile = zero_beyond(value_tile, cols, key_end, EDGE, TMA, VARIANT)
             probs, weights, capped = weights_tile(
                 query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, False, EDGE,
                 VARIANT, BLOCK_M, BLOCK_N,
@@ -349,7 +356,6 @@ def attention_dq_kernel(
                 dweights_plane, False, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if VARIANT.alibi_grad:
-                cols = first_key + tl.arange(0, BLOCK_N)
                 dslope -= tl.sum(dscores * distance(rows[:, None], cols[None, :], shift), 1)
             if VARIANT.dweights:
                 dlse_rows -= tl.sum(dscores, 1)

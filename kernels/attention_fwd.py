@@ -23,6 +23,7 @@ from .primitives import (
     softmax_update,
     store_tile,
     within_segments,
+    zero_beyond,
 )
 from .sequences import program_tile
 
@@ -112,6 +113,7 @@ def attention_fwd_kernel(
                 )
                 probs = tl.where(keep, probs, 0.0)
             value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
+            value_tile = zero_beyond(value_tile, cols, key_end, EDGE, TMA, VARIANT)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 

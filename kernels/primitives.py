@@ -108,9 +108,9 @@ def load_tile(
 def head_operand(tensor, strides, batch, head, first_row, num_rows, TMA: tl.constexpr, VARIANT: tl.constexpr):
     """What `load_operand` loads from: `head_matrix`, or with TMA a descriptor of the whole (B, H, S, D) tensor."""
     if TMA and VARIANT.varlen:
-        operand = (tensor, 0, head, first_row, num_rows)
+        operand = (tensor, 0, head, first_row)
     elif TMA:
-        operand = (tensor, batch, head, 0, num_rows)
+        operand = (tensor, batch, head, 0)
     else:
         operand = head_matrix(tensor, strides, batch, head, first_row, num_rows, VARIANT)
     return operand
@@ -121,16 +121,22 @@ def load_operand(
     operand, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr, TMA: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """`load_tile`, or the same by TMA, which itself leaves zeros beyond the tensor but not beyond a sequence's rows."""
+    """`load_tile`, or by TMA, which leaves zeros beyond the tensor but not beyond what a sequence has of it."""
     if TMA:
-        descriptor, batch, head, before, num_rows = operand
+        descriptor, batch, head, before = operand
         block = descriptor.load([batch, head, before + first_row, 0])
         tile = tl.reshape(block, [BLOCK_ROWS, padded(DIM)])
-        if CHECK_ROWS and (VARIANT.varlen or VARIANT.key_lengths):
-            rows = first_row + tl.arange(0, BLOCK_ROWS)
-            tile = tl.where((rows < num_rows)[:, None], tile, 0.0)
     else:
         tile = load_tile(operand, first_row, DIM, BLOCK_ROWS, CHECK_ROWS, VARIANT)
+    return tile
+
+
+@triton.jit
+def zero_beyond(tile, rows, num_rows, EDGE: tl.constexpr, TMA: tl.constexpr, VARIANT: tl.constexpr):
+    """A tile of `load_operand` whose rows are summed over: a row that is not the sequence's own may be NaN, which a
+    weight of 0 does not silence."""
+    if TMA and EDGE and (VARIANT.varlen or VARIANT.key_lengths):
+        tile = tl.where((rows < num_rows)[:, None], tile, 0.0)
     return tile
 
 
