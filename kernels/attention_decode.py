@@ -215,7 +215,9 @@ def attention_decode_kernel(
     )
     kv_head = head // num_splits
     split = head % num_splits
-    length = tl.minimum(tl.load(cache_lengths + batch) + new_keys, capacity)
+    length = capacity
+    if CACHE.lengths:
+        length = tl.minimum(tl.load(cache_lengths + batch) + new_keys, capacity)
     shift = 0 * length if CACHE.top_left else length - seqlen_q
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = packed // VARIANT.group_size

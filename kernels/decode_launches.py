@@ -22,6 +22,7 @@ class CacheVariant(NamedTuple):
     rotary_dim: int = 0  # leading columns that are rotated; 0 = none
     rotary_interleaved: bool = False
     top_left: bool = False  # query i stands at key i
+    lengths: bool = True  # sequences have lengths of their own, or else all that there is room for
 
 
 def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
@@ -122,6 +123,7 @@ def _cache_arguments(call: KVCacheCall, unit: int) -> dict[str, Any]:
             rotary_dim=0 if cos is None else 2 * cos.shape[1],
             rotary_interleaved=call.rotary_interleaved and cos is not None,
             top_left=call.causal == "top_left",
+            lengths=call.cache_lengths.numel() > 0,
         ),
     }
     return args | _strides("k", call.k_cache, unit) | _strides("v", call.v_cache, unit)
@@ -131,20 +133,20 @@ def _variant(
     spec: AttentionSpec, call: KVCacheCall, unit: int, num_splits: int, tile: Tile
 ) -> AttentionVariant:
     """The attention of one split; the sinks are added here if nothing is combined afterwards."""
-    sinks, precision = spec.sinks and num_splits == 1, spec.float32_precision
+    sinks = spec.sinks and num_splits == 1
     return AttentionVariant(
         head_dim=spec.head_dim,
         value_dim=spec.value_dim,
         group_size=spec.group_size,
         has_left=spec.window_left,
-        has_right=spec.window_right or spec.causal != "none",
+        has_right=spec.window_right or call.causal != "none",
         alibi=spec.alibi,
         softcap=spec.softcap,
         sinks=sinks,
         fold_scale=call.scale > 0.0
         and spec.dtype != torch.float32
         and not (spec.softcap or spec.alibi or sinks),
-        dot_precision="tf32x3" if tile.tf32x3 and precision == "ieee" else precision,
+        dot_precision=spec.float32_precision,
         unit=unit,
         wide_offsets=_wide(call, tile.block_n),
     )

@@ -34,6 +34,9 @@ WAVE_EFFICIENCY = 0.9  # of the best number of splits, that a smaller number mus
 MAX_SPLITS = 128
 FEWEST_SPLIT_KEYS = 256  # less is not worth a combine
 MOST_SPLIT_KEYS = 16384  # of one program while decoding, so that one long sequence doesn't hold up a batch
+SINGLE_QUERY_KEYS = (
+    512  # of one program of a padded call with one query, whose splits may not depend on the batch
+)
 
 
 def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
@@ -44,7 +47,7 @@ def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     """
     block_m = next((size for size in DECODE_ROWS if size >= rows), 0)
     if not block_m or (block_m > DECODE_ROWS[0] and spec.dtype.itemsize == 4):
-        tile = table_tiles(spec).forward
+        tile = replace(table_tiles(spec).forward, tma=False, max_registers=None)
     else:
         key = key_of(spec)
         block_n, num_warps, num_stages = DECODE_TABLE[key.family, key.bits, key.head_dim]
@@ -67,6 +70,11 @@ def splits_for(batch: int, num_kv_heads: int, query_tiles: int, capacity: int, n
     efficiency = {splits: _efficiency(programs * splits, slots) for splits in range(max(1, least), most + 1)}
     wanted = WAVE_EFFICIENCY * max(efficiency.values())
     return next(splits for splits, reached in efficiency.items() if reached >= wanted)
+
+
+def single_query_splits(keys: int) -> int:
+    """The pieces that a padded call with one query cuts the keys it sees into, alone or in a batch."""
+    return min(MAX_SPLITS, max(1, -(-keys // SINGLE_QUERY_KEYS)))
 
 
 def _efficiency(programs: int, slots: int) -> float:

@@ -26,10 +26,13 @@ def attention_fwd(
     spec: AttentionSpec, call: AttentionCall, tiles: Tiles | None = None, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
+    from fastattn.backends.triton_kv_cache import decodes, single_query_fwd
     from fastattn.kernels.launches import forward_launch
     from fastattn.kernels.tiles import tiles_for
 
     call = with_plain_layouts(call)
+    if tiles is None and packing is None and decodes(spec):
+        return single_query_fwd(spec, call)
     query, value = call.query, call.value
     tile = (tiles or tiles_for(spec, packing is not None)).forward
     out = empty_in_order(query, (*query.shape[:3], value.shape[3]))

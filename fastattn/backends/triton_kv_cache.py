@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn.spec import AttentionSpec, KVCacheCall, empty_in_order, with_unit_last_stride
+from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall, empty_in_order, with_unit_last_stride
 
 if TYPE_CHECKING:
     from fastattn.kernels.tiles import Tile
@@ -26,18 +26,46 @@ def kv_cache_tiles(spec: AttentionSpec) -> str:
 
 def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse); the new keys and values are in the cache afterwards. Reads nothing back from the device."""
-    from fastattn.kernels.decode_launches import append_launch, combine_launch, decode_launch
+    from fastattn.kernels.decode_launches import append_launch
     from fastattn.kernels.decode_tiles import decode_tile_for
 
     call = _with_plain_layouts(call)
-    query = call.query
     if call.key is not None:
         append_launch(spec, call).run()
     if tile is None:
-        tile = decode_tile_for(spec, spec.group_size * query.shape[2], call.block_table is not None)
+        tile = decode_tile_for(spec, spec.group_size * call.query.shape[2], call.block_table is not None)
+    return _attend(spec, call, _num_splits(spec, call, tile), tile)
+
+
+def decodes(spec: AttentionSpec) -> bool:
+    """Whether a padded call has one query per head and asks for nothing a cache call has not."""
+    unknown = spec.mask or spec.bias or spec.segments or spec.dropout
+    # positions count from the last key there is room for, in a cache from the last there is
+    placed = spec.alibi or spec.window_left or spec.window_right or spec.causal == "top_left"
+    return spec.single_query and not unknown and not (spec.key_lengths and placed)
+
+
+def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a padded call that `decodes`: its keys and values are a dense cache that is full."""
+    from fastattn.kernels.decode_tiles import decode_tile_for, single_query_splits
+
+    lengths = call.query.new_empty(0, dtype=torch.int32) if call.key_lengths is None else call.key_lengths
+    cached = KVCacheCall(
+        call.query, call.key, call.value, lengths, alibi_slopes=call.alibi_slopes, sinks=call.sinks,
+        causal=call.causal, window_left=call.window_left, window_right=call.window_right, softcap=call.softcap,
+        scale=call.scale,
+    )  # fmt: skip
+    tile = decode_tile_for(spec, spec.group_size, paged=False)
+    return _attend(spec, cached, single_query_splits(_keys_seen(cached)), tile)
+
+
+def _attend(spec: AttentionSpec, call: KVCacheCall, num_splits: int, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the queries over what is in the cache."""
+    from fastattn.kernels.decode_launches import combine_launch, decode_launch
+
+    query = call.query
     out = empty_in_order(query, (*query.shape[:3], spec.value_dim))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    num_splits = _num_splits(spec, call, tile)
     if num_splits == 1:
         decode_launch(spec, call, out, lse, 1, tile).run()
         return out, lse
@@ -54,16 +82,19 @@ def _num_splits(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> int:
 
     if call.num_splits:
         return max(1, min(call.num_splits, -(-call.capacity // tile.block_n)))
-    seqlen_q = call.query.shape[2]
-    seen = call.capacity
-    right = 0 if call.causal != "none" else call.window_right
-    if call.window_left >= 0 and right >= 0:
-        seen = min(seen, call.window_left + seqlen_q + right)
     num_sms = 1
     if call.query.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(call.query.device).multi_processor_count
-    query_tiles = -(-seqlen_q * spec.group_size // tile.block_m)
-    return splits_for(call.query.shape[0], call.k_cache.shape[1], query_tiles, seen, num_sms)
+    query_tiles = -(-call.query.shape[2] * spec.group_size // tile.block_m)
+    return splits_for(call.query.shape[0], call.k_cache.shape[1], query_tiles, _keys_seen(call), num_sms)
+
+
+def _keys_seen(call: KVCacheCall) -> int:
+    """The most keys that the queries may see, however many there are now."""
+    right = 0 if call.causal != "none" else call.window_right
+    if call.window_left < 0 or right < 0:
+        return call.capacity
+    return min(call.capacity, call.window_left + call.query.shape[2] + right)
 
 
 def _with_plain_layouts(call: KVCacheCall) -> KVCacheCall:

@@ -1,0 +1,89 @@
+"""Padded calls with one query per head on the Triton backend: split over their keys as calls on a cache are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import DEVICE, Maker
+
+import fastattn
+from fastattn import reference
+from fastattn.backends.triton_kv_cache import decodes
+from fastattn.kernels.decode_tiles import MAX_SPLITS, SINGLE_QUERY_KEYS, single_query_splits
+from fastattn.spec import AttentionCall, AttentionSpec
+from numerics import assert_within_rule
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+LENGTH = SINGLE_QUERY_KEYS + 70  # keys, in two splits
+OPTIONS: dict[str, Any] = {
+    "plain": lambda make: {},
+    "causal": lambda make: {"causal": True},
+    "top left": lambda make: {"causal": "top_left"},
+    "window": lambda make: {"window": (90, 3)},
+    "lengths": lambda make: {"key_lengths": torch.tensor([0, LENGTH - 100], device=DEVICE), "causal": True},
+    "softcap and sinks": lambda make: {"softcap": 2.0, "sinks": make.normal(4)},
+    "slopes per sequence": lambda make: {"alibi_slopes": make.normal(2, 4).abs()},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_error_rule(name: str) -> None:
+    make = Maker()
+    query, key, value = (
+        make.normal(2, heads, length, dim, dtype=torch.float16)
+        for heads, length, dim in ((4, 1, 16), (2, LENGTH, 16), (2, LENGTH, 24))
+    )
+    options = OPTIONS[name](make)
+    actual = fastattn.attention(query, key, value, **options, return_lse=True, backend="triton")
+    golden, plain = (
+        reference.attention(*(t.to(dtype) for t in (query, key, value)), **options, return_lse=True)
+        for dtype in (torch.float64, torch.float16)
+    )
+    for a, p, g, result in zip(actual, plain, golden, ("out", "lse")):
+        assert_within_rule(a, p, g, f"{name}: {result}", torch.float16)
+    alone = fastattn.attention(
+        query[1:], key[1:], value[1:], **{n: v[1:] if n in ("key_lengths", "alibi_slopes") else v
+                                          for n, v in options.items()}, backend="triton",
+    )  # fmt: skip
+    assert torch.equal(alone, actual[0][1:])
+
+
+def spec_of(seqlen_q: int = 1, **options: Any) -> AttentionSpec:
+    query, key = torch.empty(1, 2, seqlen_q, 16), torch.empty(1, 2, 20, 16)
+    return AttentionSpec.of(AttentionCall(query, key, key, **options))
+
+
+def test_what_is_split_over_its_keys() -> None:
+    lengths = torch.tensor([3], dtype=torch.int32)
+    assert decodes(spec_of())
+    assert decodes(spec_of(causal="bottom_right", key_lengths=lengths))
+    assert decodes(
+        spec_of(causal="top_left", window_left=3, alibi_slopes=torch.ones(1, 2), sinks=torch.ones(2))
+    )
+    assert not decodes(spec_of(seqlen_q=2))
+    assert not decodes(spec_of(mask=torch.ones(1, 1, 1, 20, dtype=torch.bool)))
+    assert not decodes(spec_of(bias=torch.ones(1, 1, 1, 20)))
+    assert not decodes(spec_of(query_segments=lengths[:, None], key_segments=torch.zeros(1, 20)))
+    assert not decodes(spec_of(dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64)))
+    for placed in (
+        {"causal": "top_left"},
+        {"window_left": 3},
+        {"window_right": 0},
+        {"alibi_slopes": torch.ones(1, 2)},
+    ):
+        assert not decodes(spec_of(key_lengths=lengths, **placed))
+
+
+def test_explain_names_the_tile_of_decoding() -> None:
+    query, key = torch.empty(1, 2, 1, 16), torch.empty(1, 2, 20, 16)
+    assert "decode 16x" in fastattn.explain(query, key, key, backend="triton").tiles
+
+
+def test_splits_follow_from_the_keys_alone() -> None:
+    assert single_query_splits(0) == 1
+    assert single_query_splits(SINGLE_QUERY_KEYS) == 1
+    assert single_query_splits(SINGLE_QUERY_KEYS + 1) == 2
+    assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS) == MAX_SPLITS
+    assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS + 1) == MAX_SPLITS
