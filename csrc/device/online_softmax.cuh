@@ -46,7 +46,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row_sum[r] = quad_sum(row_sum[r]);
-      inverse_sum[r] = row_sum[r] == 0.0f ? 0.0f : 1.0f / row_sum[r];
+      inverse_sum[r] = row_sum[r] == 0.0f ? 0.0f : reciprocal_approx(row_sum[r]);
       lse[r] = (row_max_log2[r] + log2_approx(row_sum[r])) * kLn2;
     }
   }

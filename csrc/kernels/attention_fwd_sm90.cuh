@@ -121,9 +121,11 @@ struct ForwardProducer {
     }
   }
 
-  // Starts filling a tile of kRows rows.
+  // Starts filling a tile of kRows rows, once every lane has seen that it is free: a lane that still waited for this
+  // phase when the consumers complete the next would wait for ever.
   template <int kRows>
   FASTATTN_DEVICE void load(unsigned char* tile, const CUtensorMap& map, Mbarrier& full, int row, int head, int batch) {
+    warp_sync();
     if (!issues) return;
     mbarrier_arrive_expect_tx(&full, kTileBytes<kRows, Shape::kHeadDim>);
     load_tile<kRows, Shape::kHeadDim>(tile, &map, &full, row, head, batch);
