@@ -213,7 +213,9 @@ def test_fake_and_meta_tensors_compute_nothing() -> None:
     assert isinstance(inside, FakeTensor)
     fakes = [mode.from_tensor(t) for t in qkv()]
     assert isinstance(fastattn.attention(*fakes), FakeTensor)  # outside of the mode they came from
-    assert fastattn.attention(*(t.to("meta") for t in qkv())).is_meta
+    on_meta = [t.to("meta") for t in qkv()]
+    assert not unwatched(on_meta)
+    assert fastattn.attention(*on_meta).is_meta
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -257,6 +259,7 @@ def test_a_lazily_negated_tensor_is_what_it_means() -> None:
     q, k, v = qkv()
     negated = torch._neg_view(q)
     assert negated.is_neg()
+    assert not unwatched([negated, k, v])  # its memory holds the opposite, which a kernel would read
     torch.testing.assert_close(fastattn.attention(negated, k, v), fastattn.attention(-q, k, v))
 
 
