@@ -23,7 +23,7 @@ from typing import Any
 
 import compile_record
 import torch
-from compile_inspect import AMD, Report, compile_launch
+from compile_inspect import AMD, Report, compile_launch, intermediate
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", AMD)
 AMD_SHARED = 65536
@@ -232,12 +232,25 @@ def stale(chosen: Iterable[Entry], table: dict[str, Any]) -> list[Entry]:
     return [entry for entry in chosen if table["rows"].get(entry.name, {}).get("key") != key_of(entry)]
 
 
-def compile_entry(entry: Entry) -> Report:
-    """Compile an entry."""
+@dataclass(frozen=True)
+class Made:
+    """What came out of an entry, and the hash of the code it came from."""
+
+    report: Report
+    ir: str = ""
+    compiled: bool = True  # or else the code is that of the row on file
+
+
+def make_entry(entry: Entry, row: dict[str, Any] | None = None) -> Made:
+    """Compile an entry, unless the row on file came from the same code."""
     try:
-        return compile_launch(launch_of(entry), entry.arch)
+        launch = launch_of(entry)
+        ir = intermediate(launch, entry.arch)
+        if row is not None and row.get("ir") == ir:
+            return Made(compile_record.report_of(row), ir, compiled=False)
+        return Made(compile_launch(launch, entry.arch), ir)
     except Exception as error:
-        return Report(error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Made(Report(error=f"{type(error).__name__}: {str(error).splitlines()[0]}"))
 
 
 def problem(entry: Entry, report: Report, allowance: int | None = None) -> str | None:
@@ -268,31 +281,35 @@ def allowances(table: dict[str, Any]) -> dict[str, int]:
     return {name: row.get("local_ops", 0) for name, row in table["rows"].items()}
 
 
-def run(chosen: list[Entry], pool: ProcessPoolExecutor, allowed: dict[str, int]) -> dict[Entry, Report]:
-    """Compile entries in parallel, printing each as it is done."""
-    reports = {}
-    for entry, report in zip(chosen, pool.map(compile_entry, chosen)):
-        reports[entry] = report
-        wrong = problem(entry, report, allowed.get(entry.name))
+def run(
+    chosen: list[Entry], pool: ProcessPoolExecutor, allowed: dict[str, int], rows: dict[str, Any]
+) -> dict[Entry, Made]:
+    """Make entries in parallel, printing each as it is done; `rows` on file spare what came from the same code."""
+    made = {}
+    known = [rows.get(entry.name) for entry in chosen]
+    for entry, each in zip(chosen, pool.map(make_entry, chosen, known)):
+        made[entry] = each
+        report, wrong = each.report, problem(entry, each.report, allowed.get(entry.name))
         print(
             f"{entry.name:66} {entry.tile:18} reg {report.registers:3} smem {report.shared:6} "
-            f"local {report.local_ops:4} mma {report.async_mma:3}{'  <- ' + wrong if wrong else ''}",
+            f"local {report.local_ops:4} mma {report.async_mma:3}{'' if each.compiled else '  same code'}"
+            f"{'  <- ' + wrong if wrong else ''}",
             flush=True,
         )
-    return reports
+    return made
 
 
-def write(table: dict[str, Any], reports: dict[Entry, Report], wrong: set[Entry]) -> None:
-    """Store the table: new reports but those with problems, and what is on file of rows still in use."""
+def write(table: dict[str, Any], made: dict[Entry, Made], wrong: set[Entry]) -> None:
+    """Store the table: what was made, but for what is wrong, and what is on file of rows still in use."""
     import triton
 
     current = list(entries())
     rows = {}
     if table["triton"] == triton.__version__:
         rows = {entry.name: table["rows"][entry.name] for entry in current if entry.name in table["rows"]}
-    for entry, report in reports.items():
+    for entry, each in made.items():
         if entry not in wrong:
-            rows[entry.name] = compile_record.row_of(key_of(entry), report)
+            rows[entry.name] = compile_record.row_of(key_of(entry), each.ir, each.report)
     compile_record.store(triton.__version__, rows, current)
 
 
@@ -309,17 +326,16 @@ def main() -> int:
         print("\n".join([entry.name for entry in chosen] + [f"{len(chosen)} rows are stale"]))
         return 1 if chosen else 0
     allowed = {} if args.accept_spills else allowances(table)
+    known = table["rows"] if args.write and table["triton"] == triton.__version__ else {}
     size = WRITTEN_AT_ONCE if args.write else max(len(chosen), 1)
     wrong: set[Entry] = set()
     with ProcessPoolExecutor(args.jobs) as pool:
         for start in range(0, len(chosen), size):
-            reports = run(chosen[start : start + size], pool, allowed)
-            found = {
-                entry for entry, report in reports.items() if problem(entry, report, allowed.get(entry.name))
-            }
+            made = run(chosen[start : start + size], pool, allowed, known)
+            found = {e for e, each in made.items() if problem(e, each.report, allowed.get(e.name))}
             wrong |= found
             if args.write:
-                write(compile_record.load(), reports, found)
+                write(compile_record.load(), made, found)
     if args.write and not chosen:
         write(table, {}, set())
     print(f"{len(chosen)} compiled, {len(wrong)} with problems")

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for Ampere and Hopper: nothing spills, shared memory fits, Hopper gets its wgmma."""
+"""The compile table: up to date with kernels and tiles, clean, and what the compiler makes of a sample of it today."""
 
 from __future__ import annotations
 
@@ -8,67 +8,179 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compile_matrix import DOCUMENT, STORED, Entry, Report, entries, problem
+import compile_record
+import pytest
+from attention_cases import SMALL_TILE, UNEVEN_TILE
+from attention_launches import launches_of
+from compile_inspect import Report
+from compile_matrix import Entry, Made, call_with, entries, key_of, problem, stale, write
+from compile_record import DOCUMENT, REGENERATE, fingerprint, load, render, report_of, row_key
+
+from fastattn.kernels.attention_fwd import attention_fwd_kernel
 
 HERE = Path(__file__).parent
 
 
-def compile_matrix(*arguments: str) -> subprocess.CompletedProcess:
-    """Run the matrix in a process that doesn't interpret."""
+def compiling(*arguments: str) -> subprocess.CompletedProcess:
+    """Run Python in a process that doesn't interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, str(HERE / "compile_matrix.py"), *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         check=False,
+        cwd=HERE,
         env=environment | {"TRITON_DEFAULT_FP_FUSION": "1"},
     )
 
 
-def test_causal_rows() -> None:
-    """Forward and both passes of backward at head dims 64 and 128; the full matrix runs on demand."""
-    kernels = ("--kernel", "forward", "--kernel", "dkdv", "--kernel", "dq")
-    dims = ("--head-dim", "64", "--head-dim", "128")
-    done = compile_matrix(
-        "--arch", "80", "--arch", "90", "--bits", "16", "--features", "causal", *kernels, *dims
-    )
+def compile_matrix(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the matrix."""
+    return compiling(str(HERE / "compile_matrix.py"), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments"),
+    [
+        (12, "--arch 80 --arch 90 --bits 16 --features causal --size 64 --size 128"),
+        (3, "--arch 90 --bits 16 --features all --size 128"),
+        (3, "--arch 120 --bits 16 --features all --size 128"),
+        (3, "--arch 100 --bits 16 --features causal --size 128"),
+        (3, "--arch gfx942 --bits 16 --features causal --size 64"),
+    ],
+    ids=["hopper and ampere", "hopper, all", "small blackwell, all", "blackwell", "amd"],
+)
+def test_a_sample_still_compiles_as_recorded(count: int, arguments: str) -> None:
+    """Forward and both passes of backward: no new spills, shared memory within the limit, wgmma on Hopper."""
+    done = compile_matrix("--kernel", "forward", "--kernel", "dkdv", "--kernel", "dq", *arguments.split())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 compiled, 0 with problems" in done.stdout
+    assert f"{count} compiled, 0 with problems" in done.stdout
+
+
+def test_the_table_is_that_of_the_kernels_and_tiles_in_use() -> None:
+    table = load()
+    outdated = [entry.name for entry in stale(entries(), table)]
+    assert not outdated, f"{len(outdated)} rows are out of date, run {REGENERATE}: {outdated[:5]} ..."
+    assert set(table["rows"]) == {entry.name for entry in entries()}
+
+
+def test_every_row_of_the_table_is_clean() -> None:
+    table = load()
+    wrong = [(entry.name, problem(entry, report_of(table["rows"][entry.name]))) for entry in entries()]
+    assert [each for each in wrong if each[1] is not None] == []
+
+
+def test_the_page_is_that_of_the_table() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == render(load(), entries()), f"run {REGENERATE}"
 
 
 def entry(**changes: object) -> Entry:
-    defaults = {
-        "arch": "90",
-        "bits": 16,
-        "head_dim": 128,
-        "kernel": "forward",
-        "features": "causal",
-        "tile": "",
-    }
+    defaults = {"arch": "90", "bits": 16, "size": 128, "kernel": "forward", "features": "causal"}
     return Entry(**(defaults | changes))
 
 
 def test_problems_are_seen() -> None:
-    good = Report(registers=200, shared=100_000, wgmma=8, wide_copies=8)
+    good = Report(registers=200, shared=100_000, async_mma=8, wide_copies=8)
     assert problem(entry(), good) is None
-    assert "shared memory" in problem(entry(), Report(shared=300_000, wgmma=8))
+    assert "shared memory" in problem(entry(), Report(shared=300_000, async_mma=8))
     assert "shared memory" in problem(entry(arch="89"), Report(shared=102_000))
-    assert "local memory" in problem(entry(), Report(local_ops=3, wgmma=8))
+    assert "shared memory" in problem(entry(arch="120"), Report(shared=102_000))
+    assert "shared memory" in problem(entry(arch="gfx942"), Report(shared=65_537))
+    assert "local memory" in problem(entry(), Report(local_ops=3, async_mma=8))
     assert "wgmma" in problem(entry(), Report(shared=100_000))
-    assert "16 bytes" in problem(entry(), Report(wgmma=8))
+    assert "16 bytes" in problem(entry(), Report(async_mma=8))
     assert problem(entry(arch="80"), Report(wide_copies=8)) is None
-    assert problem(entry(head_dim=256), Report(local_ops=3)) is None
+    assert problem(entry(size=256), Report(local_ops=3)) is None
     assert problem(entry(features="all"), Report(local_ops=3)) is None
     assert problem(entry(features="all"), Report(local_ops=3), allowance=3) is None
     assert "on record" in problem(entry(features="all"), Report(local_ops=4), allowance=3)
+    assert problem(entry(kernel="softmax_fwd", features="plain"), Report()) is None
+    assert "local memory" in problem(entry(kernel="softmax_fwd", features="all"), Report(local_ops=1))
     assert "boom" in problem(entry(), Report(error="boom"))
 
 
-def test_the_stored_table_is_that_of_the_tiles_in_use() -> None:
-    stored = {row["name"]: row["values"] for row in json.loads(STORED.read_text())["rows"]}
-    current = {entry.name: entry for entry in entries(["80", "90"])}
-    assert set(current) <= set(stored), "run compile_matrix.py --all --write"
-    for name, one in current.items():
-        report = Report(**{field: stored[name][field] for field in Report.__dataclass_fields__})
-        assert problem(one, report) is None, name
-    assert DOCUMENT.exists()
+def test_a_change_of_tile_constant_or_architecture_makes_a_row_stale() -> None:
+    call = call_with("causal", 64, 16)
+    launch = launches_of(call, SMALL_TILE)["forward"]
+    key = row_key(launch, "90")
+    assert key == row_key(launches_of(call_with("causal", 64, 16), SMALL_TILE)["forward"], "90")
+    others = [
+        row_key(launch, "80"),
+        row_key(launches_of(call, UNEVEN_TILE)["forward"], "90"),
+        row_key(launch._replace(num_stages=3), "90"),
+        row_key(launches_of(call_with("plain", 64, 16), SMALL_TILE)["forward"], "90"),
+        row_key(launches_of(call_with("causal", 64, 32), SMALL_TILE)["forward"], "90"),
+        row_key(launches_of(call, SMALL_TILE)["dq"], "90"),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_a_change_of_a_device_function_makes_its_kernels_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else does: not a comment, not a docstring, not a function that the kernel doesn't reach."""
+    from fastattn.kernels import attention_weights, primitives
+
+    def sources(edit: tuple[str, str] | None = None) -> tuple[str, str]:
+        fingerprint.cache_clear()
+        original = compile_record.inspect.getsource
+
+        def edited(function: object) -> str:
+            source = original(function)
+            return source if edit is None else source.replace(*edit)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compile_record.inspect, "getsource", edited)
+            return fingerprint(attention_fwd_kernel), fingerprint(attention_weights.attention_weights_kernel)
+
+    plain = sources()
+    assert sources(("sinks + head", "sinks + 1 + head"))[0] != plain[0]
+    changed_both = sources(("return scores, capped", "return scores, products"))
+    assert changed_both[0] != plain[0]
+    assert changed_both[1] != plain[1]
+    assert sources(("One step of online softmax", "A step")) == plain
+    assert sources(("# of the row", "# row")) == plain
+    with monkeypatch.context() as patch:
+        patch.setattr(primitives, "LOG2E", type(primitives.LOG2E)(1.5))
+        assert sources()[0] != plain[0]
+    fingerprint.cache_clear()
+
+
+def test_a_row_from_the_same_code_is_not_compiled_again() -> None:
+    done = compiling("-c", """
+from compile_matrix import entries, launch_of, make_entry
+from compile_inspect import intermediate
+entry = next(entry for entry in entries(["90"]) if entry.kernel == "weights")
+ir = intermediate(launch_of(entry), "90")
+same = make_entry(entry, {"key": "of other source", "ir": ir, "registers": 3})
+assert (same.compiled, same.ir, same.report.registers) == (False, ir, 3), same
+other = make_entry(entry, {"key": "of other source", "ir": "of other code", "registers": 3})
+assert (other.compiled, other.ir) == (True, ir), other
+assert other.report.registers > 3, other
+elsewhere = intermediate(launch_of(entry)._replace(num_stages=7), "90"), intermediate(launch_of(entry), "80")
+assert len({ir, *elsewhere}) == 3
+""")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_writing_keeps_what_is_current_and_refuses_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import triton
+
+    monkeypatch.setattr(compile_record, "STORED", tmp_path / "table.json")
+    monkeypatch.setattr(compile_record, "DOCUMENT", tmp_path / "table.md")
+    first, second, third = (one for one, _ in zip(entries(["90"]), range(3)))
+    row = compile_record.row_of(key_of(first), "abc", Report(registers=100, shared=2048))
+    before = {"triton": triton.__version__, "rows": {first.name: row, "a kernel of the past": row}}
+    assert stale([first, second], before) == [second]
+    write(
+        before, {second: Made(Report(registers=50), "def"), third: Made(Report(local_ops=9))}, wrong={third}
+    )
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert set(written["rows"]) == {first.name, second.name}
+    assert report_of(written["rows"][second.name]) == Report(registers=50)
+    page = (tmp_path / "table.md").read_text()
+    assert "100 regs; 2 KiB" in page
+    assert "50 regs; 0 KiB" in page
+    outdated = {"triton": "0.0", "rows": {first.name: row}}
+    write(outdated, {second: Made(Report(registers=50), "def")}, wrong=set())
+    assert set(json.loads((tmp_path / "table.json").read_text())["rows"]) == {second.name}
