@@ -200,6 +200,9 @@ def render() -> str:
         "the kernel for a differentiable formula of torch operations, which it says; a backend asked for by name "
         "refuses instead.",
         "",
+        "The CUDA extension gets a column when its kernels have run on a GPU; until then its tests run them on a CPU "
+        "(`tests/cuda_emulation`).",
+        "",
         "The others were read in 2026: flash-attn 2.8.4, the `hopper/` folder of its repository (3), its CuTe "
         "kernels (4) on Hopper, `scaled_dot_product_attention` and FlexAttention of torch 2.11, xFormers 0.0.35 and "
         "FlashInfer of that time. \"User code\" and \"by modification\" mean a function that the caller writes; \"?\" "
