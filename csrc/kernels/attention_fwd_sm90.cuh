@@ -249,6 +249,7 @@ struct ForwardConsumer {
   // Starts out += probs v.
   FASTATTN_DEVICE void multiply_values() {
     pin_registers(out);
+    pin_registers(probs);
     wgmma_fence();
     multiply_add<Element, Shape::kBlockN>(out, probs, shared.values(value_state.stage));
     wgmma_commit();
