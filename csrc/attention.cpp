@@ -1,5 +1,6 @@
 // Attention: tensors become the parameters of a call, these a launch.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -61,7 +62,7 @@ using Gradients = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor
 Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, const at::Tensor& query,
                        const at::Tensor& key, const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
                        const std::optional<at::Tensor>& dlse, at::IntArrayRef lse_shape, bool query_grad,
-                       bool key_grads) {
+                       bool key_grads, bool one_pass) {
   AttentionBackwardParams params = {};
   params.call = call;
   check_heads("dout", dout, query);
@@ -76,6 +77,9 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
   };
   check_row_values("lse", lse);
   if (dlse.has_value()) check_row_values("dlse", *dlse);
+  const int head_dim = padded_head_dim(call.head_dim);
+  TORCH_CHECK_VALUE(!one_pass || (has_one_pass(head_dim) && call.softcap == 0.0f && query_grad && key_grads),
+                    "one_pass: needs a head dim of 72 to 128, no softcap and all gradients");
 
   const c10::cuda::CUDAGuard guard(query.device());
   Gradients gradients;
@@ -109,6 +113,13 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
   const at::Tensor rows = at::empty({2, planes, query_row_blocks(call) * kRowBlock}, lse.options());
   params.lse_log2 = rows.mutable_data_ptr<float>();
   params.delta = params.lse_log2 + rows.stride(0);
+  at::Tensor sums, turns;
+  if (one_pass) {
+    sums = at::zeros({rows.stride(0), head_dim}, rows.options());
+    turns = at::zeros({rows.stride(0) / kTurnRows}, rows.options().dtype(at::kInt));
+    params.dq_sum = sums.mutable_data_ptr<float>();
+    params.dq_turns = reinterpret_cast<uint32_t*>(turns.mutable_data_ptr<int32_t>());
+  }
 #if FASTATTN_SM90
   hopper_multiprocessors();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
@@ -148,21 +159,22 @@ Gradients attention_backward(const at::Tensor& dout, const at::Tensor& query, co
                              const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
                              const std::optional<at::Tensor>& dlse, const std::optional<at::Tensor>& key_lengths,
                              bool top_left, int64_t window_left, int64_t window_right, double softcap, double scale,
-                             bool query_grad, bool key_grads) {
+                             bool query_grad, bool key_grads, bool one_pass) {
   const AttentionParams call =
       dense_call(query, key, value, key_lengths, {top_left, window_left, window_right, softcap, scale});
-  return run_backward(call, dout, query, key, value, out, lse, dlse, query.sizes().slice(0, 3), query_grad, key_grads);
+  return run_backward(call, dout, query, key, value, out, lse, dlse, query.sizes().slice(0, 3), query_grad, key_grads,
+                      one_pass);
 }
 
 Gradients varlen_backward(const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key,
                           const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
                           const std::optional<at::Tensor>& dlse, const at::Tensor& cu_seqlens_q,
                           const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left, int64_t window_right,
-                          double softcap, double scale, bool query_grad, bool key_grads) {
+                          double softcap, double scale, bool query_grad, bool key_grads, bool one_pass) {
   const AttentionParams call =
       packed_call(query, key, value, cu_seqlens_q, cu_seqlens_k, {top_left, window_left, window_right, softcap, scale});
   return run_backward(call, dout, query, key, value, out, lse, dlse, {query.size(1), query.size(0)}, query_grad,
-                      key_grads);
+                      key_grads, one_pass);
 }
 
 std::tuple<int, int, int, int> attention_backward_tiles(int64_t head_dim, bool softcap) {

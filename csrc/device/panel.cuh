@@ -57,7 +57,7 @@ FASTATTN_DEVICE uint64_t recomputed(uint64_t descriptor) {
   return descriptor;
 }
 
-// Starts acc (+)= A B^T over kDepth columns: A is 64 rows, from `row` on, of a tile of kRowsA, B all rows of a tile of
+// Starts acc = A B^T over kDepth columns: A is 64 rows, from `row` on, of a tile of kRowsA, B all rows of a tile of
 // kRowsB.
 template <class T, int kRowsA, int kRowsB, int kDepth, int Accumulators>
 FASTATTN_DEVICE void multiply_transposed(float (&acc)[Accumulators], const void* a, int row, const void* b) {
@@ -80,6 +80,23 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[Accumulators], const uint32_t (&a
 #pragma unroll
   for (int step = 0; step < Steps; ++step) {
     wgmma<T, Operand::kAcrossK>(acc, a[step], advance_descriptor(first_b, step * 16 * kPanelRowBytes), true);
+  }
+}
+
+// Starts acc = A B: A is a tile of 64 rows and kDepth columns, B the columns from `column` on, a multiple of 64, of a tile
+// of kDepth rows.
+template <class T, int kRowsA, int kDepth, int Accumulators>
+FASTATTN_DEVICE void multiply_columns(float (&acc)[Accumulators], const void* a, const void* b, int column) {
+  static_assert(kRowsA == 64);
+  constexpr uint32_t kPanelBytes = kDepth * kPanelRowBytes;
+  const unsigned char* columns = static_cast<const unsigned char*>(b) + column / kPanelColumns * kPanelBytes;
+  const uint64_t first_a = recomputed(wgmma_descriptor(a));
+  const uint64_t first_b = recomputed(wgmma_descriptor(columns, kPanelBytes));
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    wgmma<T, Operand::kAlongK, Operand::kAcrossK>(
+        acc, advance_descriptor(first_a, step / 4 * kRowsA * kPanelRowBytes + step % 4 * 32),
+        advance_descriptor(first_b, step * 16 * kPanelRowBytes), step > 0);
   }
 }
 

@@ -28,6 +28,9 @@ struct KeyGradientsShape {
   static constexpr bool kKeys = kWanted != KeyGradients::kValues;
   static constexpr bool kValues = kWanted != KeyGradients::kKeys;
 
+  // Whether keys are summed over too: then those that do not exist have to be zeros.
+  static constexpr bool kSumsOverKeys = false;
+
   static constexpr int kStages = 2;
   static constexpr int kConsumers = kBlockN / 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
@@ -86,17 +89,29 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
   const Sequence& sequence = tile.sequence;
   const bool issues = elect_one();
   auto& barriers = *shared.barriers;
+  uint32_t landed_parity = 0;
+  const int keys = sequence.seen.num_keys > tile.first_key ? sequence.seen.num_keys - tile.first_key : 0;
+  const bool zeroes_keys = Shape::kSumsOverKeys && keys < Shape::kBlockN;
   if (issues) {
-    mbarrier_arrive_expect_tx(&barriers.keys, Shape::kKeyBytes * (Shape::kKeys ? 2 : 1));
+    Mbarrier* arrived = zeroes_keys ? &barriers.landed : &barriers.keys;
+    mbarrier_arrive_expect_tx(arrived, Shape::kKeyBytes * (Shape::kKeys ? 2 : 1));
     const int row = sequence.key_start + tile.first_key;
-    load_tile<Shape::kBlockN, kHeadDim>(shared.keys, &maps.k, &barriers.keys, row, tile.kv_head, sequence.batch);
+    load_tile<Shape::kBlockN, kHeadDim>(shared.keys, &maps.k, arrived, row, tile.kv_head, sequence.batch);
     if (Shape::kKeys) {
-      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, &barriers.keys, row, tile.kv_head, sequence.batch);
+      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, arrived, row, tile.kv_head, sequence.batch);
     }
+  }
+  if (zeroes_keys) {
+    mbarrier_wait(&barriers.landed, landed_parity);
+    landed_parity ^= 1;
+    zero_rows<Shape::kBlockN, kHeadDim>(shared.keys, keys);
+    zero_rows<Shape::kBlockN, kHeadDim>(shared.values, keys);
+    fence_proxy_async();
+    warp_sync();
+    if (issues) mbarrier_arrive(&barriers.keys);
   }
 
   typename Pipeline<Shape::kStages>::State state;
-  uint32_t landed_parity = 0;
   const int group_size = params.call.num_heads / params.call.num_kv_heads;
   for (int member = 0; member < group_size; ++member) {
     const int head = tile.kv_head * group_size + member;

@@ -10,6 +10,7 @@
 #include "../launch.h"
 #include "attention_bwd_dkdv_sm90.cuh"
 #include "attention_bwd_dq_sm90.cuh"
+#include "attention_bwd_fused_sm90.cuh"
 
 namespace fastattn {
 
@@ -62,6 +63,11 @@ template <class Element, int kHeadDim, bool kSoftcap>
 using QueryGradientShapeFor = QueryGradientShape<Element, kHeadDim, query_gradient_tile(kHeadDim, kSoftcap).queries,
                                                  query_gradient_tile(kHeadDim, kSoftcap).keys, kSoftcap>;
 
+// The pass for all gradients, for head dims that have one.
+template <class Element, int kHeadDim>
+using FusedGradientsShapeFor = FusedGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, false).keys,
+                                                   key_gradients_tile(kHeadDim, false).queries>;
+
 // Threads per row of the first pass, 8 columns each.
 template <int kHeadDim>
 constexpr int kRowThreads = kHeadDim / 8;
@@ -71,6 +77,12 @@ constexpr int kRowPassThreads = 256;
 // Blocks of the first pass.
 inline int64_t row_pass_blocks(const AttentionParams& p) {
   return query_row_blocks(p) * (p.cu_seqlens_q == nullptr ? int64_t{p.batch} : 1) * p.num_heads;
+}
+
+// Blocks of the last pass of a call in one pass.
+template <class Shape>
+int64_t finish_blocks(const AttentionParams& p) {
+  return row_pass_blocks(p) * (kRowBlock / Shape::kBlockM);
 }
 
 // key_pass(shape, schedule) for each pass over keys and query_pass(shape, schedule) for that over queries, until one of
@@ -93,6 +105,14 @@ Error run_gradient_passes(const AttentionBackwardParams& params, KeyPass key_pas
   return query_pass(Shape(), query_schedule<Shape>(params.call));
 }
 
+// fused_pass(shape, schedule), then finish(shape), of a call in one pass.
+template <class Error, class Element, int kHeadDim, class FusedPass, class Finish>
+Error run_one_pass(const AttentionBackwardParams& params, FusedPass fused_pass, Finish finish) {
+  using Shape = FusedGradientsShapeFor<Element, kHeadDim>;
+  const Error error = fused_pass(Shape(), key_schedule<Shape>(params.call));
+  return error != Error{} ? error : finish(Shape());
+}
+
 #if !defined(FASTATTN_EMULATION)
 
 template <class Shape, class Kernel>
@@ -112,11 +132,27 @@ template <class Element, int kHeadDim>
 cudaError_t launch_attention_backward(const AttentionBackwardParams& params, TensorMapEncoder encode,
                                       cudaStream_t stream) {
   const int64_t row_blocks = row_pass_blocks(params.call);
-  if (row_blocks > int64_t{1} << 30) return cudaErrorInvalidConfiguration;
+  if (row_blocks > int64_t{1} << 29) return cudaErrorInvalidConfiguration;
   attention_bwd_rows_kernel<Element, kRowThreads<kHeadDim>>
       <<<static_cast<unsigned>(row_blocks), kRowPassThreads, 0, stream>>>(params);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
+  if constexpr (has_one_pass(kHeadDim)) {
+    if (params.dq_sum != nullptr) {
+      return run_one_pass<cudaError_t, Element, kHeadDim>(
+          params,
+          [&](auto shape, const TileSchedule& schedule) {
+            using Shape = decltype(shape);
+            return launch_gradient_pass<Shape>(attention_bwd_fused_kernel<Shape>, params, schedule, encode, stream);
+          },
+          [&](auto shape) {
+            using Shape = decltype(shape);
+            attention_bwd_finish_kernel<Shape><<<static_cast<unsigned>(finish_blocks<Shape>(params.call)),
+                                                 2 * kWarpgroupThreads, kFinishSharedBytes<Shape>, stream>>>(params);
+            return cudaGetLastError();
+          });
+    }
+  }
   const auto key_pass = [&](auto shape, const TileSchedule& schedule) {
     using Shape = decltype(shape);
     return launch_gradient_pass<Shape>(attention_bwd_dkdv_kernel<Shape>, params, schedule, encode, stream);

@@ -45,6 +45,9 @@ class MeasuredHeads:
 
 MEASURED_HEADS: tuple[MeasuredHeads, ...] = ()  # nothing has been measured yet
 
+# Head dims, of 72 to 128, for which the backward in one pass was measured to be faster than in two.
+ONE_PASS_HEAD_DIMS: frozenset[int] = frozenset()
+
 
 def why_not(spec: AttentionSpec, built: Sequence[str]) -> str | None:
     """Why an extension built for these architectures can't run `spec`, or None."""
@@ -126,6 +129,7 @@ def attention_bwd(
         scale,
         needs.query,
         needs.key or needs.value,
+        _in_one_pass(spec, needs),
     )
     return _needed_grads(call.scale, grads, needs)
 
@@ -172,8 +176,15 @@ def varlen_bwd(
         scale,
         needs.query,
         needs.key or needs.value,
+        _in_one_pass(spec, needs),
     )
     return _needed_grads(call.scale, grads, needs)
+
+
+def _in_one_pass(spec: AttentionSpec, needs: GradsNeeded) -> bool:
+    """Whether all gradients come from one pass, where it can do the call and was measured to be faster."""
+    wanted = needs.query and (needs.key or needs.value)
+    return wanted and not spec.softcap and spec.head_dim in ONE_PASS_HEAD_DIMS
 
 
 def _needed_grads(

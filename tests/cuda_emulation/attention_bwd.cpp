@@ -12,31 +12,53 @@ struct Done {
   bool operator!=(Done) const { return false; }
 };
 
+template <class Shape, class Kernel>
+Done run_pass(const AttentionBackwardParams& params, Kernel kernel, const TileSchedule& schedule) {
+  BackwardMaps maps;
+  if (encode_backward_maps<Shape>(emulator::encode_tiled, params, &maps) != CUDA_SUCCESS) {
+    emulator::fail("a tensor map was refused");
+  }
+  const emulator::Launch launch{.grid = {static_cast<unsigned>(schedule.num_tiles), 1, 1},
+                                .threads = Shape::kThreads,
+                                .shared_bytes = Shape::kSharedBytes};
+  emulator::launch(emulator::options, launch, kernel, params, maps, schedule);
+  return Done();
+}
+
 template <bool kSoftcap>
 void run(const AttentionBackwardParams& params) {
   const emulator::Launch rows{.grid = {static_cast<unsigned>(row_pass_blocks(params.call)), 1, 1},
                               .threads = kRowPassThreads,
                               .shared_bytes = 0};
   emulator::launch(emulator::options, rows, attention_bwd_rows_kernel<ELEMENT, kRowThreads<HEAD_DIM>>, params);
-  const auto pass = [&](auto shape, auto kernel, const TileSchedule& schedule) {
-    using Shape = decltype(shape);
-    BackwardMaps maps;
-    if (encode_backward_maps<Shape>(emulator::encode_tiled, params, &maps) != CUDA_SUCCESS) {
-      emulator::fail("a tensor map was refused");
+  if constexpr (has_one_pass(HEAD_DIM)) {
+    if (params.dq_sum != nullptr) {
+      run_one_pass<Done, ELEMENT, HEAD_DIM>(
+          params,
+          [&](auto shape, const TileSchedule& schedule) {
+            using Shape = decltype(shape);
+            return run_pass<Shape>(params, attention_bwd_fused_kernel<Shape>, schedule);
+          },
+          [&](auto shape) {
+            using Shape = decltype(shape);
+            const emulator::Launch launch{.grid = {static_cast<unsigned>(finish_blocks<Shape>(params.call)), 1, 1},
+                                          .threads = 2 * kWarpgroupThreads,
+                                          .shared_bytes = kFinishSharedBytes<Shape>};
+            emulator::launch(emulator::options, launch, attention_bwd_finish_kernel<Shape>, params);
+            return Done();
+          });
+      return;
     }
-    const emulator::Launch launch{.grid = {static_cast<unsigned>(schedule.num_tiles), 1, 1},
-                                  .threads = Shape::kThreads,
-                                  .shared_bytes = Shape::kSharedBytes};
-    emulator::launch(emulator::options, launch, kernel, params, maps, schedule);
-    return Done();
-  };
+  }
   run_gradient_passes<Done, ELEMENT, HEAD_DIM, kSoftcap>(
       params,
       [&](auto shape, const TileSchedule& schedule) {
-        return pass(shape, attention_bwd_dkdv_kernel<decltype(shape)>, schedule);
+        using Shape = decltype(shape);
+        return run_pass<Shape>(params, attention_bwd_dkdv_kernel<Shape>, schedule);
       },
       [&](auto shape, const TileSchedule& schedule) {
-        return pass(shape, attention_bwd_dq_kernel<decltype(shape)>, schedule);
+        using Shape = decltype(shape);
+        return run_pass<Shape>(params, attention_bwd_dq_kernel<Shape>, schedule);
       });
 }
 
@@ -58,7 +80,7 @@ extern "C" const char* padded_rows(int64_t* rows, const int32_t* cu_seqlens_q, i
 // seqlen_k, total_q, total_k, head_dim, top_left, window_left, window_right. Null for absent tensors.
 extern "C" const char* attention_backward(const void* q, const void* k, const void* v, void* out, const void* dout,
                                           float* lse, const float* dlse, void* dq, void* dk, void* dv, float* lse_log2,
-                                          float* delta, const int64_t* strides, const int64_t* sizes,
+                                          float* delta, float* dq_sum, uint32_t* dq_turns, const int64_t* strides, const int64_t* sizes,
                                           const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
                                           const int32_t* key_lengths, double scale, double softcap) {
   return emulator::guarded([&] {
@@ -103,6 +125,8 @@ extern "C" const char* attention_backward(const void* q, const void* k, const vo
     params.dv_strides = stride(7);
     params.lse_log2 = lse_log2;
     params.delta = delta;
+    params.dq_sum = dq_sum;
+    params.dq_turns = dq_turns;
     if (softcap != 0.0) {
       run<true>(params);
     } else {

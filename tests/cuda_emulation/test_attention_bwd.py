@@ -54,7 +54,7 @@ def emulate(
     library: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     dlse: Tensor | None, *, causal: bool | str = False, window: tuple[int, int] = (-1, -1),
     key_lengths: Tensor | None = None, cu_seqlens: tuple[Tensor, Tensor] | None = None, softcap: float = 0.0,
-    scale: float | None = None, **schedule: Any,
+    scale: float | None = None, one_pass: bool = False, **schedule: Any,
 ) -> Grads:  # fmt: skip
     """The gradients by the kernels; tensors are (B, H, S, D), or (H, T, D) with cu_seqlens."""
     packed = cu_seqlens is not None
@@ -64,6 +64,8 @@ def emulate(
     rows = torch.zeros(1, dtype=torch.int64)
     library("padded_rows", rows, cu_seqlens[0] if cu_seqlens else None, batch, q.shape[-2])
     scratch = torch.full((2, (1 if packed else batch) * heads[0] * int(rows)), torch.nan)
+    sums = torch.zeros(scratch[0].numel(), 128) if one_pass else None
+    turns = torch.zeros(scratch[0].numel() // 64, dtype=torch.int32) if one_pass else None
     strides = [
         (0 if packed else x.stride(0), x.stride(-3), x.stride(-2)) for x in (q, k, v, out, dout, *grads)
     ]
@@ -74,7 +76,7 @@ def emulate(
     )  # fmt: skip
     library(
         "attention_backward", q, k, v, out, dout, lse, dlse, *grads, scratch[0], scratch[1],
-        torch.tensor(strides), sizes, *(cu_seqlens or (None, None)), key_lengths,
+        sums, turns, torch.tensor(strides), sizes, *(cu_seqlens or (None, None)), key_lengths,
         float(scale or q.shape[-1] ** -0.5), float(softcap), **schedule,
     )  # fmt: skip
     return grads
@@ -100,8 +102,11 @@ def build(emulated: Callable[..., Any], head_dim: int, dtype: torch.dtype) -> Ca
     return emulated("attention_bwd.cpp", f"HEAD_DIM={padded}", f"ELEMENT={ELEMENTS[dtype]}")
 
 
-def make_inputs(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor, Tensor, dict[str, Any]]:
-    head_dim, batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, options = CASES[name]
+def make_inputs(
+    name: str, dtype: torch.dtype, head_dim: int | None = None
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, dict[str, Any]]:
+    own_dim, batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, options = CASES[name]
+    head_dim = head_dim or own_dim
     torch.manual_seed(len(name))
     q = torch.randn(batch, num_heads, seqlen_q, head_dim).to(dtype)
     k, v = (torch.randn(batch, num_kv_heads, seqlen_k, head_dim).to(dtype) for _ in range(2))
@@ -113,9 +118,10 @@ def make_inputs(name: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tens
 
 
 def check(
-    emulated: Callable[..., Any], name: str, dtype: torch.dtype, with_dlse: bool, **schedule: Any
-) -> Grads:
-    inputs, dout, dlse, options = make_inputs(name, dtype)
+    emulated: Callable[..., Any], name: str, dtype: torch.dtype, with_dlse: bool, head_dim: int | None = None,
+    **schedule: Any,
+) -> Grads:  # fmt: skip
+    inputs, dout, dlse, options = make_inputs(name, dtype, head_dim)
     cotangent = dlse if with_dlse else None
     out, lse, golden = differentiated(tuple(x.double() for x in inputs), dout, cotangent, options)
     _, _, plain = differentiated(inputs, dout, cotangent, options)
@@ -216,3 +222,41 @@ def test_heads_between_other_heads(emulated: Callable[..., Any]) -> None:
     grads = emulate(build(emulated, 64, dtype), *inputs, out.to(dtype), lse.float(), dout, dlse, seed=5)
     for label, actual, same, exact in zip(Grads._fields, grads, plain, golden):
         assert_within_rule(actual, same, exact, f"d{label}")
+
+
+ONE_PASS = [
+    "one tile",
+    "edges of every tile",
+    "one query",
+    "causal",
+    "causal, fewer queries",
+    "causal, more queries",
+    "causal top left",
+    "window",
+    "grouped heads",
+    "key lengths",
+    "key lengths, several blocks",
+    "padded to 128",
+]
+
+
+@pytest.mark.parametrize("resident", [1, 3])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_one_pass(emulated: Callable[..., Any], name: str, resident: int) -> None:
+    own_dim = CASES[name][0]
+    head_dim = own_dim if own_dim > 64 else 128
+    check(
+        emulated, name, torch.float16, with_dlse=True, head_dim=head_dim, one_pass=True, resident=resident,
+        seed=resident,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["grouped heads", "causal, more queries"])
+def test_one_pass_takes_turns(emulated: Callable[..., Any], name: str) -> None:
+    """Whoever comes first, the sums of dq have the same bits."""
+    options = {"with_dlse": True, "head_dim": 128, "one_pass": True}
+    first = check(emulated, name, torch.float16, resident=1, seed=0, **options)
+    for seed in range(1, 4):
+        again = check(emulated, name, torch.float16, resident=4, seed=seed, **options)
+        for label, a, b in zip(Grads._fields, first, again):
+            assert torch.equal(a, b), f"d{label} under schedule {seed}"
