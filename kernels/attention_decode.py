@@ -172,9 +172,9 @@ def cache_append_kernel(
     tokens = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     positions = tl.load(cache_lengths + batch) + tokens
     exists = (tokens < new_keys) & (positions >= 0) & (positions < capacity)
-    table = block_table
+    table = 0
     if CACHE.page_size:
-        table += batch.to(tl.int64) * stride_table
+        table = block_table + batch.to(tl.int64) * stride_table
     rotary = (rotary_cos, stride_cos, rotary_sin, stride_sin, rotary_positions)
 
     starts = packed_rows(key, (stride_new_kb, stride_new_kh, stride_new_ks), batch, head, tokens, VARIANT)
@@ -228,9 +228,9 @@ def attention_decode_kernel(
     blocks = key_blocks(first_query, end_query, length, shift, left, right, VARIANT, BLOCK_N)
     blocks = split_of(blocks, split, num_splits)
 
-    table = block_table
+    table = 0
     if CACHE.page_size:
-        table += batch.to(tl.int64) * stride_table
+        table = block_table + batch.to(tl.int64) * stride_table
     strides = (stride_kb, stride_kh, stride_ks, stride_kd)
     keys = head_cache(k_cache, strides, table, batch, kv_head, length, VARIANT, CACHE)
     strides = (stride_vb, stride_vh, stride_vs, stride_vd)
