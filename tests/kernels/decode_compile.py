@@ -27,6 +27,7 @@ FEATURES = {  # of decode, by bits
         "4 heads, pages of 64",
         "1 head, pages of 16",
         "8 heads, rotary",
+        "8 heads, full",
         "8 heads, pages of 16, all",
         "8 heads, 4 queries",
         "8 heads, 8 queries, pages of 64",
@@ -48,6 +49,7 @@ def cache_call(
     )
     pages = -(-capacity // page) if page else 1
     cache = torch.empty(batch * pages, kv_heads, page or capacity, head_dim, dtype=dtype)
+    full = "full" in names  # a padded call with one query
     new = torch.empty(batch, kv_heads, seqlen_q, head_dim, dtype=dtype)
     options: dict[str, Any] = {"causal": "bottom_right", "scale": 0.125}
     if "rotary" in names or "all" in names:
@@ -62,7 +64,7 @@ def cache_call(
         query=torch.empty(batch, kv_heads * group, seqlen_q, head_dim, dtype=dtype),
         k_cache=cache,
         v_cache=cache,
-        cache_lengths=torch.zeros(batch, dtype=torch.int32),
+        cache_lengths=torch.zeros(0 if full else batch, dtype=torch.int32),
         key=new,
         value=new,
         block_table=torch.zeros(batch, pages, dtype=torch.int32) if page else None,
