@@ -117,27 +117,40 @@ def texts(source: Path, folders: tuple[Path, ...]) -> dict[Path, bytes]:
     return found
 
 
+def emulator_object(cache_folder: Path) -> Path:
+    """The stand-in itself, compiled once."""
+    flags = (flag for flag in FLAGS if flag != "-shared")
+    command = ["g++", *flags, "-isystem", str(cuda_include()), "-c"]
+    return _compile(HERE / "emulator.cpp", (HERE,), command, cache_folder, ".o")
+
+
 def build(source: Path, cache_folder: Path, defines: tuple[str, ...] = (), csrc: Path = CSRC) -> Library:
     """Compiles `source` to a library in `cache_folder`, unless the same text was compiled there before.
 
     `defines` are macros, "NAME" or "NAME=VALUE"; `csrc` is where the kernels are. Raises RuntimeError with the
     compiler's output.
     """
-    include, folders = cuda_include(), (HERE, csrc)
-    flags = (*FLAGS, *(f"-D{macro}" for macro in defines))
-    digest = hashlib.sha256(repr((flags, str(include))).encode())
+    folders = (HERE, csrc)
+    flags = (*FLAGS, *(f"-D{macro}" for macro in defines), *(f"-I{folder}" for folder in folders))
+    command = ["g++", *flags, "-isystem", str(cuda_include()), str(emulator_object(cache_folder))]
+    return Library(_compile(source, folders, command, cache_folder, ".so"))
+
+
+def _compile(
+    source: Path, folders: tuple[Path, ...], command: list[str], cache_folder: Path, suffix: str
+) -> Path:
+    """What the command makes of `source`, named by a digest of all that goes into it."""
+    digest = hashlib.sha256("\0".join(word for word in command if not word.startswith("-I")).encode())
     for path, text in sorted(texts(source, folders).items()):
         digest.update(path.name.encode() + b"\0" + text)
-    library = cache_folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+    target = cache_folder / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
     cache_folder.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock:
+    with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            partial = library.with_suffix(".partial")
-            paths = [f"-I{folder}" for folder in folders]
-            command = ["g++", *flags, *paths, "-isystem", str(include), "-o", str(partial), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            done = subprocess.run([*command, "-o", str(partial), str(source)], capture_output=True, text=True)
             if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
-            partial.replace(library)
-    return Library(library)
+                raise RuntimeError(f"{' '.join(command)} {source}\n{done.stderr[-8000:]}")
+            partial.replace(target)
+    return target

@@ -1,11 +1,9 @@
-// What the entry points of a kernel test share: the options set from Python and failures as text.
+// What the entry points of a kernel test share: failures as text.
 #pragma once
 
 #include "emulator.h"
 
 namespace emulator {
-
-inline Options options;
 
 // Runs `body`, which launches kernels. Null if all went well, else what went wrong.
 template <class Body>
@@ -21,7 +19,3 @@ const char* guarded(Body body) {
 }
 
 }  // namespace emulator
-
-extern "C" inline __attribute__((used)) void emulator_configure(uint64_t seed, int landing, int resident, int check) {
-  emulator::options = {seed, static_cast<emulator::Landing>(landing), resident, check != 0};
-}

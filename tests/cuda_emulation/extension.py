@@ -21,6 +21,7 @@ NAME = "emulated_extension"
 SOURCES = (
     *sorted((ROOT / "csrc").glob("*.cpp")),
     *sorted(HERE.glob("*_launches.cpp")),
+    HERE / "emulator.cpp",
     HERE / "stubs" / "runtime.cpp",
 )
 

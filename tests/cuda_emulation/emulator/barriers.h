@@ -5,15 +5,15 @@
 
 namespace emulator {
 
-inline void tick(Thread& thread) { thread.clock.raise(thread.component, thread.clock[thread.component] + 1); }
+void tick(Thread& thread) { thread.clock.raise(thread.component, thread.clock[thread.component] + 1); }
 
 // What the thread has done and seen becomes part of `clock`, what it does next does not.
-inline void release(Thread& thread, Clock& clock) {
+void release(Thread& thread, Clock& clock) {
   clock.join(thread.clock);
   tick(thread);
 }
 
-inline void join_barrier(Barrier& barrier, int threads, bool wait, const char* place) {
+void join_barrier(Barrier& barrier, int threads, bool wait, const char* place) {
   Thread& thread = self();
   machine().preempt();
   if (barrier.arrived > 0 && barrier.expected != threads) {
@@ -43,9 +43,9 @@ inline void join_barrier(Barrier& barrier, int threads, bool wait, const char* p
   machine().wake(barrier.waiting);
 }
 
-inline void block_sync() { join_barrier(self().block->barriers[0], block_threads(), true, "block_sync"); }
+void block_sync() { join_barrier(self().block->barriers[0], block_threads(), true, "block_sync"); }
 
-inline void named_barrier(int id, int threads, bool wait) {
+void named_barrier(int id, int threads, bool wait) {
   static const char* const kPlaces[16] = {
       "named barrier 0",  "named barrier 1",  "named barrier 2",  "named barrier 3",
       "named barrier 4",  "named barrier 5",  "named barrier 6",  "named barrier 7",
@@ -56,14 +56,14 @@ inline void named_barrier(int id, int threads, bool wait) {
   join_barrier(self().block->barriers[id], threads, wait, kPlaces[id]);
 }
 
-inline void fence_barrier_init() {
+void fence_barrier_init() {
   Thread& thread = self();
   for (auto& barrier : thread.block->mbarriers) {
     if (barrier->initialised.component == thread.component) barrier->fenced = true;
   }
 }
 
-inline void fence_proxy_async() {
+void fence_proxy_async() {
   Thread& thread = self();
   const uint32_t count = thread.block->cluster->thread_count;
   thread.clock.copy_range(count, 0, count);
@@ -71,10 +71,10 @@ inline void fence_proxy_async() {
   fence_barrier_init();
 }
 
-inline void fence_proxy_async_global() {}
-inline void device_fence() { machine().preempt(); }
+void fence_proxy_async_global() {}
+void device_fence() { machine().preempt(); }
 
-inline void set_max_registers(int count, bool increase) {
+void set_max_registers(int count, bool increase) {
   Thread& thread = self();
   Block& block = *thread.block;
   if (increase ? count < thread.registers : count > thread.registers) {
@@ -90,12 +90,12 @@ inline void set_max_registers(int count, bool increase) {
   machine().wake(block.waiting_for_registers);
 }
 
-inline uint32_t semaphore_load(const uint32_t* semaphore) {
+uint32_t semaphore_load(const uint32_t* semaphore) {
   machine().poll("semaphore_load_acquire");
   return *semaphore;
 }
 
-inline void semaphore_add(uint32_t* semaphore, uint32_t value) {
+void semaphore_add(uint32_t* semaphore, uint32_t value) {
   for (const StoreGroup& group : self().stores) {
     if (!group.writes.empty()) fail("releases a semaphore while its bulk stores may not have reached global memory");
   }
@@ -104,7 +104,7 @@ inline void semaphore_add(uint32_t* semaphore, uint32_t value) {
   machine().made_progress();
 }
 
-inline uint32_t counter_fetch_add(uint32_t* counter, uint32_t value) {
+uint32_t counter_fetch_add(uint32_t* counter, uint32_t value) {
   machine().preempt();
   const uint32_t before = *counter;
   *counter += value;
@@ -112,10 +112,10 @@ inline uint32_t counter_fetch_add(uint32_t* counter, uint32_t value) {
   return before;
 }
 
-inline uint32_t cluster_rank() { return self().block->rank; }
-inline uint32_t cluster_blocks() { return machine().launch_.cluster; }
+uint32_t cluster_rank() { return self().block->rank; }
+uint32_t cluster_blocks() { return machine().launch_.cluster; }
 
-inline void cluster_arrive() {
+void cluster_arrive() {
   Thread& thread = self();
   Cluster& cluster = *thread.block->cluster;
   machine().preempt();
@@ -128,7 +128,7 @@ inline void cluster_arrive() {
   machine().wake(cluster.waiting);
 }
 
-inline void cluster_wait() {
+void cluster_wait() {
   Thread& thread = self();
   Cluster& cluster = *thread.block->cluster;
   const uint32_t wanted = ++thread.cluster_waits;
@@ -136,15 +136,13 @@ inline void cluster_wait() {
   thread.clock.join(cluster.released);
 }
 
-template <class T>
-T* map_shared(T* pointer, uint32_t rank) {
-  Thread& thread = self();
-  const Block& mine = *thread.block;
-  if (rank >= mine.cluster->blocks.size())
+const void* mapped(const void* pointer, uint32_t rank) {
+  const Block& mine = *self().block;
+  if (rank >= mine.cluster->blocks.size()) {
     fail(text("map_shared to block %u of %zu", rank, mine.cluster->blocks.size()));
-  auto* bytes = reinterpret_cast<unsigned char*>(const_cast<std::remove_const_t<T>*>(pointer));
-  if (!mine.holds(bytes)) fail("map_shared of a pointer that is not in the block's shared memory");
-  return reinterpret_cast<T*>(mine.cluster->blocks[rank]->memory + (bytes - mine.memory));
+  }
+  if (!mine.holds(pointer)) fail("map_shared of a pointer that is not in the block's shared memory");
+  return mine.cluster->blocks[rank]->memory + (static_cast<const unsigned char*>(pointer) - mine.memory);
 }
 
 }  // namespace emulator

@@ -2,36 +2,13 @@
 #pragma once
 
 #include <array>
-#include <initializer_list>
 
+#include "encoded_map.h"
 #include "mbarriers.h"
 
 namespace emulator {
 
-enum class Swizzle : uint8_t { kNone, k32, k64, k128 };
-
-// What encode_tiled (tensor_map.h) writes into the driver's opaque 128 bytes.
-struct TensorMap {
-  static constexpr uint32_t kMark = 0x746d6170;
-  uint32_t mark;
-  uint8_t rank;
-  uint8_t element_bytes;
-  bool is_float;
-  Swizzle swizzle;
-  unsigned char* data;
-  uint64_t sizes[5];    // elements, fastest first
-  uint64_t strides[4];  // bytes, of dimensions 1 and up
-  uint16_t box[5];      // elements
-
-  uint32_t box_bytes() const {
-    uint32_t bytes = element_bytes;
-    for (int i = 0; i < rank; ++i) bytes *= box[i];
-    return bytes;
-  }
-};
-static_assert(sizeof(TensorMap) <= 128);
-
-inline TensorMap decode(const void* map) {
+TensorMap decode(const void* map) {
   TensorMap decoded;
   std::memcpy(&decoded, map, sizeof(decoded));
   if (decoded.mark != TensorMap::kMark) fail("the tensor map is not an encoded one");
@@ -39,7 +16,7 @@ inline TensorMap decode(const void* map) {
 }
 
 // The address a swizzled access to `address` goes to: bits 4 and up exchanged by the bits of the 128-byte row.
-inline uint32_t swizzled(uint32_t address, Swizzle swizzle) {
+uint32_t swizzled(uint32_t address, Swizzle swizzle) {
   const uint32_t bits = (1u << static_cast<int>(swizzle)) - 1;
   return address ^ (address >> 7 & bits) << 4;
 }
@@ -68,14 +45,14 @@ void for_each_row(const TensorMap& map, const Coordinates& at, Row row) {
   }
 }
 
-inline Coordinates coordinates(const TensorMap& map, std::initializer_list<int> given) {
+Coordinates coordinates(const TensorMap& map, std::initializer_list<int> given) {
   if (given.size() != map.rank) fail(text("%zu coordinates for a tensor map of rank %d", given.size(), map.rank));
   Coordinates at = {};
   std::copy(given.begin(), given.end(), at.begin());
   return at;
 }
 
-inline void check_box(const TensorMap& map, const void* shared) {
+void check_box(const TensorMap& map, const void* shared) {
   check_alignment(shared, map.swizzle == Swizzle::kNone ? 128 : 1024, "the box in shared memory");
   if (map.swizzle != Swizzle::kNone && map.box[0] * map.element_bytes != 16 << static_cast<int>(map.swizzle)) {
     fail("a box row narrower than its swizzle is not modelled");
@@ -83,7 +60,7 @@ inline void check_box(const TensorMap& map, const void* shared) {
 }
 
 // Starts a copy of `bytes` to `destination` by `copy`, completing at the barrier.
-inline void start_load(unsigned char* destination, uint32_t bytes, void* barrier, std::function<void()> copy) {
+void start_load(unsigned char* destination, uint32_t bytes, void* barrier, std::function<void()> copy) {
   Thread& thread = self();
   Block& block = *thread.block;
   MbarrierState& state = mbarrier_state(block, barrier);
@@ -99,7 +76,7 @@ inline void start_load(unsigned char* destination, uint32_t bytes, void* barrier
   machine().preempt();
 }
 
-inline void tma_load(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given) {
+void tma_load(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given) {
   const TensorMap map = decode(tensor_map);
   const Coordinates at = coordinates(map, given);
   check_box(map, destination);
@@ -117,21 +94,21 @@ inline void tma_load(void* destination, const void* tensor_map, void* barrier, s
   });
 }
 
-inline void check_bulk(const void* shared, const void* global, uint32_t bytes) {
+void check_bulk(const void* shared, const void* global, uint32_t bytes) {
   check_alignment(shared, 16, "a bulk copy's place in shared memory");
   check_alignment(global, 16, "a bulk copy's place in global memory");
   if (bytes % 16 != 0 || bytes == 0) fail(text("a bulk copy of %u bytes", bytes));
 }
 
-inline void bulk_load(void* destination, const void* source, uint32_t bytes, void* barrier) {
+void bulk_load(void* destination, const void* source, uint32_t bytes, void* barrier) {
   check_bulk(destination, source, bytes);
   start_load(static_cast<unsigned char*>(destination), bytes, barrier,
              [=] { std::memcpy(destination, source, bytes); });
 }
 
 // Starts a copy from shared memory: `read` fills a buffer, `write` empties it, each at its own time.
-inline void start_store(const void* source, uint32_t bytes, std::function<void(unsigned char*)> read,
-                        std::function<void(const unsigned char*)> write) {
+void start_store(const void* source, uint32_t bytes, std::function<void(unsigned char*)> read,
+                 std::function<void(const unsigned char*)> write) {
   Thread& thread = self();
   Block& block = *thread.block;
   if (thread.store_component == Event::kNone) {
@@ -150,7 +127,7 @@ inline void start_store(const void* source, uint32_t bytes, std::function<void(u
   machine().preempt();
 }
 
-inline void tma_store(const void* tensor_map, const void* source, std::initializer_list<int> given, bool add) {
+void tma_store(const void* tensor_map, const void* source, std::initializer_list<int> given, bool add) {
   const TensorMap map = decode(tensor_map);
   const Coordinates at = coordinates(map, given);
   check_box(map, source);
@@ -178,7 +155,7 @@ inline void tma_store(const void* tensor_map, const void* source, std::initializ
   start_store(source, bytes, read, write);
 }
 
-inline void bulk_store(void* destination, const void* source, uint32_t bytes, bool add) {
+void bulk_store(void* destination, const void* source, uint32_t bytes, bool add) {
   check_bulk(source, destination, bytes);
   const auto read = [=](unsigned char* buffer) { std::memcpy(buffer, source, bytes); };
   const auto write = [=](const unsigned char* buffer) {
@@ -192,13 +169,13 @@ inline void bulk_store(void* destination, const void* source, uint32_t bytes, bo
   start_store(source, bytes, read, write);
 }
 
-inline void bulk_commit() {
+void bulk_commit() {
   Thread& thread = self();
   thread.stores.emplace_back();
   ++thread.stores_committed;
 }
 
-inline void bulk_wait(uint32_t pending, bool read) {
+void bulk_wait(uint32_t pending, bool read) {
   Thread& thread = self();
   if (thread.stores_committed <= pending) return;
   for (size_t i = 0; i + pending + 1 < thread.stores.size(); ++i) {
@@ -213,7 +190,7 @@ inline void bulk_wait(uint32_t pending, bool read) {
   }
 }
 
-inline void cp_async_16(void* destination, const void* source, int bytes) {
+void cp_async_16(void* destination, const void* source, int bytes) {
   check_alignment(destination, 16, "cp_async_16's destination");
   check_alignment(source, 16, "cp_async_16's source");
   if (bytes < 0 || bytes > 16) fail(text("cp_async_16 of %d bytes", bytes));
@@ -227,10 +204,10 @@ inline void cp_async_16(void* destination, const void* source, int bytes) {
   thread.copies.back().push_back({static_cast<unsigned char*>(destination), 16, operation});
 }
 
-inline void cp_async_commit() { self().copies.emplace_back(); }
+void cp_async_commit() { self().copies.emplace_back(); }
 
 // What has arrived counts from here on as written by the waiting thread.
-inline void cp_async_wait(size_t pending) {
+void cp_async_wait(size_t pending) {
   Thread& thread = self();
   Block& block = *thread.block;
   for (; thread.copies.size() > pending + 1; thread.copies.pop_front()) {
@@ -245,7 +222,7 @@ inline void cp_async_wait(size_t pending) {
   }
 }
 
-inline void stmatrix(void* row, const uint32_t* matrices, int count, bool transposed) {
+void stmatrix(void* row, const uint32_t* matrices, int count, bool transposed) {
   struct Slot {
     unsigned char* row;
     const uint32_t* matrices;

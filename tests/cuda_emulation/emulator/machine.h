@@ -10,28 +10,11 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../emulator.h"
 #include "clock.h"
 #include "fiber.h"
-#include "types.h"
 
 namespace emulator {
-
-// When the copy engine and the tensor cores deliver: at once, when somebody must have it, or at any time between.
-enum class Landing { kEager, kLazy, kRandom };
-
-struct Options {
-  uint64_t seed = 0;
-  Landing landing = Landing::kRandom;
-  int resident = 1;   // clusters (blocks, where there are no clusters) that are alive at the same time
-  bool check = true;  // watch for races
-};
-
-struct Launch {
-  uint3 grid = {1, 1, 1};
-  int threads = kWarp;
-  size_t shared_bytes = 0;
-  int cluster = 1;  // blocks, along x
-};
 
 // Work of the copy engine that has been issued. `land` runs once.
 struct Operation {
@@ -285,27 +268,25 @@ class Machine {
   std::vector<std::unique_ptr<Fiber>> spare_fibers_;
 };
 
-inline thread_local Machine* machine_pointer = nullptr;
+thread_local Machine* machine_pointer = nullptr;
 
-inline Machine& machine() { return *machine_pointer; }
-inline Thread& self() { return *machine_pointer->running_; }
+Machine& machine() { return *machine_pointer; }
+Thread& self() { return *machine_pointer->running_; }
 
-[[noreturn]] inline void fail(const std::string& what) {
+[[noreturn]] void fail(const std::string& what) {
   if (!machine_pointer) throw Failure(what);
   machine().fail(what);
 }
 
-inline std::string text(const char* format, auto... values) {
+std::string text(const char* format, auto... values) {
   char buffer[512];
   std::snprintf(buffer, sizeof(buffer), format, values...);
   return buffer;
 }
 
-inline std::string name(const Block& block) {
-  return text("block (%u, %u, %u)", block.index.x, block.index.y, block.index.z);
-}
+std::string name(const Block& block) { return text("block (%u, %u, %u)", block.index.x, block.index.y, block.index.z); }
 
-inline std::string name(const Cluster& cluster, Event event) {
+std::string name(const Cluster& cluster, Event event) {
   const uint32_t component = event.component & ~Event::kFourWarps;
   if (event.component == Event::kNone) return "nobody";
   if (event.component == Event::kNever) return "an unfinished cp_async";
@@ -316,12 +297,12 @@ inline std::string name(const Cluster& cluster, Event event) {
   return cluster.names.at(component);
 }
 
-inline void Machine::fail(const std::string& what) const {
+void Machine::fail(const std::string& what) const {
   if (!running_) throw Failure(what);
   throw Failure(name(*running_->block) + text(", thread %d: ", running_->index) + what);
 }
 
-inline void Machine::thread_main() {
+void Machine::thread_main() {
   try {
     kernel_();
     end_thread(*running_);
@@ -332,7 +313,7 @@ inline void Machine::thread_main() {
   thread.fiber->switch_out();
 }
 
-inline void Machine::end_thread(Thread& thread) {
+void Machine::end_thread(Thread& thread) {
   Block& block = *thread.block;
   for (const StoreGroup& group : thread.stores) {
     if (group.reads.empty()) continue;
@@ -363,7 +344,7 @@ inline void Machine::end_thread(Thread& thread) {
   --block.cluster->alive;
 }
 
-inline Thread* Machine::pick() {
+Thread* Machine::pick() {
   if (ready_.empty()) return nullptr;
   // A third of the seeds each: any thread next, the one woken last, the one woken first.
   Thread* thread;
@@ -378,7 +359,7 @@ inline Thread* Machine::pick() {
   return thread;
 }
 
-inline bool Machine::land_one() {
+bool Machine::land_one() {
   while (!pending_.empty()) {
     std::swap(pending_.back(), pending_[random_.below(pending_.size())]);
     const OperationPointer operation = pending_.back();
@@ -390,7 +371,7 @@ inline bool Machine::land_one() {
   return false;
 }
 
-inline bool Machine::start_cluster() {
+bool Machine::start_cluster() {
   const uint3 grid = launch_.grid;
   const uint64_t first_block = next_cluster_ * launch_.cluster;
   if (first_block >= uint64_t(grid.x) * grid.y * grid.z) return false;
@@ -448,7 +429,7 @@ inline bool Machine::start_cluster() {
   return true;
 }
 
-inline void Machine::run() {
+void Machine::run() {
   constexpr int kIdleRounds = 200;
   int idle_rounds = 0;
   uint64_t progress_before = 0;
@@ -487,7 +468,7 @@ inline void Machine::run() {
   }
 }
 
-inline void Machine::report_deadlock(const char* kind) {
+void Machine::report_deadlock(const char* kind) {
   std::map<std::string, std::vector<int>> waiting;
   for (const auto& cluster : clusters_) {
     for (const auto& block : cluster->blocks) {
@@ -510,15 +491,13 @@ inline void Machine::report_deadlock(const char* kind) {
   throw Failure(report);
 }
 
-// Runs the kernel over the grid. Throws Failure.
-template <class... Parameters, class... Arguments>
-void launch(const Options& options, const Launch& launch, void (*kernel)(Parameters...),
-            const Arguments&... arguments) {
+void run(const Options& options, const Launch& launch, void (*kernel)(const void*), const void* context) {
   if (launch.threads < 1 || launch.threads > 1024) throw Failure("a block has 1 to 1024 threads");
-  if (launch.shared_bytes > kSharedLimit)
+  if (launch.shared_bytes > kSharedLimit) {
     throw Failure(text("%zu bytes of shared memory are too many", launch.shared_bytes));
+  }
   if (launch.grid.x % launch.cluster != 0) throw Failure("the grid is not a multiple of the cluster");
-  Machine machine(options, launch, [&] { kernel(arguments...); });
+  Machine machine(options, launch, [=] { kernel(context); });
   machine_pointer = &machine;
   try {
     machine.run();

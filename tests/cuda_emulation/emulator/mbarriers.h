@@ -7,7 +7,7 @@ namespace emulator {
 
 constexpr uint64_t kMbarrierMark = 0x6d626172;  // upper half of the word in shared memory; the lower is the index
 
-inline MbarrierState& mbarrier_state(Block& block, const void* barrier) {
+MbarrierState& mbarrier_state(Block& block, const void* barrier) {
   check_alignment(barrier, 8, "an mbarrier");
   uint64_t word;
   std::memcpy(&word, barrier, sizeof(word));
@@ -20,7 +20,7 @@ inline MbarrierState& mbarrier_state(Block& block, const void* barrier) {
   return state;
 }
 
-inline void mbarrier_init(void* barrier, uint32_t arrivals) {
+void mbarrier_init(void* barrier, uint32_t arrivals) {
   Thread& thread = self();
   Block& block = *thread.block;
   check_alignment(barrier, 8, "an mbarrier");
@@ -38,7 +38,7 @@ inline void mbarrier_init(void* barrier, uint32_t arrivals) {
   tick(thread);
 }
 
-inline void complete_phase_if_done(MbarrierState& state) {
+void complete_phase_if_done(MbarrierState& state) {
   if (state.pending > 0 || state.bytes != 0) return;
   ++state.phase;
   state.pending = state.expected;
@@ -48,7 +48,7 @@ inline void complete_phase_if_done(MbarrierState& state) {
   machine().wake(state.waiting);
 }
 
-inline void arrive(MbarrierState& state, uint32_t bytes) {
+void arrive(MbarrierState& state, uint32_t bytes) {
   if (state.pending == 0) fail(text("arrives at mbarrier %u once more than it expects in a phase", state.index));
   state.bytes += bytes;
   release(self(), state.arriving);
@@ -56,26 +56,26 @@ inline void arrive(MbarrierState& state, uint32_t bytes) {
   complete_phase_if_done(state);
 }
 
-inline void mbarrier_arrive(void* barrier, uint32_t bytes) {
+void mbarrier_arrive(void* barrier, uint32_t bytes) {
   machine().preempt();
   arrive(mbarrier_state(*self().block, barrier), bytes);
 }
 
-inline void mbarrier_expect_tx(void* barrier, uint32_t bytes) { mbarrier_state(*self().block, barrier).bytes += bytes; }
+void mbarrier_expect_tx(void* barrier, uint32_t bytes) { mbarrier_state(*self().block, barrier).bytes += bytes; }
 
-inline void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
+void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
   machine().preempt();
-  void* remote = map_shared(static_cast<unsigned char*>(barrier), rank);
+  const void* remote = mapped(barrier, rank);
   arrive(mbarrier_state(block_holding(remote), remote), 0);
 }
 
-inline bool phase_completed(const MbarrierState& state, uint32_t parity) { return (state.phase & 1) != parity; }
+bool phase_completed(const MbarrierState& state, uint32_t parity) { return (state.phase & 1) != parity; }
 
-inline void check_parity(uint32_t parity) {
+void check_parity(uint32_t parity) {
   if (parity > 1) fail(text("waits for parity %u, which is neither 0 nor 1", parity));
 }
 
-inline void mbarrier_wait(void* barrier, uint32_t parity) {
+void mbarrier_wait(void* barrier, uint32_t parity) {
   check_parity(parity);
   MbarrierState& state = mbarrier_state(*self().block, barrier);
   while (!phase_completed(state, parity))
@@ -83,7 +83,7 @@ inline void mbarrier_wait(void* barrier, uint32_t parity) {
   self().clock.join(state.completed);
 }
 
-inline bool mbarrier_try_wait(void* barrier, uint32_t parity) {
+bool mbarrier_try_wait(void* barrier, uint32_t parity) {
   check_parity(parity);
   MbarrierState& state = mbarrier_state(*self().block, barrier);
   machine().poll("mbarrier_try_wait");
@@ -93,7 +93,7 @@ inline bool mbarrier_try_wait(void* barrier, uint32_t parity) {
 }
 
 // `bytes` of a copy issued in phase `phase` have arrived.
-inline void complete_bytes(const Block& block, MbarrierState& state, uint32_t phase, uint32_t bytes) {
+void complete_bytes(const Block& block, MbarrierState& state, uint32_t phase, uint32_t bytes) {
   const std::string where = name(block) + text(": mbarrier %u", state.index);
   if (state.phase != phase)
     throw Failure(where + text(" completed phase %u without a copy that was issued in it", phase));

@@ -5,14 +5,14 @@
 
 namespace emulator {
 
-inline int thread_index() { return self().index; }
-inline int block_threads() { return machine().launch_.threads; }
-inline uint3 block_index() { return self().block->index; }
-inline uint3 grid_blocks() { return machine().launch_.grid; }
-inline unsigned char* dynamic_shared_memory() { return self().block->memory; }
+int thread_index() { return self().index; }
+int block_threads() { return machine().launch_.threads; }
+uint3 block_index() { return self().block->index; }
+uint3 grid_blocks() { return machine().launch_.grid; }
+unsigned char* dynamic_shared_memory() { return self().block->memory; }
 
 // The block of this cluster whose shared memory holds the pointer.
-inline Block& block_holding(const void* pointer) {
+Block& block_holding(const void* pointer) {
   Thread& thread = self();
   if (thread.block->holds(pointer)) return *thread.block;
   for (const auto& block : thread.block->cluster->blocks) {
@@ -28,28 +28,28 @@ inline Block& block_holding(const void* pointer) {
   fail("the pointer is not in shared memory");
 }
 
-inline uint32_t shared_address(const void* pointer) {
+uint32_t shared_address(const void* pointer) {
   const Block& block = *self().block;
   if (!block.holds(pointer) && pointer != block.memory + block.bytes)
     fail("shared_address of a pointer that is not in shared memory");
   return kWindowStart + static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - block.arena);
 }
 
-inline unsigned char* shared_pointer(Block& block, uint32_t address) { return block.arena + (address - kWindowStart); }
+unsigned char* shared_pointer(Block& block, uint32_t address) { return block.arena + (address - kWindowStart); }
 
-inline std::string place(const Block& block, const Shadow::Cell* cell) {
+std::string place(const Block& block, const Shadow::Cell* cell) {
   Shadow& shadow = const_cast<Shadow&>(block.shadow);
   const size_t byte = 2 * (cell - shadow.begin(0));
   return text(" at byte %zu (address %zu) of shared memory", byte, kWindowStart + (block.memory - block.arena) + byte);
 }
 
 // The event an access by the copy engine or the tensor cores must wait for: an ordinary write counts once fenced.
-inline Event as_seen(const Cluster& cluster, Event event, bool async) {
+Event as_seen(const Cluster& cluster, Event event, bool async) {
   if (async && event.component < cluster.thread_count) event.component += cluster.thread_count;
   return event;
 }
 
-inline size_t checked_offset(const Block& block, const void* pointer, size_t bytes) {
+size_t checked_offset(const Block& block, const void* pointer, size_t bytes) {
   const auto* first = static_cast<const unsigned char*>(pointer);
   if (first < block.memory || first + bytes > block.memory + block.bytes) {
     fail(text("accesses bytes %td .. %td of %zu bytes of shared memory", first - block.memory,
@@ -58,7 +58,7 @@ inline size_t checked_offset(const Block& block, const void* pointer, size_t byt
   return first - block.memory;
 }
 
-inline void check_writer(const Block& block, const Shadow::Cell* cell, Event writer, const Clock& clock, bool async) {
+void check_writer(const Block& block, const Shadow::Cell* cell, Event writer, const Clock& clock, bool async) {
   if (!writer.exists()) fail("reads what nobody wrote" + place(block, cell));
   if (as_seen(*block.cluster, writer, async).known_to(clock)) return;
   const bool only_fence = writer.known_to(clock);
@@ -66,7 +66,7 @@ inline void check_writer(const Block& block, const Shadow::Cell* cell, Event wri
        (only_fence ? " wrote without fence_proxy_async" : " wrote, with nothing ordering the two"));
 }
 
-inline void check_cell_write(const Block& block, const Shadow::Cell* cell, const Clock& clock, bool async) {
+void check_cell_write(const Block& block, const Shadow::Cell* cell, const Clock& clock, bool async) {
   if (!as_seen(*block.cluster, cell->write, async).known_to(clock)) {
     const bool only_fence = cell->write.known_to(clock);
     fail("overwrites" + place(block, cell) + " what " + name(*block.cluster, cell->write) +
@@ -79,7 +79,7 @@ inline void check_cell_write(const Block& block, const Shadow::Cell* cell, const
 }
 
 // A read of shared memory by the running thread, or on its behalf (`async`) ending with `event`.
-inline void note_read(Block& block, const void* pointer, size_t bytes, Event event, bool async) {
+void note_read(Block& block, const void* pointer, size_t bytes, Event event, bool async) {
   const size_t offset = checked_offset(block, pointer, bytes);
   if (!machine().options_.check) return;
   const Clock& clock = self().clock;
@@ -92,7 +92,7 @@ inline void note_read(Block& block, const void* pointer, size_t bytes, Event eve
 }
 
 // A write likewise.
-inline void note_write(Block& block, const void* pointer, size_t bytes, Event event, bool async) {
+void note_write(Block& block, const void* pointer, size_t bytes, Event event, bool async) {
   const size_t offset = checked_offset(block, pointer, bytes);
   if (!machine().options_.check) return;
   const Clock& clock = self().clock;
@@ -102,27 +102,27 @@ inline void note_write(Block& block, const void* pointer, size_t bytes, Event ev
   }
 }
 
-inline void check_alignment(const void* pointer, size_t alignment, const char* what) {
+void check_alignment(const void* pointer, size_t alignment, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
     fail(text("%s is not aligned to %zu bytes", what, alignment));
 }
 
-inline void track_shared_read(const void* pointer, size_t bytes) {
+void track_shared_read(const void* pointer, size_t bytes) {
   check_alignment(pointer, bytes, "ld_shared's source");
   note_read(block_holding(pointer), pointer, bytes, self().now(), false);
 }
 
-inline void track_shared_write(const void* pointer, size_t bytes) {
+void track_shared_write(const void* pointer, size_t bytes) {
   check_alignment(pointer, bytes, "st_shared's destination");
   note_write(block_holding(pointer), pointer, bytes, self().now(), false);
 }
 
-inline uint4 load_16(const void* source) {
+uint4 load_16(const void* source) {
   check_alignment(source, 16, "ld_global_16's source");
   return *static_cast<const uint4*>(source);
 }
 
-inline void store_16(void* destination, uint4 value) {
+void store_16(void* destination, uint4 value) {
   check_alignment(destination, 16, "st_global_16's destination");
   *static_cast<uint4*>(destination) = value;
 }

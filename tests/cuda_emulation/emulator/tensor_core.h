@@ -29,7 +29,7 @@ void for_each_chunk(uint64_t descriptor, bool transposed, int rows, Chunk chunk)
   }
 }
 
-inline void check_descriptor(uint64_t descriptor, bool transposed) {
+void check_descriptor(uint64_t descriptor, bool transposed) {
   constexpr uint64_t kFields = 0xc000000000000000 | 0x3fffull << 32 | 0x3fff << 16 | 0x3fff;
   if (descriptor >> 62 != 1) fail("only operands under the 128-byte swizzle are modelled");
   if (descriptor & ~kFields) fail("a descriptor with base offset or reserved bits is not modelled");
@@ -38,8 +38,8 @@ inline void check_descriptor(uint64_t descriptor, bool transposed) {
 }
 
 // tile[row * row_step + k * k_step] = the operand's value.
-inline void read_operand(Block& block, const Multiply& multiply, uint64_t descriptor, bool transposed, int rows,
-                         float* tile, int row_step, int k_step) {
+void read_operand(Block& block, const Multiply& multiply, uint64_t descriptor, bool transposed, int rows, float* tile,
+                  int row_step, int k_step) {
   for_each_chunk(descriptor, transposed, rows, [&](uint32_t address, int row, int k) {
     uint16_t values[8];
     std::memcpy(values, shared_pointer(block, address), 16);
@@ -49,7 +49,7 @@ inline void read_operand(Block& block, const Multiply& multiply, uint64_t descri
   });
 }
 
-inline void execute(Block& block, Multiply& multiply) {
+void execute(Block& block, Multiply& multiply) {
   const int columns = multiply.accumulator->columns;
   float b_tile[16 * 256];
   if (!multiply.a_in_registers)
@@ -67,7 +67,7 @@ inline void execute(Block& block, Multiply& multiply) {
 }
 
 // Executes the multiplies up to number `end`, as far as all threads have issued them.
-inline void execute_until(Warpgroup& group, uint32_t end) {
+void execute_until(Warpgroup& group, uint32_t end) {
   while (group.executed < end && !group.multiplies.empty() && group.multiplies.front()->issued == kWarpgroup) {
     execute(*group.block, *group.multiplies.front());
     ++group.executed;
@@ -77,8 +77,8 @@ inline void execute_until(Warpgroup& group, uint32_t end) {
 }
 
 // Notes the reads of an operand and adds their writers. Each warp reads its own 16 rows of A and all of B.
-inline void note_operand(Block& block, Multiply& multiply, uint64_t descriptor, bool transposed, int rows,
-                         uint32_t first_warp, bool is_a) {
+void note_operand(Block& block, Multiply& multiply, uint64_t descriptor, bool transposed, int rows, uint32_t first_warp,
+                  bool is_a) {
   if (!machine().options_.check) return;
   check_descriptor(descriptor, transposed);
   for_each_chunk(descriptor, transposed, rows, [&](uint32_t address, int row, int) {
@@ -97,7 +97,7 @@ inline void note_operand(Block& block, Multiply& multiply, uint64_t descriptor, 
   });
 }
 
-inline InFlight* find_in_flight(Thread& thread, const void* registers) {
+InFlight* find_in_flight(Thread& thread, const void* registers) {
   for (InFlight& entry : thread.in_flight) {
     if (entry.registers == registers) return &entry;
   }
@@ -105,7 +105,7 @@ inline InFlight* find_in_flight(Thread& thread, const void* registers) {
 }
 
 // Registers a multiply uses must be as they were at the thread's last wgmma_fence.
-inline void check_fenced(Thread& thread, const void* registers, size_t bytes, const char* what) {
+void check_fenced(Thread& thread, const void* registers, size_t bytes, const char* what) {
   for (RegisterCopy& copy : thread.register_copies) {
     if (copy.array != registers) continue;
     if (copy.bytes.size() < bytes || std::memcmp(copy.bytes.data(), registers, bytes) != 0) {
@@ -118,19 +118,18 @@ inline void check_fenced(Thread& thread, const void* registers, size_t bytes, co
   thread.register_copies.push_back({registers, std::vector<unsigned char>(first, first + bytes)});
 }
 
-inline void wgmma_fence() {
+void wgmma_fence() {
   Thread& thread = self();
   thread.wgmma_fenced = true;
   for (RegisterCopy& copy : thread.register_copies) std::memcpy(copy.bytes.data(), copy.array, copy.bytes.size());
 }
 
 // Row of accumulator element e of a thread, and its column.
-inline int fragment_row(int thread, int e) { return thread / kWarp * 16 + thread % kWarp / 4 + e / 2 % 2 * 8; }
-inline int fragment_column(int thread, int e) { return e / 4 * 8 + thread % 4 * 2 + e % 2; }
+int fragment_row(int thread, int e) { return thread / kWarp * 16 + thread % kWarp / 4 + e / 2 % 2 * 8; }
+int fragment_column(int thread, int e) { return e / 4 * 8 + thread % 4 * 2 + e % 2; }
 
-template <class T>
-void wgmma(float* acc, int columns, uint64_t a, const uint32_t* a_registers, uint64_t b, bool accumulate,
-           bool a_transposed, bool b_transposed) {
+void wgmma(float (*to_float)(uint16_t), float* acc, int columns, uint64_t a, const uint32_t* a_registers, uint64_t b,
+           bool accumulate, bool a_transposed, bool b_transposed) {
   Thread& thread = self();
   Block& block = *thread.block;
   const int member = thread.index % kWarpgroup;
@@ -148,7 +147,7 @@ void wgmma(float* acc, int columns, uint64_t a, const uint32_t* a_registers, uin
     multiply->b_transposed = b_transposed;
     multiply->accumulate = accumulate;
     multiply->group = commit;
-    multiply->to_float = [](uint16_t bits) { return T{bits}.to_float(); };
+    multiply->to_float = to_float;
     const uint32_t first_warp = block.cluster->warp_component(*block.threads[thread.index - member]);
     if (!a_registers) note_operand(block, *multiply, a, a_transposed, 64, first_warp, true);
     note_operand(block, *multiply, b, b_transposed, columns, first_warp, false);
@@ -208,9 +207,9 @@ void wgmma(float* acc, int columns, uint64_t a, const uint32_t* a_registers, uin
   }
 }
 
-inline void wgmma_commit() { self().multiplies_committed.push_back(self().multiplies_issued); }
+void wgmma_commit() { self().multiplies_committed.push_back(self().multiplies_issued); }
 
-inline void wgmma_wait(size_t pending) {
+void wgmma_wait(size_t pending) {
   Thread& thread = self();
   thread.wgmma_fenced = false;
   const size_t commits = thread.multiplies_committed.size();

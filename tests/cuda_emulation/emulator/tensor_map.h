@@ -3,7 +3,9 @@
 
 #include <cuda.h>
 
-#include "copies.h"
+#include <cstring>
+
+#include "encoded_map.h"
 
 namespace emulator {
 

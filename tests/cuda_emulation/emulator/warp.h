@@ -50,24 +50,24 @@ void warp_collective(const char* kind, uint32_t mask, Slot& slot, Complete compl
   machine().wake(sleepers);
 }
 
-template <class T>
-T shuffle(T value, int source, uint32_t mask, const char* kind) {
+void shuffle_bytes(void* value, size_t bytes, int source, uint32_t mask, const char* kind) {
   struct Slot {
-    T value, result;
+    void* value;
+    unsigned char sent[16];
     int source;
-  } slot{value, value, source};
+  } slot{value, {}, source};
+  std::memcpy(slot.sent, value, bytes);
   warp_collective(kind, mask, slot, [&](Slot** slots) {
     for (int lane = 0; lane < kWarp; ++lane) {
       if (!slots[lane]) continue;
       const Slot* from = slots[slots[lane]->source];
       if (!from) fail(text("%s: lane %d reads lane %d, which takes no part", kind, lane, slots[lane]->source));
-      slots[lane]->result = from->value;
+      std::memcpy(slots[lane]->value, from->sent, bytes);
     }
   });
-  return slot.result;
 }
 
-inline uint32_t ballot(bool predicate, uint32_t mask) {
+uint32_t ballot(bool predicate, uint32_t mask) {
   struct Slot {
     bool predicate;
     uint32_t result;
@@ -83,7 +83,7 @@ inline uint32_t ballot(bool predicate, uint32_t mask) {
   return slot.result;
 }
 
-inline bool elect_one() {
+bool elect_one() {
   struct Slot {
   } slot;
   warp_collective("elect_one", 0xffffffff, slot, [](Slot**) {});
@@ -92,7 +92,7 @@ inline bool elect_one() {
 }
 
 // Everything the others did before is known to each.
-inline void warp_sync(uint32_t mask) {
+void warp_sync(uint32_t mask) {
   Clock* slot = &self().clock;
   const auto& threads = self().block->threads;
   const int first = self().index / kWarp * kWarp;

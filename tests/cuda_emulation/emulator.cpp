@@ -1,0 +1,14 @@
+// The stand-in's one translation unit, and the switch for its options.
+#include "emulator/barriers.h"
+#include "emulator/copies.h"
+#include "emulator/machine.h"
+#include "emulator/mbarriers.h"
+#include "emulator/shared.h"
+#include "emulator/tensor_core.h"
+#include "emulator/warp.h"
+
+emulator::Options emulator::options;
+
+extern "C" void emulator_configure(uint64_t seed, int landing, int resident, int check) {
+  emulator::options = {seed, static_cast<emulator::Landing>(landing), resident, check != 0};
+}
