@@ -45,8 +45,8 @@ def state() -> State:
             loaded = _load(path)
             if isinstance(loaded, ModuleType):
                 return State(loaded, info, path)
-            wrong = loaded
-        if installed:
+            refused = f"the extension {loaded}"
+        elif installed:
             refused = f"the installed extension does not fit: {wrong}"
     if refused is None:
         return State(reason="the extension is not built here; `fastattn build` builds it")
@@ -94,11 +94,11 @@ def _load(path: Path) -> ModuleType | str:
     name = "fastattn._C"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        return f"{path} is no extension module"
+        return f"is no extension module: {path}"
     try:
         made = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(made)
     except ImportError as error:
-        return f"it cannot be loaded: {error}"
+        return f"cannot be loaded: {error}"
     sys.modules[name] = made
     return made
