@@ -21,10 +21,11 @@ import peers
 import schema
 import torch
 import torch.nn.functional as F
-from harness import CannotRun, Judgement, Step, Tensors
+from harness import Budget, CannotRun, Judgement, Step, Tensors
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()
+BUDGET = Budget(seconds=2.0, memory=False)
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def gpu_cases() -> list[DecodeCase]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("decode", SCRIPT, cases_for, {}, argv)
+    return command.main("decode", SCRIPT, cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ import figures
 import schema
 import torch
 from gpt_pair import GPTPair, product_weights
-from harness import Judgement, Step, Tensors
+from harness import Budget, Judgement, Step, Tensors
 
 SCRIPT = Path(__file__).resolve()
+BUDGET = Budget(seconds=8.0, memory=False)
 PRODUCTS = figures.FLOOR + "weight-products"
 
 
@@ -163,7 +164,7 @@ def cases_for(device: torch.device) -> list[GenerateCase]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("generate", SCRIPT, cases_for, {}, argv)
+    return command.main("generate", SCRIPT, cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import command
 import schema
 import torch
 import torch.nn.functional as F
-from harness import Judgement, Step
+from harness import Budget, Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()
+BUDGET = Budget(seconds=0.7, most_rounds=200, memory=False)
 BATCH, HEADS, LENGTH, HEAD_DIM, WIDTH, CLASSES = 1, 2, 16, 16, 32, 64
 Calls = dict[str, calls.Call]
 
@@ -234,7 +235,7 @@ def cases_for(device: torch.device) -> list[OverheadCase]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("overhead", SCRIPT, cases_for, {}, argv)
+    return command.main("overhead", SCRIPT, cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import calls
 import command
 import schema
 import torch
-from harness import Judgement, Step
+from harness import Budget, Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()
+BUDGET = Budget(seconds=3.0)
 GPU_ELEMENTS = 2**29  # of the input: far more than caches hold
 GPU_COLUMNS = (4096, 262144, 256, 512, 1024, 2048, 8192, 16384, 32768, 65536, 131072)
 JUDGED_ROWS = 8
@@ -186,7 +187,7 @@ def gpu_cases() -> list[SoftmaxCase]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("softmax", SCRIPT, cases_for, {}, argv)
+    return command.main("softmax", SCRIPT, cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ import schema
 import torch
 import torch.nn.functional as F
 from gpt_pair import GPTPair, product_weights
-from harness import Judgement, Step
+from harness import Budget, Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()
+BUDGET = Budget(seconds=8.0)
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ def cases_for(device: torch.device) -> list[TrainCase]:
         alone = ("transformers-sdpa",)
         return [
             TrainCase("train-1x512", "train", 1, 512, target=faster, peers=alone),
-            TrainCase("train-1x512-dropout", "train", 1, 512, dropout=0.1, peers=alone),
-            TrainCase("evaluate-1x512", "evaluate", 1, 512),
+            TrainCase("train-1x256-dropout", "train", 1, 256, dropout=0.1, peers=alone),
+            TrainCase("evaluate-1x512", "evaluate", 1, 512, peers=alone),
         ]
     compiled = ("transformers-sdpa", "transformers-sdpa-compile", "transformers-eager", "fastattn-compile")
     faster = {"contestant": "fastattn-compile", "against": "transformers-sdpa-compile", "speed": 1.3}
@@ -181,7 +182,7 @@ def cases_for(device: torch.device) -> list[TrainCase]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("train", SCRIPT, cases_for, {}, argv)
+    return command.main("train", SCRIPT, cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import command
 import schema
 import torch
 import varlen_peers
-from harness import Judgement, Step
+from harness import Budget, Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()
+BUDGET = Budget(seconds=3.0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def gpu_cases() -> list[VarlenCase]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("varlen", SCRIPT, cases_for, {}, argv)
+    return command.main("varlen", SCRIPT, cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import schema
 import torch
 from harness import Budget, Case
 
+# All CPU cases of all benches, on two cores, take about 12 minutes at such budgets.
+CASE_BUDGET = Budget(seconds=3.0)
 ExtraCase = Callable[[bool], schema.Result]  # given whether the run is quick
 
 
@@ -30,8 +32,12 @@ def main(
     cases_for: Callable[[torch.device], Sequence[Case]],
     extras: dict[str, ExtraCase] | None = None,
     argv: Sequence[str] | None = None,
+    budget: Budget = CASE_BUDGET,
 ) -> int:
-    """Run the bench's chosen cases; 1 if a contestant of ours failed, or broke the error rule as no peer did."""
+    """Run the bench's chosen cases; 1 if a contestant of ours failed, or broke the error rule as no peer did.
+
+    `budget` is how long a case is measured unless the options say otherwise.
+    """
     options = _parser(bench).parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -63,7 +69,7 @@ def main(
     for extra in chosen_extras.values():
         problems += _add(result, extra(options.quick), path, options.merge)
     for case in chosen:
-        problems += _run(case, device, options, result, path, script)
+        problems += _run(case, device, options, budget, result, path, script)
     _raise_ceilings(result, harness.measure_ceilings(device, _dtypes(chosen), options.quick))
     if path is not None:
         schema.save(_merged(result, path) if options.merge else result, path)
@@ -126,14 +132,16 @@ def _run(
     case: Case,
     device: torch.device,
     options: argparse.Namespace,
+    budget: Budget,
     result: schema.Result,
     path: Path | None,
     script: Path,
 ) -> list[str]:
     if options.quick:
         case = case.small()
-    budget = harness.QUICK if options.quick else Budget(memory=not options.no_memory)
-    budget = replace(budget, errors=not options.no_errors)
+        budget = harness.QUICK
+    memory_wanted = budget.memory and not options.no_memory
+    budget = replace(budget, memory=memory_wanted, errors=not options.no_errors)
     if options.seconds:
         budget = replace(budget, seconds=options.seconds)
     memory_script = None if options.quick else script
