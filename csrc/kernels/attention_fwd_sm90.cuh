@@ -201,9 +201,10 @@ struct ForwardConsumer {
       weigh<true>(seen, query, blocks.end - 1, rescale);
       to_operand<Element>(scores, probs);
       int block = blocks.end - 2;
-      for (; block >= blocks.whole_end; --block) step<true>(seen, query, block);
-      for (; block >= blocks.whole_begin; --block) step<false>(seen, query, block);
-      for (; block >= blocks.begin; --block) step<true>(seen, query, block);
+      if (block >= blocks.begin) barriers.keys.wait_full(key_state);
+      for (; block >= blocks.whole_end; --block) step<true>(seen, query, block, blocks.begin);
+      for (; block >= blocks.whole_begin; --block) step<false>(seen, query, block, blocks.begin);
+      for (; block >= blocks.begin; --block) step<true>(seen, query, block, blocks.begin);
     }
     if (Shape::kOwnOut) release_queries();
     if (!blocks.empty()) {
@@ -215,11 +216,13 @@ struct ForwardConsumer {
     }
   }
 
-  // The scores of this block and the result of the one before it.
+  // The scores of this block, whose keys are there, and the result of the one before it.
+  //
+  // The keys of the next block are waited for between the softmax and the second product's end: the assembler would
+  // move that end ahead of the softmax, which then hides under nothing, but moves it across no branch.
   template <bool kMasked>
-  FASTATTN_DEVICE void step(const Visibility& seen, int query, int block) {
+  FASTATTN_DEVICE void step(const Visibility& seen, int query, int block, int last_block) {
     auto& barriers = shared.barriers();
-    barriers.keys.wait_full(key_state);
     if (Shape::kTakesTurns) await_turn();
     multiply_keys();
     barriers.values.wait_full(value_state);
@@ -230,6 +233,8 @@ struct ForwardConsumer {
     release(barriers.keys, key_state);
     float rescale[2];
     weigh<kMasked>(seen, query, block, rescale);
+    pin_registers(scores);
+    if (block > last_block) barriers.keys.wait_full(key_state);
     wgmma_wait<0>();
     pin_registers(out);
     release(barriers.values, value_state);
