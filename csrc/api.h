@@ -35,7 +35,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& dlse, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left, int64_t window_right, double softcap,
-    double scale, bool query_grad, bool key_grads);
+    double scale, bool query_grad, bool key_grads, bool one_pass);
 
 // (queries, keys) of the forward's tiles.
 std::tuple<int, int> attention_forward_tile(int64_t head_dim, bool windowed, bool softcap);

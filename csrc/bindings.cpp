@@ -26,7 +26,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("varlen_backward", &fastattn::varlen_backward, release_gil(), py::arg("dout"), py::arg("query"), py::arg("key"),
         py::arg("value"), py::arg("out"), py::arg("lse"), py::arg("dlse") = py::none(), py::arg("cu_seqlens_q"),
         py::arg("cu_seqlens_k"), py::arg("top_left") = false, py::arg("window_left") = -1, py::arg("window_right") = -1,
-        py::arg("softcap") = 0.0, py::arg("scale"), py::arg("query_grad") = true, py::arg("key_grads") = true);
+        py::arg("softcap") = 0.0, py::arg("scale"), py::arg("query_grad") = true, py::arg("key_grads") = true,
+        py::arg("one_pass") = false);
   m.def("attention_backward_tiles", &fastattn::attention_backward_tiles, py::arg("head_dim"),
         py::arg("softcap") = false);
   m.def("attention_forward_tile", &fastattn::attention_forward_tile, py::arg("head_dim"), py::arg("windowed") = false,

@@ -28,8 +28,8 @@ template <int kRows, int kColumns>
 FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* barrier, int row, int head, int batch) {
 #pragma unroll
   for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
-    tma_load_4d(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes, map, barrier,
-                panel * kPanelColumns, row, head, batch);
+    tma_load_4d(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes, map, barrier, panel * kPanelColumns,
+                row, head, batch);
   }
 }
 
@@ -83,8 +83,8 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[Accumulators], const uint32_t (&a
   }
 }
 
-// Starts acc = A B: A is a tile of 64 rows and kDepth columns, B the columns from `column` on, a multiple of 64, of a tile
-// of kDepth rows.
+// Starts acc = A B: A is a tile of 64 rows and kDepth columns, B the columns from `column` on, a multiple of 64, of a
+// tile of kDepth rows.
 template <class T, int kRowsA, int kDepth, int Accumulators>
 FASTATTN_DEVICE void multiply_columns(float (&acc)[Accumulators], const void* a, const void* b, int column) {
   static_assert(kRowsA == 64);

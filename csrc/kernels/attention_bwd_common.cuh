@@ -47,8 +47,8 @@ struct ScoreScale {
   }
 };
 
-// Waits for all threads of one of two consumer warpgroups. Barriers with constant numbers: with one computed at run time
-// the compiler reserves all sixteen.
+// Waits for all threads of one of two consumer warpgroups. Barriers with constant numbers: with one computed at run
+// time the compiler reserves all sixteen.
 FASTATTN_DEVICE void warpgroup_sync(int consumer) {
   if (consumer == 0) {
     named_barrier_sync(1, kWarpgroupThreads);
@@ -84,8 +84,8 @@ struct GradientRows {
   int head_dim;  // columns stored
 };
 
-// Stores a warp's 16 rows of scale * accumulator to `gradient`, one head of one sequence, by way of the rows of a tile of
-// kRows from `tile_row` on, which no other warp touches any more.
+// Stores a warp's 16 rows of scale * accumulator to `gradient`, one head of one sequence, by way of the rows of a tile
+// of kRows from `tile_row` on, which no other warp touches any more.
 template <class T, int kRows, int Accumulators>
 FASTATTN_DEVICE void store_gradient(unsigned char* tile, int tile_row, float (&accumulator)[Accumulators], float scale,
                                     T* gradient, int64_t row_stride, const GradientRows& rows) {

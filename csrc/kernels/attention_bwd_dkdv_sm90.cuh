@@ -9,8 +9,8 @@
 
 #include "../device/panel.cuh"
 #include "../device/pipeline.cuh"
-#include "attention_bwd_rows.cuh"
 #include "attention_bwd_common.cuh"
+#include "attention_bwd_rows.cuh"
 #include "attention_schedule.cuh"
 
 namespace fastattn {
@@ -144,11 +144,11 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
   }
 }
 
-// p = exp2(log2(e) * score - lse_log2) of a warpgroup's 64 keys, from `row` of the block's on, and a block of queries whose
-// products with them are `scores`. slope = dscore/dx under a softcap.
+// p = exp2(log2(e) * score - lse_log2) of a warpgroup's 64 keys, from `row` of the block's on, and a block of queries
+// whose products with them are `scores`. slope = dscore/dx under a softcap.
 template <class Shape, int N, int Slopes>
-FASTATTN_DEVICE void probabilities(const ScoreScale& score_scale, const KeyTile& tile, const BlockRange& blocks, int row,
-                                   int block, const float* lse_log2, const float (&scores)[N], float (&p)[N],
+FASTATTN_DEVICE void probabilities(const ScoreScale& score_scale, const KeyTile& tile, const BlockRange& blocks,
+                                   int row, int block, const float* lse_log2, const float (&scores)[N], float (&p)[N],
                                    float (&slope)[Slopes]) {
   const int thread = thread_index() % kWarpgroupThreads;
   copy_registers(p, scores);
@@ -188,15 +188,16 @@ FASTATTN_DEVICE void score_gradients(const ScoreScale& score_scale, const float*
 // on their way while this block's gradients are summed, and its dp while they become p.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
-                                              const BlockRange& blocks, const KeyGradientsShared<Shape>& shared, int first_row,
-                                              float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+                                              const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
+                                              int first_row, float (&dk)[Accumulators], float (&dv)[Accumulators]) {
   using T = typename Shape::Element;
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kGradientGroups = Shape::kKeys && Shape::kValues ? 2 : 1;
   constexpr int kScoreGroups = Shape::kKeys ? 2 : 1;
   const auto start_scores = [&](float (&scores)[kBlockM / 2], int stage) {
     wgmma_fence();
-    multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(scores, shared.keys, first_row, shared.queries(stage));
+    multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(scores, shared.keys, first_row,
+                                                                     shared.queries(stage));
     wgmma_commit();
   };
   const auto start_dp = [&](float (&dp)[kBlockM / 2], int stage) {
@@ -229,6 +230,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
     uint32_t ds_operand[kBlockM / 16][4];
     if constexpr (Shape::kValues) {
       to_operand<T>(p, p_operand);
+      pin_registers(p_operand);
       wgmma_fence();
       multiply_add<T, kBlockM>(dv, p_operand, shared.dout(state.stage));
       wgmma_commit();
@@ -239,6 +241,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
       float ds[kBlockM / 2];
       score_gradients<Shape>(score_scale, shared.delta(state.stage), p, dp, slope, ds);
       to_operand<T>(ds, ds_operand);
+      pin_registers(ds_operand);
       wgmma_fence();
       multiply_add<T, kBlockM>(dk, ds_operand, shared.queries(state.stage));
       wgmma_commit();
@@ -269,7 +272,8 @@ FASTATTN_DEVICE void store_key_gradients(const AttentionBackwardParams& params, 
   const Sequence& sequence = tile.sequence;
   warpgroup_sync(consumer);  // these rows have been read for the last time
   const int warp_row = consumer * 64 + warp_index() % 4 * 16;
-  const GradientRows rows = {tile.first_key + warp_row, sequence.seen.num_keys, sequence.key_rows, params.call.head_dim};
+  const GradientRows rows = {tile.first_key + warp_row, sequence.seen.num_keys, sequence.key_rows,
+                             params.call.head_dim};
   if constexpr (Shape::kKeys) {
     const Strides& strides = params.dk_strides;
     T* gradient = head_of(static_cast<T*>(params.dk), strides, sequence.batch, tile.kv_head, sequence.key_start);
@@ -282,8 +286,8 @@ FASTATTN_DEVICE void store_key_gradients(const AttentionBackwardParams& params, 
   }
 }
 
-// The tile of keys of this block, and the blocks of queries that see some of it. Each role works it out for itself: what
-// is alive where the roles part would have to fit the few registers of the producer.
+// The tile of keys of this block, and the blocks of queries that see some of it. Each role works it out for itself:
+// what is alive where the roles part would have to fit the few registers of the producer.
 struct KeyWork {
   KeyTile tile;
   BlockRange blocks;

@@ -59,7 +59,8 @@ struct QueryGradientShared {
 // One warp copies the tile of queries and dout once, then block after block of keys and values.
 template <class Shape>
 FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const BackwardMaps& maps,
-                                  const QueryTile& tile, const BlockRange& blocks, const QueryGradientShared<Shape>& shared) {
+                                  const QueryTile& tile, const BlockRange& blocks,
+                                  const QueryGradientShared<Shape>& shared) {
   constexpr int kBlockN = Shape::kBlockN;
   constexpr int kHeadDim = Shape::kHeadDim;
   const Sequence& sequence = tile.sequence;
@@ -113,7 +114,8 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
   auto& keys = shared.barriers->keys;
   const auto start_scores = [&](float (&scores)[kBlockN / 2], int stage) {
     wgmma_fence();
-    multiply_transposed<T, Shape::kBlockM, kBlockN, Shape::kHeadDim>(scores, shared.queries, first_row, shared.keys(stage));
+    multiply_transposed<T, Shape::kBlockM, kBlockN, Shape::kHeadDim>(scores, shared.queries, first_row,
+                                                                     shared.keys(stage));
     wgmma_commit();
   };
   const auto start_dp = [&](float (&dp)[kBlockN / 2], int stage) {
@@ -122,7 +124,8 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
     wgmma_commit();
   };
 
-  const int64_t row = padded_row(params.call, tile.sequence, tile.head) + tile.first_query + first_row + fragment_row(thread);
+  const int64_t row =
+      padded_row(params.call, tile.sequence, tile.head) + tile.first_query + first_row + fragment_row(thread);
   const float lse_log2[2] = {params.lse_log2[row], params.lse_log2[row + 8]};
   const float delta[2] = {params.delta[row], params.delta[row + 8]};
 
@@ -155,6 +158,7 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
     score_scale.template uncap<Shape::kSoftcap>(ds, slope);
     uint32_t ds_operand[kBlockN / 16][4];
     to_operand<T>(ds, ds_operand);
+    pin_registers(ds_operand);
     wgmma_fence();
     multiply_add<T, kBlockN>(dq, ds_operand, shared.keys(state.stage));
     wgmma_commit();

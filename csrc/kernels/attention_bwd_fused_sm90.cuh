@@ -1,9 +1,10 @@
-// Attention backward for Hopper in one pass: a tile of keys per block, which adds to the gradient of every query it sees.
+// Attention backward for Hopper in one pass: a tile of keys per block, which adds to the gradient of every query it
+// sees.
 //
 // What attention_bwd_dkdv_sm90.cuh does, and dq += ds k beside: five products where two passes take seven. dq is summed
-// in float in global memory, by one block after another: for each block of queries the tiles of keys take turns, the last
-// one first, so that the sum has the same bits every time. Blocks start in that order too, so the one whose turn it is
-// never waits for one that has not started.
+// in float in global memory, by one block after another: for each block of queries the tiles of keys take turns, the
+// last one first, so that the sum has the same bits every time. Blocks start in that order too, so the one whose turn
+// it is never waits for one that has not started.
 #pragma once
 
 #include "attention_bwd_dkdv_sm90.cuh"
@@ -62,7 +63,8 @@ FASTATTN_DEVICE void store_transposed(unsigned char* tile, int column, const uin
 }
 
 // The sums over all queries for the 64 keys of a warpgroup, and its half of the columns of what these keys add to dq,
-// handed over block by block. Nothing overlaps within a warpgroup: the next scores beside dq would not fit the registers.
+// handed over block by block. Nothing overlaps within a warpgroup: the next scores beside dq would not fit the
+// registers.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_all_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
                                               const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
@@ -94,10 +96,12 @@ FASTATTN_DEVICE void accumulate_all_gradients(const AttentionBackwardParams& par
   const auto hand_over = [&](float (&dq)[Shape::kDqColumns / 2]) {
     pin_registers(dq);
     named_barrier_sync(kDqTaken, kConsumerThreads + kWarpThreads);
-    float4* tile_of_warpgroup = reinterpret_cast<float4*>(dq_tile(shared)) + consumer * (Shape::kDqColumns / 8) * kWarpgroupThreads;
+    float4* tile_of_warpgroup =
+        reinterpret_cast<float4*>(dq_tile(shared)) + consumer * (Shape::kDqColumns / 8) * kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < Shape::kDqColumns / 2; i += 4) {
-      st_shared(&tile_of_warpgroup[i / 4 * kWarpgroupThreads + thread], make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
+      st_shared(&tile_of_warpgroup[i / 4 * kWarpgroupThreads + thread],
+                make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
     }
     fence_proxy_async();
     named_barrier_arrive(kDqWritten, kConsumerThreads + kWarpThreads);
@@ -117,6 +121,7 @@ FASTATTN_DEVICE void accumulate_all_gradients(const AttentionBackwardParams& par
     probabilities<Shape>(score_scale, tile, blocks, first_row, block, shared.lse_log2(state.stage), scores, p, slope);
     uint32_t p_operand[kBlockM / 16][4];
     to_operand<T>(p, p_operand);
+    pin_registers(p_operand);
     wgmma_fence();
     multiply_add<T, kBlockM>(dv, p_operand, shared.dout(state.stage));
     wgmma_commit();
@@ -127,6 +132,7 @@ FASTATTN_DEVICE void accumulate_all_gradients(const AttentionBackwardParams& par
     score_gradients<Shape>(score_scale, shared.delta(state.stage), p, dp, slope, ds);
     uint32_t ds_operand[kBlockM / 16][4];
     to_operand<T>(ds, ds_operand);
+    pin_registers(ds_operand);
     unsigned char* ds_queries = ds_tile(shared, step);
     store_transposed<kBlockM>(ds_queries, first_row + thread / kWarpThreads * 16, ds_operand);
     fence_proxy_async();

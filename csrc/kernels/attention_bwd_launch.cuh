@@ -26,7 +26,8 @@ CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardPa
     return encode_head_map(encode, map, type, data, strides, batch, p.num_heads, p.total_q, p.head_dim, Shape::kBlockM);
   };
   const auto keys = [&](CUtensorMap* map, const void* data, const Strides& strides) {
-    return encode_head_map(encode, map, type, data, strides, batch, p.num_kv_heads, p.total_k, p.head_dim, Shape::kBlockN);
+    return encode_head_map(encode, map, type, data, strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
+                           Shape::kBlockN);
   };
   for (CUresult error : {queries(&maps->q, p.q, p.q_strides), queries(&maps->dout, params.dout, params.dout_strides),
                          keys(&maps->k, p.k, p.k_strides), keys(&maps->v, p.v, p.v_strides)}) {
@@ -55,9 +56,8 @@ TileSchedule query_schedule(const AttentionParams& p) {
 }
 
 template <class Element, int kHeadDim, KeyGradients kWanted, bool kSoftcap>
-using KeyGradientsShapeFor =
-    KeyGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, kSoftcap).keys,
-                      key_gradients_tile(kHeadDim, kSoftcap).queries, kWanted, kSoftcap>;
+using KeyGradientsShapeFor = KeyGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, kSoftcap).keys,
+                                               key_gradients_tile(kHeadDim, kSoftcap).queries, kWanted, kSoftcap>;
 
 template <class Element, int kHeadDim, bool kSoftcap>
 using QueryGradientShapeFor = QueryGradientShape<Element, kHeadDim, query_gradient_tile(kHeadDim, kSoftcap).queries,

@@ -1,8 +1,7 @@
 // The passes of the Hopper backward as their launches would run them. HEAD_DIM and ELEMENT choose the instantiations.
-#include "kernels/attention_bwd_launch.cuh"
-
 #include "emulator/tensor_map.h"
 #include "emulator_test.h"
+#include "kernels/attention_bwd_launch.cuh"
 
 using namespace fastattn;
 
@@ -80,9 +79,10 @@ extern "C" const char* padded_rows(int64_t* rows, const int32_t* cu_seqlens_q, i
 // seqlen_k, total_q, total_k, head_dim, top_left, window_left, window_right. Null for absent tensors.
 extern "C" const char* attention_backward(const void* q, const void* k, const void* v, void* out, const void* dout,
                                           float* lse, const float* dlse, void* dq, void* dk, void* dv, float* lse_log2,
-                                          float* delta, float* dq_sum, uint32_t* dq_turns, const int64_t* strides, const int64_t* sizes,
-                                          const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
-                                          const int32_t* key_lengths, double scale, double softcap) {
+                                          float* delta, float* dq_sum, uint32_t* dq_turns, const int64_t* strides,
+                                          const int64_t* sizes, const int32_t* cu_seqlens_q,
+                                          const int32_t* cu_seqlens_k, const int32_t* key_lengths, double scale,
+                                          double softcap) {
   return emulator::guarded([&] {
     const auto stride = [&](int i) { return Strides{strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
     const auto size = [&](int i) { return static_cast<int>(sizes[i]); };

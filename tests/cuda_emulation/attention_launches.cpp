@@ -7,11 +7,13 @@ namespace fastattn {
 
 template <class Shape>
 emulator::Launch blocks_of(int blocks) {
-  return {.grid = {static_cast<unsigned>(blocks), 1, 1}, .threads = Shape::kThreads, .shared_bytes = Shape::kSharedBytes};
+  return {
+      .grid = {static_cast<unsigned>(blocks), 1, 1}, .threads = Shape::kThreads, .shared_bytes = Shape::kSharedBytes};
 }
 
 template <>
-cudaError_t launch_attention_forward<half_t, 64>(const AttentionParams& params, TensorMapEncoder encode, int, cudaStream_t) {
+cudaError_t launch_attention_forward<half_t, 64>(const AttentionParams& params, TensorMapEncoder encode, int,
+                                                 cudaStream_t) {
   return with_forward_shape<half_t, 64>(params, [&](auto shape) {
     using Shape = decltype(shape);
     ForwardMaps maps;
@@ -45,7 +47,8 @@ cudaError_t run_backward(const AttentionBackwardParams& params, TensorMapEncoder
 }
 
 template <>
-cudaError_t launch_attention_backward<half_t, 64>(const AttentionBackwardParams& params, TensorMapEncoder encode, cudaStream_t) {
+cudaError_t launch_attention_backward<half_t, 64>(const AttentionBackwardParams& params, TensorMapEncoder encode,
+                                                  cudaStream_t) {
   return params.call.softcap != 0.0f ? run_backward<true>(params, encode) : run_backward<false>(params, encode);
 }
 
