@@ -7,6 +7,7 @@ while a prompt is read in chunks, where the forward kernel's tiles serve. Neithe
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from fastattn.kernels.tiles import FAMILIES, Tile, key_of, table_tiles
 from fastattn.spec import AttentionSpec
@@ -39,6 +40,7 @@ SINGLE_QUERY_KEYS = (
 )
 
 
+@lru_cache(maxsize=1024)
 def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     """The tile for `rows` rows, queries times the heads that share a key head.
 
@@ -55,6 +57,7 @@ def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     return replace(tile, num_stages=2 * tile.num_stages - 1) if paged else tile
 
 
+@lru_cache(maxsize=1024)
 def splits_for(batch: int, num_kv_heads: int, query_tiles: int, capacity: int, num_sms: int) -> int:
     """How many pieces to cut the keys of every sequence into.
 

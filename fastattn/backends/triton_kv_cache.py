@@ -99,22 +99,11 @@ def _keys_seen(call: KVCacheCall) -> int:
 
 def _with_plain_layouts(call: KVCacheCall) -> KVCacheCall:
     """The call with the layouts kernels rely on; the caches stay as they are."""
-
-    def unit(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else with_unit_last_stride(tensor)
-
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.contiguous()
-
-    return replace(
-        call,
-        query=with_unit_last_stride(call.query),
-        key=unit(call.key),
-        value=unit(call.value),
-        cache_lengths=call.cache_lengths.contiguous(),
-        block_table=unit(call.block_table),
-        rotary_cos=unit(call.rotary_cos),
-        rotary_sin=unit(call.rotary_sin),
-        alibi_slopes=contiguous(call.alibi_slopes),
-        sinks=contiguous(call.sinks),
-    )
+    changed: dict[str, Tensor] = {}
+    for name in ("query", "key", "value", "block_table", "rotary_cos", "rotary_sin"):
+        if (tensor := getattr(call, name)) is not None and tensor.stride(-1) != 1:
+            changed[name] = with_unit_last_stride(tensor)
+    for name in ("cache_lengths", "alibi_slopes", "sinks"):
+        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous():
+            changed[name] = tensor.contiguous()
+    return replace(call, **changed) if changed else call

@@ -87,3 +87,32 @@ def test_splits_follow_from_the_keys_alone() -> None:
     assert single_query_splits(SINGLE_QUERY_KEYS + 1) == 2
     assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS) == MAX_SPLITS
     assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS + 1) == MAX_SPLITS
+
+
+def test_a_model_decodes_from_its_cache_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step after the prompt: MultiHeadAttention's cache holds keys as the kernel wants them."""
+    from fastattn.backends import triton_kv_cache
+    from fastattn.nn.kv_cache import KVCache
+
+    lengths: list[int] = []
+    split = triton_kv_cache.single_query_fwd
+
+    def counted(spec: AttentionSpec, call: AttentionCall) -> Any:
+        lengths.append(call.key.shape[2])
+        return split(spec, call)
+
+    monkeypatch.setattr(triton_kv_cache, "single_query_fwd", counted)
+    x = torch.randn(2, 5, 32, device=DEVICE)
+    outs = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        module = fastattn.MultiHeadAttention(32, 4, num_kv_heads=2, batch_first=True, backend=backend).to(
+            DEVICE
+        )
+        cache = KVCache(2, 2, 8, 8, device=DEVICE)
+        with torch.no_grad():
+            steps = [module(step, step, step, need_weights=False, causal=True, cache=cache)[0]
+                     for step in (x[:, :3], x[:, 3:4], x[:, 4:])]  # fmt: skip
+        outs.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+    assert lengths == [4, 5]
