@@ -260,7 +260,23 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
   }
 }
 
+// The descriptors of a tile at a multiple of 1024, less its address: along K and across it, and their second k-steps.
+FASTATTN_KERNEL void describe(uint64_t* out) {
+  unsigned char* tile = align_shared<1024>(dynamic_shared_memory());
+  if (thread_index() > 0) return;
+  const uint64_t address = shared_address(tile) >> 4;
+  out[0] = wgmma_descriptor(tile) - address;
+  out[1] = wgmma_descriptor(tile, 8192) - address;
+  out[2] = advance_descriptor(wgmma_descriptor(tile), 32) - address;
+  out[3] = advance_descriptor(wgmma_descriptor(tile, 8192), 2048) - address;
+}
+
 }  // namespace
+
+extern "C" const char* run_describe(uint64_t* out) {
+  return emulator::guarded(
+      [&] { emulator::launch(emulator::options, emulator::Launch{.shared_bytes = 2048}, describe, out); });
+}
 
 extern "C" const char* run_product(int64_t bfloat16, int64_t n, int64_t a_across, int64_t b_across,
                                    int64_t a_in_registers, const void* a, const void* b, const void* a_rows,

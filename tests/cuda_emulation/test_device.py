@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
 from itertools import product
 
 import pytest
 import torch
-from cuda_emulation.build import LANDINGS, EmulationError
+from cuda_emulation.build import HERE, LANDINGS, EmulationError
 
 SOURCE = "device_kernels.cpp"
 SEEDS = range(3)
@@ -32,6 +37,25 @@ def test_wgmma(
     flags = (dtype == torch.bfloat16, n, a_across, b_across, a_in_registers)
     emulated(SOURCE)("run_product", *map(int, flags), stored_a, stored_b, a, out)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_descriptors_are_those_of_triton(emulated, across: bool) -> None:
+    """The fields and k-steps of B, 128 columns and 64 values of K, as they stand in Triton's PTX."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    command = [sys.executable, str(HERE / "triton_product.py"), str(int(across))]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    ours = torch.zeros(4, dtype=torch.int64)
+    emulated(SOURCE)("run_describe", ours)
+    along_k, across_k, along_step, across_step = ours.tolist()
+    base, step = (across_k, across_step) if across else (along_k, along_step)
+    if not across:  # the field for panels is not used along K, and Triton leaves it empty
+        base, step = (x & ~(0x3FFF << 16) for x in (base, step))
+    constants = {int(number) for number in re.findall(r"(?:or|add)\.\w+\s.*, (\d+);", ptx)}
+    whole = constants | {(base >> 32 << 32) + lower for lower in constants}
+    assert {base + i * (step - base) for i in range(4)} <= whole
 
 
 def swizzled(box: torch.Tensor, swizzle: int) -> torch.Tensor:
