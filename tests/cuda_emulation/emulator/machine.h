@@ -180,7 +180,7 @@ constexpr uint32_t kWindowStart = 1024;
 class Machine {
  public:
   Machine(const Options& options, const Launch& launch, std::function<void()> kernel)
-      : options_(options), launch_(launch), kernel_(std::move(kernel)), random_{options.seed} {}
+      : options_(options), launch_(launch), random_{options.seed}, kernel_(std::move(kernel)) {}
 
   void run();
 
