@@ -1,0 +1,57 @@
+"""What the assembler made of the forward's loop: the softmax lies where the tensor cores are busy."""
+
+import re
+import subprocess
+
+import pytest
+from csrc.compile_report import compile_kernels, disassembler, missing
+
+from fastattn import build
+
+SHAPE = re.compile(r"attention_fwd_sm90INS_12ForwardShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])E")
+ONE_PRODUCT_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+NONE_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, str]:
+    """The instructions of every forward kernel, by its name."""
+    toolkit = build.find_toolkit()
+    if (reason := missing()) or toolkit is None:
+        pytest.skip(str(reason))
+    tool = disassembler(toolkit)
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    functions = {}
+    for made in compile_kernels()[0]:
+        if "attention_fwd" in made.source:
+            text = subprocess.run(
+                [tool, "-sass", str(made.path)], capture_output=True, text=True, check=True
+            ).stdout
+            functions |= dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL))
+    return functions
+
+
+@pytest.mark.timeout(900)
+def test_exponentials_run_between_the_waits_for_the_two_products(code: dict[str, str]) -> None:
+    """Behind the second wait they would hide under nothing."""
+    assert len(code) == 14
+    for name, text in code.items():
+        match = SHAPE.search(name)
+        assert match is not None
+        keys, capped = int(match.group(3)), match.group(4) == "1"
+        hidden = [part.split(NONE_LEFT)[0] for part in text.split(ONE_PRODUCT_LEFT)[1:]]
+        assert len(hidden) == 3, name  # edge, whole, edge
+        for part in hidden:
+            assert part.count("MUFU.EX2") >= (2 if capped else 1) * keys // 2, name
+
+
+@pytest.mark.timeout(900)
+def test_products_are_issued_back_to_back(code: dict[str, str]) -> None:
+    """Both products of a step are in the pipe before anything waits."""
+    for name, text in code.items():
+        for part in text.split(ONE_PRODUCT_LEFT)[:-1]:
+            issued = re.findall(r"HGMMA\.64x(\d+)x16", part.split("WARPGROUP.DEPBAR")[-1])
+            assert len(set(issued)) == (
+                1 if SHAPE.search(name).group(1) == SHAPE.search(name).group(3) else 2
+            ), name
