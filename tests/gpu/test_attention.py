@@ -64,18 +64,18 @@ def test_grid(case: Case, dtype: torch.dtype, backend: str) -> None:
     _or_skip(lambda: check(case, dtype, device="cuda", backend=backend))
 
 
+@pytest.mark.parametrize("second", NAMES)
+@pytest.mark.parametrize("first", NAMES)
 @pytest.mark.parametrize("case", [GRID[0], GRID[7]], ids=str)
-def test_crossed_backends_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crossed_backends_agree(case: Case, first: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward of one backend with the backward of another keeps to the error rule."""
     chosen = backends.select
-    for first in NAMES:
-        for second in NAMES:
 
-            def select(spec: Any, name: str = "auto", op: str = "attention_fwd") -> Any:
-                return chosen(spec, second if op == "attention_bwd" else first, op)  # noqa: B023
+    def select(spec: Any, name: str = "auto", op: str = "attention_fwd") -> Any:
+        return chosen(spec, second if op == "attention_bwd" else first, op)
 
-            monkeypatch.setattr(backends, "select", select)
-            check(case, torch.float16, device="cuda")
+    monkeypatch.setattr(backends, "select", select)
+    _or_skip(lambda: check(case, torch.float16, device="cuda"))
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -92,7 +92,7 @@ def test_a_call_is_a_cuda_graph(backend: str) -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step()
+            _or_skip(step)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -145,8 +145,8 @@ def test_every_run_gives_the_same_bits(backend: str) -> None:
         value_dim=64,
     )
     inputs = Inputs.of(case, torch.float16, "cuda")
-    first = inputs.run(fastattn.attention, torch.float16, backend=backend)
-    for _ in range(20):
+    first = _or_skip(lambda: inputs.run(fastattn.attention, torch.float16, backend=backend))
+    for _ in range(20 if backend == "torch" else 1000):
         again = inputs.run(fastattn.attention, torch.float16, backend=backend)
         for name, value in first.items():
             assert torch.equal(value, again[name]), name
