@@ -150,6 +150,11 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
     }
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) p[i] = exp2_approx(p[i] * score_scale.log2 - lse_log2[fragment_half(i)]);
+    auto next = state;
+    next.advance();
+    const bool last = block + 1 == blocks.end;
+    // Here for its branch: without one ptxas moves the arithmetic above behind the wait below, and nothing hides dp.
+    if (!last) keys.wait_full(next);
     wgmma_wait<0>();
     pin_registers(dp);
     float ds[kBlockN / 2];
@@ -163,10 +168,7 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
     multiply_add<T, kBlockN>(dq, ds_operand, shared.keys(state.stage));
     wgmma_commit();
 
-    if (block + 1 == blocks.end) break;
-    auto next = state;
-    next.advance();
-    keys.wait_full(next);
+    if (last) break;
     start_scores(scores, next.stage);
     wgmma_wait<1>();
     release_stage(keys, state);
