@@ -55,6 +55,7 @@ PACKED = [
     Case("packed, top left", seqlen_q=(100, 260), seqlen_k=(190, 80), options={"causal": "top_left"}),
     Case("packed, window", seqlen_q=(250, 199), seqlen_k=(250, 330), options={"window": (60, 20)}),
     Case("packed, empty sequences", seqlen_q=(0, 40, 33, 0, 9), seqlen_k=(12, 0, 150, 0, 128)),
+    Case("packed, no sequence", seqlen_q=(), seqlen_k=(), leftover=70),
     Case("packed, tokens of none", seqlen_q=(50, 100), seqlen_k=(64, 130), leftover=210, heads=2, kv_heads=2),
     Case("packed, D128", head_dim=128, seqlen_q=(128, 129, 3), seqlen_k=(176, 10, 177), blocks=3),
     Case(
