@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from schema import Result
 
+MOST_BARS = 60
 FLOOR = "floor-"  # what begins the name of a row that is no contestant
 
 
@@ -141,3 +142,42 @@ def describe_attention(params: Result, dtype: str, direction: str) -> str:
     if direction != "forward+backward":
         parts.append(direction)
     return f"{shape} " + ", ".join(parts or ["full"])
+
+
+def chart_names(result: Result) -> list[str]:
+    """The charts a result has cases for: the grids of attention, speed over size, ratios to the peer."""
+    names = [
+        name for name in ("forward", "backward") if result["bench"] == "attention" and group_of(result, name)
+    ]
+    names += ["length"] if lines_of(result) else []
+    names += ["ratio"] if ratios_of(result) else []
+    return names
+
+
+def group_of(result: Result, name: str) -> list[Result]:
+    """The cases of a group."""
+    return [case for case in result["cases"] if case["group"] == name]
+
+
+def lines_of(result: Result) -> dict[str, list[Result]]:
+    """The cases of each line of a chart over size, by rising size; a line has two sizes at least."""
+    found: dict[str, list[Result]] = {}
+    for case in result["cases"]:
+        if case.get("axis") and any(row["status"] == "ok" for row in case["rows"]):
+            found.setdefault(case["axis"]["line"], []).append(case)
+    several = {line: cases for line, cases in found.items() if len({c["axis"]["value"] for c in cases}) > 1}
+    return {line: sorted(cases, key=lambda c: float(c["axis"]["value"])) for line, cases in several.items()}
+
+
+def ratios_of(result: Result) -> list[tuple[str, float, float | None]]:
+    """(case, times the peer's speed, target) of the cases that have both; the grids of attention have their own."""
+    found = []
+    for case in result["cases"]:
+        if case["direction"] == "import" or case["group"] in ("forward", "backward"):
+            continue
+        ours, peer = ours_of(case), peer_of(case)
+        ratio = speed_ratio(ours, peer)
+        if ratio and peer:
+            label = f"{case['label']}  (peer: {peer['contestant']})"
+            found.append((label, ratio, (case["target"] or {}).get("speed")))
+    return found[:MOST_BARS]

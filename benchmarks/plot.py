@@ -18,7 +18,6 @@ import schema
 from schema import Result
 from tables import conditions, refreshed, result_files, stale_pages
 
-MOST_BARS = 60
 STYLE: Any = {
     "svg.hashsalt": "fastattn",
     "svg.fonttype": "none",
@@ -26,16 +25,6 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
-def chart_names(result: Result) -> list[str]:
-    """The charts a result has cases for: the grids of attention, speed over size, ratios to the peer."""
-    names = [
-        name for name in ("forward", "backward") if result["bench"] == "attention" and _group(result, name)
-    ]
-    names += ["length"] if _lines(result) else []
-    names += ["ratio"] if _ratios(result) else []
-    return names
 
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
@@ -46,7 +35,7 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
-        for name in chart_names(result):
+        for name in figures.chart_names(result):
             if name == "ratio":
                 figure = _ratio_figure(result)
             else:
@@ -57,15 +46,11 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
     return paths
 
 
-def _group(result: Result, name: str) -> list[Result]:
-    return [case for case in result["cases"] if case["group"] == name]
-
-
 def _grid_figure(result: Result, direction: str) -> Any:
     """Grouped bars of TFLOP/s, a panel per mask and head dim: the form flash attention papers use."""
     from matplotlib.figure import Figure
 
-    cases = _group(result, direction)
+    cases = figures.group_of(result, direction)
     panels = sorted({(not c["params"]["causal"], c["params"]["head_dim"]) for c in cases})
     contestants = list(
         dict.fromkeys(r["contestant"] for c in cases for r in c["rows"] if r["status"] == "ok")
@@ -96,21 +81,11 @@ def _grid_figure(result: Result, direction: str) -> Any:
     return figure
 
 
-def _lines(result: Result) -> dict[str, list[Result]]:
-    """The cases of each line of a chart over size, by rising size; a line has two sizes at least."""
-    found: dict[str, list[Result]] = {}
-    for case in result["cases"]:
-        if case.get("axis") and any(row["status"] == "ok" for row in case["rows"]):
-            found.setdefault(case["axis"]["line"], []).append(case)
-    several = {line: cases for line, cases in found.items() if len({c["axis"]["value"] for c in cases}) > 1}
-    return {line: sorted(cases, key=lambda c: float(c["axis"]["value"])) for line, cases in several.items()}
-
-
 def _length_figure(result: Result) -> Any:
     """A panel per line: time over size with 20th and 80th percentiles, or the rate where one is what matters."""
     from matplotlib.figure import Figure
 
-    lines = _lines(result)
+    lines = figures.lines_of(result)
     columns = min(len(lines), 3)
     rows = -(-len(lines) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.3), layout="constrained")
@@ -158,24 +133,10 @@ def _short(value: float) -> str:
     return f"{value / 1024:.0f}k" if value >= 16384 and value % 1024 == 0 else f"{value:g}"
 
 
-def _ratios(result: Result) -> list[tuple[str, float, float | None]]:
-    """(case, times the peer's speed, target) of the cases that have both; the grids of attention have their own."""
-    found = []
-    for case in result["cases"]:
-        if case["direction"] == "import" or case["group"] in ("forward", "backward"):
-            continue
-        ours, peer = figures.ours_of(case), figures.peer_of(case)
-        ratio = figures.speed_ratio(ours, peer)
-        if ratio and peer:
-            label = f"{case['label']}  (peer: {peer['contestant']})"
-            found.append((label, ratio, (case["target"] or {}).get("speed")))
-    return found[:MOST_BARS]
-
-
 def _ratio_figure(result: Result) -> Any:
     from matplotlib.figure import Figure
 
-    ratios = _ratios(result)
+    ratios = figures.ratios_of(result)
     figure = Figure(figsize=(9, 0.28 * len(ratios) + 1.1), layout="constrained")
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
@@ -200,7 +161,7 @@ def stale_charts() -> list[str]:
         for path in result_files():
             if path.parent == folder:
                 result = schema.load(path)
-                wanted |= {folder / f"{result['bench']}_{n}.svg": result for n in chart_names(result)}
+                wanted |= {folder / f"{result['bench']}_{n}.svg": result for n in figures.chart_names(result)}
         for chart in {*wanted, *folder.glob("*.svg")}:
             fresh = chart in wanted and chart.exists()
             if not fresh or conditions(wanted[chart]) not in chart.read_text(encoding="utf-8"):

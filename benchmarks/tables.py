@@ -121,10 +121,18 @@ def _bench_lines(bench: str, kind: str) -> Callable[[Words], list[str]]:
                 made += _header([words[name] for name in COLUMNS])
                 made += [_case_line(case) for case in cases]
                 made.append("")
-            made += [conditions(result, words), ""]
+            made += [conditions(result, words), "", *_chart_lines(result), ""]
         return made[:-1]
 
     return lines
+
+
+def _chart_lines(result: Result) -> list[str]:
+    """The result's charts, as a page in docs/ links them."""
+    titles = {"length": "Speed over size", "ratio": "Times the peer's speed"}
+    folder = f"../benchmarks/results/{schema.folder_name(result['device'])}"
+    names = figures.chart_names(result)
+    return [f"![{titles.get(n, f'The {n} grid')}]({folder}/{result['bench']}_{n}.svg)" for n in names]
 
 
 def _case_line(case: Result) -> str:

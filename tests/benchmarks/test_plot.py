@@ -82,7 +82,9 @@ def test_the_cpu_table_gives_times_ratio_target_memory_and_error(results: Path) 
         "| 1 TFLOP/s (50 %) | 10 (102) | 2.0e-06 (2.0e-06) |"
     )
     assert [line for line in long if line not in short] == [
-        "| the call cap | – | – | 2 | – |  | 1 TFLOP/s (50 %) | 20 (–) | 2.0e-06 (–) |"
+        "| the call cap | – | – | 2 | – |  | 1 TFLOP/s (50 %) | 20 (–) | 2.0e-06 (–) |",
+        "![Speed over size](../benchmarks/results/cpu/attention_length.svg)",
+        "![Times the peer's speed](../benchmarks/results/cpu/attention_ratio.svg)",
     ]
     assert short[-1].startswith("Some Device, ")
 
