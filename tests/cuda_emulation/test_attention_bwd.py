@@ -251,7 +251,7 @@ def test_one_pass(emulated: Callable[..., Any], name: str, resident: int) -> Non
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["grouped heads", "causal, more queries"])
+@pytest.mark.parametrize("name", ["grouped heads", "key lengths, several blocks"])
 def test_one_pass_takes_turns(emulated: Callable[..., Any], name: str) -> None:
     """Whoever comes first, the sums of dq have the same bits."""
     options = {"with_dlse": True, "head_dim": 128, "one_pass": True}

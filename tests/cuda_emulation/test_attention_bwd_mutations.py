@@ -66,3 +66,41 @@ def test_is_noticed(breakable: Library, line: int) -> None:
     for seed in range(6):
         with pytest.raises((EmulationError, AssertionError)):
             run(breakable, line, seed)
+
+
+ONE_PASS = {
+    "kernels/attention_bwd_fused_sm90.cuh": [
+        Mutation(
+            "a turn not waited for", "semaphore_wait(params.dq_turns + first + block, last - key_block);"
+        ),
+        Mutation(
+            "dq overwritten before it is taken",
+            "named_barrier_sync(kDqTaken, kConsumerThreads + kWarpThreads);",
+        ),
+        Mutation("ds read before both wrote it", "named_barrier_sync(kDsWritten, kConsumerThreads);"),
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def breakable_turns(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    folder = tmp_path_factory.mktemp("breakable_turns")
+    return breakable_library(
+        "attention_bwd.cpp", ONE_PASS, folder, library_folder, "HEAD_DIM=128", "ELEMENT=half_t"
+    )
+
+
+def test_turns_make_the_order(breakable_turns: Library) -> None:
+    """Without a line of the one-pass kernel some schedule is reported, or gives other bits."""
+    for line in range(len(ONE_PASS["kernels/attention_bwd_fused_sm90.cuh"])):
+        breakable_turns("break_line", line)
+        options = {"with_dlse": True, "head_dim": 128, "one_pass": True, "resident": 4}
+        try:
+            results = [
+                check(lambda *_: breakable_turns, CASE, torch.float16, seed=seed, **options)
+                for seed in range(4)
+            ]
+        except (EmulationError, AssertionError):
+            continue
+        same = all(torch.equal(a.query, results[0].query) for a in results)
+        assert not same, f"line {line} is broken and nothing shows"
