@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def _keys_seen(call: KVCacheCall) -> int:
 
 def _with_plain_layouts(call: KVCacheCall) -> KVCacheCall:
     """The call with the layouts kernels rely on; the caches stay as they are."""
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, Any] = {}
     for name in ("query", "key", "value", "block_table", "rotary_cos", "rotary_sin"):
         if (tensor := getattr(call, name)) is not None and tensor.stride(-1) != 1:
             changed[name] = with_unit_last_stride(tensor)
