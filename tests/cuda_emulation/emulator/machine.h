@@ -103,7 +103,6 @@ struct Thread {
   uint32_t component = 0;
   Clock clock;
   bool done = false;
-  bool asleep = false;
   const char* place = nullptr;         // where it waits
   const void* place_object = nullptr;  // for what
 
@@ -190,22 +189,26 @@ class Machine {
   Thread* running_ = nullptr;
 
   // Puts the running thread to sleep; wake() lets it go on.
-  void sleep(WaitQueue& queue, const char* place, const void* object = nullptr) {
+  void sleep(const char* place, const void* object = nullptr) {
     Thread& thread = *running_;
-    queue.push_back(&thread);
-    thread.asleep = true;
     thread.place = place;
     thread.place_object = object;
     thread.fiber->switch_out();
     thread.place = nullptr;
   }
 
-  void wake(WaitQueue& queue) {
+  void sleep(WaitQueue& queue, const char* place, const void* object = nullptr) {
+    queue.push_back(running_);
+    sleep(place, object);
+  }
+
+  void wake(Thread& thread) {
     ++progress_;
-    for (Thread* thread : queue) {
-      thread->asleep = false;
-      ready_.push_back(thread);
-    }
+    ready_.push_back(&thread);
+  }
+
+  void wake(WaitQueue& queue) {
+    for (Thread* thread : queue) wake(*thread);
     queue.clear();
   }
 

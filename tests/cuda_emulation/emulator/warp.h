@@ -28,26 +28,24 @@ void warp_collective(const char* kind, uint32_t mask, Slot& slot, Complete compl
     if (other.done) fail(text("calls %s with lane %d, which has ended", kind, lane));
     if (!other.collective) {
       all = false;
-    } else if (std::string_view(other.collective) != kind || other.collective_mask != mask) {
+    } else if ((other.collective != kind && std::string_view(other.collective) != kind) ||
+               other.collective_mask != mask) {
       fail(text("diverges: calls %s (mask %08x) while lane %d is in %s (mask %08x)", kind, mask, lane, other.collective,
                 other.collective_mask));
     }
     slots[lane] = static_cast<Slot*>(other.collective_slot);
   }
   if (!all) {
-    WaitQueue nobody;  // woken by the last lane, which knows the sleepers
-    machine().sleep(nobody, kind);
+    machine().sleep(kind);  // the last lane knows whom to wake
     return;
   }
   complete(slots);
-  WaitQueue sleepers;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!slots[lane]) continue;
     Thread* other = threads[first + lane].get();
     other->collective = nullptr;
-    if (other != &thread) sleepers.push_back(other);
+    if (other != &thread) machine().wake(*other);
   }
-  machine().wake(sleepers);
 }
 
 void shuffle_bytes(void* value, size_t bytes, int source, uint32_t mask, const char* kind) {
