@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastattn import cli
@@ -28,7 +29,7 @@ def invoke(*words: str) -> tuple[int, str, str]:
 def test_help_names_every_command() -> None:
     code, out, _ = invoke("--help")
     assert code == 0
-    for command in ("doctor", "demo"):
+    for command in ("doctor", "demo", "build"):
         assert command in out
         code, described, _ = invoke(command, "--help")
         assert code == 0
@@ -128,6 +129,15 @@ def test_errors_of_the_system_are_one_line_and_bugs_are_not_hidden(monkeypatch: 
     assert full == "fastattn: [Errno 28] No space left on device\n"
     assert (bad, stopped) == ("fastattn: --out: no\n", "fastattn: interrupted\n")
     assert seen[3][0] is ZeroDivisionError
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch could build the extension")
+def test_a_build_that_cannot_be_says_why_in_a_line() -> None:
+    code, out, err = invoke("build")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"fastattn: torch {torch.__version__} is built without CUDA")
+    code, _, err = invoke("build", "--arch", "Hopper", "--json")
+    assert (code, err.count("\n")) == (1, 1)
 
 
 def test_a_pipe_gets_plain_text_and_may_close_early() -> None:
