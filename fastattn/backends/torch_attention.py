@@ -26,7 +26,8 @@ from fastattn.spec import (
 )
 
 FUSED_ROW_BLOCK = 64  # rows cut at once along a window for torch's fused kernel
-FUSED_DENSE_ROW_BLOCK = 128  # and along a dense mask or bias, whose tiles are as wide as the keys
+FUSED_DENSE_ROW_BLOCK = 128  # and at least along a dense mask or bias, whose tiles are as wide as the keys
+FUSED_DENSE_ELEMENTS = 2**20  # where nothing else bounds a row, as many rows as keep the mask's tile so small
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
@@ -191,10 +192,18 @@ class _Part:
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
             dense = any(t is not None for t in (self.call.mask, self.call.bias, self.call.alibi_slopes))
-            row_block = FUSED_DENSE_ROW_BLOCK if dense else FUSED_ROW_BLOCK
+            row_block = self._dense_rows() if dense else FUSED_ROW_BLOCK
             return whole_tiles(self.band, self.segments, len_q, len_k, row_block, dense)
         col_block = max(len_k, 1) if whole_rows else COL_BLOCK
         return block_tiles(self.band, self.segments, len_q, len_k, ROW_BLOCK, col_block)
+
+    def _dense_rows(self) -> int:
+        """Rows of a tile along a dense mask, bias or slopes: every tile adds to all of dk and dv, so few are better."""
+        if self.segments is not None or (self.band.left, self.band.right) != (None, None):
+            return FUSED_DENSE_ROW_BLOCK
+        call = self.call
+        heads = [t.shape[1] for t in (call.mask, call.bias, call.alibi_slopes) if t is not None]
+        return max(FUSED_DENSE_ROW_BLOCK, FUSED_DENSE_ELEMENTS // max(max(heads) * self.key.shape[2], 1))
 
     def cut(self, dense: Tensor, tile: Tile) -> Tensor:
         """A tile of a 4-D tensor that broadcasts to (B, H, Sq, Sk)."""
@@ -439,25 +448,31 @@ def _fused_runs(spec: AttentionSpec) -> bool:
     return exact or not (spec.bias or spec.alibi)
 
 
-def _fused_mask(part: _Part, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-    """The tile's additive mask in the input dtype, and which rows see a key (None = all do)."""
+def _fused_mask(part: _Part, tile: Tile) -> Tensor | None:
+    """The tile's additive mask in the input dtype, or None where every pair is visible."""
     if tile.structure == "causal":
-        return None, None
+        return None
     mask, visible = part.additive(tile), part.visible(tile)
     if visible is not None:
         zero = torch.zeros((), dtype=part.query.dtype)
         mask = torch.where(visible, zero if mask is None else mask, -torch.inf)
+    return mask
+
+
+def _rows_that_see(mask: Tensor | None) -> Tensor | None:
+    """Which rows of an additive mask see a key; None = all do."""
     if mask is None:
-        return None, None
-    seen = (mask != -torch.inf).any(-1)
-    return mask, None if bool(seen.all()) else seen
+        return None
+    seen = mask.amax(-1) != -torch.inf
+    return None if bool(seen.all()) else seen
 
 
 def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     """One row range by torch's fused kernel; its at most two tiles are merged by their lse."""
     out: Tensor | None = None
     for tile in row_tiles:
-        mask, seen = _fused_mask(part, tile)
+        mask = _fused_mask(part, tile)
+        seen = _rows_that_see(mask)
         tile_out, tile_lse = _fused_fwd(
             _rows(part.query, tile), _cols(part.key, tile), _cols(part.value, tile), 0.0,
             tile.structure == "causal", attn_mask=mask, scale=part.call.scale,
@@ -502,7 +517,7 @@ def _fused_tile_bwd(
     group_size = part.call.group_size
     if group_size > 1:  # the kernel sums a group over all its rows at once, which rounds worse than per head
         key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
-    mask, _ = _fused_mask(part, tile)
+    mask = _fused_mask(part, tile)
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, heads]
     dq, dk, dv = _fused_bwd(

@@ -59,7 +59,8 @@ def test_float64_agrees_to_rounding(case: Case) -> None:
     ],
 )
 def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "FUSED_SHARE_BYTES", 1)
+    for constant in ("FUSED_SHARE_BYTES", "FUSED_DENSE_ELEMENTS"):
+        monkeypatch.setattr(backend, constant, 1)
     for constant in ("FUSED_ROW_BLOCK", "FUSED_DENSE_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
         monkeypatch.setattr(backend, constant, rows)
     case = next(case for case in CASES if case.name == name)
