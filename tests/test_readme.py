@@ -87,9 +87,12 @@ def test_every_command_exists(name: str) -> None:
     shown = [line.strip() for line in lines if line.strip()]
     shown += re.findall(r"`((?:fastattn|python) [^`]+)`", (ROOT / name).read_text(encoding="utf-8"))
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    commands |= {group.name for group in cli.app.registered_groups}
+    benches = {command.name or command.callback.__name__ for command in cli.bench.registered_commands}
     for words in map(shlex.split, shown):
         if words[0] == "fastattn":
             assert words[1] in commands
+            assert words[1] != "bench" or words[2:] == [] or words[2] in benches
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
         elif words[0] == "pip":
