@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -38,6 +39,42 @@ def weights_flops(lse: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> 
 def weights_backward_flops(dweights: Any, lse: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
     """Three times the forward: the scores, and the gradients of query and key."""
     return 3 * weights_flops(lse, query, key)
+
+
+def cache_flops(
+    query: Any, k_cache: Any, v_cache: Any, cache_lengths: Any, key: Any, value: Any, block_table: Any,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """2 * (D + Dv) per query and place for a key, filled or not: how many are is known on the device alone."""
+    batch, num_heads, seqlen_q, head_dim = query
+    capacity = k_cache[2] * (1 if block_table is None else block_table[1])
+    return 2 * batch * num_heads * seqlen_q * capacity * (head_dim + v_cache[3])
+
+
+def packed_forward_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    """2 * (D + Dv) per pair of a query and a key of one sequence, masked or not."""
+    return 2 * _packed_pairs(query, key, *args[:2]) * (query.shape[2] + value.shape[2])
+
+
+def packed_backward_flops(
+    dout: Any, dlse: Any, out: Any, lse: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """2.5 times the forward, like `backward_flops`."""
+    return _packed_pairs(query, key, *args[:2]) * (6 * query.shape[2] + 4 * value.shape[2])
+
+
+def _packed_pairs(
+    query: torch.Tensor, key: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> int:
+    """Heads times the pairs of each sequence; of sequences of one length where the lengths cannot be read."""
+    sequences = cu_seqlens_q.shape[0] - 1
+    if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.is_meta:
+        return query.shape[1] * query.shape[0] * key.shape[0] // max(sequences, 1)
+    lengths = (ends.long().diff() for ends in (cu_seqlens_q, cu_seqlens_k))
+    return query.shape[1] * int(torch.dot(*lengths))
 
 
 def linear_loss_flops(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
@@ -73,7 +110,8 @@ def register(**formulas: Callable[..., int]) -> None:
 
 def _register_with(counter: ModuleType, formulas: dict[str, Callable[..., int]]) -> None:
     for op, formula in formulas.items():
-        counter.register_flop_formula(getattr(torch.ops.fastattn, op))(formula)
+        raw = formula in (packed_forward_flops, packed_backward_flops)  # they want tensors, not shapes
+        counter.register_flop_formula(getattr(torch.ops.fastattn, op), get_raw=raw)(formula)
 
 
 class _WhenImported(MetaPathFinder):

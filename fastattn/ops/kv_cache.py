@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import define, schema_of
 from fastattn.spec import (
     AttentionSpec,
@@ -271,3 +271,5 @@ _run = define(
     _kv_cache_fwd,
     _kv_cache_fwd_fake,
 )
+
+flops.register(kv_cache_fwd=flops.cache_flops)

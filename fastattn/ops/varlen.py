@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionGrads,
@@ -247,3 +247,5 @@ _run = define_with_gradient(
     backward=_varlen_bwd,
     composed=lambda call_args: _composite(VarlenCall(*call_args)),
 )
+
+flops.register(varlen_fwd=flops.packed_forward_flops, varlen_bwd=flops.packed_backward_flops)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
@@ -22,6 +23,36 @@ def test_pairs_count_as_torch_counts_them() -> None:
         out.sum().backward()
     backward = 2 * 4 * 16 * 24 * 2 * (3 * 8 + 2 * 12)  # scores again, dq and dk at D; dv and dscore at Dv
     assert counter.get_total_flops() == backward
+
+
+def test_packed_sequences_count_their_own_pairs() -> None:
+    query = torch.randn(10, 4, 8, requires_grad=True)
+    key, value = torch.randn(12, 2, 8, requires_grad=True), torch.randn(12, 2, 6, requires_grad=True)
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32) for ends in ((0, 3, 3, 10), (0, 5, 7, 12)))
+    pairs = 4 * (3 * 5 + 7 * 5)
+    with FlopCounterMode(display=False) as counter:
+        out = fastattn.attention_varlen(query, key, value, ends_q, ends_k)
+    assert counter.get_total_flops() == 2 * pairs * (8 + 6)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (3 * 8 + 2 * 6)
+
+
+def test_packed_sequences_without_values_count_as_equally_long() -> None:
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        query, ends = torch.randn(10, 4, 8), torch.zeros(3, dtype=torch.int32)
+        fastattn.attention_varlen(query, query, query, ends, ends, 5, 5)
+    assert counter.get_total_flops() == 2 * 4 * 2 * 5 * 5 * 16
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_cache_counts_its_places(paged: bool) -> None:
+    query, cache = torch.randn(2, 4, 3, 8), torch.zeros(2, 2, 16, 8)
+    table = torch.zeros(2, 3, dtype=torch.int32) if paged else None
+    with FlopCounterMode(display=False) as counter:
+        lengths = torch.full((2,), 5, dtype=torch.int32)
+        fastattn.attention_kv_cache(query, cache, cache.clone(), lengths, block_table=table)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 3 * (48 if paged else 16) * 16
 
 
 @pytest.mark.parametrize(("reduction", "products"), [("mean", (3, 0)), ("none", (1, 3))])
@@ -55,4 +86,5 @@ def test_the_order_of_imports_does_not_matter(imports: str) -> None:
     )
     ops = ("attention_bwd", "attention_fwd", "attention_weights", "attention_weights_bwd")
     losses = tuple(f"linear_cross_entropy_{kind}" for kind in ("bwd", "fwd", "sum"))
-    assert done.stdout.split() == [f"fastattn.{op}" for op in (*ops, *losses)]
+    packed = ("varlen_bwd", "varlen_fwd")
+    assert done.stdout.split() == [f"fastattn.{op}" for op in (*ops, "kv_cache_fwd", *losses, *packed)]
