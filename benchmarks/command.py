@@ -22,7 +22,7 @@ import torch
 from harness import Budget, Case
 
 # All CPU cases of all benches, on two cores, take about 12 minutes at such budgets.
-CASE_BUDGET = Budget(seconds=3.0)
+CASE_BUDGET = Budget(seconds=2.0)
 ExtraCase = Callable[[bool], schema.Result]  # given whether the run is quick
 
 
