@@ -150,15 +150,6 @@ def csrc_folder() -> Path:
     return here / "csrc" if (here / "csrc").is_dir() else here.parent / "csrc"
 
 
-def cache_folder() -> Path:
-    """Where built extensions are kept: FASTATTN_CACHE_DIR, or fastattn in the user's cache."""
-    chosen = os.environ.get("FASTATTN_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastattn"
-
-
 def abi_tag() -> str:
     """The Python a binary is for."""
     return str(sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag)
@@ -266,9 +257,8 @@ def covers(archs: Sequence[str], device: int) -> bool:
     return False
 
 
-def build(plan: Plan, cache: Path | None = None, force: bool = False, log: Log = print) -> Path:
+def build(plan: Plan, cache: Path, force: bool = False, log: Log = print) -> Path:
     """The extension of a plan, from the cache if it is there; one process builds, others wait for it."""
-    cache = cache or cache_folder()
     folder = cache / plan.key()[:32]
     library = folder / library_name()
     cache.mkdir(parents=True, exist_ok=True)
@@ -287,14 +277,14 @@ def build(plan: Plan, cache: Path | None = None, force: bool = False, log: Log =
     return library
 
 
-def build_here(arch_list: str | None = None, force: bool = False, log: Log = print) -> Built:
+def build_here(cache: Path, arch_list: str | None = None, force: bool = False, log: Log = print) -> Built:
     """The extension for this torch in the cache, compiled if it is not there."""
     started = time.monotonic()
     plan = make_plan(arch_list)
     log(
         f"torch {plan.torch.version}, CUDA {plan.toolkit.version} in {plan.toolkit.root}, for {', '.join(plan.archs)}"
     )
-    library = build(plan, force=force, log=log)
+    library = build(plan, cache, force=force, log=log)
     return Built(library, plan.info(), plan.toolkit, time.monotonic() - started)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fastattn import bench as benches
+from fastattn.cache import cache_dir
 from fastattn.console import InputError, NoOutput, Output, standard_output
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -147,7 +148,7 @@ def build(
     from fastattn import extension
 
     try:
-        made = builder.build_here(arch, force, log=lambda line: _output(as_json).line(line))
+        made = builder.build_here(cache_dir(), arch, force, log=lambda line: _output(as_json).line(line))
     except builder.BuildError as error:
         raise _stop(str(error), 1) from None
     found = extension.state()

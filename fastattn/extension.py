@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from fastattn import build
+from fastattn.cache import cache_dir
 
 ADVICE = "`fastattn build` makes one that fits"
 
@@ -76,7 +77,7 @@ def _candidates() -> Iterator[tuple[Path, bool]]:
     installed = Path(__file__).resolve().parent / name
     if installed.exists():
         yield installed, True
-    found = [path for path in build.cache_folder().glob(f"*/{name}") if "." not in path.parent.name]
+    found = [path for path in cache_dir().glob(f"*/{name}") if "." not in path.parent.name]
     yield from ((path, False) for path in sorted(found, key=_preference, reverse=True))
 
 

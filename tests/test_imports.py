@@ -20,7 +20,7 @@ ARROWS = {
     "cache": set(),
     "kernels": {"spec", "philox", "cache"},
     "build": set(),
-    "extension": {"build"},
+    "extension": {"build", "cache"},
     "backends": {"spec", "philox", "kernels", "build", "extension"},
     "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
     "nn": {"spec", "ops"},
@@ -34,7 +34,7 @@ ARROWS = {
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec"},
-    "cli": {"console", "doctor", "demo", "bench", "build", "extension", "tune"},
+    "cli": {"console", "doctor", "demo", "bench", "build", "cache", "extension", "tune"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastattn import build
+from fastattn.cache import cache_dir
 
 ARCHS = ("8.0", "9.0a")
 ENTRY = re.compile(
@@ -52,7 +53,7 @@ def compile_kernels(archs: tuple[str, ...] = ARCHS) -> tuple[list[build.Object],
     nothing = build.Torch("", toolkit.version, "", True, ())
     plan = build.Plan(build.csrc_folder(), toolkit, nothing, archs)
     device = [path for path in build.sources(plan) if path.suffix == ".cu"]
-    objects = build.compile_all(plan, build.cache_folder() / "objects", log=lambda _: None, only=device)
+    objects = build.compile_all(plan, cache_dir() / "objects", log=lambda _: None, only=device)
     return objects, [kernel for made in objects for kernel in kernels_of(made, toolkit)]
 
 
