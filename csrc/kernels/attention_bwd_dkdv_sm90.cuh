@@ -235,6 +235,13 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
       multiply_add<T, kBlockM>(dv, p_operand, shared.dout(state.stage));
       wgmma_commit();
     }
+    auto next = state;
+    next.advance();
+    const bool last = --steps_left == 0;
+    if constexpr (!Shape::kValues) {
+      // Here for its branch: without one, or a product, ptxas moves the arithmetic above behind the wait for dp.
+      if (!last) queries.wait_full(next);
+    }
     if constexpr (Shape::kKeys) {
       wgmma_wait<kGradientGroups - 1>();
       pin_registers(dp);
@@ -247,10 +254,8 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
       wgmma_commit();
     }
 
-    if (--steps_left == 0) break;
-    auto next = state;
-    next.advance();
-    queries.wait_full(next);
+    if (last) break;
+    if constexpr (Shape::kValues) queries.wait_full(next);
     start_scores(scores, next.stage);
     wgmma_wait<1>();
     release_stage(queries, state);

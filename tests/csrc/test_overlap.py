@@ -1,4 +1,4 @@
-"""What the assembler made of the forward's loop: the softmax lies where the tensor cores are busy."""
+"""What the assembler made of the attention loops: the softmax lies where the tensor cores are busy."""
 
 import re
 import subprocess
@@ -11,11 +11,16 @@ from fastattn import build
 SHAPE = re.compile(r"attention_fwd_sm90INS_12ForwardShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])E")
 ONE_PRODUCT_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
 NONE_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+BACKWARD = {  # kernel: its shape; a thread has half as many exponentials as the last number
+    "attention_bwd_dkdv_kernel": re.compile(r"KeyGradientsShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)E"),
+    "attention_bwd_dq_kernel": re.compile(r"QueryGradientShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)E"),
+    "attention_bwd_fused_kernel": re.compile(r"FusedGradientsShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)E"),
+}
 
 
 @pytest.fixture(scope="module")
-def code() -> dict[str, str]:
-    """The instructions of every forward kernel, by its name."""
+def every_code() -> dict[str, str]:
+    """The instructions of every attention kernel, by its name."""
     toolkit = build.find_toolkit()
     if (reason := missing()) or toolkit is None:
         pytest.skip(str(reason))
@@ -24,12 +29,18 @@ def code() -> dict[str, str]:
         pytest.skip("needs cuobjdump")
     functions = {}
     for made in compile_kernels()[0]:
-        if "attention_fwd" in made.source:
+        if "attention_" in made.source:
             text = subprocess.run(
                 [tool, "-sass", str(made.path)], capture_output=True, text=True, check=True
             ).stdout
             functions |= dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL))
     return functions
+
+
+@pytest.fixture(scope="module")
+def code(every_code: dict[str, str]) -> dict[str, str]:
+    """Those of the forward."""
+    return {name: text for name, text in every_code.items() if "attention_fwd" in name}
 
 
 @pytest.mark.timeout(900)
@@ -55,3 +66,20 @@ def test_products_are_issued_back_to_back(code: dict[str, str]) -> None:
             assert len(set(issued)) == (
                 1 if SHAPE.search(name).group(1) == SHAPE.search(name).group(3) else 2
             ), name
+
+
+@pytest.mark.timeout(900)
+def test_the_backward_s_exponentials_run_while_dp_is_multiplied(every_code: dict[str, str]) -> None:
+    """Half of them at least lie between the wait for the scores and the one for dp."""
+    found = 0
+    for name, text in every_code.items():
+        kernel = next((kernel for kernel in BACKWARD if kernel in name), None)
+        if kernel is None or "KeyGradientsE2E" in name:  # gradients of values alone have no dp
+            continue
+        match = BACKWARD[kernel].search(name)
+        assert match is not None, name
+        exponentials = int(match.group(3)) // 2
+        between = [part.split("WARPGROUP.DEPBAR")[0] for part in text.split(ONE_PRODUCT_LEFT)[1:]]
+        assert max(part.count("MUFU.EX2") for part in between) >= exponentials // 2, name
+        found += 1
+    assert found == 2 * (6 + 6 + 1)

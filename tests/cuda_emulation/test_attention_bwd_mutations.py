@@ -12,7 +12,7 @@ from cuda_emulation.test_attention_bwd import check
 
 KERNELS = {
     "kernels/attention_bwd_dkdv_sm90.cuh": [
-        Mutation("queries read before they are there", "queries.wait_full(next);"),
+        Mutation("queries read before they are there", "queries.wait_full(next);", occurrence=1),
         Mutation("queries overwritten while read", "barriers.queries.wait_empty(state);"),
         Mutation("keys read before they are there", "mbarrier_wait(&shared.barriers->keys, 0);"),
         Mutation("queries released while read", "wgmma_wait<1>();", "wgmma_wait<3>();"),
