@@ -172,18 +172,13 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _autocast(tensor: Tensor) -> Tensor:
     """An operand of a matrix product in autocast's dtype where autocast is on; float64 is left alone."""
-    if tensor.dtype == torch.float64 or not _autocast_on(tensor):
+    if tensor.dtype == torch.float64 or not arguments.autocasts(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _autocast_on(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return accumulation_dtype(logits.dtype) if _autocast_on(logits) else logits.dtype
+    return accumulation_dtype(logits.dtype) if arguments.autocasts(logits.device.type) else logits.dtype
 
 
 def _reduced(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
