@@ -87,6 +87,26 @@ def test_only_what_is_needed(emulated_extension: EmulatedExtension, needs: Grads
             torch.testing.assert_close(one, all_of_them, rtol=0, atol=0)
 
 
+def test_one_pass_where_it_was_measured_to_be_faster(
+    emulated_extension: EmulatedExtension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, dout = (torch.randn(1, 2, 70, 72).to(DTYPE) for _ in range(2))
+    key, value = (torch.randn(1, 1, 300, 72).to(DTYPE) for _ in range(2))
+    dlse = torch.randn(1, 2, 70)
+    call = AttentionCall(query, key, value, causal="bottom_right", scale=0.2)
+    spec = AttentionSpec.of(call)
+    out, lse = cuda_attention.attention_fwd(spec, call)
+    two_passes = cuda_attention.attention_bwd(spec, call, out, lse, dout, dlse, GradsNeeded())
+    monkeypatch.setattr(cuda_attention, "ONE_PASS_HEAD_DIMS", frozenset({72}))
+    one_pass = cuda_attention.attention_bwd(spec, call, out, lse, dout, dlse, GradsNeeded())
+    inputs, options = (query, key, value), {"causal": True, "scale": 0.2}
+    golden = graded(tuple(x.double() for x in inputs), dout, dlse, options)[2:]
+    plain = graded(inputs, dout, dlse, options)[2:]
+    for name, actual, same, exact in zip(("dq", "dk", "dv"), one_pass, plain, golden):
+        assert_within_rule(actual, same, exact, name)
+    assert not torch.equal(one_pass.query, two_passes.query)  # summed in another order
+
+
 def test_packed_is_each_sequence(emulated_extension: EmulatedExtension) -> None:
     """Lengths below, at and past a tile; the packed call's bits are those of each sequence alone."""
     ends = [0, 5, 5, 133, 262]
@@ -146,6 +166,7 @@ def test_nothing_to_do(emulated_extension: EmulatedExtension, shape: tuple[int, 
         ({"dlse": torch.zeros(1, 1, 18)[..., ::2]}, "dlse: needs to be contiguous"),
         ({"scale": -1.0}, "scale: got -1, needs a positive number"),
         ({"window_left": -2}, "window_left: got -2, needs -1 or more"),
+        ({"one_pass": True}, "one_pass: needs a head dim of 72 to 128, no softcap and all gradients"),
     ],
 )
 def test_bad_arguments(emulated_extension: EmulatedExtension, changes: dict[str, Any], message: str) -> None:
