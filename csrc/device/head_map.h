@@ -1,10 +1,16 @@
 // Host side: tensor maps of heads, as load_tile reads them.
 #pragma once
 
+#include <type_traits>
+
 #include "../attention_params.h"
 #include "tensor_map.h"
 
 namespace fastattn {
+
+template <class Element>
+constexpr CUtensorMapDataType kMapType =
+    std::is_same_v<Element, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
 // Describes 16-bit `data` of logical shape (batch, heads, rows, head_dim) for boxes of 64 columns by box_rows rows
 // under the 128-byte swizzle. The strides are multiples of 8 elements where there is more than one of what they step

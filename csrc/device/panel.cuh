@@ -12,6 +12,7 @@ namespace fastattn {
 
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
+constexpr uint32_t kMaxSharedBytes = 232448;  // of a block on sm_90
 
 // Bytes of a tile. kColumns is a multiple of 64, kRows of 8.
 template <int kRows, int kColumns>

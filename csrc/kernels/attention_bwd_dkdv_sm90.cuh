@@ -51,7 +51,7 @@ struct KeyGradientsShape {
 
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockN % 64 == 0 && kBlockM % 16 == 0);
   static_assert(kRowBlock % kBlockM == 0, "stages end where the padded rows do");
-  static_assert(kConsumers == 2 && kSharedBytes <= 232448);
+  static_assert(kConsumers == 2 && kSharedBytes <= kMaxSharedBytes);
 };
 
 template <class Shape>
@@ -102,13 +102,8 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
     }
   }
   if (zeroes_keys) {
-    mbarrier_wait(&barriers.landed, landed_parity);
-    landed_parity ^= 1;
-    zero_rows<Shape::kBlockN, kHeadDim>(shared.keys, keys);
-    zero_rows<Shape::kBlockN, kHeadDim>(shared.values, keys);
-    fence_proxy_async();
-    warp_sync();
-    if (issues) mbarrier_arrive(&barriers.keys);
+    zero_landed<Shape::kBlockN, kHeadDim>(&barriers.landed, landed_parity, &barriers.keys, shared.keys, shared.values,
+                                          keys, issues);
   }
 
   typename Pipeline<Shape::kStages>::State state;
@@ -132,13 +127,8 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
         bulk_load(shared.delta(state.stage), params.delta + padded + first_query, Shape::kRowBytes, arrived);
       }
       if (zeroes) {
-        mbarrier_wait(arrived, landed_parity);
-        landed_parity ^= 1;
-        zero_rows<kBlockM, kHeadDim>(shared.queries(state.stage), rows);
-        zero_rows<kBlockM, kHeadDim>(shared.dout(state.stage), rows);
-        fence_proxy_async();
-        warp_sync();
-        if (issues) mbarrier_arrive(&barriers.queries.full[state.stage]);
+        zero_landed<kBlockM, kHeadDim>(arrived, landed_parity, &barriers.queries.full[state.stage],
+                                       shared.queries(state.stage), shared.dout(state.stage), rows, issues);
       }
     }
   }

@@ -36,7 +36,7 @@ struct QueryGradientShape {
 
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockM % 64 == 0 && kBlockN % 16 == 0);
   static_assert(kRowBlock % kBlockM == 0);
-  static_assert(kConsumers == 2 && kSharedBytes <= 232448);
+  static_assert(kConsumers == 2 && kSharedBytes <= kMaxSharedBytes);
 };
 
 template <class Shape>
@@ -90,13 +90,8 @@ FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const B
       load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, arrived, row, kv_head, sequence.batch);
     }
     if (zeroes) {
-      mbarrier_wait(arrived, landed_parity);
-      landed_parity ^= 1;
-      zero_rows<kBlockN, kHeadDim>(shared.keys(state.stage), rows);
-      zero_rows<kBlockN, kHeadDim>(shared.values(state.stage), rows);
-      fence_proxy_async();
-      warp_sync();
-      if (issues) mbarrier_arrive(&barriers.keys.full[state.stage]);
+      zero_landed<kBlockN, kHeadDim>(arrived, landed_parity, &barriers.keys.full[state.stage], shared.keys(state.stage),
+                                     shared.values(state.stage), rows, issues);
     }
   }
 }

@@ -28,7 +28,7 @@ struct FusedGradientsShape : KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kB
 
   static_assert(kBlockM == 64 && kBlockM == kTurnRows, "a product for dq has 64 rows");
   static_assert(kDqColumns % kPanelColumns == 0, "each warpgroup takes whole panels of k");
-  static_assert(kSharedBytes <= 232448);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // Floats of a block of queries in params.dq_sum: for each warpgroup, four by four, what its threads hold.

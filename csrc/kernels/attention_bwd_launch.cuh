@@ -18,9 +18,7 @@ namespace fastattn {
 template <class Shape>
 CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardParams& params, BackwardMaps* maps) {
   const AttentionParams& p = params.call;
-  constexpr CUtensorMapDataType type = std::is_same_v<typename Shape::Element, half_t>
-                                           ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapDataType type = kMapType<typename Shape::Element>;
   const int64_t batch = p.cu_seqlens_q == nullptr ? p.batch : 1;
   const auto queries = [&](CUtensorMap* map, const void* data, const Strides& strides) {
     return encode_head_map(encode, map, type, data, strides, batch, p.num_heads, p.total_q, p.head_dim, Shape::kBlockM);

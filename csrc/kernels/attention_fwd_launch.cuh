@@ -13,10 +13,6 @@
 
 namespace fastattn {
 
-template <class Element>
-constexpr CUtensorMapDataType kMapType =
-    std::is_same_v<Element, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-
 // Maps of q, k, v and out. The call has at least one query and one key.
 template <class Shape>
 CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, ForwardMaps* maps) {

@@ -10,7 +10,6 @@
 namespace fastattn {
 
 constexpr int kWarpgroupRows = 64;
-constexpr uint32_t kMaxSharedBytes = 232448;  // of a block on sm_90
 
 // The shape of one instantiation: tiles of kBlockM queries, 64 per consumer warpgroup, by kBlockN keys. Head dims up to
 // kHeadDim are served: the copy engine reads zeros for the columns that are missing, and does not write them.

@@ -33,9 +33,11 @@ KERNELS = {
         Mutation("keys read before they are there", "keys.wait_full(next);"),
         Mutation("keys overwritten while read", "barriers.keys.wait_empty(state);"),
         Mutation("keys released while read", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=1),
-        Mutation("keys zeroed without a fence", "fence_proxy_async();"),
-        Mutation("keys not zeroed", "zero_rows<kBlockN, kHeadDim>(shared.keys(state.stage), rows);"),
         Mutation("gradient stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=1),
+    ],
+    "kernels/attention_bwd_common.cuh": [
+        Mutation("keys zeroed without a fence", "fence_proxy_async();"),
+        Mutation("keys not zeroed", "zero_rows<kRows, kColumns>(first, rows);"),
     ],
 }
 MUTATIONS = [mutation for kernel in KERNELS.values() for mutation in kernel]

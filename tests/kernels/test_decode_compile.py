@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiler_process import answers_of
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """The compiler's answers, from a process that doesn't interpret."""
-    script = Path(__file__).parent / "decode_compile.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return answers_of("decode_compile.py")
 
 
 def test_decoding_compiles_without_spills(report: dict[str, Any]) -> None:

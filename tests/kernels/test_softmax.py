@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import DEVICE
+from compiler_process import answers_of
 from softmax_cases import CASES, DTYPES, call_of, inputs, reference
 from torch import Tensor
 
@@ -160,14 +156,7 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """The compiler's answers, from a process that doesn't interpret."""
-    script = Path(__file__).parent / "row_compile.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return answers_of("row_compile.py")
 
 
 def test_tiles_compile_without_spills(report: dict[str, Any]) -> None:
