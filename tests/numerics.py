@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Results = TypeVar("Results")
+
+SUM_ORDERS = 4  # float32 orders of summation tried besides torch's own
+
+observe: Callable[[str, float, float], None] | None = None  # gets (name, error, allowed) of each comparison
 
 
 def assert_within_rule(
@@ -13,7 +24,8 @@ def assert_within_rule(
 
     Args:
         actual: what a kernel computed.
-        plain: the formula in the kernel's dtype in plain torch, scores and weights materialised.
+        plain: the formula in the kernel's dtype in plain torch, scores and weights materialised; in float32 the result
+            of `plain_in_any_order`.
         golden: the same in float64.
         name: for the message.
         dtype: whose eps; that of `plain` by default.
@@ -29,4 +41,69 @@ def assert_within_rule(
     error = (actual - golden).abs().max().item()
     eps = torch.finfo(dtype or plain.dtype).eps
     allowed = 2 * (plain_64 - golden).abs().max().item() + eps * golden.abs().max().item()
+    if observe is not None:
+        observe(name, error, allowed)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def plain_in_any_order(run: Callable[[], Results], golden: Results) -> Results:
+    """The results of `run`, the formula in plain torch, each from the order of summation in which its error is largest.
+
+    The error of a float32 sum depends on the order a processor adds in, so on one processor plain torch may be exact
+    by chance where it is not on another, nor a kernel. `golden` is what `run` gives in float64, of the same structure.
+    16-bit results are returned as torch computes them: their own rounding exceeds that of the sums.
+    """
+    worst, structure = pytree.tree_flatten(run())
+    if all(t.dtype != torch.float32 for t in worst):
+        return pytree.tree_unflatten(worst, structure)
+    exact = pytree.tree_leaves(golden)
+    for seed in range(SUM_ORDERS):
+        with _OtherOrder(seed):
+            other = pytree.tree_leaves(run())
+        worst = [max(pair, key=lambda t, g=g: _error(t, g)) for g, *pair in zip(exact, worst, other)]
+    return pytree.tree_unflatten(worst, structure)
+
+
+def _error(plain: Tensor, golden: Tensor) -> float:
+    error = (plain.detach().double() - golden).abs()
+    return error.masked_fill(golden.isinf(), 0).max().item() if golden.numel() else 0.0
+
+
+class _OtherOrder(TorchDispatchMode):
+    """Matrix products and sums in a random order, and softmax as in a fused backward.
+
+    That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ from those of the forward.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default):
+            a, b = args
+            order = self._order(a.shape[-1], a.device)
+            return func(a.index_select(-1, order), b.index_select(-2, order))
+        if func is aten.sum.dim_IntList and args[1]:
+            x, dims, *rest = args
+            for dim in dims:
+                x = x.index_select(dim, self._order(x.shape[dim], x.device))
+            return func(x, dims, *rest, **kwargs)
+        if func is aten._softmax.default:
+            x, dim, _ = args
+            steps = torch.randint(-1, 2, x.shape, generator=self.generator).to(x)
+            again = torch.where(steps == 0, x, torch.nextafter(x, steps * torch.inf))
+            return (again - x.logsumexp(dim, keepdim=True)).exp()
+        if func is aten._softmax_backward_data.default:
+            grad, weights, dim, _ = args
+            order = self._order(grad.shape[dim], grad.device)
+            delta = (grad * weights).index_select(dim, order).sum(dim, keepdim=True)
+            return weights * (grad - delta)
+        return func(*args, **kwargs)
+
+    def _order(self, size: int, device: torch.device) -> Tensor:
+        return torch.randperm(size, generator=self.generator).to(device)

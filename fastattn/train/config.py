@@ -176,7 +176,10 @@ def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     values = {name: dataclasses.asdict(section) for name, section in sections.items()}
     for options in values.values():
         options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != values:  # it writes some line separators as they are, which are folded when read
+        text = yaml.safe_dump(values, sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

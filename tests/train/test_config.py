@@ -5,7 +5,7 @@ from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
@@ -177,6 +177,8 @@ def test_paths_and_whole_numbers_are_taken():
         resume=st.sampled_from(["never", "auto", "no", "1", "null"]),
     )
 )
+@example(TrainConfig(output_dir="one\x85two\u2028three", max_steps=1))
+@example(TrainConfig(output_dir="输出", max_steps=1))
 def test_saved_config_reads_back_equal(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     model = Model(sizes=(7, 8))
