@@ -8,10 +8,10 @@ from typing import Any
 
 import figures
 import schema
+from tables import BENCHES
 
 # dense bfloat16 TFLOP/s of the data sheets, by what a device's name contains
 DATA_SHEET_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
-BENCHES = ("attention", "varlen", "decode", "softmax", "cross-entropy", "train", "generate", "overhead")
 
 
 def load_all(out: Path) -> list[schema.Result]:

@@ -13,7 +13,17 @@ from schema import Result
 
 PAGES = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
 MARKER = re.compile(r"(<!-- benchmarks:([\w-]+):start -->\n)(.*?)(<!-- benchmarks:\2:end -->)", re.DOTALL)
-BENCHES = ("attention", "varlen", "decode", "softmax", "cross-entropy", "train", "generate", "overhead")
+BENCHES = (
+    "attention",
+    "varlen",
+    "decode",
+    "softmax",
+    "cross-entropy",
+    "train",
+    "generate",
+    "swap",
+    "overhead",
+)
 COLUMNS = ("case", "peer", "peer_ms", "ours_ms", "speed", "target", "rate", "memory", "error")
 WORDS = {
     "en": {

@@ -72,7 +72,7 @@ def _error(plain: Tensor, golden: Tensor) -> float:
 class _OtherOrder(TorchDispatchMode):
     """Matrix products and sums in a random order, and softmax as in a fused backward.
 
-    That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ from those of the forward.
+    That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ.
     """
 
     def __init__(self, seed: int) -> None:

@@ -62,9 +62,11 @@ def test_contestants_keep_to_the_error_rule(name: str, case: Any) -> None:
             assert row["within_rule"], row
 
 
-@pytest.mark.parametrize("name", ["varlen", "decode", "train", "generate", "overhead", "cross-entropy"])
+@pytest.mark.parametrize(
+    "name", ["varlen", "decode", "train", "generate", "swap", "overhead", "cross-entropy"]
+)
 def test_the_command_stores_a_result(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if name in ("train", "generate"):
+    if name in ("train", "generate", "swap"):
         pytest.importorskip("transformers")
     case = MODULES[name].cases_for(CPU)[0].name
     options = ["--device", "cpu", "--quick", "--only", f"^{case.replace('+', '.')}$", "--out", str(tmp_path)]

@@ -18,6 +18,7 @@ def kernels() -> list[Kernel]:
     return compile_kernels()[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_nothing_spills(kernels: list[Kernel]) -> None:
     assert [kernel for kernel in kernels if kernel.spilled] == []
@@ -25,6 +26,7 @@ def test_nothing_spills(kernels: list[Kernel]) -> None:
     assert all(0 < kernel.registers <= 255 for kernel in kernels)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_matrix_products_of_hopper_are_wgmma_and_none_is_serialised(kernels: list[Kernel]) -> None:
     toolkit = build.find_toolkit()
@@ -37,6 +39,7 @@ def test_matrix_products_of_hopper_are_wgmma_and_none_is_serialised(kernels: lis
         assert not [line for line in kernel.warnings if "wgmma" in line], kernel
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_dispatch_states_how_many_kernels_there_are(kernels: list[Kernel]) -> None:
     text = (CSRC / "dispatch.h").read_text(encoding="utf-8")
