@@ -177,9 +177,8 @@ def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     for options in values.values():
         options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if (
-        yaml.safe_load(text) != values
-    ):  # it writes some line separators as they are, which are folded when read
+    # PyYAML writes some line separators as they are and folds them when it reads.
+    if yaml.safe_load(text) != values:
         text = yaml.safe_dump(values, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
