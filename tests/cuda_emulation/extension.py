@@ -56,6 +56,7 @@ def build(folder: Path) -> EmulatedExtension:
             "g++",
             "-shared",
             "-Wl,-z,lazy",
+            "-Wl,-Bsymbolic",  # a CUDA build of torch has loaded the real runtime, of the same names
             *map(str, objects),
             f"-L{libraries}",
             *(f"-l{name}" for name in names),
