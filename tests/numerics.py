@@ -84,10 +84,10 @@ class _OtherOrder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         aten = torch.ops.aten
-        if func in (aten.mm.default, aten.bmm.default):
-            a, b = args
+        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+            *added, a, b = args
             order = self._order(a.shape[-1], a.device)
-            return func(a.index_select(-1, order), b.index_select(-2, order))
+            return func(*added, a.index_select(-1, order), b.index_select(-2, order), **kwargs)
         if func is aten.sum.dim_IntList and args[1]:
             x, dims, *rest = args
             for dim in dims:
