@@ -63,7 +63,7 @@ def column_offsets(cols, step, VARIANT: tl.constexpr):
 
 @triton.jit
 def load_scores(x, mask, rows, cols, num_columns, shift, scale, VARIANT: tl.constexpr):
-    """scale * x of some columns in float32, -inf where masked or beyond the row."""
+    """scale * x of some columns in float32, -inf where masked, where x is -inf, or beyond the row."""
     pointers, step = x
     inside = rows[3][:, None] & (cols < num_columns)[None, :]
     if VARIANT.causal == 1:
@@ -77,7 +77,7 @@ def load_scores(x, mask, rows, cols, num_columns, shift, scale, VARIANT: tl.cons
     values = tl.load(pointers + column_offsets(cols, step, VARIANT), mask=inside, other=float("-inf")).to(
         tl.float32
     )
-    return tl.where(inside, values * scale, float("-inf"))
+    return tl.where(values != float("-inf"), values * scale, float("-inf"))
 
 
 @triton.jit
@@ -91,12 +91,14 @@ def store_columns(y, values, rows, cols, num_columns, VARIANT: tl.constexpr):
 
 @triton.jit
 def normalised(scores, row_max, row_sum, VARIANT: tl.constexpr):
-    """exp(scores - row_max) / row_sum or its logarithm; what is -inf stays so, or is 0."""
+    """exp(scores - row_max) / row_sum or its logarithm; what is -inf stays so, or is 0, even in a row with NaN."""
     if VARIANT.log:
         result = scores - row_max[:, None] - tl.log(row_sum)[:, None]
+        constant = float("-inf")
     else:
         result = tl.exp(scores - row_max[:, None]) / row_sum[:, None]
-    return result
+        constant = 0.0
+    return tl.where(scores == float("-inf"), constant, result)
 
 
 @triton.jit
@@ -137,6 +139,10 @@ def softmax_fwd_kernel(
     scores = load_scores(xs, masks, rows, cols, num_columns, shift, scale, VARIANT)
     row_max = finite_max(tl.max(scores, 1))
     row_sum = tl.sum(tl.exp(scores - row_max[:, None]), 1)
+    if (
+        not VARIANT.log
+    ):  # powers are made again from another maximum, so that only scores are held, and none is spilled
+        row_max = tl.where(row_sum == row_sum, row_max, float("nan"))
     result = normalised(scores, row_max, tl.where(row_sum == 0.0, 1.0, row_sum), VARIANT)
     store_columns(ys, result, rows, cols, num_columns, VARIANT)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn import reference_losses
 from fastattn.spec import SoftmaxCall
+from numerics import assert_within_rule, plain_in_any_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
@@ -48,3 +49,39 @@ def reference(x: Tensor, dout: Tensor, dim: int, **options: Any) -> tuple[Tensor
     leaf = x.detach().requires_grad_()
     out = reference_losses.softmax(leaf, dim, **options)
     return out, torch.autograd.grad(out, leaf, dout)[0]
+
+
+SCALES = (-1.0, 0.0, 1.0, 2.5, 1e-50)  # the last is 0 in float32
+
+
+def non_finite(columns: int, device: str = "cpu") -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(x, dout, options) of rows with -inf, inf and NaN, one of them under a mask, and of rows of nothing else."""
+    x = torch.randn(9, columns, device=device)
+    x[0, 0] = x[1, -1] = x[2, ::2] = x[3] = -torch.inf
+    x[4, 0], x[5], x[6, 1], x[7, 1] = torch.inf, torch.inf, torch.nan, -torch.inf
+    x[7, 2] = torch.nan
+    mask = torch.ones(9, columns, dtype=torch.bool, device=device)
+    mask[:, 3] = mask[8, ::2] = False
+    x[8, ::2] = torch.nan
+    return x, torch.randn(9, columns, device=device), {"mask": mask}
+
+
+def assert_hidden_as_in_the_reference(
+    x: Tensor, dout: Tensor, actual: tuple[Tensor, Tensor], **options: Any
+) -> None:
+    """NaN is where the reference has it, the rest within the rule; what is hidden is constant, without gradient."""
+    golden = reference(x.double(), dout.double(), -1, **options)
+    unknown = [result.isnan() for result in golden]
+
+    def known(results: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [result.masked_fill(hole, 0) for result, hole in zip(results, unknown)]
+
+    plain = plain_in_any_order(lambda: known(reference(x, dout, -1, **options)), known(golden))
+    for name, result, hole in zip(("out", "dx"), actual, unknown):
+        assert torch.equal(result.isnan(), hole), name
+    for name, *three in zip(("out", "dx"), known(actual), plain, known(golden)):
+        assert_within_rule(*three, name)
+    out, dx = actual
+    hidden = (x == -torch.inf) | ~options["mask"]
+    assert bool((out[hidden] == (-torch.inf if options.get("log") else 0.0)).all())
+    assert not dx[hidden].any()

@@ -3,8 +3,8 @@
 //   y = exp(scale * x - max) / sum(exp(scale * x - max))        log: scale * x - max - log(sum)
 //   dx = scale * y * (dy - sum(y * dy))                         log: scale * (dy - exp(y) * sum(dy))
 //
-// Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. A row that keeps nothing is 0, in
-// log -inf; where y is that constant, dx is 0.
+// Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. What is masked, and where x or
+// scale * x is -inf, y is the constant 0, in log -inf, even in a row with NaN; where y is that constant, dx is 0.
 #pragma once
 
 #include "rows.cuh"
@@ -122,12 +122,13 @@ struct ForwardRow {
     return mask != nullptr && bits != 0 ? bits & load_mask<kV>(mask, p.mask_column_stride, first, kept) : bits;
   }
 
-  // scale * x, -inf where it is not kept.
+  // scale * x, -inf where it is not kept or x is -inf, whatever the scale.
   FASTATTN_DEVICE void scores(const SoftmaxForward& p, const Packed<In, kV>& raw, uint32_t keep,
                               float (&out)[kV]) const {
 #pragma unroll
     for (int i = 0; i < kV; ++i) {
-      out[i] = (keep >> i & 1u) != 0 ? raw.value(i) * p.scale : negative_infinity();
+      const float value = (keep >> i & 1u) != 0 ? raw.value(i) : negative_infinity();
+      out[i] = value != negative_infinity() ? value * p.scale : value;
     }
   }
 };
@@ -168,6 +169,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
   }
   largest = finite_maximum(reduce_row<Maximum>(largest, mine, 0));
   float sum = 0.0f;
+  const float hidden = p.log ? 1.0f : -1.0f;  // no difference is above 0, no power below
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
@@ -175,18 +177,20 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
       const float difference = scores[i][j] - largest;
       const float power = exponential(difference);
       sum += power;
-      scores[i][j] = p.log ? difference : power;
+      const float shown = p.log ? difference : power;
+      scores[i][j] = scores[i][j] == negative_infinity() ? hidden : shown;
     }
   }
   sum = reduce_row<Sum>(sum, mine, 1);
   sum = sum == 0.0f ? 1.0f : sum;
   const float factor = p.log ? 1.0f : 1.0f / sum;
   const float offset = p.log ? logf(sum) : 0.0f;
+  const float constant = p.log ? negative_infinity() : 0.0f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      scores[i][j] = scores[i][j] * factor - offset;
+      scores[i][j] = scores[i][j] == hidden ? constant : scores[i][j] * factor - offset;
     }
     store_vector<kV>(row.y, row.first_of(mine.thread + i * mine.threads), row.columns, row.y_aligned, scores[i]);
   }
@@ -227,6 +231,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   sum = sum == 0.0f ? 1.0f : sum;
   const float factor = p.log ? 1.0f : 1.0f / sum;
   const float offset = p.log ? logf(sum) : 0.0f;
+  const float constant = p.log ? negative_infinity() : 0.0f;
   const int64_t steps = (vectors + mine.threads - 1) / mine.threads;
   for (int64_t step = steps - 1; step >= 0; --step) {
     const int64_t first = row.first_of(step * mine.threads + mine.thread);
@@ -234,7 +239,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
       const float difference = scores[j] - row_largest;
-      scores[j] = (p.log ? difference : exponential(difference)) * factor - offset;
+      const float result = (p.log ? difference : exponential(difference)) * factor - offset;
+      scores[j] = scores[j] == negative_infinity() ? constant : result;
     }
     store_vector<kV>(row.y, first, row.columns, row.y_aligned, scores);
   }

@@ -30,7 +30,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
         return out
     if call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == x.dtype:
         _whole(x, out, dim, call.log)
-        _constant_where_unseen(x, out, dim, call.log)
+        _constant_where_hidden(x, out, dim, call.log)
         return out
     mask = None if call.mask is None else call.mask.expand(x.shape)
     kernel = torch.ops.aten._log_softmax if call.log else torch.ops.aten._softmax
@@ -39,13 +39,17 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
         scores = _scratch(scratch, out[block], accumulation_dtype(x.dtype))
         scores.copy_(x[block])  # scaled after it is widened
         if call.scale != 1.0:
+            keeps_infinity = call.scale >= torch.finfo(scores.dtype).tiny  # below, -inf turns to NaN or inf
+            hidden = None if keeps_infinity else scores == -torch.inf
             scores.mul_(call.scale)
+            if hidden is not None:
+                scores.masked_fill_(hidden, -torch.inf)
         if mask is not None:
             scores.masked_fill_(~mask[block], -torch.inf)
         if call.causal:
             scores.masked_fill_(_above_diagonal(block, x), -torch.inf)
         _into(out[block], kernel, scores, dim, False)
-        _constant_where_unseen(scores, out[block], dim, call.log)
+        _constant_where_hidden(scores, out[block], dim, call.log)
     return out
 
 
@@ -61,9 +65,7 @@ def softmax_bwd(
         y, dy = out.permute(order), dout.permute(order)
         whole = torch.ops.aten._softmax_backward_data.out
         whole(dy, y, order.index(dim), dtype, grad_input=dx.permute(order))
-        if (
-            not dx.select(dim, 0).isnan().any()
-        ):  # NaN or inf that meets a constant 0 turns its whole row to NaN
+        if _finite(dx, dim):  # NaN or inf that meets a constant 0 turns its whole row to NaN
             return dx
     kernel = torch.ops.aten._log_softmax_backward_data if spec.log else torch.ops.aten._softmax_backward_data
     constant = -torch.inf if spec.log else 0.0
@@ -76,6 +78,8 @@ def softmax_bwd(
         _into(part, kernel, cotangent, rows, dim, out.dtype)
         if scale != 1.0:
             part.mul_(scale)
+        if not _finite(part, dim):
+            part.masked_fill_(rows == constant, 0.0)
     return dx
 
 
@@ -140,12 +144,15 @@ def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
     kernel(x.permute(order), order.index(dim), False, out=out.permute(order))
 
 
-def _constant_where_unseen(scores: Tensor, result: Tensor, dim: int, log: bool) -> None:
-    """Rows whose scores are all -inf come out of torch as NaN: they are the constant 0, -inf in log."""
-    suspects = result.select(dim, 0).isnan()
-    if suspects.any():
-        unseen = suspects & (scores.amax(dim) == -torch.inf)
-        result.masked_fill_(unseen.unsqueeze(dim), -torch.inf if log else 0.0)
+def _finite(tensor: Tensor, dim: int) -> bool:
+    """Whether the first entry of every row is finite: NaN and inf spread over the row that holds them."""
+    return bool(tensor.select(dim, 0).isfinite().all())
+
+
+def _constant_where_hidden(scores: Tensor, result: Tensor, dim: int, log: bool) -> None:
+    """In a row that keeps nothing, or NaN, torch gives NaN to all: what is hidden is the constant 0, -inf in log."""
+    if result.select(dim, 0).isnan().any():
+        result.masked_fill_(scores == -torch.inf, -torch.inf if log else 0.0)
 
 
 def _above_diagonal(block: Index, x: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ def softmax(
         dim: the dimension that sums to one.
         scale: factor on x.
         mask: bool, True = keep, broadcastable to x. What it hides is 0 (-inf in log), even if x is NaN there, and
-            neither sends nor receives a gradient. An entry of -inf counts as hidden.
+            neither sends nor receives a gradient. An entry of -inf is hidden too, whatever the scale; so is one whose
+            scaled score is -inf, as that of +inf under a negative scale. Any other score that is not finite makes
+            what its row keeps NaN.
         causal: keep entry (i, j) of the last two dims where j <= i + columns - rows (bottom right).
         log: return the natural logarithm.
         backend: "auto" or the name of one; a named backend that cannot run the call raises its reason.
@@ -180,14 +182,14 @@ def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
         return nothing
     dout, out = ctx.saved_tensors
     dim, scale, log = ctx.options
-    grad = grad.to(out.dtype) * scale
+    visible = out != (-torch.inf if log else 0.0)
+    grad = torch.where(visible, grad.to(out.dtype) * scale, 0)
+    dout = torch.where(visible, dout, 0)
     if not log:
         total = (grad * out).sum(dim, keepdim=True)
         of_dout = out * (grad - total)
         of_out = grad * (dout - (dout * out).sum(dim, keepdim=True)) - dout * total
         return (of_dout, of_out, *nothing[2:])
-    visible = out != -torch.inf
-    grad, dout = torch.where(visible, grad, 0), torch.where(visible, dout, 0)
     probs = torch.exp(out)
     weighted = grad * probs
     of_dout = torch.where(visible, grad - weighted.sum(dim, keepdim=True), 0)

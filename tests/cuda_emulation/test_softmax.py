@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation.extension import EmulatedExtension
-from softmax_cases import CASES, DTYPES, call_of, inputs, reference
+from softmax_cases import (
+    CASES,
+    DTYPES,
+    SCALES,
+    assert_hidden_as_in_the_reference,
+    call_of,
+    inputs,
+    non_finite,
+    reference,
+)
 from torch import Tensor
 
 from fastattn.backends import cuda_softmax as backend
@@ -127,6 +136,17 @@ def test_non_finite_rows_are_torchs(emulated_extension: EmulatedExtension, colum
     x[0, 1], x[1, 2], x[2] = float("nan"), torch.inf, -1000.0
     x[3, 3:] = -torch.inf
     torch.testing.assert_close(forward(x, -1), x.softmax(-1), equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("columns", [5, 900, 33000])
+@pytest.mark.parametrize("log", [False, True])
+def test_entries_that_are_not_finite(emulated_extension: EmulatedExtension, log: bool, columns: int) -> None:
+    """In a few threads, in many, and in rows that are read twice."""
+    emulated_extension.configure(arch=80)
+    x, dout, options = non_finite(columns)
+    for scale in SCALES:
+        options |= {"scale": scale, "log": log}
+        assert_hidden_as_in_the_reference(x, dout, both(x, dout, -1, **options), **options)
 
 
 def test_layouts(emulated_extension: EmulatedExtension) -> None:

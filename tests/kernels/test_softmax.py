@@ -10,7 +10,16 @@ import pytest
 import torch
 from attention_cases import DEVICE
 from compiler_process import answers_of
-from softmax_cases import CASES, DTYPES, call_of, inputs, reference
+from softmax_cases import (
+    CASES,
+    DTYPES,
+    SCALES,
+    assert_hidden_as_in_the_reference,
+    call_of,
+    inputs,
+    non_finite,
+    reference,
+)
 from torch import Tensor
 
 from fastattn.backends import triton_softmax as backend
@@ -97,6 +106,16 @@ def test_rows_without_entries_and_what_a_mask_hides(log: bool, tile: RowTile | N
     out, dx = clean
     assert bool((out[2] == (-torch.inf if log else 0)).all())
     assert not dx[2].any()
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+def test_entries_that_are_not_finite(scale: float, log: bool, tile: RowTile | None) -> None:
+    x, dout, options = non_finite(19, DEVICE)
+    options |= {"scale": scale, "log": log}
+    actual = forward_and_backward(x, dout, -1, tile, **options)
+    assert_hidden_as_in_the_reference(x, dout, actual, **options)
 
 
 def test_layouts() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from allocations import Allocations
+from softmax_cases import SCALES, assert_hidden_as_in_the_reference, non_finite
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -148,6 +149,68 @@ def test_what_a_mask_hides_never_matters(log: bool) -> None:
     )
     for a, b in zip(clean, poisoned):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_minus_infinity_is_hidden_before_scaling(dtype: torch.dtype) -> None:
+    x = torch.tensor([-math.inf, 0.0, 1.0], dtype=dtype)
+    expected = {-1.0: [0.0, 0.7310586, 0.2689414], 0.0: [0.0, 0.5, 0.5], 1.0: [0.0, 0.2689414, 0.7310586]}
+    for scale, values in expected.items():
+        torch.testing.assert_close(fastattn.softmax(x, scale=scale), torch.tensor(values).to(dtype))
+        logs = fastattn.softmax(x, scale=scale, log=True)
+        torch.testing.assert_close(logs, torch.tensor(values).log().to(dtype))
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("blocks", [1, 2**18])
+def test_entries_that_are_not_finite(
+    scale: float, log: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-inf is hidden, +inf under a negative scale too, and NaN spreads over the rest of its row, not what is hidden."""
+    monkeypatch.setitem(torch_softmax.BLOCK_ELEMENTS, "cpu", blocks)
+    x, dout, options = non_finite(7)
+    options |= {"scale": scale, "log": log}
+    assert_hidden_as_in_the_reference(x, dout, run(fastattn.softmax, x, dout, -1, **options), **options)
+    whole = {"mask": torch.ones_like(options["mask"]), "log": log, "scale": scale}
+    x, dout = x[:, [0, 1, 2, 4]][:8], dout[:8, :4]
+    actual = run(fastattn.softmax, x, dout, -1, scale=scale, log=log)
+    assert_hidden_as_in_the_reference(x, dout, actual, **{**whole, "mask": whole["mask"][:8, :4]})
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_infinite_gradients_do_not_reach_what_is_hidden(log: bool) -> None:
+    x, dout = torch.randn(3, 5), torch.randn(3, 5)
+    x[:, 2] = -math.inf
+    dout[0, 1], dout[1, 0], dout[2, 2] = math.inf, math.nan, math.nan
+    _, dx = run(fastattn.softmax, x, dout, -1, log=log)
+    assert not dx[:, 2].any()
+    assert not dx[2].isnan().any()
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.filterwarnings("ignore:fastattn materialises the masked scores")
+def test_derivatives_with_minus_infinity_under_a_negative_scale(log: bool) -> None:
+    """Second derivatives, forward mode, vmap and the compiled call: as of the row without the entry."""
+    kept = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def whole(kept: Tensor) -> Tensor:
+        x = torch.cat([kept[:, :1], torch.full_like(kept[:, :1], -math.inf), kept[:, 1:]], 1)
+        return fastattn.softmax(x, scale=-0.7, log=log)[:, [0, 2, 3]]
+
+    def without(kept: Tensor) -> Tensor:
+        return reference_losses.softmax(kept, scale=-0.7, log=log)
+
+    assert gradcheck(whole, kept)
+    assert gradgradcheck(whole, kept)
+    tangent = torch.randn_like(kept)
+    for transformed in (
+        lambda f: torch.func.jvp(f, (kept,), (tangent,)),
+        lambda f: torch.func.vmap(lambda row: f(row[None]))(kept),
+        lambda f: torch.func.hessian(lambda row: f(row[None]).square().sum())(kept[0]),
+        lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")(kept),
+    ):
+        torch.testing.assert_close(transformed(whole), transformed(without))
 
 
 def test_nan_in_a_row_stays_in_it() -> None:
