@@ -13,6 +13,15 @@ from fastattn import backends
 from fastattn.philox import draw_seed
 from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM, accumulation_dtype
 
+
+class OverlapError(ValueError, RuntimeError):
+    """An op would write one memory location twice, or one that it also reads: torch raises RuntimeError."""
+
+
+class OutOfRangeError(ValueError, IndexError):
+    """A class or an index that does not exist: torch raises IndexError."""
+
+
 INT32 = torch.iinfo(torch.int32)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -141,6 +150,7 @@ def undrawn_seed(seed: int | Tensor | None) -> int | Tensor:
 def check_seed(seed: int | Tensor | None) -> None:
     """An integer of 64 bits, one int64 element, or None."""
     if isinstance(seed, Tensor):
+        check_tensor("dropout_seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             got = f"{seed.dtype} of shape {shape_of(seed)}"
             raise TypeError(f"dropout_seed: got {got}, needs an int or one int64 element")
@@ -194,6 +204,8 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: got {type(tensor).__name__}, needs a torch.Tensor")
     if tensor.is_nested:
         raise TypeError(f"{name}: got a nested tensor, needs a dense one; pad it and pass key_lengths")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {tensor.layout}, needs a dense one")
 
 
 def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -230,6 +242,11 @@ def _readable(tensor: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
     )
+
+
+def values_are_known(tensor: Tensor) -> bool:
+    """Whether a tensor has its plain values, although a transform or a trace may be active."""
+    return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.compiler.is_compiling())
 
 
 def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> Tensor:

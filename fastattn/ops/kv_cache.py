@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, flops
+from fastattn.ops.overlap import overlap, overlaps_itself
 from fastattn.ops.registration import define, schema_of
 from fastattn.spec import (
     AttentionSpec,
@@ -47,11 +48,15 @@ def attention_kv_cache(
     Args:
         query: (B, H, Sq, D): one token while decoding, more while a prompt is read in chunks.
         k_cache, v_cache: (B, Hkv, S, D) and (B, Hkv, S, Dv), or pages (P, Hkv, page, D) and (P, Hkv, page, Dv) with a
-            block_table; any strides. New keys and values are written into them.
+            block_table; any strides. New keys and values are written into them: then no two elements of the caches
+            may share memory, nor may query, key and value share any with them. Views that interleave, as those of
+            one (B, Hkv, S, 2, D) buffer, are fine, and so is anything where nothing is appended.
         cache_lengths: (B,) int32, tokens in the cache before this call; left as it is.
         key, value: (B, Hkv, Sn, D) and (B, Hkv, Sn, Dv), written at cache_lengths. Sequence b then has
             cache_lengths[b] + Sn keys, its Sk.
-        block_table: (B, pages) int32; page i of sequence b is k_cache[block_table[b, i]].
+        block_table: (B, pages) int32; page i of sequence b is k_cache[block_table[b, i]]. Sequences may share pages,
+            but not one that is appended to: a CPU refuses it, on a GPU, where looking would cost a synchronisation,
+            the sequences' tokens mix.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2); rotate the first rotary_dim dimensions of the new keys to
             the positions they are written at, and of query i to position i + Sk - Sq.
         rotary_interleaved: rotate pairs (0, 1), (2, 3) ... rather than (0, rotary_dim / 2) ...
@@ -64,7 +69,8 @@ def attention_kv_cache(
         out (B, H, Sq, Dv) in the query's dtype and memory order, and lse if asked for. No gradients.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. Nothing is written then.
+        ValueError, TypeError: an argument does not fit; the message names it. Nothing is written then. Shared memory
+            raises an error that is both a ValueError and a RuntimeError.
         RuntimeError: the named backend cannot run the call, or a tensor requires grad.
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
@@ -109,6 +115,7 @@ def explain(
     )  # fmt: skip
     arguments.check_backend(backend)
     call = KVCacheCall(*args)
+    _check_memory(call)
     _check_values(call)
     return backends.explanation(_spec(call), backend, "kv_cache")
 
@@ -215,6 +222,29 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None
         raise ValueError(f"rotary_sin: got shape {got}, needs that of rotary_cos, {needs}")
 
 
+def _check_memory(call: KVCacheCall) -> None:
+    """What is written must be written once, and read nowhere else. Looks at addresses and strides only."""
+    if call.key is None or call.value is None or not call.key.numel() + call.value.numel():
+        return
+    caches = (("k_cache", call.k_cache), ("v_cache", call.v_cache))
+    for name, cache in caches:
+        if overlaps_itself(cache):
+            got = f"shape {arguments.shape_of(cache)} with strides {cache.stride()}"
+            raise arguments.OverlapError(
+                f"{name}: got {got}, where elements share memory, needs a place for each to append; clone() it"
+            )
+    if overlap(call.k_cache, call.v_cache):
+        raise arguments.OverlapError(
+            "v_cache: got memory of k_cache, needs its own to append to; clone() one of them"
+        )
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        for written, cache in caches:
+            if overlap(tensor, cache):
+                raise arguments.OverlapError(
+                    f"{name}: got memory of {written}, which is written to, needs its own; clone() it"
+                )
+
+
 def _check_values(call: KVCacheCall) -> None:
     """What only real data shows, and a CPU shows without a synchronisation; before anything is written."""
     if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
@@ -242,6 +272,21 @@ def _check_values(call: KVCacheCall) -> None:
                 raise ValueError(
                     f"block_table: got values from {lowest} to {highest}, needs 0 to {pages - 1}"
                 )
+        if call.new_keys:
+            _check_pages_written(call, blocks, used)
+
+
+def _check_pages_written(call: KVCacheCall, blocks: Tensor, used: Tensor) -> None:
+    """A page that is appended to may have one place in the tables: another would read or write what is new there."""
+    assert call.block_table is not None
+    first_written = call.cache_lengths[:, None] // call.k_cache.shape[2]
+    written = call.block_table[used & (torch.arange(used.shape[1]) >= first_written)]
+    shared = torch.bincount(blocks, minlength=1)[written] > 1
+    if shared.any():
+        page = int(written[shared][0])
+        raise arguments.OverlapError(
+            f"block_table: got page {page} in several places, needs it in one: new keys are appended to it"
+        )
 
 
 def _spec(call: KVCacheCall) -> AttentionSpec:
@@ -251,6 +296,7 @@ def _spec(call: KVCacheCall) -> AttentionSpec:
 def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     query, *call_args, backend = args
     call = KVCacheCall(with_unit_last_stride(query), *call_args)
+    _check_memory(call)
     _check_values(call)
     spec = _spec(call)
     return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)

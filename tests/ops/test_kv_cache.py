@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from kv_caches import Cache, expected, rotary_tables
+from torch import Tensor
 from torch.library import opcheck
 
 import fastattn
@@ -198,6 +199,126 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(change: str) -> Non
             **{"query": QUERY, **C.call("dense"), "key": KEY, "value": VALUE, **wrong}
         )
     torch.testing.assert_close(C.k, before, rtol=0, atol=0, equal_nan=True)
+
+
+def storage_of(tensor: Tensor) -> Tensor:
+    """All memory that a tensor may touch, by value."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).clone()
+
+
+def packed(*, dim: int) -> tuple[Tensor, Tensor]:
+    """Both caches of one buffer, stacked or interleaved along `dim`."""
+    shape = [BATCH, KV_HEADS, CAPACITY, DIM]
+    shape.insert(dim, 2)
+    k_cache, v_cache = torch.zeros(shape).unbind(dim)
+    return k_cache, v_cache
+
+
+def shared_caches(kind: str) -> dict[str, Tensor]:
+    """Arguments of a call in which something that is written shares memory with something else."""
+    k, v = (torch.randn(BATCH, KV_HEADS, CAPACITY, DIM) for _ in range(2))
+    long = torch.randn(BATCH * KV_HEADS * 2 * CAPACITY * DIM)
+    wide = torch.randn(BATCH, KV_HEADS, CAPACITY + 1, DIM)
+    shared: dict[str, dict[str, Tensor]] = {
+        "k_cache over sequences": {"k_cache": k[:1].expand_as(k)},
+        "v_cache over sequences": {"v_cache": v[:1].expand_as(v)},
+        "k_cache over heads": {"k_cache": k[:, :1].expand_as(k)},
+        "k_cache over tokens": {"k_cache": k[:, :, :1].expand_as(k)},
+        "v_cache over dims": {"v_cache": v[..., :1].expand_as(v)},
+        "k_cache in windows": {"k_cache": long.as_strided(k.shape, (5 * DIM, CAPACITY * 5 * DIM, DIM, 1))},
+        "v_cache rows that overlap": {"v_cache": long.as_strided(k.shape, (*k.stride()[:2], DIM - 1, 1))},
+        "v_cache is k_cache": {"v_cache": k},
+        "v_cache a view of k_cache": {"v_cache": k.transpose(1, 2).transpose(1, 2)},
+        "v_cache one token on": {"k_cache": wide[:, :, :-1], "v_cache": wide[:, :, 1:]},
+        "v_cache of the same array": {
+            "k_cache": torch.from_numpy(array := k.numpy()), "v_cache": torch.from_numpy(array[:])
+        },
+        "query in k_cache": {"query": k.flatten()[: QUERY.numel()].view(QUERY.shape)},
+        "key in k_cache": {"key": k[:, :, :2]},
+        "key in v_cache": {"key": v[:, :, 4:6]},
+        "value in k_cache": {"value": k[:, :, 4:6]},
+        "value in v_cache": {"value": v[:, :, -2:]},
+    }  # fmt: skip
+    return {"k_cache": k, "v_cache": v, **shared[kind]}
+
+
+SHARED = (
+    "k_cache over sequences", "v_cache over sequences", "k_cache over heads", "k_cache over tokens",
+    "v_cache over dims", "k_cache in windows", "v_cache rows that overlap", "v_cache is k_cache",
+    "v_cache a view of k_cache", "v_cache one token on", "v_cache of the same array", "query in k_cache",
+    "key in k_cache", "key in v_cache", "value in k_cache", "value in v_cache",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("kind", SHARED)
+def test_memory_that_would_be_written_twice_or_read_is_refused(kind: str, error: type[Exception]) -> None:
+    arguments = {"query": QUERY, "key": KEY, "value": VALUE, **shared_caches(kind)}
+    lengths = torch.tensor([5, 0, 31], dtype=torch.int32)
+    before = [storage_of(t) for t in arguments.values()]
+    with pytest.raises(error, match=rf"^{kind.split()[0]}: got .*memory.* needs "):
+        fastattn.attention_kv_cache(**arguments, cache_lengths=lengths)
+    for old, tensor in zip(before, arguments.values()):
+        assert torch.equal(old, storage_of(tensor))
+    if "cache" in kind.split()[0]:  # without new keys nothing is written
+        del arguments["key"], arguments["value"]
+        fastattn.attention_kv_cache(**arguments, cache_lengths=lengths)
+
+
+@pytest.mark.parametrize("dim", range(5))
+def test_caches_of_one_buffer_are_written_where_they_do_not_share_elements(dim: int) -> None:
+    """Stacked (2, ...), interleaved by head, token or element: as two buffers."""
+    lengths = torch.tensor([5, 0, 31], dtype=torch.int32)
+    query, key, value = (torch.randn(t.shape) for t in (QUERY, KEY, VALUE))
+    results = []
+    for k_cache, v_cache in (packed(dim=dim), (t.contiguous() for t in packed(dim=0))):
+        out = fastattn.attention_kv_cache(query, k_cache, v_cache, lengths, key=key, value=value)
+        results.append((out, k_cache, v_cache))
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+def test_queries_keys_and_values_of_one_projection_are_no_conflict() -> None:
+    qkv = torch.randn(BATCH, 2, HEADS + 2 * KV_HEADS, DIM).transpose(1, 2)
+    query, key, value = qkv.split([HEADS, KV_HEADS, KV_HEADS], 1)
+    fastattn.attention_kv_cache(query, **Cache([5, 0, 31]).call("dense"), key=key, value=value)
+
+
+def test_compiled_code_refuses_shared_memory_too() -> None:
+    step = torch.compile(
+        lambda k, v: fastattn.attention_kv_cache(QUERY, k, v, C.lengths, key=KEY, value=VALUE),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    k_cache = torch.zeros(1, KV_HEADS, CAPACITY, DIM)
+    before = k_cache.clone()
+    with pytest.raises(RuntimeError):
+        step(k_cache.expand(BATCH, -1, -1, -1), torch.zeros(BATCH, KV_HEADS, CAPACITY, DIM))
+    assert torch.equal(k_cache, before)
+
+
+@pytest.mark.parametrize("other", ["appended to", "full"])
+def test_a_page_that_is_appended_to_belongs_to_one_sequence(other: str) -> None:
+    """Shared pages are read; one that a sequence appends to must not be another's, in part or whole."""
+    cache = Cache([5, 3 if other == "appended to" else 20, 31])
+    arguments = cache.call("paged")
+    arguments["block_table"][1, 0] = arguments["block_table"][0, 0]
+    before = [t.clone() for t in cache.paged]
+    with pytest.raises(ValueError, match=r"^block_table: got page \d+ in several places, needs it in one"):
+        fastattn.attention_kv_cache(QUERY, **arguments, key=KEY, value=VALUE)
+    for old, now in zip(before, cache.paged):
+        torch.testing.assert_close(old, now, rtol=0, atol=0, equal_nan=True)
+    fastattn.attention_kv_cache(QUERY, **arguments)
+
+
+def test_sequences_may_share_pages_that_are_full() -> None:
+    cache = Cache([9, 20, 31])
+    arguments = cache.call("paged")
+    arguments["block_table"][1:, 0] = arguments["block_table"][0, 0]
+    arguments["block_table"][:2, -1] = arguments["block_table"][2, 0]  # beyond their ends nothing is used
+    golden = expected(cache, "paged", QUERY, KEY, VALUE, torch.float64)
+    out = fastattn.attention_kv_cache(QUERY, **arguments, key=KEY, value=VALUE)
+    torch.testing.assert_close(out.double(), golden[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_block_table_that_points_nowhere_is_refused() -> None:
