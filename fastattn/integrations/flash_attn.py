@@ -291,9 +291,13 @@ def unpad_input(
         the tokens (T, ...), their indices (T,) in the flattened batch, cu_seqlens (B + 1,) int32, the longest length,
         and the lengths (B,) int32 by attention_mask.
     """
+    arguments.check_tensor("hidden_states", hidden_states)
     shape = arguments.shape_of(hidden_states)[:2]
     for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
-        if mask is not None and arguments.shape_of(mask) != shape:
+        if mask is None:
+            continue
+        arguments.check_tensor(name, mask)
+        if arguments.shape_of(mask) != shape:
             raise ValueError(f"{name}: got shape {arguments.shape_of(mask)}, needs {shape}")
     used = attention_mask != 0
     kept = used if unused_mask is None else used | (unused_mask != 0)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops import arguments
+
 
 class MaskError(ValueError, RuntimeError):
     """A mask that does not fit; torch raises RuntimeError here."""
@@ -34,6 +36,8 @@ def check_inputs(
     query: Tensor, key: Tensor, value: Tensor, *, widths: tuple[int, int, int], batch_first: bool
 ) -> bool:
     """Whether the input is batched; raises ShapeError for what does not fit together."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        arguments.check_tensor(name, tensor)
     if query.dim() not in (2, 3):
         raise ShapeError(f"query: got {query.dim()} dimensions, needs 3, or 2 for unbatched input")
     batched = query.dim() == 3
@@ -94,6 +98,7 @@ def merge_masks(
 
 
 def _check_kind(name: str, mask: Tensor) -> None:
+    arguments.check_tensor(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ShapeError(f"{name}: got {mask.dtype}, needs bool (True = do not attend) or a float dtype")
 
