@@ -159,11 +159,16 @@ def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.dev
         function: Any = fastattn.linear_cross_entropy if linear else fastattn.cross_entropy
         truth: Any = reference_losses.linear_cross_entropy if linear else reference_losses.cross_entropy
 
+        extras: dict[str, Any] = {}
+        if draw.random() < 0.5:
+            weight = torch.rand(classes, generator=generator, device=device)
+            extras = {"class_weight": weight, "z_loss": draw.choice([0.0, 1e-3])}
+
         def ours(*inputs: Tensor) -> Any:
-            return function(*inputs, target, label_smoothing=smoothing, reduction="sum")
+            return function(*inputs, target, label_smoothing=smoothing, reduction="sum", **extras)
 
         def oracle(*inputs: Tensor) -> Any:
-            return truth(*inputs, target, label_smoothing=smoothing).sum()
+            return truth(*inputs, target, label_smoothing=smoothing, **extras).sum()
 
         if not linear:
             tensors = {"logits": _normal((rows, classes), dtype, generator, device)}
@@ -172,7 +177,8 @@ def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.dev
                 "hidden": _normal((rows, 48), dtype, generator, device),
                 "weight": _normal((classes, 48), dtype, generator, device) * 48**-0.5,
             }
-        return OpCall(tensors, ours, oracle, f"{rows}x{classes} {dtype} smoothing {smoothing}")
+        kind = f"smoothing {smoothing}" + (f", class weights, z-loss {extras['z_loss']}" if extras else "")
+        return OpCall(tensors, ours, oracle, f"{rows}x{classes} {dtype} {kind}")
 
     return make
 

@@ -50,10 +50,12 @@ at::Tensor softmax_backward(const at::Tensor& dout, const at::Tensor& out, int64
                             at::ScalarType dtype);
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logits, const at::Tensor& target,
-                                                         int64_t ignore_index, double label_smoothing);
+                                                         int64_t ignore_index, double label_smoothing,
+                                                         const std::optional<at::Tensor>& class_weight, double z_loss);
 
 at::Tensor cross_entropy_backward(const at::Tensor& dlosses, const at::Tensor& norms, const at::Tensor& logits,
                                   const at::Tensor& target, int64_t ignore_index, double label_smoothing,
+                                  const std::optional<at::Tensor>& class_weight, double z_loss,
                                   const std::optional<at::Tensor>& out);
 
 // (elements, lanes, warps, blocks) of a row: see RowPlan.

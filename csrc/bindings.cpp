@@ -41,8 +41,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("backward") = false, py::arg("clusters") = false);
 
   m.def("cross_entropy_forward", &fastattn::cross_entropy_forward, release_gil(), py::arg("logits"), py::arg("target"),
-        py::arg("ignore_index") = -100, py::arg("label_smoothing") = 0.0);
+        py::arg("ignore_index") = -100, py::arg("label_smoothing") = 0.0, py::arg("class_weight") = py::none(),
+        py::arg("z_loss") = 0.0);
   m.def("cross_entropy_backward", &fastattn::cross_entropy_backward, release_gil(), py::arg("dlosses"),
         py::arg("norms"), py::arg("logits"), py::arg("target"), py::arg("ignore_index") = -100,
-        py::arg("label_smoothing") = 0.0, py::arg("out") = py::none());
+        py::arg("label_smoothing") = 0.0, py::arg("class_weight") = py::none(), py::arg("z_loss") = 0.0,
+        py::arg("out") = py::none());
 }

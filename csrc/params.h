@@ -65,6 +65,9 @@ struct CrossEntropyForward {
   int64_t row_stride;
   int64_t ignore_index;
   float smoothing;
+  const float* class_weight;  // (classes,); may be null
+  const float* weight_mean;   // of class_weight, one element; null with it
+  float z_loss;
 };
 
 struct CrossEntropyBackward {
@@ -79,6 +82,9 @@ struct CrossEntropyBackward {
   int64_t dlogits_row_stride;
   int64_t ignore_index;
   float smoothing;
+  const float* class_weight;  // (classes,); may be null
+  const float* weight_mean;   // of class_weight, one element; null with it
+  float z_loss;
 };
 
 }  // namespace fastattn

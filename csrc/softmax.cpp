@@ -142,10 +142,27 @@ void check_logits(const at::Tensor& logits, const at::Tensor& target) {
   TORCH_CHECK_VALUE(target.is_contiguous(), "target: needs to be contiguous");
 }
 
+// Gives a launch its class weights, if there are any; returns their mean, which the kernel reads.
+template <class Params>
+at::Tensor set_class_weight(Params& params, const std::optional<at::Tensor>& class_weight, const at::Tensor& logits) {
+  if (!class_weight.has_value()) {
+    return {};
+  }
+  check_dtype("class_weight", *class_weight, at::kFloat);
+  check_same_device("class_weight", *class_weight, logits);
+  check_shape("class_weight", *class_weight, {logits.size(1)});
+  TORCH_CHECK_VALUE(class_weight->is_contiguous(), "class_weight: needs to be contiguous");
+  at::Tensor mean = class_weight->mean();
+  params.class_weight = class_weight->const_data_ptr<float>();
+  params.weight_mean = mean.const_data_ptr<float>();
+  return mean;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logits, const at::Tensor& target,
-                                                         int64_t ignore_index, double label_smoothing) {
+                                                         int64_t ignore_index, double label_smoothing,
+                                                         const std::optional<at::Tensor>& class_weight, double z_loss) {
   check_logits(logits, target);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto options = logits.options().dtype(at::kFloat);
@@ -161,6 +178,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logit
   params.row_stride = logits.stride(0);
   params.ignore_index = ignore_index;
   params.smoothing = static_cast<float>(label_smoothing);
+  const at::Tensor weight_mean = set_class_weight(params, class_weight, logits);
+  params.z_loss = static_cast<float>(z_loss);
   check_launch("cross_entropy_forward", dispatch_dtype("logits", logits.scalar_type(), [&](auto tag) {
                  return launch_cross_entropy_forward<typename decltype(tag)::type>(params, current_stream());
                }));
@@ -169,6 +188,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logit
 
 at::Tensor cross_entropy_backward(const at::Tensor& dlosses, const at::Tensor& norms, const at::Tensor& logits,
                                   const at::Tensor& target, int64_t ignore_index, double label_smoothing,
+                                  const std::optional<at::Tensor>& class_weight, double z_loss,
                                   const std::optional<at::Tensor>& out) {
   check_logits(logits, target);
   const int64_t rows = logits.size(0);
@@ -197,6 +217,8 @@ at::Tensor cross_entropy_backward(const at::Tensor& dlosses, const at::Tensor& n
   params.dlogits_row_stride = dlogits.stride(0);
   params.ignore_index = ignore_index;
   params.smoothing = static_cast<float>(label_smoothing);
+  const at::Tensor weight_mean = set_class_weight(params, class_weight, logits);
+  params.z_loss = static_cast<float>(z_loss);
   check_launch("cross_entropy_backward", dispatch_dtype("logits", logits.scalar_type(), [&](auto tag) {
                  return launch_cross_entropy_backward<typename decltype(tag)::type>(params, current_stream());
                }));

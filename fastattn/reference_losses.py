@@ -17,9 +17,12 @@ def softmax(
     causal: bool = False,
     log: bool = False,
 ) -> Tensor:
-    """exp(scale * x) over its sum along `dim`, in the dtype of x; what a mask hides is the constant 0 (-inf in log)."""
+    """exp(scale * x) over its sum along `dim`, in the dtype of x; what a mask hides is the constant 0 (-inf in log).
+
+    An entry of -inf is hidden whatever the scale, and so is one that is -inf after scaling.
+    """
     scores = x * scale
-    visible = scores != NOTHING
+    visible = (x != NOTHING) & (scores != NOTHING)
     if mask is not None:
         visible = visible & mask
     if causal:
@@ -37,15 +40,33 @@ def causal_mask(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """logsumexp(z) - (1 - s) * z[target] - s * mean(z) of each row z of (N, V) logits; 0 where ignored."""
+    """The loss of each row z of (N, V) logits, lse = logsumexp(z); 0 where ignored.
+
+    (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)) + z_loss * lse**2, where w = 1 by default.
+    """
     kept = target != ignore_index
     logits = torch.where(kept[:, None], logits, 0)
-    chosen = logits.gather(1, torch.where(kept, target, 0)[:, None])[:, 0]
-    loss = logits.logsumexp(1) - (1 - label_smoothing) * chosen
-    if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(1)
+    target = torch.where(kept, target, 0)
+    lse = logits.logsumexp(1)
+    chosen = logits.gather(1, target[:, None])[:, 0]
+    if class_weight is None:
+        loss = lse - (1 - label_smoothing) * chosen
+        if label_smoothing:
+            loss = loss - label_smoothing * logits.mean(1)
+    else:
+        class_weight = class_weight.to(logits.dtype)
+        loss = (1 - label_smoothing) * class_weight[target] * (lse - chosen)
+        if label_smoothing:
+            loss = loss + label_smoothing * (class_weight * (lse[:, None] - logits)).mean(1)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
     return torch.where(kept, loss, 0)
 
 
@@ -57,6 +78,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), all logits materialised."""
     logits = torch.nn.functional.linear(
@@ -64,4 +87,4 @@ def linear_cross_entropy(
     )
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    return cross_entropy(logits, target, ignore_index, label_smoothing)
+    return cross_entropy(logits, target, ignore_index, label_smoothing, class_weight, z_loss)

@@ -263,6 +263,12 @@ class CrossEntropyCall:
     target: Tensor  # (N,) int64
     ignore_index: int  # rows with this target have loss 0
     label_smoothing: float
+    class_weight: Tensor | None = None  # (V,) in the accumulation dtype, contiguous
+    z_loss: float = 0.0  # factor on lse**2
+
+    def weight_mean(self) -> Tensor | None:
+        """The mean of the class weights, where label smoothing needs it: one element."""
+        return self.class_weight.mean() if self.class_weight is not None and self.label_smoothing else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +282,8 @@ class LinearCrossEntropyCall:
     ignore_index: int
     label_smoothing: float
     softcap: float  # 0 = none
+    class_weight: Tensor | None = None  # (V,) in the accumulation dtype, contiguous
+    z_loss: float = 0.0  # factor on lse**2
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,13 +40,17 @@ def _arguments(call: CrossEntropyCall, *matrices: Tensor) -> dict[str, Any]:
     return {
         "logits": logits,
         "target": call.target,
+        "class_weight": call.class_weight,
+        "weight_mean": call.weight_mean(),
         "stride_logits": logits.stride(0) // unit,
         "num_classes": logits.shape[1] // column_unit,
         "ignore_index": call.ignore_index,
         "smoothing": call.label_smoothing,
+        "z_loss": call.z_loss,
         "UNIT": unit,
         "COLUMN_UNIT": column_unit,
         "SMOOTHED": call.label_smoothing != 0.0,
+        "Z_LOSS": call.z_loss != 0.0,
     }
 
 

@@ -4,6 +4,12 @@
 //   loss = log(sum(exp(z - max))) + (1 - s) * (max - z[target]) + s * (max - mean(z))
 //   dz = dloss * (exp(z - max - log(sum)) - (1 - s) * [target] - s / classes)
 //
+// With class weights w, and lse = max + log(sum):
+//
+//   loss = (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)) + z_loss * lse^2
+//   dz = dloss * (exp(z - lse) * ((1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse)
+//                 - (1 - s) * w[target] * [target] - s * w / classes)
+//
 // An ignored row has loss 0, no gradient, and is not read; a target that is no class gives NaN.
 #pragma once
 
@@ -27,6 +33,13 @@ FASTATTN_HOST_DEVICE int64_t loss_parts(int64_t classes) {
 FASTATTN_DEVICE bool is_class(int64_t target, int64_t classes) { return target >= 0 && target < classes; }
 
 FASTATTN_DEVICE float not_a_number() { return negative_infinity() - negative_infinity(); }
+
+// (1 - s) * w[target]
+template <class Params>
+FASTATTN_DEVICE float target_weight(const Params& p, int64_t target) {
+  const float weight = p.class_weight != nullptr && is_class(target, p.classes) ? p.class_weight[target] : 1.0f;
+  return (1.0f - p.smoothing) * weight;
+}
 
 // The loss of one row, read in steps by its threads.
 template <class T>
@@ -62,7 +75,9 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
     if (p.smoothing != 0.0f) {
 #pragma unroll
       for (int j = 0; j < kV; ++j) {
-        plain_sum += first + j >= 0 && first + j < p.classes ? raw.value(j) : 0.0f;
+        if (first + j >= 0 && first + j < p.classes) {
+          plain_sum += p.class_weight == nullptr ? raw.value(j) : raw.value(j) * p.class_weight[first + j];
+        }
       }
     }
     largest = new_largest;
@@ -79,8 +94,16 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   if (kept) {
     const float chosen = is_class(target, p.classes) ? to_float(z[target]) : not_a_number();
     const float mean = plain_sum / static_cast<float>(p.classes);
-    loss = log_sum + (1.0f - p.smoothing) * (row_largest - chosen);
-    loss += p.smoothing != 0.0f ? p.smoothing * (row_largest - mean) : 0.0f;
+    if (p.class_weight == nullptr) {
+      loss = log_sum + (1.0f - p.smoothing) * (row_largest - chosen);
+      loss += p.smoothing != 0.0f ? p.smoothing * (row_largest - mean) : 0.0f;
+    } else {
+      const float weight_mean = *p.weight_mean;
+      loss = target_weight(p, target) * (log_sum + (row_largest - chosen));
+      loss += p.smoothing != 0.0f ? p.smoothing * (weight_mean * log_sum + (weight_mean * row_largest - mean)) : 0.0f;
+    }
+    const float lse = row_largest + log_sum;
+    loss += p.z_loss != 0.0f ? p.z_loss * lse * lse : 0.0f;
   }
   p.losses[mine.row] = loss;
   p.norms[2 * mine.row] = row_largest;
@@ -105,6 +128,9 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
   const float log_sum = p.norms[2 * row + 1];
   const float dloss = kept && !is_class(target, p.classes) ? not_a_number() : p.dlosses[row];
   const float everywhere = p.smoothing / static_cast<float>(p.classes);
+  const float own = target_weight(p, target);
+  float factor = p.class_weight == nullptr ? 1.0f : own + p.smoothing * *p.weight_mean;
+  factor += p.z_loss != 0.0f ? 2.0f * p.z_loss * (reference + log_sum) : 0.0f;
   const int64_t vector = block % parts * (kLossThreads * kLossVectors) + thread_index();
   Packed<T, kV> raw[kLossVectors];
 #pragma unroll
@@ -118,8 +144,12 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
     float gradient[kV];
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      const float probability = exponential(raw[i].value(j) - reference - log_sum) - everywhere;
-      const float wanted = first + j == target ? 1.0f - p.smoothing : 0.0f;
+      float spread = everywhere;
+      if (p.class_weight != nullptr && everywhere != 0.0f) {
+        spread *= first + j >= 0 && first + j < p.classes ? p.class_weight[first + j] : 0.0f;
+      }
+      const float probability = exponential(raw[i].value(j) - reference - log_sum) * factor - spread;
+      const float wanted = first + j == target ? own : 0.0f;
       gradient[j] = kept ? dloss * (probability - wanted) : 0.0f;
     }
     store_vector<kV>(dz, first, p.classes, dz_aligned, gradient);

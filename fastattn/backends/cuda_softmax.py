@@ -47,19 +47,20 @@ def softmax_bwd(
 def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
     """(losses, norms), float32: (N,), 0 where ignored, and the parts of lse, (N, 2)."""
     losses, norms = extension.module().cross_entropy_forward(
-        with_unit_last_stride(call.logits), call.target.contiguous(), call.ignore_index, call.label_smoothing
-    )
+        with_unit_last_stride(call.logits), call.target.contiguous(), call.ignore_index, call.label_smoothing,
+        call.class_weight, call.z_loss,
+    )  # fmt: skip
     return losses, norms
 
 
 def cross_entropy_bwd(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """dloss * (exp(z - lse) - (1 - s) * [target] - s / V) of each row, written to `out` if given: that may be z."""
+    """The gradient of the logits, as `torch_cross_entropy` states it, written to `out` if given: that may be z."""
     logits = with_unit_last_stride(call.logits)
     dlogits: Tensor = extension.module().cross_entropy_backward(
         dlosses.float().contiguous(), norms.contiguous(), logits, call.target.contiguous(),
-        call.ignore_index, call.label_smoothing, out,
+        call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss, out,
     )  # fmt: skip
     return dlogits
 

@@ -130,7 +130,9 @@ def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
     logits = hidden @ call.weight.mT if call.bias is None else torch.addmm(call.bias, hidden, call.weight.mT)
     if call.softcap:
         logits.div_(call.softcap).tanh_().mul_(call.softcap)
-    return CrossEntropyCall(logits, call.target[rows], call.ignore_index, call.label_smoothing)
+    return CrossEntropyCall(
+        logits, call.target[rows], call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss
+    )
 
 
 def _hidden(call: LinearCrossEntropyCall, rows: slice) -> Tensor:

@@ -38,7 +38,7 @@ def cross_entropy_bwd(
     out: Tensor | None = None,
     tile: RowTile | None = None,
 ) -> Tensor:
-    """dloss * (exp(z - lse) - (1 - s) * [target] - s / V) of each row, written to `out` if given: that may be z."""
+    """The gradient of the logits, as `torch_cross_entropy` states it, written to `out` if given: that may be z."""
     from fastattn.kernels.cross_entropy_launches import backward_launch
     from fastattn.kernels.row_tiles import loss_tile_for
 

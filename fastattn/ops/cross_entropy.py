@@ -1,20 +1,15 @@
-"""`cross_entropy` and `linear_cross_entropy`: the public calls, and their registration as torch ops."""
+"""`cross_entropy` and `linear_cross_entropy`: the public calls."""
 
 from __future__ import annotations
-
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite, flops
-from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
-from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
+from fastattn.ops import arguments, composite
+from fastattn.ops.cross_entropy_registration import MATERIALISED, check_values, composed, linear_composed
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
-_MATERIALISED = "all logits and their probabilities"
 
 
 def cross_entropy(
@@ -24,8 +19,13 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """logsumexp(z) - (1 - s) * z[target] - s * mean(z) for the logits z of each token and label smoothing s.
+
+    With class weights w, lse = logsumexp(z): (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)), as
+    torch's `weight`. z_loss adds z_loss * lse**2 to that, whatever the class.
 
     Args:
         logits: (V,), (N, V) or (N, V, ...), as torch's: float16, bfloat16, float32 or float64. Sums are kept in
@@ -33,14 +33,22 @@ def cross_entropy(
         target: class indices, integers of shape (), (N,) or (N, ...); each in [0, V) or `ignore_index`.
         ignore_index: tokens with this target have loss 0 and no gradient, even where their logits are NaN.
         label_smoothing: share of the target's weight spread over all classes, in [0, 1].
-        reduction: "none", "sum", or "mean" over the tokens that are not ignored: NaN if all are, as torch's.
+        reduction: "none" for the loss of each token, "sum", or "mean" over the tokens that are not ignored: NaN if all
+            are, as torch's. Under class weights that mean is torch's weighted one, the sum over that of w[target]; the
+            mean of z_loss * lse**2, which is added to it, remains one over the tokens that are not ignored.
+        class_weight: (V,), any float dtype, without gradient: a factor on the cross-entropy of tokens of each class.
+        z_loss: 0 or more; small values (1e-4) keep lse near 0, which keeps logits from drifting.
 
     Returns:
         A scalar, or target's shape under "none"; in the dtype of logits, float32 under autocast.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. On a GPU, where looking would cost a
-            synchronisation, a token whose target is no class has loss NaN.
+        ValueError, TypeError: an argument does not fit; the message names it. A target that is no class raises an error
+            that is also an IndexError, as torch's is. On a GPU, where looking would cost a synchronisation, such a
+            token has loss NaN instead, and so has the mean or sum.
+        RuntimeError: class_weight requires grad.
+
+    Source: z_loss is that of Chowdhery et al., "PaLM" (2022).
     """
     arguments.check_tensor("logits", logits)
     arguments.check_floating("logits", logits)
@@ -48,22 +56,28 @@ def cross_entropy(
         raise ValueError("logits: got shape (), needs (V,), (N, V) or (N, V, ...)")
     classes_dim = 0 if logits.dim() == 1 else 1
     shape = (*logits.shape[:classes_dim], *logits.shape[classes_dim + 1 :])
-    target = _targets(target, shape, logits, "logits")
+    given, target = target, _targets(target, shape, logits, "logits")
     ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
+    z_loss = _z_loss(z_loss)
     num_classes = logits.shape[classes_dim]
     if num_classes == 0:
         raise ValueError(f"logits: got shape {arguments.shape_of(logits)}, needs at least one class")
+    weight = _class_weight(class_weight, num_classes, logits, "logits")
     result_dtype = _loss_dtype(logits)
-    rows = logits.movedim(classes_dim, -1).reshape(-1, num_classes)
-    call = (rows, target.reshape(-1), ignore_index, label_smoothing)
+    rows, flat = logits.movedim(classes_dim, -1).reshape(-1, num_classes), target.reshape(-1)
+    divisor = None
+    if reduction == "mean":
+        weight, divisor = _mean_of(weight, z_loss, flat, ignore_index)
+    call = (rows, flat, ignore_index, label_smoothing, weight, z_loss)
     if (transform := composite.transform_in_use(call)) is not None:
-        composite.refuse_named("auto", transform, _MATERIALISED)
-        losses = _composite(CrossEntropyCall(*call))
+        composite.refuse_named("auto", transform, MATERIALISED)
+        check_values(given, num_classes, ignore_index)
+        losses = composed(CrossEntropyCall(*call))
     else:
         losses, _ = torch.ops.fastattn.cross_entropy_fwd(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
-    return _reduced(losses.sum(), target, ignore_index, reduction).to(result_dtype)
+    return _reduced(losses.sum(), divisor).to(result_dtype)
 
 
 def linear_cross_entropy(
@@ -76,6 +90,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     softcap: float | None = None,
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), a few tokens' logits at a time.
 
@@ -88,14 +104,17 @@ def linear_cross_entropy(
         target: (...), class indices; each in [0, V) or `ignore_index`.
         bias: (V,), of the same dtype.
         softcap: logits become softcap * tanh(logit / softcap).
-        ignore_index, label_smoothing, reduction: as in `cross_entropy`; ignored tokens may hold NaN.
+        ignore_index, label_smoothing, reduction, class_weight, z_loss: as in `cross_entropy`; ignored tokens may hold
+            NaN. Class weights are not `weight`, which makes the logits.
 
     Returns:
         A scalar, or target's shape under "none"; in the dtype of hidden, float32 under autocast.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. On a GPU, where looking would cost a
-            synchronisation, a token whose target is no class has loss NaN.
+        ValueError, TypeError: an argument does not fit; the message names it. A target that is no class raises an error
+            that is also an IndexError, as torch's is. On a GPU, where looking would cost a synchronisation, such a
+            token has loss NaN instead, and so has the mean or sum.
+        RuntimeError: class_weight requires grad.
 
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
@@ -108,23 +127,28 @@ def linear_cross_entropy(
     hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
     _check_linear(hidden, weight, bias)
     shape = tuple(hidden.shape[:-1])
-    target = _targets(target, shape, hidden, "hidden")
+    given, target = target, _targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    cap = arguments.positive_or_zero("softcap", softcap)
+    cap, z_loss = arguments.positive_or_zero("softcap", softcap), _z_loss(z_loss)
+    class_weight = _class_weight(class_weight, weight.shape[0], hidden, "hidden")
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap)
+    divisor = None
+    if reduction == "mean":
+        class_weight, divisor = _mean_of(class_weight, z_loss, flat, ignore_index)
+    call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
     if (transform := composite.transform_in_use(call)) is not None:
-        composite.refuse_named("auto", transform, _MATERIALISED)
-        losses = _linear_composite(LinearCrossEntropyCall(*call))
+        composite.refuse_named("auto", transform, MATERIALISED)
+        check_values(given, weight.shape[0], ignore_index)
+        losses = linear_composed(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):
         total = torch.ops.fastattn.linear_cross_entropy_sum(*call, needs, "auto")[0]
-        return _reduced(total, target, ignore_index, reduction).to(result_dtype)
+        return _reduced(total, divisor).to(result_dtype)
     else:
         losses, _ = torch.ops.fastattn.linear_cross_entropy_fwd(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
-    return _reduced(losses.sum(), target, ignore_index, reduction).to(result_dtype)
+    return _reduced(losses.sum(), divisor).to(result_dtype)
 
 
 def _targets(target: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> Tensor:
@@ -149,6 +173,29 @@ def _options(ignore_index: int, label_smoothing: float, reduction: str) -> tuple
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, needs {', '.join(REDUCTIONS)}")
     return ignore_index, float(label_smoothing)
+
+
+def _z_loss(z_loss: float) -> float:
+    if isinstance(z_loss, bool) or not arguments.is_number(z_loss):
+        raise TypeError(f"z_loss: got {type(z_loss).__name__}, needs a number")
+    if not 0.0 <= z_loss <= torch.finfo(torch.float32).max:
+        raise ValueError(f"z_loss: got {z_loss}, needs a finite number, 0 or more")
+    return float(z_loss)
+
+
+def _class_weight(weight: Tensor | None, num_classes: int, like: Tensor, name: str) -> Tensor | None:
+    """Class weights in the accumulation dtype, contiguous."""
+    if weight is None:
+        return None
+    arguments.check_tensor("class_weight", weight)
+    arguments.check_floating("class_weight", weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(f"class_weight: got shape {arguments.shape_of(weight)}, needs ({num_classes},)")
+    if weight.device != like.device:
+        raise ValueError(f"class_weight: got device {weight.device}, needs that of {name}, {like.device}")
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise RuntimeError("class_weight: requires grad, which cross-entropy does not give; detach() it")
+    return weight.to(accumulation_dtype(like.dtype)).contiguous()
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -181,231 +228,31 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
     return accumulation_dtype(logits.dtype) if arguments.autocasts(logits.device.type) else logits.dtype
 
 
-def _reduced(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The sum of losses, or their mean over the tokens that count; no gradient flows from a mean of none."""
-    if reduction == "sum":
+def _mean_of(
+    class_weight: Tensor | None, z_loss: float, target: Tensor, ignore_index: int
+) -> tuple[Tensor | None, Tensor]:
+    """The class weights to take, and what to divide the sum of losses by: the tokens that count, or their weights.
+
+    With both class weights and z_loss there are two divisors: the weights are scaled so that the number of tokens
+    serves both.
+    """
+    kept = target != ignore_index
+    count = kept.sum()
+    if class_weight is None:
+        return None, count
+    classes = torch.where(kept, target, 0).clamp(0, class_weight.shape[0] - 1)  # what is none is found later
+    total = torch.where(kept, class_weight[classes], 0).sum()
+    if not z_loss:
+        return class_weight, total
+    some = total != 0
+    return class_weight * torch.where(some, count / total, 0), torch.where(some, count, 0)
+
+
+def _reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
+    """The sum of losses, or their mean; no gradient flows from a mean of none."""
+    if divisor is None:
         return total
-    count = (target != ignore_index).sum()
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
-
-
-def _composite(call: CrossEntropyCall) -> Tensor:
-    """Losses in differentiable torch operations."""
-    logits = call.logits.to(accumulation_dtype(call.logits.dtype))
-    return reference_losses.cross_entropy(logits, call.target, call.ignore_index, call.label_smoothing)
-
-
-def _linear_composite(call: LinearCrossEntropyCall) -> Tensor:
-    dtype = accumulation_dtype(call.hidden.dtype)
-    bias = None if call.bias is None else call.bias.to(dtype)
-    return reference_losses.linear_cross_entropy(
-        call.hidden.to(dtype), call.weight.to(dtype), call.target, bias, call.ignore_index, call.label_smoothing,
-        call.softcap,
-    )  # fmt: skip
-
-
-_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-_CALL = schema_of(fields(CrossEntropyCall))
-_LINEAR = schema_of(fields(LinearCrossEntropyCall))
-_LIBRARY.define(f"cross_entropy_fwd({_CALL}, str backend) -> (Tensor losses, Tensor norms)")
-_LIBRARY.define(f"cross_entropy_bwd(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor")
-_LIBRARY.define(f"linear_cross_entropy_fwd({_LINEAR}, str backend) -> (Tensor losses, Tensor norms)")
-_LIBRARY.define(
-    f"linear_cross_entropy_bwd(Tensor dlosses, Tensor norms, {_LINEAR}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    f"linear_cross_entropy_sum({_LINEAR}, bool[] needs, str backend)"
-    " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)"
-)
-
-
-def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *call_args, backend = args
-    call = CrossEntropyCall(*call_args)
-    _check_values(call.target, call.logits.shape[1], call.ignore_index)
-    spec = SoftmaxSpec.of(call.logits)
-    losses, norms = backends.select(spec, backend, "cross_entropy_fwd").cross_entropy_fwd(spec, call)
-    return losses, norms
-
-
-def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
-    *call_args, backend = args
-    call = CrossEntropyCall(*call_args)
-    spec = SoftmaxSpec.of(call.logits, backward=True)
-    run = backends.select(spec, backend, "cross_entropy_bwd").cross_entropy_bwd
-    dlogits: Tensor = run(spec, call, dlosses, norms)
-    return dlogits
-
-
-def _linear_spec(call: LinearCrossEntropyCall, backward: bool) -> SoftmaxSpec:
-    """The spec of the rows of logits."""
-    row = call.hidden.new_empty(0).expand(1, 0) if call.weight.shape[0] == 0 else call.weight[:, :1].mT
-    return SoftmaxSpec.of(row, backward=backward).replace(unit_columns=True, wide_rows=False)
-
-
-def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *call_args, backend = args
-    call = LinearCrossEntropyCall(*call_args)
-    _check_values(call.target, call.weight.shape[0], call.ignore_index)
-    spec = _linear_spec(call, backward=False)
-    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, norms, _ = run(spec, call)
-    return losses, norms
-
-
-def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *call_args, needs, backend = args
-    call = LinearCrossEntropyCall(*call_args)
-    spec = _linear_spec(call, backward=True)
-    run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
-    grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
-    return wanted_or_empty(grads, needs, call.hidden)
-
-
-def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
-    *call_args, needs, backend = args
-    call = LinearCrossEntropyCall(*call_args)
-    _check_values(call.target, call.weight.shape[0], call.ignore_index)
-    spec = _linear_spec(call, backward=True)
-    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, norms, grads = run(spec, call, needs)
-    return (losses.sum(), norms, *wanted_or_empty(grads, needs, call.hidden))
-
-
-def _per_token_fake(first: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    losses = first.new_empty(first.shape[0], dtype=accumulation_dtype(first.dtype))
-    return losses, losses.new_empty(first.shape[0], 2)
-
-
-def _cross_entropy_bwd_fake(dlosses: Tensor, norms: Tensor, logits: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _linear_bwd_fake(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    grads = (None if tensor is None else torch.empty_like(tensor) for tensor in args[:3])
-    return wanted_or_empty(grads, args[-2], args[0])
-
-
-def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
-    hidden, weight, bias = args[:3]
-    losses, norms = _per_token_fake(hidden)
-    grads = (
-        torch.empty_like(hidden),
-        torch.empty_like(weight, dtype=norms.dtype),
-        None if bias is None else torch.empty_like(bias, dtype=norms.dtype),
-    )
-    return (losses.new_empty(()), norms, *wanted_or_empty(grads, args[-2], hidden))
-
-
-def _check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """What only real data shows, and a CPU shows without a synchronisation."""
-    if target.device.type != "cpu":
-        return
-    wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
-    if wrong.numel():
-        raise ValueError(
-            f"target: got {int(wrong[0])}, needs 0 to {num_classes - 1} or {ignore_index} to be ignored"
-        )
-
-
-_LINEAR_NAMES = [field.name for field in fields(LinearCrossEntropyCall)]
-_LINEAR_POSITIONS = tuple(_LINEAR_NAMES.index(name) for name in ("hidden", "weight", "bias"))
-
-
-def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    save_inputs(ctx, inputs, output[1:])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    save_inputs(ctx, inputs, ())
-
-
-def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_inputs(ctx, inputs, output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _cross_entropy_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (norms,) = saved(ctx)
-    dlogits = None
-    if dlosses is not None:
-        dlogits = torch.ops.fastattn.cross_entropy_bwd(dlosses, norms, *inputs)
-    return (dlogits, *(None,) * (len(inputs) - 1))
-
-
-def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (norms,) = saved(ctx)
-    if dlosses is None:
-        return (None,) * len(inputs)
-    *call_args, backend = inputs
-    needs = [ctx.needs_input_grad[position] for position in _LINEAR_POSITIONS]
-    grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
-    return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
-
-
-def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The kept gradients scaled; they are constants, so a graph of this backward is made from the losses instead."""
-    inputs, (norms, *kept) = saved(ctx)
-    if dtotal is None:
-        return (None,) * len(inputs)
-    *call_args, needs, backend = inputs
-    if torch.is_grad_enabled():
-        dlosses = dtotal.expand(norms.shape[0])
-        grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
-    else:
-        grads = [(grad * dtotal).to(call_args[0].dtype) for grad in kept]
-    return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
-
-
-def _cross_entropy_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = saved(ctx)
-    dlosses, _, logits, *options, _ = inputs
-
-    def forward(logits: Tensor) -> tuple[Tensor]:
-        return (_composite(CrossEntropyCall(logits, *options)),)
-
-    (of_dlosses,), (of_logits,) = composite.second_derivative(
-        forward, [logits], (dlosses,), (grad,), _MATERIALISED
-    )
-    return (of_dlosses, None, of_logits, *(None,) * (len(inputs) - 3))
-
-
-def _linear_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, _ = saved(ctx)
-    dlosses, _, hidden, weight, bias, *options, _, _ = inputs
-
-    def forward(*operands: Tensor | None) -> tuple[Tensor]:
-        return (_linear_composite(LinearCrossEntropyCall(*operands, *options)),)  # type: ignore[arg-type]
-
-    (of_dlosses,), of_operands = composite.second_derivative(
-        forward, [hidden, weight, bias], (dlosses,), grads, _MATERIALISED
-    )
-    return (of_dlosses, None, *of_operands, *(None,) * (len(inputs) - 5))
-
-
-for _name, _kernel, _fake in (
-    ("cross_entropy_fwd", _cross_entropy_fwd, _per_token_fake),
-    ("cross_entropy_bwd", _cross_entropy_bwd, _cross_entropy_bwd_fake),
-    ("linear_cross_entropy_fwd", _linear_fwd, _per_token_fake),
-    ("linear_cross_entropy_bwd", _linear_bwd, _linear_bwd_fake),
-    ("linear_cross_entropy_sum", _linear_sum, _linear_sum_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
-
-for _name, _setup, _backward in (
-    ("cross_entropy_fwd", _setup_fwd, _cross_entropy_backward),
-    ("cross_entropy_bwd", _setup_bwd, _cross_entropy_double_backward),
-    ("linear_cross_entropy_fwd", _setup_fwd, _linear_backward),
-    ("linear_cross_entropy_bwd", _setup_bwd, _linear_double_backward),
-    ("linear_cross_entropy_sum", _setup_sum, _sum_backward),
-):
-    torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
-
-flops.register(
-    linear_cross_entropy_fwd=flops.linear_loss_flops,
-    linear_cross_entropy_sum=flops.linear_loss_sum_flops,
-    linear_cross_entropy_bwd=flops.linear_loss_backward_flops,
-)
+    if not divisor.is_floating_point():
+        return torch.where(divisor > 0, total / divisor.clamp(min=1), torch.nan)
+    of_none = total.detach() / divisor
+    return torch.where(divisor != 0, total / torch.where(divisor != 0, divisor, 1), of_none)

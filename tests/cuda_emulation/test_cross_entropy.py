@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +67,39 @@ def test_error_rule(
         assert torch.equal(dlogits, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 37, 256, 1025, 4103])
+@pytest.mark.parametrize("name", loss_cases.OPTIONS)
+def test_class_weights_and_z_loss(
+    emulated_extension: EmulatedExtension, name: str, classes: int, dtype: torch.dtype
+) -> None:
+    call, upstream = loss_cases.inputs(dtype, 4, classes, loss_cases.OPTIONS[name])
+    spec = SoftmaxSpec.of(call.logits)
+    losses, norms = backend.cross_entropy_fwd(spec, call)
+    dlogits = backend.cross_entropy_bwd(spec, call, upstream, norms)
+    loss_cases.assert_as_torchs(call, upstream, losses, dlogits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.double(), "class_weight: got Double, needs Float"),
+        (lambda w: w[:-1], "class_weight: got shape"),
+        (lambda w: torch.stack([w, w], 1)[:, 0], "class_weight: needs to be contiguous"),
+        (lambda w: w.to("meta"), "class_weight: got device meta"),
+    ],
+)
+def test_class_weights_that_do_not_fit(
+    emulated_extension: EmulatedExtension, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    call, _ = loss_cases.inputs(torch.float32, 4, 9, {"weighted": True})
+    assert call.class_weight is not None
+    with pytest.raises((ValueError, TypeError), match=message):
+        backend.cross_entropy_fwd(
+            SoftmaxSpec.of(call.logits), replace(call, class_weight=change(call.class_weight))
+        )
+
+
 def test_a_vocabulary(emulated_extension: EmulatedExtension) -> None:
     arguments = inputs(torch.bfloat16, 3, 50257)
     golden = plain(arguments[0].double(), arguments[1], arguments[2].double(), 0.1)
@@ -91,9 +128,13 @@ def test_rows_that_begin_anywhere_and_a_gradient_in_their_place(
             assert storage[offset:].view(3, 710)[:, 701:].isnan().all()
 
 
-def test_a_target_that_is_no_class(emulated_extension: EmulatedExtension) -> None:
-    logits = torch.randn(3, 11)
-    losses, dlogits = run(logits, torch.tensor([3, 11, -1]), torch.ones(3), 0.0)
+@pytest.mark.parametrize("options", [{}, *loss_cases.OPTIONS.values()], ids=["plain", *loss_cases.OPTIONS])
+def test_a_target_that_is_no_class(emulated_extension: EmulatedExtension, options: dict[str, Any]) -> None:
+    call, _ = loss_cases.inputs(torch.float32, 3, 11, options)
+    call = replace(call, logits=torch.randn(3, 11), target=torch.tensor([3, 11, -1]))
+    spec = SoftmaxSpec.of(call.logits)
+    losses, norms = backend.cross_entropy_fwd(spec, call)
+    dlogits = backend.cross_entropy_bwd(spec, call, torch.ones(3), norms)
     assert losses.isnan().tolist() == [False, True, True]
     assert dlogits.isnan().all(1).tolist() == [False, True, True]
     assert not dlogits[0].isnan().any()
@@ -115,10 +156,13 @@ def test_backends_cross(emulated_extension: EmulatedExtension) -> None:
 def test_under_a_linear_layer(emulated_extension: EmulatedExtension, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(9, 16), torch.randn(40, 16)
     target = torch.randint(0, 40, (9,))
-    call = LinearCrossEntropyCall(hidden, weight, None, target, -100, 0.0, 0.0)
+    class_weight = torch.rand(40)
+    call = LinearCrossEntropyCall(hidden, weight, None, target, -100, 0.0, 0.0, class_weight)
     spec = SoftmaxSpec.of(hidden @ weight.T)
     losses, norms, _ = backend.linear_cross_entropy_fwd(spec, call)
-    torch.testing.assert_close(losses, F.cross_entropy(hidden @ weight.T, target, reduction="none"))
+    torch.testing.assert_close(
+        losses, F.cross_entropy(hidden @ weight.T, target, class_weight, reduction="none")
+    )
     expected = chunked.backward(
         spec, call, torch.ones(9), norms, (True, True, False), other.cross_entropy_bwd
     )

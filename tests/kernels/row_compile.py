@@ -17,7 +17,11 @@ import torch
 COLUMNS = (64, 4096, 16384, 32768, 262144)  # whole rows, some to a program, and long ones
 VOCABULARY = 50257
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
-SMOOTHING = 0.1
+LOSSES = {  # by features: label smoothing, and class weights with z-loss
+    "loss": (0.0, False),
+    "smoothed loss": (0.1, False),
+    "weighted loss": (0.1, True),
+}
 
 
 def softmax_launches(columns: int, dtype: torch.dtype, features: str) -> dict[str, Any]:
@@ -56,14 +60,15 @@ def _softmax_spec(columns: int, dtype: torch.dtype, features: str, backward: boo
     return SoftmaxSpec.of(x, dim, mask=rich, causal=rich, log=rich, backward=backward)
 
 
-def loss_launches(classes: int, dtype: torch.dtype, smoothing: float) -> dict[str, Any]:
+def loss_launches(classes: int, dtype: torch.dtype, features: str) -> dict[str, Any]:
     """Forward and backward of cross-entropy on a few rows."""
     from fastattn.kernels.cross_entropy_launches import backward_launch, forward_launch
     from fastattn.kernels.row_tiles import loss_tile_for
     from fastattn.spec import CrossEntropyCall, SoftmaxSpec
 
-    logits = torch.empty(4, classes, dtype=dtype)
-    call = CrossEntropyCall(logits, torch.zeros(4, dtype=torch.int64), -100, smoothing)
+    logits, (smoothing, weighted) = torch.empty(4, classes, dtype=dtype), LOSSES[features]
+    extras = (torch.empty(classes), 1e-4) if weighted else ()
+    call = CrossEntropyCall(logits, torch.zeros(4, dtype=torch.int64), -100, smoothing, *extras)
     losses, norms, tile = torch.empty(4), torch.empty(4, 2), loss_tile_for(SoftmaxSpec.of(logits))
     return {
         "cross_entropy_fwd": forward_launch(call, losses, norms, tile),
@@ -74,8 +79,8 @@ def loss_launches(classes: int, dtype: torch.dtype, smoothing: float) -> dict[st
 @cache
 def launches(bits: int, columns: int, features: str) -> dict[str, Any]:
     """The launches of a row of the compile table, by kernel."""
-    if "loss" in features:
-        return loss_launches(columns, DTYPES[bits], SMOOTHING if features.startswith("smoothed") else 0.0)
+    if features in LOSSES:
+        return loss_launches(columns, DTYPES[bits], features)
     return softmax_launches(columns, DTYPES[bits], features)
 
 
@@ -84,7 +89,7 @@ def tile_of(kernel: str, bits: int, columns: int, features: str) -> Any:
     from fastattn.kernels.row_tiles import loss_tile_for, row_tile_for
     from fastattn.spec import SoftmaxSpec
 
-    if "loss" in features:
+    if features in LOSSES:
         return loss_tile_for(SoftmaxSpec.of(torch.empty(4, columns, dtype=DTYPES[bits])))
     return row_tile_for(_softmax_spec(columns, DTYPES[bits], features, kernel == "softmax_bwd"))
 
@@ -101,7 +106,7 @@ def entries() -> Iterator[Row]:
             yield bits, columns, "all"
         for columns in (64, 4096):
             yield bits, columns, "strided"
-        for features in ("loss", "smoothed loss"):
+        for features in LOSSES:
             yield bits, VOCABULARY, features
 
 
@@ -111,7 +116,7 @@ FEW: tuple[tuple[str, Row], ...] = (
     ("90", (32, 32768, "plain")),
     ("90", (16, 262144, "all")),
     ("80", (16, 64, "strided")),
-    ("90", (16, 50257, "smoothed loss")),
+    ("90", (16, 50257, "weighted loss")),
 )
 
 
@@ -126,7 +131,7 @@ def signatures() -> dict[str, list[str]]:
         {f"{name} long": launch for name, launch in softmax_launches(columns, half, "plain").items()}
         for columns in (40000, 65536, 300000)
     ]
-    groups += [loss_launches(classes, half, 0.1) for classes in (32000, 50264, 131072)]
+    groups += [loss_launches(classes, half, "smoothed loss") for classes in (32000, 50264, 131072)]
     for group in groups:
         for name, launch in group.items():
             source, options = specialise(launch, target_of("90"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,18 @@ def test_error_rule(classes: int, dtype: torch.dtype, smoothing: float, tile: Ro
     assert not dlogits[1].any()
 
 
+@pytest.mark.parametrize("tile", [None, CHUNKED], ids=["whole", "chunks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", loss_cases.OPTIONS)
+def test_class_weights_and_z_loss(name: str, dtype: torch.dtype, tile: RowTile | None) -> None:
+    call, upstream = loss_cases.inputs(dtype, 6, 37, loss_cases.OPTIONS[name], DEVICE)
+    spec = SoftmaxSpec.of(call.logits)
+    losses, norms = backend.cross_entropy_fwd(spec, call, tile)
+    dlogits = backend.cross_entropy_bwd(spec, call, upstream, norms, None, tile)
+    loss_cases.assert_as_torchs(call, upstream, losses, dlogits)
+    torch.testing.assert_close(other.cross_entropy_bwd(spec, call, upstream, norms), dlogits)
+
+
 @pytest.mark.parametrize("classes", [1, 2, row_tiles.LOSS_CHUNK, row_tiles.LOSS_CHUNK + 1, 50257])
 def test_vocabularies(classes: int) -> None:
     logits, target, upstream = inputs(torch.float32, 3, classes)
@@ -92,26 +106,29 @@ def test_gradient_in_place_of_the_logits_and_other_layouts() -> None:
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("options", [{}, *loss_cases.OPTIONS.values()], ids=["plain", *loss_cases.OPTIONS])
 @pytest.mark.parametrize("wrong", [-1, 33, 2**40])
-def test_a_target_that_is_no_class_is_never_silent(wrong: int) -> None:
-    logits, target, upstream = inputs(torch.float32, 5, 33)
-    target[3] = wrong
-    call, spec = CrossEntropyCall(logits, target, -100, 0.0), SoftmaxSpec.of(logits)
-    losses, norms = backend.cross_entropy_fwd(spec, call)
-    dlogits = backend.cross_entropy_bwd(spec, call, upstream, norms)
+@pytest.mark.parametrize("module", [backend, other], ids=["triton", "torch"])
+def test_a_target_that_is_no_class_is_never_silent(module: Any, wrong: int, options: dict[str, Any]) -> None:
+    call, upstream = loss_cases.inputs(torch.float32, 5, 33, options, DEVICE)
+    call.target[3], spec = wrong, SoftmaxSpec.of(call.logits)
+    losses, norms = module.cross_entropy_fwd(spec, call)
+    dlogits = module.cross_entropy_bwd(spec, call, upstream, norms)
     assert losses.isnan().tolist() == [False, False, False, True, False]
     assert dlogits.isnan().all(1).tolist() == [False, False, False, True, False]
     assert dlogits.isnan().any(1).sum() == 1
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_under_a_linear_layer(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_a_linear_layer(softcap: float, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses and gradients as the torch backend's, kept from the forward or made in the backward."""
     monkeypatch.setitem(chunked.CHUNK_LOGITS, DEVICE, 3 * 37)
     hidden, weight, bias = (torch.randn(shape, device=DEVICE) for shape in ((11, 8), (37, 8), (37,)))
     target = torch.randint(0, 37, (11,), device=DEVICE)
     target[4] = -100
-    call = LinearCrossEntropyCall(hidden, weight, bias, target, -100, 0.1, softcap)
+    extras = (torch.rand(37, device=DEVICE), 0.01) if weighted else (None, 0.0)
+    call = LinearCrossEntropyCall(hidden, weight, bias, target, -100, 0.1, softcap, *extras)
     spec, needs = SoftmaxSpec.of(weight.mT[:1]), (True, True, True)
     losses, norms, kept = backend.linear_cross_entropy_fwd(spec, call, needs)
     expected, _, expected_grads = other.linear_cross_entropy_fwd(spec, call, needs)

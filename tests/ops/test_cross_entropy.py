@@ -297,12 +297,23 @@ def test_transforms_match_torch() -> None:
 # As torch ops
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_opcheck(with_bias: bool) -> None:
+@pytest.mark.parametrize(("with_bias", "weighted"), [(False, False), (True, True), (False, True)])
+def test_opcheck(with_bias: bool, weighted: bool) -> None:
     hidden, weight, bias = operands(torch.float32)
     warnings.filterwarnings("ignore", "fastattn materialises all logits")
     target, ops = targets(TOKENS), torch.ops.fastattn
-    call = (hidden, weight, bias if with_bias else None, target, -100, 0.1, 3.0)
+    class_weight = torch.rand(VOCAB) if weighted else None
+    call = (
+        hidden,
+        weight,
+        bias if with_bias else None,
+        target,
+        -100,
+        0.1,
+        3.0,
+        class_weight,
+        1e-2 * weighted,
+    )
     needs = [True, True, with_bias]
     losses, norms = ops.linear_cross_entropy_fwd(
         *(t.detach() if isinstance(t, Tensor) else t for t in call), "auto"
@@ -314,10 +325,11 @@ def test_opcheck(with_bias: bool) -> None:
     )
     if not with_bias:
         logits = torch.randn(TOKENS, VOCAB, requires_grad=True)
-        opcheck(ops.cross_entropy_fwd.default, (logits, target, -100, 0.1, "auto"))
+        of_logits = (logits, target, -100, 0.1, *call[-2:], "auto")
+        opcheck(ops.cross_entropy_fwd.default, of_logits)
         opcheck(
             ops.cross_entropy_bwd.default,
-            (losses.clone().requires_grad_(), norms, logits, target, -100, 0.1, "auto"),
+            (losses.clone().requires_grad_(), norms, *of_logits),
         )
 
 

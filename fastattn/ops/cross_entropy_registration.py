@@ -1,0 +1,241 @@
+"""The losses as torch ops: schemas, implementations, fakes, and gradients of any order."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, reference_losses
+from fastattn.ops import arguments, composite, flops
+from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
+
+MATERIALISED = "all logits and their probabilities"
+
+
+def composed(call: CrossEntropyCall) -> Tensor:
+    """Losses in differentiable torch operations."""
+    logits = call.logits.to(accumulation_dtype(call.logits.dtype))
+    return reference_losses.cross_entropy(
+        logits, call.target, call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss
+    )
+
+
+def linear_composed(call: LinearCrossEntropyCall) -> Tensor:
+    """Losses of a linear layer in differentiable torch operations, all logits materialised."""
+    dtype = accumulation_dtype(call.hidden.dtype)
+    bias = None if call.bias is None else call.bias.to(dtype)
+    return reference_losses.linear_cross_entropy(
+        call.hidden.to(dtype), call.weight.to(dtype), call.target, bias, call.ignore_index, call.label_smoothing,
+        call.softcap, call.class_weight, call.z_loss,
+    )  # fmt: skip
+
+
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_CALL = schema_of(fields(CrossEntropyCall))
+_LINEAR = schema_of(fields(LinearCrossEntropyCall))
+_LIBRARY.define(f"cross_entropy_fwd({_CALL}, str backend) -> (Tensor losses, Tensor norms)")
+_LIBRARY.define(f"cross_entropy_bwd(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor")
+_LIBRARY.define(f"linear_cross_entropy_fwd({_LINEAR}, str backend) -> (Tensor losses, Tensor norms)")
+_LIBRARY.define(
+    f"linear_cross_entropy_bwd(Tensor dlosses, Tensor norms, {_LINEAR}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"linear_cross_entropy_sum({_LINEAR}, bool[] needs, str backend)"
+    " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+
+
+def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *call_args, backend = args
+    call = CrossEntropyCall(*call_args)
+    check_values(call.target, call.logits.shape[1], call.ignore_index)
+    spec = SoftmaxSpec.of(call.logits)
+    losses, norms = backends.select(spec, backend, "cross_entropy_fwd").cross_entropy_fwd(spec, call)
+    return losses, norms
+
+
+def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
+    *call_args, backend = args
+    call = CrossEntropyCall(*call_args)
+    spec = SoftmaxSpec.of(call.logits, backward=True)
+    run = backends.select(spec, backend, "cross_entropy_bwd").cross_entropy_bwd
+    dlogits: Tensor = run(spec, call, dlosses, norms)
+    return dlogits
+
+
+def _linear_spec(call: LinearCrossEntropyCall, backward: bool) -> SoftmaxSpec:
+    """The spec of the rows of logits."""
+    row = call.hidden.new_empty(0).expand(1, 0) if call.weight.shape[0] == 0 else call.weight[:, :1].mT
+    return SoftmaxSpec.of(row, backward=backward).replace(unit_columns=True, wide_rows=False)
+
+
+def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *call_args, backend = args
+    call = LinearCrossEntropyCall(*call_args)
+    check_values(call.target, call.weight.shape[0], call.ignore_index)
+    spec = _linear_spec(call, backward=False)
+    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
+    losses, norms, _ = run(spec, call)
+    return losses, norms
+
+
+def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *call_args, needs, backend = args
+    call = LinearCrossEntropyCall(*call_args)
+    spec = _linear_spec(call, backward=True)
+    run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
+    grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
+    return wanted_or_empty(grads, needs, call.hidden)
+
+
+def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
+    *call_args, needs, backend = args
+    call = LinearCrossEntropyCall(*call_args)
+    check_values(call.target, call.weight.shape[0], call.ignore_index)
+    spec = _linear_spec(call, backward=True)
+    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
+    losses, norms, grads = run(spec, call, needs)
+    return (losses.sum(), norms, *wanted_or_empty(grads, needs, call.hidden))
+
+
+def _per_token_fake(first: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    losses = first.new_empty(first.shape[0], dtype=accumulation_dtype(first.dtype))
+    return losses, losses.new_empty(first.shape[0], 2)
+
+
+def _cross_entropy_bwd_fake(dlosses: Tensor, norms: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _linear_bwd_fake(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    grads = (None if tensor is None else torch.empty_like(tensor) for tensor in args[:3])
+    return wanted_or_empty(grads, args[-2], args[0])
+
+
+def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
+    hidden, weight, bias = args[:3]
+    losses, norms = _per_token_fake(hidden)
+    grads = (
+        torch.empty_like(hidden),
+        torch.empty_like(weight, dtype=norms.dtype),
+        None if bias is None else torch.empty_like(bias, dtype=norms.dtype),
+    )
+    return (losses.new_empty(()), norms, *wanted_or_empty(grads, args[-2], hidden))
+
+
+def check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """What only real data shows, and a CPU shows without a synchronisation."""
+    if target.device.type != "cpu" or not arguments.values_are_known(target):
+        return
+    wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise arguments.OutOfRangeError(
+            f"target: got {int(wrong[0])}, needs 0 to {num_classes - 1} or {ignore_index} to be ignored"
+        )
+
+
+_LINEAR_NAMES = [field.name for field in fields(LinearCrossEntropyCall)]
+_LINEAR_POSITIONS = tuple(_LINEAR_NAMES.index(name) for name in ("hidden", "weight", "bias"))
+
+
+def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    save_inputs(ctx, inputs, output[1:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    save_inputs(ctx, inputs, ())
+
+
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_inputs(ctx, inputs, output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _cross_entropy_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, (norms,) = saved(ctx)
+    dlogits = None
+    if dlosses is not None:
+        dlogits = torch.ops.fastattn.cross_entropy_bwd(dlosses, norms, *inputs)
+    return (dlogits, *(None,) * (len(inputs) - 1))
+
+
+def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, (norms,) = saved(ctx)
+    if dlosses is None:
+        return (None,) * len(inputs)
+    *call_args, backend = inputs
+    needs = [ctx.needs_input_grad[position] for position in _LINEAR_POSITIONS]
+    grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
+    return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
+
+
+def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The kept gradients scaled; they are constants, so a graph of this backward is made from the losses instead."""
+    inputs, (norms, *kept) = saved(ctx)
+    if dtotal is None:
+        return (None,) * len(inputs)
+    *call_args, needs, backend = inputs
+    if torch.is_grad_enabled():
+        dlosses = dtotal.expand(norms.shape[0])
+        grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
+    else:
+        grads = [(grad * dtotal).to(call_args[0].dtype) for grad in kept]
+    return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
+
+
+def _cross_entropy_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, _ = saved(ctx)
+    dlosses, _, logits, *options, _ = inputs
+
+    def forward(logits: Tensor) -> tuple[Tensor]:
+        return (composed(CrossEntropyCall(logits, *options)),)
+
+    (of_dlosses,), (of_logits,) = composite.second_derivative(
+        forward, [logits], (dlosses,), (grad,), MATERIALISED
+    )
+    return (of_dlosses, None, of_logits, *(None,) * (len(inputs) - 3))
+
+
+def _linear_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, _ = saved(ctx)
+    dlosses, _, hidden, weight, bias, *options, _, _ = inputs
+
+    def forward(*operands: Tensor | None) -> tuple[Tensor]:
+        return (linear_composed(LinearCrossEntropyCall(*operands, *options)),)  # type: ignore[arg-type]
+
+    (of_dlosses,), of_operands = composite.second_derivative(
+        forward, [hidden, weight, bias], (dlosses,), grads, MATERIALISED
+    )
+    return (of_dlosses, None, *of_operands, *(None,) * (len(inputs) - 5))
+
+
+for _name, _kernel, _fake in (
+    ("cross_entropy_fwd", _cross_entropy_fwd, _per_token_fake),
+    ("cross_entropy_bwd", _cross_entropy_bwd, _cross_entropy_bwd_fake),
+    ("linear_cross_entropy_fwd", _linear_fwd, _per_token_fake),
+    ("linear_cross_entropy_bwd", _linear_bwd, _linear_bwd_fake),
+    ("linear_cross_entropy_sum", _linear_sum, _linear_sum_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
+
+for _name, _setup, _backward in (
+    ("cross_entropy_fwd", _setup_fwd, _cross_entropy_backward),
+    ("cross_entropy_bwd", _setup_bwd, _cross_entropy_double_backward),
+    ("linear_cross_entropy_fwd", _setup_fwd, _linear_backward),
+    ("linear_cross_entropy_bwd", _setup_bwd, _linear_double_backward),
+    ("linear_cross_entropy_sum", _setup_sum, _sum_backward),
+):
+    torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+
+flops.register(
+    linear_cross_entropy_fwd=flops.linear_loss_flops,
+    linear_cross_entropy_sum=flops.linear_loss_sum_flops,
+    linear_cross_entropy_bwd=flops.linear_loss_backward_flops,
+)
