@@ -78,8 +78,8 @@ def softmax_bwd(
         _into(part, kernel, cotangent, rows, dim, out.dtype)
         if scale != 1.0:
             part.mul_(scale)
-        if not _finite(part, dim):
-            part.masked_fill_(rows == constant, 0.0)
+    if not _finite(dx, dim):
+        dx.masked_fill_(out == constant, 0.0)
     return dx
 
 

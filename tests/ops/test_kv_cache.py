@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import fastattn
+from fastattn.integrations.flash_attn import flash_attn_with_kvcache
 from fastattn.ops.kv_cache import _call_arguments
 from numerics import assert_within_rule, plain_in_any_order
 
@@ -263,6 +264,30 @@ def test_memory_that_would_be_written_twice_or_read_is_refused(kind: str, error:
     if "cache" in kind.split()[0]:  # without new keys nothing is written
         del arguments["key"], arguments["value"]
         fastattn.attention_kv_cache(**arguments, cache_lengths=lengths)
+
+
+def test_flash_attns_function_refuses_them_too() -> None:
+    """Heads last but one, as it has them; what is only read may be expanded."""
+    q, k, v = (t.transpose(1, 2) for t in (QUERY, KEY, VALUE))
+    cache = torch.randn(1, CAPACITY, KV_HEADS, DIM).expand(BATCH, -1, -1, -1)
+    other = torch.randn(BATCH, CAPACITY, KV_HEADS, DIM)
+    before = cache.clone()
+    for caches in ((cache, other), (other, cache), (other, other)):
+        with pytest.raises(RuntimeError, match=r"^[kv]_cache: got .*memory.* to append"):
+            flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=3)
+    assert torch.equal(cache, before)
+    flash_attn_with_kvcache(q, cache, cache, cache_seqlens=3)
+
+
+def test_no_other_op_writes_to_its_arguments() -> None:
+    """A new one has to make the same checks."""
+    writing = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("fastattn::")
+        and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+    }
+    assert writing == {"fastattn::kv_cache_fwd"}
 
 
 @pytest.mark.parametrize("dim", range(5))
