@@ -45,7 +45,7 @@ def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor
                 losses[rows] += smoothing * (mean * log_sum - spread)
         if call.z_loss:
             losses[rows] += call.z_loss * (largest[:, 0] + log_sum).square_()
-    return losses.masked_fill_(ignored, 0).masked_fill_(wrong, torch.nan), norms
+    return losses.masked_fill_(wrong, torch.nan).masked_fill_(ignored, 0), norms
 
 
 def cross_entropy_bwd(
@@ -96,10 +96,9 @@ def linear_cross_entropy_bwd(
 
 
 def _targets(call: CrossEntropyCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are ignored, which have a target that is no class, and targets that are classes in every row."""
-    ignored = call.target == call.ignore_index
-    outside = (call.target < 0) | (call.target >= call.logits.shape[1])
-    return ignored, outside & ~ignored, call.target.masked_fill(ignored | outside, 0)
+    """Which rows are ignored, which have a target that is no class (ignored or not), and a class for every row."""
+    target = call.target.clamp(0, call.logits.shape[1] - 1)
+    return call.target == call.ignore_index, call.target != target, target
 
 
 def _target_weights(call: CrossEntropyCall, target: Tensor) -> Tensor | None:
