@@ -182,7 +182,7 @@ def _call_arguments(
             if tensor.dtype != cache.dtype:
                 raise TypeError(f"{name}: got {tensor.dtype}, needs the cache's {cache.dtype}")
             arguments.check_device(name, tensor, query)
-    _check_rotary(rotary_cos, rotary_sin, query)
+    check_rotary(rotary_cos, rotary_sin, query)
     slopes = None
     if alibi_slopes is not None:
         slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
@@ -194,7 +194,8 @@ def _call_arguments(
     )  # fmt: skip
 
 
-def _check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+def check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+    """Tables (positions, half the rotated dims) of one shape that fit the query's head dim."""
     if cos is None and sin is None:
         return
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
