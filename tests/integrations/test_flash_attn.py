@@ -290,19 +290,9 @@ def test_packing_is_padding_without_the_padding():
         ("func", {"softcap": -1.0}, ValueError, "softcap"),
         ("func", {"window_size": 3}, ValueError, "window"),
         ("func", {"k": torch.zeros(B, SK, 3, D)}, ValueError, "heads"),
-        ("varlen", {"block_table": torch.zeros(1, 1)}, ValueError, "block_table"),
-        ("varlen", {"return_attn_probs": True, "dropout_p": 0.1}, ValueError, "return_attn_probs"),
         ("varlen", {"cu_seqlens_q": torch.tensor([0, 5])}, TypeError, "cu_seqlens_q"),
-        ("cache", {"cache_batch_idx": torch.zeros(1)}, ValueError, "cache_batch_idx"),
-        ("cache", {"cache_leftpad": torch.zeros(1)}, ValueError, "cache_leftpad"),
         ("cache", {"cache_seqlens": None}, ValueError, "cache_seqlens"),
         ("cache", {"k": None, "v": None, "rotary_cos": torch.ones(12, 4)}, ValueError, "rotary_cos"),
-        (
-            "cache",
-            {"rotary_cos": torch.ones(12, 4), "rotary_sin": torch.ones(12, 4)},
-            ValueError,
-            "rotary_cos",
-        ),
     ],
 )
 def test_refused(function, change, error, match):
