@@ -12,7 +12,7 @@ from fastattn.integrations.flash_attn_arguments import batch_integers, check_bet
 from fastattn.ops import arguments
 from fastattn.ops.attention import attention
 from fastattn.ops.errors import ArgumentError, ArgumentTypeError
-from fastattn.philox import keep_mask
+from fastattn.ops.varlen import kept_by_dropout
 
 
 def checked_edges(name: str, edges: Tensor | None, query: Tensor) -> Tensor:
@@ -117,7 +117,6 @@ def signed_softmax(
             weights = cast(
                 "tuple[Tensor, ...]", attention(*one, alibi_slopes=own, return_weights=True, **options)
             )[1][0]
-            number = torch.arange(n * heads, (n + 1) * heads, device=q.device)
-            kept = keep_mask(seed, number, range(rows), range(columns), dropout_p)
+            kept = kept_by_dropout(seed, n, heads, rows, columns, dropout_p)
             result[b, :, :rows, :columns] = torch.where(kept, weights, -weights)
     return result

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite, flops
+from fastattn.ops import arguments, composite, flops, spelling
 from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
@@ -17,6 +17,7 @@ REDUCTIONS = ("none", "mean", "sum")
 _MATERIALISED = "all logits and their probabilities"
 
 
+@spelling.without_unknown
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -24,6 +25,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    **unknown: NoReturn,
 ) -> Tensor:
     """logsumexp(z) - (1 - s) * z[target] - s * mean(z) for the logits z of each token and label smoothing s.
 
@@ -42,6 +44,8 @@ def cross_entropy(
         ValueError, TypeError: an argument does not fit; the message names it. On a GPU, where looking would cost a
             synchronisation, a token whose target is no class has loss NaN.
     """
+    if unknown:
+        raise spelling.unexpected(cross_entropy, unknown)
     arguments.check_tensor("logits", logits)
     arguments.check_floating("logits", logits)
     if logits.dim() == 0:
@@ -66,6 +70,7 @@ def cross_entropy(
     return _reduced(losses.sum(), target, ignore_index, reduction).to(result_dtype)
 
 
+@spelling.without_unknown
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -76,6 +81,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     softcap: float | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), a few tokens' logits at a time.
 
@@ -100,6 +106,8 @@ def linear_cross_entropy(
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
     """
+    if unknown:
+        raise spelling.unexpected(linear_cross_entropy, unknown)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             arguments.check_tensor(name, tensor)

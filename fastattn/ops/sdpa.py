@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import arguments
+from fastattn.ops import arguments, spelling
 from fastattn.ops.attention import attention
 from fastattn.ops.errors import ArgumentError, standing_in
 
 _NAMES = {"mask": "attn_mask", "bias": "attn_mask"}  # what `attention` calls this call's arguments
 
 
+@spelling.without_unknown
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -27,6 +28,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """softmax(scale * query @ key.T + attn_mask) @ value with dropout on the weights, as in torch.nn.functional.
 
@@ -52,6 +54,8 @@ def scaled_dot_product_attention(
             is not the key's.
         RuntimeError: a named backend that cannot run the call.
     """
+    if unknown:
+        raise spelling.unexpected(scaled_dot_product_attention, unknown)
     try:
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     except (ValueError, TypeError) as error:
