@@ -302,7 +302,7 @@ def test_pages_get_no_gradient():
         run(**(arguments | {"k": pages}))
 
 
-@pytest.mark.parametrize(("causal", "local"), itertools.product([False, True], [False, True]))
+@pytest.mark.parametrize(("causal", "local"), list(itertools.product([False, True], [False, True])))
 def test_padding_is_packing(causal, local):
     """The used lengths of a padded batch give what packing it gives."""
     q, k, v = normal(3, 6, H, D), normal(3, 7, HKV, D), normal(3, 7, HKV, D)
