@@ -66,9 +66,9 @@ def attention(
         raise ValueError("_parallel_config: got one, needs None: context parallelism has no fastattn kernel")
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
         attn_mask = attn_mask[:, None, None]
-    heads_first = (t.transpose(1, 2) for t in (query, key, value))
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     out = scaled_dot_product_attention(
-        *heads_first, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
     )
     return out.transpose(1, 2)
 

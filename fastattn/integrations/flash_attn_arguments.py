@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -97,11 +97,10 @@ def window_of(window_size: Window) -> tuple[Any, Any]:
 
 def length(name: str, number: int | Tensor | None) -> int | None:
     """The longest length, a number or a tensor of one element."""
-    if isinstance(number, Tensor) and number.numel() == 1:
-        number = number.item()
-    if number is not None:
-        check_int32(name, number)
-    return number  # type: ignore[return-value]
+    value: Any = number.item() if isinstance(number, Tensor) and number.numel() == 1 else number
+    if value is not None:
+        check_int32(name, value)
+    return cast("int | None", value)
 
 
 def check_int32(name: str, number: Any) -> None:

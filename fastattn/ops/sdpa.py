@@ -90,6 +90,8 @@ def _attend(
     if rank != 4 or not outer == key.shape[:-3] == value.shape[:-3]:
         outer, query, key, value = _with_batch_dim(query, key, value)
     query, key, value = _fit_heads(query, key, value, enable_gqa)
+    if query.shape[1] == 0:
+        return _of_rank(query @ key.transpose(-2, -1) @ value, rank, outer)  # empty, and differentiable
     mask = bias = None
     if attn_mask is not None:
         arguments.check_tensor("attn_mask", attn_mask)
@@ -114,6 +116,11 @@ def _attend(
     )
     if drop_all:
         out = F.dropout(out, 1.0)
+    return _of_rank(out, rank, outer)
+
+
+def _of_rank(out: Tensor, rank: int, outer: tuple[int, ...]) -> Tensor:
+    """(B, H, L, Ev) with what lies before the heads as it was."""
     if rank == 4:
         return out
     if rank < 4:
