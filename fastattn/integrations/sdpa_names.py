@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -11,6 +12,7 @@ from weakref import WeakSet, ref
 import torch
 
 Name = tuple["ref[ModuleType]", str]
+_NotLoaded: Any = getattr(importlib.util, "_LazyModule", ())  # any look at it loads it
 
 
 class ImportedNames:
@@ -36,21 +38,21 @@ class ImportedNames:
         put = [(original, function)] if original is torchs else [(original, function), (torchs, of_torchs)]
         self._look_through_new_modules({id(torchs), id(original), *self._exchanged})
         for module, name in self._held_by(self._known):
-            key, value = (ref(module), name), module.__dict__[name]
+            key, value = (ref(module), name), _globals_of(module)[name]
             if self._is_ours(value):  # exchanged before, or imported meanwhile
                 value = self._originals.setdefault(key, original)
             for held, new in put:
                 if value is held:
                     self._originals[key] = value
-                    module.__dict__[name] = new
+                    _globals_of(module)[name] = new
         self._exchanged |= {id(function): function, id(of_torchs): of_torchs}
 
     def give_back(self, original: Any) -> None:
         """Let every name hold what it held, unless somebody has put something else there."""
         self._look_through_new_modules(self._exchanged.keys())
         for module, name in self._held_by(self._known):
-            if self._is_ours(module.__dict__[name]):
-                module.__dict__[name] = self._originals.get((ref(module), name), original)
+            if self._is_ours(_globals_of(module)[name]):
+                _globals_of(module)[name] = self._originals.get((ref(module), name), original)
         self._originals.clear()
         self._exchanged.clear()
 
@@ -61,14 +63,14 @@ class ImportedNames:
     def _held_by(names: set[Name]) -> Iterator[tuple[ModuleType, str]]:
         for reference, name in list(names):
             module = reference()
-            if module is None or name not in module.__dict__:
+            if module is None or name not in _globals_of(module):
                 names.discard((reference, name))
             else:
                 yield module, name
 
     def _look_through_new_modules(self, ids: Any) -> None:
         for module in self._new_modules():
-            for name, value in list(module.__dict__.items()):
+            for name, value in list(_globals_of(module).items()):
                 if id(value) in ids:
                     self._known.add((ref(module), name))
 
@@ -85,13 +87,22 @@ class ImportedNames:
         for module in modules:
             if not isinstance(module, ModuleType) or module in self._seen or module is main:
                 continue
-            if module.__name__.partition(".")[0] == "torch":  # torch's own callers look the function up
+            names = _globals_of(module)
+            if (
+                str(names.get("__name__")).partition(".")[0] == "torch"
+            ):  # torch's own callers look the function up
                 self._seen.add(module)
                 continue
             found.append(module)
-            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            if isinstance(module, _NotLoaded) or getattr(names.get("__spec__"), "_initializing", False):
                 complete = False
             else:
                 self._seen.add(module)
         self._newest = (len(modules), ref(newest) if complete and newest is not None else None)
         return found
+
+
+def _globals_of(module: ModuleType) -> dict[str, Any]:
+    """A module's dictionary, without a module that loads itself when looked at noticing."""
+    names: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return names

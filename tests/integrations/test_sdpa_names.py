@@ -1,5 +1,6 @@
 """`sdpa_override` counts its calls, says when none came, and reaches names that modules imported."""
 
+import importlib.util
 import sys
 import threading
 import types
@@ -126,6 +127,24 @@ def test_lazy_modules_are_not_woken(imported):
     with fastattn.sdpa_override():
         F.scaled_dot_product_attention(*qkv())
     assert sys.modules["sdpa_user"].woken == []
+
+
+def test_a_module_that_loads_when_looked_at_is_not_woken_and_found_once_loaded(calls, tmp_path, monkeypatch):
+    (tmp_path / "sdpa_lazy.py").write_text(BY_NAME)
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = importlib.util.find_spec("sdpa_lazy")
+    spec.loader = loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sdpa_lazy", module)
+    loader.exec_module(module)
+    with fastattn.sdpa_override():
+        F.scaled_dot_product_attention(*qkv())
+        assert type(module) is not types.ModuleType
+    for _ in range(2):
+        with fastattn.sdpa_override():
+            module.scaled_dot_product_attention(*qkv())
+        assert module.scaled_dot_product_attention is ORIGINAL
+    assert calls == ["auto"] * 3
 
 
 def test_another_replacement_of_torchs_function_keeps_its_way_back(calls, imported, monkeypatch):
