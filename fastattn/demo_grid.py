@@ -153,7 +153,9 @@ def make_step(case: Case, side: str, inputs: Tensors) -> Callable[[], Tensors]:
     if side == "peer" and _sdpa_can(case):
         forward = _sdpa(case, inputs)
     else:
-        attention: Callable[..., Any] = fastattn.attention if side == "ours" else reference.attention
+        attention: Callable[..., Any] = reference.attention
+        if side == "ours":
+            attention = fastattn.attention
         forward = functools.partial(attention, **_arguments(case, inputs))
 
     def step() -> Tensors:

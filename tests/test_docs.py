@@ -15,16 +15,17 @@ EXAMPLES = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```$", PAGE, re.MULTILIN
 
 @pytest.mark.parametrize(("title", "example"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
 def test_an_example_runs(title, example, capsys):
-    if "transformers" in example and find_spec("transformers") is None:
-        pytest.skip("needs transformers")
+    for package in ("transformers", "diffusers"):
+        if package in example and find_spec(package) is None:
+            pytest.skip(f"needs {package}")
     exec(compile(example, f"docs/swap.md: {title}", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
 
 
 def test_every_section_has_its_example_and_every_door_its_section():
-    assert len(EXAMPLES) == PAGE.count("\n## ") == 6
+    assert len(EXAMPLES) == PAGE.count("\n## ") == 7
     doors = re.findall(r"^\| .* \| `(.+)` \|$", PAGE, re.MULTILINE)
-    assert len(doors) == 5
+    assert len(doors) == 6
     for door, (_, example) in zip(doors, EXAMPLES):
         assert door.split("(")[0].split("`, `")[0] in example
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import fields
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends import warn_once
+from fastattn.integrations.sdpa_names import ImportedNames
 from fastattn.ops import arguments
 from fastattn.ops.sdpa import scaled_dot_product_attention
 from fastattn.spec import MAX_HEAD_DIM, AttentionCall, GradsNeeded
@@ -22,17 +24,18 @@ from fastattn.spec import MAX_HEAD_DIM, AttentionCall, GradsNeeded
 class sdpa_override(ContextDecorator):
     """While entered, `torch.nn.functional.scaled_dot_product_attention` is fastattn's, whoever calls it.
 
-    A context manager and a decorator; re-entrant, and what was there before is back after an exception, too. It
-    exchanges the attribute for the whole process, all threads included, until the last one has left. Reached: every
-    call that looks the function up in `torch.nn.functional`, so models written in plain torch, timm, diffusers,
-    transformers' "sdpa", and `nn.MultiheadAttention` and the encoder layers wherever they call it (training, or
-    without their inference fast path, and with need_weights=False). Not reached: `from torch.nn.functional import
-    scaled_dot_product_attention` done before, calls of `torch.ops.aten`, TorchScript, and the inference fast path of
-    torch's encoder layers (`swap_attention` reaches that). Compiled code follows into the context and out again,
-    except for calls inside `nn.MultiheadAttention`: they stay what they were when compiled.
+    A context manager and a decorator of functions; re-entrant, and what was there before is back after an exception,
+    too. It exchanges the attribute, and every global of a module that holds the function by a name of its own, for the
+    whole process, all threads included, until the last one has left. Reached: every call that looks the function up in
+    `torch.nn.functional` or in a module that imported it from there, before or meanwhile, so models written in plain
+    torch, timm, diffusers, whisper, transformers' "sdpa", and `nn.MultiheadAttention` and the encoder layers wherever
+    they call it (training, or without their inference fast path, and with need_weights=False). Not reached: functions
+    kept elsewhere (in attributes, closures, default arguments), calls of `torch.ops.aten`, TorchScript, and the
+    inference fast path of torch's encoder layers (`swap_attention` reaches that). Compiled code follows into the
+    context and out again, except for calls inside `nn.MultiheadAttention`: they stay what they were when compiled.
 
-    Nested tensors and head dims over 256, which fastattn refuses, go to the function that was there before, with one
-    warning for each reason.
+    Nested tensors and head dims that fastattn refuses go to the function that was there before, with one warning for
+    each reason. Leaving without any call having come in warns once.
 
     Args:
         backend: "auto" or the name of a fastattn backend.
@@ -41,32 +44,118 @@ class sdpa_override(ContextDecorator):
     def __init__(self, backend: str = "auto") -> None:
         arguments.check_backend(backend)
         self.backend = backend
-        self._mine: list[Any] = []
+        self._mine: list[_Entry] = []
+        self._earlier = 0  # calls of the times it was entered before
+        self._began = 0  # what `_came_in` was when it was entered
+
+    @property
+    def calls(self) -> int:
+        """How many calls came in while it was entered, through any override; compiled code counts as one per entry."""
+        with _lock:
+            return self._calls_so_far()
+
+    def _calls_so_far(self) -> int:
+        now = _came_in.number - self._began if self._mine else 0
+        return self._earlier + now + sum(entry.compiled for entry in self._mine)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]
+        """`function`, during whose calls this is entered."""
+        if isinstance(function, type) or any(
+            kind(function)
+            for kind in (
+                inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction,
+            )
+        ):  # fmt: skip
+            raise TypeError(f"sdpa_override: got {function!r}, needs a plain function; use `with` inside it")
+        decorated: Callable[..., Any] = super().__call__(function)
+        return decorated
 
     def __enter__(self) -> sdpa_override:
         with _lock:
             if not _entered:
                 _before.append(F.scaled_dot_product_attention)
-            function = _override(F.scaled_dot_product_attention, self.backend)
-            _entered.append(function)
-            self._mine.append(function)
-            F.scaled_dot_product_attention = function
+            entry = _Entry(_came_in.number)
+            entry.function = _override(F.scaled_dot_product_attention, self.backend, entry)
+            torchs = torch._C._nn.scaled_dot_product_attention
+            entry.of_torchs = (
+                entry.function if _before[0] is torchs else _override(torchs, self.backend, entry)
+            )
+            if not self._mine:
+                self._began = _came_in.number
+            _entered.append(entry)
+            self._mine.append(entry)
+            _put(entry)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _lock:  # threads may leave in another order than they entered
-            _entered.remove(self._mine.pop())
-            F.scaled_dot_product_attention = _entered[-1] if _entered else _before.pop()
+            so_far = self._calls_so_far()
+            entry = self._mine.pop()
+            _entered.remove(entry)
+            entry.active = False
+            if not self._mine:
+                self._earlier = so_far
+            else:
+                self._earlier += entry.compiled
+            for outer in _entered:
+                outer.compiled |= entry.compiled
+            if _entered:
+                _put(_entered[-1])
+            else:
+                F.scaled_dot_product_attention = original = _before.pop()
+                _names.give_back(original)
+            missed = kind is None and entry.began == _came_in.number and not entry.compiled
+        if missed:
+            warn_once(_NOTHING_CAME)
+
+
+_NOTHING_CAME = (
+    "sdpa_override: left without any call of scaled_dot_product_attention having come in. The model may compute its "
+    "attention itself, as for a softcap or returned weights; call another library; run torch's inference fast path, "
+    "which swap_attention reaches; be a TorchScript module; or keep the function in an attribute or a closure"
+)
+
+
+class _Entry:
+    """One time that a context is entered."""
+
+    def __init__(self, began: int) -> None:
+        self.began = began
+        self.active = True
+        self.compiled = (
+            False  # compiled code has called `function`: it replays the assignment, and could not count
+        )
+        self.function: Any = None
+        self.of_torchs: Any = None  # the same for names of torch's own function, where that has been replaced
+
+
+class _Counter:
+    """Calls of any override, by any thread."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._lock = Lock()
+
+    def add_one(self) -> None:
+        with self._lock:
+            self.number += 1
 
 
 _lock = Lock()
-_entered: list[Any] = []  # what contexts put in the place of torch's function, the latest last
+_came_in = _Counter()
+_entered: list[_Entry] = []  # the latest last
 _before: list[Any] = []  # what was there before the first of them
+_names = ImportedNames()
 
 
-def _override(previous: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def _put(entry: _Entry) -> None:
+    F.scaled_dot_product_attention = entry.function
+    _names.exchange(entry.function, entry.of_torchs, _before[0])
+
+
+def _override(previous: Callable[..., Tensor], backend: str, entry: _Entry) -> Callable[..., Tensor]:
     """torch's function on a backend of fastattn; what fastattn refuses goes to `previous`."""
 
     def scaled_dot_product_attention_by_fastattn(
@@ -79,8 +168,14 @@ def _override(previous: Callable[..., Tensor], backend: str) -> Callable[..., Te
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if (reason := _why_torchs(query, key, value)) is not None:
-            warn_once(f"sdpa_override leaves this call to torch: {reason}")
+        if torch.compiler.is_compiling():
+            entry.compiled = True
+        else:
+            _came_in.add_one()
+        reason = _why_torchs(query, key, value)
+        if reason is not None or not entry.active:  # somebody may have kept this function
+            if reason is not None:
+                warn_once(f"sdpa_override leaves this call to torch: {reason}")
             return previous(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -96,8 +191,11 @@ def _why_torchs(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     tensors = [t for t in (query, key, value) if isinstance(t, Tensor)]
     if any(t.is_nested for t in tensors):
         return "nested tensors"
-    if any(t.dim() > 0 and t.shape[-1] > MAX_HEAD_DIM for t in tensors):
+    dims = [t.shape[-1] for t in tensors if t.dim() > 0]
+    if any(dim > MAX_HEAD_DIM for dim in dims):
         return f"a head dim over {MAX_HEAD_DIM}"
+    if any(dim == 0 for dim in dims):
+        return "a head dim of 0"
     return None
 
 

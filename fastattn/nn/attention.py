@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import linear
 from fastattn.nn.masks import MaskError, ShapeError, check_inputs, merge_masks
 from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotary
-from fastattn.ops import arguments
+from fastattn.ops import arguments, spelling
 from fastattn.ops.attention import attention
 
 # What an instance has that torch's has not.
@@ -66,6 +66,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     backend: str
     swapped: bool
 
+    @spelling.without_unknown
     def __init__(
         self,
         embed_dim: int,
@@ -88,7 +89,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         sinks: bool = False,
         qk_norm: bool = False,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            raise spelling.unexpected(MultiHeadAttention, unknown)
         super().__init__(
             embed_dim,
             num_heads,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops
+from fastattn.ops import arguments, composite, flops, spelling
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionCall,
@@ -23,6 +23,7 @@ from fastattn.spec import (
 )
 
 
+@spelling.without_unknown
 def attention(
     query: Tensor,
     key: Tensor,
@@ -43,6 +44,7 @@ def attention(
     return_lse: bool = False,
     return_weights: bool | str = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """softmax(softcap(scale * query @ key.T) + alibi + bias, masked) @ value, fused.
 
@@ -79,6 +81,8 @@ def attention(
 
     Source: Dao, "FlashAttention-2" (2023); dropout by Philox4x32-10 (Salmon et al., 2011), see `fastattn.philox`.
     """
+    if unknown:
+        raise spelling.unexpected(attention, unknown)
     args = arguments.call_arguments(
         query, key, value, causal=causal, window=window, mask=mask, bias=bias, segment_ids=segment_ids,
         key_lengths=key_lengths, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
@@ -106,6 +110,7 @@ def explain(
     Takes the arguments of `attention`; runs nothing. `backward` names the backend of the backward pass where an input
     requires grad. Raises as `attention` does for arguments that do not fit or a named backend that cannot run them.
     """
+    spelling.check(options, attention, "explain")
     options.pop("return_lse", None)
     arguments.check_returned_weights(options.pop("return_weights", False))
     options["dropout_seed"] = arguments.undrawn_seed(options.get("dropout_seed"))

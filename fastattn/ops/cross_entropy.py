@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, spelling
 from fastattn.ops.cross_entropy_registration import MATERIALISED, check_values, composed, linear_composed
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
 
+@spelling.without_unknown
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -21,6 +24,7 @@ def cross_entropy(
     reduction: str = "mean",
     class_weight: Tensor | None = None,
     z_loss: float = 0.0,
+    **unknown: NoReturn,
 ) -> Tensor:
     """logsumexp(z) - (1 - s) * z[target] - s * mean(z) for the logits z of each token and label smoothing s.
 
@@ -50,6 +54,8 @@ def cross_entropy(
 
     Source: z_loss is that of Chowdhery et al., "PaLM" (2022).
     """
+    if unknown:
+        raise spelling.unexpected(cross_entropy, unknown)
     arguments.check_tensor("logits", logits)
     arguments.check_floating("logits", logits)
     if logits.dim() == 0:
@@ -80,6 +86,7 @@ def cross_entropy(
     return _reduced(losses.sum(), divisor).to(result_dtype)
 
 
+@spelling.without_unknown
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -92,6 +99,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     class_weight: Tensor | None = None,
     z_loss: float = 0.0,
+    **unknown: NoReturn,
 ) -> Tensor:
     """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), a few tokens' logits at a time.
 
@@ -119,6 +127,8 @@ def linear_cross_entropy(
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
     """
+    if unknown:
+        raise spelling.unexpected(linear_cross_entropy, unknown)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             arguments.check_tensor(name, tensor)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops
+from fastattn.ops import arguments, composite, flops, spelling
 from fastattn.ops.overlap import overlap, overlaps_itself
 from fastattn.ops.registration import define, schema_of
 from fastattn.spec import (
@@ -21,6 +21,7 @@ from fastattn.spec import (
 )
 
 
+@spelling.without_unknown
 def attention_kv_cache(
     query: Tensor,
     k_cache: Tensor,
@@ -42,6 +43,7 @@ def attention_kv_cache(
     num_splits: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of new queries to everything in a cache, after appending new keys and values to it.
 
@@ -75,6 +77,8 @@ def attention_kv_cache(
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
+    if unknown:
+        raise spelling.unexpected(attention_kv_cache, unknown)
     args = _call_arguments(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, scale=scale,
@@ -109,6 +113,7 @@ def explain(
     **options: Any,
 ) -> backends.Explanation:
     """Which backend `attention_kv_cache` would use for these arguments, with which tiles, and why not the others."""
+    spelling.check(options, attention_kv_cache, "explain")
     args = _call_arguments(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, **options,
@@ -189,7 +194,7 @@ def _call_arguments(
             if tensor.dtype != cache.dtype:
                 raise TypeError(f"{name}: got {tensor.dtype}, needs the cache's {cache.dtype}")
             arguments.check_device(name, tensor, query)
-    _check_rotary(rotary_cos, rotary_sin, query)
+    check_rotary(rotary_cos, rotary_sin, query)
     slopes = None
     if alibi_slopes is not None:
         slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
@@ -201,7 +206,8 @@ def _call_arguments(
     )  # fmt: skip
 
 
-def _check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+def check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+    """Tables (positions, half the rotated dims) of one shape that fit the query's head dim."""
     if cos is None and sin is None:
         return
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):

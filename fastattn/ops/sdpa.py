@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import arguments
+from fastattn.ops import arguments, spelling
 from fastattn.ops.attention import attention
+from fastattn.ops.errors import ArgumentError, standing_in
+
+_NAMES = {"mask": "attn_mask", "bias": "attn_mask"}  # what `attention` calls this call's arguments
 
 
-class ArgumentError(ValueError, RuntimeError):
-    """Arguments that do not fit together; torch raises RuntimeError here."""
-
-
+@spelling.without_unknown
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -28,6 +28,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """softmax(scale * query @ key.T + attn_mask) @ value with dropout on the weights, as in torch.nn.functional.
 
@@ -48,11 +49,30 @@ def scaled_dot_product_attention(
         (..., H, L, Ev) in the query's dtype; a row that sees no key is 0.
 
     Raises:
-        RuntimeError: attn_mask together with is_causal, heads that do not fit (ValueErrors, too); a named backend that
-            cannot run the call.
-        ValueError, TypeError: any other argument that does not fit; the message names it. Unlike torch's, this call
-            refuses head dims over 256, nested tensors, and a value whose length is not the key's.
+        ValueError, TypeError: an argument does not fit; the message names it. It is a RuntimeError, too, as torch's
+            are. Unlike torch's, this call refuses head dims of 0 or over 256, nested tensors, and a value whose length
+            is not the key's.
+        RuntimeError: a named backend that cannot run the call.
     """
+    if unknown:
+        raise spelling.unexpected(scaled_dot_product_attention, unknown)
+    try:
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    except (ValueError, TypeError) as error:
+        raise standing_in(error, _NAMES) from None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> Tensor:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         arguments.check_tensor(name, tensor)
         if tensor.dim() < 2:
@@ -70,13 +90,16 @@ def scaled_dot_product_attention(
     if rank != 4 or not outer == key.shape[:-3] == value.shape[:-3]:
         outer, query, key, value = _with_batch_dim(query, key, value)
     query, key, value = _fit_heads(query, key, value, enable_gqa)
+    if query.shape[1] == 0:
+        return _of_rank(query @ key.transpose(-2, -1) @ value, rank, outer)  # empty, and differentiable
     mask = bias = None
     if attn_mask is not None:
         arguments.check_tensor("attn_mask", attn_mask)
         full = (*outer, query.shape[1], query.shape[2], key.shape[2])
         attn_mask = _mask_4d(attn_mask, rank, full)
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    drop_all = dropout_p == 1.0
+    dropout_p, scale = _plain_number(dropout_p), _plain_number(scale)
+    drop_all = arguments.is_number(dropout_p) and dropout_p == 1.0
     out = cast(
         Tensor,
         attention(
@@ -93,11 +116,25 @@ def scaled_dot_product_attention(
     )
     if drop_all:
         out = F.dropout(out, 1.0)
+    return _of_rank(out, rank, outer)
+
+
+def _of_rank(out: Tensor, rank: int, outer: tuple[int, ...]) -> Tensor:
+    """(B, H, L, Ev) with what lies before the heads as it was."""
     if rank == 4:
         return out
     if rank < 4:
         return out.view(out.shape[4 - rank :])
     return out.unflatten(0, outer)
+
+
+def _plain_number(number: Any) -> Any:
+    """A 0-d tensor without a gradient is a number to torch's call, too."""
+    return (
+        number.item()
+        if isinstance(number, Tensor) and not number.dim() and not number.requires_grad
+        else number
+    )
 
 
 def _causal_bias(attn_mask: Any) -> bool | str | None:

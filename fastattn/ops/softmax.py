@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, spelling
 from fastattn.ops.registration import define
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
 
+@spelling.without_unknown
 def softmax(
     x: Tensor,
     dim: int = -1,
@@ -23,6 +24,7 @@ def softmax(
     causal: bool = False,
     log: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """exp(scale * x) / sum(exp(scale * x)) along `dim` over what the mask keeps, or its logarithm, fused.
 
@@ -48,6 +50,8 @@ def softmax(
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for long rows.
     """
+    if unknown:
+        raise spelling.unexpected(softmax, unknown)
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
     if (transform := composite.transform_in_use(args)) is not None:
@@ -59,11 +63,14 @@ def softmax(
     return result
 
 
+@spelling.without_unknown
 def explain(
     x: Tensor, dim: int = -1, *, backend: str = "auto", scale: float = 1.0, mask: Tensor | None = None,
-    causal: bool = False, log: bool = False,
+    causal: bool = False, log: bool = False, **unknown: NoReturn,
 ) -> backends.Explanation:  # fmt: skip
     """Which backend `softmax` would use for these arguments, with which tiles, and why not the others."""
+    if unknown:
+        raise spelling.unexpected(softmax, unknown, "explain")
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
     return backends.explanation(_spec(SoftmaxCall(*args)), backend, "softmax")

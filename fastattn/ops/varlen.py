@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference
-from fastattn.ops import arguments, composite, flops
+from fastattn.ops import arguments, composite, flops, spelling
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
+from fastattn.philox import keep_mask
 from fastattn.spec import (
     AttentionGrads,
     AttentionSpec,
@@ -22,6 +23,7 @@ from fastattn.spec import (
 )
 
 
+@spelling.without_unknown
 def attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -41,6 +43,7 @@ def attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of every sequence in a packed batch by itself, without padding.
 
@@ -65,6 +68,8 @@ def attention_varlen(
 
     Source: Dao, "FlashAttention-2" (2023), variable-length interface.
     """
+    if unknown:
+        raise spelling.unexpected(attention_varlen, unknown)
     args = _call_arguments(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window,
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
@@ -94,6 +99,7 @@ def explain(
     **options: Any,
 ) -> backends.Explanation:
     """Which backend `attention_varlen` would use for these arguments, with which tiles, and why not the others."""
+    spelling.check(options, attention_varlen, "explain")
     options["dropout_seed"] = arguments.undrawn_seed(options.get("dropout_seed"))
     args = _call_arguments(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes=alibi_slopes,
@@ -107,6 +113,14 @@ def explain(
     needs = GradsNeeded(**{name: t is not None and t.requires_grad for name, t in wants.items()})
     backward = AttentionSpec.of(whole, needs) if any(needs) else None
     return backends.explanation(AttentionSpec.of(whole), backend, "varlen", backward)
+
+
+def kept_by_dropout(
+    seed: Tensor, sequence: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
+) -> Tensor:
+    """bool (H, Sq, Sk), True where dropout with this seed keeps a weight of a packed batch's sequence."""
+    heads = torch.arange(sequence * num_heads, (sequence + 1) * num_heads, device=seed.device)
+    return keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
 
 
 def _call_arguments(

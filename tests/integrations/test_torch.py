@@ -176,18 +176,14 @@ def test_the_inference_fast_path_is_out_of_reach_until_it_is_off(calls):
     assert calls == ["auto"]
 
 
-def test_an_imported_name_is_out_of_reach(calls):
-    with fastattn.sdpa_override():
-        ORIGINAL(*qkv())
-    assert calls == []
-
-
 def test_what_fastattn_refuses_goes_to_torch_with_a_warning(calls):
     wide = qkv(300)
     expected = ORIGINAL(*wide)
     with fastattn.sdpa_override():
         with pytest.warns(RuntimeWarning, match="head dim over 256"):
             assert torch.equal(F.scaled_dot_product_attention(*wide), expected)
+        with pytest.warns(RuntimeWarning, match="head dim of 0"):
+            assert F.scaled_dot_product_attention(*qkv(0)).shape == (2, 4, 5, 0)
         nested = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 5)], layout=torch.jagged)
         nested = nested.transpose(1, 2)
         with pytest.warns(RuntimeWarning, match="nested"):
