@@ -53,7 +53,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
         return
     page = call.k_cache.shape[2]
     for b, length in enumerate(totals):
-        blocks = call.block_table[b, : -(-length // page)].long()
+        blocks = call.block_table[b, : -(-length // max(page, 1))].long()
         keys, values = (
             cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
             for cache in (call.k_cache, call.v_cache)

@@ -258,8 +258,8 @@ def _count_positions(
 
 def _next_token_loss(logits: Tensor, labels: Tensor, segment_ids: Tensor | None) -> Tensor:
     """Mean over targets of -log softmax(logits)[next token], in float32; NaN where there is no target."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, S): shifting labels copies no logits
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, S): shifting labels copies no logits
     if segment_ids is not None:
-        following = F.pad(segment_ids[:, 1:], (0, 1), value=-1)
+        following = F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)

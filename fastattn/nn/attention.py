@@ -332,7 +332,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """A view (B, heads, S, D) of (S, heads * D), (B, S, heads * D) or, sequence first, (S, B, heads * D)."""
-        x = x.view(*x.shape[:-1], -1, self.head_dim)
+        x = x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim))  # no -1: a size may be 0
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)

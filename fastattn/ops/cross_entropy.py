@@ -111,7 +111,7 @@ def linear_cross_entropy(
     target = _targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
     cap = arguments.positive_or_zero("softcap", softcap)
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
     call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
     if (transform := composite.transform_in_use(call)) is not None:

@@ -167,12 +167,10 @@ def _call_arguments(
         block_table = arguments.check_integers(
             "block_table", block_table, (batch, block_table.shape[1]), query
         )
-    one = (
-        k_cache[:1],
-        v_cache[:1],
-    )  # heads, dims, dtypes and options are those of a padded call of batch size 1
+    # heads, dims, dtypes and options are those of a padded call; of none, as a batch or a page table may hold none
+    none = (t[:0] for t in (query, k_cache, v_cache))
     *_, sinks, _, causal, left, right, softcap, _, scale = arguments.call_arguments(
-        query[:1], *one, sinks=sinks, **options
+        *none, sinks=sinks, **options
     )
     if key is not None and value is not None:
         for name, tensor, cache in (("key", key, k_cache), ("value", value, v_cache)):

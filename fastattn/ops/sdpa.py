@@ -76,6 +76,13 @@ def scaled_dot_product_attention(
         full = (*outer, query.shape[1], query.shape[2], key.shape[2])
         attn_mask = _mask_4d(attn_mask, rank, full)
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    headless = added = None
+    if (
+        query.shape[1] == 0
+    ):  # the 3-D call of an empty batch: `attention` needs a head, if only of no sequence
+        headless = query, key, value
+        query, key, value = (t.new_empty(0, 1, *t.shape[2:]) for t in headless)
+        mask, bias, added = None, None, bias
     drop_all = dropout_p == 1.0
     out = cast(
         Tensor,
@@ -91,6 +98,8 @@ def scaled_dot_product_attention(
             backend=backend,
         ),
     )
+    if headless is not None:
+        out = _nothing(*headless, added)
     if drop_all:
         out = F.dropout(out, 1.0)
     if rank == 4:
@@ -108,6 +117,12 @@ def _causal_bias(attn_mask: Any) -> bool | str | None:
     if attn_mask is None or bias is None or not isinstance(attn_mask, bias.CausalBias):
         return None
     return True if attn_mask.variant == bias.CausalVariant.LOWER_RIGHT else "top_left"
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """The result for no heads, (B, 0, L, Ev), from which every input gets its gradient of zeros."""
+    scores = query @ key.mT
+    return ((scores if bias is None else scores + bias.to(scores.dtype)) @ value).to(query.dtype)
 
 
 def _with_batch_dim(
