@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattn.backends import warn_once
 from fastattn.ops import arguments
 from fastattn.ops.sdpa import scaled_dot_product_attention
+from fastattn.ops.symbolic import any_proxy
 from fastattn.spec import MAX_HEAD_DIM, AttentionCall, GradsNeeded
 
 
@@ -79,6 +80,10 @@ def _override(previous: Callable[..., Tensor], backend: str) -> Callable[..., Te
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if any_proxy(query, key, value):  # a graph holds torch's own function, as without the context
+            return previous(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if (reason := _why_torchs(query, key, value)) is not None:
             warn_once(f"sdpa_override leaves this call to torch: {reason}")
             return previous(

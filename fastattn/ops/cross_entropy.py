@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite, flops
+from fastattn.ops import arguments, composite, flops, plain, symbolic
 from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
@@ -42,6 +42,8 @@ def cross_entropy(
         ValueError, TypeError: an argument does not fit; the message names it. On a GPU, where looking would cost a
             synchronisation, a token whose target is no class has loss NaN.
     """
+    if symbolic.any_proxy(logits, target):
+        return cast(Tensor, symbolic.record(cross_entropy, locals()))
     arguments.check_tensor("logits", logits)
     arguments.check_floating("logits", logits)
     if logits.dim() == 0:
@@ -56,7 +58,9 @@ def cross_entropy(
     result_dtype = _loss_dtype(logits)
     rows = logits.movedim(classes_dim, -1).reshape(-1, num_classes)
     call = (rows, target.reshape(-1), ignore_index, label_smoothing)
-    if (transform := composite.transform_in_use(call)) is not None:
+    if plain.wanted():
+        losses = _composite(CrossEntropyCall(*call))
+    elif (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, _MATERIALISED)
         losses = _composite(CrossEntropyCall(*call))
     else:
@@ -100,6 +104,8 @@ def linear_cross_entropy(
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
     """
+    if symbolic.any_proxy(hidden, weight, target):
+        return cast(Tensor, symbolic.record(linear_cross_entropy, locals()))
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             arguments.check_tensor(name, tensor)
@@ -114,7 +120,9 @@ def linear_cross_entropy(
     rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
     call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
-    if (transform := composite.transform_in_use(call)) is not None:
+    if plain.wanted():
+        losses = _linear_composite(LinearCrossEntropyCall(*call))
+    elif (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, _MATERIALISED)
         losses = _linear_composite(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):

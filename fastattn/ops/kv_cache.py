@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops
+from fastattn.ops import arguments, composite, flops, plain, symbolic
 from fastattn.ops.registration import define, schema_of
 from fastattn.spec import (
     AttentionSpec,
@@ -69,11 +70,20 @@ def attention_kv_cache(
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
-    args = _call_arguments(
+    if symbolic.any_proxy(query, k_cache, v_cache):
+        return cast(Tensor, symbolic.record(attention_kv_cache, locals()))
+    in_torch = plain.wanted()
+    make = partial(plain.quietly, _call_arguments) if in_torch else _call_arguments
+    args = make(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
+    if in_torch:
+        result: Tensor | tuple[Tensor, Tensor] = plain.quietly(
+            plain.attention_kv_cache, KVCacheCall(*args), lse=return_lse
+        )
+        return result
     if (transform := composite.transform_in_use(args)) is not None:
         raise RuntimeError(
             f"attention_kv_cache writes to its caches and has no gradient, but {transform} is active"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import arguments
+from fastattn.ops import arguments, symbolic
 from fastattn.ops.attention import attention
 
 
@@ -53,6 +53,8 @@ def scaled_dot_product_attention(
         ValueError, TypeError: any other argument that does not fit; the message names it. Unlike torch's, this call
             refuses head dims over 256, nested tensors, and a value whose length is not the key's.
     """
+    if symbolic.any_proxy(query, key, value):
+        return cast(Tensor, symbolic.record(scaled_dot_product_attention, locals()))
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         arguments.check_tensor(name, tensor)
         if tensor.dim() < 2:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite
+from fastattn.ops import arguments, composite, plain, symbolic
 from fastattn.ops.registration import define
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
@@ -46,8 +46,12 @@ def softmax(
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for long rows.
     """
+    if symbolic.any_proxy(x):
+        return cast(Tensor, symbolic.record(softmax, locals()))
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
+    if plain.wanted():
+        return _composite(*args)
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform, "the masked scores")
         return _composite(*args)
