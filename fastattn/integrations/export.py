@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import plain
+from fastattn.ops.softmax import composed as composed_softmax
 from fastattn.spec import AttentionCall, KVCacheCall, VarlenCall
 
 
@@ -55,11 +56,11 @@ _lock = Lock()
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """What each of fastattn's forward ops is in torch's own, for `ExportedProgram.run_decompositions`.
+    """The forward ops of attention and softmax in torch's operations, for `ExportedProgram.run_decompositions`.
 
     An exported program holds these ops where it was exported under `plain_torch(False)` (and by torch 2.9 with
     `strict=True`). `program.run_decompositions(decompositions())` gives one that runs without fastattn, and that
-    `torch.onnx.export` takes. Ops of a backward have none: exported programs hold no backward.
+    `torch.onnx.export` takes. The losses and the ops of a backward have none.
     """
     ops: Any = torch.ops.fastattn
     return {
@@ -67,6 +68,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         ops.attention_weights.default: _weights,
         ops.varlen_fwd.default: _varlen,
         ops.kv_cache_fwd.default: _kv_cache,
+        ops.softmax_fwd.default: _softmax,
     }
 
 
@@ -92,3 +94,8 @@ def _varlen(*args: Any) -> tuple[Tensor, Tensor]:
 def _kv_cache(*args: Any) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = plain.attention_kv_cache(KVCacheCall(*args[:-1]), lse=True)
     return result
+
+
+def _softmax(*args: Any) -> Tensor:
+    *call, _ = args
+    return composed_softmax(*call)

@@ -51,10 +51,10 @@ def softmax(
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
     if plain.wanted():
-        return _composite(*args)
+        return composed(*args)
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform, "the masked scores")
-        return _composite(*args)
+        return composed(*args)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
     result: Tensor = _run(*args, backend)
@@ -117,7 +117,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return accumulation_dtype(x.dtype) if autocast else x.dtype
 
 
-def _composite(
+def composed(
     x: Tensor, mask: Tensor | None, dim: int, scale: float, causal: bool, log: bool, dtype: torch.dtype
 ) -> Tensor:
     """The call in differentiable torch operations."""
