@@ -37,7 +37,7 @@ def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return function(*args, **kwargs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return function(*args, **kwargs)
 
 
@@ -85,10 +85,10 @@ def attention_varlen(call: VarlenCall, *, lse: bool = False, any_seed: bool = Tr
             slopes = F.pad(slopes, (0, 0, 0, 1))[of_query].T[None, :, :, None]  # (1, H, T, 1)
         else:
             slopes = slopes[:, :, None, None]
-    operands = (tokens.transpose(0, 1)[None] for tokens in (call.query, call.key, call.value))
+    query, key, value = (tokens.transpose(0, 1)[None] for tokens in (call.query, call.key, call.value))
     result = _attend(
-        call, *operands, seen, distance, slopes, None, lse=lse, dropout_p=call.dropout_p, causal=False
-    )  # fmt: skip
+        call, query, key, value, seen, distance, slopes, None, causal=False, lse=lse, dropout_p=call.dropout_p
+    )
     if isinstance(result, tuple):
         return result[0][0].transpose(0, 1), result[1][0]
     return result[0].transpose(0, 1)

@@ -20,6 +20,7 @@ from torch.fx.proxy import TraceError
 import fastattn
 from fastattn import reference
 from fastattn.integrations.export import decompositions, plain_torch
+from fastattn.models import GPT, GPTConfig
 from numerics import assert_within_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -394,6 +395,29 @@ def test_a_swapped_encoder_exports_and_traces_for_any_batch_and_length() -> None
     for sizes in ((2, 7), (4, 11)):
         assert_as_exact(program.module()(*padded(*sizes)).detach(), *sizes)
         assert_as_exact(trace(*padded(*sizes)).detach(), *sizes)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_recorded_gpt_heeds_padding_that_it_was_not_recorded_with(positions: str) -> None:
+    config = GPTConfig(vocab_size=11, n_positions=16, n_embd=32, n_layer=2, n_head=4, positions=positions)
+    model = Logits(GPT(config).eval())
+    ids, padding = torch.arange(14).view(2, 7) % 11, padded(2, 7)[1]
+    trace = torch.jit.trace(model, (ids, torch.ones_like(ids)), check_trace=False)
+    program = torch.export.export(model, (ids, torch.ones_like(ids)))
+    assert "fastattn::" not in str(trace.inlined_graph)
+    assert foreign(program.graph) == []
+    for run in (trace, program.module()):
+        torch.testing.assert_close(run(ids, ~padding), model(ids, ~padding))
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, attention_mask=mask).logits[mask != 0]
 
 
 def onnx_runtime() -> Any:
