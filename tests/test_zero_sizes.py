@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn import reference
 from fastattn.integrations import flash_attn
+from fastattn.integrations.export import plain_torch
 from fastattn.models import GPT, GPTConfig
 
 EMBED, HEADS, KV_HEADS, DIM = 24, 4, 2, 8
@@ -75,7 +76,13 @@ def test_attention(sizes, options):
     def call(function):
         return lambda q, k, v, b, s: function(q, k, v, bias=b, sinks=s, **shared)
 
-    same(run(call(fastattn.attention), *tensors, *extras), run(call(reference.attention), *tensors, *extras))
+    expected = run(call(reference.attention), *tensors, *extras)
+    same(run(call(fastattn.attention), *tensors, *extras), expected)
+    with plain_torch():
+        same(run(call(fastattn.attention), *tensors, *extras), expected)
+    del shared["return_lse"], shared["return_weights"]
+    with plain_torch():
+        same(run(call(fastattn.attention), *tensors, *extras)[:1], expected[:1])
 
 
 @by_sizes
@@ -93,6 +100,8 @@ def test_varlen(sizes):
     expected = run(call(reference.attention_varlen), *tensors, *extras)
     for bounds in ((), (L, S)):
         same(run(call(fastattn.attention_varlen, *bounds), *tensors, *extras), expected)
+    with plain_torch():
+        same(run(call(fastattn.attention_varlen), *tensors, *extras), expected)
 
 
 @by_sizes

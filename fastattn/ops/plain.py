@@ -81,7 +81,7 @@ def attention_varlen(call: VarlenCall, *, lse: bool = False, any_seed: bool = Tr
     seen = ((of_query[:, None] == of_key) & (of_query < batch)[:, None])[None, None]
     slopes = call.alibi_slopes
     if slopes is not None:
-        if slopes.shape[0] > 1:
+        if slopes.shape[0] != 1:
             slopes = F.pad(slopes, (0, 0, 0, 1))[of_query].T[None, :, :, None]  # (1, H, T, 1)
         else:
             slopes = slopes[:, :, None, None]

@@ -402,7 +402,8 @@ def test_a_swapped_encoder_exports_and_traces_for_any_batch_and_length() -> None
 def test_a_recorded_gpt_heeds_padding_that_it_was_not_recorded_with(positions: str) -> None:
     config = GPTConfig(vocab_size=11, n_positions=16, n_embd=32, n_layer=2, n_head=4, positions=positions)
     model = Logits(GPT(config).eval())
-    ids, padding = torch.arange(14).view(2, 7) % 11, padded(2, 7)[1].flip(1)  # before the tokens, which see it
+    ids = torch.arange(14).view(2, 7) % 11
+    padding = padded(2, 7)[1].flip(1)  # before the tokens, which look there
     trace = torch.jit.trace(model, (ids, torch.ones_like(ids)), check_trace=False)
     program = torch.export.export(model, (ids, torch.ones_like(ids)))
     assert "fastattn::" not in str(trace.inlined_graph)
