@@ -380,7 +380,7 @@ class _Sums:
         dscores = _grouped(dscores * self.call.scale, num_kv_heads)
         query = _grouped(_rows(part.query, tile).to(dscores.dtype), num_kv_heads)
         dq = dscores @ _cols(part.key, tile).to(dscores.dtype)
-        _rows(part.of(self.query), tile).add_(dq.view(*part.query.shape[:2], len(tile.rows), -1))
+        _rows(part.of(self.query), tile).add_(dq.view(_rows(part.query, tile).shape))
         _cols(part.of(self.key), tile).add_(dscores.mT @ query)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -525,7 +525,7 @@ def _fused_tile_bwd(
         attn_mask=mask, scale=part.call.scale,
     )  # fmt: skip
     if group_size > 1:
-        dk, dv = (g.unflatten(1, (-1, group_size)).sum(2) for g in (dk, dv))
+        dk, dv = (g.unflatten(1, (g.shape[1] // group_size, group_size)).sum(2) for g in (dk, dv))
     return dq, dk, dv
 
 

@@ -24,12 +24,12 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
     query, key = call.query, call.key
     if call.rotary_cos is not None:
         steps = torch.arange(seqlen_q, device=query.device)
-        query = _rotated(call, query, totals[:, None] - seqlen_q + steps)
+        query = rotated(call, query, totals[:, None] - seqlen_q + steps)
         if key is not None:
             steps = torch.arange(call.new_keys, device=query.device)
-            key = _rotated(call, key, call.cache_lengths.long()[:, None] + steps)
+            key = rotated(call, key, call.cache_lengths.long()[:, None] + steps)
     if key is not None and call.value is not None:
-        _append(call, key, call.value)
+        append(call, key, call.value)
     out = empty_in_order(call.query, (batch, num_heads, seqlen_q, spec.value_dim))
     lse = out.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(spec.dtype))
     for rows, keys, values in _sequences(call, totals.tolist()):
@@ -53,7 +53,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
         return
     page = call.k_cache.shape[2]
     for b, length in enumerate(totals):
-        blocks = call.block_table[b, : -(-length // page)].long()
+        blocks = call.block_table[b, : -(-length // max(page, 1))].long()
         keys, values = (
             cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
             for cache in (call.k_cache, call.v_cache)
@@ -61,7 +61,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
         yield slice(b, b + 1), keys, values
 
 
-def _append(call: KVCacheCall, key: Tensor, value: Tensor) -> None:
+def append(call: KVCacheCall, key: Tensor, value: Tensor) -> None:
     steps = torch.arange(call.new_keys, device=key.device)
     positions = call.cache_lengths.long()[:, None] + steps  # (B, Sn)
     if call.block_table is None:
@@ -73,7 +73,7 @@ def _append(call: KVCacheCall, key: Tensor, value: Tensor) -> None:
     call.v_cache[blocks, :, positions] = value.transpose(1, 2).to(call.v_cache.dtype)
 
 
-def _rotated(call: KVCacheCall, tensor: Tensor, positions: Tensor) -> Tensor:
+def rotated(call: KVCacheCall, tensor: Tensor, positions: Tensor) -> Tensor:
     """`tensor` (B, heads, S, D) with its first rotary_dim dimensions rotated to `positions` (B, S)."""
     assert call.rotary_cos is not None
     assert call.rotary_sin is not None

@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-_ON_FIRST_USE = ("diffusers", "flash_attn", "torch", "transformers")
+_ON_FIRST_USE = ("diffusers", "export", "flash_attn", "torch", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -18,6 +18,7 @@ from fastattn.backends import warn_once
 from fastattn.integrations.sdpa_names import ImportedNames
 from fastattn.ops import arguments
 from fastattn.ops.sdpa import scaled_dot_product_attention
+from fastattn.ops.symbolic import any_proxy
 from fastattn.spec import MAX_HEAD_DIM, AttentionCall, GradsNeeded
 
 
@@ -168,6 +169,10 @@ def _override(previous: Callable[..., Tensor], backend: str, entry: _Entry) -> C
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if any_proxy(query, key, value):  # a graph holds torch's own function, as without the context
+            return previous(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if torch.compiler.is_compiling():
             entry.compiled = True
         else:

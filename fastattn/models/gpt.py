@@ -198,11 +198,16 @@ class GPT(nn.Module):
 
 def _check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
     """Ids within [0, size), where asking costs no synchronisation."""
-    if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
+    if not ids.numel() or not _readable(ids):
         return
     least, most = (int(n) for n in ids.aminmax())
     if least < 0 or most >= size:
         raise ValueError(f"{name}: got {least} to {most}, needs 0 to {size - 1} ({limit} - 1)")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values may decide: not in a program that is recorded for other values, nor where that would wait."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _block(config: GPTConfig) -> PreNormBlock:
@@ -238,7 +243,7 @@ def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqle
     real = attention_mask != 0
     if segment_ids is not None:
         ids = torch.where(real, segment_ids, -1)
-    elif real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+    elif _readable(real) and bool(real.all()):
         return {}  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
     else:
         ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
@@ -258,8 +263,8 @@ def _count_positions(
 
 def _next_token_loss(logits: Tensor, labels: Tensor, segment_ids: Tensor | None) -> Tensor:
     """Mean over targets of -log softmax(logits)[next token], in float32; NaN where there is no target."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, S): shifting labels copies no logits
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, S): shifting labels copies no logits
     if segment_ids is not None:
-        following = F.pad(segment_ids[:, 1:], (0, 1), value=-1)
+        following = F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)

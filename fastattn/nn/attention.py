@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from fastattn.nn.masks import MaskError, ShapeError, check_inputs, merge_masks
 from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotary
 from fastattn.ops import arguments, spelling
 from fastattn.ops.attention import attention
+from fastattn.ops.plain import quietly
+from fastattn.ops.symbolic import any_proxy, record_module
 
 # What an instance has that torch's has not.
 _EXTRA_ATTRIBUTES = (
@@ -169,6 +171,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.k_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
         self.register_forward_pre_hook(keep_forward)
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls first."""
+        way = "fastattn.restore_attention(model) puts torch's back" if self.swapped else "use torch's module"
+        raise RuntimeError(
+            f"torch.jit.script cannot compile fastattn.MultiHeadAttention: {way} "
+            "(after swap_attention, restore_attention does); torch.jit.trace and torch.export work as it is"
+        )
+
     def remove_extras(self) -> None:
         """Take away what `add_extras` gave, leaving exactly a torch module's attributes."""
         for store in (self.__dict__, self._parameters, self._buffers, self._modules):
@@ -220,6 +230,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         `rotary`. cache: keys and values of earlier calls, to which this call's are appended; masks, segment ids of the
         keys and lengths then cover those before as well.
         """
+        if any_proxy(query, key, value):
+            return cast("tuple[Tensor, Tensor | None]", record_module(self, locals()))
         if query.is_nested or key.is_nested or value.is_nested:
             if is_causal or any(
                 x is not None for x in (attn_mask, key_padding_mask, segment_ids, key_lengths, rotary, cache)
@@ -227,7 +239,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 raise ValueError("query: a nested tensor goes without masks, lengths, segments and cache")
             return self._forward_nested(query, key, value, need_weights, average_attn_weights, causal)
         widths = (self.embed_dim, self.kdim, self.vdim)
-        batched = check_inputs(query, key, value, widths=widths, batch_first=self.batch_first)
+        batched = quietly(check_inputs, query, key, value, widths=widths, batch_first=self.batch_first)
         if is_causal and attn_mask is None:
             raise MaskError(
                 "is_causal: is a hint about attn_mask, which is None; causal=True needs no attn_mask"
@@ -246,7 +258,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if is_causal and key_padding_mask is None and not need_weights and not positional:
             # torch trusts the hint here and uses attn_mask elsewhere; positions count from the last key in both
             alignment, attn_mask = "top_left", None
-        masks = merge_masks(
+        masks = quietly(
+            merge_masks,
             attn_mask,
             key_padding_mask,
             batch=query.shape[1 - seq_dim] if batched else 1,
@@ -336,7 +349,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """A view (B, heads, S, D) of (S, heads * D), (B, S, heads * D) or, sequence first, (S, B, heads * D)."""
-        x = x.view(*x.shape[:-1], -1, self.head_dim)
+        x = x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim))  # no -1: a size may be 0
         if x.dim() == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)

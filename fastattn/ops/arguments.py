@@ -351,7 +351,7 @@ def per_head_slopes(slopes: Tensor, batch: int, num_heads: int, query: Tensor) -
         raise ValueError(
             f"alibi_slopes: got shape {shape_of(slopes)}, needs ({num_heads},) or ({batch}, {num_heads})"
         )
-    return slopes.reshape(-1, num_heads).to(accumulation_dtype(query.dtype))
+    return (slopes[None] if slopes.dim() == 1 else slopes).to(accumulation_dtype(query.dtype))
 
 
 def check_backend(name: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops, spelling
+from fastattn.ops import arguments, composite, flops, plain, spelling, symbolic
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionCall,
@@ -81,15 +82,25 @@ def attention(
 
     Source: Dao, "FlashAttention-2" (2023); dropout by Philox4x32-10 (Salmon et al., 2011), see `fastattn.philox`.
     """
+    if symbolic.any_proxy(query, key, value):
+        return cast(Tensor, symbolic.record(attention, locals()))
     if unknown:
         raise spelling.unexpected(attention, unknown)
-    args = arguments.call_arguments(
+    in_torch = plain.wanted()
+    make = partial(plain.quietly, arguments.call_arguments) if in_torch else arguments.call_arguments
+    args = make(
         query, key, value, causal=causal, window=window, mask=mask, bias=bias, segment_ids=segment_ids,
         key_lengths=key_lengths, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
-        dropout_seed=dropout_seed, scale=scale,
+        dropout_seed=arguments.undrawn_seed(dropout_seed) if in_torch else dropout_seed, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
     arguments.check_returned_weights(return_weights)
+    if in_torch:
+        result: Tensor | tuple[Tensor, ...] = plain.quietly(
+            plain.attention, AttentionCall(*args), lse=return_lse, weights=return_weights,
+            any_seed=dropout_seed is None,
+        )  # fmt: skip
+        return result
     if (transform := composite.transform_in_use(args)) is not None:
         _check_values(AttentionCall(*args))
         return composite.attention(args, transform, return_lse, return_weights, backend)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from fastattn.ops import arguments, composite, spelling
+from fastattn.ops import arguments, composite, plain, spelling, symbolic
 from fastattn.ops.cross_entropy_registration import MATERIALISED, check_values, composed, linear_composed
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, accumulation_dtype
 
@@ -54,6 +54,8 @@ def cross_entropy(
 
     Source: z_loss is that of Chowdhery et al., "PaLM" (2022).
     """
+    if symbolic.any_proxy(logits, target):
+        return cast(Tensor, symbolic.record(cross_entropy, locals()))
     if unknown:
         raise spelling.unexpected(cross_entropy, unknown)
     arguments.check_tensor("logits", logits)
@@ -75,7 +77,9 @@ def cross_entropy(
     if reduction == "mean":
         weight, divisor = _mean_of(weight, z_loss, flat, ignore_index)
     call = (rows, flat, ignore_index, label_smoothing, weight, z_loss)
-    if (transform := composite.transform_in_use(call)) is not None:
+    if plain.wanted():
+        losses = composed(CrossEntropyCall(*call))
+    elif (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(given, num_classes, ignore_index)
         losses = composed(CrossEntropyCall(*call))
@@ -127,6 +131,8 @@ def linear_cross_entropy(
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
     """
+    if symbolic.any_proxy(hidden, weight, target):
+        return cast(Tensor, symbolic.record(linear_cross_entropy, locals()))
     if unknown:
         raise spelling.unexpected(linear_cross_entropy, unknown)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -141,13 +147,15 @@ def linear_cross_entropy(
     ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
     cap, z_loss = arguments.positive_or_zero("softcap", softcap), _z_loss(z_loss)
     class_weight = _class_weight(class_weight, weight.shape[0], hidden, "hidden")
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
     divisor = None
     if reduction == "mean":
         class_weight, divisor = _mean_of(class_weight, z_loss, flat, ignore_index)
     call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
-    if (transform := composite.transform_in_use(call)) is not None:
+    if plain.wanted():
+        losses = linear_composed(LinearCrossEntropyCall(*call))
+    elif (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(given, weight.shape[0], ignore_index)
         losses = linear_composed(LinearCrossEntropyCall(*call))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops, spelling
+from fastattn.ops import arguments, composite, flops, plain, spelling, symbolic
 from fastattn.ops.overlap import overlap, overlaps_itself
 from fastattn.ops.registration import define, schema_of
 from fastattn.spec import (
@@ -77,13 +78,22 @@ def attention_kv_cache(
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
+    if symbolic.any_proxy(query, k_cache, v_cache):
+        return cast(Tensor, symbolic.record(attention_kv_cache, locals()))
     if unknown:
         raise spelling.unexpected(attention_kv_cache, unknown)
-    args = _call_arguments(
+    in_torch = plain.wanted()
+    make = partial(plain.quietly, _call_arguments) if in_torch else _call_arguments
+    args = make(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
+    if in_torch:
+        result: Tensor | tuple[Tensor, Tensor] = plain.quietly(
+            plain.attention_kv_cache, KVCacheCall(*args), lse=return_lse
+        )
+        return result
     if (transform := composite.transform_in_use(args)) is not None:
         raise RuntimeError(
             f"attention_kv_cache writes to its caches and has no gradient, but {transform} is active"
@@ -179,12 +189,10 @@ def _call_arguments(
         block_table = arguments.check_integers(
             "block_table", block_table, (batch, block_table.shape[1]), query
         )
-    one = (
-        k_cache[:1],
-        v_cache[:1],
-    )  # heads, dims, dtypes and options are those of a padded call of batch size 1
+    # heads, dims, dtypes and options are those of a padded call; of none, as a batch or a page table may hold none
+    none = (t[:0] for t in (query, k_cache, v_cache))
     *_, sinks, _, causal, left, right, softcap, _, scale = arguments.call_arguments(
-        query[:1], *one, sinks=sinks, **options
+        *none, sinks=sinks, **options
     )
     if key is not None and value is not None:
         for name, tensor, cache in (("key", key, k_cache), ("value", value, v_cache)):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.ops import arguments, spelling
+from fastattn.ops import arguments, spelling, symbolic
 from fastattn.ops.attention import attention
 from fastattn.ops.errors import ArgumentError, standing_in
 
@@ -54,6 +54,8 @@ def scaled_dot_product_attention(
             is not the key's.
         RuntimeError: a named backend that cannot run the call.
     """
+    if symbolic.any_proxy(query, key, value):
+        return cast(Tensor, symbolic.record(scaled_dot_product_attention, locals()))
     if unknown:
         raise spelling.unexpected(scaled_dot_product_attention, unknown)
     try:
@@ -90,8 +92,6 @@ def _attend(
     if rank != 4 or not outer == key.shape[:-3] == value.shape[:-3]:
         outer, query, key, value = _with_batch_dim(query, key, value)
     query, key, value = _fit_heads(query, key, value, enable_gqa)
-    if query.shape[1] == 0:
-        return _of_rank(query @ key.transpose(-2, -1) @ value, rank, outer)  # empty, and differentiable
     mask = bias = None
     if attn_mask is not None:
         arguments.check_tensor("attn_mask", attn_mask)
@@ -100,6 +100,11 @@ def _attend(
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     dropout_p, scale = _plain_number(dropout_p), _plain_number(scale)
     drop_all = arguments.is_number(dropout_p) and dropout_p == 1.0
+    headless = added = None
+    if query.shape[1] == 0:  # `attention` needs a head, if only of no sequence
+        headless = query, key, value
+        query, key, value = (t.new_empty(0, 1, *t.shape[2:]) for t in headless)
+        mask, bias, added = None, None, bias
     out = cast(
         Tensor,
         attention(
@@ -114,6 +119,8 @@ def _attend(
             backend=backend,
         ),
     )
+    if headless is not None:
+        out = _nothing(*headless, added)
     if drop_all:
         out = F.dropout(out, 1.0)
     return _of_rank(out, rank, outer)
@@ -145,6 +152,12 @@ def _causal_bias(attn_mask: Any) -> bool | str | None:
     if attn_mask is None or bias is None or not isinstance(attn_mask, bias.CausalBias):
         return None
     return True if attn_mask.variant == bias.CausalVariant.LOWER_RIGHT else "top_left"
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """The result for no heads, (B, 0, L, Ev), from which every input gets its gradient of zeros."""
+    scores = query @ key.mT
+    return ((scores if bias is None else scores + bias.to(scores.dtype)) @ value).to(query.dtype)
 
 
 def _with_batch_dim(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference_losses
-from fastattn.ops import arguments, composite, spelling
+from fastattn.ops import arguments, composite, plain, spelling, symbolic
 from fastattn.ops.registration import define
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
@@ -50,13 +50,17 @@ def softmax(
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for long rows.
     """
+    if symbolic.any_proxy(x):
+        return cast(Tensor, symbolic.record(softmax, locals()))
     if unknown:
         raise spelling.unexpected(softmax, unknown)
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
+    if plain.wanted():
+        return composed(*args)
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform, "the masked scores")
-        return _composite(*args)
+        return composed(*args)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
     result: Tensor = _run(*args, backend)
@@ -122,7 +126,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return accumulation_dtype(x.dtype) if autocast else x.dtype
 
 
-def _composite(
+def composed(
     x: Tensor, mask: Tensor | None, dim: int, scale: float, causal: bool, log: bool, dtype: torch.dtype
 ) -> Tensor:
     """The call in differentiable torch operations."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, reference
-from fastattn.ops import arguments, composite, flops, spelling
+from fastattn.ops import arguments, composite, flops, plain, spelling, symbolic
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.philox import keep_mask
 from fastattn.spec import (
@@ -68,14 +69,23 @@ def attention_varlen(
 
     Source: Dao, "FlashAttention-2" (2023), variable-length interface.
     """
+    if symbolic.any_proxy(query, key, value):
+        return cast(Tensor, symbolic.record(attention_varlen, locals()))
     if unknown:
         raise spelling.unexpected(attention_varlen, unknown)
-    args = _call_arguments(
+    in_torch = plain.wanted()
+    make = partial(plain.quietly, _call_arguments) if in_torch else _call_arguments
+    args = make(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
-        scale=scale,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+        dropout_seed=arguments.undrawn_seed(dropout_seed) if in_torch else dropout_seed, scale=scale,
     )  # fmt: skip
     arguments.check_backend(backend)
+    if in_torch:
+        result: Tensor | tuple[Tensor, Tensor] = plain.quietly(
+            plain.attention_varlen, VarlenCall(*args), lse=return_lse, any_seed=dropout_seed is None
+        )
+        return result
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
         out, lse = _composite(VarlenCall(*args))

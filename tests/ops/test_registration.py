@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn.integrations.export import plain_torch
 from fastattn.ops import registration
 from fastattn.ops.registration import unwatched
 
@@ -178,6 +179,7 @@ def test_modes_and_the_profiler_see_the_op() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_traces_contain_the_op() -> None:
+    """Those of programs that leave the process only if asked to (tests/integrations/test_export.py)."""
     operands, graphs = qkv(), []
 
     def call(*operands: Tensor) -> Any:
@@ -191,10 +193,11 @@ def test_traces_contain_the_op() -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(call, backend=keeping, fullgraph=True)(*operands)
-    graphs.append(torch.export.export(_Module(call), tuple(operands)).module())
+    with plain_torch(False):
+        graphs.append(torch.export.export(_Module(call), tuple(operands)).module())
+        trace = torch.jit.trace(call, tuple(operands), check_trace=False)
     assert len(graphs) == 3
     assert all(OP in graph.code for graph in graphs)
-    trace = torch.jit.trace(call, tuple(operands), check_trace=False)
     assert "fastattn::attention_fwd" in str(trace.graph)
 
 
