@@ -71,12 +71,13 @@ def attends(cls: type) -> bool:
         return True
     named = _NAME.search(cls.__name__) is not None
     products = not _PRODUCTS.isdisjoint(used) or any(_multiplies(code) for code in _codes(cls))
-    if products and "softmax" in used:
-        variables = {name for code in _codes(cls) for name in code.co_varnames}
-        return named or any(
-            _NAME.search(name) for name in (used | variables) - {"attention_mask", "attn_mask"}
-        )
+    if products and "softmax" in used and not named:
+        return any("softmax" in code.co_names and _names_attention(code.co_varnames) for code in _codes(cls))
     return named and (products or "softmax" in used or _calls_function_of_attention(cls))
+
+
+def _names_attention(variables: tuple[str, ...]) -> bool:
+    return any(_NAME.search(name) and "mask" not in name for name in variables)
 
 
 @remembered

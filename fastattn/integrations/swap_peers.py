@@ -18,7 +18,7 @@ from fastattn.spec import MAX_HEAD_DIM
 
 _SDPA = "scaled_dot_product_attention"
 _TORCHS = F.scaled_dot_product_attention
-_PROCESSORS = "_fastattn_processors"  # on a swapped diffusers model: a `_Processors`
+_PROCESSORS = "_fastattn_processors"  # on a swapped diffusers model: (processor, its backend before) of each
 
 
 def swappable(module: nn.Module) -> bool:
@@ -79,7 +79,9 @@ def _switch(module: nn.Module) -> bool | None:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    dim = getattr(module, "head_dim", None)
+    dim, width, heads = (getattr(module, name, None) for name in ("head_dim", "inner_dim", "heads"))
+    if dim is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        dim = width // heads
     if isinstance(dim, int) and dim > MAX_HEAD_DIM:
         return f"its head dim {dim} is over {MAX_HEAD_DIM}"
     return None
@@ -154,49 +156,40 @@ def _class(base: type[nn.Module], backend: str) -> type[nn.Module]:
     return type(base.__name__, (_Swapped, base), body)
 
 
-class _Processors(list[tuple[Any, Any]]):
-    """(processor, its backend before) of a swapped diffusers model; registers "fastattn" when unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (list(self),)
-
-
-def _unpickle(pairs: list[tuple[Any, Any]]) -> _Processors:
-    _diffusers_backends().register()
-    return _Processors(pairs)
-
-
 def swap_diffusers(model: nn.Module, backend: str) -> tuple[list[str], list[str], list[tuple[str, str]]]:
     """Set the attention backend "fastattn" of the diffusers models in a tree: (swapped, already, left)."""
     swapped: list[str] = []
     already: list[str] = []
     left: list[tuple[str, str]] = []
+    name = "fastattn" if backend == "auto" else f"fastattn_{backend}"
     for prefix, top in diffusers_models(model):
         named = {
-            ".".join(filter(None, (prefix, path))): module.processor
+            ".".join(filter(None, (prefix, path))): module
             for path, module in top.named_modules()
             if hasattr(getattr(module, "processor", None), "_attention_backend")
         }
-        if backend != "auto":
-            why = f"diffusers' backend 'fastattn' chooses fastattn's own itself, got backend={backend!r}"
-            left += [(path, why) for path in named]
-            continue
-        before = {path: processor._attention_backend for path, processor in named.items()}
+        before = {path: module.processor._attention_backend for path, module in named.items()}
         try:
-            _diffusers_backends().register()
-            top.set_attention_backend("fastattn")
+            importlib.import_module("fastattn.integrations.diffusers").register()
+            top.set_attention_backend(name)
         except Exception as error:  # its registry is private, and may be another by now
-            left += [(path, f"diffusers' backend 'fastattn' cannot be set: {error}") for path in named]
+            left += [(path, f"diffusers' backend {name!r} cannot be set: {error}") for path in named]
             continue
-        previous = getattr(top, _PROCESSORS, None) or _Processors()
-        for path, processor in named.items():
-            was = getattr(before[path], "value", before[path])
-            (already if was == "fastattn" else swapped).append(path)
-            processor._attention_backend = (
-                "fastattn"  # not the member of its enum, which pickles by that class
-            )
-            if was != "fastattn":
-                previous.append((processor, before[path]))
+        recorded = {id(processor): old for processor, old in vars(top).get(_PROCESSORS, [])}
+        previous = []
+        for path, module in named.items():
+            processor, old = module.processor, before[path]
+            if (why := _why_not(module)) is not None:
+                processor._attention_backend = recorded.get(id(processor), old)
+                left.append((path, f"{type(module).__name__} is left, as {why}"))
+                continue
+            ours = str(getattr(old, "value", old)).startswith("fastattn")
+            if ours and id(processor) not in recorded:
+                processor._attention_backend = old  # its user chose it
+            else:
+                previous.append((processor, recorded[id(processor)] if ours else old))
+            (already if ours else swapped).append(path)
+        vars(top).pop(_PROCESSORS, None)
         if previous:
             vars(top)[_PROCESSORS] = previous
     return swapped, already, left
@@ -210,7 +203,7 @@ def restore_diffusers(model: nn.Module) -> list[str]:
         for path, module in top.named_modules():
             processor, old = before.get(id(getattr(module, "processor", None)), (None, None))
             now = getattr(processor, "_attention_backend", None)
-            if processor is not None and getattr(now, "value", now) == "fastattn":
+            if processor is not None and str(getattr(now, "value", now)).startswith("fastattn"):
                 processor._attention_backend = old
                 restored.append(".".join(filter(None, (prefix, path))))
     return restored
@@ -225,8 +218,3 @@ def diffusers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(module, mixin) and not path.startswith(inside or ("\0",)):
             inside = (*inside, f"{path}." if path else "")
             yield path, module
-
-
-def _diffusers_backends() -> Any:
-    """The part that makes "fastattn" one of diffusers' backends."""
-    return importlib.import_module("fastattn.integrations.diffusers")

@@ -204,48 +204,59 @@ def diffusers(monkeypatch):
     library = types.ModuleType("diffusers.models.modeling_utils")
     library.ModelMixin = ModelMixin
     door = types.ModuleType("fastattn.integrations.diffusers")
-    door.register = lambda: registered.add("fastattn")
+    door.register = lambda: registered.update(("fastattn", "fastattn_torch"))
     monkeypatch.setitem(sys.modules, "diffusers.models.modeling_utils", library)
     monkeypatch.setitem(sys.modules, "fastattn.integrations.diffusers", door)
     return types.SimpleNamespace(ModelMixin=ModelMixin, registered=registered)
 
 
-def test_a_diffusers_model_gets_the_backend(diffusers):
-    class Transformer(diffusers.ModelMixin):
-        def __init__(self):
-            super().__init__()
-            self.new = ProcessedAttention(Processor())
-            self.old = ProcessedAttention(OldProcessor())
+class Transformer:
+    """A model of a stand-in's class, with an attention that dispatches, an older one and one whose heads are wide."""
 
-    model = nn.ModuleList([Transformer()])
+    def __new__(cls, diffusers):
+        model = diffusers.ModelMixin()
+        model.new = ProcessedAttention(Processor())
+        model.old = ProcessedAttention(OldProcessor())
+        model.wide = ProcessedAttention(Processor())
+        model.wide.inner_dim, model.wide.heads = 1024, 2
+        return model
+
+
+def backend_of(attention):
+    backend = attention.processor._attention_backend
+    return getattr(backend, "value", backend)
+
+
+def test_a_diffusers_model_gets_the_backend(diffusers):
+    model = nn.ModuleList([Transformer(diffusers)])
     report = fastattn.swap_attention(model)
     assert report.swapped == ("0.new",)
-    assert diffusers.registered == {"fastattn"}
-    assert model[0].new.processor._attention_backend == "fastattn"
-    assert "sdpa_override" in dict(report.left)["0.old"]
-    assert fastattn.swap_attention(model).already == ("0.new",)
+    assert backend_of(model[0].new) == "fastattn"
+    assert backend_of(model[0].wide) is None
+    reasons = dict(report.left)
+    assert "sdpa_override" in reasons["0.old"]
+    assert "head dim 512" in reasons["0.wide"]
+    assert fastattn.swap_attention(model, backend="torch").already == ("0.new",)
+    assert backend_of(model[0].new) == "fastattn_torch"
     assert fastattn.restore_attention(model) == ("0.new",)
-    assert model[0].new.processor._attention_backend is None
+    assert backend_of(model[0].new) is None
     assert "_fastattn_processors" not in vars(model[0])
-    report = fastattn.swap_attention(model, backend="torch")
-    assert "backend='torch'" in dict(report.left)["0.new"]
+    assert fastattn.restore_attention(model) == ()
 
 
-def test_diffusers_backends_that_come_back_register(diffusers):
-    pairs = swap_peers._Processors([(1, None)])
-    assert pickle.loads(pickle.dumps(pairs)) == [(1, None)]
-    assert diffusers.registered == {"fastattn"}
+def test_a_backend_that_its_user_chose_stays(diffusers):
+    model = Transformer(diffusers)
+    diffusers.registered.add("fastattn")
+    model.set_attention_backend("fastattn")
+    assert fastattn.swap_attention(model, backend="torch").already == ("new",)
+    assert backend_of(model.new) == "fastattn"
+    assert fastattn.restore_attention(model) == ()
+    assert backend_of(model.new) == "fastattn"
 
 
 def test_without_a_diffusers_backend_its_models_are_left(diffusers, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastattn.integrations.diffusers", None)
-
-    class Transformer(diffusers.ModelMixin):
-        def __init__(self):
-            super().__init__()
-            self.attention = ProcessedAttention(Processor())
-
-    assert "cannot be set" in dict(fastattn.swap_attention(Transformer()).left)["attention"]
+    assert "cannot be set" in dict(fastattn.swap_attention(Transformer(diffusers)).left)["new"]
 
 
 def test_timm():
