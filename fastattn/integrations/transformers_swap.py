@@ -143,7 +143,7 @@ def _plan(group: _Group, before: set[str | None]) -> tuple[list[tuple[str, str]]
     if fixed is not None:
         why = f"{type(fixed).__name__} does not let its attention be chosen"
         return [(path, why) for path in group.calling], "", ""
-    reasons = {path: why for path, module in group.calling.items() if (why := _why_not(module)) is not None}
+    reasons = {path: no for path, module in group.calling.items() if (no := _why_not(module)) is not None}
     if reasons:
         path = next(iter(reasons))
         shared = f"its config names one implementation for it and for {path or 'the model itself'}"
@@ -224,10 +224,10 @@ def _configs(model: nn.Module) -> list[Any]:
         if id(config) not in found:
             found[id(config)] = config
             queue += compat.sub_configs(config)
-    queue = [getattr(m, "config", None) for m in model.modules() if inspection.calls_interface(type(m))]
-    for config in queue:
-        if config is not None and hasattr(config, "_attn_implementation"):
-            found.setdefault(id(config), config)
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if inspection.calls_interface(type(module)) and compat.implementation(own) is not None:
+            found.setdefault(id(own), own)
     return list(found.values())
 
 
