@@ -48,6 +48,7 @@ def check(model_type: str, swap: Callable[[Any], Any] = fastattn.swap_attention)
         tuple(why for _, why in report.dense),
     )
     if not report.swapped:
+        unchanged(before, tiny)
         return outcome
     for padding in ("none", "right", "left"):
         if padding != "none" and tiny.mask is None:
@@ -68,6 +69,19 @@ def check(model_type: str, swap: Callable[[Any], Any] = fastattn.swap_attention)
     for name in outcome.probes:
         probe(before, tiny, name)
     return outcome
+
+
+def unchanged(before: Any, tiny: Tiny) -> None:
+    """A model of which nothing was swapped computes what it did, bit for bit."""
+    outs = []
+    for model in (before, tiny.model):
+        torch.manual_seed(7)
+        with torch.no_grad():
+            outs.append(floats(model(**tiny.arguments)))
+    for name, out in outs[0].items():
+        assert torch.equal(outs[1][name].nan_to_num(), out.nan_to_num()), (
+            f"{name} changed though nothing was swapped"
+        )
 
 
 def _arguments(tiny: Tiny, padding: str) -> tuple[dict[str, Tensor], Tensor | None]:

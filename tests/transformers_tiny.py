@@ -91,6 +91,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "big_bird": {"attention_type": "original_full"},
     "reformer": {"axial_pos_embds": False},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "embedding_gemma2_text": {"global_head_dim": 16},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
