@@ -33,13 +33,14 @@ class StructuredMask:
         self.segment_ids = segment_ids
         self.key_lengths = key_lengths
 
-    def options(self, batch: int) -> dict[str, Any]:
-        """Options of `attention` for a batch of this size."""
+    def options(self, batch: int, seqlen_q: int) -> dict[str, Any]:
+        """Options of `attention` for a batch of this size and this many queries, to which one row may be broadcast."""
         options: dict[str, Any] = {"causal": self.causal}
         if self.window is not None:
             options["window"] = self.window
         if self.segment_ids is not None:
-            options["segment_ids"] = tuple(ids.expand(batch, -1) for ids in self.segment_ids)
+            of_query, of_key = self.segment_ids
+            options["segment_ids"] = (of_query.expand(batch, seqlen_q), of_key.expand(batch, -1))
         if self.key_lengths is not None:
             options["key_lengths"] = self.key_lengths.expand(batch)
         return options

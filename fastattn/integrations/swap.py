@@ -10,9 +10,12 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from fastattn.integrations import inspection, swap_peers
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.ops import arguments
+from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class SwapReport:
     already: tuple[str, ...]  # ran on fastattn before the call
     left: tuple[tuple[str, str], ...]  # (name, why it was left alone)
     backend: str
+    dense: tuple[tuple[str, str], ...] = ()  # (name, why a swapped module gets its masks as dense tensors)
 
     def to_dict(self) -> dict[str, object]:
         """The same as plain types, for JSON."""
@@ -31,11 +35,15 @@ class SwapReport:
             "already": list(self.already),
             "left": dict(self.left),
             "backend": self.backend,
+            "dense": dict(self.dense),
         }
 
     def __str__(self) -> str:
         lines = [f"swapped {_count(self.swapped)} to fastattn (backend={self.backend!r})"]
-        lines += [f"  {name or '(the model itself)'}" for name in self.swapped]
+        dense = dict(self.dense)
+        for name in self.swapped:
+            note = f", with dense masks: {dense[name]}" if name in dense else ""
+            lines.append(f"  {name or '(the model itself)'}{note}")
         if self.already:
             lines.append(f"{_count(self.already)} ran on fastattn before")
         if self.left:
@@ -45,37 +53,54 @@ class SwapReport:
 
 
 def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
-    """Run every `torch.nn.MultiheadAttention` and transformers model in `model` on `fastattn.attention`, in place.
+    """Run the attention of every module in `model` that can on `fastattn.attention`, in place.
 
-    A module's class becomes `fastattn.MultiHeadAttention`; the module itself stays, and with it its parameters (so
-    optimizers go on), hooks, mode, dtype and device, and every reference to it. A transformers model gets the
-    attention implementation "fastattn". Calling it again changes nothing but the backend of what was swapped before.
-    `restore_attention` undoes it exactly.
+    `torch.nn.MultiheadAttention`: its class becomes `fastattn.MultiHeadAttention`; the module itself stays, and with it
+    its parameters (so optimizers go on), hooks, mode, dtype and device, and every reference to it. transformers models:
+    every config in them whose modules all can gets the attention implementation "fastattn"; where a module computes
+    attention itself with the same masks, the others get the dense masks that they got before. timm's and
+    openai-whisper's modules: their own switch sends them through torch's function, of which they get fastattn's.
+    diffusers models: the attention backend "fastattn". What fastattn.attention cannot run is left: head dims over 256,
+    a dropout of 1.0, weights of other dtypes than float16, bfloat16, float32 and float64.
+
+    A swapped model can be copied, pickled and sent to another process, which needs fastattn installed and nothing
+    called. Calling this again changes nothing but the backend of what was swapped before. `restore_attention` undoes
+    it exactly.
 
     Args:
         model: any module; its whole tree is searched.
         backend: "auto" or the name of a fastattn backend for the swapped modules.
 
     Returns:
-        A report, printable, of what was swapped and of what looks like attention but was left, with the reason.
+        A report, printable, of what was swapped and of what computes attention but was left, with the reason and the
+        line that would help, where there is one.
     """
     arguments.check_backend(backend)
     candidates = list(_candidates(model))
-    swapped, already, left = [], [], []
+    swapped, already, left, dense = [], [], [], []
     if (door := _transformers(model)) is not None:
-        swapped, already, left = door.swap_models(model, backend)
+        swapped, already, left, dense = door.swap_models(model, backend)
+    if next(swap_peers.diffusers_models(model), None) is not None:
+        by_backend = swap_peers.swap_diffusers(model, backend)
+        swapped, already, left = swapped + by_backend[0], already + by_backend[1], left + by_backend[2]
+    seen = {*swapped, *already, *(name for name, _ in left)}
     for name, module in candidates:
+        if name in seen:
+            continue
         if isinstance(module, MultiHeadAttention):
             if module.swapped:
                 module.backend = backend
             already.append(name)
+        elif swap_peers.is_swapped(module) or swap_peers.swappable(module):
+            (already if swap_peers.is_swapped(module) else swapped).append(name)
+            swap_peers.swap(module, backend)
         elif (reason := _why_not(module)) is not None:
             left.append((name, reason))
         else:
             module.__class__ = MultiHeadAttention
             cast(MultiHeadAttention, module).add_extras(backend=backend, swapped=True)
             swapped.append(name)
-    return SwapReport(tuple(swapped), tuple(already), tuple(left), backend)
+    return SwapReport(tuple(swapped), tuple(already), tuple(left), backend, tuple(dense))
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
@@ -84,21 +109,22 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
     Raises ValueError, before changing any, where something else changed a swapped module's class after the swap, as
     `torch.nn.utils.parametrize` and `fully_shard` do: undo that first.
     """
-    swapped = {
-        name: module
-        for name, module in _candidates(model)
-        if isinstance(module, MultiHeadAttention) and module.swapped
-    }
-    for name, module in swapped.items():
-        if type(module) is not MultiHeadAttention:
-            raise ValueError(
-                f"model: {name or 'it'} became a {_class_name(module)} after the swap; undo that before restoring"
-            )
-    for module in swapped.values():
-        module.remove_extras()
-        module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+    candidates = dict(_candidates(model))
+    swapped = {n: m for n, m in candidates.items() if isinstance(m, MultiHeadAttention) and m.swapped}
+    peers = {n: m for n, m in candidates.items() if swap_peers.is_swapped(m)}
+    changed: dict[str, nn.Module] = {n: m for n, m in swapped.items() if type(m) is not MultiHeadAttention}
+    changed |= {n: m for n, m in peers.items() if swap_peers.was_changed(m)}
+    for name, module in changed.items():
+        raise ValueError(
+            f"model: {name or 'it'} became a {_class_name(module)} after the swap; undo that before restoring"
+        )
+    for attention in swapped.values():
+        attention.remove_extras()
+        attention.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+    for peer in peers.values():
+        swap_peers.restore(peer)
     hub = [] if (door := _transformers(model)) is None else door.restore_models(model)
-    return (*hub, *swapped)
+    return (*hub, *swap_peers.restore_diffusers(model), *swapped, *peers)
 
 
 def _transformers(model: nn.Module) -> ModuleType | None:
@@ -106,9 +132,9 @@ def _transformers(model: nn.Module) -> ModuleType | None:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not any(isinstance(m, library.PreTrainedModel) for m in model.modules()):
         return None
-    from fastattn.integrations import transformers
+    from fastattn.integrations import transformers_swap
 
-    return transformers
+    return transformers_swap
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -118,22 +144,47 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     door = _transformers(model)
     inside = set() if door is None else {id(m) for _, top in door.top_models(model) for m in top.modules()}
     for name, module in model.named_modules():
-        named = "attention" in _class_name(module).lower() and id(module) not in inside
-        if isinstance(module, nn.MultiheadAttention) or named:
+        if isinstance(module, nn.MultiheadAttention) or (id(module) not in inside and _attends(module)):
             yield name, module
 
 
+def _attends(module: nn.Module) -> bool:
+    """Whether a module computes attention, as far as its code tells; a module of TorchScript has none to read."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "attention" in _class_name(module).lower()
+    return inspection.attends(type(module))
+
+
 def _why_not(module: nn.Module) -> str | None:
+    """Why a module that computes attention cannot be exchanged."""
     name = _class_name(module)
     if isinstance(module, torch.jit.ScriptModule):
         return f"{name} is compiled by TorchScript"
     if not isinstance(module, nn.MultiheadAttention):
-        return f"{name} is not a torch.nn.MultiheadAttention"
+        return f"{name} is not a torch.nn.MultiheadAttention{swap_peers.hint(module)}"
     if type(module) is not nn.MultiheadAttention:
+        if isinstance(module, _sharded()):
+            return "it is sharded by fully_shard, which gave it a class of its own; swap before sharding"
+        if parametrize.is_parametrized(module):
+            return "it is parametrized, which gave it a class of its own; swap before parametrizing"
         return f"{name} is a subclass of torch.nn.MultiheadAttention and may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced on the instance, so exchanging its class would change nothing"
+    if module.head_dim > MAX_HEAD_DIM:
+        return f"its head dim is {module.head_dim}, fastattn runs 1 to {MAX_HEAD_DIM}"
+    if module.dropout >= 1.0:
+        return f"its dropout is {module.dropout}, fastattn needs less than 1"
+    for parameter in module.parameters(recurse=False):
+        if (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype not in FLOAT_DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+            return f"its weights are {parameter.dtype}, fastattn runs {names}"
     return None
+
+
+def _sharded() -> tuple[type, ...]:
+    """The class that `fully_shard` mixes in, where this torch has it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return tuple(filter(None, (getattr(fsdp, "FSDPModule", None),)))
 
 
 def _class_name(module: nn.Module) -> str:

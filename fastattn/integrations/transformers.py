@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-try:
-    from transformers import masking_utils
-    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
-    from transformers.utils import output_capturing
-except ImportError as error:
-    raise ImportError(
-        f"fastattn.integrations.transformers: got transformers {transformers.__version__}, needs 5.23 or newer"
-    ) from error
+from fastattn.integrations import transformers_compat as compat
 
-from fastattn.backends import NAMES
-from fastattn.integrations.structured_mask import StructuredMask
-from fastattn.integrations.transformers_masks import structured_mask
-from fastattn.ops.attention import attention
+compat.check_version()
+
+from fastattn.backends import NAMES  # noqa: E402
+from fastattn.integrations.structured_mask import StructuredMask  # noqa: E402
+from fastattn.integrations.transformers_kinds import wants_eager_masks  # noqa: E402
+from fastattn.integrations.transformers_masks import known_makers, structured_mask  # noqa: E402
+from fastattn.ops.attention import attention  # noqa: E402
 
 NAME = "fastattn"  # without "flash", "sdpa" or "flex_attention", which transformers reads a meaning into
 
 # What a model hands only to implementations that follow it, and this one does not.
-_REFUSED = {
+REFUSED = {
     "cache": "paged caches are read by transformers' own implementations only",
     "indices": "attention to keys chosen one by one has no kernel",
     "block_indices": "attention to blocks chosen one by one has no kernel",
     "sinks": "sinks that depend on the query have no kernel",
 }
-_PREVIOUS = (
-    "_fastattn_previous"  # on a swapped model: (config, its implementation before) of every config in it
-)
 _last_packing: tuple[Any, int, Tensor | None] | None = None
 
 
@@ -55,13 +47,16 @@ def register() -> None:
 
     Raises ImportError if transformers has an interface this was not written for.
     """
+    attention_interface, mask_interface = compat.interfaces()
     wanted = {"q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "use_vmap"}
-    if missing := wanted - inspect.signature(masking_utils.sdpa_mask).parameters.keys():
-        got = f"transformers {transformers.__version__}, whose masks know no {', '.join(sorted(missing))}"
+    dense = compat.masking("sdpa_mask")
+    if dense is not None and (missing := wanted - inspect.signature(dense).parameters.keys()):
+        got = f"transformers {compat.version()}, whose masks know no {', '.join(sorted(missing))}"
         raise ImportError(f"fastattn.integrations.transformers: got {got}; needs 5.23 or newer")
-    for name, function in _FUNCTIONS.items():
-        AttentionInterface.register(name, function)
-        masking_utils.AttentionMaskInterface.register(name, structured_mask)
+    known_makers()
+    for name, (function, mask) in _REGISTERED.items():
+        attention_interface.register(name, function)
+        mask_interface.register(name, mask)
 
 
 def attention_forward(
@@ -79,13 +74,20 @@ def attention_forward(
     position_bias: Tensor | None = None,
     *,
     backend: str = "auto",
+    masks: str = "",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """A transformers attention function: (B, H, L, D) in, (B, L, H, D) and the weights, if anyone collects them, out.
 
-    Without a mask it is causal if the module is, counted from the first key, as transformers' own "sdpa" is.
+    Without a mask it is causal if the module is, counted from the first key, as transformers' own "sdpa" is. Eager
+    attention's masks (`masks="float"`, or structured ones in a model that needs those) say everything: without one,
+    every key is seen.
     """
-    for name, why in _REFUSED.items():
+    if attention_mask is None and (
+        masks == "float" or (not masks and wants_eager_masks(getattr(module, "config", None)))
+    ):
+        is_causal, sliding_window = False, None
+    for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: fastattn cannot honour it: {why}; use attn_implementation='eager'")
     if query.shape[0] == 1 and key.shape[0] != 1:  # learned queries, shared by the batch
@@ -104,10 +106,30 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    NAME: attention_forward,
-    **{f"{NAME}_{backend}": partial(attention_forward, backend=backend) for backend in NAMES},
+def implementation_name(backend: str = "auto", masks: str = "") -> str:
+    """The registered name for a backend and kind of masks: "" as structure, "float" as eager attention's, "bool"."""
+    return "_".join([NAME, *([] if backend == "auto" else [backend]), *([f"{masks}_masks"] if masks else [])])
+
+
+_MASKS: dict[str, Callable[..., Any]] = {
+    "": structured_mask,
+    "float": compat.dense_float_mask,
+    "bool": compat.dense_bool_mask,
 }
+_REGISTERED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    implementation_name(backend, masks): (
+        partial(attention_forward, backend=backend, masks=masks) if (backend, masks) != ("auto", "")
+        else attention_forward,
+        function,
+    )
+    for masks, function in _MASKS.items()
+    for backend in ("auto", *NAMES)
+}  # fmt: skip
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether an attention implementation is one of those registered here."""
+    return name in _REGISTERED
 
 
 def _mask_options(
@@ -121,10 +143,11 @@ def _mask_options(
     """The options of `attention` that mean what transformers passed as a mask and beside it."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if isinstance(mask, StructuredMask):
-        if mask.shape[2:] != (seqlen_q, seqlen_k):
+        alike = mask.shape[2] == 1 and not mask.causal and mask.window is None  # one row for every query
+        if (mask.shape[2] != seqlen_q and not alike) or mask.shape[3] != seqlen_k:
             got = f"one for {mask.shape[2]} queries and {mask.shape[3]} keys"
             raise ValueError(f"attention_mask: got {got}, needs {seqlen_q} and {seqlen_k}")
-        return mask.options(query.shape[0])
+        return mask.options(query.shape[0], seqlen_q)
     if mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         options: dict[str, Any] = {"causal": "top_left" if causal and seqlen_q > 1 else False}
@@ -209,98 +232,5 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether the caller asked for weights, in the call or through transformers' output collector."""
     if kwargs.get("output_attentions"):
         return True
-    collector = output_capturing._active_collector
-    wanted = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    wanted = compat.outputs_collected()
     return wanted is not None and any("attentions" in name for name in wanted)
-
-
-def swap_models(model: nn.Module, backend: str) -> tuple[list[str], list[str], list[tuple[str, str]]]:
-    """Set the implementation of every transformers model in a tree: (swapped, already, left), names of modules."""
-    register()
-    name = NAME if backend == "auto" else f"{NAME}_{backend}"
-    before = {path: _implementation(owner) for path, _, owner in _attentions(model)}
-    for _, top in top_models(model):
-        recorded = {id(config): old for config, old in getattr(top, _PREVIOUS, [])}
-        previous = []
-        for config in _configs(top):
-            current = config._attn_implementation_internal
-            ours = id(config) in recorded and current in _FUNCTIONS
-            previous.append((config, recorded[id(config)] if ours else current))
-        if all(old in _FUNCTIONS for _, old in previous):
-            continue  # its user chose fastattn
-        setattr(top, _PREVIOUS, previous)
-        top.set_attn_implementation(name)
-        if all(config._attn_implementation == old for config, old in getattr(top, _PREVIOUS)):
-            delattr(top, _PREVIOUS)
-    swapped: list[str] = []
-    already: list[str] = []
-    left: list[tuple[str, str]] = []
-    for path, module, owner in _attentions(model):
-        if not _calls_interface(module):
-            left.append((path, f"{type(module).__name__} computes attention itself"))
-        elif _implementation(owner) not in _FUNCTIONS:
-            left.append((path, f"{type(owner).__name__} does not let its attention be chosen"))
-        else:
-            (already if before[path] in _FUNCTIONS else swapped).append(path)
-    return swapped, already, left
-
-
-def restore_models(model: nn.Module) -> list[str]:
-    """Undo `swap_models`: the names of the modules that run what they ran before."""
-    before = {path: _implementation(owner) for path, _, owner in _attentions(model)}
-    for _, top in top_models(model):
-        for config, implementation in vars(top).pop(_PREVIOUS, []):
-            if config._attn_implementation in _FUNCTIONS:  # its user may have chosen another since
-                config._attn_implementation_internal = implementation
-    return [path for path, module, owner in _attentions(model) if _implementation(owner) != before[path]]
-
-
-def _implementation(model: PreTrainedModel) -> str | None:
-    return cast("str | None", model.config._attn_implementation)
-
-
-def top_models(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The transformers models that lie in no other."""
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not path.startswith(inside or ("\0",)):
-            inside = (*inside, f"{path}." if path else "")
-            yield path, module
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every config in a model, each once."""
-    found: dict[int, Any] = {}
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    while queue:
-        config = queue.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            queue += [sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None]
-    return list(found.values())
-
-
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """(name, module, the model whose config decides) of what computes attention inside transformers models."""
-    for prefix, top in top_models(model):
-        owners: dict[str, PreTrainedModel] = {}
-        for inner, module in top.named_modules():
-            parent = inner.rpartition(".")[0]
-            owners[inner] = module if isinstance(module, PreTrainedModel) else owners[parent]
-            if _calls_interface(module) or _attends_itself(module):
-                yield ".".join(filter(None, (prefix, inner))), module, owners[inner]
-
-
-def _calls_interface(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "get_interface" in code.co_names
-
-
-def _attends_itself(module: nn.Module) -> bool:
-    """Whether a module is called attention, and nothing in it that runs on the interface would be."""
-    if "attention" not in type(module).__name__.lower() or isinstance(module, nn.MultiheadAttention):
-        return False
-    return not any(
-        _calls_interface(m) or (m is not module and "attention" in type(m).__name__.lower())
-        for m in module.modules()
-    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
-from transformers.utils.import_utils import is_tracing
 
+from fastattn.integrations import transformers_compat as compat
 from fastattn.integrations.structured_mask import StructuredMask
+from fastattn.integrations.transformers_kinds import wants_eager_masks
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Pattern:
             self.by_document or other.by_document,
         )
 
+    def keeps(self, batch: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The mask at queries q and keys k, which stand at their indices in their documents where positions do."""
+        kept = (k <= q) if self.causal else q >= 0
+        if self.left is not None:
+            kept = kept & (k >= q - self.left)
+        if self.right is not None:
+            kept = kept & (k <= q + self.right)
+        if self.documents is not None:
+            kept = kept & (self.documents[batch, q] == self.documents[batch, k])
+        return kept
+
 
 def structured_mask(
     batch_size: int,
@@ -45,7 +57,7 @@ def structured_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Any = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
@@ -54,10 +66,20 @@ def structured_mask(
 ) -> StructuredMask | Tensor | None:
     """A transformers mask function: None, a `StructuredMask`, or the dense bool mask that "sdpa" would get.
 
-    A mask function is recognised by its code object, and the variables it closes over tell the rest.
+    Models that need eager attention's masks, which say everything, get those.
+
+    A mask function is recognised by its code object, and the variables it closes over tell the rest. One that is not
+    recognised, as in a version of transformers that makes its masks differently, becomes the dense mask.
     """
     if isinstance(attention_mask, StructuredMask):  # `generate` made it, with all that is known here
         return attention_mask
+    if wants_eager_masks(kwargs.get("config")):
+        return compat.dense_float_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function or _CAUSAL, attention_mask=attention_mask, device=device,
+            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            **kwargs,
+        )  # fmt: skip
     pattern = _pattern_of(mask_function)
     shape = (batch_size, 1, q_length, kv_length)
     mask = None
@@ -66,15 +88,14 @@ def structured_mask(
     if pattern is not None and not isinstance(kv_offset, Tensor):
         mask = _aligned(pattern, shape, q_offset - kv_offset, device)
     if mask is None:
-        return masking_utils.sdpa_mask(
+        return compat.dense_bool_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, device=device,
             allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             **kwargs,
         )  # fmt: skip
     if attention_mask is not None:
-        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        _add_padding(mask, padding[:, kv_offset : kv_offset + kv_length])
+        _add_padding(mask, compat.padding_of(attention_mask, kv_length, kv_offset))
     skip = pattern is not None and (allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip)
     # without a mask, attention counts from the first key, and a single query sees everything
     implied = not mask.causal or mask.causal == "top_left"
@@ -83,18 +104,22 @@ def structured_mask(
     return mask
 
 
-def _pattern_of(function: Callable[..., Any]) -> Pattern | None:
-    if function is masking_utils.causal_mask_function:
+def _pattern_of(function: Callable[..., Any] | None) -> Pattern | None:
+    if function is None or function is _CAUSAL:
         return Pattern(causal=True)
-    if function is masking_utils.bidirectional_mask_function:
+    if function is _BIDIRECTIONAL:
         return Pattern()
     if torch.compiler.is_compiling():  # closures cannot be looked into
         return None
-    read = _READERS.get(getattr(function, "__code__", None))
-    if read is None:
+    return _read(function, known_makers())
+
+
+def _read(function: Callable[..., Any], readers: dict[Any, Callable[..., Pattern | None]]) -> Pattern | None:
+    reader = readers.get(getattr(function, "__code__", None))
+    if reader is None:
         return None
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
-    return read(**dict(zip(names, (cell.cell_contents for cell in cells))))
+    return reader(**dict(zip(names, (cell.cell_contents for cell in cells))))
 
 
 def _read_and(mask_functions: tuple[Callable[..., Any], ...]) -> Pattern | None:
@@ -110,21 +135,80 @@ def _read_remapped(mask_function: Callable[..., Any], position_ids: Tensor) -> P
     return None if inner is None or inner.documents is not None else replace(inner, by_document=True)
 
 
-def _code(make: Callable[..., Any], *args: Any) -> Any:
-    return make(*args).__code__
+def _known(name: str, pattern: Pattern) -> Any:
+    """A mask function of transformers, if it is there and keeps what the pattern does."""
+    function = compat.masking(name)
+    return function if function is not None and _agree(function, pattern) else None
 
 
-_READERS: dict[Any, Callable[..., Pattern | None]] = {
-    _code(masking_utils.and_masks): _read_and,
-    _code(masking_utils.sliding_window_overlay, 1): lambda sliding_window: Pattern(left=sliding_window - 1),
-    _code(masking_utils.sliding_window_bidirectional_overlay, 1): lambda sliding_window: Pattern(
-        left=sliding_window, right=sliding_window
+_IDS = torch.tensor([[0, 0, 0, 1, 1, 1]], device="cpu")
+_POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2]], device="cpu")
+
+
+def _agree(function: Callable[..., Any], pattern: Pattern) -> bool:
+    places = torch.arange(6, device="cpu")
+    zero, q, k = torch.zeros(1, dtype=torch.int64, device="cpu"), places[:, None], places[None, :]
+    try:
+        mask = function(zero, zero, q, k)
+    except Exception:
+        return False
+    return torch.equal(mask.expand(6, 6), pattern.keeps(zero, q, k).expand(6, 6))
+
+
+_CAUSAL = _known("causal_mask_function", Pattern(causal=True))
+_BIDIRECTIONAL = _known("bidirectional_mask_function", Pattern())
+
+# What makes a mask function, the variables that it closes over, what they mean, and an example to try that on.
+_MAKERS: tuple[tuple[str, set[str], Callable[..., Pattern | None], tuple[Any, ...]], ...] = (
+    ("and_masks", {"mask_functions"}, _read_and, (_CAUSAL, _BIDIRECTIONAL)),
+    (
+        "sliding_window_overlay",
+        {"sliding_window"},
+        lambda sliding_window: Pattern(left=sliding_window - 1),
+        (2,),
     ),
-    _code(masking_utils.packed_sequence_mask_function, None): lambda packed_sequence_mask: Pattern(
-        documents=packed_sequence_mask
+    (
+        "sliding_window_bidirectional_overlay",
+        {"sliding_window"},
+        lambda sliding_window: Pattern(left=sliding_window, right=sliding_window),
+        (2,),
     ),
-    _code(masking_utils.remap_positions_for_packed_sequence, None, None): _read_remapped,
-}
+    (
+        "packed_sequence_mask_function",
+        {"packed_sequence_mask"},
+        lambda packed_sequence_mask: Pattern(documents=packed_sequence_mask),
+        (_IDS,),
+    ),
+    (
+        "remap_positions_for_packed_sequence",
+        {"mask_function", "position_ids"},
+        _read_remapped,
+        (_CAUSAL, _POSITIONS),
+    ),
+)
+
+
+@lru_cache(maxsize=1)
+def known_makers() -> dict[Any, Callable[..., Pattern | None]]:
+    """By code object, how to read a mask function: of those that this version makes, and that mean what they did."""
+    readers: dict[Any, Callable[..., Pattern | None]] = {}
+    for name, variables, reader, example in _MAKERS:
+        make = compat.masking(name)
+        try:
+            function = make(*example)
+            if set(function.__code__.co_freevars) != variables:
+                continue
+            pattern = _read(function, {**readers, function.__code__: reader})
+        except Exception:  # it is made of something else now; what it makes becomes a dense mask
+            continue
+        if pattern is not None and pattern.by_document:  # means something within documents only
+            whole = replace(pattern, documents=_IDS)
+            same = _agree(lambda b, h, q, k, f=function: f(b, h, q, k) & (_IDS[b, q] == _IDS[b, k]), whole)
+        else:
+            same = pattern is not None and _agree(function, pattern)
+        if same:
+            readers[function.__code__] = reader
+    return readers
 
 
 def _aligned(
@@ -143,7 +227,7 @@ def _aligned(
         if seqlen_q == 1 and pattern.causal and (pattern.left is None or seqlen_k <= pattern.left + 1):
             mask.key_lengths = (shift.to(device) + 1).clamp(max=seqlen_k).to(torch.int32).expand(batch)
             return mask
-        if is_tracing(shift):
+        if compat.is_tracing(shift):
             return None
         shift = int(shift)
     if seqlen_q == 1 and pattern.causal and shift >= seqlen_k:
@@ -169,7 +253,7 @@ def _aligned(
 def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
     """Hide padded keys: by lengths where they lie at the end, else as keys of no document."""
     batch, _, seqlen_q, seqlen_k = mask.shape
-    if not is_tracing(padding):
+    if not compat.is_tracing(padding):
         lengths = padding.sum(-1, dtype=torch.int32)
         at_end = torch.arange(seqlen_k, device=padding.device) < lengths[:, None]
         everything, lengths_tell = torch.stack((padding.all(), (at_end == padding).all())).tolist()

@@ -275,7 +275,8 @@ def test_a_structured_mask_is_transformers_mask(name):
 def test_packed_documents_are_segments():
     for pattern in (PATTERNS["causal"], PATTERNS["window"]):
         ids = masking_utils.find_packed_sequence_indices(PACKED)
-        packed = masking_utils.packed_sequence_compatibility_function(pattern, PACKED, ids)
+        within = masking_utils.remap_positions_for_packed_sequence(pattern, PACKED)
+        packed = masking_utils.and_masks(within, masking_utils.packed_sequence_mask_function(ids))
         ours, dense = masks_of(packed, LENGTH, 0, LENGTH, None)
         assert isinstance(ours, StructuredMask)
         assert ours.segment_ids is not None
