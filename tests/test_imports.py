@@ -25,7 +25,7 @@ ARROWS = {
     "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
     "nn": {"spec", "ops"},
     "integrations": {"nn", "ops", "backends", "spec"},
-    "models": {"nn", "ops"},
+    "models": {"spec", "nn", "ops"},
     "data": set(),
     "train": {"data", "models", "nn", "ops"},
     "console": set(),
