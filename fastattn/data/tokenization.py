@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from fastattn.cache import write_atomically
 from fastattn.data.corpora import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,8 +72,8 @@ class Tokenizer:
         }
         if max_length is not None:
             settings["model_max_length"] = max_length
-        (folder / "tokenizer.json").write_text(self.core.to_str(pretty=True) + "\n", encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_atomically(folder / "tokenizer.json", self.core.to_str(pretty=True) + "\n")
+        write_atomically(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
