@@ -17,6 +17,7 @@ from fastattn.cache import cache_dir
 from fastattn.console import InputError, NoOutput, Output, standard_output
 
 BAD_INPUT, INTERRUPTED = 2, 130
+MAX_SEED, MAX_STEPS = 2**63 - 1, 10**9
 
 app = typer.Typer(
     name="fastattn",
@@ -108,8 +109,12 @@ def demo(
             help="New or empty directory for the results; by default the first free ./fastattn-demo*."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order, the weights and the sample.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the preset's.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the data order, the weights and the sample.")
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_STEPS, help="Training steps, instead of the preset's.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A smaller grid and a shorter training run.")
     ] = False,
@@ -183,7 +188,7 @@ def _bench_command(name: str, summary: str) -> None:
 
 for _name, _summary in benches.NAMES.items():
     _bench_command(_name, _summary)
-_bench_command("all", "Every one of these, one after the other; --out FOLDER, --update-docs.")
+_bench_command("all", "Every one of these, one after the other; --json, --out FOLDER, --update-docs.")
 
 
 def tune(
