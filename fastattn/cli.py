@@ -63,9 +63,9 @@ def _stop(message: str, code: int) -> typer.Exit:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        import fastattn
 
-        typer.echo(version("fastattn"))
+        typer.echo(fastattn.__version__)
         raise typer.Exit()
 
 
