@@ -17,7 +17,7 @@ from fastattn.cache import cache_dir
 from fastattn.console import InputError, NoOutput, Output, standard_output
 
 BAD_INPUT, INTERRUPTED = 2, 130
-MAX_SEED, MAX_STEPS = 2**63 - 1, 10**9
+MAX_SEED, MAX_STEPS, MAX_JOBS, MAX_ARCH = 2**63 - 1, 10**9, 1024, 999
 
 app = typer.Typer(
     name="fastattn",
@@ -209,12 +209,16 @@ def tune(
         bool, typer.Option("--quick", help="Fewer calls, and only neighbours of built-in tiles.")
     ] = False,
     minutes: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after so long.")] = None,
-    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Processes that compile and check.")] = 4,
+    jobs: Annotated[
+        int, typer.Option("-j", "--jobs", min=1, max=MAX_JOBS, help="Processes that compile and check.")
+    ] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates; needs no GPU.")] = False,
     arch: Annotated[
         int | None,
         typer.Option(
-            min=80, help="For --dry-run: 10 times a compute capability; by default this GPU's, or 90."
+            min=80,
+            max=MAX_ARCH,
+            help="For --dry-run: 10 times a compute capability; by default this GPU's, or 90.",
         ),
     ] = None,
     as_json: JsonFlag = False,
