@@ -26,6 +26,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = (
     ".unfinished-"  # a crash may leave such a name behind; it never counts as a checkpoint or a model
 )
+_ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
 
 
 class RunDirectory:
@@ -62,6 +63,8 @@ class RunDirectory:
         if overwrite and resume != "never":
             raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
         _check_writable(self.path)
+        if resume != "never":
+            self._put_back()
         self.resume_from = self._find_checkpoint(resume)
         restarts = resume == "auto" and (self.path / LOG).exists()  # stopped before its first checkpoint
         if not (restarts or overwrite or self._resumes_here()) and self._holds_run():
@@ -93,6 +96,14 @@ class RunDirectory:
         except DamagedCheckpoint as error:
             raise ConfigError(f"resume: {error}") from None
         return checkpoint
+
+    def _put_back(self) -> None:
+        """Restore a checkpoint that `publish` had moved aside when it was killed before the new one was in place."""
+        for aside in self.path.glob(f"{_ASIDE}*") if self.path.is_dir() else ():
+            final = self.path / aside.name.removeprefix(_ASIDE)
+            if CHECKPOINT.fullmatch(final.name) and not final.exists():
+                with contextlib.suppress(FileNotFoundError):  # another process did
+                    aside.rename(final)
 
     def _newest_complete(self) -> Path | None:
         """The newest checkpoint that is whole; None where there is no checkpoint, whole or not."""
@@ -221,7 +232,7 @@ def publish(folder: Path, final: Path) -> None:
         _sync(entry)
     _sync(folder)
     if final.exists():
-        doomed = final.with_name(f"{UNFINISHED}old-{final.name}")
+        doomed = final.with_name(f"{_ASIDE}{final.name}")
         _delete(doomed)
         final.rename(doomed)
         folder.rename(final)

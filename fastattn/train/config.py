@@ -50,7 +50,8 @@ class TrainConfig:
         patience: end after so many evaluations in a row without a lower loss.
         on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" leaves the
             step out, up to max_nonfinite times in a row.
-        resume: "never", "auto" (from the newest checkpoint in output_dir, if there is one) or a checkpoint's path.
+        resume: "never", "auto" (from the newest complete checkpoint in output_dir, if there is one) or a
+            checkpoint's path.
         overwrite: delete an earlier run in output_dir.
         peak_tflops: the device's, for "mfu" in the log; None looks its name up.
 

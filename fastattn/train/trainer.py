@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
+from fastattn.train.arguments import check_arguments
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory, read_model, write_model
 from fastattn.train.config import ConfigError, TrainConfig, save_config
 from fastattn.train.distributed import Distributed, gradient_sync, usable_device, usable_dtype
@@ -91,7 +92,7 @@ class Trainer:
         display: ProgressDisplay | None = None,
         on_record: Callable[[Record], None] | None = None,
     ) -> None:
-        _check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
+        check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
                 raise ValueError(f"{name}: is empty, need at least one example")
@@ -483,32 +484,6 @@ class Trainer:
 
     def _count_targets(self, batch: Batch) -> int:
         return count_targets(batch["labels"], shifted=getattr(self.model, "shifts_labels", False))
-
-
-def _check_arguments(
-    model: Any, config: Any, train_data: Any, dev_data: Any, tokenizer: Any, collate: Any, on_record: Any
-) -> None:
-    def items(data: Any) -> bool:
-        return (
-            hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes))
-        )
-
-    needs = {
-        "model": (isinstance(model, nn.Module), model, "a torch.nn.Module"),
-        "config": (isinstance(config, TrainConfig), config, "a TrainConfig"),
-        "train_data": (items(train_data), train_data, "items by index, with a length"),
-        "dev_data": (dev_data is None or items(dev_data), dev_data, "items by index, with a length, or None"),
-        "tokenizer": (
-            tokenizer is None or hasattr(tokenizer, "save_pretrained"),
-            tokenizer,
-            "a tokeniser with save_pretrained, or None",
-        ),
-        "collate": (callable(collate), collate, "a function of a list of items"),
-        "on_record": (on_record is None or callable(on_record), on_record, "a function of a record, or None"),
-    }
-    for name, (good, value, need) in needs.items():
-        if not good:
-            raise TypeError(f"{name}: got {type(value).__name__}, needs {need}")
 
 
 def _step_limit(config: TrainConfig, examples: int, world_size: int) -> int | None:

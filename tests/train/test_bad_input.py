@@ -238,6 +238,32 @@ def test_auto_never_starts_afresh_over_damaged_checkpoints(make_trainer, run: Pa
     assert contents(run) == before
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(make_trainer, run: Path, monkeypatch) -> None:
+    """The old one is moved aside, then the new one put in place: killed in between, the old one comes back."""
+    real, moves = Path.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def rename(path: Path, target: Path) -> Path:
+        if moves:
+            raise Killed
+        if path.name == "checkpoint-4":
+            moves.append(target)
+        return real(path, target)
+
+    before = contents(run / "checkpoint-4")
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        make_trainer(max_steps=4, resume="auto", keep_checkpoints=1).fit()
+    monkeypatch.setattr(Path, "rename", real)
+    assert not (run / "checkpoint-4").exists()
+    trainer = make_trainer(max_steps=4, resume="auto")
+    assert trainer.directory.resume_from == run / "checkpoint-4"
+    assert contents(run / "checkpoint-4") == before
+    assert trainer.fit().steps == 4
+
+
 @pytest.mark.parametrize("width", [8, 24])
 def test_a_checkpoint_of_another_model_is_refused_by_its_file(make_trainer, run: Path, width: int) -> None:
     before = contents(run)
