@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -104,20 +104,20 @@ def _check_writable(option: str, path: Path, suffix: str | None, bench: str) -> 
         raise ValueError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
 
 
-def _number(kind: type, least: float, most: float) -> type:
+def _number(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
     """A converter for argparse that refuses what lies outside [least, most]."""
 
     def convert(text: str) -> float:
         try:
-            value = kind(text)
+            value: float = kind(text)
         except (ValueError, OverflowError):
             value = math.nan
         if not least <= value <= most:
             what = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"got {text!r}, needs {what} from {least:g} to {most:g}")
-        return value  # type: ignore[no-any-return]
+        return value
 
-    return convert  # type: ignore[return-value]
+    return convert
 
 
 def build_parser(bench: str) -> argparse.ArgumentParser:

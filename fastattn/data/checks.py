@@ -10,11 +10,12 @@ def check_integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> i
     """`value` as an int within [least, most]; TypeError for what is no integer, ValueError for one outside."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, need an integer")
-    if not least <= value <= most:
+    number = int(value)
+    if not least <= number <= most:
         raise ValueError(
-            f"{name}: got {value}, need at least {least}" + (f", at most {most}" if value > most else "")
+            f"{name}: got {number}, need at least {least}" + (f", at most {most}" if number > most else "")
         )
-    return int(value)
+    return number
 
 
 def check_flag(name: str, value: Any) -> None:

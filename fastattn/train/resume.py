@@ -104,7 +104,8 @@ def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, pat
     """Raise DamagedCheckpoint unless the saved state has the groups and shapes of this optimiser's parameters."""
     groups, here = saved["param_groups"], optimizer.param_groups
     try:
-        sizes, needed = ([len(group["params"]) for group in each] for each in (groups, here))
+        sizes: list[int] = [len(group["params"]) for group in groups]
+        needed: list[int] = [len(group["params"]) for group in here]
         states, numbers = saved["state"], [number for group in groups for number in group["params"]]
         if sizes != needed:
             raise DamagedCheckpoint(
@@ -138,10 +139,10 @@ def _read_pickled(path: Path) -> Any:
         raise DamagedCheckpoint(f"{path}: cannot be read ({_reason(error)})") from None
 
 
-def _part(entries: dict[str, Any], name: str, kind: type, path: Path, where: str = "") -> Any:
+def _part(entries: dict[str, Any], name: str, kind: Any, path: Path, where: str = "") -> Any:
     if name not in entries:
         raise DamagedCheckpoint(f"{path}: {where}{name} is missing")
-    value = entries[name]
+    value: Any = entries[name]
     good = isinstance(value, kind) and not (kind is int and (isinstance(value, bool) or value < 0))
     if not good:
         need = {dict: "an object", int: "an integer of at least 0"}[kind]
