@@ -97,12 +97,12 @@ def save(result: Result, path: Path) -> None:
     replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file in one move, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(text.encode("utf-8"))
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
