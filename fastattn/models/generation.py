@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ def generate(
             seen = None if mask is None else mask[:, :length]
             out = model(tokens[:, start:length], attention_mask=seen, cache=cache, logits_to_keep=1)
             logits = out.logits[:, -1]  # (B, V)
-            if not bool(logits.amax(-1).isfinite().all()):  # a NaN is the greatest of its row
+            if not all(map(math.isfinite, logits.amax(-1).tolist())):  # a NaN is the greatest of its row
                 raise ValueError(
                     f"model: its logits for token {length - prompt_len} after the prompt are not finite, "
                     f"so no token can be chosen; look for NaN or infinite weights"

@@ -60,6 +60,9 @@ class RunDirectory:
         self.overwrite = overwrite
         self.passed_over: dict[str, str] = {}  # a checkpoint's name -> what is wrong with it
         self._model = model
+        for name, text in (("output_dir", str(self.path)), ("resume", resume)):
+            if "\0" in text:
+                raise ConfigError(f"{name}: got {text!r}, need a path without a zero byte")
         if overwrite and resume != "never":
             raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
         _check_writable(self.path)

@@ -109,7 +109,6 @@ _COUNT = (lambda v: 1 <= v <= MAX_COUNT, f"an integer of at least 1, at most {MA
 _POSITIVE = (lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
 _DECAY = (lambda v: 0 <= v < 1, "a number within [0, 1)")
 _ANY = (lambda v: True, "")  # its type says all there is to check
-_TEXT = "that is not empty and has no zero byte"
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has one
     **dict.fromkeys(
         ("max_steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches"), _COUNT
@@ -122,14 +121,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has on
     "seed": (lambda v: 0 <= v <= MAX_SEED, f"an integer of at least 0, at most {MAX_SEED}"),
     "weight_decay": (lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0"),
     "min_lr_ratio": (lambda v: 0 <= v <= 1, "a number within [0, 1]"),
-    "output_dir": (lambda v: _usable(v), f"a directory's name {_TEXT}"),
-    "resume": (lambda v: _usable(v), f'"never", "auto" or a checkpoint directory\'s name {_TEXT}'),
-    "device": (lambda v: _usable(v), f'"auto" or a device\'s name {_TEXT}'),
+    "output_dir": (bool, "a directory"),
+    "resume": (bool, '"never", "auto" or a checkpoint directory'),
+    "device": (bool, '"auto" or the name of a device'),
 }
-
-
-def _usable(text: str) -> bool:
-    return bool(text) and "\0" not in text
 
 
 def _check_types(config: Any) -> None:

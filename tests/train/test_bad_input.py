@@ -43,9 +43,13 @@ HOSTILE: dict[str, Any] = {
 # The hostile values that an option takes because they mean something there; all others are refused by its name.
 NUMBER, OPTIONAL, FLAG = {"1.5", "huge"}, {"None"}, {"True", "False"}
 TAKES: dict[str, set[str]] = {
-    "output_dir": {"text", "nan in text"},
-    "resume": {"text", "nan in text"},
-    "device": {"text", "nan in text"},  # whether there is such a device is the trainer's question
+    "output_dir": {"text", "zero byte", "nan in text"},
+    "resume": {"text", "zero byte", "nan in text"},
+    "device": {
+        "text",
+        "zero byte",
+        "nan in text",
+    },  # whether there is such a device is the trainer's question
     "max_steps": {"None"},
     "max_epochs": OPTIONAL | NUMBER,
     "max_seconds": OPTIONAL | NUMBER,
@@ -95,6 +99,13 @@ def test_the_trainer_refuses_arguments_of_another_type(argument: str, value: Any
     with pytest.raises(TypeError, match=f"^{argument}: got {type(value).__name__}, needs "):
         Trainer(**arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["output_dir", "resume", "device"])
+def test_a_name_with_a_zero_byte_is_refused(make_trainer, option: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{option}: "):
+        make_trainer(**{"out" if option == "output_dir" else option: "a\0b"})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99", "meta", "cpu:x", "-1"])
