@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import io
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import checkout
 import figures
@@ -20,6 +23,7 @@ import memory
 import schema
 import torch
 from harness import Budget, Case
+from options import check_merge, destination, parse
 
 # All CPU cases of all benches, on two cores, take about 12 minutes at such budgets.
 CASE_BUDGET = Budget(seconds=2.0)
@@ -38,7 +42,25 @@ def main(
 
     `budget` is how long a case is measured unless the options say otherwise.
     """
-    options = _parser(bench).parse_args(argv)
+    options = parse(bench, argv)
+    if not options.json:
+        return _run_bench(bench, script, cases_for, extras or {}, options, budget)[0]
+    with contextlib.redirect_stdout(sys.stderr):
+        status, shown = _run_bench(bench, script, cases_for, extras or {}, options, budget)
+    if shown is not None:
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+    return status
+
+
+def _run_bench(
+    bench: str,
+    script: Path,
+    cases_for: Callable[[torch.device], Sequence[Case]],
+    extras: dict[str, ExtraCase],
+    options: argparse.Namespace,
+    budget: Budget,
+) -> tuple[int, schema.Result | None]:
+    """The exit status, and what --json prints: the result, or the list of cases."""
     if options.threads:
         torch.set_num_threads(options.threads)
     checkout.make_importable()
@@ -47,28 +69,38 @@ def main(
     cases = list(cases_for(torch.device(options.cases_of or options.device)))
     if options.warm_cases:
         warm_cases([case for case in cases if case.name in options.warm_cases], device, options.contestants)
-        return 0
+        return 0, None
     if options.measure_memory:
         name, *contestants = options.measure_memory
         memory.print_peaks(next(case for case in cases if case.name == name), contestants)
-        return 0
+        return 0, None
     chosen = [case for case in cases if _matches(options.only, case.name, case.group)]
     with_extras = device.type == "cpu" and options.cases_of != "cuda"
-    chosen_extras = {n: e for n, e in (extras or {}).items() if with_extras and _matches(options.only, n, n)}
+    chosen_extras = {n: e for n, e in extras.items() if with_extras and _matches(options.only, n, n)}
     if options.list:
         print("\n".join([f"{case.name:<34} {case.group}" for case in chosen] + list(chosen_extras)))
-        return 0
+        listed = [{"name": case.name, "group": case.group, "label": case.label} for case in chosen]
+        return 0, {"bench": bench, "cases": listed + [{"name": name} for name in chosen_extras]}
     if not chosen and not chosen_extras:
         print(f"no case matches {' '.join(options.only)}; --list shows them", file=sys.stderr)
-        return 2
+        return 2, None
+    result = _new_result(bench, device, options)
+    path = _json_path(bench, result, options)
+    try:
+        if options.merge and path is None:
+            raise ValueError("this run stores nothing, needs --out PATH")
+        if options.merge and path is not None:
+            check_merge(result, path)
+    except ValueError as error:
+        print(f"fastattn bench {bench}: --merge: {error}", file=sys.stderr)
+        return 2, None
     if options.warm:
         warm(script, [case.name for case in chosen], options)
-    result = _start(bench, device, options, _dtypes(chosen))
-    path = _json_path(bench, result, options)
+    _measure_ceilings(result, device, options, _dtypes(chosen))
     problems: list[str] = []
     for extra in chosen_extras.values():
         problems += _add(result, extra(options.quick), path, options.merge)
-    for case in chosen:
+    for case in distinct_small_forms(chosen) if options.quick else chosen:
         problems += _run(case, device, options, budget, result, path, script)
     _raise_ceilings(result, harness.measure_ceilings(device, _dtypes(chosen), options.quick))
     if path is not None:
@@ -76,7 +108,54 @@ def main(
     _write_outputs(bench, result, path, options)
     if problems:
         print(f"{len(problems)} wrong: " + "; ".join(problems))
-    return 1 if problems else 0
+    return 1 if problems else 0, result
+
+
+@dataclass(frozen=True)
+class SmallForm:
+    """A case at the size that a quick run measures, named by it."""
+
+    case: Case
+    name: str
+    of: str  # the case's own name, where the size makes another
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.case, name)
+
+
+def distinct_small_forms(cases: Sequence[Case]) -> list[SmallForm]:
+    """What a quick run measures: the small form of each case, once where several have the same."""
+    forms: dict[str, SmallForm] = {}
+    for case in cases:
+        small = case.small()
+        name = small_name(case, small)
+        same = forms.get(name)
+        if same is not None and small.label == same.label and small.params == same.params:
+            continue
+        number = 2
+        while name in forms:
+            name, number = f"{small_name(case, small)}-{number}", number + 1
+        forms[name] = SmallForm(small, name, case.name)
+    return list(forms.values())
+
+
+def small_name(case: Case, small: Case) -> str:
+    """The case's name with the small form's sizes in the place of its own."""
+    sizes: dict[str, str] = {}
+    for before, after in zip(_numbers(case.params), _numbers(small.params)):
+        sizes.setdefault(str(before), str(after))
+    return re.sub(r"\d+", lambda match: sizes.get(match.group(), match.group()), case.name)
+
+
+def _numbers(params: schema.Result) -> list[int]:
+    """The sizes of a case in the order of their names, those that a name is likeliest to hold first."""
+    found: list[int] = []
+    for key in sorted(params, key=lambda name: (name in ("batch", "heads", "kv_heads", "head_dim"), name)):
+        value = params[key]
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(each, int) and not isinstance(each, bool):
+                found.append(each)
+    return found
 
 
 def _dtypes(cases: Sequence[Case]) -> list[torch.dtype]:
@@ -129,7 +208,7 @@ def warm_cases(cases: Sequence[Case], device: torch.device, only: str | None) ->
 
 
 def _run(
-    case: Case,
+    case: Any,  # a Case, or its SmallForm
     device: torch.device,
     options: argparse.Namespace,
     budget: Budget,
@@ -138,7 +217,6 @@ def _run(
     script: Path,
 ) -> list[str]:
     if options.quick:
-        case = case.small()
         budget = harness.QUICK
     memory_wanted = budget.memory and not options.no_memory
     budget = replace(budget, memory=memory_wanted, errors=not options.no_errors)
@@ -146,6 +224,8 @@ def _run(
         budget = replace(budget, seconds=options.seconds)
     memory_script = None if options.quick else script
     entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.contestants)
+    if isinstance(case, SmallForm) and case.of != case.name:
+        entry["small_form_of"] = case.of
     return _add(result, entry, path, options.merge)
 
 
@@ -171,34 +251,35 @@ def _merged(result: schema.Result, path: Path) -> schema.Result:
     return schema.merge(schema.load(path), result) if path.exists() else result
 
 
-def _start(
-    bench: str, device: torch.device, options: argparse.Namespace, dtypes: list[torch.dtype]
-) -> schema.Result:
-    settings = {"quick": options.quick, "only": options.only, "contestants": options.contestants}
-    settings["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
+def _new_result(bench: str, device: torch.device, options: argparse.Namespace) -> schema.Result:
+    settings = {
+        "quick": options.quick,
+        "only": [schema.without_paths(pattern) for pattern in options.only],
+        "contestants": options.contestants and schema.without_paths(options.contestants),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+    }
     result = schema.new_result(bench, device, settings)
     if options.revision:
         result["revision"] = options.revision
+    return result
+
+
+def _measure_ceilings(
+    result: schema.Result, device: torch.device, options: argparse.Namespace, dtypes: list[torch.dtype]
+) -> None:
     result["ceilings"] = harness.measure_ceilings(device, dtypes, options.quick)
     rates = ", ".join(f"{name} {rate} TFLOP/s" for name, rate in result["ceilings"]["matmul_tflops"].items())
     print(
         f"{result['device']['name']}, {result['device']['threads']} threads, torch {result['versions']['torch']}"
     )
     print(f"ceilings: matmul {rates}; copy {result['ceilings']['copy_gbps']} GB/s", flush=True)
-    return result
 
 
 def _json_path(bench: str, result: schema.Result, options: argparse.Namespace) -> Path | None:
-    if options.json:
-        return destination(options.json, bench, ".json")
+    if options.out:
+        return destination(options.out, bench, ".json")
     partial = options.quick or options.only or options.contestants or options.no_memory or options.no_errors
     return None if partial else schema.RESULTS / schema.folder_name(result["device"]) / f"{bench}.json"
-
-
-def destination(text: str, bench: str, suffix: str) -> Path:
-    """The file that an option names, or the bench's own in the folder that it names."""
-    path = Path(text)
-    return path if path.suffix == suffix else path / f"{bench}{suffix}"
 
 
 def _write_outputs(bench: str, result: schema.Result, path: Path | None, options: argparse.Namespace) -> None:
@@ -239,22 +320,20 @@ def write_csv(result: schema.Result, path: Path) -> None:
         "greatest_error",
         "within_rule",
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, names, extrasaction="ignore")
-        table.writeheader()
-        for case in result["cases"]:
-            for row in case["rows"]:
-                time = row.get("time_ms", {})
-                line = {
-                    "case": case["name"],
-                    **case,
-                    **row,
-                    "greatest_error": max((row.get("error") or {"": None}).values()),
-                }
-                table.writerow(
-                    {**line, **{f"{name}_ms": time.get(name) for name in ("median", "p20", "p80")}}
-                )
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, names, extrasaction="ignore")
+    table.writeheader()
+    for case in result["cases"]:
+        for row in case["rows"]:
+            time = row.get("time_ms", {})
+            line = {
+                "case": case["name"],
+                **case,
+                **row,
+                "greatest_error": max((row.get("error") or {"": None}).values()),
+            }
+            table.writerow({**line, **{f"{name}_ms": time.get(name) for name in ("median", "p20", "p80")}})
+    schema.replace_file(path, text.getvalue())
 
 
 def unusual(dtype: torch.dtype, direction: str) -> list[str]:
@@ -265,40 +344,3 @@ def unusual(dtype: torch.dtype, direction: str) -> list[str]:
 
 def _matches(patterns: Sequence[str], *names: str) -> bool:
     return not patterns or any(re.search(pattern, name) for pattern in patterns for name in names)
-
-
-def _parser(bench: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"fastattn bench {bench}", description=f"Measure {bench} beside its peers on this machine."
-    )
-    add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--cases-of", choices=("cpu", "cuda"), help="the cases made for this device, whichever runs them")
-    add(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="REGEX",
-        help="cases whose name or group matches one of these",
-    )
-    add("--contestants", metavar="REGEX", help="only contestants whose name matches")
-    add("--quick", action="store_true", help="small sizes, few rounds, no memory: shows that everything runs")
-    add("--seconds", type=float, help="measuring time per case")
-    add("--threads", type=int, help="CPU threads (default: torch's)")
-    add(
-        "--json",
-        "--out",
-        metavar="PATH",
-        help="a .json file, or a folder for the bench's own (default for a full run: the results folder)",
-    )
-    add("--merge", action="store_true", help="keep the file's other cases")
-    add("--csv", metavar="PATH", help="also as a table, one line per contestant: a .csv file or a folder")
-    add("--plot", metavar="FOLDER", help="also as charts (needs matplotlib)")
-    add("--list", action="store_true", help="show the chosen cases and stop")
-    add("--no-memory", action="store_true", help="skip the peak memory")
-    add("--no-errors", action="store_true", help="skip the comparison with float64")
-    add("--revision", help="commit to record where the checkout has no git folder")
-    add("--warm", type=int, metavar="N", help="first compile what is needed, in N processes")
-    add("--warm-cases", nargs="+", default=[], help=argparse.SUPPRESS)
-    add("--measure-memory", nargs="+", help=argparse.SUPPRESS)  # a case, then contestants
-    return parser

@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; its profiler is talkative
 
 import checkout
+import schema
 import torch
 from torch import Tensor
 
@@ -337,7 +338,7 @@ def main() -> int:
     counts = measure()
     if options.record:
         stored = {"format": FORMAT, "version": VERSION, "torch": release(torch.__version__), "counts": counts}
-        FILE.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        schema.replace_file(FILE, json.dumps(stored, indent=1) + "\n")
         print(f"recorded {FILE.name}")
         return 0
     lines = differences(recorded(), counts, torch.__version__)

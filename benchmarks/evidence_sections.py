@@ -162,7 +162,7 @@ def _tune(run: Run) -> Command:
 def _bench(name: str, only: str, dry_only: str, contestants: str, seconds: float) -> Callable[[Run], Command]:
     def command(run: Run) -> Command:
         line = [sys.executable, str(bench_script(name)), "--cases-of", "cuda", "--merge"]
-        line += ["--json", str(run.out / f"{name}.json"), "--contestants", contestants]
+        line += ["--out", str(run.out / f"{name}.json"), "--contestants", contestants]
         line += ["--only", dry_only if run.dry else only]
         line += ["--quick"] if run.dry else ["--seconds", str(seconds), "--warm", str(WORKERS)]
         revision = run.report["revision"]

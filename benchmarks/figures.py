@@ -92,6 +92,8 @@ def verdict(case: Result) -> str:
 def case_lines(case: Result) -> list[str]:
     """The case as lines of a terminal table, one per contestant."""
     lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]  {verdict(case)}".rstrip()]
+    if "small_form_of" in case:
+        lines[0] += f"  (the small form of {case['small_form_of']}: {case['label']})"
     peer = peer_of(case)
     for row in case["rows"]:
         if row["status"] != "ok":

@@ -9,6 +9,7 @@ python benchmarks/plot.py RESULT.json --out FOLDER [--format png]
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
                 figure = _length_figure(result) if name == "length" else _grid_figure(result, name)
             figure.supxlabel(conditions(result), x=0.01, ha="left", fontsize=6, color="0.4")
             paths.append(folder / f"{result['bench']}_{name}.{kind}")
-            figure.savefig(paths[-1], metadata={"Date": None} if kind == "svg" else None, dpi=150)
+            drawn = io.BytesIO()
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(drawn, format=kind, metadata=metadata, dpi=150)
+            schema.replace_file(paths[-1], drawn.getvalue())
     return paths
 
 
@@ -173,7 +177,7 @@ def update_docs(root: Path = schema.ROOT) -> list[str]:
     """Rewrite every page's tables and every result's charts; the names of what changed."""
     changed = stale_pages(root)
     for name in changed:
-        (root / name).write_text(refreshed(root / name), encoding="utf-8")
+        schema.replace_file(root / name, refreshed(root / name))
     drawn = [chart for path in result_files() for chart in draw(schema.load(path), path.parent)]
     for folder in {path.parent for path in result_files()}:
         for chart in set(folder.glob("*.svg")) - set(drawn):
@@ -200,7 +204,12 @@ def main() -> int:
         return 0
     if options.result is None:
         parser.error("give a result file, --update-docs or --check")
-    for chart in draw(schema.load(options.result), options.out, options.format):
+    try:
+        result = schema.load(options.result)
+    except (OSError, ValueError) as error:
+        print(f"plot.py: {error}", file=sys.stderr)
+        return 2
+    for chart in draw(result, options.out, options.format):
         print(chart)
     return 0
 

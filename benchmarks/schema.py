@@ -94,10 +94,19 @@ def without_paths(text: str) -> str:
 def save(result: Result, path: Path) -> None:
     """Validate, then replace the file at once, so that a run cut short leaves the last whole state."""
     validate(result)
+    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one move, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path) -> Result:

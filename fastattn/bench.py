@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastattn.console import InputError
 
@@ -52,17 +54,32 @@ def run(name: str, arguments: Sequence[str]) -> int:
         if value is not None and Path(value).suffix in (".json", ".csv"):
             raise InputError(f"{option} {value}: every bench stores a file of its own, so name a folder")
     rest = [argument for argument in arguments if argument != ALL_OPTIONS]
+    as_json = "--json" in rest
+    results: dict[str, Any] = {}
     status = 0
     for each in NAMES:
-        print(f"== {each}", flush=True)
-        status = max(status, _call(script(each), rest))
+        print(f"== {each}", flush=True, file=sys.stderr if as_json else sys.stdout)
+        if not as_json:
+            status = max(status, _call(script(each), rest))
+            continue
+        done = subprocess.run(_command(script(each), rest), check=False, stdout=subprocess.PIPE, text=True)
+        status = max(status, done.returncode)
+        if done.stdout.strip():
+            results[each] = json.loads(done.stdout)
     if len(rest) < len(arguments):
-        status = max(status, _call(folder() / "plot.py", [ALL_OPTIONS]))
+        status = max(status, _call(folder() / "plot.py", [ALL_OPTIONS], quiet=as_json))
+    if as_json:
+        print(json.dumps(results, indent=1, ensure_ascii=False), flush=True)
     return status
 
 
-def _call(path: Path, arguments: Sequence[str]) -> int:
-    return subprocess.run([sys.executable, str(path), *arguments], check=False).returncode
+def _command(path: Path, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, str(path), *arguments]
+
+
+def _call(path: Path, arguments: Sequence[str], quiet: bool = False) -> int:
+    where = sys.stderr if quiet else None  # standard output is for JSON then
+    return subprocess.run(_command(path, arguments), check=False, stdout=where).returncode
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:

@@ -17,6 +17,7 @@ from fastattn.cache import cache_dir
 from fastattn.console import InputError, NoOutput, Output, standard_output
 
 BAD_INPUT, INTERRUPTED = 2, 130
+MAX_SEED, MAX_STEPS, MAX_JOBS, MAX_ARCH = 2**63 - 1, 10**9, 1024, 999
 
 app = typer.Typer(
     name="fastattn",
@@ -62,9 +63,9 @@ def _stop(message: str, code: int) -> typer.Exit:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        import fastattn
 
-        typer.echo(version("fastattn"))
+        typer.echo(fastattn.__version__)
         raise typer.Exit()
 
 
@@ -108,8 +109,12 @@ def demo(
             help="New or empty directory for the results; by default the first free ./fastattn-demo*."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order, the weights and the sample.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of the preset's.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the data order, the weights and the sample.")
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_STEPS, help="Training steps, instead of the preset's.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A smaller grid and a shorter training run.")
     ] = False,
@@ -183,7 +188,7 @@ def _bench_command(name: str, summary: str) -> None:
 
 for _name, _summary in benches.NAMES.items():
     _bench_command(_name, _summary)
-_bench_command("all", "Every one of these, one after the other; --out FOLDER, --update-docs.")
+_bench_command("all", "Every one of these, one after the other; --json, --out FOLDER, --update-docs.")
 
 
 def tune(
@@ -204,12 +209,16 @@ def tune(
         bool, typer.Option("--quick", help="Fewer calls, and only neighbours of built-in tiles.")
     ] = False,
     minutes: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after so long.")] = None,
-    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Processes that compile and check.")] = 4,
+    jobs: Annotated[
+        int, typer.Option("-j", "--jobs", min=1, max=MAX_JOBS, help="Processes that compile and check.")
+    ] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates; needs no GPU.")] = False,
     arch: Annotated[
         int | None,
         typer.Option(
-            min=80, help="For --dry-run: 10 times a compute capability; by default this GPU's, or 90."
+            min=80,
+            max=MAX_ARCH,
+            help="For --dry-run: 10 times a compute capability; by default this GPU's, or 90.",
         ),
     ] = None,
     as_json: JsonFlag = False,

@@ -30,7 +30,7 @@ from fastattn.data import (
     train_bpe,
 )
 from fastattn.models import GPT, GPTConfig
-from fastattn.train import TrainConfig, Trainer, plot_loss
+from fastattn.train import ConfigError, TrainConfig, Trainer, plot_loss
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
 
 DEFAULT_OUT = "fastattn-demo"
@@ -38,6 +38,12 @@ MAX_CHARACTERS = 8_000_000  # more text than a demo's training run can read
 MIN_TOKENS = 1024
 HELD_OUT = 0.1
 PROMPT = "The"  # no space after it: it belongs to the next token
+WHEN_IT_HELPS = {
+    "cpu": "On a CPU fastattn saves time and memory where a mask leaves out much (windows, packed documents, padding) "
+    "or torch has no fused call (softcap, sinks); short or dense calls without these are at parity or slower.",
+    "cuda": "fastattn helps where torch needs a dense mask or writes the scores out (windows, documents, ALiBi, "
+    "softcap, sinks); plain dense and causal calls are what torch's own kernels do best: compare before a swap.",
+}
 LAYERS = 4  # of the encoder whose attention is swapped
 
 
@@ -198,6 +204,7 @@ def _show_grid(
     output.table(
         ["case", "ms", "torch ms", "speed", "MiB", "torch MiB", "memory"], [_cost_row(m) for m in measured]
     )
+    output.line(WHEN_IT_HELPS[device.type])
     return [asdict(m) | {"passed": m.passed} for m in measured]
 
 
@@ -268,27 +275,25 @@ def _train(
     output.line(
         f"{parameters / 1e6:.1f} M parameters, {len(train):,} tokens to train on, {len(held_out):,} held out"
     )
-    trainer = Trainer(
-        model,
-        TrainConfig(
-            output_dir=str(folder / "model"),
-            max_steps=max_steps,
-            max_seconds=seconds,
-            batch_size=recipe.batch_size,
-            lr=recipe.lr,
-            beta2=recipe.beta2,
-            warmup_steps=min(recipe.warmup_steps, max_steps),
-            eval_every=max(max_steps // recipe.evaluations, 1),
-            log_every=max(max_steps // 60, 1),
-            keep_checkpoints=1,
-            device=device.type,
-            seed=seed,
-        ),
-        PackedDataset(train, recipe.block_size),
-        PackedDataset(held_out, recipe.block_size),
-        tokenizer=tokenizer,
-        display=_display(output),
+    training = TrainConfig(
+        output_dir=str(folder / "model"),
+        max_steps=max_steps,
+        max_seconds=seconds,
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        beta2=recipe.beta2,
+        warmup_steps=min(recipe.warmup_steps, max_steps),
+        eval_every=max(max_steps // recipe.evaluations, 1),
+        log_every=max(max_steps // 60, 1),
+        keep_checkpoints=1,
+        device=device.type,
+        seed=seed,
     )
+    data = PackedDataset(train, recipe.block_size), PackedDataset(held_out, recipe.block_size)
+    try:
+        trainer = Trainer(model, training, *data, tokenizer=tokenizer, display=_display(output))
+    except ConfigError as error:  # such as a disk without room for the checkpoints
+        raise InputError(f"--out: {error}") from None
     result = trainer.fit()
     if result.interrupted:
         raise KeyboardInterrupt

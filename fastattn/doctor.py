@@ -107,7 +107,7 @@ def _fastattn() -> dict[str, Any]:
     import fastattn
 
     root = Path(fastattn.__file__).resolve().parent
-    return {"version": _version("fastattn"), "path": str(root), "revision": _revision(root.parent)}
+    return {"version": fastattn.__version__, "path": str(root), "revision": _revision(root.parent)}
 
 
 def _revision(root: Path) -> str | None:

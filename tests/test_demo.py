@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import fastattn
 from fastattn import demo, demo_grid
-from fastattn.console import NoOutput, PlainOutput
+from fastattn.console import InputError, NoOutput, PlainOutput
 from fastattn.models import GPT
 
 CPU = torch.device("cpu")
@@ -66,6 +67,7 @@ def test_it_writes_what_it_says(
         "swapped 4 modules",
         f"{training['perplexity_after']:.1f}",
         "everything agreed",
+        "at parity or slower",
     ):
         assert shown in printed
 
@@ -117,6 +119,24 @@ def test_every_contestant_computes_the_same(case: demo_grid.Case) -> None:
         for name, tensor in results.items():
             difference = (tensor - true[name]).abs().max().item()
             assert difference <= 1e-6 * (1 + true[name].abs().max().item()), (side, name)
+
+
+def test_the_quick_grid_shows_what_a_user_would_use_it_for() -> None:
+    """Masks that leave out much, at sizes where that counts, and a dense call to compare with."""
+    assert all(case.length * case.batch >= 512 for case in demo_grid.QUICK)
+    names = {case.name.split(" ")[1] if "," in case.name else case.name for case in demo_grid.QUICK}
+    assert {"causal", "window", "4", "padded batch"} <= names
+    for case in demo_grid.QUICK:
+        if "window" in case.options or "segment_ids" in case.features:
+            assert case.length >= 2048
+
+
+def test_a_disk_without_room_is_a_line(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = types.SimpleNamespace(free=0)
+    monkeypatch.setattr("fastattn.train.checkpoint.shutil.disk_usage", lambda path: full)
+    with pytest.raises(InputError, match=r"--out: output_dir: .* GB free"):
+        run_small(text, text.parent / "out", monkeypatch)
+    assert not (text.parent / "out").exists()
 
 
 def test_each_case_asks_for_its_features() -> None:

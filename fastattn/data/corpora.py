@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from fastattn.data.checks import check_integer
+
 MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also") may repeat across topics
 PAGE_WIDTH = 70  # what Sphinx wraps its text output to
 UNDERLINE = re.compile(r"([*=~^#-])\1{2,}")
@@ -99,10 +101,11 @@ class TextFiles:
     ) -> None:
         if isinstance(paths, (str, os.PathLike)):
             paths = [paths]
+        if not isinstance(paths, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+            raise TypeError(f"paths: got {type(paths).__name__}, need a path or several")
         if not paths:
             raise DataError("paths: got no file, need at least one text file")
-        if max_document < 1:
-            raise ValueError(f"max_document: got {max_document}, need at least 1")
+        max_document = check_integer("max_document", max_document, 1)
         self.paths = tuple(Path(path) for path in paths)
         self.max_document = max_document
         for path in self.paths:
@@ -116,6 +119,7 @@ class TextFiles:
 
 def split_documents(lines: Iterable[str], max_document: int = MAX_DOCUMENT) -> Iterator[str]:
     """Documents of a stream of lines: runs of lines between two or more blank ones, each ending in one newline."""
+    max_document = check_integer("max_document", max_document, 1)
     held: list[str] = []
     size = blank = 0
     for line in lines:
@@ -155,8 +159,10 @@ def check_text_file(path: str | os.PathLike[str]) -> None:
         raise DataError(f"{path}: no such file") from None
     except PermissionError:
         raise DataError(f"{path}: permission denied, need a file you may read") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _check_utf8(path: Path, chunks: Iterable[bytes]) -> None:

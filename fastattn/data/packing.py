@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastattn.cache import write_atomically
+from fastattn.data.checks import check_flag, check_integer, check_text, check_texts
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 
@@ -45,6 +47,9 @@ class TokenStream:
         Raises:
             DataError: the documents hold no token.
         """
+        check_texts("documents", documents)
+        if not all(hasattr(tokenizer, name) for name in ("encode_batch", "eos_id", "vocab_size")):
+            raise TypeError(f"tokenizer: got a {type(tokenizer).__name__}, need a Tokenizer")
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         pieces = _encoded(documents, tokenizer, dtype)
         if directory is not None:
@@ -62,12 +67,24 @@ class TokenStream:
         folder = Path(directory)
         try:
             meta = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
-            starts = np.load(folder / "starts.npy")
+            if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
+                raise ValueError("stream.json names no dtype, need uint16 or uint32")
+            starts = np.load(folder / "starts.npy", allow_pickle=False)
             tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{folder}: is not a token stream ({error})") from None
-        if len(tokens) != meta["tokens"]:
-            raise DataError(f"{folder}: tokens.bin holds {len(tokens)} tokens, need {meta['tokens']}")
+        if len(tokens) != meta.get("tokens"):
+            raise DataError(f"{folder}: tokens.bin holds {len(tokens)} tokens, need {meta.get('tokens')}")
+        good = (
+            isinstance(starts, np.ndarray)
+            and starts.dtype == np.int64
+            and starts.ndim == 1
+            and len(starts) > 0
+        )
+        if not good or starts[0] != 0 or starts[-1] >= len(tokens) or bool((np.diff(starts) <= 0).any()):
+            raise DataError(
+                f"{folder}: starts.npy holds no rising starts of documents within {len(tokens)} tokens"
+            )
         return cls(tokens, starts)
 
     def __getitem__(self, part: slice) -> TokenStream:
@@ -98,6 +115,7 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
     held: list[str] = []
     size = 0
     for document in documents:
+        check_text("documents", document)
         held.append(document)
         size += len(document)
         if size >= ENCODE_CHARACTERS:
@@ -123,7 +141,7 @@ def _write(
             lengths.extend(sizes)
     np.save(folder / "starts.npy", _starts(lengths))
     meta = {"dtype": dtype.name, "tokens": sum(lengths), "documents": len(lengths)}
-    (folder / "stream.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+    write_atomically(folder / "stream.json", json.dumps(meta) + "\n")
 
 
 def split(
@@ -139,6 +157,10 @@ def split(
     Raises:
         ValueError: the fraction is out of range, a part would have fewer than 2 tokens, or there is no boundary.
     """
+    if not isinstance(stream, TokenStream):
+        raise TypeError(f"stream: got a {type(stream).__name__}, need a TokenStream")
+    if not isinstance(validation_fraction, (int, float)) or isinstance(validation_fraction, bool):
+        raise TypeError(f"validation_fraction: got {validation_fraction!r}, need a number between 0 and 1")
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation_fraction: got {validation_fraction}, need a number between 0 and 1")
     cut = round(len(stream) * (1.0 - validation_fraction))
@@ -185,8 +207,12 @@ class PackedDataset:
         segments: bool = False,
         drop_last: bool = False,
     ) -> None:
-        if block_size < 2:
-            raise ValueError(f"block_size: got {block_size}, need at least 2")
+        if not isinstance(stream, TokenStream):
+            raise TypeError(f"stream: got a {type(stream).__name__}, need a TokenStream")
+        block_size = check_integer("block_size", block_size, 2, 2**31 - 1)
+        pad_id = check_integer("pad_id", pad_id, 0)
+        check_flag("segments", segments)
+        check_flag("drop_last", drop_last)
         targets, stride = len(stream) - 1, block_size - 1
         self.num_blocks = targets // stride if drop_last else -(-targets // stride)
         if self.num_blocks < 1:
@@ -252,8 +278,9 @@ class IndexSampler:
     """
 
     def __init__(self, length: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
-        if length < 1:
-            raise ValueError(f"length: got {length}, need at least 1")
+        length, seed = check_integer("length", length, 1), check_integer("seed", seed, 0, 2**64 - 1)
+        check_integer("rank", rank, -(2**63))
+        check_integer("world_size", world_size, 1)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of {world_size}, need a rank within [0, world_size)")
         self.length = length

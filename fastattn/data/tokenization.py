@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from fastattn.cache import write_atomically
+from fastattn.data.checks import check_flag, check_integer, check_text, check_texts
 from fastattn.data.corpora import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
+MAX_VOCABULARY, MAX_ID = 2**31 - 1, 2**32 - 1
 BYTES = 256  # the alphabet of a byte-level tokeniser: every text can be encoded, so there is no unknown token
 
 
@@ -27,6 +30,11 @@ class Tokenizer:
     """
 
     def __init__(self, core: tokenizers.Tokenizer, *, eos_token: str, pad_token: str | None = None) -> None:
+        if not isinstance(core, tokenizers.Tokenizer):
+            raise TypeError(f"core: got a {type(core).__name__}, need a tokenizers.Tokenizer")
+        check_text("eos_token", eos_token)
+        if pad_token is not None:
+            check_text("pad_token", pad_token)
         self.core = core
         self.eos_token = eos_token
         self.pad_token = eos_token if pad_token is None else pad_token
@@ -46,17 +54,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no special token is added, and one spelled out in the text counts as itself."""
+        check_text("text", text)
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, encoded in parallel."""
-        return [
-            encoding.ids for encoding in self.core.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        check_texts("texts", texts)
+        texts = list(texts)
+        for text in texts:
+            check_text("texts", text)
+        return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`."""
-        return self.core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of `ids`; TypeError or ValueError for what is no token id."""
+        check_flag("skip_special_tokens", skip_special_tokens)
+        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+            raise TypeError(f"ids: got a {type(ids).__name__}, need a sequence of token ids")
+        numbers = [check_integer("ids", getattr(i, "item", lambda i=i: i)(), 0, MAX_ID) for i in ids]
+        return self.core.decode(numbers, skip_special_tokens=skip_special_tokens)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer also loads."""
@@ -71,8 +86,8 @@ class Tokenizer:
         }
         if max_length is not None:
             settings["model_max_length"] = max_length
-        (folder / "tokenizer.json").write_text(self.core.to_str(pretty=True) + "\n", encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_atomically(folder / "tokenizer.json", self.core.to_str(pretty=True) + "\n")
+        write_atomically(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
@@ -91,7 +106,10 @@ class Tokenizer:
             raise DataError(
                 f"{folder}: tokenizer_config.json names no eos_token and {END_OF_TEXT} is not a token"
             )
-        return cls(core, eos_token=eos, pad_token=_token(settings.get("pad_token")))
+        try:
+            return cls(core, eos_token=eos, pad_token=_token(settings.get("pad_token")))
+        except ValueError as error:
+            raise DataError(f"{folder}: {error}") from None
 
 
 def train_bpe(
@@ -113,9 +131,16 @@ def train_bpe(
         special_tokens: further special tokens beside the end of text (id 0) and padding (id 1).
 
     Raises:
+        TypeError: documents is one text, or an argument is of another type than it needs.
         ValueError: vocab_size leaves no room for the bytes and special tokens, or min_frequency is below 1.
     """
+    check_texts("documents", documents)
+    check_texts("special_tokens", special_tokens)
+    for token in special_tokens:
+        check_text("special_tokens", token)
     special = [END_OF_TEXT, PADDING, *special_tokens]
+    check_integer("vocab_size", vocab_size, -(2**63), MAX_VOCABULARY)
+    check_integer("min_frequency", min_frequency, -(2**63), MAX_VOCABULARY)
     if vocab_size < BYTES + len(special):
         raise ValueError(
             f"vocab_size: got {vocab_size}, need at least {BYTES + len(special)} "
@@ -134,8 +159,14 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(documents, trainer=trainer)
+    core.train_from_iterator(_only_texts(documents), trainer=trainer)
     return Tokenizer(core, eos_token=END_OF_TEXT, pad_token=PADDING)
+
+
+def _only_texts(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        check_text("documents", document)
+        yield document
 
 
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
@@ -161,7 +192,7 @@ def _read_settings(path: Path) -> dict[str, object]:
         return {}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
     if not isinstance(settings, dict):
         raise DataError(f"{path}: holds a {type(settings).__name__}, need a JSON object")

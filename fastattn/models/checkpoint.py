@@ -44,6 +44,7 @@ _OWN_OPTIONS = {
     "qk_norm": False,
     "bias": True,
 }
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _GPT2_TYPE, _OWN_TYPE = "gpt2", "fastattn-gpt"
 
 
@@ -65,7 +66,10 @@ def save_gpt(config: GPTConfig, state: dict[str, Tensor], directory: str | Path)
 def load_gpt(path_or_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The config and our state_dict of a folder, or of a repository on the Hugging Face hub."""
     folder = resolve_folder(path_or_id)
-    config = config_from_json(read_json(folder / CONFIG))
+    try:
+        config = config_from_json(read_json(folder / CONFIG))
+    except ValueError as error:
+        raise ValueError(_prefixed(error, folder / CONFIG)) from None
     return config, from_gpt2_names(read_weights(folder), tied=config.tie_word_embeddings)
 
 
@@ -94,6 +98,9 @@ def config_from_json(entries: dict[str, Any]) -> GPTConfig:
     for name, value in _REQUIRED_OPTIONS.items():
         if entries.get(name, value) != value:
             raise ValueError(f"{name}: got {entries[name]!r}, only {value!r} is supported")
+    missing = [name for name in _SIZES if name not in entries]
+    if kind == _OWN_TYPE and missing:
+        raise ValueError(f"{', '.join(missing)}: missing, needs the size that the model was saved with")
     if kind == _GPT2_TYPE:  # what the file leaves out has GPT2Config's default, not ours
         dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1)
         entries = {**dropout, "bos_token_id": 50256, "eos_token_id": 50256, **entries}
@@ -133,6 +140,10 @@ def from_gpt2_names(tensors: dict[str, Tensor], *, tied: bool) -> dict[str, Tens
 
 def resolve_folder(path_or_id: str | Path) -> Path:
     """The folder itself, or a hub repository's files in the local cache, downloaded where they are missing."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(
+            f"pretrained model: got {type(path_or_id).__name__}, needs the path of a folder or a repository's name"
+        )
     folder, name = Path(path_or_id), str(path_or_id)
     if name and folder.is_dir():
         return folder
@@ -154,18 +165,52 @@ def resolve_folder(path_or_id: str | Path) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder: safetensors, whole or sharded, else a pickled state_dict read with weights_only."""
-    for name, load in (
-        (WEIGHTS, safetensors.torch.load_file),
-        ("pytorch_model.bin", _load_pickled),
-    ):
-        index = folder / f"{name}.index.json"
+    """Every tensor of a folder: safetensors, whole or sharded, else a pickled state_dict read with weights_only.
+
+    Raises:
+        ValueError: there is no such file, or one is damaged; the message names it.
+    """
+    for name in (WEIGHTS, "pytorch_model.bin"):
         if (folder / name).is_file():
-            return load(folder / name)
+            return read_tensors(folder / name)
+        index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: tensor for shard in shards for key, tensor in load(folder / shard).items()}
+            shards = _shard_names(read_json(index), index)
+            return {key: tensor for shard in shards for key, tensor in read_tensors(folder / shard).items()}
     raise ValueError(f"pretrained model: {folder} has neither {WEIGHTS} nor pytorch_model.bin")
+
+
+def _shard_names(entries: dict[str, Any], index: Path) -> list[str]:
+    """The files that an index of shards names, all of them beside it."""
+    names = entries.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        got = "none" if names is None else type(names).__name__
+        raise ValueError(f"pretrained model: {index} needs a weight_map from tensors to files, got {got}")
+    shards = sorted(set(names.values()))
+    for shard in shards:
+        if shard != Path(shard).name or not (index.parent / shard).is_file():
+            raise ValueError(
+                f"pretrained model: {index} names the file {shard!r}, which {index.parent} does not have"
+            )
+    return shards
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, .safetensors or a pickled state_dict; ValueError names a file that is damaged."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise what their parsers meet
+        raise ValueError(
+            f"pretrained model: {path} is damaged or no file of tensors "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"pretrained model: {path} holds something else than tensors by name")
+    return state
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,11 +219,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"pretrained model: {path.parent} has no {path.name}")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"pretrained model: {path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"pretrained model: {path} is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"pretrained model: {path} must hold a JSON object")
+        raise ValueError(
+            f"pretrained model: {path} must hold a JSON object, it holds a {type(entries).__name__}"
+        )
     return entries
+
+
+def _prefixed(error: ValueError, path: Path) -> str:
+    """The message, which names the file in any case."""
+    return str(error) if str(path.parent) in str(error) else f"pretrained model: {path}: {error}"
 
 
 def write_folder(directory: Path, write: Callable[[Path], None]) -> None:
@@ -203,10 +255,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _load_pickled(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _float_dtype(state: dict[str, Tensor]) -> str:

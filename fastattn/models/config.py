@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, asdict, dataclass
 from typing import Any
 
 from fastattn.nn.blocks import ACTIVATIONS
+from fastattn.ops.arguments import is_integer, is_number
+from fastattn.spec import MAX_HEAD_DIM
 
 POSITIONS = ("learned", "rotary", "alibi")
+MAX_SIZE = 2**31 - 1  # of a dimension: ids and positions are 32-bit integers in the kernels
 
 
 @dataclass
@@ -32,6 +36,9 @@ class GPTConfig:
         tie_word_embeddings: one matrix for the token embedding and the output.
         layer_norm_epsilon, initializer_range: as named.
         bos_token_id, eos_token_id, pad_token_id: ids `generate` uses by default, None for none.
+
+    Raises:
+        ValueError: a field has the wrong type or is out of range, or fields do not fit each other.
     """
 
     vocab_size: int = 50257
@@ -60,31 +67,23 @@ class GPTConfig:
 
     def __post_init__(self, dropout: float | None) -> None:
         if dropout is not None:
+            dropout = _probability("dropout (it sets embd_pdrop, resid_pdrop and attn_pdrop)", dropout)
             self.embd_pdrop = self.resid_pdrop = self.attn_pdrop = dropout
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check_positive(name, getattr(self, name))
-        for name in ("n_inner", "num_kv_heads", "window"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
-        for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs 0 <= p < 1")
-        for name in ("rope_theta", "layer_norm_epsilon", "initializer_range"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs a positive number")
+        for name, check in _CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head: got {self.n_head}, which does not divide n_embd={self.n_embd}")
         if self.n_head % self.kv_heads:
             raise ValueError(f"num_kv_heads: got {self.kv_heads}, which does not divide n_head={self.n_head}")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions: got {self.positions!r}, needs one of {', '.join(POSITIONS)}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"n_head: got {self.n_head}, which makes n_embd / n_head = {self.head_dim}, "
+                f"needs a head dim of at most {MAX_HEAD_DIM}"
+            )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
                 f"positions: rotary needs an even head dim, got n_embd / n_head = {self.head_dim}"
             )
-        if self.activation_function not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation_function: got {self.activation_function!r}, needs one of {known}")
 
     @property
     def head_dim(self) -> int:
@@ -104,7 +103,7 @@ class GPTConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
         """A row of `PRESETS`, with some fields changed."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
@@ -124,6 +123,66 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _check_positive(name: str, number: Any) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{name}: got {number!r}, needs a positive integer")
+Check = Callable[[str, Any], Any]  # given a field's name and value; returns the value as a plain type
+
+
+def _size(name: str, number: Any) -> int:
+    if not is_integer(number) or not 1 <= number <= MAX_SIZE:
+        raise ValueError(f"{name}: got {number!r}, needs a positive integer, at most {MAX_SIZE}")
+    return int(number)
+
+
+def _probability(name: str, number: Any) -> float:
+    if isinstance(number, bool) or not is_number(number) or not 0.0 <= number < 1.0:
+        raise ValueError(f"{name}: got {number!r}, needs a number with 0 <= p < 1")
+    return float(number)
+
+
+def _positive(name: str, number: Any) -> float:
+    if isinstance(number, bool) or not is_number(number) or not 0.0 < number < math.inf:
+        raise ValueError(f"{name}: got {number!r}, needs a positive finite number")
+    return float(number)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, needs True or False")
+    return value
+
+
+def _id(name: str, number: Any) -> int:
+    if not is_integer(number) or not 0 <= number <= MAX_SIZE:
+        raise ValueError(f"{name}: got {number!r}, needs a token id, an integer of 0 or more")
+    return int(number)
+
+
+def _ids(name: str, value: Any) -> int | Sequence[int]:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_id(f"{name}[{index}]", number) for index, number in enumerate(value))
+    return _id(name, value)
+
+
+def _one_of(choices: Sequence[str]) -> Check:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+_CHECKS: dict[str, Check] = {  # every field has one
+    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), _size),
+    **dict.fromkeys(("n_inner", "num_kv_heads", "window"), _or_none(_size)),
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), _probability),
+    **dict.fromkeys(("rope_theta", "layer_norm_epsilon", "initializer_range"), _positive),
+    **dict.fromkeys(("qk_norm", "bias", "tie_word_embeddings"), _flag),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _or_none(_id)),
+    "eos_token_id": _or_none(_ids),
+    "positions": _one_of(POSITIONS),
+    "activation_function": _one_of(tuple(ACTIVATIONS)),
+}

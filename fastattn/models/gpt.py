@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fastattn.models import generation
 from fastattn.models.checkpoint import load_gpt, save_gpt
-from fastattn.models.config import GPTConfig
+from fastattn.models.config import MAX_SIZE, GPTConfig
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear
 from fastattn.nn.positions import Rotary, RotaryTable, positions_from_mask, positions_in_segments
+from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 
 IGNORE_INDEX = -100
 
@@ -77,12 +78,14 @@ class GPT(nn.Module):
             logits_to_keep: logits of the last so many positions only; 0 for all.
 
         Raises:
+            TypeError: a list or a number stands where a tensor belongs, or the reverse.
             ValueError: a tensor does not fit, the sequence is longer than learned positions or the cache allow, or
-                an id is out of range (asked on a CPU only, where it costs no synchronisation).
+                an id or a label that counts is out of range (asked on a CPU only, where it costs no synchronisation).
         """
-        past = cache[0].length if cache else 0
         tensors = {"labels": labels, "segment_ids": segment_ids, "position_ids": position_ids}
         self._check_inputs(input_ids, attention_mask, tensors, cache, logits_to_keep)
+        past = cache[0].length if cache else 0
+        targets = None if labels is None else _next_tokens(labels, segment_ids, self.config.vocab_size)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
@@ -96,7 +99,7 @@ class GPT(nn.Module):
             x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
         x = self.ln_f(x)  # (B, S, E)
         logits = self.lm_head(x[:, -logits_to_keep:])  # (B, S or logits_to_keep, V)
-        loss = None if labels is None else _next_token_loss(logits, labels, segment_ids)
+        loss = None if targets is None else _mean_loss(logits, targets)
         return CausalLMOutput(loss, logits, x)
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
@@ -121,6 +124,12 @@ class GPT(nn.Module):
         config, state = load_gpt(path_or_id)
         with torch.device("meta"):
             model = cls(config)
+        for name, _ in model.named_parameters():
+            if name in state and not state[name].is_floating_point():
+                raise ValueError(
+                    f"pretrained model: the weights of {path_or_id} hold {name} in {state[name].dtype}, "
+                    f"needs a float dtype"
+                )
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -160,9 +169,20 @@ class GPT(nn.Module):
         cache: list[KVCache] | None,
         logits_to_keep: int,
     ) -> None:
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **tensors}
+        for name, tensor in given.items():
+            if tensor is not None:
+                check_tensor(name, tensor)
+        check_tensor("input_ids", input_ids)
+        if cache is not None and not (
+            isinstance(cache, (list, tuple)) and all(isinstance(layer, KVCache) for layer in cache)
+        ):
+            raise TypeError(f"cache: got {type(cache).__name__}, needs a list of KVCache, as new_cache makes")
+        if not is_integer(logits_to_keep):
+            raise TypeError(f"logits_to_keep: got {logits_to_keep!r}, needs an integer")
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids: got {got}, needs integers of shape (batch, length)")
+            raise ValueError(f"input_ids: got {got}, needs int64 or int32 of shape (batch, length)")
         batch, seqlen = input_ids.shape
         past = cache[0].length if cache else 0
         if cache is not None:
@@ -177,12 +197,14 @@ class GPT(nn.Module):
             raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {needs}")
         for name, tensor in tensors.items():
             shapes = {(batch, seqlen), (seqlen,)} if name == "position_ids" else {(batch, seqlen)}
-            if tensor is not None and (tuple(tensor.shape) not in shapes or tensor.is_floating_point()):
+            if tensor is not None and (
+                tuple(tensor.shape) not in shapes or tensor.dtype not in INTEGER_DTYPES
+            ):
                 got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
                 raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
         if tensors["segment_ids"] is not None and past:
             raise ValueError("segment_ids: packed sequences do not go with a cache that holds tokens")
-        if logits_to_keep < 0 or (logits_to_keep and tensors["labels"] is not None):
+        if not 0 <= logits_to_keep <= MAX_SIZE or (logits_to_keep and tensors["labels"] is not None):
             raise ValueError(
                 f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
             )
@@ -261,10 +283,18 @@ def _count_positions(
     return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """Mean over targets of -log softmax(logits)[next token], in float32; NaN where there is no target."""
-    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, S): shifting labels copies no logits
+def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) -> Tensor:
+    """(B, S) int64: the label that follows each position, IGNORE_INDEX where none counts."""
+    targets = F.pad(labels.long(), (0, 1), value=IGNORE_INDEX)[:, 1:]  # shifting labels copies no logits
     if segment_ids is not None:
         following = F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
+    if targets.is_cpu and not torch.compiler.is_compiling():
+        counted = targets[targets != IGNORE_INDEX]
+        _check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
+    return targets
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets of -log softmax(logits)[target], in float32; NaN where there is no target."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)

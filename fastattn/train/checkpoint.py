@@ -18,17 +18,15 @@ from torch import nn
 
 from fastattn.data.tokenization import Tokenizer
 from fastattn.train.config import ConfigError
+from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weights, read_checkpoint
 
-WEIGHTS = "model.safetensors"
-STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.pt"
-GENERATORS = "generators.pt"
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = (
     ".unfinished-"  # a crash may leave such a name behind; it never counts as a checkpoint or a model
 )
+_ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
 
 
 class RunDirectory:
@@ -39,22 +37,37 @@ class RunDirectory:
 
     Args:
         path: the directory; made when the run starts.
-        resume: "never", "auto" (the newest checkpoint in `path`, or a fresh start if there is none), or a checkpoint.
+        resume: "never", "auto" (the newest complete checkpoint in `path`, or a fresh start if there is none), or a
+            checkpoint. Those that "auto" passes over, with the reason, are in `passed_over`.
         overwrite: delete an earlier run in `path` when this one starts.
+        model: what will be resumed, for a format of weights of its own.
 
     Raises:
         ConfigError: the directory cannot be written, it holds a run and neither resume nor overwrite was asked for,
-            both were, or the checkpoint to resume from is not one. Nothing has been written then.
+            both were, or the checkpoint to resume from is none or is damaged; with "auto", all of them are. Nothing
+            has been written then.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, resume: str = "never", overwrite: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resume: str = "never",
+        overwrite: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
+        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> what is wrong with it
+        self._model = model
+        for name, text in (("output_dir", str(self.path)), ("resume", resume)):
+            if "\0" in text:
+                raise ConfigError(f"{name}: got {text!r}, need a path without a zero byte")
         if overwrite and resume != "never":
             raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
         _check_writable(self.path)
+        if resume != "never":
+            self._put_back()
         self.resume_from = self._find_checkpoint(resume)
         restarts = resume == "auto" and (self.path / LOG).exists()  # stopped before its first checkpoint
         if not (restarts or overwrite or self._resumes_here()) and self._holds_run():
@@ -79,20 +92,57 @@ class RunDirectory:
         if resume == "never":
             return None
         if resume == "auto":
-            return next(iter(reversed(self.checkpoints())), None)
+            return self._newest_complete()
         checkpoint = Path(resume)
-        for name in (STATE, OPTIMIZER, WEIGHTS):
-            if not (checkpoint / name).is_file():
-                raise ConfigError(f"resume: {checkpoint} is not a checkpoint (it holds no {name})")
+        try:
+            self._check(checkpoint)
+        except DamagedCheckpoint as error:
+            raise ConfigError(f"resume: {error}") from None
         return checkpoint
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+    def _put_back(self) -> None:
+        """Restore a checkpoint that `publish` had moved aside when it was killed before the new one was in place."""
+        for aside in self.path.glob(f"{_ASIDE}*") if self.path.is_dir() else ():
+            final = self.path / aside.name.removeprefix(_ASIDE)
+            if CHECKPOINT.fullmatch(final.name) and not final.exists():
+                with contextlib.suppress(FileNotFoundError):  # another process did
+                    aside.rename(final)
+
+    def _newest_complete(self) -> Path | None:
+        """The newest checkpoint that is whole; None where there is no checkpoint, whole or not."""
+        for checkpoint in reversed(self._numbered()):
+            try:
+                self._check(checkpoint)
+            except DamagedCheckpoint as error:
+                self.passed_over[checkpoint.name] = str(error)
+                continue
+            return checkpoint
+        if self.passed_over:
+            raise ConfigError(
+                f"resume: no checkpoint in {self.path} is complete; delete them to start afresh. "
+                + "; ".join(self.passed_over.values())
+            )
+        return None
+
+    def _check(self, checkpoint: Path) -> None:
+        read_checkpoint(checkpoint)
+        check_weights(checkpoint, self._model)
+
+    def _numbered(self) -> list[Path]:
+        """Folders named as checkpoints, oldest first."""
         if not self.path.is_dir():
             return []
         found = ((CHECKPOINT.fullmatch(entry.name), entry) for entry in self.path.iterdir())
-        numbered = [(int(m[1]), entry) for m, entry in found if m and (entry / STATE).is_file()]
+        numbered = [(int(m[1]), entry) for m, entry in found if m and entry.is_dir() and any(entry.iterdir())]
         return [entry for _, entry in sorted(numbered)]
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints of this run, oldest first, without those that were passed over because they are damaged."""
+        return [
+            entry
+            for entry in self._numbered()
+            if (entry / STATE).is_file() and entry.name not in self.passed_over
+        ]
 
     def check_space(self, model: nn.Module, keep: int) -> None:
         """Raise ConfigError unless the disk holds the best model and `keep` + 1 checkpoints with two moments."""
@@ -132,6 +182,7 @@ class RunDirectory:
         try:
             write(folder)
             publish(folder, final)
+            self.passed_over.pop(final.name, None)
         except BaseException:
             _delete(folder)
             raise
@@ -168,10 +219,14 @@ def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> 
 def read_model(model: nn.Module, folder: Path) -> None:
     """Load the weights that `write_model` wrote into `model`, every one of them."""
     load: Callable[[Path], nn.Module] | None = getattr(type(model), "from_pretrained", None)
-    if load is not None:
-        model.load_state_dict(load(folder).state_dict())
-    else:
-        load_safetensors(model, folder / WEIGHTS, strict=True, device=str(next(model.parameters()).device))
+    try:
+        if load is not None:
+            model.load_state_dict(load(folder).state_dict())
+        else:
+            device = str(next(model.parameters()).device)
+            load_safetensors(model, folder / WEIGHTS, strict=True, device=device)
+    except (RuntimeError, ValueError) as error:  # torch's and safetensors' word for tensors that do not fit
+        raise DamagedCheckpoint(f"{folder / WEIGHTS}: does not fit this model ({error})") from None
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -180,7 +235,7 @@ def publish(folder: Path, final: Path) -> None:
         _sync(entry)
     _sync(folder)
     if final.exists():
-        doomed = final.with_name(f"{UNFINISHED}old-{final.name}")
+        doomed = final.with_name(f"{_ASIDE}{final.name}")
         _delete(doomed)
         final.rename(doomed)
         folder.rename(final)

@@ -9,12 +9,14 @@ import inspect
 import math
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from fastattn.cache import write_atomically
 
 
 class ConfigError(ValueError):
@@ -48,7 +50,8 @@ class TrainConfig:
         patience: end after so many evaluations in a row without a lower loss.
         on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" leaves the
             step out, up to max_nonfinite times in a row.
-        resume: "never", "auto" (from the newest checkpoint in output_dir, if there is one) or a checkpoint's path.
+        resume: "never", "auto" (from the newest complete checkpoint in output_dir, if there is one) or a
+            checkpoint's path.
         overwrite: delete an earlier run in output_dir.
         peak_tflops: the device's, for "mfu" in the log; None looks its name up.
 
@@ -89,42 +92,39 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in _AT_LEAST_ONE:
-            _require(self, name, lambda v: v >= 1, "an integer of at least 1")
-        for name in ("max_epochs", "max_seconds", "lr", "eps", "grad_clip", "peak_tflops"):
-            _require(self, name, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
-        for name in ("warmup_steps", "seed"):
-            _require(self, name, lambda v: v >= 0, "an integer of at least 0")
-        for name in ("beta1", "beta2"):
-            _require(self, name, lambda v: 0 <= v < 1, "a number within [0, 1)")
-        _require(self, "weight_decay", lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0")
-        _require(self, "min_lr_ratio", lambda v: 0 <= v <= 1, "a number within [0, 1]")
-        _require(self, "output_dir", bool, "a directory")
-        _require(self, "resume", bool, '"never", "auto" or a checkpoint directory')
+        for name, (good, need) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not good(value):
+                raise ConfigError(f"{name}: got {value!r}, need {need}")
         if self.max_steps is None and self.max_epochs is None and self.max_seconds is None:
             raise ConfigError("max_steps, max_epochs, max_seconds: none is set, need at least one")
         if self.patience is not None and self.eval_every is None:
             raise ConfigError("patience: needs eval_every, because it counts evaluations")
 
 
-_AT_LEAST_ONE = (
-    "max_steps",
-    "batch_size",
-    "accumulate",
-    "log_every",
-    "eval_every",
-    "eval_batches",
-    "save_every",
-    "keep_checkpoints",
-    "patience",
-    "max_nonfinite",
-)
+MAX_COUNT = 2**63 - 1  # of steps, rows and whatever else is counted
+MAX_SEED = 2**64 - 2**32  # a generator's seed has 64 bits; each process adds its rank
 
-
-def _require(config: Any, name: str, good: Any, need: str) -> None:
-    value = getattr(config, name)
-    if value is not None and not good(value):
-        raise ConfigError(f"{name}: got {value!r}, need {need}")
+_COUNT = (lambda v: 1 <= v <= MAX_COUNT, f"an integer of at least 1, at most {MAX_COUNT}")
+_POSITIVE = (lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
+_DECAY = (lambda v: 0 <= v < 1, "a number within [0, 1)")
+_ANY = (lambda v: True, "")  # its type says all there is to check
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has one
+    **dict.fromkeys(
+        ("max_steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches"), _COUNT
+    ),
+    **dict.fromkeys(("save_every", "keep_checkpoints", "patience", "max_nonfinite"), _COUNT),
+    **dict.fromkeys(("max_epochs", "max_seconds", "lr", "eps", "grad_clip", "peak_tflops"), _POSITIVE),
+    **dict.fromkeys(("beta1", "beta2"), _DECAY),
+    **dict.fromkeys(("compile", "deterministic", "overwrite", "precision", "on_nonfinite"), _ANY),
+    "warmup_steps": (lambda v: 0 <= v <= MAX_COUNT, "an integer of at least 0"),
+    "seed": (lambda v: 0 <= v <= MAX_SEED, f"an integer of at least 0, at most {MAX_SEED}"),
+    "weight_decay": (lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0"),
+    "min_lr_ratio": (lambda v: 0 <= v <= 1, "a number within [0, 1]"),
+    "output_dir": (bool, "a directory"),
+    "resume": (bool, '"never", "auto" or a checkpoint directory'),
+    "device": (bool, '"auto" or the name of a device'),
+}
 
 
 def _check_types(config: Any) -> None:
@@ -180,7 +180,7 @@ def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     # PyYAML writes some line separators as they are and folds them when it reads.
     if yaml.safe_load(text) != values:
         text = yaml.safe_dump(values, sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+    write_atomically(Path(path), text)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or a date that is none
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if content is None:
         return {}
@@ -263,7 +263,7 @@ def _convert(value: Any, hint: Any, where: str, *, text: bool) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 3e-4 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif text and hint in (int, bool):
         value = _parse_word(value, hint)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastattn.cache import write_atomically
+
 Record = dict[str, Any]
 
 
@@ -31,7 +33,7 @@ class RunLog:
             kept = read_log(path)
             self.records = [r for r in kept if r["step"] <= resume_step and r["event"] != "end"]
         if path is not None:
-            path.write_text("".join(map(_line, self.records)), encoding="utf-8")
+            write_atomically(path, "".join(map(_line, self.records)))
 
     def add(self, event: str, step: int, **values: Any) -> None:
         """Append one record."""
@@ -45,13 +47,18 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log file; a last line cut short by a crash is left out."""
+    """The records of a log file up to the first line that is none, such as a last one cut short by a crash."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+            break
+        if not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastattn.cache import write_atomically
 from fastattn.train.canvas import Canvas, Color, Point
 from fastattn.train.log import Record, read_log
 
@@ -50,9 +51,7 @@ def plot_loss(
         for point in line if event == "eval" else ():
             canvas.stroke([point], width=8.0, color=color)
     _legend(canvas, [(name, color) for event, name, color in SERIES if curves[event]])
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(canvas.png())
+    write_atomically(Path(path), canvas.png())
 
 
 def ticks(low: float, high: float, number: int = TICKS) -> list[float]:
@@ -111,7 +110,9 @@ def _legend(canvas: Canvas, entries: Sequence[tuple[str, Color]]) -> None:
 
 
 def _curve(records: Sequence[Record], event: str) -> list[Point]:
-    return [(float(r["step"]), r["loss"]) for r in records if r["event"] == event and _is_finite(r["loss"])]
+    return [
+        (float(r["step"]), r["loss"]) for r in records if r["event"] == event and _is_finite(r.get("loss"))
+    ]
 
 
 def _is_finite(value: Any) -> bool:

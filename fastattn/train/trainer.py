@@ -16,27 +16,26 @@ from torch.utils.data import default_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
-from fastattn.train.checkpoint import (
-    GENERATORS,
-    LOG,
-    OPTIMIZER,
-    RESOLVED_CONFIG,
-    STATE,
-    RunDirectory,
-    read_model,
-    write_model,
-)
+from fastattn.train.arguments import check_arguments
+from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory, read_model, write_model
 from fastattn.train.config import ConfigError, TrainConfig, save_config
 from fastattn.train.distributed import Distributed, gradient_sync, usable_device, usable_dtype
 from fastattn.train.log import Record, RunLog
 from fastattn.train.metrics import Evaluation, count_targets, count_tokens, peak_flops, training_flops
 from fastattn.train.optim import build_optimizer, learning_rate
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
+from fastattn.train.resume import (
+    DATA_ORDER,
+    GENERATORS,
+    OPTIMIZER,
+    STATE,
+    DamagedCheckpoint,
+    check_optimizer,
+    read_checkpoint,
+)
 from fastattn.train.rng import deterministic_algorithms, random_state, restore_random_state, seed_all, seeded
 from fastattn.train.signals import StopRequest
 from fastattn.train.state import FitResult, TrainState
-
-DATA_ORDER = ("seed", "batch_size", "accumulate")  # options that a resumed run must share with its checkpoint
 
 Batch = dict[str, Tensor]
 
@@ -77,6 +76,7 @@ class Trainer:
 
     Raises:
         ConfigError: the output directory or the disk cannot take the run, or the device or precision is not to be had.
+        TypeError: an argument is of another type than it needs.
         ValueError: a data set is empty, or the model has nothing to train.
     """
 
@@ -92,13 +92,16 @@ class Trainer:
         display: ProgressDisplay | None = None,
         on_record: Callable[[Record], None] | None = None,
     ) -> None:
+        check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
                 raise ValueError(f"{name}: is empty, need at least one example")
         self.config = config
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
-        self.directory = RunDirectory(config.output_dir, resume=config.resume, overwrite=config.overwrite)
+        self.directory = RunDirectory(
+            config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
+        )
         self.directory.check_space(model, config.keep_checkpoints)
         self.model = model.to(self.device)
         self.optimizer = build_optimizer(
@@ -215,6 +218,8 @@ class Trainer:
             self.log = RunLog(self.directory.path / LOG, resume_step=resume_step, on_record=self.on_record)
         self.distributed.barrier()
         self._started = time.monotonic() - self.state.seconds
+        for reason in self.directory.passed_over.values():
+            self._warn(f"a damaged checkpoint was passed over and left where it is: {reason}")
         if source is not None:
             self.display.note(f"resumed at step {self.state.step} from {source}")
         elif self.dev_data is not None:
@@ -445,21 +450,24 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         """Take over everything `_write` wrote, after checking that it is from the same order of data."""
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        saved = read_checkpoint(folder)
         here = {**asdict(self.config), "world_size": self.distributed.world_size}
-        before = {**saved["config"], "world_size": saved["world_size"]}
+        before = {**saved.options, "world_size": saved.world_size}
         for name in (*DATA_ORDER, "world_size"):
             if before[name] != here[name]:
                 raise ConfigError(
                     f"{name}: {folder} was trained with {before[name]}, this run has {here[name]}"
                 )
+        self.sampler.load_state_dict(saved.sampler)
+        check_optimizer(saved.optimizer, self.optimizer, folder / OPTIMIZER)
         read_model(self.model, folder)
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
-        self.scaler.load_state_dict(saved["scaler"])
-        self.sampler.load_state_dict(saved["sampler"])
-        self.state = TrainState.from_dict(saved["state"])
-        generators = torch.load(folder / GENERATORS, map_location="cpu", weights_only=True)
-        restore_random_state(generators[self.distributed.rank], self.device)
+        try:
+            self.optimizer.load_state_dict(saved.optimizer)
+            self.scaler.load_state_dict(saved.scaler)
+            restore_random_state(saved.generators[self.distributed.rank], self.device)
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{folder}: its state cannot be restored ({error})") from None
+        self.state = saved.state
 
     def _batch(self, data: Examples, indices: Sequence[int]) -> Batch:
         batch = self.collate([data[index] for index in indices])

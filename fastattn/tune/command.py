@@ -37,6 +37,9 @@ class Runner(Protocol):
         """One sample of its time per call."""
 
 
+MAX_MINUTES = 60 * 24 * 365
+
+
 @dataclass(frozen=True)
 class Options:
     """What is tuned, and how long."""
@@ -60,7 +63,9 @@ class Options:
         minutes: float | None,
         jobs: int,
     ) -> Options:
-        """From what the command line gives; None is the default choice."""
+        """From what the command line gives; None is the default choice, InputError what cannot be used."""
+        if minutes is not None and not 0 <= minutes <= MAX_MINUTES:
+            raise InputError(f"--minutes: got {minutes}, needs 0 to {MAX_MINUTES}")
         dims = tuple(_head_dims(text) for text in head_dims or ())
         return cls(
             tuple(dtypes or ()), dims, tuple(kinds or ()), tuple(kernels or KERNELS), quick, minutes, jobs
@@ -81,9 +86,10 @@ class Options:
 
 def _head_dims(text: str) -> tuple[int, int]:
     """(D, Dv) of "64" or "192,128"."""
-    numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in parts]
     if len(numbers) not in (1, 2) or not all(1 <= number <= MAX_HEAD_DIM for number in numbers):
-        raise InputError(f"head dim: got {text!r}, needs 1 to {MAX_HEAD_DIM}, or two of them as in 192,128")
+        raise InputError(f"--head-dim: got {text!r}, needs 1 to {MAX_HEAD_DIM}, or two of them as in 192,128")
     return numbers[0], numbers[-1]
 
 

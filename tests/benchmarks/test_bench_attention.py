@@ -14,6 +14,7 @@ import pytest
 import schema
 import torch
 from bench_attention import AttentionCase, permitted_pairs
+from options import build_parser
 
 CPU = torch.device("cpu")
 BRIEF = harness.Budget(seconds=0, least_rounds=1, most_rounds=1, least_sample_seconds=0, memory=False)
@@ -106,23 +107,25 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
         "--only",
         "^dense-causal-512$",
         "--quick",
-        "--json",
+        "--out",
         str(stored),
         "--csv",
         str(table),
     ]
     assert bench_attention.main(options) == 0
     result = schema.load(stored)
-    assert [case["name"] for case in result["cases"]] == ["dense-causal-512"]
+    assert [case["name"] for case in result["cases"]] == ["dense-causal-160"]
     assert {row["contestant"]: row["status"] for row in result["cases"][0]["rows"]} == {
         "fastattn": "ok",
         "sdpa": "ok",
     }
     assert result["settings"]["quick"] is True
     assert len(table.read_text(encoding="utf-8").splitlines()) == 3
-    assert "dense-causal-512  [forward+backward, float32]" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "dense-causal-160  [forward+backward, float32]" in printed
+    assert "the small form of dense-causal-512" in printed
     again = ["--device", "cpu", "--only", "^gqa-causal-2048$", "--contestants", "sdpa", "--quick", "--merge"]
-    assert bench_attention.main([*again, "--json", str(stored), "--revision", str(result["revision"])]) == 0
+    assert bench_attention.main([*again, "--out", str(stored), "--revision", str(result["revision"])]) == 0
     assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
 
 
@@ -146,7 +149,7 @@ def test_warming_hands_each_process_its_share(tmp_path: Path) -> None:
     script.write_text(
         f"import sys; open({str(tmp_path)!r} + '/' + sys.argv[-1] + '.txt', 'w').write(' '.join(sys.argv))"
     )
-    options = command._parser("attention").parse_args(
+    options = build_parser("attention").parse_args(
         ["--device", "cpu", "--contestants", "flex", "--warm", "2"]
     )
     command.warm(script, ["a", "b", "c"], options)
@@ -188,9 +191,9 @@ def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_partial_runs_do_not_replace_the_stored_results() -> None:
     result = schema.new_result("attention", CPU, {})
-    full = command._parser("attention").parse_args([])
+    full = build_parser("attention").parse_args([])
     assert command._json_path("attention", result, full) == schema.RESULTS / "cpu" / "attention.json"
     for partial in (["--quick"], ["--only", "x"], ["--contestants", "x"], ["--no-memory"], ["--no-errors"]):
-        options = command._parser("attention").parse_args(partial)
-        assert command._json_path("attention", result, options) is None
+        chosen = build_parser("attention").parse_args(partial)
+        assert command._json_path("attention", result, chosen) is None
     assert json.loads(json.dumps(result)) == result

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,20 @@ def test_this_checkout_has_every_script() -> None:
     assert all(bench.script(name).exists() for name in bench.NAMES)
     written = {path.stem for path in bench.folder().glob("bench_*.py")}
     assert written == {f"bench_{name.replace('-', '_')}" for name in bench.NAMES}
+
+
+def test_all_prints_one_json_object(folder: Path) -> None:
+    for name in bench.NAMES:
+        script = folder / "benchmarks" / f"bench_{name.replace('-', '_')}.py"
+        script.write_text(f"import json; print(json.dumps({{'bench': {name!r}}}))")
+    place = str(folder / "fastattn" / "bench.py")
+    program = f"""if True:
+        import sys
+        from fastattn import bench
+        bench.__file__ = {place!r}
+        sys.exit(bench.run("all", ["--json", "--quick"]))
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout) == {name: {"bench": name} for name in bench.NAMES}
+    assert "== attention" in done.stderr

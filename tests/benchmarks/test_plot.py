@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001 - the tables are typeset
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,16 @@ def test_stored_results_are_valid_and_in_their_place(file: Path) -> None:
     assert not result["settings"]["quick"]
     assert not [row for case in result["cases"] for row in case["rows"] if row["contestant"].startswith("fastattn")
                 and row["status"] != "ok" and result["device"]["kind"] == "cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "null"])
+def test_a_result_that_cannot_be_read_is_a_line(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(file), "--out", str(tmp_path / "charts")])
+    assert plot.main() == 2
+    assert capsys.readouterr().err.startswith("plot.py: ")
+    assert not (tmp_path / "charts").exists()

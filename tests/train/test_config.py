@@ -115,6 +115,11 @@ def test_an_ambiguous_key_needs_its_section():
         ("train: 3", r"section train holds 3, need options"),
         ("- 1", r"holds a list, need sections"),
         ("a: [", r"is not YAML"),
+        ("[" * 9999, r"is not YAML"),
+        ("train: {lr: 2020-13-45}", r"is not YAML|train\.lr: got"),
+        ("train: {lr: null}", r"train\.lr: got None, need a number"),
+        ("train: null", r"section train holds None, need options"),
+        ("3", r"holds a int, need sections"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, complaint):

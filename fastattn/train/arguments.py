@@ -1,0 +1,37 @@
+"""The trainer's arguments, checked by type before anything is moved, opened or made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastattn.train.config import TrainConfig
+
+
+def check_arguments(
+    model: Any, config: Any, train_data: Any, dev_data: Any, tokenizer: Any, collate: Any, on_record: Any
+) -> None:
+    """Raise TypeError for the first of the trainer's arguments that is of another type than it needs."""
+
+    def items(data: Any) -> bool:
+        return (
+            hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes))
+        )
+
+    needs = {
+        "model": (isinstance(model, nn.Module), model, "a torch.nn.Module"),
+        "config": (isinstance(config, TrainConfig), config, "a TrainConfig"),
+        "train_data": (items(train_data), train_data, "items by index, with a length"),
+        "dev_data": (dev_data is None or items(dev_data), dev_data, "items by index, with a length, or None"),
+        "tokenizer": (
+            tokenizer is None or hasattr(tokenizer, "save_pretrained"),
+            tokenizer,
+            "a tokeniser with save_pretrained, or None",
+        ),
+        "collate": (callable(collate), collate, "a function of a list of items"),
+        "on_record": (on_record is None or callable(on_record), on_record, "a function of a record, or None"),
+    }
+    for name, (good, value, need) in needs.items():
+        if not good:
+            raise TypeError(f"{name}: got {type(value).__name__}, needs {need}")

@@ -1,0 +1,193 @@
+"""What a checkpoint must hold so that a run can go on from it, read and checked before any of it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from fastattn.train.config import ConfigError
+from fastattn.train.metrics import Evaluation
+from fastattn.train.state import TrainState
+
+WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
+GENERATORS = "generators.pt"
+FILES = (STATE, OPTIMIZER, GENERATORS, WEIGHTS)
+WINDOW = {
+    "steps",
+    "loss",
+    "tokens",
+    "seconds",
+    "lr",
+    "grad_norm",
+}  # of TrainState.window, where it is not empty
+DATA_ORDER = ("seed", "batch_size", "accumulate")  # options that a resumed run must share with its checkpoint
+
+
+class DamagedCheckpoint(ConfigError):
+    """A checkpoint cannot be used; the message names the file and says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's contents besides the weights, checked."""
+
+    state: TrainState
+    sampler: dict[str, int]
+    scaler: dict[str, Any]
+    options: dict[str, Any]  # the TrainConfig it was made with
+    world_size: int
+    optimizer: dict[str, Any]
+    generators: list[dict[str, Any]]  # of each process
+
+
+def read_checkpoint(folder: Path) -> Saved:
+    """Everything of a checkpoint except its weights.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, cut short, of another format or lacks something.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise DamagedCheckpoint(f"{folder} is not a checkpoint (it holds no {name})")
+    saved = _read_json(folder / STATE)
+    path = folder / STATE
+    state = _train_state(_part(saved, "state", dict, path), path)
+    sampler = _part(saved, "sampler", dict, path)
+    options = _part(saved, "config", dict, path)
+    world_size = _part(saved, "world_size", int, path)
+    for name in ("consumed", "length", "seed"):
+        _part(sampler, name, int, path, "sampler.")
+    for name in DATA_ORDER:
+        _part(options, name, int, path, "config.")
+    scaler = _part(saved, "scaler", dict, path)
+    optimizer = _read_pickled(folder / OPTIMIZER)
+    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
+        raise DamagedCheckpoint(f"{folder / OPTIMIZER}: holds no optimiser's state and param_groups")
+    generators = _read_pickled(folder / GENERATORS)
+    needed = {"torch", "cuda", "python", "numpy"}
+    if (
+        not isinstance(generators, list)
+        or len(generators) != world_size
+        or not all(isinstance(each, dict) and needed <= each.keys() for each in generators)
+    ):
+        raise DamagedCheckpoint(
+            f"{folder / GENERATORS}: needs the states of torch's, Python's and NumPy's generators "
+            f"for {world_size} process(es)"
+        )
+    return Saved(state, sampler, scaler, options, world_size, optimizer, generators)
+
+
+def check_weights(folder: Path, model: nn.Module | None) -> None:
+    """Raise DamagedCheckpoint unless the weights' file is whole; a model that has its own format reads it itself."""
+    path = folder / WEIGHTS
+    own: Callable[[Path], object] | None = getattr(type(model), "from_pretrained", None)
+    try:
+        if own is not None and path.stat().st_size == 0:
+            own(folder)
+        else:
+            with safe_open(path, framework="pt"):  # its header says how long the file is
+                pass
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path}: {_reason(error)}") from None
+
+
+def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Raise DamagedCheckpoint unless the saved state has the groups and shapes of this optimiser's parameters."""
+    groups, here = saved["param_groups"], optimizer.param_groups
+    try:
+        sizes: list[int] = [len(group["params"]) for group in groups]
+        needed: list[int] = [len(group["params"]) for group in here]
+        states, numbers = saved["state"], [number for group in groups for number in group["params"]]
+        if sizes != needed:
+            raise DamagedCheckpoint(
+                f"{path}: holds groups of {sizes} parameters, this model has {needed}; it is of another model"
+            )
+        for number, parameter in zip(numbers, (p for group in here for p in group["params"])):
+            for name, value in states.get(number, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise DamagedCheckpoint(
+                        f"{path}: {name} of parameter {number} has shape {tuple(value.shape)}, "
+                        f"this model's has {tuple(parameter.shape)}"
+                    )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path}: is no state of an optimiser ({_reason(error)})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: is not JSON ({_reason(error)})") from None
+    if not isinstance(entries, dict):
+        raise DamagedCheckpoint(f"{path}: holds a {type(entries).__name__}, needs a JSON object")
+    return entries
+
+
+def _read_pickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its parsers meet
+        raise DamagedCheckpoint(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def _part(entries: dict[str, Any], name: str, kind: Any, path: Path, where: str = "") -> Any:
+    if name not in entries:
+        raise DamagedCheckpoint(f"{path}: {where}{name} is missing")
+    value: Any = entries[name]
+    good = isinstance(value, kind) and not (kind is int and (isinstance(value, bool) or value < 0))
+    if not good:
+        need = {dict: "an object", int: "an integer of at least 0"}[kind]
+        raise DamagedCheckpoint(f"{path}: {where}{name} is {value!r}, needs {need}")
+    return value
+
+
+def _train_state(values: dict[str, Any], path: Path) -> TrainState:
+    """The state of a run; every field must be there and of its type."""
+    known = {field.name: field for field in fields(TrainState)}
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise DamagedCheckpoint(f"{path}: state.{unknown[0]} is unknown")
+    for name in known:
+        if name not in values:
+            raise DamagedCheckpoint(f"{path}: state.{name} is missing")
+        need = _need_of(name, values[name])
+        if need is not None:
+            raise DamagedCheckpoint(f"{path}: state.{name} is {values[name]!r}, needs {need}")
+    return TrainState.from_dict(values)
+
+
+def _need_of(name: str, value: Any) -> str | None:
+    """What a field of the state needs instead of this value; None where the value will do."""
+    if name in ("first", "best", "last"):
+        names = {field.name for field in fields(Evaluation)}
+        good = value is None or (
+            isinstance(value, dict) and value.keys() == names and all(map(_is_number, value.values()))
+        )
+        return None if good else f"null or an object of {' and '.join(sorted(names))}"
+    if name == "window":
+        good = isinstance(value, dict) and all(map(_is_number, value.values()))
+        good = good and (not value or value.keys() == WINDOW)
+        return None if good else f"an object, empty or of the numbers {', '.join(sorted(WINDOW))}"
+    if name == "seconds":
+        return None if _is_number(value) and value >= 0 else "a number of at least 0"
+    least = -1 if name == "evaluated_step" else 0
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return None if good else f"an integer of at least {least}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
