@@ -110,7 +110,7 @@ def linear_cross_entropy(
     shape = tuple(hidden.shape[:-1])
     target = _targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    cap = arguments.positive_or_zero("softcap", softcap)
+    cap = arguments.positive_or_zero("softcap", softcap, hidden.dtype)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
