@@ -193,7 +193,8 @@ class _Part:
         """The visible tiles, a list per row range; with `whole_rows` one tile holds all that a row sees."""
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
-            dense = any(t is not None for t in (self.call.mask, self.call.bias, self.call.alibi_slopes))
+            call = self.call
+            dense = call.mask is not None or call.bias is not None or call.alibi_slopes is not None
             row_block = self._dense_rows() if dense else FUSED_ROW_BLOCK
             return whole_tiles(self.band, self.segments, len_q, len_k, row_block, dense)
         col_block = max(len_k, 1) if whole_rows else COL_BLOCK
@@ -232,6 +233,15 @@ class _Part:
             mask = self.cut(call.mask, tile)
             visible = mask if visible is None else visible & mask
         return visible
+
+    def hidden(self, tile: Tile) -> Tensor | None:
+        """Which pairs of a tile do not attend: bool, broadcastable to (b, H, rows, cols); None = all do."""
+        visible = self.visible(tile)
+        hidden = None if visible is None else ~visible
+        if self.call.bias is not None:
+            of_bias = self.cut(self.call.bias, tile) == -torch.inf
+            hidden = of_bias if hidden is None else hidden | of_bias
+        return hidden
 
     def _structure(self, tile: Tile) -> Tensor | None:
         seen = self._within_band(tile)
@@ -508,8 +518,9 @@ def _with_irregular_rows(
     """
     if not lse.numel():
         return out, lse
-    lowest, highest = (bound.item() for bound in torch.aminmax(lse))  # both NaN if one element is
-    if highest < torch.inf and (lowest > 0 or highest < 0 or bool(lse.all())):
+    lowest, highest = torch.aminmax(lse)  # both NaN if one element is
+    most = highest.item()
+    if most < torch.inf and (lowest.item() > 0 or most < 0 or bool(lse.all())):
         return out, lse
     if mask is not None:
         seen = mask.amax(-1) != -torch.inf
@@ -616,13 +627,15 @@ def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Ten
     num_kv_heads = part.key.shape[1]
     scores, slope = part.scores(tile)
     lse = _rows(part.of(rows.lse_safe), tile)
-    hidden = scores == -torch.inf if rows.has_nan else None
-    probs = _probs(scores, lse, rows.has_nan)
+    weightless = scores == -torch.inf if rows.has_nan else None
+    probs = scores.sub_(lse[..., None]).exp_()
     if rows.normalise:
         total = probs.sum(-1)
         if rows.sink_weight is not None:
             total += _rows(part.of(rows.sink_weight), tile)
         probs.div_(torch.where(total == 0, 1, total)[..., None])
+    if weightless is not None:
+        probs.masked_fill_(weightless, 0)
     dout_rows = _grouped(_rows(part.of(dout), tile).to(probs.dtype), num_kv_heads)
     dprobs = (dout_rows @ _cols(part.value, tile).to(probs.dtype).mT).view(probs.shape)
     keep = part.kept(tile)
@@ -641,8 +654,8 @@ def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Ten
     else:
         assert rows.delta is not None
         dscores = dprobs.sub_(_rows(part.of(rows.delta), tile)[..., None]).mul_(probs)
-    if hidden is not None:
-        dscores.masked_fill_(hidden, 0)  # where the row's delta is NaN
+    if rows.has_nan and (hidden := part.hidden(tile)) is not None:
+        dscores.masked_fill_(hidden, 0)  # the delta of some rows is NaN
     sums.add_scores(part, tile, dscores, slope)
 
 
