@@ -162,7 +162,7 @@ def attention_weights_bwd(
     return dq, dk, dlse, dbias, dslopes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take twice as long to make, which a single query notices
 class _Part:
     """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
 

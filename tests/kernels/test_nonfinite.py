@@ -14,7 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid 
 
 @pytest.mark.parametrize("case", [case for case in IRREGULAR if case.keys <= 300], ids=str)
 def test_rows_that_are_not_finite(case: Irregular) -> None:
-    check_irregular(case, torch.float32, exact=False, backend="triton")
+    dtype = torch.float32 if "scores" in case.name or "block" in case.name else torch.float16  # what overflows
+    check_irregular(case, dtype, exact=False, backend="triton")
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
