@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -39,7 +40,7 @@ def attention(
     """
     if causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f"causal: got {causal!r}, needs False, True (bottom right) or 'top_left'")
-    key, value = without_padding(key, value, key_lengths)
+    query, key, value = without_padding(query, key, value, mask, bias, segment_ids, key_lengths)
     scores = masked_scores(
         query, key, causal, window, mask, bias, segment_ids, key_lengths, alibi_slopes, softcap, scale
     )
@@ -51,6 +52,10 @@ def attention(
     has_key = (logits != float("-inf")).any(-1)
     logits = torch.where(has_key[..., None], logits, 0)  # a row of -inf alone has no finite gradient
     lse = torch.where(has_key, logits.logsumexp(-1), float("-inf"))
+    overflown = (scores == float("inf")).any(
+        -1
+    )  # NaN in the weights, and so in lse; a factor keeps the gradient
+    lse = lse * torch.where(overflown, float("nan"), 1.0)
     weights = torch.where(scores != float("-inf"), logits.softmax(-1)[..., :seqlen_k], 0)
     weights = dropped(weights, dropout_p, dropout_seed, first_sequence)
     results = [weights @ value.repeat_interleave(num_heads // value.shape[1], dim=1)]
@@ -111,13 +116,50 @@ def masked_scores(
     return torch.where(visible, scores, float("-inf"))
 
 
-def without_padding(key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values with 0 beyond the lengths: what lies there may be NaN, and 0 * NaN is NaN."""
-    if key_lengths is None:
-        return key, value
-    in_length = torch.arange(key.shape[2], device=key.device) < key_lengths[:, None]  # (B, Sk)
-    key = torch.where(in_length[:, None, :, None], key, 0)
-    return key, torch.where(in_length[:, None, :, None], value, 0)
+def without_padding(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands with 0 in keys that no query of their batch entry may see, and in queries of a negative segment:
+    what lies there may be NaN, and 0 * NaN is NaN."""
+    hidden = hidden_keys(key, mask, bias, segment_ids, key_lengths)
+    if hidden is not None:
+        key, value = (torch.where(hidden[:, None, :, None], 0, t) for t in (key, value))
+    if segment_ids is not None:
+        ids = segment_ids[0] if isinstance(segment_ids, tuple) else segment_ids
+        query = torch.where((ids < 0)[:, None, :, None], 0, query)
+    return query, key, value
+
+
+def hidden_keys(
+    key: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor | None:
+    """Which keys a length, a negative segment id, a mask column that is False for all heads and queries or a bias
+    column that is -inf for all hides from every query: (1 or B, 1 or Sk) bool, None where nothing is given."""
+    hidden: list[Tensor] = []
+    if mask is not None:
+        hidden.append(~_over_heads_and_queries(mask))
+    if bias is not None:
+        hidden.append(~_over_heads_and_queries(bias != float("-inf")))
+    if segment_ids is not None:
+        hidden.append((segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids) < 0)
+    if key_lengths is not None:
+        hidden.append(torch.arange(key.shape[2], device=key.device) >= key_lengths[:, None])
+    return functools.reduce(torch.logical_or, hidden) if hidden else None
+
+
+def _over_heads_and_queries(dense: Tensor) -> Tensor:
+    """Which columns of what broadcasts to (B, H, Sq, Sk) hold a True: (1 or B, 1 or Sk)."""
+    return dense[(None,) * (4 - dense.dim())].any(2).any(1)
 
 
 def weights_from_lse(
@@ -125,6 +167,7 @@ def weights_from_lse(
 ) -> Tensor:
     """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])
+    weights = torch.where(scores != float("-inf"), weights, 0)  # also where lse is NaN
     return dropped(weights, dropout_p, dropout_seed, first_sequence)
 
 

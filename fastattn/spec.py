@@ -18,7 +18,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(
+    slots=True
+)  # never changed, but a frozen one takes twice as long to make, which a single query notices
 class AttentionCall:
     """One attention call, normalised: every optional tensor has its full rank and every option its plain type."""
 
@@ -383,8 +385,10 @@ def _aligned(tensor: Tensor) -> bool:
 def _passes_32_bits(*tensors: Tensor | None) -> bool:
     """Whether some element lies 2**31 or more elements from the first of its tensor."""
     for tensor in tensors:
+        if tensor is None or (tensor.is_contiguous() and tensor.numel() < 2**31):
+            continue
         # in a smaller storage no element lies that far, whatever the strides
-        if tensor is not None and tensor.untyped_storage().nbytes() >= 2**31:
+        if tensor.untyped_storage().nbytes() >= 2**31:
             steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()) if size > 1)
             if sum(steps) >= 2**31:
                 return True

@@ -123,7 +123,7 @@ def gradient_tile(
             rows, cols = rows[:, None], cols[None, :]
         pointers = plane_pointers(dweights_plane, rows, cols, VARIANT.unit_dweights, VARIANT)
         dweights = tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0.0).to(tl.float32)
-        dscores = tl.where(weights > 0.0, weights * dweights * keep_scale, 0.0)
+        dscores = tl.where(weights != 0.0, weights * dweights * keep_scale, 0.0)
     else:
         if KEYS_FIRST:
             dprobs = tl.dot(value_tile, tl.trans(dout_tile), input_precision=VARIANT.dot_precision)

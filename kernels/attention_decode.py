@@ -254,7 +254,7 @@ def attention_decode_kernel(
             key_tile = load_cached(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT, CACHE)
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
             scores, _ = logits(products, queries[:, None], cols[None, :], scoring, EDGE, VARIANT)
-            probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, EDGE, VARIANT)
+            probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
             value_tile = load_cached(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT, CACHE)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
@@ -293,7 +293,7 @@ def attention_combine_kernel(
         inside = (scores != float("-inf"))[:, None] & (cols < VARIANT.value_dim)[None, :]
         tile = tl.load(split_out + index[:, None] * VARIANT.value_dim + cols[None, :], mask=inside, other=0.0)
         scores = scores[None, :]
-        probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, 1.0, True, VARIANT)
+        probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, 1.0, VARIANT)
         acc = acc * rescale + tl.sum(tl.trans(probs) * tile, 0)
     tl.store(lse + row + tl.arange(0, 1), softmax_lse(row_max, row_sum, VARIANT))
     start = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_os

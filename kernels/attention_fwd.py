@@ -104,9 +104,7 @@ def attention_fwd_kernel(
             key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, TMA, VARIANT)
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
             scores, _ = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
-            probs, rescale, row_max, row_sum = softmax_update(
-                scores, row_max, row_sum, scale, EDGE or VARIANT.mask or VARIANT.bias, VARIANT
-            )
+            probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
             if VARIANT.dropout:
                 keep = dropout_keep(
                     seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N

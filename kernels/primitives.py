@@ -374,20 +374,17 @@ def softmax_start(sinks, batch, head, BLOCK_M: tl.constexpr, VARIANT: tl.constex
 
 
 @triton.jit
-def softmax_update(scores, row_max, row_sum, scale, GUARD: tl.constexpr, VARIANT: tl.constexpr):
+def softmax_update(scores, row_max, row_sum, scale, VARIANT: tl.constexpr):
     """One step of online softmax over columns: (probs, rescale, row_max, row_sum), probs = exp(logit - row_max).
 
-    row_max is in the domain of `exponents`' reference, rescale is what earlier sums are worth now. GUARD admits rows
-    that have seen no key yet, whose maximum is -inf.
+    row_max is in the domain of `exponents`' reference, rescale is what earlier sums are worth now. A row that has seen
+    no key yet, or only scores of -inf, has a maximum of -inf and counts from 0: -inf - -inf is NaN.
     """
     if VARIANT.fold_scale:
         new_max = tl.maximum(row_max, tl.max(scores, 1) * (scale * LOG2E))
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-    if GUARD:
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    else:
-        safe_max = new_max
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     probs = tl.exp2(exponents(scores, safe_max[:, None], scale, VARIANT))
     if VARIANT.fold_scale:
         rescale = tl.exp2(row_max - safe_max)

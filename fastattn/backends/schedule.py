@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 MIN_MEAN_RUN = 32  # segments shorter than this on average are not worth a tile each
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Band:
     """Query i sees keys pos(i) - left <= j <= pos(i) + right, pos(i) = i + shift; None is unbounded."""
 
@@ -36,7 +36,7 @@ class Band:
         return self.right is None or cols.stop - 1 <= rows.start + self.shift + self.right
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tile:
     """A rectangle of the score matrix and how much of it is visible."""
 

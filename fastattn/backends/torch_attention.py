@@ -76,10 +76,10 @@ def attention_bwd(
     first_sequence: int = 0,
 ) -> AttentionGrads:
     """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
-    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 in rows that see nothing
+    lse_safe, has_nan = _references(lse)
     extreme = _is_extreme(call, lse)
     forward_fused = _fused_runs(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
-    fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme) and dlse is None
+    fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
     fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
     # lse of the fused forward came from products that round differently: where a tile holds a whole row, its weights
@@ -105,7 +105,9 @@ def attention_bwd(
                 else:
                     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
                     alone = len(row_tiles) == 1
-                    rows = _RowStatistics(lse_safe, delta, dlse, sink_weight, alone and normalise, alone)
+                    rows = _RowStatistics(
+                        lse_safe, delta, dlse, sink_weight, alone and normalise, alone, has_nan
+                    )  # fmt: skip
                     _blockwise_tile_bwd(part, tile, rows, dout, sums)
     sums = sums or _Sums(call, needs.bias, needs.alibi_slopes)
     return AttentionGrads(*sums.results(), _dsinks(sink_weight, delta, needs))
@@ -116,12 +118,12 @@ def attention_weights_fwd(spec: AttentionSpec, call: AttentionCall, lse: Tensor,
     batch, num_heads, seqlen_q, _ = call.query.shape
     shape = (batch, seqlen_q, call.key.shape[2]) if mean else (batch, num_heads, seqlen_q, call.key.shape[2])
     weights = call.query.new_zeros(shape)
-    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
+    lse_safe, has_nan = _references(lse)
     extreme = _is_extreme(call, lse) and call.sinks is None
     for part in _parts(call):
         for row_tiles in part.schedule(fused=False, whole_rows=extreme):
             for tile in row_tiles:
-                probs = torch.exp(part.scores(tile)[0] - _rows(part.of(lse_safe), tile)[..., None])
+                probs = _probs(part.scores(tile)[0], _rows(part.of(lse_safe), tile), has_nan)
                 if extreme:
                     probs /= probs.sum(-1, keepdim=True).clamp_min(1e-30)
                 probs = _dropped(part, tile, probs)
@@ -142,25 +144,25 @@ def attention_weights_bwd(
     """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
     sums = _Sums(call, needs.bias, needs.alibi_slopes)
     dlse = lse.new_zeros(lse.shape)
-    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
+    lse_safe, has_nan = _references(lse)
     num_heads = call.query.shape[1]
     for part in _parts(call):
         for row_tiles in part.schedule(fused=False):
             for tile in row_tiles:
                 scores, slope = part.scores(tile)
-                weights = _dropped(part, tile, torch.exp(scores - _rows(part.of(lse_safe), tile)[..., None]))
+                weights = _dropped(part, tile, _probs(scores, _rows(part.of(lse_safe), tile), has_nan))
                 dtile = part.of(dweights)[
                     ..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop
                 ]
                 dtile = (dtile[:, None] / num_heads if mean else dtile).to(weights.dtype)
-                dscores = torch.where(weights > 0, weights * dtile, 0)
+                dscores = torch.where(weights != 0, weights * dtile, 0)
                 _rows(part.of(dlse), tile).sub_(dscores.sum(-1))
                 sums.add_scores(part, tile, dscores, slope)
     dq, dk, _, dbias, dslopes = sums.results()
     return dq, dk, dlse, dbias, dslopes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take twice as long to make, which a single query notices
 class _Part:
     """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
 
@@ -191,7 +193,8 @@ class _Part:
         """The visible tiles, a list per row range; with `whole_rows` one tile holds all that a row sees."""
         len_q, len_k = self.query.shape[2], self.key.shape[2]
         if fused:
-            dense = any(t is not None for t in (self.call.mask, self.call.bias, self.call.alibi_slopes))
+            call = self.call
+            dense = call.mask is not None or call.bias is not None or call.alibi_slopes is not None
             row_block = self._dense_rows() if dense else FUSED_ROW_BLOCK
             return whole_tiles(self.band, self.segments, len_q, len_k, row_block, dense)
         col_block = max(len_k, 1) if whole_rows else COL_BLOCK
@@ -230,6 +233,15 @@ class _Part:
             mask = self.cut(call.mask, tile)
             visible = mask if visible is None else visible & mask
         return visible
+
+    def hidden(self, tile: Tile) -> Tensor | None:
+        """Which pairs of a tile do not attend: bool, broadcastable to (b, H, rows, cols); None = all do."""
+        visible = self.visible(tile)
+        hidden = None if visible is None else ~visible
+        if self.call.bias is not None:
+            of_bias = self.cut(self.call.bias, tile) == -torch.inf
+            hidden = of_bias if hidden is None else hidden | of_bias
+        return hidden
 
     def _structure(self, tile: Tile) -> Tensor | None:
         seen = self._within_band(tile)
@@ -310,6 +322,21 @@ def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, 
     total = torch.logaddexp(lse, call.sinks[:, None])
     share = torch.exp(lse - total.masked_fill(total == -torch.inf, 0))  # a sink of -inf is no sink
     return out.mul_(share[..., None]), total
+
+
+def _references(lse: Tensor) -> tuple[Tensor, bool]:
+    """(what to subtract from scores: lse, +inf in rows that see nothing as exp(score - inf) = 0; whether one is NaN)."""
+    lowest = lse.min().item() if lse.numel() else 0.0  # NaN if one element is
+    if lowest > -torch.inf:
+        return lse, False
+    return lse.masked_fill(lse == -torch.inf, torch.inf), lowest != lowest
+
+
+def _probs(scores: Tensor, reference: Tensor, has_nan: bool) -> Tensor:
+    """exp(score - reference) in place of the scores; 0 where a query may not look, even if its reference is NaN."""
+    hidden = scores == -torch.inf if has_nan else None
+    probs = scores.sub_(reference[..., None]).exp_()
+    return probs if hidden is None else probs.masked_fill_(hidden, 0)
 
 
 def _delta(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
@@ -459,35 +486,67 @@ def _fused_mask(part: _Part, tile: Tile) -> Tensor | None:
     return mask
 
 
-def _rows_that_see(mask: Tensor | None) -> Tensor | None:
-    """Which rows of an additive mask see a key; None = all do."""
-    if mask is None:
-        return None
-    seen = mask.amax(-1) != -torch.inf
-    return None if bool(seen.all()) else seen
-
-
 def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     """One row range by torch's fused kernel; its at most two tiles are merged by their lse."""
     out: Tensor | None = None
     for tile in row_tiles:
         mask = _fused_mask(part, tile)
-        seen = _rows_that_see(mask)
         tile_out, tile_lse = _fused_fwd(
             _rows(part.query, tile), _cols(part.key, tile), _cols(part.value, tile), 0.0,
             tile.structure == "causal", attn_mask=mask, scale=part.call.scale,
         )  # fmt: skip
-        if seen is not None:
-            tile_out = tile_out.masked_fill(~seen[..., None], 0)
-            tile_lse = tile_lse.masked_fill(~seen, -torch.inf)
+        tile_out, tile_lse = _with_irregular_rows(part, tile, mask, tile_out, tile_lse)
         if out is None:
             out, lse = tile_out, tile_lse
         else:
             total = torch.logaddexp(lse, tile_lse)
-            out = out * torch.exp(lse - total)[..., None] + tile_out * torch.exp(tile_lse - total)[..., None]
+            base = total.masked_fill(total == -torch.inf, 0)[..., None]
+            out = out * torch.exp(lse[..., None] - base) + tile_out * torch.exp(tile_lse[..., None] - base)
             lse = total
     assert out is not None
     return (out if out.dtype == part.query.dtype else out.to(part.query.dtype)), lse
+
+
+def _with_irregular_rows(
+    part: _Part, tile: Tile, mask: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What torch's fused kernel made of a tile, put right where a row has no finite largest score.
+
+    The kernel gives out 0 and lse 0 where it finds no largest score: in a row that sees nothing, one whose scores are
+    all -inf and, depending on their number, one whose scores are NaN. A largest score of +inf becomes its lse. All
+    other rows with a NaN have NaN in both. So a look at lse, rarely 0 otherwise, tells that there is nothing to do.
+    """
+    if not lse.numel():
+        return out, lse
+    lowest, highest = torch.aminmax(lse)  # both NaN if one element is
+    most = highest.item()
+    if most < torch.inf and (lowest.item() > 0 or most < 0 or bool(lse.all())):
+        return out, lse
+    if mask is not None:
+        seen = mask.amax(-1) != -torch.inf
+        out, lse = out.masked_fill(~seen[..., None], 0), lse.masked_fill(~seen, -torch.inf)
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)
+    doubtful = (lse == 0) & (out == 0).all(-1)
+    if bool(doubtful.any()):
+        largest = _largest_scores(part, tile)
+        lse = torch.where(doubtful & ~(largest < torch.inf), torch.nan, lse)  # +inf or NaN
+        lse = torch.where(doubtful & (largest == -torch.inf), -torch.inf, lse)
+    return out.masked_fill(lse.isnan()[..., None], torch.nan), lse
+
+
+def _largest_scores(part: _Part, tile: Tile) -> Tensor:
+    """The largest score of each row of a tile, NaN if one is NaN: (b, H, rows), in O(rows) memory."""
+    found = []
+    for start in range(tile.rows.start, tile.rows.stop, ROW_BLOCK):
+        rows = range(start, min(start + ROW_BLOCK, tile.rows.stop))
+        largest: Tensor | None = None
+        for first in range(tile.cols.start, tile.cols.stop, COL_BLOCK):
+            cols = range(first, min(first + COL_BLOCK, tile.cols.stop))
+            of_block = part.scores(Tile(rows, cols, "masked"))[0].amax(-1)
+            largest = of_block if largest is None else torch.maximum(largest, of_block)
+        assert largest is not None
+        found.append(largest)
+    return torch.cat(found, dim=-1)
 
 
 def _kv_head_chunks(part: _Part, tile: Tile) -> Iterator[slice]:
@@ -560,6 +619,7 @@ class _RowStatistics:
     sink_weight: Tensor | None
     normalise: bool  # make the weights of each row, with its sink's, sum to 1
     alone: bool  # the tile at hand holds all that its rows see, so sums over its columns are exact
+    has_nan: bool  # some row's lse is NaN
 
 
 def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Tensor, sums: _Sums) -> None:
@@ -567,12 +627,15 @@ def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Ten
     num_kv_heads = part.key.shape[1]
     scores, slope = part.scores(tile)
     lse = _rows(part.of(rows.lse_safe), tile)
-    probs = torch.exp_(scores.sub_(lse[..., None]))
+    weightless = scores == -torch.inf if rows.has_nan else None
+    probs = scores.sub_(lse[..., None]).exp_()
     if rows.normalise:
         total = probs.sum(-1)
         if rows.sink_weight is not None:
             total += _rows(part.of(rows.sink_weight), tile)
         probs.div_(torch.where(total == 0, 1, total)[..., None])
+    if weightless is not None:
+        probs.masked_fill_(weightless, 0)
     dout_rows = _grouped(_rows(part.of(dout), tile).to(probs.dtype), num_kv_heads)
     dprobs = (dout_rows @ _cols(part.value, tile).to(probs.dtype).mT).view(probs.shape)
     keep = part.kept(tile)
@@ -591,6 +654,8 @@ def _blockwise_tile_bwd(part: _Part, tile: Tile, rows: _RowStatistics, dout: Ten
     else:
         assert rows.delta is not None
         dscores = dprobs.sub_(_rows(part.of(rows.delta), tile)[..., None]).mul_(probs)
+    if rows.has_nan and (hidden := part.hidden(tile)) is not None:
+        dscores.masked_fill_(hidden, 0)  # the delta of some rows is NaN
     sums.add_scores(part, tile, dscores, slope)
 
 

@@ -78,7 +78,7 @@ def call_arguments(
         check_device("sinks", sinks, query)
         if sinks.shape != (num_heads,):
             raise ValueError(f"sinks: got shape {shape_of(sinks)}, needs ({num_heads},)")
-        sinks = sinks.to(per_head_dtype)
+        sinks = saturated(sinks, query.dtype).to(per_head_dtype)
     dropout_p = probability("dropout_p", dropout_p)
     check_seed(dropout_seed)
     window_left, window_right = window_bounds(window)
@@ -86,7 +86,7 @@ def call_arguments(
         query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks,
         seed_tensor(dropout_seed, query) if dropout_p > 0.0 else None,
         causal_mode(causal), window_left, window_right,
-        positive_or_zero("softcap", softcap), dropout_p, score_scale(scale, head_dim),
+        positive_or_zero("softcap", softcap, query.dtype), dropout_p, score_scale(scale, head_dim, query.dtype),
     )  # fmt: skip
 
 
@@ -301,19 +301,46 @@ def is_number(number: Any) -> bool:
     )
 
 
-def _finite(number: float) -> bool:
-    return number == number and abs(number) < 2.0**1023  # math.isfinite takes no symbolic number
+def finite_number(
+    name: str, number: Any, dtype: torch.dtype | None = None, *, or_none: bool = False
+) -> float:
+    """A number that stays finite where scores of `dtype` operands are kept; without a dtype, any finite number.
+
+    Scores are kept in float32, in float64 for float64, and the factors on them are multiplied by log2(e) for
+    exponentials of base 2, so a number may be up to half the largest. The scores themselves may still overflow: +inf
+    gives NaN, -inf the weight 0.
+    """
+    if isinstance(number, bool) or not is_number(number):
+        raise TypeError(f"{name}: got {type(number).__name__}, needs a number{' or None' if or_none else ''}")
+    if not abs(number) < 2.0**1023:  # NaN too; math.isfinite takes no symbolic number
+        raise ValueError(f"{name}: got {number}, needs a finite number{' or None' if or_none else ''}")
+    if dtype not in (None, torch.float64) and not abs(number) < 2.0**127:
+        raise ValueError(f"{name}: got {number}, needs less than 2**127: {dtype} is computed in float32")
+    return float(number)
 
 
-def positive_or_zero(name: str, number: float | None) -> float:
-    """A positive finite option, 0.0 where it is not given."""
+def positive_or_zero(name: str, number: float | None, dtype: torch.dtype | None = None) -> float:
+    """A positive option that neither overflows nor vanishes where scores are kept, 0.0 where it is not given."""
     if number is None:
         return 0.0
-    if isinstance(number, bool) or not is_number(number):
-        raise TypeError(f"{name}: got {type(number).__name__}, needs a number or None")
-    if not (number > 0 and _finite(number)):
+    if is_number(number) and not (number > 0 and abs(number) < 2.0**1023):
         raise ValueError(f"{name}: got {number}, needs a positive finite number or None")
-    return float(number)
+    number = finite_number(name, number, dtype, or_none=True)
+    if dtype is not None and number < (least := torch.finfo(accumulation_dtype(dtype)).tiny):
+        raise ValueError(
+            f"{name}: got {number}, needs at least {least:.3g}, a normal number where scores are kept"
+        )
+    return number
+
+
+def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A term of the scores of operands of `dtype`, its finite values within the range of the dtype scores are kept in:
+    the largest float64 must not become an infinity."""
+    kept = accumulation_dtype(dtype)
+    if tensor.dtype != torch.float64 or kept == torch.float64:
+        return tensor
+    largest = torch.finfo(kept).max
+    return torch.where(tensor.isinf(), tensor, tensor.clamp(-largest, largest))
 
 
 def probability(name: str, number: float) -> float:
@@ -325,15 +352,9 @@ def probability(name: str, number: float) -> float:
     return float(number)
 
 
-def score_scale(scale: float | None, head_dim: int) -> float:
+def score_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float:
     """The factor on q.k: D**-0.5 unless given."""
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not is_number(scale):
-        raise TypeError(f"scale: got {type(scale).__name__}, needs a number or None")
-    if not _finite(scale):
-        raise ValueError(f"scale: got {scale}, needs a finite number")
-    return float(scale)
+    return head_dim**-0.5 if scale is None else finite_number("scale", scale, dtype, or_none=True)
 
 
 def check_returned_weights(kind: bool | str) -> None:
@@ -351,6 +372,7 @@ def per_head_slopes(slopes: Tensor, batch: int, num_heads: int, query: Tensor) -
         raise ValueError(
             f"alibi_slopes: got shape {shape_of(slopes)}, needs ({num_heads},) or ({batch}, {num_heads})"
         )
+    slopes = saturated(slopes, query.dtype)
     return (slopes[None] if slopes.dim() == 1 else slopes).to(accumulation_dtype(query.dtype))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops, plain, spelling, symbolic
+from fastattn.ops import arguments, composite, flops, padding, plain, spelling, symbolic
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
     AttentionCall,
@@ -158,11 +158,12 @@ _LIBRARY = torch.library.Library("fastattn", "DEF")
 
 
 def _kernel_call(call_args: list[Any]) -> AttentionCall:
-    """The call as backends get it: operands whose last stride is 1."""
-    query, key, value, *rest = call_args
+    """The call as backends get it: operands whose last stride is 1, a bias within the range of the scores."""
+    query, key, value, mask, bias, *rest = call_args
     return AttentionCall(
-        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), *rest
-    )
+        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), mask,
+        None if bias is None else arguments.saturated(bias, query.dtype), *rest,
+    )  # fmt: skip
 
 
 def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,16 @@ def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = _kernel_call(call_args)
     _check_values(call)
     spec = AttentionSpec.of(call)
-    return backends.select(spec, backend).attention_fwd(spec, call)
+    chosen = backends.select(spec, backend)
+    if padding.may_hide_keys(call):
+        if padding.looks_first(chosen, call):
+            out, lse = chosen.attention_fwd(spec, call)
+            if padding.all_finite(out):  # else some key may have got in that nobody sees
+                return out, lse
+        call = padding.without_hidden_keys(call, padding.hidden_keys(call))
+        spec = AttentionSpec.of(call)
+    out, lse = chosen.attention_fwd(spec, call)
+    return out, lse
 
 
 def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -185,19 +195,21 @@ def _attention_bwd(
 ) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
     call, needed = _kernel_call(call_args), GradsNeeded(*needs)
-    spec = AttentionSpec.of(call, needed)
-    run = backends.select(spec, backend, "attention_bwd").attention_bwd
-    grads: AttentionGrads = run(spec, call, out, lse, with_unit_last_stride(dout), dlse, needed)
+    chosen = backends.select(AttentionSpec.of(call, needed), backend, "attention_bwd")
+    call, hidden = padding.cleaned(chosen, call, call.query, call.key, call.value, dout)
+    spec, dout = AttentionSpec.of(call, needed), with_unit_last_stride(dout)
+    grads: AttentionGrads = chosen.attention_bwd(spec, call, out, lse, dout, dlse, needed)
+    padding.zero_hidden((grads.key, grads.value), hidden)
     return wanted_or_empty(grads, needed, call.query)
 
 
 def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
     *call_args, mean, backend = args
     call = _kernel_call(call_args)
-    spec = AttentionSpec.of(call)
-    return backends.select(spec, backend, "attention_weights_fwd").attention_weights_fwd(
-        spec, call, lse, mean
-    )
+    chosen = backends.select(AttentionSpec.of(call), backend, "attention_weights_fwd")
+    call, _ = padding.cleaned(chosen, call, call.query, call.key)
+    weights: Tensor = chosen.attention_weights_fwd(AttentionSpec.of(call), call, lse, mean)
+    return weights
 
 
 def _attention_weights_fake(lse: Tensor, *args: Any) -> Tensor:
@@ -210,10 +222,13 @@ def _attention_weights_fake(lse: Tensor, *args: Any) -> Tensor:
 def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, mean, needs, backend = args
     call, needed = _kernel_call(call_args), WeightsGradsNeeded(*needs)
-    spec = AttentionSpec.of(call, GradsNeeded(bias=needed.bias, alibi_slopes=needed.alibi_slopes))
-    run = backends.select(spec, backend, "attention_weights_bwd").attention_weights_bwd
-    grads = run(spec, call, lse, dweights, mean, needed)
-    return wanted_or_empty(grads, needed, call.query)
+    of_scores = GradsNeeded(bias=needed.bias, alibi_slopes=needed.alibi_slopes)
+    chosen = backends.select(AttentionSpec.of(call, of_scores), backend, "attention_weights_bwd")
+    call, hidden = padding.cleaned(chosen, call, call.query, call.key)
+    spec = AttentionSpec.of(call, of_scores)
+    dquery, dkey, *others = chosen.attention_weights_bwd(spec, call, lse, dweights, mean, needed)
+    padding.zero_hidden((dkey,), hidden)
+    return wanted_or_empty((dquery, dkey, *others), needed, call.query)
 
 
 def _composed_weights(inputs: list[Any]) -> tuple[Tensor]:

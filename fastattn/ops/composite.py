@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, reference
-from fastattn.ops.arguments import own_precision
+from fastattn.ops.arguments import own_precision, saturated
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
@@ -35,7 +35,7 @@ def reference_options(call: AttentionCall) -> dict[str, Any]:
     return {
         **shared_options(call),
         "mask": call.mask,
-        "bias": call.bias,
+        "bias": None if call.bias is None else saturated(call.bias, call.query.dtype),
         "segment_ids": None if call.query_segments is None else (call.query_segments, call.key_segments),
         "key_lengths": call.key_lengths,
     }
@@ -96,8 +96,8 @@ def weights(call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
     dropout = options.pop("dropout_p"), options.pop("dropout_seed")
     options.pop("sinks")
     with own_precision(call.query):
-        query, key, value = _operands(call)
-        key, _ = reference.without_padding(key, value, call.key_lengths)
+        hiding = {name: options[name] for name in ("mask", "bias", "segment_ids", "key_lengths")}
+        query, key, _ = reference.without_padding(*_operands(call), **hiding)
         scores = reference.masked_scores(query, key, **options)
         result = reference.weights_from_lse(scores, lse, *dropout)
         return (result.mean(dim=1) if mean else result).to(call.query.dtype)

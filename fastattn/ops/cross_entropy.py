@@ -145,7 +145,7 @@ def linear_cross_entropy(
     shape = tuple(hidden.shape[:-1])
     given, target = target, _targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    cap, z_loss = arguments.positive_or_zero("softcap", softcap), _z_loss(z_loss)
+    cap, z_loss = arguments.positive_or_zero("softcap", softcap, hidden.dtype), _z_loss(z_loss)
     class_weight = _class_weight(class_weight, weight.shape[0], hidden, "hidden")
     rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
     divisor = None

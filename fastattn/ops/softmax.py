@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NoReturn, cast
 
 import torch
@@ -96,13 +95,10 @@ def _call_arguments(
             raise TypeError(f"{name}: got {flag!r}, needs True or False")
     if causal and rank < 2:
         raise ValueError(f"causal: got True for shape {arguments.shape_of(x)}, needs at least 2 dimensions")
-    if isinstance(scale, (bool, str, Tensor)) or scale is None:
-        raise TypeError(f"scale: got {type(scale).__name__}, needs a number")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, needs a finite number")
+    scale = arguments.finite_number("scale", scale, x.dtype)
     if mask is not None:
         mask = _mask_of_rank(mask, x)
-    return x, mask, dim % max(rank, 1), float(scale), causal, log, _result_dtype(x)
+    return x, mask, dim % max(rank, 1), scale, causal, log, _result_dtype(x)
 
 
 def _mask_of_rank(mask: Tensor, x: Tensor) -> Tensor:
