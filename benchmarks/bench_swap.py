@@ -115,8 +115,8 @@ class SwapWorkload:
         model.zero_grad()
         out = self.call(model, inputs)
         out.square().mean().backward()
-        first = next(p for p in model.parameters() if p.grad is not None)
-        return {"out": out.detach(), "grad": first.grad}
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return {"out": out.detach(), "grad": gradients[0]}
 
 
 def cases_for(device: torch.device) -> list[SwapCase]:

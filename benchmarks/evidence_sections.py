@@ -212,6 +212,7 @@ SECTIONS = (
     Section("flex-varlen", 110, _bench("varlen", ANY, "^forward-encoder$", "fastattn|flex", 0.6)),
     Section("overhead", 40, _bench("overhead", ANY, "^softmax-forward$", ANY, 0.3)),
     Section("generate", 60, _model_bench("generate", ANY, "^1x128$", 2.0)),
+    Section("swap", 90, _model_bench("swap", ANY, "^encoder$", 2.0)),
     Section("compiled-rows", 120, _bench("softmax", "(4096|262144|2048)$", "^forward-256$", "fastattn|compile", 0.4)),
     Section("train-rest", 150, _model_bench("train", "dropout|evaluate", "^evaluate-16x1024$", 3.0)),
     Section("tuning", 110, _tune),

@@ -29,6 +29,7 @@ from typing import Any
 import evidence_summary
 import schema
 from evidence_sections import ROOT, SECTIONS, Report, Run, Section
+from tables import BENCHES
 
 FORMAT, VERSION = "fastattn-evidence", 1
 LEAST = 15.0  # a section is not begun with less time than this
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = _new_report(device, options.dry_run, options.revision)
     report["sections"] = _kept_sections(options.out, report) if options.resume else []
     if not report["sections"]:
-        for name in ("evidence", *evidence_summary.BENCHES):
+        for name in ("evidence", *BENCHES):
             (options.out / f"{name}.json").unlink(missing_ok=True)
         (options.out / "log.txt").unlink(missing_ok=True)
     environment = _environment(options.dry_run)
