@@ -52,7 +52,9 @@ def attention(
     has_key = (logits != float("-inf")).any(-1)
     logits = torch.where(has_key[..., None], logits, 0)  # a row of -inf alone has no finite gradient
     lse = torch.where(has_key, logits.logsumexp(-1), float("-inf"))
-    overflown = (scores == float("inf")).any(-1)  # NaN in the weights, and so in lse; a factor keeps the gradient
+    overflown = (scores == float("inf")).any(
+        -1
+    )  # NaN in the weights, and so in lse; a factor keeps the gradient
     lse = lse * torch.where(overflown, float("nan"), 1.0)
     weights = torch.where(scores != float("-inf"), logits.softmax(-1)[..., :seqlen_k], 0)
     weights = dropped(weights, dropout_p, dropout_seed, first_sequence)

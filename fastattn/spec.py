@@ -18,7 +18,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 
-@dataclass(slots=True)  # never changed, but a frozen one takes twice as long to make, which a single query notices
+@dataclass(
+    slots=True
+)  # never changed, but a frozen one takes twice as long to make, which a single query notices
 class AttentionCall:
     """One attention call, normalised: every optional tensor has its full rank and every option its plain type."""
 

@@ -106,7 +106,9 @@ IRREGULAR = (
 )  # fmt: skip
 
 
-def run(attend: Callable[..., Any], operands: Operands, options: dict[str, Any], **extra: Any) -> dict[str, Tensor]:
+def run(
+    attend: Callable[..., Any], operands: Operands, options: dict[str, Any], **extra: Any
+) -> dict[str, Tensor]:
     """out, lse, weights and the gradients of a number that all of them make."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in operands.items()}
     call = {**options, **({"bias": leaves["bias"]} if "bias" in leaves else {}), **extra}
@@ -141,13 +143,18 @@ def check_irregular(
         for name, value in actual.items():
             wanted = pattern[name]
             due = wanted.isnan()
-            if name in ("dkey", "dvalue"):  # of a key that a NaN row sees; the formula's 0 * NaN reaches the others too
+            if name in (
+                "dkey",
+                "dvalue",
+            ):  # of a key that a NaN row sees; the formula's 0 * NaN reaches the others too
                 due = due & pattern["weights"].isnan().any(2)[..., None]
             if name in ("weights", "dvalue") and "dropout_p" in case.options:
                 due = due & False  # a kernel may leave out what is dropped
             assert bool(value.isnan()[due].all()), f"{name}: finite where the formula gives NaN"
             if exact or name in ("out", "lse", "dquery"):
-                assert not (value.isnan() & ~wanted.isnan()).any(), f"{name}: NaN where the formula gives none"
+                assert not (value.isnan() & ~wanted.isnan()).any(), (
+                    f"{name}: NaN where the formula gives none"
+                )
             if name == "weights":  # whose values have tests of their own
                 continue
             infinite = wanted.isinf()
@@ -160,7 +167,10 @@ def check_irregular(
         assert torch.equal(actual["weights"].isnan().any(-1), rows)
     for name, triples in runs.items():
         value, of_plain, of_golden = (torch.stack(tensors) for tensors in zip(*triples))
-        if case.keys == 1 and name in ("dquery", "dkey"):  # the terms cancel: their size is what errors are of
+        if case.keys == 1 and name in (
+            "dquery",
+            "dkey",
+        ):  # the terms cancel: their size is what errors are of
             assert (value - of_golden).abs().max() <= torch.finfo(dtype).eps * DIM * 4.0**3
         elif dtype == torch.float64:
             torch.testing.assert_close(value, of_golden, rtol=1e-10, atol=1e-11)
@@ -189,7 +199,9 @@ MIXED = (torch.arange(2 * 2 * 5 * 9).view(2, 2, 5, 9) % 4 > 0) & ~HIDDEN[:, None
 
 def _bias(*, per_query: bool) -> Tensor:
     rows = torch.linspace(-1, 1, 5)[:, None] if per_query else torch.zeros(1, 1)
-    return (torch.linspace(-1, 1, 9) + rows + torch.zeros(2, 1, 1, 1)).masked_fill(HIDDEN[:, None, None], -math.inf)
+    return (torch.linspace(-1, 1, 9) + rows + torch.zeros(2, 1, 1, 1)).masked_fill(
+        HIDDEN[:, None, None], -math.inf
+    )
 
 
 def _ids(device: str = "cpu") -> tuple[Tensor, Tensor]:

@@ -284,7 +284,9 @@ def is_number(number: Any) -> bool:
     )
 
 
-def finite_number(name: str, number: Any, dtype: torch.dtype | None = None, *, or_none: bool = False) -> float:
+def finite_number(
+    name: str, number: Any, dtype: torch.dtype | None = None, *, or_none: bool = False
+) -> float:
     """A number that stays finite where scores of `dtype` operands are kept; without a dtype, any finite number.
 
     Scores are kept in float32, in float64 for float64, and the factors on them are multiplied by log2(e) for
@@ -308,7 +310,9 @@ def positive_or_zero(name: str, number: float | None, dtype: torch.dtype | None 
         raise ValueError(f"{name}: got {number}, needs a positive finite number or None")
     number = finite_number(name, number, dtype, or_none=True)
     if dtype is not None and number < (least := torch.finfo(accumulation_dtype(dtype)).tiny):
-        raise ValueError(f"{name}: got {number}, needs at least {least:.3g}, a normal number where scores are kept")
+        raise ValueError(
+            f"{name}: got {number}, needs at least {least:.3g}, a normal number where scores are kept"
+        )
     return number
 
 

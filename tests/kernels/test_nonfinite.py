@@ -14,7 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid 
 
 @pytest.mark.parametrize("case", [case for case in IRREGULAR if case.keys <= 300], ids=str)
 def test_rows_that_are_not_finite(case: Irregular) -> None:
-    dtype = torch.float32 if "scores" in case.name or "block" in case.name else torch.float16  # what overflows
+    dtype = (
+        torch.float32 if "scores" in case.name or "block" in case.name else torch.float16
+    )  # what overflows
     check_irregular(case, dtype, exact=False, backend="triton")
 
 

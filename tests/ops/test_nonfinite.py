@@ -291,7 +291,9 @@ def test_a_float64_bias_saturates(number: float, softcap: float | None, transfor
         *(t.double() for t in (q, k, v)), bias=bias.clamp(max=nearest) if number > 0 else
         torch.where(bias.isinf(), bias, bias.clamp(min=nearest)), **options,
     )  # fmt: skip
-    torch.testing.assert_close(out[:, :, [0, 1, 3]].double(), wanted[0][:, :, [0, 1, 3]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out[:, :, [0, 1, 3]].double(), wanted[0][:, :, [0, 1, 3]], rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(lse.double(), wanted[1], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(out[:, :, 2], v.mean(2), rtol=1e-5, atol=1e-5)  # all its keys tie
     (grad,) = torch.autograd.grad(out.sum(), leaf)
