@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from attention_cases import DEVICE
 from nonfinite import HIDINGS, IRREGULAR, Hiding, Irregular, check_hidden, check_irregular
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value", "ignore:overflow")
