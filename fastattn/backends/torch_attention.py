@@ -325,7 +325,7 @@ def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, 
 
 
 def _references(lse: Tensor) -> tuple[Tensor, bool]:
-    """(what to subtract from scores: lse, +inf in rows that see nothing as exp(score - inf) = 0; is any NaN)."""
+    """(what to subtract from scores: lse, +inf in rows that see nothing so that their weights are 0; if one is NaN)."""
     lowest = lse.min().item() if lse.numel() else 0.0  # NaN if one element is
     if lowest > -torch.inf:
         return lse, False

@@ -59,9 +59,9 @@ def attention(
         mask: bool, True = attend, broadcastable to (B, H, Sq, Sk).
         bias: float, added to the scores, broadcastable to (B, H, Sq, Sk), differentiable; -inf masks.
         segment_ids: (B, S) integers, or a pair for queries and keys; only equal ids attend, negative ids nothing.
-        key_lengths: (B,) integers; keys at or beyond a row's length never influence anything, even if NaN.
+        key_lengths: (B,) integers; keys at or beyond an entry's length are seen by no query.
         alibi_slopes: (H,) or (B, H), adds -slope * |pos(i) - j|, differentiable.
-        softcap: scores become softcap * tanh(score / softcap).
+        softcap: scores become softcap * tanh(score / softcap); like the scale below 2**127 unless in float64.
         sinks: (H,), one more score per row that carries no value, differentiable; lse includes it.
         dropout_p: probability of dropping a weight, in [0, 1); rounded to a multiple of 2**-16.
         dropout_seed: int or one-element int64 tensor; the same seed drops the same weights on every backend. None
@@ -75,6 +75,13 @@ def attention(
     Returns:
         out (B, H, Sq, Dv) in the query's dtype and memory order; then lse and weights as asked for. A row that sees
         no key gives out 0, lse -inf (its sink, if it has one) and zero gradients.
+
+    What keys hold that no query of their batch entry may see, even NaN, influences no result and no gradient, and
+    their gradients are 0: keys at or beyond `key_lengths`, with a negative segment id, whose column of the mask is
+    False, or of the bias -inf, for all heads and queries. Other masks and windows promise this of finite values only.
+    A seen score of NaN or +inf, be it by overflow, gives NaN in out, lse and weights of its row; one of -inf has the
+    weight 0. float64 terms of the scores of other dtypes (bias, alibi_slopes, sinks) count as the nearest number that
+    float32 holds.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

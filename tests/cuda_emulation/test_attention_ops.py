@@ -175,3 +175,66 @@ def test_bad_arguments(emulated_extension: EmulatedExtension, changes: dict[str,
     arguments |= {"lse": torch.zeros(1, 1, 9), "scale": 1.0, **changes}
     with pytest.raises((TypeError, ValueError), match=message):
         emulated_extension.module.attention_backward(**arguments)
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "element", "value"),
+    [
+        ("query", (0, 1, 66, 3), float("nan")),
+        ("query", (0, 1, 66), float("nan")),
+        ("query", (0, 1, 66, 3), INFINITE),
+        ("query", (0, 1, 66, 3), -INFINITE),
+        ("key", (0, 0, 40, 3), float("nan")),
+        ("key", (0, 0, 140, 3), INFINITE),
+        ("key", (0, 0, 40, 3), -INFINITE),
+    ],
+)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_scores_that_are_not_finite(
+    emulated_extension: EmulatedExtension, name: str, element: tuple[int, ...], value: float, softcap: float
+) -> None:
+    """Rows are NaN in out and lse where the formula's are, and no others; their gradients and those of what they see
+    are NaN too."""
+    query, dout = heads(1, 70, 2, 40), heads(1, 70, 2, 40)
+    key, value_ = heads(1, 150, 1, 40), heads(1, 150, 1, 40)
+    {"query": query, "key": key}[name][element] = value
+    options = {"causal": True, "scale": 0.2, "softcap": softcap or None}
+    call = AttentionCall(query, key, value_, causal="bottom_right", scale=0.2, softcap=softcap)
+    spec = AttentionSpec.of(call)
+    out, lse = cuda_attention.attention_fwd(spec, call)
+    grads = cuda_attention.attention_bwd(spec, call, out, lse, dout, None, GradsNeeded())
+    wanted = graded(tuple(x.float() for x in (query, key, value_)), dout, torch.zeros(1, 2, 70), options)
+    assert torch.equal(out.isnan(), wanted[0].isnan())
+    assert torch.equal(lse.isnan(), wanted[1].isnan())
+    nan_rows = wanted[1].isnan()
+    assert grads.query.isnan()[nan_rows].all()
+    spoiled = grads.query.isnan() & ~wanted[2].isnan()
+    if (
+        name == "query" and softcap
+    ):  # an infinite query times the zeros past the last key is NaN in the tanh's slope
+        spoiled[:, 1, 66] = False
+    assert not spoiled.any()
+    if nan_rows.any():  # the last such row sees these keys
+        seen = int(nan_rows.nonzero()[:, 2].max()) + 81
+        assert all(grad[:, :, :seen].isnan().any(-1).all() for grad in grads[1:3])
+
+
+def test_scores_of_minus_infinity_have_no_weight(emulated_extension: EmulatedExtension) -> None:
+    """A row that has nothing else sees nothing; in another, whole tiles of them come before the first number."""
+    query, key, value = heads(1, 70, 1), heads(1, 400, 1), heads(1, 400, 1)
+    key[..., 0] = key[..., 0].abs() + 1
+    query[:, :, 3], query[:, :, 3, 0] = 0, -INFINITE
+    out, lse = cuda_attention.attention_fwd(AttentionSpec.of(call := AttentionCall(query, key, value)), call)
+    assert not out[0, 0, 3].any()
+    assert lse[0, 0, 3] == -INFINITE
+    key[:, :, -300:, 0] = INFINITE
+    call = AttentionCall(-query.abs().nan_to_num(posinf=1.0), key, value)
+    out, lse = cuda_attention.attention_fwd(AttentionSpec.of(call), call)
+    wanted = reference.attention(
+        *(x.double() for x in (call.query, key[:, :, :100], value[:, :, :100])), scale=1.0, return_lse=True
+    )
+    torch.testing.assert_close(out.double(), wanted[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.double(), wanted[1], rtol=1e-3, atol=1e-3)
