@@ -209,7 +209,8 @@ def attention_varlen(
     out = query.new_zeros(*query.shape[:2], value.shape[2])
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
     outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # tokens outside every sequence keep these
-    edges_q, edges_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # one by one: under torch 2.9's transforms tolist() cannot read a tensor
+    edges_q, edges_k = ([int(edge) for edge in edges.unbind()] for edges in (cu_seqlens_q, cu_seqlens_k))
     for b, (start, stop) in enumerate(pairwise(edges_q)):
         if start == stop:
             continue

@@ -7,6 +7,7 @@ Tensors are logical (B, H, S, D) with any strides; lse is (B, H, Sq) float32 (fl
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -366,7 +367,17 @@ def _arch_of(tensor: Tensor) -> int | None:
 def _float32_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    try:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    except (
+        RuntimeError
+    ):  # it was set by torch.backends.*.fp32_precision, which the older getter does not follow
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+with warnings.catch_warnings():  # torch 2.9 warns at the first look, not of anything its user did
+    warnings.simplefilter("ignore")
+    _float32_precision(torch.float32)
 
 
 def _aligned(tensor: Tensor) -> bool:

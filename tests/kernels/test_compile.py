@@ -39,6 +39,7 @@ def compile_matrix(*arguments: str) -> subprocess.CompletedProcess:
     return compiling(str(HERE / "compile_matrix.py"), *arguments)
 
 
+@pytest.mark.newer_triton
 @pytest.mark.parametrize(
     ("count", "arguments"),
     [

@@ -23,7 +23,10 @@ from fastattn.spec import AttentionCall, AttentionSpec
 NAN = float("nan")
 REGISTERS = {"forward": 184, "dkdv": 216, "dq": 184}  # without TMA 235, 242 and 252
 HAS_TMA = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-pytestmark = pytest.mark.skipif(not HAS_TMA, reason="needs a GPU of compute capability 9.0, or none")
+pytestmark = [
+    pytest.mark.skipif(not HAS_TMA, reason="needs a GPU of compute capability 9.0, or none"),
+    pytest.mark.newer_triton,
+]
 
 
 def everything(make: Maker) -> dict[str, object]:
