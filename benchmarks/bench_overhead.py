@@ -154,13 +154,13 @@ def _kv_cache(device: torch.device) -> Calls:
 
     lengths = torch.full((BATCH,), LENGTH - 1, dtype=torch.int32, device=device)
 
-    def ours(query: Tensor, cache: Tensor, new: Tensor) -> Any:
-        return fastattn.attention_kv_cache(query, cache, cache, lengths, key=new, value=new)
+    def ours(query: Tensor, k_cache: Tensor, v_cache: Tensor, new: Tensor) -> Any:
+        return fastattn.attention_kv_cache(query, k_cache, v_cache, lengths, key=new, value=new)
 
-    def theirs(query: Tensor, cache: Tensor, new: Tensor) -> Tensor:
-        cache[:, :, LENGTH - 1] = new[:, :, 0]
-        cache[:, :, LENGTH - 1] = new[:, :, 0]
-        return F.scaled_dot_product_attention(query, cache, cache)
+    def theirs(query: Tensor, k_cache: Tensor, v_cache: Tensor, new: Tensor) -> Tensor:
+        k_cache[:, :, LENGTH - 1] = new[:, :, 0]
+        v_cache[:, :, LENGTH - 1] = new[:, :, 0]
+        return F.scaled_dot_product_attention(query, k_cache, v_cache)
 
     return {"fastattn": ours, "sdpa": theirs}
 
@@ -204,7 +204,8 @@ def _linear_cross_entropy(device: torch.device) -> Calls:
     }
 
 
-DECODE_SHAPES = {"query": (BATCH, HEADS, 1, HEAD_DIM), "cache": PADDED, "new": (BATCH, HEADS, 1, HEAD_DIM)}
+ONE_TOKEN = (BATCH, HEADS, 1, HEAD_DIM)
+DECODE_SHAPES = {"query": ONE_TOKEN, "k_cache": PADDED, "v_cache": PADDED, "new": ONE_TOKEN}
 ROWS = (LENGTH, CLASSES)
 OPS = {
     "attention": Op(QKV, PADDED, ("fastattn", "fastattn-sdpa", "sdpa"), _attention),

@@ -179,7 +179,7 @@ def _other_calls(dtype: torch.dtype) -> dict[str, Call]:
     edges = torch.tensor([0, 40, LENGTH], dtype=torch.int32)
     packed = [_normal(LENGTH, HEADS, HEAD_DIM, dtype=dtype, grad=True) for _ in range(3)]
     query, new = (_normal(2, HEADS, 1, HEAD_DIM, dtype=dtype) for _ in range(2))
-    cache = _normal(2, HEADS, LENGTH, HEAD_DIM, dtype=dtype)
+    k_cache, v_cache = (_normal(2, HEADS, LENGTH, HEAD_DIM, dtype=dtype) for _ in range(2))
     held = torch.tensor([100, LENGTH - 2], dtype=torch.int32)
     rows, wide = _normal(64, 1000, dtype=dtype, grad=True), _normal(2, 40_000, dtype=dtype, grad=True)
     hidden, weight = _normal(64, 32, dtype=dtype, grad=True), _normal(1000, 32, dtype=dtype, grad=True)
@@ -199,7 +199,7 @@ def _other_calls(dtype: torch.dtype) -> dict[str, Call]:
         "attention_varlen": lambda: varlen(*(t.detach() for t in packed)),
         "attention_varlen, with gradients": _both(varlen, *packed),
         "attention_kv_cache": lambda: fastattn.attention_kv_cache(
-            query, cache, cache, held, key=new, value=new
+            query, k_cache, v_cache, held, key=new, value=new
         ),
         "softmax, with gradients": _both(lambda x: fastattn.softmax(x), rows),
         "softmax of long rows, with gradients": _both(lambda x: fastattn.softmax(x), wide),

@@ -63,9 +63,9 @@ def _stop(message: str, code: int) -> typer.Exit:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import fastattn
+        from fastattn import __version__
 
-        typer.echo(fastattn.__version__)
+        typer.echo(__version__)
         raise typer.Exit()
 
 

@@ -34,7 +34,7 @@ ARROWS = {
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec"},
-    "cli": {"console", "doctor", "demo", "bench", "build", "cache", "extension", "tune"},
+    "cli": {"", "__version__", "console", "doctor", "demo", "bench", "build", "cache", "extension", "tune"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {
