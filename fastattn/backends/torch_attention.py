@@ -315,11 +315,22 @@ def _nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, 
     return empty_in_order(call.query, shape).zero_(), lse
 
 
+def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), of infinities too.
+
+    torch.logaddexp rounds the last elements of a tensor in another way than the rest: a row's result would depend on
+    the batch it is in.
+    """
+    largest = torch.finfo(a.dtype).max
+    base = torch.maximum(a, b).clamp(-largest, largest)
+    return base + torch.log(torch.exp(a - base) + torch.exp(b - base))
+
+
 def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) once each head's sink joins the softmax."""
     if call.sinks is None:
         return out, lse
-    total = torch.logaddexp(lse, call.sinks[:, None])
+    total = _log_add_exp(lse, call.sinks[:, None])
     share = torch.exp(lse - total.masked_fill(total == -torch.inf, 0))  # a sink of -inf is no sink
     return out.mul_(share[..., None]), total
 
@@ -499,7 +510,7 @@ def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
         if out is None:
             out, lse = tile_out, tile_lse
         else:
-            total = torch.logaddexp(lse, tile_lse)
+            total = _log_add_exp(lse, tile_lse)
             base = total.masked_fill(total == -torch.inf, 0)[..., None]
             out = out * torch.exp(lse[..., None] - base) + tile_out * torch.exp(tile_lse[..., None] - base)
             lse = total

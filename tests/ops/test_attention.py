@@ -125,6 +125,18 @@ def test_a_batch_changes_nothing_bitwise(name: str) -> None:
             assert torch.equal(single, batched[b : b + 1])
 
 
+@pytest.mark.parametrize("options", [{"causal": True}, {"sinks": torch.tensor([0.5, -1.0, 2.0])}], ids=str)
+def test_a_batch_changes_nothing_bitwise_whatever_the_number_of_rows(options: dict[str, Tensor]) -> None:
+    """Vectors of a processor end elsewhere in a batch than in one of its sequences."""
+    for seqlen_q in range(1, 40, 3):
+        q, k, v = torch.randn(3, 3, seqlen_q, 16), *torch.randn(2, 3, 3, seqlen_q + 40, 16).unbind()
+        both = fastattn.attention(q, k, v, **options, return_lse=True)
+        for b in range(3):
+            one = fastattn.attention(*(t[b : b + 1] for t in (q, k, v)), **options, return_lse=True)
+            for single, batched in zip(one, both):
+                assert torch.equal(single, batched[b : b + 1])
+
+
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_bitwise_deterministic(case: Case) -> None:
     inputs = Inputs.of(case, torch.float32)
