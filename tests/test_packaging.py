@@ -86,7 +86,14 @@ def test_metadata(built: dict[str, Path]) -> None:
     assert declared["Requires-Python"] == ">=3.10"
     assert declared["License-Expression"] == "Apache-2.0"
     assert [limit for limit in required if "==" in limit or "<" in limit] == []
-    bounded = {"torch", "transformers", "triton", "onnx", "onnxscript", "onnxruntime"}  # private names, formats
+    bounded = {
+        "torch",
+        "transformers",
+        "triton",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    }  # private names, formats
     extras = [line.partition(";")[0] for line in declared.get_all("Requires-Dist") if "extra ==" in line]
     assert {re.match(r"\w+", line)[0] for line in extras if "<" in line} == bounded
 

@@ -11,6 +11,7 @@ import transformers as hf
 from torch import nn
 from transformers import masking_utils
 from transformers_models import BATCH, LENGTH, MODELS, VOCAB, padding_mask
+from transformers_rule import assert_model_within_rule, loss_and_grads
 
 import fastattn
 from fastattn.integrations import transformers as door
@@ -32,59 +33,10 @@ GENERATING = [
 ]
 
 
-def loss_and_grads(model, implementation, arguments, valid):
-    """The logits that count, and every parameter's gradient of a weighted sum of them, in float64."""
-    model.set_attn_implementation(implementation)
-    dtype = next(model.parameters()).dtype
-    arguments = {n: t.to(dtype) if t.is_floating_point() else t for n, t in arguments.items()}
-    logits = model(**arguments).logits[valid]
-    weight = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).sin().view_as(logits).to(dtype)
-    model.zero_grad()
-    (logits * weight).sum().backward()
-    grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach().double(), **grads}
-
-
-def worst_error(results, golden):
-    """(share, name): the largest error of a tensor as a share of its norm; what is 0, as the gradient of a key bias,
-    is to be next to nothing beside the rest."""
-    largest = max(g.norm().item() for g in golden.values())
-    shares = {}
-    for name, g in golden.items():
-        error = (results[name] - g).norm().item()
-        if g.norm().item() > 1e-9 * largest:
-            shares[name] = error / g.norm().item()
-        else:
-            assert error < 1e-6 * largest, name
-    return max((share, name) for name, share in shares.items())
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Eager attention in float64 throughout: models go through float32 in norms, softmax and rotary tables."""
-
-    def run(model, *rest):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "float32", torch.float64)
-            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-            return loss_and_grads(copy.deepcopy(model).double(), "eager", *rest)
-
-    return run
-
-
 @pytest.mark.parametrize(("name", "padding"), PADDED)
-def test_logits_and_all_gradients(name, padding, in_float64):
+def test_logits_and_all_gradients(name, padding):
     example = MODELS[name]
-    model = example.make()
-    arguments, valid = example.inputs(padding)
-    golden = in_float64(model, arguments, valid)
-    plain = loss_and_grads(model, "eager", arguments, valid)
-    actual = loss_and_grads(model, "fastattn", arguments, valid)
-    assert actual.keys() == golden.keys()
-    assert not any(g.isnan().any() for g in golden.values())
-    error, where = worst_error(actual, golden)
-    allowed = 2 * worst_error(plain, golden)[0] + torch.finfo(torch.float32).eps
-    assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+    assert_model_within_rule(example.make(), "fastattn", *example.inputs(padding))
 
 
 def generate(model, implementation, prompt, **options):
@@ -155,17 +107,11 @@ NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
         ("t5", "none"),
     ],
 )
-def test_triton_runs_models_too(name, padding, in_float64):
+def test_triton_runs_models_too(name, padding):
     example = MODELS[name]
-    model = example.make()
     arguments, valid = example.inputs(padding)
     arguments, valid = {n: t[1:2] for n, t in arguments.items()}, valid[1:2]  # interpreted: one row is plenty
-    golden = in_float64(model, arguments, valid)
-    plain = loss_and_grads(model, "eager", arguments, valid)
-    actual = loss_and_grads(model, "fastattn_triton", arguments, valid)
-    assert actual.keys() == golden.keys()
-    error, where = worst_error(actual, golden)
-    assert error <= 2 * worst_error(plain, golden)[0] + torch.finfo(torch.float32).eps, where
+    assert_model_within_rule(example.make(), "fastattn_triton", arguments, valid)
 
 
 @NEEDS_TRITON

@@ -6,6 +6,7 @@ import transformers as hf
 from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers_models import MODELS, VOCAB
+from transformers_rule import assert_model_within_rule
 
 from fastattn.integrations import flash_attn
 
@@ -36,22 +37,10 @@ def door(monkeypatch):
     masking_utils.AttentionMaskInterface._global_mapping.pop(NAME)
 
 
-def logits_and_grads(model, implementation, arguments, valid):
-    model.set_attn_implementation(implementation)
-    logits = model(**arguments).logits[valid]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(logits.sin().sum(), parameters, allow_unused=True)
-    return logits, [g for g in grads if g is not None]
-
-
 @pytest.mark.usefixtures("door")
 @pytest.mark.parametrize(("name", "padding"), PADDED)
 def test_logits_and_gradients(name, padding):
-    model = MODELS[name].make()
-    arguments, valid = MODELS[name].inputs(padding)
-    expected = logits_and_grads(model, "eager", arguments, valid)
-    actual = logits_and_grads(model, NAME, arguments, valid)
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert_model_within_rule(MODELS[name].make(), NAME, *MODELS[name].inputs(padding))
 
 
 @pytest.mark.usefixtures("door")
