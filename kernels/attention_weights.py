@@ -78,6 +78,7 @@ def attention_weights_kernel(
         lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
         lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
         probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
+        probs = tl.where(scores == float("-inf"), 0.0, probs)  # also in a row whose lse is NaN
         if VARIANT.bias:
             factor_base = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT)
             probs *= load_rows(factor_base, first_query, seqlen_q, 1.0, BLOCK_M, True)[:, None]

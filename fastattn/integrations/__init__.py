@@ -10,3 +10,7 @@ def __getattr__(name: str) -> ModuleType:
     if name in _ON_FIRST_USE:
         return import_module(f"fastattn.integrations.{name}")
     raise AttributeError(f"module 'fastattn.integrations' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

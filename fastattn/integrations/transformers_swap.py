@@ -15,6 +15,7 @@ from fastattn.integrations.transformers_kinds import why_dense
 from fastattn.spec import MAX_HEAD_DIM
 
 _PREVIOUS = "_fastattn_previous"  # on a swapped model: a `_Previous`
+_REGISTERS = "_fastattn_registers"  # on each of its models and attention modules: a `_Registers`
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "dim_per_head",
               "qk_head_dim", "v_head_dim", "value_dim_per_head", "head_dims")  # fmt: skip
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
@@ -32,6 +33,18 @@ class _Previous(list[tuple[Any, str | None]]):
 def _unpickle(pairs: list[tuple[Any, str | None]]) -> _Previous:
     register()
     return _Previous(pairs)
+
+
+class _Registers:
+    """Registers "fastattn" when it is unpickled, with a whole model or with a part of one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registers, ()
+
+
+def _registers() -> _Registers:
+    register()
+    return _Registers()
 
 
 @dataclass
@@ -106,6 +119,11 @@ def swap_models(
             for config, _ in previous:
                 compat.set_implementation(config, chosen[id(config)])
             setattr(top, _PREVIOUS, previous)
+            switched = {id(config) for config, _ in previous}
+            for group in groups:
+                if switched & group.configs.keys():
+                    for part in (*group.owners.values(), *group.calling.values()):
+                        vars(part)[_REGISTERS] = _Registers()
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     left.sort(key=lambda entry: order.get(entry[0], 0))
     return swapped, already, left, dense
@@ -123,6 +141,8 @@ def restore_models(model: nn.Module) -> list[str]:
         for group in _groups(prefix, top):
             if changed & group.configs.keys():
                 restored += group.calling
+        for part in top.modules():
+            vars(part).pop(_REGISTERS, None)
     return restored
 
 

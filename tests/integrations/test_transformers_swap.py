@@ -274,6 +274,31 @@ def test_a_swapped_model_registers_where_it_is_unpickled(load, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "out"), model(ids).logits)
 
 
+PART = """
+import pickle, sys, torch
+from transformers import PreTrainedModel
+part = pickle.load(open(sys.argv[1], "rb"))
+x = torch.linspace(-1, 1, 3 * 32).view(1, 3, 32)
+ids = torch.tensor([[3, 4, 5]])
+cos, sin = torch.ones(1, 3, 8), torch.zeros(1, 3, 8)
+whole = isinstance(part, PreTrainedModel)
+out = part(ids)[0] if whole else part(x, position_embeddings=(cos, sin), attention_mask=None)[0]
+assert out.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("path", ["model", "model.layers.0.self_attn"])
+def test_a_part_of_a_swapped_model_registers_too(path, tmp_path):
+    model = llama()
+    fastattn.swap_attention(model)
+    part = model.get_submodule(path)
+    saved = tmp_path / "part"
+    saved.write_bytes(pickle.dumps(part))
+    subprocess.run([sys.executable, "-c", PART, saved], check=True)
+    fastattn.restore_attention(model)
+    assert not any("fastattn" in name for module in model.modules() for name in vars(module))
+
+
 def logits_in_a_worker(model, ids, queue):
     queue.put(model(ids).logits.detach().numpy())
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from attention_cases import DEVICE
 from nonfinite import HIDINGS, IRREGULAR, Hiding, Irregular, check_hidden, check_irregular
+
+import fastattn
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value", "ignore:overflow")
 
@@ -23,3 +27,19 @@ def test_rows_that_are_not_finite(case: Irregular) -> None:
 @pytest.mark.parametrize("hiding", HIDINGS, ids=str)
 def test_hidden_keys(hiding: Hiding, poison: float) -> None:
     check_hidden(hiding, torch.float16, poison, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (1, 0)}, {"key_lengths": torch.tensor([5])}], ids=str
+)
+@pytest.mark.parametrize("kind", [True, "mean"])
+def test_hidden_keys_have_no_weight_in_a_row_that_is_nan(options: dict[str, Any], kind: bool | str) -> None:
+    query, key, value = (torch.randn(1, 2, 7, 16, device=DEVICE) for _ in range(3))
+    query[0, 0, 3, 0] = torch.nan
+    options = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    found, wanted = (
+        fastattn.attention(query, key, value, **options, return_weights=kind, backend=backend)[1]
+        for backend in ("triton", "torch")
+    )
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert found.isnan().any()
