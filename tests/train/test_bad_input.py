@@ -92,7 +92,7 @@ def test_an_option_refuses_by_name_what_means_nothing(option: str) -> None:
 
 
 @pytest.mark.parametrize("argument", [n for n in inspect.signature(Trainer).parameters if n != "display"])
-@pytest.mark.parametrize("value", [3, "x", object()], ids=repr)
+@pytest.mark.parametrize("value", [3, "x", object()], ids=["int", "str", "object"])
 def test_the_trainer_refuses_arguments_of_another_type(argument: str, value: Any, tmp_path: Path) -> None:
     config = TrainConfig(output_dir=str(tmp_path / "run"), max_steps=1, device="cpu")
     arguments = {"model": make_model(), "config": config, "train_data": make_data(), argument: value}
