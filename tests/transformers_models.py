@@ -160,3 +160,8 @@ MODELS = {
         "seq2seq",
     ),
 }  # fmt: skip
+
+
+def put_logits(model, ids, queue):
+    """What a spawned worker runs: here, as it can import this module whatever started the tests."""
+    queue.put(model(ids).logits.detach().numpy())

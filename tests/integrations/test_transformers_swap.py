@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
-from transformers_models import MODELS
+from transformers_models import MODELS, put_logits
 from transformers_sweep import check, in_float64, results
 from transformers_tiny import build, types
 
@@ -299,16 +299,12 @@ def test_a_part_of_a_swapped_model_registers_too(path, tmp_path):
     assert not any("fastattn" in name for module in model.modules() for name in vars(module))
 
 
-def logits_in_a_worker(model, ids, queue):
-    queue.put(model(ids).logits.detach().numpy())
-
-
 def test_a_swapped_model_runs_in_a_spawned_worker():
     model, ids = llama(), torch.tensor([[3, 4, 5]])
     fastattn.swap_attention(model)
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    worker = context.Process(target=logits_in_a_worker, args=(model, ids, queue))
+    worker = context.Process(target=put_logits, args=(model, ids, queue))
     worker.start()
     out = torch.from_numpy(queue.get(timeout=120))
     worker.join()
