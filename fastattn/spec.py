@@ -19,9 +19,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 
-@dataclass(
-    slots=True
-)  # never changed, but a frozen one takes twice as long to make, which a single query notices
+# Never changed, but a frozen one takes twice as long to make, which a single query notices.
+@dataclass(slots=True)
 class AttentionCall:
     """One attention call, normalised: every optional tensor has its full rank and every option its plain type."""
 
@@ -369,9 +368,8 @@ def _float32_precision(dtype: torch.dtype) -> str:
         return "ieee"
     try:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    except (
-        RuntimeError
-    ):  # it was set by torch.backends.*.fp32_precision, which the older getter does not follow
+    except RuntimeError:
+        # It was set by torch.backends.*.fp32_precision, which the older getter does not follow.
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

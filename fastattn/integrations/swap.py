@@ -78,8 +78,8 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     arguments.check_backend(backend)
     candidates = list(_candidates(model))
     swapped, already, left, dense = [], [], [], []
-    if (door := _transformers(model)) is not None:
-        swapped, already, left, dense = door.swap_models(model, backend)
+    if (integration := _transformers(model)) is not None:
+        swapped, already, left, dense = integration.swap_models(model, backend)
     if next(swap_peers.diffusers_models(model), None) is not None:
         by_backend = swap_peers.swap_diffusers(model, backend)
         swapped, already, left = swapped + by_backend[0], already + by_backend[1], left + by_backend[2]
@@ -123,7 +123,7 @@ def restore_attention(model: nn.Module) -> tuple[str, ...]:
         attention.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
     for peer in peers.values():
         swap_peers.restore(peer)
-    hub = [] if (door := _transformers(model)) is None else door.restore_models(model)
+    hub = [] if (integration := _transformers(model)) is None else integration.restore_models(model)
     return (*hub, *swap_peers.restore_diffusers(model), *swapped, *peers)
 
 
@@ -141,8 +141,12 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Whatever computes attention, by class or by name, outside transformers models; torch's class inside them, too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
-    door = _transformers(model)
-    inside = set() if door is None else {id(m) for _, top in door.top_models(model) for m in top.modules()}
+    integration = _transformers(model)
+    inside = (
+        set()
+        if integration is None
+        else {id(m) for _, top in integration.top_models(model) for m in top.modules()}
+    )
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) or (id(module) not in inside and _attends(module)):
             yield name, module

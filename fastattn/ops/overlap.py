@@ -54,7 +54,7 @@ def _repeats(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         return False  # every stride steps over all that the smaller ones reach
     if len({stride for stride, _ in ranges}) < len(ranges) or ranges[0][0] == 0:
         return True
-    # two different index tuples: let the first dimension in which they differ, by one or more, be each in turn
+    # two different index tuples: try each dimension as the first in which they differ, by one or more
     for lead, (stride, most) in enumerate(ranges):
         terms = [(stride, 1, most)]
         terms += [(other, -reach, reach) for other, reach in ranges[lead + 1 :]]

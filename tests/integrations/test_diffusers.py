@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.integrations import diffusers as door
+from fastattn.integrations import diffusers as integration
 from fastattn.ops import sdpa as sdpa_module
 
 
@@ -91,8 +91,8 @@ def calls(monkeypatch):
 
 
 def test_registers_names_that_look_like_the_others(dispatch):
-    door.register()
-    door.register()
+    integration.register()
+    integration.register()
     names = dispatch.AttentionBackendName
     member = names("fastattn")
     assert member is names.FASTATTN is names["FASTATTN"]
@@ -119,7 +119,7 @@ MASKS = {
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_layout_masks_and_options(dispatch, calls, mask, scale):
     options = {"scale": scale, "is_causal": mask == "none"}
-    door.register()
+    integration.register()
     q, k, v = (torch.randn(2, n, 4, 8) for n in (5, 7, 7))
     mask = MASKS[mask]
     out = dispatch.dispatch_attention_fn(q, k, v, mask, **options, backend="fastattn")
@@ -133,7 +133,7 @@ def test_layout_masks_and_options(dispatch, calls, mask, scale):
 
 
 def test_fewer_keys_and_dropout(dispatch):
-    door.register()
+    integration.register()
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
     out = dispatch.dispatch_attention_fn(q, k, k, enable_gqa=True, backend="fastattn")
     heads_first = [t.transpose(1, 2) for t in (q, k, k)]
@@ -146,7 +146,7 @@ def test_fewer_keys_and_dropout(dispatch):
 
 
 def test_copies_and_pickles(dispatch):
-    door.register()
+    integration.register()
     for name in ("fastattn", "native"):
         member = dispatch.AttentionBackendName(name)
         assert copy.deepcopy(member) is copy.copy(member) is member
@@ -159,7 +159,7 @@ def test_copies_and_pickles(dispatch):
 def test_refused_by_name(options):
     q = torch.randn(1, 3, 2, 8)
     with pytest.raises(ValueError, match=next(iter(options))):
-        door.attention(q, q, q, **options)
+        integration.attention(q, q, q, **options)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def test_a_registry_of_another_make_is_an_import_error(dispatch, monkeypatch, mi
     else:
         monkeypatch.delattr(dispatch, missing)
     with pytest.raises(ImportError, match=match):
-        door.register()
+        integration.register()
 
 
 def test_without_diffusers_it_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(sys.modules, "diffusers.models.attention_dispatch", None)
     with pytest.raises(ImportError, match="needs diffusers"):
-        door.register()
+        integration.register()
 
 
 def tiny_model():
@@ -214,7 +214,7 @@ def run(model):
 def test_a_model_gives_the_same(calls):
     model = tiny_model()
     expected = run(model)
-    door.register()
+    integration.register()
     model.set_attention_backend("fastattn")
     try:
         torch.testing.assert_close(run(model), expected)
@@ -238,4 +238,4 @@ def test_a_model_gives_the_same(calls):
 
 
 def test_it_is_reachable_as_a_module():
-    assert fastattn.integrations.diffusers.register is door.register
+    assert fastattn.integrations.diffusers.register is integration.register
