@@ -34,7 +34,7 @@ struct KeyGradientsShape {
   static constexpr int kStages = 2;
   static constexpr int kConsumers = kBlockN / 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr int kProducerRegisters = 32;
+  static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
   static constexpr uint32_t kKeyBytes = kTileBytes<kBlockN, kHeadDim>;
