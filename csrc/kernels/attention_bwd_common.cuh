@@ -4,6 +4,7 @@
 #include "../device/online_softmax.cuh"
 #include "../device/panel.cuh"
 #include "../device/pipeline.cuh"
+#include "../device/registers.cuh"
 #include "attention_sequence.cuh"
 
 namespace fastattn {

@@ -34,6 +34,7 @@ struct KeyGradientsShape {
   static constexpr int kStages = 2;
   static constexpr int kConsumers = kBlockN / 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr int kMinBlocks = 1;  // per multiprocessor
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
@@ -52,6 +53,7 @@ struct KeyGradientsShape {
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockN % 64 == 0 && kBlockM % 16 == 0);
   static_assert(kRowBlock % kBlockM == 0, "stages end where the padded rows do");
   static_assert(kConsumers == 2 && kSharedBytes <= kMaxSharedBytes);
+  static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
 };
 
 template <class Shape>
@@ -299,7 +301,7 @@ FASTATTN_DEVICE KeyWork key_work(const AttentionParams& call, const TileSchedule
 
 // One block owns kBlockN keys of one head of one sequence: their gradients over all the queries that see them.
 template <class Shape>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_bwd_dkdv_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
                               const FASTATTN_GRID_CONSTANT BackwardMaps maps,
                               const FASTATTN_GRID_CONSTANT TileSchedule schedule) {

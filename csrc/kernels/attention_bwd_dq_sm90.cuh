@@ -23,6 +23,7 @@ struct QueryGradientShape {
   static constexpr int kStages = 2;
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr int kMinBlocks = 1;  // per multiprocessor
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
@@ -37,6 +38,7 @@ struct QueryGradientShape {
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockM % 64 == 0 && kBlockN % 16 == 0);
   static_assert(kRowBlock % kBlockM == 0);
   static_assert(kConsumers == 2 && kSharedBytes <= kMaxSharedBytes);
+  static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
 };
 
 template <class Shape>
@@ -190,7 +192,7 @@ FASTATTN_DEVICE QueryWork query_work(const AttentionParams& call, const TileSche
 
 // One block owns kBlockM queries of one head of one sequence: their gradient over all the keys they see.
 template <class Shape>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_bwd_dq_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
                             const FASTATTN_GRID_CONSTANT BackwardMaps maps,
                             const FASTATTN_GRID_CONSTANT TileSchedule schedule) {

@@ -203,7 +203,7 @@ FASTATTN_DEVICE KeyWork turn_work(const AttentionParams& call, const TileSchedul
 
 // One block owns kBlockN keys of one head of one sequence.
 template <class Shape>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_bwd_fused_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
                                const FASTATTN_GRID_CONSTANT BackwardMaps maps,
                                const FASTATTN_GRID_CONSTANT TileSchedule schedule) {

@@ -4,6 +4,7 @@
 #include "../device/online_softmax.cuh"
 #include "../device/panel.cuh"
 #include "../device/pipeline.cuh"
+#include "../device/registers.cuh"
 #include "attention_schedule.cuh"
 #include "attention_sequence.cuh"
 
@@ -25,7 +26,8 @@ struct ForwardShape {
   static constexpr int kConsumers = kBlockM / kWarpgroupRows;
   static constexpr int kConsumerArrivals = kConsumers * 4;  // one per warp
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  // Of 64 Ki registers: the consumers take what the producer gives up.
+  static constexpr int kMinBlocks = 1;  // per multiprocessor
+  // The consumers take what the producer gives up.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
   // Above 128 columns the products of a tile take so much longer than its softmax that turns only cost.
@@ -45,6 +47,7 @@ struct ForwardShape {
 
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockM % kWarpgroupRows == 0 && kBlockN % 16 == 0);
   static_assert(kConsumers == 2 || kConsumers == 3);
+  static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -355,7 +358,7 @@ struct ForwardConsumer {
 // its registers; its first warp keeps the copy engine busy. The others own 64 queries of the tile each. Queries, keys
 // and values reach them through pipelines in shared memory. Bits depend on a tile's own data only, not on the block.
 template <class Shape>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, 1)
+FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_fwd_sm90(FASTATTN_GRID_CONSTANT const ForwardMaps maps,
                        FASTATTN_GRID_CONSTANT const AttentionParams params,
                        FASTATTN_GRID_CONSTANT const TileSchedule schedule) {

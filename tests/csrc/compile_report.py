@@ -1,6 +1,7 @@
 """What nvcc makes of every CUDA kernel: registers, spills, shared memory, wgmma instructions, seconds.
 
-python tests/csrc/compile_report.py [ARCH ...]        by default 8.0 and 9.0a; exits with 1 where a kernel spills
+python tests/csrc/compile_report.py [ARCH ...]        by default 8.0 and 9.0a; exits with 1 where a kernel spills, or
+                                                      where its warpgroups ask for more registers than its block has
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from fastattn import build
 from fastattn.cache import cache_dir
 
 ARCHS = ("8.0", "9.0a")
+WARPGROUP_THREADS = 128
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -37,6 +40,39 @@ class Kernel(NamedTuple):
     shared: int  # bytes, beside what a launch asks for
     wgmma: int
     warnings: tuple[str, ...]  # of the assembler
+
+
+class RegisterPool(NamedTuple):
+    """The registers of a block whose warpgroups hand some over (setmaxnreg), as the binary says."""
+
+    name: str
+    registers: int  # a thread at the launch
+    threads: int  # of a block, by the launch bounds
+    lowered: tuple[int, ...]  # what warpgroups go down to
+    raised: tuple[int, ...]  # and up to
+
+    @property
+    def had(self) -> int:
+        """Registers that a launch takes for a block."""
+        return self.registers * self.threads
+
+    @property
+    def asked(self) -> int:
+        """What its warpgroups ask for in all: one is the producer, the others are consumers."""
+        consumers = self.threads - WARPGROUP_THREADS
+        return WARPGROUP_THREADS * max(self.lowered, default=256) + consumers * max(self.raised, default=256)
+
+    def mistake(self) -> str | None:
+        """Why a warpgroup would wait for registers for ever, or the instruction is not allowed; None if neither."""
+        if not self.lowered or not self.raised:
+            return f"goes down to {self.lowered} and up to {self.raised} registers, needs both"
+        if any(count % 8 or not 24 <= count <= 256 for count in self.lowered + self.raised):
+            return f"{self.lowered} and {self.raised} registers: needs multiples of 8 from 24 to 256"
+        if max(self.lowered) > self.registers or min(self.raised) < self.registers:
+            return f"{self.lowered} down and {self.raised} up from {self.registers} registers a thread"
+        if self.asked > self.had:
+            return f"asks for {self.asked} registers of the {self.had} that a block has"
+        return None
 
 
 def missing() -> str | None:
@@ -83,6 +119,36 @@ def disassembler(toolkit: build.Toolkit) -> str | None:
     return next((tool for folder in folders if (tool := shutil.which("cuobjdump", path=str(folder)))), None)
 
 
+def register_pools(objects: list[build.Object], toolkit: build.Toolkit) -> list[RegisterPool]:
+    """Those of every kernel with setmaxnreg, which only Hopper's own sources have."""
+    tool = disassembler(toolkit)
+    assert tool is not None
+    pools = []
+    for made in objects:
+        if made.source.endswith(build.SM90_SUFFIX):
+            command = [tool, "-elf", "-sass", "--dump-resource-usage", str(made.path)]
+            pools += pools_of(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return pools
+
+
+def pools_of(dump: str) -> list[RegisterPool]:
+    """From the text of cuobjdump: its resource usage, its ELF sections and its code."""
+    registers = {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", dump)}
+    threads: dict[str, int] = {}
+    for name, info in re.findall(r"^\.nv\.info\.(\S+)\n(.*?)(?=^\.|\Z)", dump, re.DOTALL | re.MULTILINE):
+        if match := re.search(r"EIATTR_MAX_THREADS\s+Format:\s*\S+\s+Value:\s*(0x\w+) (0x\w+) (0x\w+)", info):
+            threads[name] = prod(int(size, 16) for size in match.groups())
+    pools = []
+    for name, code in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", dump, re.DOTALL):
+        asked = re.findall(r"USETMAXREG\.(\w+)\S* (?:UP\d, )?(0x\w+)", code)
+        assert len(asked) == code.count("USETMAXREG"), f"an unknown form of USETMAXREG in {name}"
+        if asked:
+            lowered = tuple(sorted({int(count, 16) for kind, count in asked if kind == "DEALLOC"}))
+            raised = tuple(sorted({int(count, 16) for kind, count in asked if kind != "DEALLOC"}))
+            pools.append(RegisterPool(_readable(name), registers[name], threads[name], lowered, raised))
+    return pools
+
+
 def _wgmma(path: Path, toolkit: build.Toolkit) -> Counter[str]:
     """wgmma instructions by kernel."""
     counts: Counter[str] = Counter()
@@ -127,3 +193,8 @@ if __name__ == "__main__":
     print(table(compiled, all_kernels))
     if spilling := [kernel for kernel in all_kernels if kernel.spilled]:
         sys.exit("\n".join(f"spills {k.spilled} bytes on {k.arch}: {k.name}" for k in spilling))
+    if (used := build.find_toolkit()) and disassembler(used):
+        found = register_pools(compiled, used)
+        print(f"{len(found)} kernels hand registers over")
+        if mistakes := [f"{pool.name}: {mistake}" for pool in found if (mistake := pool.mistake())]:
+            sys.exit("\n".join(mistakes))

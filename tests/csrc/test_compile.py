@@ -4,7 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
-from csrc.compile_report import Kernel, compile_kernels, disassembler, missing
+from csrc.compile_report import (
+    Kernel,
+    RegisterPool,
+    compile_kernels,
+    disassembler,
+    missing,
+    pools_of,
+    register_pools,
+)
 
 from fastattn import build
 
@@ -37,6 +45,66 @@ def test_matrix_products_of_hopper_are_wgmma_and_none_is_serialised(kernels: lis
         assert kernel.arch == "sm_90a"
         assert kernel.wgmma > 0, kernel
         assert not [line for line in kernel.warnings if "wgmma" in line], kernel
+
+
+@pytest.mark.timeout(900)
+def test_warpgroups_ask_for_no_more_registers_than_their_block_has() -> None:
+    """Else a consumer warpgroup waits for ever for registers that nobody gives up."""
+    toolkit = build.find_toolkit()
+    if (reason := missing()) or toolkit is None:
+        pytest.skip(str(reason))
+    if disassembler(toolkit) is None:
+        pytest.skip("needs cuobjdump")
+    objects, all_kernels = compile_kernels()
+    pools = register_pools(objects, toolkit)
+    assert {pool.name: mistake for pool in pools if (mistake := pool.mistake())} == {}
+    producers = [
+        k.name for k in all_kernels if re.search(r"attention_(fwd_sm90|bwd_(dkdv|dq|fused)_kernel)", k.name)
+    ]
+    assert sorted(pool.name for pool in pools) == sorted(producers)
+
+
+DUMP = """
+ Function kernel:
+  REG:168 STACK:0 SHARED:1024 LOCAL:0
+ Function plain:
+  REG:40 STACK:0 SHARED:0 LOCAL:0
+.nv.info.kernel
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x180 0x1 0x1
+.nv.info.plain
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x100 0x1 0x1
+		Function : kernel
+        /*02a0*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;
+        /*6b10*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;
+		Function : plain
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_the_report_reads_registers_from_a_binary() -> None:
+    assert pools_of(DUMP) == [RegisterPool("kernel", 168, 384, (24,), (240,))]
+
+
+@pytest.mark.parametrize(
+    ("pool", "word"),
+    [
+        (RegisterPool("", 168, 384, (24,), (240,)), None),
+        (RegisterPool("", 128, 512, (32,), (160,)), None),
+        (RegisterPool("", 168, 384, (32,), (240,)), "asks for 65536 registers of the 64512"),
+        (RegisterPool("", 128, 384, (24,), (240,)), "asks for"),  # the assembler assigned fewer than it may
+        (RegisterPool("", 168, 384, (24, 40), (240,)), "asks for"),
+        (RegisterPool("", 168, 384, (24,), (160,)), "up from 168"),
+        (RegisterPool("", 168, 384, (28,), (232,)), "multiples of 8"),
+        (RegisterPool("", 168, 384, (), (168,)), "needs both"),
+    ],
+)
+def test_a_pool_too_small_is_a_mistake(pool: RegisterPool, word: str | None) -> None:
+    mistake = pool.mistake()
+    assert mistake is None if word is None else mistake is not None and word in mistake
 
 
 @pytest.mark.exhaustive
