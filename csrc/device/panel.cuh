@@ -49,6 +49,19 @@ FASTATTN_DEVICE void zero_rows(void* tile, int first_row) {
   }
 }
 
+// When tiles have landed at the producer's own barrier, zeroes their rows from `first_row` on and arrives at `full`, so
+// that they may be read. The whole producer warp calls it behind the load of these tiles.
+template <int kRows, int kColumns, class... Tiles>
+FASTATTN_DEVICE void zero_landed_rows(Mbarrier& landed, uint32_t& parity, Mbarrier& full, int first_row, bool issues,
+                                      Tiles... tiles) {
+  mbarrier_wait(&landed, parity);
+  parity ^= 1;
+  (zero_rows<kRows, kColumns>(tiles, first_row), ...);
+  fence_proxy_async();
+  warp_sync();
+  if (issues) mbarrier_arrive(&full);
+}
+
 // The same descriptor, worked out anew where this stands: the compiler would keep one for each step of a product in
 // registers around a loop.
 FASTATTN_DEVICE uint64_t recomputed(uint64_t descriptor) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mbarrier.cuh"
+#include "sync.cuh"
 
 namespace fastattn {
 
@@ -39,6 +40,19 @@ struct Pipeline {
 
   // A fresh stage counts as empty.
   FASTATTN_DEVICE void wait_empty(State state) { mbarrier_wait(&empty[state.stage], state.parity ^ 1); }
+
+  // The producer's turn with a stage. Its whole warp waits until the stage is empty; when every lane has seen that, the
+  // one that `issues` says at `arrived` how many bytes come and starts their copies. A lane that still waited for this
+  // phase when the consumers complete the next would wait for ever. `arrived` is the stage's full barrier, or one of
+  // the producer's own where it edits what has landed before it arrives at `full`.
+  template <class Copies>
+  FASTATTN_DEVICE void load(State state, Mbarrier& arrived, uint32_t bytes, bool issues, Copies copies) {
+    wait_empty(state);
+    warp_sync();
+    if (!issues) return;
+    mbarrier_arrive_expect_tx(&arrived, bytes);
+    copies();
+  }
 
   FASTATTN_DEVICE void wait_full(State state) { mbarrier_wait(&full[state.stage], state.parity); }
 

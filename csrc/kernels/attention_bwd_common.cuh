@@ -65,20 +65,6 @@ FASTATTN_DEVICE void release_stage(Pipeline<kStages>& pipeline, PipelineState<kS
   if (lane_index() == 0) pipeline.release(state);
 }
 
-// When two tiles have landed, zeroes their rows from `rows` on and says at `full` that they may be read. A whole warp
-// calls it.
-template <int kRows, int kColumns>
-FASTATTN_DEVICE void zero_landed(Mbarrier* landed, uint32_t& parity, Mbarrier* full, void* first, void* second,
-                                 int rows, bool issues) {
-  mbarrier_wait(landed, parity);
-  parity ^= 1;
-  zero_rows<kRows, kColumns>(first, rows);
-  zero_rows<kRows, kColumns>(second, rows);
-  fence_proxy_async();
-  warp_sync();
-  if (issues) mbarrier_arrive(full);
-}
-
 template <int N>
 FASTATTN_DEVICE void copy_registers(float (&to)[N], const float (&from)[N]) {
 #pragma unroll

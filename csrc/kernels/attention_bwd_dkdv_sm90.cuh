@@ -104,8 +104,8 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
     }
   }
   if (zeroes_keys) {
-    zero_landed<Shape::kBlockN, kHeadDim>(&barriers.landed, landed_parity, &barriers.keys, shared.keys, shared.values,
-                                          keys, issues);
+    zero_landed_rows<Shape::kBlockN, kHeadDim>(barriers.landed, landed_parity, barriers.keys, keys, issues, shared.keys,
+                                               shared.values);
   }
 
   typename Pipeline<Shape::kStages>::State state;
@@ -118,19 +118,18 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
       // In a packed tensor the rows past the sequence are a neighbour's, which may hold anything.
       const int rows = sequence.seen.num_queries - first_query;
       const bool zeroes = rows < kBlockM && params.call.cu_seqlens_q != nullptr;
-      Mbarrier* arrived = zeroes ? &barriers.landed : &barriers.queries.full[state.stage];
-      barriers.queries.wait_empty(state);
-      if (issues) {
-        mbarrier_arrive_expect_tx(arrived, Shape::kStageBytes);
+      Mbarrier& full = barriers.queries.full[state.stage];
+      Mbarrier& arrived = zeroes ? barriers.landed : full;
+      barriers.queries.load(state, arrived, Shape::kStageBytes, issues, [&] {
         const int row = sequence.query_start + first_query;
-        load_tile<kBlockM, kHeadDim>(shared.queries(state.stage), &maps.q, arrived, row, head, sequence.batch);
-        load_tile<kBlockM, kHeadDim>(shared.dout(state.stage), &maps.dout, arrived, row, head, sequence.batch);
-        bulk_load(shared.lse_log2(state.stage), params.lse_log2 + padded + first_query, Shape::kRowBytes, arrived);
-        bulk_load(shared.delta(state.stage), params.delta + padded + first_query, Shape::kRowBytes, arrived);
-      }
+        load_tile<kBlockM, kHeadDim>(shared.queries(state.stage), &maps.q, &arrived, row, head, sequence.batch);
+        load_tile<kBlockM, kHeadDim>(shared.dout(state.stage), &maps.dout, &arrived, row, head, sequence.batch);
+        bulk_load(shared.lse_log2(state.stage), params.lse_log2 + padded + first_query, Shape::kRowBytes, &arrived);
+        bulk_load(shared.delta(state.stage), params.delta + padded + first_query, Shape::kRowBytes, &arrived);
+      });
       if (zeroes) {
-        zero_landed<kBlockM, kHeadDim>(arrived, landed_parity, &barriers.queries.full[state.stage],
-                                       shared.queries(state.stage), shared.dout(state.stage), rows, issues);
+        zero_landed_rows<kBlockM, kHeadDim>(arrived, landed_parity, full, rows, issues, shared.queries(state.stage),
+                                            shared.dout(state.stage));
       }
     }
   }

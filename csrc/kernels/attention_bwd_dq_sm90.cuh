@@ -83,17 +83,16 @@ FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const B
     // Rows past the last key may hold anything, unless they lie outside the tensor, where the copy engine reads zeros.
     const int rows = sequence.seen.num_keys - first_key;
     const bool zeroes = rows < kBlockN && (params.call.cu_seqlens_k != nullptr || params.call.key_lengths != nullptr);
-    Mbarrier* arrived = zeroes ? &barriers.landed : &barriers.keys.full[state.stage];
-    barriers.keys.wait_empty(state);
-    if (issues) {
-      mbarrier_arrive_expect_tx(arrived, 2 * Shape::kKeyBytes);
+    Mbarrier& full = barriers.keys.full[state.stage];
+    Mbarrier& arrived = zeroes ? barriers.landed : full;
+    barriers.keys.load(state, arrived, 2 * Shape::kKeyBytes, issues, [&] {
       const int row = sequence.key_start + first_key;
-      load_tile<kBlockN, kHeadDim>(shared.keys(state.stage), &maps.k, arrived, row, kv_head, sequence.batch);
-      load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, arrived, row, kv_head, sequence.batch);
-    }
+      load_tile<kBlockN, kHeadDim>(shared.keys(state.stage), &maps.k, &arrived, row, kv_head, sequence.batch);
+      load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, &arrived, row, kv_head, sequence.batch);
+    });
     if (zeroes) {
-      zero_landed<kBlockN, kHeadDim>(arrived, landed_parity, &barriers.keys.full[state.stage], shared.keys(state.stage),
-                                     shared.values(state.stage), rows, issues);
+      zero_landed_rows<kBlockN, kHeadDim>(arrived, landed_parity, full, rows, issues, shared.keys(state.stage),
+                                          shared.values(state.stage));
     }
   }
 }

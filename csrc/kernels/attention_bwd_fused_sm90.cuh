@@ -189,6 +189,7 @@ FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile
         fence_proxy_async_global();
         semaphore_add_release(params.dq_turns + first + block, 1);
       }
+      warp_sync();  // a named barrier takes whole warps
     }
   }
 }

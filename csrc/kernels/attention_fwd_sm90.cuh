@@ -100,50 +100,43 @@ struct ForwardProducer {
       if (first_query >= sequence.seen.num_queries) continue;
       const int kv_head = head / (params.num_heads / params.num_kv_heads);
 
-      barriers.queries.wait_empty(query_state);
-      load<Shape::kBlockM>(shared.queries(), maps.q, barriers.queries.full[0], sequence.query_start + first_query, head,
-                           sequence.batch);
+      load<Shape::kBlockM>(barriers.queries, query_state, barriers.queries.full[0], shared.queries(), maps.q,
+                           sequence.query_start + first_query, head, sequence.batch);
       query_state.advance();
       const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query);
       for (int block = blocks.end - 1; block >= blocks.begin; --block) {
         const int stage = ring_state.stage;
         const int first_row = sequence.key_start + block * Shape::kBlockN;
-        barriers.keys.wait_empty(ring_state);
-        load<Shape::kBlockN>(shared.keys(stage), maps.k, barriers.keys.full[stage], first_row, kv_head, sequence.batch);
-        barriers.values.wait_empty(ring_state);
+        load<Shape::kBlockN>(barriers.keys, ring_state, barriers.keys.full[stage], shared.keys(stage), maps.k,
+                             first_row, kv_head, sequence.batch);
         const int keys_here = sequence.seen.num_keys - block * Shape::kBlockN;
         if (keys_here < Shape::kBlockN && sequence.key_start + sequence.seen.num_keys < params.total_k) {
           load_values_zeroed_from(keys_here, first_row, kv_head, sequence.batch);
         } else {
-          load<Shape::kBlockN>(shared.values(stage), maps.v, barriers.values.full[stage], first_row, kv_head,
-                               sequence.batch);
+          load<Shape::kBlockN>(barriers.values, ring_state, barriers.values.full[stage], shared.values(stage), maps.v,
+                               first_row, kv_head, sequence.batch);
         }
         ring_state.advance();
       }
     }
   }
 
-  // Starts filling a tile of kRows rows, once every lane has seen that it is free: a lane that still waited for this
-  // phase when the consumers complete the next would wait for ever.
-  template <int kRows>
-  FASTATTN_DEVICE void load(unsigned char* tile, const CUtensorMap& map, Mbarrier& full, int row, int head, int batch) {
-    warp_sync();
-    if (!issues) return;
-    mbarrier_arrive_expect_tx(&full, kTileBytes<kRows, Shape::kHeadDim>);
-    load_tile<kRows, Shape::kHeadDim>(tile, &map, &full, row, head, batch);
+  // Starts filling a stage, a tile of kRows rows, once it is free.
+  template <int kRows, int kStages>
+  FASTATTN_DEVICE void load(Pipeline<kStages>& pipeline, PipelineState<kStages> state, Mbarrier& arrived,
+                            unsigned char* tile, const CUtensorMap& map, int row, int head, int batch) {
+    pipeline.load(state, arrived, kTileBytes<kRows, Shape::kHeadDim>, issues,
+                  [&] { load_tile<kRows, Shape::kHeadDim>(tile, &map, &arrived, row, head, batch); });
   }
 
   // Fills a tile of values of which rows from keys_here on exist in memory but not for this sequence. Their
   // probabilities are 0, but 0 times a NaN is NaN: the warp clears them before the consumers see the tile.
   FASTATTN_DEVICE void load_values_zeroed_from(int keys_here, int row, int head, int batch) {
+    auto& barriers = shared.barriers();
     unsigned char* tile = shared.values(ring_state.stage);
-    load<Shape::kBlockN>(tile, maps.v, shared.barriers().landed, row, head, batch);
-    mbarrier_wait(&shared.barriers().landed, landed_parity);
-    landed_parity ^= 1;
-    zero_rows<Shape::kBlockN, Shape::kHeadDim>(tile, keys_here);
-    fence_proxy_async();
-    warp_sync();
-    if (issues) mbarrier_arrive(&shared.barriers().values.full[ring_state.stage]);
+    load<Shape::kBlockN>(barriers.values, ring_state, barriers.landed, tile, maps.v, row, head, batch);
+    zero_landed_rows<Shape::kBlockN, Shape::kHeadDim>(barriers.landed, landed_parity,
+                                                      barriers.values.full[ring_state.stage], keys_here, issues, tile);
   }
 };
 

@@ -13,7 +13,6 @@ from cuda_emulation.test_attention_bwd import check
 KERNELS = {
     "kernels/attention_bwd_dkdv_sm90.cuh": [
         Mutation("queries read before they are there", "queries.wait_full(next);", occurrence=1),
-        Mutation("queries overwritten while read", "barriers.queries.wait_empty(state);"),
         Mutation("keys read before they are there", "mbarrier_wait(&shared.barriers->keys, 0);"),
         Mutation("queries released while read", "wgmma_wait<1>();", "wgmma_wait<3>();"),
         Mutation(
@@ -23,21 +22,23 @@ KERNELS = {
             "dp touched in flight", "wgmma_wait<kGradientGroups - 1>();", "wgmma_wait<kGradientGroups>();"
         ),
         Mutation("gradients stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();"),
-        Mutation(
-            "too few bytes expected",
-            "mbarrier_arrive_expect_tx(arrived, Shape::kStageBytes);",
-            "mbarrier_arrive_expect_tx(arrived, Shape::kStageBytes - 16);",
-        ),
     ],
     "kernels/attention_bwd_dq_sm90.cuh": [
         Mutation("keys read before they are there", "keys.wait_full(next);"),
-        Mutation("keys overwritten while read", "barriers.keys.wait_empty(state);"),
         Mutation("keys released while read", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=1),
         Mutation("gradient stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=1),
     ],
-    "kernels/attention_bwd_common.cuh": [
+    "device/pipeline.cuh": [
+        Mutation("stages overwritten while read", "wait_empty(state);"),
+        Mutation(
+            "too few bytes expected",
+            "mbarrier_arrive_expect_tx(&arrived, bytes);",
+            "mbarrier_arrive_expect_tx(&arrived, bytes - 16);",
+        ),
+    ],
+    "device/panel.cuh": [
         Mutation("keys zeroed without a fence", "fence_proxy_async();"),
-        Mutation("keys not zeroed", "zero_rows<kRows, kColumns>(first, rows);"),
+        Mutation("keys not zeroed", "(zero_rows<kRows, kColumns>(tiles, first_row), ...);"),
     ],
 }
 MUTATIONS = [mutation for kernel in KERNELS.values() for mutation in kernel]

@@ -9,29 +9,34 @@ from cuda_emulation.attention_forward import Case, check
 from cuda_emulation.build import EmulationError, Library
 from cuda_emulation.mutations import Mutation, breakable_library
 
-MUTATIONS = [
+KERNEL = [
     Mutation("keys read before they are there", "barriers.keys.wait_full(key_state);", occurrence=1),
     Mutation("values read before they are there", "barriers.values.wait_full(value_state);", occurrence=1),
-    Mutation("keys overwritten while read", "barriers.keys.wait_empty(ring_state);"),
     Mutation("scores touched in flight", "wgmma_wait<1>();", "wgmma_wait<2>();"),
     Mutation("result touched in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=2),
     Mutation("queries never released", "if (Shape::kOwnOut) release_queries();"),
-    Mutation("values cleared without a fence", "fence_proxy_async();"),
-    Mutation("values not cleared", "zero_rows<Shape::kBlockN, Shape::kHeadDim>(tile, keys_here);"),
-    Mutation("result stored without a fence", "fence_proxy_async();", occurrence=1),
+    Mutation("result stored without a fence", "fence_proxy_async();"),
     Mutation("result stored before all wrote it", "warpgroup_sync();", occurrence=1),
     Mutation("result overwritten while it is stored", "bulk_wait_read<0>();"),
     Mutation("a turn not passed on", "if (Shape::kTakesTurns) pass_turn();"),
 ]
+KERNELS = {
+    "kernels/attention_fwd_sm90.cuh": KERNEL,
+    "device/pipeline.cuh": [Mutation("stages overwritten while read", "wait_empty(state);")],
+    "device/panel.cuh": [
+        Mutation("values cleared without a fence", "fence_proxy_async();"),
+        Mutation("values not cleared", "(zero_rows<kRows, kColumns>(tiles, first_row), ...);"),
+    ],
+}
+MUTATIONS = [mutation for mutations in KERNELS.values() for mutation in mutations]
 CASE = Case("packed", seqlen_q=(300, 170), seqlen_k=(300, 400), heads=2, kv_heads=2, leftover=90, blocks=1)
 
 
 @pytest.fixture(scope="module")
 def breakable(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
     folder = tmp_path_factory.mktemp("breakable")
-    kernels = {"kernels/attention_fwd_sm90.cuh": MUTATIONS}
     return breakable_library(
-        "attention_fwd.cpp", kernels, folder, library_folder, "HEAD_DIM=64", "ELEMENT=half_t"
+        "attention_fwd.cpp", KERNELS, folder, library_folder, "HEAD_DIM=64", "ELEMENT=half_t"
     )
 
 
