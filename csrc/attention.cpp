@@ -113,12 +113,14 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
   const at::Tensor rows = at::empty({2, planes, query_row_blocks(call) * kRowBlock}, lse.options());
   params.lse_log2 = rows.mutable_data_ptr<float>();
   params.delta = params.lse_log2 + rows.stride(0);
-  at::Tensor sums, turns;
+  at::Tensor sums, counters;
   if (one_pass) {
     sums = at::zeros({rows.stride(0), head_dim}, rows.options());
-    turns = at::zeros({rows.stride(0) / kTurnRows}, rows.options().dtype(at::kInt));
+    const int64_t semaphores = rows.stride(0) / kSemaphoreRows;
+    counters = at::zeros({semaphores + 1}, rows.options().dtype(at::kInt));
     params.dq_sum = sums.mutable_data_ptr<float>();
-    params.dq_turns = reinterpret_cast<uint32_t*>(turns.mutable_data_ptr<int32_t>());
+    params.dq_semaphore = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
+    params.ticket = params.dq_semaphore + semaphores;
   }
 #if FASTATTN_SM90
   hopper_multiprocessors();

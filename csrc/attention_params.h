@@ -63,8 +63,8 @@ FASTATTN_HOST_DEVICE constexpr int64_t packed_blocks(int64_t rows, int64_t seque
 // Rows of lse_log2 and delta are kept in blocks of one sequence.
 constexpr int kRowBlock = 128;
 
-// Rows of dq whose sum tiles of keys take turns to add to.
-constexpr int kTurnRows = 64;
+// Rows of dq to a semaphore at the least.
+constexpr int kSemaphoreRows = 64;
 
 // Blocks of rows of a head, those of all packed sequences together.
 FASTATTN_HOST_DEVICE int query_row_blocks(const AttentionParams& call) {
@@ -89,8 +89,9 @@ struct AttentionBackwardParams {
   float* delta;     // the same
 
   // Of the pass for all gradients, zero before it: see kernels/attention_bwd_fused_sm90.cuh. Null for two passes.
-  float* dq_sum;       // as many rows as lse_log2 has, of the kernel's head dim
-  uint32_t* dq_turns;  // one per kTurnRows of these rows: how many tiles of keys have added to them
+  float* dq_sum;           // as many rows as lse_log2 has, of the kernel's head dim
+  uint32_t* dq_semaphore;  // one per tile of these rows, of kSemaphoreRows or more: how many tiles of keys have added
+  uint32_t* ticket;        // how many blocks have taken a tile of keys
 };
 
 }  // namespace fastattn

@@ -62,7 +62,9 @@ struct KeyGradientsShared {
     Pipeline<Shape::kStages> queries;
     Mbarrier keys;
     Mbarrier landed;  // of a stage whose last rows have to be zeroed before anyone may read it
+    uint32_t ticket;  // which tile of keys is this block's, where blocks draw them
   };
+  static_assert(sizeof(Barriers) <= 128);
 
   unsigned char* base = align_shared<1024>(dynamic_shared_memory());
   unsigned char* keys = base;

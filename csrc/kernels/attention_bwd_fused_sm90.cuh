@@ -3,8 +3,8 @@
 //
 // What attention_bwd_dkdv_sm90.cuh does, and dq += ds k beside: five products where two passes take seven. dq is summed
 // in float in global memory, by one block after another: for each block of queries the tiles of keys take turns, the
-// last one first, so that the sum has the same bits every time. Blocks start in that order too, so the one whose turn
-// it is never waits for one that has not started.
+// last one first, so that the sum has the same bits every time. Blocks draw their tiles in that order, by a ticket: the
+// tiles that one waits for belong to blocks that have started, whichever those are.
 #pragma once
 
 #include "attention_bwd_dkdv_sm90.cuh"
@@ -26,7 +26,7 @@ struct FusedGradientsShape : KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kB
   static constexpr uint32_t kDqAt = kDsAt + 2 * kDsBytes;
   static constexpr uint32_t kSharedBytes = kDqAt + kDqBytes + 1024;  // 1024 to align the tiles
 
-  static_assert(kBlockM == 64 && kBlockM == kTurnRows, "a product for dq has 64 rows");
+  static_assert(kBlockM == 64 && kBlockM == kSemaphoreRows, "a product for dq has 64 rows");
   static_assert(kDqColumns % kPanelColumns == 0, "each warpgroup takes whole panels of k");
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
@@ -175,7 +175,7 @@ FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile
       const int last = key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, block * Shape::kBlockM).end - 1;
       named_barrier_sync(kDqWritten, kThreads);
       if (issues) {
-        semaphore_wait(params.dq_turns + first + block, last - key_block);
+        semaphore_wait(params.dq_semaphore + first + block, last - key_block);
         fence_proxy_async_global();
         bulk_reduce_add(params.dq_sum + (first + block) * kDqFloats<Shape>, dq_tile(shared), Shape::kDqBytes);
         bulk_commit();
@@ -187,17 +187,18 @@ FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile
       if (issues) {
         bulk_wait<0>();
         fence_proxy_async_global();
-        semaphore_add_release(params.dq_turns + first + block, 1);
+        semaphore_add_release(params.dq_semaphore + first + block, 1);
       }
       warp_sync();  // a named barrier takes whole warps
     }
   }
 }
 
-// The tile of keys of this block: like key_work, but the last tiles of all heads come first, as their turns do.
+// The tile of keys of the block that drew `ticket`: like key_work, but the last tiles of all heads come first, as their
+// turns do.
 template <class Shape>
-FASTATTN_DEVICE KeyWork turn_work(const AttentionParams& call, const TileSchedule& schedule) {
-  const Tile place = tile_at(schedule, block_index().x);
+FASTATTN_DEVICE KeyWork turn_work(const AttentionParams& call, const TileSchedule& schedule, uint32_t ticket) {
+  const Tile place = tile_at(schedule, static_cast<int>(ticket));
   const KeyTile tile = key_tile<Shape::kBlockN>(call, place.query_block, place.plane);
   return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
 }
@@ -214,6 +215,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     mbarrier_init(&shared.barriers->keys, 1);
     mbarrier_init(&shared.barriers->landed, 1);
     fence_barrier_init();
+    st_shared(&shared.barriers->ticket, counter_fetch_add(params.ticket, 1));
   }
   block_sync();
 
@@ -221,7 +223,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() > 1) return;
-    const auto [tile, blocks] = turn_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = turn_work<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     if (warp_index() == 0) {
       produce_queries<Shape>(params, maps, tile, blocks, shared);
@@ -230,7 +232,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     }
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = turn_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = turn_work<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     float dk[Shape::kHeadDim / 2] = {};
     float dv[Shape::kHeadDim / 2] = {};

@@ -19,8 +19,8 @@ extern "C" const char* padded_rows(int64_t* rows, const int32_t* cu_seqlens_q, i
 // Arguments as for params_of; the strides go on with dout, dq, dk, dv.
 extern "C" const char* attention_backward(const void* q, const void* k, const void* v, void* out, const void* dout,
                                           float* lse, const float* dlse, void* dq, void* dk, void* dv, float* lse_log2,
-                                          float* delta, float* dq_sum, uint32_t* dq_turns, const int64_t* strides,
-                                          const int64_t* sizes, const int32_t* cu_seqlens_q,
+                                          float* delta, float* dq_sum, uint32_t* dq_semaphore, uint32_t* ticket,
+                                          const int64_t* strides, const int64_t* sizes, const int32_t* cu_seqlens_q,
                                           const int32_t* cu_seqlens_k, const int32_t* key_lengths, double scale,
                                           double softcap) {
   return emulator::guarded([&] {
@@ -38,7 +38,8 @@ extern "C" const char* attention_backward(const void* q, const void* k, const vo
     params.lse_log2 = lse_log2;
     params.delta = delta;
     params.dq_sum = dq_sum;
-    params.dq_turns = dq_turns;
+    params.dq_semaphore = dq_semaphore;
+    params.ticket = ticket;
     expect_success(emulate_backward<ELEMENT, HEAD_DIM>(params, emulator::encode_tiled));
   });
 }

@@ -65,7 +65,8 @@ def emulate(
     library("padded_rows", rows, cu_seqlens[0] if cu_seqlens else None, batch, q.shape[-2])
     scratch = torch.full((2, (1 if packed else batch) * heads[0] * int(rows)), torch.nan)
     sums = torch.zeros(scratch[0].numel(), 128) if one_pass else None
-    turns = torch.zeros(scratch[0].numel() // 64, dtype=torch.int32) if one_pass else None
+    semaphores = torch.zeros(scratch[0].numel() // 64, dtype=torch.int32) if one_pass else None
+    ticket = torch.zeros(1, dtype=torch.int32) if one_pass else None
     strides = [
         (0 if packed else x.stride(0), x.stride(-3), x.stride(-2)) for x in (q, k, v, out, dout, *grads)
     ]
@@ -76,7 +77,7 @@ def emulate(
     )  # fmt: skip
     library(
         "attention_backward", q, k, v, out, dout, lse, dlse, *grads, scratch[0], scratch[1],
-        sums, turns, torch.tensor(strides), sizes, *(cu_seqlens or (None, None)), key_lengths,
+        sums, semaphores, ticket, torch.tensor(strides), sizes, *(cu_seqlens or (None, None)), key_lengths,
         float(scale or q.shape[-1] ** -0.5), float(softcap), **schedule,
     )  # fmt: skip
     return grads

@@ -74,7 +74,7 @@ def test_is_noticed(breakable: Library, line: int) -> None:
 ONE_PASS = {
     "kernels/attention_bwd_fused_sm90.cuh": [
         Mutation(
-            "a turn not waited for", "semaphore_wait(params.dq_turns + first + block, last - key_block);"
+            "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);"
         ),
         Mutation(
             "dq overwritten before it is taken",
