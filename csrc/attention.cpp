@@ -79,7 +79,7 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
   if (dlse.has_value()) check_row_values("dlse", *dlse);
   const int head_dim = padded_head_dim(call.head_dim);
   TORCH_CHECK_VALUE(!one_pass || (has_one_pass(head_dim) && call.softcap == 0.0f && query_grad && key_grads),
-                    "one_pass: needs a head dim of 72 to 128, no softcap and all gradients");
+                    "one_pass: needs a head dim of at most 128, no softcap and all gradients");
 
   const c10::cuda::CUDAGuard guard(query.device());
   Gradients gradients;

@@ -40,8 +40,8 @@ constexpr TileSize query_gradient_tile(int head_dim, bool softcap) {
   return {128, 32};
 }
 
-// Whether all gradients can come from one pass, with the tiles of key_gradients_tile. At 64 a warpgroup's half of the
-// columns of dq is less than a panel; above 128 the sums of both gradients do not fit the registers.
-constexpr bool has_one_pass(int head_dim) { return head_dim == 128; }
+// Whether all gradients can come from one pass, with the tiles of key_gradients_tile. Above 128 the sums of both gradients
+// do not fit the registers.
+constexpr bool has_one_pass(int head_dim) { return head_dim <= 128; }
 
 }  // namespace fastattn

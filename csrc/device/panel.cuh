@@ -86,6 +86,33 @@ FASTATTN_DEVICE void multiply_transposed(float (&acc)[Accumulators], const void*
   }
 }
 
+// Reads 64 rows, from `row` on, of a tile of kRows as the A operands of products over its columns.
+template <int kRows, int Steps>
+FASTATTN_DEVICE void load_operand(uint32_t (&a)[Steps][4], const void* tile, int row) {
+  const int thread = thread_index() % kWarpgroupThreads;
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = step * 16 + fragment_column(thread) + i / 2 * 8;
+      const uint32_t offset = tile_offset<kRows>(row + fragment_row(thread) + i % 2 * 8, column);
+      a[step][i] = ld_shared(reinterpret_cast<const uint32_t*>(static_cast<const unsigned char*>(tile) + offset));
+    }
+  }
+}
+
+// Starts acc = A B^T with A in registers: the product reads half as much shared memory.
+template <class T, int kRowsB, int Accumulators, int Steps>
+FASTATTN_DEVICE void multiply_transposed(float (&acc)[Accumulators], const uint32_t (&a)[Steps][4], const void* b) {
+  static_assert(2 * Accumulators == kRowsB);
+  const uint64_t first_b = recomputed(wgmma_descriptor(b));
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    const uint32_t within = step % 4 * 32;
+    wgmma<T>(acc, a[step], advance_descriptor(first_b, step / 4 * kRowsB * kPanelRowBytes + within), step > 0);
+  }
+}
+
 // Starts acc += A B: A is 64 x kRowsB in registers, B a tile of kRowsB rows and 2 * Accumulators columns.
 template <class T, int kRowsB, int Accumulators, int Steps>
 FASTATTN_DEVICE void multiply_add(float (&acc)[Accumulators], const uint32_t (&a)[Steps][4], const void* b) {

@@ -31,6 +31,8 @@ struct KeyGradientsShape {
   // Whether keys are summed over too: then those that do not exist have to be zeros.
   static constexpr bool kSumsOverKeys = false;
 
+  static constexpr bool kKeysInRegisters = kHeadDim == 64;
+
   static constexpr int kStages = 2;
   static constexpr int kConsumers = kBlockN / 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
@@ -54,6 +56,50 @@ struct KeyGradientsShape {
   static_assert(kRowBlock % kBlockM == 0, "stages end where the padded rows do");
   static_assert(kConsumers == 2 && kSharedBytes <= kMaxSharedBytes);
   static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
+};
+
+// The 64 keys of a warpgroup and their values as operands of the products for scores and dp. Where there are registers
+// for them they are read from shared memory once: the loop is bound by what it reads there.
+template <class Shape>
+struct KeyOperands {
+  using T = typename Shape::Element;
+  static constexpr int kSteps = Shape::kKeysInRegisters ? Shape::kHeadDim / 16 : 1;
+
+  const unsigned char* key_tile;
+  const unsigned char* value_tile;
+  int first_row;
+  uint32_t keys[kSteps][4];
+  uint32_t values[kSteps][4];
+
+  // When the tiles have landed.
+  FASTATTN_DEVICE void load() {
+    if constexpr (Shape::kKeysInRegisters) {
+      load_operand<Shape::kBlockN>(keys, key_tile, first_row);
+      load_operand<Shape::kBlockN>(values, value_tile, first_row);
+      pin_registers(keys);
+      pin_registers(values);
+    }
+  }
+
+  // Starts scores = keys queries^T.
+  template <int Accumulators>
+  FASTATTN_DEVICE void multiply_keys(float (&scores)[Accumulators], const unsigned char* queries) const {
+    if constexpr (Shape::kKeysInRegisters) {
+      multiply_transposed<T, Shape::kBlockM>(scores, keys, queries);
+    } else {
+      multiply_transposed<T, Shape::kBlockN, Shape::kBlockM, Shape::kHeadDim>(scores, key_tile, first_row, queries);
+    }
+  }
+
+  // Starts dp = values dout^T.
+  template <int Accumulators>
+  FASTATTN_DEVICE void multiply_values(float (&dp)[Accumulators], const unsigned char* dout) const {
+    if constexpr (Shape::kKeysInRegisters) {
+      multiply_transposed<T, Shape::kBlockM>(dp, values, dout);
+    } else {
+      multiply_transposed<T, Shape::kBlockN, Shape::kBlockM, Shape::kHeadDim>(dp, value_tile, first_row, dout);
+    }
+  }
 };
 
 template <class Shape>
@@ -187,16 +233,16 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kGradientGroups = Shape::kKeys && Shape::kValues ? 2 : 1;
   constexpr int kScoreGroups = Shape::kKeys ? 2 : 1;
+  KeyOperands<Shape> operands = {shared.keys, shared.values, first_row};
   const auto start_scores = [&](float (&scores)[kBlockM / 2], int stage) {
     wgmma_fence();
-    multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(scores, shared.keys, first_row,
-                                                                     shared.queries(stage));
+    operands.multiply_keys(scores, shared.queries(stage));
     wgmma_commit();
   };
   const auto start_dp = [&](float (&dp)[kBlockM / 2], int stage) {
     if constexpr (!Shape::kKeys) return;
     wgmma_fence();
-    multiply_transposed<T, Shape::kBlockN, kBlockM, Shape::kHeadDim>(dp, shared.values, first_row, shared.dout(stage));
+    operands.multiply_values(dp, shared.dout(stage));
     wgmma_commit();
   };
   const ScoreScale score_scale(params.call);
@@ -209,6 +255,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
   typename Pipeline<Shape::kStages>::State state;
   mbarrier_wait(&shared.barriers->keys, 0);
   if (steps == 0) return;
+  operands.load();
   queries.wait_full(state);
   start_scores(scores, state.stage);
   start_dp(dp, state.stage);

@@ -146,7 +146,8 @@ cudaError_t launch_attention_backward(const AttentionBackwardParams& params, Ten
           [&](auto shape) {
             using Shape = decltype(shape);
             attention_bwd_finish_kernel<Shape><<<static_cast<unsigned>(finish_blocks<Shape>(params.call)),
-                                                 2 * kWarpgroupThreads, kFinishSharedBytes<Shape>, stream>>>(params);
+                                                 kFinishWarpgroups<Shape> * kWarpgroupThreads, kFinishSharedBytes<Shape>,
+                                                 stream>>>(params);
             return cudaGetLastError();
           });
     }

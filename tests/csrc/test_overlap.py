@@ -82,4 +82,4 @@ def test_the_backward_s_exponentials_run_while_dp_is_multiplied(every_code: dict
         between = [part.split("WARPGROUP.DEPBAR")[0] for part in text.split(ONE_PRODUCT_LEFT)[1:]]
         assert max(part.count("MUFU.EX2") for part in between) >= exponentials // 2, name
         found += 1
-    assert found == 2 * (6 + 6 + 1)
+    assert found == 2 * (6 + 6 + 2)

@@ -47,7 +47,7 @@ cudaError_t emulate_backward(const AttentionBackwardParams& params, TensorMapEnc
           [&](auto shape) {
             using Shape = decltype(shape);
             const emulator::Launch launch{.grid = {static_cast<unsigned>(finish_blocks<Shape>(params.call)), 1, 1},
-                                          .threads = 2 * kWarpgroupThreads,
+                                          .threads = kFinishWarpgroups<Shape> * kWarpgroupThreads,
                                           .shared_bytes = kFinishSharedBytes<Shape>};
             emulator::launch(emulator::options, launch, attention_bwd_finish_kernel<Shape>, params);
             return cudaSuccess;

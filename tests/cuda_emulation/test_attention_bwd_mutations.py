@@ -71,39 +71,66 @@ def test_is_noticed(breakable: Library, line: int) -> None:
             run(breakable, line, seed)
 
 
-ONE_PASS = {
-    "kernels/attention_bwd_fused_sm90.cuh": [
+SHARED_LINES = {
+    "kernels/attention_bwd_fused_common.cuh": [
         Mutation(
             "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);"
         ),
         Mutation(
             "dq overwritten before it is taken",
-            "named_barrier_sync(kDqTaken, kConsumerThreads + kWarpThreads);",
+            "named_pair_sync<kDqTaken>(which, Shape::kDqThreads);",
         ),
-        Mutation("ds read before both wrote it", "named_barrier_sync(kDsWritten, kConsumerThreads);"),
+        Mutation("dq taken before it is written", "named_pair_sync<kDqWritten>(which, kThreads);"),
+        Mutation("dq handed over without a fence", "fence_proxy_async();"),
     ]
 }
+ONE_PASS = {
+    64: {
+        **SHARED_LINES,
+        "kernels/attention_bwd_fused_deferred.cuh": [
+            Mutation("ds read before both wrote it", "await_ds();"),
+            Mutation("ds of the last block read before both wrote it", "await_ds();", occurrence=1),
+            Mutation("ds read without a fence", "fence_proxy_async();"),
+            Mutation("dq stored in flight", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=2),
+            Mutation(
+                "keys overwritten while dq reads them", "named_barrier_sync(kKeysRead, kConsumerThreads);"
+            ),
+        ],
+    },
+    128: {
+        **SHARED_LINES,
+        "kernels/attention_bwd_fused_sm90.cuh": [
+            Mutation("ds read before both wrote it", "named_barrier_sync(kDsWritten, kConsumerThreads);"),
+            Mutation("ds read without a fence", "fence_proxy_async();"),
+        ],
+    },
+}
+ONE_PASS_LINES = [
+    pytest.param(head_dim, line, id=f"{head_dim}: {mutation.name}")
+    for head_dim, kernels in ONE_PASS.items()
+    for line, mutation in enumerate(mutation for mutations in kernels.values() for mutation in mutations)
+]
 
 
 @pytest.fixture(scope="module")
-def breakable_turns(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    folder = tmp_path_factory.mktemp("breakable_turns")
-    return breakable_library(
-        "attention_bwd.cpp", ONE_PASS, folder, library_folder, "HEAD_DIM=128", "ELEMENT=half_t"
-    )
+def breakable_one_pass(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Library]:
+    return {
+        head_dim: breakable_library(
+            "attention_bwd.cpp", kernels, tmp_path_factory.mktemp(f"breakable_{head_dim}"), library_folder,
+            f"HEAD_DIM={head_dim}", "ELEMENT=half_t",
+        )
+        for head_dim, kernels in ONE_PASS.items()
+    }  # fmt: skip
 
 
-def test_turns_make_the_order(breakable_turns: Library) -> None:
-    """Without a line of the one-pass kernel some schedule is reported, or gives other bits."""
-    for line in range(len(ONE_PASS["kernels/attention_bwd_fused_sm90.cuh"])):
-        breakable_turns("break_line", line)
-        options = {"with_dlse": True, "head_dim": 128, "one_pass": True, "resident": 4}
-        try:
-            results = [
-                check(lambda *_: breakable_turns, CASE, torch.float16, seed=seed, **options)
-                for seed in range(4)
-            ]
-        except (EmulationError, AssertionError):
-            continue
-        same = all(torch.equal(a.query, results[0].query) for a in results)
-        assert not same, f"line {line} is broken and nothing shows"
+@pytest.mark.parametrize(("head_dim", "line"), ONE_PASS_LINES)
+def test_one_pass_needs_the_line(breakable_one_pass: dict[int, Library], head_dim: int, line: int) -> None:
+    """Without it some schedule is reported, or gives other bits."""
+    library = breakable_one_pass[head_dim]
+    library("break_line", line)
+    options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True, "resident": 4}
+    try:
+        results = [check(lambda *_: library, CASE, torch.float16, seed=seed, **options) for seed in range(4)]
+    except (EmulationError, AssertionError):
+        return
+    assert not all(torch.equal(a.query, results[0].query) for a in results)

@@ -87,17 +87,18 @@ def test_only_what_is_needed(emulated_extension: EmulatedExtension, needs: Grads
             torch.testing.assert_close(one, all_of_them, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 72])
 def test_one_pass_where_it_was_measured_to_be_faster(
-    emulated_extension: EmulatedExtension, monkeypatch: pytest.MonkeyPatch
+    emulated_extension: EmulatedExtension, monkeypatch: pytest.MonkeyPatch, head_dim: int
 ) -> None:
-    query, dout = (torch.randn(1, 2, 70, 72).to(DTYPE) for _ in range(2))
-    key, value = (torch.randn(1, 1, 300, 72).to(DTYPE) for _ in range(2))
+    query, dout = (torch.randn(1, 2, 70, head_dim).to(DTYPE) for _ in range(2))
+    key, value = (torch.randn(1, 1, 300, head_dim).to(DTYPE) for _ in range(2))
     dlse = torch.randn(1, 2, 70)
     call = AttentionCall(query, key, value, causal="bottom_right", scale=0.2)
     spec = AttentionSpec.of(call)
     out, lse = cuda_attention.attention_fwd(spec, call)
     two_passes = cuda_attention.attention_bwd(spec, call, out, lse, dout, dlse, GradsNeeded())
-    monkeypatch.setattr(cuda_attention, "ONE_PASS_HEAD_DIMS", frozenset({72}))
+    monkeypatch.setattr(cuda_attention, "ONE_PASS_HEAD_DIMS", frozenset({head_dim}))
     one_pass = cuda_attention.attention_bwd(spec, call, out, lse, dout, dlse, GradsNeeded())
     inputs, options = (query, key, value), {"causal": True, "scale": 0.2}
     golden = graded(tuple(x.double() for x in inputs), dout, dlse, options)[2:]
@@ -152,6 +153,9 @@ def test_nothing_to_do(emulated_extension: EmulatedExtension, shape: tuple[int, 
         assert all(grad.eq(0).all() and grad.shape == x.shape for grad, x in zip(grads[:3], (q, k, k)))
 
 
+ONE_PASS_NEEDS = "one_pass: needs a head dim of at most 128, no softcap and all gradients"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -166,7 +170,14 @@ def test_nothing_to_do(emulated_extension: EmulatedExtension, shape: tuple[int, 
         ({"dlse": torch.zeros(1, 1, 18)[..., ::2]}, "dlse: needs to be contiguous"),
         ({"scale": -1.0}, "scale: got -1, needs a positive number"),
         ({"window_left": -2}, "window_left: got -2, needs -1 or more"),
-        ({"one_pass": True}, "one_pass: needs a head dim of 72 to 128, no softcap and all gradients"),
+        ({"one_pass": True, "softcap": 2.0}, ONE_PASS_NEEDS),
+        ({"one_pass": True, "key_grads": False}, ONE_PASS_NEEDS),
+        ({"one_pass": True, "query_grad": False}, ONE_PASS_NEEDS),
+        (
+            {"one_pass": True}
+            | dict.fromkeys(("dout", "query", "key", "value", "out"), torch.zeros(1, 1, 9, 136, dtype=DTYPE)),
+            ONE_PASS_NEEDS,
+        ),
     ],
 )
 def test_bad_arguments(emulated_extension: EmulatedExtension, changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,147 @@
+// What a pass for all gradients shares, however its warpgroups divide dq: its shape, and how dq reaches global memory.
+#pragma once
+
+#include "attention_bwd_dkdv_sm90.cuh"
+
+namespace fastattn {
+
+template <class Element_, int kHeadDim_, int kBlockN_, int kBlockM_>
+struct FusedGradientsShape : KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kBlockM_, KeyGradients::kBoth, false> {
+  using Base = KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kBlockM_, KeyGradients::kBoth, false>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockN = kBlockN_;
+  static constexpr int kBlockM = kBlockM_;
+  static constexpr bool kSumsOverKeys = true;
+
+  // How the two warpgroups share dq: each takes every other block of queries, or half of the columns of all. A product
+  // reads the rows of ds in any case, so the first reads less; but its registers are free at head dim 64 alone.
+  static constexpr bool kDqByBlocks = kHeadDim == kPanelColumns;
+  static constexpr int kDqColumns = kDqByBlocks ? kHeadDim : kHeadDim / 2;  // of a product
+  static constexpr int kDqTiles = kDqByBlocks ? 2 : 1;                      // one per warpgroup, or one of both
+  static constexpr int kDqThreads = (kDqByBlocks ? 1 : 2) * kWarpgroupThreads + kWarpThreads;  // that hand a tile over
+  static constexpr int kDsTiles = kDqByBlocks ? 4 : 2;                      // used in turn
+
+  static constexpr uint32_t kDsBytes = kTileBytes<kBlockM, kBlockN>;
+  static constexpr uint32_t kDqBytes = kBlockM * kHeadDim * 4;
+  static constexpr uint32_t kDsAt = (Base::kBarriersAt + 128 + 1023) / 1024 * 1024;
+  static constexpr uint32_t kDqAt = kDsAt + kDsTiles * kDsBytes;
+  static constexpr uint32_t kSharedBytes = kDqAt + kDqTiles * kDqBytes + 1024;  // 1024 to align the tiles
+
+  static_assert(kBlockM == 64 && kBlockM == kSemaphoreRows, "a product for dq has 64 rows");
+  static_assert(kDqColumns % kPanelColumns == 0, "a product takes whole panels of k");
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+};
+
+// Floats of a block of queries in params.dq_sum: four by four, what the threads of a 64 x kHeadDim accumulator hold.
+template <class Shape>
+constexpr int kDqFloats = Shape::kBlockM * Shape::kHeadDim;
+
+// Named barriers beside those of warpgroup_sync; where each warpgroup has a tile of dq, it has one of each pair.
+constexpr int kDsWritten = 3;
+constexpr int kDqWritten = 5;
+constexpr int kDqTaken = 7;
+constexpr int kKeysRead = 9;  // by both warpgroups, for the last time
+
+// Constant numbers: see warpgroup_sync.
+template <int kFirst>
+FASTATTN_DEVICE void named_pair_sync(int which, int threads) {
+  if (which == 0) {
+    named_barrier_sync(kFirst, threads);
+  } else {
+    named_barrier_sync(kFirst + 1, threads);
+  }
+}
+
+template <int kFirst>
+FASTATTN_DEVICE void named_pair_arrive(int which, int threads) {
+  if (which == 0) {
+    named_barrier_arrive(kFirst, threads);
+  } else {
+    named_barrier_arrive(kFirst + 1, threads);
+  }
+}
+
+template <class Shape>
+FASTATTN_DEVICE unsigned char* ds_tile(const KeyGradientsShared<Shape>& shared, int step) {
+  return shared.base + Shape::kDsAt + step % Shape::kDsTiles * Shape::kDsBytes;
+}
+
+template <class Shape>
+FASTATTN_DEVICE float* dq_tile(const KeyGradientsShared<Shape>& shared, int which) {
+  return reinterpret_cast<float*>(shared.base + Shape::kDqAt + which * Shape::kDqBytes);
+}
+
+// Writes a warp's ds, 16 keys by kRows queries in registers, to a tile of kRows queries whose column `column` its first
+// key is.
+template <int kRows, int Steps>
+FASTATTN_DEVICE void store_transposed(unsigned char* tile, int column, const uint32_t (&ds)[Steps][4]) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    const int row = step * 16 + lane / 16 * 8 + lane % 8;
+    stmatrix_x4_transposed(tile + tile_offset<kRows>(row, column + lane / 8 % 2 * 8), ds[step]);
+  }
+}
+
+// Hands a warpgroup's dq, columns from `part` * kDqColumns on, over to the warp that adds it, in tile `which`.
+template <class Shape, int Accumulators>
+FASTATTN_DEVICE void hand_over_dq(const KeyGradientsShared<Shape>& shared, float (&dq)[Accumulators], int which,
+                                  int part) {
+  const int thread = thread_index() % kWarpgroupThreads;
+  pin_registers(dq);
+  named_pair_sync<kDqTaken>(which, Shape::kDqThreads);
+  float4* values = reinterpret_cast<float4*>(dq_tile(shared, which)) + part * (Accumulators / 4) * kWarpgroupThreads;
+#pragma unroll
+  for (int i = 0; i < Accumulators; i += 4) {
+    st_shared(&values[i / 4 * kWarpgroupThreads + thread], make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
+  }
+  fence_proxy_async();
+  named_pair_arrive<kDqWritten>(which, Shape::kDqThreads);
+}
+
+// One warp adds what the consumers hand over to the sums in global memory, when this tile's turn comes.
+template <class Shape>
+FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile& tile, const BlockRange& blocks,
+                            const KeyGradientsShared<Shape>& shared) {
+  constexpr int kThreads = Shape::kDqThreads;
+  const bool issues = elect_one();
+  const int group_size = params.call.num_heads / params.call.num_kv_heads;
+  const int key_block = tile.first_key / Shape::kBlockN;
+  const int steps = group_size * (blocks.end - blocks.begin);
+  for (int which = 0; which < Shape::kDqTiles && which < steps; ++which) named_pair_arrive<kDqTaken>(which, kThreads);
+  int step = 0;
+  for (int member = 0; member < group_size; ++member) {
+    const int64_t first = padded_row(params.call, tile.sequence, tile.kv_head * group_size + member) / Shape::kBlockM;
+    for (int block = blocks.begin; block < blocks.end; ++block, ++step) {
+      const int which = step % Shape::kDqTiles;
+      const int last = key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, block * Shape::kBlockM).end - 1;
+      named_pair_sync<kDqWritten>(which, kThreads);
+      if (issues) {
+        semaphore_wait(params.dq_semaphore + first + block, last - key_block);
+        fence_proxy_async_global();
+        bulk_reduce_add(params.dq_sum + (first + block) * kDqFloats<Shape>, dq_tile(shared, which), Shape::kDqBytes);
+        bulk_commit();
+        bulk_wait_read<0>();
+      }
+      warp_sync();
+      if (step + Shape::kDqTiles < steps) named_pair_arrive<kDqTaken>(which, kThreads);
+      if (issues) {
+        bulk_wait<0>();
+        fence_proxy_async_global();
+        semaphore_add_release(params.dq_semaphore + first + block, 1);
+      }
+      warp_sync();  // a named barrier takes whole warps
+    }
+  }
+}
+
+// The tile of keys of the block that drew `ticket`: like key_work, but the last tiles of all heads come first, as their
+// turns do.
+template <class Shape>
+FASTATTN_DEVICE KeyWork turn_work(const AttentionParams& call, const TileSchedule& schedule, uint32_t ticket) {
+  const Tile place = tile_at(schedule, static_cast<int>(ticket));
+  const KeyTile tile = key_tile<Shape::kBlockN>(call, place.query_block, place.plane);
+  return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
+}
+
+}  // namespace fastattn
