@@ -37,7 +37,7 @@ constexpr TileSize key_gradients_tile(int head_dim, bool softcap) {
 constexpr TileSize query_gradient_tile(int head_dim, bool softcap) {
   if (head_dim == 64) return {128, 128};
   if (head_dim == 128) return {128, softcap ? 64 : 128};
-  return {128, 32};
+  return {128, softcap ? 32 : 48};
 }
 
 // Whether all gradients can come from one pass, with the tiles of key_gradients_tile. Above 128 the sums of both gradients

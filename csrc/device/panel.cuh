@@ -26,11 +26,12 @@ FASTATTN_DEVICE uint32_t tile_offset(int row, int column) {
 
 // Starts copying kRows rows of one head from `row` on, all columns, to a tile. One thread calls it.
 template <int kRows, int kColumns>
-FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* barrier, int row, int head, int batch) {
+FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* barrier, int row, int head, int batch,
+                               CachePolicy policy = CachePolicy::kEvictNormal) {
 #pragma unroll
   for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
     tma_load_4d(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes, map, barrier, panel * kPanelColumns,
-                row, head, batch);
+                row, head, batch, policy);
   }
 }
 

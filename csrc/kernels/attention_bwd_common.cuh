@@ -17,6 +17,15 @@ struct BackwardMaps {
   CUtensorMap dout;
 };
 
+// Fetches the maps ahead of the first copy. One thread calls it.
+FASTATTN_DEVICE void prefetch_maps(const BackwardMaps& maps) {
+  for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout}) tma_prefetch_map(map);
+}
+
+// What one block alone reads need not stay in L2; what every block of a head reads should.
+constexpr CachePolicy kReadOnce = CachePolicy::kEvictFirst;
+constexpr CachePolicy kReadAgain = CachePolicy::kEvictLast;
+
 // Products x' = q.k become what `log2` turns into log2(e) * score: score = scale * x', or softcap * tanh(scale * x' /
 // softcap). Gradients leave the factor `scale` to the end.
 struct ScoreScale {

@@ -146,9 +146,9 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
     Mbarrier* arrived = zeroes_keys ? &barriers.landed : &barriers.keys;
     mbarrier_arrive_expect_tx(arrived, Shape::kKeyBytes * (Shape::kKeys ? 2 : 1));
     const int row = sequence.key_start + tile.first_key;
-    load_tile<Shape::kBlockN, kHeadDim>(shared.keys, &maps.k, arrived, row, tile.kv_head, sequence.batch);
+    load_tile<Shape::kBlockN, kHeadDim>(shared.keys, &maps.k, arrived, row, tile.kv_head, sequence.batch, kReadOnce);
     if (Shape::kKeys) {
-      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, arrived, row, tile.kv_head, sequence.batch);
+      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, arrived, row, tile.kv_head, sequence.batch, kReadOnce);
     }
   }
   if (zeroes_keys) {
@@ -170,8 +170,10 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
       Mbarrier& arrived = zeroes ? barriers.landed : full;
       barriers.queries.load(state, arrived, Shape::kStageBytes, issues, [&] {
         const int row = sequence.query_start + first_query;
-        load_tile<kBlockM, kHeadDim>(shared.queries(state.stage), &maps.q, &arrived, row, head, sequence.batch);
-        load_tile<kBlockM, kHeadDim>(shared.dout(state.stage), &maps.dout, &arrived, row, head, sequence.batch);
+        load_tile<kBlockM, kHeadDim>(shared.queries(state.stage), &maps.q, &arrived, row, head, sequence.batch,
+                                     kReadAgain);
+        load_tile<kBlockM, kHeadDim>(shared.dout(state.stage), &maps.dout, &arrived, row, head, sequence.batch,
+                                     kReadAgain);
         bulk_load(shared.lse_log2(state.stage), params.lse_log2 + padded + first_query, Shape::kRowBytes, &arrived);
         bulk_load(shared.delta(state.stage), params.delta + padded + first_query, Shape::kRowBytes, &arrived);
       });
@@ -359,6 +361,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     mbarrier_init(&shared.barriers->keys, 1);
     mbarrier_init(&shared.barriers->landed, 1);
     fence_barrier_init();
+    prefetch_maps(maps);
   }
   block_sync();
 

@@ -72,8 +72,10 @@ FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const B
   if (issues) {
     mbarrier_arrive_expect_tx(&barriers.queries, 2 * Shape::kQueryBytes);
     const int row = sequence.query_start + tile.first_query;
-    load_tile<Shape::kBlockM, kHeadDim>(shared.queries, &maps.q, &barriers.queries, row, tile.head, sequence.batch);
-    load_tile<Shape::kBlockM, kHeadDim>(shared.dout, &maps.dout, &barriers.queries, row, tile.head, sequence.batch);
+    load_tile<Shape::kBlockM, kHeadDim>(shared.queries, &maps.q, &barriers.queries, row, tile.head, sequence.batch,
+                                        kReadOnce);
+    load_tile<Shape::kBlockM, kHeadDim>(shared.dout, &maps.dout, &barriers.queries, row, tile.head, sequence.batch,
+                                        kReadOnce);
   }
 
   typename Pipeline<Shape::kStages>::State state;
@@ -87,8 +89,8 @@ FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const B
     Mbarrier& arrived = zeroes ? barriers.landed : full;
     barriers.keys.load(state, arrived, 2 * Shape::kKeyBytes, issues, [&] {
       const int row = sequence.key_start + first_key;
-      load_tile<kBlockN, kHeadDim>(shared.keys(state.stage), &maps.k, &arrived, row, kv_head, sequence.batch);
-      load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, &arrived, row, kv_head, sequence.batch);
+      load_tile<kBlockN, kHeadDim>(shared.keys(state.stage), &maps.k, &arrived, row, kv_head, sequence.batch, kReadAgain);
+      load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, &arrived, row, kv_head, sequence.batch, kReadAgain);
     });
     if (zeroes) {
       zero_landed_rows<kBlockN, kHeadDim>(arrived, landed_parity, full, rows, issues, shared.keys(state.stage),
@@ -202,6 +204,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     mbarrier_init(&shared.barriers->queries, 1);
     mbarrier_init(&shared.barriers->landed, 1);
     fence_barrier_init();
+    prefetch_maps(maps);
   }
   block_sync();
 

@@ -111,6 +111,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     mbarrier_init(&shared.barriers->keys, 1);
     mbarrier_init(&shared.barriers->landed, 1);
     fence_barrier_init();
+    prefetch_maps(maps);
     st_shared(&shared.barriers->ticket, counter_fetch_add(params.ticket, 1));
   }
   block_sync();

@@ -34,14 +34,16 @@ CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardPa
   return CUDA_SUCCESS;
 }
 
-// One block of threads for each tile of keys, or of queries.
+// One block of threads for each tile of keys, or of queries. A section's planes share the L2 cache: q and dout of their
+// query heads, and in one pass the float sums of dq, which take as much again.
 template <class Shape>
 TileSchedule key_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_k != nullptr;
   const int64_t planes = packed ? p.num_kv_heads : int64_t{p.batch} * p.num_kv_heads;
   const int64_t blocks =
       packed ? packed_blocks<Shape::kBlockN>(p.total_k, p.batch) : (p.total_k + Shape::kBlockN - 1) / Shape::kBlockN;
-  return schedule_tiles(planes, blocks, 1, 4 * p.total_q * p.head_dim * (p.num_heads / p.num_kv_heads));
+  const int64_t head_bytes = p.total_q * (4 * p.head_dim + (Shape::kSumsOverKeys ? 4 * Shape::kHeadDim : 0));
+  return schedule_tiles(planes, blocks, 1, head_bytes * (p.num_heads / p.num_kv_heads));
 }
 
 template <class Shape>

@@ -83,3 +83,19 @@ def test_the_backward_s_exponentials_run_while_dp_is_multiplied(every_code: dict
         assert max(part.count("MUFU.EX2") for part in between) >= exponentials // 2, name
         found += 1
     assert found == 2 * (6 + 6 + 2)
+
+
+@pytest.mark.timeout(900)
+def test_tensor_maps_are_prefetched_and_loads_say_what_is_read_again(every_code: dict[str, str]) -> None:
+    """Before the first copy; the backward keeps in L2 what every block of a head reads, not what one block reads."""
+    found = 0
+    for name, text in every_code.items():
+        if "UTMALDG" not in text:
+            continue
+        before_first_copy = text.split("UTMALDG")[0]
+        assert before_first_copy.count("UTMACCTL.PF") == 4, name
+        if "attention_bwd" in name:
+            assert "0x12f00000" in text, name  # evict_first
+            assert "0x14f00000" in text, name  # evict_last
+        found += 1
+    assert found == 14 + 2 * (6 + 6 + 2)

@@ -16,6 +16,29 @@ extern "C" const char* padded_rows(int64_t* rows, const int32_t* cu_seqlens_q, i
   });
 }
 
+// Planes of a section of the pass over keys, and of that of a call in one pass, of dense calls.
+extern "C" const char* key_sections(int64_t* planes, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen_q,
+                                    int64_t seqlen_k) {
+  return emulator::guarded([&] {
+    AttentionParams p = {};
+    p.batch = static_cast<int>(batch);
+    p.num_heads = static_cast<int>(heads);
+    p.num_kv_heads = static_cast<int>(kv_heads);
+    p.total_q = seqlen_q;
+    p.total_k = seqlen_k;
+    p.head_dim = HEAD_DIM;
+    const auto sections = [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      if constexpr (has_one_pass(kHeadDim)) {
+        using TwoPasses = KeyGradientsShapeFor<ELEMENT, kHeadDim, KeyGradients::kBoth, false>;
+        planes[0] = key_schedule<TwoPasses>(p).planes_per_section;
+        planes[1] = key_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).planes_per_section;
+      }
+    };
+    sections(std::integral_constant<int, HEAD_DIM>());
+  });
+}
+
 // Arguments as for params_of; the strides go on with dout, dq, dk, dv.
 extern "C" const char* attention_backward(const void* q, const void* k, const void* v, void* out, const void* dout,
                                           float* lse, const float* dlse, void* dq, void* dk, void* dv, float* lse_log2,

@@ -270,3 +270,14 @@ def test_one_pass_takes_turns(emulated: Callable[..., Any], name: str, head_dim:
         again = check(emulated, name, torch.float16, resident=4, seed=seed, **options)
         for label, a, b in zip(Grads._fields, first, again):
             assert torch.equal(a, b), f"d{label} under schedule {seed}"
+
+
+@pytest.mark.parametrize("heads", [16, 64], ids=["every head its own keys", "four heads share keys"])
+def test_sections_fit_the_cache(emulated: Callable[..., Any], heads: int) -> None:
+    """q and dout of a section's heads have 32 MB of L2 at most, with the sums of dq where there is one pass."""
+    planes = torch.zeros(2, dtype=torch.int64)
+    build(emulated, 128, torch.float16)("key_sections", planes, 1, heads, 16, 8192, 8192)
+    group = heads // 16
+    head_bytes = 8192 * 128 * 2 * 2
+    for section, bytes_per_plane in zip(planes.tolist(), (head_bytes * group, 2 * head_bytes * group)):
+        assert section == (32 << 20) // bytes_per_plane
