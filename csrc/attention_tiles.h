@@ -25,12 +25,13 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
 }
 
 // Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers
-// decide: a thread holds keys * head_dim / 128 sums of each gradient (above 128 of one of them at a time), three blocks
-// of keys * queries / 256 scores, and the cap's slopes beside.
+// decide: a thread holds keys * head_dim / 128 sums of each gradient, three blocks of keys * queries / 256 scores, and the
+// cap's slopes beside. Above 128 it holds the sums of one gradient: of the 64 keys that both warpgroups share, or with a
+// cap, whose slopes would have to be handed over too, one after the other.
 constexpr TileSize key_gradients_tile(int head_dim, bool softcap) {
   if (head_dim == 64) return {64, 128};
   if (head_dim == 128) return {softcap ? 32 : 64, 128};
-  return {32, 128};
+  return softcap ? TileSize{32, 128} : TileSize{64, 64};
 }
 
 // Gradient of queries: `queries` of a block, which loops over blocks of `keys`. Likewise; at 256 shared memory decides.

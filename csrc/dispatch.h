@@ -7,7 +7,7 @@
 //   attention forward 16-bit dtype x head dim {64, 128, 256} x {plain, softcap}, and
 //     at 128 other tiles for calls without causality or window (attention_tiles.h)      2 x (2 + 3 + 2)   = 14
 //   attention backward 16-bit dtype x head dim {64, 128, 256} x ({plain, softcap} x {keys, queries} + rows),
-//     at 256 two passes over keys; at 64 and 128 also all in one pass, and its end      2 x (7 + 7 + 7)   = 42
+//     at 256 with softcap two passes over keys; at 64 and 128 also all in one, its end  2 x (7 + 7 + 6)   = 40
 //
 // (in, out) is one of three dtypes, or a 16-bit input with a float result, as autocast wants: 5 pairs. Scale, mask,
 // causality, log, lengths, alignment and the threads of a row are arguments: they change no instruction of the loop

@@ -22,7 +22,7 @@ template <class Element_, int kHeadDim_, int kBlockN_, int kBlockM_, KeyGradient
 struct KeyGradientsShape {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlockN = kBlockN_;  // keys of a block, 64 per consumer warpgroup
+  static constexpr int kBlockN = kBlockN_;  // keys of a block, 64 per consumer warpgroup, or 64 of both
   static constexpr int kBlockM = kBlockM_;  // queries of a stage
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr bool kKeys = kWanted != KeyGradients::kValues;
@@ -34,7 +34,7 @@ struct KeyGradientsShape {
   static constexpr bool kKeysInRegisters = kHeadDim == 64;
 
   static constexpr int kStages = 2;
-  static constexpr int kConsumers = kBlockN / 64;
+  static constexpr int kConsumers = 2;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
   static constexpr int kMinBlocks = 1;  // per multiprocessor
   static constexpr int kProducerRegisters = 24;
@@ -54,7 +54,7 @@ struct KeyGradientsShape {
 
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockN % 64 == 0 && kBlockM % 16 == 0);
   static_assert(kRowBlock % kBlockM == 0, "stages end where the padded rows do");
-  static_assert(kConsumers == 2 && kSharedBytes <= kMaxSharedBytes);
+  static_assert((kBlockN == 64 * kConsumers || kBlockN == 64) && kSharedBytes <= kMaxSharedBytes);
   static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
 };
 

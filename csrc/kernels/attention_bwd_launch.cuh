@@ -9,6 +9,7 @@
 #include "../device/head_map.h"
 #include "../launch.h"
 #include "attention_bwd_dkdv_sm90.cuh"
+#include "attention_bwd_dkdv_split_sm90.cuh"
 #include "attention_bwd_dq_sm90.cuh"
 #include "attention_bwd_fused_sm90.cuh"
 
@@ -59,6 +60,21 @@ template <class Element, int kHeadDim, KeyGradients kWanted, bool kSoftcap>
 using KeyGradientsShapeFor = KeyGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, kSoftcap).keys,
                                                key_gradients_tile(kHeadDim, kSoftcap).queries, kWanted, kSoftcap>;
 
+// The pass for both where a warpgroup has registers for one.
+template <class Element, int kHeadDim>
+using SplitGradientsShapeFor = SplitGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, false).keys,
+                                                   key_gradients_tile(kHeadDim, false).queries>;
+
+// The kernel of a pass over keys.
+template <class Element, int kHeadDim, int kBlockN, int kBlockM, KeyGradients kWanted, bool kSoftcap>
+constexpr auto key_pass_kernel(KeyGradientsShape<Element, kHeadDim, kBlockN, kBlockM, kWanted, kSoftcap>) {
+  return attention_bwd_dkdv_kernel<KeyGradientsShape<Element, kHeadDim, kBlockN, kBlockM, kWanted, kSoftcap>>;
+}
+template <class Element, int kHeadDim, int kBlockN, int kBlockM>
+constexpr auto key_pass_kernel(SplitGradientsShape<Element, kHeadDim, kBlockN, kBlockM>) {
+  return attention_bwd_dkdv_split_kernel<SplitGradientsShape<Element, kHeadDim, kBlockN, kBlockM>>;
+}
+
 template <class Element, int kHeadDim, bool kSoftcap>
 using QueryGradientShapeFor = QueryGradientShape<Element, kHeadDim, query_gradient_tile(kHeadDim, kSoftcap).queries,
                                                  query_gradient_tile(kHeadDim, kSoftcap).keys, kSoftcap>;
@@ -94,6 +110,8 @@ Error run_gradient_passes(const AttentionBackwardParams& params, KeyPass key_pas
   if (params.dk != nullptr) {
     if constexpr (kHeadDim <= 128) {
       error = keys(KeyGradientsShapeFor<Element, kHeadDim, KeyGradients::kBoth, kSoftcap>());
+    } else if constexpr (!kSoftcap) {
+      error = keys(SplitGradientsShapeFor<Element, kHeadDim>());
     } else {
       error = keys(KeyGradientsShapeFor<Element, kHeadDim, KeyGradients::kKeys, kSoftcap>());
       if (error != Error{}) return error;
@@ -156,7 +174,7 @@ cudaError_t launch_attention_backward(const AttentionBackwardParams& params, Ten
   }
   const auto key_pass = [&](auto shape, const TileSchedule& schedule) {
     using Shape = decltype(shape);
-    return launch_gradient_pass<Shape>(attention_bwd_dkdv_kernel<Shape>, params, schedule, encode, stream);
+    return launch_gradient_pass<Shape>(key_pass_kernel(shape), params, schedule, encode, stream);
   };
   const auto query_pass = [&](auto shape, const TileSchedule& schedule) {
     using Shape = decltype(shape);

@@ -82,7 +82,7 @@ def test_the_backward_s_exponentials_run_while_dp_is_multiplied(every_code: dict
         between = [part.split("WARPGROUP.DEPBAR")[0] for part in text.split(ONE_PRODUCT_LEFT)[1:]]
         assert max(part.count("MUFU.EX2") for part in between) >= exponentials // 2, name
         found += 1
-    assert found == 2 * (6 + 6 + 2)
+    assert found == 2 * (5 + 6 + 2)
 
 
 @pytest.mark.timeout(900)
@@ -98,4 +98,4 @@ def test_tensor_maps_are_prefetched_and_loads_say_what_is_read_again(every_code:
             assert "0x12f00000" in text, name  # evict_first
             assert "0x14f00000" in text, name  # evict_last
         found += 1
-    assert found == 14 + 2 * (6 + 6 + 2)
+    assert found == 14 + 2 * (5 + 5 + 5)

@@ -55,7 +55,7 @@ cudaError_t emulate_backward(const AttentionBackwardParams& params, TensorMapEnc
     }
   }
   const auto key_pass = [&](auto shape, const TileSchedule& schedule) {
-    return pass(shape, attention_bwd_dkdv_kernel<decltype(shape)>, schedule);
+    return pass(shape, key_pass_kernel(shape), schedule);
   };
   const auto query_pass = [&](auto shape, const TileSchedule& schedule) {
     return pass(shape, attention_bwd_dq_kernel<decltype(shape)>, schedule);

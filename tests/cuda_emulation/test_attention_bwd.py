@@ -152,8 +152,20 @@ def test_bfloat16(emulated: Callable[..., Any], name: str) -> None:
     check(emulated, name, torch.bfloat16, with_dlse=True, seed=1)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one query", "one key", "causal, fewer queries", "causal, more queries", "window", "grouped heads",
+        "key lengths", "key lengths, several blocks",
+    ],
+)  # fmt: skip
+def test_warpgroups_share_keys(emulated: Callable[..., Any], name: str) -> None:
+    """Head dim 256, where one warpgroup has the sums for dk and the other those for dv."""
+    check(emulated, name, torch.float16, with_dlse=True, head_dim=256, seed=len(name), resident=2)
+
+
 @pytest.mark.parametrize("landing", ["eager", "lazy", "random"])
-@pytest.mark.parametrize("name", ["grouped heads", "key lengths, causal", "128, causal"])
+@pytest.mark.parametrize("name", ["grouped heads", "key lengths, causal", "128, causal", "256"])
 def test_no_schedule_changes_a_bit(emulated: Callable[..., Any], name: str, landing: str) -> None:
     first = check(emulated, name, torch.float16, with_dlse=True, seed=0, landing="random")
     for seed in range(1, 4):
@@ -171,8 +183,13 @@ def test_no_schedule_changes_a_bit(emulated: Callable[..., Any], name: str, land
     ],
     ids=["causal", "empty sequences", "window and softcap"],
 )
-@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "one_pass"),
+    [
+        pytest.param(head_dim, one_pass, id=f"{head_dim}, {'one pass' if one_pass else 'two passes'}")
+        for head_dim, one_pass in ((64, False), (64, True), (128, False), (128, True), (256, False))
+    ],
+)
 def test_packed(
     emulated: Callable[..., Any],
     head_dim: int,

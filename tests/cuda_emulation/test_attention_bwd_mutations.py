@@ -105,11 +105,48 @@ ONE_PASS = {
         ],
     },
 }
+SPLIT = {
+    "kernels/attention_bwd_dkdv_split_sm90.cuh": [
+        Mutation("scores read before they are there", "queries.wait_full(next);"),
+        Mutation("dout read before it is there", "queries.wait_full(next);", occurrence=1),
+        Mutation("queries released while dv reads dout", "wgmma_wait<1>();", "wgmma_wait<2>();"),
+        Mutation(
+            "queries released while dk reads them", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=1
+        ),
+        Mutation("dp touched in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=2),
+        Mutation(
+            "probabilities overwritten before they are taken",
+            "named_barrier_sync(kProbabilitiesTaken, kSplitThreads);",
+        ),
+        Mutation(
+            "probabilities taken before they are written",
+            "named_barrier_sync(kProbabilitiesWritten, kSplitThreads);",
+        ),
+    ]
+}
+SPLIT_LINES = [mutation for mutations in SPLIT.values() for mutation in mutations]
 ONE_PASS_LINES = [
     pytest.param(head_dim, line, id=f"{head_dim}: {mutation.name}")
     for head_dim, kernels in ONE_PASS.items()
     for line, mutation in enumerate(mutation for mutations in kernels.values() for mutation in mutations)
 ]
+
+
+@pytest.fixture(scope="module")
+def breakable_split(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    folder = tmp_path_factory.mktemp("breakable_split")
+    return breakable_library(
+        "attention_bwd.cpp", SPLIT, folder, library_folder, "HEAD_DIM=256", "ELEMENT=half_t"
+    )
+
+
+@pytest.mark.parametrize("line", range(len(SPLIT_LINES)), ids=[mutation.name for mutation in SPLIT_LINES])
+def test_warpgroups_that_share_keys_need_the_line(breakable_split: Library, line: int) -> None:
+    breakable_split("break_line", line)
+    options = {"with_dlse": True, "head_dim": 256}
+    for seed, landing in enumerate(("eager", "lazy", "random")):
+        with pytest.raises((EmulationError, AssertionError)):
+            check(lambda *_: breakable_split, CASE, torch.float16, seed=seed, landing=landing, **options)
 
 
 @pytest.fixture(scope="module")
