@@ -45,7 +45,7 @@ class MeasuredHeads:
 
 MEASURED_HEADS: tuple[MeasuredHeads, ...] = ()  # nothing has been measured yet
 
-# Head dims, of 72 to 128, for which the backward in one pass was measured to be faster than in two.
+# Head dims, of 128 at most, for which the backward in one pass was measured to be faster than in two.
 ONE_PASS_HEAD_DIMS: frozenset[int] = frozenset()
 
 

@@ -140,6 +140,16 @@ def test_special_instructions_stay_in_the_device_layer() -> None:
         assert not re.search(r"\basm\b|__shared__|threadIdx|blockIdx|__syncthreads|__shfl", text), path
 
 
+def test_stages_are_loaded_by_one_helper() -> None:
+    """Pipeline::load syncs the warp between its wait and the copies; a loop that waits by itself could forget it."""
+    for path in (CSRC / "kernels").glob("*.cuh"):
+        assert "wait_empty" not in path.read_text(encoding="utf-8"), path
+    helper = (CSRC / "device" / "pipeline.cuh").read_text(encoding="utf-8").split("void load(")[1]
+    steps = ["wait_empty(state);", "warp_sync();", "mbarrier_arrive_expect_tx(", "copies();"]
+    places = [helper.index(step) for step in steps]
+    assert places == sorted(places)
+
+
 def test_everything_that_is_compiled_is_installed() -> None:
     kinds = {path.suffix for path in CSRC.rglob("*") if path.is_file()}
     assert kinds == {".h", ".cpp", ".cuh", ".cu"}
