@@ -99,21 +99,22 @@ FASTATTN_DEVICE void hand_over_dq(const KeyGradientsShared<Shape>& shared, float
   named_pair_arrive<kDqWritten>(which, Shape::kDqThreads);
 }
 
-// One warp adds what the consumers hand over to the sums in global memory, when this tile's turn comes.
+// Adds what the consumers hand over in tile `which` to the sums in global memory, when the block's turn comes. One warp
+// for each tile: it waits for the memory system between its turn and the next block's, longer than a step may take.
 template <class Shape>
 FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile& tile, const BlockRange& blocks,
-                            const KeyGradientsShared<Shape>& shared) {
+                            const KeyGradientsShared<Shape>& shared, int which) {
   constexpr int kThreads = Shape::kDqThreads;
   const bool issues = elect_one();
   const int group_size = params.call.num_heads / params.call.num_kv_heads;
   const int key_block = tile.first_key / Shape::kBlockN;
   const int steps = group_size * (blocks.end - blocks.begin);
-  for (int which = 0; which < Shape::kDqTiles && which < steps; ++which) named_pair_arrive<kDqTaken>(which, kThreads);
+  if (which < steps) named_pair_arrive<kDqTaken>(which, kThreads);
   int step = 0;
   for (int member = 0; member < group_size; ++member) {
     const int64_t first = padded_row(params.call, tile.sequence, tile.kv_head * group_size + member) / Shape::kBlockM;
     for (int block = blocks.begin; block < blocks.end; ++block, ++step) {
-      const int which = step % Shape::kDqTiles;
+      if (step % Shape::kDqTiles != which) continue;
       const int last = key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, block * Shape::kBlockM).end - 1;
       named_pair_sync<kDqWritten>(which, kThreads);
       if (issues) {

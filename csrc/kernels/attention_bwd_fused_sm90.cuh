@@ -119,13 +119,13 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   const int consumer = warpgroup_index() - 1;
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
-    if (warp_index() > 1) return;
+    if (warp_index() > Shape::kDqTiles) return;
     const auto [tile, blocks] = turn_work<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     if (warp_index() == 0) {
       produce_queries<Shape>(params, maps, tile, blocks, shared);
     } else {
-      add_dq<Shape>(params, tile, blocks, shared);
+      add_dq<Shape>(params, tile, blocks, shared, warp_index() - 1);
     }
   } else {
     increase_registers<Shape::kConsumerRegisters>();
