@@ -81,6 +81,10 @@ def emulate(
         sums, semaphores, ticket, torch.tensor(strides), sizes, *(cu_seqlens or (None, None)), key_lengths,
         float(scale or q.shape[-1] ** -0.5), float(softcap), **schedule,
     )  # fmt: skip
+    if ticket is not None and not packed:
+        assert int(ticket) == batch * heads[1] * -(
+            -k.shape[-2] // 128
+        )  # each block has drawn one tile of keys
     return grads
 
 
