@@ -22,6 +22,9 @@ else:  # the same examples in every run; FASTATTN_TEST_EXAMPLES asks for fresh o
     settings.register_profile("repeatable", derandomize=True, database=None)
     settings.load_profile("repeatable")
 
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # torch reads it once, at the first product on CUDA
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is decorated
