@@ -20,13 +20,14 @@ def finding(check: str, status: str, detail: str = "", **more: Any) -> Finding:
 
 
 def backends_here(device: torch.device) -> list[str]:
-    """The backends that can run on the device, fastest first."""
+    """The backends that can run on the device, the CUDA extension last: a hang there costs what comes after it."""
     from fastattn import backends
     from fastattn.spec import AttentionCall, AttentionSpec
 
     query = torch.empty(1, 1, 16, 64, device=device, dtype=torch.float16)
     spec = AttentionSpec.of(AttentionCall(query, query, query))
-    return [backend.NAME for backend in backends.BACKENDS if backend.why_not(spec) is None]
+    names = [backend.NAME for backend in backends.BACKENDS if backend.why_not(spec) is None]
+    return sorted(names, key=lambda name: name == "cuda")
 
 
 def excess(actual: Tensor, plain: Tensor, golden: Tensor, dtype: torch.dtype) -> float:

@@ -18,8 +18,8 @@ from fastattn.console import Output
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
 VARIABLES = (
-    "FASTATTN_BACKEND", "FASTATTN_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
-    "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
+    "FASTATTN_BACKEND", "FASTATTN_DISABLE", "FASTATTN_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
 )  # fmt: skip
 PROBE_SECONDS = 10.0
 
