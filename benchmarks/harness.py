@@ -20,12 +20,12 @@ from typing import NamedTuple, Protocol
 import memory
 import torch
 from device_errors import lost_after
+from judging import REFUSED
 from schema import Result, without_paths
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Step = Callable[[], Tensors]
-REFUSED = "cannot run this call"  # what a named backend says of a call it does not have
 Sampler = Callable[[Step, int], float]  # seconds per call of a step called that many times
 
 

@@ -47,7 +47,7 @@ class Line:
 
 def announce(seconds: float, text: str) -> None:
     """Tell whoever follows this process what comes now, and that it is stuck if nothing is said for so long."""
-    print(f"> {seconds:g} {text}", flush=True)
+    print(f"> {seconds:g} {' '.join(text.split())}", flush=True)
 
 
 class Process:
