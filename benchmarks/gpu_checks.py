@@ -68,11 +68,7 @@ def in_processes(name: str, options: argparse.Namespace) -> Iterator[Finding]:
     pending: dict[int, list[str]] = {each: list(options.backends) for each in range(number)}
     seeds = {each: options.seed + 100_000 * each for each in range(number)}
     while pending:
-        left = (
-            options.seconds - (time.monotonic() - started)
-            if started_before(pending, options)
-            else options.seconds
-        )
+        left = options.seconds - (time.monotonic() - started)
         running = {
             _worker(name, options, seeds[each], max(left, LEAST_SECONDS), chosen, events): (each, chosen)
             for each, chosen in pending.items()
@@ -97,11 +93,6 @@ def in_processes(name: str, options: argparse.Namespace) -> Iterator[Finding]:
                     seeds[each] += 50_000
             elif event.code and not failed[process]:
                 yield finding(name, "failed", f"process {each} ended with status {event.code}")
-
-
-def started_before(pending: dict[int, list[str]], options: argparse.Namespace) -> bool:
-    """Whether what is pending is a second start, without the backend that was stuck."""
-    return any(chosen != list(options.backends) for chosen in pending.values())
 
 
 def backends_of(options: argparse.Namespace) -> list[str]:

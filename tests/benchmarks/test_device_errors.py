@@ -11,7 +11,8 @@ from device_errors import LOST, is_device_lost, lost_after
 ADVICE = (  # what torch 2.11 adds to every CUDA error, whatever it is
     "\nSearch for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/ for more information.\nCUDA kernel errors"
     " might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor"
-    " debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+    " debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 HARMLESS = [
     "CUDA error: invalid argument",
