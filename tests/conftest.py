@@ -39,6 +39,22 @@ def _triton_before_3_6() -> bool:
     return (int(found[0]), int(found[1])) < (3, 6)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cuda_backend: runs the CUDA extension by name; added by its parameters"
+    )
+
+
+def _names_cuda(item: pytest.Item) -> bool:
+    """Whether a test is of the extension: by its file, or by a parameter that is the backend's name."""
+    parameters = getattr(item, "callspec", None)
+    return item.path.name.startswith("test_cuda_") or (
+        parameters is not None
+        and "cuda" in [value for value in parameters.params.values() if isinstance(value, str)]
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a newer Triton, or a GPU where there is none."""
     if _triton_before_3_6():  # torch 2.9's: its TMA, PTX and register allocation are not those the tests know
@@ -46,7 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "newer_triton" in item.keywords:
                 item.add_marker(old)
+    for item in items:
+        if "gpu" in item.keywords and _names_cuda(item):
+            item.add_marker("cuda_backend")
     if HAS_GPU:
+        items.sort(key=lambda item: "cuda_backend" in item.keywords)  # a hang there costs what comes after it
         return
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:

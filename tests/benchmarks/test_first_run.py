@@ -78,7 +78,7 @@ def _leaking(args: Any, made: Any) -> Any:
         ("4", _altered("attention_fwd", lambda args, made: (made[0].roll(1, 2) * 1.0, made[1]))),
         ("5", _altered("varlen_fwd", _leaking)),
         ("5b", _altered("varlen_bwd", _grads(lambda grad: grad + 0.1))),
-        ("6", _altered("attention_fwd", lambda args, made: (made[0], made[1] + 0.1))),
+        ("6", _altered("attention_fwd", lambda args, made: (made[0] * 1.1, made[1]))),
         ("7b", _altered("attention_bwd", _grads(torch.zeros_like))),
         ("9", _altered("attention_bwd", _grads(lambda grad: grad + 1e-2 * torch.randn_like(grad)))),
     ],
