@@ -1,4 +1,4 @@
-"""The checks of a device: they find what is wrong, whatever a call raises; one that is stuck costs its backend alone."""
+"""The checks of a device: they find what is wrong, whatever a call raises; one that is stuck costs itself alone."""
 
 from __future__ import annotations
 
