@@ -150,6 +150,7 @@ def _tests(*selection: str, marked: str = "") -> Callable[[Run], Command]:
 
     def command(run: Run) -> Command:
         line = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+        line += ["-p", "evidence_plugin"]  # failures are told when they happen
         # the project's own options ask for plugins that may be missing
         line += ["-o", "addopts=--import-mode=importlib", "-rfE", "--tb=short"]
         if find_spec("pytest_timeout") is not None:

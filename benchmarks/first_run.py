@@ -4,6 +4,7 @@
     python benchmarks/first_run.py --steps 1 2 4       only these
     python benchmarks/first_run.py --step 3            one, in this process
     python benchmarks/first_run.py --forward           only what launches no backward
+    python benchmarks/first_run.py --backend triton    another backend's kernels
 
 Every step has a limit of seconds: a kernel that never ends costs its own step. Each prints a JSON object per finding;
 1 is returned if a step failed. On a CPU the same code runs at small sizes on the torch backend, as a rehearsal.
@@ -69,28 +70,32 @@ STEPS: dict[str, Step] = {
 }
 
 
-def run_step(name: str, device: torch.device, scale: Scale) -> Iterator[Finding]:
+def run_step(name: str, device: torch.device, scale: Scale, backend: str = "cuda") -> Iterator[Finding]:
     """One step in this process: its findings; whatever it raises is one."""
     step = STEPS[name]
     try:
-        ops = kernel_runs.backend_for(device)
+        ops = kernel_runs.backend_for(device, backend)
         if device.type == "cuda":
             torch.ones(1, device=device).sum().item()  # the context, not one of our kernels
         processes.announce(step.limit, f"step {name}, {step.title}")
         for good, text in step.run(ops, device, scale):
-            yield finding(CHECK, "passed" if good else "failed", f"{step.title}: {text}", step=name)
+            yield finding(
+                CHECK, "passed" if good else "failed", f"{step.title}: {text}", step=name, backend=backend
+            )
     except NotThis as reason:
         yield finding(CHECK, "skipped", f"{step.title}: {reason}", step=name)
     except Exception as error:
         yield finding(CHECK, "failed", f"{step.title}: {type(error).__name__}: {error}", step=name)
 
 
-def run_all(names: Sequence[str], device: str, launches: int, seconds: float) -> Iterator[Finding]:
+def run_all(
+    names: Sequence[str], device: str, launches: int, seconds: float, backend: str = "cuda"
+) -> Iterator[Finding]:
     """Steps one after another, each in its own process; a step without time left is said to be not run."""
     end = time.monotonic() + seconds
     for name in names:
         step, left = STEPS[name], end - time.monotonic()
-        command = _command(name, device, launches)
+        command = _command(name, device, launches, backend)
         if isinstance(command, str):
             yield finding(CHECK, "skipped", f"{step.title}: {command}", step=name)
             continue
@@ -122,10 +127,10 @@ def _watched(name: str, command: Sequence[str], limit: float) -> Iterator[Findin
             )
 
 
-def _command(name: str, device: str, launches: int) -> list[str] | str:
+def _command(name: str, device: str, launches: int, backend: str = "cuda") -> list[str] | str:
     own = [sys.executable, str(Path(__file__).resolve())]
     if not name.startswith("8"):
-        return [*own, "--step", name, "--device", device, "--launches", str(launches)]
+        return [*own, "--step", name, "--device", device, "--launches", str(launches), "--backend", backend]
     tool = sanitizer()
     if tool is None:
         return "there is no compute-sanitizer here"
@@ -165,6 +170,9 @@ def main() -> int:
     parser.add_argument("--backward", action="store_true", help="only what does")
     parser.add_argument("--step", action="append", choices=list(STEPS), help="this one, in this process")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--backend", choices=("cuda", "triton", "torch"), default="cuda", help="(default cuda)"
+    )
     parser.add_argument("--launches", type=int, default=1000, help="of step 9 (default 1000)")
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything (default 1500)")
     options = parser.parse_args()
@@ -173,9 +181,13 @@ def main() -> int:
     if options.step:
         device = torch.device(options.device)
         scale = Scale.of(device, options.launches)
-        made: Iterator[Finding] = (item for name in options.step for item in run_step(name, device, scale))
+        made: Iterator[Finding] = (
+            item for name in options.step for item in run_step(name, device, scale, options.backend)
+        )
     else:
-        made = run_all(chosen_steps(options), options.device, options.launches, options.seconds)
+        made = run_all(
+            chosen_steps(options), options.device, options.launches, options.seconds, options.backend
+        )
     for item in made:
         print(json.dumps(item), flush=True)
         failed = failed or item["status"] == "failed"

@@ -22,6 +22,7 @@ from torch import Tensor
 StepResult = tuple[bool, str]  # whether it was right, and what was found
 PANEL = 64  # columns of a tensor map's box, one swizzle of 128 bytes in 16-bit numbers
 PACKED = (1, 63, 65, 129)
+HEAD_DIMS, PANEL_DIMS, VIEW_DIMS = (64, 128, 256), (64, 128, 192, 256), (8, 72, 136)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def one_tile(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[St
 
 def one_hot_panels(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """With all weights equal and V one in a single column, out is one in that column and zero in every other."""
-    for dim in (64, 128, 192, 256):
+    for dim in PANEL_DIMS:
         wrong = []
         for column in range(PANEL // 2 - 3, dim, PANEL):
             operands = Operands.draw(device, heads=1, seqlen_q=128, head_dim=dim)
@@ -75,7 +76,7 @@ def one_hot_panels(ops: ModuleType, device: torch.device, scale: Scale) -> Itera
 def small_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """Each size of head whose warpgroups share out registers, D64 first; in two passes, then in one."""
     for number in (2, 1):
-        for dim in (64, 128, 256):
+        for dim in HEAD_DIMS:
             operands = Operands.draw(device, heads=1, seqlen_q=128, head_dim=dim)
             made = kernel_runs.residuals(operands)
             words = f"D{dim}, {'two passes' if number == 2 else 'one pass'}"
@@ -92,7 +93,7 @@ def small_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Itera
 
 def views(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """Memory orders in which a head's stride is below a row's, few columns, one row, one head."""
-    for dim in (8, 72, 136):
+    for dim in VIEW_DIMS:
         for name, rows, heads in (
             ("rows", scale.bytes_rows, 3),
             ("one row", 1, 3),
@@ -138,7 +139,7 @@ def _in_order(tensor: Tensor, order: str) -> Tensor:
 
 def packed_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """Packed sequences around a tile's edge: right, and to the bit the same beside neighbours of NaN."""
-    for dim in (64, 128, 256):
+    for dim in HEAD_DIMS:
         operands, edges = _packed(device, dim)
         made = kernel_runs.forward(ops, operands, edges, causal=True)
         good, text = _judged(made, operands, edges, causal=True)
@@ -152,7 +153,7 @@ def packed_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Itera
 
 def packed_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """The same of the gradients, in two passes and in one."""
-    for dim in (64, 128, 256):
+    for dim in HEAD_DIMS:
         operands, edges = _packed(device, dim)
         made = kernel_runs.residuals(operands, edges, causal=True)
         for number in (2, 1):

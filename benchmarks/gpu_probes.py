@@ -86,7 +86,10 @@ def probe_softmax(ops: ModuleType, device: torch.device) -> str:
     said = []
     for columns in (256, 4096, 65_536 if device.type == "cuda" else 5000):
         generator = torch.Generator(device).manual_seed(columns)
-        x, dout = (torch.randn(8, columns, generator=generator, device=device).bfloat16() for _ in range(2))
+        x, dout = (
+            torch.randn(8, columns, generator=generator, device=device).to(kernel_runs.DTYPE)
+            for _ in range(2)
+        )
         call = SoftmaxCall(x, None, 1, 1.0, False, False, x.dtype)
         out = ops.softmax_fwd(SoftmaxSpec.of(x), call)
         dx = ops.softmax_bwd(SoftmaxSpec.of(dout, backward=True), dout, out, 1, 1.0, x.dtype)

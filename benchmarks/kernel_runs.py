@@ -17,6 +17,7 @@ import torch
 from judging import excess
 from torch import Tensor
 
+DTYPE = torch.bfloat16
 NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
 Results = dict[str, Tensor]
 
@@ -45,16 +46,15 @@ class Operands:
         seqlen_q: int,
         seqlen_k: int | None = None,
         head_dim: int,
-        dtype: torch.dtype = torch.bfloat16,
         seed: int = 0,
     ) -> Operands:
-        """Normal numbers from a seed, rounded to the dtype."""
+        """Normal numbers from a seed, rounded to DTYPE."""
         generator = torch.Generator(device).manual_seed(seed)
         kv_heads, seqlen_k = kv_heads or heads, seqlen_k or seqlen_q
         shapes = [(batch, heads, seqlen_q, head_dim), *[(batch, kv_heads, seqlen_k, head_dim)] * 2]
         return cls(
             *(
-                torch.randn(shape, generator=generator, device=device).to(dtype)
+                torch.randn(shape, generator=generator, device=device).to(DTYPE)
                 for shape in (*shapes, shapes[0])
             )
         )
@@ -166,13 +166,12 @@ def edges_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def backend_for(device: torch.device) -> ModuleType:
-    """The CUDA backend on a GPU with the extension; the torch backend on a CPU, for a rehearsal."""
+def backend_for(device: torch.device, name: str = "cuda") -> ModuleType:
+    """A backend's module; NotThis where it cannot run. A CPU rehearses the extension on the torch backend."""
     from fastattn import backends, extension
 
-    if device.type != "cuda":
+    if name == "cuda" and device.type != "cuda":
         return backends.torch_backend
-    found = extension.state()
-    if found.info is None:
-        raise NotThis(str(found.reason))
-    return backends.cuda_backend
+    if name == "cuda" and extension.state().info is None:
+        raise NotThis(str(extension.state().reason))
+    return backends.BACKENDS[backends.NAMES.index(name)]

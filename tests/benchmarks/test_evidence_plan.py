@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import evidence_sections
 import gpu_build
 import gpu_evidence
 import gpu_probes
+import processes
 import pytest
 from evidence_sections import FIRST, FIRST_SECONDS, LAST, SECTIONS, THEN, Run, Section, switches
 
@@ -118,6 +120,52 @@ def test_the_extensions_tests_are_known_by_their_parameters() -> None:
 
 def _parameters(test: str) -> list[str]:
     return test.partition("[")[2].rstrip("]").split("-")
+
+
+TESTS = """
+import time
+import pytest
+
+def test_good(): pass
+def test_bad(): assert 1 == 2, "told at once"
+@pytest.fixture
+def broken(): raise OSError("no disk")
+def test_broken(broken): pass
+@pytest.mark.skip(reason="not here")
+def test_absent(): pass
+def test_stuck(): time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
+def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, workers: list[str]) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "evidence_plugin",
+        "-p",
+        "no:cacheprovider",
+        *workers,
+    ]
+    command += ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    process = processes.Process(command, environment, tmp_path, limit=60.0)
+    found = []
+    for _, event in processes.follow(process):
+        if isinstance(event, processes.Line) and (item := gpu_evidence._finding(event.text)):
+            found.append(item["detail"])
+            if len(found) == 2:
+                break
+    assert "test_some.py::test_bad: AssertionError: told at once" in found[0]
+    assert "test_some.py::test_broken: OSError: no disk" in found[1]
+    done, output = processes.run([*command, "-k", "not stuck"], 60.0, environment, cwd=tmp_path)
+    assert done.code == 1
+    last = [item for line in output.splitlines() if (item := gpu_evidence._finding(line))][-1]
+    assert (last["status"], last["detail"]) == ("failed", "1 passed, 2 failed, 1 skipped")
 
 
 def test_the_extension_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

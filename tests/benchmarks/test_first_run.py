@@ -46,6 +46,18 @@ def test_every_step_passes_where_the_kernels_are_right(name: str) -> None:
     assert all(good for good, _ in results), results
 
 
+@pytest.mark.parametrize("name", ["1", "2", "5", "7b"])
+def test_other_backends_are_run_by_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, interpreted at small sizes: on a GPU its kernels go first."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernel_runs, "DTYPE", torch.float16)
+    monkeypatch.setattr(first_run_steps, "HEAD_DIMS", (64,))
+    monkeypatch.setattr(first_run_steps, "PANEL_DIMS", (128,))
+    results = list(first_run.STEPS[name].run(backends.triton_backend, CPU, Scale(140, 140, 2, 2, 20)))
+    assert results
+    assert all(good for good, _ in results), results
+
+
 def _altered(part: str, change: Any) -> Any:
     right = getattr(backends.torch_backend, part)
 
@@ -113,7 +125,7 @@ def test_what_a_step_raises_is_its_finding(monkeypatch: pytest.MonkeyPatch) -> N
         OSError("z"),
     ):
         monkeypatch.setattr(
-            kernel_runs, "backend_for", lambda device, error=error: (_ for _ in ()).throw(error)
+            kernel_runs, "backend_for", lambda device, name, error=error: (_ for _ in ()).throw(error)
         )
         (item,) = first_run.run_step("1", CPU, Scale.of(CPU))
         assert item["status"] == "failed"
@@ -132,7 +144,7 @@ def test_a_stuck_step_costs_its_own_time_and_a_crashed_one_is_named(monkeypatch:
         ],
         "4": "there is none",
     }
-    monkeypatch.setattr(first_run, "_command", lambda name, device, launches: commands[name])
+    monkeypatch.setattr(first_run, "_command", lambda name, device, launches, backend: commands[name])
     started = time.monotonic()
     found = list(first_run.run_all(["1", "2", "3", "4"], "cpu", 2, 60.0))
     assert time.monotonic() - started < 40
