@@ -48,6 +48,10 @@ LEAST_SECONDS = 3.0  # a check is not begun again with less
 def run_here(names: Sequence[str], options: argparse.Namespace) -> Iterator[Finding]:
     """Checks in this process, one after another: what one raises is its finding, a lost device ends them all."""
     device = torch.device(options.device)
+    if not backends_here(device):
+        wanted = ", ".join(options.backends) or "fastattn"
+        yield from (finding(name, "skipped", f"{wanted}: no such backend runs here") for name in names)
+        return
     for place, name in enumerate(names):
         try:
             yield from CHECKS[name](device, options.seconds, options.seed)

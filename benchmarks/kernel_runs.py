@@ -68,7 +68,7 @@ class Operands:
 def _call(operands: Operands, options: dict[str, Any], edges: Tensor | None) -> Any:
     from fastattn.spec import AttentionCall, VarlenCall
 
-    causal = {True: "bottom_right", False: "none"}.get(options.get("causal", False), options.get("causal"))
+    causal = "bottom_right" if options.get("causal") else "none"
     scale = operands.query.shape[-1] ** -0.5
     if edges is None:
         return AttentionCall(*operands.inputs, causal=causal, scale=scale)
@@ -133,7 +133,8 @@ def truth(
     if edges is None:
         out, lse = reference.attention(*leaves, **options, return_lse=True)
     else:
-        out, lse = reference.attention_varlen(*leaves, edges, edges, **options, return_lse=True)
+        query, key, value = leaves
+        out, lse = reference.attention_varlen(query, key, value, edges, edges, **options, return_lse=True)
     found = {"out": out.detach(), "lse": lse.detach()}
     if gradients:
         found |= dict(zip(NAMES[2:], torch.autograd.grad(out, leaves, operands.dout.to(dtype))))

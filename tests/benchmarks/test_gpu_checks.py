@@ -212,3 +212,12 @@ def test_the_extension_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_groups_are_of_checks() -> None:
     assert {name for names in gpu_checks.GROUPS.values() for name in names} < set(gpu_checks.CHECKS)
     assert len(gpu_checks.GROUPS["ops"]) == len(gpu_op_checks.OPS)
+
+
+def test_a_backend_that_does_not_run_here_is_said_so() -> None:
+    judging.only_backends(["cuda"])
+    found = list(gpu_checks.run_here(["random", "bitwise"], options(backends=["cuda"])))
+    judging.only_backends([])
+    assert [(item["status"], item["detail"]) for item in found] == [
+        ("skipped", "cuda: no such backend runs here")
+    ] * 2

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ HOPPER = {  # an H100's, as its driver gives them
     "mem_clock_rate": 2_619_000,
     "mem_bus_width": 5120,
 }
+_indices = count()
 MAP_BYTES = 128  # of a CUtensorMap
 MOST_GRID = (2**31 - 1, 65_535, 65_535)
 
@@ -133,6 +135,9 @@ class Driver:
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", arch, 32)
+        self.index = next(
+            _indices
+        )  # Triton keeps compiled kernels by device: another driver starts without any
         self.launched: list[Launched] = []
         self.loaded: list[str] = []  # the kernels, each once per variant
         self.utils = SimpleNamespace(
@@ -147,7 +152,7 @@ class Driver:
 
     def get_current_device(self) -> int:
         """Its index."""
-        return 0
+        return self.index
 
     def set_current_device(self, device: int) -> None:
         """Nothing: there is one."""
