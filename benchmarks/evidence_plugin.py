@@ -38,6 +38,13 @@ class Reporter:
             if self.counts.total() % EVERY == 0:
                 self.say(self.told())
 
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported: the others run."""
+        if report.failed:
+            self.counts["failed"] += 1
+            lines = str(report.longrepr).strip().splitlines() or ["no reason"]
+            self.say(json.dumps(finding("test", "failed", f"{report.nodeid}: {lines[-1]}")))
+
     def pytest_sessionfinish(self) -> None:
         """The summary, unless nothing ran here."""
         if self.counts and not hasattr(self.config, "workerinput"):

@@ -135,6 +135,7 @@ def _first_run(*options: str, seconds: float) -> Callable[[Run], Command]:
     return command
 
 
+APART = ("tests/gpu/test_first_run.py",)  # what has sections of its own
 GPU_TESTS = (
     "tests/gpu",
     "tests/kernels/test_contract.py",
@@ -153,6 +154,7 @@ def _tests(*selection: str, marked: str = "") -> Callable[[Run], Command]:
         line += ["-p", "evidence_plugin"]  # failures are told when they happen
         # the project's own options ask for plugins that may be missing
         line += ["-o", "addopts=--import-mode=importlib", "-rfE", "--tb=short"]
+        line += ["--continue-on-collection-errors", *(f"--ignore={path}" for path in APART)]
         if find_spec("pytest_timeout") is not None:
             # a test that waits for a kernel cannot be interrupted: its process ends, and with xdist another takes over
             line += ["--timeout", str(TEST_SECONDS), "--timeout-method=thread"]
@@ -276,6 +278,7 @@ THEN = (
     Section("train", 90, _model_bench("train", "^train-16x1024$", "^train-16x1024$", 4.0, EAGER)),
     Section("tuning", 110, _tune),
     Section("first-run", 200, _first_run("--forward", seconds=190)),
+    Section("first-run-triton", 120, _first_run("--backend", "triton", "--steps", *"1234567", seconds=110)),
     Section("cuda-forward", 60, _checks("random", "cudnn-trap", seconds=30, backends=("cuda",))),
     Section("cuda-tests", 90, _tests(*GPU_TESTS, marked="gpu and cuda_backend")),
     Section("wide-offsets", 60, _checks("cudnn-trap", "wide-offsets", seconds=10, backends=MEASURED)),

@@ -46,12 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _names_cuda(item: pytest.Item) -> bool:
-    """Whether a test is of the extension: by its file, or by a parameter that is the backend's name."""
-    parameters = getattr(item, "callspec", None)
-    return item.path.name.startswith("test_cuda_") or (
-        parameters is not None
-        and "cuda" in [value for value in parameters.params.values() if isinstance(value, str)]
-    )
+    """Whether a test is of the extension: by its file, or by a parameter that names its backend."""
+    given = getattr(item, "callspec", None)
+    named = [] if given is None else [given.params.get(name) for name in ("backend", "first", "second")]
+    return item.path.name.startswith("test_cuda_") or "cuda" in named
 
 
 @pytest.hookimpl(tryfirst=True)

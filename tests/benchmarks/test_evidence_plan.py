@@ -140,6 +140,7 @@ def test_stuck(): time.sleep(600)
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
 def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_absent.py").write_text("import nothing_of_that_name")
     command = [
         sys.executable,
         "-m",
@@ -151,21 +152,29 @@ def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, work
         "no:cacheprovider",
         *workers,
     ]
-    command += ["-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)]
+    command += [
+        "--continue-on-collection-errors",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     process = processes.Process(command, environment, tmp_path, limit=60.0)
     found = []
     for _, event in processes.follow(process):
         if isinstance(event, processes.Line) and (item := gpu_evidence._finding(event.text)):
             found.append(item["detail"])
-            if len(found) == 2:
+            if len(found) == 3:
                 break
-    assert "test_some.py::test_bad: AssertionError: told at once" in found[0]
-    assert "test_some.py::test_broken: OSError: no disk" in found[1]
+    assert found[0].startswith("test_absent.py: E   ModuleNotFoundError")
+    assert "test_some.py::test_bad: AssertionError: told at once" in found[1]
+    assert "test_some.py::test_broken: OSError: no disk" in found[2]
     done, output = processes.run([*command, "-k", "not stuck"], 60.0, environment, cwd=tmp_path)
     assert done.code == 1
     last = [item for line in output.splitlines() if (item := gpu_evidence._finding(line))][-1]
-    assert (last["status"], last["detail"]) == ("failed", "1 passed, 2 failed, 1 skipped")
+    assert (last["status"], last["detail"]) == ("failed", "1 passed, 3 failed, 1 skipped")
 
 
 def test_the_extension_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
