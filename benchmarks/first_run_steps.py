@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 
@@ -266,6 +266,11 @@ def beside(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[Step
         return
     import hold
 
+    # Whatever is loaded or allocated later may have to wait for the held blocks, which wait for this process.
+    good, text = _launched(ops, device, replace(scale, launches=2))
+    if not good:
+        yield False, f"before anything is held: {text}"
+        return
     with hold.half_of(device) as held:
         good, text = _launched(ops, device, scale)
         yield (

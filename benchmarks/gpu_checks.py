@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -54,7 +55,8 @@ def run_here(names: Sequence[str], options: argparse.Namespace) -> Iterator[Find
         return
     for place, name in enumerate(names):
         try:
-            yield from CHECKS[name](device, options.seconds, options.seed)
+            share = sum(each in GROUPS["ops"] for each in names) if name in GROUPS["ops"] else 1
+            yield from CHECKS[name](device, options.seconds / share, options.seed)
         except DeviceLost as error:
             yield finding(name, "failed", f"the device is lost: {error}; the rest of this check is not run")
             for other in names[place + 1 :]:
@@ -64,23 +66,37 @@ def run_here(names: Sequence[str], options: argparse.Namespace) -> Iterator[Find
             yield finding(name, "failed", f"{type(error).__name__}: {error}")
 
 
-def in_processes(name: str, options: argparse.Namespace) -> Iterator[Finding]:
-    """A check in processes of its own, its findings as they come; one that is stuck goes on without that backend."""
-    number = options.workers if name in SPREAD else 1
-    events: processes.Events = SimpleQueue()
+@dataclass(frozen=True)
+class Part:
+    """A share of a check that one process has."""
+
+    name: str
+    number: int
+    seed: int
+    backends: tuple[str, ...]  # empty for all
+
+
+def in_processes(names: Sequence[str], options: argparse.Namespace) -> Iterator[Finding]:
+    """Checks side by side, in processes of their own; their findings as they come.
+
+    A process that is stuck is ended, and another goes on in its place without the backend that it was stuck in.
+    """
     started = time.monotonic()
-    pending: dict[int, list[str]] = {each: list(options.backends) for each in range(number)}
-    seeds = {each: options.seed + 100_000 * each for each in range(number)}
+    spread = [name for name in names if name in SPREAD]
+    workers = {name: max(1, options.workers // len(spread)) if name in spread else 1 for name in names}
+    pending = [
+        Part(name, number, options.seed + 100_000 * number, tuple(options.backends))
+        for name in names
+        for number in range(workers[name])
+    ]
     while pending:
+        events: processes.Events = SimpleQueue()
         left = options.seconds - (time.monotonic() - started)
-        running = {
-            _worker(name, options, seeds[each], max(left, LEAST_SECONDS), chosen, events): (each, chosen)
-            for each, chosen in pending.items()
-        }
-        pending = {}
+        running = {_worker(part, options, max(left, LEAST_SECONDS), events): part for part in pending}
+        pending = []
         failed: dict[Process, bool] = dict.fromkeys(running, False)
         for process, event in processes.follow(*running):
-            each, chosen = running[process]
+            part = running[process]
             if isinstance(event, processes.Line):
                 item = _parsed(event.text)
                 if item is None:
@@ -90,13 +106,13 @@ def in_processes(name: str, options: argparse.Namespace) -> Iterator[Finding]:
                     yield item
             elif event.code is None:
                 stuck = _backend_of(event)
-                yield finding(name, "failed", f"process {each}: {event.why}", backend=stuck or "")
-                others = [backend for backend in chosen or backends_of(options) if backend != stuck]
+                yield finding(part.name, "failed", f"process {part.number}: {event.why}", backend=stuck or "")
+                others = [name for name in part.backends or backends_of(options) if name != stuck]
                 if stuck and others and options.seconds - (time.monotonic() - started) > LEAST_SECONDS:
-                    pending[each] = others
-                    seeds[each] += 50_000
+                    pending.append(replace(part, seed=part.seed + 50_000, backends=tuple(others)))
             elif event.code and not failed[process]:
-                yield finding(name, "failed", f"process {each} ended with status {event.code}")
+                text = f"process {part.number} ended with status {event.code}"
+                yield finding(part.name, "failed", text)
 
 
 def backends_of(options: argparse.Namespace) -> list[str]:
@@ -104,25 +120,10 @@ def backends_of(options: argparse.Namespace) -> list[str]:
     return list(options.backends) or backends_here(torch.device(options.device))
 
 
-def _worker(
-    name: str,
-    options: argparse.Namespace,
-    seed: int,
-    seconds: float,
-    backends: Sequence[str],
-    events: processes.Events,
-) -> Process:
-    command = [
-        sys.executable,
-        __file__,
-        name,
-        "--here",
-        "--seconds",
-        f"{seconds:g}",
-        "--device",
-        options.device,
-    ]
-    command += ["--seed", str(seed), *(["--backends", *backends] if backends else [])]
+def _worker(part: Part, options: argparse.Namespace, seconds: float, events: processes.Events) -> Process:
+    command = [sys.executable, __file__, part.name, "--here", "--seconds", f"{seconds:g}"]
+    command += ["--device", options.device, "--seed", str(part.seed)]
+    command += ["--backends", *part.backends] if part.backends else []
     # beyond its time a check may finish the call that it is in
     return Process(command, limit=START_SECONDS + 2 * seconds + 60, silence=START_SECONDS, events=events)
 
@@ -157,19 +158,21 @@ def main() -> int:
     checkout.correct_interpreter()
     only_backends(options.backends)
     failed = False
-    share = [name for name in names if name in GROUPS.get("ops", [])]  # the parts of ops share its time
-    for item in _findings(names, len(share), options):
+    for item in _findings(names, options):
         print(json.dumps(item), flush=True)
         failed = failed or item["status"] == "failed"
     return 1 if failed else 0
 
 
-def _findings(names: Sequence[str], parts: int, options: argparse.Namespace) -> Iterator[Finding]:
-    seconds = options.seconds
-    for name in names if not options.here else [""]:
-        chosen = [name] if name else list(names)
-        options.seconds = seconds / parts if parts and chosen[0].startswith("ops-") else seconds
-        yield from run_here(chosen, options) if options.here else in_processes(name, options)
+def _findings(names: Sequence[str], options: argparse.Namespace) -> Iterator[Finding]:
+    if options.here:
+        yield from run_here(names, options)
+        return
+    together = [[name for name in names if name in SPREAD], [name for name in names if name in GROUPS["ops"]]]
+    alone = [[name] for name in names if not any(name in group for group in together)]
+    for group in (*together, *alone):
+        if group:
+            yield from in_processes(group, options)
 
 
 def _parser() -> argparse.ArgumentParser:

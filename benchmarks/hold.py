@@ -47,12 +47,15 @@ def half_of(device: torch.device) -> Iterator[Held]:
     """Inside, half of the multiprocessors run nothing else."""
     blocks = torch.cuda.get_device_properties(device).multi_processor_count // 2
     stop, ended = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
+    held = Held(blocks, ended)
+    stop.fill_(0)
+    held.holding()  # so that each kernel used while blocks are held is loaded before: loading may wait for them
     torch.cuda.synchronize(device)
     holder, other = torch.cuda.Stream(device), torch.cuda.Stream(device)
     with torch.cuda.stream(holder):
         hold_kernel[(blocks,)](stop, ended, MOST_LOOKS, num_warps=WARPS)
     try:
-        yield Held(blocks, ended)
+        yield held
     finally:
         with torch.cuda.stream(other):
             stop.fill_(1)

@@ -81,11 +81,19 @@ def _spec(call: Any, needs: Any = None) -> Any:
     return AttentionSpec.of(call if isinstance(call, AttentionCall) else call.as_one_sequence(), needs)
 
 
+def _check(ops: ModuleType, spec: Any) -> None:
+    """NotThis where the backend says that it cannot run this on the GPU at hand."""
+    reason = ops.why_not(spec) if spec.device == "cuda" else None
+    if reason is not None:
+        raise NotThis(str(reason))
+
+
 def forward(ops: ModuleType, operands: Operands, edges: Tensor | None = None, **options: Any) -> Results:
     """out and lse by a backend's forward kernels."""
     call = _call(operands, options, edges)
-    run = ops.attention_fwd if edges is None else ops.varlen_fwd
-    out, lse = run(_spec(call), call)
+    run, spec = ops.attention_fwd if edges is None else ops.varlen_fwd, _spec(call)
+    _check(ops, spec)
+    out, lse = run(spec, call)
     return {"out": out, "lse": lse}
 
 
@@ -96,9 +104,10 @@ def backward(
     from fastattn.spec import GradsNeeded
 
     call, needs = _call(operands, options, edges), GradsNeeded()
-    run = ops.attention_bwd if edges is None else ops.varlen_bwd
+    run, spec = ops.attention_bwd if edges is None else ops.varlen_bwd, _spec(call, needs)
+    _check(ops, spec)
     try:
-        grads = run(_spec(call, needs), call, made["out"], made["lse"], operands.dout, None, needs)
+        grads = run(spec, call, made["out"], made["lse"], operands.dout, None, needs)
     except ValueError as error:
         if "one_pass" in str(error):
             raise NotThis(str(error)) from None

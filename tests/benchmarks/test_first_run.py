@@ -239,3 +239,14 @@ def test_what_was_not_tried_is_switched_off_too(monkeypatch: pytest.MonkeyPatch)
     for switch in everything:
         monkeypatch.setenv("FASTATTN_DISABLE", switch)
         assert backends.switched_off("cuda", switch.partition(".")[2]) is not None
+
+
+def test_held_blocks_go_on_until_they_are_let_go() -> None:
+    """Interpreted, one block after another: with the flag set each ends at once, without it when it has looked enough."""
+    pytest.importorskip("triton")
+    import hold
+
+    for flag, looks in ((1, hold.MOST_LOOKS), (0, 5)):
+        stop, ended = torch.tensor([flag], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        hold.hold_kernel[(3,)](stop, ended, looks, num_warps=hold.WARPS)
+        assert ended.item() == 3

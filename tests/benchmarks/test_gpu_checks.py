@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_workers_report_and_a_lost_one_is_a_failure(script: Any) -> None:
     script(f"print({PASSED!r})\nsys.exit(3 if seed > 7 else 0)\n")
-    findings = list(gpu_checks.in_processes("random", options(workers=2)))
+    findings = list(gpu_checks.in_processes(["random"], options(workers=2)))
     assert sorted(finding["status"] for finding in findings) == ["failed", "passed", "passed"]
     (failed,) = [finding for finding in findings if finding["status"] == "failed"]
     assert failed["detail"] == "process 1 ended with status 3"
@@ -114,7 +115,7 @@ print({PASSED!r}.replace('torch', ' '.join(backends)))
 """)
     started = time.monotonic()
     found = list(
-        gpu_checks.in_processes("random", options(seconds=30.0, backends=["cuda", "triton", "torch"]))
+        gpu_checks.in_processes(["random"], options(seconds=30.0, backends=["cuda", "triton", "torch"]))
     )
     assert time.monotonic() - started < 30
     assert [item["status"] for item in found] == ["passed", "failed", "passed"]
@@ -125,7 +126,7 @@ print({PASSED!r}.replace('torch', ' '.join(backends)))
 
 def test_findings_come_as_they_are_made(script: Any) -> None:
     script(f"print({PASSED!r}, flush=True)\ntime.sleep(1.5)\nprint({PASSED!r})\n")
-    times = [time.monotonic() for _ in gpu_checks.in_processes("random", options())]
+    times = [time.monotonic() for _ in gpu_checks.in_processes(["random"], options())]
     assert times[1] - times[0] > 1.0
 
 
@@ -221,3 +222,14 @@ def test_a_backend_that_does_not_run_here_is_said_so() -> None:
     assert [(item["status"], item["detail"]) for item in found] == [
         ("skipped", "cuda: no such backend runs here")
     ] * 2
+
+
+def test_checks_of_a_group_run_side_by_side(script: Any) -> None:
+    script(f"time.sleep(1.5)\nprint({PASSED!r}.replace('random', sys.argv[1]))\n")
+    started = time.monotonic()
+    found = list(
+        gpu_checks._findings(["random", "kv-cache", "ops-varlen", "ops-softmax"], options(workers=4))
+    )
+    assert time.monotonic() - started < 6
+    counts = Counter(item["check"] for item in found)
+    assert counts == {"random": 2, "kv-cache": 2, "ops-varlen": 1, "ops-softmax": 1}
