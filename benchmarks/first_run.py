@@ -108,8 +108,11 @@ def run_all(
 def _watched(name: str, command: Sequence[str], limit: float) -> Iterator[Finding]:
     step, last, found = STEPS[name], "", 0
     events: processes.Events = SimpleQueue()
-    silence = None if name.startswith("8") else START_SECONDS
-    for _, event in processes.follow(Process(command, limit=limit, silence=silence, events=events)):
+    tool = name.startswith("8")
+    process = Process(
+        command, limit=limit, silence=None if tool else START_SECONDS, events=events, heed=not tool
+    )
+    for _, event in processes.follow(process):
         if not isinstance(event, Ended):
             if event.text.startswith('{"check"'):
                 item = json.loads(event.text)

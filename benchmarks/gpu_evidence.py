@@ -49,7 +49,8 @@ def run_section(section: Section, run: Run) -> Report:
     running = {**entry, "status": "running"}
     run.report["sections"].append(running)
     last, ended = "", None
-    process = processes.Process(command, section_environment(section, run), ROOT, limit)
+    # what is within has watched its own processes; here the section's limit counts, as under compute-sanitizer
+    process = processes.Process(command, section_environment(section, run), ROOT, limit, heed=False)
     try:
         for _, event in processes.follow(process):
             if isinstance(event, processes.Ended):

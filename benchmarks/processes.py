@@ -61,9 +61,11 @@ class Process:
         limit: float = 600.0,
         silence: float | None = None,
         events: Events | None = None,
+        heed: bool = True,
     ) -> None:
+        """`heed`: keep it to what it announces; not where a tool slows it down."""
         self.started = self.heard = time.monotonic()
-        self.limit, self.silence, self.doing = max(limit, 1.0), silence, ""
+        self.limit, self.silence, self.doing, self.heed = max(limit, 1.0), silence, "", heed
         self.events: Events = queue.SimpleQueue() if events is None else events
         self._popen = subprocess.Popen(
             command,
@@ -90,7 +92,9 @@ class Process:
         found = _ANNOUNCED.fullmatch(text)
         if found is None:
             return Line(text)
-        self.silence, self.doing = float(found[1]), found[2]
+        self.doing = found[2]
+        if self.heed:
+            self.silence = float(found[1])
         return None
 
     def say(self, text: str) -> None:

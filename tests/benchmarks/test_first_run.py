@@ -242,7 +242,7 @@ def test_what_was_not_tried_is_switched_off_too(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_held_blocks_go_on_until_they_are_let_go() -> None:
-    """Interpreted, one block after another: with the flag set each ends at once, without it when it has looked enough."""
+    """Interpreted, one block after another: each ends at a set flag, or when it has looked enough."""
     pytest.importorskip("triton")
     import hold
 

@@ -87,6 +87,14 @@ def test_a_word_to_a_process() -> None:
     process.say("too late")
 
 
+def test_what_a_tool_slows_down_is_not_kept_to_what_it_announces() -> None:
+    code = "import processes, time\nprocesses.announce(0.5, 'a call')\ntime.sleep(1.5)\nprint('done')"
+    process = Process(python(code), limit=60, heed=False)
+    (line, end) = [event for _, event in processes.follow(process)]
+    assert line == Line("done")
+    assert (end.code, end.doing) == (0, "a call")
+
+
 def test_leaving_early_stops_all(tmp_path: Path) -> None:
     process = Process(python("import os, time\nprint(os.getpid())\ntime.sleep(600)"), limit=60)
     for _, event in follow(process):
