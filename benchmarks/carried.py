@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -20,12 +21,18 @@ def pack(out: Path, folder: Path, triton: str | None = None) -> list[Path]:
         shutil.copyfile(out / TABLE, folder / TABLE)
         made.append(folder / TABLE)
     if triton is not None and Path(triton).is_dir():
-        kernels = _archive(folder / KERNELS, [(path, path.name) for path in sorted(Path(triton).iterdir())])
+        files = [path for path in sorted(Path(triton).rglob("*")) if path.is_file() and _needed(path)]
+        kernels = _archive(folder / KERNELS, [(path, path.relative_to(triton).as_posix()) for path in files])
         if kernels.stat().st_size > MOST_BYTES:
             kernels.unlink()
         else:
             made.append(kernels)
     return made
+
+
+def _needed(path: Path) -> bool:
+    """Whether a kernel is found and loaded by this file of its: a binary, its description, a compiled launcher."""
+    return path.suffix in (".json", ".cubin", ".so")
 
 
 def _archive(target: Path, members: list[tuple[Path, str]]) -> Path:
@@ -51,9 +58,23 @@ def triton_cache(source: Path, out: Path) -> Path:
 
     Kernels compiled by another Triton, Python or ptxas have other keys and are only passed over.
     """
+    folder = source
     if source.is_file():
         folder = out / "triton-cache"
         unpack(source, folder)
-        return folder.resolve()
-    source.mkdir(parents=True, exist_ok=True)
-    return source.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    settle(folder.resolve())
+    return folder.resolve()
+
+
+def settle(folder: Path) -> int:
+    """Make the kernels of a moved cache findable again; how many there are.
+
+    Triton lists the files of a kernel by where they lay when it was compiled, and compiles anew what is not there.
+    """
+    lists = list(folder.glob("*/__grp__*.json"))
+    for path in lists:
+        names = json.loads(path.read_text(encoding="utf-8"))["child_paths"]
+        here = {name: str(path.parent / name) for name in names if (path.parent / name).exists()}
+        path.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
+    return len(lists)

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ CALLS: dict[str, Callable[[], None]] = {
 }
 
 
+DIMS = (64, 128, 256)
+# What the first minutes on a GPU launch beside those: the grids of the attention bench.
+FILL = CALLS | {
+    f"grid {causal} D{dim}": partial(attention, dim, BF16, causal=causal)
+    for dim in DIMS
+    for causal in ("none", "bottom_right")
+}
+
+
 def described(driver: Driver) -> dict[str, Any]:
     """What was launched, in plain types."""
     return {
@@ -129,11 +139,11 @@ def main(arguments: list[str]) -> None:
     """The command line."""
     if arguments[:1] == ["--fill"]:
         os.environ["TRITON_CACHE_DIR"] = arguments[1]
-        arguments = arguments[2:]
+        arguments = arguments[2:] or list(FILL)
     found = {}
     for name in arguments or CALLS:
         with active(ARCH) as driver:
-            CALLS[name]()
+            FILL[name]()
         found[name] = described(driver)
     print(json.dumps(found))
 

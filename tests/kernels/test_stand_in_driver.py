@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -89,6 +90,38 @@ def test_what_is_compiled_can_be_carried(report: dict[str, Any]) -> None:
     """The cache holds a binary of every kernel, under the keys that a GPU's process looks for."""
     assert report["cubins"] >= len({name for call in NAMES for name in report[call]["loaded"]})
     assert report["held"]["launches"][0]["volatile"]
+
+
+@pytest.mark.slow
+def test_kernels_carried_in_an_archive_are_not_compiled_again(tmp_path: Path) -> None:
+    """Triton lists files by where they lay: in another folder they are found only once the lists are put right."""
+    pytest.importorskip("triton")
+    sys.path.append(str(REPORT.parents[2] / "benchmarks"))
+    import carried
+
+    def fill(folder: Path) -> dict[str, float]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        subprocess.run(
+            [sys.executable, str(REPORT), "--fill", str(folder), "held", "rows of 1000"],
+            check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        return {path.name: path.stat().st_mtime for path in folder.rglob("*.cubin")}
+
+    first = fill(tmp_path / "made")
+    assert "hold_kernel.cubin" in first
+    carried.pack(_empty(tmp_path / "out"), tmp_path / "away", str(tmp_path / "made"))
+    shutil.rmtree(tmp_path / "made")
+    moved = carried.triton_cache(tmp_path / "away" / carried.KERNELS, tmp_path / "there")
+    assert {path.suffix for path in moved.rglob("*") if path.is_file()} <= {".json", ".cubin", ".so"}
+    os.utime(next(moved.rglob("hold_kernel.cubin")), (1, 1))
+    again = fill(moved)
+    assert set(again) == set(first)
+    assert again["hold_kernel.cubin"] == 1  # as it was carried
+
+
+def _empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 PTX = ".entry k(\n .param .u64 .ptr k_0,\n .param .u32 k_1,\n .param .align 64 .b8 k_2[128],\n .param .u64 .ptr k_3\n)"
