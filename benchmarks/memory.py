@@ -7,12 +7,12 @@ import ctypes
 import gc
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import processes
 import torch
 
 if TYPE_CHECKING:
@@ -60,15 +60,21 @@ def child_peaks(
     command = [sys.executable, str(script), "--threads", str(torch.get_num_threads())]
     command += ["--measure-memory", case, *contestants]
     environment = {**os.environ, **_MALLOC_SETTINGS}
-    end, output = processes.run(command, timeout, environment)
-    lines = output.strip().splitlines() or ["no output"]
-    marked = [line[len(MARK) :] for line in lines if line.startswith(MARK)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        print(f"  {case}: no memory figures: stopped after {timeout:.0f} s", file=sys.stderr)
+        return dict.fromkeys(contestants)
+    marked = [line[len(MARK) :] for line in done.stdout.splitlines() if line.startswith(MARK)]
     found: dict[str, float | None] = {}
     for line in marked:
         found |= json.loads(line)
     for contestant in contestants:
         if contestant not in found:
-            print(f"  {contestant}: no memory figure: {end.why or lines[-1][:200]}", file=sys.stderr)
+            lines = done.stderr.strip().splitlines() or ["no output"]
+            print(f"  {contestant}: no memory figure: {lines[-1][:200]}", file=sys.stderr)
     return {name: None if peak is None else round(peak, 2) for name, peak in found.items()}
 
 
