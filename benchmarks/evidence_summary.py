@@ -27,7 +27,7 @@ def summary(report: dict[str, Any], measured: list[schema.Result]) -> list[str]:
         f"{report['device']['name']}  torch {versions['torch']}  commit {(report['revision'] or '?')[:10]}"
     ]
     for entry in report["sections"]:
-        text = f"  {entry['name']:<14} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail']}"
+        text = f"  {entry['name']:<19} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail']}"
         lines.append(text[:118])
     if report.get("disabled"):
         lines.append(f"  left out of every section, its probe failed: {report['disabled']}"[:118])

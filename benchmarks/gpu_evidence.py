@@ -243,7 +243,7 @@ def _attempt(section: Section, run: Run) -> None:
     run.report["sections"].append(entry)
     run.store()
     print(
-        f"{entry['name']:<14} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail'][:120]}",
+        f"{entry['name']:<19} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail'][:120]}",
         flush=True,
     )
 

@@ -232,7 +232,7 @@ PROBES = [
 FAKES = (
     Section("install", 20, python("print('placed')")),
     Section("probe", 20, python("\n".join(f"print('''{json.dumps(item)}''')" for item in PROBES))),
-    Section("stuck", 2, python(f"import time\nprint({json.dumps(PROBES[0])!r})\ntime.sleep(600)")),
+    Section("stuck", 4, python(f"import time\nprint({json.dumps(PROBES[0])!r})\ntime.sleep(600)")),
     Section("after", 20, python("import os; print(os.environ.get('FASTATTN_DISABLE'))")),
     Section("last", 20, python("import os; print(os.environ.get('FASTATTN_DISABLE'))"), cuda_backward=True),
 )  # fmt: skip

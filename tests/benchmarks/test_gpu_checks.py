@@ -230,6 +230,6 @@ def test_checks_of_a_group_run_side_by_side(script: Any) -> None:
     found = list(
         gpu_checks._findings(["random", "kv-cache", "ops-varlen", "ops-softmax"], options(workers=4))
     )
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 8.5  # one after another takes 9
     counts = Counter(item["check"] for item in found)
     assert counts == {"random": 2, "kv-cache": 2, "ops-varlen": 1, "ops-softmax": 1}
