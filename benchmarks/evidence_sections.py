@@ -161,12 +161,7 @@ def _tests(*selection: str, marked: str = "") -> Callable[[Run], Command]:
             # a test that waits for a kernel cannot be interrupted: its process ends, and with xdist another takes over
             line += ["--timeout", str(TEST_SECONDS), "--timeout-method=thread"]
         if find_spec("xdist") is not None and not run.dry:
-            line += [
-                "-n",
-                str(min(WORKERS, TEST_WORKERS)),
-                "--dist",
-                "loadfile" if marked.endswith("cuda") else "load",
-            ]
+            line += ["-n", str(min(WORKERS, TEST_WORKERS))]
         if marked:
             line += ["-m", marked]
         return [*line, *(path for path in selection if (ROOT / path).exists())]
