@@ -413,7 +413,12 @@ def import_case(quick: bool) -> schema.Result:
             before = "import torch;" if name == "fastattn" else ""
             timed = f"from time import perf_counter as t;{before}a=t();{statement};print(t()-a)"
             done = subprocess.run(
-                [sys.executable, "-c", timed], capture_output=True, text=True, cwd=place, check=False
+                [sys.executable, "-c", timed],
+                capture_output=True,
+                text=True,
+                cwd=place,
+                check=False,
+                timeout=300,
             )
             if done.returncode == 0 and number > 0:  # the first round fills the file cache
                 seconds[name].append(float(done.stdout))

@@ -9,17 +9,18 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import checkout
 import figures
 import harness
 import memory
+import processes
 import schema
 import torch
 from harness import Budget, Case
@@ -27,6 +28,7 @@ from options import check_merge, destination, parse
 
 # All CPU cases of all benches, on two cores, take about 12 minutes at such budgets.
 CASE_BUDGET = Budget(seconds=2.0)
+WARM_SECONDS = 90.0
 ExtraCase = Callable[[bool], schema.Result]  # given whether the run is quick
 
 
@@ -95,7 +97,9 @@ def _run_bench(
         print(f"fastattn bench {bench}: --merge: {error}", file=sys.stderr)
         return 2, None
     if options.warm:
-        warm(script, [case.name for case in chosen], options)
+        compiled = [case for case in chosen if compiled_contestants(case, device, options.contestants)]
+        if compiled:
+            warm(script, [case.name for case in compiled], options)
     _measure_ceilings(result, device, options, _dtypes(chosen))
     problems: list[str] = []
     for extra in chosen_extras.values():
@@ -178,33 +182,39 @@ def _raise_ceilings(result: schema.Result, again: schema.Result) -> None:
 
 
 def warm(script: Path, names: list[str], options: argparse.Namespace) -> None:
-    """Let processes compile what the cases need, side by side, into the compilers' caches on disk."""
+    """Let processes compile what torch compiles for the cases, side by side, into its cache on disk.
+
+    None of them is waited for longer than WARM_SECONDS: what it has not compiled, the measured process compiles.
+    """
     command = [sys.executable, str(script), "--device", options.device]
     command += ["--cases-of", options.cases_of] if options.cases_of else []
     command += ["--contestants", options.contestants] if options.contestants else []
     shares = [names[start :: options.warm] for start in range(min(options.warm, len(names)))]
-    null = subprocess.DEVNULL
+    events: processes.Events = SimpleQueue()
     workers = [
-        subprocess.Popen([*command, "--warm-cases", *share], stdout=null, stderr=null) for share in shares
+        processes.Process([*command, "--warm-cases", *share], limit=WARM_SECONDS, events=events)
+        for share in shares
     ]
-    for worker in workers:
-        worker.wait()
+    for worker, event in processes.follow(*workers):
+        if isinstance(event, processes.Ended) and event.why:
+            print(f"warming, process {workers.index(worker)}: {event.why}", file=sys.stderr)
 
 
 def warm_cases(cases: Sequence[Case], device: torch.device, only: str | None) -> None:
-    """A worker's side of `warm`: one step of every contestant that compiles.
+    """A worker's side of `warm`: one step of every contestant that torch compiles, for one shape each.
 
-    Our kernels serve all lengths, so the small form will do; what torch compiles is compiled for one shape.
+    Our kernels serve all lengths: the first case of the measured run compiles them for the others.
     """
     for case in cases:
-        for contestant in case.contestants(device):
-            if not re.search("fastattn|flex|compile", contestant) or (
-                only and not re.search(only, contestant)
-            ):
-                continue
-            form = case if re.search("flex|compile", contestant) else case.small()
+        for contestant in compiled_contestants(case, device, only):
             with contextlib.suppress(Exception):  # the measured run gives the reason
-                form.open(device).step(contestant)()
+                case.open(device).step(contestant)()
+
+
+def compiled_contestants(case: Case, device: torch.device, only: str | None) -> list[str]:
+    """Those of the chosen that torch.compile makes anew for every shape."""
+    names = [name for name in case.contestants(device) if re.search("flex|compile", name)]
+    return [name for name in names if only is None or re.search(only, name)]
 
 
 def _run(

@@ -27,8 +27,10 @@ def summary(report: dict[str, Any], measured: list[schema.Result]) -> list[str]:
         f"{report['device']['name']}  torch {versions['torch']}  commit {(report['revision'] or '?')[:10]}"
     ]
     for entry in report["sections"]:
-        text = f"  {entry['name']:<14} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail']}"
+        text = f"  {entry['name']:<19} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail']}"
         lines.append(text[:118])
+    if report.get("disabled"):
+        lines.append(f"  left out of every section, its probe failed: {report['disabled']}"[:118])
     failed = [f for entry in report["sections"] for f in entry["findings"] if f["status"] == "failed"]
     lines += [f"  ! {f['check']} {f.get('backend', '')}: {f['detail'][:100]}" for f in failed[:6]]
     for result in measured:

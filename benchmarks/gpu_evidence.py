@@ -4,20 +4,19 @@
     python benchmarks/gpu_evidence.py --dry-run                  on a CPU: every section in its small form, or why not
     python benchmarks/gpu_evidence.py --sections forward flex --resume
     python benchmarks/gpu_evidence.py --resume --minutes 9 --publish
+    python benchmarks/gpu_evidence.py --archive OUT --triton-cache kernels.tar.gz --prebuilt built
 
 Sections run in order of importance, each in a process of its own with a limit of its own, so that a crash or a hang
-costs one section. What finished is stored at once: evidence.json (sections and findings), BENCH.json (what was
-measured), log.txt (all output), and the charts. It ends with a table one screen long.
+costs one section. Right after the build each direction of the CUDA extension is probed; one that hangs is left out of
+every later section by FASTATTN_DISABLE. What is found is stored at once: evidence.json (sections and findings),
+BENCH.json (what was measured), log.txt (all output). It ends with a table one screen long, then the charts.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,83 +25,88 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import carried
 import evidence_summary
+import processes
 import schema
-from evidence_sections import ROOT, SECTIONS, Report, Run, Section
+from evidence_sections import RESERVE, ROOT, SECTIONS, Report, Run, Section, switches
+from gpu_probes import DIRECTIONS, switches_for
 from tables import BENCHES
 
 FORMAT, VERSION = "fastattn-evidence", 1
 LEAST = 15.0  # a section is not begun with less time than this
+ALWAYS = ("install", "build", "probe")  # of a machine, not of a commit: repeated by every run
 
 
 def run_section(section: Section, run: Run) -> Report:
-    """Run one section within its limit and the time left; its entry of the report."""
+    """Run one section within its limit and the time left; its entry of the report, stored as it grows."""
     command = section.command(run)
     entry: Report = {"name": section.name, "status": "skipped", "seconds": 0.0, "detail": "", "findings": []}
     if isinstance(command, str):
         return {**entry, "detail": command}
     limit = min(section.limit, run.remaining)
-    started = time.monotonic()
-    code, output = run_limited(command, limit, run.environment)
-    entry["seconds"] = round(time.monotonic() - started, 1)
-    run.log(f"=== {section.name}: {' '.join(command[1:])}\n{output}")
-    entry["findings"] = _findings(output)
-    entry["status"] = {0: "ok", None: "timeout"}.get(code, "failed")
-    entry["detail"] = schema.without_paths(_detail(section.name, code, limit, output, entry["findings"]))[
-        :300
-    ]
+    run.log(f"=== {section.name}: {' '.join(command[1:])}")
+    running = {**entry, "status": "running"}
+    run.report["sections"].append(running)
+    last, ended = "", None
+    # what is within has watched its own processes; here the section's limit counts, as under compute-sanitizer
+    process = processes.Process(command, section_environment(section, run), ROOT, limit, heed=False)
+    try:
+        for _, event in processes.follow(process):
+            if isinstance(event, processes.Ended):
+                ended = event
+                continue
+            run.log(event.text)
+            last = event.text.strip() or last
+            if found := _finding(event.text):
+                entry["findings"].append(found)
+                running["findings"] = entry["findings"]
+                run.store()
+    except KeyboardInterrupt:
+        ended = processes.Ended(None, time.monotonic() - process.started, "interrupted")
+    finally:
+        run.report["sections"].remove(running)
+    assert ended is not None
+    entry["seconds"] = round(ended.seconds, 1)
+    entry["status"] = {0: "ok", None: "timeout"}.get(ended.code, "failed")
+    entry["detail"] = schema.without_paths(_detail(ended, last, entry["findings"]))[:300]
     return entry
 
 
-def run_limited(command: Sequence[str], limit: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """(exit status, output); None where the limit passed and the command, with all it started, was killed."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(max(limit, 1.0))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            code = None
-        finally:
-            _kill_group(process)
-        output.seek(0)
-        return code, output.read().decode("utf-8", "replace")
+def section_environment(section: Section, run: Run) -> dict[str, str]:
+    """The environment of a section: the run's, without the directions of the CUDA extension that it leaves out."""
+    off = switches(section, run)
+    environment = {name: value for name, value in run.environment.items() if name != "FASTATTN_DISABLE"}
+    return (
+        environment
+        if not off or run.dry or section.name in ALWAYS
+        else {**environment, "FASTATTN_DISABLE": off}
+    )
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _findings(output: str) -> list[Report]:
-    found = []
-    for line in output.splitlines():
-        if line.startswith('{"check"'):
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
+def _finding(line: str) -> Report | None:
+    if not line.startswith('{"check"'):
+        return None
+    try:
+        found: Report = json.loads(line)
+    except ValueError:
+        return None
     return found
 
 
-def _detail(name: str, code: int | None, limit: float, output: str, findings: list[Report]) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    late = f"stopped after {limit:.0f} s; " if code is None else ""
+def _detail(ended: processes.Ended, last: str, findings: list[Report]) -> str:
+    code = ended.code
+    late = f"{ended.why}; " if ended.why else ""
     if findings:
-        counts = {s: sum(f["status"] == s for f in findings) for s in ("passed", "failed", "skipped")}
+        counts = {
+            s: sum(f["status"] == s for f in findings) for s in ("passed", "failed", "skipped", "not run")
+        }
         text = late + ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         silent = code not in (0, None) and not counts["failed"]
-        return f"exit status {code} after {text}: {lines[-1]}" if silent else text
+        return f"exit status {code} after {text}: {last}" if silent else text
     if code is not None and code < 0:
-        return f"killed by signal {-code}; " + (lines[-1] if lines else "")
-    return late + (lines[-1] if lines else "no output")
+        return f"killed by signal {-code}; {last}"
+    return late + (last or "no output")
 
 
 def place_checkout(run: Run, entry: Report) -> None:
@@ -142,6 +146,7 @@ def _new_report(device: Any, dry: bool, revision: str | None) -> Report:
         "dry_run": dry,
         "revision": revision,
         **kept,
+        "disabled": "",
         "sections": [],
     }
 
@@ -169,29 +174,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if options.dry_run else "cuda")
+    if options.unpack is not None:
+        carried.unpack(options.unpack, options.out)
     report = _new_report(device, options.dry_run, options.revision)
     report["sections"] = _kept_sections(options.out, report) if options.resume else []
     if not report["sections"]:
         for name in ("evidence", *BENCHES):
             (options.out / f"{name}.json").unlink(missing_ok=True)
-        (options.out / "log.txt").unlink(missing_ok=True)
+        for name in ("log.txt", "table.txt"):
+            (options.out / name).unlink(missing_ok=True)
     environment = _environment(options.dry_run)
-    run = Run(options.out.resolve(), options.minutes, options.dry_run, environment, report, time.monotonic())
+    if options.triton_cache is not None:
+        environment["TRITON_CACHE_DIR"] = str(carried.triton_cache(options.triton_cache, options.out))
+    run = Run(
+        options.out.resolve(), options.minutes, options.dry_run, environment, report, time.monotonic(),
+        prebuilt=options.prebuilt and options.prebuilt.resolve(),
+    )  # fmt: skip
     done = {entry["name"] for entry in report["sections"]}
+    always = ("install",) if options.dry_run else ALWAYS
     for section in SECTIONS:
-        wanted = not options.sections or section.name in (*options.sections, "install")
+        wanted = not options.sections or section.name in (*options.sections, *always)
         if wanted and section.name not in done:
             _attempt(section, run)
+            _archive(run, options.archive)
     measured = evidence_summary.load_all(run.out)
-    _draw(run, measured)
-    print("\n".join(["", *evidence_summary.summary(report, measured)]))
+    table = evidence_summary.summary(report, measured)
+    print("\n".join(["", *table]), flush=True)  # before anything that may take long or fail
+    (run.out / "table.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
+    _archive(run, options.archive)
+    if run.remaining > -RESERVE / 2:
+        _draw(run, measured)
+        _archive(run, options.archive, triton=environment.get("TRITON_CACHE_DIR"))
     if options.publish:
         print(f"published to {publish(run, measured).relative_to(ROOT)}")
     return 1 if any(entry["status"] in ("failed", "timeout") for entry in report["sections"]) else 0
 
 
 def _kept_sections(out: Path, report: Report) -> list[Report]:
-    """The sections of an earlier run on this device and commit that finished well; the install is always repeated."""
+    """The sections of an earlier run on this device and commit that finished well; those of ALWAYS are repeated."""
     try:
         earlier = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -202,7 +222,7 @@ def _kept_sections(out: Path, report: Report) -> list[Report]:
     if not alike:
         print("the earlier run was of another device, commit or kind: starting anew")
         return []
-    return [entry for entry in earlier["sections"] if entry["status"] == "ok" and entry["name"] != "install"]
+    return [entry for entry in earlier["sections"] if entry["status"] == "ok" and entry["name"] not in ALWAYS]
 
 
 def _attempt(section: Section, run: Run) -> None:
@@ -218,12 +238,32 @@ def _attempt(section: Section, run: Run) -> None:
         entry = run_section(section, run)
     if section.name == "install":
         place_checkout(run, entry)
+    if section.name == "probe" and entry["status"] != "skipped":
+        _switch_off(run, entry)
     run.report["sections"].append(entry)
     run.store()
     print(
-        f"{entry['name']:<14} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail'][:120]}",
+        f"{entry['name']:<19} {entry['status']:<8} {entry['seconds']:6.1f} s  {entry['detail'][:120]}",
         flush=True,
     )
+
+
+def _switch_off(run: Run, entry: Report) -> None:
+    """Leave out, from now on, every direction that the probes did not find right."""
+    run.report["disabled"] = switches_for(entry["findings"])
+    off = [name for name, direction in DIRECTIONS.items() if set(direction.switches) <= set(run.disabled)]
+    if off:
+        entry["detail"] += f"; left out from now on: CUDA {', '.join(off)}"
+
+
+def _archive(run: Run, folder: Path | None, triton: str | None = None) -> None:
+    """Renew what is to be carried away, so that a run cut short leaves what it had."""
+    if folder is None:
+        return
+    try:
+        carried.pack(run.out, folder, triton)
+    except OSError as error:
+        print(f"the archive is as it was: {error}", file=sys.stderr)
 
 
 def _draw(run: Run, measured: Sequence[schema.Result]) -> None:
@@ -268,6 +308,25 @@ def _parser() -> argparse.ArgumentParser:
         "--publish",
         action="store_true",
         help="then copy the results to benchmarks/results/DEVICE and renew the pages",
+    )
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        metavar="FOLDER",
+        help="renew FOLDER/evidence.tar.gz and table.txt after each section",
+    )
+    parser.add_argument(
+        "--unpack",
+        type=Path,
+        metavar="ARCHIVE",
+        help="first unpack an earlier run's archive into --out, to resume it",
+    )
+    parser.add_argument(
+        "--triton-cache", type=Path, metavar="PATH",
+        help="compiled Triton kernels, a folder or a .tar.gz of one; with --archive they are carried away too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prebuilt", type=Path, metavar="PATH", help="a built _C*.so to use instead of a build, if it fits"
     )
     parser.add_argument("--revision", help="commit to record where the checkout has no git folder")
     return parser

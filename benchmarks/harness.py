@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 
 import memory
 import torch
+from device_errors import lost_after
+from judging import REFUSED
 from schema import Result, without_paths
 from torch import Tensor
 
@@ -133,11 +135,12 @@ def run_case(
     a CPU case has no memory figures.
     """
     workload = case.open(device)
-    rows: dict[str, Result] = {}
     steps: dict[str, Step] = {}
-    for contestant in case.contestants(device):
-        if only is not None and not re.search(only, contestant):
-            continue
+    chosen = [name for name in case.contestants(device) if only is None or re.search(only, name)]
+    rows: dict[str, Result] = {name: {} for name in chosen}
+    for contestant in sorted(
+        chosen, key=lambda name: name.endswith("-cuda")
+    ):  # a fault there spares the others
         row, step = _admit(case, workload, contestant, device, budget)
         rows[contestant] = row
         if step is not None:
@@ -220,18 +223,12 @@ def _admit(
         return {"contestant": contestant, "status": "unavailable", "reason": without_paths(str(reason))}, None
     except Exception as error:
         text = without_paths(f"{type(error).__name__}: {error}".strip().splitlines()[0])
-        if is_device_lost(error):
+        if lost_after(error, device):
             raise
+        if REFUSED in str(error):
+            return {"contestant": contestant, "status": "unavailable", "reason": text[:300]}, None
         return {"contestant": contestant, "status": "failed", "reason": text[:300]}, None
     return row, step
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether no further CUDA call of this process can succeed."""
-    text = str(error).lower()
-    return any(
-        sign in text for sign in ("illegal memory access", "unspecified launch failure", "device-side assert")
-    )
 
 
 def errors_against(

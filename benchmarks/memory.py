@@ -60,9 +60,13 @@ def child_peaks(
     command = [sys.executable, str(script), "--threads", str(torch.get_num_threads())]
     command += ["--measure-memory", case, *contestants]
     environment = {**os.environ, **_MALLOC_SETTINGS}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        print(f"  {case}: no memory figures: stopped after {timeout:.0f} s", file=sys.stderr)
+        return dict.fromkeys(contestants)
     marked = [line[len(MARK) :] for line in done.stdout.splitlines() if line.startswith(MARK)]
     found: dict[str, float | None] = {}
     for line in marked:

@@ -26,6 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import checkout
 import torch
 
 FORMAT = "fastattn-bench"
@@ -215,24 +216,18 @@ def _no_paths(value: Any, where: str) -> None:
 
 
 def _versions() -> dict[str, str | None]:
+    checkout.make_importable()
+    from fastattn import versions
+
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "triton": _module_version("triton"),
-        "fastattn": _module_version("fastattn"),
+        "triton": versions.find("triton"),
+        "fastattn": versions.find("fastattn"),
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
     }
-
-
-def _module_version(name: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _revision() -> tuple[str | None, bool]:

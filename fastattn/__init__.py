@@ -39,28 +39,12 @@ def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return import_module(f"fastattn.{name}")
     if name == "__version__":
-        globals()[name] = _version()
+        from fastattn import versions
+
+        globals()[name] = versions.version("fastattn")
         return globals()[name]
     raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_FIRST_USE, "__version__"})
-
-
-def _version() -> str:
-    """The installed version, else that of the checkout this is; importlib.metadata is slow to import, so on demand."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("fastattn")
-    except metadata.PackageNotFoundError:
-        pass
-    from pathlib import Path
-
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    text = project.read_text(encoding="utf-8") if project.is_file() else ""
-    if 'name = "fastattn"' not in text:  # the pyproject.toml of whoever copied the package
-        return "0+unknown"
-    lines = [line.partition("=") for line in text.splitlines()]
-    return next(value.strip().strip('"') for key, _, value in lines if key.strip() == "version")

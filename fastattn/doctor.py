@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import platform
 import re
@@ -13,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastattn import build
+from fastattn import build, versions
 from fastattn.console import Output
 
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
 VARIABLES = (
-    "FASTATTN_BACKEND", "FASTATTN_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
-    "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
+    "FASTATTN_BACKEND", "FASTATTN_DISABLE", "FASTATTN_CACHE_DIR", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
 )  # fmt: skip
 PROBE_SECONDS = 10.0
 
@@ -120,10 +119,7 @@ def _revision(root: Path) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return versions.find(package)
 
 
 def _cpu() -> dict[str, Any]:

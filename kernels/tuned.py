@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastattn.cache import cache_dir, write_atomically
 from fastattn.kernels.tiles import Tile
 from fastattn.spec import AttentionSpec
+from fastattn.versions import version
 
 FORMAT, VERSION = "fastattn-tiles", 1
 KERNELS = ("forward", "dkdv", "dq", "dbias")  # the fields of Tiles

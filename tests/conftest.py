@@ -22,6 +22,9 @@ else:  # the same examples in every run; FASTATTN_TEST_EXAMPLES asks for fresh o
     settings.register_profile("repeatable", derandomize=True, database=None)
     settings.load_profile("repeatable")
 
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # torch reads it once, at the first product on CUDA
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is decorated
@@ -36,6 +39,20 @@ def _triton_before_3_6() -> bool:
     return (int(found[0]), int(found[1])) < (3, 6)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cuda_backend: runs the CUDA extension by name; added by its parameters"
+    )
+
+
+def _names_cuda(item: pytest.Item) -> bool:
+    """Whether a test is of the extension: by its file, or by a parameter that names its backend."""
+    given = getattr(item, "callspec", None)
+    named = [] if given is None else [given.params.get(name) for name in ("backend", "first", "second")]
+    return item.path.name.startswith("test_cuda_") or "cuda" in named
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a newer Triton, or a GPU where there is none."""
     if _triton_before_3_6():  # torch 2.9's: its TMA, PTX and register allocation are not those the tests know
@@ -43,7 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "newer_triton" in item.keywords:
                 item.add_marker(old)
+    for item in items:
+        if "gpu" in item.keywords and _names_cuda(item):
+            item.add_marker("cuda_backend")
     if HAS_GPU:
+        items.sort(key=lambda item: "cuda_backend" in item.keywords)  # a hang there costs what comes after it
         return
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:

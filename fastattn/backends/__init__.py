@@ -24,6 +24,7 @@ import torch as pytorch  # this package has a module named torch
 from fastattn.backends import cuda as cuda_backend
 from fastattn.backends import torch as torch_backend
 from fastattn.backends import triton as triton_backend
+from fastattn.backends.switches import switched_off
 from fastattn.spec import AttentionCall, AttentionSpec, SoftmaxSpec
 
 if TYPE_CHECKING:
@@ -162,7 +163,10 @@ def available() -> list[tuple[str, str | None]]:
     device = "cuda" if pytorch.cuda.is_available() else "cpu"
     query = pytorch.empty(1, 1, 16, 64, device=device, dtype=pytorch.float16)
     spec = AttentionSpec.of(AttentionCall(query, query, query))
-    return [(backend.NAME, backend.why_not(spec) or _why_not_auto(backend, spec)) for backend in BACKENDS]
+    return [
+        (backend.NAME, _why_not(backend, spec, "attention_fwd") or _why_not_auto(backend, spec))
+        for backend in BACKENDS
+    ]
 
 
 def resolve(name: str) -> str:
@@ -195,7 +199,9 @@ def warn_once(message: str) -> None:
 
 def _why_not(backend: ModuleType, spec: Spec, op: str) -> str | None:
     reason: str | None = backend.why_not(spec)
-    return reason if reason is not None or hasattr(backend, op) else f"it has no {op}"
+    if reason is None and not hasattr(backend, op):
+        reason = f"it has no {op}"
+    return reason or switched_off(backend.NAME, op)
 
 
 def _why_not_auto(backend: ModuleType, spec: Spec) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import extension
+from fastattn.backends.switches import switched_off
 from fastattn.spec import (
     MAX_HEAD_DIM,
     AttentionCall,
@@ -184,7 +185,8 @@ def varlen_bwd(
 def _in_one_pass(spec: AttentionSpec, needs: GradsNeeded) -> bool:
     """Whether all gradients come from one pass, where it can do the call and was measured to be faster."""
     wanted = needs.query and (needs.key or needs.value)
-    return wanted and not spec.softcap and spec.head_dim in ONE_PASS_HEAD_DIMS
+    allowed = wanted and not spec.softcap and switched_off("cuda", "one_pass") is None
+    return allowed and spec.head_dim in ONE_PASS_HEAD_DIMS
 
 
 def _needed_grads(

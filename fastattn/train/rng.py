@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+
 
 def seed_all(seed: int) -> None:
     """Seed every global generator."""
@@ -54,18 +56,40 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Inside, torch uses deterministic algorithms only, if wanted; an operation without one raises."""
+def deterministic_algorithms(wanted: bool, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, torch uses deterministic algorithms only, if wanted; an operation without one raises.
+
+    On a CUDA device a first product shows whether cuBLAS can be deterministic: RuntimeError where it is too late.
+    """
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    if wanted:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS asks for it, before its first use
-        torch.use_deterministic_algorithms(True)
     try:
+        if wanted:
+            allow_deterministic_cublas()
+            torch.use_deterministic_algorithms(True)
+            if device is not None and device.type == "cuda":
+                _check_cublas(device)
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def allow_deterministic_cublas() -> None:
+    """Ask cuBLAS for workspaces with which it is deterministic; torch reads this once, at its first product on CUDA."""
+    os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACE)
+
+
+def _check_cublas(device: torch.device) -> None:
+    one = torch.ones(1, 1, device=device)
+    try:
+        torch.mm(one, one)
+    except RuntimeError as error:
+        if CUBLAS_VARIABLE not in str(error):
+            raise
+        raise RuntimeError(
+            f"deterministic=True: torch read {CUBLAS_VARIABLE} at this process's first product on CUDA, before it was"
+            f" set; set {CUBLAS_VARIABLE}={CUBLAS_WORKSPACE} in the environment that starts the process, or make the"
+            " Trainer before anything else runs on the GPU"
+        ) from None

@@ -33,7 +33,14 @@ from fastattn.train.resume import (
     check_optimizer,
     read_checkpoint,
 )
-from fastattn.train.rng import deterministic_algorithms, random_state, restore_random_state, seed_all, seeded
+from fastattn.train.rng import (
+    allow_deterministic_cublas,
+    deterministic_algorithms,
+    random_state,
+    restore_random_state,
+    seed_all,
+    seeded,
+)
 from fastattn.train.signals import StopRequest
 from fastattn.train.state import FitResult, TrainState
 
@@ -97,6 +104,8 @@ class Trainer:
             if data is not None and len(data) == 0:
                 raise ValueError(f"{name}: is empty, need at least one example")
         self.config = config
+        if config.deterministic:
+            allow_deterministic_cublas()  # before the device's first product
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
         self.directory = RunDirectory(
@@ -142,7 +151,7 @@ class Trainer:
         if self._used:
             raise RuntimeError('fit: a trainer runs once; make another, with resume="auto" to go on')
         self._used = True
-        with StopRequest() as stop, deterministic_algorithms(self.config.deterministic):
+        with StopRequest() as stop, deterministic_algorithms(self.config.deterministic, self.device):
             self._begin()
             self.display.start(self._progress())
             try:

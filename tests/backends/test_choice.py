@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import backends, spec
+from fastattn.backends import switches
 from fastattn.integrations import flash_attn
 from fastattn.ops import kv_cache, softmax, varlen
 
@@ -200,3 +201,35 @@ def test_the_warning_points_at_the_line_that_called() -> None:
     with pytest.warns(RuntimeWarning, match="materialises") as said:
         torch.vmap(lambda q: fastattn.attention(q, k, v))(q[None])
     assert [warning.filename for warning in said] == [__file__]
+
+
+def test_the_parts_that_can_be_switched_off_are_what_backends_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert switches.BACKENDS == backends.NAMES
+    ops = {name for backend in backends.BACKENDS for name in vars(backend) if name.endswith(("_fwd", "_bwd"))}
+    assert ops <= set(switches.PARTS)
+
+
+def test_a_part_switched_off_is_refused_by_name_and_passed_over_by_auto(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query = torch.randn(1, 1, 8, 16, requires_grad=True)
+    monkeypatch.setenv("FASTATTN_DISABLE", " torch.attention_bwd ,cuda.one_pass")
+    out = fastattn.attention(query, query, query, backend="torch")
+    with pytest.raises(
+        RuntimeError, match=r"cannot run this call: FASTATTN_DISABLE switches torch.attention_bwd off"
+    ):
+        out.sum().backward()
+    assert backends.switched_off("cuda", "one_pass") == "FASTATTN_DISABLE switches cuda.one_pass off"
+    assert backends.switched_off("cuda", "attention_fwd") is None
+    monkeypatch.setenv("FASTATTN_DISABLE", "torch")
+    with pytest.raises(RuntimeError, match=r"no backend can run this call.*switches torch off"):
+        fastattn.attention(query, query, query)
+    assert ("torch", "FASTATTN_DISABLE switches torch off") in backends.available()
+
+
+@pytest.mark.parametrize("text", ["cudnn", "cuda.backward", "cuda.", "cuda;triton"])
+def test_a_switch_that_names_nothing_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_DISABLE", text)
+    query = torch.randn(1, 1, 8, 16)
+    with pytest.raises(ValueError, match=r"FASTATTN_DISABLE=.*needs a backend of cuda, triton, torch"):
+        fastattn.attention(query, query, query)

@@ -173,6 +173,15 @@ def test_contestants_are_weighed_in_processes_of_their_own(
     assert "fails: no memory figure: ValueError: no room" in err
 
 
+def test_a_step_that_never_ends_has_no_memory_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "bench.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    assert memory.child_peaks(script, "case", ["a", "b"], timeout=1.0) == {"a": None, "b": None}
+    assert "case: no memory figures: stopped after 1 s" in capsys.readouterr().err
+
+
 def test_ceilings_are_measured_by_dtype() -> None:
     small = harness.measure_ceilings(CPU, [torch.float32], quick=True)
     assert small["matmul_tflops"]["float32"] > 0

@@ -8,6 +8,7 @@ from softmax_cases import CASES, DTYPES, inputs, reference
 
 import fastattn
 from fastattn import extension
+from fastattn.backends import switched_off
 from numerics import assert_within_rule
 
 pytestmark = pytest.mark.gpu
@@ -19,6 +20,9 @@ COLUMNS = [1, 8, 9, 256, 257, 1024, 8192, 8193, 16385, 32768, 32769, 65537, 1310
 def _built() -> None:
     if extension.state().module is None:
         pytest.skip(str(extension.state().reason))
+    for part in ("softmax_fwd", "softmax_bwd", "cross_entropy_fwd", "cross_entropy_bwd"):
+        if (reason := switched_off("cuda", part)) is not None:
+            pytest.skip(reason)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

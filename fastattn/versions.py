@@ -1,0 +1,47 @@
+"""Versions of packages, of this one too where it lies linked or copied without an installation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+UNKNOWN = "0+unknown"
+
+
+def find(package: str) -> str | None:
+    """The version of a package, None where it is not there; never raises for one that has no metadata.
+
+    importlib.metadata is slow to import, so this does it on demand.
+    """
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return own_declared() if package == "fastattn" else _of_module(package)
+
+
+def version(package: str) -> str:
+    """The same as text, UNKNOWN where there is none: for names and records that must never fail."""
+    return find(package) or UNKNOWN
+
+
+def own_declared() -> str:
+    """What the pyproject.toml of the checkout this is says; UNKNOWN where there is none of ours."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.is_file() else ""
+    if 'name = "fastattn"' not in text:  # the pyproject.toml of whoever copied the package
+        return UNKNOWN
+    lines = [line.partition("=") for line in text.splitlines()]
+    return next(value.strip().strip('"') for key, _, value in lines if key.strip() == "version")
+
+
+def _of_module(package: str) -> str | None:
+    """`__version__` of a module whose distribution has another name, as Triton's has in some builds of torch."""
+    if find_spec(package) is None:
+        return None
+    try:
+        return str(getattr(import_module(package), "__version__", UNKNOWN))
+    except ImportError:
+        return None

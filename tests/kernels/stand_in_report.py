@@ -1,0 +1,152 @@
+"""Runs calls of every op on the stand-in for a Hopper GPU and prints what was launched; run by test_stand_in_driver.py.
+
+python tests/kernels/stand_in_report.py NAME ...      those of CALLS
+python tests/kernels/stand_in_report.py --fill DIR    compile them into a cache of Triton's, to be carried to a GPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from stand_in_driver import Driver, active
+
+from fastattn.backends import triton as backend
+from fastattn.spec import (
+    AttentionCall,
+    AttentionSpec,
+    CrossEntropyCall,
+    GradsNeeded,
+    SoftmaxCall,
+    SoftmaxSpec,
+    VarlenCall,
+)
+
+ARCH = 90
+LENGTHS = (2, 17, 1000, 1024)
+BF16 = torch.bfloat16
+
+
+def _on_gpu(spec: Any) -> Any:
+    if isinstance(spec, SoftmaxSpec):
+        return replace(spec, device="cuda", arch=ARCH)
+    return spec.replace(device="cuda", arch=ARCH)
+
+
+def attention(dim: int, dtype: torch.dtype, tma: bool | None = None, **options: Any) -> None:
+    """Forward and backward at several lengths, batches and numbers of heads."""
+    from fastattn.kernels.tiles import tiles_for
+
+    for length in LENGTHS:
+        batch, heads = (1, 4) if length % 2 else (2, 2)
+        query = torch.randn(batch, heads, length, dim).to(dtype)
+        call = AttentionCall(query, query, query, scale=0.125, **options)
+        needs = GradsNeeded()
+        forward, backward = (_on_gpu(AttentionSpec.of(call, each)) for each in (None, needs))
+        chosen = [tiles_for(spec) for spec in (forward, backward)]
+        if tma is not None:
+            names = ("forward", "dkdv", "dq")
+            chosen = [replace(t, **{n: replace(getattr(t, n), tma=tma) for n in names}) for t in chosen]
+        out, lse = backend.attention_fwd(forward, call, chosen[0])
+        backend.attention_bwd(backward, call, out, lse, torch.randn_like(out), None, needs, chosen[1])
+
+
+def packed(dim: int) -> None:
+    """Packed sequences, forward and backward."""
+    for lengths in ((1, 63, 65, 129), (1000,), (5, 0, 17)):
+        tokens = sum(lengths)
+        query = torch.randn(tokens, 4, dim).to(BF16)
+        edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        call = VarlenCall(query, query[:, :2], query[:, :2], edges, edges, causal="bottom_right", scale=0.125)
+        needs = GradsNeeded()
+        forward, backward = (
+            _on_gpu(AttentionSpec.of(call.as_one_sequence(), each)) for each in (None, needs)
+        )
+        out, lse = backend.varlen_fwd(forward, call)
+        backend.varlen_bwd(backward, call, out, lse, torch.randn_like(out), None, needs)
+
+
+def rows(columns: int) -> None:
+    """Softmax of rows, forward and backward, and the loss of as many classes."""
+    for number in (1, 17, 1000):
+        x = torch.randn(number, columns).to(BF16)
+        out = backend.softmax_fwd(
+            _on_gpu(SoftmaxSpec.of(x)), SoftmaxCall(x, None, 1, 1.0, False, False, BF16)
+        )
+        backend.softmax_bwd(_on_gpu(SoftmaxSpec.of(x, backward=True)), x, out, 1, 1.0, BF16)
+        call = CrossEntropyCall(x, torch.zeros(number, dtype=torch.int64), -100, 0.0)
+        losses, norms = backend.cross_entropy_fwd(_on_gpu(SoftmaxSpec.of(x)), call)
+        backend.cross_entropy_bwd(_on_gpu(SoftmaxSpec.of(x, backward=True)), call, losses, norms)
+
+
+def held() -> None:
+    """The kernel by which a part of the multiprocessors is held."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import hold
+
+    flags = torch.zeros(1, dtype=torch.int32)
+    hold.hold_kernel[(66,)](flags, flags, hold.MOST_LOOKS, num_warps=hold.WARPS)
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "causal D64": lambda: attention(64, BF16, causal="bottom_right"),
+    "full D128": lambda: attention(128, BF16),
+    "full D128 by TMA": lambda: attention(128, BF16, tma=True),
+    "softcap D80 float16": lambda: attention(80, torch.float16, softcap=5.0, window_left=100),
+    "packed D64": lambda: packed(64),
+    "rows of 1000": lambda: rows(1000),
+    "held": held,
+}
+
+
+DIMS = (64, 128, 256)
+# What the first minutes on a GPU launch beside those: the grids of the attention bench.
+FILL = CALLS | {
+    f"grid {causal} D{dim}": partial(attention, dim, BF16, causal=causal)
+    for dim in DIMS
+    for causal in ("none", "bottom_right")
+}
+
+
+def described(driver: Driver) -> dict[str, Any]:
+    """What was launched, in plain types."""
+    return {
+        "loaded": driver.loaded,
+        "launches": [
+            {
+                "name": each.name,
+                "grid": each.grid,
+                "arguments": len(each.arguments),
+                "maps": sum(kind.startswith("tensordesc") for kind in each.types.values()),
+                "shared": each.metadata.shared,
+                "volatile": "ld.volatile" in each.ptx,
+                "problems": each.problems(),
+            }
+            for each in driver.launched
+        ],
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    if arguments[:1] == ["--fill"]:
+        os.environ["TRITON_CACHE_DIR"] = arguments[1]
+        arguments = arguments[2:] or list(FILL)
+    found = {}
+    for name in arguments or CALLS:
+        with active(ARCH) as driver:
+            FILL[name]()
+        found[name] = described(driver)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
