@@ -10,6 +10,7 @@
 #include "attention_params.h"
 #include "check.h"
 #include "device/tensor_map.h"
+#include "runtime.h"
 
 namespace fastattn {
 
@@ -136,25 +137,21 @@ inline AttentionParams packed_call(const at::Tensor& query, const at::Tensor& ke
 
 // The multiprocessors of the current device, which has to be a Hopper GPU.
 inline int hopper_multiprocessors() {
-  int device = 0, major = 0, minor = 0, count = 0;
-  check_launch("cudaGetDevice", cudaGetDevice(&device));
-  check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  TORCH_CHECK_NOT_IMPLEMENTED(major == 9 && minor == 0,
-                              "the attention kernels need compute capability 9.0, this GPU has ", major, ".", minor);
-  return count;
+  DeviceProperties device = {};
+  check_launch("cudaDeviceGetAttribute", device_properties(&device));
+  TORCH_CHECK_NOT_IMPLEMENTED(device.major == 9 && device.minor == 0,
+                              "the attention kernels need compute capability 9.0, this GPU has ", device.major, ".",
+                              device.minor);
+  return device.multiprocessors;
 }
 
 // The driver's encoder of tensor maps, looked up once.
 inline TensorMapEncoder tensor_map_encoder() {
   static const TensorMapEncoder encoder = [] {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    check_launch("cudaGetDriverEntryPointByVersion",
-                 cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found));
-    TORCH_CHECK(found == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<TensorMapEncoder>(symbol);
+    void* function = nullptr;
+    check_launch("cudaGetDriverEntryPoint", driver_function("cuTensorMapEncodeTiled", &function));
+    TORCH_CHECK(function != nullptr, "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
+    return reinterpret_cast<TensorMapEncoder>(function);
   }();
   return encoder;
 }

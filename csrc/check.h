@@ -5,6 +5,8 @@
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
+#include "runtime.h"
+
 namespace fastattn {
 
 inline void check_cuda(const char* name, const at::Tensor& tensor) {
@@ -41,11 +43,9 @@ inline void check_launch(const char* kernel, cudaError_t error) {
 
 // Whether the current device has thread block clusters.
 inline bool has_clusters() {
-  int device = 0;
-  int major = 0;
-  check_launch("cudaGetDevice", cudaGetDevice(&device));
-  check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+  DeviceProperties device = {};
+  check_launch("cudaDeviceGetAttribute", device_properties(&device));
+  return device.major >= 9;
 }
 
 }  // namespace fastattn

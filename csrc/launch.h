@@ -10,6 +10,7 @@
 #include "device/config.cuh"
 #include "device/tensor_map.h"
 #include "params.h"
+#include "runtime.h"
 
 namespace fastattn {
 

@@ -139,8 +139,7 @@ cudaError_t launch_gradient_pass(Kernel kernel, const AttentionBackwardParams& p
   BackwardMaps maps;
   if (encode_backward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
   if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
   kernel<<<schedule.num_tiles, Shape::kThreads, Shape::kSharedBytes, stream>>>(params, maps, schedule);
   return cudaGetLastError();
@@ -151,9 +150,11 @@ cudaError_t launch_attention_backward(const AttentionBackwardParams& params, Ten
                                       cudaStream_t stream) {
   const int64_t row_blocks = row_pass_blocks(params.call);
   if (row_blocks > int64_t{1} << 29) return cudaErrorInvalidConfiguration;
-  attention_bwd_rows_kernel<Element, kRowThreads<kHeadDim>>
-      <<<static_cast<unsigned>(row_blocks), kRowPassThreads, 0, stream>>>(params);
-  const cudaError_t error = cudaGetLastError();
+  const auto row_kernel = attention_bwd_rows_kernel<Element, kRowThreads<kHeadDim>>;
+  cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(row_kernel), 0);
+  if (error != cudaSuccess) return error;
+  row_kernel<<<static_cast<unsigned>(row_blocks), kRowPassThreads, 0, stream>>>(params);
+  error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   if constexpr (has_one_pass(kHeadDim)) {
     if (params.dq_sum != nullptr) {
@@ -165,9 +166,12 @@ cudaError_t launch_attention_backward(const AttentionBackwardParams& params, Ten
           },
           [&](auto shape) {
             using Shape = decltype(shape);
-            attention_bwd_finish_kernel<Shape><<<static_cast<unsigned>(finish_blocks<Shape>(params.call)),
-                                                 kFinishWarpgroups<Shape> * kWarpgroupThreads, kFinishSharedBytes<Shape>,
-                                                 stream>>>(params);
+            const auto kernel = attention_bwd_finish_kernel<Shape>;
+            constexpr int kSharedBytes = kFinishSharedBytes<Shape>;
+            const cudaError_t failure = prepare_kernel(reinterpret_cast<const void*>(kernel), kSharedBytes);
+            if (failure != cudaSuccess) return failure;
+            kernel<<<static_cast<unsigned>(finish_blocks<Shape>(params.call)),
+                     kFinishWarpgroups<Shape> * kWarpgroupThreads, kSharedBytes, stream>>>(params);
             return cudaGetLastError();
           });
     }

@@ -66,8 +66,7 @@ cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEnc
     const TileSchedule schedule = forward_schedule<Shape>(params);
     if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
     const auto kernel = attention_fwd_sm90<Shape>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+    const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
     if (error != cudaSuccess) return error;
     const int blocks = schedule.num_tiles < multiprocessors ? schedule.num_tiles : multiprocessors;
     kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(maps, params, schedule);

@@ -19,6 +19,10 @@ cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, c
   if (blocks > INT_MAX) {
     return cudaErrorInvalidConfiguration;
   }
+  const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), kRowSharedBytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = plan.blocks;
@@ -65,7 +69,12 @@ cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, cudaStr
   if (blocks > INT_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  cross_entropy_backward_kernel<T><<<static_cast<unsigned>(blocks), kLossThreads, 0, stream>>>(p);
+  const auto kernel = cross_entropy_backward_kernel<T>;
+  const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), 0);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), kLossThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -31,6 +31,7 @@ class EmulatedExtension:
 
     def __init__(self, module: ModuleType, path: Path) -> None:
         self.module = module
+        self.path = path
         self._library = ctypes.CDLL(str(path))
 
     def configure(self, *, seed: int = 0, landing: Landing = "random", arch: int = 90) -> None:
@@ -39,6 +40,10 @@ class EmulatedExtension:
         configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
         configure(seed, LANDINGS.index(landing), 1, 1)
         self._library.emulate_compute_capability(arch)
+
+    def capture(self, active: bool) -> None:
+        """Refuse from now on, or no more, the calls that a CUDA graph capture in progress does not permit."""
+        self._library.emulate_capture(int(active))
 
 
 def build(folder: Path) -> EmulatedExtension:

@@ -1,0 +1,105 @@
+// What host code asks of the CUDA runtime once and keeps: properties of devices, kernels made ready to launch, functions
+// of the driver. Torch-free. Every function may be called for the first time while a stream is being captured.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+
+namespace fastattn {
+
+// Lets this thread make calls that a stream capture in progress, of this thread or another, would otherwise refuse and
+// be ended by. What is called under it queues no work.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() : error_(cudaThreadExchangeStreamCaptureMode(&mode_)) {}
+  ~RelaxedCapture() {
+    if (error_ == cudaSuccess) cudaThreadExchangeStreamCaptureMode(&mode_);
+  }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the one before
+  cudaError_t error_;
+};
+
+struct DeviceProperties {
+  int major;  // compute capability
+  int minor;
+  int multiprocessors;
+};
+
+// Of the current device.
+inline cudaError_t device_properties(DeviceProperties* properties) {
+  static std::mutex mutex;
+  static std::map<int, DeviceProperties> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) {
+    *properties = found->second;
+    return cudaSuccess;
+  }
+  const RelaxedCapture relaxed;
+  if (relaxed.error() != cudaSuccess) return relaxed.error();
+  const std::pair<cudaDeviceAttr, int*> wanted[] = {
+      {cudaDevAttrComputeCapabilityMajor, &properties->major},
+      {cudaDevAttrComputeCapabilityMinor, &properties->minor},
+      {cudaDevAttrMultiProcessorCount, &properties->multiprocessors},
+  };
+  for (const auto& [attribute, value] : wanted) {
+    error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error != cudaSuccess) return error;
+  }
+  known.emplace(device, *properties);
+  return cudaSuccess;
+}
+
+// Loads a kernel on the current device, which a first launch would otherwise do in the middle of a capture, and allows it
+// `shared_bytes` of dynamic shared memory, always the same number for a kernel.
+inline cudaError_t prepare_kernel(const void* kernel, int shared_bytes) {
+  constexpr int kAllowedAnyway = 48 * 1024;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> ready;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (ready.count({kernel, device}) != 0) return cudaSuccess;
+  const RelaxedCapture relaxed;
+  if (relaxed.error() != cudaSuccess) return relaxed.error();
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && shared_bytes > kAllowedAnyway) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (error == cudaSuccess) ready.insert({kernel, device});
+  return error;
+}
+
+// A function of the driver, as it was in CUDA 12.0, or null where the driver has none of that name. Nothing links
+// libcuda: a machine without a driver can load the extension.
+inline cudaError_t driver_function(const char* name, void** function) {
+  const RelaxedCapture relaxed;
+  if (relaxed.error() != cudaSuccess) return relaxed.error();
+  *function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, function, cudaEnableDefault, &found);
+#endif
+  if (found != cudaDriverEntryPointSuccess) *function = nullptr;
+  return error;
+}
+
+}  // namespace fastattn
