@@ -180,8 +180,8 @@ def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
 
 
 def table_tiles(spec: AttentionSpec) -> Tiles:
-    """The tiles of a spec that the table gives it."""
-    return TABLE[key_of(spec)]
+    """The tiles of a spec that the table gives it; which others TMA cannot load, only a call says."""
+    return TABLE[key_of(spec)] if spec.aligned else tiles_without_tma(spec)
 
 
 def tiles_without_tma(spec: AttentionSpec) -> Tiles:

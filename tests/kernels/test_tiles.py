@@ -54,8 +54,9 @@ def test_rows_that_load_by_tma_have_others_in_their_place(key: Key) -> None:
     assert others.dbias == TABLE[key].dbias
 
 
-def test_single_query_rows_take_no_tma() -> None:
+def test_a_spec_that_is_not_aligned_takes_the_row_without_tma() -> None:
     assert tiles_for(spec_of()).forward.tma
+    assert tiles_for(spec_of(aligned=False)) == tiles_without_tma(spec_of())
     assert not tiles_without_tma(spec_of()).forward.tma
 
 
