@@ -272,11 +272,19 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
 
 def fits_tma(spec: AttentionSpec, operands: Iterable[Tensor]) -> bool:
     """Whether descriptors can stand for the operands of a call: everything at multiples of 16 bytes, nothing empty or
-    broadcast; with 16-bit dtypes, whose products run on wgmma, from Hopper on."""
+    broadcast; with 16-bit dtypes, whose products run on wgmma, from Hopper on.
+
+    The stride of a batch of one counts too, although nothing is stepped over: a sequence cut out of a batch is then
+    loaded, and rounded, as in the batch.
+    """
     tensors = list(operands)
+    unit = _unit(*tensors)
+    if spec.dtype.itemsize != 2 or unit == 1 or (spec.arch is not None and spec.arch < TMA_ARCH):
+        return False
+    if any(tensor.stride(0) % unit or tensor.stride(0) <= 0 for tensor in tensors):
+        return False
     sizes = [pair for tensor in tensors for pair in zip(tensor.shape, tensor.stride())]
-    fits = spec.dtype.itemsize == 2 and (spec.arch is None or spec.arch >= TMA_ARCH) and _unit(*tensors) > 1
-    return fits and all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
+    return all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
 
 
 def _tma_arguments(

@@ -168,6 +168,25 @@ def test_hopper_rows_by_what_tma_can_load(layout: str, expected: list[bool]) -> 
         assert_within_rule(tensor, plain[name], golden[name], f"{layout}: {name}", torch.float16)
 
 
+def test_a_sequence_cut_out_of_a_batch_keeps_its_bits() -> None:
+    """Whatever keeps TMA from a batch, such as a stride between its entries, keeps it from one entry as well."""
+    case = Case("batch", {"causal": True}, batch=2, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=2, head_dim=64)
+    inputs = Inputs.of(case)
+    size = inputs.key[0].numel()
+    apart = torch.empty(2 * size + 16, dtype=inputs.key.dtype).as_strided(
+        inputs.key.shape, (size + 1, *inputs.key.stride()[1:])
+    )
+    inputs.key = apart.copy_(inputs.key)
+    together, used = on_hopper(inputs)
+    assert used == [False, False, False]
+    for name in ("query", "key", "value", "dout", "dlse"):
+        setattr(inputs, name, getattr(inputs, name)[:1])
+    alone, used = on_hopper(inputs)
+    assert used == [False, False, False]
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, together[name][:1]), name
+
+
 def test_compiled_for_hopper() -> None:
     """TMA feeds wgmma, nothing spills, no operand is copied by threads, and few registers hold addresses."""
     script = Path(__file__).parent / "tma_compile.py"
