@@ -170,7 +170,9 @@ def test_hopper_rows_by_what_tma_can_load(layout: str, expected: list[bool]) -> 
 
 def test_a_sequence_cut_out_of_a_batch_keeps_its_bits() -> None:
     """Whatever keeps TMA from a batch, such as a stride between its entries, keeps it from one entry as well."""
-    case = Case("batch", {"causal": True}, batch=2, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=2, head_dim=64)
+    case = Case(
+        "batch", {"causal": True}, batch=2, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=2, head_dim=64
+    )
     inputs = Inputs.of(case)
     size = inputs.key[0].numel()
     apart = torch.empty(2 * size + 16, dtype=inputs.key.dtype).as_strided(
