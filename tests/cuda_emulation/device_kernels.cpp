@@ -211,7 +211,7 @@ FASTATTN_KERNEL void cluster_sum(const float* x, float* y, ClusterMistake mistak
     st_shared(map_shared(&values[cluster_rank()], thread_index()), x[block_index().x]);
     mbarrier_arrive_cluster(arrivals, thread_index());
   }
-  if (mistake != kNoMiddleSync) mbarrier_wait(arrivals, 0);
+  if (mistake != kNoMiddleSync) mbarrier_wait_cluster(arrivals, 0);
   float sum = 0;
   for (uint32_t i = 0; i < blocks; ++i) sum += ld_shared(&values[i]);
   // Once more from the side that reads, what this block has written.

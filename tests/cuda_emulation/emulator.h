@@ -84,8 +84,8 @@ void fence_barrier_init();
 void mbarrier_arrive(void* barrier, uint32_t bytes);
 void mbarrier_expect_tx(void* barrier, uint32_t bytes);
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank);
-bool mbarrier_try_wait(void* barrier, uint32_t parity);
-void mbarrier_wait(void* barrier, uint32_t parity);
+bool mbarrier_try_wait(void* barrier, uint32_t parity, bool cluster_scope);
+void mbarrier_wait(void* barrier, uint32_t parity, bool cluster_scope);
 
 // cluster.cuh
 uint32_t cluster_rank();
@@ -110,6 +110,8 @@ void stmatrix(void* row, const uint32_t* matrices, int count, bool transposed);
 
 // tma.cuh; tensor maps are those of encode_tiled in emulator/tensor_map.h
 void tma_load(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given);
+void tma_load_multicast(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given,
+                        uint32_t blocks);
 void tma_store(const void* tensor_map, const void* source, std::initializer_list<int> given, bool add);
 void bulk_load(void* destination, const void* source, uint32_t bytes, void* barrier);
 void bulk_store(void* destination, const void* source, uint32_t bytes, bool add);

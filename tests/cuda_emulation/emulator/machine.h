@@ -45,6 +45,7 @@ struct MbarrierState {
   Event initialised;
   bool fenced = false;  // a fence has followed the initialisation
   Clock arriving, completed;
+  bool remote_arriving = false, remote_completed = false;  // whether other blocks arrived in the phase
   WaitQueue waiting;
 };
 
@@ -145,7 +146,8 @@ struct Block {
   std::vector<uint32_t> elected;  // lane per warp
   int free_registers = 0;
   WaitQueue waiting_for_registers;
-  std::vector<Event> remote_accesses;
+  std::vector<Event> remote_accesses;  // of other blocks to its shared memory, or on their behalf
+  Clock ending;                        // what its ended threads knew
 
   bool holds(const void* pointer) const {
     return memory <= pointer && static_cast<const unsigned char*>(pointer) < memory + bytes;
@@ -327,11 +329,7 @@ void Machine::end_thread(Thread& thread) {
     if (!group.empty()) fail("ends while its cp_async copies are in flight");
   }
   if (!thread.in_flight.empty()) fail("ends while its multiplies are in flight");
-  for (const Event& access : block.remote_accesses) {
-    if (!access.known_to(thread.clock)) {
-      fail("ends while " + name(*block.cluster, access) + " of the cluster may still access its shared memory");
-    }
-  }
+  block.ending.join(thread.clock);
   for (int i = thread.index / kWarpgroup * kWarpgroup; i < (thread.index / kWarpgroup + 1) * kWarpgroup; ++i) {
     if (i < launch_.threads && block.threads[i]->done && block.threads[i]->registers != thread.registers) {
       fail("has another number of registers than the rest of its warpgroup");
@@ -340,6 +338,11 @@ void Machine::end_thread(Thread& thread) {
   thread.done = true;
   ++progress_;
   if (--block.alive > 0) return;
+  for (const Event& access : block.remote_accesses) {
+    if (!access.known_to(block.ending)) {
+      fail("the block ends while " + name(*block.cluster, access) + " of the cluster may still access its shared memory");
+    }
+  }
   if (block.loads_in_flight > 0) fail("the block ends while copies to its shared memory are in flight");
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (block.memory[block.bytes + i] != kPoison) fail("the block wrote past the end of its shared memory");
