@@ -260,6 +260,17 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
   }
 }
 
+// y[block] = how many blocks have started before.
+FASTATTN_KERNEL void draw_tickets(uint32_t* y, uint32_t* ticket) {
+  if (thread_index() == 0) y[block_index().x] = counter_fetch_add(ticket, 1);
+}
+
+// The first warpgroup goes down to `kept` registers, the second up to `wanted`.
+FASTATTN_KERNEL void exchange_registers(int kept, int wanted) {
+  const bool gives = warpgroup_index() == 0;
+  emulator::set_max_registers(gives ? kept : wanted, !gives);
+}
+
 // The descriptors of a tile at a multiple of 1024, less its address: along K and across it, and their second k-steps.
 FASTATTN_KERNEL void describe(uint64_t* out) {
   unsigned char* tile = align_shared<1024>(dynamic_shared_memory());
@@ -335,6 +346,20 @@ extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket
   return emulator::guarded([&] {
     const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32, .shared_bytes = 16};
     emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, wait != 0);
+  });
+}
+
+extern "C" const char* run_draw_tickets(uint32_t* y, uint32_t* ticket, int64_t blocks) {
+  return emulator::guarded([&] {
+    const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32};
+    emulator::launch(emulator::options, launch, draw_tickets, y, ticket);
+  });
+}
+
+extern "C" const char* run_exchange_registers(int64_t min_blocks, int64_t kept, int64_t wanted) {
+  return emulator::guarded([&] {
+    const emulator::Launch launch{.threads = 256, .min_blocks = int(min_blocks)};
+    emulator::launch(emulator::options, launch, exchange_registers, int(kept), int(wanted));
   });
 }
 

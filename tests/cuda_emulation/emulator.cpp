@@ -9,6 +9,6 @@
 
 emulator::Options emulator::options;
 
-extern "C" void emulator_configure(uint64_t seed, int landing, int resident, int check) {
-  emulator::options = {seed, static_cast<emulator::Landing>(landing), resident, check != 0};
+extern "C" void emulator_configure(uint64_t seed, int landing, int resident, int check, int starved) {
+  emulator::options = {seed, static_cast<emulator::Landing>(landing), resident, check != 0, starved};
 }

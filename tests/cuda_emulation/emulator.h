@@ -21,13 +21,16 @@ struct Options {
   Landing landing = Landing::kRandom;
   int resident = 1;   // clusters (blocks, where there are no clusters) that are alive at the same time
   bool check = true;  // watch for races
+  // Who runs only when nothing else can, in every block: thread `starved`, or warp `starved` - 1024. -1: nobody.
+  int starved = -1;
 };
 
 struct Launch {
   uint3 grid = {1, 1, 1};
   int threads = kWarp;
   size_t shared_bytes = 0;
-  int cluster = 1;  // blocks, along x
+  int cluster = 1;     // blocks, along x
+  int min_blocks = 1;  // per multiprocessor, as in the kernel's launch bounds: they share its registers
 };
 
 // What emulator_configure was told last.

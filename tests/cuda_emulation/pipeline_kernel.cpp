@@ -208,14 +208,14 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(384, 1)
   }
   if (mistake != kNoInitialSync) block_sync();
   if (warpgroup_index() == 0) {
-    decrease_registers<24>();
+    if (mistake == kTooManyRegisters) {
+      decrease_registers<32>();
+    } else {
+      decrease_registers<24>();
+    }
     if (warp_index() == 0 && elect_one()) produce(shared, q, k, v, tiles, mistake);
   } else {
-    if (mistake == kTooManyRegisters) {
-      increase_registers<248>();
-    } else {
-      increase_registers<240>();
-    }
+    increase_registers<240>();
     consume(shared, out, tiles, mistake);
   }
 }

@@ -213,3 +213,41 @@ def test_shared_memory_and_named_barriers(emulated, mistake: int, report: str | 
         else:
             with pytest.raises(EmulationError, match=report):
                 emulated(SOURCE)("run_hand_over", y, mistake, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("min_blocks", "kept", "wanted", "report"),
+    [
+        (2, 24, 232, None),  # a launch gives each of 2 x 256 threads 128
+        (2, 24, 240, r"deadlock.*increase_registers from 128 registers each, \d+ being free"),
+        (2, 32, 232, "deadlock.*increase_registers"),
+        (1, 240, 256, None),  # no thread starts with more than 248
+        (3, 24, 136, None),  # 80
+        (3, 24, 144, "deadlock.*increase_registers"),
+        (2, 30, 128, "not a multiple of 8 from 24 to 256"),
+        (2, 16, 128, "not a multiple of 8 from 24 to 256"),
+        (2, 24, 264, "not a multiple of 8 from 24 to 256"),
+        (2, 136, 128, "decrease_registers<136> with 128 registers"),
+        (2, 128, 120, "increase_registers<120> with 128 registers"),
+    ],
+)
+def test_registers_of_a_block(emulated, min_blocks: int, kept: int, wanted: int, report: str | None) -> None:
+    for seed in SEEDS:
+        if report is None:
+            emulated(SOURCE)("run_exchange_registers", min_blocks, kept, wanted, seed=seed)
+            continue
+        with pytest.raises(EmulationError, match=report):
+            emulated(SOURCE)("run_exchange_registers", min_blocks, kept, wanted, seed=seed)
+
+
+def test_blocks_start_in_any_order(emulated) -> None:
+    """Shuffled, the last one first, by their numbers: the ticket each block draws says when it started."""
+    orders = []
+    for seed in range(6):
+        y, ticket = torch.full((9,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        emulated(SOURCE)("run_draw_tickets", y, ticket, 9, seed=seed)
+        assert sorted(y.tolist()) == list(range(9))
+        orders.append(y.tolist())
+    assert orders[1] == orders[4] == orders[2][::-1] == list(range(9))[::-1]
+    assert orders[0] not in orders[1:]
+    assert orders[3] not in orders[4:]

@@ -77,14 +77,18 @@ void device_fence() { machine().preempt(); }
 void set_max_registers(int count, bool increase) {
   Thread& thread = self();
   Block& block = *thread.block;
+  const char* const kind = increase ? "increase_registers" : "decrease_registers";
+  if (count < 24 || count > 256 || count % 8 != 0) {
+    fail(text("%s<%d>: not a multiple of 8 from 24 to 256", kind, count));
+  }
   if (increase ? count < thread.registers : count > thread.registers) {
-    fail(text("%s_registers<%d> with %d registers", increase ? "increase" : "decrease", count, thread.registers));
+    fail(text("%s<%d> with %d registers", kind, count, thread.registers));
   }
   struct Slot {
   } slot;
-  warp_collective(increase ? "increase_registers" : "decrease_registers", 0xffffffff, slot, [](Slot**) {});
+  warp_collective(kind, 0xffffffff, slot, [](Slot**) {});
   const int change = count - thread.registers;
-  while (block.free_registers < change) machine().sleep(block.waiting_for_registers, "increase_registers");
+  while (block.free_registers < change) machine().sleep(block.waiting_for_registers, kind);
   block.free_registers -= change;
   thread.registers = count;
   machine().wake(block.waiting_for_registers);
