@@ -222,23 +222,52 @@ FASTATTN_KERNEL void cluster_sum(const float* x, float* y, ClusterMistake mistak
   if (mistake != kNoEndSync) cluster_sync();
 }
 
-// Blocks store their index to y[0] in the order of their indices, each after the one before.
-FASTATTN_KERNEL void take_turns(float* y, uint32_t* turn, uint32_t* ticket, bool wait) {
+enum TurnMistake {
+  kTurnRight,
+  kTurnByFences,  // right too: device_fence and relaxed accesses
+  kNoWait,
+  kNoFenceBefore,
+  kNoFenceAfter,
+  kRelaxedLoad,
+  kRelaxedAdd,
+  kNoDeviceFenceBefore,
+  kNoDeviceFenceAfter,
+  kReadsWhatItWrites,
+};
+
+// Blocks store their index to y[0] in the order of their tickets, each after the one before.
+FASTATTN_KERNEL void take_turns(float* y, uint32_t* turn, uint32_t* ticket, TurnMistake mistake) {
+  const bool by_fences =
+      mistake == kTurnByFences || mistake == kNoDeviceFenceBefore || mistake == kNoDeviceFenceAfter;
   auto* value = reinterpret_cast<float*>(dynamic_shared_memory());
   if (thread_index() > 0) return;
   const uint32_t mine = counter_fetch_add(ticket, 1);
   for (int i = 0; i < 4; ++i) st_shared(&value[i], float(mine));
   fence_proxy_async();
-  semaphore_wait(turn, mine);
+  if (by_fences || mistake == kRelaxedLoad) {
+    while (emulator::relaxed_load(turn) != mine) {
+    }
+    if (by_fences && mistake != kNoDeviceFenceBefore) device_fence();
+  } else {
+    semaphore_wait(turn, mine);
+  }
+  if (mistake == kReadsWhatItWrites) ld_global_16(y);
+  if (mistake != kNoFenceBefore) fence_proxy_async_global();
   bulk_store(y, value, 16);
   bulk_reduce_add(y + 4, value, 16);
   bulk_commit();
-  if (wait) {
-    bulk_wait<0>();
-  } else {
+  if (mistake == kNoWait) {
     bulk_wait_read<0>();
+  } else {
+    bulk_wait<0>();
   }
-  semaphore_add_release(turn, 1);
+  if (mistake != kNoFenceAfter) fence_proxy_async_global();
+  if (by_fences && mistake != kNoDeviceFenceAfter) device_fence();
+  if (by_fences || mistake == kRelaxedAdd) {
+    counter_fetch_add(turn, 1);
+  } else {
+    semaphore_add_release(turn, 1);
+  }
 }
 
 enum SharedMistake { kSharedRight, kPastTheEnd, kMisaligned, kNeverWritten, kArriveTwice, kNotWholeWarps };
@@ -342,10 +371,10 @@ extern "C" const char* run_cluster_sum(const float* x, float* y, int64_t blocks,
   });
 }
 
-extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket, int64_t blocks, int64_t wait) {
+extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket, int64_t blocks, int64_t mistake) {
   return emulator::guarded([&] {
     const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32, .shared_bytes = 16};
-    emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, wait != 0);
+    emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, TurnMistake(mistake));
   });
 }
 

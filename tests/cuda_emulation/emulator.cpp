@@ -1,6 +1,7 @@
 // The stand-in's one translation unit, and the switch for its options.
 #include "emulator/barriers.h"
 #include "emulator/copies.h"
+#include "emulator/global.h"
 #include "emulator/machine.h"
 #include "emulator/mbarriers.h"
 #include "emulator/shared.h"

@@ -78,6 +78,7 @@ void fence_proxy_async_global();
 void set_max_registers(int count, bool increase);
 void device_fence();
 uint32_t semaphore_load(const uint32_t* semaphore);
+uint32_t relaxed_load(const uint32_t* semaphore);  // no wrapper has it: what semaphore_load is without its ordering
 void semaphore_add(uint32_t* semaphore, uint32_t value);
 uint32_t counter_fetch_add(uint32_t* counter, uint32_t value);
 

@@ -96,10 +96,12 @@ def test_starved_it_passes(breakable: Library, starved: int) -> None:
     run(breakable, -1, seed=starved, starved=starved)
 
 
+UNORDERED = "adds to global memory .* wrote, with nothing ordering the two"
 SHARED_LINES = {
     "kernels/attention_bwd_fused_common.cuh": [
         Mutation(
-            "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);"
+            "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);",
+            report=UNORDERED,
         ),
         Mutation(
             "dq overwritten before it is taken",
@@ -107,8 +109,30 @@ SHARED_LINES = {
         ),
         Mutation("dq taken before it is written", "named_pair_sync<kDqWritten>(which, kThreads);"),
         Mutation("dq handed over without a fence", "fence_proxy_async();"),
-    ]
-}
+        Mutation(
+            "dq added without a fence behind the turn", "fence_proxy_async_global();",
+            report="adds to global memory .* wrote, without fence_proxy_async_global",
+        ),
+        Mutation(
+            "a turn given without a fence", "fence_proxy_async_global();", occurrence=1,
+            report="releases a semaphore without fence_proxy_async_global",
+        ),
+        Mutation(
+            "a turn given before dq is there", "bulk_wait<0>();",
+            report="releases a semaphore while its bulk stores may not have reached",
+        ),
+    ],
+    "device/sync.cuh": [
+        Mutation(
+            "a turn taken without acquire", "return emulator::semaphore_load(semaphore);",
+            "return emulator::relaxed_load(semaphore);", report=UNORDERED,
+        ),
+        Mutation(
+            "a turn given without release", "emulator::semaphore_add(semaphore, value);",
+            "emulator::counter_fetch_add(semaphore, value);", report=UNORDERED,
+        ),
+    ],
+}  # fmt: skip
 TILES_BY_NUMBER = Mutation(
     "tiles by the number of the block",
     "st_shared(&shared.barriers->ticket, counter_fetch_add(params.ticket, 1));",

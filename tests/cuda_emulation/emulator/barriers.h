@@ -1,4 +1,4 @@
-// Barriers of a block and a cluster, fences, registers and semaphores.
+// Barriers of a block and a cluster, fences and registers.
 #pragma once
 
 #include "warp.h"
@@ -71,9 +71,6 @@ void fence_proxy_async() {
   fence_barrier_init();
 }
 
-void fence_proxy_async_global() {}
-void device_fence() { machine().preempt(); }
-
 void set_max_registers(int count, bool increase) {
   Thread& thread = self();
   Block& block = *thread.block;
@@ -92,28 +89,6 @@ void set_max_registers(int count, bool increase) {
   block.free_registers -= change;
   thread.registers = count;
   machine().wake(block.waiting_for_registers);
-}
-
-uint32_t semaphore_load(const uint32_t* semaphore) {
-  machine().poll("semaphore_load_acquire");
-  return *semaphore;
-}
-
-void semaphore_add(uint32_t* semaphore, uint32_t value) {
-  for (const StoreGroup& group : self().stores) {
-    if (!group.writes.empty()) fail("releases a semaphore while its bulk stores may not have reached global memory");
-  }
-  machine().preempt();
-  *semaphore += value;
-  machine().made_progress();
-}
-
-uint32_t counter_fetch_add(uint32_t* counter, uint32_t value) {
-  machine().preempt();
-  const uint32_t before = *counter;
-  *counter += value;
-  machine().made_progress();
-  return before;
 }
 
 uint32_t cluster_rank() { return self().block->rank; }

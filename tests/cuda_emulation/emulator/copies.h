@@ -4,6 +4,7 @@
 #include <array>
 
 #include "encoded_map.h"
+#include "global.h"
 #include "mbarriers.h"
 
 namespace emulator {
@@ -153,6 +154,10 @@ void tma_store(const void* tensor_map, const void* source, std::initializer_list
   Block& block = *self().block;
   const uint32_t start = shared_address(source);
   const uint32_t bytes = map.box_bytes();
+  for_each_row(map, at, [&](uint32_t, const unsigned char* global, int64_t first, int64_t end) {
+    const size_t size = map.element_bytes;
+    if (end > first) note_global_write(global + first * size, (end - first) * size, self().stores_committed + 1, add);
+  });
   const auto read = [&block, map, start, bytes](unsigned char* buffer) {
     for (uint32_t i = 0; i < bytes; i += 16) {
       std::memcpy(buffer + i, shared_pointer(block, swizzled(start + i, map.swizzle)), 16);
@@ -175,6 +180,7 @@ void tma_store(const void* tensor_map, const void* source, std::initializer_list
 
 void bulk_store(void* destination, const void* source, uint32_t bytes, bool add) {
   check_bulk(source, destination, bytes);
+  note_global_write(destination, bytes, self().stores_committed + 1, add);
   const auto read = [=](unsigned char* buffer) { std::memcpy(buffer, source, bytes); };
   const auto write = [=](const unsigned char* buffer) {
     if (!add) {
@@ -205,6 +211,9 @@ void bulk_wait(uint32_t pending, bool read) {
   while (!read && thread.stores.size() > pending + 1) thread.stores.pop_front();
   if (thread.store_component != Event::kNone) {
     thread.clock.raise(thread.store_component, thread.stores_committed - pending);
+  }
+  if (!read && thread.global_component != Event::kNone) {
+    thread.clock.raise_global(Proxy::kAsync, thread.global_component, thread.stores_committed - pending);
   }
 }
 

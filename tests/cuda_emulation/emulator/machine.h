@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "../emulator.h"
@@ -117,6 +118,8 @@ struct Thread {
   uint32_t store_component = Event::kNone;
   std::deque<StoreGroup> stores;  // committed and not known to be finished; the last one is open
   uint32_t stores_committed = 0;
+  uint32_t global_component = Event::kNone;  // among the writers of global memory
+  Clock fenced, seen_relaxed;                // see device_fence
   std::deque<std::vector<CopyRange>> copies;  // likewise for cp.async
 
   uint32_t multiplies_issued = 0;
@@ -190,6 +193,10 @@ class Machine {
   Launch launch_;
   Random random_{0};
   Thread* running_ = nullptr;
+
+  std::vector<std::string> global_writers_;
+  std::unordered_map<uintptr_t, Event> global_writes_;  // the last one of each unit
+  std::map<const void*, Clock> semaphores_;
 
   // Puts the running thread to sleep; wake() lets it go on.
   void sleep(const char* place, const void* object = nullptr) {
