@@ -40,6 +40,8 @@ enum Mistake {
   kNoInitialClusterSync,
   kNoBarrierInitFence,
   kNoFinalClusterSync,
+  kArrivesTwice,
+  kWaitsWithoutArrival,
 };
 
 using Ring = Pipeline<kStages, kBlocks>;
@@ -135,7 +137,10 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kThreads, 1)
   } else {
     consume(shared, out, tiles, mistake);
   }
-  if (mistake != kNoFinalClusterSync) cluster_sync();
+  if (mistake == kNoFinalClusterSync) return;
+  if (mistake == kArrivesTwice) cluster_arrive();
+  if (mistake != kWaitsWithoutArrival) cluster_arrive();
+  cluster_wait();
 }
 
 }  // namespace

@@ -27,6 +27,8 @@ REPORTS = {
     "NoInitialClusterSync": "may not have started|not initialised|ordering that after its initialisation|has ended",
     "NoBarrierInitFence": "without fence_barrier_init",
     "NoFinalClusterSync": "has ended|may still access its shared memory",
+    "ArrivesTwice": "arrives at the cluster's barrier twice",
+    "WaitsWithoutArrival": "waits at the cluster's barrier without having arrived",
 }
 
 
@@ -43,6 +45,13 @@ def test_every_schedule_gives_the_sums(emulated, tiles: int) -> None:
     for seed, landing in SCHEDULES:
         resident = 1 + seed % 2
         assert error_of_sums(emulated, 3, tiles, seed=seed, landing=landing, resident=resident) == 0
+
+
+@pytest.mark.parametrize("starved", [0, 17, 31, 32, 95, 1024, 1025, 1026])
+def test_starved_it_gives_the_sums(emulated, starved: int) -> None:
+    """Lanes of the producer and of a consumer, then each warp, in both blocks."""
+    for seed in range(3):
+        assert error_of_sums(emulated, 2, 5, seed=seed, landing=LANDINGS[seed], starved=starved) == 0
 
 
 def test_the_kernel_and_this_file_name_the_same_mistakes() -> None:

@@ -97,6 +97,8 @@ uint32_t cluster_blocks() { return machine().launch_.cluster; }
 void cluster_arrive() {
   Thread& thread = self();
   Cluster& cluster = *thread.block->cluster;
+  if (thread.cluster_arrivals != thread.cluster_waits) fail("arrives at the cluster's barrier twice before it waits");
+  ++thread.cluster_arrivals;
   machine().preempt();
   release(thread, cluster.arriving);
   if (++cluster.arrived < static_cast<int>(cluster.thread_count)) return;
@@ -110,6 +112,7 @@ void cluster_arrive() {
 void cluster_wait() {
   Thread& thread = self();
   Cluster& cluster = *thread.block->cluster;
+  if (thread.cluster_arrivals == thread.cluster_waits) fail("waits at the cluster's barrier without having arrived");
   const uint32_t wanted = ++thread.cluster_waits;
   while (cluster.generation < wanted) machine().sleep(cluster.waiting, "cluster_wait");
   thread.clock.join(cluster.released);

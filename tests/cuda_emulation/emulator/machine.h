@@ -113,7 +113,7 @@ struct Thread {
   const char* collective = nullptr;
 
   int registers = 0;
-  uint32_t cluster_waits = 0;
+  uint32_t cluster_arrivals = 0, cluster_waits = 0;
   uint32_t arrived_barriers = 0;  // a bit for each of the block's barriers
   uint32_t store_component = Event::kNone;
   std::deque<StoreGroup> stores;  // committed and not known to be finished; the last one is open
