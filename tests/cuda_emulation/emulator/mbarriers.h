@@ -48,9 +48,17 @@ void complete_phase_if_done(MbarrierState& state) {
   machine().wake(state.waiting);
 }
 
+void expect_bytes(MbarrierState& state, uint32_t bytes) {
+  constexpr int64_t kLimit = (1 << 20) - 1;
+  state.bytes += bytes;
+  if (bytes > kLimit || state.bytes > kLimit) {
+    fail(text("mbarrier %u is to expect more than %lld bytes in a phase", state.index, static_cast<long long>(kLimit)));
+  }
+}
+
 void arrive(MbarrierState& state, uint32_t bytes) {
   if (state.pending == 0) fail(text("arrives at mbarrier %u once more than it expects in a phase", state.index));
-  state.bytes += bytes;
+  expect_bytes(state, bytes);
   release(self(), state.arriving);
   --state.pending;
   complete_phase_if_done(state);
@@ -61,7 +69,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes) {
   arrive(mbarrier_state(*self().block, barrier), bytes);
 }
 
-void mbarrier_expect_tx(void* barrier, uint32_t bytes) { mbarrier_state(*self().block, barrier).bytes += bytes; }
+void mbarrier_expect_tx(void* barrier, uint32_t bytes) { expect_bytes(mbarrier_state(*self().block, barrier), bytes); }
 
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
   machine().preempt();
