@@ -99,7 +99,7 @@ void launch_product(const void* a, const void* b, const void* a_rows, void* out)
                                                  {64, a_along ? 64 : kDepth}, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap b_map = contiguous_map<T, 2>(b, {b_along ? kDepth : N, b_along ? N : kDepth},
                                                  {64, b_along ? N : kDepth}, CU_TENSOR_MAP_SWIZZLE_128B);
-  const emulator::Launch launch{.threads = 128, .shared_bytes = 160 * 1024};
+  const emulator::Launch launch{.threads = 128, .shared_bytes = 160 * 1024, .max_shared_bytes = 160 * 1024};
   emulator::launch(emulator::options, launch, product<T, N, a_layout, b_layout, a_in_registers>, a_map, b_map,
                    static_cast<const T*>(a_rows), static_cast<float*>(out));
 }
@@ -289,6 +289,31 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
   }
 }
 
+enum MapPlace { kMapOfTheGrid, kMapMisaligned, kMapInShared, kTooManyBytes, kTooManyBytesAtOnce };
+
+// Loads a box by a map that lies where the copy engine does not find it, or expects more bytes than a barrier counts.
+FASTATTN_KERNEL void load_by_map(FASTATTN_GRID_CONSTANT const CUtensorMap map, unsigned char* copies, MapPlace place) {
+  unsigned char* box = align_shared<1024>(dynamic_shared_memory());
+  auto* full = reinterpret_cast<Mbarrier*>(box + 1024);
+  if (thread_index() > 0) return;
+  const auto* used = &map;
+  if (place == kMapMisaligned) used = static_cast<const CUtensorMap*>(memcpy(copies + 16, &map, sizeof(map)));
+  if (place == kMapInShared) used = static_cast<const CUtensorMap*>(memcpy(box + 2048, &map, sizeof(map)));
+  mbarrier_init(full, 1);
+  fence_barrier_init();
+  for (int i = 0; place == kTooManyBytes && i < 1024; ++i) mbarrier_expect_tx(full, 1024);
+  mbarrier_arrive_expect_tx(full, place == kTooManyBytesAtOnce ? 1 << 20 : 1024);
+  tma_load_2d(box, used, full, 0, 0);
+  mbarrier_wait(full, 0);
+}
+
+FASTATTN_KERNEL void do_nothing() {}
+
+struct Parameters {
+  char bytes[4100];
+};
+FASTATTN_KERNEL void take_parameters(Parameters) {}
+
 // y[block] = how many blocks have started before.
 FASTATTN_KERNEL void draw_tickets(uint32_t* y, uint32_t* ticket) {
   if (thread_index() == 0) y[block_index().x] = counter_fetch_add(ticket, 1);
@@ -375,6 +400,29 @@ extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket
   return emulator::guarded([&] {
     const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32, .shared_bytes = 16};
     emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, TurnMistake(mistake));
+  });
+}
+
+extern "C" const char* run_load_by_map(const void* data, unsigned char* copies, int64_t place) {
+  return emulator::guarded([&] {
+    const CUtensorMap map = contiguous_map<float, 2>(data, {32, 8}, {32, 8}, CU_TENSOR_MAP_SWIZZLE_128B);
+    const emulator::Launch launch{.threads = 32, .shared_bytes = 4096};
+    emulator::launch(emulator::options, launch, load_by_map, map, copies, MapPlace(place));
+  });
+}
+
+extern "C" const char* run_launch(int64_t x, int64_t y, int64_t z, int64_t threads, int64_t min_blocks,
+                                  int64_t shared_bytes, int64_t max_shared_bytes, int64_t cluster,
+                                  int64_t many_parameters) {
+  return emulator::guarded([&] {
+    const emulator::Launch launch{.grid = {unsigned(x), unsigned(y), unsigned(z)},
+                                  .threads = int(threads),
+                                  .shared_bytes = size_t(shared_bytes),
+                                  .max_shared_bytes = size_t(max_shared_bytes),
+                                  .cluster = int(cluster),
+                                  .min_blocks = int(min_blocks)};
+    if (many_parameters) return emulator::launch(emulator::options, launch, take_parameters, Parameters());
+    emulator::launch(emulator::options, launch, do_nothing);
   });
 }
 

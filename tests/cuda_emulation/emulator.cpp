@@ -2,6 +2,7 @@
 #include "emulator/barriers.h"
 #include "emulator/copies.h"
 #include "emulator/global.h"
+#include "emulator/launch_rules.h"
 #include "emulator/machine.h"
 #include "emulator/mbarriers.h"
 #include "emulator/shared.h"

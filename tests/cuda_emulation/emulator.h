@@ -29,8 +29,10 @@ struct Launch {
   uint3 grid = {1, 1, 1};
   int threads = kWarp;
   size_t shared_bytes = 0;
-  int cluster = 1;     // blocks, along x
-  int min_blocks = 1;  // per multiprocessor, as in the kernel's launch bounds: they share its registers
+  size_t max_shared_bytes = 0;  // cudaFuncAttributeMaxDynamicSharedMemorySize, without which a launch has 48 KB
+  int cluster = 1;              // blocks, along x
+  int min_blocks = 1;           // per multiprocessor, as in the kernel's launch bounds: they share its registers
+  size_t parameter_bytes = 0;   // launch() counts them
 };
 
 // What emulator_configure was told last.
@@ -44,7 +46,9 @@ template <class... Parameters, class... Arguments>
 void launch(const Options& options, const Launch& launch, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
   const auto body = [&] { kernel(arguments...); };
-  run(options, launch, [](const void* context) { (*static_cast<decltype(&body)>(context))(); }, &body);
+  Launch counted = launch;
+  counted.parameter_bytes = (0 + ... + sizeof(Parameters));
+  run(options, counted, [](const void* context) { (*static_cast<decltype(&body)>(context))(); }, &body);
 }
 
 // Ends the kernel, if one runs, by throwing a Failure.

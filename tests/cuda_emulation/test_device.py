@@ -275,3 +275,64 @@ def test_blocks_start_in_any_order(emulated) -> None:
     assert orders[1] == orders[4] == orders[2][::-1] == list(range(9))[::-1]
     assert orders[0] not in orders[1:]
     assert orders[3] not in orders[4:]
+
+
+@pytest.mark.parametrize(
+    ("place", "report"),
+    [
+        (0, None),
+        (1, "the tensor map is not aligned to 64 bytes"),
+        (2, "the tensor map is in shared memory"),
+        (3, "more than 1048575 bytes in a phase"),
+        (4, "more than 1048575 bytes in a phase"),
+    ],
+)
+def test_maps_and_transaction_counts(emulated, place: int, report: str | None) -> None:
+    x, copies = torch.randn(8, 32), torch.zeros(1024, dtype=torch.uint8)
+    copies = copies[-copies.data_ptr() % 64 :]
+    if report is None:
+        emulated(SOURCE)("run_load_by_map", x, copies, place)
+        return
+    with pytest.raises(EmulationError, match=report):
+        emulated(SOURCE)("run_load_by_map", x, copies, place)
+
+
+@pytest.mark.parametrize(
+    ("change", "report"),
+    [
+        ({}, None),
+        ({"shared_bytes": 48 * 1024}, None),
+        ({"shared_bytes": 48 * 1024 + 1}, "need cudaFuncAttributeMaxDynamicSharedMemorySize"),
+        ({"shared_bytes": 60 * 1024, "max_shared_bytes": 60 * 1024}, None),
+        ({"shared_bytes": 60 * 1024 + 1, "max_shared_bytes": 60 * 1024}, "need cudaFuncAttribute"),
+        ({"shared_bytes": 228 * 1024, "max_shared_bytes": 228 * 1024}, "233472 bytes of shared memory"),
+        ({"x": 0}, "an empty grid"),
+        ({"x": 1 << 31}, "a grid of 2147483648 x 1 x 1 blocks"),
+        ({"y": 1 << 16}, "a grid of 8 x 65536 x 1 blocks"),
+        ({"z": 1 << 16}, "a grid of 8 x 1 x 65536 blocks"),
+        ({"threads": 0}, "a block has 1 to 1024 threads"),
+        ({"threads": 1025}, "a block has 1 to 1024 threads"),
+        ({"threads": 1024, "min_blocks": 3}, "3 blocks of 1024 threads on a multiprocessor"),
+        ({"cluster": 8}, None),
+        ({"cluster": 16, "x": 16}, "a cluster of 16 blocks"),
+        ({"cluster": 3}, "the grid is not a multiple of the cluster"),
+        ({"many_parameters": 1}, "4100 bytes of parameters"),
+    ],
+    ids=str,
+)
+def test_launches_that_the_driver_refuses(emulated, change: dict[str, int], report: str | None) -> None:
+    launch = {
+        "x": 8,
+        "y": 1,
+        "z": 1,
+        "threads": 32,
+        "min_blocks": 1,
+        "shared_bytes": 0,
+        "max_shared_bytes": 0,
+    }
+    launch |= {"cluster": 1, "many_parameters": 0} | change
+    if report is None:
+        emulated(SOURCE)("run_launch", *launch.values())
+        return
+    with pytest.raises(EmulationError, match=f"the launch is refused: .*{report}"):
+        emulated(SOURCE)("run_launch", *launch.values())

@@ -9,7 +9,12 @@
 
 namespace emulator {
 
+// The map of a copy. It lies in global memory or is a parameter of the kernel, at a multiple of 64 bytes.
 TensorMap decode(const void* map) {
+  check_alignment(map, 64, "the tensor map");
+  for (const auto& block : self().block->cluster->blocks) {
+    if (block->holds(map)) fail("the tensor map is in shared memory");
+  }
   TensorMap decoded;
   std::memcpy(&decoded, map, sizeof(decoded));
   if (decoded.mark != TensorMap::kMark) fail("the tensor map is not an encoded one");

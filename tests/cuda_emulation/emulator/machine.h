@@ -545,21 +545,4 @@ void Machine::report_deadlock(const char* kind) {
   throw Failure(report);
 }
 
-void run(const Options& options, const Launch& launch, void (*kernel)(const void*), const void* context) {
-  if (launch.threads < 1 || launch.threads > kMaxThreads) throw Failure("a block has 1 to 1024 threads");
-  if (launch.shared_bytes > kSharedLimit) {
-    throw Failure(text("%zu bytes of shared memory are too many", launch.shared_bytes));
-  }
-  if (launch.grid.x % launch.cluster != 0) throw Failure("the grid is not a multiple of the cluster");
-  Machine machine(options, launch, [=] { kernel(context); });
-  machine_pointer = &machine;
-  try {
-    machine.run();
-  } catch (...) {
-    machine_pointer = nullptr;
-    throw;
-  }
-  machine_pointer = nullptr;
-}
-
 }  // namespace emulator

@@ -54,9 +54,17 @@ void complete_phase_if_done(const Block& block, MbarrierState& state) {
   machine().wake(state.waiting);
 }
 
+void expect_bytes(MbarrierState& state, uint32_t bytes) {
+  constexpr int64_t kLimit = (1 << 20) - 1;
+  state.bytes += bytes;
+  if (bytes > kLimit || state.bytes > kLimit) {
+    fail(text("mbarrier %u is to expect more than %lld bytes in a phase", state.index, static_cast<long long>(kLimit)));
+  }
+}
+
 void arrive(const Block& block, MbarrierState& state, uint32_t bytes) {
   if (state.pending == 0) fail(text("arrives at mbarrier %u once more than it expects in a phase", state.index));
-  state.bytes += bytes;
+  expect_bytes(state, bytes);
   state.remote_arriving |= self().block != &block;
   release(self(), state.arriving);
   --state.pending;
@@ -76,7 +84,7 @@ void check_fenced(const MbarrierState& state, const char* what) {
   }
 }
 
-void mbarrier_expect_tx(void* barrier, uint32_t bytes) { mbarrier_state(*self().block, barrier).bytes += bytes; }
+void mbarrier_expect_tx(void* barrier, uint32_t bytes) { expect_bytes(mbarrier_state(*self().block, barrier), bytes); }
 
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
   machine().preempt();
