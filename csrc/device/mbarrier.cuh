@@ -79,7 +79,7 @@ FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
 // Whether the phase of this parity has completed; may sleep a while before saying no.
 FASTATTN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)
-  return emulator::mbarrier_try_wait(barrier, parity);
+  return emulator::mbarrier_try_wait(barrier, parity, false);
 #else
   uint32_t complete;
   asm volatile(
@@ -95,12 +95,42 @@ FASTATTN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
 #endif
 }
 
-// Waits until the phase of this parity has completed; its copies and what preceded its arrivals are then visible.
+// Waits until the phase of this parity has completed; its copies and what preceded its arrivals are then visible. The
+// arrivals are this block's: those of others need mbarrier_wait_cluster.
 FASTATTN_DEVICE void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)
-  emulator::mbarrier_wait(barrier, parity);
+  emulator::mbarrier_wait(barrier, parity, false);
 #else
   while (!mbarrier_try_wait(barrier, parity)) {
+  }
+#endif
+}
+
+// mbarrier_try_wait where blocks of the cluster arrive: also what they did before is visible.
+FASTATTN_DEVICE bool mbarrier_try_wait_cluster(Mbarrier* barrier, uint32_t parity) {
+#if defined(FASTATTN_EMULATION)
+  return emulator::mbarrier_try_wait(barrier, parity, true);
+#else
+  uint32_t complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(complete)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return complete != 0;
+#endif
+}
+
+// mbarrier_wait likewise.
+FASTATTN_DEVICE void mbarrier_wait_cluster(Mbarrier* barrier, uint32_t parity) {
+#if defined(FASTATTN_EMULATION)
+  emulator::mbarrier_wait(barrier, parity, true);
+#else
+  while (!mbarrier_try_wait_cluster(barrier, parity)) {
   }
 #endif
 }

@@ -2,6 +2,7 @@
 // panel's rows 128 bytes each under the 128-byte swizzle. Tiles begin at multiples of 1024 bytes.
 #pragma once
 
+#include "cluster.cuh"
 #include "copy.cuh"
 #include "fragment.cuh"
 #include "sync.cuh"
@@ -32,6 +33,21 @@ FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* bar
   for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
     tma_load_4d(static_cast<unsigned char*>(tile) + panel * kRows * kPanelRowBytes, map, barrier, panel * kPanelColumns,
                 row, head, batch, policy);
+  }
+}
+
+// This block's share of a tile that all kBlocks of its cluster load, each kRows / kBlocks rows for all: the map's box
+// has as many rows. The tile's bytes come in full at the barrier of every block.
+template <int kRows, int kColumns, int kBlocks>
+FASTATTN_DEVICE void load_tile_multicast(void* tile, const CUtensorMap* map, Mbarrier* barrier, int row, int head,
+                                         int batch, CachePolicy policy = CachePolicy::kEvictNormal) {
+  constexpr int kShare = kRows / kBlocks;
+  static_assert(kRows % kBlocks == 0 && kShare % 8 == 0, "a share begins at a multiple of 1024 bytes");
+  const int first = static_cast<int>(cluster_rank()) * kShare;
+#pragma unroll
+  for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
+    tma_load_4d_multicast(static_cast<unsigned char*>(tile) + (panel * kRows + first) * kPanelRowBytes, map, barrier,
+                          (1u << kBlocks) - 1, panel * kPanelColumns, row + first, head, batch, policy);
   }
 }
 

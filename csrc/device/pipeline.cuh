@@ -1,6 +1,7 @@
 // A ring of stages in shared memory between a producer and its consumers.
 #pragma once
 
+#include "cluster.cuh"
 #include "mbarrier.cuh"
 #include "sync.cuh"
 
@@ -23,23 +24,33 @@ struct PipelineState {
 // The barriers of a ring, in shared memory. Per stage, in turn: the producer waits until it is empty, fills it and
 // arrives at `full` once; the consumers wait until it is full, read it and arrive at `empty`, each as often as init was
 // told. Every role walks the ring with a PipelineState of its own.
-template <int kStages>
+//
+// In a cluster of kBlocks whose producers fill each other's stages (tma_load_4d_multicast), the rings go in step: a
+// producer waits until the consumers of all blocks have left a stage. A cluster_sync stands between init and the first
+// copy, and another behind the last release, since a block that has ended takes neither copies nor arrivals.
+template <int kStages, int kBlocks = 1>
 struct Pipeline {
   using State = PipelineState<kStages>;
 
   Mbarrier full[kStages];
   Mbarrier empty[kStages];
 
-  // By one thread, before fence_barrier_init and block_sync.
+  // By one thread, before fence_barrier_init and block_sync (cluster_sync). `consumer_arrivals` are those of one block.
   FASTATTN_DEVICE void init(int consumer_arrivals) {
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(&full[stage], 1);
-      mbarrier_init(&empty[stage], consumer_arrivals);
+      mbarrier_init(&empty[stage], kBlocks * consumer_arrivals);
     }
   }
 
   // A fresh stage counts as empty.
-  FASTATTN_DEVICE void wait_empty(State state) { mbarrier_wait(&empty[state.stage], state.parity ^ 1); }
+  FASTATTN_DEVICE void wait_empty(State state) {
+    if constexpr (kBlocks == 1) {
+      mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+    } else {
+      mbarrier_wait_cluster(&empty[state.stage], state.parity ^ 1);
+    }
+  }
 
   // The producer's turn with a stage. Its whole warp waits until the stage is empty; when every lane has seen that, the
   // one that `issues` says at `arrived` how many bytes come and starts their copies. A lane that still waited for this
@@ -57,7 +68,14 @@ struct Pipeline {
   FASTATTN_DEVICE void wait_full(State state) { mbarrier_wait(&full[state.stage], state.parity); }
 
   // The consumers' side of wait_empty: the caller has finished reading.
-  FASTATTN_DEVICE void release(State state) { mbarrier_arrive(&empty[state.stage]); }
+  FASTATTN_DEVICE void release(State state) {
+    if constexpr (kBlocks == 1) {
+      mbarrier_arrive(&empty[state.stage]);
+    } else {
+#pragma unroll
+      for (uint32_t rank = 0; rank < kBlocks; ++rank) mbarrier_arrive_cluster(&empty[state.stage], rank);
+    }
+  }
 };
 
 }  // namespace fastattn

@@ -81,6 +81,24 @@ FASTATTN_DEVICE void tma_load_5d(void* destination, const CUtensorMap* map, Mbar
 #endif
 }
 
+// tma_load_4d to several blocks of the cluster, bit r of `blocks` standing for rank r: the box goes to the place of
+// `destination` in the shared memory of each, and its bytes complete at the barrier in the place of `barrier` there,
+// which that block has told to expect them, or tells before it arrives.
+FASTATTN_DEVICE void tma_load_4d_multicast(void* destination, const CUtensorMap* map, Mbarrier* barrier,
+                                           uint16_t blocks, int c0, int c1, int c2, int c3,
+                                           CachePolicy policy = CachePolicy::kEvictNormal) {
+#if defined(FASTATTN_EMULATION)
+  emulator::tma_load_multicast(destination, map, barrier, {c0, c1, c2, c3}, blocks);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%5, %6, %7, %8}], [%2], %3, %4;" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "h"(blocks), "l"(static_cast<uint64_t>(policy)), "r"(c0), "r"(c1),
+      "r"(c2), "r"(c3)
+      : "memory");
+#endif
+}
+
 // tma_store_Nd: starts copying a box from shared memory to (c0, c1, ...). Part of this thread's current bulk group.
 
 FASTATTN_DEVICE void tma_store_2d(const CUtensorMap* map, const void* source, int c0, int c1) {

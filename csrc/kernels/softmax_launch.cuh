@@ -1,9 +1,7 @@
 // The launches of launch.h, for the files of instantiations/.
 #pragma once
 
-#include <climits>
-
-#include "launch.h"
+#include "kernel_launch.cuh"
 #include "softmax_select.cuh"
 
 namespace fastattn {
@@ -12,30 +10,9 @@ template <class Params>
 cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, const RowPlan& plan, int64_t rows,
                         cudaStream_t stream) {
   const int rows_here = rows_per_block(plan);
-  const int64_t blocks = (rows + rows_here - 1) / rows_here * plan.blocks;
-  if (blocks == 0) {
-    return cudaSuccess;
-  }
-  if (blocks > INT_MAX) {
-    return cudaErrorInvalidConfiguration;
-  }
-  const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), kRowSharedBytes);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.blocks;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(plan.lanes * plan.warps * rows_here);
-  config.dynamicSmemBytes = kRowSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = plan.blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params, plan);
+  const LaunchShape shape = {(rows + rows_here - 1) / rows_here * plan.blocks, plan.lanes * plan.warps * rows_here,
+                             kRowSharedBytes, plan.blocks};
+  return launch_kernel(shape, stream, kernel, params, plan);
 }
 
 // launch_rows on a stream, as select_* calls it.
@@ -62,20 +39,7 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& params, cuda
 
 template <class T>
 cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, cudaStream_t stream) {
-  const int64_t blocks = p.rows * loss_parts<T>(p.classes);
-  if (blocks == 0) {
-    return cudaSuccess;
-  }
-  if (blocks > INT_MAX) {
-    return cudaErrorInvalidConfiguration;
-  }
-  const auto kernel = cross_entropy_backward_kernel<T>;
-  const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), 0);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  kernel<<<static_cast<unsigned>(blocks), kLossThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel({p.rows * loss_parts<T>(p.classes), kLossThreads}, stream, cross_entropy_backward_kernel<T>, p);
 }
 
 }  // namespace fastattn

@@ -110,6 +110,7 @@ def run(
     *,
     seed: int = 0,
     landing: Landing = "random",
+    starved: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the emulated kernel; both begin as NaN."""
     out = torch.full_like(inputs.query, torch.nan)
@@ -132,6 +133,7 @@ def run(
         "attention_forward", inputs.query, inputs.key, inputs.value, out, lse, strides, sizes, inputs.ends_q,
         inputs.ends_k, inputs.key_lengths, float(case.options.get("scale") or head_dim**-0.5),
         float(case.options.get("softcap") or 0.0), case.blocks, seed=seed, landing=landing,
+        starved=starved,
     )  # fmt: skip
     return out, lse
 
@@ -161,10 +163,11 @@ def check(
     seed: int = 0,
     landing: Landing = "random",
     spread: float = 1.0,
+    starved: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Holds the emulated kernel to the error rule."""
     inputs = inputs_of(case, spread)
-    out, lse = run(emulated, case, inputs, seed=seed, landing=landing)
+    out, lse = run(emulated, case, inputs, seed=seed, landing=landing, starved=starved)
     golden, plain = wanted(case, inputs, torch.float64), wanted(case, inputs, case.dtype)
     assert_within_rule(out, plain[0], golden[0], "out", case.dtype)
     assert_within_rule(lse, plain[1], golden[1], "lse", case.dtype)

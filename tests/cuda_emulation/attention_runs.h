@@ -9,8 +9,11 @@ namespace fastattn {
 
 template <class Shape>
 emulator::Launch blocks_of(int64_t blocks) {
-  return {
-      .grid = {static_cast<unsigned>(blocks), 1, 1}, .threads = Shape::kThreads, .shared_bytes = Shape::kSharedBytes};
+  return {.grid = {static_cast<unsigned>(blocks), 1, 1},
+          .threads = Shape::kThreads,
+          .shared_bytes = Shape::kSharedBytes,
+          .max_shared_bytes = Shape::kSharedBytes,
+          .min_blocks = Shape::kMinBlocks};
 }
 
 template <class Element, int kHeadDim>

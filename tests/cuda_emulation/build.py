@@ -67,6 +67,7 @@ class Library:
             ctypes.c_int,
             ctypes.c_int,
             ctypes.c_int,
+            ctypes.c_int,
         ]
 
     def __call__(
@@ -77,13 +78,15 @@ class Library:
         landing: Landing = "random",
         resident: int = 1,
         check: bool = True,
+        starved: int = -1,
     ) -> None:
         """Calls entry point `name`; tensors go by their address.
 
-        `seed` draws the order of threads, `landing` says when background work is delivered, `resident` how many blocks
-        are alive at once, `check` whether races are looked for. Raises EmulationError.
+        `seed` draws the order of threads and blocks, `landing` says when background work is delivered, `resident` how
+        many blocks are alive at once, `check` whether races are looked for, `starved` which thread of each block
+        (below 1024) or which warp (from 1024 on) runs only when nothing else can. Raises EmulationError.
         """
-        self._library.emulator_configure(seed, LANDINGS.index(landing), resident, int(check))
+        self._library.emulator_configure(seed, LANDINGS.index(landing), resident, int(check), starved)
         entry = self._library[name]
         entry.restype = ctypes.c_char_p
         message = entry(*map(_as_c, arguments))

@@ -99,7 +99,7 @@ void launch_product(const void* a, const void* b, const void* a_rows, void* out)
                                                  {64, a_along ? 64 : kDepth}, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap b_map = contiguous_map<T, 2>(b, {b_along ? kDepth : N, b_along ? N : kDepth},
                                                  {64, b_along ? N : kDepth}, CU_TENSOR_MAP_SWIZZLE_128B);
-  const emulator::Launch launch{.threads = 128, .shared_bytes = 160 * 1024};
+  const emulator::Launch launch{.threads = 128, .shared_bytes = 160 * 1024, .max_shared_bytes = 160 * 1024};
   emulator::launch(emulator::options, launch, product<T, N, a_layout, b_layout, a_in_registers>, a_map, b_map,
                    static_cast<const T*>(a_rows), static_cast<float*>(out));
 }
@@ -211,7 +211,7 @@ FASTATTN_KERNEL void cluster_sum(const float* x, float* y, ClusterMistake mistak
     st_shared(map_shared(&values[cluster_rank()], thread_index()), x[block_index().x]);
     mbarrier_arrive_cluster(arrivals, thread_index());
   }
-  if (mistake != kNoMiddleSync) mbarrier_wait(arrivals, 0);
+  if (mistake != kNoMiddleSync) mbarrier_wait_cluster(arrivals, 0);
   float sum = 0;
   for (uint32_t i = 0; i < blocks; ++i) sum += ld_shared(&values[i]);
   // Once more from the side that reads, what this block has written.
@@ -222,23 +222,52 @@ FASTATTN_KERNEL void cluster_sum(const float* x, float* y, ClusterMistake mistak
   if (mistake != kNoEndSync) cluster_sync();
 }
 
-// Blocks store their index to y[0] in the order of their indices, each after the one before.
-FASTATTN_KERNEL void take_turns(float* y, uint32_t* turn, uint32_t* ticket, bool wait) {
+enum TurnMistake {
+  kTurnRight,
+  kTurnByFences,  // right too: device_fence and relaxed accesses
+  kNoWait,
+  kNoFenceBefore,
+  kNoFenceAfter,
+  kRelaxedLoad,
+  kRelaxedAdd,
+  kNoDeviceFenceBefore,
+  kNoDeviceFenceAfter,
+  kReadsWhatItWrites,
+};
+
+// Blocks store their index to y[0] in the order of their tickets, each after the one before.
+FASTATTN_KERNEL void take_turns(float* y, uint32_t* turn, uint32_t* ticket, TurnMistake mistake) {
+  const bool by_fences =
+      mistake == kTurnByFences || mistake == kNoDeviceFenceBefore || mistake == kNoDeviceFenceAfter;
   auto* value = reinterpret_cast<float*>(dynamic_shared_memory());
   if (thread_index() > 0) return;
   const uint32_t mine = counter_fetch_add(ticket, 1);
   for (int i = 0; i < 4; ++i) st_shared(&value[i], float(mine));
   fence_proxy_async();
-  semaphore_wait(turn, mine);
+  if (by_fences || mistake == kRelaxedLoad) {
+    while (emulator::relaxed_load(turn) != mine) {
+    }
+    if (by_fences && mistake != kNoDeviceFenceBefore) device_fence();
+  } else {
+    semaphore_wait(turn, mine);
+  }
+  if (mistake == kReadsWhatItWrites) ld_global_16(y);
+  if (mistake != kNoFenceBefore) fence_proxy_async_global();
   bulk_store(y, value, 16);
   bulk_reduce_add(y + 4, value, 16);
   bulk_commit();
-  if (wait) {
-    bulk_wait<0>();
-  } else {
+  if (mistake == kNoWait) {
     bulk_wait_read<0>();
+  } else {
+    bulk_wait<0>();
   }
-  semaphore_add_release(turn, 1);
+  if (mistake != kNoFenceAfter) fence_proxy_async_global();
+  if (by_fences && mistake != kNoDeviceFenceAfter) device_fence();
+  if (by_fences || mistake == kRelaxedAdd) {
+    counter_fetch_add(turn, 1);
+  } else {
+    semaphore_add_release(turn, 1);
+  }
 }
 
 enum SharedMistake { kSharedRight, kPastTheEnd, kMisaligned, kNeverWritten, kArriveTwice, kNotWholeWarps };
@@ -258,6 +287,42 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
     if (mistake != kNeverWritten) y[thread - 32] = ld_shared(&values[thread - 32]);
     if (mistake == kNeverWritten) y[thread - 32] = ld_shared(&values[thread]);
   }
+}
+
+enum MapPlace { kMapOfTheGrid, kMapMisaligned, kMapInShared, kTooManyBytes, kTooManyBytesAtOnce };
+
+// Loads a box by a map that lies where the copy engine does not find it, or expects more bytes than a barrier counts.
+FASTATTN_KERNEL void load_by_map(FASTATTN_GRID_CONSTANT const CUtensorMap map, unsigned char* copies, MapPlace place) {
+  unsigned char* box = align_shared<1024>(dynamic_shared_memory());
+  auto* full = reinterpret_cast<Mbarrier*>(box + 1024);
+  if (thread_index() > 0) return;
+  const auto* used = &map;
+  if (place == kMapMisaligned) used = static_cast<const CUtensorMap*>(memcpy(copies + 16, &map, sizeof(map)));
+  if (place == kMapInShared) used = static_cast<const CUtensorMap*>(memcpy(box + 2048, &map, sizeof(map)));
+  mbarrier_init(full, 1);
+  fence_barrier_init();
+  for (int i = 0; place == kTooManyBytes && i < 1024; ++i) mbarrier_expect_tx(full, 1024);
+  mbarrier_arrive_expect_tx(full, place == kTooManyBytesAtOnce ? 1 << 20 : 1024);
+  tma_load_2d(box, used, full, 0, 0);
+  mbarrier_wait(full, 0);
+}
+
+FASTATTN_KERNEL void do_nothing() {}
+
+struct Parameters {
+  char bytes[4100];
+};
+FASTATTN_KERNEL void take_parameters(Parameters) {}
+
+// y[block] = how many blocks have started before.
+FASTATTN_KERNEL void draw_tickets(uint32_t* y, uint32_t* ticket) {
+  if (thread_index() == 0) y[block_index().x] = counter_fetch_add(ticket, 1);
+}
+
+// The first warpgroup goes down to `kept` registers, the second up to `wanted`.
+FASTATTN_KERNEL void exchange_registers(int kept, int wanted) {
+  const bool gives = warpgroup_index() == 0;
+  emulator::set_max_registers(gives ? kept : wanted, !gives);
 }
 
 // The descriptors of a tile at a multiple of 1024, less its address: along K and across it, and their second k-steps.
@@ -331,10 +396,47 @@ extern "C" const char* run_cluster_sum(const float* x, float* y, int64_t blocks,
   });
 }
 
-extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket, int64_t blocks, int64_t wait) {
+extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket, int64_t blocks, int64_t mistake) {
   return emulator::guarded([&] {
     const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32, .shared_bytes = 16};
-    emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, wait != 0);
+    emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, TurnMistake(mistake));
+  });
+}
+
+extern "C" const char* run_load_by_map(const void* data, unsigned char* copies, int64_t place) {
+  return emulator::guarded([&] {
+    const CUtensorMap map = contiguous_map<float, 2>(data, {32, 8}, {32, 8}, CU_TENSOR_MAP_SWIZZLE_128B);
+    const emulator::Launch launch{.threads = 32, .shared_bytes = 4096};
+    emulator::launch(emulator::options, launch, load_by_map, map, copies, MapPlace(place));
+  });
+}
+
+extern "C" const char* run_launch(int64_t x, int64_t y, int64_t z, int64_t threads, int64_t min_blocks,
+                                  int64_t shared_bytes, int64_t max_shared_bytes, int64_t cluster,
+                                  int64_t many_parameters) {
+  return emulator::guarded([&] {
+    const emulator::Launch launch{.grid = {unsigned(x), unsigned(y), unsigned(z)},
+                                  .threads = int(threads),
+                                  .shared_bytes = size_t(shared_bytes),
+                                  .max_shared_bytes = size_t(max_shared_bytes),
+                                  .cluster = int(cluster),
+                                  .min_blocks = int(min_blocks)};
+    if (many_parameters) return emulator::launch(emulator::options, launch, take_parameters, Parameters());
+    emulator::launch(emulator::options, launch, do_nothing);
+  });
+}
+
+extern "C" const char* run_draw_tickets(uint32_t* y, uint32_t* ticket, int64_t blocks) {
+  return emulator::guarded([&] {
+    const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32};
+    emulator::launch(emulator::options, launch, draw_tickets, y, ticket);
+  });
+}
+
+extern "C" const char* run_exchange_registers(int64_t min_blocks, int64_t kept, int64_t wanted) {
+  return emulator::guarded([&] {
+    const emulator::Launch launch{.threads = 256, .min_blocks = int(min_blocks)};
+    emulator::launch(emulator::options, launch, exchange_registers, int(kept), int(wanted));
   });
 }
 

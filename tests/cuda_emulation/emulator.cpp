@@ -1,6 +1,8 @@
 // The stand-in's one translation unit, and the switch for its options.
 #include "emulator/barriers.h"
 #include "emulator/copies.h"
+#include "emulator/global.h"
+#include "emulator/launch_rules.h"
 #include "emulator/machine.h"
 #include "emulator/mbarriers.h"
 #include "emulator/shared.h"
@@ -9,6 +11,6 @@
 
 emulator::Options emulator::options;
 
-extern "C" void emulator_configure(uint64_t seed, int landing, int resident, int check) {
-  emulator::options = {seed, static_cast<emulator::Landing>(landing), resident, check != 0};
+extern "C" void emulator_configure(uint64_t seed, int landing, int resident, int check, int starved) {
+  emulator::options = {seed, static_cast<emulator::Landing>(landing), resident, check != 0, starved};
 }

@@ -21,13 +21,18 @@ struct Options {
   Landing landing = Landing::kRandom;
   int resident = 1;   // clusters (blocks, where there are no clusters) that are alive at the same time
   bool check = true;  // watch for races
+  // Who runs only when nothing else can, in every block: thread `starved`, or warp `starved` - 1024. -1: nobody.
+  int starved = -1;
 };
 
 struct Launch {
   uint3 grid = {1, 1, 1};
   int threads = kWarp;
   size_t shared_bytes = 0;
-  int cluster = 1;  // blocks, along x
+  size_t max_shared_bytes = 0;  // cudaFuncAttributeMaxDynamicSharedMemorySize, without which a launch has 48 KB
+  int cluster = 1;              // blocks, along x
+  int min_blocks = 1;           // per multiprocessor, as in the kernel's launch bounds: they share its registers
+  size_t parameter_bytes = 0;   // launch() counts them
 };
 
 // What emulator_configure was told last.
@@ -41,7 +46,9 @@ template <class... Parameters, class... Arguments>
 void launch(const Options& options, const Launch& launch, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
   const auto body = [&] { kernel(arguments...); };
-  run(options, launch, [](const void* context) { (*static_cast<decltype(&body)>(context))(); }, &body);
+  Launch counted = launch;
+  counted.parameter_bytes = (0 + ... + sizeof(Parameters));
+  run(options, counted, [](const void* context) { (*static_cast<decltype(&body)>(context))(); }, &body);
 }
 
 // Ends the kernel, if one runs, by throwing a Failure.
@@ -75,6 +82,7 @@ void fence_proxy_async_global();
 void set_max_registers(int count, bool increase);
 void device_fence();
 uint32_t semaphore_load(const uint32_t* semaphore);
+uint32_t relaxed_load(const uint32_t* semaphore);  // no wrapper has it: what semaphore_load is without its ordering
 void semaphore_add(uint32_t* semaphore, uint32_t value);
 uint32_t counter_fetch_add(uint32_t* counter, uint32_t value);
 
@@ -84,8 +92,8 @@ void fence_barrier_init();
 void mbarrier_arrive(void* barrier, uint32_t bytes);
 void mbarrier_expect_tx(void* barrier, uint32_t bytes);
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank);
-bool mbarrier_try_wait(void* barrier, uint32_t parity);
-void mbarrier_wait(void* barrier, uint32_t parity);
+bool mbarrier_try_wait(void* barrier, uint32_t parity, bool cluster_scope);
+void mbarrier_wait(void* barrier, uint32_t parity, bool cluster_scope);
 
 // cluster.cuh
 uint32_t cluster_rank();
@@ -110,6 +118,8 @@ void stmatrix(void* row, const uint32_t* matrices, int count, bool transposed);
 
 // tma.cuh; tensor maps are those of encode_tiled in emulator/tensor_map.h
 void tma_load(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given);
+void tma_load_multicast(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given,
+                        uint32_t blocks);
 void tma_store(const void* tensor_map, const void* source, std::initializer_list<int> given, bool add);
 void bulk_load(void* destination, const void* source, uint32_t bytes, void* barrier);
 void bulk_store(void* destination, const void* source, uint32_t bytes, bool add);

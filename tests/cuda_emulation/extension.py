@@ -37,8 +37,8 @@ class EmulatedExtension:
     def configure(self, *, seed: int = 0, landing: Landing = "random", arch: int = 90) -> None:
         """Draw the order of threads from `seed`, and be a GPU of compute capability `arch`."""
         configure = self._library.emulator_configure
-        configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-        configure(seed, LANDINGS.index(landing), 1, 1)
+        configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 4]
+        configure(seed, LANDINGS.index(landing), 1, 1, -1)
         self._library.emulate_compute_capability(arch)
 
     def capture(self, active: bool) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cuda_emulation.build import HERE, ROOT, Library, build
+import pytest
+from cuda_emulation.build import HERE, ROOT, EmulationError, Library, build
 
 SWITCH = "\nnamespace fastattn {\ninline int broken_line = -1;\n}\n"
 ENTRY = """
@@ -26,6 +29,9 @@ class Mutation:
     old: str
     new: str = ""
     occurrence: int = 0
+    report: str | None = (
+        None  # what the emulation says, a regular expression; None where a wrong result will do
+    )
 
     def __str__(self) -> str:
         return self.name
@@ -37,6 +43,44 @@ class Mutation:
             at = text.find(self.old, at + 1)
             assert at >= 0, f"{self.name}: the kernel has changed"
         return at
+
+
+# The producer keeps so many that those which the consumers ask for do not exist: 32 where the consumers have 240.
+MORE_REGISTERS = Mutation(
+    "more registers than the block has",
+    "decrease_registers<Shape::kProducerRegisters>();",
+    "decrease_registers<Shape::kProducerRegisters + 8>();",
+    report=r"deadlock.* in increase_registers from \d+ registers",
+)
+LANE_OVERTAKEN = Mutation("a lane is overtaken", "warp_sync();", report=r"deadlock.* in mbarrier_wait")
+
+
+# Threads and warps that starve: lanes of the producer warp, its neighbours, and of each warpgroup of consumers.
+_FIRST_WARP = 1024
+STARVED = [
+    *(pytest.param(thread, id=f"thread {thread}") for thread in (0, 13, 31, 40, 64, 128, 250, 383)),
+    *(pytest.param(_FIRST_WARP + warp, id=f"warp {warp}") for warp in (0, 1, 4, 11)),
+]
+
+
+def every_schedule(mutations: Sequence[Mutation]) -> list[Any]:
+    """Parameters: the numbers of the lines whose loss every schedule shows."""
+    return [
+        pytest.param(number, id=mutation.name)
+        for number, mutation in enumerate(mutations)
+        if mutation is not LANE_OVERTAKEN
+    ]
+
+
+def assert_overtaken(run: Callable[[int], None], lanes: Sequence[int]) -> None:
+    """One of run(lane), in which that lane starves and the line of LANE_OVERTAKEN is lost, is reported."""
+    reports = []
+    for lane in lanes:
+        try:
+            run(lane)
+        except EmulationError as error:
+            reports.append(str(error))
+    assert any(re.search(str(LANE_OVERTAKEN.report), report) for report in reports), reports
 
 
 def breakable_library(

@@ -208,14 +208,14 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(384, 1)
   }
   if (mistake != kNoInitialSync) block_sync();
   if (warpgroup_index() == 0) {
-    decrease_registers<24>();
+    if (mistake == kTooManyRegisters) {
+      decrease_registers<32>();
+    } else {
+      decrease_registers<24>();
+    }
     if (warp_index() == 0 && elect_one()) produce(shared, q, k, v, tiles, mistake);
   } else {
-    if (mistake == kTooManyRegisters) {
-      increase_registers<248>();
-    } else {
-      increase_registers<240>();
-    }
+    increase_registers<240>();
     consume(shared, out, tiles, mistake);
   }
 }
@@ -234,8 +234,10 @@ CUtensorMap tile_map(const void* data, int64_t rows) {
 extern "C" const char* run_pipeline(const void* q, const void* k, const void* v, void* out, int64_t rows, int64_t keys,
                                     int64_t mistake) {
   return emulator::guarded([&] {
-    const emulator::Launch launch{
-        .grid = {unsigned((rows + 127) / 128), 1, 1}, .threads = 384, .shared_bytes = sizeof(Shared) + 1024};
+    const emulator::Launch launch{.grid = {unsigned((rows + 127) / 128), 1, 1},
+                                  .threads = 384,
+                                  .shared_bytes = sizeof(Shared) + 1024,
+                                  .max_shared_bytes = sizeof(Shared) + 1024};
     emulator::launch(emulator::options, launch, pipeline, tile_map(q, rows), tile_map(k, keys), tile_map(v, keys),
                      tile_map(out, rows), int((keys + kTile - 1) / kTile), Mistake(mistake));
   });

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulation.build import EmulationError, Library
-from cuda_emulation.mutations import Mutation, breakable_library
+from cuda_emulation.mutations import (
+    LANE_OVERTAKEN,
+    MORE_REGISTERS,
+    STARVED,
+    Mutation,
+    assert_overtaken,
+    breakable_library,
+    every_schedule,
+)
 from cuda_emulation.test_attention_bwd import check
 
 KERNELS = {
@@ -22,11 +31,13 @@ KERNELS = {
             "dp touched in flight", "wgmma_wait<kGradientGroups - 1>();", "wgmma_wait<kGradientGroups>();"
         ),
         Mutation("gradients stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();"),
+        MORE_REGISTERS,
     ],
     "kernels/attention_bwd_dq_sm90.cuh": [
         Mutation("keys read before they are there", "keys.wait_full(next);"),
         Mutation("keys released while read", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=1),
         Mutation("gradient stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=1),
+        MORE_REGISTERS,
     ],
     "device/pipeline.cuh": [
         Mutation("stages overwritten while read", "wait_empty(state);"),
@@ -35,6 +46,7 @@ KERNELS = {
             "mbarrier_arrive_expect_tx(&arrived, bytes);",
             "mbarrier_arrive_expect_tx(&arrived, bytes - 16);",
         ),
+        LANE_OVERTAKEN,
     ],
     "device/panel.cuh": [
         Mutation("keys zeroed without a fence", "fence_proxy_async();"),
@@ -53,10 +65,10 @@ def breakable(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
 
 
-def run(breakable: Library, line: int, seed: int) -> None:
+def run(breakable: Library, line: int, seed: int, starved: int = -1) -> None:
     breakable("break_line", line)
-    landing = ("eager", "lazy", "random")[seed % 3]
-    check(lambda *_: breakable, CASE, torch.float16, with_dlse=True, seed=seed, landing=landing)
+    schedule = {"seed": seed, "landing": ("eager", "lazy", "random")[seed % 3], "starved": starved}
+    check(lambda *_: breakable, CASE, torch.float16, with_dlse=True, **schedule)
 
 
 def test_whole_it_passes(breakable: Library) -> None:
@@ -64,17 +76,32 @@ def test_whole_it_passes(breakable: Library) -> None:
         run(breakable, -1, seed)
 
 
-@pytest.mark.parametrize("line", range(len(MUTATIONS)), ids=[mutation.name for mutation in MUTATIONS])
+@pytest.mark.parametrize("line", every_schedule(MUTATIONS))
 def test_is_noticed(breakable: Library, line: int) -> None:
     for seed in range(6):
-        with pytest.raises((EmulationError, AssertionError)):
+        with pytest.raises((EmulationError, AssertionError), match=MUTATIONS[line].report):
             run(breakable, line, seed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_starved_lane_is_overtaken(breakable: Library, seed: int) -> None:
+    """Without the warp's sync a lane of the producer misses a phase, if it runs only when nothing else can."""
+    line = MUTATIONS.index(LANE_OVERTAKEN)
+    for first in (0, 15, 30):  # of two lanes, one of which may be the one that issues
+        assert_overtaken(lambda lane: run(breakable, line, seed, starved=lane), (first, first + 1))
+
+
+@pytest.mark.parametrize("starved", STARVED)
+def test_starved_it_passes(breakable: Library, starved: int) -> None:
+    run(breakable, -1, seed=starved, starved=starved)
+
+
+UNORDERED = "adds to global memory .* wrote, with nothing ordering the two"
 SHARED_LINES = {
     "kernels/attention_bwd_fused_common.cuh": [
         Mutation(
-            "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);"
+            "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);",
+            report=UNORDERED,
         ),
         Mutation(
             "dq overwritten before it is taken",
@@ -82,8 +109,36 @@ SHARED_LINES = {
         ),
         Mutation("dq taken before it is written", "named_pair_sync<kDqWritten>(which, kThreads);"),
         Mutation("dq handed over without a fence", "fence_proxy_async();"),
-    ]
-}
+        Mutation(
+            "dq added without a fence behind the turn", "fence_proxy_async_global();",
+            report="adds to global memory .* wrote, without fence_proxy_async_global",
+        ),
+        Mutation(
+            "a turn given without a fence", "fence_proxy_async_global();", occurrence=1,
+            report="releases a semaphore without fence_proxy_async_global",
+        ),
+        Mutation(
+            "a turn given before dq is there", "bulk_wait<0>();",
+            report="releases a semaphore while its bulk stores may not have reached",
+        ),
+    ],
+    "device/sync.cuh": [
+        Mutation(
+            "a turn taken without acquire", "return emulator::semaphore_load(semaphore);",
+            "return emulator::relaxed_load(semaphore);", report=UNORDERED,
+        ),
+        Mutation(
+            "a turn given without release", "emulator::semaphore_add(semaphore, value);",
+            "emulator::counter_fetch_add(semaphore, value);", report=UNORDERED,
+        ),
+    ],
+}  # fmt: skip
+TILES_BY_NUMBER = Mutation(
+    "tiles by the number of the block",
+    "st_shared(&shared.barriers->ticket, counter_fetch_add(params.ticket, 1));",
+    "counter_fetch_add(params.ticket, 1); st_shared(&shared.barriers->ticket, block_index().x);",
+    report="livelock.* in semaphore_load_acquire",
+)
 ONE_PASS = {
     64: {
         **SHARED_LINES,
@@ -96,12 +151,15 @@ ONE_PASS = {
                 "keys overwritten while dq reads them", "named_barrier_sync(kKeysRead, kConsumerThreads);"
             ),
         ],
+        "kernels/attention_bwd_fused_sm90.cuh": [TILES_BY_NUMBER, MORE_REGISTERS],
     },
     128: {
         **SHARED_LINES,
         "kernels/attention_bwd_fused_sm90.cuh": [
             Mutation("ds read before both wrote it", "named_barrier_sync(kDsWritten, kConsumerThreads);"),
             Mutation("ds read without a fence", "fence_proxy_async();"),
+            TILES_BY_NUMBER,
+            MORE_REGISTERS,
         ],
     },
 }
@@ -122,11 +180,12 @@ SPLIT = {
             "probabilities taken before they are written",
             "named_barrier_sync(kProbabilitiesWritten, kSplitThreads);",
         ),
+        MORE_REGISTERS,
     ]
 }
 SPLIT_LINES = [mutation for mutations in SPLIT.values() for mutation in mutations]
 ONE_PASS_LINES = [
-    pytest.param(head_dim, line, id=f"{head_dim}: {mutation.name}")
+    pytest.param(head_dim, line, mutation.report, id=f"{head_dim}: {mutation.name}")
     for head_dim, kernels in ONE_PASS.items()
     for line, mutation in enumerate(mutation for mutations in kernels.values() for mutation in mutations)
 ]
@@ -145,7 +204,7 @@ def test_warpgroups_that_share_keys_need_the_line(breakable_split: Library, line
     breakable_split("break_line", line)
     options = {"with_dlse": True, "head_dim": 256}
     for seed, landing in enumerate(("eager", "lazy", "random")):
-        with pytest.raises((EmulationError, AssertionError)):
+        with pytest.raises((EmulationError, AssertionError), match=SPLIT_LINES[line].report):
             check(lambda *_: breakable_split, CASE, torch.float16, seed=seed, landing=landing, **options)
 
 
@@ -160,14 +219,31 @@ def breakable_one_pass(library_folder: Path, tmp_path_factory: pytest.TempPathFa
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("head_dim", "line"), ONE_PASS_LINES)
-def test_one_pass_needs_the_line(breakable_one_pass: dict[int, Library], head_dim: int, line: int) -> None:
+@pytest.mark.parametrize(("head_dim", "line", "report"), ONE_PASS_LINES)
+def test_one_pass_needs_the_line(
+    breakable_one_pass: dict[int, Library], head_dim: int, line: int, report: str | None
+) -> None:
     """Without it some schedule is reported, or gives other bits."""
     library = breakable_one_pass[head_dim]
     library("break_line", line)
-    options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True, "resident": 4}
+    options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True}
     try:
-        results = [check(lambda *_: library, CASE, torch.float16, seed=seed, **options) for seed in range(4)]
-    except (EmulationError, AssertionError):
-        return
-    assert not all(torch.equal(a.query, results[0].query) for a in results)
+        results = [
+            check(lambda *_: library, CASE, torch.float16, seed=seed, resident=4 - seed % 3, **options)
+            for seed in range(6)
+        ]
+    except (EmulationError, AssertionError) as error:
+        reported = str(error)
+    else:
+        reported = ""
+        assert not all(torch.equal(a.query, results[0].query) for a in results)
+    assert re.search(report or "", reported), reported
+
+
+@pytest.mark.parametrize("starved", STARVED)
+@pytest.mark.parametrize("head_dim", ONE_PASS)
+def test_starved_one_pass_passes(breakable_one_pass: dict[int, Library], head_dim: int, starved: int) -> None:
+    library = breakable_one_pass[head_dim]
+    library("break_line", -1)
+    options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True, "resident": 2}
+    check(lambda *_: library, CASE, torch.float16, seed=starved, starved=starved, **options)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from cuda_emulation.attention_forward import Case, check
 from cuda_emulation.build import EmulationError, Library
-from cuda_emulation.mutations import Mutation, breakable_library
+from cuda_emulation.mutations import (
+    LANE_OVERTAKEN,
+    MORE_REGISTERS,
+    STARVED,
+    Mutation,
+    assert_overtaken,
+    breakable_library,
+    every_schedule,
+)
 
 KERNEL = [
     Mutation("keys read before they are there", "barriers.keys.wait_full(key_state);", occurrence=1),
@@ -19,10 +27,11 @@ KERNEL = [
     Mutation("result stored before all wrote it", "warpgroup_sync();", occurrence=1),
     Mutation("result overwritten while it is stored", "bulk_wait_read<0>();"),
     Mutation("a turn not passed on", "if (Shape::kTakesTurns) pass_turn();"),
+    MORE_REGISTERS,
 ]
 KERNELS = {
     "kernels/attention_fwd_sm90.cuh": KERNEL,
-    "device/pipeline.cuh": [Mutation("stages overwritten while read", "wait_empty(state);")],
+    "device/pipeline.cuh": [Mutation("stages overwritten while read", "wait_empty(state);"), LANE_OVERTAKEN],
     "device/panel.cuh": [
         Mutation("values cleared without a fence", "fence_proxy_async();"),
         Mutation("values not cleared", "(zero_rows<kRows, kColumns>(tiles, first_row), ...);"),
@@ -40,9 +49,10 @@ def breakable(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
 
 
-def run(breakable: Library, line: int, seed: int) -> None:
+def run(breakable: Library, line: int, seed: int, starved: int = -1) -> None:
     breakable("break_line", line)
-    check(lambda *_: breakable, CASE, seed=seed, landing=("eager", "lazy", "random")[seed % 3])
+    landing = ("eager", "lazy", "random")[seed % 3]
+    check(lambda *_: breakable, CASE, seed=seed, landing=landing, starved=starved)
 
 
 def test_whole_it_passes(breakable: Library) -> None:
@@ -50,8 +60,21 @@ def test_whole_it_passes(breakable: Library) -> None:
         run(breakable, -1, seed)
 
 
-@pytest.mark.parametrize("line", range(len(MUTATIONS)), ids=[mutation.name for mutation in MUTATIONS])
+@pytest.mark.parametrize("line", every_schedule(MUTATIONS))
 def test_is_noticed(breakable: Library, line: int) -> None:
     for seed in range(6):
-        with pytest.raises((EmulationError, AssertionError)):
+        with pytest.raises((EmulationError, AssertionError), match=MUTATIONS[line].report):
             run(breakable, line, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_starved_lane_is_overtaken(breakable: Library, seed: int) -> None:
+    """Without the warp's sync a lane of the producer misses a phase, if it runs only when nothing else can."""
+    line = MUTATIONS.index(LANE_OVERTAKEN)
+    for first in (0, 15, 30):  # of two lanes, one of which may be the one that issues
+        assert_overtaken(lambda lane: run(breakable, line, seed, starved=lane), (first, first + 1))
+
+
+@pytest.mark.parametrize("starved", STARVED)
+def test_starved_it_passes(breakable: Library, starved: int) -> None:
+    run(breakable, -1, seed=starved, starved=starved)

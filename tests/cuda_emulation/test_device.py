@@ -177,20 +177,44 @@ def test_clusters(emulated, mistake: int, report: str | None) -> None:
 
 @pytest.mark.parametrize("resident", [1, 2, 7])
 def test_blocks_in_an_order(emulated, resident: int) -> None:
-    """A release before the stores have arrived is caught; the last block's value stays, all values are added."""
+    """The last block's value stays, all values are added."""
     for seed, landing in SCHEDULES:
         y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         call = {"seed": seed, "landing": landing, "resident": resident}
-        emulated(SOURCE)("run_take_turns", y, turn, ticket, 7, 1, **call)
-        assert y.tolist() == [6] * 4 + [21] * 4
-        with pytest.raises(EmulationError, match="releases a semaphore"):
-            emulated(SOURCE)("run_take_turns", y, turn.zero_(), ticket.zero_(), 7, 0, **call)
+        for right in (0, 1):  # by acquire and release, by fences
+            emulated(SOURCE)("run_take_turns", y, turn.zero_(), ticket.zero_(), 7, right, **call)
+            assert y.tolist() == [6] * 4 + [21] * 4
+            y.zero_()
+
+
+UNORDERED = r"overwrites global memory that block .*, thread 0 wrote, with nothing ordering the two"
+TURN_MISTAKES = {
+    "NoWait": "releases a semaphore while its bulk stores may not have reached",
+    "NoFenceBefore": "overwrites global memory that block .* wrote, without fence_proxy_async_global",
+    "NoFenceAfter": "releases a semaphore without fence_proxy_async_global",
+    "RelaxedLoad": UNORDERED,
+    "RelaxedAdd": UNORDERED,
+    "NoDeviceFenceBefore": UNORDERED,
+    "NoDeviceFenceAfter": UNORDERED,
+    "ReadsWhatItWrites": "ld_global_16 reads what the copy engine writes",
+}
+
+
+@pytest.mark.parametrize("mistake", TURN_MISTAKES)
+def test_global_memory_is_ordered(emulated, mistake: str) -> None:
+    number = 2 + list(TURN_MISTAKES).index(mistake)
+    for resident, (seed, landing) in product((1, 3), SCHEDULES):
+        y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        with pytest.raises(EmulationError, match=TURN_MISTAKES[mistake]):
+            emulated(SOURCE)(
+                "run_take_turns", y, turn, ticket, 4, number, seed=seed, landing=landing, resident=resident
+            )
 
 
 def test_waiting_for_a_block_that_never_starts_is_a_livelock(emulated) -> None:
     y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(EmulationError, match=r"livelock.*semaphore_load_acquire"):
-        emulated(SOURCE)("run_take_turns", y, turn, ticket, 2, 1, resident=2)
+        emulated(SOURCE)("run_take_turns", y, turn, ticket, 2, 0, resident=2)
 
 
 @pytest.mark.parametrize(
@@ -213,3 +237,102 @@ def test_shared_memory_and_named_barriers(emulated, mistake: int, report: str | 
         else:
             with pytest.raises(EmulationError, match=report):
                 emulated(SOURCE)("run_hand_over", y, mistake, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("min_blocks", "kept", "wanted", "report"),
+    [
+        (2, 24, 232, None),  # a launch gives each of 2 x 256 threads 128
+        (2, 24, 240, r"deadlock.*increase_registers from 128 registers each, \d+ being free"),
+        (2, 32, 232, "deadlock.*increase_registers"),
+        (1, 240, 256, None),  # no thread starts with more than 248
+        (3, 24, 136, None),  # 80
+        (3, 24, 144, "deadlock.*increase_registers"),
+        (2, 30, 128, "not a multiple of 8 from 24 to 256"),
+        (2, 16, 128, "not a multiple of 8 from 24 to 256"),
+        (2, 24, 264, "not a multiple of 8 from 24 to 256"),
+        (2, 136, 128, "decrease_registers<136> with 128 registers"),
+        (2, 128, 120, "increase_registers<120> with 128 registers"),
+    ],
+)
+def test_registers_of_a_block(emulated, min_blocks: int, kept: int, wanted: int, report: str | None) -> None:
+    for seed in SEEDS:
+        if report is None:
+            emulated(SOURCE)("run_exchange_registers", min_blocks, kept, wanted, seed=seed)
+            continue
+        with pytest.raises(EmulationError, match=report):
+            emulated(SOURCE)("run_exchange_registers", min_blocks, kept, wanted, seed=seed)
+
+
+def test_blocks_start_in_any_order(emulated) -> None:
+    """Shuffled, the last one first, by their numbers: the ticket each block draws says when it started."""
+    orders = []
+    for seed in range(6):
+        y, ticket = torch.full((9,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        emulated(SOURCE)("run_draw_tickets", y, ticket, 9, seed=seed)
+        assert sorted(y.tolist()) == list(range(9))
+        orders.append(y.tolist())
+    assert orders[1] == orders[4] == orders[2][::-1] == list(range(9))[::-1]
+    assert orders[0] not in orders[1:]
+    assert orders[3] not in orders[4:]
+
+
+@pytest.mark.parametrize(
+    ("place", "report"),
+    [
+        (0, None),
+        (1, "the tensor map is not aligned to 64 bytes"),
+        (2, "the tensor map is in shared memory"),
+        (3, "more than 1048575 bytes in a phase"),
+        (4, "more than 1048575 bytes in a phase"),
+    ],
+)
+def test_maps_and_transaction_counts(emulated, place: int, report: str | None) -> None:
+    x, copies = torch.randn(8, 32), torch.zeros(1024, dtype=torch.uint8)
+    copies = copies[-copies.data_ptr() % 64 :]
+    if report is None:
+        emulated(SOURCE)("run_load_by_map", x, copies, place)
+        return
+    with pytest.raises(EmulationError, match=report):
+        emulated(SOURCE)("run_load_by_map", x, copies, place)
+
+
+@pytest.mark.parametrize(
+    ("change", "report"),
+    [
+        ({}, None),
+        ({"shared_bytes": 48 * 1024}, None),
+        ({"shared_bytes": 48 * 1024 + 1}, "need cudaFuncAttributeMaxDynamicSharedMemorySize"),
+        ({"shared_bytes": 60 * 1024, "max_shared_bytes": 60 * 1024}, None),
+        ({"shared_bytes": 60 * 1024 + 1, "max_shared_bytes": 60 * 1024}, "need cudaFuncAttribute"),
+        ({"shared_bytes": 228 * 1024, "max_shared_bytes": 228 * 1024}, "233472 bytes of shared memory"),
+        ({"x": 0}, "an empty grid"),
+        ({"x": 1 << 31}, "a grid of 2147483648 x 1 x 1 blocks"),
+        ({"y": 1 << 16}, "a grid of 8 x 65536 x 1 blocks"),
+        ({"z": 1 << 16}, "a grid of 8 x 1 x 65536 blocks"),
+        ({"threads": 0}, "a block has 1 to 1024 threads"),
+        ({"threads": 1025}, "a block has 1 to 1024 threads"),
+        ({"threads": 1024, "min_blocks": 3}, "3 blocks of 1024 threads on a multiprocessor"),
+        ({"cluster": 8}, None),
+        ({"cluster": 16, "x": 16}, "a cluster of 16 blocks"),
+        ({"cluster": 3}, "the grid is not a multiple of the cluster"),
+        ({"many_parameters": 1}, "4100 bytes of parameters"),
+    ],
+    ids=str,
+)
+def test_launches_that_the_driver_refuses(emulated, change: dict[str, int], report: str | None) -> None:
+    launch = {
+        "x": 8,
+        "y": 1,
+        "z": 1,
+        "threads": 32,
+        "min_blocks": 1,
+        "shared_bytes": 0,
+        "max_shared_bytes": 0,
+    }
+    launch |= {"cluster": 1, "many_parameters": 0} | change
+    if report is None:
+        emulated(SOURCE)("run_launch", *launch.values())
+        return
+    with pytest.raises(EmulationError, match=f"the launch is refused: .*{report}"):
+        emulated(SOURCE)("run_launch", *launch.values())

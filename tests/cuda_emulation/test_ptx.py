@@ -130,6 +130,15 @@ WRAPPERS: dict[str, list[tuple[str, str, list[str]]]] = {
                 "selp.b32 out, 1, 0, p;",
             ],
         ),
+        (
+            "Mbarrier* barrier, uint32_t parity, bool* y",
+            "*y = mbarrier_try_wait_cluster(barrier, parity);",
+            [
+                PREDICATE,
+                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [shared(barrier)], parity;",
+                "selp.b32 out, 1, 0, p;",
+            ],
+        ),
         (NOTHING, "fence_proxy_async();", ["fence.proxy.async.shared::cta;"]),
         (NOTHING, "fence_proxy_async_global();", ["fence.proxy.async.global;"]),
         (NOTHING, "increase_registers<240>();", ["setmaxnreg.inc.sync.aligned.u32 240;"]),
@@ -169,6 +178,15 @@ WRAPPERS: dict[str, list[tuple[str, str, list[str]]]] = {
                 (", CachePolicy::kEvictFirst", EVICT_FIRST),
                 (", CachePolicy::kEvictLast", EVICT_LAST),
             )
+        ),
+        (
+            f"void* destination, {MAP}, Mbarrier* barrier, uint16_t blocks, {named(4, 'int ')}",
+            f"tma_load_4d_multicast(destination, &map, barrier, blocks, {named(4)});",
+            [
+                "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                f".L2::cache_hint [shared(destination)], [map, {{{named(4)}}}], [shared(barrier)], blocks, "
+                f"{EVICT_NORMAL};"
+            ],
         ),
         *(
             (

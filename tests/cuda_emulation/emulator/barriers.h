@@ -1,4 +1,4 @@
-// Barriers of a block and a cluster, fences, registers and semaphores.
+// Barriers of a block and a cluster, fences and registers.
 #pragma once
 
 #include "warp.h"
@@ -71,45 +71,24 @@ void fence_proxy_async() {
   fence_barrier_init();
 }
 
-void fence_proxy_async_global() {}
-void device_fence() { machine().preempt(); }
-
 void set_max_registers(int count, bool increase) {
   Thread& thread = self();
   Block& block = *thread.block;
+  const char* const kind = increase ? "increase_registers" : "decrease_registers";
+  if (count < 24 || count > 256 || count % 8 != 0) {
+    fail(text("%s<%d>: not a multiple of 8 from 24 to 256", kind, count));
+  }
   if (increase ? count < thread.registers : count > thread.registers) {
-    fail(text("%s_registers<%d> with %d registers", increase ? "increase" : "decrease", count, thread.registers));
+    fail(text("%s<%d> with %d registers", kind, count, thread.registers));
   }
   struct Slot {
   } slot;
-  warp_collective(increase ? "increase_registers" : "decrease_registers", 0xffffffff, slot, [](Slot**) {});
+  warp_collective(kind, 0xffffffff, slot, [](Slot**) {});
   const int change = count - thread.registers;
-  while (block.free_registers < change) machine().sleep(block.waiting_for_registers, "increase_registers");
+  while (block.free_registers < change) machine().sleep(block.waiting_for_registers, kind);
   block.free_registers -= change;
   thread.registers = count;
   machine().wake(block.waiting_for_registers);
-}
-
-uint32_t semaphore_load(const uint32_t* semaphore) {
-  machine().poll("semaphore_load_acquire");
-  return *semaphore;
-}
-
-void semaphore_add(uint32_t* semaphore, uint32_t value) {
-  for (const StoreGroup& group : self().stores) {
-    if (!group.writes.empty()) fail("releases a semaphore while its bulk stores may not have reached global memory");
-  }
-  machine().preempt();
-  *semaphore += value;
-  machine().made_progress();
-}
-
-uint32_t counter_fetch_add(uint32_t* counter, uint32_t value) {
-  machine().preempt();
-  const uint32_t before = *counter;
-  *counter += value;
-  machine().made_progress();
-  return before;
 }
 
 uint32_t cluster_rank() { return self().block->rank; }
@@ -118,6 +97,8 @@ uint32_t cluster_blocks() { return machine().launch_.cluster; }
 void cluster_arrive() {
   Thread& thread = self();
   Cluster& cluster = *thread.block->cluster;
+  if (thread.cluster_arrivals != thread.cluster_waits) fail("arrives at the cluster's barrier twice before it waits");
+  ++thread.cluster_arrivals;
   machine().preempt();
   release(thread, cluster.arriving);
   if (++cluster.arrived < static_cast<int>(cluster.thread_count)) return;
@@ -131,6 +112,7 @@ void cluster_arrive() {
 void cluster_wait() {
   Thread& thread = self();
   Cluster& cluster = *thread.block->cluster;
+  if (thread.cluster_arrivals == thread.cluster_waits) fail("waits at the cluster's barrier without having arrived");
   const uint32_t wanted = ++thread.cluster_waits;
   while (cluster.generation < wanted) machine().sleep(cluster.waiting, "cluster_wait");
   thread.clock.join(cluster.released);

@@ -13,6 +13,8 @@
 
 namespace emulator {
 
+enum class Proxy { kGeneric, kAsync };
+
 class Clock {
  public:
   uint32_t operator[](uint32_t component) const { return component < ticks_.size() ? ticks_[component] : 0; }
@@ -30,6 +32,28 @@ class Clock {
     const uint32_t* theirs = other.ticks_.data();
     const size_t count = other.ticks_.size();
     for (size_t i = 0; i < count; ++i) mine[i] = std::max(mine[i], theirs[i]);
+    for (int proxy = 0; proxy < 2; ++proxy) join(global_[proxy], other.global_[proxy]);
+  }
+
+  // The last write to global memory by `writer` that is known of through `proxy`.
+  uint32_t global(Proxy proxy, uint32_t writer) const {
+    const auto& known = global_[static_cast<int>(proxy)];
+    return writer < known.size() ? known[writer] : 0;
+  }
+
+  void raise_global(Proxy proxy, uint32_t writer, uint32_t tick) {
+    auto& known = global_[static_cast<int>(proxy)];
+    if (writer >= known.size()) known.resize(writer + 1);
+    known[writer] = std::max(known[writer], tick);
+  }
+
+  // What a semaphore passes from block to block.
+  void join_generic(const Clock& other) { join(global_[0], other.global_[0]); }
+
+  // A proxy fence for global memory.
+  void join_proxies() {
+    join(global_[0], global_[1]);
+    global_[1] = global_[0];
   }
 
   // Components [to, to + count) become those of [from, from + count).
@@ -38,10 +62,19 @@ class Clock {
     std::copy_n(ticks_.begin() + from, count, ticks_.begin() + to);
   }
 
-  void clear() { ticks_.clear(); }
+  void clear() {
+    ticks_.clear();
+    for (auto& known : global_) known.clear();
+  }
 
  private:
+  static void join(std::vector<uint32_t>& mine, const std::vector<uint32_t>& theirs) {
+    if (theirs.size() > mine.size()) mine.resize(theirs.size());
+    for (size_t i = 0; i < theirs.size(); ++i) mine[i] = std::max(mine[i], theirs[i]);
+  }
+
   std::vector<uint32_t> ticks_;
+  std::vector<uint32_t> global_[2];  // by proxy, of writers all over the grid
 };
 
 // An event: a component and its tick. `kFourWarps` marks a component standing for itself and the next three.

@@ -4,11 +4,17 @@
 #include <array>
 
 #include "encoded_map.h"
+#include "global.h"
 #include "mbarriers.h"
 
 namespace emulator {
 
+// The map of a copy. It lies in global memory or is a parameter of the kernel, at a multiple of 64 bytes.
 TensorMap decode(const void* map) {
+  check_alignment(map, 64, "the tensor map");
+  for (const auto& block : self().block->cluster->blocks) {
+    if (block->holds(map)) fail("the tensor map is in shared memory");
+  }
   TensorMap decoded;
   std::memcpy(&decoded, map, sizeof(decoded));
   if (decoded.mark != TensorMap::kMark) fail("the tensor map is not an encoded one");
@@ -59,39 +65,56 @@ void check_box(const TensorMap& map, const void* shared) {
   }
 }
 
-// Starts a copy of `bytes` to `destination` by `copy`, completing at the barrier.
-void start_load(unsigned char* destination, uint32_t bytes, void* barrier, std::function<void()> copy) {
-  Thread& thread = self();
-  Block& block = *thread.block;
+// Starts a copy of `bytes` to `destination` in `block` by `copy`, completing at the barrier there.
+void start_load(Block& block, unsigned char* destination, uint32_t bytes, void* barrier, std::function<void()> copy) {
   MbarrierState& state = mbarrier_state(block, barrier);
-  if (!state.fenced)
-    fail(text("copies to mbarrier %u without fence_barrier_init behind its initialisation", state.index));
-  note_write(block, destination, bytes, Event{state.component, state.phase + 1}, true);
+  check_fenced(state, "completes a copy");
+  const Event landing{state.component, state.phase + 1};
+  note_write(block, destination, bytes, landing, true);
+  if (&block != self().block) block.remote_accesses.push_back(landing);
   ++block.loads_in_flight;
   machine().start([&block, &state, phase = state.phase, bytes, copy] {
     copy();
     --block.loads_in_flight;
     complete_bytes(block, state, phase, bytes);
   });
+}
+
+// Starts the copy of a box to the same place in each of the blocks.
+void start_box_load(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given,
+                    uint32_t blocks) {
+  const TensorMap map = decode(tensor_map);
+  const Coordinates at = coordinates(map, given);
+  check_box(map, destination);
+  const uint32_t start = shared_address(destination);
+  for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    auto* there = static_cast<unsigned char*>(const_cast<void*>(mapped(destination, rank)));
+    Block& block = block_holding(there);
+    const auto copy = [&block, map, at, start] {
+      for_each_row(map, at, [&](uint32_t offset, const unsigned char* global, int64_t first, int64_t end) {
+        alignas(16) unsigned char run[256 * 16] = {};
+        const size_t size = map.element_bytes;
+        if (end > first) std::memcpy(run + first * size, global + first * size, (end - first) * size);
+        for (uint32_t i = 0; i < map.box[0] * size; i += 16) {
+          std::memcpy(shared_pointer(block, swizzled(start + offset + i, map.swizzle)), run + i, 16);
+        }
+      });
+    };
+    start_load(block, there, map.box_bytes(), const_cast<void*>(mapped(barrier, rank)), copy);
+  }
   machine().preempt();
 }
 
 void tma_load(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given) {
-  const TensorMap map = decode(tensor_map);
-  const Coordinates at = coordinates(map, given);
-  check_box(map, destination);
-  Block& block = *self().block;
-  const uint32_t start = shared_address(destination);
-  start_load(static_cast<unsigned char*>(destination), map.box_bytes(), barrier, [&block, map, at, start] {
-    for_each_row(map, at, [&](uint32_t offset, const unsigned char* global, int64_t first, int64_t end) {
-      alignas(16) unsigned char run[256 * 16] = {};
-      const size_t size = map.element_bytes;
-      if (end > first) std::memcpy(run + first * size, global + first * size, (end - first) * size);
-      for (uint32_t i = 0; i < map.box[0] * size; i += 16) {
-        std::memcpy(shared_pointer(block, swizzled(start + offset + i, map.swizzle)), run + i, 16);
-      }
-    });
-  });
+  start_box_load(destination, tensor_map, barrier, given, 1u << cluster_rank());
+}
+
+void tma_load_multicast(void* destination, const void* tensor_map, void* barrier, std::initializer_list<int> given,
+                        uint32_t blocks) {
+  const uint32_t size = cluster_blocks();
+  if (blocks == 0 || blocks >> size != 0) fail(text("a multicast to blocks %#x of a cluster of %u", blocks, size));
+  start_box_load(destination, tensor_map, barrier, given, blocks);
 }
 
 void check_bulk(const void* shared, const void* global, uint32_t bytes) {
@@ -102,8 +125,9 @@ void check_bulk(const void* shared, const void* global, uint32_t bytes) {
 
 void bulk_load(void* destination, const void* source, uint32_t bytes, void* barrier) {
   check_bulk(destination, source, bytes);
-  start_load(static_cast<unsigned char*>(destination), bytes, barrier,
+  start_load(*self().block, static_cast<unsigned char*>(destination), bytes, barrier,
              [=] { std::memcpy(destination, source, bytes); });
+  machine().preempt();
 }
 
 // Starts a copy from shared memory: `read` fills a buffer, `write` empties it, each at its own time.
@@ -135,6 +159,10 @@ void tma_store(const void* tensor_map, const void* source, std::initializer_list
   Block& block = *self().block;
   const uint32_t start = shared_address(source);
   const uint32_t bytes = map.box_bytes();
+  for_each_row(map, at, [&](uint32_t, const unsigned char* global, int64_t first, int64_t end) {
+    const size_t size = map.element_bytes;
+    if (end > first) note_global_write(global + first * size, (end - first) * size, self().stores_committed + 1, add);
+  });
   const auto read = [&block, map, start, bytes](unsigned char* buffer) {
     for (uint32_t i = 0; i < bytes; i += 16) {
       std::memcpy(buffer + i, shared_pointer(block, swizzled(start + i, map.swizzle)), 16);
@@ -157,6 +185,7 @@ void tma_store(const void* tensor_map, const void* source, std::initializer_list
 
 void bulk_store(void* destination, const void* source, uint32_t bytes, bool add) {
   check_bulk(source, destination, bytes);
+  note_global_write(destination, bytes, self().stores_committed + 1, add);
   const auto read = [=](unsigned char* buffer) { std::memcpy(buffer, source, bytes); };
   const auto write = [=](const unsigned char* buffer) {
     if (!add) {
@@ -187,6 +216,9 @@ void bulk_wait(uint32_t pending, bool read) {
   while (!read && thread.stores.size() > pending + 1) thread.stores.pop_front();
   if (thread.store_component != Event::kNone) {
     thread.clock.raise(thread.store_component, thread.stores_committed - pending);
+  }
+  if (!read && thread.global_component != Event::kNone) {
+    thread.clock.raise_global(Proxy::kAsync, thread.global_component, thread.stores_committed - pending);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -45,6 +46,7 @@ struct MbarrierState {
   Event initialised;
   bool fenced = false;  // a fence has followed the initialisation
   Clock arriving, completed;
+  bool remote_arriving = false, remote_completed = false;  // whether other blocks arrived in the phase
   WaitQueue waiting;
 };
 
@@ -111,11 +113,13 @@ struct Thread {
   const char* collective = nullptr;
 
   int registers = 0;
-  uint32_t cluster_waits = 0;
+  uint32_t cluster_arrivals = 0, cluster_waits = 0;
   uint32_t arrived_barriers = 0;  // a bit for each of the block's barriers
   uint32_t store_component = Event::kNone;
   std::deque<StoreGroup> stores;  // committed and not known to be finished; the last one is open
   uint32_t stores_committed = 0;
+  uint32_t global_component = Event::kNone;  // among the writers of global memory
+  Clock fenced, seen_relaxed;                // see device_fence
   std::deque<std::vector<CopyRange>> copies;  // likewise for cp.async
 
   uint32_t multiplies_issued = 0;
@@ -143,9 +147,10 @@ struct Block {
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;
   int loads_in_flight = 0;
   std::vector<uint32_t> elected;  // lane per warp
-  int free_registers = 0;
+  int free_registers = 0;  // given up by decrease_registers; a launch leaves none over
   WaitQueue waiting_for_registers;
-  std::vector<Event> remote_accesses;
+  std::vector<Event> remote_accesses;  // of other blocks to its shared memory, or on their behalf
+  Clock ending;                        // what its ended threads knew
 
   bool holds(const void* pointer) const {
     return memory <= pointer && static_cast<const unsigned char*>(pointer) < memory + bytes;
@@ -172,8 +177,9 @@ struct Cluster {
 
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 constexpr size_t kGuardBytes = 1024;
+constexpr int kMaxThreads = 1024;  // of a block
 constexpr size_t kSharedLimit = 227 * 1024;
-constexpr int kBlockRegisters = 64 * 1024;
+constexpr int kMultiprocessorRegisters = 64 * 1024;
 constexpr uint32_t kWindowStart = 1024;
 
 class Machine {
@@ -187,6 +193,10 @@ class Machine {
   Launch launch_;
   Random random_{0};
   Thread* running_ = nullptr;
+
+  std::vector<std::string> global_writers_;
+  std::unordered_map<uintptr_t, Event> global_writes_;  // the last one of each unit
+  std::map<const void*, Clock> semaphores_;
 
   // Puts the running thread to sleep; wake() lets it go on.
   void sleep(const char* place, const void* object = nullptr) {
@@ -204,7 +214,7 @@ class Machine {
 
   void wake(Thread& thread) {
     ++progress_;
-    ready_.push_back(&thread);
+    queue_of(thread).push_back(&thread);
   }
 
   void wake(WaitQueue& queue) {
@@ -214,7 +224,7 @@ class Machine {
 
   // Lets others run first, once.
   void step_aside() {
-    ready_.push_front(running_);
+    queue_of(*running_).push_front(running_);
     running_->fiber->switch_out();
   }
 
@@ -254,8 +264,16 @@ class Machine {
   void thread_main();
 
  private:
+  bool is_starved(const Thread& thread) const {
+    const int starved = options_.starved;
+    return starved < kMaxThreads ? thread.index == starved : thread.index / kWarp == starved - kMaxThreads;
+  }
+  std::deque<Thread*>& queue_of(const Thread& thread) { return is_starved(thread) ? starved_ : ready_; }
+  void wake_polling();
   bool land_one();
-  Thread* pick();
+  Thread* pick(std::deque<Thread*>& queue);
+  Thread* pick_starved();
+  void order_clusters();
   bool start_cluster();
   void end_thread(Thread& thread);
   [[noreturn]] void report_deadlock(const char* kind);
@@ -264,10 +282,13 @@ class Machine {
   std::string failure_;
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::deque<Thread*> ready_;
+  std::deque<Thread*> starved_;  // ready too
   std::deque<Thread*> polling_;
   std::vector<OperationPointer> pending_;
+  std::vector<uint32_t> cluster_order_;
   uint64_t next_cluster_ = 0;
   uint64_t progress_ = 0;
+  uint64_t progress_at_poll_ = 0;  // when the others last polled for the sake of the starved
   std::vector<std::unique_ptr<Fiber>> spare_fibers_;
 };
 
@@ -327,11 +348,7 @@ void Machine::end_thread(Thread& thread) {
     if (!group.empty()) fail("ends while its cp_async copies are in flight");
   }
   if (!thread.in_flight.empty()) fail("ends while its multiplies are in flight");
-  for (const Event& access : block.remote_accesses) {
-    if (!access.known_to(thread.clock)) {
-      fail("ends while " + name(*block.cluster, access) + " of the cluster may still access its shared memory");
-    }
-  }
+  block.ending.join(thread.clock);
   for (int i = thread.index / kWarpgroup * kWarpgroup; i < (thread.index / kWarpgroup + 1) * kWarpgroup; ++i) {
     if (i < launch_.threads && block.threads[i]->done && block.threads[i]->registers != thread.registers) {
       fail("has another number of registers than the rest of its warpgroup");
@@ -340,6 +357,11 @@ void Machine::end_thread(Thread& thread) {
   thread.done = true;
   ++progress_;
   if (--block.alive > 0) return;
+  for (const Event& access : block.remote_accesses) {
+    if (!access.known_to(block.ending)) {
+      fail("the block ends while " + name(*block.cluster, access) + " of the cluster may still access its shared memory");
+    }
+  }
   if (block.loads_in_flight > 0) fail("the block ends while copies to its shared memory are in flight");
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (block.memory[block.bytes + i] != kPoison) fail("the block wrote past the end of its shared memory");
@@ -347,19 +369,35 @@ void Machine::end_thread(Thread& thread) {
   --block.cluster->alive;
 }
 
-Thread* Machine::pick() {
-  if (ready_.empty()) return nullptr;
+Thread* Machine::pick(std::deque<Thread*>& queue) {
+  if (queue.empty()) return nullptr;
   // A third of the seeds each: any thread next, the one woken last, the one woken first.
   Thread* thread;
   if (options_.seed % 3 == 1) {
-    thread = ready_.back();
-    ready_.pop_back();
+    thread = queue.back();
+    queue.pop_back();
     return thread;
   }
-  if (options_.seed % 3 == 0) std::swap(ready_.front(), ready_[random_.below(ready_.size())]);
-  thread = ready_.front();
-  ready_.pop_front();
+  if (options_.seed % 3 == 0) std::swap(queue.front(), queue[random_.below(queue.size())]);
+  thread = queue.front();
+  queue.pop_front();
   return thread;
+}
+
+// A starved thread, once nothing else can run and no poll of the others can have another answer than the last.
+Thread* Machine::pick_starved() {
+  if (starved_.empty()) return nullptr;
+  if (!polling_.empty() && progress_ != progress_at_poll_) {
+    progress_at_poll_ = progress_;
+    wake_polling();
+    if (Thread* thread = pick(ready_)) return thread;
+  }
+  return pick(starved_);
+}
+
+void Machine::wake_polling() {
+  for (Thread* thread : polling_) queue_of(*thread).push_back(thread);
+  polling_.clear();
 }
 
 bool Machine::land_one() {
@@ -374,11 +412,20 @@ bool Machine::land_one() {
   return false;
 }
 
-bool Machine::start_cluster() {
+// Blocks start in any order. A third of the seeds each: shuffled, the last one first, by their numbers.
+void Machine::order_clusters() {
   const uint3 grid = launch_.grid;
-  const uint64_t first_block = next_cluster_ * launch_.cluster;
-  if (first_block >= uint64_t(grid.x) * grid.y * grid.z) return false;
-  ++next_cluster_;
+  cluster_order_.resize(uint64_t(grid.x) * grid.y * grid.z / launch_.cluster);
+  for (size_t i = 0; i < cluster_order_.size(); ++i) cluster_order_[i] = i;
+  if (options_.seed % 3 == 1) std::reverse(cluster_order_.begin(), cluster_order_.end());
+  if (options_.seed % 3 != 0) return;
+  for (size_t i = cluster_order_.size(); i > 1; --i) std::swap(cluster_order_[i - 1], cluster_order_[random_.below(i)]);
+}
+
+bool Machine::start_cluster() {
+  if (next_cluster_ == cluster_order_.size()) return false;
+  const uint3 grid = launch_.grid;
+  const uint64_t first_block = uint64_t{cluster_order_[next_cluster_++]} * launch_.cluster;
   auto cluster = std::make_unique<Cluster>();
   cluster->thread_count = launch_.threads * launch_.cluster;
   cluster->components = 2 * cluster->thread_count + (cluster->thread_count + kWarp - 1) / kWarp + 4;
@@ -400,7 +447,6 @@ bool Machine::start_cluster() {
     block->arena = block->storage.data() + (-start & 1023);
     block->memory = block->arena + skew;
     block->shadow.reset(launch_.shared_bytes);
-    block->free_registers = kBlockRegisters;
     for (int i = 0; i < launch_.threads; ++i) {
       auto thread = std::make_unique<Thread>();
       if (spare_fibers_.empty()) spare_fibers_.push_back(std::make_unique<Fiber>());
@@ -412,8 +458,7 @@ bool Machine::start_cluster() {
       thread->component = rank * launch_.threads + i;
       thread->clock.set(cluster->components - 1, 0);
       thread->clock.set(thread->component, 1);
-      thread->registers = std::min(256, kBlockRegisters / launch_.threads / 8 * 8);
-      block->free_registers -= thread->registers;
+      thread->registers = std::min(248, kMultiprocessorRegisters / (launch_.threads * launch_.min_blocks) / 8 * 8);
       if (i % kWarp == 0) block->elected.push_back(random_.below(std::min(kWarp, launch_.threads - i)));
       if (i % kWarpgroup == 0) {
         block->warpgroups.push_back(std::make_unique<Warpgroup>());
@@ -427,7 +472,7 @@ bool Machine::start_cluster() {
     cluster->blocks.push_back(std::move(block));
   }
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
-  ready_.insert(ready_.end(), order.begin(), order.end());
+  for (Thread* thread : order) queue_of(*thread).push_back(thread);
   clusters_.push_back(std::move(cluster));
   return true;
 }
@@ -436,11 +481,15 @@ void Machine::run() {
   constexpr int kIdleRounds = 200;
   int idle_rounds = 0;
   uint64_t progress_before = 0;
+  order_clusters();
   for (int i = 0; i < options_.resident && start_cluster(); ++i) {
   }
   while (true) {
     if (options_.landing == Landing::kRandom && !pending_.empty() && random_.below(8) == 0) land_one();
-    if (Thread* thread = pick()) {
+    Thread* thread = pick(ready_);
+    if (!thread && land_one()) continue;
+    if (!thread) thread = pick_starved();
+    if (thread) {
       running_ = thread;
       thread->fiber->switch_in();
       running_ = nullptr;
@@ -458,12 +507,11 @@ void Machine::run() {
       start_cluster();
       continue;
     }
-    if (land_one()) continue;
     if (!polling_.empty()) {
       idle_rounds = progress_ == progress_before ? idle_rounds + 1 : 0;
       progress_before = progress_;
       if (idle_rounds > kIdleRounds) report_deadlock("livelock");
-      ready_.swap(polling_);
+      wake_polling();
       continue;
     }
     if (clusters_.empty()) return;
@@ -483,6 +531,9 @@ void Machine::report_deadlock(const char* kind) {
           where += text(" of mbarrier %u in phase %u with %u arrivals and %lld bytes missing", barrier->index,
                         barrier->phase, barrier->pending, static_cast<long long>(barrier->bytes));
         }
+        if (thread->place && std::string_view(thread->place) == "increase_registers") {
+          where += text(" from %d registers each, %d being free", thread->registers, block->free_registers);
+        }
         waiting[where].push_back(thread->index);
       }
     }
@@ -492,23 +543,6 @@ void Machine::report_deadlock(const char* kind) {
     report += text("; %zu threads (%d .. %d) of ", threads.size(), threads.front(), threads.back()) + where;
   }
   throw Failure(report);
-}
-
-void run(const Options& options, const Launch& launch, void (*kernel)(const void*), const void* context) {
-  if (launch.threads < 1 || launch.threads > 1024) throw Failure("a block has 1 to 1024 threads");
-  if (launch.shared_bytes > kSharedLimit) {
-    throw Failure(text("%zu bytes of shared memory are too many", launch.shared_bytes));
-  }
-  if (launch.grid.x % launch.cluster != 0) throw Failure("the grid is not a multiple of the cluster");
-  Machine machine(options, launch, [=] { kernel(context); });
-  machine_pointer = &machine;
-  try {
-    machine.run();
-  } catch (...) {
-    machine_pointer = nullptr;
-    throw;
-  }
-  machine_pointer = nullptr;
 }
 
 }  // namespace emulator

@@ -38,35 +38,61 @@ void mbarrier_init(void* barrier, uint32_t arrivals) {
   tick(thread);
 }
 
-void complete_phase_if_done(MbarrierState& state) {
-  if (state.pending > 0 || state.bytes != 0) return;
+void complete_phase_if_done(const Block& block, MbarrierState& state) {
+  if (state.pending > 0) return;
+  if (state.bytes < 0) {
+    throw Failure(name(block) + text(": mbarrier %u was told to expect fewer bytes than were copied", state.index));
+  }
+  if (state.bytes > 0) return;
   ++state.phase;
   state.pending = state.expected;
   state.completed = state.arriving;
   state.completed.set(state.component, state.phase);
   state.arriving.clear();
+  state.remote_completed = state.remote_arriving;
+  state.remote_arriving = false;
   machine().wake(state.waiting);
 }
 
-void arrive(MbarrierState& state, uint32_t bytes) {
-  if (state.pending == 0) fail(text("arrives at mbarrier %u once more than it expects in a phase", state.index));
+void expect_bytes(MbarrierState& state, uint32_t bytes) {
+  constexpr int64_t kLimit = (1 << 20) - 1;
   state.bytes += bytes;
+  if (bytes > kLimit || state.bytes > kLimit) {
+    fail(text("mbarrier %u is to expect more than %lld bytes in a phase", state.index, static_cast<long long>(kLimit)));
+  }
+}
+
+void arrive(const Block& block, MbarrierState& state, uint32_t bytes) {
+  if (state.pending == 0) fail(text("arrives at mbarrier %u once more than it expects in a phase", state.index));
+  expect_bytes(state, bytes);
+  state.remote_arriving |= self().block != &block;
   release(self(), state.arriving);
   --state.pending;
-  complete_phase_if_done(state);
+  complete_phase_if_done(block, state);
 }
 
 void mbarrier_arrive(void* barrier, uint32_t bytes) {
   machine().preempt();
-  arrive(mbarrier_state(*self().block, barrier), bytes);
+  Block& block = *self().block;
+  arrive(block, mbarrier_state(block, barrier), bytes);
 }
 
-void mbarrier_expect_tx(void* barrier, uint32_t bytes) { mbarrier_state(*self().block, barrier).bytes += bytes; }
+// The copy engine and other blocks see an initialisation behind its fence only.
+void check_fenced(const MbarrierState& state, const char* what) {
+  if (!state.fenced) {
+    fail(text("%s at mbarrier %u without fence_barrier_init behind its initialisation", what, state.index));
+  }
+}
+
+void mbarrier_expect_tx(void* barrier, uint32_t bytes) { expect_bytes(mbarrier_state(*self().block, barrier), bytes); }
 
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank) {
   machine().preempt();
   const void* remote = mapped(barrier, rank);
-  arrive(mbarrier_state(block_holding(remote), remote), 0);
+  Block& block = block_holding(remote);
+  MbarrierState& state = mbarrier_state(block, remote);
+  check_fenced(state, "arrives from another block");
+  arrive(block, state, 0);
 }
 
 bool phase_completed(const MbarrierState& state, uint32_t parity) { return (state.phase & 1) != parity; }
@@ -75,20 +101,28 @@ void check_parity(uint32_t parity) {
   if (parity > 1) fail(text("waits for parity %u, which is neither 0 nor 1", parity));
 }
 
-void mbarrier_wait(void* barrier, uint32_t parity) {
+// What the phase makes visible to the running thread. A wait of the block's scope orders nothing with other blocks.
+void acquire(const MbarrierState& state, bool cluster_scope) {
+  if (state.remote_completed && !cluster_scope) {
+    fail(text("waits for arrivals of other blocks at mbarrier %u without mbarrier_wait_cluster", state.index));
+  }
+  self().clock.join(state.completed);
+}
+
+void mbarrier_wait(void* barrier, uint32_t parity, bool cluster_scope) {
   check_parity(parity);
   MbarrierState& state = mbarrier_state(*self().block, barrier);
   while (!phase_completed(state, parity))
     machine().sleep(state.waiting, parity ? "mbarrier_wait(1)" : "mbarrier_wait(0)", &state);
-  self().clock.join(state.completed);
+  acquire(state, cluster_scope);
 }
 
-bool mbarrier_try_wait(void* barrier, uint32_t parity) {
+bool mbarrier_try_wait(void* barrier, uint32_t parity, bool cluster_scope) {
   check_parity(parity);
   MbarrierState& state = mbarrier_state(*self().block, barrier);
   machine().poll("mbarrier_try_wait");
   if (!phase_completed(state, parity)) return false;
-  self().clock.join(state.completed);
+  acquire(state, cluster_scope);
   return true;
 }
 
@@ -97,9 +131,8 @@ void complete_bytes(const Block& block, MbarrierState& state, uint32_t phase, ui
   const std::string where = name(block) + text(": mbarrier %u", state.index);
   if (state.phase != phase)
     throw Failure(where + text(" completed phase %u without a copy that was issued in it", phase));
-  state.bytes -= bytes;
-  if (state.bytes < 0) throw Failure(where + " was told to expect fewer bytes than were copied");
-  complete_phase_if_done(state);
+  state.bytes -= bytes;  // below 0 until the block says what it expects, where another block's copy came first
+  complete_phase_if_done(block, state);
 }
 
 }  // namespace emulator

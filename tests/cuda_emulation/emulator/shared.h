@@ -117,14 +117,4 @@ void track_shared_write(const void* pointer, size_t bytes) {
   note_write(block_holding(pointer), pointer, bytes, self().now(), false);
 }
 
-uint4 load_16(const void* source) {
-  check_alignment(source, 16, "ld_global_16's source");
-  return *static_cast<const uint4*>(source);
-}
-
-void store_16(void* destination, uint4 value) {
-  check_alignment(destination, 16, "st_global_16's destination");
-  *static_cast<uint4*>(destination) = value;
-}
-
 }  // namespace emulator

@@ -1,0 +1,57 @@
+"""What the emulation cannot run is read from the sources: the launches themselves and where tensor maps live."""
+
+from __future__ import annotations
+
+import re
+
+from cuda_emulation.build import CSRC, HERE
+
+TEXTS = {
+    path.relative_to(CSRC).as_posix(): path.read_text()
+    for path in sorted([*CSRC.rglob("*.cuh"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cu")])
+}
+LAUNCH = re.compile(r"([\w:<> ]+?)\s*<<<(.*?)>>>\(", re.DOTALL)
+MAP = re.compile(r"(?:\w+ )?(?:\w+ )?\b(?:CUtensorMap|\w+Maps) \w+(?=\s*[,;=){])")  # with the words before it
+STRUCT = re.compile(r"struct \w+Maps \{.*?\n\};", re.DOTALL)
+# Launches that the emulation runs without the attribute: it refuses them above 48 KB.
+WITHOUT_ATTRIBUTE = ("0", "kFinishSharedBytes<Shape>")
+
+
+def arguments(text: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "(<") - (character in ")>")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [" ".join(part.split()) for part in parts]
+
+
+def test_every_launch_has_the_shared_memory_attribute_it_needs() -> None:
+    launches = 0
+    for name, text in TEXTS.items():
+        for launch in LAUNCH.finditer(text):
+            launches += 1
+            shared = arguments(launch[2])[2]
+            if shared in WITHOUT_ATTRIBUTE:
+                continue
+            wanted = rf"cudaFuncSetAttribute\(\s*kernel,\s*cudaFuncAttributeMaxDynamicSharedMemorySize,\s*{shared}\)"
+            assert launch[1].split()[-1] == "kernel", f"{name}: {launch[0]}"
+            assert re.search(wanted, text[: launch.start()]), f"{name}: {launch[0]}"
+    assert launches >= 5
+    emulated = (HERE / "attention_runs.h").read_text()
+    assert re.search(r"\.shared_bytes = kFinishSharedBytes<Shape>\}", emulated)
+
+
+def test_kernels_copy_no_tensor_map() -> None:
+    """The copy engine reads maps that are grid-constant parameters; a copy on a thread's stack it would not find."""
+    kernels = 0
+    for name, text in TEXTS.items():
+        if name.endswith("_launch.cuh") or not name.endswith(".cuh"):
+            continue  # the host's
+        for found in MAP.finditer(STRUCT.sub("", text)):
+            assert "FASTATTN_GRID_CONSTANT" in found[0], f"{name}: {found[0]}"
+            kernels += 1
+    assert kernels >= 5
