@@ -1,1 +1,1 @@
-"""A cycle model of Hopper: replays the hot loops of compiled kernels, without a GPU. It ranks code; it measures nothing."""
+"""A cycle model of Hopper: replays the hot loops of compiled kernels, without a GPU. It measures nothing."""

@@ -39,9 +39,7 @@ def hot_loops(function: Function) -> list[Loop]:
         begin = function.target(end) if instruction.opcode.startswith("BRA") else None
         if begin is not None and begin <= end and any(each.product for each in code[begin : end + 1]):
             found.append((begin, end))
-    inner = [
-        (a, b) for a, b in found if not any((c, d) != (a, b) and a <= c and d <= b for c, d in found)
-    ]
+    inner = [(a, b) for a, b in found if not any((c, d) != (a, b) and a <= c and d <= b for c, d in found)]
     paths = [_fullest_path(function, begin, end) for begin, end in inner]
     return [Loop(tuple(code[i] for i in path)) for path in paths if path]
 

@@ -1,4 +1,4 @@
-"""What the model says of a kernel: cycles per 64 x 128 scores, the unit that bounds it, and the rate of its products."""
+"""What the model says of a kernel: cycles per 64 x 128 scores, the unit that bounds it, the rate of its products."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Kernel:
     stationary: int  # rows of scores of a block that stay for the whole loop
     shared: int = 0  # bytes of shared memory of a block; 0 is unknown, and one block is resident
     products: int | None = None  # where it is not the direction's
-    copies: bool | None = None  # whether the loop's operands come by TMA; None is seen in the code
+    copies: bool = False  # whether the shared memory that arriving operands take is counted
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,8 @@ def predict(function: Function, resources: Resources, kernel: Kernel) -> Predict
     products = kernel.products or PRODUCTS[kernel.direction]
     flop = sum(loop.flop for loop in chosen) / len(chosen)
     scores = flop / (2 * kernel.head_dim * products)  # of a warpgroup in one pass
-    copies = kernel.copies
-    if copies is None:
-        copies = any(opcode.startswith(("UTMALDG", "UBLKCP")) for opcode in opcodes)
     streamed = scores * warpgroups / kernel.stationary
-    copied = _copied_bytes(kernel, streamed) / machine.SHARED_BYTES / warpgroups if copies else 0.0
+    copied = _copied_bytes(kernel, streamed) / machine.SHARED_BYTES / warpgroups if kernel.copies else 0.0
     residence = Residence(warpgroups, _blocks(resources, kernel.shared), copied)
     use = replay(chosen, residence)
     cycles = use.cycles * SCORES / scores
@@ -138,7 +135,9 @@ def _blocks(resources: Resources, shared: int) -> int:
     return max(1, min(machine.REGISTERS // registers, by_shared, machine.THREADS // resources.threads))
 
 
-NAME = re.compile(r"attention_(fwd_sm90|bwd_dq|bwd_dkdv_split|bwd_dkdv|bwd_fused)\w*?Shape\w*?I(13__nv_bfloat16|6__half)")
+NAME = re.compile(
+    r"attention_(fwd_sm90|bwd_dq|bwd_dkdv_split|bwd_dkdv|bwd_fused)\w*?Shape\w*?I(13__nv_bfloat16|6__half)"
+)
 ARGUMENT = re.compile(r"L(?:i|b|NS_\d+[A-Za-z]+E)(\d+)E")
 DIRECTIONS = {"fwd_sm90": "forward", "bwd_dq": "dq", "bwd_fused": "backward"}
 ONE_GRADIENT = {1: ("dk", 3), 2: ("dv", 2)}  # KeyGradients: products of a pass for one of them
@@ -155,9 +154,19 @@ def cuda_kernel(mangled: str) -> Kernel | None:
     direction = DIRECTIONS.get(family, "dkdv")
     softcap = family != "bwd_fused" and family != "bwd_dkdv_split" and bool(rest and rest[-1])
     label, products = ONE_GRADIENT.get(rest[0], ("", None)) if family == "bwd_dkdv" and rest else ("", None)
-    words = ["cuda", dtype, f"D{head_dim}", direction, label, f"{queries}x{keys}", "softcap" if softcap else ""]
+    words = [
+        "cuda",
+        dtype,
+        f"D{head_dim}",
+        direction,
+        label,
+        f"{queries}x{keys}",
+        "softcap" if softcap else "",
+    ]
     stationary = queries if direction in ("forward", "dq") else keys
-    return Kernel(" ".join(filter(None, words)), direction, head_dim, stationary, products=products, copies=True)
+    return Kernel(
+        " ".join(filter(None, words)), direction, head_dim, stationary, products=products, copies=True
+    )
 
 
 def predict_cuda(cubin: bytes) -> list[Prediction]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastattn.console import InputError
 from fastattn.tune.cycles.machine import Kind, Product, kind_of
 
 FUNCTION = re.compile(r"^\.text\.(\S+):")
@@ -25,8 +26,8 @@ GROUP = re.compile(r"gsb0(?:, 0x(\w+))?")
 NO_SCOREBOARD = 7
 
 
-class NoDisassembler(RuntimeError):
-    """There is no nvdisasm here."""
+class NoDisassembler(InputError):
+    """A tool that reads machine code is not here."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,24 @@ class Function:
         return self.labels.get(match[1]) if match else None
 
 
-def disassembler() -> str:
-    """nvdisasm: that of the environment variable NVDISASM, of Triton's package, or on PATH."""
-    named = os.environ.get("NVDISASM")
+def tool(name: str) -> str:
+    """nvdisasm or cuobjdump: that of the environment variable of its name, of Triton's package, of a CUDA toolkit."""
+    named = os.environ.get(name.upper())
     if named:
+        if shutil.which(named) is None:
+            raise NoDisassembler(f"{name.upper()}: got {named!r}, needs a program")
         return named
+    folders = [os.environ.get("PATH", "")]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
-        tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        if tool.exists():
-            return str(tool)
-    on_path = shutil.which("nvdisasm") or shutil.which("nvdisasm", path="/usr/local/cuda/bin")
-    if on_path is None:
+        folders.insert(0, str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    folders += [str(Path(root) / "bin") for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
         raise NoDisassembler(
-            "no nvdisasm: it comes with triton and with the CUDA toolkit; NVDISASM can name it"
+            f"there is no {name}: it comes with triton and with the CUDA toolkit, or {name.upper()} names it"
         )
-    return on_path
+    return found
 
 
 def functions_of(cubin: bytes) -> list[Function]:
@@ -123,7 +126,7 @@ def functions_of(cubin: bytes) -> list[Function]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([disassembler(), "-c", "-hex", file.name], capture_output=True, text=True)
+        done = subprocess.run([tool("nvdisasm"), "-c", "-hex", file.name], capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"not a cubin that nvdisasm reads: {done.stderr.strip()[:200]}")
     return list(parse(done.stdout))

@@ -92,7 +92,7 @@ class _Meeting:
         phase = len(self.completed)
         self.arrived.append(at)
         if len(self.arrived) == partners:
-            self.completed.append(max(self.arrived) + machine.BARRIER_LATENCY)
+            self.completed.append(max(self.arrived) + machine.MEETING_LATENCY)
             self.arrived.clear()
         return phase
 
@@ -200,7 +200,7 @@ class Replay:
         return max(at, meeting.completed[warp.phase]) if warp.phase < len(meeting.completed) else None
 
     def _forgive(self) -> None:
-        """One arrival that happened before the loop, at a barrier that nobody gets past: at most one for each barrier."""
+        """One arrival from before the loop, at a barrier that nobody gets past: at most one for each barrier."""
         for warp in self.warps:
             barrier = warp.barriers[warp.place]
             if barrier is None or barrier.takes_turns or barrier.with_writer:
@@ -236,7 +236,9 @@ class Replay:
         if kind.shared:
             self.shared = max(self.shared, at) + kind.shared
             self.used["shared"] += kind.shared
-            done = max(done, at + kind.shared + kind.latency)  # wgmma that are queued already do not hold it up
+            done = max(
+                done, at + kind.shared + kind.latency
+            )  # wgmma that are queued already do not hold it up
         if instruction.opcode.startswith("HGMMA"):
             self._multiply(warp, instruction, at)
         if barrier is not None:
