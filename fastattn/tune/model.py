@@ -104,8 +104,8 @@ def model_file(
             continue
     if not found:
         raise InputError(
-            f"{path}: no kernel of ours with a loop of matrix products; of another, --direction and --head-dim say what "
-            "it is"
+            f"{path}: no kernel of ours with a loop of matrix products; of another, --direction and --head-dim say "
+            "what it is"
         )
     return _report(found, output)
 

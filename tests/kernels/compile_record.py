@@ -153,6 +153,7 @@ def _summary(arch: str, entries: list[Any], rows: Rows) -> str:
     return f"| {_title(arch)} | {len(entries)} | {most // 1024} | {limit} | {counts[0]} | {counts[1]} |"
 
 
+@cache
 def _cycles() -> Rows:
     """The cycle model's figures on file."""
     rows: Rows = cycles_record.load()["rows"]

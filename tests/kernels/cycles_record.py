@@ -142,7 +142,8 @@ def cuda_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The page's section on the CUDA kernels."""
     lines = [
         "", "## CUDA kernels of attention, sm_90a, by the cycle model", "",
-        "| kernel, queries x keys | cycles | bound by | share | TFLOP/s | registers | spills |", "|---|---|---|---|---|---|---|",
+        "| kernel, queries x keys | cycles | bound by | share | TFLOP/s | registers | spills |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in sorted(rows.items()):
         if row["job"][0] == "cuda":
@@ -176,7 +177,7 @@ def main() -> int:
     before = dict(table["rows"])
     made: Rows = {}
     with ProcessPoolExecutor(args.jobs) as pool:
-        for job, found in zip(chosen, pool.map(make, chosen)):
+        for found in pool.map(make, chosen):
             new = refused(before, found, args.accept_cycles)
             wrong |= new
             made |= found

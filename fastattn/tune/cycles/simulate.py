@@ -165,11 +165,16 @@ class Replay:
         return Use(span / (all_done - done), **shares)
 
     def _next(self) -> tuple[_Warp, float]:
-        """The warp that can issue first, and when."""
+        """The warp that can issue first, and when; of several at once, one that is not passes ahead of the others."""
+        slowest = min(warp.passes for warp in self.warps)
         while True:
-            times = [(at, warp.number) for warp in self.warps if (at := self._earliest(warp)) is not None]
+            times = [
+                (at, max(0, warp.passes - slowest - 1), warp.number)
+                for warp in self.warps
+                if (at := self._earliest(warp)) is not None
+            ]
             if times:
-                at, number = min(times)
+                at, _, number = min(times)
                 return self.warps[number], at
             self._forgive()
 
