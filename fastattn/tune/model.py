@@ -115,8 +115,8 @@ def _triton(options: Options, output: Output) -> Iterator[Prediction]:
         with output.waiting(str(work)):
             try:
                 yield ahead.predict_work(work, work.built_in(ahead.MODEL_ARCH))
-            except ValueError as error:
-                output.line(str(error), good=False)
+            except Exception as error:  # a compiler may fail in any way: the others are still told
+                output.line(f"{work}: {type(error).__name__}: {error}", good=False)
 
 
 def _cuda(options: Options, output: Output) -> Iterator[Prediction]:
