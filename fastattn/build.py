@@ -315,7 +315,7 @@ def compile_one(plan: Plan, source: Path, objects: Path, force: bool = False) ->
     name = source.relative_to(plan.csrc).as_posix()
     flags, includes = _flags(plan, source)
     compiler = plan.toolkit.nvcc if source.suffix == ".cu" else _cxx()
-    text = "\0".join(path.read_text("utf-8") for path in _with_headers(source, plan.csrc))
+    text = "\0".join(path.read_text("utf-8") for path in with_headers(source, plan.csrc))
     key = _digest(json.dumps([flags, _versions(compiler, _cxx()), text, _tied(plan, source)]))[:32]
     path, record = objects / f"{key}.o", objects / f"{key}.json"
     with _locked(objects / f"{key}.lock"):
@@ -403,7 +403,7 @@ def _tied(plan: Plan, source: Path) -> list[str]:
     return [plan.toolkit.version, plan.torch.version, plan.torch.cuda, abi_tag()]
 
 
-def _with_headers(source: Path, csrc: Path) -> list[Path]:
+def with_headers(source: Path, csrc: Path) -> list[Path]:
     """A source and the headers of csrc it reaches."""
     found, todo = [], [source]
     while todo:

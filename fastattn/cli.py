@@ -221,6 +221,12 @@ def tune(
             help="For --dry-run: 10 times a compute capability; by default this GPU's, or 90.",
         ),
     ] = None,
+    model: Annotated[
+        bool,
+        typer.Option(
+            "--model", help="Rank the candidates by the cycle model of sm_90; needs no GPU, stores nothing."
+        ),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the fastest tiles of the Triton attention kernels on this GPU; later calls use them.
@@ -235,7 +241,16 @@ def tune(
     output = _output(as_json)
     if arch is not None and not dry_run:
         raise InputError("--arch goes with --dry-run: what is measured is the GPU at hand")
-    report = tuning.list_candidates(options, arch, output) if dry_run else tuning.tune_here(options, output)
+    if model and dry_run:
+        raise InputError("--model and --dry-run: needs one of them")
+    if model:
+        from fastattn.tune.model import rank_works
+
+        report = rank_works(options.works(), quick, output)
+    else:
+        report = (
+            tuning.list_candidates(options, arch, output) if dry_run else tuning.tune_here(options, output)
+        )
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     if report.get("failed"):
@@ -243,3 +258,47 @@ def tune(
 
 
 command(tune, bench)
+
+
+def model(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="64, 128 or 256; this and the next three may be repeated.")
+    ] = None,
+    direction: Annotated[
+        list[str] | None, typer.Option(help="forward, dkdv, dq, or backward: all gradients in one pass.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="triton or cuda; by default what compiles here.")
+    ] = None,
+    features: Annotated[
+        list[str] | None, typer.Option(help="Of Triton's kernels: plain, or features as in causal+window.")
+    ] = None,
+    cubin: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A compiled file to read instead.")
+    ] = None,
+    function: Annotated[str, typer.Option(help="With --cubin: part of the kernel's name.")] = "",
+    rows: Annotated[
+        int | None, typer.Option(min=16, max=1024, help="With --cubin: rows of scores that a block keeps.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict the cycles of the 16-bit attention kernels on Hopper from their machine code, without a GPU.
+
+    Kernels are compiled ahead of time and their hot loops replayed on a model of a multiprocessor: cycles for 64 x 128
+    scores, the unit in use most, the rate that follows. It measures nothing. Exits with 2 where nothing compiles.
+    """
+    from fastattn.tune import model as modelling
+
+    options = modelling.Options.of(head_dim, direction, backend, features)
+    if cubin is None and (function or rows):
+        raise InputError("--function and --rows go with --cubin")
+    if cubin is None:
+        report = modelling.model_kernels(options, _output(as_json), named=bool(backend))
+    else:
+        one = [given[0] if given and len(given) == 1 else None for given in (direction, head_dim)]
+        report = modelling.model_file(cubin, _output(as_json), one[0], one[1], rows, function)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+
+
+command(model, bench)

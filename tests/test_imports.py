@@ -34,12 +34,12 @@ ARROWS = {
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "tune": {"console", "kernels", "backends", "reference", "ops", "spec"},
+    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "build", "cache"},
     "cli": {"", "__version__", "console", "doctor", "demo", "bench", "build", "cache", "extension", "tune"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {
-    "triton": ("kernels", "backends/triton.py"),
+    "triton": ("kernels", "backends/triton.py", "tune/ahead.py"),
     "transformers": ("integrations",),
     "tokenizers": ("data",),
     "typer": ("cli.py",),

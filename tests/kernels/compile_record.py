@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cycles_record
 import torch
 from compile_inspect import AMD, Report
 
@@ -115,12 +116,15 @@ def render(table: Mapping[str, Any], entries: Iterable[Any]) -> str:
         "",
         "A cell is the tile (queries x keys, warps, stages), registers per thread, shared memory in KiB, then, where "
         "there are any, loads and stores of local memory in the machine code (spills) and asynchronous matrix "
-        "instructions (wgmma, tcgen05). Of gfx942 only the tile and the shared memory are known.",
+        "instructions (wgmma, tcgen05). Of gfx942 only the tile and the shared memory are known. The 16-bit attention "
+        "rows of sm_90 also have cycles for 64 x 128 scores by the cycle model (docs/hopper.md: a model, not a "
+        f"measurement), the unit in use most and its share of them, written by `{cycles_record.REGENERATE}`.",
     ]
     for kernel in dict.fromkeys(entry.kernel for entry in entries):
         lines += _kernel_lines(
             kernel, [e for e in entries if e.kernel == kernel], architectures, table["rows"]
         )
+    lines += cycles_record.cuda_lines(_cycles())
     return "\n".join(lines) + "\n"
 
 
@@ -149,6 +153,13 @@ def _summary(arch: str, entries: list[Any], rows: Rows) -> str:
     return f"| {_title(arch)} | {len(entries)} | {most // 1024} | {limit} | {counts[0]} | {counts[1]} |"
 
 
+@cache
+def _cycles() -> Rows:
+    """The cycle model's figures on file."""
+    rows: Rows = cycles_record.load()["rows"]
+    return rows
+
+
 def _cell(entry: Any, rows: Rows) -> str:
     report = report_of(rows[entry.name])
     if report.error:
@@ -158,4 +169,6 @@ def _cell(entry: Any, rows: Rows) -> str:
     parts.append(f"{-(-report.shared // 1024)} KiB")
     parts += [f"{report.local_ops} spills"] if report.local_ops else []
     parts += [f"{report.async_mma} mma"] if report.async_mma else []
+    modelled = cycles_record.cell(entry.name, _cycles())
+    parts += [modelled] if modelled else []
     return "; ".join(parts)

@@ -1,0 +1,54 @@
+"""Compiles the attention kernels of the CUDA extension for Hopper, and asks the cycle model about them."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastattn import build
+from fastattn.cache import cache_dir
+from fastattn.tune.cycles.report import Prediction, predict_cuda
+from fastattn.tune.cycles.sass import tool
+
+ARCH = "9.0a"
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    return "needs a CUDA toolkit with nvcc" if build.find_toolkit() is None else None
+
+
+def attention_sources(head_dim: int | None = None, dtype: str = "bfloat16") -> list[Path]:
+    """The sources of the attention kernels of a dtype."""
+    name = f"attention_*_{dtype}_{head_dim or '*'}{build.SM90_SUFFIX}"
+    return sorted((build.csrc_folder() / "instantiations").glob(name))
+
+
+def source_key(source: Path) -> str:
+    """A hash of the text that a source is compiled from, with its headers."""
+    text = "\0".join(path.read_text("utf-8") for path in build.with_headers(source, build.csrc_folder()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def predict_source(source: Path) -> list[Prediction]:
+    """Every kernel of a source, compiled unless the cache has it. Raises build.BuildError where nvcc does."""
+    toolkit = build.find_toolkit()
+    assert toolkit is not None
+    nothing = build.Torch("", toolkit.version, "", True, ())
+    plan = build.Plan(build.csrc_folder(), toolkit, nothing, (ARCH,))
+    objects = cache_dir() / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    made = build.compile_one(plan, source, objects)
+    return [prediction for cubin in cubins_of(made.path) for prediction in predict_cuda(cubin)]
+
+
+def cubins_of(path: Path) -> Iterator[bytes]:
+    """The device code inside an object file."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "-xelf", "all", str(path.resolve())]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        for cubin in sorted(Path(folder).iterdir()):
+            yield cubin.read_bytes()

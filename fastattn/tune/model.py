@@ -1,0 +1,206 @@
+"""`fastattn bench model`: the cycle model's figures of the attention kernels, compiled here; and a ranking of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastattn.build import BuildError
+from fastattn.console import InputError, Output
+from fastattn.kernels.tiles import HEAD_DIMS, Tile
+from fastattn.tune import ahead, extension, plan
+from fastattn.tune.cycles.report import PRODUCTS, Kernel, Prediction, cuda_kernel, predict, table
+from fastattn.tune.cycles.resources import Resources, resources_of
+from fastattn.tune.cycles.sass import functions_of
+from fastattn.tune.plan import Candidate, Work
+
+BACKENDS = ("triton", "cuda")
+KINDS = ("plain", "causal", "alibi+softcap")  # by default: rows without and with features that change scores
+SOURCE = "model"  # where figures come from, in what is printed and stored
+NOTE = "A model of one Hopper multiprocessor, not a measurement; differences under 3 % are noise."
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which kernels are modelled."""
+
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    directions: tuple[str, ...] = tuple(PRODUCTS)
+    backends: tuple[str, ...] = BACKENDS
+    kinds: tuple[str, ...] = KINDS
+
+    @classmethod
+    def of(
+        cls,
+        head_dims: Sequence[int] | None,
+        directions: Sequence[str] | None,
+        backends: Sequence[str] | None,
+        kinds: Sequence[str] | None,
+    ) -> Options:
+        """From what the command line gives; None is all."""
+        for name, given, known in (
+            ("--head-dim", head_dims, HEAD_DIMS),
+            ("--direction", directions, PRODUCTS),
+            ("--backend", backends, BACKENDS),
+        ):  # fmt: skip
+            for each in given or ():
+                if each not in known:
+                    raise InputError(f"{name}: got {each!r}, needs one of {', '.join(map(str, known))}")
+        return cls(
+            tuple(head_dims or HEAD_DIMS), tuple(directions or PRODUCTS), tuple(backends or BACKENDS),
+            tuple(kinds or KINDS),
+        )  # fmt: skip
+
+    def works(self) -> list[Work]:
+        """The Triton kernels chosen."""
+        kernels = [name for name in ahead.MODELLED if name in self.directions]
+        dims = [(dim, dim) for dim in self.head_dims]
+        try:
+            return list(plan.works(("bfloat16",), dims, self.kinds, kernels)) if kernels else []
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+
+def model_kernels(options: Options, output: Output, named: bool) -> Report:
+    """Compile and model what is chosen; `named` is whether backends were, which then have to be there."""
+    reasons = {"triton": ahead.why_not(), "cuda": extension.why_not()}
+    missing = {name: reason for name in options.backends if (reason := reasons[name]) is not None}
+    if missing and (named or len(missing) == len(options.backends)):
+        raise InputError("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+    found: list[Prediction] = []
+    for name in options.backends:
+        if name in missing:
+            output.line(f"left out: {name}, which {missing[name]}")
+        else:
+            found += _triton(options, output) if name == "triton" else _cuda(options, output)
+    return _report(found, output)
+
+
+def model_file(
+    path: Path, output: Output, direction: str | None, head_dim: int | None, rows: int | None, function: str
+) -> Report:
+    """The kernels of a cubin file; those that are not ours need a direction, a head dim and the rows of a block."""
+    try:
+        cubin = path.read_bytes()
+        functions, resources = functions_of(cubin), resources_of(cubin)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    found = []
+    for each in functions:
+        if function not in each.name:
+            continue
+        kernel = cuda_kernel(each.name)
+        if direction and head_dim:
+            kernel = Kernel(each.name[:60], direction, head_dim, rows or 128)
+        if kernel is None:
+            continue
+        try:
+            found.append(predict(each, resources.get(each.name, Resources()), kernel))
+        except ValueError:
+            continue
+    if not found:
+        raise InputError(
+            f"{path}: no kernel of ours with a loop of matrix products; of another, --direction and --head-dim say "
+            "what it is"
+        )
+    return _report(found, output)
+
+
+def _triton(options: Options, output: Output) -> Iterator[Prediction]:
+    for work in options.works():
+        with output.waiting(str(work)):
+            try:
+                yield ahead.predict_work(work, work.built_in(ahead.MODEL_ARCH))
+            except Exception as error:  # a compiler may fail in any way: the others are still told
+                output.line(f"{work}: {type(error).__name__}: {error}", good=False)
+
+
+def _cuda(options: Options, output: Output) -> Iterator[Prediction]:
+    for dim in options.head_dims:
+        for source in extension.attention_sources(dim):
+            forward = "_fwd_" in source.name
+            if not any((name == "forward") == forward for name in options.directions):
+                continue
+            with output.waiting(source.name):
+                try:
+                    found = extension.predict_source(source)
+                except BuildError as error:
+                    raise InputError(str(error)) from None
+            yield from (each for each in found if each.direction in options.directions)
+
+
+def _report(found: Sequence[Prediction], output: Output) -> Report:
+    if not found:
+        raise InputError("no kernel matches what was chosen")
+    output.table(*table(found))
+    output.line(f"Cycles of a multiprocessor for 64 x 128 scores. {NOTE}")
+    return {"source": SOURCE, "arch": ahead.MODEL_ARCH, "kernels": [asdict(each) for each in found]}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate tile in the order of the model, or why it has no place in it."""
+
+    tile: Tile
+    prediction: Prediction | None
+    reason: str | None = None
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Right ones by cycles, then those that spill, then those that do not compile."""
+        if self.prediction is None:
+            return 2, 0.0
+        return int(self.prediction.spills > 0), self.prediction.cycles
+
+
+def rank(work: Work, candidates: Sequence[Candidate]) -> list[Ranked]:
+    """Candidates by predicted cycles, without a GPU."""
+    ranked = []
+    for candidate in candidates:
+        reason, prediction = candidate.reason, None
+        if reason is None:
+            try:
+                prediction = ahead.predict_work(work, candidate.tile)
+            except Exception as error:  # a compiler may fail in any way: that candidate is out
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        ranked.append(Ranked(candidate.tile, prediction, reason))
+    return sorted(ranked, key=lambda each: each.order)
+
+
+def rank_works(works: Sequence[Work], quick: bool, output: Output) -> Report:
+    """`fastattn bench tune --model`: every work's candidates in the model's order. Stores nothing."""
+    reason = ahead.why_not()
+    if reason is not None:
+        raise InputError(f"--model {reason}")
+    done = []
+    for work in works:
+        if work.kernel not in ahead.MODELLED or work.itemsize != 2:
+            continue
+        with output.waiting(str(work)):
+            ranked = rank(work, plan.candidates(work, ahead.MODEL_ARCH, quick))
+        built_in = work.built_in(ahead.MODEL_ARCH)
+        output.heading(f"{work}, by the {SOURCE}")
+        output.table(("tile", "cycles", "bound by", "registers", "spills"), [
+            (str(each.tile) + (" (built-in)" if each.tile == built_in else ""), f"{p.cycles:.0f}",
+             f"{p.bound} {p.share:.2f}", str(p.registers), str(p.spills))
+            for each in ranked if (p := each.prediction) is not None
+        ])  # fmt: skip
+        entries = [
+            {
+                "tile": asdict(each.tile),
+                "reason": each.reason,
+                **({} if each.prediction is None else asdict(each.prediction)),
+            }
+            for each in ranked
+        ]
+        done.append(
+            {"name": str(work), "kernel": work.kernel, "built_in": asdict(built_in), "candidates": entries}
+        )
+    if not done:
+        raise InputError(f"--model: none of the works is one of {', '.join(ahead.MODELLED)} in 16 bits")
+    output.line(NOTE)
+    return {"source": SOURCE, "arch": ahead.MODEL_ARCH, "stored": False, "works": done}

@@ -1,0 +1,123 @@
+"""The cycle model's figures on file: of the kernels in use, refused where they get worse, and a few made today."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cycles_record
+import pytest
+from compile_record import DOCUMENT
+from cycles_record import REGENERATE, cell, jobs, key_of, load, merged, refused, stale, triton_entries
+
+HERE = Path(__file__).parent
+ROWS = [  # recomputed here
+    "sm_90 16-bit D128 forward [causal]", "sm_90 16-bit D128 dkdv [plain]", "sm_90 16-bit D64 dq [plain]",
+]  # fmt: skip
+
+
+def test_the_cycles_on_file_are_of_the_kernels_and_the_model_in_use() -> None:
+    outdated = stale(jobs(), load()["rows"])
+    assert not outdated, f"{len(outdated)} are out of date, run {REGENERATE}: {outdated[:5]} ..."
+    assert {row["job"][1] for row in load()["rows"].values()} == {name for _, name in jobs()}
+
+
+def test_every_16_bit_row_of_hopper_and_every_cuda_kernel_has_cycles() -> None:
+    rows = load()["rows"]
+    page = DOCUMENT.read_text(encoding="utf-8")
+    assert set(triton_entries()) <= set(rows)
+    for name, row in rows.items():
+        assert row["cycles"] > 0
+        assert row["bound"] in ("tensor core", "MUFU", "issue", "shared memory")
+        assert 0 < row["share"] <= 1.01
+        assert cell(name, rows) in page or str(row["cycles"]) in page
+
+
+@pytest.mark.newer_triton
+def test_a_few_rows_give_what_is_on_file() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "import json, sys; from cycles_record import make; "
+    code += "print(json.dumps([make(('triton', name)) for name in sys.argv[1:]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *ROWS],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = load()["rows"]
+    for made in json.loads(done.stdout):
+        for name, row in made.items():
+            assert row == rows[name]
+
+
+def row(cycles: int, job: tuple[str, str] = ("triton", ROWS[0])) -> dict[str, object]:
+    return {"job": list(job), "key": key_of(job), "cycles": cycles, "bound": "issue", "share": 0.5}
+
+
+def test_a_row_that_gets_worse_is_refused_unless_it_is_named() -> None:
+    name = ROWS[0]
+    before, worse, noise = {name: row(1000)}, {name: row(1031)}, {name: row(1030)}
+    assert list(refused(before, worse, ())) == [name]
+    assert refused(before, worse, (name,)) == {}
+    assert list(refused(before, worse, ("another",))) == [name]
+    assert refused(before, noise, ()) == {}
+    assert refused({}, worse, ()) == {}
+    assert merged(before, worse, {name})[name]["cycles"] == 1000
+    assert merged(before, worse, ())[name]["cycles"] == 1031
+
+
+def test_rows_of_kernels_of_the_past_are_dropped() -> None:
+    kept = merged({"old": row(5, ("triton", "a row of the past")), ROWS[0]: row(1000)}, {}, ())
+    assert set(kept) == {ROWS[0]}
+
+
+def test_other_code_or_another_model_makes_a_row_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = ("triton", ROWS[0])
+    rows = {ROWS[0]: row(1000)}
+    assert stale([job], rows) == []
+    assert stale([job], {ROWS[0]: rows[ROWS[0]] | {"key": "of other code"}}) == [job]
+    key_of.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cycles_record, "model_key", lambda: "another model")
+        assert stale([job], rows) == [job]
+    key_of.cache_clear()
+
+
+def test_writing_refuses_a_worse_row_and_accepts_only_known_names(tmp_path: Path) -> None:
+    """The command itself, on a file that says that a row was faster."""
+    code = """
+import sys
+from pathlib import Path
+import cycles_record, compile_record
+cycles_record.STORED, compile_record.DOCUMENT = Path(sys.argv[1]), Path(sys.argv[2])
+cycles_record.jobs = lambda: [("triton", sys.argv[3])]
+sys.argv[1:] = ["--write", "-j", "1", *sys.argv[4:]]
+sys.exit(cycles_record.main())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    import triton
+
+    stored, name = tmp_path / "cycles.json", ROWS[2]
+    faster = load()["rows"][name] | {"cycles": 10, "key": "of other code"}
+    stored.write_text(json.dumps({"triton": triton.__version__, "rows": {name: faster}}))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(stored), str(tmp_path / "page.md"), name, *arguments],
+            capture_output=True, text=True, check=False, cwd=HERE, env=environment,
+        )  # fmt: skip
+
+    refusal = run()
+    assert refusal.returncode == 1, refusal.stderr
+    assert "10 are on file" in refusal.stdout
+    assert json.loads(stored.read_text())["rows"][name]["cycles"] == 10
+    assert "no row on file" in run("--accept-cycles", "another").stderr
+    accepted = run("--accept-cycles", name)
+    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    assert json.loads(stored.read_text())["rows"][name]["cycles"] > 1000
