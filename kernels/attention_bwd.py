@@ -1,8 +1,9 @@
 """Attention backward: a row-wise preparation, then one pass each for dK and dV, dQ and dbias, bitwise deterministic.
 
-Every pass recomputes the weights from lse, and with a bias from the `row_factor` of attention_row_factor.py. With a
-`dweights` plane the same passes are the backward of the weights themselves: the gradient of a weight is then given
-instead of being dout @ v.T. With TMA, q, k, v and dout are descriptors.
+Every pass recomputes the weights from lse, which the preparation has made the reference of its exponents, and with a
+bias from the `row_factor` of attention_row_factor.py. With a `dweights` plane the same passes are the backward of the
+weights themselves: the gradient of a weight is then given instead of being dout @ v.T. With TMA, q, k, v and dout are
+descriptors.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -44,36 +45,41 @@ DWEIGHTS_STRIDES = tuple(f"stride_dweights_{dim}" for dim in "bhqk")
 
 @triton.jit(do_not_specialize=("stride_ob", "stride_oh", "stride_os", *DOUT_STRIDES, "num_heads", "seqlen_q"))
 def attention_delta_kernel(
-    out, dout, lse, dlse, delta, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
+    out, dout, lse, dlse, delta, reference, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
     num_heads, seqlen_q, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) - dlse, and 0 where lse is -inf: what dscore = probs * (dprobs - delta) subtracts.
+    """delta = rowsum(out * dout) - dlse, and 0 where lse is -inf: what dscore = probs * (dprobs - delta) subtracts; and
+    the reference of the passes' exponents, which is lse as `load_lse` gives it. The reference alone without an `out`.
 
     One program owns BLOCK_M queries of one head.
     """
     lengths = (seqlen_q, seqlen_q, 0)
     tile, head, sequence = program_tile(lengths, (), num_heads, False, False, BLOCK_M, VARIANT)
     batch, _, _, _, _, _ = sequence
-    outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, 0, seqlen_q, VARIANT)
-    douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, 0, seqlen_q, VARIANT)
     first_query = tile * BLOCK_M
     rows = first_query + tl.arange(0, BLOCK_M)
-    out_tile = load_tile(outs, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
-    dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
-    result = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    if dlse is not None:
-        dlse_rows = head_rows(dlse, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
-        result -= tl.load(dlse_rows, mask=rows < seqlen_q, other=0.0)
-    lse_rows = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
-    has_key = tl.load(lse_rows, mask=rows < seqlen_q, other=0.0) != float("-inf")
-    delta_rows = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
-    tl.store(delta_rows, tl.where(has_key, result, 0.0), mask=rows < seqlen_q)
+    lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
+    lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
+    reference_rows = head_rows(reference, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
+    tl.store(reference_rows, lse_rows, mask=rows < seqlen_q)
+    if out is not None:
+        outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, 0, seqlen_q, VARIANT)
+        douts = head_matrix(dout, (stride_dob, stride_doh, stride_dos), batch, head, 0, seqlen_q, VARIANT)
+        out_tile = load_tile(outs, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
+        dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
+        result = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+        if dlse is not None:
+            dlse_rows = head_rows(dlse, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
+            result -= tl.load(dlse_rows, mask=rows < seqlen_q, other=0.0)
+        has_key = tl.load(lse_base + rows, mask=rows < seqlen_q, other=0.0) != float("-inf")
+        delta_rows = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
+        tl.store(delta_rows, tl.where(has_key, result, 0.0), mask=rows < seqlen_q)
 
 
 @triton.jit
 def weights_tile(
-    query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, KEYS_FIRST: tl.constexpr,
-    EDGE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
+    KEYS_FIRST: tl.constexpr, EDGE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(probs, weights, capped) of a tile: keys by queries if KEYS_FIRST, else queries by keys.
 
@@ -85,13 +91,13 @@ def weights_tile(
     if KEYS_FIRST:
         products = tl.dot(key_tile, tl.trans(query_tile), input_precision=VARIANT.dot_precision)
         scores, capped = logits(products, rows[None, :], cols[:, None], scoring, EDGE, VARIANT)
-        probs = tl.exp2(exponents(scores, lse_rows[None, :], scoring[0], VARIANT))
+        probs = tl.exp2(exponents(scores, reference_rows[None, :], scoring[0], VARIANT))
         if VARIANT.bias:
             probs *= factor_rows[None, :]
     else:
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
         scores, capped = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
-        probs = tl.exp2(exponents(scores, lse_rows[:, None], scoring[0], VARIANT))
+        probs = tl.exp2(exponents(scores, reference_rows[:, None], scoring[0], VARIANT))
         if VARIANT.bias:
             probs *= factor_rows[:, None]
     weights = probs
@@ -150,7 +156,7 @@ def gradient_tile(
     )
 )
 def attention_dkdv_kernel(
-    q, k, v, dout, lse, row_factor, delta, dweights, dk, dv,
+    q, k, v, dout, reference, row_factor, delta, dweights, dk, dv,
     edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
@@ -202,7 +208,7 @@ def attention_dkdv_kernel(
         queries = head_operand(
             q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
         )
-        lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        reference_base = head_rows(reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         scoring = head_scoring(
             batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
             VARIANT,
@@ -216,12 +222,14 @@ def attention_dkdv_kernel(
                 rows = first_query + tl.arange(0, BLOCK_M)
                 query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, TMA, VARIANT)
                 query_tile = zero_beyond(query_tile, rows, num_queries, EDGE, TMA, VARIANT)
-                lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, EDGE, VARIANT)
-                factor_rows = lse_rows
+                reference_rows = load_rows(
+                    reference_base, first_query, num_queries, float("inf"), BLOCK_M, EDGE
+                )
+                factor_rows = reference_rows
                 if VARIANT.bias:
                     factor_base = head_rows(row_factor, batch, head, num_heads, query_base, seqlen_q, VARIANT)
                     factor_rows = load_rows(factor_base, first_query, num_queries, 1.0, BLOCK_M, EDGE)
-                delta_rows = lse_rows
+                delta_rows = reference_rows
                 dout_tile = query_tile
                 if not VARIANT.dweights:
                     strides = (stride_dob, stride_doh, stride_dos)
@@ -233,8 +241,8 @@ def attention_dkdv_kernel(
                     delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
                     delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, EDGE)
                 probs, weights, capped = weights_tile(
-                    query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, True, EDGE,
-                    VARIANT, BLOCK_M, BLOCK_N,
+                    query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
+                    True, EDGE, VARIANT, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 if not VARIANT.dweights:
                     factor = weights.to(dout_tile.dtype)
@@ -267,7 +275,7 @@ def attention_dkdv_kernel(
     )
 )
 def attention_dq_kernel(
-    q, k, v, dout, lse, row_factor, delta, dweights, dq, dslope_tiles, dlse,
+    q, k, v, dout, reference, row_factor, delta, dweights, dq, dslope_tiles, dlse,
     edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
@@ -320,14 +328,14 @@ def attention_dq_kernel(
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
-    lse_base = head_rows(lse, batch, head, num_heads, query_base, seqlen_q, VARIANT)
-    lse_rows = load_lse(lse_base, first_query, num_queries, BLOCK_M, True, VARIANT)
-    factor_rows = lse_rows
+    reference_base = head_rows(reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+    reference_rows = load_rows(reference_base, first_query, num_queries, float("inf"), BLOCK_M, True)
+    factor_rows = reference_rows
     if VARIANT.bias:
         factor_base = head_rows(row_factor, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         factor_rows = load_rows(factor_base, first_query, num_queries, 1.0, BLOCK_M, True)
     dout_tile = query_tile
-    delta_rows = lse_rows
+    delta_rows = reference_rows
     if not VARIANT.dweights:
         strides = (stride_dob, stride_doh, stride_dos)
         douts = head_operand(dout, strides, batch, head, query_base, num_queries, TMA, VARIANT)
@@ -348,8 +356,8 @@ def attention_dq_kernel(
                 value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
                 value_tile = zero_beyond(value_tile, cols, key_end, EDGE, TMA, VARIANT)
             probs, weights, capped = weights_tile(
-                query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, False, EDGE,
-                VARIANT, BLOCK_M, BLOCK_N,
+                query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
+                False, EDGE, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dscores, dproducts = gradient_tile(
                 probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
@@ -380,7 +388,8 @@ def attention_dq_kernel(
     )
 )
 def attention_dbias_kernel(
-    q, k, v, dout, lse, row_factor, delta, dweights, dbias, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    q, k, v, dout, reference, row_factor, delta, dweights, dbias,
+    key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -440,13 +449,13 @@ def attention_dbias_kernel(
             dweights_plane = head_plane(dweights, dweights_strides, batch, head)
             query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
             key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
-            lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
-            lse_rows = load_lse(lse_base, first_query, seqlen_q, BLOCK_M, True, VARIANT)
+            reference_base = head_rows(reference, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            reference_rows = load_rows(reference_base, first_query, seqlen_q, float("inf"), BLOCK_M, True)
             factor_base = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT)
             factor_rows = load_rows(factor_base, first_query, seqlen_q, 1.0, BLOCK_M, True)
             dout_tile = query_tile
             value_tile = key_tile
-            delta_rows = lse_rows
+            delta_rows = reference_rows
             if not VARIANT.dweights:
                 values = head_matrix(
                     v, (stride_vb, stride_vh, stride_vs), batch, kv_head, 0, key_end, VARIANT
@@ -459,8 +468,8 @@ def attention_dbias_kernel(
                 delta_base = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT)
                 delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
             probs, weights, capped = weights_tile(
-                query_tile, key_tile, lse_rows, factor_rows, first_query, first_key, scoring, dropout, False, True,
-                VARIANT, BLOCK_M, BLOCK_N,
+                query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
+                False, True, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dscores, _ = gradient_tile(
                 probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from fastattn.kernels.tiles import FAMILIES, Tile, key_of, table_tiles
+from fastattn.kernels.tiles import FAMILIES, Tile, key_of, tiles_without_tma
 from fastattn.spec import AttentionSpec
 
 APPEND_ROWS = 16  # new tokens a program of the append writes
@@ -49,7 +49,7 @@ def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     """
     block_m = next((size for size in DECODE_ROWS if size >= rows), 0)
     if not block_m or (block_m > DECODE_ROWS[0] and spec.dtype.itemsize == 4):
-        tile = replace(table_tiles(spec).forward, tma=False, max_registers=None)
+        tile = replace(tiles_without_tma(spec).forward, max_registers=None)
     else:
         key = key_of(spec)
         block_n, num_warps, num_stages = DECODE_TABLE[key.family, key.bits, key.head_dim]

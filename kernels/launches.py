@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +45,7 @@ class AttentionVariant(NamedTuple):
     unit_mask: bool = False  # neighbouring columns are neighbours in memory
     unit_bias: bool = False
     unit_dweights: bool = False
-    fold_scale: bool = (
-        False  # q.k is scaled within the exponent; not for float32, signs, sinks and changed scores
-    )
+    fold_scale: bool = False  # q.k is scaled within the exponent: `_folds_scale`
     dot_precision: str = "ieee"  # of float32 products: "ieee", "tf32x3" or "tf32"
     unit: int = (
         1  # strides are passed in multiples of this many elements, 16 bytes where everything is aligned
@@ -98,33 +97,33 @@ def forward_launch(
     unit = _unit(call.query, call.key, call.value, out)
     args = _call_arguments(spec, call, unit, packing) | _strides("o", out, unit)
     args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, unit, tile)
+    args |= _tma_arguments(spec, call, tile)
     grid = num_tiles(call.query, tile.block_m, packing)
     return _launch(attention_fwd.attention_fwd_kernel, grid, args, tile)
 
 
 def delta_launch(
     spec: AttentionSpec,
-    out: Tensor,
+    call: AttentionCall,
     lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    delta: Tensor,
+    reference: Tensor,
+    out: Tensor | None = None,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> Launch:
-    """attention_delta_kernel on the results of a call and their gradients."""
-    batch, num_heads, seqlen_q, _ = out.shape
-    unit = _unit(out, dout)
+    """attention_delta_kernel on the results of a call and their gradients, or for the reference alone."""
+    batch, num_heads, seqlen_q = lse.shape
+    args: dict[str, Any] = {"out": out, "dout": dout, "lse": lse, "dlse": dlse, "delta": delta}
+    unit = 1
+    if out is None or dout is None:
+        args |= {f"stride_{name}{dim}": 0 for name in ("o", "do") for dim in "bhs"}
+    else:
+        unit = _unit(out, dout)
+        args |= _strides("o", out, unit) | _strides("do", dout, unit)
     variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, wide_offsets=spec.wide_offsets)
-    args: dict[str, Any] = {
-        "out": out,
-        "lse": lse,
-        "dout": dout,
-        "dlse": dlse,
-        "delta": delta,
-        "VARIANT": variant,
-    }
-    args |= _strides("o", out, unit) | _strides("do", dout, unit)
-    args |= {"num_heads": num_heads, "seqlen_q": seqlen_q}
+    variant = variant._replace(fold_scale=_folds_scale(spec, call))
+    args |= {"reference": reference, "VARIANT": variant, "num_heads": num_heads, "seqlen_q": seqlen_q}
     tile = Tile(DELTA_ROWS, 0, num_warps=4, num_stages=1)
     return _launch(
         attention_bwd.attention_delta_kernel, batch * num_heads * _cdiv(seqlen_q, DELTA_ROWS), args, tile
@@ -143,7 +142,7 @@ def row_factor_launch(
 class Cotangents(NamedTuple):
     """What flows back into the passes: the output's gradient with delta, or the weights'."""
 
-    lse: Tensor
+    reference: Tensor  # (B, H, Sq) float32, from attention_delta_kernel: lse for the passes' exponents
     row_factor: Tensor | None = None  # (B, H, Sq) float32, given with a bias
     delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
     dout: Tensor | None = None
@@ -152,7 +151,7 @@ class Cotangents(NamedTuple):
 
     def arguments(self, unit: int) -> dict[str, Any]:
         """The kernel arguments they make."""
-        names = ("lse", "row_factor", "delta", "dout", "dweights")
+        names = ("reference", "row_factor", "delta", "dout", "dweights")
         args: dict[str, Any] = {name: getattr(self, name) for name in names}
         args |= _plane_strides("dweights", self.dweights)
         if self.dout is not None:
@@ -180,7 +179,7 @@ def dkdv_launch(
     args = _call_arguments(spec, call, unit, packing, cotangents)
     args |= _strides("dk", dkey, unit) | _strides("dv", dvalue, unit)
     args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, unit, tile, cotangents)
+    args |= _tma_arguments(spec, call, tile, cotangents)
     grid = num_tiles(call.key, tile.block_n, packing)
     return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
 
@@ -200,7 +199,7 @@ def dq_launch(
     unit = _unit(call.query, call.key, call.value, dquery, *cotangents.tensors())
     args = _call_arguments(spec, call, unit, packing, cotangents) | _strides("dq", dquery, unit)
     args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, unit, tile, cotangents)
+    args |= _tma_arguments(spec, call, tile, cotangents)
     args["VARIANT"] = args["VARIANT"]._replace(alibi_grad=dslope_tiles is not None)
     grid = num_tiles(call.query, tile.block_m, packing)
     return _launch(attention_bwd.attention_dq_kernel, grid, args, tile)
@@ -271,14 +270,28 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
     return batch * num_heads * _cdiv(length, block)
 
 
+def fits_tma(spec: AttentionSpec, operands: Iterable[Tensor]) -> bool:
+    """Whether descriptors can stand for the operands of a call: everything at multiples of 16 bytes, nothing empty or
+    broadcast; with 16-bit dtypes, whose products run on wgmma, from Hopper on.
+
+    The stride of a batch of one counts too, although nothing is stepped over: a sequence cut out of a batch is then
+    loaded, and rounded, as in the batch.
+    """
+    tensors = list(operands)
+    unit = _unit(*tensors)
+    if spec.dtype.itemsize != 2 or unit == 1 or (spec.arch is not None and spec.arch < TMA_ARCH):
+        return False
+    if any(tensor.stride(0) % unit or tensor.stride(0) <= 0 for tensor in tensors):
+        return False
+    sizes = [pair for tensor in tensors for pair in zip(tensor.shape, tensor.stride())]
+    return all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
+
+
 def _tma_arguments(
-    spec: AttentionSpec, call: AttentionCall, unit: int, tile: Tile, cotangents: Cotangents | None = None
+    spec: AttentionSpec, call: AttentionCall, tile: Tile, cotangents: Cotangents | None = None
 ) -> dict[str, Any]:
-    """The TMA flag, and descriptors in place of the operands where the tile asks for them and they can stand for them:
-    everything at multiples of 16 bytes, nothing empty or broadcast; with 16-bit dtypes, whose products run on wgmma,
-    from Hopper on."""
-    if not tile.tma:
-        return {"TMA": False}
+    """The TMA flag, and descriptors in place of the operands where the tile asks for them and they can stand for
+    them."""
     operands = {
         "q": (call.query, tile.block_m),
         "k": (call.key, tile.block_n),
@@ -286,21 +299,19 @@ def _tma_arguments(
     }
     if cotangents is not None and cotangents.dout is not None:
         operands["dout"] = (cotangents.dout, tile.block_m)
-    sizes = [pair for tensor, _ in operands.values() for pair in zip(tensor.shape, tensor.stride())]
-    fits = unit > 1 and spec.dtype.itemsize == 2 and (spec.arch is None or spec.arch >= TMA_ARCH)
-    fits &= all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
-    if not fits:
+    if not (tile.tma and fits_tma(spec, [tensor for tensor, _ in operands.values()])):
         return {"TMA": False}
-    descriptors = {name: _descriptor(tensor, block, unit) for name, (tensor, block) in operands.items()}
+    descriptors = {name: _descriptor(tensor, block) for name, (tensor, block) in operands.items()}
     return descriptors | {"TMA": True}
 
 
-def _descriptor(tensor: Tensor, block: int, unit: int) -> Any:
+def _descriptor(tensor: Tensor, block: int) -> Any:
     """A (B, H, S, D) tensor as TMA sees it, in blocks of `block` rows of one head; the stride of a dimension of size 1
     is never used, but has to be a multiple of 16 bytes."""
     from triton import next_power_of_2
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    unit = 16 // tensor.element_size()
     strides = [stride if size > 1 else unit for size, stride in zip(tensor.shape[:3], tensor.stride())]
     width = max(16, next_power_of_2(tensor.shape[3]))
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block, width])
@@ -384,13 +395,17 @@ def _variant(
         unit_mask=_unit_columns(call.mask),
         unit_bias=_unit_columns(call.bias),
         unit_dweights=_unit_columns(dweights),
-        fold_scale=call.scale > 0.0
-        and spec.dtype != torch.float32
-        and not (spec.softcap or spec.alibi or spec.bias or spec.sinks),
+        fold_scale=_folds_scale(spec, call),
         dot_precision=spec.float32_precision,
         unit=unit,
         wide_offsets=spec.wide_offsets or (dweights is not None and _last_offset(dweights) >= 2**31),
     )
+
+
+def _folds_scale(spec: AttentionSpec, call: AttentionCall) -> bool:
+    """Whether q.k is scaled within the exponent: not for float32, signs, sinks and changed scores."""
+    changed = spec.softcap or spec.alibi or spec.bias or spec.sinks
+    return call.scale > 0.0 and spec.dtype != torch.float32 and not changed
 
 
 def _unit(*tensors: Tensor) -> int:

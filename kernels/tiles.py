@@ -3,7 +3,8 @@
 A row is chosen by kernel, architecture family, element size, padded head dim and whether anything changes the scores.
 The rows are seeds reasoned from shared memory and registers and held to them by the compile checks of tests/kernels;
 `fastattn bench tune` measures better ones, which tuned.py keeps.
-Nothing depends on lengths or batch, so a sequence gives the same bits alone and in a batch.
+Nothing depends on lengths or batch, so a sequence gives the same bits alone and in a batch; but a tile that loads by
+TMA has another in its place for operands that TMA cannot load (WITHOUT_TMA), whose last bits may differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tf32x3: bool = False  # exact float32 products are made of three of tf32, on the matrix units
-    tma: bool = False  # operands come by TMA where a call allows it; on in no row, for nobody has measured it
+    tma: bool = False  # operands come by TMA; a call that does not allow it takes a tile of WITHOUT_TMA
     max_registers: int | None = None  # per thread, where fewer let more blocks share a multiprocessor
 
     def __str__(self) -> str:
@@ -78,7 +79,7 @@ TABLE: dict[Key, Tiles] = {
     **_rows(
         (80,), 16, False,
         Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
-        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
         Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     ),
     **_rows(
@@ -100,24 +101,35 @@ TABLE: dict[Key, Tiles] = {
         Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
         Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
-    # Hopper: 227 KiB; wgmma takes 64 rows per group of four warps and its accumulators take most registers.
+    # Hopper: 227 KiB; wgmma takes 64 rows per group of four warps and its accumulators take most registers. TMA needs
+    # no registers for addresses, so its blocks are larger where the cycle model finds them faster.
     **_rows(
         (90,), 16, False,
-        Tiles(Tile(128, 64, 8, 3, max_registers=128), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
-        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+        Tiles(
+            Tile(128, 64, 8, 3, tma=True, max_registers=128), Tile(64, 64, 4, 2, tma=True),
+            Tile(128, 128, 8, 2, tma=True), Tile(64, 64, 4, 1),
+        ),
+        Tiles(
+            Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1),
+        ),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(128, 32, 8, 2, tma=True), Tile(64, 32, 8, 1)),
     ),
     **_rows(
         (90,), 16, True,
-        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
-        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
-        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+        Tiles(
+            Tile(128, 64, 8, 3), Tile(32, 64, 4, 2, tma=True), Tile(64, 64, 4, 2, tma=True), Tile(64, 64, 8, 1),
+        ),
+        Tiles(
+            Tile(128, 32, 8, 2, tma=True), Tile(32, 64, 4, 2, tma=True), Tile(64, 32, 4, 2, tma=True),
+            Tile(64, 32, 8, 1),
+        ),
+        Tiles(Tile(128, 32, 8, 2, tma=True), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
     ),
     # Blackwell with 227 KiB: tcgen05 accumulates outside the registers, 64 or 128 rows at a time.
     **_rows(
         (100,), 16, False,
         Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
         Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     ),
     **_rows(
@@ -142,6 +154,23 @@ TABLE: dict[Key, Tiles] = {
 }  # fmt: skip
 
 
+# In place of the rows above that load by TMA, for operands it cannot load.
+WITHOUT_TMA: dict[Key, Tiles] = {
+    **_rows(
+        (90,), 16, False,
+        Tiles(Tile(128, 64, 8, 3, max_registers=128), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1)),
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    ),
+    **_rows(
+        (90,), 16, True,
+        Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ),
+}  # fmt: skip
+
+
 @cache
 def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
     """The tiles of attention on a spec: those measured on this machine where there are any, else the table's."""
@@ -151,8 +180,14 @@ def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
 
 
 def table_tiles(spec: AttentionSpec) -> Tiles:
-    """The tiles of a spec that the table gives it."""
-    return TABLE[key_of(spec)]
+    """The tiles of a spec that the table gives it; which others TMA cannot load, only a call says."""
+    return TABLE[key_of(spec)] if spec.aligned else tiles_without_tma(spec)
+
+
+def tiles_without_tma(spec: AttentionSpec) -> Tiles:
+    """The table's tiles of a spec for a call whose operands TMA cannot load."""
+    key = key_of(spec)
+    return WITHOUT_TMA.get(key, TABLE[key])
 
 
 def key_of(spec: AttentionSpec) -> Key:

@@ -28,13 +28,12 @@ def attention_fwd(
     """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
     from fastattn.backends.triton_kv_cache import decodes, single_query_fwd
     from fastattn.kernels.launches import forward_launch
-    from fastattn.kernels.tiles import tiles_for
 
     call = with_plain_layouts(call)
     if tiles is None and packing is None and decodes(spec):
         return single_query_fwd(spec, call)
     query, value = call.query, call.value
-    tile = (tiles or tiles_for(spec, packing is not None)).forward
+    tile = (tiles or _tiles_that_fit(spec, call, packing is not None)).forward
     out = empty_in_order(query, (*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     forward_launch(spec, call, out, lse, _key_blocks(call, tile), tile, packing).run()
@@ -54,16 +53,15 @@ def attention_bwd(
 ) -> AttentionGrads:
     """The gradients a call, or packed sequences, need, bitwise the same on every run."""
     from fastattn.kernels.launches import Cotangents, delta_launch
-    from fastattn.kernels.tiles import tiles_for
 
     call = with_plain_layouts(call)
     out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    tiles = tiles or tiles_for(spec, packing is not None)
-    delta = torch.empty_like(lse)
-    delta_launch(spec, out, lse, dout, dlse, delta).run()
+    tiles = tiles or _tiles_that_fit(spec, call, packing is not None, dout)
+    delta, reference = torch.empty_like(lse), torch.empty_like(lse)
+    delta_launch(spec, call, lse, reference, out, dout, dlse, delta).run()
     row_factor = _row_factor(spec, call, lse, tiles.dq)
-    cotangents = Cotangents(lse, row_factor, delta, dout)
+    cotangents = Cotangents(reference, row_factor, delta, dout)
     dkey, dvalue = _key_grads(spec, call, packing, cotangents, needs.key or needs.value, tiles.dkdv)
     dquery, dslopes = _query_grads(spec, call, packing, cotangents, needs.query, needs.alibi_slopes, tiles.dq)
     return AttentionGrads(
@@ -103,23 +101,41 @@ def attention_weights_bwd(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
-    from fastattn.kernels.launches import Cotangents
-    from fastattn.kernels.tiles import table_tiles
+    from fastattn.kernels.launches import Cotangents, delta_launch
+    from fastattn.kernels.tiles import tiles_without_tma
 
     call, lse = with_plain_layouts(call), lse.contiguous()
     num_heads = call.query.shape[1]
-    tiles = tiles or table_tiles(spec)
+    tiles = tiles or tiles_without_tma(spec)
     row_factor = _row_factor(spec, call, lse, tiles.dq)
-    cotangents = Cotangents(lse, row_factor, dweights=dweights)
+    reference = torch.empty_like(lse)
+    delta_launch(spec, call, lse, reference).run()
+    cotangents = Cotangents(reference, row_factor, dweights=dweights)
     if mean:
         every_head = dweights[:, None].expand(-1, num_heads, -1, -1)
-        cotangents = Cotangents(lse, row_factor, dweights=every_head, dweights_factor=1.0 / num_heads)
+        cotangents = Cotangents(reference, row_factor, dweights=every_head, dweights_factor=1.0 / num_heads)
     dkey, _ = _key_grads(spec, call, None, cotangents, needs.key, tiles.dkdv)
     dlse = torch.empty_like(lse)
     wanted = needs.query or needs.lse
     dquery, dslopes = _query_grads(spec, call, None, cotangents, wanted, needs.alibi_slopes, tiles.dq, dlse)
     dbias = _bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None
     return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
+
+
+def _tiles_that_fit(
+    spec: AttentionSpec, call: AttentionCall, packed: bool, dout: Tensor | None = None
+) -> Tiles:
+    """The tiles of a call: those that load by TMA are exchanged where its operands don't allow it."""
+    from fastattn.kernels.launches import fits_tma
+    from fastattn.kernels.tiles import tiles_for, tiles_without_tma
+
+    tiles = tiles_for(spec, packed)
+    with_tma = [name for name in ("forward", "dkdv", "dq") if getattr(tiles, name).tma]
+    operands = [call.query, call.key, call.value, *([] if dout is None else [dout])]
+    if not with_tma or fits_tma(spec, operands):
+        return tiles
+    others = tiles_without_tma(spec)
+    return replace(tiles, **{name: getattr(others, name) for name in with_tma})
 
 
 def _row_factor(spec: AttentionSpec, call: AttentionCall, lse: Tensor, tile: Tile) -> Tensor | None:

@@ -28,7 +28,7 @@ def launches_of(
     cotangents = launches.Cotangents(lse, row_factor, lse, out)
     made = {
         "forward": launches.forward_launch(forward, call, out, lse, blocks, tiles.forward, packing),
-        "delta": launches.delta_launch(backward, out, lse, out, lse, lse),
+        "delta": launches.delta_launch(backward, call, lse, lse, out, out, lse, lse),
         "dkdv": launches.dkdv_launch(backward, call, cotangents, key, value, blocks, tiles.dkdv, packing),
         "dq": launches.dq_launch(
             backward, call, cotangents, query, slope_sums, None, blocks, tiles.dq, packing

@@ -33,6 +33,7 @@ FEATURES = {  # of an attention row: what it is compiled with, by whether someth
     True: ("softcap, alibi", "bias, mask, segments", "dropout", "all", "softcap, alibi, dropout, packed"),
 }
 EVERY_FEATURE = ("80", "90")  # architectures whose rows are compiled with all of those; the others with
+WITHOUT = ", without TMA"  # of a row that loads by TMA: the tile for operands that TMA cannot load
 FEWER = {False: ("causal",), True: ("all",)}
 CACHE_ARCHITECTURES = ("80", "86", "90", "100", "120")  # one of each family of tiles
 ROW_ARCHITECTURES = ("80", "90")  # their tiles are the same everywhere
@@ -73,7 +74,7 @@ class Entry:
             return False
         if self.kernel in ROW_KERNELS:
             return True
-        plain = self.features in FEATURES[False] or (
+        plain = self.features.removesuffix(WITHOUT) in FEATURES[False] or (
             self.kernel in CACHE_KERNELS and "all" not in self.features
         )
         return plain and self.size <= 128 and self.bits == 16
@@ -123,7 +124,7 @@ def entries(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Entry]:
 
 
 def _attention_entries(arch: str) -> Iterator[Entry]:
-    from fastattn.kernels.tiles import TABLE
+    from fastattn.kernels.tiles import TABLE, WITHOUT_TMA
 
     for key in TABLE:
         if key.family != family(arch):
@@ -139,6 +140,9 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
                 continue
             tile = row.dbias if kernel == "weights" else getattr(row, kernel)
             yield Entry(arch, key.bits, key.head_dim, kernel, features, short(tile))
+            if tile.tma:
+                other = getattr(WITHOUT_TMA[key], kernel)
+                yield Entry(arch, key.bits, key.head_dim, kernel, features + WITHOUT, short(other))
 
 
 def _cache_entries(arch: str) -> Iterator[Entry]:
@@ -172,6 +176,7 @@ def short(tile: Any) -> str:
     """A tile in a few characters."""
     if hasattr(tile, "block_m"):
         shape = f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
+        shape += " TMA" if getattr(tile, "tma", False) else ""
         shape += " tf32x3" if getattr(tile, "tf32x3", False) else ""
         registers = getattr(tile, "max_registers", None)
         return shape + (f" {registers}r" if registers else "")
@@ -215,10 +220,12 @@ def launch_of(entry: Entry) -> Any:
         return row_compile.launches(entry.bits, entry.size, entry.features)[entry.kernel]
     if entry.kernel in CACHE_KERNELS:
         return _cache_launches(entry.arch, entry.bits, entry.size, entry.features)[entry.kernel]
-    from fastattn.kernels.tiles import Key
+    from fastattn.kernels.tiles import WITHOUT_TMA, Key
 
-    key = Key(family(entry.arch), entry.bits, entry.size, entry.features in FEATURES[True])
-    launches = _attention_launches(tiles_on(entry.arch, key), entry.bits, entry.size, entry.features)
+    features = entry.features.removesuffix(WITHOUT)
+    key = Key(family(entry.arch), entry.bits, entry.size, features in FEATURES[True])
+    row = tiles_on(entry.arch, key) if features == entry.features else WITHOUT_TMA[key]
+    launches = _attention_launches(row, entry.bits, entry.size, features)
     return launches[entry.kernel]
 
 
@@ -267,8 +274,8 @@ def problem(entry: Entry, report: Report, allowance: int | None = None) -> str |
         return None
     if entry.kernel in ATTENTION and entry.arch == "90" and not report.async_mma:
         return "no wgmma"
-    if entry.kernel in ("forward", "dkdv", "dq", "decode") and not report.wide_copies:
-        return "operands are not copied 16 bytes at a time"
+    if entry.kernel in ("forward", "dkdv", "dq", "decode") and not (report.wide_copies or report.tma_copies):
+        return "operands are neither copied 16 bytes at a time nor by TMA"
     return None
 
 
@@ -348,6 +355,7 @@ def _wanted(entry: Entry, args: argparse.Namespace) -> bool:
         and entry.bits in (args.bits or DTYPES)
         and entry.size in (args.size or [entry.size])
         and entry.features in (args.features or [entry.features])
+        and (entry.strict or not args.strict)
     )
 
 
@@ -364,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bits", type=int, action="append", choices=(16, 32))
     add("--size", type=int, action="append", help="head dim, or columns")
     add("--features", action="append", help="as the table names them")
+    add("--strict", action="store_true", help="only rows that must not spill, whichever Triton compiles them")
     add("-j", "--jobs", type=int, default=2, help="processes that compile")
     add("--write", action="store_true", help="compile what is stale and store the table")
     add("--accept-spills", action="store_true", help="with --write: let spills on record grow")

@@ -21,11 +21,11 @@ from fastattn.kernels.attention_fwd import attention_fwd_kernel
 HERE = Path(__file__).parent
 
 
-def compiling(*arguments: str) -> subprocess.CompletedProcess:
+def compiling(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess:
     """Run Python in a process that doesn't interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -34,9 +34,9 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def compile_matrix(*arguments: str) -> subprocess.CompletedProcess:
+def compile_matrix(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess:
     """Run the matrix."""
-    return compiling(str(HERE / "compile_matrix.py"), *arguments)
+    return compiling(str(HERE / "compile_matrix.py"), *arguments, python=python)
 
 
 @pytest.mark.newer_triton
@@ -56,6 +56,19 @@ def test_a_sample_still_compiles_as_recorded(count: int, arguments: str) -> None
     done = compile_matrix("--kernel", "forward", "--kernel", "dkdv", "--kernel", "dq", *arguments.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{count} compiled, 0 with problems" in done.stdout
+
+
+@pytest.mark.newer_triton
+@pytest.mark.exhaustive
+def test_no_row_spills_under_another_triton_that_must_not() -> None:
+    """OTHER_TRITON names a Python with fastattn and another Triton, whose register allocation is not this one's."""
+    other = os.environ.get("OTHER_TRITON")
+    if not other:
+        pytest.skip("OTHER_TRITON names no Python")
+    arguments = "--strict --bits 16 --kernel forward --kernel dkdv --kernel dq --arch 80 --arch 90 --arch 100"
+    done = compile_matrix(*arguments.split(), python=other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 with problems" in done.stdout
 
 
 def test_the_table_is_that_of_the_kernels_and_tiles_in_use() -> None:
@@ -90,6 +103,7 @@ def test_problems_are_seen() -> None:
     assert "local memory" in problem(entry(), Report(local_ops=3, async_mma=8))
     assert "wgmma" in problem(entry(), Report(shared=100_000))
     assert "16 bytes" in problem(entry(), Report(async_mma=8))
+    assert problem(entry(), Report(async_mma=8, tma_copies=8)) is None
     assert problem(entry(arch="80"), Report(wide_copies=8)) is None
     assert problem(entry(size=256), Report(local_ops=3)) is None
     assert problem(entry(features="all"), Report(local_ops=3)) is None

@@ -11,6 +11,8 @@ from attention_cases import DEVICE
 from nonfinite import HIDINGS, IRREGULAR, Hiding, Irregular, check_hidden, check_irregular
 
 import fastattn
+from fastattn.kernels.launches import delta_launch
+from fastattn.spec import AttentionCall, AttentionSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value", "ignore:overflow")
 
@@ -43,3 +45,23 @@ def test_hidden_keys_have_no_weight_in_a_row_that_is_nan(options: dict[str, Any]
     )
     assert torch.equal(found.isnan(), wanted.isnan())
     assert found.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("with_output", [True, False])
+def test_the_preparation_of_backward_makes_lse_a_reference(dtype: torch.dtype, with_output: bool) -> None:
+    """In base 2 where the scale is folded in, +inf, and no delta, for a row without keys; NaN stays NaN."""
+    query = torch.randn(1, 2, 70, 16, device=DEVICE, dtype=dtype)
+    call = AttentionCall(query, query, query)
+    lse = torch.randn(1, 2, 70, device=DEVICE)
+    lse[0, :, 3], lse[0, :, 66], lse[0, 1, 5] = -torch.inf, torch.inf, torch.nan
+    reference, delta = torch.empty_like(lse), torch.empty_like(lse)
+    results = {"out": query, "dout": query, "delta": delta} if with_output else {}
+    delta_launch(AttentionSpec.of(call), call, lse, reference, **results).run()
+    wanted = torch.where(
+        lse == -torch.inf, torch.inf, lse * (math.log2(math.e) if dtype == torch.float16 else 1.0)
+    )
+    assert torch.allclose(reference, wanted, rtol=1e-6, atol=0.0, equal_nan=True)
+    if with_output:
+        sums = torch.where(lse == -torch.inf, 0.0, query.float().square().sum(-1))
+        assert torch.allclose(delta, sums, rtol=1e-5)

@@ -12,10 +12,12 @@ from fastattn.kernels.tiles import (
     HEAD_DIMS,
     RICH_FEATURES,
     TABLE,
+    WITHOUT_TMA,
     Key,
     family_of,
     key_of,
     tiles_for,
+    tiles_without_tma,
 )
 from fastattn.spec import AttentionCall, AttentionSpec
 
@@ -33,13 +35,29 @@ def test_every_key_has_a_row() -> None:
 @pytest.mark.parametrize("key", TABLE, ids=str)
 def test_rows_are_well_formed(key: Key) -> None:
     """Blocks are powers of two that matrix units take; a call of the dropout stream serves eight keys."""
-    row = TABLE[key]
-    for tile in (row.forward, row.dkdv, row.dq, row.dbias):
+    rows = [TABLE[key], WITHOUT_TMA.get(key, TABLE[key])]
+    for tile in (tile for row in rows for tile in (row.forward, row.dkdv, row.dq, row.dbias)):
         for block in (tile.block_m, tile.block_n):
             assert block >= 16
             assert block & (block - 1) == 0
         assert tile.num_warps in (4, 8)
         assert 1 <= tile.num_stages <= 4
+
+
+@pytest.mark.parametrize("key", TABLE, ids=str)
+def test_rows_that_load_by_tma_have_others_in_their_place(key: Key) -> None:
+    """Only 16-bit rows of Hopper load by TMA, never the gradient of a bias, and what stands in for them doesn't."""
+    tiles = (TABLE[key].forward, TABLE[key].dkdv, TABLE[key].dq)
+    assert any(tile.tma for tile in tiles) == (key in WITHOUT_TMA) == (key.family == 90 and key.bits == 16)
+    others = WITHOUT_TMA.get(key, TABLE[key])
+    assert not any(tile.tma for tile in (others.forward, others.dkdv, others.dq, TABLE[key].dbias))
+    assert others.dbias == TABLE[key].dbias
+
+
+def test_a_spec_that_is_not_aligned_takes_the_row_without_tma() -> None:
+    assert tiles_for(spec_of()).forward.tma
+    assert tiles_for(spec_of(aligned=False)) == tiles_without_tma(spec_of())
+    assert not tiles_without_tma(spec_of()).forward.tma
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import DEVICE, SMALL_TILES, UNEVEN_TILES, Case, Inputs, Maker, run_triton
+from attention_cases import DEVICE, SMALL_TILES, UNEVEN_TILES, Case, Inputs, Maker, run_reference, run_triton
 from varlen_cases import Case as PackedCase
 from varlen_cases import Inputs as PackedInputs
 from varlen_cases import run_triton as run_packed
 
+from fastattn.backends import triton as backend
+from fastattn.kernels import launches
 from fastattn.kernels.launches import forward_launch
 from fastattn.kernels.tiles import Tiles
-from fastattn.spec import AttentionCall, AttentionSpec
+from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
+from numerics import assert_within_rule
 
 NAN = float("nan")
 REGISTERS = {"forward": 184, "dkdv": 216, "dq": 184}  # without TMA 235, 242 and 252
@@ -115,6 +118,75 @@ def test_only_where_descriptors_can_be_made() -> None:
     assert not uses_tma(replace(call, key=query[:, :, :0], value=query[:, :, :0]))  # empty
     exact = query.float()
     assert not uses_tma(AttentionCall(exact, exact, exact))
+
+
+def on_hopper(inputs: Inputs) -> tuple[dict[str, torch.Tensor], list[bool]]:
+    """(the results with the tiles a Hopper GPU gives the call, whether each attention kernel loaded by TMA)."""
+    used = []
+    call, needs = inputs.call(), GradsNeeded(query=True, key=True, value=True)
+    original = launches.Launch.run
+
+    def run(launch: launches.Launch) -> None:
+        if "TMA" in launch.args:
+            used.append(launch.args["TMA"])
+        original(launch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches.Launch, "run", run)
+        out, lse = backend.attention_fwd(AttentionSpec.of(call).replace(arch=90), call)
+        spec = AttentionSpec.of(call, needs).replace(arch=90)
+        grads = backend.attention_bwd(spec, call, out, lse, inputs.dout, inputs.dlse, needs)
+    results = {"out": out, "lse": lse, "dquery": grads.query, "dkey": grads.key, "dvalue": grads.value}
+    return results, used
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("plain", [True, True, True]),
+        ("unaligned", [False, False, False]),
+        ("broadcast", [False, False, False]),
+        ("broadcast dout", [True, False, False]),
+    ],
+)
+def test_hopper_rows_by_what_tma_can_load(layout: str, expected: list[bool]) -> None:
+    """The rows of the table, or those in their place, and right answers from both."""
+    inputs = Inputs.of(
+        Case(layout, {"causal": True}, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=2, head_dim=64)
+    )
+    if layout == "unaligned":
+        key = inputs.key
+        inputs.key = torch.cat([key.flatten()[:1], key.flatten()])[1:].view(key.shape)
+    if layout == "broadcast":
+        inputs.value = inputs.value[:, :1].expand(inputs.value.shape)
+    if layout == "broadcast dout":
+        inputs.dout = inputs.dout[:, :, :1].expand(inputs.dout.shape)
+    results, used = on_hopper(inputs)
+    assert used == expected
+    golden, plain = run_reference(inputs, torch.float64), run_reference(inputs, torch.float16)
+    for name, tensor in results.items():
+        assert_within_rule(tensor, plain[name], golden[name], f"{layout}: {name}", torch.float16)
+
+
+def test_a_sequence_cut_out_of_a_batch_keeps_its_bits() -> None:
+    """Whatever keeps TMA from a batch, such as a stride between its entries, keeps it from one entry as well."""
+    case = Case(
+        "batch", {"causal": True}, batch=2, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=2, head_dim=64
+    )
+    inputs = Inputs.of(case)
+    size = inputs.key[0].numel()
+    apart = torch.empty(2 * size + 16, dtype=inputs.key.dtype).as_strided(
+        inputs.key.shape, (size + 1, *inputs.key.stride()[1:])
+    )
+    inputs.key = apart.copy_(inputs.key)
+    together, used = on_hopper(inputs)
+    assert used == [False, False, False]
+    for name in ("query", "key", "value", "dout", "dlse"):
+        setattr(inputs, name, getattr(inputs, name)[:1])
+    alone, used = on_hopper(inputs)
+    assert used == [False, False, False]
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, together[name][:1]), name
 
 
 def test_compiled_for_hopper() -> None:

@@ -10,7 +10,7 @@ from attention_launches import launches_of
 from compile_inspect import compile_launch
 
 from fastattn.kernels.launches import Packing
-from fastattn.kernels.tiles import Tiles, table_tiles
+from fastattn.kernels.tiles import Tiles, tiles_without_tma
 from fastattn.spec import AttentionSpec, VarlenCall
 
 
@@ -19,7 +19,7 @@ def compiled(kernel: str, packed: bool) -> dict[str, object]:
     query = torch.empty(512, 4, 128, dtype=torch.bfloat16)
     edges = torch.zeros(3, dtype=torch.int32)
     call = VarlenCall(query, query, query, edges, edges, causal="bottom_right", scale=0.1).as_one_sequence()
-    tile = getattr(table_tiles(AttentionSpec.of(call).replace(device="cuda", arch=90)), kernel)
+    tile = getattr(tiles_without_tma(AttentionSpec.of(call).replace(device="cuda", arch=90)), kernel)
     tile = replace(tile, tma=True)
     packing = Packing(edges, edges) if packed else None
     return asdict(compile_launch(launches_of(call, Tiles(tile, tile, tile, tile), packing)[kernel], "90"))
