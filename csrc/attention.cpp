@@ -45,6 +45,11 @@ std::tuple<at::Tensor, at::Tensor> run_forward(AttentionParams params, const at:
   params.lse_strides = {params.num_heads * params.total_q, params.total_q, 1};
 #if FASTATTN_SM90
   const int multiprocessors = hopper_multiprocessors();
+  at::Tensor counter;
+  if (wants_tile_counter(params, multiprocessors)) {
+    counter = at::zeros({1}, query.options().dtype(at::kInt));
+    params.tile_counter = reinterpret_cast<uint32_t*>(counter.mutable_data_ptr<int32_t>());
+  }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
   check_launch("attention_forward",
                dispatch_attention(query.scalar_type(), params.head_dim, [&](auto tag, auto head_dim) {

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "attention_params.h"
+#include "attention_tiles.h"
 #include "check.h"
 #include "device/tensor_map.h"
 #include "runtime.h"
@@ -143,6 +144,16 @@ inline int hopper_multiprocessors() {
                               "the attention kernels need compute capability 9.0, this GPU has ", device.major, ".",
                               device.minor);
   return device.multiprocessors;
+}
+
+// Whether a forward call takes its tiles from a counter: they differ in length, and blocks take several.
+inline bool wants_tile_counter(const AttentionParams& p, int multiprocessors) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const bool windowed = p.window_left < kUnbounded || p.window_right < kUnbounded;
+  if (!packed && !windowed && p.key_lengths == nullptr) return false;
+  const int64_t rows = forward_tile(padded_head_dim(p.head_dim), windowed, p.softcap != 0.0f).queries;
+  const int64_t query_blocks = (p.total_q + rows - 1) / rows;
+  return query_blocks * p.num_heads * (packed ? 1 : p.batch) > multiprocessors;
 }
 
 // The driver's encoder of tensor maps, looked up once.

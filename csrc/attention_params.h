@@ -46,6 +46,9 @@ struct AttentionParams {
   int64_t total_k;   // rows of k and v per head: Sk, packed Tk
   int head_dim;      // D, a multiple of 8
 
+  // Of the forward: how many tiles have been taken beside each block's first, 0 before it. Null for a fixed order.
+  uint32_t* tile_counter;
+
   bool top_left;     // query i stands at key position i, not i + Sk - Sq
   int window_left;   // keys seen before a query's position, kUnbounded for all
   int window_right;  // keys seen after it, kUnbounded for all; 0 for causal

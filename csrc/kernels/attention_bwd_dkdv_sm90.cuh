@@ -341,8 +341,8 @@ struct KeyWork {
 };
 
 template <class Shape>
-FASTATTN_DEVICE KeyWork key_work(const AttentionParams& call, const TileSchedule& schedule) {
-  const Tile place = tile_at(schedule, block_index().x);
+FASTATTN_DEVICE KeyWork key_work(const AttentionParams& call, const TileSchedule& schedule, int number) {
+  const Tile place = tile_at(schedule, number, TileOrder::kEven);
   // The schedule has the last block first, but here the first is the longest under causality.
   const int block = schedule.query_blocks - 1 - place.query_block;
   const KeyTile tile = key_tile<Shape::kBlockN>(call, block, place.plane);
@@ -369,11 +369,11 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
-    const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
     if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
     if (tile.first_key >= tile.sequence.key_rows) return;
     float dk[Shape::kHeadDim / 2] = {};
     float dv[Shape::kHeadDim / 2] = {};

@@ -183,11 +183,11 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
-    const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
     if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = key_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
     if (tile.first_key >= tile.sequence.key_rows) return;
     float sums[Shape::kHeadDim / 2] = {};
     if (consumer == 0) {

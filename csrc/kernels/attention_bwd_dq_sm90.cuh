@@ -185,8 +185,8 @@ struct QueryWork {
 };
 
 template <class Shape>
-FASTATTN_DEVICE QueryWork query_work(const AttentionParams& call, const TileSchedule& schedule) {
-  const Tile place = tile_at(schedule, block_index().x);
+FASTATTN_DEVICE QueryWork query_work(const AttentionParams& call, const TileSchedule& schedule, int number) {
+  const Tile place = tile_at(schedule, number, TileOrder::kEven);
   const QueryTile tile = query_tile<Shape::kBlockM>(call, place.query_block, place.plane);
   return {tile, key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_query)};
 }
@@ -212,11 +212,11 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
-    const auto [tile, blocks] = query_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = query_work<Shape>(params.call, schedule, block_index().x);
     if (tile.first_query < tile.sequence.seen.num_queries) produce_keys<Shape>(params, maps, tile, blocks, shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = query_work<Shape>(params.call, schedule);
+    const auto [tile, blocks] = query_work<Shape>(params.call, schedule, block_index().x);
     const Sequence& sequence = tile.sequence;
     const int num_queries = sequence.seen.num_queries;
     if (tile.first_query >= num_queries) return;

@@ -37,7 +37,8 @@ TileSchedule forward_schedule(const AttentionParams& p) {
   const int64_t planes = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
   const int64_t query_blocks =
       packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
-  return schedule_tiles(planes, query_blocks, p.num_heads / p.num_kv_heads, 4 * p.total_k * p.head_dim);
+  const int group_size = p.num_heads / p.num_kv_heads;
+  return with_even_sections(schedule_tiles(planes, query_blocks, group_size, 4 * p.total_k * p.head_dim), group_size);
 }
 
 template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap>

@@ -5,8 +5,7 @@
 #include "../device/panel.cuh"
 #include "../device/pipeline.cuh"
 #include "../device/registers.cuh"
-#include "attention_schedule.cuh"
-#include "attention_sequence.cuh"
+#include "attention_tile_queue.cuh"
 
 namespace fastattn {
 
@@ -62,6 +61,7 @@ struct ForwardMaps {
 template <class Shape>
 struct ForwardShared {
   struct Barriers {
+    TileQueue tiles;
     Pipeline<1> queries;
     Pipeline<Shape::kStages> keys;
     Pipeline<Shape::kStages> values;
@@ -78,6 +78,12 @@ struct ForwardShared {
   FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
 };
 
+template <class Shape>
+FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number) {
+  const Tile place = tile_at(schedule, number, TileOrder::kEven);
+  return query_tile<Shape::kBlockM>(params, place.query_block, place.plane);
+}
+
 // The warp that fills shared memory: per tile its queries, then its key and value blocks from the last to the first.
 template <class Shape>
 struct ForwardProducer {
@@ -88,36 +94,56 @@ struct ForwardProducer {
   const AttentionParams& params;
   Shared shared;
   bool issues = elect_one();  // the lane that speaks for the warp
+  TileQueue::State tile_state = {};
   Pipeline<1>::State query_state = {};
   typename Ring::State ring_state = {};  // keys and values go round together
   uint32_t landed_parity = 0;
 
   FASTATTN_DEVICE void run(const TileSchedule& schedule) {
-    typename Shared::Barriers& barriers = shared.barriers();
-    for (int round = 0, number; (number = tile_of_round(round)) < schedule.num_tiles; ++round) {
-      const Tile tile = tile_at(schedule, number);
-      const auto [sequence, head, first_query] = query_tile<Shape::kBlockM>(params, tile.query_block, tile.plane);
-      if (first_query >= sequence.seen.num_queries) continue;
-      const int kv_head = head / (params.num_heads / params.num_kv_heads);
+    for (int number = block_index().x; number < schedule.num_tiles;
+         number = next_tile_number(params.tile_counter, number)) {
+      const QueryTile tile = forward_tile_at<Shape>(params, schedule, number);
+      if (tile.first_query >= tile.sequence.seen.num_queries) continue;
+      shared.barriers().tiles.put(tile_state, tile, issues);
+      load_tile_of(tile);
+    }
+    shared.barriers().tiles.put(tile_state, no_tile(), issues);
+  }
 
-      load<Shape::kBlockM>(barriers.queries, query_state, barriers.queries.full[0], shared.queries(), maps.q,
-                           sequence.query_start + first_query, head, sequence.batch);
-      query_state.advance();
-      const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query);
-      for (int block = blocks.end - 1; block >= blocks.begin; --block) {
-        const int stage = ring_state.stage;
-        const int first_row = sequence.key_start + block * Shape::kBlockN;
-        load<Shape::kBlockN>(barriers.keys, ring_state, barriers.keys.full[stage], shared.keys(stage), maps.k,
-                             first_row, kv_head, sequence.batch);
-        const int keys_here = sequence.seen.num_keys - block * Shape::kBlockN;
-        if (keys_here < Shape::kBlockN && sequence.key_start + sequence.seen.num_keys < params.total_k) {
-          load_values_zeroed_from(keys_here, first_row, kv_head, sequence.batch);
-        } else {
-          load<Shape::kBlockN>(barriers.values, ring_state, barriers.values.full[stage], shared.values(stage), maps.v,
-                               first_row, kv_head, sequence.batch);
-        }
-        ring_state.advance();
-      }
+  // The first keys go ahead of the queries, whose memory is free later.
+  FASTATTN_DEVICE void load_tile_of(const QueryTile& tile) {
+    auto& barriers = shared.barriers();
+    const Sequence& sequence = tile.sequence;
+    const int kv_head = tile.head / (params.num_heads / params.num_kv_heads);
+    const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, tile.first_query);
+    int block = blocks.end - 1;
+    if (block >= blocks.begin) load_keys(sequence, block, kv_head);
+    load<Shape::kBlockM>(barriers.queries, query_state, barriers.queries.full[0], shared.queries(), maps.q,
+                         sequence.query_start + tile.first_query, tile.head, sequence.batch);
+    query_state.advance();
+    while (block >= blocks.begin) {
+      load_values(sequence, block, kv_head);
+      ring_state.advance();
+      if (--block >= blocks.begin) load_keys(sequence, block, kv_head);
+    }
+  }
+
+  FASTATTN_DEVICE void load_keys(const Sequence& sequence, int block, int kv_head) {
+    auto& barriers = shared.barriers();
+    load<Shape::kBlockN>(barriers.keys, ring_state, barriers.keys.full[ring_state.stage],
+                         shared.keys(ring_state.stage), maps.k, sequence.key_start + block * Shape::kBlockN, kv_head,
+                         sequence.batch);
+  }
+
+  FASTATTN_DEVICE void load_values(const Sequence& sequence, int block, int kv_head) {
+    auto& barriers = shared.barriers();
+    const int first_row = sequence.key_start + block * Shape::kBlockN;
+    const int keys_here = sequence.seen.num_keys - block * Shape::kBlockN;
+    if (keys_here < Shape::kBlockN && sequence.key_start + sequence.seen.num_keys < params.total_k) {
+      load_values_zeroed_from(keys_here, first_row, kv_head, sequence.batch);
+    } else {
+      load<Shape::kBlockN>(barriers.values, ring_state, barriers.values.full[ring_state.stage],
+                           shared.values(ring_state.stage), maps.v, first_row, kv_head, sequence.batch);
     }
   }
 
@@ -155,6 +181,7 @@ struct ForwardConsumer {
   ForwardShared<Shape> shared;
   int group;   // which 64 rows of the tile
   int thread;  // within the warpgroup
+  TileQueue::State tile_state = {};
   Pipeline<1>::State query_state = {};
   typename Ring::State key_state = {};
   typename Ring::State value_state = {};
@@ -164,16 +191,18 @@ struct ForwardConsumer {
   uint32_t probs[Shape::kBlockN / 16][4] = {};  // the same, rounded, as operands of the next product
   float out[Shape::kHeadDim / 2];               // 64 x kHeadDim
 
-  FASTATTN_DEVICE void run(const TileSchedule& schedule) {
+  FASTATTN_DEVICE void run() {
     if (Shape::kTakesTurns && group == Shape::kConsumers - 1) pass_turn();
-    for (int round = 0, number; (number = tile_of_round(round)) < schedule.num_tiles; ++round) {
-      const Tile tile = tile_at(schedule, number);
-      const auto [sequence, head, first_query] = query_tile<Shape::kBlockM>(params, tile.query_block, tile.plane);
-      if (first_query >= sequence.seen.num_queries) continue;
-      const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query);
-      attend(sequence.seen, blocks, first_query + group * kWarpgroupRows);
-      store(sequence, head, first_query + group * kWarpgroupRows);
+    TileQueue& tiles = shared.barriers().tiles;
+    while (true) {
+      tiles.wait(tile_state);
+      const auto [sequence, head, first_query] = tiles.get(tile_state);
+      if (head < 0) break;
+      attend(sequence.seen, key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query),
+             first_query + group * kWarpgroupRows);
+      store(tiles.get(tile_state));
       query_state.advance();
+      tiles.release(tile_state);
     }
     if (Shape::kTakesTurns && group == 0) await_turn();  // the last one passed has no other taker
     if (thread == 0) bulk_wait<0>();
@@ -269,9 +298,11 @@ struct ForwardConsumer {
     softmax.update(scores, factor, rescale);
   }
 
-  // Writes the rows from `query` on: through shared memory, then by the copy engine, which stops at the tensor's end;
-  // where another sequence follows, row by row.
-  FASTATTN_DEVICE void store(const Sequence& sequence, int head, int query) {
+  // Writes the warpgroup's rows of a tile: through shared memory, then by the copy engine, which stops at the tensor's
+  // end; where another sequence follows, row by row.
+  FASTATTN_DEVICE void store(const QueryTile& tile) {
+    const auto& [sequence, head, first_query] = tile;
+    const int query = first_query + group * kWarpgroupRows;
     float inverse_sum[2], lse[2];
     softmax.finish(inverse_sum, lse);
     scale_rows(out, inverse_sum);
@@ -358,6 +389,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   const ForwardShared<Shape> shared = {align_shared<1024>(dynamic_shared_memory())};
   if (thread_index() == 0) {
     auto& barriers = shared.barriers();
+    barriers.tiles.slots.init(Shape::kConsumerArrivals);
     barriers.queries.init(Shape::kConsumerArrivals);
     barriers.keys.init(Shape::kConsumerArrivals);
     barriers.values.init(Shape::kConsumerArrivals);
@@ -373,7 +405,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     if (warp_index() == 0) ForwardProducer<Shape>{maps, params, shared}.run(schedule);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    ForwardConsumer<Shape>{maps, params, shared, warpgroup - 1, thread_index() % kWarpgroupThreads}.run(schedule);
+    ForwardConsumer<Shape>{maps, params, shared, warpgroup - 1, thread_index() % kWarpgroupThreads}.run();
   }
 }
 

@@ -7,7 +7,7 @@ namespace fastattn {
 
 // Blocks of queries times planes, a plane being one head of one sequence (b * H + h), in packed calls one head of all
 // sequences. Tiles are numbered section by section, so that the keys and values of the planes in flight stay in the L2
-// cache; within a section the last block of queries of every plane comes first, which is the longest under causality.
+// cache; within a section all planes have their turn with one block of queries, then with the next (TileOrder).
 struct TileSchedule {
   int num_tiles;
   int query_blocks;        // per plane
@@ -33,23 +33,33 @@ inline TileSchedule schedule_tiles(int64_t planes, int64_t query_blocks, int gro
           static_cast<int>(section)};
 }
 
-#if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
-
-// The number of the tile this block takes in a round, from num_tiles on none any more. Every other round runs
-// backwards: a block that got a long tile of one round gets a short one of the next.
-FASTATTN_DEVICE int tile_of_round(int round) {
-  const int blocks = grid_blocks().x;
-  const int block = block_index().x;
-  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+// The schedule with sections of about as many planes each, a remainder of up to a quarter of a section spread over the
+// others: a small last section would leave the end of the call to a few tiles.
+inline TileSchedule with_even_sections(TileSchedule schedule, int group_size) {
+  const int most = schedule.planes_per_section;
+  if (most == 0) return schedule;
+  const int sections = schedule.planes <= most ? 1 : (schedule.planes - most / 4 + most - 1) / most;
+  const int planes = (schedule.planes + sections - 1) / sections;
+  schedule.planes_per_section = (planes + group_size - 1) / group_size * group_size;
+  return schedule;
 }
 
-FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number) {
+#if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
+
+// The order of a section's blocks of queries. kLastFirst: from the last to the first, every section. kEven: the last
+// section like that, the others from the first to the last. Under causality the last block is the longest. The call then
+// ends with its shortest tiles, and no section leaves its long ones to so late that the next cannot even them out.
+enum class TileOrder { kLastFirst, kEven };
+
+FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number, TileOrder order = TileOrder::kLastFirst) {
   const int section_tiles = schedule.planes_per_section * schedule.query_blocks;
   const int first_plane = number / section_tiles * schedule.planes_per_section;
   const int planes_left = schedule.planes - first_plane;
   const int planes = planes_left < schedule.planes_per_section ? planes_left : schedule.planes_per_section;
   const int within = number % section_tiles;
-  return {schedule.query_blocks - 1 - within / planes, first_plane + within % planes};
+  const int block = within / planes;
+  const bool first_block_first = order == TileOrder::kEven && planes_left > schedule.planes_per_section;
+  return {first_block_first ? block : schedule.query_blocks - 1 - block, first_plane + within % planes};
 }
 
 #endif  // device code

@@ -32,6 +32,8 @@ class Case:
     key_lengths: tuple[int, ...] | None = None
     leftover: int = 0  # tokens behind the last sequence
     blocks: int = 2  # of the persistent grid
+    resident: int = 1  # of these at the same time
+    fixed_order: bool = False  # of tiles
 
     def __str__(self) -> str:
         return self.name
@@ -45,6 +47,13 @@ class Case:
     def dtype(self) -> torch.dtype:
         """One per kernel: each is a build."""
         return torch.float16 if self.kernel_dim == 64 else torch.bfloat16
+
+    @property
+    def counted(self) -> bool:
+        """Whether tiles are taken from a counter, as they are where they differ in length."""
+        windowed = self.options.get("causal") or self.options.get("window")
+        differ = self.packed or self.key_lengths is not None or windowed
+        return bool(differ and not self.fixed_order)
 
     @property
     def packed(self) -> bool:
@@ -128,12 +137,13 @@ def run(
             int(causal == "top_left"), left, 0 if causal else right,
         ]
     )  # fmt: skip
+    counter = torch.zeros(1, dtype=torch.int32) if case.counted else None
     library = emulated("attention_fwd.cpp", f"HEAD_DIM={case.kernel_dim}", f"ELEMENT={ELEMENTS[case.dtype]}")
     library(
         "attention_forward", inputs.query, inputs.key, inputs.value, out, lse, strides, sizes, inputs.ends_q,
         inputs.ends_k, inputs.key_lengths, float(case.options.get("scale") or head_dim**-0.5),
-        float(case.options.get("softcap") or 0.0), case.blocks, seed=seed, landing=landing,
-        starved=starved,
+        float(case.options.get("softcap") or 0.0), counter, case.blocks, seed=seed, landing=landing,
+        resident=case.resident, starved=starved,
     )  # fmt: skip
     return out, lse
 

@@ -140,6 +140,29 @@ def test_bits_do_not_depend_on_the_grid_or_the_batch(emulated) -> None:
         assert torch.equal(alone[0], out[b : b + 1])
 
 
+@pytest.mark.parametrize("lengths", [260, (260, 3, 0, 190)], ids=["dense", "packed"])
+def test_bits_do_not_depend_on_who_takes_a_tile(emulated, lengths: int | tuple[int, ...]) -> None:
+    """From the counter, blocks take tiles as they come; without it, each takes its own."""
+    case = Case(
+        "taken",
+        seqlen_q=lengths,
+        seqlen_k=lengths,
+        heads=2,
+        kv_heads=1,
+        options={"causal": True},
+        fixed_order=True,
+    )
+    inputs = inputs_of(case)
+    out, lse = run(emulated, case, inputs)
+    assert out.isfinite().all()
+    for seed, (blocks, resident) in enumerate([(1, 1), (2, 2), (4, 3), (40, 3)]):
+        counted = Case(**{**case.__dict__, "fixed_order": False, "blocks": blocks, "resident": resident})
+        assert counted.counted
+        again = run(emulated, counted, inputs, seed=seed)
+        assert torch.equal(again[0], out)
+        assert torch.equal(again[1], lse)
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}])
 def test_large_scores(emulated, options: dict) -> None:
     """Scores of hundreds, of both signs: the running maximum does its work."""

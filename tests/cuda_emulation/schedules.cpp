@@ -1,0 +1,86 @@
+// What the tiles of a call cost, in the order in which the kernels take them: the host's and the kernels' own code.
+#include "attention_runs.h"
+
+using namespace fastattn;
+
+namespace {
+
+// In blocks of the loop's operand: what a tile costs beside them.
+constexpr double kPerTile = 1.5;
+
+enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass };
+
+double cost_of(const BlockRange& blocks, int times = 1) { return kPerTile + (blocks.end - blocks.begin) * times; }
+
+template <class Shape>
+double forward_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
+  const QueryTile tile = forward_tile_at<Shape>(params, schedule, number);
+  if (tile.first_query >= tile.sequence.seen.num_queries) return 0.0;
+  return cost_of(key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_query));
+}
+
+template <class Shape>
+double query_gradient_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
+  const auto [tile, blocks] = query_work<Shape>(params, schedule, number);
+  return tile.first_query < tile.sequence.seen.num_queries ? cost_of(blocks) : 0.0;
+}
+
+double key_cost(const AttentionParams& params, const KeyWork& work) {
+  if (work.tile.first_key >= work.tile.sequence.key_rows) return 0.0;
+  return cost_of(work.blocks, params.num_heads / params.num_kv_heads);
+}
+
+template <class Shape>
+double key_gradients_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
+  return key_cost(params, key_work<Shape>(params, schedule, number));
+}
+
+template <class Shape>
+double one_pass_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
+  return key_cost(params, turn_work<Shape>(params, schedule, number));
+}
+
+template <int kHeadDim>
+void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double* costs, int64_t* count) {
+  const auto all = [&](const TileSchedule& schedule, auto cost) {
+    if (schedule.num_tiles > capacity) emulator::fail("more tiles than there is room for");
+    for (int number = 0; number < schedule.num_tiles; ++number) costs[number] = cost(params, schedule, number);
+    *count = schedule.num_tiles;
+  };
+  if (pass == kForward) {
+    with_forward_shape<half_t, kHeadDim>(params, [&](auto shape) {
+      using Shape = decltype(shape);
+      all(forward_schedule<Shape>(params), forward_cost<Shape>);
+    });
+  } else if (pass == kQueryGradient) {
+    using Shape = QueryGradientShapeFor<half_t, kHeadDim, false>;
+    all(query_schedule<Shape>(params), query_gradient_cost<Shape>);
+  } else if (pass == kKeyGradients) {
+    using Shape = KeyGradientsShapeFor<half_t, kHeadDim, KeyGradients::kBoth, false>;
+    all(key_schedule<Shape>(params), key_gradients_cost<Shape>);
+  } else if constexpr (has_one_pass(kHeadDim)) {
+    using Shape = FusedGradientsShapeFor<half_t, kHeadDim>;
+    all(key_schedule<Shape>(params), one_pass_cost<Shape>);
+  }
+}
+
+}  // namespace
+
+// `costs`: of each tile by its number, of a pass of a call without softcap. `sizes` and lengths as for params_of.
+extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int32_t* cu_seqlens_q,
+                                  const int32_t* cu_seqlens_k, int64_t capacity, double* costs, int64_t* count) {
+  return emulator::guarded([&] {
+    const int64_t strides[12] = {};
+    const AttentionParams params = params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, cu_seqlens_q,
+                                             cu_seqlens_k, nullptr, 1.0, 0.0);
+    *count = 0;
+    switch (params.head_dim) {
+      case 64:
+        return costs_of<64>(params, static_cast<Pass>(pass), capacity, costs, count);
+      case 128:
+        return costs_of<128>(params, static_cast<Pass>(pass), capacity, costs, count);
+      default:
+        return costs_of<256>(params, static_cast<Pass>(pass), capacity, costs, count);
+    }
+  });
+}

@@ -1,0 +1,162 @@
+"""How evenly the tiles of attention calls are spread over the multiprocessors, by the kernels' own order."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import pytest
+import torch
+from cuda_emulation.build import Library
+
+UNBOUNDED = 1 << 29  # kUnbounded
+MULTIPROCESSORS = (78, 114, 132)  # H20, H100 PCIe, H100 SXM and H200
+PASSES = ("forward", "dk and dv", "dq", "one pass")
+MOST_TILES = 1 << 16
+# Mean over largest load of causal calls. The semaphores of the one pass give each head's tiles out from the shortest to
+# the longest, so that the call ends with long ones.
+CAUSAL_BALANCE = {"forward": 0.97, "dk and dv": 0.97, "dq": 0.97, "one pass": 0.94}
+# FlashAttention-3's benchmark: 16k tokens, heads of 2048 columns in all. (batch, heads, key heads, length, head dim)
+SHAPES = [
+    (16384 // s, 2048 // d, 2048 // d, s, d) for d in (64, 128, 256) for s in (512 << i for i in range(6))
+]
+SHAPES.append((1, 32, 32, 16384, 128))
+# Sections of heads that do not come out even, grouped heads, one section.
+OTHERS = [
+    (8, 16, 16, 2112, 64), (8, 16, 16, 2112, 128), (3, 12, 12, 1000, 256), (5, 8, 8, 3000, 64),
+    (7, 10, 10, 1500, 256), (1, 40, 8, 6000, 128), (2, 32, 8, 4096, 128), (1, 16, 4, 4096, 64),
+]  # fmt: skip
+
+
+class Costs:
+    """What the tiles of a pass cost, in the order in which they are taken."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def __call__(
+        self, kind: str, shape: tuple[int, ...], *, left: int = UNBOUNDED, right: int = UNBOUNDED
+    ) -> list[float]:
+        batch, heads, kv_heads, length, head_dim = shape
+        sizes = torch.tensor(
+            [batch, heads, kv_heads, length, length, length, length, head_dim, 0, left, right]
+        )
+        return self._costs(kind, sizes, None)
+
+    def packed(self, lengths: list[int], heads: int, head_dim: int) -> list[float]:
+        """Of the forward of a causal packed call."""
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        tokens = sum(lengths)
+        sizes = torch.tensor(
+            [
+                len(lengths),
+                heads,
+                heads,
+                max(lengths),
+                max(lengths),
+                tokens,
+                tokens,
+                head_dim,
+                0,
+                UNBOUNDED,
+                0,
+            ]
+        )
+        return [cost for cost in self._costs("forward", sizes, ends) if cost > 0]
+
+    def _costs(self, kind: str, sizes: torch.Tensor, ends: torch.Tensor | None) -> list[float]:
+        costs, count = torch.zeros(MOST_TILES, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+        self._library("tile_costs", PASSES.index(kind), sizes, ends, ends, MOST_TILES, costs, count)
+        return costs[: int(count)].tolist()
+
+
+@pytest.fixture(scope="module")
+def costs(emulated: Callable[..., Library]) -> Costs:
+    return Costs(emulated("schedules.cpp"))
+
+
+def as_taken(costs: list[float], multiprocessors: int) -> float:
+    """Mean over largest load where who is free takes the next tile: from a counter, or as blocks are started."""
+    loads = [0.0] * multiprocessors
+    for cost in costs:
+        heapq.heapreplace(loads, loads[0] + cost)
+    return sum(costs) / multiprocessors / max(loads)
+
+
+def in_rounds(costs: list[float], multiprocessors: int) -> float:
+    """The same where tile i belongs to block i % multiprocessors."""
+    loads = [sum(costs[first::multiprocessors]) for first in range(multiprocessors)]
+    return sum(costs) / multiprocessors / max(loads)
+
+
+def wave_bound(tiles: int, multiprocessors: int) -> float:
+    return tiles / multiprocessors / -(-tiles // multiprocessors)
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_causal_calls_are_as_even_as_longest_first(costs: Costs, shape: tuple[int, ...], kind: str) -> None:
+    found = costs(kind, shape, right=0)
+    if not found:
+        assert kind == "one pass"
+        pytest.skip("no such pass at this head dim")
+    for multiprocessors in MULTIPROCESSORS:
+        longest_first = as_taken(sorted(found, reverse=True), multiprocessors)
+        balance = as_taken(found, multiprocessors)
+        limit = min(CAUSAL_BALANCE[kind], 0.99 * longest_first)
+        assert balance >= limit, (multiprocessors, balance, longest_first)
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_full_calls_reach_their_wave_bound(costs: Costs, shape: tuple[int, ...], kind: str) -> None:
+    found = costs(kind, shape)
+    if not found:
+        pytest.skip("no such pass at this head dim")
+    spread = in_rounds if kind == "forward" else as_taken
+    for multiprocessors in MULTIPROCESSORS:
+        bound = wave_bound(len(found), multiprocessors)
+        assert spread(found, multiprocessors) == pytest.approx(bound, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "window", [{"right": 0}, {"left": 1024, "right": 0}, {"left": 300, "right": 300}], ids=str
+)
+@pytest.mark.parametrize("shape", [*OTHERS, *SHAPES[1::3]], ids=str)
+def test_the_forward_with_other_heads_and_windows(
+    costs: Costs, shape: tuple[int, ...], window: dict[str, int]
+) -> None:
+    """A window leaves few tiles of odd length to even the rest out with: 4 % below longest-first at most."""
+    found = costs("forward", shape, **window)
+    share = 0.96 if "left" in window else 0.99
+    for multiprocessors in MULTIPROCESSORS:
+        longest_first = as_taken(sorted(found, reverse=True), multiprocessors)
+        balance = as_taken(found, multiprocessors)
+        assert balance >= 0.97 or balance >= share * longest_first, (multiprocessors, balance, longest_first)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed_sequences_of_very_different_lengths(costs: Costs, head_dim: int) -> None:
+    """At the end at most one tile is missing anywhere: the order knows no lengths, but takes none twice or late."""
+    lengths = [4096, 100, 2500, 31, 1, 900, 3000, 64, 5000, 128, 700, 10]
+    found = costs.packed(lengths, 2048 // head_dim, head_dim)
+    for multiprocessors in MULTIPROCESSORS:
+        balance = as_taken(found, multiprocessors)
+        mean = sum(found) / multiprocessors
+        assert balance >= mean / (mean + max(found))
+        assert balance > in_rounds(found, multiprocessors)
+
+
+def test_every_tile_is_there_once(costs: Costs) -> None:
+    """The costs of a call are those of its parts: no tile is lost or repeated by the sections' order."""
+    for batch in (1, 2, 5, 8):
+        whole = sorted(costs("forward", (batch, 16, 16, 2112, 128), right=0))
+        assert whole == sorted(costs("forward", (1, 16, 16, 2112, 128), right=0) * batch)
+
+
+def test_sections_but_the_last_begin_with_the_shortest(costs: Costs) -> None:
+    found = costs("forward", (4, 16, 16, 4096, 128), right=0)  # 16 heads to a section
+    blocks = len(found) // 4
+    assert found[:blocks] == sorted(found[:blocks])
+    assert found[blocks : 2 * blocks] == found[:blocks]
+    assert found[-blocks:] == sorted(found[:blocks], reverse=True)
