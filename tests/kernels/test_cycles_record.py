@@ -73,7 +73,7 @@ def test_a_row_that_gets_worse_is_refused_unless_it_is_named() -> None:
 
 
 def test_rows_of_kernels_of_the_past_are_dropped() -> None:
-    kept = merged({"old": row(5, ("triton", "a row of the past")), ROWS[0]: row(1000)}, {}, ())
+    kept = merged({"old": row(5) | {"job": ["triton", "a row of the past"]}, ROWS[0]: row(1000)}, {}, ())
     assert set(kept) == {ROWS[0]}
 
 
@@ -96,7 +96,8 @@ import sys
 from pathlib import Path
 import cycles_record, compile_record
 cycles_record.STORED, compile_record.DOCUMENT = Path(sys.argv[1]), Path(sys.argv[2])
-cycles_record.jobs = lambda: [("triton", sys.argv[3])]
+only = [("triton", sys.argv[3])]
+cycles_record.jobs = lambda: only
 sys.argv[1:] = ["--write", "-j", "1", *sys.argv[4:]]
 sys.exit(cycles_record.main())
 """
