@@ -89,6 +89,7 @@ def test_other_code_or_another_model_makes_a_row_stale(monkeypatch: pytest.Monke
     key_of.cache_clear()
 
 
+@pytest.mark.slow
 def test_writing_refuses_a_worse_row_and_accepts_only_known_names(tmp_path: Path) -> None:
     """The command itself, on a file that says that a row was faster."""
     code = """
