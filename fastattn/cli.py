@@ -295,8 +295,8 @@ def model(
     if cubin is None:
         report = modelling.model_kernels(options, _output(as_json), named=bool(backend))
     else:
-        one = [given[0] if given and len(given) == 1 else None for given in (direction, head_dim)]
-        report = modelling.model_file(cubin, _output(as_json), one[0], one[1], rows, function)
+        told = (direction[0] if direction else None, head_dim[0] if head_dim else None)
+        report = modelling.model_file(cubin, _output(as_json), *told, rows, function)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
 

@@ -73,7 +73,7 @@ def test_a_row_that_gets_worse_is_refused_unless_it_is_named() -> None:
 
 
 def test_rows_of_kernels_of_the_past_are_dropped() -> None:
-    kept = merged({"old": row(5, ("triton", "a row of the past")), ROWS[0]: row(1000)}, {}, ())
+    kept = merged({"old": row(5) | {"job": ["triton", "a row of the past"]}, ROWS[0]: row(1000)}, {}, ())
     assert set(kept) == {ROWS[0]}
 
 
@@ -89,6 +89,7 @@ def test_other_code_or_another_model_makes_a_row_stale(monkeypatch: pytest.Monke
     key_of.cache_clear()
 
 
+@pytest.mark.slow
 def test_writing_refuses_a_worse_row_and_accepts_only_known_names(tmp_path: Path) -> None:
     """The command itself, on a file that says that a row was faster."""
     code = """
@@ -96,7 +97,8 @@ import sys
 from pathlib import Path
 import cycles_record, compile_record
 cycles_record.STORED, compile_record.DOCUMENT = Path(sys.argv[1]), Path(sys.argv[2])
-cycles_record.jobs = lambda: [("triton", sys.argv[3])]
+only = [("triton", sys.argv[3])]
+cycles_record.jobs = lambda: only
 sys.argv[1:] = ["--write", "-j", "1", *sys.argv[4:]]
 sys.exit(cycles_record.main())
 """

@@ -183,7 +183,7 @@ def predict_cuda(cubin: bytes) -> list[Prediction]:
 def table(predictions: Sequence[Prediction]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(columns, rows) of a printed table."""
     columns = ("kernel", "cycles", "products", "bound by", "TFLOP/s", "registers", "spills", "instructions")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (p.name, f"{p.cycles:.0f}", f"{p.floor:.0f}", f"{p.bound} {p.share:.2f}", f"{p.tflops:.0f}",
          str(p.registers), str(p.spills), str(p.instructions))
         for p in predictions
