@@ -87,10 +87,27 @@ FASTATTN_DEVICE void mask_columns(float (&scores)[N], int thread, const int (&fi
   }
 }
 
+// The bounds that a tile of scores needs.
+enum class Mask {
+  kNone,  // every row sees all of its columns
+  kEnd,   // every row sees its first column
+  kBoth,
+};
+
 // Masks a tile of scores whose rows are queries from `query` on and whose columns are keys from `key` on.
-template <int N>
+template <Mask kMask = Mask::kBoth, int N>
 FASTATTN_DEVICE void mask_scores(float (&scores)[N], const Visibility& seen, int thread, int query, int key) {
+  if constexpr (kMask == Mask::kNone) return;
   const int row = query + fragment_row(thread);
+  if constexpr (kMask == Mask::kEnd) {
+    const int column = key + fragment_column(thread);
+    const int end[2] = {seen.end_key(row) - column, seen.end_key(row + 8) - column};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (fragment_offset(i) >= end[fragment_half(i)]) scores[i] = negative_infinity();
+    }
+    return;
+  }
   const int first[2] = {seen.first_key(row) - key, seen.first_key(row + 8) - key};
   const int end[2] = {seen.end_key(row) - key, seen.end_key(row + 8) - key};
   mask_columns(scores, thread, first, end);

@@ -222,13 +222,17 @@ struct ForwardConsumer {
       pin_registers(scores);
       release(barriers.keys, key_state);
       float rescale[2];
-      weigh<true>(seen, query, blocks.end - 1, rescale);
+      if (blocks.end > blocks.whole_begin) {
+        weigh<Mask::kEnd>(seen, query, blocks.end - 1, rescale);
+      } else {
+        weigh<Mask::kBoth>(seen, query, blocks.end - 1, rescale);
+      }
       to_operand<Element>(scores, probs);
       int block = blocks.end - 2;
       if (block >= blocks.begin) barriers.keys.wait_full(key_state);
-      for (; block >= blocks.whole_end; --block) step<true>(seen, query, block, blocks.begin);
-      for (; block >= blocks.whole_begin; --block) step<false>(seen, query, block, blocks.begin);
-      for (; block >= blocks.begin; --block) step<true>(seen, query, block, blocks.begin);
+      for (; block >= blocks.whole_end; --block) step<Mask::kEnd>(seen, query, block, blocks.begin);
+      for (; block >= blocks.whole_begin; --block) step<Mask::kNone>(seen, query, block, blocks.begin);
+      for (; block >= blocks.begin; --block) step<Mask::kBoth>(seen, query, block, blocks.begin);
     }
     if (Shape::kOwnOut) release_queries();
     if (!blocks.empty()) {
@@ -244,7 +248,7 @@ struct ForwardConsumer {
   //
   // The keys of the next block are waited for between the softmax and the second product's end: the assembler would
   // move that end ahead of the softmax, which then hides under nothing, but moves it across no branch.
-  template <bool kMasked>
+  template <Mask kMask>
   FASTATTN_DEVICE void step(const Visibility& seen, int query, int block, int last_block) {
     auto& barriers = shared.barriers();
     if (Shape::kTakesTurns) await_turn();
@@ -256,7 +260,7 @@ struct ForwardConsumer {
     pin_registers(scores);
     release(barriers.keys, key_state);
     float rescale[2];
-    weigh<kMasked>(seen, query, block, rescale);
+    weigh<kMask>(seen, query, block, rescale);
     pin_registers(scores);
     if (block > last_block) barriers.keys.wait_full(key_state);
     wgmma_wait<0>();
@@ -285,7 +289,7 @@ struct ForwardConsumer {
   }
 
   // Turns products into scores and these into probabilities.
-  template <bool kMasked>
+  template <Mask kMask>
   FASTATTN_DEVICE void weigh(const Visibility& seen, int query, int block, float (&rescale)[2]) {
     float factor = params.scale * kLog2E;
     if (Shape::kSoftcap) {
@@ -294,7 +298,7 @@ struct ForwardConsumer {
       for (int i = 0; i < Shape::kBlockN / 2; ++i) scores[i] = tanh_exact(scores[i] * into_cap);
       factor = params.softcap * kLog2E;
     }
-    if (kMasked) mask_scores(scores, seen, thread, query, block * Shape::kBlockN);
+    mask_scores<kMask>(scores, seen, thread, query, block * Shape::kBlockN);
     softmax.update(scores, factor, rescale);
   }
 
