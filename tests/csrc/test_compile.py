@@ -143,7 +143,11 @@ def test_special_instructions_stay_in_the_device_layer() -> None:
 def test_stages_are_loaded_by_one_helper() -> None:
     """Pipeline::load syncs the warp between its wait and the copies; a loop that waits by itself could forget it."""
     for path in (CSRC / "kernels").glob("*.cuh"):
-        assert "wait_empty" not in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        if path.name == "attention_tile_queue.cuh":  # a slot is written by stores, not by copies
+            assert re.search(r"wait_empty\(state\);\s+warp_sync\(\);\s+if \(issues\)", text)
+        else:
+            assert "wait_empty" not in text, path
     helper = (CSRC / "device" / "pipeline.cuh").read_text(encoding="utf-8").split("void load(")[1]
     steps = ["wait_empty(state);", "warp_sync();", "mbarrier_arrive_expect_tx(", "copies();"]
     places = [helper.index(step) for step in steps]

@@ -105,7 +105,7 @@ def test_candidates_are_ranked_by_cycles_and_those_that_spill_come_after() -> No
 @pytest.mark.usefixtures("compiler")
 def test_a_ranking_stores_nothing_and_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned, "store", lambda *_: pytest.fail("a model's tiles were stored as measured"))
-    arguments = ("--model", "--quick", "--head-dim", "128", "--features", "plain", "--kernel", "forward")
+    arguments = ("--model", "--quick", "--head-dim", "64", "--features", "plain", "--kernel", "forward")
     status, out, _ = bench("tune", *arguments, "--json")
     report = json.loads(out)
     assert (status, report["source"], report["stored"]) == (0, "model", False)
