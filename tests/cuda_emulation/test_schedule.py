@@ -13,8 +13,8 @@ UNBOUNDED = 1 << 29  # kUnbounded
 MULTIPROCESSORS = (78, 114, 132)  # H20, H100 PCIe, H100 SXM and H200
 PASSES = ("forward", "dk and dv", "dq", "one pass")
 MOST_TILES = 1 << 16
-# Mean over largest load of causal calls. The one pass falls short of the others: its semaphores give each head's tiles out
-# from the shortest to the longest, so that the call ends with long ones.
+# Mean over largest load of causal calls. The one pass falls short of the others: its semaphores give each head's tiles
+# out from the shortest to the longest, so that the call ends with long ones.
 CAUSAL_BALANCE = {"forward": 0.97, "dk and dv": 0.97, "dq": 0.97, "one pass": 0.93}
 # FlashAttention-3's benchmark: 16k tokens, heads of 2048 columns in all. (batch, heads, key heads, length, head dim)
 SHAPES = [
