@@ -40,6 +40,13 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("bench tune", "--minutes"): ("x", "", "-1", "nan", "inf", "1e400", "None"),
     ("bench tune", "--jobs"): (*NUMBERS, "0", "100000"),
     ("bench tune", "--arch"): (*NUMBERS, "0", "79", "100000"),
+    ("bench model", "--head-dim"): (*NUMBERS, "0", "48", "512"),
+    ("bench model", "--direction"): ("", "x", "backwards", LONG),
+    ("bench model", "--backend"): ("", "x", "torch", LONG),
+    ("bench model", "--features"): ("", "x", "causal+", "causal+x", LONG),
+    ("bench model", "--cubin"): ("", "/nowhere/at/all", "/dev", "/dev/null", LONG),
+    ("bench model", "--function"): ("x", LONG),  # without --cubin, like the next
+    ("bench model", "--rows"): (*NUMBERS, "0", "15", "16", "1025"),
 }
 ALWAYS: dict[str, tuple[str, ...]] = {
     "bench tune": ("--dry-run",)
@@ -72,6 +79,7 @@ def test_every_option_has_its_hostile_values() -> None:
         "demo",
         "build",
         "bench tune",
+        "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),
     }
 

@@ -50,19 +50,22 @@ class Options:
             for each in given or ():
                 if each not in known:
                     raise InputError(f"{name}: got {each!r}, needs one of {', '.join(map(str, known))}")
-        return cls(
+        made = cls(
             tuple(head_dims or HEAD_DIMS), tuple(directions or PRODUCTS), tuple(backends or BACKENDS),
             tuple(kinds or KINDS),
         )  # fmt: skip
+        made.works()  # refuses names of features, also where Triton, which has them, compiles nothing
+        return made
 
     def works(self) -> list[Work]:
         """The Triton kernels chosen."""
         kernels = [name for name in ahead.MODELLED if name in self.directions]
         dims = [(dim, dim) for dim in self.head_dims]
         try:
-            return list(plan.works(("bfloat16",), dims, self.kinds, kernels)) if kernels else []
+            found = list(plan.works(("bfloat16",), dims, self.kinds, ahead.MODELLED))
         except ValueError as error:
             raise InputError(f"--{error}") from None
+        return [work for work in found if work.kernel in kernels]
 
 
 def model_kernels(options: Options, output: Output, named: bool) -> Report:
