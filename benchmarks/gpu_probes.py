@@ -170,7 +170,7 @@ def probe_here(name: str, device: torch.device) -> Finding:
 
 
 def probe_all(device: str, command: list[str] | None = None) -> list[Finding]:
-    """Every direction in turn; the findings are printed as they come."""
+    """One direction after another; each finding is printed at once."""
     command = command or [sys.executable, str(Path(__file__).resolve()), "--device", device, "--direction"]
     events: processes.Events = SimpleQueue()
     running = {

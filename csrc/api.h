@@ -22,8 +22,8 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const
                                                   int64_t window_right, double softcap, double scale);
 
 // (dq, dk, dv) of (B, H, S, D) tensors, given the forward's out and lse and their gradients; dq only with query_grad,
-// dk and dv only with key_grads. one_pass: five products instead of seven, dq summed in turns; for head dims of at most
-// 128 without softcap, all gradients together.
+// dk and dv only with key_grads. one_pass: five products instead of seven, dq summed in a fixed order; for head dims of
+// at most 128 without softcap, all gradients together.
 std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> attention_backward(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& dlse,

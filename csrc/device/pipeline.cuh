@@ -65,6 +65,16 @@ struct Pipeline {
     copies();
   }
 
+  // The same where the issuing lane writes the stage itself.
+  template <class Write>
+  FASTATTN_DEVICE void fill(State state, bool issues, Write write) {
+    wait_empty(state);
+    warp_sync();
+    if (!issues) return;
+    write();
+    mbarrier_arrive(&full[state.stage]);
+  }
+
   FASTATTN_DEVICE void wait_full(State state) { mbarrier_wait(&full[state.stage], state.parity); }
 
   // The consumers' side of wait_empty: the caller has finished reading.

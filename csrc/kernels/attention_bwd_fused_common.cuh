@@ -19,7 +19,7 @@ struct FusedGradientsShape : KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kB
   static constexpr int kDqColumns = kDqByBlocks ? kHeadDim : kHeadDim / 2;  // of a product
   static constexpr int kDqTiles = kDqByBlocks ? 2 : 1;                      // one per warpgroup, or one of both
   static constexpr int kDqThreads = (kDqByBlocks ? 1 : 2) * kWarpgroupThreads + kWarpThreads;  // that hand a tile over
-  static constexpr int kDsTiles = kDqByBlocks ? 4 : 2;                      // used in turn
+  static constexpr int kDsTiles = kDqByBlocks ? 4 : 2;                      // a ring
 
   static constexpr uint32_t kDsBytes = kTileBytes<kBlockM, kBlockN>;
   static constexpr uint32_t kDqBytes = kBlockM * kHeadDim * 4;

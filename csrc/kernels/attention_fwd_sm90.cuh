@@ -302,8 +302,8 @@ struct ForwardConsumer {
     softmax.update(scores, factor, rescale);
   }
 
-  // Writes the warpgroup's rows of a tile: through shared memory, then by the copy engine, which stops at the tensor's
-  // end; where another sequence follows, row by row.
+  // Writes the warpgroup's rows of a tile: through shared memory, then by TMA, which stops at the tensor's end;
+  // where another sequence follows, row by row.
   FASTATTN_DEVICE void store(const QueryTile& tile) {
     const auto& [sequence, head, first_query] = tile;
     const int query = first_query + group * kWarpgroupRows;

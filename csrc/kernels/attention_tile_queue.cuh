@@ -22,15 +22,12 @@ struct TileQueue {
 
   // By the whole producer warp, of which one lane `issues`.
   FASTATTN_DEVICE void put(State& state, const QueryTile& tile, bool issues) {
-    slots.wait_empty(state);
-    warp_sync();
-    if (issues) {
+    slots.fill(state, issues, [&] {
       uint4 words[kWords];
       memcpy(words, &tile, sizeof(tile));
 #pragma unroll
       for (int i = 0; i < kWords; ++i) st_shared(&tiles[state.stage][i], words[i]);
-      mbarrier_arrive(&slots.full[state.stage]);
-    }
+    });
     state.advance();
   }
 

@@ -141,17 +141,17 @@ def test_special_instructions_stay_in_the_device_layer() -> None:
 
 
 def test_stages_are_loaded_by_one_helper() -> None:
-    """Pipeline::load syncs the warp between its wait and the copies; a loop that waits by itself could forget it."""
+    """Pipeline::load and fill sync the warp between wait and copies; a loop that waits by itself could forget it."""
     for path in (CSRC / "kernels").glob("*.cuh"):
-        text = path.read_text(encoding="utf-8")
-        if path.name == "attention_tile_queue.cuh":  # a slot is written by stores, not by copies
-            assert re.search(r"wait_empty\(state\);\s+warp_sync\(\);\s+if \(issues\)", text)
-        else:
-            assert "wait_empty" not in text, path
-    helper = (CSRC / "device" / "pipeline.cuh").read_text(encoding="utf-8").split("void load(")[1]
-    steps = ["wait_empty(state);", "warp_sync();", "mbarrier_arrive_expect_tx(", "copies();"]
-    places = [helper.index(step) for step in steps]
-    assert places == sorted(places)
+        assert "wait_empty" not in path.read_text(encoding="utf-8"), path
+    pipeline = (CSRC / "device" / "pipeline.cuh").read_text(encoding="utf-8")
+    for helper, steps in {
+        "void load(": ["wait_empty(state);", "warp_sync();", "mbarrier_arrive_expect_tx(", "copies();"],
+        "void fill(": ["wait_empty(state);", "warp_sync();", "write();", "mbarrier_arrive("],
+    }.items():
+        text = pipeline.split(helper)[1]
+        places = [text.index(step) for step in steps]
+        assert places == sorted(places), helper
 
 
 def test_everything_that_is_compiled_is_installed() -> None:

@@ -33,14 +33,17 @@ KERNELS = {
     "kernels/attention_fwd_sm90.cuh": KERNEL,
     "kernels/attention_tile_queue.cuh": [
         Mutation("a tile read before it is there", "slots.wait_full(state);"),
-        Mutation("a tile overwritten while read", "slots.wait_empty(state);"),
         Mutation(
             "a tile passed over",
             "taken = counter_fetch_add(counter, 1);",
             "taken = counter_fetch_add(counter, 2);",
         ),
     ],
-    "device/pipeline.cuh": [Mutation("stages overwritten while read", "wait_empty(state);"), LANE_OVERTAKEN],
+    "device/pipeline.cuh": [
+        Mutation("stages overwritten while read", "wait_empty(state);"),
+        Mutation("a tile overwritten while read", "wait_empty(state);", occurrence=1),
+        LANE_OVERTAKEN,
+    ],
     "device/panel.cuh": [
         Mutation("values cleared without a fence", "fence_proxy_async();"),
         Mutation("values not cleared", "(zero_rows<kRows, kColumns>(tiles, first_row), ...);"),
