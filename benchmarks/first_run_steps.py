@@ -73,22 +73,28 @@ def one_hot_panels(ops: ModuleType, device: torch.device, scale: Scale) -> Itera
         yield not wrong, f"D{dim}: " + ("; ".join(wrong) or f"{dim // PANEL} panels")
 
 
+def _backward(ops: ModuleType, operands: Operands, passes: int, seconds: int) -> StepResult:
+    """The gradients in so many passes, judged; a call that the extension refuses is no failure."""
+    made = kernel_runs.residuals(operands)
+    head_dim, length = operands.query.shape[-1], operands.query.shape[-2]
+    words = f"D{head_dim} S{length}, {'two passes' if passes == 2 else 'one pass'}"
+    announce(seconds, words)
+    try:
+        with kernel_runs.passes(passes):
+            grads = kernel_runs.backward(ops, operands, made)
+    except NotThis as reason:
+        return True, f"{words}: not there ({reason})"
+    good, text = _judged(grads, operands)
+    return good, f"{words}: {text}"
+
+
 def small_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """Each size of head whose warpgroups share out registers, D64 first; in two passes, then in one."""
     for number in (2, 1):
         for dim in HEAD_DIMS:
-            operands = Operands.draw(device, heads=1, seqlen_q=128, head_dim=dim)
-            made = kernel_runs.residuals(operands)
-            words = f"D{dim}, {'two passes' if number == 2 else 'one pass'}"
-            announce(15, words)
-            try:
-                with kernel_runs.passes(number):
-                    grads = kernel_runs.backward(ops, operands, made)
-            except NotThis as reason:
-                yield True, f"{words}: not there ({reason})"
-                continue
-            good, text = _judged(grads, operands)
-            yield good, f"{words}: {text}"
+            yield _backward(
+                ops, Operands.draw(device, heads=1, seqlen_q=128, head_dim=dim), number, seconds=15
+            )
 
 
 def views(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
@@ -211,18 +217,9 @@ def long_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterato
 def long_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """The gradients' sums over as many."""
     for dim, number in ((64, 2), (128, 2), (64, 1), (128, 1)):
-        operands = Operands.draw(device, heads=1, seqlen_q=scale.long, head_dim=dim)
-        made = kernel_runs.residuals(operands)
-        words = f"D{dim} S{scale.long}, passes {number}"
-        announce(30, words)
-        try:
-            with kernel_runs.passes(number):
-                grads = kernel_runs.backward(ops, operands, made)
-        except NotThis as reason:
-            yield True, f"{words}: not there ({reason})"
-            continue
-        good, text = _judged(grads, operands)
-        yield good, f"{words}: {text}"
+        yield _backward(
+            ops, Operands.draw(device, heads=1, seqlen_q=scale.long, head_dim=dim), number, seconds=30
+        )
 
 
 def captured_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastattn.tune.ahead import specialise, target_of
+
 AMD = "gfx942"
 AMD_WARPS = 16  # a wavefront has 64 lanes, a block 1024
 
@@ -27,28 +29,6 @@ class Report:
     wide_copies: int = 0  # asynchronous copies of 16 bytes to shared memory in the PTX
     tma_copies: int = 0  # copies of tiles by TMA in the PTX
     error: str = ""
-
-
-def target_of(arch: str) -> Any:
-    """Triton's name for an architecture."""
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("hip", arch, 64) if arch == AMD else GPUTarget("cuda", int(arch), 32)
-
-
-def specialise(launch: Any, target: Any) -> tuple[Any, Any]:
-    """The source and options that Triton's own launcher would compile for these arguments on `target`."""
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(target)
-    kernel = launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(**launch.args, **launch.options)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
-    return ASTSource(kernel, signature, constants, attributes), parsed
 
 
 def intermediate(launch: Any, arch: str) -> str:
