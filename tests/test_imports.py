@@ -26,7 +26,8 @@ ARROWS = {
     "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
     "nn": {"spec", "ops"},
     "integrations": {"nn", "ops", "backends", "spec"},
-    "models": {"spec", "nn", "ops"},
+    "generation": {"ops"},
+    "models": {"spec", "nn", "ops", "generation"},
     "data": {"cache"},
     "train": {"cache", "data", "models", "nn", "ops"},
     "console": set(),
@@ -131,5 +132,12 @@ def test_importing_fastattn_loads_nothing_heavy() -> None:
     assert "fastattn.spec" in loaded
     heavy = {"triton", "transformers", "tokenizers", "safetensors", "rich", "typer", "yaml", "matplotlib"}
     assert heavy.isdisjoint(name.split(".")[0] for name in loaded)
-    lazy = ("fastattn.kernels", "fastattn.models", "fastattn.data", "fastattn.train", "fastattn.cli")
-    assert [name for name in loaded if name.startswith(lazy)] == []
+    lazy = (
+        "fastattn.kernels",
+        "fastattn.generation",
+        "fastattn.models",
+        "fastattn.data",
+        "fastattn.train",
+        "fastattn.cli",
+    )
+    assert [name for name in loaded if name.startswith(tuple(f"fastattn.{layer}" for layer in lazy))] == []
