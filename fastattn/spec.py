@@ -17,6 +17,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+FEW_KV_HEADS = 2  # key/value heads that leave a kernel which owns keys with too few programs
 
 
 # Never changed, but a frozen one takes twice as long to make, which a single query notices.
@@ -196,6 +197,7 @@ class AttentionSpec:
     single_query: bool  # Sq == 1
     aligned: bool  # data pointers and outer strides of q, k, v are multiples of 16 bytes
     wide_offsets: bool  # some element offset passes 2**31
+    few_kv_heads: bool = False  # FEW_KV_HEADS at most
     backward: bool = False
     bias_grad: bool = False
     alibi_grad: bool = False
@@ -226,6 +228,7 @@ class AttentionSpec:
             single_query=query.shape[2] == 1,
             aligned=_aligned(query) and _aligned(key) and _aligned(value),
             wide_offsets=_passes_32_bits(query, key, value, call.mask, call.bias),
+            few_kv_heads=key.shape[1] <= FEW_KV_HEADS,
             backward=needs is not None,
             bias_grad=needs is not None and needs.bias,
             alibi_grad=needs is not None and needs.alibi_slopes,
@@ -234,7 +237,8 @@ class AttentionSpec:
     def features(self) -> tuple[str, ...]:
         """Names of the features in use, for messages and tables."""
         names = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)]
-        return tuple(n for n in names if n not in ("single_query", "aligned", "wide_offsets", "backward"))
+        classes = ("single_query", "aligned", "wide_offsets", "few_kv_heads", "backward")
+        return tuple(n for n in names if n not in classes)
 
     def replace(self, **changes: Any) -> AttentionSpec:
         """A copy with some fields changed."""

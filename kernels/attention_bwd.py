@@ -11,6 +11,7 @@ descriptors.
 import triton
 import triton.language as tl
 
+from .attention_bwd_splits import within_split
 from .attention_fwd import INTEGERS
 from .primitives import (
     block_at,
@@ -153,6 +154,7 @@ def gradient_tile(
         *DOUT_STRIDES,
         *DWEIGHTS_STRIDES,
         *("stride_dkb", "stride_dkh", "stride_dks", "stride_dvb", "stride_dvh", "stride_dvs"),
+        *("first_split", "stride_split_dk", "stride_split_dv"),
     )
 )
 def attention_dkdv_kernel(
@@ -164,6 +166,7 @@ def attention_dkdv_kernel(
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
+    first_split, stride_split_dk, stride_split_dv, SPLIT_HEADS: tl.constexpr, SPLIT_QUERIES: tl.constexpr,
     TMA: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dv = weights.T @ dout and dk = scale * dproducts.T @ q; without dv where the weights' gradients are given.
@@ -171,6 +174,10 @@ def attention_dkdv_kernel(
     One program owns BLOCK_N keys of one key/value head and adds up the query heads it serves in their order. Tiles are
     keys by queries, so weights and gradients enter the products as they are. Keys that don't exist get garbage rows of
     their own, which are replaced by zeros at the end.
+
+    With SPLIT_HEADS, program_id(1) is one of the splits from first_split on: SPLIT_HEADS of the query heads and a
+    multiple SPLIT_QUERIES of BLOCK_M of their queries (all of them where it is 0). dk and dv then hold a float32 sum
+    per split, stride_split_* elements apart, which attention_bwd_splits.py adds up.
     """
     num_kv_heads = num_heads // VARIANT.group_size
     lengths = (seqlen_q, seqlen_k, shift)
@@ -193,6 +200,12 @@ def attention_dkdv_kernel(
     positions = (num_queries, num_keys, shift, left, right)
     blocks = query_blocks(first_key, end_key, num_queries, shift, left, right, VARIANT, BLOCK_M)
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT)
+    first_member = 0
+    num_members = VARIANT.group_size
+    if SPLIT_HEADS:
+        first_member, num_members, blocks = within_split(
+            blocks, first_split + tl.program_id(1), SPLIT_HEADS, SPLIT_QUERIES, VARIANT, BLOCK_M
+        )
 
     key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, True, TMA, VARIANT)
     value_tile = key_tile
@@ -203,8 +216,8 @@ def attention_dkdv_kernel(
         value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, True, TMA, VARIANT)
     dk_tile = tl.zeros([BLOCK_N, padded(VARIANT.head_dim)], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, padded(VARIANT.value_dim)], tl.float32)
-    for member in range(VARIANT.group_size):
-        head = kv_head * VARIANT.group_size + member
+    for member in range(num_members):
+        head = kv_head * VARIANT.group_size + first_member + member
         queries = head_operand(
             q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
         )
@@ -254,6 +267,9 @@ def attention_dkdv_kernel(
                 dproducts = dproducts.to(query_tile.dtype)
                 dk_tile = tl.dot(dproducts, query_tile, dk_tile, input_precision=VARIANT.dot_precision)
 
+    if SPLIT_HEADS:
+        dk += tl.program_id(1).to(tl.int64) * stride_split_dk
+        dv += tl.program_id(1).to(tl.int64) * stride_split_dv
     exists = (first_key + tl.arange(0, BLOCK_N) < key_end)[:, None]
     dks = head_matrix(dk, (stride_dkb, stride_dkh, stride_dks), batch, kv_head, key_base, num_keys, VARIANT)
     store_tile(dks, tl.where(exists, dk_tile * scale, 0.0), first_key, VARIANT.head_dim, BLOCK_N, VARIANT)

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fastattn.kernels import (
     attention_bwd,
+    attention_bwd_splits,
     attention_fwd,
     attention_row_factor,
     attention_weights,
     segments,
     sequences,
 )
+from fastattn.kernels.splits import SPLIT_ROWS, WHOLE, Split
 from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, TMA_ARCH, Tile
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
@@ -69,7 +71,7 @@ class Launch(NamedTuple):
     """One kernel launch, complete: what runs on a GPU is what the compile checks compile."""
 
     kernel: Any
-    grid: tuple[int]
+    grid: tuple[int, ...]
     args: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -83,7 +85,7 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Launch on the device of the first tensor, unless there is nothing to do."""
-        if self.grid[0] == 0:
+        if 0 in self.grid:
             return
         with torch.cuda.device_of(next(value for value in self.args.values() if isinstance(value, Tensor))):
             self.kernel[self.grid](**self.args, **self.options)
@@ -172,16 +174,38 @@ def dkdv_launch(
     segment_blocks: Tensor | None,
     tile: Tile,
     packing: Packing | None = None,
+    split: Split = WHOLE,
+    first_split: int = 0,
 ) -> Launch:
-    """attention_dkdv_kernel on a call, writing the gradients of key and value."""
+    """attention_dkdv_kernel on a call, writing the gradients of key and value.
+
+    With a split, dkey and dvalue are (splits, B, Hkv, Sk, D) float32 and take the splits from `first_split` on.
+    """
     dvalue = dkey if dvalue is None else dvalue
-    unit = _unit(call.query, call.key, call.value, dkey, dvalue, *cotangents.tensors())
+    first_dkey, first_dvalue = (dkey, dvalue) if split == WHOLE else (dkey[0], dvalue[0])
+    unit = _unit(call.query, call.key, call.value, first_dkey, first_dvalue, *cotangents.tensors())
     args = _call_arguments(spec, call, unit, packing, cotangents)
-    args |= _strides("dk", dkey, unit) | _strides("dv", dvalue, unit)
+    args |= _strides("dk", first_dkey, unit) | _strides("dv", first_dvalue, unit)
     args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
     args |= _tma_arguments(spec, call, tile, cotangents)
+    args |= {"SPLIT_HEADS": split.heads, "SPLIT_QUERIES": split.queries, "first_split": first_split}
+    args |= {"stride_split_dk": 0, "stride_split_dv": 0}
     grid = num_tiles(call.key, tile.block_n, packing)
-    return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
+    if split == WHOLE:
+        return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
+    args |= {"stride_split_dk": dkey.stride(0), "stride_split_dv": dvalue.stride(0)}
+    return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)._replace(grid=(grid, dkey.shape[0]))
+
+
+def sum_splits_launch(partials: Tensor, out: Tensor) -> Launch:
+    """sum_splits_kernel on partials (splits, B, Hkv, Sk, D), rows one behind another, into `out` (B, Hkv, Sk, D)."""
+    num_splits, batch, num_kv_heads, seqlen_k, dim = partials.shape
+    args: dict[str, Any] = {"partials": partials, "out": out, "stride_split": partials.stride(0)}
+    args |= {f"stride_{name}": stride for name, stride in zip("bhs", out.stride())}
+    args |= {"num_splits": num_splits, "num_kv_heads": num_kv_heads, "seqlen_k": seqlen_k}
+    args |= {"DIM": dim, "ROW": partials.stride(3), "BLOCK": SPLIT_ROWS}
+    grid = batch * num_kv_heads * _cdiv(seqlen_k, SPLIT_ROWS)
+    return Launch(attention_bwd_splits.sum_splits_kernel, (grid,), args, num_warps=4, num_stages=1)
 
 
 def dq_launch(

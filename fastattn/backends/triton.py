@@ -92,13 +92,16 @@ def varlen_tiles(spec: AttentionSpec) -> str | None:
 def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     if not _installed():
         return None
+    from fastattn.kernels.splits import split_count, split_of
     from fastattn.kernels.tiles import table_tiles
     from fastattn.kernels.tuned import tiles_for
 
     chosen = tiles_for(spec, packed)
     source = "" if chosen == table_tiles(spec) else ", measured here"
     if spec.backward:
-        return f"dk, dv {chosen.dkdv}; dq {chosen.dq}{source}"
+        split = split_of(spec, packed)
+        split_into = f", {split}" if split.queries or split_count(split, spec.group_size, 0) > 1 else ""
+        return f"dk, dv {chosen.dkdv}{split_into}; dq {chosen.dq}{source}"
     return f"forward {chosen.forward}{source}"
 
 

@@ -19,6 +19,7 @@ from fastattn.spec import (
 
 if TYPE_CHECKING:
     from fastattn.kernels.launches import Cotangents, Packing
+    from fastattn.kernels.splits import Split
     from fastattn.kernels.tiles import Tile, Tiles
 
 
@@ -160,13 +161,52 @@ def _key_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of key and value; of the weights, that of the key alone."""
     from fastattn.kernels.launches import dkdv_launch
+    from fastattn.kernels.splits import split_count, split_of
 
     if not needed:
         return None, None
     dkey = empty_in_order(call.key, call.key.shape)
     dvalue = None if cotangents.dout is None else empty_in_order(call.value, call.value.shape)
-    dkdv_launch(spec, call, cotangents, dkey, dvalue, _query_blocks(call, tile), tile, packing).run()
+    blocks = _query_blocks(call, tile)
+    split = split_of(spec, packing is not None)
+    count = split_count(split, spec.group_size, call.query.shape[2])
+    if count == 1:
+        dkdv_launch(spec, call, cotangents, dkey, dvalue, blocks, tile, packing).run()
+    else:
+        _split_key_grads(spec, call, packing, cotangents, dkey, dvalue, blocks, tile, split, count)
     return dkey, dvalue
+
+
+def _split_key_grads(
+    spec: AttentionSpec, call: AttentionCall, packing: Packing | None, cotangents: Cotangents, dkey: Tensor,
+    dvalue: Tensor | None, blocks: Tensor | None, tile: Tile, split: Split, count: int,
+) -> None:  # fmt: skip
+    """The same from float32 sums over the queries of each split, as many splits at a time as the workspace holds."""
+    from fastattn.kernels.launches import dkdv_launch, sum_splits_launch
+    from fastattn.kernels.splits import splits_at_once
+
+    grads = [dkey] if dvalue is None else [dkey, dvalue]
+    rows = [grad.shape[:3].numel() for grad in grads]
+    widths = [
+        -(-grad.shape[3] // 8) * 8 for grad in grads
+    ]  # so that every row begins at a multiple of 16 bytes
+    slots = splits_at_once(count, 4 * sum(n * width for n, width in zip(rows, widths)))
+    partials = [
+        grad.new_empty((slots, *grad.shape[:3], width), dtype=torch.float32)[..., : grad.shape[3]]
+        for grad, width in zip(grads, widths)
+    ]
+    done = 0
+    while done < count:
+        first = min(done, 1)  # where the sum of those before stays
+        some = min(count - done, slots - first)
+        parts = [part[first : first + some] for part in partials]
+        dkdv_launch(
+            spec, call, cotangents, parts[0], parts[1] if dvalue is not None else None, blocks, tile, packing,
+            split, done,
+        ).run()  # fmt: skip
+        done += some
+        for part, grad in zip(partials, grads):
+            sum_splits_launch(part[: first + some], grad if done == count else part[0]).run()
 
 
 def _query_grads(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.kernels import launches
+from fastattn.kernels.splits import split_of
 from fastattn.kernels.tiles import Tile, Tiles
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 
@@ -34,6 +35,12 @@ def launches_of(
             backward, call, cotangents, query, slope_sums, None, blocks, tiles.dq, packing
         ),
     }
+    sums = [torch.empty(2, *tensor.shape, dtype=torch.float32) for tensor in (key, value)]
+    split = split_of(backward.replace(few_kv_heads=True), packing is not None)
+    made["dkdv_split"] = launches.dkdv_launch(
+        backward, call, cotangents, *sums, blocks, tiles.dkdv, packing, split, first_split=1
+    )
+    made["sum_splits"] = launches.sum_splits_launch(sums[0], key)
     if packing is not None:
         return made
     weights = torch.empty(*query.shape[:3], key.shape[2], dtype=query.dtype)

@@ -27,7 +27,7 @@ from compile_inspect import AMD, Report, compile_launch, intermediate
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", AMD)
 AMD_SHARED = 65536
-ATTENTION = ("forward", "dkdv", "dq", "dbias", "weights")
+ATTENTION = ("forward", "dkdv", "dkdv_split", "sum_splits", "dq", "dbias", "weights")
 FEATURES = {  # of an attention row: what it is compiled with, by whether something changes its scores
     False: ("plain", "causal", "causal, window, lengths, sinks", "causal, packed"),
     True: ("softcap, alibi", "bias, mask, segments", "dropout", "all", "softcap, alibi, dropout, packed"),
@@ -38,9 +38,15 @@ FEWER = {False: ("causal",), True: ("all",)}
 CACHE_ARCHITECTURES = ("80", "86", "90", "100", "120")  # one of each family of tiles
 ROW_ARCHITECTURES = ("80", "90")  # their tiles are the same everywhere
 WRITTEN_AT_ONCE = 24  # rows compiled before the table is stored, so that an interruption loses little
-PACKED = ("forward", "dkdv", "dq")  # the kernels that packed sequences run on
+PACKED = ("forward", "dkdv", "dkdv_split", "dq")  # the kernels that packed sequences run on
+GROUPED = {  # with eight query heads to a key head, where the loop over them matters: on EVERY_FEATURE
+    "dkdv": ("causal, grouped", "causal, packed, grouped"),
+    "dkdv_split": ("causal, grouped", "causal, packed, grouped"),
+    "sum_splits": ("causal, grouped",),
+}
 ROW_KERNELS = ("softmax_fwd", "softmax_bwd", "cross_entropy_fwd", "cross_entropy_bwd")
 CACHE_KERNELS = ("decode", "cache_append", "combine")
+SPLITTING = ("dkdv_split", "sum_splits")
 KERNELS = (*ATTENTION, *CACHE_KERNELS, *ROW_KERNELS)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
@@ -69,10 +75,11 @@ class Entry:
 
     @property
     def strict(self) -> bool:
-        """Held to no spills: rows of softmax, and 16-bit attention without score features up to head dim 128."""
-        if self.arch == AMD:
+        """Held to no spills: rows of softmax, and 16-bit attention without score features up to head dim 128. With
+        grouped heads dk and dv spill what the loop over heads keeps, beside the loop over blocks: on record only."""
+        if self.arch == AMD or ("grouped" in self.features and self.kernel != "sum_splits"):
             return False
-        if self.kernel in ROW_KERNELS:
+        if self.kernel in ROW_KERNELS or self.kernel == "sum_splits":
             return True
         plain = self.features.removesuffix(WITHOUT) in FEATURES[False] or (
             self.kernel in CACHE_KERNELS and "all" not in self.features
@@ -92,7 +99,8 @@ def call_with(features: str, head_dim: int, bits: int) -> Any:
     from fastattn.spec import AttentionCall
 
     length, batch = 16, 1 if "packed" in features else 2
-    query = torch.empty(batch, 2, length, head_dim, dtype=DTYPES[bits])
+    query = torch.empty(batch, 8 if "grouped" in features else 2, length, head_dim, dtype=DTYPES[bits])
+    key = query[:, :1] if "grouped" in features else query
     ids = torch.zeros(2, length, dtype=torch.int32)
     groups: dict[str, dict[str, Any]] = {
         "causal": {"causal": "bottom_right"},
@@ -110,7 +118,7 @@ def call_with(features: str, head_dim: int, bits: int) -> Any:
     options: dict[str, Any] = {}
     for name in names:
         options |= groups.get(name, {})
-    return AttentionCall(query, query, query, **options)
+    return AttentionCall(query, key, key, **options)
 
 
 def entries(architectures: Iterable[str] = ARCHITECTURES) -> Iterator[Entry]:
@@ -131,18 +139,28 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
             continue
         row = tiles_on(arch, key)
         chosen = FEATURES if arch in EVERY_FEATURE else FEWER
-        for kernel, features in product(ATTENTION, chosen[key.rich]):
+        for kernel, features in product(ATTENTION, (*chosen[key.rich], *_grouped(arch, key))):
+            if ("grouped" in features or kernel in SPLITTING) and features not in GROUPED.get(kernel, ()):
+                continue
             if kernel == "dbias" and "bias" not in features and features != "all":
                 continue
             if "packed" in features and kernel not in PACKED:
                 continue
             if kernel == "weights" and features not in ("plain", "all"):
                 continue
-            tile = row.dbias if kernel == "weights" else getattr(row, kernel)
+            if kernel == "sum_splits":
+                yield Entry(arch, key.bits, key.head_dim, kernel, features)
+                continue
+            field_name = {"weights": "dbias", "dkdv_split": "dkdv"}.get(kernel, kernel)
+            tile = getattr(row, field_name)
             yield Entry(arch, key.bits, key.head_dim, kernel, features, short(tile))
             if tile.tma:
-                other = getattr(WITHOUT_TMA[key], kernel)
+                other = getattr(WITHOUT_TMA[key], field_name)
                 yield Entry(arch, key.bits, key.head_dim, kernel, features + WITHOUT, short(other))
+
+
+def _grouped(arch: str, key: Any) -> tuple[str, ...]:
+    return GROUPED["dkdv"] if arch in EVERY_FEATURE and not key.rich else ()
 
 
 def _cache_entries(arch: str) -> Iterator[Entry]:
@@ -272,7 +290,12 @@ def problem(entry: Entry, report: Report, allowance: int | None = None) -> str |
         return f"{report.local_ops} loads and stores of local memory, {allowance} are on record"
     if not entry.strict or entry.kernel in ROW_KERNELS:
         return None
-    if entry.kernel in ATTENTION and entry.arch == "90" and not report.async_mma:
+    if (
+        entry.kernel in ATTENTION
+        and entry.arch == "90"
+        and entry.kernel != "sum_splits"
+        and not report.async_mma
+    ):
         return "no wgmma"
     if entry.kernel in ("forward", "dkdv", "dq", "decode") and not (report.wide_copies or report.tma_copies):
         return "operands are neither copied 16 bytes at a time nor by TMA"

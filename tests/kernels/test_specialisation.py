@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("forward", "delta", "row_factor", "dkdv", "dq", "dbias", "weights", "segments")
+KERNELS = (
+    *("forward", "delta", "row_factor", "dkdv", "dkdv_split", "sum_splits"),
+    *("dq", "dbias", "weights", "segments"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_lengths_batches_and_heads_share_one_variant(
     assert len(signatures["lengths"][kernel]) == 6
 
 
-@pytest.mark.parametrize("kernel", ["forward", "delta", "dkdv", "dq", "sums"])
+@pytest.mark.parametrize("kernel", ["forward", "delta", "dkdv", "dkdv_split", "sum_splits", "dq", "sums"])
 def test_packed_batches_share_one_variant(signatures: dict[str, dict[str, list[str]]], kernel: str) -> None:
     """From 1 to 300 sequences of 2 to 5000 tokens in all, 1 to 16 heads."""
     assert len(set(signatures["packed"][kernel])) == 1
