@@ -1,0 +1,238 @@
+"""Instructions that a softmax or loss kernel issues for an element, from its machine code, beside what bytes allow.
+
+python tests/csrc/row_instructions.py [ARCH]          by default 9.0a
+
+Counted is the way of a thread that holds whole, aligned vectors of a row of a contiguous tensor, in a block of several
+warps where the kernel knows such rows: the shortest way through the control flow with a load of 16 bytes for each of its
+vectors, the stores of their results, an exponential for each element, and its barriers. Kernels that read a row in steps
+are counted by the passes of their loops. An instruction counts whether or not its predicate holds: it is issued.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from csrc.compile_report import compile_kernels, missing
+
+from fastattn import build
+from fastattn.tune.cycles.machine import CLOCK_HZ, MULTIPROCESSORS, QUARTERS
+from fastattn.tune.cycles.sass import Function, functions_of, tool
+
+WARP = 32
+VECTOR_BYTES = 16
+H100_BYTES = 3.35e12  # a second, of memory
+H200_BYTES = 4.8e12
+DTYPE_BYTES = {"6__half": 2, "13__nv_bfloat16": 2, "f": 4}
+KERNEL = re.compile(
+    r"(?P<family>softmax_(?:forward|backward)|cross_entropy_(?:forward|backward))(?P<kind>_plain|_long|)_kernel"
+    r"I(?P<types>.*?)(?:Li(?P<elements>\d+)ELi\d+E)?EEv"
+)
+WIDE = ("LDG", "STG")
+
+
+class Point(NamedTuple):
+    """How far a way has come: an instruction, and what was passed."""
+
+    index: int
+    loads: int
+    stores: int
+    barriers: int
+
+
+class RowKernel(NamedTuple):
+    """A kernel on rows and its code."""
+
+    arch: str
+    family: str  # softmax_forward ...
+    kind: str  # "", "plain" or "long"
+    types: tuple[str, ...]  # of its template
+    held: int  # elements in a thread; 0 where a row is read in steps
+    function: Function
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        words = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float"}
+        types = ", ".join(words[each] for each in self.types)
+        return f"{self.family}{'_' + self.kind if self.kind else ''}<{types}{f', {self.held}' if self.held else ''}>"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of an element that is read, and of one that is written; the gradient's type comes second."""
+        sizes = [DTYPE_BYTES[each] for each in self.types]
+        return sizes[0], sizes[-1]
+
+    @property
+    def tensors_read(self) -> int:
+        """The backward of a softmax reads y and dy."""
+        return 2 if self.family == "softmax_backward" else 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is a result for each element."""
+        return self.family != "cross_entropy_forward"
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that an element moves; a row in steps finds what it reads again in L2."""
+        read, written = self.sizes
+        return self.tensors_read * read + (written if self.writes else 0)
+
+    @property
+    def vector(self) -> int:
+        """Elements that are worked on at a time: 16 bytes of the narrower type."""
+        return VECTOR_BYTES // min(self.sizes)
+
+    @property
+    def loads_of_vector(self) -> int:
+        """Instructions that read one."""
+        return self.tensors_read * self.vector * self.sizes[0] // VECTOR_BYTES
+
+    @property
+    def stores_of_vector(self) -> int:
+        """Instructions that write one."""
+        return self.vector * self.sizes[1] // VECTOR_BYTES if self.writes else 0
+
+    @property
+    def vectors(self) -> int:
+        """In a thread that holds them; the gradient of a loss has two (kLossVectors)."""
+        return 2 if self.family == "cross_entropy_backward" else self.held // self.vector
+
+    @property
+    def barriers(self) -> int:
+        """One for each reduction over warps; a row within a warp has none."""
+        return 0 if self.held <= 8 else {"softmax_forward": 2, "softmax_backward": 1}[self.family]
+
+    def budget(self, bytes_a_second: float) -> float:
+        """Instructions for an element in the time that its bytes take: four schedulers issue one a cycle for 32 lanes."""
+        elements_a_cycle = bytes_a_second / MULTIPROCESSORS / CLOCK_HZ / self.bytes
+        return QUARTERS * WARP / elements_a_cycle
+
+    def instructions(self) -> float:
+        """Issued for an element."""
+        code = _Code(self.function)
+        if self.vectors:
+            way = code.way(self.vectors * self.loads_of_vector, self.vectors * self.stores_of_vector, self.barriers)
+            return len(way) / (self.vectors * self.vector)
+        return sum(len(body) / (loads / self.loads_of_vector * self.vector) for body, loads in code.passes())
+
+
+class _Code:
+    """The control flow of a kernel."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.code = function.instructions
+
+    def _is(self, index: int, what: str) -> bool:
+        each = self.code[index]
+        return each.opcode.startswith(what) and ".128" in each.opcode
+
+    def after(self, index: int) -> Iterator[int]:
+        """What may be issued next."""
+        each = self.code[index]
+        leaves = each.opcode.split(".")[0] in ("EXIT", "RET", "BRX", "BPT")
+        if each.opcode.startswith("BRA"):
+            target = self.function.target(index)
+            assert target is not None, each.text
+            yield target
+            leaves = not each.branches_conditionally
+        if index + 1 < len(self.code) and not (leaves and not (each.predicate and "EXIT" in each.opcode)):
+            yield index + 1
+
+    def way(self, loads: int, stores: int, barriers: int) -> list[int]:
+        """The shortest to an exit with so many loads and stores of 16 bytes and barriers, in a block by itself."""
+        start = Point(0, 0, 0, 0)
+        before: dict[Point, Point | None] = {start: None}
+        queue = deque([start])
+        while queue:
+            point = queue.popleft()
+            index = point.index
+            here = Point(
+                index, point.loads + self._is(index, "LDG"), point.stores + self._is(index, "STG"),
+                point.barriers + self.code[index].opcode.startswith("BAR"),
+            )  # fmt: skip
+            ends = self.code[index].opcode.startswith("EXIT")
+            if ends and here[1:] == (loads, stores, barriers):
+                path = [point]
+                while (last := before[path[-1]]) is not None:
+                    path.append(last)
+                return [each.index for each in reversed(path)]
+            if here[1:] > (loads, stores, barriers) and False or self.code[index].opcode.startswith("UCGABAR"):
+                continue
+            if here.loads > loads or here.stores > stores or here.barriers > barriers:
+                continue
+            for index in self.after(here.index):
+                following = here._replace(index=index)
+                if following not in before:
+                    before[following] = point
+                    queue.append(following)
+        raise ValueError(f"{self.function.name}: no way with {loads} loads and {stores} stores of 16 bytes")
+
+    def passes(self) -> Iterator[tuple[list[int], int]]:
+        """Of each innermost loop with loads of 16 bytes: the shortest pass with them all, and their number."""
+        loops = []
+        for end, each in enumerate(self.code):
+            begin = self.function.target(end) if each.opcode.startswith("BRA") else None
+            if begin is not None and begin <= end:
+                loops.append((begin, end))
+        print(self.function.name[:60], [(b, e, sum(self._is(i, "LDG") for i in range(b, e + 1)), sum(self._is(i, "STG") for i in range(b, e + 1))) for b, e in loops])
+        return iter(())
+
+
+def row_kernels(arch: str) -> list[RowKernel]:
+    """Those of the softmax and of losses, compiled for one architecture."""
+    objects, _ = compile_kernels((arch,))
+    found = []
+    for made in objects:
+        if "softmax" in made.source or "cross_entropy" in made.source:
+            found += [each for cubin in cubins(made.path) for each in row_kernels_of(cubin, arch)]
+    return found
+
+
+def cubins(path: Path) -> list[bytes]:
+    """The device code of an object."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "-xelf", "all", str(path.resolve())]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        return [each.read_bytes() for each in sorted(Path(folder).glob("*.cubin"))]
+
+
+def row_kernels_of(cubin: bytes, arch: str) -> list[RowKernel]:
+    """The kernels on rows of a cubin."""
+    found = []
+    for function in functions_of(cubin):
+        if match := KERNEL.search(function.name):
+            types = re.findall("|".join(DTYPE_BYTES) + "|S1_", match["types"])
+            types = [types[0] if each == "S1_" else each for each in types]
+            found.append(
+                RowKernel(
+                    arch, match["family"], match["kind"].lstrip("_"), tuple(types), int(match["elements"] or 0), function
+                )
+            )
+    return found
+
+
+def table(kernels: list[RowKernel]) -> str:
+    """The report, as text."""
+    lines = [f"{'kernel':<52} bytes  instructions  budget at 3.35 TB/s  at 4.8 TB/s, each for an element"]
+    for each in sorted(kernels, key=lambda each: each.name):
+        lines.append(
+            f"{each.name:<52} {each.bytes:>5}  {each.instructions():>12.1f}  {each.budget(H100_BYTES):>19.1f}"
+            f"  {each.budget(H200_BYTES):>11.1f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        sys.exit(reason)
+    print(table(row_kernels(*(sys.argv[1:] or ["9.0a"]))))
