@@ -5,8 +5,9 @@
 
 namespace fastattn {
 
-// With l = ceil(log2(divisor)) and N bits of numerator, multiplier = ceil(2^(N + l) / divisor) is too large by less than
-// 2^l / divisor, which a numerator below 2^N makes less than 1 / divisor of the quotient: its floor is exact.
+// With l = ceil(log2(divisor)) and N bits of numerator, multiplier = ceil(2^(N + l) / divisor) has N + 1 bits, and
+// multiplier * divisor = 2^(N + l) + e with e < divisor <= 2^l. So numerator * multiplier / 2^(N + l) is above
+// numerator / divisor by numerator * e / (divisor * 2^(N + l)) < 1 / divisor: its floor is the quotient.
 // N is 31 where the numerators have 31 bits, which takes one 32-bit multiplication, and 63 otherwise.
 struct Divisor {
   int64_t divisor = 1;

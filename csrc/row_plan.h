@@ -44,9 +44,9 @@ struct RowPlan {
 
 constexpr int kRowThreads = 128;  // of a block whose rows need no more
 constexpr int kMaxRowThreads = 1024;
-constexpr int kMaxRowBlocks = 8;  // of a cluster that every device with clusters can run
+constexpr int kMaxRowBlocks = 8;      // of a cluster: the most that every device with clusters runs
 constexpr int kLongRowThreads = 512;  // of a row that is not held: more would spill
-constexpr int kWarpElements = 8;      // a thread of a row within a warp holds
+constexpr int kWarpElements = 8;      // held by a thread of a row within a warp
 constexpr int64_t kAnyColumns = INT64_MAX;
 
 // For a 16-bit input of which a thread holds up to 32 elements; more, or as many floats, would spill at 1024 threads.

@@ -115,9 +115,9 @@ FASTATTN_DEVICE unsigned char* align_shared(unsigned char* pointer) {
   return pointer + (-shared_address(pointer) & (Alignment - 1));
 }
 
-// The same value, a pointer or a 64-bit number, of which the compiler no longer knows how it was computed. It adds offsets
-// to such a pointer, where else it computes addresses for every way the pointer may be used ahead of the branch to that
-// way; and what it computes again from such a number it does not keep in registers until then.
+// The same value, a pointer or a 64-bit number, of which the compiler no longer knows how it was computed. To such a
+// pointer it adds offsets, where it would else compute the addresses of rarely taken branches ahead of them; and what a
+// rare branch computes from such a number is not kept in registers until then.
 template <class T>
 FASTATTN_DEVICE T opaque(T value) {
   static_assert(sizeof(T) == 8);

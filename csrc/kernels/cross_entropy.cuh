@@ -108,7 +108,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   p.norms[2 * mine.row + 1] = log_sum;
 }
 
-// The gradient of a part of one row; `parts` divides the number of a block, of 31 bits, by loss_parts. A thread writes only where it alone has read: dlogits may be the logits.
+// The gradient of a part of one row; `parts` divides the number of a block, of 31 bits, by loss_parts. A thread writes
+// only where it alone has read: dlogits may be the logits.
 template <class T>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
     cross_entropy_backward_kernel(const FASTATTN_GRID_CONSTANT CrossEntropyBackward p,
@@ -141,15 +142,23 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
 #pragma unroll
   for (int i = 0; i < kLossVectors; ++i) {
     const int64_t first = (vector + i * kLossThreads) * kV - shift;
+    const int chosen = target >= first && target < first + kV ? static_cast<int>(target - first) : kV;
+    float spread[kV];
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      spread[j] = everywhere;
+    }
+    if (p.class_weight != nullptr && everywhere != 0.0f) {
+#pragma unroll
+      for (int j = 0; j < kV; ++j) {
+        spread[j] *= first + j >= 0 && first + j < p.classes ? p.class_weight[first + j] : 0.0f;
+      }
+    }
     float gradient[kV];
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      float spread = everywhere;
-      if (p.class_weight != nullptr && everywhere != 0.0f) {
-        spread *= first + j >= 0 && first + j < p.classes ? p.class_weight[first + j] : 0.0f;
-      }
-      const float probability = exponential(raw[i].value(j) - reference - log_sum) * factor - spread;
-      const float wanted = first + j == target ? own : 0.0f;
+      const float probability = exponential(raw[i].value(j) - reference - log_sum) * factor - spread[j];
+      const float wanted = j == chosen ? own : 0.0f;
       gradient[j] = kept ? dloss * (probability - wanted) : 0.0f;
     }
     store_vector<kV>(dz, first, p.classes, dz_aligned, gradient);

@@ -33,6 +33,15 @@ constexpr bool kClusters = true;
 constexpr bool kClusters = false;
 #endif
 
+// Blocks of so many threads that shall fit a multiprocessor: short rows hide their latency by numbers. Blocks of up to
+// 1024 threads get 64 registers a thread, so that two of 512 fit.
+template <int Threads>
+constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
+
+// Whether a held row lies within a warp: those, and no others, are taken by blocks of kRowThreads.
+template <int Elements>
+constexpr bool kWithinWarp = Elements == kWarpElements;
+
 // Which row this thread works on, and its place among the row's threads.
 struct RowThreads {
   int64_t row;
@@ -46,9 +55,9 @@ struct RowThreads {
 };
 
 // A block takes rows_per_block rows, a cluster one: threads are numbered through the grid, and a row's are neighbours.
-FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan) {
-  const uint64_t number = static_cast<uint64_t>(block_index().x) * static_cast<uint32_t>(block_threads()) +
-                          static_cast<uint32_t>(thread_index());
+FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan, uint64_t block) {
+  const uint64_t number =
+      block * static_cast<uint32_t>(block_threads()) + static_cast<uint32_t>(thread_index());
   const int in_row = static_cast<int>(number) & ((1 << plan.threads_log2) - 1);
   return {static_cast<int64_t>(number >> plan.threads_log2),
           in_row,
@@ -57,6 +66,8 @@ FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan) {
           plan.warps_log2,
           plan.blocks_log2};
 }
+
+FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan) { return row_threads(plan, block_index().x); }
 
 struct Sum {
   static constexpr bool kIdempotent = false;

@@ -1,10 +1,9 @@
-// Softmax over rows: scaled, masked, causal, or its logarithm, and its gradient.
+// Softmax over rows: scaled, masked, causal, or its logarithm.
 //
 //   y = exp(scale * x - max) / sum(exp(scale * x - max))        log: scale * x - max - log(sum)
-//   dx = scale * y * (dy - sum(y * dy))                         log: scale * (dy - exp(y) * sum(dy))
 //
 // Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. What is masked, and where x or
-// scale * x is -inf, y is the constant 0, in log -inf, even in a row with NaN; where y is that constant, dx is 0.
+// scale * x is -inf, y is the constant 0, in log -inf, even in a row with NaN.
 #pragma once
 
 #include "rows.cuh"
@@ -33,6 +32,9 @@ struct KeptRange {
   // One bit per element from `first` on.
   template <int V>
   FASTATTN_DEVICE uint32_t bits(Index first) const {
+    if (first >= begin && first + V <= end) {
+      return bits_below<V>(V);
+    }
     return bits_below<V>(end - first) & ~bits_below<V>(begin - first);
   }
 
@@ -85,6 +87,7 @@ FASTATTN_DEVICE uint32_t load_mask(const uint8_t* row, int64_t stride, Index fir
 // Where a row of a forward call lies, and how threads cut it into vectors.
 template <class In, class Out, class Index>
 struct RowView {
+  using Position = Index;
   static constexpr int kV = kVector<In, Out>;
 
   const In* x;
@@ -168,24 +171,16 @@ struct ForwardRow : RowView<In, Out, Index> {
   }
 };
 
-// Blocks of so many threads that shall fit a multiprocessor: short rows hide their latency by numbers. Blocks of up to
-// 1024 threads get 64 registers a thread, so that two of 512 fit.
-template <int Threads>
-constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
-
-// Whether a held row lies within a warp: those, and no others, are taken by blocks of kRowThreads.
-template <int Elements>
-constexpr bool kWithinWarp = Elements == kWarpElements;
-
 // Writes a row whose sum is NaN: that, but the constant where a score is -inf. Such rows are read once more, so that in
 // all others no element has to say whether its power is 0 by itself or by being hidden.
 template <class Row>
-FASTATTN_DEVICE void store_undefined_row(const SoftmaxForward& p, const RowThreads& mine, int vectors) {
-  const Row row(p, opaque(mine.row));
+FASTATTN_DEVICE void store_undefined_row(const SoftmaxForward& p, const RowPlan& plan, typename Row::Position steps) {
+  const RowThreads mine = row_threads(plan, opaque(uint64_t{block_index().x}));
+  const Row row(p, mine.row);
   const float constant = p.log ? negative_infinity() : 0.0f;
 #pragma unroll 1
-  for (int i = 0; i < vectors; ++i) {
-    const int first = row.first_of(mine.thread + (i << mine.threads_log2));
+  for (typename Row::Position i = 0; i < steps; ++i) {
+    const typename Row::Position first = row.first_of(mine.thread + (i << mine.threads_log2));
     float values[Row::kV];
     row.read_scores(p, first, values);
 #pragma unroll
@@ -246,7 +241,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
   }
   sum = reduce_row<Sum, kWithinWarp<Elements>>(sum, mine, 1);
   if (!is_finite(sum)) {
-    store_undefined_row<ForwardRow<In, Out, int>>(p, mine, kVectors);
+    store_undefined_row<ForwardRow<In, Out, int>>(p, plan, kVectors);
     return;
   }
   sum = sum == 0.0f ? 1.0f : sum;
@@ -258,7 +253,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
     for (int j = 0; j < kV; ++j) {
       scores[i][j] = scores[i][j] * factor - offset;
     }
-    store_vector<kV>(row.y, row.first_of(mine.thread + (i << mine.threads_log2)), row.columns, row.y_aligned, scores[i]);
+    store_vector<kV>(row.y, row.first_of(mine.thread + (i << mine.threads_log2)), row.columns, row.y_aligned,
+                     scores[i]);
   }
 }
 
@@ -294,150 +290,23 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   const float row_largest = finite_maximum(reduce_row<Maximum>(largest, mine, 0));
   sum = sum == 0.0f ? 0.0f : sum * exponential(finite_maximum(largest) - row_largest);  // 0 * inf is NaN
   sum = reduce_row<Sum>(sum, mine, 1);
+  const int64_t steps = (vectors + mine.threads() - 1) >> mine.threads_log2;
+  if (!is_finite(sum)) {
+    store_undefined_row<ForwardRow<In, Out, int64_t>>(p, plan, steps);
+    return;
+  }
   sum = sum == 0.0f ? 1.0f : sum;
   const float factor = p.log ? 1.0f : inverse_sum<Out>(sum);
   const float offset = p.log ? logf(sum) : 0.0f;
-  const float constant = p.log ? negative_infinity() : 0.0f;
-  const int64_t steps = (vectors + mine.threads() - 1) >> mine.threads_log2;
   for (int64_t step = steps - 1; step >= 0; --step) {
     const int64_t first = row.first_of((step << mine.threads_log2) + mine.thread);
     row.read_scores(p, first, scores);
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
       const float difference = scores[j] - row_largest;
-      const float result = (p.log ? difference : exponential(difference)) * factor - offset;
-      scores[j] = scores[j] == negative_infinity() ? constant : result;
+      scores[j] = (p.log ? difference : exponential(difference)) * factor - offset;
     }
     store_vector<kV>(row.y, first, row.columns, row.y_aligned, scores);
-  }
-}
-
-// A row of a backward call and how this thread reads it. T: dtype of y and dy, Grad: of dx.
-template <class T, class Grad, class Index>
-struct BackwardRow {
-  static constexpr int kV = kVector<T, Grad>;
-
-  const T* y;
-  const T* dy;
-  Grad* dx;
-  Index columns;
-  int shift;  // the first vector begins this many elements before the row
-  bool dy_aligned;
-  bool dx_aligned;
-  bool log;
-
-  FASTATTN_DEVICE BackwardRow(const SoftmaxBackward& p, int64_t row) {
-    const RowStrides* const strides[] = {&p.y_strides, &p.dy_strides, &p.dx_strides};
-    int64_t offsets[3];
-    row_offsets(row, p.sizes, strides, offsets);
-    y = opaque(static_cast<const T*>(p.y) + offsets[0]);
-    dy = opaque(static_cast<const T*>(p.dy) + offsets[1]);
-    dx = opaque(static_cast<Grad*>(p.dx) + offsets[2]);
-    columns = row < p.sizes.rows ? static_cast<Index>(p.sizes.columns) : 0;
-    shift = misalignment<kV>(y);
-    dy_aligned = aligned_before(dy, shift);
-    dx_aligned = aligned_before(dx, shift);
-    log = p.log;
-  }
-
-  FASTATTN_DEVICE Index first_of(Index vector) const { return vector * kV - shift; }
-
-  FASTATTN_DEVICE float constant() const { return log ? negative_infinity() : 0.0f; }
-
-  FASTATTN_DEVICE Packed<T, kV> load_y(Index first) const {
-    return load_vector<true, kV>(y, first, columns, true, constant());
-  }
-
-  FASTATTN_DEVICE Packed<T, kV> load_dy(Index first) const {
-    return load_vector<true, kV>(dy, first, columns, dy_aligned, 0.0f);
-  }
-
-  // What is summed over the row: y * dy, in log dy; nothing where y is constant, whatever dy is there.
-  FASTATTN_DEVICE float term(float result, float cotangent) const {
-    if (result == constant()) {
-      return 0.0f;
-    }
-    return log ? cotangent : result * cotangent;
-  }
-
-  FASTATTN_DEVICE float gradient(float result, float cotangent, float total, float scale) const {
-    if (result == constant()) {
-      return 0.0f;
-    }
-    return scale * (log ? cotangent - exponential(result) * total : result * (cotangent - total));
-  }
-};
-
-// The gradient of one row, held by its threads.
-template <class T, class Grad, int Elements, int Threads>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
-    softmax_backward_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p, const FASTATTN_GRID_CONSTANT RowPlan plan) {
-  constexpr int kV = kVector<T, Grad>;
-  constexpr int kVectors = Elements / kV;
-  const RowThreads mine = row_threads(plan);
-  announce_block<kWithinWarp<Elements>>(mine);
-  const BackwardRow<T, Grad, int> row(p, mine.row);
-  Packed<T, kV> y[kVectors];
-  Packed<T, kV> dy[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int first = row.first_of(mine.thread + (i << mine.threads_log2));
-    y[i] = row.load_y(first);
-    dy[i] = row.load_dy(first);
-  }
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      total += row.term(y[i].value(j), dy[i].value(j));
-    }
-  }
-  total = reduce_row<Sum, kWithinWarp<Elements>>(total, mine, 0);
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float gradient[kV];
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      gradient[j] = row.gradient(y[i].value(j), dy[i].value(j), total, p.scale);
-    }
-    store_vector<kV>(row.dx, row.first_of(mine.thread + (i << mine.threads_log2)), row.columns, row.dx_aligned, gradient);
-  }
-}
-
-// The gradient of one row of any length: the sum, then the gradient, from the end, which was read last.
-template <class T, class Grad>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
-    softmax_backward_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p,
-                                 const FASTATTN_GRID_CONSTANT RowPlan plan) {
-  constexpr int kV = kVector<T, Grad>;
-  const RowThreads mine = row_threads(plan);
-  const BackwardRow<T, Grad, int64_t> row(p, mine.row);
-  const int64_t vectors = vectors_of(row.columns, row.shift, kV);
-  float total = 0.0f;
-#pragma unroll 2
-  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads()) {
-    const int64_t first = row.first_of(vector);
-    const Packed<T, kV> y = row.load_y(first);
-    const Packed<T, kV> dy = row.load_dy(first);
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      total += row.term(y.value(j), dy.value(j));
-    }
-  }
-  total = reduce_row<Sum>(total, mine, 0);
-  const int64_t steps = (vectors + mine.threads() - 1) >> mine.threads_log2;
-#pragma unroll 2
-  for (int64_t step = steps - 1; step >= 0; --step) {
-    const int64_t first = row.first_of((step << mine.threads_log2) + mine.thread);
-    const Packed<T, kV> y = row.load_y(first);
-    const Packed<T, kV> dy = row.load_dy(first);
-    float gradient[kV];
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      gradient[j] = row.gradient(y.value(j), dy.value(j), total, p.scale);
-    }
-    store_vector<kV>(row.dx, first, row.columns, row.dx_aligned, gradient);
   }
 }
 

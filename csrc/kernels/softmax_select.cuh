@@ -4,6 +4,7 @@
 
 #include "cross_entropy.cuh"
 #include "softmax.cuh"
+#include "softmax_bwd.cuh"
 #include "softmax_plain.cuh"
 
 namespace fastattn {
@@ -33,6 +34,8 @@ auto select_softmax_forward(const SoftmaxForward& p, bool clusters, Launch launc
           return launch(softmax_forward_plain_kernel<In, Out, 16, kMaxRowThreads>, p, plan, rows);
         case 32:
           return launch(softmax_forward_plain_kernel<In, Out, 32, kMaxRowThreads>, p, plan, rows);
+        default:
+          return launch(softmax_forward_plain_long_kernel<In, Out>, p, plan, rows);
       }
     }
   }

@@ -32,7 +32,7 @@ H100_BYTES = 3.35e12  # a second, of memory
 H200_BYTES = 4.8e12
 DTYPE_BYTES = {"6__half": 2, "13__nv_bfloat16": 2, "f": 4}
 KERNEL = re.compile(
-    r"(?P<family>softmax_(?:forward|backward)|cross_entropy_(?:forward|backward))(?P<kind>_plain|_long|)_kernel"
+    r"(?P<family>softmax_(?:forward|backward)|cross_entropy_(?:forward|backward))(?P<kind>_plain_long|_plain|_long|)_kernel"
     r"I(?P<types>.*?)(?:Li(?P<elements>\d+)ELi\d+E)?EEv"
 )
 WIDE = ("LDG", "STG")
@@ -52,7 +52,7 @@ class RowKernel(NamedTuple):
 
     arch: str
     family: str  # softmax_forward ...
-    kind: str  # "", "plain" or "long"
+    kind: str  # "", "plain", "long" or "plain_long"
     types: tuple[str, ...]  # of its template
     held: int  # elements in a thread; 0 where a row is read in steps
     function: Function
@@ -122,7 +122,8 @@ class RowKernel(NamedTuple):
         if self.vectors:
             way = code.way(self.vectors * self.loads_of_vector, self.vectors * self.stores_of_vector, self.barriers)
             return len(way) / (self.vectors * self.vector)
-        return sum(len(body) / (loads / self.loads_of_vector * self.vector) for body, loads in code.passes())
+        passes = code.passes(exponentials=self.family.endswith("forward"))
+        return sum(len(body) / (loads / self.loads_of_vector * self.vector) for body, loads in passes)
 
 
 class _Code:
@@ -150,42 +151,56 @@ class _Code:
 
     def way(self, loads: int, stores: int, barriers: int) -> list[int]:
         """The shortest to an exit with so many loads and stores of 16 bytes and barriers, in a block by itself."""
-        start = Point(0, 0, 0, 0)
-        before: dict[Point, Point | None] = {start: None}
-        queue = deque([start])
+        exits = {index for index, each in enumerate(self.code) if each.opcode.startswith("EXIT")}
+        path = self._shortest(0, range(len(self.code)), exits, (loads, stores, barriers))
+        if path is None:
+            raise ValueError(f"{self.function.name}: no way with {loads} loads and {stores} stores of 16 bytes")
+        return path
+
+    def passes(self, exponentials: bool) -> Iterator[tuple[list[int], int]]:
+        """Of each loop with loads of 16 bytes: the shortest pass with all its loads and stores, and its loads.
+
+        `exponentials`: only of loops with some. The forward's loop for rows with NaN has none.
+        """
+        for end, each in enumerate(self.code):
+            begin = self.function.target(end) if each.opcode.startswith("BRA") else None
+            if begin is None or begin > end:
+                continue
+            inside = range(begin, end + 1)
+            loads, stores = (sum(self._is(index, what) for index in inside) for what in WIDE)
+            if loads and (not exponentials or any(self.code[i].opcode == "MUFU.EX2" for i in inside)):
+                path = self._shortest(begin, inside, {end}, (loads, stores, 0))
+                if path is None:
+                    raise ValueError(f"{self.function.name}: no pass with {loads} loads and {stores} stores")
+                yield path, loads
+
+    def _shortest(
+        self, begin: int, inside: range, ends: set[int], passed: tuple[int, int, int]
+    ) -> list[int] | None:
+        """Instructions from one to one of others, by breadth-first search over the ways that stay inside."""
+        before: dict[Point, Point | None] = {Point(begin, 0, 0, 0): None}
+        queue = deque(before)
         while queue:
             point = queue.popleft()
             index = point.index
+            if self.code[index].opcode.startswith("UCGABAR"):  # clusters
+                continue
             here = Point(
                 index, point.loads + self._is(index, "LDG"), point.stores + self._is(index, "STG"),
                 point.barriers + self.code[index].opcode.startswith("BAR"),
             )  # fmt: skip
-            ends = self.code[index].opcode.startswith("EXIT")
-            if ends and here[1:] == (loads, stores, barriers):
+            if index in ends and here[1:] == passed:
                 path = [point]
                 while (last := before[path[-1]]) is not None:
                     path.append(last)
                 return [each.index for each in reversed(path)]
-            if here[1:] > (loads, stores, barriers) and False or self.code[index].opcode.startswith("UCGABAR"):
+            if any(count > most for count, most in zip(here[1:], passed)):
                 continue
-            if here.loads > loads or here.stores > stores or here.barriers > barriers:
-                continue
-            for index in self.after(here.index):
-                following = here._replace(index=index)
-                if following not in before:
+            for following in (here._replace(index=next_one) for next_one in self.after(index)):
+                if following.index in inside and following not in before:
                     before[following] = point
                     queue.append(following)
-        raise ValueError(f"{self.function.name}: no way with {loads} loads and {stores} stores of 16 bytes")
-
-    def passes(self) -> Iterator[tuple[list[int], int]]:
-        """Of each innermost loop with loads of 16 bytes: the shortest pass with them all, and their number."""
-        loops = []
-        for end, each in enumerate(self.code):
-            begin = self.function.target(end) if each.opcode.startswith("BRA") else None
-            if begin is not None and begin <= end:
-                loops.append((begin, end))
-        print(self.function.name[:60], [(b, e, sum(self._is(i, "LDG") for i in range(b, e + 1)), sum(self._is(i, "STG") for i in range(b, e + 1))) for b, e in loops])
-        return iter(())
+        return None
 
 
 def row_kernels(arch: str) -> list[RowKernel]:
