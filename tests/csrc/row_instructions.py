@@ -120,7 +120,9 @@ class RowKernel(NamedTuple):
         """Issued for an element."""
         code = _Code(self.function)
         if self.vectors:
-            way = code.way(self.vectors * self.loads_of_vector, self.vectors * self.stores_of_vector, self.barriers)
+            way = code.way(
+                self.vectors * self.loads_of_vector, self.vectors * self.stores_of_vector, self.barriers
+            )
             return len(way) / (self.vectors * self.vector)
         passes = code.passes(exponentials=self.family.endswith("forward"))
         return sum(len(body) / (loads / self.loads_of_vector * self.vector) for body, loads in passes)
@@ -154,7 +156,9 @@ class _Code:
         exits = {index for index, each in enumerate(self.code) if each.opcode.startswith("EXIT")}
         path = self._shortest(0, range(len(self.code)), exits, (loads, stores, barriers))
         if path is None:
-            raise ValueError(f"{self.function.name}: no way with {loads} loads and {stores} stores of 16 bytes")
+            raise ValueError(
+                f"{self.function.name}: no way with {loads} loads and {stores} stores of 16 bytes"
+            )
         return path
 
     def passes(self, exponentials: bool) -> Iterator[tuple[list[int], int]]:
@@ -230,7 +234,12 @@ def row_kernels_of(cubin: bytes, arch: str) -> list[RowKernel]:
             types = [types[0] if each == "S1_" else each for each in types]
             found.append(
                 RowKernel(
-                    arch, match["family"], match["kind"].lstrip("_"), tuple(types), int(match["elements"] or 0), function
+                    arch,
+                    match["family"],
+                    match["kind"].lstrip("_"),
+                    tuple(types),
+                    int(match["elements"] or 0),
+                    function,
                 )
             )
     return found
