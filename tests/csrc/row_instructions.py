@@ -1,11 +1,11 @@
 """Instructions that a softmax or loss kernel issues for an element, from its machine code, beside what bytes allow.
 
-python tests/csrc/row_instructions.py [ARCH]          by default 9.0a
+PYTHONPATH=tests python -m csrc.row_instructions
 
-Counted is the way of a thread that holds whole, aligned vectors of a row of a contiguous tensor, in a block of several
-warps where the kernel knows such rows: the shortest way through the control flow with a load of 16 bytes for each of its
-vectors, the stores of their results, an exponential for each element, and its barriers. Kernels that read a row in steps
-are counted by the passes of their loops. An instruction counts whether or not its predicate holds: it is issued.
+Counted is the way of a thread that holds whole, aligned vectors of a row of a contiguous tensor, without a mask, in a
+block of several warps where the kernel knows such rows: the shortest way through the control flow with a load of 16
+bytes for each of its vectors, the stores of their results, and its barriers. Kernels that read a row in steps are
+counted by the passes of their loops. An instruction counts whether or not its predicate holds: it is issued.
 """
 
 from __future__ import annotations
@@ -16,26 +16,47 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from csrc.compile_report import compile_kernels, missing
 
-from fastattn import build
 from fastattn.tune.cycles.machine import CLOCK_HZ, MULTIPROCESSORS, QUARTERS
 from fastattn.tune.cycles.sass import Function, functions_of, tool
 
 WARP = 32
 VECTOR_BYTES = 16
-H100_BYTES = 3.35e12  # a second, of memory
-H200_BYTES = 4.8e12
+
+
+class Device(NamedTuple):
+    """What bounds a kernel that moves memory: its makers' figures."""
+
+    name: str
+    arch: str
+    bytes: float  # a second, of memory
+    multiprocessors: int
+    clock: float
+
+    def budget(self, element: int) -> float:
+        """Instructions for an element in the time that its bytes take.
+
+        bytes / (bandwidth / (multiprocessors * clock)) is a multiprocessor's cycles for an element, in each of which
+        four schedulers issue one instruction for 32 lanes.
+        """
+        return element * self.multiprocessors * self.clock / self.bytes * QUARTERS * WARP
+
+
+A100 = Device("A100", "sm_80", 2.039e12, 108, 1.41e9)
+H100 = Device("H100", "sm_90a", 3.35e12, MULTIPROCESSORS, CLOCK_HZ)
+H200 = Device("H200", "sm_90a", 4.8e12, MULTIPROCESSORS, CLOCK_HZ)
+DEVICES = (A100, H100, H200)
 DTYPE_BYTES = {"6__half": 2, "13__nv_bfloat16": 2, "f": 4}
 KERNEL = re.compile(
     r"(?P<family>softmax_(?:forward|backward)|cross_entropy_(?:forward|backward))(?P<kind>_plain_long|_plain|_long|)_kernel"
     r"I(?P<types>.*?)(?:Li(?P<elements>\d+)ELi\d+E)?EEv"
 )
 WIDE = ("LDG", "STG")
+SOURCES = "softmax|cross_entropy"
 
 
 class Point(NamedTuple):
@@ -111,10 +132,13 @@ class RowKernel(NamedTuple):
         """One for each reduction over warps; a row within a warp has none."""
         return 0 if self.held <= 8 else {"softmax_forward": 2, "softmax_backward": 1}[self.family]
 
-    def budget(self, bytes_a_second: float) -> float:
-        """Instructions for an element in the time that its bytes take: four schedulers issue one a cycle for 32 lanes."""
-        elements_a_cycle = bytes_a_second / MULTIPROCESSORS / CLOCK_HZ / self.bytes
-        return QUARTERS * WARP / elements_a_cycle
+    def divisions(self) -> list[str]:
+        """Instructions of integer divisions by what the compiler does not know: calls, or reciprocals rounded up."""
+        return [
+            each.text
+            for each in self.function.instructions
+            if re.search(r"(div|rem)_[su]64", each.text) or re.match(r"I2F\S*\.RP", each.opcode)
+        ]
 
     def instructions(self) -> float:
         """Issued for an element."""
@@ -123,9 +147,21 @@ class RowKernel(NamedTuple):
             way = code.way(
                 self.vectors * self.loads_of_vector, self.vectors * self.stores_of_vector, self.barriers
             )
+            self._check(way, self.vectors * self.vector)
             return len(way) / (self.vectors * self.vector)
         passes = code.passes(exponentials=self.family.endswith("forward"))
-        return sum(len(body) / (loads / self.loads_of_vector * self.vector) for body, loads in passes)
+        total = 0.0
+        for body, loads in passes:
+            elements = loads // self.loads_of_vector * self.vector
+            self._check(body, elements)
+            total += len(body) / elements
+        return total
+
+    def _check(self, way: list[int], elements: int) -> None:
+        """Raises where a way leaves out exponentials, so that nothing runs like this."""
+        exponentials = sum(self.function.instructions[index].opcode == "MUFU.EX2" for index in way)
+        if self.family != "softmax_backward" and exponentials < elements:
+            raise ValueError(f"{self.name}: {exponentials} exponentials for {elements} elements")
 
 
 class _Code:
@@ -207,51 +243,50 @@ class _Code:
         return None
 
 
-def row_kernels(arch: str) -> list[RowKernel]:
-    """Those of the softmax and of losses, compiled for one architecture."""
-    objects, _ = compile_kernels((arch,))
+def row_kernels() -> list[RowKernel]:
+    """Those of the softmax and of losses, compiled for every architecture of the compile report."""
+    return [each for made in compile_kernels(names=SOURCES)[0] for each in kernels_of(made.path)]
+
+
+def kernels_of(path: Path) -> list[RowKernel]:
+    """The kernels on rows of an object."""
     found = []
-    for made in objects:
-        if "softmax" in made.source or "cross_entropy" in made.source:
-            found += [each for cubin in cubins(made.path) for each in row_kernels_of(cubin, arch)]
-    return found
-
-
-def cubins(path: Path) -> list[bytes]:
-    """The device code of an object."""
     with tempfile.TemporaryDirectory() as folder:
         command = [tool("cuobjdump"), "-xelf", "all", str(path.resolve())]
         subprocess.run(command, cwd=folder, capture_output=True, check=True)
-        return [each.read_bytes() for each in sorted(Path(folder).glob("*.cubin"))]
-
-
-def row_kernels_of(cubin: bytes, arch: str) -> list[RowKernel]:
-    """The kernels on rows of a cubin."""
-    found = []
-    for function in functions_of(cubin):
-        if match := KERNEL.search(function.name):
-            types = re.findall("|".join(DTYPE_BYTES) + "|S1_", match["types"])
-            types = [types[0] if each == "S1_" else each for each in types]
-            found.append(
-                RowKernel(
-                    arch,
-                    match["family"],
-                    match["kind"].lstrip("_"),
-                    tuple(types),
-                    int(match["elements"] or 0),
-                    function,
-                )
-            )
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            arch = re.search(r"sm_\d+a?", cubin.name)
+            assert arch is not None, cubin.name
+            found += [
+                kernel
+                for function in functions_of(cubin.read_bytes())
+                if (kernel := row_kernel(function, arch[0])) is not None
+            ]
     return found
+
+
+def row_kernel(function: Function, arch: str) -> RowKernel | None:
+    """By its mangled name, in which a type that came before is S1_."""
+    match = KERNEL.search(function.name)
+    if match is None:
+        return None
+    types = re.findall("|".join(DTYPE_BYTES) + "|S1_", match["types"])
+    types = [types[0] if each == "S1_" else each for each in types]
+    held = int(match["elements"] or 0)
+    return RowKernel(arch, match["family"], match["kind"].lstrip("_"), tuple(types), held, function)
 
 
 def table(kernels: list[RowKernel]) -> str:
     """The report, as text."""
-    lines = [f"{'kernel':<52} bytes  instructions  budget at 3.35 TB/s  at 4.8 TB/s, each for an element"]
-    for each in sorted(kernels, key=lambda each: each.name):
+    heads = "".join(f"  {device.name:>6}" for device in DEVICES)
+    lines = [f"{'for an element':<52} arch    bytes  instructions  budgets:{heads}"]
+    for each in sorted(kernels, key=lambda each: (each.arch, each.name)):
+        budgets = "".join(
+            f"  {device.budget(each.bytes):>6.1f}" if device.arch == each.arch else 8 * " "
+            for device in DEVICES
+        )
         lines.append(
-            f"{each.name:<52} {each.bytes:>5}  {each.instructions():>12.1f}  {each.budget(H100_BYTES):>19.1f}"
-            f"  {each.budget(H200_BYTES):>11.1f}"
+            f"{each.name:<52} {each.arch:<6}  {each.bytes:>5}  {each.instructions():>12.1f}          {budgets}"
         )
     return "\n".join(lines)
 
@@ -259,4 +294,4 @@ def table(kernels: list[RowKernel]) -> str:
 if __name__ == "__main__":
     if reason := missing():
         sys.exit(reason)
-    print(table(row_kernels(*(sys.argv[1:] or ["9.0a"]))))
+    print(table(row_kernels()))
