@@ -42,3 +42,11 @@ extern "C" const char* run_quotients(const int64_t* numerators, const int64_t* d
     }
   });
 }
+
+// The threads of a row by a plan made by hand.
+extern "C" const char* run_plan(int64_t lanes, int64_t warps, int64_t blocks, int64_t* threads) {
+  return emulator::guarded([&] {
+    const RowPlan plan(kAnyColumns, 16, static_cast<int>(lanes), static_cast<int>(warps), static_cast<int>(blocks));
+    *threads = int64_t{1} << plan.threads_log2;
+  });
+}

@@ -100,3 +100,13 @@ def test_quotients(breakable: Library) -> None:
     quotients = torch.full_like(numerators, -1)
     breakable("run_quotients", numerators, divisors_of, largest_of, quotients, len(cases))
     assert quotients.tolist() == [numerator // divisor for numerator, divisor, _ in cases]
+
+
+def test_a_plan_has_powers_of_two(breakable: Library) -> None:
+    threads = torch.zeros(1, dtype=torch.int64)
+    for lanes, warps, blocks in ((32, 16, 2), (1, 1, 1), (8, 32, 8)):
+        breakable("run_plan", lanes, warps, blocks, threads)
+        assert threads.item() == lanes * warps * blocks
+    for lanes, warps, blocks in ((24, 1, 1), (32, 3, 1), (32, 16, 6), (0, 1, 1), (32, -1, 1)):
+        with pytest.raises(EmulationError, match="have to be powers of two"):
+            breakable("run_plan", lanes, warps, blocks, threads)
