@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+EXAMPLES = "examples.md"
 CHARTS = "benchmarks/results/*/*.svg"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -30,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and charts that lie outside docs/."""
     for path in (*PAGES, *(chart.relative_to(ROOT).as_posix() for chart in sorted(ROOT.glob(CHARTS)))):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    files.append(File.generated(config, "examples.md", content=examples_page()))
+    files.append(File.generated(config, EXAMPLES, content=examples_page()))
     return files
 
 
@@ -51,7 +52,7 @@ def examples_page() -> str:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrite the links of a page; code blocks stay as they are."""
     source = page.file.src_uri
-    if source == "examples.md":
+    if source == EXAMPLES:
         return markdown
     inside = "" if source in PAGES else "docs"  # where the page lies in the repository
     folder = posixpath.dirname(posixpath.join(inside, source))
@@ -62,7 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if "://" in target or not path:
             return match[0]
         there = posixpath.normpath(posixpath.join(folder, path))
-        on_site = there.removeprefix("docs/")
+        on_site = EXAMPLES if there == "examples" else there.removeprefix("docs/")
         if files.get_file_from_path(on_site) is not None:
             address = posixpath.relpath(on_site, posixpath.dirname(source) or ".")
             return f"{image}[{text}]({address}{'#' + anchor if anchor else ''})"

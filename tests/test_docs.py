@@ -107,7 +107,9 @@ def test_every_command_exists(block: Block) -> None:
                 command = inner[word]
         options = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
         said = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert {name for name in said if "." not in name} <= {*options, "--help"}, line  # --section.key is its own
+        assert {name for name in said if "." not in name} <= {*options, "--help"}, (
+            line
+        )  # --section.key is its own
 
 
 def test_swap_md_shows_every_way_of_its_table() -> None:
