@@ -80,7 +80,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
     for test in re.findall(r"`(tests/[\w/]+\.py::\w+(?:::\w+)?)`", text):
         assert test_exists(test), test
     for path in re.findall(r"`((?:tests|kernels|csrc|benchmarks|examples)/[\w/]+\.\w+)`", text):
-        assert (ROOT / path).exists(), path
+        assert "NAME" in path or (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=lambda block: block.name)
@@ -120,3 +120,14 @@ def test_swap_md_shows_every_way_of_its_table() -> None:
         assert way.split("(")[0].split("`, `")[0] in example
     for name in re.findall(r"`(flash_attn_\w+|\w*pad_input)`", SWAP):
         assert hasattr(flash_attn, name)
+
+
+def test_every_answer_of_the_faq_names_a_test() -> None:
+    """`test_what_a_page_names_exists` looks for them."""
+    sections = re.split(r"^#+ ", (DOCS / "faq.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    answers = [section for section in sections if "\n\nTests: " in section]
+    questions = re.findall(r"^### ", (DOCS / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(answers) == len(questions) >= 25
+    for answer in answers:
+        named = answer.partition("\n\nTests: ")[2].strip()
+        assert re.fullmatch(r"(`tests/[\w/]+\.py::\w+`(,\s|$))+", named), answer.partition("\n")[0]
