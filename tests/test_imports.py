@@ -121,6 +121,40 @@ def test_the_arrows_have_no_cycle() -> None:
         left = {layer: targets for layer, targets in left.items() if layer not in free}
 
 
+def cycles(edges: dict[str, set[str]]) -> list[str]:
+    """The names on circles and between them: without those that reach none, and those that none reaches."""
+    left = dict(edges)
+    while True:
+        reached = set().union(*left.values()) if left else set()
+        kept = {name: targets for name, targets in left.items() if targets & left.keys() and name in reached}
+        if len(kept) == len(left):
+            return sorted(left)
+        left = kept
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports at any depth, those for type checkers too: of the package's modules, and of the benchmarks'."""
+    modules = {}
+    for inside, path in sources():
+        name = "fastattn." + inside.removesuffix(".py").replace("/", ".")
+        modules[name.removesuffix(".__init__")] = (inside, path)
+    package = {}
+    for name, (inside, path) in modules.items():
+        found = set(imports(inside, path.read_text(encoding="utf-8")))
+        found |= {
+            target.rpartition(".")[0] for target in found if target not in modules
+        }  # a name of a module
+        package[name] = (found & modules.keys()) - {name}
+    assert cycles(package) == []
+    scripts = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    benchmarks = {}
+    for name, path in scripts.items():
+        found = {target.partition(".")[0] for target in imports(name, path.read_text(encoding="utf-8"))}
+        benchmarks[name] = (found & scripts.keys()) - {name}
+    assert cycles(benchmarks) == []
+    assert cycles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"d"}}) == ["a", "b", "c"]
+
+
 def test_importing_fastattn_loads_nothing_heavy() -> None:
     script = (
         "import sys, json, torch; before = set(sys.modules); import fastattn;"
