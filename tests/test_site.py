@@ -120,22 +120,43 @@ def test_the_import_graph_is_that_of_the_arrows() -> None:
         assert path.read_text(encoding="utf-8") == text, "run python tests/import_graph.py --write"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as a strict build makes it."""
+def build(out: Path, config: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedProcess[str]:
+    """A strict build. Not a quiet one: that silences the warnings that strictness counts."""
     if find_spec("mkdocs") is None or find_spec("mkdocstrings") is None or find_spec("material") is None:
         pytest.skip("needs the extra [docs]")
-    out = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)],
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(out)]
+    return subprocess.run(
+        command,
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as a strict build makes it."""
+    out = tmp_path_factory.mktemp("site")
+    done = build(out)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.mark.parametrize(
+    "broken", ["[x](nothing.md)", "[x](index.md#nowhere)", "[x](../nothing.py)", "::: fastattn.nothing"]
+)
+def test_a_strict_build_fails_for_what_leads_nowhere(broken: str, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "index.md").write_text(f"# Page\n\n{broken}\n", encoding="utf-8")
+    config = tmp_path / "mkdocs.yml"
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[0]
+    config.write_text(text.replace("docs/site_hooks.py", str(DOCS / "site_hooks.py")), encoding="utf-8")
+    done = build(tmp_path / "site", config)
+    assert done.returncode != 0
+    assert "nothing" in done.stdout + done.stderr or "nowhere" in done.stdout + done.stderr
 
 
 def test_a_strict_build_has_every_page_and_every_name(site: Path) -> None:
@@ -175,7 +196,5 @@ def test_docstrings_are_not_taken_for_markup(site: Path) -> None:
     """2**n, i*j and the like stay what they are."""
     for page in (site / "api").glob("*.html"):
         text = re.sub(r"<pre.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.S)
-        found = re.findall(
-            r".{0,60}<(?:em|strong|del|sub|sup)>.{0,60}", text.partition("md-content")[2]
-        )
+        found = re.findall(r".{0,60}<(?:em|strong|del|sub|sup)>.{0,60}", text.partition("md-content")[2])
         assert found == [], page.name
