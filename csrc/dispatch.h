@@ -1,7 +1,8 @@
 // From run-time dtypes to compile-time kernels. Each axis exists because the inner loop changes with it; the product of
 // the axes is what a build compiles, for each architecture:
 //
-//   softmax forward   (in, out) x held elements {8, 16, 32, none}; floats have no 32    4 + 4 + 4 + 4 + 3 = 19
+//   softmax forward   (in, out) x held elements {8, 16, 32, none}; floats have no 32;
+//     16-bit in and out also plain: without mask, causality or log                      4 + 4 + 4 + 4 + 3 + 2 x 4 = 27
 //   softmax backward  (y, dx) x held elements {8, 16, none}                             5 x 3             = 15
 //   cross-entropy     dtype x {forward, backward}                                       3 x 2             =  6
 //   attention forward 16-bit dtype x head dim {64, 128, 256} x {plain, softcap}, and
@@ -11,7 +12,10 @@
 //
 // (in, out) is one of three dtypes, or a 16-bit input with a float result, as autocast wants: 5 pairs. Scale, mask,
 // causality, log, lengths, alignment and the threads of a row are arguments: they change no instruction of the loop
-// over elements, or are tested once per 16 bytes.
+// over elements, or are tested once per 16 bytes. But a 16-bit element with a 16-bit result moves 4 bytes, and with the
+// tests for these options its instructions take longer than that at 4.8 TB/s (tests/csrc/row_instructions.py): so the
+// plain call has kernels of its own there. A float result or input moves 6 or 8 bytes, a mask 1 more, a backward 6 and
+// more: their kernels keep up with memory as they are.
 #pragma once
 
 #include <ATen/core/Tensor.h>

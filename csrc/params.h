@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "divisor.h"
+
 namespace fastattn {
 
 // How a softmax's entries (row, column) of the last two dims are cut off: causality seen along a row.
@@ -21,11 +23,35 @@ struct RowStrides {
   int64_t inner;
 };
 
+// How the number of a row is taken apart.
+enum class RowNumbers : int32_t {
+  kInnerAlone = 0,  // it is the inner index
+  k31Bits = 1,
+  k63Bits = 2,
+};
+
 struct RowSizes {
-  int64_t outer;
-  int64_t mid;
-  int64_t inner;
-  int64_t columns;
+  int64_t outer = 0;
+  int64_t mid = 0;
+  int64_t inner = 0;
+  int64_t columns = 0;
+  int64_t rows = 0;
+  RowNumbers numbers = RowNumbers::kInnerAlone;
+  Divisor by_inner;  // of a row's number
+  Divisor by_mid;    // of that quotient
+
+  RowSizes() = default;
+
+  RowSizes(int64_t outer, int64_t mid, int64_t inner, int64_t columns)
+      : outer(outer), mid(mid), inner(inner), columns(columns), rows(outer * mid * inner) {
+    if (outer * mid > 1) {
+      numbers = rows <= INT32_MAX ? RowNumbers::k31Bits : RowNumbers::k63Bits;
+    }
+    if (rows > 0) {
+      by_inner = Divisor(inner, rows);
+      by_mid = Divisor(mid, rows);
+    }
+  }
 };
 
 struct SoftmaxForward {

@@ -64,7 +64,7 @@ std::optional<RowLayout<Count>> row_layout(const std::array<at::Tensor, Count>& 
   }
   groups.insert(groups.begin(), 3 - groups.size(), Group{1, {}});
   RowLayout<Count> layout;
-  layout.sizes = {groups[0].size, groups[1].size, groups[2].size, model.size(last)};
+  layout.sizes = RowSizes(groups[0].size, groups[1].size, groups[2].size, model.size(last));
   for (size_t t = 0; t < Count; ++t) {
     layout.strides[t] = {groups[0].strides[t], groups[1].strides[t], groups[2].strides[t]};
     layout.column_strides[t] = model.size(last) == 1 ? 1 : tensors[t].stride(last);

@@ -228,7 +228,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& dlosses, const at::Tensor& n
 std::tuple<int, int, int, int> softmax_plan(int64_t columns, int64_t element_size, bool backward, bool clusters) {
   const RowPlan plan = backward || element_size != 2 ? plan_for(kWidePlans, columns, clusters)
                                                      : plan_for(kNarrowPlans, columns, clusters);
-  return {plan.elements, plan.lanes, plan.warps, plan.blocks};
+  return {plan.elements, plan.lanes(), plan.warps(), plan.blocks()};
 }
 
 }  // namespace fastattn

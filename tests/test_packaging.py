@@ -66,6 +66,10 @@ def test_the_sdist_holds_what_tests_and_a_build_need(built: dict[str, Path]) -> 
     with tarfile.open(built["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "setup.py", "LICENSE", "README.md", "README.zh-CN.md", "CHANGELOG.md"}
+    needed |= {"mkdocs.yml", "CONTRIBUTING.md"}
+    for folder in ("docs", "examples"):
+        files = (ROOT / folder).rglob("*.*")
+        needed |= {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
     needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*.py")}
     needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")}

@@ -1,4 +1,4 @@
-"""docs/patterns.md: every example runs; its recipes are exact, gradients too, without memory of the length squared."""
+"""docs/patterns.md: its recipes are exact, gradients too, without memory of the length squared."""
 
 from __future__ import annotations
 
@@ -25,19 +25,6 @@ def run(example: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(example, "docs/patterns.md", "exec"), names)
     return names
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run(example)
-    assert capsys.readouterr().out.strip()
-
-
-def test_every_section_has_an_example() -> None:
-    sections = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
-    assert len(sections) == 3
-    assert all("```python" in section for section in sections)
-    assert len(EXAMPLES) == 4
 
 
 @pytest.fixture(scope="module")

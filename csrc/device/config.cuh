@@ -115,6 +115,18 @@ FASTATTN_DEVICE unsigned char* align_shared(unsigned char* pointer) {
   return pointer + (-shared_address(pointer) & (Alignment - 1));
 }
 
+// The same value, a pointer or a 64-bit number, of which the compiler no longer knows how it was computed. To such a
+// pointer it adds offsets, where it would else compute the addresses of rarely taken branches ahead of them; and what a
+// rare branch computes from such a number is not kept in registers until then.
+template <class T>
+FASTATTN_DEVICE T opaque(T value) {
+  static_assert(sizeof(T) == 8);
+#if !defined(FASTATTN_EMULATION)
+  asm("" : "+l"(value));
+#endif
+  return value;
+}
+
 // Ends the kernel with an error.
 FASTATTN_DEVICE void trap() {
 #if defined(FASTATTN_EMULATION)

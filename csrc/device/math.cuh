@@ -72,6 +72,15 @@ FASTATTN_DEVICE float negative_infinity() {
 #endif
 }
 
+// Whether x is neither infinite nor NaN.
+FASTATTN_DEVICE bool is_finite(float x) {
+#if defined(FASTATTN_EMULATION)
+  return std::isfinite(x);
+#else
+  return fabsf(x) < -negative_infinity();
+#endif
+}
+
 FASTATTN_DEVICE float to_float(float x) { return x; }
 
 FASTATTN_DEVICE float to_float(half_t x) {

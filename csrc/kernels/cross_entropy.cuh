@@ -26,13 +26,11 @@ constexpr int kLossPart = kLossThreads * kLossVectors * kVector<T>;
 
 // Parts a row is cut into; its first vector may begin before it.
 template <class T>
-FASTATTN_HOST_DEVICE int64_t loss_parts(int64_t classes) {
+int64_t loss_parts(int64_t classes) {
   return (classes + kVector<T> - 1 + kLossPart<T> - 1) / kLossPart<T>;
 }
 
 FASTATTN_DEVICE bool is_class(int64_t target, int64_t classes) { return target >= 0 && target < classes; }
-
-FASTATTN_DEVICE float not_a_number() { return negative_infinity() - negative_infinity(); }
 
 // (1 - s) * w[target]
 template <class Params>
@@ -58,7 +56,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   float sum = 0.0f;
   float plain_sum = 0.0f;
 #pragma unroll 2
-  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads) {
+  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads()) {
     const int64_t first = vector * kV - shift;
     const Packed<T, kV> raw = load_vector<true, kV>(z, first, p.classes, true, negative_infinity());
     float new_largest = largest;
@@ -110,14 +108,17 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   p.norms[2 * mine.row + 1] = log_sum;
 }
 
-// The gradient of a part of one row. A thread writes only where it alone has read: dlogits may be the logits.
+// The gradient of a part of one row; `parts` divides the number of a block, of 31 bits, by loss_parts. A thread writes
+// only where it alone has read: dlogits may be the logits.
 template <class T>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
-    cross_entropy_backward_kernel(const FASTATTN_GRID_CONSTANT CrossEntropyBackward p) {
+    cross_entropy_backward_kernel(const FASTATTN_GRID_CONSTANT CrossEntropyBackward p,
+                                  const FASTATTN_GRID_CONSTANT Divisor parts) {
   constexpr int kV = kVector<T>;
-  const int64_t parts = loss_parts<T>(p.classes);
-  const int64_t block = block_index().x;
-  const int64_t row = block / parts;
+  const uint32_t block = block_index().x;
+  const uint32_t block_row = quotient(block, parts);
+  const int64_t row = block_row;
+  const uint32_t part = block - block_row * static_cast<uint32_t>(parts.divisor);
   const int64_t target = p.target[row];
   const bool kept = target != p.ignore_index;
   const T* const z = static_cast<const T*>(p.logits) + row * p.row_stride;
@@ -131,7 +132,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
   const float own = target_weight(p, target);
   float factor = p.class_weight == nullptr ? 1.0f : own + p.smoothing * *p.weight_mean;
   factor += p.z_loss != 0.0f ? 2.0f * p.z_loss * (reference + log_sum) : 0.0f;
-  const int64_t vector = block % parts * (kLossThreads * kLossVectors) + thread_index();
+  const int64_t vector = static_cast<int64_t>(part) * (kLossThreads * kLossVectors) + thread_index();
   Packed<T, kV> raw[kLossVectors];
 #pragma unroll
   for (int i = 0; i < kLossVectors; ++i) {
@@ -141,15 +142,23 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLossThreads, 1)
 #pragma unroll
   for (int i = 0; i < kLossVectors; ++i) {
     const int64_t first = (vector + i * kLossThreads) * kV - shift;
+    const int chosen = target >= first && target < first + kV ? static_cast<int>(target - first) : kV;
+    float spread[kV];
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      spread[j] = everywhere;
+    }
+    if (p.class_weight != nullptr && everywhere != 0.0f) {
+#pragma unroll
+      for (int j = 0; j < kV; ++j) {
+        spread[j] *= first + j >= 0 && first + j < p.classes ? p.class_weight[first + j] : 0.0f;
+      }
+    }
     float gradient[kV];
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      float spread = everywhere;
-      if (p.class_weight != nullptr && everywhere != 0.0f) {
-        spread *= first + j >= 0 && first + j < p.classes ? p.class_weight[first + j] : 0.0f;
-      }
-      const float probability = exponential(raw[i].value(j) - reference - log_sum) * factor - spread;
-      const float wanted = first + j == target ? own : 0.0f;
+      const float probability = exponential(raw[i].value(j) - reference - log_sum) * factor - spread[j];
+      const float wanted = j == chosen ? own : 0.0f;
       gradient[j] = kept ? dloss * (probability - wanted) : 0.0f;
     }
     store_vector<kV>(dz, first, p.classes, dz_aligned, gradient);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "device/cluster.cuh"
 #include "device/config.cuh"
@@ -19,7 +20,6 @@ constexpr int kVectorBytes = 16;
 
 // Shared memory of a row kernel: one float per warp, reduction and block of the cluster.
 constexpr int kRowReductions = 3;
-constexpr int kMaxRowBlocks = 8;
 constexpr int kRowSharedBytes = kRowReductions * kMaxRowBlocks * kWarpThreads * static_cast<int>(sizeof(float));
 
 // Elements worked on at a time: 16 bytes of the narrower of what is read and what is written.
@@ -33,59 +33,79 @@ constexpr bool kClusters = true;
 constexpr bool kClusters = false;
 #endif
 
+// Blocks of so many threads that shall fit a multiprocessor: short rows hide their latency by numbers. Blocks of up to
+// 1024 threads get 64 registers a thread, so that two of 512 fit.
+template <int Threads>
+constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
+
+// Whether a held row lies within a warp: those, and no others, are taken by blocks of kRowThreads.
+template <int Elements>
+constexpr bool kWithinWarp = Elements == kWarpElements;
+
 // Which row this thread works on, and its place among the row's threads.
 struct RowThreads {
   int64_t row;
-  int thread;   // 0 .. threads - 1, over all blocks of the row
-  int threads;  // working on this row
-  int lanes;    // of them in this warp
-  int warps;    // of them in this block
-  int blocks;
+  int thread;        // 0 .. threads - 1, over all blocks of the row
+  int threads_log2;  // working on this row
+  int lanes_log2;    // of them in this warp
+  int warps_log2;    // of them in this block
+  int blocks_log2;
+
+  FASTATTN_DEVICE int threads() const { return 1 << threads_log2; }
 };
 
-FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan) {
-  const int in_block = plan.lanes * plan.warps;
-  const int rows_here = block_threads() / in_block;
-  RowThreads mine;
-  mine.thread = thread_index() % in_block;
-  mine.threads = in_block;
-  mine.lanes = plan.lanes;
-  mine.warps = plan.warps;
-  mine.blocks = 1;
-  if constexpr (kClusters) {
-    if (plan.blocks > 1) {
-      mine.thread += static_cast<int>(cluster_rank()) * in_block;
-      mine.blocks = plan.blocks;
-      mine.threads *= plan.blocks;
-    }
-  }
-  const int64_t block = block_index().x / static_cast<uint32_t>(mine.blocks);
-  mine.row = block * rows_here + thread_index() / in_block;
-  return mine;
+// A block takes rows_per_block rows, a cluster one: threads are numbered through the grid, and a row's are neighbours.
+FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan, uint64_t block) {
+  const uint64_t number =
+      block * static_cast<uint32_t>(block_threads()) + static_cast<uint32_t>(thread_index());
+  const int in_row = static_cast<int>(number) & ((1 << plan.threads_log2) - 1);
+  return {static_cast<int64_t>(number >> plan.threads_log2),
+          in_row,
+          plan.threads_log2,
+          plan.lanes_log2,
+          plan.warps_log2,
+          plan.blocks_log2};
 }
 
+FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan) { return row_threads(plan, block_index().x); }
+
 struct Sum {
+  static constexpr bool kIdempotent = false;
   static FASTATTN_DEVICE float identity() { return 0.0f; }
   static FASTATTN_DEVICE float combine(float a, float b) { return a + b; }
 };
 
 struct Maximum {
+  static constexpr bool kIdempotent = true;
   static FASTATTN_DEVICE float identity() { return negative_infinity(); }
   static FASTATTN_DEVICE float combine(float a, float b) { return maximum(a, b); }
 };
 
+// Combined over 2^lanes_log2 neighbouring lanes.
 template <class Operation>
-FASTATTN_DEVICE float reduce_lanes(float value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    value = Operation::combine(value, shuffle_xor(value, distance));
+FASTATTN_DEVICE float reduce_lanes(float value, int lanes_log2) {
+#pragma unroll
+  for (int log2 = 4; log2 >= 0; --log2) {
+    if constexpr (Operation::kIdempotent) {  // with itself beyond the row
+      value = Operation::combine(value, shuffle_xor(value, (1 << log2) & ((1 << lanes_log2) - 1)));
+    } else {
+      const float other = shuffle_xor(value, 1 << log2);
+      value = log2 < lanes_log2 ? Operation::combine(value, other) : value;
+    }
   }
   return value;
 }
 
+template <class Operation>
+FASTATTN_DEVICE float reduce_warp(float value) {
+  return reduce_lanes<Operation>(value, 5);
+}
+
 // Before anything else: tells the other blocks of the row that this one has started, so that they may write to it.
+template <bool WithinWarp = false>
 FASTATTN_DEVICE void announce_block(const RowThreads& mine) {
-  if constexpr (kClusters) {
-    if (mine.blocks > 1) {
+  if constexpr (kClusters && !WithinWarp) {
+    if (mine.blocks_log2 > 0) {
       cluster_arrive();
     }
   }
@@ -93,40 +113,46 @@ FASTATTN_DEVICE void announce_block(const RowThreads& mine) {
 
 // A value combined over the threads of a row, in an order that depends on nothing but the plan. All threads of the
 // block (and cluster) call it, with slot 0 first, and each slot once in a kernel: so one barrier is enough.
-template <class Operation>
+// WithinWarp: all rows lie within a warp; else all have whole warps.
+template <class Operation, bool WithinWarp = false>
 FASTATTN_DEVICE float reduce_row(float value, const RowThreads& mine, int slot) {
-  value = reduce_lanes<Operation>(value, mine.lanes);
-  if (mine.warps == 1 && mine.blocks == 1) {
+  if constexpr (WithinWarp) {
+    return reduce_lanes<Operation>(value, mine.lanes_log2);
+  }
+  value = reduce_warp<Operation>(value);
+  if (mine.warps_log2 + mine.blocks_log2 == 0) {
     return value;
   }
   float* const shared = reinterpret_cast<float*>(dynamic_shared_memory()) + slot * kMaxRowBlocks * kWarpThreads;
-  const int warp = thread_index() / kWarpThreads;
+  const int warp = static_cast<int>(static_cast<unsigned>(thread_index()) / kWarpThreads);
   const int lane = lane_index();
-  if (mine.blocks == 1) {
+  const int warps = 1 << mine.warps_log2;
+  if (mine.blocks_log2 == 0) {
     if (lane == 0) {
       st_shared(shared + warp, value);
     }
     block_sync();
-    const int first = warp / mine.warps * mine.warps;
-    value = lane < mine.warps ? ld_shared(shared + first + lane) : Operation::identity();
-    return reduce_lanes<Operation>(value, kWarpThreads);
+    const int first = warp & -warps;
+    value = lane < warps ? ld_shared(shared + first + lane) : Operation::identity();
+    return reduce_warp<Operation>(value);
   }
   if constexpr (kClusters) {
     if (slot == 0) {
       cluster_wait();  // for announce_block
     }
+    const int blocks = 1 << mine.blocks_log2;
     const int rank = static_cast<int>(cluster_rank());
-    if (lane < mine.blocks) {  // lane b tells block b
+    if (lane < blocks) {  // lane b tells block b
       st_shared(map_shared(shared + rank * kWarpThreads + warp, lane), value);
     }
     cluster_sync();
     value = Operation::identity();
-    for (int block = 0; block < mine.blocks; ++block) {
-      if (lane < mine.warps) {
+    for (int block = 0; block < blocks; ++block) {
+      if (lane < warps) {
         value = Operation::combine(value, ld_shared(shared + block * kWarpThreads + lane));
       }
     }
-    value = reduce_lanes<Operation>(value, kWarpThreads);
+    value = reduce_warp<Operation>(value);
   }
   return value;
 }
@@ -140,33 +166,55 @@ struct RowPosition {
   int64_t outer;
   int64_t mid;
   int64_t inner;
-
-  FASTATTN_DEVICE int64_t offset(const RowStrides& strides) const {
-    return outer * strides.outer + mid * strides.mid + inner * strides.inner;
-  }
 };
 
-FASTATTN_DEVICE int64_t row_count(const RowSizes& sizes) { return sizes.outer * sizes.mid * sizes.inner; }
+// 0 <= numerator <= what the divisor was made for, of 31 bits.
+FASTATTN_DEVICE uint32_t quotient(uint32_t numerator, const Divisor& by) {
+  const uint64_t product = static_cast<uint64_t>(2 * numerator) * static_cast<uint32_t>(by.multiplier);
+  return static_cast<uint32_t>(product >> 32) >> by.shift;
+}
 
-// Division is by 32-bit numbers where they suffice.
-FASTATTN_DEVICE RowPosition row_position(int64_t row, const RowSizes& sizes) {
-  if (sizes.outer * sizes.mid == 1) {
-    return {0, 0, row};
+// The same with 63 bits.
+FASTATTN_DEVICE uint64_t quotient(uint64_t numerator, const Divisor& by) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(2 * numerator) * by.multiplier >> 64) >> by.shift;
+}
+
+template <class Number>
+FASTATTN_DEVICE RowPosition divided_position(Number row, const RowSizes& sizes) {
+  const Number slice = quotient(row, sizes.by_inner);
+  const Number outer = quotient(slice, sizes.by_mid);
+  return {static_cast<int64_t>(outer), static_cast<int64_t>(slice - outer * static_cast<Number>(sizes.mid)),
+          static_cast<int64_t>(row - slice * static_cast<Number>(sizes.inner))};
+}
+
+// Where a row begins in each of some tensors; returns its inner index. Neither means anything where the row does not
+// exist.
+template <int Count>
+FASTATTN_DEVICE int64_t row_offsets(int64_t row, const RowSizes& sizes, const RowStrides* const (&strides)[Count],
+                                    int64_t (&offsets)[Count]) {
+  if (sizes.numbers == RowNumbers::kInnerAlone) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      offsets[i] = row * strides[i]->inner;
+    }
+    return row;
   }
-  if (row_count(sizes) <= UINT32_MAX) {
-    const uint32_t number = static_cast<uint32_t>(row);
-    const uint32_t inner = static_cast<uint32_t>(sizes.inner);
-    const uint32_t mid = static_cast<uint32_t>(sizes.mid);
-    return {number / inner / mid, number / inner % mid, number % inner};
+  const RowPosition position = sizes.numbers == RowNumbers::k31Bits
+                                   ? divided_position(static_cast<uint32_t>(row), sizes)
+                                   : divided_position(static_cast<uint64_t>(row), sizes);
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+    offsets[i] =
+        position.outer * strides[i]->outer + position.mid * strides[i]->mid + position.inner * strides[i]->inner;
   }
-  return {row / sizes.inner / sizes.mid, row / sizes.inner % sizes.mid, row % sizes.inner};
+  return position.inner;
 }
 
 // How many elements a pointer lies behind a multiple of V elements. A row is cut into vectors at those multiples, so
 // its first vector may begin before it and its last end after it.
 template <int V, class T>
 FASTATTN_DEVICE int misalignment(const T* pointer) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % V);
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T)) & (V - 1);
 }
 
 // Whether the address `elements` before a pointer is a multiple of 16.
@@ -211,7 +259,16 @@ struct Packed {
     }
   }
 
-  FASTATTN_DEVICE float value(int i) const { return to_float(get(i)); }
+  FASTATTN_DEVICE float value(int i) const {
+    if constexpr (std::is_same_v<T, bfloat16_t>) {  // the upper half of a float
+      const uint32_t bits = i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u;
+      float value;
+      memcpy(&value, &bits, sizeof(value));
+      return value;
+    } else {
+      return to_float(get(i));
+    }
+  }
 };
 
 // Reads elements first .. first + V - 1 of a row of `columns`; what lies outside is `other`. `aligned`: that address is
@@ -245,7 +302,11 @@ FASTATTN_DEVICE void store_vector(T* row, Index first, Index columns, bool align
   Packed<T, V> packed;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    packed.set(i, from_float<T>(values[i]));
+    if constexpr (sizeof(T) == 4) {
+      packed.set(i, values[i]);
+    } else if (i % 2 == 0) {
+      packed.words[i / 2] = pack<T>(values[i], values[i + 1]);
+    }
   }
   if (aligned && first >= 0 && first + V <= columns) {
 #pragma unroll
@@ -268,5 +329,7 @@ FASTATTN_DEVICE float exponential(float x) { return exp2_approx(x * kLog2E); }
 
 // A maximum that can be subtracted: where nothing is kept, -inf - -inf would be NaN.
 FASTATTN_DEVICE float finite_maximum(float x) { return x == negative_infinity() ? 0.0f : x; }
+
+FASTATTN_DEVICE float not_a_number() { return negative_infinity() - negative_infinity(); }
 
 }  // namespace fastattn

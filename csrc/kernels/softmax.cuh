@@ -1,10 +1,9 @@
-// Softmax over rows: scaled, masked, causal, or its logarithm, and its gradient.
+// Softmax over rows: scaled, masked, causal, or its logarithm.
 //
 //   y = exp(scale * x - max) / sum(exp(scale * x - max))        log: scale * x - max - log(sum)
-//   dx = scale * y * (dy - sum(y * dy))                         log: scale * (dy - exp(y) * sum(dy))
 //
 // Arithmetic is in float, columns are counted by Index: 32 bits where a row is held. What is masked, and where x or
-// scale * x is -inf, y is the constant 0, in log -inf, even in a row with NaN; where y is that constant, dx is 0.
+// scale * x is -inf, y is the constant 0, in log -inf, even in a row with NaN.
 #pragma once
 
 #include "rows.cuh"
@@ -33,6 +32,9 @@ struct KeptRange {
   // One bit per element from `first` on.
   template <int V>
   FASTATTN_DEVICE uint32_t bits(Index first) const {
+    if (first >= begin && first + V <= end) {
+      return bits_below<V>(V);
+    }
     return bits_below<V>(end - first) & ~bits_below<V>(begin - first);
   }
 
@@ -40,14 +42,14 @@ struct KeptRange {
 };
 
 template <class Index>
-FASTATTN_DEVICE KeptRange<Index> kept_range(const SoftmaxForward& p, const RowPosition& position) {
+FASTATTN_DEVICE KeptRange<Index> kept_range(const SoftmaxForward& p, int64_t inner, int64_t columns) {
   int64_t begin = 0;
-  int64_t end = p.sizes.columns;
+  int64_t end = columns;
   if (p.causal == Causal::kColumnsAreKeys) {
-    end = smaller(end, larger(position.inner + p.shift + 1, 0));
+    end = smaller(end, larger(inner + p.shift + 1, 0));
   }
   if (p.causal == Causal::kColumnsAreQueries) {
-    begin = smaller(end, larger(position.inner - p.shift, 0));
+    begin = smaller(end, larger(inner - p.shift, 0));
   }
   return {static_cast<Index>(begin), static_cast<Index>(end)};
 }
@@ -82,36 +84,68 @@ FASTATTN_DEVICE uint32_t load_mask(const uint8_t* row, int64_t stride, Index fir
   return bits;
 }
 
-// A row of a forward call and how this thread reads it.
+// Where a row of a forward call lies, and how threads cut it into vectors.
 template <class In, class Out, class Index>
-struct ForwardRow {
+struct RowView {
+  using Position = Index;
   static constexpr int kV = kVector<In, Out>;
 
   const In* x;
-  const uint8_t* mask;
   Out* y;
-  KeptRange<Index> kept;
-  Index columns;
+  Index columns;   // 0 where there is no such row
   int shift;       // the first vector begins this many elements before the row
   bool y_aligned;  // vectors of y lie at multiples of 16 bytes too
 
-  FASTATTN_DEVICE ForwardRow(const SoftmaxForward& p, int64_t row) {
-    const bool exists = row < row_count(p.sizes);
-    const RowPosition position = row_position(exists ? row : 0, p.sizes);
-    x = static_cast<const In*>(p.x) + position.offset(p.x_strides);
-    y = static_cast<Out*>(p.y) + position.offset(p.y_strides);
-    mask = p.mask == nullptr ? nullptr : p.mask + position.offset(p.mask_strides);
-    kept = exists ? kept_range<Index>(p, position) : KeptRange<Index>{0, 0};
-    columns = exists ? static_cast<Index>(p.sizes.columns) : 0;
-    shift = misalignment<kV>(x);
-    y_aligned = aligned_before(y, shift);
+  FASTATTN_DEVICE RowView(const SoftmaxForward& p, int64_t row) {
+    const RowStrides* const strides[] = {&p.x_strides, &p.y_strides};
+    int64_t offsets[2];
+    row_offsets(row, p.sizes, strides, offsets);
+    begin(p, row, offsets[0], offsets[1]);
   }
 
   FASTATTN_DEVICE Index first_of(Index vector) const { return vector * kV - shift; }
 
+  // The scores of a vector where nothing is masked and the scale is positive.
+  FASTATTN_DEVICE void read_scores(const SoftmaxForward& p, Index first, float (&out)[kV]) const {
+    const Packed<In, kV> raw = load_vector<true, kV>(x, first, columns, true, negative_infinity());
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      out[i] = raw.value(i) * p.scale;
+    }
+  }
+
+ protected:
+  RowView() = default;
+
+  FASTATTN_DEVICE void begin(const SoftmaxForward& p, int64_t row, int64_t x_offset, int64_t y_offset) {
+    x = opaque(static_cast<const In*>(p.x) + x_offset);
+    y = opaque(static_cast<Out*>(p.y) + y_offset);
+    columns = row < p.sizes.rows ? static_cast<Index>(p.sizes.columns) : 0;
+    shift = misalignment<kV>(x);
+    y_aligned = aligned_before(y, shift);
+  }
+};
+
+// A row of a forward call of any kind and how this thread reads it.
+template <class In, class Out, class Index>
+struct ForwardRow : RowView<In, Out, Index> {
+  static constexpr int kV = kVector<In, Out>;
+
+  const uint8_t* mask;
+  KeptRange<Index> kept;
+
+  FASTATTN_DEVICE ForwardRow(const SoftmaxForward& p, int64_t row) {
+    const RowStrides* const strides[] = {&p.x_strides, &p.y_strides, &p.mask_strides};
+    int64_t offsets[3];
+    const int64_t inner = row_offsets(row, p.sizes, strides, offsets);
+    this->begin(p, row, offsets[0], offsets[1]);
+    mask = p.mask == nullptr ? nullptr : p.mask + offsets[2];
+    kept = kept_range<Index>(p, inner, this->columns);
+  }
+
   FASTATTN_DEVICE Packed<In, kV> load(Index first) const {
     if (kept.template meets<kV>(first)) {
-      return load_vector<true, kV>(x, first, columns, true, 0.0f);
+      return load_vector<true, kV>(this->x, first, this->columns, true, 0.0f);
     }
     return {};
   }
@@ -131,11 +165,37 @@ struct ForwardRow {
       out[i] = value != negative_infinity() ? value * p.scale : value;
     }
   }
+
+  FASTATTN_DEVICE void read_scores(const SoftmaxForward& p, Index first, float (&out)[kV]) const {
+    scores(p, load(first), keep(p, first), out);
+  }
 };
 
-// Blocks of so many threads that shall fit a multiprocessor: short rows hide their latency by numbers.
-template <int Threads>
-constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
+// Writes a row whose sum is NaN: that, but the constant where a score is -inf. Such rows are read once more, so that in
+// all others no element has to say whether its power is 0 by itself or by being hidden.
+template <class Row>
+FASTATTN_DEVICE void store_undefined_row(const SoftmaxForward& p, const RowPlan& plan, typename Row::Position steps) {
+  const RowThreads mine = row_threads(plan, opaque(uint64_t{block_index().x}));
+  const Row row(p, mine.row);
+  const float constant = p.log ? negative_infinity() : 0.0f;
+#pragma unroll 1
+  for (typename Row::Position i = 0; i < steps; ++i) {
+    const typename Row::Position first = row.first_of(mine.thread + (i << mine.threads_log2));
+    float values[Row::kV];
+    row.read_scores(p, first, values);
+#pragma unroll
+    for (int j = 0; j < Row::kV; ++j) {
+      values[j] = values[j] == negative_infinity() ? constant : not_a_number();
+    }
+    store_vector<Row::kV>(row.y, first, row.columns, row.y_aligned, values);
+  }
+}
+
+// 1 / sum of powers, at least 1, to the precision of the result.
+template <class Out>
+FASTATTN_DEVICE float inverse_sum(float sum) {
+  return sizeof(Out) == 2 ? reciprocal_approx(sum) : 1.0f / sum;
+}
 
 // One row, held by its threads: Elements of it in each.
 template <class In, class Out, int Elements, int Threads>
@@ -145,17 +205,17 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
   constexpr int kVectors = Elements / kV;
   static_assert(Elements <= 32, "one bit each");
   const RowThreads mine = row_threads(plan);
-  announce_block(mine);
+  announce_block<kWithinWarp<Elements>>(mine);
   const ForwardRow<In, Out, int> row(p, mine.row);
   Packed<In, kV> raw[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    raw[i] = row.load(row.first_of(mine.thread + i * mine.threads));
+    raw[i] = row.load(row.first_of(mine.thread + (i << mine.threads_log2)));
   }
   uint32_t keep = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    keep |= row.keep(p, row.first_of(mine.thread + i * mine.threads)) << i * kV;
+    keep |= row.keep(p, row.first_of(mine.thread + (i << mine.threads_log2))) << i * kV;
   }
   float scores[kVectors][kV];
   float largest = negative_infinity();
@@ -167,9 +227,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
       largest = maximum(largest, scores[i][j]);
     }
   }
-  largest = finite_maximum(reduce_row<Maximum>(largest, mine, 0));
+  largest = finite_maximum(reduce_row<Maximum, kWithinWarp<Elements>>(largest, mine, 0));
   float sum = 0.0f;
-  const float hidden = p.log ? 1.0f : -1.0f;  // no difference is above 0, no power below
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
@@ -177,22 +236,25 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
       const float difference = scores[i][j] - largest;
       const float power = exponential(difference);
       sum += power;
-      const float shown = p.log ? difference : power;
-      scores[i][j] = scores[i][j] == negative_infinity() ? hidden : shown;
+      scores[i][j] = p.log ? difference : power;
     }
   }
-  sum = reduce_row<Sum>(sum, mine, 1);
+  sum = reduce_row<Sum, kWithinWarp<Elements>>(sum, mine, 1);
+  if (!is_finite(sum)) {
+    store_undefined_row<ForwardRow<In, Out, int>>(p, plan, kVectors);
+    return;
+  }
   sum = sum == 0.0f ? 1.0f : sum;
-  const float factor = p.log ? 1.0f : 1.0f / sum;
+  const float factor = p.log ? 1.0f : inverse_sum<Out>(sum);
   const float offset = p.log ? logf(sum) : 0.0f;
-  const float constant = p.log ? negative_infinity() : 0.0f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      scores[i][j] = scores[i][j] == hidden ? constant : scores[i][j] * factor - offset;
+      scores[i][j] = scores[i][j] * factor - offset;
     }
-    store_vector<kV>(row.y, row.first_of(mine.thread + i * mine.threads), row.columns, row.y_aligned, scores[i]);
+    store_vector<kV>(row.y, row.first_of(mine.thread + (i << mine.threads_log2)), row.columns, row.y_aligned,
+                     scores[i]);
   }
 }
 
@@ -209,9 +271,9 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   float sum = 0.0f;
   float scores[kV];
 #pragma unroll 2
-  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads) {
+  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads()) {
     const int64_t first = row.first_of(vector);
-    row.scores(p, row.load(first), row.keep(p, first), scores);
+    row.read_scores(p, first, scores);
     float new_largest = largest;
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
@@ -228,149 +290,23 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
   const float row_largest = finite_maximum(reduce_row<Maximum>(largest, mine, 0));
   sum = sum == 0.0f ? 0.0f : sum * exponential(finite_maximum(largest) - row_largest);  // 0 * inf is NaN
   sum = reduce_row<Sum>(sum, mine, 1);
+  const int64_t steps = (vectors + mine.threads() - 1) >> mine.threads_log2;
+  if (!is_finite(sum)) {
+    store_undefined_row<ForwardRow<In, Out, int64_t>>(p, plan, steps);
+    return;
+  }
   sum = sum == 0.0f ? 1.0f : sum;
-  const float factor = p.log ? 1.0f : 1.0f / sum;
+  const float factor = p.log ? 1.0f : inverse_sum<Out>(sum);
   const float offset = p.log ? logf(sum) : 0.0f;
-  const float constant = p.log ? negative_infinity() : 0.0f;
-  const int64_t steps = (vectors + mine.threads - 1) / mine.threads;
   for (int64_t step = steps - 1; step >= 0; --step) {
-    const int64_t first = row.first_of(step * mine.threads + mine.thread);
-    row.scores(p, row.load(first), row.keep(p, first), scores);
+    const int64_t first = row.first_of((step << mine.threads_log2) + mine.thread);
+    row.read_scores(p, first, scores);
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
       const float difference = scores[j] - row_largest;
-      const float result = (p.log ? difference : exponential(difference)) * factor - offset;
-      scores[j] = scores[j] == negative_infinity() ? constant : result;
+      scores[j] = (p.log ? difference : exponential(difference)) * factor - offset;
     }
     store_vector<kV>(row.y, first, row.columns, row.y_aligned, scores);
-  }
-}
-
-// A row of a backward call and how this thread reads it. T: dtype of y and dy, Grad: of dx.
-template <class T, class Grad, class Index>
-struct BackwardRow {
-  static constexpr int kV = kVector<T, Grad>;
-
-  const T* y;
-  const T* dy;
-  Grad* dx;
-  Index columns;
-  int shift;  // the first vector begins this many elements before the row
-  bool dy_aligned;
-  bool dx_aligned;
-  bool log;
-
-  FASTATTN_DEVICE BackwardRow(const SoftmaxBackward& p, int64_t row) {
-    const bool exists = row < row_count(p.sizes);
-    const RowPosition position = row_position(exists ? row : 0, p.sizes);
-    y = static_cast<const T*>(p.y) + position.offset(p.y_strides);
-    dy = static_cast<const T*>(p.dy) + position.offset(p.dy_strides);
-    dx = static_cast<Grad*>(p.dx) + position.offset(p.dx_strides);
-    columns = exists ? static_cast<Index>(p.sizes.columns) : 0;
-    shift = misalignment<kV>(y);
-    dy_aligned = aligned_before(dy, shift);
-    dx_aligned = aligned_before(dx, shift);
-    log = p.log;
-  }
-
-  FASTATTN_DEVICE Index first_of(Index vector) const { return vector * kV - shift; }
-
-  FASTATTN_DEVICE float constant() const { return log ? negative_infinity() : 0.0f; }
-
-  FASTATTN_DEVICE Packed<T, kV> load_y(Index first) const {
-    return load_vector<true, kV>(y, first, columns, true, constant());
-  }
-
-  FASTATTN_DEVICE Packed<T, kV> load_dy(Index first) const {
-    return load_vector<true, kV>(dy, first, columns, dy_aligned, 0.0f);
-  }
-
-  // What is summed over the row: y * dy, in log dy; nothing where y is constant, whatever dy is there.
-  FASTATTN_DEVICE float term(float result, float cotangent) const {
-    if (result == constant()) {
-      return 0.0f;
-    }
-    return log ? cotangent : result * cotangent;
-  }
-
-  FASTATTN_DEVICE float gradient(float result, float cotangent, float total, float scale) const {
-    if (result == constant()) {
-      return 0.0f;
-    }
-    return scale * (log ? cotangent - exponential(result) * total : result * (cotangent - total));
-  }
-};
-
-// The gradient of one row, held by its threads.
-template <class T, class Grad, int Elements, int Threads>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
-    softmax_backward_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p, const FASTATTN_GRID_CONSTANT RowPlan plan) {
-  constexpr int kV = kVector<T, Grad>;
-  constexpr int kVectors = Elements / kV;
-  const RowThreads mine = row_threads(plan);
-  announce_block(mine);
-  const BackwardRow<T, Grad, int> row(p, mine.row);
-  Packed<T, kV> y[kVectors];
-  Packed<T, kV> dy[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int first = row.first_of(mine.thread + i * mine.threads);
-    y[i] = row.load_y(first);
-    dy[i] = row.load_dy(first);
-  }
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      total += row.term(y[i].value(j), dy[i].value(j));
-    }
-  }
-  total = reduce_row<Sum>(total, mine, 0);
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float gradient[kV];
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      gradient[j] = row.gradient(y[i].value(j), dy[i].value(j), total, p.scale);
-    }
-    store_vector<kV>(row.dx, row.first_of(mine.thread + i * mine.threads), row.columns, row.dx_aligned, gradient);
-  }
-}
-
-// The gradient of one row of any length: the sum, then the gradient, from the end, which was read last.
-template <class T, class Grad>
-FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
-    softmax_backward_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p,
-                                 const FASTATTN_GRID_CONSTANT RowPlan plan) {
-  constexpr int kV = kVector<T, Grad>;
-  const RowThreads mine = row_threads(plan);
-  const BackwardRow<T, Grad, int64_t> row(p, mine.row);
-  const int64_t vectors = vectors_of(row.columns, row.shift, kV);
-  float total = 0.0f;
-#pragma unroll 2
-  for (int64_t vector = mine.thread; vector < vectors; vector += mine.threads) {
-    const int64_t first = row.first_of(vector);
-    const Packed<T, kV> y = row.load_y(first);
-    const Packed<T, kV> dy = row.load_dy(first);
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      total += row.term(y.value(j), dy.value(j));
-    }
-  }
-  total = reduce_row<Sum>(total, mine, 0);
-  const int64_t steps = (vectors + mine.threads - 1) / mine.threads;
-#pragma unroll 2
-  for (int64_t step = steps - 1; step >= 0; --step) {
-    const int64_t first = row.first_of(step * mine.threads + mine.thread);
-    const Packed<T, kV> y = row.load_y(first);
-    const Packed<T, kV> dy = row.load_dy(first);
-    float gradient[kV];
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      gradient[j] = row.gradient(y.value(j), dy.value(j), total, p.scale);
-    }
-    store_vector<kV>(row.dx, first, row.columns, row.dx_aligned, gradient);
   }
 }
 

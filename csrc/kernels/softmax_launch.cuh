@@ -10,8 +10,8 @@ template <class Params>
 cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, const RowPlan& plan, int64_t rows,
                         cudaStream_t stream) {
   const int rows_here = rows_per_block(plan);
-  const LaunchShape shape = {(rows + rows_here - 1) / rows_here * plan.blocks, plan.lanes * plan.warps * rows_here,
-                             kRowSharedBytes, plan.blocks};
+  const LaunchShape shape = {(rows + rows_here - 1) / rows_here * plan.blocks(), plan.block_threads() * rows_here,
+                             kRowSharedBytes, plan.blocks()};
   return launch_kernel(shape, stream, kernel, params, plan);
 }
 
@@ -39,7 +39,9 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& params, cuda
 
 template <class T>
 cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& p, cudaStream_t stream) {
-  return launch_kernel({p.rows * loss_parts<T>(p.classes), kLossThreads}, stream, cross_entropy_backward_kernel<T>, p);
+  return select_cross_entropy_backward<T>(p, [stream](auto kernel, int64_t blocks, const auto&... arguments) {
+    return launch_kernel({blocks, kLossThreads}, stream, kernel, arguments...);
+  });
 }
 
 }  // namespace fastattn

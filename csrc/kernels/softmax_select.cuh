@@ -4,12 +4,12 @@
 
 #include "cross_entropy.cuh"
 #include "softmax.cuh"
+#include "softmax_bwd.cuh"
+#include "softmax_plain.cuh"
 
 namespace fastattn {
 
-inline int64_t count_rows(const RowSizes& sizes) {
-  return sizes.columns == 0 ? 0 : sizes.outer * sizes.mid * sizes.inner;
-}
+inline int64_t count_rows(const RowSizes& sizes) { return sizes.columns == 0 ? 0 : sizes.rows; }
 
 // What a row may take up when its first vector begins before it. A row that fills its threads to the last element has
 // to begin where a vector does.
@@ -25,6 +25,20 @@ auto select_softmax_forward(const SoftmaxForward& p, bool clusters, Launch launc
   const int64_t columns = covered_columns<In>(p.x, p.x_strides, p.sizes.columns, kVector<In, Out>);
   const RowPlan plan = plan_for(forward_plans<sizeof(In)>(), columns, clusters);
   const int64_t rows = count_rows(p.sizes);
+  if constexpr (kHasPlain<In, Out>) {
+    if (is_plain(p)) {
+      switch (plan.elements) {
+        case 8:
+          return launch(softmax_forward_plain_kernel<In, Out, 8, kRowThreads>, p, plan, rows);
+        case 16:
+          return launch(softmax_forward_plain_kernel<In, Out, 16, kMaxRowThreads>, p, plan, rows);
+        case 32:
+          return launch(softmax_forward_plain_kernel<In, Out, 32, kMaxRowThreads>, p, plan, rows);
+        default:
+          return launch(softmax_forward_plain_long_kernel<In, Out>, p, plan, rows);
+      }
+    }
+  }
   if (plan.elements == 8) {
     return launch(softmax_forward_kernel<In, Out, 8, kRowThreads>, p, plan, rows);
   }
@@ -56,6 +70,13 @@ auto select_softmax_backward(const SoftmaxBackward& p, bool clusters, Launch lau
 template <class T, class Launch>
 auto select_cross_entropy_forward(const CrossEntropyForward& p, Launch launch) {
   return launch(cross_entropy_forward_kernel<T>, p, plan_for(kLossPlans, p.classes, false), p.rows);
+}
+
+// launch(kernel, blocks, params, parts)
+template <class T, class Launch>
+auto select_cross_entropy_backward(const CrossEntropyBackward& p, Launch launch) {
+  const int64_t parts = loss_parts<T>(p.classes);
+  return launch(cross_entropy_backward_kernel<T>, p.rows * parts, p, Divisor(parts, INT32_MAX));
 }
 
 }  // namespace fastattn

@@ -181,8 +181,8 @@ def split(
 class PackedDataset:
     """Blocks of a token stream as rows for a causal language model that shifts its labels itself.
 
-    Block i holds tokens i*(T-1) to i*(T-1)+T-1: neighbours share one token, so that every token but the stream's first
-    is a target exactly once. The last block is padded. Each item is a dict of (T,) int64 tensors:
+    Block i holds tokens `i*(T-1)` to `i*(T-1)+T-1`: neighbours share one token, so that every token but the stream's
+    first is a target exactly once. The last block is padded. Each item is a dict of (T,) int64 tensors:
     `input_ids`; `labels`, equal to input_ids with IGNORED at the first token and at padding; and, with `segments`,
     `segment_ids`: 0, 1, ... per document in the block and PADDING_SEGMENT at padding, each document's first label
     being IGNORED then because nothing that token may see predicts it.

@@ -36,12 +36,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
     r"""softmax(q k^T / sqrt(D) + masks) v over H heads, between an input and an output projection.
 
     The positional parameters, `forward`, parameter names, initialisation and results are those of
-    :class:`torch.nn.MultiheadAttention` (bool masks: True = do **not** attend; float masks are added). Differences: a
+    `torch.nn.MultiheadAttention` (bool masks: True = do not attend; float masks are added). Differences: a
     row with no key to see gives 0 where torch gives NaN; torch's inference fast path, which reads the weights past
     `forward`, is never taken, also inside `nn.TransformerEncoderLayer`; dropout draws from fastattn's generator, so
     its masks agree with torch's in distribution only; TorchScript is not supported.
 
-    Keyword-only extras:
+    Keyword Args:
         num_kv_heads: key/value heads, a divisor of num_heads (grouped-query attention); `in_proj_weight` then has
             embed_dim + 2 * num_kv_heads * head_dim rows.
         rotary: True, or a `Rotary`, turns queries and keys by their positions (after qk_norm); query i stands at key

@@ -48,7 +48,7 @@ class Rotary:
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
-    """The (H,) float32 slopes of ALiBi: the geometric sequence 2**(-8/n), 2**(-16/n), ... for n a power of two.
+    """The (H,) float32 slopes of ALiBi: the geometric sequence `2**(-8/n)`, `2**(-16/n)`, ... for n a power of two.
 
     Other head counts take the n of the power of two below and then every second slope of twice that n.
     Press et al. 2022, "Train Short, Test Long".

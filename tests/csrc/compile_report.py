@@ -82,13 +82,18 @@ def missing() -> str | None:
     return None if shutil.which("g++") else "needs g++"
 
 
-def compile_kernels(archs: tuple[str, ...] = ARCHS) -> tuple[list[build.Object], list[Kernel]]:
-    """Every instantiation, from the cache where its text is there: kernels know nothing of torch, so none is needed."""
+def compile_kernels(
+    archs: tuple[str, ...] = ARCHS, names: str = ""
+) -> tuple[list[build.Object], list[Kernel]]:
+    """Every instantiation, from the cache where its text is there: kernels know nothing of torch, so none is needed.
+
+    `names`: a regular expression for files, to compile those alone.
+    """
     toolkit = build.find_toolkit()
     assert toolkit is not None
     nothing = build.Torch("", toolkit.version, "", True, ())
     plan = build.Plan(build.csrc_folder(), toolkit, nothing, archs)
-    device = [path for path in build.sources(plan) if path.suffix == ".cu"]
+    device = [path for path in build.sources(plan) if path.suffix == ".cu" and re.search(names, path.name)]
     objects = build.compile_all(plan, cache_dir() / "objects", log=lambda _: None, only=device)
     return objects, [kernel for made in objects for kernel in kernels_of(made, toolkit)]
 

@@ -8,14 +8,14 @@ namespace fastattn {
 template <class Params>
 cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, const RowPlan& plan, int64_t rows) {
   const int64_t rows_here = rows_per_block(plan);
-  const int64_t blocks = (rows + rows_here - 1) / rows_here * plan.blocks;
+  const int64_t blocks = (rows + rows_here - 1) / rows_here * plan.blocks();
   if (blocks == 0) {
     return cudaSuccess;
   }
   emulator::Launch launch{.grid = {static_cast<unsigned>(blocks), 1, 1},
-                          .threads = static_cast<int>(plan.lanes * plan.warps * rows_here),
+                          .threads = static_cast<int>(plan.block_threads() * rows_here),
                           .shared_bytes = kRowSharedBytes,
-                          .cluster = plan.blocks};
+                          .cluster = plan.blocks()};
   emulator::launch(emulator::options, launch, kernel, params, plan);
   return cudaSuccess;
 }
@@ -41,12 +41,13 @@ cudaError_t launch_cross_entropy_forward(const CrossEntropyForward& params, cuda
 
 template <class T>
 cudaError_t launch_cross_entropy_backward(const CrossEntropyBackward& params, cudaStream_t) {
-  const int64_t blocks = params.rows * loss_parts<T>(params.classes);
-  if (blocks > 0) {
-    emulator::Launch launch{.grid = {static_cast<unsigned>(blocks), 1, 1}, .threads = kLossThreads};
-    emulator::launch(emulator::options, launch, cross_entropy_backward_kernel<T>, params);
-  }
-  return cudaSuccess;
+  return select_cross_entropy_backward<T>(params, [](auto kernel, int64_t blocks, const auto&... arguments) {
+    if (blocks > 0) {
+      emulator::Launch launch{.grid = {static_cast<unsigned>(blocks), 1, 1}, .threads = kLossThreads};
+      emulator::launch(emulator::options, launch, kernel, arguments...);
+    }
+    return cudaSuccess;
+  });
 }
 
 #define INSTANTIATE(T)                                                                            \

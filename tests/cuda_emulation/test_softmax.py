@@ -89,6 +89,23 @@ def test_both_sides_of_every_threshold(
     check(x, dout, -1)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_blocks_fit_a_multiprocessor_where_a_cluster_takes_the_row(
+    emulated_extension: EmulatedExtension, size: int
+) -> None:
+    """No block of more than 512 threads, but for rows that fill the largest cluster and devices without clusters."""
+    plan = partial(emulated_extension.module.softmax_plan, element_size=size)
+    last = NARROW[-1] if size == 2 else WIDE[-1]
+    for columns in (1, 512, 8192, 8193, 16384, 16385, 20000, 32768, 65536, last // 2):
+        _, lanes, warps, blocks = plan(columns, clusters=True)
+        assert lanes * warps <= 512, columns
+        assert blocks <= 8
+    assert plan(last, clusters=True)[1:] == (32, 32, 8)
+    if size == 2:
+        assert {plan(columns, clusters=True) for columns in (16385, 32768)} == {(32, 32, 16, 2)}
+        assert {plan(columns, clusters=False) for columns in (16385, 32768)} == {(32, 32, 32, 1)}
+
+
 @pytest.mark.parametrize("columns", [16384, 16385, 32768, 32769])
 def test_without_clusters_long_rows_are_read_twice(
     emulated_extension: EmulatedExtension, columns: int
@@ -147,6 +164,53 @@ def test_entries_that_are_not_finite(emulated_extension: EmulatedExtension, log:
     for scale in SCALES:
         options |= {"scale": scale, "log": log}
         assert_hidden_as_in_the_reference(x, dout, both(x, dout, -1, **options), **options)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+EVERY_PLAIN_KERNEL = [(5, 90), (250, 90), (900, 90), (9000, 90), (17000, 90), (33000, 80)]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("columns", "arch"), EVERY_PLAIN_KERNEL)
+def test_a_plain_call_and_one_whose_mask_keeps_everything(
+    emulated_extension: EmulatedExtension, columns: int, arch: int, dtype: torch.dtype
+) -> None:
+    """The plain kernels and the general ones: the same bits where the scale is a power of two, else within the rule."""
+    x, dout = (torch.randn(3, columns).to(dtype) for _ in range(2))
+    everything = torch.ones(columns, dtype=torch.bool)
+    for seed in SEEDS:
+        emulated_extension.configure(arch=arch, seed=seed)
+        for scale in (1.0, 0.125, 64.0):
+            assert torch.equal(forward(x, -1, scale=scale), forward(x, -1, scale=scale, mask=everything))
+    for scale in (0.3, 7.0):
+        check(x, dout, -1, scale=scale)
+        check(x, dout, -1, scale=scale, mask=everything)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("columns", "arch"), EVERY_PLAIN_KERNEL)
+def test_plain_rows_that_are_not_finite(
+    emulated_extension: EmulatedExtension, columns: int, arch: int, dtype: torch.dtype
+) -> None:
+    """By their elements, or by scores that overflow, upwards and downwards."""
+    emulated_extension.configure(arch=arch)
+    largest = torch.finfo(dtype).max
+    x = torch.randn(10, columns).to(dtype)
+    x[0, 0] = x[1, -1] = x[2, ::2] = x[3] = -torch.inf
+    x[4, 0], x[5], x[6, 1], x[7, 1] = torch.inf, torch.inf, torch.nan, -torch.inf
+    x[7, 2] = torch.nan
+    x[8, ::2], x[9] = largest, -largest
+    dout = torch.randn(10, columns).to(dtype)
+    everything = torch.ones(10, columns, dtype=torch.bool)
+    for scale in (1.0, 2.5, 1e-25, 1e-35, 0.0, -1.0):
+        actual = both(x, dout, -1, scale=scale)
+        assert_hidden_as_in_the_reference(
+            x[:8], dout[:8], tuple(t[:8] for t in actual), scale=scale, mask=everything[:8]
+        )
+        general = forward(x, -1, scale=scale, mask=everything)
+        torch.testing.assert_close(
+            actual[0], general, equal_nan=True, rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+        )
 
 
 def test_layouts(emulated_extension: EmulatedExtension) -> None:
