@@ -200,6 +200,15 @@ def gpu_cases() -> list[AttentionCase]:
         "window": {"window": (1023, 0)},
         "packed": {"causal": True, "documents": 4},
         "gqa": {"causal": True, "kv_heads": 2},
+        "mqa-1x8192": {
+            "causal": True,
+            "batch": 1,
+            "heads": 32,
+            "kv_heads": 1,
+            "seqlen_q": 8192,
+            "seqlen_k": 8192,
+            "direction": "backward",
+        },
         "fp32": {"causal": True, "dtype": torch.float32, "head_dim": 64},
         "fp16": {"causal": True, "dtype": torch.float16},
     }

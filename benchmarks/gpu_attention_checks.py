@@ -172,21 +172,41 @@ def _cudnn_itself(
     )
 
 
+def check_few_key_heads(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
+    """One key head, or few keys of it: on a GPU Triton's dk and dv are then split over queries."""
+    cuda = device.type == "cuda"
+    shapes = (
+        [(16, 2000, 2000, 128), (4, 4100, 100, 64), (16, 1111, 1000, 256)] if cuda else [(4, SMALL, 17, 32)]
+    )
+    for name in backends_here(device):
+        for heads, seqlen_q, seqlen_k, dim in shapes:
+            what = f"H{heads}/1 S{seqlen_q},{seqlen_k} D{dim}"
+            announce_call("few-key-heads", name, what, device)
+            generator = torch.Generator(device).manual_seed(seed)
+            query, dout, key, value = (
+                torch.randn(2, *shape, dim, generator=generator, device=device).half()
+                for shape in ((heads, seqlen_q), (heads, seqlen_q), (1, seqlen_k), (1, seqlen_k))
+            )
+            yield _compare(what, [query, key, value], dout, name, check="few-key-heads")
+
+
 def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
     """The same call again and again, with other work in between: every bit of out, lse and gradients the same."""
     from fastattn import attention
 
     cuda = device.type == "cuda"
-    shapes = [(4, 8, 1024, 64), (2, 8, 2000, 128), (1, 4, 1111, 256)] if cuda else [(1, 2, SMALL, 32)]
+    shapes = [(1, 2, 1, SMALL, 32)]  # the fourth of a GPU's splits dk and dv over queries
+    if cuda:
+        shapes = [(4, 8, 4, 1024, 64), (2, 8, 4, 2000, 128), (1, 4, 2, 1111, 256), (1, 16, 1, 2000, 128)]
     for name in backends_here(device):
-        for batch, heads, length, dim in shapes:
+        for batch, heads, kv_heads, length, dim in shapes:
             generator = torch.Generator(device).manual_seed(seed)
             draw = [
                 torch.randn(batch, heads, length, dim, generator=generator, device=device).half()
                 for _ in range(4)
             ]
             query, key, value, dout = draw
-            key, value = key[:, : heads // 2], value[:, : heads // 2]
+            key, value = key[:, :kv_heads], value[:, :kv_heads]
             leaves = [t.requires_grad_() for t in (query, key, value)]
 
             def once() -> list[Tensor]:
@@ -209,10 +229,12 @@ def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[F
 
             found, wrong = attempt(repeated, device)
             if found is None:
-                yield refused_or_failed("bitwise", f"B{batch} H{heads} S{length} D{dim}: {wrong}", name)
+                yield refused_or_failed(
+                    "bitwise", f"B{batch} H{heads}/{kv_heads} S{length} D{dim}: {wrong}", name
+                )
                 continue
             different, runs = found
-            detail = f"B{batch} H{heads} S{length} D{dim}: {different} of {runs} runs differ"
+            detail = f"B{batch} H{heads}/{kv_heads} S{length} D{dim}: {different} of {runs} runs differ"
             yield finding("bitwise", "failed" if different else "passed", detail, backend=name, summary=True)
 
 
@@ -270,8 +292,9 @@ def _wide_size(device: torch.device, name: str, seed: int) -> Finding:
 
 
 def _compare(
-    what: str, operands: list[Tensor], dout: Tensor, name: str, part: slice = slice(None)
-) -> Finding:
+    what: str, operands: list[Tensor], dout: Tensor, name: str, part: slice = slice(None),
+    check: str = "wide-offsets",
+) -> Finding:  # fmt: skip
     from fastattn import attention, reference
 
     def run(
@@ -287,10 +310,10 @@ def _compare(
     plain = run(reference.attention, [t.contiguous() for t in chosen], dout[part])
     actual, wrong = attempt(lambda: run(attention, operands, dout, backend=name), dout.device)
     if actual is None:
-        return refused_or_failed("wide-offsets", f"{what}: {wrong}", name)
+        return refused_or_failed(check, f"{what}: {wrong}", name)
     worst = max(excess(a[part], p, g, dtype) for a, p, g in zip(actual, plain, golden))
     return finding(
-        "wide-offsets",
+        check,
         "passed" if worst <= 1 else "failed",
         f"{what}: {worst:.2f} of what is allowed",
         backend=name,

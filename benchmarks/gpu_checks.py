@@ -34,6 +34,7 @@ CHECKS: dict[str, Check] = {
     "kv-cache": gpu_attention_checks.check_kv_cache,
     **{f"ops-{name}": partial(gpu_op_checks.check_ops, names=[name]) for name in gpu_op_checks.OPS},
     "cudnn-trap": gpu_attention_checks.check_cudnn_trap,
+    "few-key-heads": gpu_attention_checks.check_few_key_heads,
     "bitwise": gpu_attention_checks.check_bitwise,
     "wide-offsets": gpu_attention_checks.check_wide_offsets,
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.kernels import (
     attention_bwd,
     attention_bwd_splits,
+    attention_dbias,
     attention_fwd,
     attention_row_factor,
     attention_weights,
@@ -255,7 +256,7 @@ def dbias_launch(
     args["dbias"] = dbias
     args["VARIANT"] = args["VARIANT"]._replace(bias_one_row=bias_rows == 1, bias_one_col=bias_cols == 1)
     tiles = bias_batch * bias_heads * _cdiv(bias_rows, tile.block_m) * _cdiv(bias_cols, tile.block_n)
-    return _launch(attention_bwd.attention_dbias_kernel, tiles, args, tile)
+    return _launch(attention_dbias.attention_dbias_kernel, tiles, args, tile)
 
 
 def weights_launch(

@@ -41,14 +41,15 @@ def _on_gpu(spec: Any) -> Any:
     return spec.replace(device="cuda", arch=ARCH)
 
 
-def attention(dim: int, dtype: torch.dtype, tma: bool | None = None, **options: Any) -> None:
+def attention(dim: int, dtype: torch.dtype, tma: bool | None = None, group: int = 1, **options: Any) -> None:
     """Forward and backward at several lengths, batches and numbers of heads."""
     from fastattn.kernels.tuned import tiles_for
 
     for length in LENGTHS:
-        batch, heads = (1, 4) if length % 2 else (2, 2)
-        query = torch.randn(batch, heads, length, dim).to(dtype)
-        call = AttentionCall(query, query, query, scale=0.125, **options)
+        batch, kv_heads = (1, 4 // min(group, 4)) if length % 2 else (2, 2)
+        query = torch.randn(batch, kv_heads * group, length, dim).to(dtype)
+        key = query[:, ::group]
+        call = AttentionCall(query, key, key, scale=0.125, **options)
         needs = GradsNeeded()
         forward, backward = (_on_gpu(AttentionSpec.of(call, each)) for each in (None, needs))
         chosen = [tiles_for(spec) for spec in (forward, backward)]
@@ -101,6 +102,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "full D128": lambda: attention(128, BF16),
     "full D128 by TMA": lambda: attention(128, BF16, tma=True),
     "softcap D80 float16": lambda: attention(80, torch.float16, softcap=5.0, window_left=100),
+    "few key heads D128": lambda: attention(128, BF16, group=6, causal="bottom_right"),
     "packed D64": lambda: packed(64),
     "rows of 1000": lambda: rows(1000),
     "held": held,
