@@ -60,7 +60,8 @@ FASTATTN_DEVICE void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes) {
 #endif
 }
 
-// One arrival at the barrier in the same place of block `rank` of the cluster.
+// One arrival at the barrier in the same place of block `rank` of the cluster, by a thread that has finished reading. What
+// it wrote is visible to its own block alone: a release of the cluster's scope compiles to a fence of the whole device.
 FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive_cluster(barrier, rank);
@@ -69,7 +70,7 @@ FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");

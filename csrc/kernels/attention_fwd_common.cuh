@@ -104,7 +104,8 @@ FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const T
 // The blocks of keys that a tile sees. In clusters these are all, so that its blocks load the same ones.
 template <class Shape>
 FASTATTN_DEVICE BlockRange forward_key_blocks(const Visibility& seen, int first_query) {
-  if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, seen.num_keys, 0, seen.num_keys);
+  const int keys = seen.num_keys;
+  if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, keys, 0, keys);
   return key_blocks<Shape::kBlockM, Shape::kBlockN>(seen, first_query);
 }
 

@@ -4,8 +4,8 @@
 
 using namespace fastattn;
 
-// Arguments as for params_of; `tile_counter`: 0, or null; `clusters`: whether a full call runs in them; `blocks`: of the
-// persistent grid.
+// Arguments as for params_of; `tile_counter`: 0, or null; `clusters`: whether a full call runs in them; `blocks`: those
+// of the persistent grid.
 extern "C" const char* attention_forward(const void* q, const void* k, const void* v, void* out, float* lse,
                                          const int64_t* strides, const int64_t* sizes, const int32_t* cu_seqlens_q,
                                          const int32_t* cu_seqlens_k, const int32_t* key_lengths, double scale,

@@ -1,4 +1,4 @@
-"""The Hopper forward in clusters of two blocks that load keys and values for each other: results, schedules, mistakes."""
+"""The Hopper forward in clusters of two blocks that load keys and values for each other: results, schedules, errors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ MUTATIONS = {
     "kernels/attention_fwd_common.cuh": [
         Mutation(
             "blocks of a cluster that see other keys",
-            "if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, seen.num_keys, 0, seen.num_keys);",
+            "if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, keys, 0, keys);",
             report="deadlock",
         ),
     ],

@@ -118,7 +118,7 @@ WRAPPERS: dict[str, list[tuple[str, str, list[str]]]] = {
             [
                 ".reg .b32 remote;",
                 "mapa.shared::cluster.u32 remote, shared(barrier), rank;",
-                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];",
+                "mbarrier.arrive.shared::cluster.b64 _, [remote];",
             ],
         ),
         (
