@@ -60,9 +60,25 @@ FASTATTN_DEVICE void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes) {
 #endif
 }
 
-// One arrival at the barrier in the same place of block `rank` of the cluster, by a thread that has finished reading. What
-// it wrote is visible to its own block alone: a release of the cluster's scope compiles to a fence of the whole device.
+// One arrival at the barrier in the same place of block `rank` of the cluster.
 FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
+#if defined(FASTATTN_EMULATION)
+  emulator::mbarrier_arrive_cluster(barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
+// The same by a thread that has finished reading and gives memory back; what it wrote is visible to its own block alone.
+// A release of the cluster's scope would cost a fence of the whole device before every arrival.
+FASTATTN_DEVICE void mbarrier_arrive_cluster_read(Mbarrier* barrier, uint32_t rank) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive_cluster(barrier, rank);
 #else

@@ -71,14 +71,14 @@ MUTATIONS = {
     "device/pipeline.cuh": [
         Mutation(
             "stages released to one block",
-            "mbarrier_arrive_cluster(&empty[state.stage], rank);",
-            "if (rank == cluster_rank()) mbarrier_arrive_cluster(&empty[state.stage], rank);",
+            "mbarrier_arrive_cluster_read(&empty[state.stage], rank);",
+            "if (rank == cluster_rank()) mbarrier_arrive_cluster_read(&empty[state.stage], rank);",
             report=r"deadlock.* of mbarrier",
         ),
         Mutation(
             "both releases to the own block",
-            "mbarrier_arrive_cluster(&empty[state.stage], rank);",
-            "mbarrier_arrive_cluster(&empty[state.stage], cluster_rank());",
+            "mbarrier_arrive_cluster_read(&empty[state.stage], rank);",
+            "mbarrier_arrive_cluster_read(&empty[state.stage], cluster_rank());",
             report=RACE,
         ),
         Mutation(

@@ -118,6 +118,15 @@ WRAPPERS: dict[str, list[tuple[str, str, list[str]]]] = {
             [
                 ".reg .b32 remote;",
                 "mapa.shared::cluster.u32 remote, shared(barrier), rank;",
+                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];",
+            ],
+        ),
+        (
+            "Mbarrier* barrier, uint32_t rank",
+            "mbarrier_arrive_cluster_read(barrier, rank);",
+            [
+                ".reg .b32 remote;",
+                "mapa.shared::cluster.u32 remote, shared(barrier), rank;",
                 "mbarrier.arrive.shared::cluster.b64 _, [remote];",
             ],
         ),
