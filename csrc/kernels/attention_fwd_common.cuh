@@ -39,14 +39,19 @@ struct ForwardShape {
   static constexpr uint32_t kKeyBytes = kTileBytes<kBlockN, kHeadDim>;
   static constexpr uint32_t kRingBytes = 2 * kStages * kKeyBytes;
   static constexpr uint32_t kOtherBytes = 1024 + 256;  // to align the tiles, and the barriers
-  // Where there is room, the result has memory of its own and the next queries arrive while it is written; elsewhere it
-  // takes the place of the queries.
+  // The next queries arrive while the result is written: where there is room it has memory of its own; elsewhere it is
+  // staged over the last block of values, which the producer gets back later, kOutColumns at a time.
   static constexpr bool kOwnOut = 2 * kQueryBytes + kRingBytes + kOtherBytes <= kMaxSharedBytes;
+  static constexpr int kOutColumns =
+      kOwnOut || kKeyBytes >= kQueryBytes
+          ? kHeadDim
+          : static_cast<int>(kKeyBytes / kTileBytes<kBlockM, kPanelColumns>) * kPanelColumns;
   static constexpr uint32_t kKeysAt = (kOwnOut ? 2 : 1) * kQueryBytes;
   static constexpr uint32_t kValuesAt = kKeysAt + kStages * kKeyBytes;
   static constexpr uint32_t kBarriersAt = kKeysAt + kRingBytes;
   static constexpr uint32_t kSharedBytes = kBarriersAt + kOtherBytes;
 
+  static_assert(kOutColumns > 0 && kHeadDim % kOutColumns == 0);
   static_assert(kHeadDim % kPanelColumns == 0 && kBlockM % kWarpgroupRows == 0 && kBlockN % 16 == 0);
   static_assert(kConsumers == 2 || kConsumers == 3);
   static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
@@ -76,7 +81,7 @@ struct ForwardShared {
   unsigned char* base;  // a multiple of 1024
 
   FASTATTN_DEVICE unsigned char* queries() const { return base; }
-  FASTATTN_DEVICE unsigned char* out() const { return Shape::kOwnOut ? base + Shape::kQueryBytes : base; }
+  FASTATTN_DEVICE unsigned char* out() const { return base + Shape::kQueryBytes; }  // where kOwnOut
   FASTATTN_DEVICE unsigned char* keys(int stage) const { return base + Shape::kKeysAt + stage * Shape::kKeyBytes; }
   FASTATTN_DEVICE unsigned char* values(int stage) const { return base + Shape::kValuesAt + stage * Shape::kKeyBytes; }
   FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }

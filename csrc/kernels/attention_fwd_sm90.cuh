@@ -128,9 +128,10 @@ struct ForwardConsumer {
       tiles.wait(tile_state);
       const auto [sequence, head, first_query] = tiles.get(tile_state);
       if (head < 0) break;
-      attend(sequence.seen, forward_key_blocks<Shape>(sequence.seen, first_query),
-             first_query + group * kWarpgroupRows);
-      store(tiles.get(tile_state));
+      const BlockRange blocks = forward_key_blocks<Shape>(sequence.seen, first_query);
+      const bool has_keys = !blocks.empty();
+      attend(sequence.seen, blocks, first_query + group * kWarpgroupRows);
+      store(tiles.get(tile_state), has_keys);
       query_state.advance();
       tiles.release(tile_state);
     }
@@ -138,7 +139,8 @@ struct ForwardConsumer {
     if (thread == 0) bulk_wait<0>();
   }
 
-  // The unnormalised result of the queries from `query` on.
+  // The unnormalised result of the queries from `query` on. Without memory for the result, the last values are kept, or
+  // the queries of a tile that has none.
   FASTATTN_DEVICE void attend(const Visibility& seen, const BlockRange& blocks, int query) {
     auto& barriers = shared.barriers();
     softmax = {};
@@ -164,13 +166,13 @@ struct ForwardConsumer {
       for (; block >= blocks.whole_begin; --block) step<Mask::kNone>(seen, query, block, blocks.begin);
       for (; block >= blocks.begin; --block) step<Mask::kBoth>(seen, query, block, blocks.begin);
     }
-    if (Shape::kOwnOut) release_queries();
+    if (Shape::kOwnOut || !blocks.empty()) release_queries();
     if (!blocks.empty()) {
       barriers.values.wait_full(value_state);
       multiply_values();
       wgmma_wait<0>();
       pin_registers(out);
-      release(barriers.values, value_state);
+      if (Shape::kOwnOut) release(barriers.values, value_state);
     }
   }
 
@@ -233,8 +235,8 @@ struct ForwardConsumer {
   }
 
   // Writes the warpgroup's rows of a tile: through shared memory, then by TMA, which stops at the tensor's end;
-  // where another sequence follows, row by row.
-  FASTATTN_DEVICE void store(const QueryTile& tile) {
+  // where another sequence follows, row by row. Gives back what attend() kept.
+  FASTATTN_DEVICE void store(const QueryTile& tile, bool has_keys) {
     const auto& [sequence, head, first_query] = tile;
     const int query = first_query + group * kWarpgroupRows;
     float inverse_sum[2], lse[2];
@@ -244,25 +246,43 @@ struct ForwardConsumer {
     const int64_t row = sequence.query_start + query;
     store_lse(lse, sequence.batch, head, row, rows_here);
 
-    if (Shape::kOwnOut && thread == 0) bulk_wait_read<0>();
-    warpgroup_sync();
-    store_fragment<Element, Shape::kBlockM>(shared.out(), group * kWarpgroupRows + thread / kWarpThreads * 16, out);
-    fence_proxy_async();
-    warpgroup_sync();
-    if (rows_here >= kWarpgroupRows || row + rows_here == params.total_q) {
-      if (thread == 0) {
-        for (int column = 0; column < Shape::kHeadDim; column += kPanelColumns) {
-          tma_store_4d(&maps.out, shared.out() + tile_offset<Shape::kBlockM>(group * kWarpgroupRows, column), column,
-                       static_cast<int>(row), head, sequence.batch);
-        }
-        bulk_commit();
-        if (!Shape::kOwnOut) bulk_wait_read<0>();
-      }
-    } else {
-      store_rows(sequence.batch, head, row, rows_here);
-    }
-    if (!Shape::kOwnOut) {
+    unsigned char* stage = Shape::kOwnOut ? shared.out()
+                           : has_keys     ? shared.values(value_state.stage)
+                                          : shared.queries();
+    if (Shape::kOwnOut) {
+      if (thread == 0) bulk_wait_read<0>();
       warpgroup_sync();
+    } else {
+      consumers_sync();  // all have multiplied the values that lie there
+    }
+#pragma unroll
+    for (int first = 0; first < Shape::kHeadDim; first += Shape::kOutColumns) {
+      if (first > 0) {
+        if (thread == 0) bulk_wait_read<0>();
+        warpgroup_sync();
+      }
+      const auto& columns = reinterpret_cast<const float(&)[Shape::kOutColumns / 2]>(out[first / 2]);
+      store_fragment<Element, Shape::kBlockM>(stage, group * kWarpgroupRows + thread / kWarpThreads * 16, columns);
+      fence_proxy_async();
+      warpgroup_sync();
+      if (rows_here >= kWarpgroupRows || row + rows_here == params.total_q) {
+        if (thread == 0) {
+          for (int column = 0; column < Shape::kOutColumns; column += kPanelColumns) {
+            tma_store_4d(&maps.out, stage + tile_offset<Shape::kBlockM>(group * kWarpgroupRows, column), first + column,
+                         static_cast<int>(row), head, sequence.batch);
+          }
+          bulk_commit();
+        }
+      } else {
+        store_rows(stage, first, sequence.batch, head, row, rows_here);
+      }
+    }
+    if (Shape::kOwnOut) return;
+    if (thread == 0) bulk_wait_read<0>();
+    if (has_keys) {
+      warp_sync();
+      release(shared.barriers().values, value_state);
+    } else {
       release_queries();
     }
   }
@@ -277,16 +297,18 @@ struct ForwardConsumer {
     }
   }
 
-  FASTATTN_DEVICE void store_rows(int batch, int head, int64_t row, int rows_here) {
+  // The columns from `first_column` on, which lie in `stage`.
+  FASTATTN_DEVICE void store_rows(const unsigned char* stage, int first_column, int batch, int head, int64_t row,
+                                  int rows_here) {
     constexpr int kColumnsPerStore = 16 / sizeof(Element);
-    constexpr int kStoresPerRow = Shape::kHeadDim / kColumnsPerStore;
+    constexpr int kStoresPerRow = Shape::kOutColumns / kColumnsPerStore;
     Element* first = static_cast<Element*>(params.out) + batch * params.out_strides.batch +
-                     head * params.out_strides.head + row * params.out_strides.row;
+                     head * params.out_strides.head + row * params.out_strides.row + first_column;
     for (int i = recomputed(thread); i < kWarpgroupRows * kStoresPerRow; i += kWarpgroupThreads) {
       const int r = i / kStoresPerRow;
       const int column = i % kStoresPerRow * kColumnsPerStore;
-      if (r >= rows_here || column >= params.head_dim) continue;
-      const unsigned char* source = shared.out() + tile_offset<Shape::kBlockM>(group * kWarpgroupRows + r, column);
+      if (r >= rows_here || first_column + column >= params.head_dim) continue;
+      const unsigned char* source = stage + tile_offset<Shape::kBlockM>(group * kWarpgroupRows + r, column);
       st_global_16(first + r * params.out_strides.row + column, ld_shared(reinterpret_cast<const uint4*>(source)));
     }
   }
@@ -305,12 +327,13 @@ struct ForwardConsumer {
   }
 
   // Named barriers 1 .. 3: the ping-pong barrier of each warpgroup, where the one before it arrives; 4 .. 6: its own
-  // threads.
+  // threads; 7: all consumers.
   FASTATTN_DEVICE void ping_pong_wait() { named_barrier_sync(1 + group, 2 * kWarpgroupThreads); }
   FASTATTN_DEVICE void ping_pong_arrive() {
     named_barrier_arrive(1 + (group + 1) % Shape::kConsumers, 2 * kWarpgroupThreads);
   }
   FASTATTN_DEVICE void warpgroup_sync() { named_barrier_sync(4 + group, kWarpgroupThreads); }
+  FASTATTN_DEVICE void consumers_sync() { named_barrier_sync(7, Shape::kConsumers * kWarpgroupThreads); }
 };
 
 // out = softmax(scores) v and lse = logsumexp(scores), where scores = scale q k^T, capped and masked as params say.

@@ -67,6 +67,8 @@ RACE = r"with nothing ordering the two|may still read|nobody wrote|once more tha
 COPY = """\
 tma_load_4d_multicast(static_cast<unsigned char*>(tile) + (panel * kRows + first) * kPanelRowBytes, map, barrier,
                           (1u << kBlocks) - 1, panel * kPanelColumns, row + first, head, batch, policy);"""
+READ = "if (thread == 0) bulk_wait_read<0>();"
+OWN_OUT = "if (Shape::kOwnOut) release(barriers.values, value_state);"
 MUTATIONS = {
     "device/pipeline.cuh": [
         Mutation(
@@ -94,6 +96,9 @@ MUTATIONS = {
         Mutation("both blocks fill the same share", COPY, COPY.replace("kRows + first", "kRows")),
     ],
     "kernels/attention_fwd_sm90.cuh": [
+        Mutation("result staged over values that are read", "consumers_sync();", report="may still read"),
+        Mutation("values loaded over a result that is read", READ, occurrence=2),
+        Mutation("values given back before the result lies there", OWN_OUT, OWN_OUT.partition(") ")[2]),
         Mutation(
             "barriers used before they are there",
             "Shape::kCluster > 1 ? cluster_sync() : block_sync();",
