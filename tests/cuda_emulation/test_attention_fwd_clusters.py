@@ -130,6 +130,26 @@ def breakable(library_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
 
 
+COLUMNS = Mutation("columns staged over others that are read", READ, occurrence=1)
+
+
+def test_columns_staged_over_others_are_noticed(
+    library_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """At head dim 256 a result is staged in two halves."""
+    library = breakable_library(
+        "attention_fwd.cpp", {"kernels/attention_fwd_sm90.cuh": [COLUMNS]},
+        tmp_path_factory.mktemp("breakable_columns"), library_folder, "HEAD_DIM=256", "ELEMENT=bfloat16_t",
+    )  # fmt: skip
+    case = Case("columns", head_dim=256, seqlen_q=200, seqlen_k=100)
+    for seed in range(6):
+        library("break_line", -1)
+        check(lambda *_: library, case, seed=seed, landing=LANDINGS[seed % 3])
+        library("break_line", 0)
+        with pytest.raises((EmulationError, AssertionError)):
+            check(lambda *_: library, case, seed=seed, landing=LANDINGS[seed % 3])
+
+
 def run_broken(breakable: Library, line: int, seed: int) -> None:
     breakable("break_line", line)
     check(lambda *_: breakable, SCHEDULED, seed=seed, landing=LANDINGS[seed % 3])
