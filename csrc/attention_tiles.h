@@ -24,8 +24,8 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
   return {128, 80};
 }
 
-// Blocks to a cluster in forward calls whose queries see every key; 1 where there is no such kernel. At 128 queries to a
-// block of this head dim the loop would otherwise ask 32 bytes a cycle of the L2 cache.
+// Blocks to a cluster in forward calls whose queries see every key; 1 where there is no such kernel. With 128 queries to
+// a block of this head dim the loop would otherwise ask 32 bytes a cycle of the L2 cache.
 constexpr int forward_cluster(int head_dim) { return head_dim == 128 ? 2 : 1; }
 
 // Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers

@@ -86,8 +86,7 @@ inline cudaError_t prepare_kernel(const void* kernel, int shared_bytes) {
   return error;
 }
 
-// How many clusters of a kernel that is launched like this the current device holds at a time, always the same way for a
-// kernel.
+// How many clusters of a kernel that is launched like this, as it always is, the current device holds at a time.
 inline cudaError_t max_active_clusters(const void* kernel, const cudaLaunchConfig_t& config, int* clusters) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;

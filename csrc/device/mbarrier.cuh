@@ -76,8 +76,8 @@ FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
 #endif
 }
 
-// The same by a thread that has finished reading and gives memory back; what it wrote is visible to its own block alone.
-// A release of the cluster's scope would cost a fence of the whole device before every arrival.
+// The same by a thread that has finished reading and gives memory back; what it wrote is visible to its own block
+// alone. A release of the cluster's scope would cost a fence of the whole device before every arrival.
 FASTATTN_DEVICE void mbarrier_arrive_cluster_read(Mbarrier* barrier, uint32_t rank) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive_cluster(barrier, rank);

@@ -69,7 +69,7 @@ void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double
 
 }  // namespace
 
-// `costs`: of each tile by its number, of a pass of a call without softcap. In clusters a number is a tile of each block.
+// `costs`: of each tile by its number, of a pass of a call without softcap; in clusters a number is one of each block.
 // `sizes` and lengths as for params_of.
 extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int32_t* cu_seqlens_q,
                                   const int32_t* cu_seqlens_k, int64_t capacity, double* costs, int64_t* count) {
