@@ -1,6 +1,6 @@
 """The cycle model's figures on file, for every 16-bit attention row of sm_90 and every CUDA kernel of attention.
 
-    python tests/kernels/cycles_record.py --write -j 2       redo what is stale, store the file and the page
+    python tests/kernels/cycles_record.py --write -j 2       redo what is stale, store the file and the pages
     python tests/kernels/cycles_record.py --stale            list what changed since it was written
 
 A row's key is a hash of what its kernel is compiled from and of the model. A row that would get more than 3 % worse is
@@ -198,10 +198,14 @@ def main() -> int:
         store(triton.__version__, merged(before, made, wrong))
         import compile_matrix
         import compile_record
+        import cycles_page
 
         compile_record.DOCUMENT.write_text(
             compile_record.render(compile_record.load(), compile_matrix.entries()), encoding="utf-8"
         )
+        page = cycles_page.PAGE.read_text("utf-8")
+        made = cycles_page.updated(page, load()["rows"], triton_entries().values())
+        cycles_page.PAGE.write_text(made, encoding="utf-8")
     print(f"{len(chosen)} redone, {len(wrong)} worse")
     return 1 if wrong else 0
 
