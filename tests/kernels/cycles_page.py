@@ -31,7 +31,7 @@ def table(titles: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 def peers(rows: Rows) -> str:
@@ -66,7 +66,7 @@ def without(name: str) -> str:
 
 
 def by_tma(rows: Rows, entries: Iterable[Any], rich: bool) -> str:
-    """The rows that load by TMA: cycles of the tile before, which still serves calls without TMA, and of the one now."""
+    """The rows that load by TMA: cycles of the tile before, which still serves without TMA, and of the one now."""
     from compile_matrix import FEATURES
 
     entries = [each for each in entries if each.name in rows and WITHOUT not in each.features]

@@ -38,6 +38,19 @@ def test_every_16_bit_row_of_hopper_and_every_cuda_kernel_has_cycles() -> None:
         assert cell(name, rows) in page or str(row["cycles"]) in page
 
 
+def test_a_cuda_kernel_is_the_same_in_both_types() -> None:
+    """As many instructions in the loop, no spills, and no other cycles than the model's noise."""
+    rows = load()["rows"]
+    names = [name for name in rows if name.startswith("cuda bfloat16 ")]
+    assert len(names) > 20
+    assert len(names) == sum(name.startswith("cuda float16 ") for name in rows)
+    for name in names:
+        row, half = rows[name], rows[name.replace("bfloat16", "float16")]
+        for figure in ("instructions", "registers", "spills", "bound"):
+            assert row[figure] == half[figure], (name, figure)
+        assert abs(half["cycles"] / row["cycles"] - 1) < cycles_record.WORSE - 1, name
+
+
 def test_the_tables_of_the_page_on_hopper_are_those_of_the_cycles_on_file() -> None:
     page = cycles_page.PAGE.read_text(encoding="utf-8")
     assert page == cycles_page.updated(page, load()["rows"], triton_entries().values()), f"run {REGENERATE}"
