@@ -185,14 +185,6 @@ WITH_OLDER_TRITON: dict[Key, dict[str, Tile]] = {
 }
 
 
-@cache
-def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
-    """The tiles of attention on a spec: those measured on this machine where there are any, else the table's."""
-    from fastattn.kernels.tuned import winners_for
-
-    return replace(table_tiles(spec), **winners_for(spec, packed))
-
-
 def table_tiles(spec: AttentionSpec) -> Tiles:
     """The tiles of a spec that the table gives it; which others TMA cannot load, only a call says."""
     if not spec.aligned:

@@ -93,8 +93,8 @@ def varlen_tiles(spec: AttentionSpec) -> str | None:
 def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     if not _installed():
         return None
-    from fastattn.kernels.tiles import table_tiles, tiles_for
-    from fastattn.kernels.tuned import entries_for
+    from fastattn.kernels.tiles import table_tiles
+    from fastattn.kernels.tuned import entries_for, tiles_for
 
     chosen, built_in, found = tiles_for(spec, packed), table_tiles(spec), entries_for(spec, packed)
     sources = {entry.source for name, entry in found.items() if entry.tile != getattr(built_in, name)}

@@ -22,9 +22,9 @@ from fastattn.kernels.tiles import (
     is_older,
     key_of,
     table_tiles,
-    tiles_for,
     tiles_without_tma,
 )
+from fastattn.kernels.tuned import tiles_for
 from fastattn.spec import AttentionCall, AttentionSpec
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fastattn.cli import app
 from fastattn.console import NoOutput
 from fastattn.kernels import tuned
-from fastattn.kernels.tiles import tiles_for
+from fastattn.kernels.tuned import tiles_for
 from fastattn.tune import ahead, extension, model
 from fastattn.tune.command import Options, forget_lookups, tune
 from fastattn.tune.cycles.report import Prediction
