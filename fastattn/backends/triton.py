@@ -53,6 +53,7 @@ __all__ = [
 NAME = "triton"
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TILE_SOURCES = {"measured": "measured here", "model": "by the cycle model"}
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
@@ -93,10 +94,11 @@ def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     if not _installed():
         return None
     from fastattn.kernels.tiles import table_tiles
-    from fastattn.kernels.tuned import tiles_for
+    from fastattn.kernels.tuned import entries_for, tiles_for
 
-    chosen = tiles_for(spec, packed)
-    source = "" if chosen == table_tiles(spec) else ", measured here"
+    chosen, built_in, found = tiles_for(spec, packed), table_tiles(spec), entries_for(spec, packed)
+    sources = {entry.source for name, entry in found.items() if entry.tile != getattr(built_in, name)}
+    source = "".join(f", {TILE_SOURCES[each]}" for each in sorted(sources))
     if spec.backward:
         return f"dk, dv {chosen.dkdv}; dq {chosen.dq}{source}"
     return f"forward {chosen.forward}{source}"
