@@ -59,6 +59,16 @@ def probe_forward(ops: ModuleType, device: torch.device) -> str:
     return "; ".join(said)
 
 
+def probe_clusters(ops: ModuleType, device: torch.device) -> str:
+    """Full calls at head dim 128, whose blocks load keys and values for each other: an odd tile, several rounds."""
+    said = []
+    for batch, length in ((1, 300), (40 if device.type == "cuda" else 1, 512)):
+        operands = Operands.draw(device, batch=batch, seqlen_q=length, head_dim=128)
+        worst, name = kernel_runs.worst_of(kernel_runs.forward(ops, operands), operands)
+        said.append(_within(f"B{batch} S{length}", worst, name))
+    return "; ".join(said)
+
+
 def probe_backward(ops: ModuleType, device: torch.device, number: int) -> str:
     """The backward in one pass or two, from a forward of float64."""
     said, refused = [], ""
@@ -141,6 +151,7 @@ class Direction:
 
 DIRECTIONS: dict[str, Direction] = {
     "forward": Direction(probe_forward, ("attention_fwd", "varlen_fwd")),
+    "forward in clusters": Direction(probe_clusters, ("clusters",)),
     "softmax": Direction(probe_softmax, ("softmax_fwd", "softmax_bwd")),
     "cross-entropy": Direction(
         probe_cross_entropy,

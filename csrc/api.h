@@ -8,12 +8,14 @@
 
 namespace fastattn {
 
-// (out, lse) of (B, H, Sq, D) tensors. -1 is an unbounded side of the window, 0 no softcap.
+// (out, lse) of (B, H, Sq, D) tensors. -1 is an unbounded side of the window, 0 no softcap. `clusters`: blocks may load
+// keys and values for each other, which changes no bit; they do in calls at head dims 65 to 128 whose queries see every
+// key, where that takes no more rounds of tiles.
 std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, const at::Tensor& key,
                                                      const at::Tensor& value,
                                                      const std::optional<at::Tensor>& key_lengths, bool top_left,
                                                      int64_t window_left, int64_t window_right, double softcap,
-                                                     double scale);
+                                                     double scale, bool clusters);
 
 // (out (T, H, D), lse (H, T)) of packed sequences.
 std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const at::Tensor& key,
@@ -36,6 +38,9 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
     const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& dlse, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left, int64_t window_right, double softcap,
     double scale, bool query_grad, bool key_grads, bool one_pass);
+
+// Blocks to a cluster in forward calls that run in them; 1 where none does.
+int64_t attention_forward_cluster(int64_t head_dim);
 
 // (queries, keys) of the forward's tiles.
 std::tuple<int, int> attention_forward_tile(int64_t head_dim, bool windowed, bool softcap);

@@ -147,9 +147,10 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, co
                                                      const at::Tensor& value,
                                                      const std::optional<at::Tensor>& key_lengths, bool top_left,
                                                      int64_t window_left, int64_t window_right, double softcap,
-                                                     double scale) {
-  const AttentionParams params =
+                                                     double scale, bool clusters) {
+  AttentionParams params =
       dense_call(query, key, value, key_lengths, {top_left, window_left, window_right, softcap, scale});
+  params.clusters = clusters;
   return run_forward(params, query, query.sizes().slice(0, 3));
 }
 
@@ -189,6 +190,10 @@ std::tuple<int, int, int, int> attention_backward_tiles(int64_t head_dim, bool s
   const TileSize keys = key_gradients_tile(padded, softcap);
   const TileSize queries = query_gradient_tile(padded, softcap);
   return {keys.queries, keys.keys, queries.queries, queries.keys};
+}
+
+int64_t attention_forward_cluster(int64_t head_dim) {
+  return forward_cluster(padded_head_dim(static_cast<int>(head_dim)));
 }
 
 std::tuple<int, int> attention_forward_tile(int64_t head_dim, bool windowed, bool softcap) {

@@ -30,7 +30,7 @@ inline Strides head_strides(const at::Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// What the copy engine needs of a tensor: 16-bit floats, adjacent columns, all else at multiples of 16 bytes.
+// What TMA needs of a tensor: 16-bit floats, adjacent columns, all else at multiples of 16 bytes.
 inline void check_heads(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16, name, ": got ",
                    tensor.scalar_type(), ", needs float16 or bfloat16");

@@ -48,6 +48,7 @@ struct AttentionParams {
 
   // Of the forward: how many tiles have been taken beside each block's first, 0 before it. Null for a fixed order.
   uint32_t* tile_counter;
+  bool clusters;  // of the forward: blocks may load keys and values for each other where that costs no round of tiles
 
   bool top_left;     // query i stands at key position i, not i + Sk - Sq
   int window_left;   // keys seen before a query's position, kUnbounded for all

@@ -24,6 +24,10 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
   return {128, 80};
 }
 
+// Blocks to a cluster in forward calls whose queries see every key; 1 where there is no such kernel. With 128 queries to
+// a block of this head dim the loop would otherwise ask 32 bytes a cycle of the L2 cache.
+constexpr int forward_cluster(int head_dim) { return head_dim == 128 ? 2 : 1; }
+
 // Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers
 // decide: a thread holds keys * head_dim / 128 sums of each gradient, three blocks of keys * queries / 256 scores, and the
 // cap's slopes beside. Above 128 it holds the sums of one gradient: of the 64 keys that both warpgroups share, or with a

@@ -14,7 +14,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("attention_forward", &fastattn::attention_forward, release_gil(), py::arg("query"), py::arg("key"),
         py::arg("value"), py::arg("key_lengths") = py::none(), py::arg("top_left") = false, py::arg("window_left") = -1,
-        py::arg("window_right") = -1, py::arg("softcap") = 0.0, py::arg("scale"));
+        py::arg("window_right") = -1, py::arg("softcap") = 0.0, py::arg("scale"), py::arg("clusters") = true);
   m.def("varlen_forward", &fastattn::varlen_forward, release_gil(), py::arg("query"), py::arg("key"), py::arg("value"),
         py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("top_left") = false, py::arg("window_left") = -1,
         py::arg("window_right") = -1, py::arg("softcap") = 0.0, py::arg("scale"));
@@ -30,6 +30,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("one_pass") = false);
   m.def("attention_backward_tiles", &fastattn::attention_backward_tiles, py::arg("head_dim"),
         py::arg("softcap") = false);
+  m.def("attention_forward_cluster", &fastattn::attention_forward_cluster, py::arg("head_dim"));
   m.def("attention_forward_tile", &fastattn::attention_forward_tile, py::arg("head_dim"), py::arg("windowed") = false,
         py::arg("softcap") = false);
 

@@ -6,7 +6,8 @@
 //   softmax backward  (y, dx) x held elements {8, 16, none}                             5 x 3             = 15
 //   cross-entropy     dtype x {forward, backward}                                       3 x 2             =  6
 //   attention forward 16-bit dtype x head dim {64, 128, 256} x {plain, softcap}, and
-//     at 128 other tiles for calls without causality or window (attention_tiles.h)      2 x (2 + 3 + 2)   = 14
+//     at 128 other tiles for calls without causality or window (attention_tiles.h),
+//     with clusters and without                                                         2 x (2 + 4 + 2)   = 16
 //   attention backward 16-bit dtype x head dim {64, 128, 256} x ({plain, softcap} x {keys, queries} + rows),
 //     at 256 with softcap two passes over keys; at 64 and 128 also all in one, its end  2 x (7 + 7 + 6)   = 40
 //

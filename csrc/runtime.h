@@ -86,6 +86,28 @@ inline cudaError_t prepare_kernel(const void* kernel, int shared_bytes) {
   return error;
 }
 
+// How many clusters of a kernel that is launched like this, as it always is, the current device holds at a time.
+inline cudaError_t max_active_clusters(const void* kernel, const cudaLaunchConfig_t& config, int* clusters) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  cudaError_t error = prepare_kernel(kernel, static_cast<int>(config.dynamicSmemBytes));
+  if (error != cudaSuccess) return error;
+  int device = 0;
+  error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) {
+    *clusters = found->second;
+    return cudaSuccess;
+  }
+  const RelaxedCapture relaxed;
+  if (relaxed.error() != cudaSuccess) return relaxed.error();
+  error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  if (error == cudaSuccess) known.emplace(std::make_pair(kernel, device), *clusters);
+  return error;
+}
+
 // A function of the driver, as it was in CUDA 12.0, or null where the driver has none of that name. Nothing links
 // libcuda: a machine without a driver can load the extension.
 inline cudaError_t driver_function(const char* name, void** function) {

@@ -224,9 +224,17 @@ def tune(
     model: Annotated[
         bool,
         typer.Option(
-            "--model", help="Rank the candidates by the cycle model of sm_90; needs no GPU, stores nothing."
+            "--model", help="Rank the candidates by the cycle model of sm_90; needs no GPU, measures nothing."
         ),
     ] = False,
+    store: Annotated[
+        bool,
+        typer.Option("--store", help="With --model: keep the first ones, until measured ones replace them."),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --store: the device's name, as torch gives it; by default the GPU here."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the fastest tiles of the Triton attention kernels on this GPU; later calls use them.
@@ -243,10 +251,15 @@ def tune(
         raise InputError("--arch goes with --dry-run: what is measured is the GPU at hand")
     if model and dry_run:
         raise InputError("--model and --dry-run: needs one of them")
+    if store and not model:
+        raise InputError("--store goes with --model: what is measured is stored in any case")
+    if device is not None and not store:
+        raise InputError("--device goes with --store: what is measured is the GPU at hand")
     if model:
-        from fastattn.tune.model import rank_works
+        from fastattn.tune.model import machine_of, rank_works
 
-        report = rank_works(options.works(), quick, output)
+        target = machine_of(device) if store else None
+        report = rank_works(options.works(), quick, output, target)
     else:
         report = (
             tuning.list_candidates(options, arch, output) if dry_run else tuning.tune_here(options, output)

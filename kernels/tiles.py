@@ -9,10 +9,12 @@ TMA has another in its place for operands that TMA cannot load (WITHOUT_TMA), wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from fastattn.spec import AttentionSpec
+from fastattn.versions import find
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,11 @@ TABLE: dict[Key, Tiles] = {
         (90,), 16, False,
         Tiles(
             Tile(128, 64, 8, 3, tma=True, max_registers=128), Tile(64, 64, 4, 2, tma=True),
-            Tile(128, 128, 8, 2, tma=True), Tile(64, 64, 4, 1),
+            Tile(128, 64, 8, 2, tma=True), Tile(64, 64, 4, 1),
         ),
         Tiles(
-            Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1),
+            Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), Tile(128, 64, 8, 2, tma=True),
+            Tile(64, 64, 8, 1),
         ),
         Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(128, 32, 8, 2, tma=True), Tile(64, 32, 8, 1)),
     ),
@@ -169,10 +172,44 @@ WITHOUT_TMA: dict[Key, Tiles] = {
     ),
 }  # fmt: skip
 
+# The kernels of rows that load by TMA which take the tile above with a mask or a bias: the addresses of these take
+# registers too, and by the cycle model spills cost more than TMA gains.
+WITHOUT_TMA_BY_SCORE: dict[Key, tuple[str, ...]] = {Key(90, 16, 256, True): ("forward",)}
+READ_BY_SCORE = ("mask", "bias")  # the features that read something for each score
+
+# Tiles for the code of Triton up to OLDER_TRITON where those above suit it less: there the dk/dv of this row waits for
+# its copies within a pass, which two blocks on a multiprocessor hide from each other.
+OLDER_TRITON = (3, 6)
+WITH_OLDER_TRITON: dict[Key, dict[str, Tile]] = {
+    Key(90, 16, 128, False): {"dkdv": Tile(64, 64, 4, 2, tma=True)}
+}
+
 
 def table_tiles(spec: AttentionSpec) -> Tiles:
     """The tiles of a spec that the table gives it; which others TMA cannot load, only a call says."""
-    return TABLE[key_of(spec)] if spec.aligned else tiles_without_tma(spec)
+    if not spec.aligned:
+        return tiles_without_tma(spec)
+    return row_of(key_of(spec), any(getattr(spec, feature) for feature in READ_BY_SCORE))
+
+
+def row_of(key: Key, reads_by_score: bool) -> Tiles:
+    """The row of a key, whether or not one of READ_BY_SCORE is in use."""
+    others = WITHOUT_TMA_BY_SCORE.get(key, ()) if reads_by_score else ()
+    changed = {kernel: getattr(WITHOUT_TMA[key], kernel) for kernel in others}
+    if is_older(_triton()):
+        changed |= WITH_OLDER_TRITON.get(key, {})
+    return replace(TABLE[key], **changed)
+
+
+@cache
+def _triton() -> str | None:
+    return find("triton")
+
+
+def is_older(version: str | None) -> bool:
+    """Whether a version of Triton is one of those up to OLDER_TRITON; none and one that is no number are not."""
+    parts = (version or "").split(".")[:2]
+    return len(parts) == 2 and all(map(str.isdecimal, parts)) and tuple(map(int, parts)) <= OLDER_TRITON
 
 
 def tiles_without_tma(spec: AttentionSpec) -> Tiles:

@@ -1,7 +1,8 @@
-"""Tiles measured on the machine at hand: the file that `fastattn bench tune` writes and `tiles_for` reads once.
+"""Tiles found for the machine at hand: the file that `fastattn bench tune` writes and `tiles_for` reads once.
 
-A winner serves exactly what it was measured for, dtype, dims and features, on the device, the versions and the kernel
-sources it was measured with. Everything else keeps the built-in tables.
+A winner serves exactly what it was found for, dtype, dims and features, on the device, the versions and the kernel
+sources it was found with. Everything else keeps the built-in tables. Most are measured; `--model --store` stores those
+of the cycle model, which a measured one replaces and which never replace a measured one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FEATURES = ("key_lengths", "mask", "bias", "segments", "alibi", "softcap", "sink
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), range(1, 9)
 REGISTER_CAPS = (None, 128)
 TMA_KERNELS = ("forward", "dkdv", "dq")
+MEASURED, MODEL = "measured", "model"  # where a winner comes from
 
 
 @cache
@@ -60,11 +62,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Winner:
-    """The fastest tile of one kernel on one kind of call, and what both took when it was measured."""
+    """The fastest tile of one kernel on one kind of call, and what it and the built-in tile took.
+
+    That is the time of a call where it was measured. By the model it is that of 64 x 128 scores on a multiprocessor.
+    """
 
     tile: Tile
     ms: float
     built_in_ms: float
+    source: str = MEASURED
 
 
 def signature(spec: AttentionSpec, kernel: str, packed: bool = False) -> str:
@@ -81,12 +87,17 @@ def signature(spec: AttentionSpec, kernel: str, packed: bool = False) -> str:
 
 
 def winners_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Tile]:
-    """The measured tiles of a spec by kernel; empty where nothing was measured, or for odd strides."""
+    """The tiles on file for a spec by kernel; empty where there are none, or for odd strides."""
+    return {kernel: winner.tile for kernel, winner in entries_for(spec, packed).items()}
+
+
+def entries_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Winner]:
+    """The same with what the file says of them."""
     if spec.arch is None or not spec.aligned or spec.wide_offsets:
         return {}
-    measured = winners_here(spec.arch)
-    found = {kernel: measured.get(signature(spec, kernel, packed)) for kernel in KERNELS}
-    return {kernel: winner.tile for kernel, winner in found.items() if winner is not None}
+    known = winners_here(spec.arch)
+    found = {kernel: known.get(signature(spec, kernel, packed)) for kernel in KERNELS}
+    return {kernel: winner for kernel, winner in found.items() if winner is not None}
 
 
 @cache
@@ -135,10 +146,7 @@ def load(machine: Machine) -> dict[str, Winner]:
 
 def store(machine: Machine, winners: Mapping[str, Winner]) -> None:
     """Replace the winners on file for a machine."""
-    entries = {
-        name: {"tile": asdict(winner.tile), "ms": winner.ms, "built_in_ms": winner.built_in_ms}
-        for name, winner in sorted(winners.items())
-    }
+    entries = {name: asdict(winner) for name, winner in sorted(winners.items())}
     stored = {"format": FORMAT, "version": VERSION, "machine": asdict(machine), "winners": entries}
     write_atomically(machine.path, json.dumps(stored, indent=1) + "\n")
 
@@ -147,6 +155,7 @@ def _winner(name: str, entry: Any) -> Winner:
     """An entry of the file, checked."""
     try:
         tile, ms, built_in_ms = Tile(**entry["tile"]), float(entry["ms"]), float(entry["built_in_ms"])
+        source = entry["source"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{name!r} is no winner ({type(error).__name__}: {error})") from None
     sizes_known = tile.block_m in BLOCKS and tile.block_n in BLOCKS
@@ -162,7 +171,9 @@ def _winner(name: str, entry: Any) -> Winner:
         )
     if tile.max_registers not in REGISTER_CAPS:
         raise ValueError(f"{name!r} asks for {tile.max_registers} registers, needs one of {REGISTER_CAPS}")
-    return Winner(tile, ms, built_in_ms)
+    if source not in (MEASURED, MODEL):
+        raise ValueError(f"{name!r} has the source {source!r}, needs {MEASURED} or {MODEL}")
+    return Winner(tile, ms, built_in_ms, source)
 
 
 @cache

@@ -40,6 +40,7 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("bench tune", "--minutes"): ("x", "", "-1", "nan", "inf", "1e400", "None"),
     ("bench tune", "--jobs"): (*NUMBERS, "0", "100000"),
     ("bench tune", "--arch"): (*NUMBERS, "0", "79", "100000"),
+    ("bench tune", "--device"): ("", "x", LONG),  # without --model --store
     ("bench model", "--head-dim"): (*NUMBERS, "0", "48", "512"),
     ("bench model", "--direction"): ("", "x", "backwards", LONG),
     ("bench model", "--backend"): ("", "x", "torch", LONG),

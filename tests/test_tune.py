@@ -137,6 +137,9 @@ def test_explaining_says_that_a_tile_was_measured(machine: Machine) -> None:
     assert "measured" not in (triton_backend.varlen_tiles(spec) or "measured")
     assert (triton_backend.tiles(spec.replace(backward=True)) or "").endswith("measured here")
     assert "measured" not in (triton_backend.tiles(spec.replace(head_dim=64)) or "measured")
+    tuned.store(machine, {WORK.signature(90): Winner(FAST, 1.0, 2.0, tuned.MODEL)})
+    forget_lookups()
+    assert triton_backend.tiles(spec) == f"forward {FAST}, by the cycle model"
 
 
 def test_gradients_look_up_their_own_kernels(machine: Machine) -> None:
@@ -147,7 +150,7 @@ def test_gradients_look_up_their_own_kernels(machine: Machine) -> None:
     assert tiles_for(spec.replace(alibi=True, alibi_grad=True)).dq != best
 
 
-def test_a_second_run_keeps_the_winners_of_other_calls_and_forgets_a_beaten_one(machine: Machine) -> None:
+def test_a_second_run_keeps_the_winners_of_other_calls_and_replaces_a_beaten_one(machine: Machine) -> None:
     tuned_once(machine)
     tuned_once(machine, replace(WORK, dtype="float16"))
     assert len(tuned.load(machine)) == 2
@@ -157,7 +160,10 @@ def test_a_second_run_keeps_the_winners_of_other_calls_and_forgets_a_beaten_one(
             return 1.0 if tile == work.built_in(90) else 1.5
 
     tune([WORK], Options(quick=True), machine, 90, BuiltInIsFastest(), NoOutput())
-    assert list(tuned.load(machine)) == ["forward float16 D128 Dv128 right"]
+    stored = tuned.load(machine)
+    assert stored["forward bfloat16 D128 Dv128 right"].tile == WORK.built_in(90)
+    assert stored["forward float16 D128 Dv128 right"].tile == FAST
+    assert tiles_for(WORK.spec(90)) == table_tiles(WORK.spec(90))
 
 
 def test_time_that_is_up_leaves_the_rest_out(machine: Machine) -> None:
@@ -184,6 +190,8 @@ def damaged(text: str, **machine: str) -> str:
         (lambda text: text.replace('"block_m": 64', '"block_p": 64'), "no winner"),
         (lambda text: text.replace('"num_stages": 2', '"num_stages": "2"'), "impossible tile"),
         (lambda text: text.replace('"tf32x3": false', '"tf32x3": true'), "tf32x3"),
+        (lambda text: text.replace('"measured"', '"heard of"'), "needs measured or model"),
+        (lambda text: text.replace('"source"', '"origin"'), "no winner"),
         (lambda text: text.replace('"winners"', '"losers"'), "has no winners"),
     ],
 )
@@ -357,11 +365,14 @@ COMMANDS = re.findall(r"^fastattn bench tune ([^#\n]*)", PAGE, re.MULTILINE)
 
 @pytest.mark.parametrize("arguments", COMMANDS)
 def test_the_commands_of_the_page_are_accepted(arguments: str) -> None:
-    done = command_line(*arguments.split(), *(() if "--dry-run" in arguments else ("--dry-run",)))
+    words = [
+        word for word in arguments.split() if word != "--model"
+    ]  # which compiles: tests/tune/test_model.py
+    done = command_line(*words, *(() if "--dry-run" in words else ("--dry-run",)))
     assert done.exit_code == 0, done.output
     assert "candidates" in done.output
 
 
 def test_the_page_has_its_examples() -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     assert f"{round(100 * (plan.LEAST_GAIN - 1))} %" in PAGE

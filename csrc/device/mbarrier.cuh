@@ -76,6 +76,23 @@ FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
 #endif
 }
 
+// The same by a thread that has finished reading and gives memory back; what it wrote is visible to its own block
+// alone. A release of the cluster's scope would cost a fence of the whole device before every arrival.
+FASTATTN_DEVICE void mbarrier_arrive_cluster_read(Mbarrier* barrier, uint32_t rank) {
+#if defined(FASTATTN_EMULATION)
+  emulator::mbarrier_arrive_cluster(barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
 // Whether the phase of this parity has completed; may sleep a while before saying no.
 FASTATTN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)

@@ -83,7 +83,7 @@ struct Pipeline {
       mbarrier_arrive(&empty[state.stage]);
     } else {
 #pragma unroll
-      for (uint32_t rank = 0; rank < kBlocks; ++rank) mbarrier_arrive_cluster(&empty[state.stage], rank);
+      for (uint32_t rank = 0; rank < kBlocks; ++rank) mbarrier_arrive_cluster_read(&empty[state.stage], rank);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Describes a call to the copy engine and launches its forward kernel; for the files of instantiations/.
+// Describes a call to TMA and launches its forward kernel; for the files of instantiations/.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 #include "attention_fwd_sm90.cuh"
 
 #if !defined(FASTATTN_EMULATION)
-#include "../launch.h"
+#include "kernel_launch.cuh"
 #endif
 
 namespace fastattn {
@@ -21,11 +21,12 @@ CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, 
   CUresult error = encode_head_map(encode, &maps->q, type, p.q, p.q_strides, batch, p.num_heads, p.total_q, p.head_dim,
                                    Shape::kBlockM);
   if (error != CUDA_SUCCESS) return error;
+  constexpr int kShare = Shape::kBlockN / Shape::kCluster;
   error = encode_head_map(encode, &maps->k, type, p.k, p.k_strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
-                          Shape::kBlockN);
+                          kShare);
   if (error != CUDA_SUCCESS) return error;
   error = encode_head_map(encode, &maps->v, type, p.v, p.v_strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
-                          Shape::kBlockN);
+                          kShare);
   if (error != CUDA_SUCCESS) return error;
   return encode_head_map(encode, &maps->out, type, p.out, p.out_strides, batch, p.num_heads, p.total_q, p.head_dim,
                          kWarpgroupRows);
@@ -38,40 +39,83 @@ TileSchedule forward_schedule(const AttentionParams& p) {
   const int64_t query_blocks =
       packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
   const int group_size = p.num_heads / p.num_kv_heads;
-  return with_even_sections(schedule_tiles(planes, query_blocks, group_size, 4 * p.total_k * p.head_dim), group_size);
+  const int64_t kv_bytes = 4 * p.total_k * p.head_dim;
+  if (Shape::kCluster > 1) {  // numbers of the tiles of a key head: see forward_tile_at
+    const int64_t numbers = rounds(group_size * query_blocks, Shape::kCluster);
+    return with_even_sections(schedule_tiles(planes / group_size, numbers, 1, kv_bytes), 1);
+  }
+  return with_even_sections(schedule_tiles(planes, query_blocks, group_size, kv_bytes), group_size);
 }
 
-template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap>
+template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap, int kCluster = 1>
 using ForwardShapeFor = ForwardShape<Element, kHeadDim, forward_tile(kHeadDim, kWindowed, kSoftcap).queries,
-                                     forward_tile(kHeadDim, kWindowed, kSoftcap).keys, kSoftcap>;
+                                     forward_tile(kHeadDim, kWindowed, kSoftcap).keys, kSoftcap, kCluster>;
+
+// The shape whose blocks load keys and values for each other, of a head dim that has one.
+template <class Element, int kHeadDim>
+using ClusterShapeFor = ForwardShapeFor<Element, kHeadDim, false, false, forward_cluster(kHeadDim)>;
+
+inline bool is_windowed(const AttentionParams& p) { return p.window_left < kUnbounded || p.window_right < kUnbounded; }
+
+// Whether a call runs in clusters on a device that holds so many of them at a time: it may, there is a kernel, its
+// queries see every key, and that takes no more rounds than without.
+template <class Element, int kHeadDim>
+bool runs_in_clusters(const AttentionParams& p, int multiprocessors, int clusters) {
+  if (forward_cluster(kHeadDim) == 1 || !p.clusters) return false;
+  if (p.cu_seqlens_q != nullptr || p.key_lengths != nullptr || is_windowed(p) || p.softcap != 0.0f) return false;
+  using Shape = ClusterShapeFor<Element, kHeadDim>;
+  const int64_t head_tiles = rounds(p.total_q, Shape::kBlockM) * (p.num_heads / p.num_kv_heads);
+  return clusters_cost_no_round(int64_t{p.batch} * p.num_kv_heads, head_tiles, Shape::kCluster, multiprocessors,
+                                clusters);
+}
 
 // function(shape) for the shape of a call.
 template <class Element, int kHeadDim, class Function>
-auto with_forward_shape(const AttentionParams& params, Function function) {
+auto with_forward_shape(const AttentionParams& params, bool in_clusters, Function function) {
   if (params.softcap != 0.0f) return function(ForwardShapeFor<Element, kHeadDim, true, true>());
-  if (params.window_left < kUnbounded || params.window_right < kUnbounded) {
-    return function(ForwardShapeFor<Element, kHeadDim, true, false>());
+  if (is_windowed(params)) return function(ForwardShapeFor<Element, kHeadDim, true, false>());
+  if constexpr (forward_cluster(kHeadDim) > 1) {
+    if (in_clusters) return function(ClusterShapeFor<Element, kHeadDim>());
   }
   return function(ForwardShapeFor<Element, kHeadDim, false, false>());
 }
 
+// Blocks of the persistent grid.
+template <class Shape>
+int64_t forward_blocks(const TileSchedule& schedule, int multiprocessors, int clusters) {
+  const int takers = Shape::kCluster > 1 ? clusters : multiprocessors;
+  return int64_t{Shape::kCluster} * (schedule.num_tiles < takers ? schedule.num_tiles : takers);
+}
+
 #if !defined(FASTATTN_EMULATION)
+
+template <class Shape>
+LaunchShape forward_launch(int64_t blocks) {
+  return {blocks, Shape::kThreads, Shape::kSharedBytes, Shape::kCluster};
+}
 
 template <class Element, int kHeadDim>
 cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEncoder encode, int multiprocessors,
                                      cudaStream_t stream) {
-  return with_forward_shape<Element, kHeadDim>(params, [&](auto shape) {
+  int clusters = 0;
+  if constexpr (forward_cluster(kHeadDim) > 1) {
+    using Shape = ClusterShapeFor<Element, kHeadDim>;
+    const int most = multiprocessors / Shape::kCluster;  // the device is asked only where these would do
+    if (runs_in_clusters<Element, kHeadDim>(params, multiprocessors, most)) {
+      const LaunchShape one = forward_launch<Shape>(Shape::kCluster);
+      const cudaError_t error = resident_clusters(one, attention_fwd_sm90<Shape>, &clusters);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  const bool in_clusters = runs_in_clusters<Element, kHeadDim>(params, multiprocessors, clusters);
+  return with_forward_shape<Element, kHeadDim>(params, in_clusters, [&](auto shape) {
     using Shape = decltype(shape);
     ForwardMaps maps;
     if (encode_forward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
     const TileSchedule schedule = forward_schedule<Shape>(params);
     if (schedule.num_tiles < 0) return cudaErrorInvalidConfiguration;
-    const auto kernel = attention_fwd_sm90<Shape>;
-    const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    const int blocks = schedule.num_tiles < multiprocessors ? schedule.num_tiles : multiprocessors;
-    kernel<<<blocks, Shape::kThreads, Shape::kSharedBytes, stream>>>(maps, params, schedule);
-    return cudaGetLastError();
+    return launch_kernel(forward_launch<Shape>(forward_blocks<Shape>(schedule, multiprocessors, clusters)), stream,
+                         attention_fwd_sm90<Shape>, maps, params, schedule);
   });
 }
 

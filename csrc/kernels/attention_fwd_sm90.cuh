@@ -1,94 +1,16 @@
-// Attention forward for Hopper: persistent blocks of one copying and two or three multiplying warpgroups.
+// Attention forward for Hopper: persistent blocks of a producer warpgroup and two or three consumer warpgroups.
 #pragma once
 
 #include "../device/online_softmax.cuh"
-#include "../device/panel.cuh"
-#include "../device/pipeline.cuh"
-#include "../device/registers.cuh"
-#include "attention_tile_queue.cuh"
+#include "attention_fwd_common.cuh"
 
 namespace fastattn {
-
-constexpr int kWarpgroupRows = 64;
-
-// The shape of one instantiation: tiles of kBlockM queries, 64 per consumer warpgroup, by kBlockN keys. Head dims up to
-// kHeadDim are served: the copy engine reads zeros for the columns that are missing, and does not write them.
-template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_, bool kSoftcap_>
-struct ForwardShape {
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlockM = kBlockM_;
-  static constexpr int kBlockN = kBlockN_;
-  static constexpr bool kSoftcap = kSoftcap_;
-
-  static constexpr int kStages = 2;
-  static constexpr int kConsumers = kBlockM / kWarpgroupRows;
-  static constexpr int kConsumerArrivals = kConsumers * 4;  // one per warp
-  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
-  static constexpr int kMinBlocks = 1;  // per multiprocessor
-  // The consumers take what the producer gives up.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  // Above 128 columns the products of a tile take so much longer than its softmax that turns only cost.
-  static constexpr bool kTakesTurns = kHeadDim <= 128;
-
-  static constexpr uint32_t kQueryBytes = kTileBytes<kBlockM, kHeadDim>;
-  static constexpr uint32_t kKeyBytes = kTileBytes<kBlockN, kHeadDim>;
-  static constexpr uint32_t kRingBytes = 2 * kStages * kKeyBytes;
-  static constexpr uint32_t kOtherBytes = 1024 + 256;  // to align the tiles, and the barriers
-  // Where there is room, the result has memory of its own and the next queries arrive while it is written; elsewhere it
-  // takes the place of the queries.
-  static constexpr bool kOwnOut = 2 * kQueryBytes + kRingBytes + kOtherBytes <= kMaxSharedBytes;
-  static constexpr uint32_t kKeysAt = (kOwnOut ? 2 : 1) * kQueryBytes;
-  static constexpr uint32_t kValuesAt = kKeysAt + kStages * kKeyBytes;
-  static constexpr uint32_t kBarriersAt = kKeysAt + kRingBytes;
-  static constexpr uint32_t kSharedBytes = kBarriersAt + kOtherBytes;
-
-  static_assert(kHeadDim % kPanelColumns == 0 && kBlockM % kWarpgroupRows == 0 && kBlockN % 16 == 0);
-  static_assert(kConsumers == 2 || kConsumers == 3);
-  static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
-  static_assert(kSharedBytes <= kMaxSharedBytes);
-};
-
-struct ForwardMaps {
-  CUtensorMap q;    // (D, Sq, H, B) fastest first, packed (D, T, H, 1); boxes of 64 columns, kBlockM rows
-  CUtensorMap k;    // (D, Sk, Hkv, B), packed (D, Tk, Hkv, 1); boxes of 64 columns, kBlockN rows
-  CUtensorMap v;    // the same
-  CUtensorMap out;  // as q; boxes of 64 columns, 64 rows
-};
-
-// The block's shared memory. Tiles are panels of 64 columns, one after the other.
-template <class Shape>
-struct ForwardShared {
-  struct Barriers {
-    TileQueue tiles;
-    Pipeline<1> queries;
-    Pipeline<Shape::kStages> keys;
-    Pipeline<Shape::kStages> values;
-    Mbarrier landed;  // the producer's own, for values it has to edit
-  };
-  static_assert(sizeof(Barriers) <= 256);
-
-  unsigned char* base;  // a multiple of 1024
-
-  FASTATTN_DEVICE unsigned char* queries() const { return base; }
-  FASTATTN_DEVICE unsigned char* out() const { return Shape::kOwnOut ? base + Shape::kQueryBytes : base; }
-  FASTATTN_DEVICE unsigned char* keys(int stage) const { return base + Shape::kKeysAt + stage * Shape::kKeyBytes; }
-  FASTATTN_DEVICE unsigned char* values(int stage) const { return base + Shape::kValuesAt + stage * Shape::kKeyBytes; }
-  FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
-};
-
-template <class Shape>
-FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number) {
-  const Tile place = tile_at(schedule, number, TileOrder::kEven);
-  return query_tile<Shape::kBlockM>(params, place.query_block, place.plane);
-}
 
 // The warp that fills shared memory: per tile its queries, then its key and value blocks from the last to the first.
 template <class Shape>
 struct ForwardProducer {
   using Shared = ForwardShared<Shape>;
-  using Ring = Pipeline<Shape::kStages>;
+  using State = PipelineState<Shape::kStages>;
 
   const ForwardMaps& maps;
   const AttentionParams& params;
@@ -96,14 +18,15 @@ struct ForwardProducer {
   bool issues = elect_one();  // the lane that speaks for the warp
   TileQueue::State tile_state = {};
   Pipeline<1>::State query_state = {};
-  typename Ring::State ring_state = {};  // keys and values go round together
+  State ring_state = {};  // keys and values go round together
   uint32_t landed_parity = 0;
 
   FASTATTN_DEVICE void run(const TileSchedule& schedule) {
-    for (int number = block_index().x; number < schedule.num_tiles;
-         number = next_tile_number(params.tile_counter, number)) {
-      const QueryTile tile = forward_tile_at<Shape>(params, schedule, number);
-      if (tile.first_query >= tile.sequence.seen.num_queries) continue;
+    const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
+    for (int number = first_tile_number<Shape::kCluster>(); number < schedule.num_tiles;
+         number = next_tile_number<Shape::kCluster>(params.tile_counter, number)) {
+      const QueryTile tile = forward_tile_at<Shape>(params, schedule, number, rank);
+      if (Shape::kCluster == 1 && tile.first_query >= tile.sequence.seen.num_queries) continue;
       shared.barriers().tiles.put(tile_state, tile, issues);
       load_tile_of(tile);
     }
@@ -115,7 +38,7 @@ struct ForwardProducer {
     auto& barriers = shared.barriers();
     const Sequence& sequence = tile.sequence;
     const int kv_head = tile.head / (params.num_heads / params.num_kv_heads);
-    const BlockRange blocks = key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, tile.first_query);
+    const BlockRange blocks = forward_key_blocks<Shape>(sequence.seen, tile.first_query);
     int block = blocks.end - 1;
     if (block >= blocks.begin) load_keys(sequence, block, kv_head);
     load<Shape::kBlockM>(barriers.queries, query_state, barriers.queries.full[0], shared.queries(), maps.q,
@@ -139,7 +62,8 @@ struct ForwardProducer {
     auto& barriers = shared.barriers();
     const int first_row = sequence.key_start + block * Shape::kBlockN;
     const int keys_here = sequence.seen.num_keys - block * Shape::kBlockN;
-    if (keys_here < Shape::kBlockN && sequence.key_start + sequence.seen.num_keys < params.total_k) {
+    const bool others_follow = sequence.key_start + sequence.seen.num_keys < params.total_k;
+    if (Shape::kCluster == 1 && keys_here < Shape::kBlockN && others_follow) {
       load_values_zeroed_from(keys_here, first_row, kv_head, sequence.batch);
     } else {
       load<Shape::kBlockN>(barriers.values, ring_state, barriers.values.full[ring_state.stage],
@@ -147,12 +71,18 @@ struct ForwardProducer {
     }
   }
 
-  // Starts filling a stage, a tile of kRows rows, once it is free.
-  template <int kRows, int kStages>
-  FASTATTN_DEVICE void load(Pipeline<kStages>& pipeline, PipelineState<kStages> state, Mbarrier& arrived,
+  // Starts filling a stage, a tile of kRows rows, once it is free: with this block's share, where kBlocks fill it
+  // together.
+  template <int kRows, int kStages, int kBlocks>
+  FASTATTN_DEVICE void load(Pipeline<kStages, kBlocks>& pipeline, PipelineState<kStages> state, Mbarrier& arrived,
                             unsigned char* tile, const CUtensorMap& map, int row, int head, int batch) {
-    pipeline.load(state, arrived, kTileBytes<kRows, Shape::kHeadDim>, issues,
-                  [&] { load_tile<kRows, Shape::kHeadDim>(tile, &map, &arrived, row, head, batch); });
+    pipeline.load(state, arrived, kTileBytes<kRows, Shape::kHeadDim>, issues, [&] {
+      if constexpr (kBlocks == 1) {
+        load_tile<kRows, Shape::kHeadDim>(tile, &map, &arrived, row, head, batch);
+      } else {
+        load_tile_multicast<kRows, Shape::kHeadDim, kBlocks>(tile, &map, &arrived, row, head, batch);
+      }
+    });
   }
 
   // Fills a tile of values of which rows from keys_here on exist in memory but not for this sequence. Their
@@ -169,12 +99,12 @@ struct ForwardProducer {
 // A warpgroup that owns 64 queries of each tile: their scores, their running softmax and their rows of the result.
 //
 // The scores of a block are issued before the product of the previous block's probabilities with its values, so that
-// the tensor cores have the one to do while the softmax of the other runs; and the warpgroups take turns in issuing, so
-// that one's softmax falls into the other's products.
+// the tensor cores have the one to do while the softmax of the other runs. A ping-pong barrier orders the warpgroups:
+// the softmax of one falls into the products of the other.
 template <class Shape>
 struct ForwardConsumer {
   using Element = typename Shape::Element;
-  using Ring = Pipeline<Shape::kStages>;
+  using State = PipelineState<Shape::kStages>;
 
   const ForwardMaps& maps;
   const AttentionParams& params;
@@ -183,8 +113,8 @@ struct ForwardConsumer {
   int thread;  // within the warpgroup
   TileQueue::State tile_state = {};
   Pipeline<1>::State query_state = {};
-  typename Ring::State key_state = {};
-  typename Ring::State value_state = {};
+  State key_state = {};
+  State value_state = {};
 
   OnlineSoftmax softmax = {};
   float scores[Shape::kBlockN / 2];             // 64 x kBlockN: of the block in hand, then its probabilities
@@ -192,23 +122,25 @@ struct ForwardConsumer {
   float out[Shape::kHeadDim / 2];               // 64 x kHeadDim
 
   FASTATTN_DEVICE void run() {
-    if (Shape::kTakesTurns && group == Shape::kConsumers - 1) pass_turn();
+    if (Shape::kPingPong && group == Shape::kConsumers - 1) ping_pong_arrive();
     TileQueue& tiles = shared.barriers().tiles;
     while (true) {
       tiles.wait(tile_state);
       const auto [sequence, head, first_query] = tiles.get(tile_state);
       if (head < 0) break;
-      attend(sequence.seen, key_blocks<Shape::kBlockM, Shape::kBlockN>(sequence.seen, first_query),
-             first_query + group * kWarpgroupRows);
-      store(tiles.get(tile_state));
+      const BlockRange blocks = forward_key_blocks<Shape>(sequence.seen, first_query);
+      const bool has_keys = !blocks.empty();
+      attend(sequence.seen, blocks, first_query + group * kWarpgroupRows);
+      store(tiles.get(tile_state), has_keys);
       query_state.advance();
       tiles.release(tile_state);
     }
-    if (Shape::kTakesTurns && group == 0) await_turn();  // the last one passed has no other taker
+    if (Shape::kPingPong && group == 0) ping_pong_wait();  // the last arrival has no other taker
     if (thread == 0) bulk_wait<0>();
   }
 
-  // The unnormalised result of the queries from `query` on.
+  // The unnormalised result of the queries from `query` on. Without memory for the result, the last values are kept, or
+  // the queries of a tile that has none.
   FASTATTN_DEVICE void attend(const Visibility& seen, const BlockRange& blocks, int query) {
     auto& barriers = shared.barriers();
     softmax = {};
@@ -234,13 +166,13 @@ struct ForwardConsumer {
       for (; block >= blocks.whole_begin; --block) step<Mask::kNone>(seen, query, block, blocks.begin);
       for (; block >= blocks.begin; --block) step<Mask::kBoth>(seen, query, block, blocks.begin);
     }
-    if (Shape::kOwnOut) release_queries();
+    if (Shape::kOwnOut || !blocks.empty()) release_queries();
     if (!blocks.empty()) {
       barriers.values.wait_full(value_state);
       multiply_values();
       wgmma_wait<0>();
       pin_registers(out);
-      release(barriers.values, value_state);
+      if (Shape::kOwnOut) release(barriers.values, value_state);
     }
   }
 
@@ -251,11 +183,11 @@ struct ForwardConsumer {
   template <Mask kMask>
   FASTATTN_DEVICE void step(const Visibility& seen, int query, int block, int last_block) {
     auto& barriers = shared.barriers();
-    if (Shape::kTakesTurns) await_turn();
+    if (Shape::kPingPong) ping_pong_wait();
     multiply_keys();
     barriers.values.wait_full(value_state);
     multiply_values();
-    if (Shape::kTakesTurns) pass_turn();
+    if (Shape::kPingPong) ping_pong_arrive();
     wgmma_wait<1>();
     pin_registers(scores);
     release(barriers.keys, key_state);
@@ -303,8 +235,8 @@ struct ForwardConsumer {
   }
 
   // Writes the warpgroup's rows of a tile: through shared memory, then by TMA, which stops at the tensor's end;
-  // where another sequence follows, row by row.
-  FASTATTN_DEVICE void store(const QueryTile& tile) {
+  // where another sequence follows, row by row. Gives back what attend() kept.
+  FASTATTN_DEVICE void store(const QueryTile& tile, bool has_keys) {
     const auto& [sequence, head, first_query] = tile;
     const int query = first_query + group * kWarpgroupRows;
     float inverse_sum[2], lse[2];
@@ -314,25 +246,43 @@ struct ForwardConsumer {
     const int64_t row = sequence.query_start + query;
     store_lse(lse, sequence.batch, head, row, rows_here);
 
-    if (Shape::kOwnOut && thread == 0) bulk_wait_read<0>();
-    warpgroup_sync();
-    store_fragment<Element, Shape::kBlockM>(shared.out(), group * kWarpgroupRows + thread / kWarpThreads * 16, out);
-    fence_proxy_async();
-    warpgroup_sync();
-    if (rows_here >= kWarpgroupRows || row + rows_here == params.total_q) {
-      if (thread == 0) {
-        for (int column = 0; column < Shape::kHeadDim; column += kPanelColumns) {
-          tma_store_4d(&maps.out, shared.out() + tile_offset<Shape::kBlockM>(group * kWarpgroupRows, column), column,
-                       static_cast<int>(row), head, sequence.batch);
-        }
-        bulk_commit();
-        if (!Shape::kOwnOut) bulk_wait_read<0>();
-      }
-    } else {
-      store_rows(sequence.batch, head, row, rows_here);
-    }
-    if (!Shape::kOwnOut) {
+    unsigned char* stage = Shape::kOwnOut ? shared.out()
+                           : has_keys     ? shared.values(value_state.stage)
+                                          : shared.queries();
+    if (Shape::kOwnOut) {
+      if (thread == 0) bulk_wait_read<0>();
       warpgroup_sync();
+    } else {
+      consumers_sync();  // all have multiplied the values that lie there
+    }
+#pragma unroll
+    for (int first = 0; first < Shape::kHeadDim; first += Shape::kOutColumns) {
+      if (first > 0) {
+        if (thread == 0) bulk_wait_read<0>();
+        warpgroup_sync();
+      }
+      const auto& columns = reinterpret_cast<const float(&)[Shape::kOutColumns / 2]>(out[first / 2]);
+      store_fragment<Element, Shape::kBlockM>(stage, group * kWarpgroupRows + thread / kWarpThreads * 16, columns);
+      fence_proxy_async();
+      warpgroup_sync();
+      if (rows_here >= kWarpgroupRows || row + rows_here == params.total_q) {
+        if (thread == 0) {
+          for (int column = 0; column < Shape::kOutColumns; column += kPanelColumns) {
+            tma_store_4d(&maps.out, stage + tile_offset<Shape::kBlockM>(group * kWarpgroupRows, column), first + column,
+                         static_cast<int>(row), head, sequence.batch);
+          }
+          bulk_commit();
+        }
+      } else {
+        store_rows(stage, first, sequence.batch, head, row, rows_here);
+      }
+    }
+    if (Shape::kOwnOut) return;
+    if (thread == 0) bulk_wait_read<0>();
+    if (has_keys) {
+      warp_sync();
+      release(shared.barriers().values, value_state);
+    } else {
       release_queries();
     }
   }
@@ -347,23 +297,25 @@ struct ForwardConsumer {
     }
   }
 
-  FASTATTN_DEVICE void store_rows(int batch, int head, int64_t row, int rows_here) {
+  // The columns from `first_column` on, which lie in `stage`.
+  FASTATTN_DEVICE void store_rows(const unsigned char* stage, int first_column, int batch, int head, int64_t row,
+                                  int rows_here) {
     constexpr int kColumnsPerStore = 16 / sizeof(Element);
-    constexpr int kStoresPerRow = Shape::kHeadDim / kColumnsPerStore;
+    constexpr int kStoresPerRow = Shape::kOutColumns / kColumnsPerStore;
     Element* first = static_cast<Element*>(params.out) + batch * params.out_strides.batch +
-                     head * params.out_strides.head + row * params.out_strides.row;
+                     head * params.out_strides.head + row * params.out_strides.row + first_column;
     for (int i = recomputed(thread); i < kWarpgroupRows * kStoresPerRow; i += kWarpgroupThreads) {
       const int r = i / kStoresPerRow;
       const int column = i % kStoresPerRow * kColumnsPerStore;
-      if (r >= rows_here || column >= params.head_dim) continue;
-      const unsigned char* source = shared.out() + tile_offset<Shape::kBlockM>(group * kWarpgroupRows + r, column);
+      if (r >= rows_here || first_column + column >= params.head_dim) continue;
+      const unsigned char* source = stage + tile_offset<Shape::kBlockM>(group * kWarpgroupRows + r, column);
       st_global_16(first + r * params.out_strides.row + column, ld_shared(reinterpret_cast<const uint4*>(source)));
     }
   }
 
-  // One arrival per warp, whose reads its last wait has seen finished.
-  template <int kStages>
-  FASTATTN_DEVICE void release(Pipeline<kStages>& pipeline, PipelineState<kStages>& state) {
+  // One arrival per warp, whose reads its last wait has seen finished; at every block of a cluster.
+  template <int kStages, int kBlocks>
+  FASTATTN_DEVICE void release(Pipeline<kStages, kBlocks>& pipeline, PipelineState<kStages>& state) {
     if (thread % kWarpThreads == 0) pipeline.release(state);
     state.advance();
   }
@@ -374,17 +326,22 @@ struct ForwardConsumer {
     if (thread % kWarpThreads == 0) shared.barriers().queries.release(query_state);
   }
 
-  // Named barriers 1 .. 3: the turn of each warpgroup, given by the one before it; 4 .. 6: its own threads.
-  FASTATTN_DEVICE void await_turn() { named_barrier_sync(1 + group, 2 * kWarpgroupThreads); }
-  FASTATTN_DEVICE void pass_turn() { named_barrier_arrive(1 + (group + 1) % Shape::kConsumers, 2 * kWarpgroupThreads); }
+  // Named barriers 1 .. 3: the ping-pong barrier of each warpgroup, where the one before it arrives; 4 .. 6: its own
+  // threads; 7: all consumers.
+  FASTATTN_DEVICE void ping_pong_wait() { named_barrier_sync(1 + group, 2 * kWarpgroupThreads); }
+  FASTATTN_DEVICE void ping_pong_arrive() {
+    named_barrier_arrive(1 + (group + 1) % Shape::kConsumers, 2 * kWarpgroupThreads);
+  }
   FASTATTN_DEVICE void warpgroup_sync() { named_barrier_sync(4 + group, kWarpgroupThreads); }
+  FASTATTN_DEVICE void consumers_sync() { named_barrier_sync(7, Shape::kConsumers * kWarpgroupThreads); }
 };
 
 // out = softmax(scores) v and lse = logsumexp(scores), where scores = scale q k^T, capped and masked as params say.
 //
 // A block owns one tile of queries at a time and walks through the tiles in the schedule's order. Warpgroup 0 gives up
-// its registers; its first warp keeps the copy engine busy. The others own 64 queries of the tile each. Queries, keys
-// and values reach them through pipelines in shared memory. Bits depend on a tile's own data only, not on the block.
+// its registers; its first warp issues TMA loads. The others own 64 queries of the tile each. Queries, keys and values
+// reach them through pipelines in shared memory. Bits depend on a tile's own data only, neither on the block nor on
+// whether it is one of a cluster.
 template <class Shape>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_fwd_sm90(FASTATTN_GRID_CONSTANT const ForwardMaps maps,
@@ -401,7 +358,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     fence_barrier_init();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) tma_prefetch_map(map);
   }
-  block_sync();
+  // No block arrives or copies at another's barriers before they exist.
+  Shape::kCluster > 1 ? cluster_sync() : block_sync();
 
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
@@ -410,6 +368,11 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   } else {
     increase_registers<Shape::kConsumerRegisters>();
     ForwardConsumer<Shape>{maps, params, shared, warpgroup - 1, thread_index() % kWarpgroupThreads}.run();
+  }
+  if constexpr (Shape::kCluster > 1) {
+    // A block that has ended takes no releases from the others. The barrier wants whole warps.
+    warp_sync();
+    cluster_sync();
   }
 }
 

@@ -44,6 +44,18 @@ inline TileSchedule with_even_sections(TileSchedule schedule, int group_size) {
   return schedule;
 }
 
+// Rounds of equal tiles on so many multiprocessors, or clusters of them.
+inline int64_t rounds(int64_t tiles, int64_t takers) { return (tiles + takers - 1) / takers; }
+
+// Whether tiles taken in clusters of `cluster_blocks` need no more rounds than one by one. Each plane has
+// `plane_tiles`, made up to whole clusters; `clusters` are resident at a time, which may leave multiprocessors over.
+inline bool clusters_cost_no_round(int64_t planes, int64_t plane_tiles, int cluster_blocks, int multiprocessors,
+                                   int clusters) {
+  if (clusters < 1 || plane_tiles < cluster_blocks) return false;
+  const int64_t cluster_tiles = planes * rounds(plane_tiles, cluster_blocks);
+  return rounds(cluster_tiles, clusters) <= rounds(planes * plane_tiles, multiprocessors);
+}
+
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
 
 // The order of a section's blocks of queries. kLastFirst: from the last to the first, every section. kEven: the last

@@ -58,11 +58,18 @@ FASTATTN_DEVICE QueryTile no_tile() {
   return tile;
 }
 
+// The number of this block's first tile. The kBlocks blocks of a cluster share a number.
+template <int kBlocks>
+FASTATTN_DEVICE int first_tile_number() {
+  return block_index().x / kBlocks;
+}
+
 // The number of this block's tile after `number`: from the counter, which is 0 when the kernel starts, or in rounds of
-// the grid where there is none. The whole producer warp calls it.
+// the grid where there is none, as in clusters. The whole producer warp calls it.
+template <int kBlocks>
 FASTATTN_DEVICE int next_tile_number(uint32_t* counter, int number) {
   const int blocks = grid_blocks().x;
-  if (counter == nullptr) return number + blocks;
+  if (kBlocks > 1 || counter == nullptr) return number + blocks / kBlocks;
   uint32_t taken = 0;
   if (lane_index() == 0) taken = counter_fetch_add(counter, 1);
   return blocks + static_cast<int>(shuffle(taken, 0));

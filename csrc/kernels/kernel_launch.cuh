@@ -14,6 +14,27 @@ struct LaunchShape {
   int cluster = 1;       // blocks; divides `blocks`
 };
 
+// The shape as the runtime wants it. It points into itself.
+struct LaunchConfig {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = {};
+
+  LaunchConfig(const LaunchShape& shape, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+};
+
 // Queues the kernel, made ready for its shared memory. No blocks: nothing to do.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...),
@@ -24,19 +45,15 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, void (*
   }
   const cudaError_t error = prepare_kernel(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = shape.cluster;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const LaunchConfig launch(shape, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
+}
+
+// How many clusters of the kernel the current device holds at a time. `shape` is that of one cluster.
+template <class... Parameters>
+cudaError_t resident_clusters(const LaunchShape& shape, void (*kernel)(Parameters...), int* clusters) {
+  const LaunchConfig one(shape, nullptr);
+  return max_active_clusters(reinterpret_cast<const void*>(kernel), one.config, clusters);
 }
 
 }  // namespace fastattn

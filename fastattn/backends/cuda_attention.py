@@ -87,7 +87,12 @@ def attention_tiles(spec: AttentionSpec) -> str:
         tiles = extension.module().attention_backward_tiles(spec.head_dim, spec.softcap)
         return "dk, dv {}x{}; dq {}x{}; 3 warpgroups, 2 stages".format(*tiles)
     queries, keys = extension.module().attention_forward_tile(spec.head_dim, windowed, spec.softcap)
-    return f"forward {queries}x{keys}, {queries // 64 + 1} warpgroups, 2 stages"
+    tiles = f"forward {queries}x{keys}, {queries // 64 + 1} warpgroups, 2 stages"
+    full = not (windowed or spec.softcap or spec.key_lengths)
+    blocks = (
+        extension.module().attention_forward_cluster(spec.head_dim) if full and _may_use_clusters() else 1
+    )
+    return tiles if blocks == 1 else f"{tiles}, clusters of {blocks} where they take no more rounds of tiles"
 
 
 def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -101,6 +106,7 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Ten
         *_mask_options(call),
         call.softcap,
         scale,
+        _may_use_clusters(),
     )
     return out, lse
 
@@ -180,6 +186,11 @@ def varlen_bwd(
         _in_one_pass(spec, needs),
     )
     return _needed_grads(call.scale, grads, needs)
+
+
+def _may_use_clusters() -> bool:
+    """Whether blocks of the forward may load keys and values for each other; the extension knows where that pays."""
+    return switched_off("cuda", "clusters") is None
 
 
 def _in_one_pass(spec: AttentionSpec, needs: GradsNeeded) -> bool:

@@ -1,7 +1,7 @@
 """FASTATTN_DISABLE: parts of backends that are not to run here, such as a kernel that a machine's own check refused.
 
 A list of `backend.part` separated by commas, a part being an op as backends name them ("attention_bwd") or a way to
-run one that a backend chooses itself ("one_pass"); a backend's name alone is all of it.
+run one that a backend chooses itself ("one_pass", "clusters"); a backend's name alone is all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPS = (
     "cross_entropy",
     "linear_cross_entropy",
 )
-PARTS = ("one_pass", *(f"{op}_{direction}" for op in OPS for direction in ("fwd", "bwd")))
+PARTS = ("one_pass", "clusters", *(f"{op}_{direction}" for op in OPS for direction in ("fwd", "bwd")))
 
 
 def switched_off(backend: str, part: str) -> str | None:

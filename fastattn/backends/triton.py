@@ -53,6 +53,7 @@ __all__ = [
 NAME = "triton"
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TILE_SOURCES = {"measured": "measured here", "model": "by the cycle model"}
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
@@ -94,10 +95,11 @@ def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
         return None
     from fastattn.kernels.splits import split_count, split_of
     from fastattn.kernels.tiles import table_tiles
-    from fastattn.kernels.tuned import tiles_for
+    from fastattn.kernels.tuned import entries_for, tiles_for
 
-    chosen = tiles_for(spec, packed)
-    source = "" if chosen == table_tiles(spec) else ", measured here"
+    chosen, built_in, found = tiles_for(spec, packed), table_tiles(spec), entries_for(spec, packed)
+    sources = {entry.source for name, entry in found.items() if entry.tile != getattr(built_in, name)}
+    source = "".join(f", {TILE_SOURCES[each]}" for each in sorted(sources))
     if spec.backward:
         split = split_of(spec, packed)
         split_into = f", {split}" if split.queries or split_count(split, spec.group_size, 0) > 1 else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastattn.kernels import launches
-from fastattn.kernels.tiles import Tile
+from fastattn.kernels.tiles import FAMILIES, Tile
 from fastattn.spec import AttentionSpec, GradsNeeded
 from fastattn.tune.cycles.report import Kernel, Prediction, predict_cubin
 from fastattn.tune.device import Inputs, Shape
@@ -75,16 +75,20 @@ def launch_of(work: Work, tile: Tile) -> Any:
 
 
 def predict_launch(launch: Any, name: str, kernel: str, head_dim: int) -> Prediction:
-    """Compile a launch for sm_90 and replay its loop; ValueError where the loop has no matrix products."""
+    """Compile a launch for sm_90 and replay its loop.
+
+    ValueError where the loop has no matrix products, or the block does not fit.
+    """
     import triton
 
     target = target_of(MODEL_ARCH)
     source, options = specialise(launch, target)
     binary = triton.compile(source, target=target, options=options.__dict__)
+    shared, limit = binary.metadata.shared, FAMILIES[MODEL_ARCH][1]
+    if shared > limit:
+        raise ValueError(f"needs {shared} bytes of shared memory, the limit is {limit}")
     stationary = launch.args["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
-    described = Kernel(
-        name, kernel, head_dim, int(getattr(stationary, "value", stationary)), binary.metadata.shared
-    )
+    described = Kernel(name, kernel, head_dim, int(getattr(stationary, "value", stationary)), shared)
     return predict_cubin(binary.asm["cubin"], described)
 
 

@@ -160,7 +160,7 @@ def tune(
     judge: Judge | None = None,
 ) -> Report:
     """Tune works one by one, storing what is known after each; stops early when the time is up."""
-    winners = _stored(machine)
+    winners = stored_winners(machine)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     done: list[Report] = []
     output.line(
@@ -174,7 +174,7 @@ def tune(
         done.append(entry)
         signature = work.signature(arch)
         winners.pop(signature, None)
-        if entry["winner"] is not None and entry["winner"] != entry["built_in"]:
+        if entry["winner"] is not None:  # the built-in tile too: the model's choice does not take its place
             tile = Tile(**entry["winner"])
             winners[signature] = Winner(tile, entry["winner_ms"], entry["built_in_ms"] or 0.0)
         tuned.store(machine, winners)
@@ -231,7 +231,7 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(1e3 * seconds, 4)
 
 
-def _stored(machine: Machine) -> dict[str, Winner]:
+def stored_winners(machine: Machine) -> dict[str, Winner]:
     """What is on file already; nothing where the file can't be used."""
     try:
         return tuned.load(machine)

@@ -9,16 +9,23 @@ from typing import Any
 
 from fastattn.build import BuildError
 from fastattn.console import InputError, Output
+from fastattn.kernels import tuned
 from fastattn.kernels.tiles import HEAD_DIMS, Tile
+from fastattn.kernels.tuned import Machine, Winner
 from fastattn.tune import ahead, extension, plan
-from fastattn.tune.cycles.report import PRODUCTS, Kernel, Prediction, cuda_kernel, predict, table
+from fastattn.tune.command import forget_lookups, stored_winners
+from fastattn.tune.cycles import machine
+from fastattn.tune.cycles.report import PRODUCTS, SCORES, Kernel, Prediction, cuda_kernel, predict, table
 from fastattn.tune.cycles.resources import Resources, resources_of
 from fastattn.tune.cycles.sass import functions_of
 from fastattn.tune.plan import Candidate, Work
 
 BACKENDS = ("triton", "cuda")
 KINDS = ("plain", "causal", "alibi+softcap")  # by default: rows without and with features that change scores
-SOURCE = "model"  # where figures come from, in what is printed and stored
+SOURCE = tuned.MODEL  # where figures come from, in what is printed and stored
+LEAST_GAIN = 1.03  # over the built-in tile, below which it stays: less is the model's noise
+L2_BYTES = 28  # a clock and multiprocessor, assumed; the cycle model itself takes copies as arrived
+MAX_NAME = 100  # characters of a device's name
 NOTE = "A model of one Hopper multiprocessor, not a measurement; differences under 3 % are noise."
 
 Report = dict[str, Any]
@@ -151,13 +158,32 @@ class Ranked:
     tile: Tile
     prediction: Prediction | None
     reason: str | None = None
+    l2: float = 0.0  # cycles that the L2 cache needs for what the loop reads
+
+    @property
+    def cycles(self) -> float:
+        """For 64 x 128 scores: of the loop, or of the L2 cache where that takes longer."""
+        return max(self.l2, self.prediction.cycles if self.prediction else 0.0)
+
+    @property
+    def bound(self) -> str:
+        """What takes them."""
+        assert self.prediction is not None
+        if self.l2 > self.prediction.cycles:
+            return "L2"
+        return f"{self.prediction.bound} {self.prediction.share:.2f}"
 
     @property
     def order(self) -> tuple[int, float]:
         """Right ones by cycles, then those that spill, then those that do not compile."""
         if self.prediction is None:
             return 2, 0.0
-        return int(self.prediction.spills > 0), self.prediction.cycles
+        return int(self.prediction.spills > 0), self.cycles
+
+    def entry(self) -> Report:
+        """For the report."""
+        made = {} if self.prediction is None else asdict(self.prediction) | {"cycles": self.cycles}
+        return {"tile": asdict(self.tile), "reason": self.reason, "l2_cycles": self.l2, **made}
 
 
 def rank(work: Work, candidates: Sequence[Candidate]) -> list[Ranked]:
@@ -170,40 +196,92 @@ def rank(work: Work, candidates: Sequence[Candidate]) -> list[Ranked]:
                 prediction = ahead.predict_work(work, candidate.tile)
             except Exception as error:  # a compiler may fail in any way: that candidate is out
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-        ranked.append(Ranked(candidate.tile, prediction, reason))
+        ranked.append(Ranked(candidate.tile, prediction, reason, l2_cycles(work, candidate.tile)))
     return sorted(ranked, key=lambda each: each.order)
 
 
-def rank_works(works: Sequence[Work], quick: bool, output: Output) -> Report:
-    """`fastattn bench tune --model`: every work's candidates in the model's order. Stores nothing."""
+def l2_cycles(work: Work, tile: Tile) -> float:
+    """Of the L2 cache, for the two operands that a loop reads to 64 x 128 scores: more where fewer rows stay."""
+    stationary = tile.block_n if work.kernel == "dkdv" else tile.block_m
+    return SCORES / stationary * (work.head_dim + work.value_dim) * work.itemsize / L2_BYTES
+
+
+def choice(ranked: Sequence[Ranked], built_in: Tile) -> Ranked | None:
+    """The first, where the model says for certain that it is faster than the built-in tile; else that one."""
+    known = {each.tile: each for each in ranked if each.prediction is not None}
+    if not known:
+        return None
+    first = next(iter(known.values()))
+    kept = known.get(built_in)
+    return first if kept is None or kept.cycles >= LEAST_GAIN * first.cycles else kept
+
+
+def machine_of(device: str | None) -> Machine:
+    """What tiles of the model are stored for: the device of that name, or else this machine's of its architecture."""
+    if device is not None and not (device.isprintable() and 0 < len(device.strip()) <= MAX_NAME):
+        raise InputError(f"--device: got {device[:20]!r}, needs the name that torch gives the device")
+    name = device or tuned.device_name(ahead.MODEL_ARCH)
+    if name is None:
+        raise InputError(
+            f"--store: there is no GPU of compute capability {ahead.MODEL_ARCH / 10} here, or several kinds; "
+            "--device names the one that the tiles are for"
+        )
+    return Machine.of(name, ahead.MODEL_ARCH)
+
+
+def rank_works(works: Sequence[Work], quick: bool, output: Output, target: Machine | None = None) -> Report:
+    """`fastattn bench tune --model`: every work's candidates in the model's order; stored for a target, if any."""
     reason = ahead.why_not()
     if reason is not None:
         raise InputError(f"--model {reason}")
-    done = []
+    winners = {} if target is None else stored_winners(target)
+    done, kept = [], 0
     for work in works:
         if work.kernel not in ahead.MODELLED or work.itemsize != 2:
             continue
         with output.waiting(str(work)):
             ranked = rank(work, plan.candidates(work, ahead.MODEL_ARCH, quick))
         built_in = work.built_in(ahead.MODEL_ARCH)
-        output.heading(f"{work}, by the {SOURCE}")
-        output.table(("tile", "cycles", "bound by", "registers", "spills"), [
-            (str(each.tile) + (" (built-in)" if each.tile == built_in else ""), f"{p.cycles:.0f}",
-             f"{p.bound} {p.share:.2f}", str(p.registers), str(p.spills))
-            for each in ranked if (p := each.prediction) is not None
-        ])  # fmt: skip
-        entries = [
-            {
-                "tile": asdict(each.tile),
-                "reason": each.reason,
-                **({} if each.prediction is None else asdict(each.prediction)),
-            }
-            for each in ranked
-        ]
-        done.append(
-            {"name": str(work), "kernel": work.kernel, "built_in": asdict(built_in), "candidates": entries}
-        )
+        _show(work, ranked, built_in, output)
+        done.append({
+            "name": str(work), "kernel": work.kernel, "built_in": asdict(built_in),
+            "candidates": [each.entry() for each in ranked],
+        })  # fmt: skip
+        if target is not None:
+            kept += not _replace(winners, work.signature(ahead.MODEL_ARCH), ranked, built_in)
+            tuned.store(target, winners)
     if not done:
         raise InputError(f"--model: none of the works is one of {', '.join(ahead.MODELLED)} in 16 bits")
     output.line(NOTE)
-    return {"source": SOURCE, "arch": ahead.MODEL_ARCH, "stored": False, "works": done}
+    report = {"source": SOURCE, "arch": ahead.MODEL_ARCH, "stored": target is not None, "works": done}
+    if target is not None:
+        forget_lookups()
+        output.line(f"tiles are in {target.path}; measured ones stay: {kept}")
+        report |= {"path": str(target.path), "machine": asdict(target)}
+    return report
+
+
+def _replace(winners: dict[str, Winner], signature: str, ranked: Sequence[Ranked], built_in: Tile) -> bool:
+    """Put what the model chooses in the place of what it chose before; False where a measured one is there."""
+    known = winners.get(signature)
+    if known is not None and known.source == tuned.MEASURED:
+        return False
+    winners.pop(signature, None)
+    chosen = choice(ranked, built_in)
+    if chosen is not None and chosen.tile != built_in:
+        before = next((each.cycles for each in ranked if each.tile == built_in), 0.0)
+        winners[signature] = Winner(chosen.tile, _ms(chosen.cycles), _ms(before), SOURCE)
+    return True
+
+
+def _ms(cycles: float) -> float:
+    return 1e3 * cycles / machine.CLOCK_HZ
+
+
+def _show(work: Work, ranked: Sequence[Ranked], built_in: Tile, output: Output) -> None:
+    output.heading(f"{work}, by the {SOURCE}")
+    output.table(("tile", "cycles", "bound by", "registers", "spills"), [
+        (str(each.tile) + (" (built-in)" if each.tile == built_in else ""), f"{each.cycles:.0f}",
+         each.bound, str(p.registers), str(p.spills))
+        for each in ranked if (p := each.prediction) is not None
+    ])  # fmt: skip

@@ -70,7 +70,7 @@ def test_auto_passes_over_what_was_not_measured(monkeypatch: pytest.MonkeyPatch)
 
 def _stand_in(query: Tensor, key: Tensor, value: Tensor, key_lengths, *options) -> tuple[Tensor, Tensor]:
     """The extension's function, with its demands, on the reference."""
-    top_left, left, right, softcap, scale = options
+    top_left, left, right, softcap, scale, _ = options
     assert scale > 0.0
     for tensor in (query, key, value):
         assert tensor.stride(-1) == 1

@@ -25,7 +25,7 @@ namespace {
 
 int device = 0;
 cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
-int attribute_calls = 0, loads = 0, allowed = 0, encodings = 0;
+int attribute_calls = 0, loads = 0, allowed = 0, encodings = 0, occupancy_calls = 0;
 
 cudaError_t permitted() {
   return mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
@@ -82,6 +82,13 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return permitted();
 }
 
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  ++occupancy_calls;
+  check(static_cast<int>(config->dynamicSmemBytes) == allowed, "a kernel that may not have its shared memory yet");
+  *clusters = 60 + device;
+  return permitted();
+}
+
 #if defined(OLD_RUNTIME)
 cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
                                     cudaDriverEntryPointQueryResult* found) {
@@ -128,6 +135,17 @@ void test_first_calls_within_a_capture() {
     }
   }
   check(loads == 4, "each kernel is loaded once a device");
+  const char clustered = 0;
+  cudaLaunchConfig_t config = {};
+  config.dynamicSmemBytes = 210000;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    for (device = 0; device < 2; ++device) {
+      int clusters = 0;
+      check(max_active_clusters(&clustered, config, &clusters) == cudaSuccess, "clusters within a capture");
+      check(clusters == 60 + device, "another device's clusters");
+    }
+  }
+  check(occupancy_calls == 2, "a kernel's clusters are counted once a device");
   void* function = nullptr;
   check(driver_function("cuTensorMapEncodeTiled", &function) == cudaSuccess, "a function within a capture");
   check(function == reinterpret_cast<void*>(&encode), "the driver's function");

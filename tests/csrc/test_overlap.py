@@ -8,7 +8,7 @@ from csrc.compile_report import compile_kernels, disassembler, missing
 
 from fastattn import build
 
-SHAPE = re.compile(r"attention_fwd_sm90INS_12ForwardShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])E")
+SHAPE = re.compile(r"attention_fwd_sm90INS_12ForwardShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELi(\d+)E")
 ONE_PRODUCT_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
 NONE_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 BACKWARD = {  # kernel: its shape; a thread has half as many exponentials as the last number
@@ -46,7 +46,7 @@ def code(every_code: dict[str, str]) -> dict[str, str]:
 @pytest.mark.timeout(900)
 def test_exponentials_run_between_the_waits_for_the_two_products(code: dict[str, str]) -> None:
     """Behind the second wait they would hide under nothing."""
-    assert len(code) == 14
+    assert len(code) == 16
     for name, text in code.items():
         match = SHAPE.search(name)
         assert match is not None
@@ -55,6 +55,20 @@ def test_exponentials_run_between_the_waits_for_the_two_products(code: dict[str,
         assert len(hidden) == 3, name  # edge, whole, edge
         for part in hidden:
             assert part.count("MUFU.EX2") >= (2 if capped else 1) * keys // 2, name
+
+
+@pytest.mark.timeout(900)
+def test_clusters_multicast_and_release_without_a_fence(code: dict[str, str]) -> None:
+    """A fence of the device stands where a block begins and ends, and before no release of a stage."""
+    clustered = {name: text for name, text in code.items() if int(SHAPE.search(name).group(5)) > 1}
+    assert len(clustered) == 2
+    for name, text in code.items():
+        multicast = text.count("UTMALDG.4D.MULTICAST")
+        assert (multicast > 0) == (name in clustered), name
+        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == (2 if name in clustered else 0), (
+            name
+        )
+        assert text.count("MEMBAR.ALL.GPU") == (2 if name in clustered else 0), name
 
 
 @pytest.mark.timeout(900)
@@ -98,4 +112,4 @@ def test_tensor_maps_are_prefetched_and_loads_say_what_is_read_again(every_code:
             assert "0x12f00000" in text, name  # evict_first
             assert "0x14f00000" in text, name  # evict_last
         found += 1
-    assert found == 14 + 2 * (5 + 5 + 5)
+    assert found == 16 + 2 * (5 + 5 + 5)

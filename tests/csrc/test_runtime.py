@@ -21,6 +21,7 @@ ONLY_IN_RUNTIME = (
     "cudaFuncSetAttribute",
     "cudaFuncGetAttributes",
     "cudaGetDriverEntryPoint",
+    "cudaOccupancy",
 )
 # What would wait for the device, or allocate behind the back of torch's allocator.
 NOWHERE = (

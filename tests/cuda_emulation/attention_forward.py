@@ -34,6 +34,7 @@ class Case:
     blocks: int = 2  # of the persistent grid
     resident: int = 1  # of these at the same time
     fixed_order: bool = False  # of tiles
+    clusters: bool = False  # of two blocks that load keys and values for each other
 
     def __str__(self) -> str:
         return self.name
@@ -142,7 +143,7 @@ def run(
     library(
         "attention_forward", inputs.query, inputs.key, inputs.value, out, lse, strides, sizes, inputs.ends_q,
         inputs.ends_k, inputs.key_lengths, float(case.options.get("scale") or head_dim**-0.5),
-        float(case.options.get("softcap") or 0.0), counter, case.blocks, seed=seed, landing=landing,
+        float(case.options.get("softcap") or 0.0), counter, int(case.clusters), case.blocks, seed=seed, landing=landing,
         resident=case.resident, starved=starved,
     )  # fmt: skip
     return out, lse

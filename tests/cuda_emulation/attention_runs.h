@@ -7,18 +7,25 @@
 
 namespace fastattn {
 
+// Blocks to a cluster of a shape's kernel.
+template <class Shape, class = void>
+constexpr int kClusterOf = 1;
+template <class Shape>
+constexpr int kClusterOf<Shape, std::void_t<decltype(Shape::kCluster)>> = Shape::kCluster;
+
 template <class Shape>
 emulator::Launch blocks_of(int64_t blocks) {
   return {.grid = {static_cast<unsigned>(blocks), 1, 1},
           .threads = Shape::kThreads,
           .shared_bytes = Shape::kSharedBytes,
           .max_shared_bytes = Shape::kSharedBytes,
+          .cluster = kClusterOf<Shape>,
           .min_blocks = Shape::kMinBlocks};
 }
 
 template <class Element, int kHeadDim>
-cudaError_t emulate_forward(const AttentionParams& params, TensorMapEncoder encode, int64_t blocks) {
-  return with_forward_shape<Element, kHeadDim>(params, [&](auto shape) {
+cudaError_t emulate_forward(const AttentionParams& params, TensorMapEncoder encode, bool in_clusters, int64_t blocks) {
+  return with_forward_shape<Element, kHeadDim>(params, in_clusters, [&](auto shape) {
     using Shape = decltype(shape);
     ForwardMaps maps;
     if (encode_forward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;

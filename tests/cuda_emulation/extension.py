@@ -41,6 +41,10 @@ class EmulatedExtension:
         configure(seed, LANDINGS.index(landing), 1, 1, -1)
         self._library.emulate_compute_capability(arch)
 
+    def last_forward_cluster(self) -> int:
+        """How many blocks made a cluster in the last launch of attention's forward."""
+        return int(self._library.last_forward_cluster())
+
     def capture(self, active: bool) -> None:
         """Refuse from now on, or no more, the calls that a CUDA graph capture in progress does not permit."""
         self._library.emulate_capture(int(active))

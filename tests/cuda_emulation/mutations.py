@@ -100,8 +100,11 @@ def breakable_library(
             edits.append((mutation.place(text), number, mutation))
             number += 1
         for at, line, mutation in sorted(edits, key=lambda edit: -edit[0]):
-            choice = f"if (broken_line == {line}) {{ {mutation.new} }} else {{ {mutation.old} }}"
-            text = text[:at] + choice + text[at + len(mutation.old) :]
+            choice = f"if (broken_line == {line}) {{ {mutation.new} }} else "
+            if text.startswith(mutation.old, at):
+                text = f"{text[:at]}{choice}{{ {mutation.old} }}{text[at + len(mutation.old) :]}"
+            else:  # broken in another way too
+                text = text[:at] + choice + text[at:]
         (csrc / name).write_text(text)
     config = csrc / "device" / "config.cuh"
     config.write_text(config.read_text() + SWITCH)

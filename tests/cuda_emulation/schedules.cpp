@@ -1,4 +1,6 @@
 // What the tiles of a call cost, in the order in which the kernels take them: the host's and the kernels' own code.
+#include <algorithm>
+
 #include "attention_runs.h"
 
 using namespace fastattn;
@@ -8,15 +10,16 @@ namespace {
 // In blocks of the loop's operand: what a tile costs beside them.
 constexpr double kPerTile = 1.5;
 
-enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass };
+enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass, kForwardInClusters };
 
 double cost_of(const BlockRange& blocks, int times = 1) { return kPerTile + (blocks.end - blocks.begin) * times; }
 
+// In clusters that of each block, all of which load every key.
 template <class Shape>
 double forward_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
   const QueryTile tile = forward_tile_at<Shape>(params, schedule, number);
-  if (tile.first_query >= tile.sequence.seen.num_queries) return 0.0;
-  return cost_of(key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_query));
+  if (Shape::kCluster == 1 && tile.first_query >= tile.sequence.seen.num_queries) return 0.0;
+  return cost_of(forward_key_blocks<Shape>(tile.sequence.seen, tile.first_query));
 }
 
 template <class Shape>
@@ -47,8 +50,8 @@ void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double
     for (int number = 0; number < schedule.num_tiles; ++number) costs[number] = cost(params, schedule, number);
     *count = schedule.num_tiles;
   };
-  if (pass == kForward) {
-    with_forward_shape<half_t, kHeadDim>(params, [&](auto shape) {
+  if (pass == kForward || pass == kForwardInClusters) {
+    with_forward_shape<half_t, kHeadDim>(params, pass == kForwardInClusters, [&](auto shape) {
       using Shape = decltype(shape);
       all(forward_schedule<Shape>(params), forward_cost<Shape>);
     });
@@ -66,7 +69,8 @@ void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double
 
 }  // namespace
 
-// `costs`: of each tile by its number, of a pass of a call without softcap. `sizes` and lengths as for params_of.
+// `costs`: of each tile by its number, of a pass of a call without softcap; in clusters a number is one of each block.
+// `sizes` and lengths as for params_of.
 extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int32_t* cu_seqlens_q,
                                   const int32_t* cu_seqlens_k, int64_t capacity, double* costs, int64_t* count) {
   return emulator::guarded([&] {
@@ -81,6 +85,34 @@ extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int3
         return costs_of<128>(params, static_cast<Pass>(pass), capacity, costs, count);
       default:
         return costs_of<256>(params, static_cast<Pass>(pass), capacity, costs, count);
+    }
+  });
+}
+
+// A full call at head dim 128. `runs[i]`: whether it runs in clusters on multiprocessors[i], which hold resident[i] of
+// them. `tiles`: number by number the (sequence, key head, query head, first query) of each block of the cluster.
+extern "C" const char* clusters_of(const int64_t* sizes, int64_t devices, const int64_t* multiprocessors,
+                                   const int64_t* resident, int64_t* runs, int64_t capacity, int64_t* tiles,
+                                   int64_t* count) {
+  return emulator::guarded([&] {
+    using Shape = ClusterShapeFor<half_t, 128>;
+    const int64_t strides[12] = {};
+    AttentionParams params = params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, nullptr, nullptr,
+                                       nullptr, 1.0, 0.0);
+    params.clusters = true;
+    for (int64_t i = 0; i < devices; ++i) {
+      runs[i] = runs_in_clusters<half_t, 128>(params, static_cast<int>(multiprocessors[i]),
+                                              static_cast<int>(resident[i]));
+    }
+    const TileSchedule schedule = forward_schedule<Shape>(params);
+    *count = int64_t{schedule.num_tiles} * Shape::kCluster;
+    if (*count > capacity) emulator::fail("more tiles than there is room for");
+    for (int64_t i = 0; i < *count; ++i) {
+      const QueryTile tile = forward_tile_at<Shape>(params, schedule, static_cast<int>(i / Shape::kCluster),
+                                                    static_cast<int>(i % Shape::kCluster));
+      const int64_t row[4] = {tile.sequence.index, tile.head / (params.num_heads / params.num_kv_heads), tile.head,
+                              tile.first_query};
+      std::copy(row, row + 4, tiles + 4 * i);
     }
   });
 }

@@ -22,11 +22,11 @@ KERNEL = [
     Mutation("values read before they are there", "barriers.values.wait_full(value_state);", occurrence=1),
     Mutation("scores touched in flight", "wgmma_wait<1>();", "wgmma_wait<2>();"),
     Mutation("result touched in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=2),
-    Mutation("queries never released", "if (Shape::kOwnOut) release_queries();"),
+    Mutation("queries never released", "if (Shape::kOwnOut || !blocks.empty()) release_queries();"),
     Mutation("result stored without a fence", "fence_proxy_async();"),
-    Mutation("result stored before all wrote it", "warpgroup_sync();", occurrence=1),
+    Mutation("result stored before all wrote it", "warpgroup_sync();", occurrence=2),
     Mutation("result overwritten while it is stored", "bulk_wait_read<0>();"),
-    Mutation("a turn not passed on", "if (Shape::kTakesTurns) pass_turn();"),
+    Mutation("a ping-pong barrier nobody arrives at", "if (Shape::kPingPong) ping_pong_arrive();"),
     MORE_REGISTERS,
 ]
 KERNELS = {

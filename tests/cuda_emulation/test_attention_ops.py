@@ -108,6 +108,60 @@ def test_one_pass_where_it_was_measured_to_be_faster(
     assert not torch.equal(one_pass.query, two_passes.query)  # summed in another order
 
 
+def test_clusters_change_no_bit(
+    emulated_extension: EmulatedExtension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that come in pairs run in clusters, unless these are switched off."""
+    query, key, value = heads(1, 200, 2, 72), heads(1, 190, 1, 72), heads(1, 190, 1, 72)
+    call = AttentionCall(query, key, value, scale=0.2)
+    spec = AttentionSpec.of(call)
+    assert "clusters of 2" in cuda_attention.attention_tiles(spec)
+    out, lse = cuda_attention.attention_fwd(spec, call)
+    assert emulated_extension.last_forward_cluster() == 2
+    golden, plain = (
+        reference.attention(*(x.to(dtype) for x in (query, key, value)), scale=0.2)
+        for dtype in (torch.float64, DTYPE)
+    )
+    assert_within_rule(out, plain, golden, "out")
+    monkeypatch.setenv("FASTATTN_DISABLE", "cuda.clusters")
+    assert "clusters" not in cuda_attention.attention_tiles(spec)
+    alone, alone_lse = cuda_attention.attention_fwd(spec, call)
+    assert emulated_extension.last_forward_cluster() == 1
+    assert torch.equal(alone, out)
+    assert torch.equal(alone_lse, lse)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"causal": "bottom_right"},
+        {"window_left": 90},
+        {"window_right": 90},
+        {"softcap": 2.0},
+        {"key_lengths": torch.tensor([100], dtype=torch.int32)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_only_full_calls_run_in_clusters(
+    emulated_extension: EmulatedExtension, changes: dict[str, Any]
+) -> None:
+    """Of what the others see, blocks of a cluster would load too much, or each something else."""
+    query, key = heads(1, 200, 1, 72), heads(1, 190, 1, 72)
+    call = AttentionCall(query, key, key, scale=0.2, **changes)
+    spec = AttentionSpec.of(call)
+    assert "clusters" not in cuda_attention.attention_tiles(spec)
+    cuda_attention.attention_fwd(spec, call)
+    assert emulated_extension.last_forward_cluster() == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_tile_needs_no_cluster(emulated_extension: EmulatedExtension, head_dim: int) -> None:
+    query, key = (torch.randn(1, 1, 70, head_dim).to(DTYPE) for _ in range(2))
+    call = AttentionCall(query, key, key, scale=0.2)
+    cuda_attention.attention_fwd(AttentionSpec.of(call), call)
+    assert emulated_extension.last_forward_cluster() == 1
+
+
 def test_packed_is_each_sequence(emulated_extension: EmulatedExtension) -> None:
     """Lengths below, at and past a tile; the packed call's bits are those of each sequence alone."""
     ends = [0, 5, 5, 133, 262]

@@ -122,6 +122,15 @@ WRAPPERS: dict[str, list[tuple[str, str, list[str]]]] = {
             ],
         ),
         (
+            "Mbarrier* barrier, uint32_t rank",
+            "mbarrier_arrive_cluster_read(barrier, rank);",
+            [
+                ".reg .b32 remote;",
+                "mapa.shared::cluster.u32 remote, shared(barrier), rank;",
+                "mbarrier.arrive.shared::cluster.b64 _, [remote];",
+            ],
+        ),
+        (
             "Mbarrier* barrier, uint32_t parity, bool* y",
             "*y = mbarrier_try_wait(barrier, parity);",
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cuda_emulation.build import Library
 UNBOUNDED = 1 << 29  # kUnbounded
 MULTIPROCESSORS = (78, 114, 132)  # H20, H100 PCIe, H100 SXM and H200
 PASSES = ("forward", "dk and dv", "dq", "one pass")
+IN_CLUSTERS = "forward in clusters"
 MOST_TILES = 1 << 16
 # Causal calls of the one pass that miss the bar, and on how many multiprocessors: its semaphores take each head's tiles
 # from the shortest to the longest, so that the call ends with long ones.
@@ -76,7 +78,8 @@ class Costs:
 
     def _costs(self, kind: str, sizes: torch.Tensor, ends: torch.Tensor | None) -> list[float]:
         costs, count = torch.zeros(MOST_TILES, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-        self._library("tile_costs", PASSES.index(kind), sizes, ends, ends, MOST_TILES, costs, count)
+        number = [*PASSES, IN_CLUSTERS].index(kind)
+        self._library("tile_costs", number, sizes, ends, ends, MOST_TILES, costs, count)
         return costs[: int(count)].tolist()
 
 
@@ -170,3 +173,88 @@ def test_sections_but_the_last_begin_with_the_shortest(costs: Costs) -> None:
     assert found[:blocks] == sorted(found[:blocks])
     assert found[blocks : 2 * blocks] == found[:blocks]
     assert found[-blocks:] == sorted(found[:blocks], reverse=True)
+
+
+class Clusters(NamedTuple):
+    """A full call at head dim 128 in clusters of two blocks."""
+
+    runs: list[bool]  # whether it runs in them, for each device that was asked for
+    tiles: torch.Tensor  # (numbers, 2 blocks, (sequence, key head, query head, first query))
+
+
+def clusters_of(
+    library: Library, shape: tuple[int, ...], length: int, devices: list[tuple[int, int]]
+) -> Clusters:
+    """`shape`: (batch, heads, key heads); `devices`: (multiprocessors, clusters that have room)."""
+    sizes = torch.tensor([*shape, length, length, length, length, 128, 0, UNBOUNDED, UNBOUNDED])
+    multiprocessors, resident = torch.tensor(devices).T.contiguous()
+    runs, count = torch.zeros(len(devices), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    tiles = torch.zeros(MOST_TILES, 4, dtype=torch.int64)
+    library(
+        "clusters_of", sizes, len(devices), multiprocessors, resident, runs, MOST_TILES, tiles, count
+    )  # fmt: skip
+    return Clusters([bool(run) for run in runs], tiles[: int(count)].reshape(-1, 2, 4))
+
+
+CLUSTERED = [
+    ((16384 // length, heads, kv_heads), length)
+    for length in (128, 129, 300, 512, 1000, 2048, 2176, 4096, 16384)
+    for heads, kv_heads in ((16, 16), (16, 4), (15, 5), (8, 1))
+]
+
+
+@pytest.mark.parametrize(("shape", "length"), CLUSTERED, ids=str)
+def test_clusters_take_every_tile_once(
+    emulated: Callable[..., Library], shape: tuple[int, ...], length: int
+) -> None:
+    """Both blocks of a cluster read the same keys; at most one block per key head has nothing to store."""
+    tiles = clusters_of(emulated("schedules.cpp"), shape, length, [(132, 66)]).tiles
+    assert torch.equal(tiles[:, 0, :2], tiles[:, 1, :2])
+    rows = tiles.reshape(-1, 4)
+    batch, heads, kv_heads = shape
+    assert torch.equal(rows[:, 1], rows[:, 2] // (heads // kv_heads))
+    stored = sorted(map(tuple, rows[rows[:, 3] < length].tolist()))
+    group = heads // kv_heads
+    wanted = [
+        (b, h // group, h, first)
+        for b in range(batch)
+        for h in range(heads)
+        for first in range(0, length, 128)
+    ]
+    assert stored == sorted(wanted)
+    assert len(rows) - len(stored) == batch * kv_heads * (group * -(-length // 128) % 2)
+
+
+@pytest.mark.parametrize(("shape", "length"), CLUSTERED, ids=str)
+def test_clusters_run_only_where_they_cost_no_round(
+    emulated: Callable[..., Library], costs: Costs, shape: tuple[int, ...], length: int
+) -> None:
+    """Also where some multiprocessors are left over. A call ends no later than in rounds of single blocks."""
+    devices = [(count, count // 2 - lost) for count in MULTIPROCESSORS for lost in (0, 1, 3)]
+    found = clusters_of(emulated("schedules.cpp"), shape, length, devices)
+    call = (*shape, length, 128)
+    alone, together = costs("forward", call), costs(IN_CLUSTERS, call)
+    assert len(together) == len(found.tiles)
+    for (multiprocessors, resident), runs in zip(devices, found.runs):
+        longest = max(sum(alone[first::multiprocessors]) for first in range(multiprocessors))
+        longest_pair = max(sum(together[first::resident]) for first in range(resident))
+        pairs = length > 128 or shape[1] > shape[2]  # a key head has more than one tile
+        assert runs == (pairs and longest_pair <= longest)
+
+
+def test_benchmarks_of_even_lengths_run_in_clusters(emulated: Callable[..., Library]) -> None:
+    """FlashAttention-3's full calls at head dim 128, wherever pairs of multiprocessors take as many rounds."""
+    for batch, heads, kv_heads, length, head_dim in SHAPES:
+        if head_dim != 128:
+            continue
+        tiles = batch * heads * (length // 128)
+        for count in MULTIPROCESSORS:
+            (runs,) = clusters_of(
+                emulated("schedules.cpp"), (batch, heads, kv_heads), length, [(count, count // 2)]
+            ).runs
+            assert runs == (-(-tiles // 2 // (count // 2)) <= -(-tiles // count))
+            assert runs or count != 132
+
+
+def test_no_clusters_where_none_has_room(emulated: Callable[..., Library]) -> None:
+    assert clusters_of(emulated("schedules.cpp"), (1, 16, 16), 4096, [(132, 0), (1, 0)]).runs == [False] * 2

@@ -137,11 +137,11 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
     for key in TABLE:
         if key.family != family(arch):
             continue
-        row = tiles_on(arch, key)
         chosen = FEATURES if arch in EVERY_FEATURE else FEWER
         for kernel, features in product(ATTENTION, (*chosen[key.rich], *_grouped(arch, key))):
             if ("grouped" in features or kernel in SPLITTING) and features not in GROUPED.get(kernel, ()):
                 continue
+            row = tiles_on(arch, key, features)
             if kernel == "dbias" and "bias" not in features and features != "all":
                 continue
             if "packed" in features and kernel not in PACKED:
@@ -208,11 +208,11 @@ def family(arch: str) -> int:
     return 86 if arch == AMD else family_of(int(arch))
 
 
-def tiles_on(arch: str, key: Any) -> Any:
+def tiles_on(arch: str, key: Any, features: str) -> Any:
     """A row of the table; without the stages of a pipeline for AMD, whose 64 KiB have no room for them."""
-    from fastattn.kernels.tiles import TABLE
+    from fastattn.kernels.tiles import READ_BY_SCORE, row_of
 
-    row = TABLE[key]
+    row = row_of(key, features == "all" or any(name in features for name in READ_BY_SCORE))
     if arch != AMD:
         return row
     tiles = {each.name: replace(getattr(row, each.name), num_stages=1) for each in fields(row)}
@@ -242,7 +242,7 @@ def launch_of(entry: Entry) -> Any:
 
     features = entry.features.removesuffix(WITHOUT)
     key = Key(family(entry.arch), entry.bits, entry.size, features in FEATURES[True])
-    row = tiles_on(entry.arch, key) if features == entry.features else WITHOUT_TMA[key]
+    row = tiles_on(entry.arch, key, features) if features == entry.features else WITHOUT_TMA[key]
     launches = _attention_launches(row, entry.bits, entry.size, features)
     return launches[entry.kernel]
 

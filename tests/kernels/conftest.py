@@ -30,3 +30,14 @@ def corrected_interpreter() -> Iterator[object]:
     correction.install()
     yield correction
     correction.remove()
+
+
+@pytest.fixture
+def recorded_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of the Triton that the tables on file were made with, whichever is installed."""
+    import compile_record
+
+    from fastattn.kernels import tiles
+
+    version = compile_record.load()["triton"]
+    monkeypatch.setattr(tiles, "_triton", lambda: version)

@@ -1,6 +1,6 @@
 """The cycle model's figures on file, for every 16-bit attention row of sm_90 and every CUDA kernel of attention.
 
-    python tests/kernels/cycles_record.py --write -j 2       redo what is stale, store the file and the page
+    python tests/kernels/cycles_record.py --write -j 2       redo what is stale, store the file and the pages
     python tests/kernels/cycles_record.py --stale            list what changed since it was written
 
 A row's key is a hash of what its kernel is compiled from and of the model. A row that would get more than 3 % worse is
@@ -54,11 +54,16 @@ def triton_entries() -> dict[str, Any]:
     return {e.name: e for e in entries(["90"]) if e.bits == 16 and e.kernel in ahead.MODELLED}
 
 
+@cache
+def sources() -> dict[str, Path]:
+    """The sources of the CUDA kernels of attention, of both 16-bit types, by name."""
+    found = [path for dtype in ("bfloat16", "half") for path in extension.attention_sources(dtype=dtype)]
+    return {path.stem: path for path in found}
+
+
 def jobs() -> list[Job]:
     """Everything on file, in order."""
-    return [("triton", name) for name in triton_entries()] + [
-        ("cuda", source.stem) for source in extension.attention_sources(dtype="bfloat16")
-    ]
+    return [("triton", name) for name in triton_entries()] + [("cuda", stem) for stem in sources()]
 
 
 @cache
@@ -67,12 +72,8 @@ def key_of(job: Job) -> str:
     from compile_matrix import key_of as row_key
 
     kind, name = job
-    code = row_key(triton_entries()[name]) if kind == "triton" else extension.source_key(_source(name))
+    code = row_key(triton_entries()[name]) if kind == "triton" else extension.source_key(sources()[name])
     return hashlib.sha256((code + model_key()).encode()).hexdigest()[:16]
-
-
-def _source(stem: str) -> Path:
-    return next(path for path in extension.attention_sources() if path.stem == stem)
 
 
 def load() -> dict[str, Any]:
@@ -93,7 +94,7 @@ def make(job: Job) -> Rows:
     """The rows of a job."""
     kind, name = job
     if kind == "cuda":
-        found = extension.predict_source(_source(name))
+        found = extension.predict_source(sources()[name])
         return {prediction.name: row_of(job, prediction) for prediction in found}
     from compile_matrix import launch_of
 
@@ -198,10 +199,14 @@ def main() -> int:
         store(triton.__version__, merged(before, made, wrong))
         import compile_matrix
         import compile_record
+        import cycles_page
 
         compile_record.DOCUMENT.write_text(
             compile_record.render(compile_record.load(), compile_matrix.entries()), encoding="utf-8"
         )
+        page = cycles_page.PAGE.read_text("utf-8")
+        made = cycles_page.updated(page, load()["rows"], triton_entries().values())
+        cycles_page.PAGE.write_text(made, encoding="utf-8")
     print(f"{len(chosen)} redone, {len(wrong)} worse")
     return 1 if wrong else 0
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cycles_page
 import cycles_record
 import pytest
 from compile_record import DOCUMENT
 from cycles_record import REGENERATE, cell, jobs, key_of, load, merged, refused, stale, triton_entries
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("recorded_triton")
 ROWS = [  # recomputed here
     "sm_90 16-bit D128 forward [causal]", "sm_90 16-bit D128 dkdv [plain]", "sm_90 16-bit D64 dq [plain]",
 ]  # fmt: skip
@@ -34,6 +36,54 @@ def test_every_16_bit_row_of_hopper_and_every_cuda_kernel_has_cycles() -> None:
         assert row["bound"] in ("tensor core", "MUFU", "issue", "shared memory")
         assert 0 < row["share"] <= 1.01
         assert cell(name, rows) in page or str(row["cycles"]) in page
+
+
+def test_a_cuda_kernel_is_the_same_in_both_types() -> None:
+    """As many instructions in the loop, no spills, and no other cycles than the model's noise."""
+    rows = load()["rows"]
+    names = [name for name in rows if name.startswith("cuda bfloat16 ")]
+    assert len(names) > 20
+    assert len(names) == sum(name.startswith("cuda float16 ") for name in rows)
+    for name in names:
+        row, half = rows[name], rows[name.replace("bfloat16", "float16")]
+        for figure in ("instructions", "registers", "spills", "bound"):
+            assert row[figure] == half[figure], (name, figure)
+        assert abs(half["cycles"] / row["cycles"] - 1) < cycles_record.WORSE - 1, name
+
+
+def test_the_tables_of_the_page_on_hopper_are_those_of_the_cycles_on_file() -> None:
+    page = cycles_page.PAGE.read_text(encoding="utf-8")
+    assert page == cycles_page.updated(page, load()["rows"], triton_entries().values()), f"run {REGENERATE}"
+
+
+def test_no_row_by_tma_is_slower_than_the_tile_in_its_place() -> None:
+    """With no combination of features that is compiled: that tile is the one from before TMA."""
+    rows = load()["rows"]
+    pairs = [(name, cycles_page.without(name)) for name in rows if cycles_page.without(name) in rows]
+    assert len(pairs) > 40
+    slower = {
+        name: (rows[other]["cycles"], rows[name]["cycles"])
+        for name, other in pairs
+        if rows[name]["cycles"] > cycles_record.WORSE * rows[other]["cycles"]
+    }
+    assert slower == {}
+
+
+def test_every_peer_has_one_of_ours_beside_it() -> None:
+    rows = load()["rows"]
+    lines = cycles_page.peers(rows).splitlines()[2:]
+    assert len(lines) == len(cycles_page.PEERS)
+    for line, (_, direction) in zip(lines, cycles_page.PEERS):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2], line
+        assert bool(cells[3]) == (direction != "backward"), line
+    changed = {name: row | {"cycles": row["cycles"] + 1} for name, row in rows.items()}
+    assert all(line not in lines for line in cycles_page.peers(changed).splitlines()[2:])
+
+
+def test_a_page_without_a_section_is_refused() -> None:
+    with pytest.raises(ValueError, match="no section 'cycles of peers'"):
+        cycles_page.updated("# A page", load()["rows"], triton_entries().values())
 
 
 @pytest.mark.newer_triton
@@ -95,8 +145,10 @@ def test_writing_refuses_a_worse_row_and_accepts_only_known_names(tmp_path: Path
     code = """
 import sys
 from pathlib import Path
-import cycles_record, compile_record
+import cycles_page, cycles_record, compile_record
 cycles_record.STORED, compile_record.DOCUMENT = Path(sys.argv[1]), Path(sys.argv[2])
+cycles_page.PAGE = Path(sys.argv[2] + ".hopper")
+cycles_page.updated = lambda page, rows, entries: f"{page}{len(rows)} rows"
 only = [("triton", sys.argv[3])]
 cycles_record.jobs = lambda: only
 sys.argv[1:] = ["--write", "-j", "1", *sys.argv[4:]]
@@ -108,6 +160,9 @@ sys.exit(cycles_record.main())
     stored, name = tmp_path / "cycles.json", ROWS[2]
     faster = load()["rows"][name] | {"cycles": 10, "key": "of other code"}
     stored.write_text(json.dumps({"triton": triton.__version__, "rows": {name: faster}}))
+
+    page = tmp_path / "page.md.hopper"
+    page.write_text("")
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -122,4 +177,5 @@ sys.exit(cycles_record.main())
     assert "no row on file" in run("--accept-cycles", "another").stderr
     accepted = run("--accept-cycles", name)
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr
-    assert json.loads(stored.read_text())["rows"][name]["cycles"] > 1000
+    assert json.loads(stored.read_text())["rows"][name]["cycles"] >= 768  # its products alone
+    assert page.read_text().endswith("1 rows")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from fastattn.kernels import tiles
 from fastattn.kernels.tiles import (
     FAMILIES,
     HEAD_DIMS,
     RICH_FEATURES,
     TABLE,
+    WITH_OLDER_TRITON,
     WITHOUT_TMA,
+    WITHOUT_TMA_BY_SCORE,
     Key,
     family_of,
+    is_older,
     key_of,
+    table_tiles,
     tiles_without_tma,
 )
 from fastattn.kernels.tuned import tiles_for
@@ -58,6 +64,38 @@ def test_a_spec_that_is_not_aligned_takes_the_row_without_tma() -> None:
     assert tiles_for(spec_of()).forward.tma
     assert tiles_for(spec_of(aligned=False)) == tiles_without_tma(spec_of())
     assert not tiles_without_tma(spec_of()).forward.tma
+
+
+@pytest.mark.parametrize("key", [key for key in TABLE if key.rich], ids=str)
+@pytest.mark.parametrize("feature", ["mask", "bias"])
+def test_what_reads_something_for_each_score_may_have_the_tile_without_tma(key: Key, feature: str) -> None:
+    """Only where that tile exists, and only with a mask or a bias: the others keep the row's."""
+    dtype = torch.float32 if key.bits == 32 else torch.float16
+    plain = spec_of(key.head_dim, dtype).replace(arch=key.family, softcap=True)
+    row, other = tiles_for(plain), tiles_for(plain.replace(**{feature: True}))
+    assert row == TABLE[key]
+    for kernel in ("forward", "dkdv", "dq", "dbias"):
+        without = kernel in WITHOUT_TMA_BY_SCORE.get(key, ())
+        assert getattr(other, kernel) == getattr(tiles_without_tma(plain) if without else row, kernel)
+        assert not without or getattr(row, kernel).tma
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [("3.6.0", True), ("3.5.1", True), ("2.3.1", True), ("3.7.0", False), ("3.10.0", False), ("4.0.0", False),
+     ("3.6.0+git1a2b", True), (None, False), ("0+unknown", False), ("main", False)],
+)  # fmt: skip
+def test_an_older_triton_has_tiles_of_its_own(
+    version: str | None, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_triton", lambda: version)
+    assert is_older(version) == older
+    for key, row in TABLE.items():
+        spec = spec_of(key.head_dim, torch.float32 if key.bits == 32 else torch.float16).replace(
+            arch=key.family, softcap=key.rich
+        )
+        expected = WITH_OLDER_TRITON.get(key, {}) if older else {}
+        assert table_tiles(spec) == replace(row, **expected)
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,12 @@ def test_a_kernel_without_products_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mangled", "name"),
     [
-        ("_ZN8fastattn18attention_fwd_sm90INS_12ForwardShapeI13__nv_bfloat16Li64ELi192ELi128ELb0EEEEEvNS_1",
+        ("_ZN8fastattn18attention_fwd_sm90INS_12ForwardShapeI13__nv_bfloat16Li64ELi192ELi128ELb0ELi1EEEEEvNS_1",
          "cuda bfloat16 D64 forward 192x128"),
+        ("_ZN8fastattn18attention_fwd_sm90INS_12ForwardShapeI6__halfLi128ELi128ELi128ELb1ELi1EEEEEvNS_11ForwardMapsE",
+         "cuda float16 D128 forward 128x128 softcap"),
+        ("_ZN8fastattn18attention_fwd_sm90INS_12ForwardShapeI6__halfLi128ELi128ELi176ELb0ELi2EEEEEvNS_11ForwardMapsE",
+         "cuda float16 D128 forward 128x176 cluster 2"),
         ("_ZN8fastattn23attention_bwd_dq_kernelINS_18QueryGradientShapeI6__halfLi128ELi128ELi64ELb1EEEEEvN",
          "cuda float16 D128 dq 128x64 softcap"),
         ("_ZN8fastattn25attention_bwd_dkdv_kernelINS_17KeyGradientsShapeI13__nv_bfloat16Li256ELi128ELi32ELNS_12KeyGrad"

@@ -152,6 +152,7 @@ def cuda_kernel(mangled: str) -> Kernel | None:
     head_dim, first, second, *rest = (int(number) for number in ARGUMENT.findall(mangled[match.end() :])[:5])
     queries, keys = (first, second) if family in ("fwd_sm90", "bwd_dq") else (second, first)
     direction = DIRECTIONS.get(family, "dkdv")
+    cluster = rest.pop() if family == "fwd_sm90" and len(rest) > 1 else 1
     softcap = family != "bwd_fused" and family != "bwd_dkdv_split" and bool(rest and rest[-1])
     label, products = ONE_GRADIENT.get(rest[0], ("", None)) if family == "bwd_dkdv" and rest else ("", None)
     words = [
@@ -162,6 +163,7 @@ def cuda_kernel(mangled: str) -> Kernel | None:
         label,
         f"{queries}x{keys}",
         "softcap" if softcap else "",
+        f"cluster {cluster}" if cluster > 1 else "",
     ]
     stationary = queries if direction in ("forward", "dq") else keys
     return Kernel(
