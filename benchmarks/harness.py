@@ -24,6 +24,8 @@ from judging import REFUSED
 from schema import Result, without_paths
 from torch import Tensor
 
+from fastattn import torch_compat
+
 Tensors = Mapping[str, Tensor]
 Step = Callable[[], Tensors]
 Sampler = Callable[[Step, int], float]  # seconds per call of a step called that many times
@@ -324,7 +326,7 @@ class _CudaSampler:
         wait = min(2 * repeats * max(launches[-3:], default=0.001), 0.05)
         torch.cuda.synchronize()
         self.cache.zero_()
-        torch.cuda._sleep(int(wait * self.HERTZ))
+        torch_compat.cuda_sleep(int(wait * self.HERTZ))
         start.record()
         began = time.perf_counter()
         for _ in range(repeats):

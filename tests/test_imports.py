@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Layer -> the layers it may import besides itself. A layer is the first name after `fastattn.`; "" is fastattn itself.
 ARROWS = {
+    "torch_compat": set(),
     "spec": set(),
-    "philox": set(),
+    "philox": {"torch_compat"},
     "reference": {"philox", "spec"},
     "reference_losses": set(),
     "cache": set(),
@@ -22,10 +23,10 @@ ARROWS = {
     "kernels": {"spec", "philox", "cache", "versions"},
     "build": set(),
     "extension": {"build", "cache"},
-    "backends": {"spec", "philox", "kernels", "build", "extension"},
-    "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
-    "nn": {"spec", "ops"},
-    "integrations": {"nn", "ops", "backends", "spec"},
+    "backends": {"torch_compat", "spec", "philox", "kernels", "build", "extension"},
+    "ops": {"torch_compat", "spec", "philox", "reference", "reference_losses", "backends"},
+    "nn": {"torch_compat", "spec", "ops"},
+    "integrations": {"torch_compat", "nn", "ops", "backends", "spec"},
     "models": {"spec", "nn", "ops"},
     "data": {"cache"},
     "train": {"cache", "data", "models", "nn", "ops"},
