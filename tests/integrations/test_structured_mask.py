@@ -23,7 +23,7 @@ def made(device: str = "cpu") -> StructuredMask:
         ((torch.device("cpu"),), {"dtype": torch.int8}),
         ((torch.bool, False, True), {}),
         ((torch.ones(1, dtype=torch.float64),), {}),
-        ((), {"other": torch.ones(1, dtype=torch.bool, device="meta")}),
+        ((), {"tensor": torch.ones(1, dtype=torch.bool, device="meta")}),
         ((), {"device": "meta", "non_blocking": True}),
         ((), {"dtype": torch.int32, "copy": True}),
         (("cpu",), {"copy": True}),
