@@ -7,12 +7,13 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 import schema
 import torch
+
+from fastattn import plot
 
 MOST_THREADS = 4096
 MOST_SECONDS = 86400.0
@@ -49,8 +50,8 @@ def check(options: argparse.Namespace, bench: str) -> None:
             _check_pattern(f"--{name}", pattern)
     if options.revision is not None and not re.fullmatch(r"[\w.+-]{1,80}", options.revision):
         raise ValueError(f"--revision {options.revision!r}: needs a commit's name, of letters and digits")
-    if options.plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib: pip install matplotlib")
+    if options.plot and not plot.is_available():
+        raise ValueError(f"--plot: needs matplotlib: {plot.INSTALL}")
     for name, suffix in (("out", ".json"), ("csv", ".csv"), ("plot", None)):
         if getattr(options, name):
             _check_writable(f"--{name}", Path(getattr(options, name)), suffix, bench)

@@ -9,7 +9,6 @@ python benchmarks/plot.py RESULT.json --out FOLDER [--format png]
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,14 @@ import schema
 from schema import Result
 from tables import conditions, refreshed, result_files, stale_pages
 
-STYLE: Any = {
-    "svg.hashsalt": "fastattn",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+from fastattn import plot as drawing
 
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
     """Write each of the result's charts to the folder; the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(STYLE):
+    with drawing.style():
         for name in figures.chart_names(result):
             if name == "ratio":
                 figure = _ratio_figure(result)
@@ -43,17 +33,12 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
                 figure = _length_figure(result) if name == "length" else _grid_figure(result, name)
             figure.supxlabel(conditions(result), x=0.01, ha="left", fontsize=6, color="0.4")
             paths.append(folder / f"{result['bench']}_{name}.{kind}")
-            drawn = io.BytesIO()
-            metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(drawn, format=kind, metadata=metadata, dpi=150)
-            schema.replace_file(paths[-1], drawn.getvalue())
+            drawing.save(figure, paths[-1])
     return paths
 
 
 def _grid_figure(result: Result, direction: str) -> Any:
     """Grouped bars of TFLOP/s, a panel per mask and head dim: the form flash attention papers use."""
-    from matplotlib.figure import Figure
-
     cases = figures.group_of(result, direction)
     panels = sorted({(not c["params"]["causal"], c["params"]["head_dim"]) for c in cases})
     contestants = list(
@@ -61,7 +46,7 @@ def _grid_figure(result: Result, direction: str) -> Any:
     )
     columns = len({head_dim for _, head_dim in panels})
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.2 * rows + 0.4), layout="constrained")
+    figure = drawing.new_figure(5.2 * columns, 3.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (full, head_dim) in zip(axes.flat, panels):
         chosen = [
@@ -87,12 +72,10 @@ def _grid_figure(result: Result, direction: str) -> Any:
 
 def _length_figure(result: Result) -> Any:
     """A panel per line: time over size with 20th and 80th percentiles, or the rate where one is what matters."""
-    from matplotlib.figure import Figure
-
     lines = figures.lines_of(result)
     columns = min(len(lines), 3)
     rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.3), layout="constrained")
+    figure = drawing.new_figure(4.6 * columns, 3.2 * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (line, cases) in zip(axes.flat, lines.items()):
         unit = "GB/s" if cases[0].get("bytes") else "TFLOP/s" if result["device"]["kind"] == "cuda" else "ms"
@@ -138,10 +121,8 @@ def _short(value: float) -> str:
 
 
 def _ratio_figure(result: Result) -> Any:
-    from matplotlib.figure import Figure
-
     ratios = figures.ratios_of(result)
-    figure = Figure(figsize=(9, 0.28 * len(ratios) + 1.1), layout="constrained")
+    figure = drawing.new_figure(9, 0.28 * len(ratios) + 1.1)
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
     bars = axis.barh(list(places), [ratio for _, ratio, _ in ratios], color="#4477aa", height=0.7)

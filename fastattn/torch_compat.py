@@ -234,6 +234,23 @@ def cpu_flash_attention_backward(
     return result
 
 
+_softmax = _find("torch.ops.aten._softmax")
+_log_softmax = _find("torch.ops.aten._log_softmax")
+
+
+def softmax(out: Tensor, x: Tensor, dim: int, *, log: bool) -> None:
+    """Write softmax, or its logarithm, to `out`; without a copy where that is contiguous.
+
+    Fallback: torch.softmax and torch.log_softmax, which the dispatcher sees as one operator more.
+    """
+    kernel = _log_softmax if log else _softmax
+    function: Any = torch.log_softmax if log else torch.softmax
+    if out.is_contiguous() and out.dtype == x.dtype:
+        function(x, dim, out=out) if kernel is None else kernel.out(x, dim, False, out=out)
+    else:
+        out.copy_(function(x, dim) if kernel is None else kernel.default(x, dim, False))
+
+
 _softmax_bwd = _find("torch.ops.aten._softmax_backward_data")
 _log_softmax_bwd = _find("torch.ops.aten._log_softmax_backward_data")
 

@@ -19,6 +19,7 @@ ARROWS = {
     "reference": {"philox", "spec"},
     "reference_losses": set(),
     "cache": set(),
+    "plot": {"cache"},
     "versions": set(),
     "kernels": {"spec", "philox", "cache", "versions"},
     "build": set(),
@@ -29,7 +30,7 @@ ARROWS = {
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec"},
     "models": {"spec", "nn", "ops"},
     "data": {"cache"},
-    "train": {"cache", "data", "models", "nn", "ops"},
+    "train": {"cache", "plot", "data", "models", "nn", "ops"},
     "console": set(),
     "doctor": {"", "console", "backends", "build", "extension", "versions"},
     "demo_grid": {"", "reference"},
@@ -44,6 +45,7 @@ CONFINED = {
     "transformers": ("integrations",),
     "tokenizers": ("data",),
     "typer": ("cli.py",),
+    "matplotlib": ("plot.py",),
     "rich": ("console.py", "train", "backends/__init__.py"),  # there to draw an explanation
 }
 

@@ -281,6 +281,21 @@ def test_without_the_fused_kernel_tiles_are_blockwise(
     assert q.grad is not None
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_without_its_kernel_softmax_is_torchs_function(
+    log: bool, dtype: torch.dtype, lacking: Callable[..., None]
+) -> None:
+    x, outs = torch.randn(5, 33), [torch.empty(5, 33, dtype=dtype) for _ in range(4)]
+    torch_compat.softmax(outs[0], x, 1, log=log)
+    torch_compat.softmax(outs[1].T, x.T, 0, log=log)
+    lacking("torch.ops.aten._softmax", "torch.ops.aten._log_softmax")
+    torch_compat.softmax(outs[2], x, 1, log=log)
+    torch_compat.softmax(outs[3].T, x.T, 0, log=log)
+    for out in outs:
+        assert torch.equal(out, (x.log_softmax(1) if log else x.softmax(1)).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("log", [False, True])
 def test_without_its_kernel_the_backward_of_softmax_is_the_formula(

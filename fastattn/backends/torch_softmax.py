@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
             scores.masked_fill_(~mask[block], -torch.inf)
         if call.causal:
             scores.masked_fill_(_above_diagonal(block, x), -torch.inf)
-        _softmax_into(out[block], scores, dim, call.log)
+        torch_compat.softmax(out[block], scores, dim, log=call.log)
         _constant_where_hidden(scores, out[block], dim, call.log)
     return out
 
@@ -87,15 +86,6 @@ def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -
     if like.shape not in kept:
         kept[like.shape] = torch.empty_like(like, dtype=dtype)
     return kept[like.shape]
-
-
-def _softmax_into(target: Tensor, scores: Tensor, dim: int, log: bool) -> None:
-    """torch's softmax of a block, written to its place without a copy if torch can."""
-    function: Any = torch.log_softmax if log else torch.softmax
-    if target.is_contiguous() and target.dtype == scores.dtype:
-        function(scores, dim, out=target)
-    else:
-        target.copy_(function(scores, dim))
 
 
 def block_elements(device: str) -> int:
@@ -139,7 +129,7 @@ def blocks_of(tensor: Tensor, dim: int, limit: int) -> Iterator[Index]:
 def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
     """Torch's kernel on the whole tensor, its dimensions taken in the order in which `out` lies in memory."""
     order = _memory_order(out)
-    _softmax_into(out.permute(order), x.permute(order), order.index(dim), log)
+    torch_compat.softmax(out.permute(order), x.permute(order), order.index(dim), log=log)
 
 
 def _finite(tensor: Tensor, dim: int) -> bool:
