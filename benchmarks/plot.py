@@ -93,6 +93,7 @@ def _length_figure(result: Result) -> Any:
         axis.set_xscale("log", base=2)
         if unit == "ms":
             axis.set_yscale("log")
+            _label_log(axis.yaxis, "")
         else:
             axis.set_ylim(bottom=0)
         values = list(dict.fromkeys(case["axis"]["value"] for case in cases))
@@ -100,7 +101,7 @@ def _length_figure(result: Result) -> Any:
         axis.minorticks_off()
         axis.set_title(line)
         axis.set_xlabel(cases[0]["axis"]["name"])
-        axis.set_ylabel(unit)
+        axis.set_ylabel("time (ms)" if unit == "ms" else unit)
         axis.legend(fontsize=6)
     for axis in axes.flat[len(lines) :]:
         axis.remove()
@@ -120,21 +121,41 @@ def _short(value: float) -> str:
     return f"{value / 1024:.0f}k" if value >= 16384 and value % 1024 == 0 else f"{value:g}"
 
 
+def _label_log(axis: Any, unit: str) -> None:
+    """Round numbers along a logarithmic axis of matplotlib, whatever it spans."""
+    axis.axes.minorticks_off()
+    ticks = drawing.log_ticks(*sorted(axis.get_view_interval()))
+    axis.set_ticks(ticks, [f"{tick:g}{unit}" for tick in ticks])
+
+
 def _ratio_figure(result: Result) -> Any:
+    """A bar from 1 for each case: to the right where ours is faster than the peer, to the left where it is slower."""
     ratios = figures.ratios_of(result)
     figure = drawing.new_figure(9, 0.28 * len(ratios) + 1.1)
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
-    bars = axis.barh(list(places), [ratio for _, ratio, _ in ratios], color="#4477aa", height=0.7)
-    axis.bar_label(bars, [f"{ratio:.2f}×" for _, ratio, _ in ratios], fontsize=7, padding=2)
-    for place, (_, _, target) in zip(places, ratios):
+    values = [ratio for _, ratio, _ in ratios]
+    targets = [target for _, _, target in ratios if target]
+    low, high = min([1.0, *values, *targets]), max([1.0, *values, *targets])
+    room = (high / low) ** 0.1  # for the figures at the ends of the bars
+    axis.set_xscale("log")
+    axis.set_xlim(low / room, high * room)
+    axis.set_ylim(0.4, len(ratios) + 0.6)
+    colors = ["#4477aa" if ratio >= 1.0 else "#99bbdd" for ratio in values]
+    axis.barh(list(places), [ratio - 1.0 for ratio in values], left=1.0, color=colors, height=0.7)
+    for place, (_, ratio, target) in zip(places, ratios):
+        offset, side, outermost = (3, "left", max) if ratio >= 1.0 else (-3, "right", min)
+        near = target and 1 / room < target / ratio < room  # the figure stands beside the target, not on it
+        axis.annotate(
+            f"{ratio:.2f}×", (outermost(ratio, target) if near else ratio, place), (offset, 0),
+            textcoords="offset points", ha=side, va="center", fontsize=7,
+        )  # fmt: skip
         if target:
             axis.plot([target, target], [place - 0.4, place + 0.4], color="#cc3311")
-    axis.axvline(1.0, color="0.5", linewidth=0.8)
+    axis.axvline(1.0, color="0.3", linewidth=0.8)
     axis.set_yticks(list(places), [label for label, _, _ in ratios], fontsize=7)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    axis.set_xlabel("times the peer's speed (red: the target)")
+    _label_log(axis.xaxis, "×")
+    axis.set_xlabel("times the peer's speed" + (" (red: the target)" if targets else ""))
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,31 @@ def save(figure: Any, path: Path, *, dpi: float = 150) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, metadata=METADATA[kind], dpi=dpi)
     write_atomically(path, drawn.getvalue())
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Three to eight round values within [low, high] > 0 for a logarithmic axis: of each decade, or evenly spaced."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1, 2, 5), (1, 3), (1,)):
+        # Dividing by a power rounds to the decimal that is meant: 3 / 100 is 0.03, 3 * 0.01 is not always.
+        values = [m * 10**p if p >= 0 else m / 10**-p for p in powers for m in mantissas]
+        ticks = [value for value in values if low <= value <= high]
+        if len(ticks) <= 8:
+            break
+    if len(ticks) < 3:
+        ticks = _even_ticks(low, high)
+    return ticks[:: -(-len(ticks) // 8)]
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Three to seven multiples of 1, 2 or 5 times a power of ten."""
+    power = math.floor(math.log10(high - low)) - 1
+    for step in (50, 20, 10, 5, 2, 1):  # times 10**power
+        unit = step * 10**power if power >= 0 else step / 10**-power
+        ticks = [float(f"{n * unit:.12g}") for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def text_chart(
