@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import checkout
 import schema
 import torch
-
-from fastattn import plot
 
 MOST_THREADS = 4096
 MOST_SECONDS = 86400.0
@@ -50,11 +49,19 @@ def check(options: argparse.Namespace, bench: str) -> None:
             _check_pattern(f"--{name}", pattern)
     if options.revision is not None and not re.fullmatch(r"[\w.+-]{1,80}", options.revision):
         raise ValueError(f"--revision {options.revision!r}: needs a commit's name, of letters and digits")
-    if options.plot and not plot.is_available():
-        raise ValueError(f"--plot: needs matplotlib: {plot.INSTALL}")
+    if options.plot:
+        _check_matplotlib()
     for name, suffix in (("out", ".json"), ("csv", ".csv"), ("plot", None)):
         if getattr(options, name):
             _check_writable(f"--{name}", Path(getattr(options, name)), suffix, bench)
+
+
+def _check_matplotlib() -> None:
+    checkout.make_importable()
+    from fastattn import plot
+
+    if not plot.is_available():
+        raise ValueError(f"--plot: needs matplotlib: {plot.INSTALL}")
 
 
 def destination(text: str, bench: str, suffix: str) -> Path:

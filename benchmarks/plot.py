@@ -13,16 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkout
 import figures
 import schema
 from schema import Result
 from tables import conditions, refreshed, result_files, stale_pages
 
-from fastattn import plot as drawing
-
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
     """Write each of the result's charts to the folder; the files."""
+    drawing = _drawing()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with drawing.style():
@@ -37,6 +37,14 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
     return paths
 
 
+def _drawing() -> Any:
+    """fastattn.plot, installed or from this checkout."""
+    checkout.make_importable()
+    from fastattn import plot
+
+    return plot
+
+
 def _grid_figure(result: Result, direction: str) -> Any:
     """Grouped bars of TFLOP/s, a panel per mask and head dim: the form flash attention papers use."""
     cases = figures.group_of(result, direction)
@@ -46,7 +54,7 @@ def _grid_figure(result: Result, direction: str) -> Any:
     )
     columns = len({head_dim for _, head_dim in panels})
     rows = -(-len(panels) // columns)
-    figure = drawing.new_figure(5.2 * columns, 3.2 * rows + 0.4)
+    figure = _drawing().new_figure(5.2 * columns, 3.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (full, head_dim) in zip(axes.flat, panels):
         chosen = [
@@ -75,7 +83,7 @@ def _length_figure(result: Result) -> Any:
     lines = figures.lines_of(result)
     columns = min(len(lines), 3)
     rows = -(-len(lines) // columns)
-    figure = drawing.new_figure(4.6 * columns, 3.2 * rows + 0.3)
+    figure = _drawing().new_figure(4.6 * columns, 3.2 * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (line, cases) in zip(axes.flat, lines.items()):
         unit = "GB/s" if cases[0].get("bytes") else "TFLOP/s" if result["device"]["kind"] == "cuda" else "ms"
@@ -124,14 +132,14 @@ def _short(value: float) -> str:
 def _label_log(axis: Any, unit: str) -> None:
     """Round numbers along a logarithmic axis of matplotlib, whatever it spans."""
     axis.axes.minorticks_off()
-    ticks = drawing.log_ticks(*sorted(axis.get_view_interval()))
+    ticks = _drawing().log_ticks(*sorted(axis.get_view_interval()))
     axis.set_ticks(ticks, [f"{tick:g}{unit}" for tick in ticks])
 
 
 def _ratio_figure(result: Result) -> Any:
     """A bar from 1 for each case: to the right where ours is faster than the peer, to the left where it is slower."""
     ratios = figures.ratios_of(result)
-    figure = drawing.new_figure(9, 0.28 * len(ratios) + 1.1)
+    figure = _drawing().new_figure(9, 0.28 * len(ratios) + 1.1)
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
     values = [ratio for _, ratio, _ in ratios]
