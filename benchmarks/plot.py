@@ -153,9 +153,10 @@ def _ratio_figure(result: Result) -> Any:
     axis.barh(list(places), [ratio - 1.0 for ratio in values], left=1.0, color=colors, height=0.7)
     for place, (_, ratio, target) in zip(places, ratios):
         offset, side, outermost = (3, "left", max) if ratio >= 1.0 else (-3, "right", min)
-        near = target and 1 / room < target / ratio < room  # the figure stands beside the target, not on it
+        # The figure stands beside a target that is near, not on it.
+        end = outermost(ratio, target) if target and 1 / room < target / ratio < room else ratio
         axis.annotate(
-            f"{ratio:.2f}×", (outermost(ratio, target) if near else ratio, place), (offset, 0),
+            f"{ratio:.2f}×", (end, place), (offset, 0),
             textcoords="offset points", ha=side, va="center", fontsize=7,
         )  # fmt: skip
         if target:

@@ -12,7 +12,7 @@ from typing import Any
 from fastattn.cache import write_atomically
 
 INSTALL = "pip install 'fastattn[plot]'"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.hashsalt": "fastattn",
     "svg.fonttype": "none",
     "font.size": 9,

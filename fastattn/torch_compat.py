@@ -278,7 +278,8 @@ def _softmax_gradient(dout: Tensor, out: Tensor, dim: int, log: bool) -> Tensor:
     return product - out * product.sum(dim, keepdim=True)
 
 
-_onednn_linear = _find("torch.ops.mkldnn._linear_pointwise") if torch.backends.mkldnn.is_available() else None
+_onednn_linear: Any = _find("torch.ops.mkldnn._linear_pointwise")
+_HAS_ONEDNN = _onednn_linear is not None and torch.backends.mkldnn.is_available()
 
 
 def has_onednn_linear() -> bool:
@@ -286,7 +287,7 @@ def has_onednn_linear() -> bool:
 
     Fallback: False, and linear layers are torch.nn.functional.linear.
     """
-    return _onednn_linear is not None
+    return _HAS_ONEDNN
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

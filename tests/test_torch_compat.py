@@ -84,22 +84,27 @@ def check_against_reference(dtype: torch.dtype = torch.float64) -> None:
             )
 
 
-def test_every_symbol_is_looked_up_by_find_and_exists_in_the_torch_that_is_tested() -> None:
+def test_every_symbol_is_looked_up_by_its_literal_name() -> None:
     calls = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
     lookups = [
         c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("_find", "getattr", "hasattr")
     ]
     assert len(SYMBOLS) == len([c for c in lookups if c.func.id == "_find"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13"), reason="other releases may lack some: that is the point"
+)
+def test_the_torch_of_ci_has_every_symbol() -> None:
     assert [s for s in SYMBOLS if torch_compat._find(s) is None] == []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_says_what_it_falls_back_to(name: str) -> None:
     doc = FUNCTIONS[name].__doc__ or ""
-    if not name.startswith(
-        ("cpu_flash", "onednn_")
-    ):  # called only where the function that asks for them said yes
-        assert "Fallback: " in doc
+    asked_for = name.startswith(("cpu_flash", "onednn_"))  # called only where has_... said yes
+    assert doc
+    assert "Fallback: " in doc or asked_for
 
 
 def test_callers_use_the_module_so_that_nothing_is_bound_before_its_fallback() -> None:

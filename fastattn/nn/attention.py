@@ -185,7 +185,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         for name in _EXTRA_ATTRIBUTES:
             with suppress(AttributeError):
                 delattr(self, name)
-        hooks = self.register_forward_pre_hook(keep_forward).hooks_dict_ref()
+        hooks = self.register_forward_pre_hook(keep_forward).hooks_dict_ref() or {}
         for key in [key for key, hook in hooks.items() if hook is keep_forward]:
             del hooks[key]
 

@@ -26,7 +26,7 @@ def wanted() -> bool:
     chosen otherwise."""
     if chosen:
         return chosen[-1]
-    return torch_compat.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
+    return torch_compat.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
