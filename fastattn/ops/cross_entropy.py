@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import arguments, composite, plain, spelling, symbolic
-from fastattn.ops.cross_entropy_registration import MATERIALISED, check_values, composed, linear_composed
+from fastattn.ops.cross_entropy_registration import (
+    MATERIALISED,
+    check_values,
+    composed,
+    linear_composed,
+    run_cross_entropy,
+    run_linear,
+    run_linear_sum,
+)
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -84,7 +92,7 @@ def cross_entropy(
         check_values(given, num_classes, ignore_index)
         losses = composed(CrossEntropyCall(*call))
     else:
-        losses, _ = torch.ops.fastattn.cross_entropy_fwd(*call, "auto")
+        losses, _ = run_cross_entropy(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
     return _reduced(losses.sum(), divisor).to(result_dtype)
@@ -160,10 +168,10 @@ def linear_cross_entropy(
         check_values(given, weight.shape[0], ignore_index)
         losses = linear_composed(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):
-        total = torch.ops.fastattn.linear_cross_entropy_sum(*call, needs, "auto")[0]
+        total = run_linear_sum(*call, needs, "auto")[0]
         return _reduced(total, divisor).to(result_dtype)
     else:
-        losses, _ = torch.ops.fastattn.linear_cross_entropy_fwd(*call, "auto")
+        losses, _ = run_linear(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
     return _reduced(losses.sum(), divisor).to(result_dtype)
