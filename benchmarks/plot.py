@@ -74,7 +74,8 @@ def _grid_figure(result: Result, direction: str) -> Any:
         axis.set_title(f"{direction}, {'full' if full else 'causal'}, head dim {head_dim}")
         axis.set_xlabel("sequence length")
         axis.set_ylabel("TFLOP/s")
-    axes.flat[0].legend(fontsize=6)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7, frameon=False)
     return figure
 
 

@@ -204,6 +204,17 @@ def test_charts_hold_the_figures_of_the_result(results: Path) -> None:
     assert (lines.get_xlabel(), lines.get_ylabel()) == ("sequence length", "time (ms)")
 
 
+def test_the_legend_of_a_grid_covers_no_bar(results: Path) -> None:
+    rows = [_row("fastattn-triton", 2.0, 600.0), _row("sdpa-flash", 1.0, 610.0)]
+    grid = [_case(f"f{s}", "forward", rows, seqlen_q=s) for s in (512, 1024)]
+    figure = _drawn(_store(results, "cuda", grid))["forward"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fastattn-triton", "sdpa-flash"]
+    panel = figure.axes[0].get_tightbbox()
+    assert not legend.get_window_extent().overlaps(panel)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [600.0, 600.0, 610.0, 610.0]
+
+
 def test_a_ratio_below_one_is_a_bar_to_the_left_and_no_target_is_named_without_one(results: Path) -> None:
     case = _case("slow", "features", [_row("fastattn", 2.0), _row("sdpa", 1.0)])
     (axis,) = _drawn(_store(results, "cpu", [case]))["ratio"].axes
