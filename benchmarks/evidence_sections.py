@@ -21,6 +21,7 @@ from typing import Any
 import checkout
 from first_run import sanitizer
 from gpu_probes import DIRECTIONS
+from schema import replace_file
 
 ROOT = checkout.ROOT
 BENCHMARKS = Path(__file__).resolve().parent
@@ -58,10 +59,7 @@ class Run:
 
     def store(self) -> None:
         """Replace evidence.json."""
-        path = self.out / "evidence.json"
-        partial = path.with_name("evidence.json.partial")
-        partial.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_file(self.out / "evidence.json", json.dumps(self.report, indent=1) + "\n")
 
     def log(self, text: str) -> None:
         """Append to log.txt, up to its limit."""

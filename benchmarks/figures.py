@@ -166,7 +166,9 @@ def lines_of(result: Result) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for case in result["cases"]:
         if case.get("axis") and any(row["status"] == "ok" for row in case["rows"]):
-            found.setdefault(case["axis"]["line"], []).append(case)
+            line = case["axis"]["line"]
+            other = case["dtype"] != "float32" and case["dtype"] not in line
+            found.setdefault(f"{line}, {case['dtype']}" if other else line, []).append(case)
     several = {line: cases for line, cases in found.items() if len({c["axis"]["value"] for c in cases}) > 1}
     return {line: sorted(cases, key=lambda c: float(c["axis"]["value"])) for line, cases in several.items()}
 

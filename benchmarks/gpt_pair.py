@@ -44,8 +44,9 @@ class GPTPair:
         from fastattn.models.checkpoint import to_gpt2_names
 
         sizes = {name: getattr(self.config, name) for name in SHARED_SIZES}
-        config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-        model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        config = GPT2Config(**sizes, **tokens, attn_implementation=attention)
+        model = GPT2LMHeadModel(config)
         model.load_state_dict(to_gpt2_names(self.model.state_dict(), tied=True), strict=False)
         return model.to(self.device, dtype)
 

@@ -238,6 +238,9 @@ class _CudaSampler:
     HERTZ = 2e9  # no slower than any clock a device spins at, so the wait is never too short
 
     def __init__(self, device: torch.device) -> None:
+        from fastattn import torch_compat
+
+        self.spin = torch_compat.cuda_sleep
         self.cache = torch.empty(2**28, dtype=torch.int8, device=device)
         self.host: dict[Step, list[float]] = {}
 
@@ -247,7 +250,7 @@ class _CudaSampler:
         wait = min(2 * repeats * max(launches[-3:], default=0.001), 0.05)
         torch.cuda.synchronize()
         self.cache.zero_()
-        torch.cuda._sleep(int(wait * self.HERTZ))
+        self.spin(int(wait * self.HERTZ))
         start.record()
         began = time.perf_counter()
         for _ in range(repeats):

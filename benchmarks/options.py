@@ -7,10 +7,10 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+import checkout
 import schema
 import torch
 
@@ -49,11 +49,19 @@ def check(options: argparse.Namespace, bench: str) -> None:
             _check_pattern(f"--{name}", pattern)
     if options.revision is not None and not re.fullmatch(r"[\w.+-]{1,80}", options.revision):
         raise ValueError(f"--revision {options.revision!r}: needs a commit's name, of letters and digits")
-    if options.plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib: pip install matplotlib")
+    if options.plot:
+        _check_matplotlib()
     for name, suffix in (("out", ".json"), ("csv", ".csv"), ("plot", None)):
         if getattr(options, name):
             _check_writable(f"--{name}", Path(getattr(options, name)), suffix, bench)
+
+
+def _check_matplotlib() -> None:
+    checkout.make_importable()
+    from fastattn import plot
+
+    if not plot.is_available():
+        raise ValueError(f"--plot: needs matplotlib: {plot.INSTALL}")
 
 
 def destination(text: str, bench: str, suffix: str) -> Path:

@@ -9,33 +9,23 @@ python benchmarks/plot.py RESULT.json --out FOLDER [--format png]
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
+import checkout
 import figures
 import schema
 from schema import Result
 from tables import conditions, refreshed, result_files, stale_pages
 
-STYLE: Any = {
-    "svg.hashsalt": "fastattn",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
     """Write each of the result's charts to the folder; the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    drawing = _drawing()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with matplotlib.rc_context(STYLE):
+    with drawing.style():
         for name in figures.chart_names(result):
             if name == "ratio":
                 figure = _ratio_figure(result)
@@ -43,17 +33,20 @@ def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
                 figure = _length_figure(result) if name == "length" else _grid_figure(result, name)
             figure.supxlabel(conditions(result), x=0.01, ha="left", fontsize=6, color="0.4")
             paths.append(folder / f"{result['bench']}_{name}.{kind}")
-            drawn = io.BytesIO()
-            metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(drawn, format=kind, metadata=metadata, dpi=150)
-            schema.replace_file(paths[-1], drawn.getvalue())
+            drawing.save(figure, paths[-1])
     return paths
+
+
+def _drawing() -> Any:
+    """fastattn.plot, installed or from this checkout."""
+    checkout.make_importable()
+    from fastattn import plot
+
+    return plot
 
 
 def _grid_figure(result: Result, direction: str) -> Any:
     """Grouped bars of TFLOP/s, a panel per mask and head dim: the form flash attention papers use."""
-    from matplotlib.figure import Figure
-
     cases = figures.group_of(result, direction)
     panels = sorted({(not c["params"]["causal"], c["params"]["head_dim"]) for c in cases})
     contestants = list(
@@ -61,7 +54,7 @@ def _grid_figure(result: Result, direction: str) -> Any:
     )
     columns = len({head_dim for _, head_dim in panels})
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.2 * rows + 0.4), layout="constrained")
+    figure = _drawing().new_figure(5.2 * columns, 3.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (full, head_dim) in zip(axes.flat, panels):
         chosen = [
@@ -81,18 +74,17 @@ def _grid_figure(result: Result, direction: str) -> Any:
         axis.set_title(f"{direction}, {'full' if full else 'causal'}, head dim {head_dim}")
         axis.set_xlabel("sequence length")
         axis.set_ylabel("TFLOP/s")
-    axes.flat[0].legend(fontsize=6)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7, frameon=False)
     return figure
 
 
 def _length_figure(result: Result) -> Any:
     """A panel per line: time over size with 20th and 80th percentiles, or the rate where one is what matters."""
-    from matplotlib.figure import Figure
-
     lines = figures.lines_of(result)
     columns = min(len(lines), 3)
     rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.3), layout="constrained")
+    figure = _drawing().new_figure(4.6 * columns, 3.2 * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (line, cases) in zip(axes.flat, lines.items()):
         unit = "GB/s" if cases[0].get("bytes") else "TFLOP/s" if result["device"]["kind"] == "cuda" else "ms"
@@ -110,6 +102,7 @@ def _length_figure(result: Result) -> Any:
         axis.set_xscale("log", base=2)
         if unit == "ms":
             axis.set_yscale("log")
+            _label_log(axis.yaxis, "")
         else:
             axis.set_ylim(bottom=0)
         values = list(dict.fromkeys(case["axis"]["value"] for case in cases))
@@ -117,7 +110,7 @@ def _length_figure(result: Result) -> Any:
         axis.minorticks_off()
         axis.set_title(line)
         axis.set_xlabel(cases[0]["axis"]["name"])
-        axis.set_ylabel(unit)
+        axis.set_ylabel("time (ms)" if unit == "ms" else unit)
         axis.legend(fontsize=6)
     for axis in axes.flat[len(lines) :]:
         axis.remove()
@@ -137,23 +130,42 @@ def _short(value: float) -> str:
     return f"{value / 1024:.0f}k" if value >= 16384 and value % 1024 == 0 else f"{value:g}"
 
 
-def _ratio_figure(result: Result) -> Any:
-    from matplotlib.figure import Figure
+def _label_log(axis: Any, unit: str) -> None:
+    """Round numbers along a logarithmic axis of matplotlib, whatever it spans."""
+    axis.axes.minorticks_off()
+    ticks = _drawing().log_ticks(*sorted(axis.get_view_interval()))
+    axis.set_ticks(ticks, [f"{tick:g}{unit}" for tick in ticks])
 
+
+def _ratio_figure(result: Result) -> Any:
+    """A bar from 1 for each case: to the right where ours is faster than the peer, to the left where it is slower."""
     ratios = figures.ratios_of(result)
-    figure = Figure(figsize=(9, 0.28 * len(ratios) + 1.1), layout="constrained")
+    figure = _drawing().new_figure(9, 0.28 * len(ratios) + 1.1)
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
-    bars = axis.barh(list(places), [ratio for _, ratio, _ in ratios], color="#4477aa", height=0.7)
-    axis.bar_label(bars, [f"{ratio:.2f}×" for _, ratio, _ in ratios], fontsize=7, padding=2)
-    for place, (_, _, target) in zip(places, ratios):
+    values = [ratio for _, ratio, _ in ratios]
+    targets = [target for _, _, target in ratios if target]
+    low, high = min([1.0, *values, *targets]), max([1.0, *values, *targets])
+    room = (high / low) ** 0.1  # for the figures at the ends of the bars
+    axis.set_xscale("log")
+    axis.set_xlim(low / room, high * room)
+    axis.set_ylim(0.4, len(ratios) + 0.6)
+    colors = ["#4477aa" if ratio >= 1.0 else "#99bbdd" for ratio in values]
+    axis.barh(list(places), [ratio - 1.0 for ratio in values], left=1.0, color=colors, height=0.7)
+    for place, (_, ratio, target) in zip(places, ratios):
+        offset, side, outermost = (3, "left", max) if ratio >= 1.0 else (-3, "right", min)
+        # The figure stands beside a target that is near, not on it.
+        end = outermost(ratio, target) if target and 1 / room < target / ratio < room else ratio
+        axis.annotate(
+            f"{ratio:.2f}×", (end, place), (offset, 0),
+            textcoords="offset points", ha=side, va="center", fontsize=7,
+        )  # fmt: skip
         if target:
             axis.plot([target, target], [place - 0.4, place + 0.4], color="#cc3311")
-    axis.axvline(1.0, color="0.5", linewidth=0.8)
+    axis.axvline(1.0, color="0.3", linewidth=0.8)
     axis.set_yticks(list(places), [label for label, _, _ in ratios], fontsize=7)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    axis.set_xlabel("times the peer's speed (red: the target)")
+    _label_log(axis.xaxis, "×")
+    axis.set_xlabel("times the peer's speed" + (" (red: the target)" if targets else ""))
     return figure
 
 

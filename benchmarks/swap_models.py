@@ -50,9 +50,9 @@ def bert(batch: int, length: int, small: bool) -> Made:
     width = 64 if small else 768
     config = BertConfig(
         hidden_size=width, intermediate_size=4 * width, num_attention_heads=12 if not small else 4,
-        num_hidden_layers=2 if small else 4, vocab_size=1000,
+        num_hidden_layers=2 if small else 4, vocab_size=1000, attn_implementation="sdpa",
     )  # fmt: skip
-    model = BertModel._from_config(config, attn_implementation="sdpa").eval()
+    model = BertModel(config).eval()
     inputs = _padded(batch, length, left=False)
     return model, inputs, lambda m, x: m(**x).last_hidden_state * x["attention_mask"][..., None]
 
@@ -65,9 +65,9 @@ def llama(batch: int, length: int, small: bool, padded: bool, new_tokens: int = 
     config = LlamaConfig(
         hidden_size=width, intermediate_size=3 * width, num_attention_heads=4 if small else 12,
         num_key_value_heads=2 if small else 4, num_hidden_layers=2 if small else 6, vocab_size=1000,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    model = LlamaForCausalLM(config).eval()
     inputs = _padded(batch, length, left=True, shortest=0.25 if padded else 1.0)
     new = 4 if small else new_tokens
 

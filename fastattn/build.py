@@ -189,7 +189,7 @@ def find_torch() -> Torch:
     archs = sorted({"{}.{}".format(*torch.cuda.get_device_capability(gpu)) for gpu in gpus})
     return Torch(
         str(torch.__version__), torch.version.cuda, str(Path(torch.__file__).parent),
-        bool(torch._C._GLIBCXX_USE_CXX11_ABI), tuple(archs),
+        torch.compiled_with_cxx11_abi(), tuple(archs),
     )  # fmt: skip
 
 

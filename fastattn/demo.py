@@ -113,8 +113,9 @@ def run(
         )
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     output.heading("Result")
+    picture = "loss.png, " if (folder / "loss.png").exists() else ""
     output.line(
-        f"{folder}: loss.png, sample.txt, summary.json and model/ (weights, tokeniser, log, checkpoint)"
+        f"{folder}: {picture}sample.txt, summary.json and model/ (weights, tokeniser, log, checkpoint)"
     )
     verdict = "everything agreed" if passed else "something disagreed: see the marked lines above"
     output.line(f"{verdict}, after {summary['seconds']:.0f} s", good=passed)
@@ -300,7 +301,7 @@ def _train(
     first, last = result.first, result.last
     assert first is not None
     assert last is not None
-    plot_loss(result.log, folder / "loss.png", title="fastattn demo")
+    plot_loss(result.log, folder / "loss.png", title="fastattn demo", say=output.line)
     sample = _sample(model, tokenizer, recipe, seed)
     (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     passed = math.isfinite(last.perplexity) and last.perplexity < first.perplexity

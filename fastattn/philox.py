@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
+
 KEYS_PER_CALL = 8  # one Philox call yields four 32-bit words, so eight 16-bit halves
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -35,7 +37,7 @@ def _xor_high(product: Tensor, other: Tensor) -> Tensor:
     """The high word of each product xor `other`, without temporaries where shapes and transforms allow."""
     high = product >> 32
     same_shape = high.shape == torch.broadcast_shapes(high.shape, other.shape)
-    if same_shape and not torch._C._are_functorch_transforms_active():
+    if same_shape and not torch_compat.transforms_active((high, other)):
         return high.bitwise_xor_(other).bitwise_and_(_LOW32)
     return (high ^ other).bitwise_and_(_LOW32)
 
@@ -79,7 +81,7 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
     words = torch.broadcast_tensors(
         *philox_4x32((calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32))
     )
-    if torch._C._are_functorch_transforms_active():  # which know no view as another dtype
+    if torch_compat.transforms_active(words):  # which know no view as another dtype
         halves = (
             torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1) - 0x8000
         )

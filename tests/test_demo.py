@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import demo, demo_grid
+from fastattn import demo, demo_grid, plot
 from fastattn.console import InputError, NoOutput, PlainOutput
 from fastattn.models import GPT
 
@@ -70,6 +70,19 @@ def test_it_writes_what_it_says(
         "at parity or slower",
     ):
         assert shown in printed
+
+
+def test_without_matplotlib_it_prints_the_curve(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plot, "is_available", lambda: False)
+    out = text.parent / "out"
+    run_small(text, out, monkeypatch, output=PlainOutput(sys.stdout))
+    printed = capsys.readouterr().out
+    assert not (out / "loss.png").exists()
+    assert "loss.png" not in printed
+    assert "(. training, o validation)" in printed
+    assert "pip install 'fastattn[plot]'" in printed
 
 
 def test_a_seed_decides_the_training(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

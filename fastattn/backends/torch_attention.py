@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.backends.schedule import Band, Segments, Tile, block_tiles, whole_tiles
 from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import (
@@ -32,9 +33,6 @@ FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed s
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
 EXTREME_LSE = 1e4  # beyond it lse has no digits left for the number of keys it sums over
-
-_fused_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_fused_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def tiles(spec: AttentionSpec) -> str:
@@ -81,6 +79,7 @@ def attention_bwd(
     forward_fused = _fused_runs(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
     fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
+    fused = fused and torch_compat.has_cpu_flash_attention(backward=True)
     delta = None if fused and not needs.sinks else _delta(out, lse, dout, dlse)
     # lse of the fused forward came from products that round differently: where a tile holds a whole row, its weights
     # are made to sum to 1 again.
@@ -476,6 +475,8 @@ def _parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[_Part]:
 
 def _fused_runs(spec: AttentionSpec) -> bool:
     """Whether torch's fused CPU kernel can express the tiles of a call."""
+    if not torch_compat.has_cpu_flash_attention(backward=False):
+        return False
     if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
         return False
     if (
@@ -502,9 +503,9 @@ def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     out: Tensor | None = None
     for tile in row_tiles:
         mask = _fused_mask(part, tile)
-        tile_out, tile_lse = _fused_fwd(
-            _rows(part.query, tile), _cols(part.key, tile), _cols(part.value, tile), 0.0,
-            tile.structure == "causal", attn_mask=mask, scale=part.call.scale,
+        tile_out, tile_lse = torch_compat.cpu_flash_attention(
+            _rows(part.query, tile), _cols(part.key, tile), _cols(part.value, tile),
+            tile.structure == "causal", mask, part.call.scale,
         )  # fmt: skip
         tile_out, tile_lse = _with_irregular_rows(part, tile, mask, tile_out, tile_lse)
         if out is None:
@@ -590,9 +591,8 @@ def _fused_tile_bwd(
     mask = _fused_mask(part, tile)
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, heads]
-    dq, dk, dv = _fused_bwd(
-        dout, query, key, value, out, lse_safe, 0.0, tile.structure == "causal",
-        attn_mask=mask, scale=part.call.scale,
+    dq, dk, dv = torch_compat.cpu_flash_attention_backward(
+        dout, query, key, value, out, lse_safe, tile.structure == "causal", mask, part.call.scale
     )  # fmt: skip
     if group_size > 1:
         dk, dv = (g.unflatten(1, (g.shape[1] // group_size, group_size)).sum(2) for g in (dk, dv))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
 BLOCK_ELEMENTS = {"cpu": 2**18}  # a block stays in a core's cache between the passes over it
@@ -34,7 +34,6 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
         _constant_where_hidden(x, out, dim, call.log)
         return out
     mask = None if call.mask is None else call.mask.expand(x.shape)
-    kernel = torch.ops.aten._log_softmax if call.log else torch.ops.aten._softmax
     scratch: dict[torch.Size, Tensor] = {}
     for block in blocks_of(out, dim, _limit(spec, out, dim)):
         scores = _scratch(scratch, out[block], accumulation_dtype(x.dtype))
@@ -49,7 +48,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
             scores.masked_fill_(~mask[block], -torch.inf)
         if call.causal:
             scores.masked_fill_(_above_diagonal(block, x), -torch.inf)
-        _into(out[block], kernel, scores, dim, False)
+        torch_compat.softmax(out[block], scores, dim, log=call.log)
         _constant_where_hidden(scores, out[block], dim, call.log)
     return out
 
@@ -64,11 +63,9 @@ def softmax_bwd(
     if not spec.log and scale == 1.0 and dtype == out.dtype:
         order = _memory_order(out)
         y, dy = out.permute(order), dout.permute(order)
-        whole = torch.ops.aten._softmax_backward_data.out
-        whole(dy, y, order.index(dim), dtype, grad_input=dx.permute(order))
+        torch_compat.softmax_backward(dx.permute(order), dy, y, order.index(dim), log=False)
         if _finite(dx, dim):  # NaN or inf that meets a constant 0 turns its whole row to NaN
             return dx
-    kernel = torch.ops.aten._log_softmax_backward_data if spec.log else torch.ops.aten._softmax_backward_data
     constant = -torch.inf if spec.log else 0.0
     nothing = out.new_zeros(())
     scratch: dict[torch.Size, Tensor] = {}
@@ -76,7 +73,7 @@ def softmax_bwd(
         rows, part = out[block], dx[block]
         cotangent = _scratch(scratch, rows, out.dtype)
         torch.where(rows != constant, dout[block], nothing, out=cotangent)
-        _into(part, kernel, cotangent, rows, dim, out.dtype)
+        torch_compat.softmax_backward(part, cotangent, rows, dim, log=spec.log)
         if scale != 1.0:
             part.mul_(scale)
     if not _finite(dx, dim):
@@ -89,15 +86,6 @@ def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -
     if like.shape not in kept:
         kept[like.shape] = torch.empty_like(like, dtype=dtype)
     return kept[like.shape]
-
-
-def _into(target: Tensor, kernel: Any, *args: Any) -> None:
-    """Run one of torch's softmax kernels on a block, writing to its place without a copy if torch can."""
-    if target.is_contiguous() and target.dtype == args[0].dtype:
-        name = "grad_input" if kernel is torch.ops.aten._softmax_backward_data else "out"
-        kernel.out(*args, **{name: target})
-    else:
-        target.copy_(kernel.default(*args))
 
 
 def block_elements(device: str) -> int:
@@ -141,8 +129,7 @@ def blocks_of(tensor: Tensor, dim: int, limit: int) -> Iterator[Index]:
 def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
     """Torch's kernel on the whole tensor, its dimensions taken in the order in which `out` lies in memory."""
     order = _memory_order(out)
-    kernel = torch.ops.aten._log_softmax.out if log else torch.ops.aten._softmax.out
-    kernel(x.permute(order), order.index(dim), False, out=out.permute(order))
+    torch_compat.softmax(out.permute(order), x.permute(order), order.index(dim), log=log)
 
 
 def _finite(tensor: Tensor, dim: int) -> bool:

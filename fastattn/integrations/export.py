@@ -55,7 +55,7 @@ class plain_torch(ContextDecorator):
 _lock = Lock()
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """The forward ops of attention and softmax in torch's operations, for `ExportedProgram.run_decompositions`.
 
     An exported program holds these ops where it was exported under `plain_torch(False)` (and by torch 2.9 with

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakSet, ref
 
-import torch
+from fastattn import torch_compat
 
 Name = tuple["ref[ModuleType]", str]
 _NotLoaded: Any = getattr(importlib.util, "_LazyModule", ())  # any look at it loads it
@@ -34,7 +34,7 @@ class ImportedNames:
         They differ where somebody has replaced torch's function and calls it by such a name: what goes back to that
         one must not come round again.
         """
-        torchs = torch._C._nn.scaled_dot_product_attention
+        torchs = torch_compat.torch_sdpa()
         put = [(original, function)] if original is torchs else [(original, function), (torchs, of_torchs)]
         self._look_through_new_modules({id(torchs), id(original), *self._exchanged})
         for module, name in self._held_by(self._known):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fastattn.ops.symbolic import map_leaves
 
 
 class StructuredMask:
@@ -68,7 +69,7 @@ class StructuredMask:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Another device; another dtype makes it a tensor."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = _device_and_dtype(*args, **kwargs)
         if dtype not in (None, torch.bool):
             return self.dense().to(*args, **kwargs)
         if device is None:
@@ -100,7 +101,7 @@ class StructuredMask:
         def densify(leaf: Any) -> Any:
             return leaf.dense() if isinstance(leaf, StructuredMask) else leaf
 
-        return func(*pytree.tree_map(densify, args), **pytree.tree_map(densify, kwargs or {}))
+        return func(*map_leaves(densify, args), **map_leaves(densify, kwargs or {}))
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense()[index]
@@ -116,3 +117,18 @@ class StructuredMask:
 
     __rand__ = __and__
     __ror__ = __or__
+
+
+def _device_and_dtype(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """What the arguments of `Tensor.to` name, None for what they leave as it is."""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    for arg in (*args, kwargs.get("tensor")):
+        if isinstance(arg, Tensor):
+            device, dtype = arg.device, arg.dtype
+        elif isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, (str, int, torch.device)) and not isinstance(
+            arg, bool
+        ):  # bools: non_blocking, copy
+            device = arg
+    return (None if device is None else torch.device(device)), dtype

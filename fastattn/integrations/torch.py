@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.backends import warn_once
 from fastattn.integrations.sdpa_names import ImportedNames
 from fastattn.ops import arguments
@@ -77,7 +78,7 @@ class sdpa_override(ContextDecorator):
                 _before.append(F.scaled_dot_product_attention)
             entry = _Entry(_came_in.number)
             entry.function = _override(F.scaled_dot_product_attention, self.backend, entry)
-            torchs = torch._C._nn.scaled_dot_product_attention
+            torchs = torch_compat.torch_sdpa()
             entry.of_torchs = (
                 entry.function if _before[0] is torchs else _override(torchs, self.backend, entry)
             )
@@ -224,12 +225,9 @@ class _FlashOverrides:
     """torch's flash-attention ops on a dispatch key, ours until removed."""
 
     def __init__(self, dispatch_key: str) -> None:
-        self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL", dispatch_key)
-        for name, kernel in (
-            ("_scaled_dot_product_flash_attention", _flash_forward),
-            ("_scaled_dot_product_flash_attention_backward", _flash_backward),
-        ):
-            self._library.impl(name, kernel, dispatch_key, allow_override=True)
+        self._library: torch.library.Library | None = torch_compat.override_flash_attention(
+            dispatch_key, _flash_forward, _flash_backward
+        )
 
     def remove(self) -> None:
         """Give the ops back."""

@@ -15,6 +15,7 @@ from fastattn.integrations import transformers_compat as compat
 
 compat.check_version()
 
+from fastattn import torch_compat  # noqa: E402
 from fastattn.backends import NAMES  # noqa: E402
 from fastattn.integrations.structured_mask import StructuredMask  # noqa: E402
 from fastattn.integrations.transformers_kinds import wants_eager_masks  # noqa: E402
@@ -213,11 +214,13 @@ def _packing_of(positions: Tensor) -> Tensor | None:
     global _last_packing
     if torch.compiler.is_compiling() or positions.is_inference():
         return None if torch.compiler.is_compiling() else _find_packing(positions)
-    last = _last_packing
-    if last is not None and last[0]() is positions and last[1] == positions._version:
+    version, last = torch_compat.version_of(positions), _last_packing
+    if version is None:
+        return _find_packing(positions)
+    if last is not None and last[0]() is positions and last[1] == version:
         return last[2]
     ids = _find_packing(positions)
-    _last_packing = (weakref.ref(positions), positions._version, ids)
+    _last_packing = (weakref.ref(positions), version, ids)
     return ids
 
 

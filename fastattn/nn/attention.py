@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NoReturn, cast
 
 import torch
@@ -181,11 +182,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def remove_extras(self) -> None:
         """Take away what `add_extras` gave, leaving exactly a torch module's attributes."""
-        for store in (self.__dict__, self._parameters, self._buffers, self._modules):
-            for name in _EXTRA_ATTRIBUTES:
-                store.pop(name, None)
-        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is keep_forward]:
-            del self._forward_pre_hooks[key]
+        for name in _EXTRA_ATTRIBUTES:
+            with suppress(AttributeError):
+                delattr(self, name)
+        hooks = self.register_forward_pre_hook(keep_forward).hooks_dict_ref() or {}
+        for key in [key for key, hook in hooks.items() if hook is keep_forward]:
+            del hooks[key]
 
     def _narrow_keys_and_values(self) -> None:
         """Shrink torch's projections of keys and values to num_kv_heads heads, initialised as torch would."""
@@ -199,7 +201,20 @@ class MultiHeadAttention(nn.MultiheadAttention):
         for name in ("bias_k", "bias_v"):
             if (old := getattr(self, name)) is not None:
                 setattr(self, name, nn.Parameter(old.new_empty((1, 1, kv_dim))))
-        self._reset_parameters()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Draw the parameters as torch's module does, in the same order."""
+        weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        for weight in weights:
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for extra in (self.bias_k, self.bias_v):
+            if extra is not None:
+                nn.init.xavier_normal_(extra)
 
     def forward(
         self,

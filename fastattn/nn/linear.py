@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN_MIN_WEIGHTS = 1 << 20  # below, what a oneDNN call costs more than it saves
+from fastattn import torch_compat
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_MIN_WEIGHTS = 1 << 20  # below, what a oneDNN call costs more than it saves
 
 
 class Linear(nn.Linear):
@@ -25,9 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Without gradients, float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies
     one row per sequence, where BLAS libraries use a single thread or slow kernels.
     """
-    if _HAS_ONEDNN and _suits_onednn(x, weight):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
+    if torch_compat.has_onednn_linear() and _suits_onednn(x, weight):
+        return torch_compat.onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -45,7 +44,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0  # FlopCounterMode and its like know F.linear only
+        and not torch_compat.dispatch_mode_active()  # FlopCounterMode and its like know F.linear only
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not torch_compat.transforms_active((x, weight))
     )

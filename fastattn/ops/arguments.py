@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import backends
+from fastattn import backends, torch_compat
 from fastattn.philox import draw_seed
 from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM, accumulation_dtype
 
@@ -239,14 +239,14 @@ def _readable(tensor: Tensor) -> bool:
     """Whether the values of a tensor can be looked at: not while code is traced or transformed."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        or torch_compat.transforms_active((tensor,))
+        or torch_compat.dispatch_mode_active()
     )
 
 
 def values_are_known(tensor: Tensor) -> bool:
     """Whether a tensor has its plain values, although a transform or a trace may be active."""
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.compiler.is_compiling())
+    return not (torch_compat.is_wrapped(tensor) or torch.compiler.is_compiling())
 
 
 def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> Tensor:

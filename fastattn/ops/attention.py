@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from fastattn import backends
+from fastattn import backends, torch_compat
 from fastattn.ops import arguments, composite, flops, padding, plain, spelling, symbolic
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
 from fastattn.spec import (
@@ -146,7 +146,7 @@ def _check_values(call: AttentionCall) -> None:
     lengths = call.key_lengths
     if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(lengths) or torch.compiler.is_compiling():
+    if torch_compat.is_wrapped(lengths) or torch.compiler.is_compiling():
         return
     shortest, longest = (int(n) for n in torch.aminmax(lengths))
     if shortest < 0 or longest > call.key.shape[2]:

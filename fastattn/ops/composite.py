@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import backends, reference
+from fastattn import backends, reference, torch_compat
 from fastattn.ops.arguments import own_precision, saturated
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
 def transform_in_use(args: tuple[Any, ...]) -> str | None:
     """The transform that the fused op would miss, if one is active: it would lose tangents without a word."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_compat.transforms_active(args):
         return "a torch.func transform"
-    if forward_ad._current_level >= 0:
+    if torch_compat.dual_level_entered():
         if torch.compiler.is_compiling():  # a traced tensor does not tell whether it is a dual
             return "forward-mode AD"
         tensors = (arg for arg in args if isinstance(arg, Tensor))

@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from fastattn import torch_compat
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -71,7 +72,7 @@ def _packed_pairs(
 ) -> int:
     """Heads times the pairs of each sequence; of sequences of one length where the lengths cannot be read."""
     sequences = cu_seqlens_q.shape[0] - 1
-    if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.is_meta:
+    if torch_compat.is_fake(cu_seqlens_q) or cu_seqlens_q.is_meta:
         return query.shape[1] * query.shape[0] * key.shape[0] // max(sequences, 1)
     lengths = (ends.long().diff() for ends in (cu_seqlens_q, cu_seqlens_k))
     return query.shape[1] * int(torch.dot(*lengths))

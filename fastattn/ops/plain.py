@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.backends.torch_kv_cache import append, rotated
 from fastattn.ops.arguments import own_precision
 from fastattn.philox import keep_mask, keep_scale
@@ -19,17 +20,13 @@ NOTHING = float("-inf")
 
 chosen: list[bool] = []  # what `fastattn.integrations.export.plain_torch` asks for, the latest last
 
-# The function itself is always true in code that torch 2.9 compiles.
-_EXPORTING = "_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag") else None
-
 
 def wanted() -> bool:
     """Whether calls compute with torch's own operations: while `torch.export` or `torch.jit.trace` records them, unless
     chosen otherwise."""
     if chosen:
         return chosen[-1]
-    exporting = torch.compiler.is_exporting() if _EXPORTING is None else getattr(torch.compiler, _EXPORTING)
-    return bool(exporting or torch._C._get_tracing_state() is not None)
+    return torch_compat.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -7,60 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    DispatchKey,
-    DispatchKeySet,
-    _any_requires_grad,
-    _dispatch_keys,
-    _dispatch_tls_local_include_set,
-    _len_torch_function_stack,
-)
-from torch._C._autograd import _profiler_enabled
-from torch.nn import Parameter
 
+from fastattn import torch_compat
 from fastattn.ops import composite
 from fastattn.ops.arguments import autocasts, own_precision
 from fastattn.spec import empty_in_order
 
 Kernel = Callable[..., Any]
-
-
-def _keys(*names: str) -> int:
-    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
-    for name in names[1:]:
-        keys = keys.add(getattr(DispatchKey, name))
-    return keys.raw_repr()
-
-
-# What torch's dispatcher has to look at where nothing but autograd does: of the thread, and of a tensor.
-_NO_MODE = {_keys("BackendSelect"), _keys("BackendSelect", "ADInplaceOrView")}
-_PLAIN_TENSOR = {
-    _keys(device, f"Autocast{device}", *tracked)
-    for device in ("CPU", "CUDA")
-    for tracked in ((), ("ADInplaceOrView", f"Autograd{device}"))  # () under inference_mode
-}
-
-
-def unwatched(args: Iterable[Any]) -> bool:
-    """Whether nothing but autograd would notice that an op's kernel is called past the dispatcher: no mode, transform,
-    trace or profiler is active, and every tensor is a plain one."""
-    if (
-        torch.compiler.is_compiling()
-        or _dispatch_tls_local_include_set().raw_repr() not in _NO_MODE
-        or _len_torch_function_stack()
-        or _profiler_enabled()
-    ):
-        return False
-    for arg in args:
-        if arg is None:
-            continue
-        kind = type(arg)
-        if kind is Tensor or kind is Parameter:
-            if _dispatch_keys(arg).raw_repr() not in _PLAIN_TENSOR:
-                return False
-        elif isinstance(arg, Tensor):
-            return False
-    return True
 
 
 def define(
@@ -73,7 +26,7 @@ def define(
 ) -> Kernel:
     """Register an op, its fake implementation and its gradient; return the function that calls it.
 
-    That calls the kernel itself where it is `unwatched`: the dispatcher costs as much as attention of one query, and
+    That calls the kernel itself where it can bypass the dispatcher, which costs as much as attention of one query, and
     its autograd several times that.
 
     gradient: keep(ctx, inputs, output), and backward(ctx, *grads) -> a gradient or None for every input.
@@ -103,9 +56,9 @@ def define(
         recorded = function.apply
 
     def call(*args: Any) -> Any:
-        if not unwatched(args):
+        if not torch_compat.can_bypass_dispatcher(args):
             return op(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        if torch.is_grad_enabled() and torch_compat.any_requires_grad(args):
             return recorded(*args)
         return run(*args)
 

@@ -9,12 +9,28 @@ from typing import Any
 
 from torch import nn
 from torch.fx.proxy import Proxy, TraceError
-from torch.utils import _pytree as pytree
 
 
 def any_proxy(one: Any, two: Any = None, three: Any = None) -> bool:
     """Whether a call with these operands is being traced symbolically."""
     return isinstance(one, Proxy) or isinstance(two, Proxy) or isinstance(three, Proxy)
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with what lies in its lists, tuples and dicts, however deep, put through `function`."""
+    if isinstance(value, dict):
+        return {key: map_leaves(function, inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        mapped = [map_leaves(function, inner) for inner in value]
+        return mapped if isinstance(value, list) else tuple(mapped)
+    return function(value)
+
+
+def leaves(value: Any) -> list[Any]:
+    """What lies in the lists, tuples and dicts of `value`."""
+    found: list[Any] = []
+    map_leaves(found.append, value)
+    return found
 
 
 def record(function: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -36,7 +52,7 @@ def record_module(module: nn.Module, given: dict[str, Any]) -> Any:
 
 
 def _tracer(given: dict[str, Any]) -> Any:
-    return next(leaf.tracer for leaf in pytree.tree_leaves(given) if isinstance(leaf, Proxy))
+    return next(leaf.tracer for leaf in leaves(given) if isinstance(leaf, Proxy))
 
 
 def _chosen(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:

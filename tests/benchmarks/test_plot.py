@@ -3,10 +3,12 @@
 # ruff: noqa: RUF001 - the tables are typeset
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
+import figures
 import plot
 import pytest
 import schema
@@ -14,6 +16,7 @@ import tables
 import torch
 
 from fastattn import bench
+from fastattn import plot as drawing
 
 
 def _row(contestant: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
@@ -149,7 +152,6 @@ def test_pages_are_rewritten_between_their_markers_only(results: Path, tmp_path:
 
 
 def test_charts_are_drawn_and_say_where_they_come_from(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     grid = [_case(f"{d}{s}{c}", d, [_row("fastattn-triton", 2.0), _row("sdpa-flash", 1.0)], causal=c, seqlen_q=s)
             for d in ("forward", "backward") for s in (512, 1024) for c in (True, False)]  # fmt: skip
     result = _store(tmp_path, "cpu", [*_cpu_cases(), *grid])
@@ -164,7 +166,6 @@ def test_charts_are_drawn_and_say_where_they_come_from(tmp_path: Path) -> None:
 
 
 def test_a_rate_is_drawn_where_memory_bounds_the_calls(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     cases = _cpu_cases()[:2]
     for case in cases:
         case |= {"bytes": 1e6, "flops": None}
@@ -176,8 +177,77 @@ def test_a_rate_is_drawn_where_memory_bounds_the_calls(tmp_path: Path) -> None:
     assert "TFLOP/s" not in text
 
 
+def _drawn(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a result, laid out."""
+    with drawing.style():
+        figures_of = {"ratio": plot._ratio_figure, "length": plot._length_figure}
+        names = figures.chart_names(result)
+        made = {n: figures_of[n](result) if n in figures_of else plot._grid_figure(result, n) for n in names}
+        for figure in made.values():
+            figure.savefig(io.BytesIO(), format="png")
+    return made
+
+
+def test_charts_hold_the_figures_of_the_result(results: Path) -> None:
+    result = _store(results, "cpu", _cpu_cases())
+    made = _drawn(result)
+    (bars,) = made["ratio"].axes
+    ratios = figures.ratios_of(result)
+    assert [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars.patches] == [
+        (1.0, r) for _, r, _ in ratios
+    ]
+    assert [text.get_text() for text in bars.texts] == [f"{r:.2f}×" for _, r, _ in ratios]
+    assert "the target" in bars.get_xlabel()
+    (lines,) = made["length"].axes
+    shown = {c.get_label(): [tuple(point) for point in c.lines[0].get_xydata()] for c in lines.containers}
+    assert shown == {"fastattn": [(1024, 1.024), (2048, 2.048)], "sdpa": [(1024, 10.24), (2048, 20.48)]}
+    assert (lines.get_xlabel(), lines.get_ylabel()) == ("sequence length", "time (ms)")
+
+
+def test_the_legend_of_a_grid_covers_no_bar(results: Path) -> None:
+    rows = [_row("fastattn-triton", 2.0, 600.0), _row("sdpa-flash", 1.0, 610.0)]
+    grid = [_case(f"f{s}", "forward", rows, seqlen_q=s) for s in (512, 1024)]
+    figure = _drawn(_store(results, "cuda", grid))["forward"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fastattn-triton", "sdpa-flash"]
+    panel = figure.axes[0].get_tightbbox()
+    assert not legend.get_window_extent().overlaps(panel)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [600.0, 600.0, 610.0, 610.0]
+
+
+def test_a_ratio_below_one_is_a_bar_to_the_left_and_no_target_is_named_without_one(results: Path) -> None:
+    case = _case("slow", "features", [_row("fastattn", 2.0), _row("sdpa", 1.0)])
+    (axis,) = _drawn(_store(results, "cpu", [case]))["ratio"].axes
+    assert (axis.patches[0].get_x(), axis.patches[0].get_width()) == (1.0, -0.5)
+    assert axis.get_xlabel() == "times the peer's speed"
+
+
+def test_another_dtype_is_another_line(results: Path) -> None:
+    cases = [*_cpu_cases()[:2], _cpu_cases()[1] | {"dtype": "bfloat16"}]
+    assert [len(line) for line in figures.lines_of({"cases": cases}).values()] == [2]
+    cases.append(_cpu_cases()[0] | {"dtype": "bfloat16"})
+    assert list(figures.lines_of({"cases": cases})) == ["window", "window, bfloat16"]
+
+
+@pytest.mark.parametrize("file", tables.result_files(), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_no_text_of_a_chart_overlaps_another_or_leaves_the_figure(file: Path) -> None:
+    for figure in _drawn(schema.load(file)).values():
+        boxes = []
+        for axis in figure.axes:
+            texts = [*axis.texts, axis.title, axis.xaxis.label, axis.yaxis.label]
+            for along in (axis.xaxis, axis.yaxis):
+                low, high = sorted(along.get_view_interval())
+                texts += [tick.label1 for tick in along.get_major_ticks() if low <= tick.get_loc() <= high]
+            assert len(axis.get_xticks()) >= 2
+            assert len(axis.get_yticks()) >= 1
+            boxes += [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+        for index, (text, box) in enumerate(boxes):
+            assert figure.bbox.x0 - 1 <= box.x0 < box.x1 <= figure.bbox.x1 + 1, text
+            assert figure.bbox.y0 - 1 <= box.y0 < box.y1 <= figure.bbox.y1 + 1, text
+            assert [other for other, where in boxes[index + 1 :] if where.overlaps(box)] == [], text
+
+
 def test_stale_charts_are_named(results: Path) -> None:
-    pytest.importorskip("matplotlib")
     result = _store(results, "cpu", _cpu_cases())
     names = ["cpu/attention_length.svg", "cpu/attention_ratio.svg"]
     assert plot.stale_charts() == names

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastattn import torch_compat
 from fastattn.nn import linear as module
 from fastattn.nn.linear import Linear, linear
 from numerics import assert_within_rule, plain_in_any_order
 
-needs_onednn = pytest.mark.skipif(not module._HAS_ONEDNN, reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not torch_compat.has_onednn_linear(), reason="this torch has no oneDNN")
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn import torch_compat
 from fastattn.integrations.export import plain_torch
-from fastattn.ops import registration
-from fastattn.ops.registration import unwatched
 
 OP = "fastattn.attention_fwd"
 TARGET = torch.arange(40) % 7
@@ -85,11 +84,13 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether each call of an op went past the dispatcher."""
     seen: list[bool] = []
 
+    can_bypass = torch_compat.can_bypass_dispatcher
+
     def noting(args: Any) -> bool:
-        seen.append(unwatched(args))
+        seen.append(can_bypass(args))
         return seen[-1]
 
-    monkeypatch.setattr("fastattn.ops.registration.unwatched", noting)
+    monkeypatch.setattr("fastattn.torch_compat.can_bypass_dispatcher", noting)
     return seen
 
 
@@ -243,7 +244,7 @@ def test_fake_and_meta_tensors_compute_nothing() -> None:
     fakes = [mode.from_tensor(t) for t in qkv()]
     assert isinstance(fastattn.attention(*fakes), FakeTensor)  # outside of the mode they came from
     on_meta = [t.to("meta") for t in qkv()]
-    assert not unwatched(on_meta)
+    assert not torch_compat.can_bypass_dispatcher(on_meta)
     assert fastattn.attention(*on_meta).is_meta
 
 
@@ -255,14 +256,14 @@ def test_what_a_plain_tensor_is_on_each_device(device: str) -> None:
             keys = torch._C._dispatch_keys(torch.empty(2, device=device))
         for key in ("Python", "PythonTLSSnapshot"):
             keys = keys.remove(getattr(torch._C.DispatchKey, key))
-        assert keys.raw_repr() in registration._PLAIN_TENSOR
+        assert keys.raw_repr() in torch_compat.PLAIN_KEYS[1]
 
 
 @pytest.mark.gpu
 def test_a_gpus_tensors_are_plain() -> None:
-    assert unwatched([t.cuda() for t in qkv()])
+    assert torch_compat.can_bypass_dispatcher([t.cuda() for t in qkv()])
     with torch.inference_mode():
-        assert unwatched([t.cuda() for t in qkv()])
+        assert torch_compat.can_bypass_dispatcher([t.cuda() for t in qkv()])
 
 
 class Logged(Tensor):
@@ -288,7 +289,8 @@ def test_a_lazily_negated_tensor_is_what_it_means() -> None:
     q, k, v = qkv()
     negated = torch._neg_view(q)
     assert negated.is_neg()
-    assert not unwatched([negated, k, v])  # its memory holds the opposite, which a kernel would read
+    # Its memory holds the opposite, which a kernel would read.
+    assert not torch_compat.can_bypass_dispatcher([negated, k, v])
     torch.testing.assert_close(fastattn.attention(negated, k, v), fastattn.attention(-q, k, v))
 
 

@@ -1,0 +1,338 @@
+"""The only home of private torch symbols: each is looked up once by `_find` and has a fallback where torch lacks it.
+
+Callers import this module and write `torch_compat.name(...)`. A name that a torch release removes costs speed at most:
+the call then takes torch's dispatcher or its public functions.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+
+def _find(name: str) -> Any:
+    """The object of a dotted name, None where this torch has none."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return None
+
+
+_DispatchKey = _find("torch._C.DispatchKey")
+_DispatchKeySet = _find("torch._C.DispatchKeySet")
+_keys_of_tensor = _find("torch._C._dispatch_keys")
+_keys_of_thread = _find("torch._C._dispatch_tls_local_include_set")
+_function_modes = _find("torch._C._len_torch_function_stack")
+_profiler_enabled = _find("torch._C._autograd._profiler_enabled")
+
+
+def _keys(*names: str) -> int:
+    keys = _DispatchKeySet(getattr(_DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(_DispatchKey, name))
+    return int(keys.raw_repr())
+
+
+def _plain_keys() -> tuple[set[int], set[int]] | None:
+    """What the dispatcher looks at where nothing but autograd does: of the thread, and of a tensor."""
+    if None in (_keys_of_tensor, _keys_of_thread, _function_modes, _profiler_enabled):
+        return None
+    try:
+        of_thread = {_keys("BackendSelect"), _keys("BackendSelect", "ADInplaceOrView")}
+        of_tensor = {
+            _keys(device, f"Autocast{device}", *tracked)
+            for device in ("CPU", "CUDA")
+            for tracked in ((), ("ADInplaceOrView", f"Autograd{device}"))  # () under inference_mode
+        }
+    except (AttributeError, TypeError):  # no such class or key
+        return None
+    return of_thread, of_tensor
+
+
+PLAIN_KEYS = _plain_keys()
+
+
+def can_bypass_dispatcher(args: Iterable[Any]) -> bool:
+    """Whether nothing but autograd would notice that an op's kernel is called past the dispatcher: no mode, transform,
+    trace or profiler is active, and every tensor is a plain one.
+
+    Fallback: False, and the call goes through the dispatcher.
+    """
+    if (
+        PLAIN_KEYS is None
+        or torch.compiler.is_compiling()
+        or _keys_of_thread().raw_repr() not in PLAIN_KEYS[0]
+        or _function_modes()
+        or _profiler_enabled()
+    ):
+        return False
+    for arg in args:
+        if arg is None:
+            continue
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if _keys_of_tensor(arg).raw_repr() not in PLAIN_KEYS[1]:
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
+
+
+_any_requires_grad = _find("torch._C._any_requires_grad")
+
+
+def any_requires_grad(args: Iterable[Any]) -> bool:
+    """Whether one of an op's arguments is a tensor that requires grad.
+
+    Fallback: each tensor is asked.
+    """
+    if _any_requires_grad is not None:
+        return bool(_any_requires_grad(*args))
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+_transforms_active = _find("torch._C._are_functorch_transforms_active")
+_is_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor")
+
+
+def transforms_active(tensors: Iterable[Any]) -> bool:
+    """Whether a torch.func transform is active, seen from a call with these tensors.
+
+    Fallback: whether a transform has wrapped one of them.
+    """
+    if _transforms_active is not None:
+        return bool(_transforms_active())
+    return any(is_wrapped(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a torch.func transform has wrapped a tensor, so that its values are not plain ones.
+
+    Fallback: whether it is strided but has no storage, as such tensors are; not told in compiled code.
+    """
+    if _is_wrapped is not None:
+        return bool(_is_wrapped(tensor))
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return tensor.layout is torch.strided
+    return False
+
+
+_dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
+
+
+def dispatch_mode_active() -> bool:
+    """Whether a mode such as FakeTensorMode or FlopCounterMode sees every call.
+
+    Fallback: True, and callers take the way that such a mode can follow.
+    """
+    return _dispatch_modes is None or bool(_dispatch_modes())
+
+
+_HAS_DUAL_LEVEL = _find("torch.autograd.forward_ad._current_level") is not None
+
+
+def dual_level_entered() -> bool:
+    """Whether forward-mode AD may have given tensors a tangent.
+
+    Fallback: whether torch lets a dual tensor be made now; compiled code keeps the answer it was traced with.
+    """
+    if _HAS_DUAL_LEVEL:
+        return bool(forward_ad._current_level >= 0)
+    return _can_make_dual()
+
+
+def _can_make_dual() -> bool:
+    one = torch.ones(())
+    try:
+        forward_ad.make_dual(one, one)
+    except RuntimeError:  # no level
+        return False
+    return True
+
+
+if not _HAS_DUAL_LEVEL:
+    _can_make_dual = torch.compiler.assume_constant_result(_can_make_dual)
+
+
+_HAS_EXPORTING_FLAG = _find("torch.compiler._is_exporting_flag") is not None
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` records the call. Its public function is always true in code that torch 2.9 compiles.
+
+    Fallback: the public function.
+    """
+    return bool(torch.compiler._is_exporting_flag if _HAS_EXPORTING_FLAG else torch.compiler.is_exporting())
+
+
+_FakeTensor = _find("torch._subclasses.fake_tensor.FakeTensor")
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values.
+
+    Fallback: whether it is of any subclass, whose values nobody looks at then.
+    """
+    if _FakeTensor is not None:
+        return isinstance(tensor, _FakeTensor)
+    return type(tensor) not in (Tensor, Parameter)
+
+
+_sdpa: Any = _find("torch._C._nn.scaled_dot_product_attention") or F.scaled_dot_product_attention
+
+
+def torch_sdpa() -> Callable[..., Tensor]:
+    """torch's own scaled_dot_product_attention, whatever stands in torch.nn.functional now.
+
+    Fallback: what stood there when fastattn was imported.
+    """
+    function: Callable[..., Tensor] = _sdpa
+    return function
+
+
+_cpu_flash_fwd = _find("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+_cpu_flash_bwd = _find("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
+
+
+def has_cpu_flash_attention(*, backward: bool) -> bool:
+    """Whether torch has its fused CPU attention, and the backward of it.
+
+    Fallback: False, and attention on a CPU is blockwise softmax in torch operations.
+    """
+    return _cpu_flash_fwd is not None and (_cpu_flash_bwd is not None or not backward)
+
+
+def cpu_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by torch's fused CPU attention; the mask is additive, causal to the top left."""
+    result: tuple[Tensor, Tensor] = _cpu_flash_fwd(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return result
+
+
+def cpu_flash_attention_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    causal: bool, mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of `cpu_flash_attention`."""
+    result: tuple[Tensor, Tensor, Tensor] = _cpu_flash_bwd(
+        dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return result
+
+
+_softmax = _find("torch.ops.aten._softmax")
+_log_softmax = _find("torch.ops.aten._log_softmax")
+
+
+def softmax(out: Tensor, x: Tensor, dim: int, *, log: bool) -> None:
+    """Write softmax, or its logarithm, to `out`; without a copy where that is contiguous.
+
+    Fallback: torch.softmax and torch.log_softmax, which the dispatcher sees as one operator more.
+    """
+    kernel = _log_softmax if log else _softmax
+    function: Any = torch.log_softmax if log else torch.softmax
+    if out.is_contiguous() and out.dtype == x.dtype:
+        function(x, dim, out=out) if kernel is None else kernel.out(x, dim, False, out=out)
+    else:
+        out.copy_(function(x, dim) if kernel is None else kernel.default(x, dim, False))
+
+
+_softmax_bwd = _find("torch.ops.aten._softmax_backward_data")
+_log_softmax_bwd = _find("torch.ops.aten._log_softmax_backward_data")
+
+
+def softmax_backward(dx: Tensor, dout: Tensor, out: Tensor, dim: int, *, log: bool) -> None:
+    """Write the gradient of softmax, or of its logarithm, to `dx`; without a copy where that is contiguous.
+
+    Fallback: the formula in torch operations, with temporaries of the size of `out`.
+    """
+    kernel = _log_softmax_bwd if log else _softmax_bwd
+    if kernel is None:
+        dx.copy_(_softmax_gradient(dout, out, dim, log))
+    elif dx.is_contiguous() and dx.dtype == dout.dtype:
+        kernel.out(dout, out, dim, out.dtype, **{"out" if log else "grad_input": dx})
+    else:
+        dx.copy_(kernel.default(dout, out, dim, out.dtype))
+
+
+def _softmax_gradient(dout: Tensor, out: Tensor, dim: int, log: bool) -> Tensor:
+    if out.dtype in (torch.float16, torch.bfloat16):  # torch's kernels sum in float32
+        dout, out = dout.float(), out.float()
+    if log:
+        return dout - out.exp() * dout.sum(dim, keepdim=True)
+    product = dout * out
+    return product - out * product.sum(dim, keepdim=True)
+
+
+_onednn_linear: Any = _find("torch.ops.mkldnn._linear_pointwise")
+_HAS_ONEDNN = _onednn_linear is not None and torch.backends.mkldnn.is_available()
+
+
+def has_onednn_linear() -> bool:
+    """Whether torch has oneDNN's linear layer, and this CPU oneDNN.
+
+    Fallback: False, and linear layers are torch.nn.functional.linear.
+    """
+    return _HAS_ONEDNN
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by oneDNN."""
+    result: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
+    return result
+
+
+_HAS_VERSION = _find("torch.Tensor._version") is not None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place.
+
+    Fallback: None, and nothing that was found in its values is kept for the next call.
+    """
+    return tensor._version if _HAS_VERSION else None
+
+
+_flash_op = _find("torch.ops.aten._scaled_dot_product_flash_attention.default")
+_flash_backward_op = _find("torch.ops.aten._scaled_dot_product_flash_attention_backward.default")
+
+
+def override_flash_attention(
+    dispatch_key: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> torch.library.Library:
+    """Put functions in the place of torch's flash-attention ops on a dispatch key, until the result is released.
+
+    Fallback: a RuntimeError, since there is nothing to put them in the place of.
+    """
+    if _flash_op is None or _flash_backward_op is None:
+        raise RuntimeError(f"torch {torch.__version__} has no flash-attention ops that fastattn knows")
+    library = torch.library.Library("aten", "IMPL", dispatch_key)
+    for op, kernel in ((_flash_op, forward), (_flash_backward_op, backward)):
+        library.impl(op, kernel, dispatch_key, allow_override=True)
+    return library
+
+
+_cuda_sleep = _find("torch.cuda._sleep")
+
+
+def cuda_sleep(cycles: int) -> None:
+    """Queue a kernel that spins for so many clock cycles.
+
+    Fallback: nothing is queued, and gaps between launches count in what is timed.
+    """
+    if _cuda_sleep is not None:
+        _cuda_sleep(cycles)
