@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import backends, reference_losses
 from fastattn.ops import arguments, composite, flops
-from fastattn.ops.registration import at_positions, save_inputs, saved, schema_of, wanted_or_empty
+from fastattn.ops.registration import at_positions, checked, save_inputs, saved, schema_of, wanted_or_empty
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 MATERIALISED = "all logits and their probabilities"
@@ -68,9 +68,9 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
     return dlogits
 
 
-def _linear_spec(call: LinearCrossEntropyCall, backward: bool) -> SoftmaxSpec:
+def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
     """The spec of the rows of logits."""
-    row = call.hidden.new_empty(0).expand(1, 0) if call.weight.shape[0] == 0 else call.weight[:, :1].mT
+    row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
     return SoftmaxSpec.of(row, backward=backward).replace(unit_columns=True, wide_rows=False)
 
 
@@ -78,7 +78,7 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
     call = LinearCrossEntropyCall(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
-    spec = _linear_spec(call, backward=False)
+    spec = linear_spec(call.hidden, call.weight, backward=False)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
     losses, norms, _ = run(spec, call)
     return losses, norms
@@ -87,7 +87,7 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
     call = LinearCrossEntropyCall(*call_args)
-    spec = _linear_spec(call, backward=True)
+    spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
     grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
     return wanted_or_empty(grads, needs, call.hidden)
@@ -97,7 +97,7 @@ def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
     call = LinearCrossEntropyCall(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
-    spec = _linear_spec(call, backward=True)
+    spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
     losses, norms, grads = run(spec, call, needs)
     return (losses.sum(), norms, *wanted_or_empty(grads, needs, call.hidden))
@@ -223,7 +223,9 @@ for _name, _kernel, _fake in (
     ("linear_cross_entropy_sum", _linear_sum, _linear_sum_fake),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(
+        f"fastattn::{_name}", checked(_fake, _name.replace("_sum", "_fwd")), lib=_LIBRARY
+    )
 
 for _name, _setup, _backward in (
     ("cross_entropy_fwd", _setup_fwd, _cross_entropy_backward),

@@ -18,6 +18,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch.nn import Parameter
 
+from fastattn import backends
 from fastattn.ops import composite
 from fastattn.ops.arguments import autocasts, own_precision
 from fastattn.spec import empty_in_order
@@ -85,9 +86,10 @@ def define(
                 return kernel(*args)
         return kernel(*args)
 
+    function = name if name.endswith(("_fwd", "_bwd")) else f"{name}_fwd"
     library.define(f"{name}{schema}")
     library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{name}", fake, lib=library)
+    torch.library.register_fake(f"fastattn::{name}", checked(fake, function), lib=library)
     op = recorded = getattr(torch.ops.fastattn, name).default
     if gradient is not None:
         keep, backward = gradient
@@ -110,6 +112,19 @@ def define(
         return run(*args)
 
     return call
+
+
+def checked(fake: Kernel, function: str) -> Kernel:
+    """The fake of an op that refuses a named backend, the op's last argument, that has no `function` for it.
+
+    A trace runs the fakes of all it records, those of a backward too, before anything is launched.
+    """
+
+    def refusing(*args: Any) -> Any:
+        backends.check_has(args[-1], function)
+        return fake(*args)
+
+    return refusing
 
 
 def define_with_gradient(

@@ -61,10 +61,13 @@ def test_auto_takes_it_only_where_it_was_measured(
 ) -> None:
     state(info=INFO, module=SimpleNamespace(softmax_plan=lambda *_: (16, 32, 8, 1)))
     monkeypatch.setattr("fastattn.backends.triton.why_not", lambda spec: None)
-    explanation = backends.explanation(SPEC, "auto", "softmax")
+    explanation = backends.explanation({"softmax_fwd": SPEC}, "auto")
     assert explanation.backend == "triton"
     assert dict(explanation.refusals)["cuda"].startswith("not yet measured on this GPU")
-    assert backends.explanation(SPEC, "cuda", "softmax").tiles == "a row on 256 threads, 16 elements a thread"
+    assert (
+        backends.explanation({"softmax_fwd": SPEC}, "cuda").tiles
+        == "a row on 256 threads, 16 elements a thread"
+    )
 
     monkeypatch.setattr(cuda, "MEASURED_ROWS", (MeasuredRows(90, False, 1024, 4096),))
     assert cuda.why_not_auto(SPEC.replace(columns=1024)) is None
