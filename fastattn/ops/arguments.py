@@ -87,15 +87,16 @@ def call_arguments(
         sinks = saturated(sinks, query.dtype).to(per_head_dtype)
     dropout_p = probability("dropout_p", dropout_p)
     check_seed(dropout_seed)
-    options = (
-        causal_mode(causal), *window_bounds(window), positive_or_zero("softcap", softcap, query.dtype), dropout_p,
-        score_scale(scale, head_dim, query.dtype),
-    )  # fmt: skip
+    causal = causal_mode(causal)
+    window_left, window_right = window_bounds(window)
+    softcap = positive_or_zero("softcap", softcap, query.dtype)
+    scale = score_scale(scale, head_dim, query.dtype)
     seed = None
     if dropout_p > 0.0 and (draw or dropout_seed is not None):  # last: a refused call draws none
         seed = seed_tensor(dropout_seed, query)
     return (
-        query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks, seed, *options,
+        query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks, seed, causal,
+        window_left, window_right, softcap, dropout_p, scale,
     )  # fmt: skip
 
 
@@ -252,13 +253,15 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def may_be_refused(args: Iterable[Any], backend: str) -> bool:
-    """Whether some pass of a call may be refused, and specs of its passes can be made to see that.
+def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> bool:
+    """Whether a call may be refused after something has run, and specs of its passes can be made to see that first.
 
-    A trace has no specs; there the fakes of the ops refuse what the backend never runs.
+    A forward alone refuses before it runs, so there must be a backward or `more`, as a seed to draw. A trace has no
+    specs; there the fakes of the ops refuse what the backend never runs.
     """
     return (
-        not torch.compiler.is_compiling()
+        (more or torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
         and not backends.runs_every_pass(backend)
         and all(map(_has_memory, args))
     )

@@ -111,7 +111,7 @@ def attention(
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
         _check_values(AttentionCall(*args))
-    elif arguments.may_be_refused(args, backend):
+    elif arguments.may_be_refused(args, backend, more=bool(return_weights) or dropout_p > 0.0):
         backends.select_all(_passes(AttentionCall(*args), bool(return_weights)), backend)
     if dropout_p > 0.0 and args[_SEED] is None:
         if arguments.can_be_read(args):

@@ -86,10 +86,10 @@ def define(
                 return kernel(*args)
         return kernel(*args)
 
-    function = name if name.endswith(("_fwd", "_bwd")) else f"{name}_fwd"
+    of_backends = name if name.endswith(("_fwd", "_bwd")) else f"{name}_fwd"
     library.define(f"{name}{schema}")
     library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{name}", checked(fake, function), lib=library)
+    torch.library.register_fake(f"fastattn::{name}", checked(fake, of_backends), lib=library)
     op = recorded = getattr(torch.ops.fastattn, name).default
     if gradient is not None:
         keep, backward = gradient

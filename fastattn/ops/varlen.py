@@ -88,7 +88,7 @@ def attention_varlen(
         return result
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
-    elif arguments.may_be_refused(args, backend):
+    elif arguments.may_be_refused(args, backend, more=dropout_p > 0.0):
         backends.select_all(_passes(VarlenCall(*args)), backend)
     if dropout_p > 0.0 and args[_SEED] is None:
         if arguments.can_be_read(args):
