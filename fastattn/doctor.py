@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastattn import build, versions
+from fastattn import versions
 from fastattn.console import Output
+from fastattn.extension.toolkit import find_toolkit
 
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
@@ -175,7 +176,7 @@ def _driver() -> str | None:
 
 def _nvcc() -> dict[str, Any] | None:
     """The CUDA compiler that would build the extension, its toolkit's root and the version its headers state."""
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     path = toolkit.nvcc if toolkit else shutil.which("nvcc")
     if path is None:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastattn import build, doctor
+from fastattn import doctor
 from fastattn.console import PlainOutput, TerminalOutput
 
 KEYS = [
@@ -88,7 +88,7 @@ def test_a_missing_tool_is_null_and_no_error(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(build, "DEFAULT_ROOTS", ())
+    monkeypatch.setattr("fastattn.extension.toolkit.DEFAULT_ROOTS", ())
     found = doctor.report()
     assert found["compilers"] == {"nvcc": None, "c++": None, "ninja": None}
     assert found["errors"] == {}

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import backends, build, extension
+from fastattn import backends, extension
 from fastattn.backends import cuda
 from fastattn.backends.cuda import MeasuredRows
+from fastattn.extension.info import BuildInfo
 from fastattn.spec import SoftmaxSpec
 
 SPEC = SoftmaxSpec("cuda", 90, torch.bfloat16, 4096, unit_columns=True, wide_rows=False)
-INFO = build.BuildInfo("2.11.0", "13.0", "abi", ("8.0", "9.0a"), "hash")
+INFO = BuildInfo("2.11.0", "13.0", "abi", ("8.0", "9.0a"), "hash")
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """state(...): what the process finds of an extension."""
 
     def put(**fields: Any) -> None:
-        monkeypatch.setattr(extension, "state", lambda: extension.State(**fields))
+        for place in ("fastattn.extension.state", "fastattn.extension.load.state"):
+            monkeypatch.setattr(place, lambda: extension.State(**fields))
 
     return put
 

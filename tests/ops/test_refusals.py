@@ -16,7 +16,7 @@ from torch import Tensor
 import fastattn
 from fastattn import backends, extension
 from fastattn.backends import torch as torch_backend
-from fastattn.build import BuildInfo
+from fastattn.extension.info import BuildInfo
 
 NAMES = ("auto", *backends.NAMES)
 Ran = dict[str, str]  # function of backends: the backend whose function ran
