@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from fastattn.cache import cache_dir
-from fastattn.extension import archs
+from fastattn.extension.archs import covers
 from fastattn.extension.info import BuildInfo, abi_tag, csrc_folder, library_name, sources_hash
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def _preference(path: Path) -> tuple[bool, float]:
     fits = False
     if info is not None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        fits = archs.covers(info.archs, 10 * major + minor)
+        fits = covers(info.archs, 10 * major + minor)
     return fits, path.stat().st_mtime
 
 
