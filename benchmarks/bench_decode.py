@@ -21,7 +21,8 @@ import peers
 import schema
 import torch
 import torch.nn.functional as F
-from harness import Budget, CannotRun, Judgement, Step, Tensors
+from harness import Budget
+from protocols import CannotRun, Judgement, Step, Tensors
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()

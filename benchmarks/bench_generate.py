@@ -19,7 +19,8 @@ import figures
 import schema
 import torch
 from gpt_pair import GPTPair, product_weights
-from harness import Budget, Judgement, Step, Tensors
+from harness import Budget
+from protocols import Judgement, Step, Tensors
 
 SCRIPT = Path(__file__).resolve()
 BUDGET = Budget(seconds=8.0, memory=False)

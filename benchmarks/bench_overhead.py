@@ -18,7 +18,8 @@ import command
 import schema
 import torch
 import torch.nn.functional as F
-from harness import Budget, Judgement, Step
+from harness import Budget
+from protocols import Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()

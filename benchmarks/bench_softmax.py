@@ -17,7 +17,8 @@ import calls
 import command
 import schema
 import torch
-from harness import Budget, Judgement, Step
+from harness import Budget
+from protocols import Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()

@@ -19,7 +19,8 @@ import command
 import schema
 import swap_models
 import torch
-from harness import Budget, CannotRun, Judgement, Step, Tensors
+from harness import Budget
+from protocols import CannotRun, Judgement, Step, Tensors
 from torch import nn
 
 SCRIPT = Path(__file__).resolve()

@@ -20,7 +20,8 @@ import schema
 import torch
 import torch.nn.functional as F
 from gpt_pair import GPTPair, product_weights
-from harness import Budget, Judgement, Step
+from harness import Budget
+from protocols import Judgement, Step
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve()

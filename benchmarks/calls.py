@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import CannotRun, Judgement, Step, Tensors
+from protocols import CannotRun, Judgement, Step, Tensors
 from torch import Tensor
 
 Call = Callable[..., Any]  # of the inputs in their order, giving out

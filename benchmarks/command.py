@@ -23,8 +23,9 @@ import memory
 import processes
 import schema
 import torch
-from harness import Budget, Case
+from harness import Budget
 from options import check_merge, destination, parse
+from protocols import Case
 
 # All CPU cases of all benches, on two cores, take about 12 minutes at such budgets.
 CASE_BUDGET = Budget(seconds=2.0)
@@ -348,7 +349,7 @@ def write_csv(result: schema.Result, path: Path) -> None:
 
 def unusual(dtype: torch.dtype, direction: str) -> list[str]:
     """What a label adds: a dtype other than float32, a direction other than forward and backward."""
-    words = [] if dtype == torch.float32 else [harness.dtype_name(dtype)]
+    words = [] if dtype == torch.float32 else [schema.dtype_name(dtype)]
     return words if direction == "forward+backward" else [*words, direction]
 
 

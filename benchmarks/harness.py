@@ -15,88 +15,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import memory
 import torch
 from device_errors import lost_after
 from judging import REFUSED
-from schema import Result, without_paths
+from protocols import CannotRun, Case, Judgement, Step, Tensors, Workload
+from schema import Result, dtype_name, without_paths
 from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
-Step = Callable[[], Tensors]
 Sampler = Callable[[Step, int], float]  # seconds per call of a step called that many times
-
-
-class CannotRun(Exception):
-    """A contestant's reason for not taking part in a case."""
-
-
-class Judgement(NamedTuple):
-    """What a step's tensors are compared with: the same part of each in float64, and plain torch's own."""
-
-    part: Callable[[str, Tensor], Tensor]  # the slice of a step's tensor that was judged
-    golden: Tensors  # float64
-    plain: Tensors  # the formula in the case's dtype, scores and weights materialised
-    over: str  # which part, in words
-
-
-class Workload(Protocol):
-    """One case's inputs, allocated on one device."""
-
-    def step(self, contestant: str) -> Step:
-        """The contestant's call on these inputs; CannotRun (or any error) becomes the row's reason."""
-        ...
-
-    def judge(self, contestant: str) -> Judgement | None:
-        """The truth for this contestant; None where there is none to compare with."""
-        ...
-
-
-class Case(Protocol):
-    """What is measured, before anything is allocated."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def params(self) -> Result: ...
-    @property
-    def direction(self) -> str: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def label(self) -> str:
-        """The case in words, as tables show it."""
-        ...
-
-    @property
-    def axis(self) -> Result | None:
-        """Where the case stands in a chart over size: {"name": of the axis, "value": on it, "line": which curve}."""
-        ...
-
-    @property
-    def flops(self) -> float | None:
-        """Operations of one call, from permitted pairs; None where memory is what bounds it."""
-        ...
-
-    @property
-    def bytes(self) -> float | None:
-        """Bytes a call cannot avoid to read and write; None where arithmetic is what bounds it."""
-        ...
-
-    @property
-    def target(self) -> Result | None:
-        """{"contestant", "against", "speed": least ratio, "memory": greatest ratio}, or None."""
-        ...
-
-    def contestants(self, device: torch.device) -> Sequence[str]: ...
-    def open(self, device: torch.device) -> Workload: ...
-    def small(self) -> Case:
-        """The same case at a small size, run once before memory is measured."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,11 +40,6 @@ class Budget:
 
 
 QUICK = Budget(seconds=1.0, least_rounds=2, most_rounds=5, least_sample_seconds=0.001)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def run_case(

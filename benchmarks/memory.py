@@ -11,12 +11,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from harness import Case, Workload
+from protocols import Case, Workload
 
 MARK = "peak-memory:"
 # glibc keeps freed blocks below these sizes; pinned low, so that the resident size follows what is allocated

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import CannotRun
+from attention_inputs import AttentionInputs
+from protocols import CannotRun
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from bench_attention import AttentionWorkload
 
 Attention = Callable[[Tensor, Tensor, Tensor], Any]  # of query, key and value, giving out
 
 
-def find(name: str) -> Callable[[AttentionWorkload], Attention]:
+def find(name: str) -> Callable[[AttentionInputs], Attention]:
     """The maker of a contestant's attention."""
     family, _, variant = name.partition("-")
     makers = {
@@ -33,7 +30,7 @@ def find(name: str) -> Callable[[AttentionWorkload], Attention]:
     return lambda work: makers[family](work, variant)
 
 
-def fastattn(work: AttentionWorkload, backend: str) -> Attention:
+def fastattn(work: AttentionInputs, backend: str) -> Attention:
     """This project's call, on the backend it chooses or on a named one."""
     import fastattn as library
 
@@ -44,7 +41,7 @@ def fastattn(work: AttentionWorkload, backend: str) -> Attention:
     return lambda q, k, v: library.attention(q, k, v, **work.options, backend=backend or "auto")
 
 
-def sdpa(work: AttentionWorkload, backend: str) -> Attention:
+def sdpa(work: AttentionInputs, backend: str) -> Attention:
     """torch.nn.functional.scaled_dot_product_attention, pinned to a backend where one is named.
 
     What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built beforehand.
@@ -88,7 +85,7 @@ def sdpa_backend(name: str) -> Any:
     }[name]
 
 
-def composite(work: AttentionWorkload, variant: str) -> Attention:
+def composite(work: AttentionInputs, variant: str) -> Attention:
     """The formula as one writes it in torch, eager or compiled: scores and weights are tensors; mask and bias were
     built beforehand.
     """
@@ -114,7 +111,7 @@ def composite(work: AttentionWorkload, variant: str) -> Attention:
     return compiled
 
 
-def flex(work: AttentionWorkload, _: str) -> Attention:
+def flex(work: AttentionInputs, _: str) -> Attention:
     """torch's FlexAttention, compiled; its block mask is built before the timing."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -134,7 +131,7 @@ def flex(work: AttentionWorkload, _: str) -> Attention:
     return lambda q, k, v: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
 
 
-def _flex_mask(work: AttentionWorkload) -> Callable[..., Tensor]:
+def _flex_mask(work: AttentionInputs) -> Callable[..., Tensor]:
     case, shift = work.case, work.case.seqlen_k - work.case.seqlen_q
     left, right = case.window or (-1, -1)
     segments = work.segments()
@@ -153,7 +150,7 @@ def _flex_mask(work: AttentionWorkload) -> Callable[..., Tensor]:
     return mask_mod
 
 
-def _flex_score(work: AttentionWorkload) -> Callable[..., Tensor] | None:
+def _flex_score(work: AttentionInputs) -> Callable[..., Tensor] | None:
     case, shift = work.case, work.case.seqlen_k - work.case.seqlen_q
     if case.alibi:
         slopes = work.slopes()
@@ -166,7 +163,7 @@ def _flex_score(work: AttentionWorkload) -> Callable[..., Tensor] | None:
     return None
 
 
-def flash_attn(work: AttentionWorkload, _: str) -> Attention:
+def flash_attn(work: AttentionInputs, _: str) -> Attention:
     """The flash-attn package's own kernels, where it is installed."""
     flash_attn_func = import_module("flash_attn").flash_attn_func
 
@@ -192,7 +189,7 @@ def flash_attn(work: AttentionWorkload, _: str) -> Attention:
     return call
 
 
-def xformers(work: AttentionWorkload, _: str) -> Attention:
+def xformers(work: AttentionInputs, _: str) -> Attention:
     """xFormers' memory-efficient attention, where it is installed."""
     fmha = import_module("xformers.ops.fmha")
     case = work.case
@@ -212,8 +209,3 @@ def xformers(work: AttentionWorkload, _: str) -> Attention:
         return out.transpose(1, 2)
 
     return call
-
-
-def alibi_slopes(heads: int, device: torch.device) -> Tensor:
-    """The geometric slopes 2^(-8 (h + 1) / H) of the ALiBi paper."""
-    return torch.tensor([math.pow(2.0, -8.0 * (head + 1) / heads) for head in range(heads)], device=device)

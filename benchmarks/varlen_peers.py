@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import calls
 import peers
 import torch
 import torch.nn.functional as F
-from harness import CannotRun
+from protocols import CannotRun
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from bench_varlen import VarlenWorkload
+from varlen_inputs import VarlenInputs
 
 Made = tuple[calls.Call, dict[str, Tensor], Tensor]
 
 
-def find(name: str) -> Callable[[VarlenWorkload], Made]:
+def find(name: str) -> Callable[[VarlenInputs], Made]:
     """The maker of a contestant."""
     family, _, variant = name.partition("-")
     if family == "sdpa":
@@ -32,7 +30,7 @@ def find(name: str) -> Callable[[VarlenWorkload], Made]:
     return {**makers, "flash_attn": flash_attn, "xformers": xformers}[family]
 
 
-def fastattn(work: VarlenWorkload, backend: str) -> Made:
+def fastattn(work: VarlenInputs, backend: str) -> Made:
     """This project's call, on the backend it chooses or on a named one."""
     from fastattn import attention_varlen
 
@@ -49,7 +47,7 @@ def fastattn(work: VarlenWorkload, backend: str) -> Made:
     return call, work.inputs, work.dout
 
 
-def padded(work: VarlenWorkload, backend: str) -> Made:
+def padded(work: VarlenInputs, backend: str) -> Made:
     """SDPA on (B, H, longest, D) tensors padded behind, with a mask of the padding unless causality hides it.
 
     A query that stands in the padding is computed and its result unused, its cotangent 0.
@@ -81,7 +79,7 @@ def padded(work: VarlenWorkload, backend: str) -> Made:
     return call, inputs, pad(work.dout)
 
 
-def loop(work: VarlenWorkload) -> Made:
+def loop(work: VarlenInputs) -> Made:
     """SDPA once per sequence, on views of the packed tensors."""
     case, gqa = work.case, work.case.heads != work.case.kv_heads
 
@@ -96,7 +94,7 @@ def loop(work: VarlenWorkload) -> Made:
     return call, work.inputs, work.dout
 
 
-def nested(work: VarlenWorkload) -> Made:
+def nested(work: VarlenInputs) -> Made:
     """SDPA on torch's nested tensors in the jagged layout."""
     case = work.case
     if case.heads != case.kv_heads:
@@ -116,7 +114,7 @@ def nested(work: VarlenWorkload) -> Made:
     return call, work.inputs, work.dout
 
 
-def flex(work: VarlenWorkload) -> Made:
+def flex(work: VarlenInputs) -> Made:
     """FlexAttention, compiled for the shape; the block mask of the documents is built beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -142,7 +140,7 @@ def flex(work: VarlenWorkload) -> Made:
     return call, calls.leaves_of(rows, case.direction), work.dout.transpose(0, 1)[None]
 
 
-def varlen_attn(work: VarlenWorkload) -> Made:
+def varlen_attn(work: VarlenInputs) -> Made:
     """torch's own packed attention; it needs a GPU."""
     if work.device.type != "cuda":
         raise CannotRun("it has CUDA kernels only")
@@ -159,7 +157,7 @@ def varlen_attn(work: VarlenWorkload) -> Made:
     return call, work.inputs, work.dout
 
 
-def flash_attn(work: VarlenWorkload) -> Made:
+def flash_attn(work: VarlenInputs) -> Made:
     """The flash-attn package's packed kernels, where it is installed."""
     function = import_module("flash_attn").flash_attn_varlen_func
     edges, longest = work.cu_seqlens, work.longest
@@ -171,7 +169,7 @@ def flash_attn(work: VarlenWorkload) -> Made:
     return call, work.inputs, work.dout
 
 
-def xformers(work: VarlenWorkload) -> Made:
+def xformers(work: VarlenInputs) -> Made:
     """xFormers' memory-efficient attention under a block-diagonal mask, where it is installed."""
     fmha = import_module("xformers.ops.fmha")
     if work.case.heads != work.case.kv_heads:

@@ -17,6 +17,7 @@ from .primitives import (
     load_tile,
     logits,
     padded,
+    program_coordinates,
     softmax_lse,
     softmax_start,
     softmax_update,
@@ -29,17 +30,6 @@ OUT_STRIDES = ("stride_ob", "stride_oh", "stride_os")
 ROTARY = ("stride_cos", "stride_sin", "rotary_positions")
 SIZES = ("num_kv_heads", "new_keys", "capacity", "stride_table")
 QUERIES = ("num_heads", "num_splits", "num_rows", "seqlen_q")
-
-
-@triton.jit
-def program_coordinates(num_tiles, num_heads, HEAVY_LAST: tl.constexpr):
-    """(tile, batch, head) of this program; tiles run fastest, the longest first where work grows with the tile."""
-    program = tl.program_id(0)
-    tile = program % num_tiles
-    if HEAVY_LAST:
-        tile = num_tiles - 1 - tile
-    head = program // num_tiles % num_heads
-    return tile, program // num_tiles // num_heads, head
 
 
 @triton.jit

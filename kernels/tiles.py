@@ -9,8 +9,7 @@ TMA has another in its place for operands that TMA cannot load (WITHOUT_TMA), wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastattn.spec import AttentionSpec
@@ -169,14 +168,6 @@ WITHOUT_TMA: dict[Key, Tiles] = {
         Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
     ),
 }  # fmt: skip
-
-
-@cache
-def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
-    """The tiles of attention on a spec: those measured on this machine where there are any, else the table's."""
-    from fastattn.kernels.tuned import winners_for
-
-    return replace(table_tiles(spec), **winners_for(spec, packed))
 
 
 def table_tiles(spec: AttentionSpec) -> Tiles:

@@ -11,13 +11,13 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastattn.cache import cache_dir, write_atomically
-from fastattn.kernels.tiles import Tile
+from fastattn.kernels.tiles import Tile, Tiles, table_tiles
 from fastattn.spec import AttentionSpec
 from fastattn.versions import version
 
@@ -27,6 +27,12 @@ FEATURES = ("key_lengths", "mask", "bias", "segments", "alibi", "softcap", "sink
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), range(1, 9)
 REGISTER_CAPS = (None, 128)
 TMA_KERNELS = ("forward", "dkdv", "dq")
+
+
+@cache
+def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
+    """The tiles of attention on a spec: those measured on this machine where there are any, else the table's."""
+    return replace(table_tiles(spec), **winners_for(spec, packed))
 
 
 @dataclass(frozen=True)

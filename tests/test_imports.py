@@ -15,17 +15,19 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "spec": set(),
     "philox": set(),
+    "rotary": set(),
     "reference": {"philox", "spec"},
     "reference_losses": set(),
     "cache": set(),
     "versions": set(),
     "kernels": {"spec", "philox", "cache", "versions"},
     "extension": {"cache"},
-    "backends": {"spec", "philox", "kernels", "extension"},
+    "backends": {"spec", "philox", "rotary", "kernels", "extension"},
     "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
-    "nn": {"spec", "ops"},
+    "nn": {"spec", "ops", "rotary"},
     "integrations": {"nn", "ops", "backends", "spec"},
-    "models": {"spec", "nn", "ops"},
+    "generation": {"ops"},
+    "models": {"spec", "nn", "ops", "generation"},
     "data": {"cache"},
     "train": {"cache", "data", "models", "nn", "ops"},
     "console": set(),
@@ -119,6 +121,40 @@ def test_the_arrows_have_no_cycle() -> None:
         left = {layer: targets for layer, targets in left.items() if layer not in free}
 
 
+def cycles(edges: dict[str, set[str]]) -> list[str]:
+    """The names on circles and between them: without those that reach none, and those that none reaches."""
+    left = dict(edges)
+    while True:
+        reached = set().union(*left.values()) if left else set()
+        kept = {name: targets for name, targets in left.items() if targets & left.keys() and name in reached}
+        if len(kept) == len(left):
+            return sorted(left)
+        left = kept
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports at any depth, those for type checkers too: of the package's modules, and of the benchmarks'."""
+    modules = {}
+    for inside, path in sources():
+        name = "fastattn." + inside.removesuffix(".py").replace("/", ".")
+        modules[name.removesuffix(".__init__")] = (inside, path)
+    package = {}
+    for name, (inside, path) in modules.items():
+        found = set(imports(inside, path.read_text(encoding="utf-8")))
+        found |= {
+            target.rpartition(".")[0] for target in found if target not in modules
+        }  # a name of a module
+        package[name] = (found & modules.keys()) - {name}
+    assert cycles(package) == []
+    scripts = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    benchmarks = {}
+    for name, path in scripts.items():
+        found = {target.partition(".")[0] for target in imports(name, path.read_text(encoding="utf-8"))}
+        benchmarks[name] = (found & scripts.keys()) - {name}
+    assert cycles(benchmarks) == []
+    assert cycles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"d"}}) == ["a", "b", "c"]
+
+
 def test_importing_fastattn_loads_nothing_heavy() -> None:
     script = (
         "import sys, json, torch; before = set(sys.modules); import fastattn;"
@@ -131,5 +167,12 @@ def test_importing_fastattn_loads_nothing_heavy() -> None:
     assert "fastattn.spec" in loaded
     heavy = {"triton", "transformers", "tokenizers", "safetensors", "rich", "typer", "yaml", "matplotlib"}
     assert heavy.isdisjoint(name.split(".")[0] for name in loaded)
-    lazy = ("fastattn.kernels", "fastattn.models", "fastattn.data", "fastattn.train", "fastattn.cli")
-    assert [name for name in loaded if name.startswith(lazy)] == []
+    lazy = (
+        "fastattn.kernels",
+        "fastattn.generation",
+        "fastattn.models",
+        "fastattn.data",
+        "fastattn.train",
+        "fastattn.cli",
+    )
+    assert [name for name in loaded if name.startswith(tuple(f"fastattn.{layer}" for layer in lazy))] == []

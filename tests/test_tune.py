@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 from fastattn import cli
 from fastattn.backends import triton as triton_backend
 from fastattn.console import InputError, NoOutput
-from fastattn.kernels import tiles as tile_table
 from fastattn.kernels import tuned
-from fastattn.kernels.tiles import FAMILIES, Tile, family_of, table_tiles, tiles_for
-from fastattn.kernels.tuned import Machine, Winner
+from fastattn.kernels.tiles import FAMILIES, Tile, family_of, table_tiles
+from fastattn.kernels.tuned import Machine, Winner, tiles_for
 from fastattn.tune import plan
 from fastattn.tune.command import Options, Verdicts, forget_lookups, list_candidates, tune, tune_one
 from fastattn.tune.plan import Work, candidates, race, winner_of
@@ -349,7 +348,7 @@ def test_a_crash_costs_one_candidate() -> None:
 def test_the_lookup_of_tiles_costs_next_to_nothing_the_second_time() -> None:
     spec = WORK.spec(90)
     assert tiles_for(spec) is tiles_for(spec)
-    assert tile_table.tiles_for.cache_info().hits > 0
+    assert tiles_for.cache_info().hits > 0
 
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tuning.md").read_text(encoding="utf-8")

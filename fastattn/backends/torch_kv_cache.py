@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.torch_attention import attention_fwd
+from fastattn.rotary import apply_rotary
 from fastattn.spec import (
     AttentionSpec,
     KVCacheCall,
@@ -78,13 +79,5 @@ def rotated(call: KVCacheCall, tensor: Tensor, positions: Tensor) -> Tensor:
     assert call.rotary_cos is not None
     assert call.rotary_sin is not None
     dtype = accumulation_dtype(tensor.dtype)
-    cos, sin = (table[positions][:, None].to(dtype) for table in (call.rotary_cos, call.rotary_sin))
-    rotary_dim = 2 * cos.shape[-1]
-    turned, rest = tensor[..., :rotary_dim].to(dtype), tensor[..., rotary_dim:]
-    if call.rotary_interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned.chunk(2, dim=-1)
-    halves = first * cos - second * sin, second * cos + first * sin
-    turned = torch.stack(halves, dim=-1).flatten(-2) if call.rotary_interleaved else torch.cat(halves, dim=-1)
-    return torch.cat([turned.to(tensor.dtype), rest], dim=-1)
+    cos, sin = (table[positions].to(dtype) for table in (call.rotary_cos, call.rotary_sin))  # (B, S, R/2)
+    return apply_rotary(tensor, (cos, sin), interleaved=call.rotary_interleaved)

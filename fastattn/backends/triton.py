@@ -92,7 +92,8 @@ def varlen_tiles(spec: AttentionSpec) -> str | None:
 def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     if not _installed():
         return None
-    from fastattn.kernels.tiles import table_tiles, tiles_for
+    from fastattn.kernels.tiles import table_tiles
+    from fastattn.kernels.tuned import tiles_for
 
     chosen = tiles_for(spec, packed)
     source = "" if chosen == table_tiles(spec) else ", measured here"

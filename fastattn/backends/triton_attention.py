@@ -127,7 +127,8 @@ def _tiles_that_fit(
 ) -> Tiles:
     """The tiles of a call: those that load by TMA are exchanged where its operands don't allow it."""
     from fastattn.kernels.launches import fits_tma
-    from fastattn.kernels.tiles import tiles_for, tiles_without_tma
+    from fastattn.kernels.tiles import tiles_without_tma
+    from fastattn.kernels.tuned import tiles_for
 
     tiles = tiles_for(spec, packed)
     with_tma = [name for name in ("forward", "dkdv", "dq") if getattr(tiles, name).tma]

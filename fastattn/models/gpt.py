@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models import generation
+from fastattn.generation import generate
 from fastattn.models.checkpoint import load_gpt, save_gpt
 from fastattn.models.config import MAX_SIZE, GPTConfig
 from fastattn.nn.attention import MultiHeadAttention
@@ -112,7 +112,16 @@ class GPT(nn.Module):
             for _ in self.h
         ]
 
-    generate = generation.generate
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of a sequence: the learned positions there are; None with positions that any length has."""
+        return None if self.wpe is None else self.config.n_positions
+
+    def step(self, ids: Tensor, cache: list[KVCache] | None, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the token after `ids`, (B, V): one step of generation, see `fastattn.generation.CausalLM`."""
+        return self(ids, attention_mask, cache=cache, logits_to_keep=1).logits[:, -1]
+
+    generate = generate
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, in GPT-2's format where the model has nothing GPT-2 has not."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RotaryTable = tuple[Tensor, Tensor]  # cos, sin: (S, R/2) or (B, S, R/2), R = rotary_dim
+from fastattn.rotary import RotaryTable as RotaryTable
+from fastattn.rotary import apply_rotary as apply_rotary
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,6 @@ class Rotary:
     def apply(self, x: Tensor, table: RotaryTable) -> Tensor:
         """Turn x (B, H, S, D) by a table made from positions (S,) or (B, S); computed in the table's dtype."""
         return apply_rotary(x, table, interleaved=self.interleaved)
-
-
-def apply_rotary(x: Tensor, table: RotaryTable, *, interleaved: bool = False) -> Tensor:
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) on the pairs of the first 2 * cos.shape[-1] dimensions.
-
-    x is (B, H, S, D); cos and sin are (S, R/2) or (B, S, R/2). The result has x's dtype; the arithmetic is done in the
-    wider of the two dtypes.
-    """
-    cos, sin = (t if t.dim() == 2 else t.unsqueeze(1) for t in table)  # (S, R/2) or (B, 1, S, R/2)
-    rotary_dim = 2 * cos.shape[-1]
-    turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    if interleaved:
-        first, second = turning[..., 0::2], turning[..., 1::2]
-    else:
-        first, second = turning.chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    if interleaved:
-        out = torch.stack(turned, dim=-1).flatten(-2)
-    else:
-        out = torch.cat(turned, dim=-1)
-    out = out.to(x.dtype)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

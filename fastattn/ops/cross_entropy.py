@@ -16,6 +16,9 @@ from fastattn.ops.cross_entropy_registration import (
     composed,
     linear_composed,
     linear_spec,
+    run_cross_entropy,
+    run_linear,
+    run_linear_sum,
 )
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
@@ -83,7 +86,7 @@ def cross_entropy(
         check_values(target, num_classes, ignore_index)
         losses = composed(CrossEntropyCall(*call))
     else:
-        losses, _ = torch.ops.fastattn.cross_entropy_fwd(*call, "auto")
+        losses, _ = run_cross_entropy(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
     return _reduced(losses.sum(), divisor).to(result_dtype)
@@ -233,10 +236,10 @@ def linear_cross_entropy(
         check_values(target, weight.shape[0], ignore_index)
         losses = linear_composed(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):
-        total = torch.ops.fastattn.linear_cross_entropy_sum(*call, needs, "auto")[0]
+        total = run_linear_sum(*call, needs, "auto")[0]
         return _reduced(total, divisor).to(result_dtype)
     else:
-        losses, _ = torch.ops.fastattn.linear_cross_entropy_fwd(*call, "auto")
+        losses, _ = run_linear(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
     return _reduced(losses.sum(), divisor).to(result_dtype)

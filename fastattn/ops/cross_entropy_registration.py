@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fastattn import backends, reference_losses
 from fastattn.ops import arguments, composite, flops
-from fastattn.ops.registration import at_positions, checked, save_inputs, saved, schema_of, wanted_or_empty
+from fastattn.ops.registration import (
+    at_positions,
+    define,
+    keep_inputs,
+    save_inputs,
+    saved,
+    schema_of,
+    wanted_or_empty,
+)
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 MATERIALISED = "all logits and their probabilities"
@@ -32,22 +40,6 @@ def linear_composed(call: LinearCrossEntropyCall) -> Tensor:
         call.hidden.to(dtype), call.weight.to(dtype), call.target, bias, call.ignore_index, call.label_smoothing,
         call.softcap, call.class_weight, call.z_loss,
     )  # fmt: skip
-
-
-_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-_CALL = schema_of(fields(CrossEntropyCall))
-_LINEAR = schema_of(fields(LinearCrossEntropyCall))
-_LIBRARY.define(f"cross_entropy_fwd({_CALL}, str backend) -> (Tensor losses, Tensor norms)")
-_LIBRARY.define(f"cross_entropy_bwd(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor")
-_LIBRARY.define(f"linear_cross_entropy_fwd({_LINEAR}, str backend) -> (Tensor losses, Tensor norms)")
-_LIBRARY.define(
-    f"linear_cross_entropy_bwd(Tensor dlosses, Tensor norms, {_LINEAR}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    f"linear_cross_entropy_sum({_LINEAR}, bool[] needs, str backend)"
-    " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)"
-)
 
 
 def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -148,10 +140,6 @@ def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.mark_non_differentiable(output[1])
 
 
-def _setup_bwd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    save_inputs(ctx, inputs, ())
-
-
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     save_inputs(ctx, inputs, output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -161,7 +149,7 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) 
     inputs, (norms,) = saved(ctx)
     dlogits = None
     if dlosses is not None:
-        dlogits = torch.ops.fastattn.cross_entropy_bwd(dlosses, norms, *inputs)
+        dlogits = _run_backward(dlosses, norms, *inputs)
     return (dlogits, *(None,) * (len(inputs) - 1))
 
 
@@ -171,7 +159,7 @@ def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tupl
         return (None,) * len(inputs)
     *call_args, backend = inputs
     needs = [ctx.needs_input_grad[position] for position in _LINEAR_POSITIONS]
-    grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
+    grads = _run_linear_backward(dlosses, norms, *call_args, needs, backend)
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
 
 
@@ -183,7 +171,7 @@ def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[T
     *call_args, needs, backend = inputs
     if torch.is_grad_enabled():
         dlosses = dtotal.expand(norms.shape[0])
-        grads = torch.ops.fastattn.linear_cross_entropy_bwd(dlosses, norms, *call_args, needs, backend)
+        grads = _run_linear_backward(dlosses, norms, *call_args, needs, backend)
     else:
         grads = [(grad * dtotal).to(call_args[0].dtype) for grad in kept]
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
@@ -215,26 +203,51 @@ def _linear_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     return (of_dlosses, None, *of_operands, *(None,) * (len(inputs) - 5))
 
 
-for _name, _kernel, _fake in (
-    ("cross_entropy_fwd", _cross_entropy_fwd, _per_token_fake),
-    ("cross_entropy_bwd", _cross_entropy_bwd, _cross_entropy_bwd_fake),
-    ("linear_cross_entropy_fwd", _linear_fwd, _per_token_fake),
-    ("linear_cross_entropy_bwd", _linear_bwd, _linear_bwd_fake),
-    ("linear_cross_entropy_sum", _linear_sum, _linear_sum_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"fastattn::{_name}", checked(_fake, _name.replace("_sum", "_fwd")), lib=_LIBRARY
-    )
-
-for _name, _setup, _backward in (
-    ("cross_entropy_fwd", _setup_fwd, _cross_entropy_backward),
-    ("cross_entropy_bwd", _setup_bwd, _cross_entropy_double_backward),
-    ("linear_cross_entropy_fwd", _setup_fwd, _linear_backward),
-    ("linear_cross_entropy_bwd", _setup_bwd, _linear_double_backward),
-    ("linear_cross_entropy_sum", _setup_sum, _sum_backward),
-):
-    torch.library.register_autograd(f"fastattn::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+_CALL = schema_of(fields(CrossEntropyCall))
+_LINEAR = schema_of(fields(LinearCrossEntropyCall))
+_run_backward = define(
+    _LIBRARY,
+    "cross_entropy_bwd",
+    f"(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor",
+    _cross_entropy_bwd,
+    _cross_entropy_bwd_fake,
+    (keep_inputs, _cross_entropy_double_backward),
+)
+run_cross_entropy = define(
+    _LIBRARY,
+    "cross_entropy_fwd",
+    f"({_CALL}, str backend) -> (Tensor losses, Tensor norms)",
+    _cross_entropy_fwd,
+    _per_token_fake,
+    (_setup_fwd, _cross_entropy_backward),
+)
+_run_linear_backward = define(
+    _LIBRARY,
+    "linear_cross_entropy_bwd",
+    f"(Tensor dlosses, Tensor norms, {_LINEAR}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _linear_bwd,
+    _linear_bwd_fake,
+    (keep_inputs, _linear_double_backward),
+)
+run_linear = define(
+    _LIBRARY,
+    "linear_cross_entropy_fwd",
+    f"({_LINEAR}, str backend) -> (Tensor losses, Tensor norms)",
+    _linear_fwd,
+    _per_token_fake,
+    (_setup_fwd, _linear_backward),
+)
+run_linear_sum = define(
+    _LIBRARY,
+    "linear_cross_entropy_sum",
+    f"({_LINEAR}, bool[] needs, str backend)"
+    " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _linear_sum,
+    _linear_sum_fake,
+    (_setup_sum, _sum_backward),
+    function="linear_cross_entropy_fwd",
+)
 
 flops.register(
     linear_cross_entropy_fwd=flops.linear_loss_flops,

@@ -71,6 +71,7 @@ def define(
     kernel: Kernel,
     fake: Kernel,
     gradient: tuple[Kernel, Kernel] | None = None,
+    function: str | None = None,
 ) -> Kernel:
     """Register an op, its fake implementation and its gradient; return the function that calls it.
 
@@ -78,6 +79,7 @@ def define(
     its autograd several times that.
 
     gradient: keep(ctx, inputs, output), and backward(ctx, *grads) -> a gradient or None for every input.
+    function: of backends that runs the op, where that has another name.
     """
 
     def run(*args: Any) -> Any:
@@ -86,10 +88,9 @@ def define(
                 return kernel(*args)
         return kernel(*args)
 
-    of_backends = name if name.endswith(("_fwd", "_bwd")) else f"{name}_fwd"
     library.define(f"{name}{schema}")
     library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{name}", checked(fake, of_backends), lib=library)
+    torch.library.register_fake(f"fastattn::{name}", checked(fake, function or name), lib=library)
     op = recorded = getattr(torch.ops.fastattn, name).default
     if gradient is not None:
         keep, backward = gradient
@@ -209,6 +210,7 @@ def define_with_gradient(
         forward,
         forward_fake,
         (keep, gradient),
+        None if names[0].endswith("_fwd") else f"{names[0]}_fwd",
     )
 
 

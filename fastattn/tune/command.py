@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from fastattn.backends.triton import MIN_ARCH
 from fastattn.console import InputError, Output
-from fastattn.kernels import tiles as tile_table
 from fastattn.kernels import tuned
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.tuned import KERNELS, Machine, Winner
@@ -243,7 +242,7 @@ def _stored(machine: Machine) -> dict[str, Winner]:
 def forget_lookups() -> None:
     """Let this process see what was stored."""
     tuned.winners_here.cache_clear()
-    tile_table.tiles_for.cache_clear()
+    tuned.tiles_for.cache_clear()
 
 
 def _show(done: Sequence[Report], total: int, machine: Machine, output: Output) -> None:

@@ -13,7 +13,8 @@ import harness
 import pytest
 import schema
 import torch
-from bench_attention import AttentionCase, permitted_pairs
+from attention_inputs import permitted_pairs
+from bench_attention import AttentionCase
 from options import build_parser
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ import harness
 import memory
 import pytest
 import torch
-from harness import Budget, CannotRun, Judgement
+from harness import Budget
+from protocols import CannotRun, Judgement
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -114,7 +114,7 @@ def fake_entry(case: Any, *rest: Any, **options: Any) -> dict[str, Any]:
     row = {"contestant": "fastattn", "status": "unavailable", "reason": "not measured"}
     keys = ("name", "group", "label", "axis", "params", "direction", "flops", "bytes", "target")
     entry = {key: getattr(case, key) for key in keys}
-    return {**entry, "dtype": harness.dtype_name(case.dtype), "rows": [row]}
+    return {**entry, "dtype": schema.dtype_name(case.dtype), "rows": [row]}
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def _on_gpu(spec: Any) -> Any:
 
 def attention(dim: int, dtype: torch.dtype, tma: bool | None = None, **options: Any) -> None:
     """Forward and backward at several lengths, batches and numbers of heads."""
-    from fastattn.kernels.tiles import tiles_for
+    from fastattn.kernels.tuned import tiles_for
 
     for length in LENGTHS:
         batch, heads = (1, 4) if length % 2 else (2, 2)

@@ -16,9 +16,9 @@ from fastattn.kernels.tiles import (
     Key,
     family_of,
     key_of,
-    tiles_for,
     tiles_without_tma,
 )
+from fastattn.kernels.tuned import tiles_for
 from fastattn.spec import AttentionCall, AttentionSpec
 
 

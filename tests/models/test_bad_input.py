@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from fastattn.generation.sampling import sample
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.generation import _sample
 
 SIZES: dict[str, Any] = {"vocab_size": 11, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
 NAN, INF, HUGE = math.nan, math.inf, 10**30
@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite_are_named_and_no_token_is_drawn(value: floa
 def test_the_coldest_and_narrowest_sampling_is_greedy(options: dict[str, float]) -> None:
     logits = 30 * torch.randn(50, 61)
     settings: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    assert torch.equal(_sample(logits, generator=None, **settings), logits.argmax(-1))
+    assert torch.equal(sample(logits, generator=None, **settings), logits.argmax(-1))
 
 
 # Argument of GPT.forward -> hostile values that it takes.

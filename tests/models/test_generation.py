@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fastattn.generation.decoding import evaluating
+from fastattn.generation.sampling import sample
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.generation import _sample, evaluating
 
 SIZES = {
     "vocab_size": 61,
@@ -124,7 +125,7 @@ def test_cold_or_narrow_sampling_is_greedy():
 def frequencies(logits, **options):
     options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
     generator = torch.Generator().manual_seed(0)
-    drawn = _sample(logits.expand(40000, -1), generator=generator, **options)
+    drawn = sample(logits.expand(40000, -1), generator=generator, **options)
     return torch.bincount(drawn, minlength=logits.shape[-1]) / 40000
 
 
@@ -159,7 +160,7 @@ def test_kept_tokens_are_those_of_transformers(top_k, top_p, temperature):
         expected = step(None, expected)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        token = _sample(logits, temperature, top_k, top_p, generator)
+        token = sample(logits, temperature, top_k, top_p, generator)
         assert expected.gather(1, token[:, None]).isfinite().all()
 
 

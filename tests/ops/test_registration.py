@@ -21,6 +21,7 @@ from fastattn.ops import registration
 from fastattn.ops.registration import unwatched
 
 OP = "fastattn.attention_fwd"
+TARGET = torch.arange(40) % 7
 
 
 def qkv(grad: bool = False) -> list[Tensor]:
@@ -41,7 +42,22 @@ CALLS: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Any]]] = {
         lambda q, k, v: fastattn.attention_kv_cache(q, k, v, torch.tensor([5, 3], dtype=torch.int32)),
     ),
     "softmax": ("softmax_fwd", lambda q, k, v: fastattn.softmax(q, causal=True)),
+    "cross_entropy": (
+        "cross_entropy_fwd",
+        lambda q, k, v: fastattn.cross_entropy(q.flatten(0, 2), TARGET, reduction="none"),
+    ),
+    "linear_cross_entropy": (
+        "linear_cross_entropy_",  # _fwd, or _sum where gradients are wanted
+        lambda q, k, v: fastattn.linear_cross_entropy(q.flatten(0, 2), k.flatten(0, 2), TARGET),
+    ),
+    "linear_cross_entropy, losses": (
+        "linear_cross_entropy_fwd",
+        lambda q, k, v: fastattn.linear_cross_entropy(
+            q.flatten(0, 2), k.flatten(0, 2), TARGET, bias=v.flatten()[:40], reduction="none"
+        ),
+    ),
 }
+NO_GRADIENT = {"kv_cache"}
 
 
 class Sees(TorchDispatchMode):
@@ -99,7 +115,7 @@ def test_a_call_nobody_watches_is_the_op_without_the_dispatcher(
         assert one.is_inference() == other.is_inference()
 
 
-@pytest.mark.parametrize("name", ["attention", "weights", "varlen", "softmax"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in NO_GRADIENT])
 def test_gradients_are_those_of_the_registered_op(direct: list[bool], name: str) -> None:
     _, call = CALLS[name]
     operands, grads = qkv(grad=True), []
@@ -118,6 +134,16 @@ def test_gradients_are_those_of_the_registered_op(direct: list[bool], name: str)
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_every_registered_op_has_a_row() -> None:
+    registered = {
+        name.removeprefix("fastattn::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fastattn::")
+    }
+    forwards = {name for name in registered if not name.endswith("_bwd")}
+    assert all(any(name.startswith(op) for op, _ in CALLS.values()) for name in forwards)
 
 
 def test_saved_tensor_hooks_see_inputs_and_results() -> None:
