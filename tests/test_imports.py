@@ -21,9 +21,8 @@ ARROWS = {
     "cache": set(),
     "versions": set(),
     "kernels": {"spec", "philox", "cache", "versions"},
-    "build": set(),
-    "extension": {"build", "cache"},
-    "backends": {"spec", "philox", "rotary", "kernels", "build", "extension"},
+    "extension": {"cache"},
+    "backends": {"spec", "philox", "rotary", "kernels", "extension"},
     "ops": {"spec", "philox", "reference", "reference_losses", "backends"},
     "nn": {"spec", "ops", "rotary"},
     "integrations": {"nn", "ops", "backends", "spec"},
@@ -32,20 +31,21 @@ ARROWS = {
     "data": {"cache"},
     "train": {"cache", "data", "models", "nn", "ops"},
     "console": set(),
-    "doctor": {"", "console", "backends", "build", "extension", "versions"},
+    "doctor": {"", "backends", "extension", "versions"},
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "build", "cache"},
-    "cli": {"", "__version__", "console", "doctor", "demo", "bench", "build", "cache", "extension", "tune"},
+    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
+    "cli": {"", "__version__", "console", "doctor", "demo", "bench", "cache", "extension", "tune"},
+    "__main__": {"cli"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {
     "triton": ("kernels", "backends/triton.py", "tune/ahead.py"),
     "transformers": ("integrations",),
     "tokenizers": ("data",),
-    "typer": ("cli.py",),
-    "rich": ("console.py", "train", "backends/__init__.py"),  # there to draw an explanation
+    "typer": ("cli",),
+    "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation
 }
 
 

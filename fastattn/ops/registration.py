@@ -18,6 +18,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch.nn import Parameter
 
+from fastattn import backends
 from fastattn.ops import composite
 from fastattn.ops.arguments import autocasts, own_precision
 from fastattn.spec import empty_in_order
@@ -70,6 +71,7 @@ def define(
     kernel: Kernel,
     fake: Kernel,
     gradient: tuple[Kernel, Kernel] | None = None,
+    function: str | None = None,
 ) -> Kernel:
     """Register an op, its fake implementation and its gradient; return the function that calls it.
 
@@ -77,6 +79,7 @@ def define(
     its autograd several times that.
 
     gradient: keep(ctx, inputs, output), and backward(ctx, *grads) -> a gradient or None for every input.
+    function: of backends that runs the op, where that has another name.
     """
 
     def run(*args: Any) -> Any:
@@ -87,7 +90,7 @@ def define(
 
     library.define(f"{name}{schema}")
     library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{name}", fake, lib=library)
+    torch.library.register_fake(f"fastattn::{name}", checked(fake, function or name), lib=library)
     op = recorded = getattr(torch.ops.fastattn, name).default
     if gradient is not None:
         keep, backward = gradient
@@ -110,6 +113,19 @@ def define(
         return run(*args)
 
     return call
+
+
+def checked(fake: Kernel, function: str) -> Kernel:
+    """The fake of an op that refuses a named backend, the op's last argument, that has no `function` for it.
+
+    A trace runs the fakes of all it records, those of a backward too, before anything is launched.
+    """
+
+    def refusing(*args: Any) -> Any:
+        backends.check_has(args[-1], function)
+        return fake(*args)
+
+    return refusing
 
 
 def define_with_gradient(
@@ -194,6 +210,7 @@ def define_with_gradient(
         forward,
         forward_fake,
         (keep, gradient),
+        None if names[0].endswith("_fwd") else f"{names[0]}_fwd",
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastattn.build import BuildError
 from fastattn.console import InputError, Output
+from fastattn.extension.commands import BuildError
 from fastattn.kernels.tiles import HEAD_DIMS, Tile
 from fastattn.tune import ahead, extension, plan
 from fastattn.tune.cycles.report import PRODUCTS, Kernel, Prediction, cuda_kernel, predict, table
