@@ -3,10 +3,11 @@
 FASTATTN_BUILD_CUDA: auto (the default) builds it where it can, 1 fails where it cannot, 0 never builds it.
 """
 
-import importlib.util
+import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -16,13 +17,11 @@ BUILDING = {"bdist_wheel", "editable_wheel", "build_ext", "develop", "install"}
 
 
 def load_build():
-    """fastattn/build.py by its path: the package itself needs torch."""
-    path = Path(__file__).resolve().parent / "fastattn" / "build.py"
-    spec = importlib.util.spec_from_file_location("fastattn_build", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """fastattn/extension/build.py and what it imports, in a package of their own: fastattn itself needs torch."""
+    package = ModuleType("fastattn_extension")
+    package.__path__ = [str(Path(__file__).resolve().parent / "fastattn" / "extension")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("fastattn_extension.build")
 
 
 build = load_build()
@@ -45,7 +44,7 @@ def plan():
 
 
 class BuildExtension(build_ext):
-    """Compiles by fastattn/build.py, as `fastattn build` does."""
+    """Compiles by fastattn/extension, as `fastattn build` does."""
 
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name))

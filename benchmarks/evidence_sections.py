@@ -109,7 +109,7 @@ def _install(run: Run) -> Command:
 
 def _build(run: Run) -> Command:
     """The CUDA extension, into the user's cache, where later sections find it: carried here, or compiled."""
-    if not (ROOT / "fastattn" / "build.py").exists():
+    if not (ROOT / "fastattn" / "extension" / "build.py").exists():
         return "this commit has no extension to build"
     import torch
 

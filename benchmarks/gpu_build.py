@@ -15,18 +15,19 @@ import checkout
 
 def place(folder: Path) -> tuple[Path | None, list[str]]:
     """Copy the library that fits into the cache: where it is, None if there is none, and what was wrong with others."""
-    from fastattn import build, extension
     from fastattn.cache import cache_dir
+    from fastattn.extension import load
+    from fastattn.extension.info import BuildInfo, library_name
 
-    here, wrong = extension._here(), []
+    here, wrong = load.info_here(), []
     found = [folder] if folder.is_file() else sorted(folder.rglob("_C*.so"))
     for path in found:
-        info = build.BuildInfo.of_file(path)
+        info = BuildInfo.of_file(path)
         reason = "it is no build of fastattn" if info is None else info.mismatch(here)
         if reason is not None:
             wrong.append(f"{path.name}: {reason}")
             continue
-        target = cache_dir() / "prebuilt" / build.library_name()
+        target = cache_dir() / "prebuilt" / library_name()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         return target, wrong
@@ -45,12 +46,12 @@ def main() -> int:
             print(f"the extension was carried here: {placed.name}")
             return 0
         print("nothing carried fits: " + "; ".join(wrong))
-    from fastattn import build
     from fastattn.cache import cache_dir
+    from fastattn.extension.build import BuildError, build_here
 
     try:
-        built = build.build_here(cache_dir())
-    except build.BuildError as error:
+        built = build_here(cache_dir())
+    except BuildError as error:
         print(error)
         return 1
     print(f"built in {built.seconds:.0f} s for {', '.join(built.info.archs)}")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastattn import build, versions
-from fastattn.console import Output
+from fastattn import versions
+from fastattn.extension.toolkit import find_toolkit
 
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
@@ -59,47 +59,6 @@ def report() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "errors": errors,
     }
-
-
-def show(found: dict[str, Any], out: Output) -> None:
-    """Print a report for people."""
-    out.heading("Versions")
-    about, versions = found["fastattn"] or {}, found["versions"]
-    name = f"{about.get('version')}" + (f", git {about['revision']}" if about.get("revision") else "")
-    rows = [["fastattn", name], *([p, v or "not installed"] for p, v in versions.items())]
-    out.table(["package", "version"], [*rows, ["platform", found["platform"] or "unknown"]])
-
-    out.heading("Devices")
-    cpu = found["cpu"] or {}
-    memory = f", {_gib(cpu['memory'])}" if cpu.get("memory") else ""
-    threads = f"{cpu.get('cores')} cores usable, {cpu.get('torch_threads')} torch threads"
-    rows = [["cpu", cpu.get("model") or "unknown", f"{threads}{memory}, {cpu.get('instructions')}"]]
-    for index, gpu in enumerate(found["gpus"] or []):
-        detail = f"capability {gpu['capability']}, {_gib(gpu['memory'])}, driver {gpu['driver'] or 'unknown'}"
-        rows.append([f"gpu {index}", gpu["name"], detail])
-    if not found["gpus"]:
-        rows.append(["gpu", "none", "torch sees no CUDA device"])
-    out.table(["device", "model", "detail"], rows)
-
-    out.heading("Compilers and extension")
-    tools = found["compilers"]
-    rows = [
-        [t, (v or {}).get("version") or "not found", (v or {}).get("path") or ""] for t, v in tools.items()
-    ]
-    extension = found["extension"] or {}
-    rows.append(
-        ["extension", "built" if extension.get("built") else "not built", extension.get("detail") or ""]
-    )
-    out.table(["tool", "version", "where"], rows)
-
-    out.heading("Backends")
-    rows = [[b["name"], "ok" if b["available"] else "no", b["reason"] or ""] for b in found["backends"] or []]
-    out.table(["backend", "here", "reason"], rows)
-    if found["environment"]:
-        out.heading("Environment")
-        out.table(["variable", "value"], [list(item) for item in found["environment"].items()])
-    for name, error in found["errors"].items():
-        out.line(f"could not read {name}: {error}", good=False)
 
 
 def _fastattn() -> dict[str, Any]:
@@ -175,7 +134,7 @@ def _driver() -> str | None:
 
 def _nvcc() -> dict[str, Any] | None:
     """The CUDA compiler that would build the extension, its toolkit's root and the version its headers state."""
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     path = toolkit.nvcc if toolkit else shutil.which("nvcc")
     if path is None:
         return None
@@ -215,7 +174,3 @@ def _backends() -> list[dict[str, Any]]:
 def _run(*command: str, stderr: bool = False) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     return done.stderr if stderr else done.stdout
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

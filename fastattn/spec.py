@@ -383,11 +383,15 @@ with warnings.catch_warnings():  # torch 2.9 warns at the first look, not of any
 
 
 def _aligned(tensor: Tensor) -> bool:
+    """Whether kernels get a tensor at multiples of 16 bytes; without a unit last stride they get a dense copy."""
     size = tensor.element_size()
-    if tensor.data_ptr() % 16:
-        return False
-    if tensor.is_contiguous() and tensor.shape[-1] * size % 16 == 0:
+    misplaced = tensor.data_ptr() % 16 != 0
+    if not misplaced and tensor.is_contiguous() and tensor.shape[-1] * size % 16 == 0:
         return True
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        return tensor.shape[-1] * size % 16 == 0 or tensor.numel() <= tensor.shape[-1]
+    if misplaced:
+        return False
     return all(
         stride * size % 16 == 0
         for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1])

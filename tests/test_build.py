@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import build, extension
+from fastattn import extension
+from fastattn.extension.archs import DEFAULT_ARCHS, covers, parse_archs
+from fastattn.extension.build import build, make_plan
+from fastattn.extension.commands import BuildError
+from fastattn.extension.compiling import JOB_BYTES, Plan, jobs, sources
+from fastattn.extension.info import MARKER, BuildInfo, abi_tag, library_name
+from fastattn.extension.toolkit import Toolkit, Torch, find_toolkit
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def fake_toolkit(folder: Path, version: int = 13000, *, headers: bool = True) -> Path:
@@ -46,7 +55,7 @@ def calls(compiler: Path) -> int:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """A build of three small sources with compilers that are scripts."""
     nvcc = fake_toolkit(tmp_path / "toolkit")
     monkeypatch.setenv("CXX", str(script(tmp_path / "g++", tmp_path)))
@@ -58,8 +67,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Plan:
     (csrc / "kernels" / "rows.cuh").write_text("\n")
     (csrc / "instantiations" / "rows.cu").write_text('#include "kernels/rows.cuh"\n')
     (csrc / "instantiations" / "tiles_sm90.cu").write_text("\n")
-    toolkit = build.Toolkit(str(nvcc), str(tmp_path / "toolkit"), "13.0")
-    return build.Plan(csrc, toolkit, build.Torch("2.11.0", "13.0", "torch", True, ()), ("8.0", "9.0a"))
+    toolkit = Toolkit(str(nvcc), str(tmp_path / "toolkit"), "13.0")
+    return Plan(csrc, toolkit, Torch("2.11.0", "13.0", "torch", True, ()), ("8.0", "9.0a"))
 
 
 def quiet(_: str) -> None:
@@ -67,47 +76,45 @@ def quiet(_: str) -> None:
 
 
 def test_architectures() -> None:
-    assert build.parse_archs("8.0;9.0") == ("8.0", "9.0a")
-    assert build.parse_archs(" 8.0+PTX 8.6, 9.0a;9.0 ") == ("8.0+PTX", "8.6", "9.0a")
-    assert build.parse_archs("10.0a;12.0") == ("10.0a", "12.0")
+    assert parse_archs("8.0;9.0") == ("8.0", "9.0a")
+    assert parse_archs(" 8.0+PTX 8.6, 9.0a;9.0 ") == ("8.0+PTX", "8.6", "9.0a")
+    assert parse_archs("10.0a;12.0") == ("10.0a", "12.0")
     for wrong in ("Hopper", "7.5", "90", "8.0;sm_90"):
-        with pytest.raises(build.BuildError, match="architecture '"):
-            build.parse_archs(wrong)
+        with pytest.raises(BuildError, match="architecture '"):
+            parse_archs(wrong)
 
 
 def test_what_code_runs_where() -> None:
-    assert build.covers(["8.0"], 80)
-    assert build.covers(["8.0"], 86)
-    assert not build.covers(["8.6"], 80)
-    assert not build.covers(["8.0"], 90)
-    assert build.covers(["8.0+PTX"], 90)
-    assert build.covers(["9.0a"], 90)
-    assert not build.covers(["9.0a"], 100)
-    assert not build.covers([], 90)
+    assert covers(["8.0"], 80)
+    assert covers(["8.0"], 86)
+    assert not covers(["8.6"], 80)
+    assert not covers(["8.0"], 90)
+    assert covers(["8.0+PTX"], 90)
+    assert covers(["9.0a"], 90)
+    assert not covers(["9.0a"], 100)
+    assert not covers([], 90)
 
 
-def test_a_build_is_kept_by_content(plan: build.Plan, tmp_path: Path) -> None:
+def test_a_build_is_kept_by_content(plan: Plan, tmp_path: Path) -> None:
     cache, nvcc, cxx = tmp_path / "cache", Path(plan.toolkit.nvcc), tmp_path / "g++"
-    library = build.build(plan, cache, log=quiet)
+    library = build(plan, cache, log=quiet)
     assert library.read_text() == "made\n"
     assert (calls(nvcc), calls(cxx)) == (2, 2)  # two kernels; host code and the link
-    assert build.build(plan, cache, log=quiet) == library
+    assert build(plan, cache, log=quiet) == library
     assert (calls(nvcc), calls(cxx)) == (2, 2)
     other_torch = replace(plan, torch=replace(plan.torch, version="2.12.0"))
-    assert build.build(other_torch, cache, log=quiet) != library
+    assert build(other_torch, cache, log=quiet) != library
     assert (calls(nvcc), calls(cxx)) == (2, 4)  # kernels know nothing of torch
     (plan.csrc / "kernels" / "rows.cuh").write_text("// changed\n")
-    build.build(plan, cache, log=quiet)
+    build(plan, cache, log=quiet)
     assert (calls(nvcc), calls(cxx)) == (3, 5)  # the one that includes it
-    build.build(plan, cache, force=True, log=quiet)
+    build(plan, cache, force=True, log=quiet)
     assert calls(nvcc) == 5
     leftovers = [p.name for p in cache.rglob("*") if "partial" in p.name or p.name.count(".") > 3]
     assert leftovers == []
 
 
-def test_everything_a_result_depends_on_is_in_its_key(
-    plan: build.Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_a_result_depends_on_is_in_its_key(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = [
         plan,
         replace(plan, archs=("8.0",)),
@@ -118,29 +125,29 @@ def test_everything_a_result_depends_on_is_in_its_key(
     ]
     keys = {variant.key() for variant in variants}
     assert len(keys) == len(variants)
-    monkeypatch.setattr(build, "NVCC_FLAGS", ("-O1",))
+    monkeypatch.setattr("fastattn.extension.compiling.NVCC_FLAGS", ("-O1",))
     assert plan.key() not in keys
     monkeypatch.undo()
 
 
-def test_hopper_sources_need_hopper(plan: build.Plan) -> None:
-    assert [p.name for p in build.sources(plan)] == ["bindings.cpp", "rows.cu", "tiles_sm90.cu"]
-    assert [p.name for p in build.sources(replace(plan, archs=("8.0",)))] == ["bindings.cpp", "rows.cu"]
+def test_hopper_sources_need_hopper(plan: Plan) -> None:
+    assert [p.name for p in sources(plan)] == ["bindings.cpp", "rows.cu", "tiles_sm90.cu"]
+    assert [p.name for p in sources(replace(plan, archs=("8.0",)))] == ["bindings.cpp", "rows.cu"]
 
 
 def test_a_failing_compiler_is_shown_and_leaves_nothing(
-    plan: build.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAIL_COMPILING", "1")
-    with pytest.raises(build.BuildError, match=r"compiling .* failed:[\s\S]*error: made to fail"):
-        build.build(plan, tmp_path / "cache", log=quiet)
+    with pytest.raises(BuildError, match=r"compiling .* failed:[\s\S]*error: made to fail"):
+        build(plan, tmp_path / "cache", log=quiet)
     monkeypatch.delenv("FAIL_COMPILING")
-    assert list((tmp_path / "cache").glob(f"*/{build.library_name()}")) == []
-    assert build.build(plan, tmp_path / "cache", log=quiet).exists()
+    assert list((tmp_path / "cache").glob(f"*/{library_name()}")) == []
+    assert build(plan, tmp_path / "cache", log=quiet).exists()
 
 
 def test_the_toolkit_is_confirmed_by_its_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "DEFAULT_ROOTS", ())
+    monkeypatch.setattr("fastattn.extension.toolkit.DEFAULT_ROOTS", ())
     monkeypatch.delenv("CUDA_PATH", raising=False)
     good, bare = tmp_path / "good", tmp_path / "bare"
     fake_toolkit(good, 12090)
@@ -149,62 +156,62 @@ def test_the_toolkit_is_confirmed_by_its_headers(tmp_path: Path, monkeypatch: py
     script(tmp_path / "path" / "nvcc", good)
     monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_HOME", str(bare))
-    expected = build.Toolkit(str(good / "bin" / "nvcc"), str(good), "12.9")
-    assert build.find_toolkit() == expected  # CUDA_HOME has no headers; nvcc on PATH says where it lives
+    expected = Toolkit(str(good / "bin" / "nvcc"), str(good), "12.9")
+    assert find_toolkit() == expected  # CUDA_HOME has no headers; nvcc on PATH says where it lives
     monkeypatch.setenv("CUDA_HOME", str(good))
-    assert build.find_toolkit() == expected
+    assert find_toolkit() == expected
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert build.find_toolkit() is None
+    assert find_toolkit() is None
 
 
 def test_a_plan_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    cuda = build.Torch("2.11.0", "13.0", "torch", True, ())
-    monkeypatch.setattr(build, "find_torch", lambda: cuda)
-    monkeypatch.setattr(build, "find_toolkit", lambda: None)
-    with pytest.raises(build.BuildError, match="set CUDA_HOME"):
-        build.make_plan()
-    monkeypatch.setattr(build, "find_toolkit", lambda: build.Toolkit("nvcc", "/cuda", "12.9"))
-    with pytest.raises(build.BuildError, match=r"is 12\.9, torch 2\.11\.0 needs 13\.x"):
-        build.make_plan()
-    monkeypatch.setattr(build, "find_toolkit", lambda: build.Toolkit("nvcc", "/cuda", "13.1"))
-    assert build.make_plan().archs == build.DEFAULT_ARCHS
-    assert build.make_plan("8.6").archs == ("8.6",)
-    monkeypatch.setattr(build, "find_torch", lambda: replace(cuda, device_archs=("9.0",)))
-    assert build.make_plan().archs == ("9.0a",)
+    cuda = Torch("2.11.0", "13.0", "torch", True, ())
+    monkeypatch.setattr("fastattn.extension.build.find_torch", lambda: cuda)
+    monkeypatch.setattr("fastattn.extension.build.find_toolkit", lambda: None)
+    with pytest.raises(BuildError, match="set CUDA_HOME"):
+        make_plan()
+    monkeypatch.setattr("fastattn.extension.build.find_toolkit", lambda: Toolkit("nvcc", "/cuda", "12.9"))
+    with pytest.raises(BuildError, match=r"is 12\.9, torch 2\.11\.0 needs 13\.x"):
+        make_plan()
+    monkeypatch.setattr("fastattn.extension.build.find_toolkit", lambda: Toolkit("nvcc", "/cuda", "13.1"))
+    assert make_plan().archs == DEFAULT_ARCHS
+    assert make_plan("8.6").archs == ("8.6",)
+    monkeypatch.setattr("fastattn.extension.build.find_torch", lambda: replace(cuda, device_archs=("9.0",)))
+    assert make_plan().archs == ("9.0a",)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
-    assert build.make_plan().archs == ("8.0", "9.0a")
-    with pytest.raises(build.BuildError, match="the CUDA sources are missing"):
-        build.make_plan(csrc=tmp_path)
+    assert make_plan().archs == ("8.0", "9.0a")
+    with pytest.raises(BuildError, match="the CUDA sources are missing"):
+        make_plan(csrc=tmp_path)
 
 
 def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_JOBS", "3")
-    assert build.jobs() == 3
+    assert jobs() == 3
     monkeypatch.setenv("MAX_JOBS", "many")
-    with pytest.raises(build.BuildError, match="MAX_JOBS='many': needs a whole number"):
-        build.jobs()
+    with pytest.raises(BuildError, match="MAX_JOBS='many': needs a whole number"):
+        jobs()
     monkeypatch.delenv("MAX_JOBS")
-    monkeypatch.setattr(build, "_available_memory", lambda: build.JOB_BYTES // 2)
-    assert build.jobs() == 1
+    monkeypatch.setattr("fastattn.extension.compiling._available_memory", lambda: JOB_BYTES // 2)
+    assert jobs() == 1
 
 
-def built(path: Path, info: build.BuildInfo) -> Path:
+def built(path: Path, info: BuildInfo) -> Path:
     """A file that carries build info, and is no library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: getattr(info, name) for name in info.__slots__})
-    path.write_bytes(b"\x7fELF" + build.MARKER + text.encode() + b"\0rest")
+    path.write_bytes(b"\x7fELF" + MARKER + text.encode() + b"\0rest")
     return path
 
 
-INFO = build.BuildInfo("2.11.0", "13.0", build.abi_tag(), ("9.0a",), "hash")
+INFO = BuildInfo("2.11.0", "13.0", abi_tag(), ("9.0a",), "hash")
 
 
 def test_build_info_is_read_from_the_file(tmp_path: Path) -> None:
-    assert build.BuildInfo.of_file(built(tmp_path / "_C.so", INFO)) == INFO
+    assert BuildInfo.of_file(built(tmp_path / "_C.so", INFO)) == INFO
     (tmp_path / "other.so").write_bytes(b"\x7fELF and nothing else")
-    assert build.BuildInfo.of_file(tmp_path / "other.so") is None
+    assert BuildInfo.of_file(tmp_path / "other.so") is None
     assert INFO.mismatch(INFO) is None
     assert replace(INFO, archs=("8.0",)).mismatch(INFO) is None
     assert replace(INFO, torch="2.12.0").mismatch(INFO) == "built for torch 2.12.0, this is 2.11.0"
@@ -215,8 +222,8 @@ def test_build_info_is_read_from_the_file(tmp_path: Path) -> None:
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A process with a CUDA torch, an empty cache and a package folder of its own."""
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    monkeypatch.setattr(extension, "_here", lambda: INFO)
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "package" / "extension.py"))
+    monkeypatch.setattr("fastattn.extension.load.info_here", lambda: INFO)
+    monkeypatch.setattr("fastattn.extension.load.PACKAGE", tmp_path / "package")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     extension.state.cache_clear()
     yield tmp_path
@@ -227,7 +234,7 @@ def test_no_extension_is_a_reason_and_no_warning(environment: Path, recwarn: pyt
     assert extension.state().reason == "the extension is not built here; `fastattn build` builds it"
     with pytest.raises(RuntimeError, match="not built here"):
         extension.module()
-    built(environment / "cache" / "key" / build.library_name(), replace(INFO, torch="2.9.0"))
+    built(environment / "cache" / "key" / library_name(), replace(INFO, torch="2.9.0"))
     extension.state.cache_clear()
     assert extension.state().module is None  # what was built for others is theirs
     assert not recwarn.list
@@ -245,7 +252,7 @@ def test_no_extension_is_a_reason_and_no_warning(environment: Path, recwarn: pyt
 def test_an_installed_extension_that_does_not_fit_warns_once(
     environment: Path, change: dict[str, str], why: str
 ) -> None:
-    built(environment / "package" / build.library_name(), replace(INFO, **change))
+    built(environment / "package" / library_name(), replace(INFO, **change))
     with pytest.warns(RuntimeWarning, match=f"{why}.*fastattn build") as seen:
         found = extension.state()
     assert why in str(found.reason)
@@ -260,10 +267,18 @@ def test_a_torch_without_cuda_needs_no_search(monkeypatch: pytest.MonkeyPatch) -
     extension.state.cache_clear()
 
 
-def test_the_module_needs_only_the_standard_library() -> None:
+def test_what_setup_py_loads_needs_only_the_standard_library() -> None:
     """setup.py loads it where there is neither torch nor fastattn."""
-    text = Path(build.__file__).read_text(encoding="utf-8")
-    names = {
-        line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))
-    }
-    assert names - {"__future__"} <= sys.stdlib_module_names
+    script = (
+        "import json, runpy, sys; sys.argv = ['setup.py', '--version']; sys.modules['torch'] = None;"
+        "import setuptools; setuptools.setup = lambda **_: None; before = set(sys.modules);"
+        "runpy.run_path('setup.py'); print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout)
+    assert "fastattn_extension.build" in loaded
+    others = {name.split(".")[0] for name in loaded if not name.startswith(("setuptools", "_sysconfigdata"))}
+    assert others - {"fastattn_extension"} <= sys.stdlib_module_names

@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fastattn import bench, build, cli, demo
+from fastattn import bench, cli, demo
+from fastattn.extension import build
 from fastattn.tune import command as tuning
 
 NUMBERS = ("x", "", "-1", "1.5", "nan", "inf", "1" + "0" * 20, "1" + "0" * 5000, "True", "None")

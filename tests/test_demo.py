@@ -13,7 +13,8 @@ import torch
 
 import fastattn
 from fastattn import demo, demo_grid, plot
-from fastattn.console import InputError, NoOutput, PlainOutput
+from fastattn.cli.console import PlainOutput
+from fastattn.console import InputError, NoOutput
 from fastattn.models import GPT
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastattn import build, doctor
-from fastattn.console import PlainOutput, TerminalOutput
+from fastattn import doctor
+from fastattn.cli.console import PlainOutput, TerminalOutput
+from fastattn.cli.doctor import show
 
 KEYS = [
     "schema", "fastattn", "versions", "platform", "cpu", "gpus", "compilers", "extension", "backends", "environment",
@@ -46,15 +47,15 @@ def test_a_probe_that_fails_costs_only_its_own_answer(monkeypatch: pytest.Monkey
     )
     assert found["errors"]["cpu"] == "RuntimeError: broken"
     with (Path(os.devnull)).open("w") as nowhere:
-        doctor.show(found, PlainOutput(nowhere))
+        show(found, PlainOutput(nowhere))
 
 
 def test_it_prints_the_same_facts_drawn_and_plain(capsys: pytest.CaptureFixture[str]) -> None:
     found = doctor.report()
-    doctor.show(found, PlainOutput(sys.stdout))
+    show(found, PlainOutput(sys.stdout))
     plain = capsys.readouterr().out
     console = Console(force_terminal=True, width=200, color_system="standard", record=True, file=sys.stdout)
-    doctor.show(found, TerminalOutput(console))
+    show(found, TerminalOutput(console))
     assert "\x1b[" in capsys.readouterr().out
     drawn = console.export_text()
     for fact in (found["versions"]["torch"], found["cpu"]["model"], *(b["name"] for b in found["backends"])):
@@ -88,7 +89,7 @@ def test_a_missing_tool_is_null_and_no_error(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(build, "DEFAULT_ROOTS", ())
+    monkeypatch.setattr("fastattn.extension.toolkit.DEFAULT_ROOTS", ())
     found = doctor.report()
     assert found["compilers"] == {"nvcc": None, "c++": None, "ninja": None}
     assert found["errors"] == {}

@@ -23,9 +23,8 @@ ARROWS = {
     "plot": {"cache"},
     "versions": set(),
     "kernels": {"spec", "philox", "cache", "versions"},
-    "build": set(),
-    "extension": {"build", "cache"},
-    "backends": {"torch_compat", "spec", "philox", "rotary", "kernels", "build", "extension"},
+    "extension": {"cache"},
+    "backends": {"torch_compat", "spec", "philox", "rotary", "kernels", "extension"},
     "ops": {"torch_compat", "spec", "philox", "reference", "reference_losses", "backends"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec"},
@@ -34,21 +33,22 @@ ARROWS = {
     "data": {"cache"},
     "train": {"cache", "plot", "data", "models", "nn", "ops"},
     "console": set(),
-    "doctor": {"", "console", "backends", "build", "extension", "versions"},
+    "doctor": {"", "backends", "extension", "versions"},
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "build", "cache"},
-    "cli": {"", "__version__", "console", "doctor", "demo", "bench", "build", "cache", "extension", "tune"},
+    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
+    "cli": {"", "__version__", "console", "doctor", "demo", "bench", "cache", "extension", "tune"},
+    "__main__": {"cli"},
 }
 # Packages that are loaded only where they are the point of the file.
 CONFINED = {
     "triton": ("kernels", "backends/triton.py", "tune/ahead.py"),
     "transformers": ("integrations",),
     "tokenizers": ("data",),
-    "typer": ("cli.py",),
+    "typer": ("cli",),
     "matplotlib": ("plot.py",),
-    "rich": ("console.py", "train", "backends/__init__.py"),  # there to draw an explanation
+    "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation
 }
 
 
@@ -195,7 +195,6 @@ MOVING = {
     "fastattn/cache.py": "a file's content",
     "fastattn/models/checkpoint.py": "the files of a model's folder",
     "fastattn/train/checkpoint.py": "folders of checkpoints, flushed to disk",
-    "fastattn/build.py": "what a compiler wrote",
     "fastattn/extension/build.py": "what a compiler wrote",
     "benchmarks/schema.py": "a file's content, where fastattn may not be importable",
     "benchmarks/carried.py": "archives, streamed",

@@ -88,7 +88,7 @@ def test_every_command_exists(name: str) -> None:
     shown += re.findall(r"`((?:fastattn|python) [^`]+)`", (ROOT / name).read_text(encoding="utf-8"))
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     commands |= {group.name for group in cli.app.registered_groups}
-    benches = {command.name or command.callback.__name__ for command in cli.bench.registered_commands}
+    benches = {command.name or command.callback.__name__ for command in cli.bench.app.registered_commands}
     for words in map(shlex.split, shown):
         if words[0] == "fastattn":
             assert words[1] in commands

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch as pytorch  # this package has a module named torch
 
 from fastattn.backends import cuda as cuda_backend
+from fastattn.backends import switches
 from fastattn.backends import torch as torch_backend
 from fastattn.backends import triton as triton_backend
 from fastattn.backends.switches import switched_off
@@ -41,7 +43,7 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run a call, with which tiles, and why each one before it would not.
+    """Which backend would run each pass of a call, with which tiles, and why each one before it would not.
 
     `print` writes it as plain lines, `rich.print` as a table, `to_dict` gives plain types.
     """
@@ -53,6 +55,10 @@ class Explanation:
     backward: str | None = None  # the backend of the backward pass, where an input requires grad
     backward_tiles: str | None = None
     backward_refusals: tuple[tuple[str, str], ...] = ()
+    weights: str | None = None  # the backend of the returned weights, where they are asked for
+    weights_refusals: tuple[tuple[str, str], ...] = ()
+    weights_backward: str | None = None  # and of their gradients
+    weights_backward_refusals: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain types, for JSON."""
@@ -64,6 +70,10 @@ class Explanation:
             "backward": self.backward,
             "backward_tiles": self.backward_tiles,
             "backward_refusals": dict(self.backward_refusals),
+            "weights": self.weights,
+            "weights_refusals": dict(self.weights_refusals),
+            "weights_backward": self.weights_backward,
+            "weights_backward_refusals": dict(self.weights_backward_refusals),
             "spec": spec,
         }
 
@@ -72,9 +82,18 @@ class Explanation:
         rows = [("backend", self.backend, self.tiles or "")]
         if self.backward:
             rows.append(("backward", self.backward, self.backward_tiles or ""))
+        if self.weights:
+            rows.append(("weights", self.weights, ""))
+        if self.weights_backward:
+            rows.append(("weights backward", self.weights_backward, ""))
         rows += [("not", name, reason) for name, reason in self.refusals]
-        of_backward = [refusal for refusal in self.backward_refusals if refusal not in self.refusals]
-        return rows + [("backward not", name, reason) for name, reason in of_backward]
+        for said, refusals in (
+            ("backward not", self.backward_refusals),
+            ("weights not", self.weights_refusals),
+            ("weights backward not", self.weights_backward_refusals),
+        ):
+            rows += [(said, *refusal) for refusal in refusals if refusal not in self.refusals]
+        return rows
 
     def __str__(self) -> str:
         lines = []
@@ -140,22 +159,68 @@ def refusals(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> list[
     return reasons
 
 
-def explanation(spec: Spec, name: str, op: str = "attention", backward: Spec | None = None) -> Explanation:
-    """What `select` would do for the forward of an op and, with a spec of it, for its backward; and why."""
-    forward, tiles, refused = _explain_pass(spec, name, op, "fwd")
-    if backward is None:
-        return Explanation(forward, tiles, refused, spec)
-    return Explanation(forward, tiles, refused, spec, *_explain_pass(backward, name, op, "bwd"))
+def select_all(passes: Mapping[str, Spec], name: str) -> None:
+    """Raise now what `select` would raise in any pass of a call; `passes` are specs by the functions of backends."""
+    for function, spec in passes.items():
+        select(spec, name, function)
 
 
-def _explain_pass(
-    spec: Spec, name: str, op: str, direction: str
-) -> tuple[str, str | None, tuple[tuple[str, str], ...]]:
-    """(backend, its tiles, the refusals of the others) of one pass of an op."""
-    chosen = select(spec, name, f"{op}_{direction}")
+def runs_every_pass(name: str) -> bool:
+    """Whether no pass of a call can be refused: "auto" and "torch" have them all unless a variable says otherwise."""
+    return (
+        (name == "auto" or name == torch_backend.NAME)
+        and "FASTATTN_BACKEND" not in os.environ
+        and switches.VARIABLE not in os.environ
+    )
+
+
+def check_has(name: str, function: str) -> None:
+    """Refuse a named backend that never runs `function`, whatever the spec: what is known while a call is traced."""
+    name = resolve(name)
+    if name != "auto" and (reason := _lacks(BACKENDS[NAMES.index(name)], function)) is not None:
+        raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
+
+
+def explanation(passes: Mapping[str, Spec], name: str) -> Explanation:
+    """What `select` would do for the passes of a call, and why; `passes` as in `select_all`, the forward first."""
+    found = {_kind_of(function): _explain_pass(spec, name, function) for function, spec in passes.items()}
+    forward = found["forward"]
+    backward, weights, weights_backward = (
+        found.get(kind, _NONE) for kind in ("backward", "weights", "weights_backward")
+    )
+    assert forward.backend is not None
+    return Explanation(
+        forward.backend, forward.tiles, forward.refusals, next(iter(passes.values())), backward.backend,
+        backward.tiles, backward.refusals, weights.backend, weights.refusals, weights_backward.backend,
+        weights_backward.refusals,
+    )  # fmt: skip
+
+
+def _kind_of(function: str) -> str:
+    """ "forward" or "backward", or of the weights that attention returns, "weights" or "weights_backward"."""
+    op, _, direction = function.rpartition("_")
+    if op == "attention_weights":
+        return "weights" if direction == "fwd" else "weights_backward"
+    return "forward" if direction == "fwd" else "backward"
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What runs one pass of a call, and why the others do not."""
+
+    backend: str | None = None
+    tiles: str | None = None
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+_NONE = _Chosen()
+
+
+def _explain_pass(spec: Spec, name: str, function: str) -> _Chosen:
+    chosen = select(spec, name, function)
+    op = function.rpartition("_")[0]
     tiles = getattr(chosen, "tiles" if op == "attention" else f"{op}_tiles", None)
-    refused = tuple(refusals(spec, name, f"{op}_{direction}"))
-    return chosen.NAME, tiles(spec) if tiles else None, refused
+    return _Chosen(chosen.NAME, tiles(spec) if tiles else None, tuple(refusals(spec, name, function)))
 
 
 def available() -> list[tuple[str, str | None]]:
@@ -199,9 +264,11 @@ def warn_once(message: str) -> None:
 
 def _why_not(backend: ModuleType, spec: Spec, op: str) -> str | None:
     reason: str | None = backend.why_not(spec)
-    if reason is None and not hasattr(backend, op):
-        reason = f"it has no {op}"
-    return reason or switched_off(backend.NAME, op)
+    return reason or _lacks(backend, op)
+
+
+def _lacks(backend: ModuleType, op: str) -> str | None:
+    return switched_off(backend.NAME, op) if hasattr(backend, op) else f"it has no {op}"
 
 
 def _why_not_auto(backend: ModuleType, spec: Spec) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastattn import build, extension
+from fastattn import extension
 from fastattn.backends import cuda_attention
 from fastattn.backends.cuda_attention import attention_bwd, attention_fwd, varlen_bwd, varlen_fwd
 from fastattn.backends.cuda_attention import attention_tiles as tiles
@@ -19,6 +19,7 @@ from fastattn.backends.cuda_softmax import (
     softmax_fwd,
     softmax_tiles,
 )
+from fastattn.extension.archs import MIN_ARCH, covers
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 NAME = "cuda"
-MIN_ARCH = build.MIN_ARCH
+MIN_ARCH = MIN_ARCH
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -73,7 +74,7 @@ def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     found = extension.state()
     if found.info is None:
         return found.reason
-    if spec.arch is not None and not build.covers(found.info.archs, spec.arch):
+    if spec.arch is not None and not covers(found.info.archs, spec.arch):
         built = ", ".join(found.info.archs)
         return f"the extension is built for {built}, this GPU is {spec.arch / 10}; {extension.ADVICE}"
     if isinstance(spec, AttentionSpec):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastattn import backends, torch_compat
 from fastattn.philox import draw_seed
@@ -43,8 +45,12 @@ def call_arguments(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     scale: float | None = None,
+    draw: bool = True,
 ) -> tuple[Any, ...]:
-    """The public arguments of `attention`, checked and put in the order of AttentionCall's fields."""
+    """The public arguments of `attention`, checked and put in the order of AttentionCall's fields.
+
+    draw: make the seed of a dropout that was given none; without, its place stays None, see `with_drawn_seed`.
+    """
     query, key, value = autocast_qkv(query, key, value)
     check_qkv(query, key, value)
     batch, num_heads, seqlen_q, head_dim = query.shape
@@ -81,12 +87,16 @@ def call_arguments(
         sinks = saturated(sinks, query.dtype).to(per_head_dtype)
     dropout_p = probability("dropout_p", dropout_p)
     check_seed(dropout_seed)
+    causal = causal_mode(causal)
     window_left, window_right = window_bounds(window)
+    softcap = positive_or_zero("softcap", softcap, query.dtype)
+    scale = score_scale(scale, head_dim, query.dtype)
+    seed = None
+    if dropout_p > 0.0 and (draw or dropout_seed is not None):  # last: a refused call draws none
+        seed = seed_tensor(dropout_seed, query)
     return (
-        query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks,
-        seed_tensor(dropout_seed, query) if dropout_p > 0.0 else None,
-        causal_mode(causal), window_left, window_right,
-        positive_or_zero("softcap", softcap, query.dtype), dropout_p, score_scale(scale, head_dim, query.dtype),
+        query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks, seed, causal,
+        window_left, window_right, softcap, dropout_p, scale,
     )  # fmt: skip
 
 
@@ -141,10 +151,9 @@ def seed_tensor(seed: int | Tensor | None, query: Tensor) -> Tensor:
     return torch.full((1,), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=query.device)
 
 
-def undrawn_seed(seed: int | Tensor | None) -> int | Tensor:
-    """The seed, any where a call would draw one: to explain a call must not."""
-    check_seed(seed)
-    return 0 if seed is None else seed
+def with_drawn_seed(args: tuple[Any, ...], position: int) -> tuple[Any, ...]:
+    """The arguments of a call with a seed of torch's generator at `position`."""
+    return (*args[:position], draw_seed(args[0].device), *args[position + 1 :])
 
 
 def check_seed(seed: int | Tensor | None) -> None:
@@ -242,6 +251,30 @@ def _readable(tensor: Tensor) -> bool:
         or torch_compat.transforms_active((tensor,))
         or torch_compat.dispatch_mode_active()
     )
+
+
+def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> bool:
+    """Whether a call may be refused after something has run, and specs of its passes can be made to see that first.
+
+    A forward alone refuses before it runs, so there must be a backward or `more`, as a seed to draw. A trace has no
+    specs; there the fakes of the ops refuse what the backend never runs.
+    """
+    return (
+        (more or torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not backends.runs_every_pass(backend)
+        and all(map(_has_memory, args))
+    )
+
+
+def can_be_read(args: Iterable[Any]) -> bool:
+    """Whether the values of the tensors among the arguments can be looked at."""
+    return all(_readable(arg) and _has_memory(arg) for arg in args if isinstance(arg, Tensor))
+
+
+def _has_memory(arg: Any) -> bool:
+    """False for a tensor of a subclass, such as a fake one: its address and strides may mean nothing."""
+    return type(arg) is Tensor or type(arg) is Parameter or not isinstance(arg, Tensor)
 
 
 def values_are_known(tensor: Tensor) -> bool:

@@ -98,7 +98,7 @@ def attention(
     args = make(
         query, key, value, causal=causal, window=window, mask=mask, bias=bias, segment_ids=segment_ids,
         key_lengths=key_lengths, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
-        dropout_seed=arguments.undrawn_seed(dropout_seed) if in_torch else dropout_seed, scale=scale,
+        dropout_seed=dropout_seed, scale=scale, draw=False,
     )  # fmt: skip
     arguments.check_backend(backend)
     arguments.check_returned_weights(return_weights)
@@ -109,8 +109,16 @@ def attention(
         )  # fmt: skip
         return result
     if (transform := composite.transform_in_use(args)) is not None:
+        composite.refuse_named(backend, transform)
         _check_values(AttentionCall(*args))
-        return composite.attention(args, transform, return_lse, return_weights, backend)
+    elif arguments.may_be_refused(args, backend, more=bool(return_weights) or dropout_p > 0.0):
+        backends.select_all(_passes(AttentionCall(*args), bool(return_weights)), backend)
+    if dropout_p > 0.0 and args[_SEED] is None:
+        if arguments.can_be_read(args):
+            _check_values(AttentionCall(*args))
+        args = arguments.with_drawn_seed(args, _SEED)
+    if transform is not None:
+        return composite.attention(args, return_lse, return_weights)
     out, lse = _run_attention(*args, backend)
     results = [out]
     if return_lse:
@@ -125,20 +133,39 @@ def explain(
 ) -> backends.Explanation:
     """Which backend `attention` would use for these arguments, with which tiles, and why not the others.
 
-    Takes the arguments of `attention`; runs nothing. `backward` names the backend of the backward pass where an input
-    requires grad. Raises as `attention` does for arguments that do not fit or a named backend that cannot run them.
+    Takes the arguments of `attention`; runs nothing. `backward` names the backend of the backward pass where grad mode
+    is on and an input requires grad, `weights` and `weights_backward` those of the weights under `return_weights`.
+    Raises as `attention` does for arguments that do not fit or a named backend that cannot run them.
+
+    The other ops have `explain_varlen`, `explain_kv_cache`, `explain_softmax`, `explain_cross_entropy` and
+    `explain_linear_cross_entropy`, each with the arguments of its op: one function per op, so that a type checker and
+    an editor know the arguments, which a parameter of this one that names the op would hide.
     """
     spelling.check(options, attention, "explain")
     options.pop("return_lse", None)
-    arguments.check_returned_weights(options.pop("return_weights", False))
-    options["dropout_seed"] = arguments.undrawn_seed(options.get("dropout_seed"))
-    args = arguments.call_arguments(query, key, value, **options)
+    weights = options.pop("return_weights", False)
+    arguments.check_returned_weights(weights)
+    args = arguments.call_arguments(query, key, value, **options, draw=False)
     arguments.check_backend(backend)
     call = AttentionCall(*args)
     _check_values(call)
+    return backends.explanation(_passes(call, bool(weights)), backend)
+
+
+def _passes(call: AttentionCall, weights: bool) -> dict[str, AttentionSpec]:
+    """What each pass of a call asks for, by the function of a backend that runs it: those of a backward too where one
+    may follow."""
+    spec = AttentionSpec.of(call)
+    passes = {"attention_fwd": spec}
+    if weights:
+        passes["attention_weights_fwd"] = spec
     needs = GradsNeeded(*(_requires_grad(getattr(call, name)) for name in GradsNeeded._fields))
-    backward = AttentionSpec.of(call, needs) if any(needs) else None
-    return backends.explanation(AttentionSpec.of(call), backend, backward=backward)
+    if torch.is_grad_enabled() and any(needs):
+        passes["attention_bwd"] = AttentionSpec.of(call, needs)
+        if weights:
+            of_scores = GradsNeeded(bias=needs.bias, alibi_slopes=needs.alibi_slopes)
+            passes["attention_weights_bwd"] = AttentionSpec.of(call, of_scores)
+    return passes
 
 
 def _check_values(call: AttentionCall) -> None:
@@ -161,6 +188,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 _CALL_SCHEMA = schema_of(fields(AttentionCall))
 _CALL_NAMES = [field.name for field in fields(AttentionCall)]
+_SEED = _CALL_NAMES.index("dropout_seed")
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 
 

@@ -69,10 +69,9 @@ def refuse_named(backend: str, transform: str, materialised: str = _SCORES) -> N
 
 
 def attention(
-    args: tuple[Any, ...], reason: str, return_lse: bool, return_weights: bool | str, backend: str
+    args: tuple[Any, ...], return_lse: bool, return_weights: bool | str
 ) -> Tensor | tuple[Tensor, ...]:
     """The call in differentiable torch operations, for transforms a fused kernel has no rule for."""
-    refuse_named(backend, reason)
     call = AttentionCall(*args)
     out, lse = out_and_lse(call)
     results = [out]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, cast
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from fastattn import backends
 from fastattn.ops import arguments, composite, plain, spelling, symbolic
 from fastattn.ops.cross_entropy_registration import (
     MATERIALISED,
     check_values,
     composed,
     linear_composed,
+    linear_spec,
     run_cross_entropy,
     run_linear,
     run_linear_sum,
 )
-from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, accumulation_dtype
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -66,21 +69,12 @@ def cross_entropy(
         return cast(Tensor, symbolic.record(cross_entropy, locals()))
     if unknown:
         raise spelling.unexpected(cross_entropy, unknown)
-    arguments.check_tensor("logits", logits)
-    arguments.check_floating("logits", logits)
-    if logits.dim() == 0:
-        raise ValueError("logits: got shape (), needs (V,), (N, V) or (N, V, ...)")
-    classes_dim = 0 if logits.dim() == 1 else 1
-    shape = (*logits.shape[:classes_dim], *logits.shape[classes_dim + 1 :])
-    given, target = target, _targets(target, shape, logits, "logits")
-    ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    z_loss = _z_loss(z_loss)
-    num_classes = logits.shape[classes_dim]
-    if num_classes == 0:
-        raise ValueError(f"logits: got shape {arguments.shape_of(logits)}, needs at least one class")
-    weight = _class_weight(class_weight, num_classes, logits, "logits")
+    rows, flat, ignore_index, label_smoothing, weight, z_loss, shape = _arguments(
+        logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
+    )
+    num_classes = rows.shape[1]
     result_dtype = _loss_dtype(logits)
-    rows, flat = logits.movedim(classes_dim, -1).reshape(-1, num_classes), target.reshape(-1)
+    _refuse_early(lambda: _passes(rows), (rows, flat, weight))
     divisor = None
     if reduction == "mean":
         weight, divisor = _mean_of(weight, z_loss, flat, ignore_index)
@@ -89,13 +83,83 @@ def cross_entropy(
         losses = composed(CrossEntropyCall(*call))
     elif (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
-        check_values(given, num_classes, ignore_index)
+        check_values(target, num_classes, ignore_index)
         losses = composed(CrossEntropyCall(*call))
     else:
         losses, _ = run_cross_entropy(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
     return _reduced(losses.sum(), divisor).to(result_dtype)
+
+
+@spelling.without_unknown
+def explain_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    **unknown: NoReturn,
+) -> backends.Explanation:
+    """Which backend `cross_entropy` would use for these arguments, and why not the others.
+
+    Takes the arguments of `cross_entropy`; runs nothing. See `fastattn.explain`.
+    """
+    if unknown:
+        raise spelling.unexpected(cross_entropy, unknown, "explain_cross_entropy")
+    rows, flat, ignore_index, *_ = _arguments(
+        logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
+    )
+    check_values(flat, rows.shape[1], ignore_index)
+    return backends.explanation(_passes(rows), "auto")
+
+
+def _arguments(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    class_weight: Tensor | None,
+    z_loss: float,
+) -> tuple[Any, ...]:
+    """The arguments of `cross_entropy`, checked, in the order of CrossEntropyCall's fields, and the losses' shape."""
+    arguments.check_tensor("logits", logits)
+    arguments.check_floating("logits", logits)
+    if logits.dim() == 0:
+        raise ValueError("logits: got shape (), needs (V,), (N, V) or (N, V, ...)")
+    classes_dim = 0 if logits.dim() == 1 else 1
+    shape = (*logits.shape[:classes_dim], *logits.shape[classes_dim + 1 :])
+    target = _targets(target, shape, logits, "logits")
+    ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
+    z_loss = _z_loss(z_loss)
+    num_classes = logits.shape[classes_dim]
+    if num_classes == 0:
+        raise ValueError(f"logits: got shape {arguments.shape_of(logits)}, needs at least one class")
+    weight = _class_weight(class_weight, num_classes, logits, "logits")
+    rows, flat = logits.movedim(classes_dim, -1).reshape(-1, num_classes), target.reshape(-1)
+    return rows, flat, ignore_index, label_smoothing, weight, z_loss, shape
+
+
+def _passes(rows: Tensor) -> dict[str, SoftmaxSpec]:
+    """What each pass of `cross_entropy` asks for, that of a backward too where one may follow."""
+    passes = {"cross_entropy_fwd": SoftmaxSpec.of(rows)}
+    if torch.is_grad_enabled() and rows.requires_grad:
+        passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
+    return passes
+
+
+def _refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
+    """Raise before anything runs what some pass would raise; a torch.func transform takes no backend's pass."""
+    if (
+        arguments.may_be_refused(tensors, "auto")
+        and composite.transform_in_use(tensors) is None
+        and not plain.wanted()
+    ):
+        backends.select_all(passes(), "auto")
 
 
 @spelling.without_unknown
@@ -143,29 +207,33 @@ def linear_cross_entropy(
         return cast(Tensor, symbolic.record(linear_cross_entropy, locals()))
     if unknown:
         raise spelling.unexpected(linear_cross_entropy, unknown)
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            arguments.check_tensor(name, tensor)
-            arguments.check_floating(name, tensor)
-    result_dtype = _loss_dtype(hidden)
-    hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
-    _check_linear(hidden, weight, bias)
-    shape = tuple(hidden.shape[:-1])
-    given, target = target, _targets(target, shape, hidden, "hidden")
-    ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    cap, z_loss = arguments.positive_or_zero("softcap", softcap, hidden.dtype), _z_loss(z_loss)
-    class_weight = _class_weight(class_weight, weight.shape[0], hidden, "hidden")
-    rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
+    rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss, shape = (
+        _linear_arguments(
+            hidden,
+            weight,
+            target,
+            bias,
+            ignore_index,
+            label_smoothing,
+            reduction,
+            softcap,
+            class_weight,
+            z_loss,
+        )
+    )
+    result_dtype, needs = _loss_dtype(hidden), _needs(rows, weight, bias)
+    _refuse_early(
+        lambda: _linear_passes(rows, weight, needs, reduction), (rows, weight, bias, flat, class_weight)
+    )
     divisor = None
     if reduction == "mean":
         class_weight, divisor = _mean_of(class_weight, z_loss, flat, ignore_index)
     call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
     if plain.wanted():
         losses = linear_composed(LinearCrossEntropyCall(*call))
     elif (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
-        check_values(given, weight.shape[0], ignore_index)
+        check_values(target, weight.shape[0], ignore_index)
         losses = linear_composed(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):
         total = run_linear_sum(*call, needs, "auto")[0]
@@ -175,6 +243,79 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
     return _reduced(losses.sum(), divisor).to(result_dtype)
+
+
+@spelling.without_unknown
+def explain_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    **unknown: NoReturn,
+) -> backends.Explanation:
+    """Which backend `linear_cross_entropy` would use for these arguments, and why not the others.
+
+    Takes the arguments of `linear_cross_entropy`; runs nothing. `backward` names a backend under "none" only: otherwise
+    the forward pass makes the gradients. See `fastattn.explain`.
+    """
+    if unknown:
+        raise spelling.unexpected(linear_cross_entropy, unknown, "explain_linear_cross_entropy")
+    rows, weight, bias, flat, ignore_index, *_ = _linear_arguments(
+        hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, class_weight, z_loss
+    )
+    check_values(flat, weight.shape[0], ignore_index)
+    return backends.explanation(_linear_passes(rows, weight, _needs(rows, weight, bias), reduction), "auto")
+
+
+def _linear_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    softcap: float | None,
+    class_weight: Tensor | None,
+    z_loss: float,
+) -> tuple[Any, ...]:
+    """The arguments of `linear_cross_entropy`, checked, in the order of LinearCrossEntropyCall's fields, and the
+    losses' shape."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            arguments.check_tensor(name, tensor)
+            arguments.check_floating(name, tensor)
+    hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
+    _check_linear(hidden, weight, bias)
+    shape = tuple(hidden.shape[:-1])
+    target = _targets(target, shape, hidden, "hidden")
+    ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
+    cap, z_loss = arguments.positive_or_zero("softcap", softcap, hidden.dtype), _z_loss(z_loss)
+    class_weight = _class_weight(class_weight, weight.shape[0], hidden, "hidden")
+    rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
+    return rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss, shape
+
+
+def _needs(*operands: Tensor | None) -> list[bool]:
+    """Which operands' gradients a backward would ask for."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands]
+
+
+def _linear_passes(rows: Tensor, weight: Tensor, needs: list[bool], reduction: str) -> dict[str, SoftmaxSpec]:
+    """What each pass of `linear_cross_entropy` asks for: the forward makes the gradients too, but for "none"."""
+    if reduction != "none" or not any(needs):
+        return {"linear_cross_entropy_fwd": linear_spec(rows, weight, backward=any(needs))}
+    return {
+        f"linear_cross_entropy_{direction}": linear_spec(rows, weight, backward=direction == "bwd")
+        for direction in ("fwd", "bwd")
+    }
 
 
 def _targets(target: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> Tensor:

@@ -60,9 +60,9 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
     return dlogits
 
 
-def _linear_spec(call: LinearCrossEntropyCall, backward: bool) -> SoftmaxSpec:
+def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
     """The spec of the rows of logits."""
-    row = call.hidden.new_empty(0).expand(1, 0) if call.weight.shape[0] == 0 else call.weight[:, :1].mT
+    row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
     return SoftmaxSpec.of(row, backward=backward).replace(unit_columns=True, wide_rows=False)
 
 
@@ -70,7 +70,7 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
     call = LinearCrossEntropyCall(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
-    spec = _linear_spec(call, backward=False)
+    spec = linear_spec(call.hidden, call.weight, backward=False)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
     losses, norms, _ = run(spec, call)
     return losses, norms
@@ -79,7 +79,7 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
     call = LinearCrossEntropyCall(*call_args)
-    spec = _linear_spec(call, backward=True)
+    spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
     grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
     return wanted_or_empty(grads, needs, call.hidden)
@@ -89,7 +89,7 @@ def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
     call = LinearCrossEntropyCall(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
-    spec = _linear_spec(call, backward=True)
+    spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
     losses, norms, grads = run(spec, call, needs)
     return (losses.sum(), norms, *wanted_or_empty(grads, needs, call.hidden))
@@ -246,6 +246,7 @@ run_linear_sum = define(
     _linear_sum,
     _linear_sum_fake,
     (_setup_sum, _sum_backward),
+    function="linear_cross_entropy_fwd",
 )
 
 flops.register(

@@ -102,7 +102,7 @@ def attention_kv_cache(
     return (out, lse) if return_lse else out
 
 
-def explain(
+def explain_kv_cache(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -122,8 +122,11 @@ def explain(
     backend: str = "auto",
     **options: Any,
 ) -> backends.Explanation:
-    """Which backend `attention_kv_cache` would use for these arguments, with which tiles, and why not the others."""
-    spelling.check(options, attention_kv_cache, "explain")
+    """Which backend `attention_kv_cache` would use for these arguments, with which tiles, and why not the others.
+
+    Takes the arguments of `attention_kv_cache`; runs nothing and writes nothing. See `fastattn.explain`.
+    """
+    spelling.check(options, attention_kv_cache, "explain_kv_cache")
     args = _call_arguments(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, **options,
@@ -132,7 +135,7 @@ def explain(
     call = KVCacheCall(*args)
     _check_memory(call)
     _check_values(call)
-    return backends.explanation(_spec(call), backend, "kv_cache")
+    return backends.explanation({"kv_cache_fwd": _spec(call)}, backend)
 
 
 def _call_arguments(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import torch_compat
+from fastattn import backends, torch_compat
 from fastattn.ops import composite
 from fastattn.ops.arguments import autocasts, own_precision
 from fastattn.spec import empty_in_order
@@ -23,6 +23,7 @@ def define(
     kernel: Kernel,
     fake: Kernel,
     gradient: tuple[Kernel, Kernel] | None = None,
+    function: str | None = None,
 ) -> Kernel:
     """Register an op, its fake implementation and its gradient; return the function that calls it.
 
@@ -30,6 +31,7 @@ def define(
     its autograd several times that.
 
     gradient: keep(ctx, inputs, output), and backward(ctx, *grads) -> a gradient or None for every input.
+    function: of backends that runs the op, where that has another name.
     """
 
     def run(*args: Any) -> Any:
@@ -40,7 +42,7 @@ def define(
 
     library.define(f"{name}{schema}")
     library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{name}", fake, lib=library)
+    torch.library.register_fake(f"fastattn::{name}", checked(fake, function or name), lib=library)
     op = recorded = getattr(torch.ops.fastattn, name).default
     if gradient is not None:
         keep, backward = gradient
@@ -52,8 +54,8 @@ def define(
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function: Any = type(name, (torch.autograd.Function,), methods)
-        recorded = function.apply
+        recorder: Any = type(name, (torch.autograd.Function,), methods)
+        recorded = recorder.apply
 
     def call(*args: Any) -> Any:
         if not torch_compat.can_bypass_dispatcher(args):
@@ -63,6 +65,19 @@ def define(
         return run(*args)
 
     return call
+
+
+def checked(fake: Kernel, function: str) -> Kernel:
+    """The fake of an op that refuses a named backend, the op's last argument, that has no `function` for it.
+
+    A trace runs the fakes of all it records, those of a backward too, before anything is launched.
+    """
+
+    def refusing(*args: Any) -> Any:
+        backends.check_has(args[-1], function)
+        return fake(*args)
+
+    return refusing
 
 
 def define_with_gradient(
@@ -147,6 +162,7 @@ def define_with_gradient(
         forward,
         forward_fake,
         (keep, gradient),
+        None if names[0].endswith("_fwd") else f"{names[0]}_fwd",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 import torch
@@ -62,21 +63,38 @@ def softmax(
         return composed(*args)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
+    if arguments.may_be_refused(args, backend):
+        backends.select_all(_passes(SoftmaxCall(*args)), backend)
     result: Tensor = _run(*args, backend)
     return result
 
 
 @spelling.without_unknown
-def explain(
+def explain_softmax(
     x: Tensor, dim: int = -1, *, backend: str = "auto", scale: float = 1.0, mask: Tensor | None = None,
     causal: bool = False, log: bool = False, **unknown: NoReturn,
 ) -> backends.Explanation:  # fmt: skip
-    """Which backend `softmax` would use for these arguments, with which tiles, and why not the others."""
+    """Which backend `softmax` would use for these arguments, with which tiles, and why not the others.
+
+    Takes the arguments of `softmax`; runs nothing. See `fastattn.explain`.
+    """
     if unknown:
-        raise spelling.unexpected(softmax, unknown, "explain")
+        raise spelling.unexpected(softmax, unknown, "explain_softmax")
     args = _call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
-    return backends.explanation(_spec(SoftmaxCall(*args)), backend, "softmax")
+    return backends.explanation(_passes(SoftmaxCall(*args)), backend)
+
+
+def _passes(call: SoftmaxCall) -> dict[str, SoftmaxSpec]:
+    """What each pass of a call asks for, that of a backward too where one may follow."""
+    x = call.x if call.x.dim() else call.x[None]
+    passes = {"softmax_fwd": _spec(replace(call, x=x))}
+    if torch.is_grad_enabled() and x.requires_grad:
+        # of the output, which has the dtype of the result and x's memory order
+        passes["softmax_bwd"] = SoftmaxSpec.of(x, call.dim, log=call.log, backward=True).replace(
+            dtype=call.dtype
+        )
+    return passes
 
 
 def _call_arguments(

@@ -77,8 +77,8 @@ def attention_varlen(
     make = partial(plain.quietly, _call_arguments) if in_torch else _call_arguments
     args = make(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
-        dropout_seed=arguments.undrawn_seed(dropout_seed) if in_torch else dropout_seed, scale=scale,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        scale=scale, draw=False,
     )  # fmt: skip
     arguments.check_backend(backend)
     if in_torch:
@@ -88,13 +88,17 @@ def attention_varlen(
         return result
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
-        out, lse = _composite(VarlenCall(*args))
-    else:
-        out, lse = _run(*args, backend)
+    elif arguments.may_be_refused(args, backend, more=dropout_p > 0.0):
+        backends.select_all(_passes(VarlenCall(*args)), backend)
+    if dropout_p > 0.0 and args[_SEED] is None:
+        if arguments.can_be_read(args):
+            _check_values(VarlenCall(*args))
+        args = arguments.with_drawn_seed(args, _SEED)
+    out, lse = _run(*args, backend) if transform is None else _composite(VarlenCall(*args))
     return (out, lse) if return_lse else out
 
 
-def explain(
+def explain_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -108,21 +112,30 @@ def explain(
     alibi_slopes: Tensor | None = None,
     **options: Any,
 ) -> backends.Explanation:
-    """Which backend `attention_varlen` would use for these arguments, with which tiles, and why not the others."""
-    spelling.check(options, attention_varlen, "explain")
-    options["dropout_seed"] = arguments.undrawn_seed(options.get("dropout_seed"))
+    """Which backend `attention_varlen` would use for these arguments, with which tiles, and why not the others.
+
+    Takes the arguments of `attention_varlen`; runs nothing. See `fastattn.explain`.
+    """
+    spelling.check(options, attention_varlen, "explain_varlen")
     args = _call_arguments(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes=alibi_slopes,
-        **options,
+        **options, draw=False,
     )  # fmt: skip
     arguments.check_backend(backend)
     call = VarlenCall(*args)
     _check_values(call)
+    return backends.explanation(_passes(call), backend)
+
+
+def _passes(call: VarlenCall) -> dict[str, AttentionSpec]:
+    """What each pass of a call asks for, that of a backward too where one may follow."""
     whole = call.as_one_sequence()
-    wants = {name: getattr(call, name) for name in _DIFFERENTIABLE}
-    needs = GradsNeeded(**{name: t is not None and t.requires_grad for name, t in wants.items()})
-    backward = AttentionSpec.of(whole, needs) if any(needs) else None
-    return backends.explanation(AttentionSpec.of(whole), backend, "varlen", backward)
+    passes = {"varlen_fwd": AttentionSpec.of(whole)}
+    tensors = {name: getattr(call, name) for name in _DIFFERENTIABLE}
+    needs = {name: t is not None and t.requires_grad for name, t in tensors.items()}
+    if torch.is_grad_enabled() and any(needs.values()):
+        passes["varlen_bwd"] = AttentionSpec.of(whole, GradsNeeded(**needs))
+    return passes
 
 
 def kept_by_dropout(
@@ -258,6 +271,7 @@ def _varlen_bwd(
 
 
 _CALL_NAMES = [field.name for field in fields(VarlenCall)]
+_SEED = _CALL_NAMES.index("dropout_seed")
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 _run = define_with_gradient(
     _LIBRARY,

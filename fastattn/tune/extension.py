@@ -8,8 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastattn import build
 from fastattn.cache import cache_dir
+from fastattn.extension.archs import SM90_SUFFIX
+from fastattn.extension.compiling import Plan, compile_one, with_headers
+from fastattn.extension.info import csrc_folder
+from fastattn.extension.toolkit import Torch, find_toolkit
 from fastattn.tune.cycles.report import Prediction, predict_cuda
 from fastattn.tune.cycles.sass import tool
 
@@ -18,30 +21,30 @@ ARCH = "9.0a"
 
 def why_not() -> str | None:
     """Why nothing can be compiled here, or None."""
-    return "needs a CUDA toolkit with nvcc" if build.find_toolkit() is None else None
+    return "needs a CUDA toolkit with nvcc" if find_toolkit() is None else None
 
 
 def attention_sources(head_dim: int | None = None, dtype: str = "bfloat16") -> list[Path]:
     """The sources of the attention kernels of a dtype."""
-    name = f"attention_*_{dtype}_{head_dim or '*'}{build.SM90_SUFFIX}"
-    return sorted((build.csrc_folder() / "instantiations").glob(name))
+    name = f"attention_*_{dtype}_{head_dim or '*'}{SM90_SUFFIX}"
+    return sorted((csrc_folder() / "instantiations").glob(name))
 
 
 def source_key(source: Path) -> str:
     """A hash of the text that a source is compiled from, with its headers."""
-    text = "\0".join(path.read_text("utf-8") for path in build.with_headers(source, build.csrc_folder()))
+    text = "\0".join(path.read_text("utf-8") for path in with_headers(source, csrc_folder()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def predict_source(source: Path) -> list[Prediction]:
-    """Every kernel of a source, compiled unless the cache has it. Raises build.BuildError where nvcc does."""
-    toolkit = build.find_toolkit()
+    """Every kernel of a source, compiled unless the cache has it. Raises BuildError where nvcc does."""
+    toolkit = find_toolkit()
     assert toolkit is not None
-    nothing = build.Torch("", toolkit.version, "", True, ())
-    plan = build.Plan(build.csrc_folder(), toolkit, nothing, (ARCH,))
+    nothing = Torch("", toolkit.version, "", True, ())
+    plan = Plan(csrc_folder(), toolkit, nothing, (ARCH,))
     objects = cache_dir() / "objects"
     objects.mkdir(parents=True, exist_ok=True)
-    made = build.compile_one(plan, source, objects)
+    made = compile_one(plan, source, objects)
     return [prediction for cubin in cubins_of(made.path) for prediction in predict_cuda(cubin)]
 
 

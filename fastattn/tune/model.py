@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastattn.build import BuildError
 from fastattn.console import InputError, Output
+from fastattn.extension.commands import BuildError
 from fastattn.kernels import tuned
 from fastattn.kernels.tiles import HEAD_DIMS, Tile
 from fastattn.kernels.tuned import Machine, Winner

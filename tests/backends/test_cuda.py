@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import backends, build, extension
+from fastattn import backends, extension
 from fastattn.backends import cuda
 from fastattn.backends.cuda import MeasuredRows
+from fastattn.extension.info import BuildInfo
 from fastattn.spec import SoftmaxSpec
 
 SPEC = SoftmaxSpec("cuda", 90, torch.bfloat16, 4096, unit_columns=True, wide_rows=False)
-INFO = build.BuildInfo("2.11.0", "13.0", "abi", ("8.0", "9.0a"), "hash")
+INFO = BuildInfo("2.11.0", "13.0", "abi", ("8.0", "9.0a"), "hash")
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """state(...): what the process finds of an extension."""
 
     def put(**fields: Any) -> None:
-        monkeypatch.setattr(extension, "state", lambda: extension.State(**fields))
+        for place in ("fastattn.extension.state", "fastattn.extension.load.state"):
+            monkeypatch.setattr(place, lambda: extension.State(**fields))
 
     return put
 
@@ -61,10 +63,13 @@ def test_auto_takes_it_only_where_it_was_measured(
 ) -> None:
     state(info=INFO, module=SimpleNamespace(softmax_plan=lambda *_: (16, 32, 8, 1)))
     monkeypatch.setattr("fastattn.backends.triton.why_not", lambda spec: None)
-    explanation = backends.explanation(SPEC, "auto", "softmax")
+    explanation = backends.explanation({"softmax_fwd": SPEC}, "auto")
     assert explanation.backend == "triton"
     assert dict(explanation.refusals)["cuda"].startswith("not yet measured on this GPU")
-    assert backends.explanation(SPEC, "cuda", "softmax").tiles == "a row on 256 threads, 16 elements a thread"
+    assert (
+        backends.explanation({"softmax_fwd": SPEC}, "cuda").tiles
+        == "a row on 256 threads, 16 elements a thread"
+    )
 
     monkeypatch.setattr(cuda, "MEASURED_ROWS", (MeasuredRows(90, False, 1024, 4096),))
     assert cuda.why_not_auto(SPEC.replace(columns=1024)) is None

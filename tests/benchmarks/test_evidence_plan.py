@@ -20,7 +20,8 @@ import processes
 import pytest
 from evidence_sections import FIRST, FIRST_SECONDS, LAST, SECTIONS, THEN, Run, Section, switches
 
-from fastattn import build, extension
+from fastattn.extension import load
+from fastattn.extension.info import MARKER, BuildInfo, abi_tag, library_name
 
 ROOT = evidence_sections.ROOT
 BACKWARD = "cuda.attention_bwd,cuda.varlen_bwd,cuda.one_pass"
@@ -190,20 +191,20 @@ def test_a_carried_extension_is_taken_only_if_it_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
-    here = build.BuildInfo("2.11.0", "13.0", build.abi_tag(), ("9.0a",), "s" * 8)
-    monkeypatch.setattr(extension, "_here", lambda: here)
+    here = BuildInfo("2.11.0", "13.0", abi_tag(), ("9.0a",), "s" * 8)
+    monkeypatch.setattr("fastattn.extension.load.info_here", lambda: here)
 
     def library(folder: str, **changes: Any) -> Path:
         fields = {
             "torch": "2.11.0",
             "cuda": "13.0",
-            "python": build.abi_tag(),
+            "python": abi_tag(),
             "archs": ["9.0a"],
             "sources": "s" * 8,
         }
-        path = tmp_path / folder / build.library_name()
+        path = tmp_path / folder / library_name()
         path.parent.mkdir(parents=True)
-        path.write_bytes(b"ELF" + build.MARKER + json.dumps({**fields, **changes}).encode() + b"\0rest")
+        path.write_bytes(b"ELF" + MARKER + json.dumps({**fields, **changes}).encode() + b"\0rest")
         return path
 
     library("built/a", python="cpython-39")
@@ -216,7 +217,7 @@ def test_a_carried_extension_is_taken_only_if_it_fits(
     placed, _ = gpu_build.place(tmp_path / "built")
     assert placed is not None
     assert placed.read_bytes() == good.read_bytes()
-    assert (placed, False) in list(extension._candidates())
+    assert (placed, False) in list(load._candidates())
     assert gpu_build.place(good)[0] == placed
     assert gpu_build.place(tmp_path / "cache" / "nothing")[1] == ["there is no _C*.so in nothing"]
 

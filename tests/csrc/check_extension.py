@@ -46,7 +46,7 @@ def main() -> None:
 
     spec = SoftmaxSpec("cuda", 90, torch.float16, 4096, unit_columns=True, wide_rows=False)
     assert backends.select(spec, "cuda", "softmax_fwd").NAME == "cuda"
-    explanation = backends.explanation(spec, "auto", "softmax")
+    explanation = backends.explanation({"softmax_fwd": spec}, "auto")
     print(explanation)
     assert "measured" in dict(explanation.refusals)["cuda"]
 

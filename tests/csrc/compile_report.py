@@ -16,8 +16,11 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from fastattn import build
 from fastattn.cache import cache_dir
+from fastattn.extension.archs import SM90_SUFFIX
+from fastattn.extension.compiling import Object, Plan, compile_all, sources
+from fastattn.extension.info import csrc_folder
+from fastattn.extension.toolkit import Toolkit, Torch, find_toolkit
 
 ARCHS = ("8.0", "9.0a")
 WARPGROUP_THREADS = 128
@@ -77,30 +80,28 @@ class RegisterPool(NamedTuple):
 
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
-    if build.find_toolkit() is None:
+    if find_toolkit() is None:
         return "needs a CUDA toolkit"
     return None if shutil.which("g++") else "needs g++"
 
 
-def compile_kernels(
-    archs: tuple[str, ...] = ARCHS, names: str = ""
-) -> tuple[list[build.Object], list[Kernel]]:
+def compile_kernels(archs: tuple[str, ...] = ARCHS, names: str = "") -> tuple[list[Object], list[Kernel]]:
     """Every instantiation, from the cache where its text is there: kernels know nothing of torch, so none is needed.
 
     `names`: a regular expression for files, to compile those alone.
     """
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     assert toolkit is not None
-    nothing = build.Torch("", toolkit.version, "", True, ())
-    plan = build.Plan(build.csrc_folder(), toolkit, nothing, archs)
-    device = [path for path in build.sources(plan) if path.suffix == ".cu" and re.search(names, path.name)]
-    objects = build.compile_all(plan, cache_dir() / "objects", log=lambda _: None, only=device)
+    nothing = Torch("", toolkit.version, "", True, ())
+    plan = Plan(csrc_folder(), toolkit, nothing, archs)
+    device = [path for path in sources(plan) if path.suffix == ".cu" and re.search(names, path.name)]
+    objects = compile_all(plan, cache_dir() / "objects", log=lambda _: None, only=device)
     return objects, [kernel for made in objects for kernel in kernels_of(made, toolkit)]
 
 
-def kernels_of(made: build.Object, toolkit: build.Toolkit) -> list[Kernel]:
+def kernels_of(made: Object, toolkit: Toolkit) -> list[Kernel]:
     """The kernels of an object, by what the assembler said of them and by their code."""
-    wgmma = _wgmma(made.path, toolkit) if made.source.endswith(build.SM90_SUFFIX) else Counter()
+    wgmma = _wgmma(made.path, toolkit) if made.source.endswith(SM90_SUFFIX) else Counter()
     warnings = tuple(line for line in made.log.splitlines() if "warning" in line or "Potential" in line)
     found = []
     for match in ENTRY.finditer(made.log):
@@ -115,7 +116,7 @@ def kernels_of(made: build.Object, toolkit: build.Toolkit) -> list[Kernel]:
     return found
 
 
-def disassembler(toolkit: build.Toolkit) -> str | None:
+def disassembler(toolkit: Toolkit) -> str | None:
     """cuobjdump, the toolkit's or the one that triton brings."""
     folders = [Path(toolkit.root) / "bin"]
     triton = importlib.util.find_spec("triton")
@@ -124,13 +125,13 @@ def disassembler(toolkit: build.Toolkit) -> str | None:
     return next((tool for folder in folders if (tool := shutil.which("cuobjdump", path=str(folder)))), None)
 
 
-def register_pools(objects: list[build.Object], toolkit: build.Toolkit) -> list[RegisterPool]:
+def register_pools(objects: list[Object], toolkit: Toolkit) -> list[RegisterPool]:
     """Those of every kernel with setmaxnreg, which only Hopper's own sources have."""
     tool = disassembler(toolkit)
     assert tool is not None
     pools = []
     for made in objects:
-        if made.source.endswith(build.SM90_SUFFIX):
+        if made.source.endswith(SM90_SUFFIX):
             command = [tool, "-elf", "-sass", "--dump-resource-usage", str(made.path)]
             pools += pools_of(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return pools
@@ -154,7 +155,7 @@ def pools_of(dump: str) -> list[RegisterPool]:
     return pools
 
 
-def _wgmma(path: Path, toolkit: build.Toolkit) -> Counter[str]:
+def _wgmma(path: Path, toolkit: Toolkit) -> Counter[str]:
     """wgmma instructions by kernel."""
     counts: Counter[str] = Counter()
     tool = disassembler(toolkit)
@@ -179,7 +180,7 @@ def _readable(mangled: str) -> str:
     )
 
 
-def table(objects: list[build.Object], kernels: list[Kernel]) -> str:
+def table(objects: list[Object], kernels: list[Kernel]) -> str:
     """The report, as text."""
     lines = [f"{'kernel':<78} {'arch':<7} registers  spilled  static shared  wgmma"]
     for k in kernels:
@@ -198,7 +199,7 @@ if __name__ == "__main__":
     print(table(compiled, all_kernels))
     if spilling := [kernel for kernel in all_kernels if kernel.spilled]:
         sys.exit("\n".join(f"spills {k.spilled} bytes on {k.arch}: {k.name}" for k in spilling))
-    if (used := build.find_toolkit()) and disassembler(used):
+    if (used := find_toolkit()) and disassembler(used):
         found = register_pools(compiled, used)
         print(f"{len(found)} kernels hand registers over")
         if mistakes := [f"{pool.name}: {mistake}" for pool in found if (mistake := pool.mistake())]:

@@ -14,9 +14,10 @@ from csrc.compile_report import (
     register_pools,
 )
 
-from fastattn import build
+from fastattn.extension.info import csrc_folder
+from fastattn.extension.toolkit import find_toolkit
 
-CSRC = build.csrc_folder()
+CSRC = csrc_folder()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_nothing_spills(kernels: list[Kernel]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_matrix_products_of_hopper_are_wgmma_and_none_is_serialised(kernels: list[Kernel]) -> None:
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     if toolkit is None or disassembler(toolkit) is None:
         pytest.skip("needs cuobjdump")
     products = [k for k in kernels if re.search(r"attention_(fwd|bwd_d)", k.name)]
@@ -50,7 +51,7 @@ def test_matrix_products_of_hopper_are_wgmma_and_none_is_serialised(kernels: lis
 @pytest.mark.timeout(900)
 def test_warpgroups_ask_for_no_more_registers_than_their_block_has() -> None:
     """Else a consumer warpgroup waits for ever for registers that nobody gives up."""
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     if (reason := missing()) or toolkit is None:
         pytest.skip(str(reason))
     if disassembler(toolkit) is None:

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from csrc.compile_report import compile_kernels, disassembler, missing
 
-from fastattn import build
+from fastattn.extension.toolkit import find_toolkit
 
 SHAPE = re.compile(r"attention_fwd_sm90INS_12ForwardShapeI\S*?Li(\d+)ELi(\d+)ELi(\d+)ELb([01])ELi(\d+)E")
 ONE_PRODUCT_LEFT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
@@ -21,7 +21,7 @@ BACKWARD = {  # kernel: its shape; a thread has half as many exponentials as the
 @pytest.fixture(scope="module")
 def every_code() -> dict[str, str]:
     """The instructions of every attention kernel, by its name."""
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     if (reason := missing()) or toolkit is None:
         pytest.skip(str(reason))
     tool = disassembler(toolkit)

@@ -6,7 +6,7 @@ import pytest
 from csrc.compile_report import Kernel, compile_kernels, disassembler, missing
 from csrc.row_instructions import A100, H100, H200, SOURCES, RowKernel, row_kernels
 
-from fastattn import build
+from fastattn.extension.toolkit import find_toolkit
 from fastattn.tune.cycles.machine import REGISTERS
 from fastattn.tune.cycles.sass import Function, Instruction
 
@@ -17,7 +17,7 @@ CLUSTER_BLOCK = 512  # threads of a block whose row belongs to a cluster, and of
 
 @pytest.fixture(scope="module")
 def kernels() -> list[RowKernel]:
-    toolkit = build.find_toolkit()
+    toolkit = find_toolkit()
     if (reason := missing()) or toolkit is None:
         pytest.skip(str(reason))
     if disassembler(toolkit) is None:

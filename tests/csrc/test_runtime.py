@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import build
+from fastattn.extension.toolkit import find_toolkit
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-TOOLKIT = build.find_toolkit()
+TOOLKIT = find_toolkit()
 # What a capture refuses or is ended by, unless it is asked for under RelaxedCapture in runtime.h.
 ONLY_IN_RUNTIME = (
     "cudaDeviceGetAttribute",

@@ -146,5 +146,5 @@ def test_a_window_is_all_there_is_to_split(
 def test_decoding_on_a_gpu_runs_on_triton() -> None:
     spec = spec_of()
     assert backends.select(spec, "auto", "kv_cache_fwd") is backend
-    assert "decode 16x64" in str(backends.explanation(spec, "auto", "kv_cache"))
-    assert "chunk 128x" in str(backends.explanation(spec_of(seqlen_q=9), "auto", "kv_cache"))
+    assert "decode 16x64" in str(backends.explanation({"kv_cache_fwd": spec}, "auto"))
+    assert "chunk 128x" in str(backends.explanation({"kv_cache_fwd": spec_of(seqlen_q=9)}, "auto"))

@@ -20,7 +20,6 @@ from torch.library import opcheck
 import fastattn
 from fastattn import reference_losses
 from fastattn.backends import torch_softmax
-from fastattn.ops.softmax import explain
 from numerics import assert_within_rule, plain_in_any_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -340,7 +339,7 @@ def test_compile_without_breaks_or_recompiles_across_lengths() -> None:
 
 def test_explain_and_the_choice_of_backend() -> None:
     x = torch.randn(4, 100)
-    explanation = explain(x, causal=True)
+    explanation = fastattn.explain_softmax(x, causal=True)
     assert explanation.backend == "torch"
     assert [name for name, _ in explanation.refusals] == ["cuda", "triton"]
     assert explanation.tiles is not None

@@ -8,7 +8,7 @@ import torch
 
 import fastattn
 from fastattn.ops import cross_entropy as losses
-from fastattn.ops import kv_cache, softmax, spelling, varlen
+from fastattn.ops import spelling
 
 Q = torch.zeros(1, 2, 3, 4)
 EDGES = torch.tensor([0, 3], dtype=torch.int32)
@@ -19,19 +19,19 @@ CALLS = {
     "attention": lambda **o: fastattn.attention(Q, Q, Q, **o),
     "explain": lambda **o: fastattn.explain(Q, Q, Q, **o),
     "attention_varlen": lambda **o: fastattn.attention_varlen(*PACKED, EDGES, EDGES, **o),
-    "varlen.explain": lambda **o: varlen.explain(*PACKED, EDGES, EDGES, **o),
+    "explain_varlen": lambda **o: fastattn.explain_varlen(*PACKED, EDGES, EDGES, **o),
     "attention_kv_cache": lambda **o: fastattn.attention_kv_cache(Q, Q.clone(), Q.clone(), LENGTHS, **o),
-    "kv_cache.explain": lambda **o: kv_cache.explain(Q, Q.clone(), Q.clone(), LENGTHS, **o),
+    "explain_kv_cache": lambda **o: fastattn.explain_kv_cache(Q, Q.clone(), Q.clone(), LENGTHS, **o),
     "scaled_dot_product_attention": lambda **o: fastattn.scaled_dot_product_attention(Q, Q, Q, **o),
     "softmax": lambda **o: fastattn.softmax(Q, **o),
-    "softmax.explain": lambda **o: softmax.explain(Q, **o),
+    "explain_softmax": lambda **o: fastattn.explain_softmax(Q, **o),
     "cross_entropy": lambda **o: fastattn.cross_entropy(Q[0, 0], TARGET, **o),
     "linear_cross_entropy": lambda **o: fastattn.linear_cross_entropy(Q[0, 0], Q[0, 0], TARGET, **o),
     "MultiHeadAttention": lambda **o: fastattn.MultiHeadAttention(8, 2, **o),
 }
 FUNCTIONS = (
     fastattn.attention, fastattn.attention_varlen, fastattn.attention_kv_cache, fastattn.scaled_dot_product_attention,
-    fastattn.softmax, softmax.explain, losses.cross_entropy, losses.linear_cross_entropy,
+    fastattn.softmax, fastattn.explain_softmax, losses.cross_entropy, losses.linear_cross_entropy,
     fastattn.MultiHeadAttention.__init__,
 )  # fmt: skip
 
@@ -87,12 +87,12 @@ def test_what_people_type_for_attention(call, word, said):
         ("attention_varlen", "cu_seqlens", "cu_seqlens_q=... or cu_seqlens_k=..."),
         ("attention_varlen", "num_heads_kv", "not needed"),
         ("attention_varlen", "attn_mask", "it takes"),
-        ("varlen.explain", "window_size", "window=..."),
+        ("explain_varlen", "window_size", "window=..."),
         ("attention_kv_cache", "cache_seqlens", "cache_lengths=..."),
         ("attention_kv_cache", "page_table", "block_table=..."),
         ("attention_kv_cache", "softmax_scale", "scale=..."),
         ("attention_kv_cache", "rotary_emb", "rotary_cos=... or rotary_sin=..."),
-        ("kv_cache.explain", "is_causal", "causal=..."),
+        ("explain_kv_cache", "is_causal", "causal=..."),
         ("scaled_dot_product_attention", "causal", "is_causal=..."),
         ("scaled_dot_product_attention", "mask", "attn_mask=..."),
         ("scaled_dot_product_attention", "bias", "attn_mask=..."),
@@ -101,7 +101,7 @@ def test_what_people_type_for_attention(call, word, said):
         ("softmax", "attn_mask", "mask=..."),
         ("softmax", "dtype", "cast"),
         ("softmax", "temperature", "scale=..."),
-        ("softmax.explain", "is_causal", "causal=..."),
+        ("explain_softmax", "is_causal", "causal=..."),
         ("cross_entropy", "smoothing", "label_smoothing=..."),
         ("cross_entropy", "labels", "target=..."),
         ("cross_entropy", "pad_token_id", "ignore_index=..."),

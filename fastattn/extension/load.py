@@ -13,9 +13,11 @@ from types import ModuleType
 
 import torch
 
-from fastattn import build
 from fastattn.cache import cache_dir
+from fastattn.extension.archs import covers
+from fastattn.extension.info import BuildInfo, abi_tag, csrc_folder, library_name, sources_hash
 
+PACKAGE = Path(__file__).resolve().parent.parent
 ADVICE = "`fastattn build` makes one that fits"
 
 
@@ -24,7 +26,7 @@ class State:
     """What there is: a loaded module with its info, or the reason why there is none."""
 
     module: ModuleType | None = None
-    info: build.BuildInfo | None = None
+    info: BuildInfo | None = None
     path: Path | None = None
     reason: str | None = None
 
@@ -37,10 +39,10 @@ def state() -> State:
     """
     if torch.version.cuda is None:
         return State(reason=f"torch {torch.__version__} is built without CUDA")
-    here = _here()
+    here = info_here()
     refused = None
     for path, installed in _candidates():
-        info = build.BuildInfo.of_file(path)
+        info = BuildInfo.of_file(path)
         wrong = "it is no build of fastattn" if info is None else info.mismatch(here)
         if wrong is None:
             loaded = _load(path)
@@ -65,16 +67,16 @@ def module() -> ModuleType:
     return found.module
 
 
-def _here() -> build.BuildInfo:
+def info_here() -> BuildInfo:
     """What a build for this process would say of itself, architectures aside."""
-    sources = build.sources_hash(build.csrc_folder())
-    return build.BuildInfo(str(torch.__version__), str(torch.version.cuda), build.abi_tag(), (), sources)
+    sources = sources_hash(csrc_folder())
+    return BuildInfo(str(torch.__version__), str(torch.version.cuda), abi_tag(), (), sources)
 
 
 def _candidates() -> Iterator[tuple[Path, bool]]:
     """(library, whether it is the installed one), those that run on this GPU first, then the newest first."""
-    name = build.library_name()
-    installed = Path(__file__).resolve().parent / name
+    name = library_name()
+    installed = PACKAGE / name
     if installed.exists():
         yield installed, True
     found = [path for path in cache_dir().glob(f"*/{name}") if "." not in path.parent.name]
@@ -82,11 +84,11 @@ def _candidates() -> Iterator[tuple[Path, bool]]:
 
 
 def _preference(path: Path) -> tuple[bool, float]:
-    info = build.BuildInfo.of_file(path)
+    info = BuildInfo.of_file(path)
     fits = False
     if info is not None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        fits = build.covers(info.archs, 10 * major + minor)
+        fits = covers(info.archs, 10 * major + minor)
     return fits, path.stat().st_mtime
 
 

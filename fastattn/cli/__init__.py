@@ -1,0 +1,53 @@
+"""The fastattn command: what the machine offers, and a demonstration of the library on it.
+
+A file per command, which parses and prints; what it does lies in a module of the package that is imported when the
+command runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastattn.cli import bench, build, demo, doctor
+from fastattn.cli.command import command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fastattn",
+    help="One attention call, every mask, every device: see what runs here and try it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastattn import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+command(doctor.doctor, app)
+command(demo.demo, app)
+command(build.build, app)
+app.add_typer(bench.app, name="bench")

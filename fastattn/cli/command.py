@@ -1,0 +1,60 @@
+"""What every command shares: how bad input, a full disk and Ctrl-C end it, and where it reports."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from fastattn.console import InputError, NoOutput, Output
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def command(function: Callable[..., None], group: typer.Typer, **settings: Any) -> Callable[..., None]:
+    """Register a command whose user sees one line for bad input (exit code 2), a full disk or Ctrl-C (130)."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except InputError as error:
+            raise stop(str(error), BAD_INPUT) from None
+        except BrokenPipeError:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the reader left: nothing to flush to
+            raise typer.Exit(1) from None
+        except OSError as error:
+            raise stop(str(error), 1) from None
+        except KeyboardInterrupt:
+            raise stop("interrupted", INTERRUPTED) from None
+
+    return group.command(**settings)(guarded)
+
+
+def stop(message: str, code: int) -> typer.Exit:
+    """The end of a command, with a line that says why."""
+    typer.echo(f"fastattn: {message}", err=True)
+    return typer.Exit(code)
+
+
+def output(as_json: bool) -> Output:
+    """Where a command reports as it goes: nowhere where JSON is asked for."""
+    if as_json:
+        return NoOutput()
+    from fastattn.cli.console import standard_output  # slow to import, and --help needs none of it
+
+    return standard_output()
+
+
+def print_json(report: object) -> None:
+    """One JSON object on standard output."""
+    typer.echo(json.dumps(report, indent=2))
