@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Results = TypeVar("Results")
 
 SUM_ORDERS = 4  # float32 orders of summation tried besides torch's own
+MORE_ORDERS = 8  # where results of a few numbers are judged each by itself
 
 observe: Callable[[str, float, float], None] | None = None  # gets (name, error, allowed) of each comparison
 
@@ -46,7 +47,56 @@ def assert_within_rule(
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def plain_in_any_order(run: Callable[[], Results], golden: Results) -> Results:
+def assert_within_terms(
+    actual: Tensor, golden: Tensor, terms: Tensor, name: str = "result", dtype: torch.dtype | None = None
+) -> None:
+    """max|actual - golden| <= eps max|terms|: the rule for a tensor whose elements are sums of terms that cancel.
+
+    Such a sum is near 0 while its error is that of its terms, and plain torch's error may happen to be 0.
+
+    Args:
+        actual: what a kernel computed.
+        golden: the same in float64.
+        terms: of each element, the sum of its terms without their signs, as from `terms_of_score_gradients`.
+        name: for the message.
+        dtype: whose eps; that of `actual` by default.
+    """
+    assert actual.shape == golden.shape == terms.shape, f"{name}: shape {tuple(actual.shape)}"
+    assert not actual.isnan().any(), f"{name}: has NaN"
+    error = (actual.detach().double() - golden).abs().max().item()
+    allowed = torch.finfo(dtype or actual.dtype).eps * terms.max().item()
+    if observe is not None:
+        observe(name, error, allowed)
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed by its terms {allowed:.3g}"
+
+
+def terms_of_score_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
+    dweights: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The terms of dquery and dkey for `assert_within_terms`, in float64; as many heads of keys as of queries.
+
+    dscore is weight * (dout.v + dweight - delta + dlse), delta the row's sum of weight * (dout.v + dweight).
+    """
+    query, key, value, weights, dout, dlse = (
+        t.double().abs() for t in (query, key, value, weights, dout, dlse)
+    )
+    of_weights = dout @ value.mT
+    if dweights is not None:
+        of_weights = of_weights + dweights.double().abs()
+    delta = (weights * of_weights).sum(-1, keepdim=True)
+    of_scores = weights * (of_weights + delta + dlse[..., None])
+    of_scores = of_scores * (query.shape[-1] ** -0.5 if scale is None else abs(scale))
+    return of_scores @ key, of_scores.mT @ query
+
+
+def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int = SUM_ORDERS) -> Results:
     """The results of `run`, the formula in plain torch, each from the order of summation in which its error is largest.
 
     The error of a float32 sum depends on the order a processor adds in, so on one processor plain torch may be exact
@@ -57,7 +107,7 @@ def plain_in_any_order(run: Callable[[], Results], golden: Results) -> Results:
     if all(t.dtype != torch.float32 for t in worst):
         return pytree.tree_unflatten(worst, structure)
     exact = pytree.tree_leaves(golden)
-    for seed in range(SUM_ORDERS):
+    for seed in range(orders):
         with _OtherOrder(seed):
             other = pytree.tree_leaves(run())
         worst = [max(pair, key=lambda t, g=g: _error(t, g)) for g, *pair in zip(exact, worst, other)]

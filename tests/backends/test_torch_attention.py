@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from contract import CASES, Case, Inputs, check
+from contract import CASES, SAMPLES, Case, Inputs, check
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,14 +22,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contract(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype, backend="torch", samples=8 if dtype == torch.float32 else 2)
+    check(case, dtype, backend="torch", samples=SAMPLES if dtype == torch.float32 else 2)
 
 
 @pytest.mark.parametrize("outputs", [("out",), ("lse",)], ids=lambda names: names[0])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradient_from_one_result_alone(case: Case, outputs: tuple[str, ...]) -> None:
     """Without a gradient of lse the fused kernel serves the backward; without one of out, values get none."""
-    check(case, torch.float32, outputs, backend="torch", samples=8)
+    check(case, torch.float32, outputs, backend="torch", samples=SAMPLES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -64,8 +64,8 @@ def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.Mon
     for constant in ("FUSED_ROW_BLOCK", "FUSED_DENSE_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
         monkeypatch.setattr(backend, constant, rows)
     case = next(case for case in CASES if case.name == name)
-    check(case, torch.float32, backend="torch", samples=8)
-    check(case, torch.float32, ("out",), backend="torch", samples=8)
+    check(case, torch.float32, backend="torch", samples=SAMPLES)
+    check(case, torch.float32, ("out",), backend="torch", samples=SAMPLES)
 
 
 class LiveBytes(TorchDispatchMode):
