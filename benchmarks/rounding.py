@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -65,7 +66,7 @@ def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int 
     for seed in range(orders):
         with _OtherOrder(seed):
             other = pytree.tree_leaves(run())
-        worst = [max(pair, key=lambda t, g=g: _error(t, g)) for g, *pair in zip(exact, worst, other)]
+        worst = [max(pair, key=partial(_error, golden=g)) for g, *pair in zip(exact, worst, other)]
     return pytree.tree_unflatten(worst, structure)
 
 

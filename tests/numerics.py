@@ -18,6 +18,7 @@ __all__ = [
     "SUM_ORDERS",
     "assert_within_rule",
     "plain_in_any_order",
+    "share_bound",
     "terms_of_score_gradients",
 ]
 
@@ -62,3 +63,11 @@ def assert_within_rule(
     if observe is not None:
         observe(name, error, allowed)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def share_bound(p: float, count: int, deviations: float = 6.0) -> float:
+    """How far the share of `count` independent events of chance `p` may be from p.
+
+    Six standard deviations of the binomial: the normal law's chance of more is 2e-9.
+    """
+    return float(deviations * (p * (1 - p) / count) ** 0.5)
