@@ -70,6 +70,10 @@ class CacheCall:
         )  # fmt: skip
         return self._results(out, lse, [self._dense(cache) for cache in caches])
 
+    def cancelling_terms(self) -> dict[str, Tensor]:
+        """None: there are no gradients."""
+        return {}
+
     def _one_by_one(self, attend: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
         caches = [past.to(dtype) for past in self.past]
         outs, lses = [], []

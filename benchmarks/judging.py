@@ -8,13 +8,11 @@ from typing import Any, TypeVar
 import torch
 from device_errors import lost_after
 from processes import announce
+from rounding import MORE_ORDERS, error_of_terms, plain_in_any_order
 from schema import without_paths
 from torch import Tensor
 
 Finding = dict[str, Any]
-# Both sides of the rule are rounding errors, and on tensors of a few numbers which is larger is luck: a call over the
-# rule is counted, one over it this many times has failed. A wrong kernel is off by orders of magnitude.
-SLACK = 4.0
 REFUSED = "cannot run this call"  # what a named backend says of a call it does not have
 # How long one call may take before it counts as stuck: the extension compiles nothing, the others do, side by side.
 CALL_SECONDS = {"cuda": 20.0, "triton": 60.0}
@@ -75,8 +73,13 @@ def backends_here(device: torch.device) -> list[str]:
     return sorted(chosen, key=lambda name: name == "cuda")
 
 
-def excess(actual: Tensor, plain: Tensor, golden: Tensor, dtype: torch.dtype) -> float:
-    """max|actual - golden| over what the rule allows, 2 max|plain - golden| + eps(dtype) max|golden|; inf for NaN."""
+def excess(
+    actual: Tensor, plain: Tensor, golden: Tensor, dtype: torch.dtype, terms: Tensor | None = None
+) -> float:
+    """max|actual - golden| over what the rule allows, 2 max|plain - golden| + eps(dtype) max|golden|; inf for NaN.
+
+    terms: of sums that cancel, which plain torch may have exactly by chance: it counts as wrong by their error.
+    """
     actual, plain, golden = actual.double(), plain.double(), golden.double()
     infinite = golden.isinf()
     if (
@@ -89,5 +92,39 @@ def excess(actual: Tensor, plain: Tensor, golden: Tensor, dtype: torch.dtype) ->
         return 0.0
     actual, plain, golden = (t.masked_fill(infinite, 0) for t in (actual, plain, golden))
     error = (actual - golden).abs().max().item()
-    allowed = 2 * (plain - golden).abs().max().item() + torch.finfo(dtype).eps * golden.abs().max().item()
+    of_plain = 2 * (plain - golden).abs().max().item()
+    if terms is not None:
+        of_plain = max(of_plain, error_of_terms(terms, dtype))
+    allowed = of_plain + torch.finfo(dtype).eps * golden.abs().max().item()
     return 0.0 if error == 0 else error / allowed if allowed else float("inf")
+
+
+def ratios_of(
+    actual: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    golden: dict[str, Tensor],
+    dtype: torch.dtype,
+    again: Callable[[], dict[str, Tensor]],
+    terms: dict[str, Tensor],
+) -> dict[str, float]:
+    """By result, the part of the allowed error that it uses.
+
+    Where float32 seems to be over the rule, plain torch's error is that of several orders of summation: of a few
+    numbers, that of one order may be 0 by chance.
+
+    Args:
+        actual: what is judged.
+        plain: the formula in plain torch, in the dtype.
+        golden: the same in float64.
+        dtype: of the call.
+        again: computes `plain`.
+        terms: of the gradients whose terms cancel, as `excess` takes them.
+    """
+
+    def judged(plain: dict[str, Tensor]) -> dict[str, float]:
+        return {n: excess(t, plain[n], golden[n], dtype, terms.get(n)) for n, t in actual.items()}
+
+    ratios = judged(plain)
+    if dtype == torch.float32 and any(1 < ratio < float("inf") for ratio in ratios.values()):
+        ratios = judged(plain_in_any_order(again, golden, MORE_ORDERS))
+    return ratios

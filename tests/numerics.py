@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-Results = TypeVar("Results")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the checks of a device share these
 
-SUM_ORDERS = 4  # float32 orders of summation tried besides torch's own
+from rounding import MORE_ORDERS, SUM_ORDERS, error_of_terms, plain_in_any_order, terms_of_score_gradients
+
+__all__ = [
+    "MORE_ORDERS",
+    "SUM_ORDERS",
+    "assert_within_rule",
+    "plain_in_any_order",
+    "share_bound",
+    "terms_of_score_gradients",
+]
 
 observe: Callable[[str, float, float], None] | None = None  # gets (name, error, allowed) of each comparison
 
 
 def assert_within_rule(
-    actual: Tensor, plain: Tensor, golden: Tensor, name: str = "result", dtype: torch.dtype | None = None
+    actual: Tensor,
+    plain: Tensor,
+    golden: Tensor,
+    name: str = "result",
+    dtype: torch.dtype | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     """max|actual - golden| <= 2 max|plain - golden| + eps max|golden|.
 
@@ -29,6 +42,9 @@ def assert_within_rule(
         golden: the same in float64.
         name: for the message.
         dtype: whose eps; that of `plain` by default.
+        terms: for elements that are sums of terms which cancel, the sum of each one's terms without their signs, as
+            from `terms_of_score_gradients`: such a sum may be exact in plain torch by chance, and so counts as wrong
+            by eps(float32) max|terms| at least.
     """
     assert actual.shape == golden.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
     actual, plain_64, golden = (t.detach().double().cpu() for t in (actual, plain, golden))
@@ -40,73 +56,18 @@ def assert_within_rule(
         return
     error = (actual - golden).abs().max().item()
     eps = torch.finfo(dtype or plain.dtype).eps
-    allowed = 2 * (plain_64 - golden).abs().max().item() + eps * golden.abs().max().item()
+    of_plain = 2 * (plain_64 - golden).abs().max().item()
+    if terms is not None:
+        of_plain = max(of_plain, error_of_terms(terms, dtype or plain.dtype))
+    allowed = of_plain + eps * golden.abs().max().item()
     if observe is not None:
         observe(name, error, allowed)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def plain_in_any_order(run: Callable[[], Results], golden: Results) -> Results:
-    """The results of `run`, the formula in plain torch, each from the order of summation in which its error is largest.
+def share_bound(p: float, count: int, deviations: float = 6.0) -> float:
+    """How far the share of `count` independent events of chance `p` may be from p.
 
-    The error of a float32 sum depends on the order a processor adds in, so on one processor plain torch may be exact
-    by chance where it is not on another, nor a kernel. `golden` is what `run` gives in float64, of the same structure.
-    16-bit results are returned as torch computes them: their own rounding exceeds that of the sums.
+    Six standard deviations of the binomial: the normal law's chance of more is 2e-9.
     """
-    worst, structure = pytree.tree_flatten(run())
-    if all(t.dtype != torch.float32 for t in worst):
-        return pytree.tree_unflatten(worst, structure)
-    exact = pytree.tree_leaves(golden)
-    for seed in range(SUM_ORDERS):
-        with _OtherOrder(seed):
-            other = pytree.tree_leaves(run())
-        worst = [max(pair, key=lambda t, g=g: _error(t, g)) for g, *pair in zip(exact, worst, other)]
-    return pytree.tree_unflatten(worst, structure)
-
-
-def _error(plain: Tensor, golden: Tensor) -> float:
-    """The largest error of the results that are finite in float64; -1 where one of them is not finite in float32."""
-    error = (plain.detach().double() - golden).abs()[golden.isfinite()]
-    if not error.numel():
-        return 0.0
-    return error.max().item() if bool(error.isfinite().all()) else -1.0
-
-
-class _OtherOrder(TorchDispatchMode):
-    """Matrix products and sums in a random order, and softmax as in a fused backward.
-
-    That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        aten = torch.ops.aten
-        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default):
-            *added, a, b = args
-            order = self._order(a.shape[-1], a.device)
-            return func(*added, a.index_select(-1, order), b.index_select(-2, order), **kwargs)
-        if func is aten.sum.dim_IntList and args[1]:
-            x, dims, *rest = args
-            for dim in dims:
-                x = x.index_select(dim, self._order(x.shape[dim], x.device))
-            return func(x, dims, *rest, **kwargs)
-        if func is aten._softmax.default:
-            x, dim, _ = args
-            steps = torch.randint(-1, 2, x.shape, generator=self.generator).to(x)
-            again = torch.where(steps == 0, x, torch.nextafter(x, steps * torch.inf))
-            return (again - x.logsumexp(dim, keepdim=True)).exp()
-        if func is aten._softmax_backward_data.default:
-            grad, weights, dim, _ = args
-            order = self._order(grad.shape[dim], grad.device)
-            delta = (grad * weights).index_select(dim, order).sum(dim, keepdim=True)
-            return weights * (grad - delta)
-        return func(*args, **kwargs)
-
-    def _order(self, size: int, device: torch.device) -> Tensor:
-        return torch.randperm(size, generator=self.generator).to(device)
+    return float(deviations * (p * (1 - p) / count) ** 0.5)

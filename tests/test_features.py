@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import feature_mutations
 import pytest
 from features import FEATURES, NO, PAGE, PEERS, Cell, cells, render
 
@@ -18,42 +20,47 @@ CLAIMS = sorted(
 )
 
 
-def collect(tests: list[str]) -> subprocess.CompletedProcess:
-    """Let pytest find tests by name, running none."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--collect-only",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
+def pytest_of(tests: list[str], *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Let pytest find tests by name, and do with them what the options say."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *options, *tests]
     return subprocess.run(
         command,
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT / "tests"), **environment},
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="without Triton its tests are not collected")
-def test_every_named_test_exists() -> None:
-    done = collect(CLAIMS)
-    assert done.returncode == 0, "\n".join(
-        line for line in done.stdout.splitlines() + done.stderr.splitlines() if "ERROR" in line
-    )
-    found = {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert {test.partition("[")[0] for test in CLAIMS} <= found
+def test_every_named_test_exists_and_fails_without_its_feature(tmp_path: Path) -> None:
+    outcomes = tmp_path / "outcomes.json"
+    done = pytest_of(CLAIMS, "-p", "feature_mutations", **{feature_mutations.VARIABLE: str(outcomes)})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]  # 4 where a test does not exist
+    found = json.loads(outcomes.read_text(encoding="utf-8"))
+    for feature in FEATURES:
+        if feature.name not in feature_mutations.ABSENT:
+            continue
+        for cell in (feature.torch, feature.triton):
+            became = {test: found[feature.name][test] for test in cell.tests}
+            waiting = {
+                test for test in became if became[test] == "skipped"
+            }  # for a GPU: they run where one is
+            assert all(became[test] == "failed" for test in became.keys() - waiting), (feature.name, became)
+            assert cell is not feature.torch or not waiting, (feature.name, waiting)
+
+
+def test_every_row_that_claims_something_has_a_mutation() -> None:
+    """AMD GPUs' claim is that kernels compile, whose test holds a recorded table."""
+    claiming = {f.name for f in FEATURES if f.torch.tests or f.triton.tests}
+    assert claiming - feature_mutations.ABSENT.keys() == {"AMD GPUs"}
+    assert feature_mutations.ABSENT.keys() <= claiming
 
 
 def test_a_test_that_does_not_exist_is_noticed() -> None:
-    done = collect(["tests/test_features.py::test_of_nothing"])
+    done = pytest_of(["tests/test_features.py::test_of_nothing"], "--collect-only")
     assert done.returncode != 0
     assert "not found" in done.stdout + done.stderr
 

@@ -143,7 +143,3 @@ def test_a_torch_without_cuda_builds_nothing_and_says_so(
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_setup_py_stays_thin() -> None:
-    assert len((ROOT / "setup.py").read_text(encoding="utf-8").splitlines()) < 80

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -64,6 +65,53 @@ def test_a_wrong_op_is_found(only_torch: None, monkeypatch: pytest.MonkeyPatch) 
     assert failed == {"softmax"}
     summaries = {f["detail"].split(":")[0]: f["status"] for f in findings if f.get("summary")}
     assert summaries == {name: "failed" if name == "softmax" else "passed" for name in gpu_op_checks.OPS}
+
+
+@pytest.mark.parametrize(
+    ("module", "check"),
+    [
+        (gpu_attention_checks, "random"),
+        (gpu_attention_checks, "kv-cache"),
+        (gpu_op_checks, "ops-varlen"),
+        (gpu_op_checks, "ops-softmax"),
+    ],
+)
+@pytest.mark.parametrize(("ratio", "status"), [(1.0, "passed"), (1.01, "failed"), (math.inf, "failed")])
+def test_the_bound_is_the_rule(
+    module: Any, check: str, ratio: float, status: str, only_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ratios_of", lambda *results: {"out": 0.5, "lse": ratio})
+    findings = list(gpu_checks.CHECKS[check](CPU, 0.05, 0))
+    assert {finding["status"] for finding in findings} == {status}
+
+
+def test_a_row_of_one_key_is_judged_by_its_terms() -> None:
+    """Plain torch has no error there; a kernel that subtracts two sums has theirs, and no more."""
+    golden = torch.zeros(3, dtype=torch.float64)
+    terms = {"dkey": torch.tensor([1.0, 8.0, 2.0], dtype=torch.float64)}
+    eps = torch.finfo(torch.float32).eps
+    for error, within in ((8 * eps, True), (9 * eps, False)):
+        results = {"dkey": golden.float() + error}, {"dkey": golden.float()}, {"dkey": golden}
+        for dtype in (torch.float32, torch.bfloat16):
+            ratios = judging.ratios_of(*results, dtype, lambda: {"dkey": golden.float()}, terms)
+            assert (ratios["dkey"] <= 1) is within
+
+
+def test_the_terms_of_a_call_are_of_its_rows_of_one_key() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(64):
+        call = RandomCall(seed, CPU, 70)
+        terms = call.cancelling_terms()
+        if not terms or "dropout_p" in call.options:
+            continue
+        assert terms["dquery"].shape == call.operands["query"].shape
+        assert terms["dkey"].shape == call.operands["key"].shape
+        if set(call.options) == {"causal"} and call.options["causal"] and call.seqlen_q == call.seqlen_k:
+            assert terms["dquery"][:, :, 0].any()  # the first query sees the first key
+            assert not terms["dquery"][:, :, 1:].any()
+            assert not terms["dkey"][:, :, 1:].any()
+            seen["causal"] += 1
+    assert seen["causal"]
 
 
 def options(**changes: Any) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """`sdpa_override` reaches what it says it reaches, and leaves no trace."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 import fastattn
 from fastattn.integrations import torch as door
 from fastattn.ops import sdpa as sdpa_module
+from numerics import assert_within_rule
 
 ORIGINAL = F.scaled_dot_product_attention
 
@@ -344,14 +346,21 @@ def test_on_a_gpu_torchs_flash_path_is_fastattn(registry, dtype):
 
     def run():
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+            return results(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), (q, k, v))
 
-    expected = run()
+    def results(attend, leaves):
+        out = attend(*leaves)
+        return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+    dout = torch.randn(2, 4, 256, 64, device="cuda", dtype=dtype)
+    formula = partial(fastattn.reference.attention, causal=True)
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    plain, golden = results(formula, (q, k, v)), results(formula, doubles)
     door.register()
     registry.activate_flash_attention_impl("fastattn")
     with torch.profiler.profile() as profile:
         actual = run()
     registry.restore_flash_attention_impl()
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    for name, *three in zip(("out", "dq", "dk", "dv"), actual, plain, golden):
+        assert_within_rule(*three, name)
     assert any("fastattn" in event.key for event in profile.key_averages())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import DEVICE
-from contract import CASES, Case, check
+from contract import CASES, SAMPLES, Case, check
 
 INTERPRETED = (  # the others wait for a GPU: test_attention.py and its neighbours interpret the same clauses
     "causal",
@@ -38,7 +38,7 @@ def test_contract(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contract_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:
-    samples = 8 if dtype == torch.float32 else 2
+    samples = SAMPLES if dtype == torch.float32 else 2
     check(case, dtype, device=DEVICE, backend="triton", samples=samples)
 
 

@@ -1,0 +1,118 @@
+"""What rounding may cost: plain torch's error in other orders of summation, and the terms of sums that cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Results = TypeVar("Results")
+
+SUM_ORDERS = 4  # float32 orders of summation tried besides torch's own
+MORE_ORDERS = 8  # where results of a few numbers are judged each by itself
+
+
+def error_of_terms(terms: Tensor, dtype: torch.dtype) -> float:
+    """What the terms of sums that cancel may leave: eps max|terms|, eps of the dtype that sums are kept in."""
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.finfo(kept).eps * terms.max().item() if terms.numel() else 0.0
+
+
+def terms_of_score_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
+    dweights: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of each element of dquery and dkey the sum of its terms without their signs, in float64.
+
+    dscore is weight * (dout.v + dweight - delta + dlse), delta the row's sum of weight * (dout.v + dweight). Where a
+    row sees one key, dout.v and delta cancel: the error is that of the terms, however small the gradient is.
+    """
+    query, key, value, weights, dout, dlse = (
+        t.double().abs() for t in (query, key, value, weights, dout, dlse)
+    )
+    group = query.shape[1] // max(key.shape[1], 1)
+    of_weights = dout @ value.repeat_interleave(group, dim=1).mT
+    if dweights is not None:
+        of_weights = of_weights + dweights.double().abs()
+    delta = (weights * of_weights).sum(-1, keepdim=True)
+    of_scores = weights * (of_weights + delta + dlse[..., None])
+    of_scores = of_scores * (query.shape[-1] ** -0.5 if scale is None else abs(scale))
+    dkey = (of_scores.mT @ query).unflatten(1, (key.shape[1], group)).sum(2)
+    return of_scores @ key.repeat_interleave(group, dim=1), dkey
+
+
+def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int = SUM_ORDERS) -> Results:
+    """The results of `run`, the formula in plain torch, each from the order of summation in which its error is largest.
+
+    The error of a float32 sum depends on the order a processor adds in, so on one processor plain torch may be exact
+    by chance where it is not on another, nor a kernel. `golden` is what `run` gives in float64, of the same structure.
+    16-bit results are returned as torch computes them: their own rounding exceeds that of the sums.
+    """
+    worst, structure = pytree.tree_flatten(run())
+    if all(t.dtype != torch.float32 for t in worst):
+        return pytree.tree_unflatten(worst, structure)
+    exact = pytree.tree_leaves(golden)
+    for seed in range(orders):
+        with _OtherOrder(seed):
+            other = pytree.tree_leaves(run())
+        worst = [max(pair, key=partial(_error, golden=g)) for g, *pair in zip(exact, worst, other)]
+    return pytree.tree_unflatten(worst, structure)
+
+
+def _error(plain: Tensor, golden: Tensor) -> float:
+    """The largest error of the results that are finite in float64; -1 where one of them is not finite in float32."""
+    error = (plain.detach().double() - golden).abs()[golden.isfinite()]
+    if not error.numel():
+        return 0.0
+    return error.max().item() if bool(error.isfinite().all()) else -1.0
+
+
+class _OtherOrder(TorchDispatchMode):
+    """Matrix products and sums in a random order, and softmax as in a fused backward.
+
+    That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+            *added, a, b = args
+            order = self._order(a.shape[-1], a.device)
+            return func(*added, a.index_select(-1, order), b.index_select(-2, order), **kwargs)
+        if func is aten.sum.dim_IntList and args[1]:
+            x, dims, *rest = args
+            for dim in dims:
+                x = x.index_select(dim, self._order(x.shape[dim], x.device))
+            return func(x, dims, *rest, **kwargs)
+        if func is aten._softmax.default:
+            x, dim, _ = args
+            steps = torch.randint(-1, 2, x.shape, generator=self.generator).to(x)
+            again = torch.where(steps == 0, x, torch.nextafter(x, steps * torch.inf))
+            return (again - x.logsumexp(dim, keepdim=True)).exp()
+        if func is aten._softmax_backward_data.default:
+            grad, weights, dim, _ = args
+            order = self._order(grad.shape[dim], grad.device)
+            delta = (grad * weights).index_select(dim, order).sum(dim, keepdim=True)
+            return weights * (grad - delta)
+        return func(*args, **kwargs)
+
+    def _order(self, size: int, device: torch.device) -> Tensor:
+        return torch.randperm(size, generator=self.generator).to(device)
