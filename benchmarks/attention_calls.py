@@ -57,7 +57,7 @@ class RandomCall:
     def run(
         self, attend: Callable[..., Any], dtype: torch.dtype, gradients: bool = True, **extra: Any
     ) -> dict[str, Tensor]:
-        """out, lse and the gradient of every differentiable input, from cotangents of out and lse."""
+        """out, lse and the gradient of every differentiable input, from upstream_grads of out and lse."""
         leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in self.operands.items()}
         options = dict(self.options)
         for name in {"bias", "alibi_slopes", "sinks"} & options.keys():
@@ -102,12 +102,12 @@ class RandomCall:
             return options
         for name, chance in (("mask", 0.25), ("bias", 0.3)):
             if kind.random() < chance:
-                shape = [size if draw.random() < 0.6 else 1 for size in self._plane()]
+                shape = [size if draw.random() < 0.6 else 1 for size in self._sizes()]
                 noise = self._normal(*shape)
                 if name == "mask" or noise.numel() >= FEWEST:
                     options[name] = noise > -1.3 if name == "mask" else noise
         if kind.random() < 0.3:
-            options["segment_ids"] = tuple(self._integers(-1, 3, self.batch, n) for n in self._plane()[2:])
+            options["segment_ids"] = tuple(self._integers(-1, 3, self.batch, n) for n in self._sizes()[2:])
         if kind.random() < 0.25 and self.heads >= FEWEST:
             options["alibi_slopes"] = self._normal(self.heads).abs()
         if kind.random() < 0.25:
@@ -118,7 +118,7 @@ class RandomCall:
             options |= {"dropout_p": 0.2, "dropout_seed": draw.randrange(1 << 40)}
         return options
 
-    def _plane(self) -> tuple[int, int, int, int]:
+    def _sizes(self) -> tuple[int, int, int, int]:
         return self.batch, self.heads, self.seqlen_q, self.seqlen_k
 
     def _operand(self, heads: int, length: int, dim: int) -> Tensor:

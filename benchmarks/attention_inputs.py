@@ -1,4 +1,4 @@
-"""An attention call to measure, and its random inputs in every form that a contestant takes."""
+"""An attention call to measure, and its random inputs in every form that a provider takes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class AttentionCall:
 
 
 class AttentionInputs:
-    """The inputs of one case, the same for every contestant."""
+    """The inputs of one case, the same for every provider."""
 
     def __init__(self, case: AttentionCall, device: torch.device) -> None:
         self.case, self.device = case, device

@@ -44,7 +44,7 @@ GPU_SHAPE: dict[str, Any] = {
 class AttentionCase(AttentionCall):
     """A call with those who make it."""
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Names that `peers.find` knows, ours first: each fused backend of ours, unless the case names its peers."""
         if self.peers:
             return ["fastattn", *self.peers]
@@ -74,11 +74,11 @@ class AttentionCase(AttentionCall):
 
 
 class AttentionWorkload(AttentionInputs):
-    """The inputs of one case, the same for every contestant, and what they should give."""
+    """The inputs of one case, the same for every provider, and what they should give."""
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """One forward, backward or both, returning out and the gradients."""
-        call = peers.find(contestant)(self)
+        call = peers.find(provider)(self)
         query, key, value = self.query, self.key, self.value
         inputs = tuple(self.inputs.values())
         names = tuple(self.inputs)
@@ -102,9 +102,9 @@ class AttentionWorkload(AttentionInputs):
 
         return backward
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The truth for the first sequence's first key/value head; None for peers that draw dropout of their own."""
-        if self.case.dropout_p and not contestant.startswith("fastattn"):
+        if self.case.dropout_p and not provider.startswith("fastattn"):
             return None
         return self._judgement
 
@@ -157,7 +157,7 @@ def cpu_cases() -> list[AttentionCase]:
         return AttentionCase(**{"name": name, "group": group, **sizes, **changes})
 
     def against_sdpa(speed: float, memory: float | None = None) -> schema.Result:
-        target: schema.Result = {"contestant": "fastattn", "against": "sdpa", "speed": speed}
+        target: schema.Result = {"provider": "fastattn", "against": "sdpa", "speed": speed}
         return target if memory is None else {**target, "memory": memory}
 
     formula = ("composite", "composite-compile")
@@ -245,7 +245,7 @@ def _backend_names() -> list[str]:
 
 
 def import_case(quick: bool) -> schema.Result:
-    """Milliseconds to import torch, and fastattn after torch, each in fresh processes taken in turn."""
+    """Milliseconds to import torch, and fastattn after torch, each in fresh processes taken alternating."""
     rounds = 2 if quick else 5
     place = schema.ROOT if (schema.ROOT / "pyproject.toml").exists() else None
     programs = {"torch": "import torch", "fastattn": "import fastattn"}
@@ -267,7 +267,7 @@ def import_case(quick: bool) -> schema.Result:
     rows = []
     for name, samples in seconds.items():
         row: schema.Result = {
-            "contestant": name,
+            "provider": name,
             "status": "ok",
             "error": None,
             "within_rule": None,
@@ -277,7 +277,7 @@ def import_case(quick: bool) -> schema.Result:
         if samples:
             rows.append(row | {"time_ms": harness.spread(samples)})
         else:
-            rows.append({"contestant": name, "status": "failed", "reason": "the import failed"})
+            rows.append({"provider": name, "status": "failed", "reason": "the import failed"})
     return {
         "name": "import",
         "group": "import",
@@ -288,7 +288,7 @@ def import_case(quick: bool) -> schema.Result:
         "axis": None,
         "flops": None,
         "bytes": None,
-        "target": {"contestant": "fastattn", "against": None, "extra_ms": 150.0},
+        "target": {"provider": "fastattn", "against": None, "extra_ms": 150.0},
         "rows": rows,
     }
 

@@ -40,7 +40,7 @@ class LossCase:
     direction: str = "forward+backward"
     compiled: bool = True  # whether torch.compile takes part
     target: schema.Result | None = field(
-        default_factory=lambda: {"contestant": "fastattn", "against": "torch", "speed": 1.0, "memory": 1.0}
+        default_factory=lambda: {"provider": "fastattn", "against": "torch", "speed": 1.0, "memory": 1.0}
     )
 
     @property
@@ -77,7 +77,7 @@ class LossCase:
         passes = 1 if self.direction == "forward" else 3
         return float(passes * self.rows * self.vocabulary * self.dtype.itemsize)
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
         compiled = ["torch-compile"] if self.compiled else []
         return ["fastattn", "torch", *compiled, *(["liger"] if device.type == "cuda" else [])]
@@ -93,7 +93,7 @@ class LossCase:
 
 
 class LossWorkload:
-    """The inputs of one case, the same for every contestant."""
+    """The inputs of one case, the same for every provider."""
 
     def __init__(self, case: LossCase, device: torch.device) -> None:
         self.case = case
@@ -111,11 +111,11 @@ class LossWorkload:
         self.target = torch.randint(case.vocabulary, (case.rows,), generator=generator, device=device)
         self.target[: int(IGNORED * case.rows)] = -100
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """One loss, or one with its gradients."""
-        return calls.step_of(self._call(contestant), self.inputs, None, self.case.direction)
+        return calls.step_of(self._call(provider), self.inputs, None, self.case.direction)
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The loss in float64, and the gradient of the features or of the last rows of logits."""
         return self._judgement
 
@@ -133,18 +133,18 @@ class LossWorkload:
             kept,
         )
 
-    def _call(self, contestant: str) -> calls.Call:
+    def _call(self, provider: str) -> calls.Call:
         target = self.target
-        if contestant == "fastattn":
+        if provider == "fastattn":
             import fastattn
 
             if self.case.width:
                 return lambda hidden, weight: fastattn.linear_cross_entropy(hidden, weight, target)
             return lambda logits: fastattn.cross_entropy(logits, target)
-        if contestant == "torch-compile":
+        if provider == "torch-compile":
             compiled: calls.Call = torch.compile(self._formula, dynamic=False)
             return compiled
-        if contestant == "liger":
+        if provider == "liger":
             functions = import_module("liger_kernel.transformers.functional")
             if self.case.width:
                 return lambda hidden, weight: functions.liger_fused_linear_cross_entropy(

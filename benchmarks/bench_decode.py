@@ -84,7 +84,7 @@ class DecodeCase:
         tokens = sum(self.lengths) + self.batch
         return float(2 * tokens * self.kv_heads * self.head_dim * self.dtype.itemsize)
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
         if self.peers:
             return ["fastattn", *self.peers]
@@ -128,9 +128,9 @@ class DecodeWorkload:
         self.k_cache, self.v_cache = normal(*shape), normal(*shape)
         self.lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """Append the new token and attend to everything cached, the token itself included."""
-        family, _, variant = contestant.partition("-")
+        family, _, variant = provider.partition("-")
         makers: dict[str, Callable[[str], Callable[[], Tensor]]] = {
             "fastattn": self._fastattn,
             "sdpa": self._sdpa,
@@ -145,7 +145,7 @@ class DecodeWorkload:
 
         return step
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The truth in float64 for the last sequence, the longest, and its first key/value head."""
         return self._judgement
 

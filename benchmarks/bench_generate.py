@@ -73,7 +73,7 @@ class GenerateCase:
             weights = product_weights(GPT(GPTConfig.preset(self.preset)))
         return float(self.new_tokens * self.dtype.itemsize * sum(weight.numel() for weight in weights))
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours first; the floor last."""
         return ["fastattn", *self.peers, PRODUCTS]
 
@@ -100,13 +100,13 @@ class GenerateWorkload:
             for row in range(case.batch):
                 self.mask[row, : row % case.prompt] = 0
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """One generation; its ids are the prompt and the continuation."""
-        if contestant == PRODUCTS:
+        if provider == PRODUCTS:
             return self._products()
-        model = self.pair.make(contestant, self.case.dtype).eval()
+        model = self.pair.make(provider, self.case.dtype).eval()
         options: dict[str, Any] = {"max_new_tokens": self.case.new_tokens, "attention_mask": self.mask}
-        if contestant.startswith("transformers"):
+        if provider.startswith("transformers"):
             options |= {"do_sample": False, "pad_token_id": 0}
 
         def step() -> Tensors:
@@ -117,7 +117,7 @@ class GenerateWorkload:
         assert made == self.case.prompt + self.case.new_tokens, f"{made} tokens"
         return step
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """None: random weights make ties of logits, so that ids differ by rounding; tests compare them."""
         return None
 
@@ -147,7 +147,7 @@ def cases_for(device: torch.device) -> list[GenerateCase]:
     """Every case of a device, the most important first."""
 
     def faster(speed: float) -> schema.Result:
-        return {"contestant": "fastattn", "against": "transformers-sdpa", "speed": speed}
+        return {"provider": "fastattn", "against": "transformers-sdpa", "speed": speed}
 
     if device.type == "cpu":
         return [

@@ -58,9 +58,9 @@ class OverheadCase:
         """The op in words."""
         return f"{self.op}, {self.direction.replace('+', ' + ')}"
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours, and torch's nearest."""
-        return list(OPS[self.op].contestants)
+        return list(OPS[self.op].providers)
 
     def open(self, device: torch.device) -> OverheadWorkload:
         """Random inputs on the device."""
@@ -84,22 +84,22 @@ class OverheadWorkload:
         self.calls = op.calls(device)
         self.dout = None if op.scalar else torch.randn(op.out_shape, device=device, dtype=case.dtype)
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """One forward, or one with its backward."""
-        return calls.step_of(self.calls[contestant], self.inputs, self.dout, self.case.direction)
+        return calls.step_of(self.calls[provider], self.inputs, self.dout, self.case.direction)
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """None: the other benches judge, this one only counts time."""
         return None
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op's inputs by the names of their gradients, its result, and its contestants."""
+    """An op's inputs by the names of their gradients, its result, and its providers."""
 
     shapes: Mapping[str, tuple[int, ...]]
     out_shape: tuple[int, ...]
-    contestants: tuple[str, ...]
+    providers: tuple[str, ...]
     calls: Callable[[torch.device], Calls]
     gradient: bool = True
 

@@ -73,7 +73,7 @@ class SoftmaxCase:
         passes = {"forward": 2, "forward+backward": 5}[self.direction]
         return float(passes * self.rows * self.columns * self.dtype.itemsize)
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
         compiled = ["torch-compile"] if self.compiled else []
         installed = ["liger", "quack"] if device.type == "cuda" else []
@@ -91,7 +91,7 @@ class SoftmaxCase:
 
 
 class SoftmaxWorkload:
-    """The input of one case, the same for every contestant."""
+    """The input of one case, the same for every provider."""
 
     def __init__(self, case: SoftmaxCase, device: torch.device) -> None:
         self.case, self.device = case, device
@@ -105,11 +105,11 @@ class SoftmaxWorkload:
         self.inputs = calls.leaves_of({"dx": normal()}, case.direction)
         self.dout = normal()
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """One forward, or one with its backward."""
-        return calls.step_of(self._call(contestant), self.inputs, self.dout, self.case.direction)
+        return calls.step_of(self._call(provider), self.inputs, self.dout, self.case.direction)
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The truth in float64 for the first rows, or the first square."""
         return self._judgement
 
@@ -126,16 +126,16 @@ class SoftmaxWorkload:
             "the first square" if self.case.causal else f"rows 0..{count - 1}",
         )
 
-    def _call(self, contestant: str) -> calls.Call:
-        if contestant.startswith("fastattn"):
-            return self._ours(contestant.partition("-")[2] or "auto")
-        if contestant == "torch-compile":
+    def _call(self, provider: str) -> calls.Call:
+        if provider.startswith("fastattn"):
+            return self._ours(provider.partition("-")[2] or "auto")
+        if provider == "torch-compile":
             compiled: calls.Call = torch.compile(self._formula, dynamic=False)
             return compiled
-        if contestant == "liger":
+        if provider == "liger":
             call: calls.Call = import_module("liger_kernel.ops.softmax").LigerSoftmaxFunction.apply
             return call
-        if contestant == "quack":
+        if provider == "quack":
             return import_module("quack").softmax
         return self._formula
 

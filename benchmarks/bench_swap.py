@@ -46,7 +46,7 @@ class SwapCase:
     @property
     def target(self) -> schema.Result | None:
         """Nothing may be slower after a swap."""
-        return None if self.tiny else {"contestant": "fastattn", "against": BEFORE, "speed": 1.0}
+        return None if self.tiny else {"provider": "fastattn", "against": BEFORE, "speed": 1.0}
 
     @property
     def params(self) -> schema.Result:
@@ -59,7 +59,7 @@ class SwapCase:
         words = f"{self.group}, {self.batch}×{self.length}"  # noqa: RUF001
         return ", ".join([words, *command.unusual(self.dtype, self.direction)])
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours, and the model without it."""
         return ["fastattn", BEFORE]
 
@@ -86,21 +86,21 @@ class SwapWorkload:
         else:
             self.missing = None
 
-    def step(self, contestant: str) -> Step:
+    def step(self, provider: str) -> Step:
         """One call; with its backward where the case asks for it."""
         import fastattn
 
         if self.missing:
             raise CannotRun(self.missing)
         model = self.model
-        if contestant == "fastattn":
+        if provider == "fastattn":
             model = copy.deepcopy(model)
             report = fastattn.swap_attention(model)
             if not report.swapped:
                 raise CannotRun(f"nothing to swap: {report}")
         return partial(self._run, model, self.inputs)
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The model as it was, in float64; None for generated ids, whose ties of logits differ by rounding."""
         if self.missing or self.case.group.startswith("Llama"):
             return None

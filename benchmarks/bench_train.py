@@ -89,7 +89,7 @@ class TrainCase:
         """None: arithmetic bounds it."""
         return None
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours first; what ends in -compile runs under torch.compile."""
         return ["fastattn", *self.peers]
 
@@ -112,12 +112,12 @@ class TrainWorkload:
         size = (case.batch, case.seqlen)
         self.tokens = torch.randint(self.pair.config.vocab_size, size, device=device)
 
-    def step(self, contestant: str) -> Step:
-        """One loss with or without its gradients and the update, of a model of the contestant's own."""
-        model = self.pair.make(contestant, torch.float32)
+    def step(self, provider: str) -> Step:
+        """One loss with or without its gradients and the update, of a model of the provider's own."""
+        model = self.pair.make(provider, torch.float32)
         trains = self.case.group == "train"
         model.train(trains)
-        run = torch.compile(model) if contestant.endswith("-compile") else model
+        run = torch.compile(model) if provider.endswith("-compile") else model
         optimizer = None
         if self.case.update:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
@@ -134,7 +134,7 @@ class TrainWorkload:
 
         return step
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The first loss in float64 by transformers; None with dropout, where each library draws its own."""
         known = find_spec("transformers") is not None and not self.case.dropout
         return self._judgement if known else None
@@ -164,7 +164,7 @@ class TrainWorkload:
 def cases_for(device: torch.device) -> list[TrainCase]:
     """Every case of a device, the most important first."""
     if device.type == "cpu":
-        faster = {"contestant": "fastattn", "against": "transformers-sdpa", "speed": 1.1, "memory": 0.6}
+        faster = {"provider": "fastattn", "against": "transformers-sdpa", "speed": 1.1, "memory": 0.6}
         alone = ("transformers-sdpa",)
         return [
             TrainCase("train-1x512", "train", 1, 512, target=faster, peers=alone),
@@ -172,7 +172,7 @@ def cases_for(device: torch.device) -> list[TrainCase]:
             TrainCase("evaluate-1x512", "evaluate", 1, 512, peers=alone),
         ]
     compiled = ("transformers-sdpa", "transformers-sdpa-compile", "transformers-eager", "fastattn-compile")
-    faster = {"contestant": "fastattn-compile", "against": "transformers-sdpa-compile", "speed": 1.3}
+    faster = {"provider": "fastattn-compile", "against": "transformers-sdpa-compile", "speed": 1.3}
     shared: dict[str, Any] = {"dtype": torch.bfloat16, "update": True, "peers": compiled}
     return [
         TrainCase("train-16x1024", "train", 16, 1024, target=faster, **shared),

@@ -29,7 +29,7 @@ BUDGET = Budget(seconds=3.0)
 class VarlenCase(VarlenCall):
     """A batch of sequences with those who take them."""
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
         if self.peers:
             return ["fastattn", *self.peers]
@@ -51,23 +51,23 @@ class VarlenCase(VarlenCall):
 
 
 class VarlenWorkload(VarlenInputs):
-    """The packed q, k and v of one case, the same for every contestant, and what they should give."""
+    """The packed q, k and v of one case, the same for every provider, and what they should give."""
 
-    def step(self, contestant: str) -> Step:
-        """One forward, or one with its backward; padded contestants work on tensors padded beforehand."""
-        call, inputs, dout = varlen_peers.find(contestant)(self)
+    def step(self, provider: str) -> Step:
+        """One forward, or one with its backward; padded providers work on tensors padded beforehand."""
+        call, inputs, dout = varlen_peers.find(provider)(self)
         return calls.step_of(call, inputs, dout, self.case.direction)
 
-    def judge(self, contestant: str) -> Judgement | None:
+    def judge(self, provider: str) -> Judgement | None:
         """The truth in float64 for the first sequence's first key/value head, with all its query heads."""
         golden, plain, over = self._truth
         length, heads = self.case.lengths[0], {"dk": 1, "dv": 1}
         group = self.case.heads // self.case.kv_heads
 
         def part(name: str, tensor: Tensor) -> Tensor:
-            if contestant.startswith("sdpa-padded"):
+            if provider.startswith("sdpa-padded"):
                 tensor = tensor[0, :, :length].transpose(0, 1)
-            elif contestant == "flex":
+            elif provider == "flex":
                 tensor = tensor[0].transpose(0, 1)
             return tensor[:length, : heads.get(name, group)]
 
@@ -103,7 +103,7 @@ def cases_for(device: torch.device) -> list[VarlenCase]:
 def cpu_cases() -> list[VarlenCase]:
     """Mixed lengths as an encoder meets them, and documents as a language model does."""
     sizes = {"heads": 12, "kv_heads": 12, "head_dim": 64, "peers": ("sdpa-padded", "sdpa-loop")}
-    faster = {"contestant": "fastattn", "against": "sdpa-padded", "speed": 1.2}
+    faster = {"provider": "fastattn", "against": "sdpa-padded", "speed": 1.2}
     return [
         VarlenCase("encoder-8-128", "encoder", 32, 8, 128, direction="forward", target=faster, **sizes),  # type: ignore[arg-type]
         VarlenCase("encoder-16-512", "encoder", 16, 16, 512, target=faster, **sizes),  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def cpu_cases() -> list[VarlenCase]:
 
 def gpu_cases() -> list[VarlenCase]:
     """About 16k tokens of width 2048 in bfloat16: spread lengths, and equal ones where padding costs nothing."""
-    flex = {"contestant": "fastattn-triton", "against": "flex", "speed": 1.1}
+    flex = {"provider": "fastattn-triton", "against": "flex", "speed": 1.1}
     cases = []
     for direction in ("forward", "forward+backward"):
         for longest, batch in ((512, 64), (2048, 16), (8192, 4)):

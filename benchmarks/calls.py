@@ -58,7 +58,7 @@ def judge_by(
 
 
 def unless_refused(call: Callable[[], Any]) -> None:
-    """Make the call once without gradients; a named backend's refusal becomes the contestant's reason."""
+    """Make the call once without gradients; a named backend's refusal becomes the provider's reason."""
     try:
         with torch.no_grad():
             call()
@@ -69,7 +69,7 @@ def unless_refused(call: Callable[[], Any]) -> None:
 
 
 def our_backends() -> list[str]:
-    """A contestant for each of our backends that has kernels; "fastattn" alone is the one the call chooses."""
+    """A provider for each of our backends that has kernels; "fastattn" alone is the one the call chooses."""
     from fastattn import backends
 
     return [f"fastattn-{backend.NAME}" for backend in backends.BACKENDS if backend.NAME != "torch"]

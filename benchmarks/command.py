@@ -41,7 +41,7 @@ def main(
     argv: Sequence[str] | None = None,
     budget: Budget = CASE_BUDGET,
 ) -> int:
-    """Run the bench's chosen cases; 1 if a contestant of ours failed, or broke the error rule as no peer did.
+    """Run the bench's chosen cases; 1 if a provider of ours failed, or broke the error rule as no peer did.
 
     `budget` is how long a case is measured unless the options say otherwise.
     """
@@ -71,11 +71,11 @@ def _run_bench(
     device = torch.device(options.device)
     cases = list(cases_for(torch.device(options.cases_of or options.device)))
     if options.warm_cases:
-        warm_cases([case for case in cases if case.name in options.warm_cases], device, options.contestants)
+        warm_cases([case for case in cases if case.name in options.warm_cases], device, options.providers)
         return 0, None
     if options.measure_memory:
-        name, *contestants = options.measure_memory
-        memory.print_peaks(next(case for case in cases if case.name == name), contestants)
+        name, *providers = options.measure_memory
+        memory.print_peaks(next(case for case in cases if case.name == name), providers)
         return 0, None
     chosen = [case for case in cases if _matches(options.only, case.name, case.group)]
     with_extras = device.type == "cpu" and options.cases_of != "cuda"
@@ -98,7 +98,7 @@ def _run_bench(
         print(f"fastattn bench {bench}: --merge: {error}", file=sys.stderr)
         return 2, None
     if options.warm:
-        compiled = [case for case in chosen if compiled_contestants(case, device, options.contestants)]
+        compiled = [case for case in chosen if compiled_providers(case, device, options.providers)]
         if compiled:
             warm(script, [case.name for case in compiled], options)
     _measure_ceilings(result, device, options, _dtypes(chosen))
@@ -189,7 +189,7 @@ def warm(script: Path, names: list[str], options: argparse.Namespace) -> None:
     """
     command = [sys.executable, str(script), "--device", options.device]
     command += ["--cases-of", options.cases_of] if options.cases_of else []
-    command += ["--contestants", options.contestants] if options.contestants else []
+    command += ["--providers", options.providers] if options.providers else []
     shares = [names[start :: options.warm] for start in range(min(options.warm, len(names)))]
     events: processes.Events = SimpleQueue()
     workers = [
@@ -202,19 +202,19 @@ def warm(script: Path, names: list[str], options: argparse.Namespace) -> None:
 
 
 def warm_cases(cases: Sequence[Case], device: torch.device, only: str | None) -> None:
-    """A worker's side of `warm`: one step of every contestant that torch compiles, for one shape each.
+    """A worker's side of `warm`: one step of every provider that torch compiles, for one shape each.
 
     Our kernels serve all lengths: the first case of the measured run compiles them for the others.
     """
     for case in cases:
-        for contestant in compiled_contestants(case, device, only):
+        for provider in compiled_providers(case, device, only):
             with contextlib.suppress(Exception):  # the measured run gives the reason
-                case.open(device).step(contestant)()
+                case.open(device).step(provider)()
 
 
-def compiled_contestants(case: Case, device: torch.device, only: str | None) -> list[str]:
+def compiled_providers(case: Case, device: torch.device, only: str | None) -> list[str]:
     """Those of the chosen that torch.compile makes anew for every shape."""
-    names = [name for name in case.contestants(device) if re.search("flex|compile", name)]
+    names = [name for name in case.providers(device) if re.search("flex|compile", name)]
     return [name for name in names if only is None or re.search(only, name)]
 
 
@@ -234,7 +234,7 @@ def _run(
     if options.seconds:
         budget = replace(budget, seconds=options.seconds)
     memory_script = None if options.quick else script
-    entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.contestants)
+    entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.providers)
     if isinstance(case, SmallForm) and case.of != case.name:
         entry["small_form_of"] = case.of
     return _add(result, entry, path, options.merge)
@@ -246,15 +246,15 @@ def _add(result: schema.Result, entry: schema.Result, path: Path | None, merging
     if path is not None:
         schema.save(_merged(result, path) if merging else result, path)
     print("\n".join(figures.case_lines(entry)), flush=True)
-    ours = [row for row in entry["rows"] if row["contestant"].startswith("fastattn")]
+    ours = [row for row in entry["rows"] if row["provider"].startswith("fastattn")]
     peers = [row for row in entry["rows"] if row not in ours and row.get("error")]
     greatest = max((max(row["error"].values()) for row in peers), default=0.0)
     problems = [
-        f"{entry['name']}, {row['contestant']}: {row['reason']}" for row in ours if row["status"] == "failed"
+        f"{entry['name']}, {row['provider']}: {row['reason']}" for row in ours if row["status"] == "failed"
     ]
     for row in ours:
         if row.get("within_rule") is False and max(row["error"].values()) > greatest:
-            problems.append(f"{entry['name']}, {row['contestant']}: error over the rule")
+            problems.append(f"{entry['name']}, {row['provider']}: error over the rule")
     return problems
 
 
@@ -266,7 +266,7 @@ def _new_result(bench: str, device: torch.device, options: argparse.Namespace) -
     settings = {
         "quick": options.quick,
         "only": [schema.without_paths(pattern) for pattern in options.only],
-        "contestants": options.contestants and schema.without_paths(options.contestants),
+        "providers": options.providers and schema.without_paths(options.providers),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
     result = schema.new_result(bench, device, settings)
@@ -289,7 +289,7 @@ def _measure_ceilings(
 def _json_path(bench: str, result: schema.Result, options: argparse.Namespace) -> Path | None:
     if options.out:
         return destination(options.out, bench, ".json")
-    partial = options.quick or options.only or options.contestants or options.no_memory or options.no_errors
+    partial = options.quick or options.only or options.providers or options.no_memory or options.no_errors
     return None if partial else schema.RESULTS / schema.folder_name(result["device"]) / f"{bench}.json"
 
 
@@ -309,13 +309,13 @@ def _write_outputs(bench: str, result: schema.Result, path: Path | None, options
 
 
 def write_csv(result: schema.Result, path: Path) -> None:
-    """One line per contestant and case."""
+    """One line per provider and case."""
     names = [
         "case",
         "group",
         "direction",
         "dtype",
-        "contestant",
+        "provider",
         "status",
         "reason",
         "median_ms",

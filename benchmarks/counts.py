@@ -134,8 +134,8 @@ def _normal(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False)
 
 def _both(function: Callable[..., Any], *inputs: Tensor) -> Call:
     """A call with the gradient of every input."""
-    cotangent = torch.ones_like(function(*inputs).detach())
-    return lambda: torch.autograd.grad(function(*inputs), inputs, cotangent)
+    upstream_grad = torch.ones_like(function(*inputs).detach())
+    return lambda: torch.autograd.grad(function(*inputs), inputs, upstream_grad)
 
 
 def _attention_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:

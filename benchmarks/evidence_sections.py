@@ -216,10 +216,10 @@ def _tune(run: Run) -> Command:
     return [*cache, *FASTATTN, "bench", "tune", *kinds, "--minutes", "1.2", "--jobs", str(WORKERS)]
 
 
-def _bench(name: str, only: str, dry_only: str, contestants: str, seconds: float) -> Callable[[Run], Command]:
+def _bench(name: str, only: str, dry_only: str, providers: str, seconds: float) -> Callable[[Run], Command]:
     def command(run: Run) -> Command:
         line = [sys.executable, str(bench_script(name)), "--cases-of", "cuda", "--merge"]
-        line += ["--out", str(run.out / f"{name}.json"), "--contestants", contestants]
+        line += ["--out", str(run.out / f"{name}.json"), "--providers", providers]
         line += ["--only", dry_only if run.dry else only]
         line += ["--quick"] if run.dry else ["--seconds", str(seconds), "--warm", str(WORKERS)]
         revision = run.report["revision"]
@@ -231,13 +231,13 @@ def _bench(name: str, only: str, dry_only: str, contestants: str, seconds: float
 def _model_bench(
     name: str, only: str, dry_only: str, seconds: float, chosen: str = "."
 ) -> Callable[[Run], Command]:
-    """A bench of whole models; in small without the compiled contestants, which take a minute each on a CPU."""
+    """A bench of whole models; in small without the compiled providers, which take a minute each on a CPU."""
 
     def command(run: Run) -> Command:
         if find_spec("transformers") is None and run.dry:
             return "transformers, the peer, is not installed"
-        contestants = "^(fastattn|transformers-(sdpa|eager)|floor-.*)$" if run.dry else chosen
-        line = _bench(name, only, dry_only, contestants, seconds)(run)
+        providers = "^(fastattn|transformers-(sdpa|eager)|floor-.*)$" if run.dry else chosen
+        line = _bench(name, only, dry_only, providers, seconds)(run)
         assert isinstance(line, list)
         # a model compiles for minutes: in the measured process alone, not in one per case beforehand
         return [word for place, word in enumerate(line) if "--warm" not in (word, line[place - 1])]
@@ -248,7 +248,7 @@ def _model_bench(
 FUSED = "fastattn|sdpa|flash_attn"  # all but FlexAttention, which compiles half a minute per shape
 AND_FLEX = "fastattn|sdpa-cudnn|sdpa-flash|sdpa-efficient|flex"
 PACKED = "fastattn|sdpa|varlen_attn|flash_attn|nested|xformers"
-EAGER = "^(fastattn|transformers-sdpa|floor-.*)$"  # no contestant that torch.compile takes a minute for
+EAGER = "^(fastattn|transformers-sdpa|floor-.*)$"  # no provider that torch.compile takes a minute for
 ANY = "."
 MEASURED = ("triton", "torch")
 FORWARD_GRID = ("^forward-", "^forward-causal-d(64|128)-s512$")
@@ -276,7 +276,7 @@ THEN = (
     Section("first-run-triton", 120, _first_run("--backend", "triton", "--steps", *"1234567", seconds=110)),
     Section("cuda-forward", 60, _checks("random", "cudnn-trap", seconds=20, backends=("cuda",))),
     Section("cuda-tests", 90, _tests(*GPU_TESTS, marked="gpu and cuda_backend")),
-    Section("wide-offsets", 60, _checks("cudnn-trap", "wide-offsets", seconds=10, backends=MEASURED)),
+    Section("int64-offsets", 60, _checks("cudnn-trap", "int64-offsets", seconds=10, backends=MEASURED)),
     Section("losses", 90, _bench("cross-entropy", ANY, "50257$", "fastattn|torch$|liger", 0.8)),
     Section("flex", 110, _bench("attention", "ward-.*s4096$", "^feature-softcap$", AND_FLEX, 0.6)),
     Section("flex-features", 90, _bench("attention", "^feature-", "^feature-alibi$", AND_FLEX, 0.8)),

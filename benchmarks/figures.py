@@ -6,24 +6,24 @@ from __future__ import annotations
 from schema import Result
 
 MOST_BARS = 60
-FLOOR = "floor-"  # what begins the name of a row that is no contestant
+FLOOR = "floor-"  # what begins the name of a row that is no provider
 
 
-def row_of(case: Result, contestant: str) -> Result | None:
-    """The contestant's row if it ran."""
-    return next((r for r in case["rows"] if r["contestant"] == contestant and r["status"] == "ok"), None)
+def row_of(case: Result, provider: str) -> Result | None:
+    """The provider's row if it ran."""
+    return next((r for r in case["rows"] if r["provider"] == provider and r["status"] == "ok"), None)
 
 
 def best_ours(case: Result, ours: str = "fastattn") -> Result | None:
     """Our fastest row."""
-    rows = [r for r in case["rows"] if r["status"] == "ok" and r["contestant"].startswith(ours)]
+    rows = [r for r in case["rows"] if r["status"] == "ok" and r["provider"].startswith(ours)]
     return min(rows, key=lambda r: r["time_ms"]["median"], default=None)
 
 
 def ours_of(case: Result) -> Result | None:
     """The row of ours that counts: the target's, the call as users make it, else our fastest."""
     target = case["target"]
-    named = row_of(case, target["contestant"]) if target else None
+    named = row_of(case, target["provider"]) if target else None
     return named or row_of(case, "fastattn") or best_ours(case)
 
 
@@ -43,8 +43,8 @@ def peer_of(case: Result) -> Result | None:
 
 
 def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
-    """The fastest row that is not ours, nor a floor: work that any contestant has to do and more."""
-    others = [r for r in case["rows"] if not r["contestant"].startswith((ours, FLOOR))]
+    """The fastest row that is not ours, nor a floor: work that any provider has to do and more."""
+    others = [r for r in case["rows"] if not r["provider"].startswith((ours, FLOOR))]
     peers = [r for r in others if r["status"] == "ok"]
     return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
 
@@ -67,7 +67,7 @@ def verdict(case: Result) -> str:
     if target is None:
         return ""
     ours, peer = (
-        row_of(case, target["contestant"]),
+        row_of(case, target["provider"]),
         row_of(case, target["against"]) if target["against"] else None,
     )
     missed = []
@@ -90,14 +90,14 @@ def verdict(case: Result) -> str:
 
 
 def case_lines(case: Result) -> list[str]:
-    """The case as lines of a terminal table, one per contestant."""
+    """The case as lines of a terminal table, one per provider."""
     lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]  {verdict(case)}".rstrip()]
     if "small_form_of" in case:
         lines[0] += f"  (the small form of {case['small_form_of']}: {case['label']})"
     peer = peer_of(case)
     for row in case["rows"]:
         if row["status"] != "ok":
-            lines.append(f"  {row['contestant']:<18} {row['status']}: {row['reason']}")
+            lines.append(f"  {row['provider']:<18} {row['status']}: {row['reason']}")
             continue
         ratio = speed_ratio(row, peer)
         spread = row["time_ms"]
@@ -112,7 +112,7 @@ def case_lines(case: Result) -> list[str]:
             if row["error"]
             else "",
         ]
-        lines.append(f"  {row['contestant']:<18} " + "  ".join(part for part in parts if part))
+        lines.append(f"  {row['provider']:<18} " + "  ".join(part for part in parts if part))
     return lines
 
 
@@ -182,6 +182,6 @@ def ratios_of(result: Result) -> list[tuple[str, float, float | None]]:
         ours, peer = ours_of(case), peer_of(case)
         ratio = speed_ratio(ours, peer)
         if ratio and peer:
-            label = f"{case['label']}  (peer: {peer['contestant']})"
+            label = f"{case['label']}  (peer: {peer['provider']})"
             found.append((label, ratio, (case["target"] or {}).get("speed")))
     return found[:MOST_BARS]

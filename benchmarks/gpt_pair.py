@@ -26,9 +26,9 @@ class GPTPair:
             setattr(self.config, name, value)
         self.model = GPT(self.config).to(device)
 
-    def make(self, contestant: str, dtype: torch.dtype) -> Any:
+    def make(self, provider: str, dtype: torch.dtype) -> Any:
         """A model of its own for "fastattn...", or for "transformers-ATTENTION...": each with the same weights."""
-        family, *rest = contestant.split("-")
+        family, *rest = provider.split("-")
         if family == "fastattn":
             from fastattn.models import GPT
 

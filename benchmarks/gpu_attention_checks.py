@@ -243,16 +243,16 @@ def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[F
             yield finding("bitwise", "failed" if different else "passed", detail, backend=name, summary=True)
 
 
-def check_wide_offsets(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
+def check_int64_offsets(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
     """Tensors whose element offsets pass 2**31, by strides and by size, against float64 on what lies beyond."""
     if device.type != "cuda":
-        yield finding("wide-offsets", "skipped", "needs a GPU: the tensors take 5 GB each")
+        yield finding("int64-offsets", "skipped", "needs a GPU: the tensors take 5 GB each")
         return
     for name in (name for name in backends_here(device) if name != "torch"):
         for part in (_wide_strides, _wide_size):
-            announce_call("wide-offsets", name, part.__name__.strip("_"), device)
+            announce_call("int64-offsets", name, part.__name__.strip("_"), device)
             found, wrong = attempt(lambda: part(device, name, seed), device)  # noqa: B023
-            yield found or refused_or_failed("wide-offsets", str(wrong), name)
+            yield found or refused_or_failed("int64-offsets", str(wrong), name)
 
 
 def _needs_free(device: torch.device, gib: float) -> str | None:
@@ -264,7 +264,7 @@ def _needs_free(device: torch.device, gib: float) -> str | None:
 def _wide_strides(device: torch.device, name: str, seed: int) -> Finding:
     """Two heads 2**31 elements apart in each of q, k and v."""
     if (reason := _needs_free(device, 16)) is not None:
-        return finding("wide-offsets", "skipped", reason, backend=name)
+        return finding("int64-offsets", "skipped", reason, backend=name)
     generator = torch.Generator(device).manual_seed(seed)
     length, dim, apart = 333, 64, 2**31
 
@@ -282,7 +282,7 @@ def _wide_strides(device: torch.device, name: str, seed: int) -> Finding:
 def _wide_size(device: torch.device, name: str, seed: int) -> Finding:
     """q, k, v, out and every gradient of 2**31 elements and more; the last sequence is compared."""
     if (reason := _needs_free(device, 48)) is not None:
-        return finding("wide-offsets", "skipped", reason, backend=name)
+        return finding("int64-offsets", "skipped", reason, backend=name)
     generator = torch.Generator(device).manual_seed(seed)
     batch, heads, length, dim = 2050, 16, 1024, 64
 
@@ -298,16 +298,16 @@ def _wide_size(device: torch.device, name: str, seed: int) -> Finding:
 
 def _compare(
     what: str, operands: list[Tensor], dout: Tensor, name: str, part: slice = slice(None),
-    check: str = "wide-offsets",
+    check: str = "int64-offsets",
 ) -> Finding:  # fmt: skip
     from fastattn import attention, reference
 
     def run(
-        attend: Callable[..., Any], tensors: list[Tensor], cotangent: Tensor, **extra: Any
+        attend: Callable[..., Any], tensors: list[Tensor], upstream_grad: Tensor, **extra: Any
     ) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in tensors]
         out = attend(*leaves, causal=True, **extra)
-        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream_grad)]
 
     dtype = dout.dtype
     chosen = [t[part] for t in operands]

@@ -36,7 +36,7 @@ CHECKS: dict[str, Check] = {
     "cudnn-trap": gpu_attention_checks.check_cudnn_trap,
     "few-key-heads": gpu_attention_checks.check_few_key_heads,
     "bitwise": gpu_attention_checks.check_bitwise,
-    "wide-offsets": gpu_attention_checks.check_wide_offsets,
+    "int64-offsets": gpu_attention_checks.check_int64_offsets,
 }
 GROUPS = {"ops": [name for name in CHECKS if name.startswith("ops-")]}
 SPREAD = (

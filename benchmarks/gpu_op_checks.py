@@ -33,19 +33,19 @@ class OpCall:
         terms: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         self.tensors, self.ours, self.oracle, self.text = tensors, ours, oracle, text
-        self.gradient, self.terms = gradient, terms  # terms: of gradients that cancel, from the cotangent
+        self.gradient, self.terms = gradient, terms  # terms: of gradients that cancel, from the upstream_grad
 
     def run(self, call: Callable[..., Tensor], dtype: torch.dtype, **extra: Any) -> dict[str, Tensor]:
-        """out, and the gradient of every input from a cotangent drawn from a fixed seed."""
+        """out, and the gradient of every input from a upstream_grad drawn from a fixed seed."""
         leaves = {n: t.detach().to(dtype).requires_grad_(self.gradient) for n, t in self.tensors.items()}
         out = call(*leaves.values(), **extra)
         if not self.gradient:
             return {"out": out}
-        grads = torch.autograd.grad(out, tuple(leaves.values()), self.cotangent(out).to(out.dtype))
+        grads = torch.autograd.grad(out, tuple(leaves.values()), self.upstream_grad(out).to(out.dtype))
         return {"out": out.detach(), **{"d" + name: grad for name, grad in zip(leaves, grads)}}
 
     @staticmethod
-    def cotangent(out: Tensor) -> Tensor:
+    def upstream_grad(out: Tensor) -> Tensor:
         """The gradient that comes in from above to a result like `out`."""
         generator = torch.Generator(out.device).manual_seed(5)
         return torch.randn(out.shape, generator=generator, device=out.device)
@@ -114,7 +114,7 @@ def _worst(call: OpCall, backend: str) -> tuple[float, str]:
     dtype = next(iter(call.tensors.values())).dtype
     golden, plain = call.run(call.oracle, torch.float64), call.run(call.oracle, dtype)
     actual = call.run(call.ours, dtype, **({} if backend == "auto" else {"backend": backend}))
-    terms = call.terms(call.cotangent(golden["out"])) if call.terms else {}
+    terms = call.terms(call.upstream_grad(golden["out"])) if call.terms else {}
     ratios = ratios_of(actual, plain, golden, dtype, lambda: call.run(call.oracle, dtype), terms)
     top = max(ratios, key=lambda name: ratios[name])
     return ratios[top], top

@@ -1,7 +1,7 @@
-"""Measures contestants side by side: interleaved rounds in one process, errors against float64, peak memory, ceilings.
+"""Measures providers side by side: interleaved rounds in one process, errors against float64, peak memory, ceilings.
 
-A bench hands over cases; a case opens a workload; a workload gives one step per contestant. A step is one timed call
-and returns its tensors by name, from which the errors are taken. A contestant that cannot run says why and keeps its
+A bench hands over cases; a case opens a workload; a workload gives one step per provider. A step is one timed call
+and returns its tensors by name, from which the errors are taken. A provider that cannot run says why and keeps its
 row.
 """
 
@@ -50,44 +50,44 @@ def run_case(
     script: Path | None = None,
     only: str | None = None,
 ) -> Result:
-    """The case's entry of a result: every contestant's time, error, memory and share of the ceiling.
+    """The case's entry of a result: every provider's time, error, memory and share of the ceiling.
 
-    `only` is a pattern that a contestant's name must contain.
+    `only` is a pattern that a provider's name must contain.
 
     `script` is the bench whose command line runs steps in child processes (see `memory.child_peaks`); without it,
     a CPU case has no memory figures.
     """
     workload = case.open(device)
     steps: dict[str, Step] = {}
-    chosen = [name for name in case.contestants(device) if only is None or re.search(only, name)]
+    chosen = [name for name in case.providers(device) if only is None or re.search(only, name)]
     rows: dict[str, Result] = {name: {} for name in chosen}
-    for contestant in sorted(
+    for provider in sorted(
         chosen, key=lambda name: name.endswith("-cuda")
     ):  # a fault there spares the others
-        row, step = _admit(case, workload, contestant, device, budget)
-        rows[contestant] = row
+        row, step = _admit(case, workload, provider, device, budget)
+        rows[provider] = row
         if step is not None:
-            steps[contestant] = step
+            steps[provider] = step
     sampler = _sampler(device)
     samples = time_interleaved(steps, device, budget, sampler)
-    for contestant, seconds in samples.items():
-        row = rows[contestant]
+    for provider, seconds in samples.items():
+        row = rows[provider]
         row["time_ms"] = spread(seconds)
         row |= rates(case, statistics.median(seconds), ceilings)
         row["host_ms"] = None
         if isinstance(sampler, _CudaSampler):
-            row["host_ms"] = round(1e3 * statistics.median(sampler.host[steps[contestant]]), 4)
+            row["host_ms"] = round(1e3 * statistics.median(sampler.host[steps[provider]]), 4)
         row["peak_memory_mib"] = None
     steps.clear()
     del sampler
     if budget.memory and device.type == "cuda":
-        for contestant in samples:
-            rows[contestant]["peak_memory_mib"] = memory.cuda_peak_mib(workload, contestant, device)
+        for provider in samples:
+            rows[provider]["peak_memory_mib"] = memory.cuda_peak_mib(workload, provider, device)
     del workload
     memory.release(device)
     if budget.memory and device.type == "cpu" and script is not None and samples:
-        for contestant, peak in memory.child_peaks(script, case.name, list(samples)).items():
-            rows[contestant]["peak_memory_mib"] = peak
+        for provider, peak in memory.child_peaks(script, case.name, list(samples)).items():
+            rows[provider]["peak_memory_mib"] = peak
     return {
         "name": case.name,
         "group": case.group,
@@ -119,10 +119,10 @@ def rates(case: Case, seconds: float, ceilings: Result) -> Result:
 
 
 def _admit(
-    case: Case, workload: Workload, contestant: str, device: torch.device, budget: Budget
+    case: Case, workload: Workload, provider: str, device: torch.device, budget: Budget
 ) -> tuple[Result, Step | None]:
     row: Result = {
-        "contestant": contestant,
+        "provider": provider,
         "status": "ok",
         "error": None,
         "within_rule": None,
@@ -131,26 +131,26 @@ def _admit(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            step = workload.step(contestant)
+            step = workload.step(provider)
             outputs = step()
             synchronize(device)
         if budget.errors:
-            judgement = workload.judge(contestant)
+            judgement = workload.judge(provider)
             if judgement is not None:
                 row["error"], row["within_rule"] = errors_against(judgement, outputs, case.dtype)
                 row["error_over"] = judgement.over
     except ImportError as error:
         reason = without_paths(f"not installed: {error}".splitlines()[0])
-        return {"contestant": contestant, "status": "unavailable", "reason": reason[:300]}, None
+        return {"provider": provider, "status": "unavailable", "reason": reason[:300]}, None
     except CannotRun as reason:
-        return {"contestant": contestant, "status": "unavailable", "reason": without_paths(str(reason))}, None
+        return {"provider": provider, "status": "unavailable", "reason": without_paths(str(reason))}, None
     except Exception as error:
         text = without_paths(f"{type(error).__name__}: {error}".strip().splitlines()[0])
         if lost_after(error, device):
             raise
         if REFUSED in str(error):
-            return {"contestant": contestant, "status": "unavailable", "reason": text[:300]}, None
-        return {"contestant": contestant, "status": "failed", "reason": text[:300]}, None
+            return {"provider": provider, "status": "unavailable", "reason": text[:300]}, None
+        return {"provider": provider, "status": "failed", "reason": text[:300]}, None
     return row, step
 
 
@@ -182,7 +182,7 @@ def _greatest(actual: Tensor, golden: Tensor) -> float:
 def time_interleaved(
     steps: Mapping[str, Step], device: torch.device, budget: Budget, sample: Sampler | None = None
 ) -> dict[str, list[float]]:
-    """Seconds per call of every sample: each round calls every contestant once, in an order that rotates.
+    """Seconds per call of every sample: each round calls every provider once, in an order that rotates.
 
     The first call of each step must have happened. The first round takes single calls and sizes the later samples; it
     counts where those are single calls too. On CUDA a sample is bracketed by events and the last-level cache is

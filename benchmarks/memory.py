@@ -31,11 +31,11 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def cuda_peak_mib(workload: Workload, contestant: str, device: torch.device) -> float:
-    """MiB that one step of the contestant holds at its worst above the workload's inputs."""
+def cuda_peak_mib(workload: Workload, provider: str, device: torch.device) -> float:
+    """MiB that one step of the provider holds at its worst above the workload's inputs."""
     release(device)
     before = torch.cuda.memory_allocated(device)
-    step = workload.step(contestant)
+    step = workload.step(provider)
     release(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
@@ -44,18 +44,18 @@ def cuda_peak_mib(workload: Workload, contestant: str, device: torch.device) -> 
 
 
 def child_peaks(
-    script: Path, case: str, contestants: Sequence[str], timeout: float = 600
+    script: Path, case: str, providers: Sequence[str], timeout: float = 600
 ) -> dict[str, float | None]:
-    """Peak resident MiB of one step of each contestant above the inputs all share, each in a process of its own.
+    """Peak resident MiB of one step of each provider above the inputs all share, each in a process of its own.
 
-    What a contestant alone needs, such as a dense mask, counts; the temporaries of building it do not. A child
-    (`python SCRIPT --measure-memory CASE CONTESTANT ...`) imports everything once and forks per contestant. A fork runs
+    What a provider alone needs, such as a dense mask, counts; the temporaries of building it do not. A child
+    (`python SCRIPT --measure-memory CASE CONTESTANT ...`) imports everything once and forks per provider. A fork runs
     the case's small form first, so that code pages, thread pools and caches are not counted, and its malloc returns
     freed blocks to the system, so that none hides. None where the system cannot reset a process's peak (other than
-    Linux), or where the contestant ended without a figure, which is printed.
+    Linux), or where the provider ended without a figure, which is printed.
     """
     command = [sys.executable, str(script), "--threads", str(torch.get_num_threads())]
-    command += ["--measure-memory", case, *contestants]
+    command += ["--measure-memory", case, *providers]
     environment = {**os.environ, **_MALLOC_SETTINGS}
     try:
         done = subprocess.run(
@@ -63,30 +63,30 @@ def child_peaks(
         )
     except subprocess.TimeoutExpired:
         print(f"  {case}: no memory figures: stopped after {timeout:.0f} s", file=sys.stderr)
-        return dict.fromkeys(contestants)
+        return dict.fromkeys(providers)
     marked = [line[len(MARK) :] for line in done.stdout.splitlines() if line.startswith(MARK)]
     found: dict[str, float | None] = {}
     for line in marked:
         found |= json.loads(line)
-    for contestant in contestants:
-        if contestant not in found:
+    for provider in providers:
+        if provider not in found:
             lines = done.stderr.strip().splitlines() or ["no output"]
-            print(f"  {contestant}: no memory figure: {lines[-1][:200]}", file=sys.stderr)
+            print(f"  {provider}: no memory figure: {lines[-1][:200]}", file=sys.stderr)
     return {name: None if peak is None else round(peak, 2) for name, peak in found.items()}
 
 
-def print_peaks(case: Case, contestants: Sequence[str]) -> None:
-    """The child's side of `child_peaks`: a line with the MiB of one step for each contestant, each from a fork."""
-    for contestant in contestants:
+def print_peaks(case: Case, providers: Sequence[str]) -> None:
+    """The child's side of `child_peaks`: a line with the MiB of one step for each provider, each from a fork."""
+    for provider in providers:
         if not hasattr(os, "fork"):
-            print(f"{MARK} {json.dumps({contestant: None})}", flush=True)
+            print(f"{MARK} {json.dumps({provider: None})}", flush=True)
             continue
         sys.stdout.flush()
         child = os.fork()  # nothing has run yet, so there are no threads to lose
         if child == 0:
             status = 1
             try:
-                print(f"{MARK} {json.dumps({contestant: peak_of_step(case, contestant)})}", flush=True)
+                print(f"{MARK} {json.dumps({provider: peak_of_step(case, provider)})}", flush=True)
                 status = 0
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -95,13 +95,13 @@ def print_peaks(case: Case, contestants: Sequence[str]) -> None:
         os.waitpid(child, 0)
 
 
-def peak_of_step(case: Case, contestant: str) -> float | None:
+def peak_of_step(case: Case, provider: str) -> float | None:
     """MiB of one step in this process, the high-water mark of resident memory set back before it."""
     device = torch.device("cpu")
-    case.small().open(device).step(contestant)()
+    case.small().open(device).step(provider)()
     workload = case.open(device)
     before = _reset_peak_rss()
-    step = workload.step(contestant)
+    step = workload.step(provider)
     _reset_peak_rss()
     outputs = step()
     peak = None if before is None else (_status_kib("VmHWM") - before) / 1024

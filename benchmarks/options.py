@@ -43,7 +43,7 @@ def check(options: argparse.Namespace, bench: str) -> None:
     if isinstance(options.json, str):
         raise ValueError(f"--json {options.json}: {JSON_HINT}")
     _check_device(options.device)
-    for name in ("only", "contestants"):
+    for name in ("only", "providers"):
         patterns = getattr(options, name)
         for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
             _check_pattern(f"--{name}", pattern)
@@ -145,7 +145,7 @@ def build_parser(bench: str) -> argparse.ArgumentParser:
         metavar="REGEX",
         help="cases whose name or group matches one of these",
     )
-    add("--contestants", metavar="REGEX", help="only contestants whose name matches")
+    add("--providers", metavar="REGEX", help="only providers whose name matches")
     add("--quick", action="store_true", help="small sizes, few rounds, no memory: shows that everything runs")
     add("--seconds", type=_number(float, 1e-3, MOST_SECONDS), help="measuring time per case")
     add("--threads", type=_number(int, 1, MOST_THREADS), help="CPU threads (default: torch's)")
@@ -163,7 +163,7 @@ def build_parser(bench: str) -> argparse.ArgumentParser:
         "folder)",
     )
     add("--merge", action="store_true", help="keep the file's other cases")
-    add("--csv", metavar="PATH", help="also as a table, one line per contestant: a .csv file or a folder")
+    add("--csv", metavar="PATH", help="also as a table, one line per provider: a .csv file or a folder")
     add("--plot", metavar="FOLDER", help="also as charts (needs matplotlib)")
     add("--list", action="store_true", help="show the chosen cases and stop")
     add("--no-memory", action="store_true", help="skip the peak memory")
@@ -176,5 +176,5 @@ def build_parser(bench: str) -> argparse.ArgumentParser:
         help="first compile what is needed, in N processes",
     )
     add("--warm-cases", nargs="+", default=[], help=argparse.SUPPRESS)
-    add("--measure-memory", nargs="+", help=argparse.SUPPRESS)  # a case, then contestants
+    add("--measure-memory", nargs="+", help=argparse.SUPPRESS)  # a case, then providers
     return parser

@@ -1,4 +1,4 @@
-"""Attention's contestants by name: each makes of a workload a function of (query, key, value), or says why not."""
+"""Attention's providers by name: each makes of a workload a function of (query, key, value), or says why not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Any]  # of query, key and value, 
 
 
 def find(name: str) -> Callable[[AttentionInputs], Attention]:
-    """The maker of a contestant's attention."""
+    """The maker of a provider's attention."""
     family, _, variant = name.partition("-")
     makers = {
         "fastattn": fastattn,

@@ -49,9 +49,7 @@ def _grid_figure(result: Result, direction: str) -> Any:
     """Grouped bars of TFLOP/s, a panel per mask and head dim: the form flash attention papers use."""
     cases = figures.group_of(result, direction)
     panels = sorted({(not c["params"]["causal"], c["params"]["head_dim"]) for c in cases})
-    contestants = list(
-        dict.fromkeys(r["contestant"] for c in cases for r in c["rows"] if r["status"] == "ok")
-    )
+    providers = list(dict.fromkeys(r["provider"] for c in cases for r in c["rows"] if r["status"] == "ok"))
     columns = len({head_dim for _, head_dim in panels})
     rows = -(-len(panels) // columns)
     figure = _drawing().new_figure(5.2 * columns, 3.2 * rows + 0.4)
@@ -61,12 +59,12 @@ def _grid_figure(result: Result, direction: str) -> Any:
             c for c in cases if (not c["params"]["causal"], c["params"]["head_dim"]) == (full, head_dim)
         ]
         chosen.sort(key=lambda c: int(c["params"]["seqlen_q"]))
-        width = 0.8 / max(len(contestants), 1)
-        for place, contestant in enumerate(contestants):
-            found = [figures.row_of(c, contestant) for c in chosen]
+        width = 0.8 / max(len(providers), 1)
+        for place, provider in enumerate(providers):
+            found = [figures.row_of(c, provider) for c in chosen]
             heights = [row["tflops"] if row else 0 for row in found]
             left = [index - 0.4 + (place + 0.5) * width for index in range(len(chosen))]
-            bars = axis.bar(left, heights, width, label=contestant)
+            bars = axis.bar(left, heights, width, label=provider)
             axis.bar_label(
                 bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=5, rotation=90, padding=1
             )
@@ -88,14 +86,14 @@ def _length_figure(result: Result) -> Any:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (line, cases) in zip(axes.flat, lines.items()):
         unit = "GB/s" if cases[0].get("bytes") else "TFLOP/s" if result["device"]["kind"] == "cuda" else "ms"
-        for contestant in dict.fromkeys(row["contestant"] for case in cases for row in case["rows"]):
-            rows_found = [(case["axis"]["value"], figures.row_of(case, contestant)) for case in cases]
+        for provider in dict.fromkeys(row["provider"] for case in cases for row in case["rows"]):
+            rows_found = [(case["axis"]["value"], figures.row_of(case, provider)) for case in cases]
             points = [(value, _spread(row, unit)) for value, row in rows_found if row]
             if points:
                 middle = [m for _, (_, m, _) in points]
                 spread = [[m - low for _, (low, m, _) in points], [high - m for _, (_, m, high) in points]]
                 places = [value for value, _ in points]
-                axis.errorbar(places, middle, spread, marker="o", capsize=2, label=contestant)
+                axis.errorbar(places, middle, spread, marker="o", capsize=2, label=provider)
         copy = result["ceilings"]["copy_gbps"]
         if unit == "GB/s" and copy:
             axis.axhline(copy, color="0.5", linewidth=0.8, linestyle="--", label="copy")

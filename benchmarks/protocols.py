@@ -14,7 +14,7 @@ Step = Callable[[], Tensors]
 
 
 class CannotRun(Exception):
-    """A contestant's reason for not taking part in a case."""
+    """A provider's reason for not taking part in a case."""
 
 
 class Judgement(NamedTuple):
@@ -29,12 +29,12 @@ class Judgement(NamedTuple):
 class Workload(Protocol):
     """One case's inputs, allocated on one device."""
 
-    def step(self, contestant: str) -> Step:
-        """The contestant's call on these inputs; CannotRun (or any error) becomes the row's reason."""
+    def step(self, provider: str) -> Step:
+        """The provider's call on these inputs; CannotRun (or any error) becomes the row's reason."""
         ...
 
-    def judge(self, contestant: str) -> Judgement | None:
-        """The truth for this contestant; None where there is none to compare with."""
+    def judge(self, provider: str) -> Judgement | None:
+        """The truth for this provider; None where there is none to compare with."""
         ...
 
 
@@ -73,10 +73,10 @@ class Case(Protocol):
 
     @property
     def target(self) -> Result | None:
-        """{"contestant", "against", "speed": least ratio, "memory": greatest ratio}, or None."""
+        """{"provider", "against", "speed": least ratio, "memory": greatest ratio}, or None."""
         ...
 
-    def contestants(self, device: torch.device) -> Sequence[str]: ...
+    def providers(self, device: torch.device) -> Sequence[str]: ...
     def open(self, device: torch.device) -> Workload: ...
     def small(self) -> Case:
         """The same case at a small size, run once before memory is measured."""

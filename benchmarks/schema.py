@@ -9,7 +9,7 @@ A result is one JSON object (docs/benchmarks.md shows it in full):
     settings            the options of the run
     ceilings            measured in the same run: matmul_tflops by dtype, copy_gbps
     cases               each with name, group, label, axis, params, direction, dtype, flops, bytes, target and one row
-                        per contestant
+                        per provider
 Times are milliseconds per call, memory MiB above the inputs, flops counted from permitted pairs, bytes those that a
 call cannot avoid to move.
 """
@@ -30,7 +30,7 @@ import checkout
 import torch
 
 FORMAT = "fastattn-bench"
-VERSION = 2
+VERSION = 3
 STATUSES = ("ok", "unavailable", "failed")
 DIRECTIONS = ("forward", "backward", "forward+backward", "import")
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,13 +167,13 @@ def _validate_case(case: Result) -> None:
     )
     for row in case["rows"]:
         _require(isinstance(row, dict), f"{where}: rows", "objects", row)
-        _validate_row(row, f"{where}, {row.get('contestant')!r}")
+        _validate_row(row, f"{where}, {row.get('provider')!r}")
     if case["target"] is not None:
-        _fields(case["target"], f"{where}: target", contestant=str, against=(str, type(None)))
+        _fields(case["target"], f"{where}: target", provider=str, against=(str, type(None)))
 
 
 def _validate_row(row: Result, where: str) -> None:
-    _fields(row, where, contestant=str, status=str)
+    _fields(row, where, provider=str, status=str)
     _require(row["status"] in STATUSES, f"{where}: status", f"one of {STATUSES}", row["status"])
     if row["status"] != "ok":
         _fields(row, where, reason=str)

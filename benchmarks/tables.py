@@ -155,7 +155,7 @@ def _case_line(case: Result) -> str:
         peer = speed = None
     return _line(
         case["label"],
-        peer["contestant"] if peer else "–",
+        peer["provider"] if peer else "–",
         _ms(peer),
         _ms(ours),
         f"**{speed:.2f}×**" if speed else "–",
@@ -176,8 +176,8 @@ def _rate(case: Result, row: Result | None) -> str:
         parts.append(rate + share)
     elif row and row.get("gbps"):
         parts.append(f"{row['gbps']:.3g} GB/s{share}")
-    floors = [r for r in case["rows"] if r["status"] == "ok" and r["contestant"].startswith(figures.FLOOR)]
-    parts += [f"{r['contestant'].removeprefix(figures.FLOOR)} {_ms(r)} ms" for r in floors]
+    floors = [r for r in case["rows"] if r["status"] == "ok" and r["provider"].startswith(figures.FLOOR)]
+    parts += [f"{r['provider'].removeprefix(figures.FLOOR)} {_ms(r)} ms" for r in floors]
     return ", ".join(parts) or "–"
 
 
@@ -185,15 +185,15 @@ def _overhead_lines(result: Result, words: Words) -> list[str]:
     """Microseconds of a call: on a CPU its time, on a GPU what launching took the host."""
     lines = _header([words[name] for name in ("case", "peer", "peer_us", "ours_us", "more_us")])
     for case in result["cases"]:
-        peer = next((r for r in case["rows"] if not r["contestant"].startswith("fastattn")), None)
+        peer = next((r for r in case["rows"] if not r["provider"].startswith("fastattn")), None)
         for row in case["rows"]:
-            if not row["contestant"].startswith("fastattn"):
+            if not row["provider"].startswith("fastattn"):
                 continue
             ours, theirs = figures.host_us(row), figures.host_us(peer)
-            variant = row["contestant"].removeprefix("fastattn").lstrip("-")
+            variant = row["provider"].removeprefix("fastattn").lstrip("-")
             label = case["label"] + (f" (`{variant}`)" if variant else "")
             more = f"**{ours - theirs:.0f}**" if ours and theirs else "–"
-            name = peer["contestant"] if peer else "–"
+            name = peer["provider"] if peer else "–"
             lines.append(_line(label, name, *(f"{t:.0f}" if t else "–" for t in (theirs, ours)), more))
     return [*lines, ""]
 

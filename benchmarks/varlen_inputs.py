@@ -73,7 +73,7 @@ class VarlenCall:
 
 
 class VarlenInputs:
-    """The packed q, k and v of one case, the same for every contestant."""
+    """The packed q, k and v of one case, the same for every provider."""
 
     def __init__(self, case: VarlenCall, device: torch.device) -> None:
         self.case, self.device = case, device

@@ -1,4 +1,4 @@
-"""The contestants of packed sequences by name: each makes of a workload its call, its inputs and their cotangent."""
+"""The providers of packed sequences by name: each makes of a workload its call, its inputs and their upstream_grad."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Made = tuple[calls.Call, dict[str, Tensor], Tensor]
 
 
 def find(name: str) -> Callable[[VarlenInputs], Made]:
-    """The maker of a contestant."""
+    """The maker of a provider."""
     family, _, variant = name.partition("-")
     if family == "sdpa":
         kind, _, backend = variant.partition("-")
@@ -50,7 +50,7 @@ def fastattn(work: VarlenInputs, backend: str) -> Made:
 def padded(work: VarlenInputs, backend: str) -> Made:
     """SDPA on (B, H, longest, D) tensors padded behind, with a mask of the padding unless causality hides it.
 
-    A query that stands in the padding is computed and its result unused, its cotangent 0.
+    A query that stands in the padding is computed and its result unused, its upstream_grad 0.
     """
     from torch.nn.attention import sdpa_kernel
 

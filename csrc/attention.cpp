@@ -114,8 +114,8 @@ Gradients run_backward(const AttentionParams& call, const at::Tensor& dout, cons
   params.call.lse = const_cast<float*>(lse.const_data_ptr<float>());
   params.call.lse_strides = {call.num_heads * call.total_q, call.total_q, 1};
   params.dlse = dlse.has_value() ? dlse->const_data_ptr<float>() : nullptr;
-  const int64_t planes = call.cu_seqlens_q == nullptr ? int64_t{call.batch} * call.num_heads : call.num_heads;
-  const at::Tensor rows = at::empty({2, planes, query_row_blocks(call) * kRowBlock}, lse.options());
+  const int64_t batch_heads = call.cu_seqlens_q == nullptr ? int64_t{call.batch} * call.num_heads : call.num_heads;
+  const at::Tensor rows = at::empty({2, batch_heads, query_row_blocks(call) * kRowBlock}, lse.options());
   params.lse_log2 = rows.mutable_data_ptr<float>();
   params.delta = params.lse_log2 + rows.stride(0);
   at::Tensor sums, counters;

@@ -24,14 +24,14 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
   return {128, 80};
 }
 
-// Blocks to a cluster in forward calls whose queries see every key; 1 where there is no such kernel. With 128 queries to
-// a block of this head dim the loop would otherwise ask 32 bytes a cycle of the L2 cache.
+// Blocks to a cluster in forward calls whose queries see every key; 1 where there is no such kernel. With 128 queries
+// to a block of this head dim the loop would otherwise ask 32 bytes a cycle of the L2 cache.
 constexpr int forward_cluster(int head_dim) { return head_dim == 128 ? 2 : 1; }
 
 // Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers
-// decide: a thread holds keys * head_dim / 128 sums of each gradient, three blocks of keys * queries / 256 scores, and the
-// cap's slopes beside. Above 128 it holds the sums of one gradient: of the 64 keys that both warpgroups share, or with a
-// cap, whose slopes would have to be handed over too, one after the other.
+// decide: a thread holds keys * head_dim / 128 sums of each gradient, three blocks of keys * queries / 256 scores, and
+// the cap's slopes beside. Above 128 it holds the sums of one gradient: of the 64 keys that both warpgroups share, or
+// with a cap, whose slopes would have to be handed over too, one after the other.
 constexpr TileSize key_gradients_tile(int head_dim, bool softcap) {
   if (head_dim == 64) return {64, 128};
   if (head_dim == 128) return {softcap ? 32 : 64, 128};
@@ -45,8 +45,8 @@ constexpr TileSize query_gradient_tile(int head_dim, bool softcap) {
   return {128, softcap ? 32 : 48};
 }
 
-// Whether all gradients can come from one pass, with the tiles of key_gradients_tile. Above 128 the sums of both gradients
-// do not fit the registers.
+// Whether all gradients can come from one pass, with the tiles of key_gradients_tile. Above 128 the sums of both
+// gradients do not fit the registers.
 constexpr bool has_one_pass(int head_dim) { return head_dim <= 128; }
 
 }  // namespace fastattn

@@ -54,24 +54,12 @@ constexpr int64_t kAnyColumns = INT64_MAX;
 // loads or stores while the other waits for its sums. So long rows take clusters of blocks of 512 threads, until a
 // cluster has no more blocks; the row of 1024 threads is for devices without clusters.
 constexpr RowPlan kNarrowPlans[] = {
-    {8, 8, 1, 1, 1},
-    {16, 8, 2, 1, 1},
-    {32, 8, 4, 1, 1},
-    {64, 8, 8, 1, 1},
-    {128, 8, 16, 1, 1},
-    {256, 8, 32, 1, 1},
-    {512, 16, 32, 1, 1},
-    {1024, 16, 32, 2, 1},
-    {2048, 16, 32, 4, 1},
-    {4096, 16, 32, 8, 1},
-    {8192, 16, 32, 16, 1},
-    {16384, 32, 32, 16, 1},
-    {32768, 32, 32, 16, 2},
-    {32768, 32, 32, 32, 1},
-    {65536, 32, 32, 16, 4},
-    {131072, 32, 32, 16, 8},
-    {262144, 32, 32, 32, 8},
-    {kAnyColumns, 0, 32, 16, 1},
+    {8, 8, 1, 1, 1},         {16, 8, 2, 1, 1},        {32, 8, 4, 1, 1},
+    {64, 8, 8, 1, 1},        {128, 8, 16, 1, 1},      {256, 8, 32, 1, 1},
+    {512, 16, 32, 1, 1},     {1024, 16, 32, 2, 1},    {2048, 16, 32, 4, 1},
+    {4096, 16, 32, 8, 1},    {8192, 16, 32, 16, 1},   {16384, 32, 32, 16, 1},
+    {32768, 32, 32, 16, 2},  {32768, 32, 32, 32, 1},  {65536, 32, 32, 16, 4},
+    {131072, 32, 32, 16, 8}, {262144, 32, 32, 32, 8}, {kAnyColumns, 0, 32, 16, 1},
 };
 
 // For floats, and for the backward, which holds the values of two tensors.

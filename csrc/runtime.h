@@ -1,5 +1,6 @@
-// What host code asks of the CUDA runtime once and keeps: properties of devices, kernels made ready to launch, functions
-// of the driver. Torch-free. Every function may be called for the first time while a stream is being captured.
+// What host code asks of the CUDA runtime once and keeps: properties of devices, kernels made ready to launch,
+// functions of the driver. Torch-free. Every function may be called for the first time while a stream is being
+// captured.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -64,8 +65,8 @@ inline cudaError_t device_properties(DeviceProperties* properties) {
   return cudaSuccess;
 }
 
-// Loads a kernel on the current device, which a first launch would otherwise do in the middle of a capture, and allows it
-// `shared_bytes` of dynamic shared memory, always the same number for a kernel.
+// Loads a kernel on the current device, which a first launch would otherwise do in the middle of a capture, and allows
+// it `shared_bytes` of dynamic shared memory, always the same number for a kernel.
 inline cudaError_t prepare_kernel(const void* kernel, int shared_bytes) {
   constexpr int kAllowedAnyway = 48 * 1024;
   static std::mutex mutex;

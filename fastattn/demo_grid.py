@@ -98,7 +98,7 @@ class Measured:
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Measured:
-    """Check a case against float64, then time and weigh it beside torch, the two in turn."""
+    """Check a case against float64, then time and weigh it beside torch, the two alternating."""
     inputs = make_inputs(case, device, dtype, seed)
     worst, error, allowed = _worst_error(case, inputs)
     ms, peer_ms = _interleaved_ms([make_step(case, side, inputs) for side in SIDES], device)

@@ -210,11 +210,11 @@ def attention_varlen(
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
     outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # tokens outside every sequence keep these
     # one by one: under torch 2.9's transforms tolist() cannot read a tensor
-    edges_q, edges_k = ([int(edge) for edge in edges.unbind()] for edges in (cu_seqlens_q, cu_seqlens_k))
-    for b, (start, stop) in enumerate(pairwise(edges_q)):
+    bounds_q, bounds_k = ([int(edge) for edge in edges.unbind()] for edges in (cu_seqlens_q, cu_seqlens_k))
+    for b, (start, stop) in enumerate(pairwise(bounds_q)):
         if start == stop:
             continue
-        keys = slice(edges_k[b], edges_k[b + 1])
+        keys = slice(bounds_k[b], bounds_k[b + 1])
         slopes = alibi_slopes
         if slopes is not None and slopes.dim() == 2 and slopes.shape[0] > 1:
             slopes = slopes[b : b + 1]

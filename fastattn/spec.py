@@ -196,7 +196,7 @@ class AttentionSpec:
     float32_precision: str  # "ieee" (torch's 'highest') | "tf32"; "ieee" for every other dtype
     single_query: bool  # Sq == 1
     aligned: bool  # data pointers and outer strides of q, k, v are multiples of 16 bytes
-    wide_offsets: bool  # some element offset passes 2**31
+    int64_offsets: bool  # some element offset passes 2**31
     few_kv_heads: bool = False  # FEW_KV_HEADS at most
     backward: bool = False
     bias_grad: bool = False
@@ -227,7 +227,7 @@ class AttentionSpec:
             float32_precision=_float32_precision(query.dtype),
             single_query=query.shape[2] == 1,
             aligned=_aligned(query) and _aligned(key) and _aligned(value),
-            wide_offsets=_passes_32_bits(query, key, value, call.mask, call.bias),
+            int64_offsets=_passes_32_bits(query, key, value, call.mask, call.bias),
             few_kv_heads=key.shape[1] <= FEW_KV_HEADS,
             backward=needs is not None,
             bias_grad=needs is not None and needs.bias,
@@ -237,7 +237,7 @@ class AttentionSpec:
     def features(self) -> tuple[str, ...]:
         """Names of the features in use, for messages and tables."""
         names = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)]
-        classes = ("single_query", "aligned", "wide_offsets", "few_kv_heads", "backward")
+        classes = ("single_query", "aligned", "int64_offsets", "few_kv_heads", "backward")
         return tuple(n for n in names if n not in classes)
 
     def replace(self, **changes: Any) -> AttentionSpec:

@@ -1,7 +1,7 @@
 """Attention backward: a row-wise preparation, then one pass for dK and dV and one for dQ, bitwise deterministic.
 
 Every pass recomputes the weights from lse, which the preparation has made the reference of its exponents, and with a
-bias from the `row_factor` of attention_row_factor.py. With a `dweights` plane the same passes are the backward of the
+bias from the `lse_correction` of attention_lse_correction.py. With `dweights` the same passes are the backward of the
 weights themselves: the gradient of a weight is then given instead of being dout @ v.T. With TMA, q, k, v and dout are
 descriptors.
 """
@@ -21,19 +21,19 @@ from .primitives import (
     exponents,
     head_matrix,
     head_operand,
-    head_plane,
     head_rows,
     head_scoring,
     key_blocks,
-    keys_end,
     load_lse,
     load_operand,
     load_rows,
     load_tile,
     logits,
     padded,
-    plane_pointers,
     query_blocks,
+    score_matrix,
+    score_pointers,
+    sequence_key_end,
     store_tile,
     within_segments,
     zero_beyond,
@@ -79,28 +79,30 @@ def attention_delta_kernel(
 
 @triton.jit
 def weights_tile(
-    query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
-    KEYS_FIRST: tl.constexpr, EDGE: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_tile, key_tile, reference_rows, correction_rows, first_query, first_key, scoring, dropout,
+    KEYS_FIRST: tl.constexpr, IS_MASKED: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(probs, weights, capped) of a tile: keys by queries if KEYS_FIRST, else queries by keys.
 
-    probs = row_factor * exp(logit - lse). weights are the probs that dropout kept, not yet scaled up to make up for it.
+    probs = lse_correction * exp(logit - lse). weights are the probs that dropout kept, not yet divided by the
+    probability of keeping them.
     """
     seed, head_index, threshold, _ = dropout
     rows = first_query + tl.arange(0, BLOCK_M)
     cols = first_key + tl.arange(0, BLOCK_N)
     if KEYS_FIRST:
         products = tl.dot(key_tile, tl.trans(query_tile), input_precision=VARIANT.dot_precision)
-        scores, capped = logits(products, rows[None, :], cols[:, None], scoring, EDGE, VARIANT)
+        scores, capped = logits(products, rows[None, :], cols[:, None], scoring, IS_MASKED, VARIANT)
         probs = tl.exp2(exponents(scores, reference_rows[None, :], scoring[0], VARIANT))
         if VARIANT.bias:
-            probs *= factor_rows[None, :]
+            probs *= correction_rows[None, :]
     else:
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-        scores, capped = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
+        scores, capped = logits(products, rows[:, None], cols[None, :], scoring, IS_MASKED, VARIANT)
         probs = tl.exp2(exponents(scores, reference_rows[:, None], scoring[0], VARIANT))
         if VARIANT.bias:
-            probs *= factor_rows[:, None]
+            probs *= correction_rows[:, None]
     weights = probs
     if VARIANT.dropout:
         keep = dropout_keep(seed, head_index, first_query, first_key, threshold, BLOCK_M, BLOCK_N)
@@ -112,7 +114,7 @@ def weights_tile(
 
 @triton.jit
 def gradient_tile(
-    probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout, dweights_plane,
+    probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout, head_dweights,
     KEYS_FIRST: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(dscores, dproducts) of a tile: the gradients of the logits and of scale * q.k.
@@ -121,15 +123,15 @@ def gradient_tile(
     """
     _, _, _, keep_scale = dropout
     if VARIANT.dweights:
-        seqlen_q, key_end, _, _, _ = scoring[6]
+        seqlen_q, seq_key_end, _, _, _ = scoring[6]
         rows = first_query + tl.arange(0, BLOCK_M)
         cols = first_key + tl.arange(0, BLOCK_N)
         if KEYS_FIRST:
             rows, cols = rows[None, :], cols[:, None]
         else:
             rows, cols = rows[:, None], cols[None, :]
-        pointers = plane_pointers(dweights_plane, rows, cols, VARIANT.unit_dweights, VARIANT)
-        dweights = tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0.0).to(tl.float32)
+        pointers = score_pointers(head_dweights, rows, cols, VARIANT.unit_dweights, VARIANT)
+        dweights = tl.load(pointers, mask=(rows < seqlen_q) & (cols < seq_key_end), other=0.0).to(tl.float32)
         dscores = tl.where(weights != 0.0, weights * dweights * keep_scale, 0.0)
     else:
         if KEYS_FIRST:
@@ -158,8 +160,8 @@ def gradient_tile(
     )
 )
 def attention_dkdv_kernel(
-    q, k, v, dout, reference, row_factor, delta, dweights, dk, dv,
-    edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    q, k, v, dout, reference, lse_correction, delta, dweights, dk, dv,
+    cu_seqlens_q, cu_seqlens_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -181,24 +183,26 @@ def attention_dkdv_kernel(
     """
     num_kv_heads = num_heads // VARIANT.group_size
     lengths = (seqlen_q, seqlen_k, shift)
-    packing = (edges_q, edges_k, batch_size)
+    packing = (cu_seqlens_q, cu_seqlens_k, batch_size)
     tile, kv_head, sequence = program_tile(lengths, packing, num_kv_heads, True, False, BLOCK_N, VARIANT)
     batch, query_base, key_base, num_queries, num_keys, shift = sequence
     if VARIANT.varlen:  # noqa: SIM102 - at compile time
         if tile < 0:
             return
     first_key = tile * BLOCK_N
-    key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
-    end_key = tl.minimum(first_key + BLOCK_N, key_end)
-    keys = head_operand(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, TMA, VARIANT)
-    planes = (
+    seq_key_end = sequence_key_end(key_lengths, batch, num_keys, VARIANT)
+    tile_key_end = tl.minimum(first_key + BLOCK_N, seq_key_end)
+    keys = head_operand(
+        k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
+    )
+    mask_and_bias = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
         (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
     positions = (num_queries, num_keys, shift, left, right)
-    blocks = query_blocks(first_key, end_key, num_queries, shift, left, right, VARIANT, BLOCK_M)
+    blocks = query_blocks(first_key, tile_key_end, num_queries, shift, left, right, VARIANT, BLOCK_M)
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT)
     first_member = 0
     num_members = VARIANT.group_size
@@ -211,7 +215,7 @@ def attention_dkdv_kernel(
     value_tile = key_tile
     if not VARIANT.dweights:
         values = head_operand(
-            v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, TMA, VARIANT
+            v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
         )
         value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, True, TMA, VARIANT)
     dk_tile = tl.zeros([BLOCK_N, padded(VARIANT.head_dim)], tl.float32)
@@ -223,46 +227,52 @@ def attention_dkdv_kernel(
         )
         reference_base = head_rows(reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         scoring = head_scoring(
-            batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
-            VARIANT,
+            batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
+            scale, softcap, VARIANT,
         )  # fmt: skip
         dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
         dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
-        dweights_plane = head_plane(dweights, dweights_strides, batch, head)
-        for EDGE in tl.static_range(2):
-            for step in range(block_count(blocks, EDGE)):
-                first_query = block_at(step, blocks, EDGE) * BLOCK_M
+        head_dweights = score_matrix(dweights, dweights_strides, batch, head)
+        for IS_MASKED in tl.static_range(2):
+            for step in range(block_count(blocks, IS_MASKED)):
+                first_query = block_at(step, blocks, IS_MASKED) * BLOCK_M
                 rows = first_query + tl.arange(0, BLOCK_M)
-                query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, EDGE, TMA, VARIANT)
-                query_tile = zero_beyond(query_tile, rows, num_queries, EDGE, TMA, VARIANT)
-                reference_rows = load_rows(
-                    reference_base, first_query, num_queries, float("inf"), BLOCK_M, EDGE
+                query_tile = load_operand(
+                    queries, first_query, VARIANT.head_dim, BLOCK_M, IS_MASKED, TMA, VARIANT
                 )
-                factor_rows = reference_rows
+                query_tile = zero_beyond(query_tile, rows, num_queries, IS_MASKED, TMA, VARIANT)
+                reference_rows = load_rows(
+                    reference_base, first_query, num_queries, float("inf"), BLOCK_M, IS_MASKED
+                )
+                correction_rows = reference_rows
                 if VARIANT.bias:
-                    factor_base = head_rows(row_factor, batch, head, num_heads, query_base, seqlen_q, VARIANT)
-                    factor_rows = load_rows(factor_base, first_query, num_queries, 1.0, BLOCK_M, EDGE)
+                    correction_base = head_rows(
+                        lse_correction, batch, head, num_heads, query_base, seqlen_q, VARIANT
+                    )
+                    correction_rows = load_rows(
+                        correction_base, first_query, num_queries, 1.0, BLOCK_M, IS_MASKED
+                    )
                 delta_rows = reference_rows
                 dout_tile = query_tile
                 if not VARIANT.dweights:
                     strides = (stride_dob, stride_doh, stride_dos)
                     douts = head_operand(dout, strides, batch, head, query_base, num_queries, TMA, VARIANT)
                     dout_tile = load_operand(
-                        douts, first_query, VARIANT.value_dim, BLOCK_M, EDGE, TMA, VARIANT
+                        douts, first_query, VARIANT.value_dim, BLOCK_M, IS_MASKED, TMA, VARIANT
                     )
-                    dout_tile = zero_beyond(dout_tile, rows, num_queries, EDGE, TMA, VARIANT)
+                    dout_tile = zero_beyond(dout_tile, rows, num_queries, IS_MASKED, TMA, VARIANT)
                     delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
-                    delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, EDGE)
+                    delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, IS_MASKED)
                 probs, weights, capped = weights_tile(
-                    query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
-                    True, EDGE, VARIANT, BLOCK_M, BLOCK_N,
+                    query_tile, key_tile, reference_rows, correction_rows, first_query, first_key, scoring, dropout,
+                    True, IS_MASKED, VARIANT, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 if not VARIANT.dweights:
                     factor = weights.to(dout_tile.dtype)
                     dv_tile = tl.dot(factor, dout_tile, dv_tile, input_precision=VARIANT.dot_precision)
                 _, dproducts = gradient_tile(
                     probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
-                    dweights_plane, True, VARIANT, BLOCK_M, BLOCK_N,
+                    head_dweights, True, VARIANT, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 dproducts = dproducts.to(query_tile.dtype)
                 dk_tile = tl.dot(dproducts, query_tile, dk_tile, input_precision=VARIANT.dot_precision)
@@ -270,7 +280,7 @@ def attention_dkdv_kernel(
     if SPLIT_HEADS:
         dk += tl.program_id(1).to(tl.int64) * stride_split_dk
         dv += tl.program_id(1).to(tl.int64) * stride_split_dv
-    exists = (first_key + tl.arange(0, BLOCK_N) < key_end)[:, None]
+    exists = (first_key + tl.arange(0, BLOCK_N) < seq_key_end)[:, None]
     dks = head_matrix(dk, (stride_dkb, stride_dkh, stride_dks), batch, kv_head, key_base, num_keys, VARIANT)
     store_tile(dks, tl.where(exists, dk_tile * scale, 0.0), first_key, VARIANT.head_dim, BLOCK_N, VARIANT)
     if not VARIANT.dweights:
@@ -291,8 +301,8 @@ def attention_dkdv_kernel(
     )
 )
 def attention_dq_kernel(
-    q, k, v, dout, reference, row_factor, delta, dweights, dq, dslope_tiles, dlse,
-    edges_q, edges_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    q, k, v, dout, reference, lse_correction, delta, dweights, dq, dslope_tiles, dlse,
+    cu_seqlens_q, cu_seqlens_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -307,7 +317,7 @@ def attention_dq_kernel(
     One program owns BLOCK_M queries of one head and visits the key blocks they see.
     """
     lengths = (seqlen_q, seqlen_k, shift)
-    packing = (edges_q, edges_k, batch_size)
+    packing = (cu_seqlens_q, cu_seqlens_k, batch_size)
     tile, head, sequence = program_tile(
         lengths, packing, num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT
     )
@@ -318,15 +328,17 @@ def attention_dq_kernel(
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, num_queries)
-    key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
+    seq_key_end = sequence_key_end(key_lengths, batch, num_keys, VARIANT)
     queries = head_operand(
         q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
     )
-    keys = head_operand(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, key_end, TMA, VARIANT)
-    values = head_operand(
-        v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, key_end, TMA, VARIANT
+    keys = head_operand(
+        k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
     )
-    planes = (
+    values = head_operand(
+        v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
+    )
+    mask_and_bias = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
@@ -334,22 +346,23 @@ def attention_dq_kernel(
     )
     positions = (num_queries, num_keys, shift, left, right)
     scoring = head_scoring(
-        batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
+        batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
+        scale, softcap, VARIANT,
     )  # fmt: skip
     dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
     dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
-    dweights_plane = head_plane(dweights, dweights_strides, batch, head)
-    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    head_dweights = score_matrix(dweights, dweights_strides, batch, head)
+    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
     reference_base = head_rows(reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
     reference_rows = load_rows(reference_base, first_query, num_queries, float("inf"), BLOCK_M, True)
-    factor_rows = reference_rows
+    correction_rows = reference_rows
     if VARIANT.bias:
-        factor_base = head_rows(row_factor, batch, head, num_heads, query_base, seqlen_q, VARIANT)
-        factor_rows = load_rows(factor_base, first_query, num_queries, 1.0, BLOCK_M, True)
+        correction_base = head_rows(lse_correction, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        correction_rows = load_rows(correction_base, first_query, num_queries, 1.0, BLOCK_M, True)
     dout_tile = query_tile
     delta_rows = reference_rows
     if not VARIANT.dweights:
@@ -361,23 +374,25 @@ def attention_dq_kernel(
     dq_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     dlse_rows = tl.zeros([BLOCK_M], tl.float32)
-    for EDGE in tl.static_range(2):
-        for step in range(block_count(blocks, EDGE)):
-            first_key = block_at(step, blocks, EDGE) * BLOCK_N
+    for IS_MASKED in tl.static_range(2):
+        for step in range(block_count(blocks, IS_MASKED)):
+            first_key = block_at(step, blocks, IS_MASKED) * BLOCK_N
             cols = first_key + tl.arange(0, BLOCK_N)
-            key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, TMA, VARIANT)
-            key_tile = zero_beyond(key_tile, cols, key_end, EDGE, TMA, VARIANT)
+            key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, IS_MASKED, TMA, VARIANT)
+            key_tile = zero_beyond(key_tile, cols, seq_key_end, IS_MASKED, TMA, VARIANT)
             value_tile = key_tile
             if not VARIANT.dweights:
-                value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
-                value_tile = zero_beyond(value_tile, cols, key_end, EDGE, TMA, VARIANT)
+                value_tile = load_operand(
+                    values, first_key, VARIANT.value_dim, BLOCK_N, IS_MASKED, TMA, VARIANT
+                )
+                value_tile = zero_beyond(value_tile, cols, seq_key_end, IS_MASKED, TMA, VARIANT)
             probs, weights, capped = weights_tile(
-                query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
-                False, EDGE, VARIANT, BLOCK_M, BLOCK_N,
+                query_tile, key_tile, reference_rows, correction_rows, first_query, first_key, scoring, dropout,
+                False, IS_MASKED, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dscores, dproducts = gradient_tile(
                 probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
-                dweights_plane, False, VARIANT, BLOCK_M, BLOCK_N,
+                head_dweights, False, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if VARIANT.alibi_grad:
                 dslope -= tl.sum(dscores * distance(rows[:, None], cols[None, :], shift), 1)

@@ -9,13 +9,13 @@ from .attention_bwd import DOUT_STRIDES, DWEIGHTS_STRIDES, gradient_tile, weight
 from .attention_fwd import INTEGERS
 from .primitives import (
     head_matrix,
-    head_plane,
     head_rows,
     head_scoring,
     key_blocks,
-    keys_end,
     load_rows,
     load_tile,
+    score_matrix,
+    sequence_key_end,
 )
 
 
@@ -28,7 +28,7 @@ from .primitives import (
     )
 )
 def attention_dbias_kernel(
-    q, k, v, dout, reference, row_factor, delta, dweights, dbias,
+    q, k, v, dout, reference, lse_correction, delta, dweights, dbias,
     key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos,
@@ -51,7 +51,7 @@ def attention_dbias_kernel(
     row_tile = program // col_tiles % row_tiles
     bias_head = program // col_tiles // row_tiles % bias_heads
     bias_sequence = program // col_tiles // row_tiles // bias_heads
-    planes = (
+    mask_and_bias = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
@@ -73,32 +73,32 @@ def attention_dbias_kernel(
         first_query = (row_tile + step // key_tiles % query_tiles) * BLOCK_M
         head = bias_head + step // key_tiles // query_tiles % repeats_h
         batch = bias_sequence + step // key_tiles // query_tiles // repeats_h
-        key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+        seq_key_end = sequence_key_end(key_lengths, batch, seqlen_k, VARIANT)
         end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-        blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+        blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
         if (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N):
             kv_head = head // VARIANT.group_size
             queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
-            keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, key_end, VARIANT)
+            keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
             scoring = head_scoring(
-                batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale,
-                softcap, VARIANT,
+                batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
+                scale, softcap, VARIANT,
             )  # fmt: skip
             dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
             dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
-            dweights_plane = head_plane(dweights, dweights_strides, batch, head)
+            head_dweights = score_matrix(dweights, dweights_strides, batch, head)
             query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
             key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
             reference_base = head_rows(reference, batch, head, num_heads, 0, seqlen_q, VARIANT)
             reference_rows = load_rows(reference_base, first_query, seqlen_q, float("inf"), BLOCK_M, True)
-            factor_base = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT)
-            factor_rows = load_rows(factor_base, first_query, seqlen_q, 1.0, BLOCK_M, True)
+            correction_base = head_rows(lse_correction, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            correction_rows = load_rows(correction_base, first_query, seqlen_q, 1.0, BLOCK_M, True)
             dout_tile = query_tile
             value_tile = key_tile
             delta_rows = reference_rows
             if not VARIANT.dweights:
                 values = head_matrix(
-                    v, (stride_vb, stride_vh, stride_vs), batch, kv_head, 0, key_end, VARIANT
+                    v, (stride_vb, stride_vh, stride_vs), batch, kv_head, 0, seq_key_end, VARIANT
                 )
                 douts = head_matrix(
                     dout, (stride_dob, stride_doh, stride_dos), batch, head, 0, seqlen_q, VARIANT
@@ -108,24 +108,24 @@ def attention_dbias_kernel(
                 delta_base = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT)
                 delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
             probs, weights, capped = weights_tile(
-                query_tile, key_tile, reference_rows, factor_rows, first_query, first_key, scoring, dropout,
+                query_tile, key_tile, reference_rows, correction_rows, first_query, first_key, scoring, dropout,
                 False, True, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dscores, _ = gradient_tile(
                 probs, weights, capped, dout_tile, value_tile, delta_rows, first_query, first_key, scoring, dropout,
-                dweights_plane, False, VARIANT, BLOCK_M, BLOCK_N,
+                head_dweights, False, VARIANT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             total += dscores
 
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    plane = bias_sequence.to(tl.int64) * bias_heads + bias_head
+    matrix = bias_sequence.to(tl.int64) * bias_heads + bias_head
     if VARIANT.bias_one_row:
         total = tl.sum(total, 0)[None, :]
         rows = tl.arange(0, 1)
     if VARIANT.bias_one_col:
         total = tl.sum(total, 1)[:, None]
         cols = tl.arange(0, 1)
-    offsets = (plane * bias_rows + rows[:, None]) * bias_cols + cols[None, :]
+    offsets = (matrix * bias_rows + rows[:, None]) * bias_cols + cols[None, :]
     inside = (rows < bias_rows)[:, None] & (cols < bias_cols)[None, :]
     tl.store(dbias + offsets, total.to(dbias.dtype.element_ty), mask=inside)

@@ -60,7 +60,7 @@ def cache_rows(cache, keys, exists, VARIANT: tl.constexpr, CACHE: tl.constexpr):
         keys = keys % CACHE.page_size
     else:
         starts = base
-    if VARIANT.wide_offsets:
+    if VARIANT.int64_offsets:
         keys = keys.to(tl.int64)
     return starts + keys * stride_row * VARIANT.unit
 
@@ -237,15 +237,15 @@ def attention_decode_kernel(
 
     row_max, row_sum = softmax_start(sinks, batch + 0 * heads, heads, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
-    for EDGE in tl.static_range(2):
-        for step in range(block_count(blocks, EDGE)):
-            first_key = block_at(step, blocks, EDGE) * BLOCK_N
+    for IS_MASKED in tl.static_range(2):
+        for step in range(block_count(blocks, IS_MASKED)):
+            first_key = block_at(step, blocks, IS_MASKED) * BLOCK_N
             cols = first_key + tl.arange(0, BLOCK_N)
-            key_tile = load_cached(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, VARIANT, CACHE)
+            key_tile = load_cached(keys, first_key, VARIANT.head_dim, BLOCK_N, IS_MASKED, VARIANT, CACHE)
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-            scores, _ = logits(products, queries[:, None], cols[None, :], scoring, EDGE, VARIANT)
+            scores, _ = logits(products, queries[:, None], cols[None, :], scoring, IS_MASKED, VARIANT)
             probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
-            value_tile = load_cached(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, VARIANT, CACHE)
+            value_tile = load_cached(values, first_key, VARIANT.value_dim, BLOCK_N, IS_MASKED, VARIANT, CACHE)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 

@@ -14,10 +14,10 @@ from .primitives import (
     head_rows,
     head_scoring,
     key_blocks,
-    keys_end,
     load_operand,
     logits,
     padded,
+    sequence_key_end,
     softmax_lse,
     softmax_start,
     softmax_update,
@@ -28,7 +28,7 @@ from .primitives import (
 from .sequences import program_tile
 
 QKV_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkv" for dim in "bhs")
-PLANE_STRIDES = tuple(f"stride_{plane}_{dim}" for plane in ("mask", "bias") for dim in "bhqk")
+SCORE_STRIDES = tuple(f"stride_{tensor}_{dim}" for tensor in ("mask", "bias") for dim in "bhqk")
 POSITIONS = (
     "num_heads",
     "batch_size",
@@ -40,12 +40,12 @@ POSITIONS = (
     "keep_threshold",
     "stride_slopes_b",
 )
-INTEGERS = (*QKV_STRIDES, *PLANE_STRIDES, *POSITIONS)  # of every kernel that scores pairs
+INTEGERS = (*QKV_STRIDES, *SCORE_STRIDES, *POSITIONS)  # of every kernel that scores pairs
 
 
 @triton.jit(do_not_specialize=(*INTEGERS, "stride_ob", "stride_oh", "stride_os"))
 def attention_fwd_kernel(
-    q, k, v, out, lse, edges_q, edges_k,
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
     key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, sinks, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
@@ -57,11 +57,11 @@ def attention_fwd_kernel(
     """out = dropout(softmax(logits)) @ v and lse = logsumexp(logits), over the keys each query sees.
 
     One program owns BLOCK_M queries of one head. It visits the key blocks its queries see: first those that all of
-    them see whole, without masking, then the edges. A row without keys gives out 0 and lse -inf, or its sink. With TMA,
-    q, k and v are descriptors.
+    them see whole, without masking, then those that are masked. A row without keys gives out 0 and lse -inf, or its
+    sink. With TMA, q, k and v are descriptors.
     """
     lengths = (seqlen_q, seqlen_k, shift)
-    packing = (edges_q, edges_k, batch_size)
+    packing = (cu_seqlens_q, cu_seqlens_k, batch_size)
     tile, head, sequence = program_tile(
         lengths, packing, num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT
     )
@@ -72,15 +72,15 @@ def attention_fwd_kernel(
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, num_queries)
-    key_end = keys_end(key_lengths, batch, num_keys, VARIANT)
+    seq_key_end = sequence_key_end(key_lengths, batch, num_keys, VARIANT)
     strides = (stride_qb, stride_qh, stride_qs)
     queries = head_operand(q, strides, batch, head, query_base, num_queries, TMA, VARIANT)
     strides = (stride_kb, stride_kh, stride_ks)
-    keys = head_operand(k, strides, batch, kv_head, key_base, key_end, TMA, VARIANT)
+    keys = head_operand(k, strides, batch, kv_head, key_base, seq_key_end, TMA, VARIANT)
     strides = (stride_vb, stride_vh, stride_vs)
-    values = head_operand(v, strides, batch, kv_head, key_base, key_end, TMA, VARIANT)
+    values = head_operand(v, strides, batch, kv_head, key_base, seq_key_end, TMA, VARIANT)
     outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, query_base, num_queries, VARIANT)
-    planes = (
+    mask_and_bias = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
@@ -88,30 +88,31 @@ def attention_fwd_kernel(
     )
     positions = (num_queries, num_keys, shift, left, right)
     scoring = head_scoring(
-        batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
+        batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
+        scale, softcap, VARIANT,
     )  # fmt: skip
-    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
     row_max, row_sum = softmax_start(sinks, batch, head, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
-    for EDGE in tl.static_range(2):
-        for step in range(block_count(blocks, EDGE)):
-            first_key = block_at(step, blocks, EDGE) * BLOCK_N
+    for IS_MASKED in tl.static_range(2):
+        for step in range(block_count(blocks, IS_MASKED)):
+            first_key = block_at(step, blocks, IS_MASKED) * BLOCK_N
             cols = first_key + tl.arange(0, BLOCK_N)
-            key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, EDGE, TMA, VARIANT)
+            key_tile = load_operand(keys, first_key, VARIANT.head_dim, BLOCK_N, IS_MASKED, TMA, VARIANT)
             products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-            scores, _ = logits(products, rows[:, None], cols[None, :], scoring, EDGE, VARIANT)
+            scores, _ = logits(products, rows[:, None], cols[None, :], scoring, IS_MASKED, VARIANT)
             probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
             if VARIANT.dropout:
                 keep = dropout_keep(
                     seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
                 )
                 probs = tl.where(keep, probs, 0.0)
-            value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, EDGE, TMA, VARIANT)
-            value_tile = zero_beyond(value_tile, cols, key_end, EDGE, TMA, VARIANT)
+            value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, IS_MASKED, TMA, VARIANT)
+            value_tile = zero_beyond(value_tile, cols, seq_key_end, IS_MASKED, TMA, VARIANT)
             acc = acc * rescale[:, None]
             acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
 

@@ -13,24 +13,24 @@ from .primitives import (
     head_rows,
     head_scoring,
     key_blocks,
-    keys_end,
     load_lse,
     load_rows,
     load_tile,
     logits,
+    sequence_key_end,
 )
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def attention_weights_kernel(
-    q, k, lse, row_factor, weights, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    q, k, lse, lse_correction, weights, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     MEAN: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """weights = dropout(row_factor * exp(logits - lse)), (B, H, Sq, Sk), or their MEAN over heads; contiguous.
+    """weights = dropout(lse_correction * exp(logits - lse)), (B, H, Sq, Sk), or their MEAN over heads; contiguous.
 
     One program owns a tile of one head, or of the mean, whose heads it adds up in their order.
     """
@@ -39,24 +39,24 @@ def attention_weights_kernel(
     program = tl.program_id(0)
     first_key = program % col_tiles * BLOCK_N
     first_query = program // col_tiles % row_tiles * BLOCK_M
-    plane = program // col_tiles // row_tiles
+    batch_head = program // col_tiles // row_tiles
     heads = num_heads
-    batch = plane
+    batch = batch_head
     first_head = 0
     if not MEAN:
         heads = 1
-        batch = plane // num_heads
-        first_head = plane % num_heads
-    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+        batch = batch_head // num_heads
+        first_head = batch_head % num_heads
+    seq_key_end = sequence_key_end(key_lengths, batch, seqlen_k, VARIANT)
     end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    planes = (
+    mask_and_bias = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
         (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
     )
     positions = (seqlen_q, seqlen_k, shift, left, right)
-    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     seen = (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N)
     rows = first_query + tl.arange(0, BLOCK_M)
     cols = first_key + tl.arange(0, BLOCK_N)
@@ -66,10 +66,10 @@ def attention_weights_kernel(
         head = first_head + step
         kv_head = head // VARIANT.group_size
         queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
-        keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, key_end, VARIANT)
+        keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
         scoring = head_scoring(
-            batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap,
-            VARIANT,
+            batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
+            scale, softcap, VARIANT,
         )  # fmt: skip
         query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
         key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
@@ -80,8 +80,8 @@ def attention_weights_kernel(
         probs = tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT))
         probs = tl.where(scores == float("-inf"), 0.0, probs)  # also in a row whose lse is NaN
         if VARIANT.bias:
-            factor_base = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT)
-            probs *= load_rows(factor_base, first_query, seqlen_q, 1.0, BLOCK_M, True)[:, None]
+            correction_base = head_rows(lse_correction, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            probs *= load_rows(correction_base, first_query, seqlen_q, 1.0, BLOCK_M, True)[:, None]
         if VARIANT.dropout:
             keep = dropout_keep(
                 seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
@@ -91,6 +91,6 @@ def attention_weights_kernel(
 
     if MEAN:
         total = total / num_heads
-    offsets = (plane.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
+    offsets = (batch_head.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
     inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
     tl.store(weights + offsets, total.to(weights.dtype.element_ty), mask=inside)

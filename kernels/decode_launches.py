@@ -32,7 +32,7 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
     assert value is not None
     unit = _cache_unit(call, key, value)
     variant = AttentionVariant(
-        spec.head_dim, spec.value_dim, unit=unit, wide_offsets=_wide(call, call.capacity)
+        spec.head_dim, spec.value_dim, unit=unit, int64_offsets=_wide(call, call.capacity)
     )
     args = _cache_arguments(call, unit) | _strides("new_k", key, unit) | _strides("new_v", value, unit)
     args |= {"key": key, "value": value, "VARIANT": variant, "BLOCK_ROWS": APPEND_ROWS}
@@ -148,7 +148,7 @@ def _variant(
         and not (spec.softcap or spec.alibi or sinks),
         dot_precision=spec.float32_precision,
         unit=unit,
-        wide_offsets=_wide(call, tile.block_n),
+        int64_offsets=_wide(call, tile.block_n),
     )
 
 

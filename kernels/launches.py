@@ -13,7 +13,7 @@ from fastattn.kernels import (
     attention_bwd_splits,
     attention_dbias,
     attention_fwd,
-    attention_row_factor,
+    attention_lse_correction,
     attention_weights,
     segments,
     sequences,
@@ -53,19 +53,19 @@ class AttentionVariant(NamedTuple):
     unit: int = (
         1  # strides are passed in multiples of this many elements, 16 bytes where everything is aligned
     )
-    wide_offsets: bool = False  # offsets within a tile need 64 bits
+    int64_offsets: bool = False  # offsets within a tile need 64 bits
 
 
 class Packing(NamedTuple):
     """Where the sequences of a call lie whose tensors are all tokens as one (1, H, T, D) sequence."""
 
-    edges_q: Tensor  # (B + 1,) int32
-    edges_k: Tensor
+    cu_seqlens_q: Tensor  # (B + 1,) int32
+    cu_seqlens_k: Tensor
 
     @property
     def batch_size(self) -> int:
         """How many sequences there are."""
-        return self.edges_q.shape[0] - 1
+        return self.cu_seqlens_q.shape[0] - 1
 
 
 class Launch(NamedTuple):
@@ -124,7 +124,7 @@ def delta_launch(
     else:
         unit = _unit(out, dout)
         args |= _strides("o", out, unit) | _strides("do", dout, unit)
-    variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, wide_offsets=spec.wide_offsets)
+    variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, int64_offsets=spec.int64_offsets)
     variant = variant._replace(fold_scale=_folds_scale(spec, call))
     args |= {"reference": reference, "VARIANT": variant, "num_heads": num_heads, "seqlen_q": seqlen_q}
     tile = Tile(DELTA_ROWS, 0, num_warps=4, num_stages=1)
@@ -133,20 +133,23 @@ def delta_launch(
     )
 
 
-def row_factor_launch(
-    spec: AttentionSpec, call: AttentionCall, lse: Tensor, row_factor: Tensor, tile: Tile
+def lse_correction_launch(
+    spec: AttentionSpec, call: AttentionCall, lse: Tensor, lse_correction: Tensor, tile: Tile
 ) -> Launch:
-    """attention_row_factor_kernel on a call."""
-    args = _call_arguments(spec, call, _unit(call.query, call.key)) | {"lse": lse, "row_factor": row_factor}
+    """attention_lse_correction_kernel on a call."""
+    args = _call_arguments(spec, call, _unit(call.query, call.key)) | {
+        "lse": lse,
+        "lse_correction": lse_correction,
+    }
     grid = num_tiles(call.query, tile.block_m, None)
-    return _launch(attention_row_factor.attention_row_factor_kernel, grid, args, tile)
+    return _launch(attention_lse_correction.attention_lse_correction_kernel, grid, args, tile)
 
 
-class Cotangents(NamedTuple):
+class UpstreamGrads(NamedTuple):
     """What flows back into the passes: the output's gradient with delta, or the weights'."""
 
     reference: Tensor  # (B, H, Sq) float32, from attention_delta_kernel: lse for the passes' exponents
-    row_factor: Tensor | None = None  # (B, H, Sq) float32, given with a bias
+    lse_correction: Tensor | None = None  # (B, H, Sq) float32, given with a bias
     delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
     dout: Tensor | None = None
     dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
@@ -154,9 +157,9 @@ class Cotangents(NamedTuple):
 
     def arguments(self, unit: int) -> dict[str, Any]:
         """The kernel arguments they make."""
-        names = ("reference", "row_factor", "delta", "dout", "dweights")
+        names = ("reference", "lse_correction", "delta", "dout", "dweights")
         args: dict[str, Any] = {name: getattr(self, name) for name in names}
-        args |= _plane_strides("dweights", self.dweights)
+        args |= _score_strides("dweights", self.dweights)
         if self.dout is not None:
             return args | _strides("do", self.dout, unit)
         return args | {"stride_dob": 0, "stride_doh": 0, "stride_dos": 0}
@@ -169,7 +172,7 @@ class Cotangents(NamedTuple):
 def dkdv_launch(
     spec: AttentionSpec,
     call: AttentionCall,
-    cotangents: Cotangents,
+    upstream_grads: UpstreamGrads,
     dkey: Tensor,
     dvalue: Tensor | None,
     segment_blocks: Tensor | None,
@@ -184,11 +187,11 @@ def dkdv_launch(
     """
     dvalue = dkey if dvalue is None else dvalue
     first_dkey, first_dvalue = (dkey, dvalue) if split == WHOLE else (dkey[0], dvalue[0])
-    unit = _unit(call.query, call.key, call.value, first_dkey, first_dvalue, *cotangents.tensors())
-    args = _call_arguments(spec, call, unit, packing, cotangents)
+    unit = _unit(call.query, call.key, call.value, first_dkey, first_dvalue, *upstream_grads.tensors())
+    args = _call_arguments(spec, call, unit, packing, upstream_grads)
     args |= _strides("dk", first_dkey, unit) | _strides("dv", first_dvalue, unit)
     args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, tile, cotangents)
+    args |= _tma_arguments(spec, call, tile, upstream_grads)
     args |= {"SPLIT_HEADS": split.heads, "SPLIT_QUERIES": split.queries, "first_split": first_split}
     args |= {"stride_split_dk": 0, "stride_split_dv": 0}
     grid = num_tiles(call.key, tile.block_n, packing)
@@ -212,7 +215,7 @@ def sum_splits_launch(partials: Tensor, out: Tensor) -> Launch:
 def dq_launch(
     spec: AttentionSpec,
     call: AttentionCall,
-    cotangents: Cotangents,
+    upstream_grads: UpstreamGrads,
     dquery: Tensor,
     dslope_tiles: Tensor | None,
     dlse: Tensor | None,
@@ -221,10 +224,10 @@ def dq_launch(
     packing: Packing | None = None,
 ) -> Launch:
     """attention_dq_kernel on a call, writing the gradients of the query and of what else belongs to a query."""
-    unit = _unit(call.query, call.key, call.value, dquery, *cotangents.tensors())
-    args = _call_arguments(spec, call, unit, packing, cotangents) | _strides("dq", dquery, unit)
+    unit = _unit(call.query, call.key, call.value, dquery, *upstream_grads.tensors())
+    args = _call_arguments(spec, call, unit, packing, upstream_grads) | _strides("dq", dquery, unit)
     args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, tile, cotangents)
+    args |= _tma_arguments(spec, call, tile, upstream_grads)
     args["VARIANT"] = args["VARIANT"]._replace(alibi_grad=dslope_tiles is not None)
     grid = num_tiles(call.query, tile.block_m, packing)
     return _launch(attention_bwd.attention_dq_kernel, grid, args, tile)
@@ -234,19 +237,19 @@ def sequence_sums_launch(
     tiles: Tensor, packing: Packing, num_tokens: int, block: int, sums: Tensor
 ) -> Launch:
     """sequence_sums_kernel on what attention_dq_kernel found per tile of `block` queries, (H, slots)."""
-    args: dict[str, Any] = {"tiles": tiles, "edges": packing.edges_q, "sums": sums}
+    args: dict[str, Any] = {"tiles": tiles, "edges": packing.cu_seqlens_q, "sums": sums}
     args |= {"batch_size": sums.shape[0], "num_heads": sums.shape[1], "num_tokens": num_tokens}
     args |= {"BLOCK": block, "CHUNK": SLOT_CHUNK}
     return Launch(sequences.sequence_sums_kernel, (sums.numel(),), args, 1, 1)
 
 
 def dbias_launch(
-    spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, dbias: Tensor, tile: Tile
+    spec: AttentionSpec, call: AttentionCall, upstream_grads: UpstreamGrads, dbias: Tensor, tile: Tile
 ) -> Launch:
     """attention_dbias_kernel on a call, writing the gradient of the bias in the bias's own shape, contiguous."""
     bias_batch, bias_heads, bias_rows, bias_cols = dbias.shape
-    unit = _unit(call.query, call.key, call.value, *cotangents.tensors())
-    args = _call_arguments(spec, call, unit, None, cotangents)
+    unit = _unit(call.query, call.key, call.value, *upstream_grads.tensors())
+    args = _call_arguments(spec, call, unit, None, upstream_grads)
     args |= {
         "bias_batch": bias_batch,
         "bias_heads": bias_heads,
@@ -263,7 +266,7 @@ def weights_launch(
     spec: AttentionSpec,
     call: AttentionCall,
     lse: Tensor,
-    row_factor: Tensor | None,
+    lse_correction: Tensor | None,
     weights: Tensor,
     mean: bool,
     tile: Tile,
@@ -271,9 +274,9 @@ def weights_launch(
     """attention_weights_kernel on a call: (B, H, Sq, Sk), or (B, Sq, Sk) for the mean over heads, contiguous."""
     seqlen_q, seqlen_k = weights.shape[-2:]
     args = _call_arguments(spec, call, _unit(call.query, call.key))
-    args |= {"lse": lse, "row_factor": row_factor, "weights": weights, "MEAN": mean}
-    planes = weights.shape[:-2].numel()
-    grid = planes * _cdiv(seqlen_q, tile.block_m) * _cdiv(seqlen_k, tile.block_n)
+    args |= {"lse": lse, "lse_correction": lse_correction, "weights": weights, "MEAN": mean}
+    batch_heads = weights.shape[:-2].numel()
+    grid = batch_heads * _cdiv(seqlen_q, tile.block_m) * _cdiv(seqlen_k, tile.block_n)
     return _launch(attention_weights.attention_weights_kernel, grid, args, tile)
 
 
@@ -313,7 +316,7 @@ def fits_tma(spec: AttentionSpec, operands: Iterable[Tensor]) -> bool:
 
 
 def _tma_arguments(
-    spec: AttentionSpec, call: AttentionCall, tile: Tile, cotangents: Cotangents | None = None
+    spec: AttentionSpec, call: AttentionCall, tile: Tile, upstream_grads: UpstreamGrads | None = None
 ) -> dict[str, Any]:
     """The TMA flag, and descriptors in place of the operands where the tile asks for them and they can stand for
     them."""
@@ -322,8 +325,8 @@ def _tma_arguments(
         "k": (call.key, tile.block_n),
         "v": (call.value, tile.block_n),
     }
-    if cotangents is not None and cotangents.dout is not None:
-        operands["dout"] = (cotangents.dout, tile.block_m)
+    if upstream_grads is not None and upstream_grads.dout is not None:
+        operands["dout"] = (upstream_grads.dout, tile.block_m)
     if not (tile.tma and fits_tma(spec, [tensor for tensor, _ in operands.values()])):
         return {"TMA": False}
     descriptors = {name: _descriptor(tensor, block) for name, (tensor, block) in operands.items()}
@@ -356,7 +359,7 @@ def _call_arguments(
     call: AttentionCall,
     unit: int,
     packing: Packing | None = None,
-    cotangents: Cotangents | None = None,
+    upstream_grads: UpstreamGrads | None = None,
 ) -> dict[str, Any]:
     """Every argument that follows from the call. Windows are cut to the sequences, so that nothing overflows."""
     query, key, value, slopes = call.query, call.key, call.value, call.alibi_slopes
@@ -366,8 +369,8 @@ def _call_arguments(
         "q": query,
         "k": key,
         "v": value,
-        "edges_q": None if packing is None else packing.edges_q,
-        "edges_k": None if packing is None else packing.edges_k,
+        "cu_seqlens_q": None if packing is None else packing.cu_seqlens_q,
+        "cu_seqlens_k": None if packing is None else packing.cu_seqlens_k,
         "key_lengths": call.key_lengths,
         "mask": None if call.mask is None else call.mask.view(torch.uint8),
         "bias": call.bias,
@@ -388,20 +391,20 @@ def _call_arguments(
         "keep_scale": keep_scale(call.dropout_p),
         "scale": call.scale,
         "softcap": call.softcap,
-        "VARIANT": _variant(spec, call, unit, cotangents)._replace(varlen=packing is not None),
+        "VARIANT": _variant(spec, call, unit, upstream_grads)._replace(varlen=packing is not None),
     }
     args |= _strides("q", query, unit) | _strides("k", key, unit) | _strides("v", value, unit)
-    args |= _plane_strides("mask", call.mask) | _plane_strides("bias", call.bias)
-    if cotangents is not None:
-        args |= cotangents.arguments(unit)
-        args["keep_scale"] *= cotangents.dweights_factor
+    args |= _score_strides("mask", call.mask) | _score_strides("bias", call.bias)
+    if upstream_grads is not None:
+        args |= upstream_grads.arguments(unit)
+        args["keep_scale"] *= upstream_grads.dweights_factor
     return args
 
 
 def _variant(
-    spec: AttentionSpec, call: AttentionCall, unit: int, cotangents: Cotangents | None
+    spec: AttentionSpec, call: AttentionCall, unit: int, upstream_grads: UpstreamGrads | None
 ) -> AttentionVariant:
-    dweights = None if cotangents is None else cotangents.dweights
+    dweights = None if upstream_grads is None else upstream_grads.dweights
     return AttentionVariant(
         head_dim=spec.head_dim,
         value_dim=spec.value_dim,
@@ -414,7 +417,7 @@ def _variant(
         segments=spec.segments,
         alibi=spec.alibi,
         softcap=spec.softcap,
-        sinks=spec.sinks and cotangents is None,
+        sinks=spec.sinks and upstream_grads is None,
         dropout=spec.dropout,
         dweights=dweights is not None,
         unit_mask=_unit_columns(call.mask),
@@ -423,7 +426,7 @@ def _variant(
         fold_scale=_folds_scale(spec, call),
         dot_precision=spec.float32_precision,
         unit=unit,
-        wide_offsets=spec.wide_offsets or (dweights is not None and _last_offset(dweights) >= 2**31),
+        int64_offsets=spec.int64_offsets or (dweights is not None and _last_offset(dweights) >= 2**31),
     )
 
 
@@ -452,7 +455,7 @@ def _strides(name: str, tensor: Tensor, unit: int) -> dict[str, int]:
     }
 
 
-def _plane_strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+def _score_strides(name: str, tensor: Tensor | None) -> dict[str, int]:
     """The four strides of a tensor that broadcasts to (B, H, Sq, Sk): 0 where it does, or where there is none."""
     if tensor is None:
         return {f"stride_{name}_{dim}": 0 for dim in "bhqk"}

@@ -2,8 +2,8 @@
 
 `VARIANT` is the `AttentionVariant` of launches.py. `rows` are query and `cols` key indices, already expanded, so one
 function serves tiles laid out queries by keys (rows [M, 1], cols [1, N]) and keys by queries (rows [1, M],
-cols [N, 1]). A matrix is a tuple (pointer to its first row, row stride, number of rows), a plane a tuple (pointer to
-its first element, row stride, column stride), with stride 0 where it is broadcast.
+cols [N, 1]). A matrix is a tuple (pointer to its first row, row stride, number of rows); a score matrix, of a mask or a
+bias, is a tuple (pointer to its first element, row stride, column stride), with stride 0 where it is broadcast.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -49,8 +49,8 @@ def head_matrix(pointer, strides, batch, head, first_row, num_rows, VARIANT: tl.
 
 
 @triton.jit
-def head_plane(pointer, strides, batch, head):
-    """The plane of one head of a tensor that broadcasts to (B, H, Sq, Sk); meaningless for a tensor that is absent."""
+def score_matrix(pointer, strides, batch, head):
+    """One head's (Sq, Sk) matrix of a tensor that broadcasts to (B, H, Sq, Sk); meaningless where it is absent."""
     stride_batch, stride_head, stride_row, stride_col = strides
     base = 0
     if pointer is not None:
@@ -74,7 +74,7 @@ def tile_pointers(matrix, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr
     base, stride_row, _ = matrix
     rows = tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, padded(DIM))[None, :]
-    if VARIANT.wide_offsets:
+    if VARIANT.int64_offsets:
         rows = rows.to(tl.int64)
     start = base + first_row.to(tl.int64) * stride_row * VARIANT.unit
     return start + (rows * stride_row * VARIANT.unit + cols)
@@ -132,10 +132,10 @@ def load_operand(
 
 
 @triton.jit
-def zero_beyond(tile, rows, num_rows, EDGE: tl.constexpr, TMA: tl.constexpr, VARIANT: tl.constexpr):
+def zero_beyond(tile, rows, num_rows, IS_MASKED: tl.constexpr, TMA: tl.constexpr, VARIANT: tl.constexpr):
     """A tile of `load_operand` whose rows are summed over: a row that is not the sequence's own may be NaN, which a
     weight of 0 does not silence."""
-    if TMA and EDGE and (VARIANT.varlen or VARIANT.key_lengths):
+    if TMA and IS_MASKED and (VARIANT.varlen or VARIANT.key_lengths):
         tile = tl.where((rows < num_rows)[:, None], tile, 0.0)
     return tile
 
@@ -150,10 +150,10 @@ def store_tile(matrix, tile, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.conste
 
 
 @triton.jit
-def plane_pointers(plane, rows, cols, UNIT_COLS: tl.constexpr, VARIANT: tl.constexpr):
-    """Pointers to elements of a plane; UNIT_COLS says that neighbouring columns are neighbours in memory."""
-    base, stride_row, stride_col = plane
-    if VARIANT.wide_offsets:
+def score_pointers(matrix, rows, cols, UNIT_COLS: tl.constexpr, VARIANT: tl.constexpr):
+    """Pointers to elements of a score matrix; UNIT_COLS says that neighbouring columns are neighbours in memory."""
+    base, stride_row, stride_col = matrix
+    if VARIANT.int64_offsets:
         rows = rows.to(tl.int64)
         cols = cols.to(tl.int64)
     if UNIT_COLS:
@@ -164,7 +164,7 @@ def plane_pointers(plane, rows, cols, UNIT_COLS: tl.constexpr, VARIANT: tl.const
 
 
 @triton.jit
-def keys_end(key_lengths, batch, seqlen_k, VARIANT: tl.constexpr):
+def sequence_key_end(key_lengths, batch, seqlen_k, VARIANT: tl.constexpr):
     """One past the last key of this sequence."""
     end = seqlen_k
     if VARIANT.key_lengths:
@@ -176,7 +176,7 @@ def keys_end(key_lengths, batch, seqlen_k, VARIANT: tl.constexpr):
 def split_blocks(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
     """(first, full_first, full_last, last): the blocks meeting [begin, end), those wholly in [full_begin, full_end).
 
-    Blocks [first, full_first) and [full_last, last) are the edges, where elements must be masked one by one.
+    Blocks [first, full_first) and [full_last, last) are masked element by element.
     """
     first = tl.maximum(begin, 0) // BLOCK
     last = tl.maximum(tl.cdiv(tl.maximum(end, 0), BLOCK), first)
@@ -187,38 +187,38 @@ def split_blocks(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_blocks(
-    first_query, end_query, key_end, shift, left, right, VARIANT: tl.constexpr, BLOCK_N: tl.constexpr
+    first_query, end_query, seq_key_end, shift, left, right, VARIANT: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The key blocks that queries [first_query, end_query) see: `split_blocks` of their windows."""
     begin = 0
     full_begin = 0
-    end = key_end
-    full_end = key_end
+    end = seq_key_end
+    full_end = seq_key_end
     if VARIANT.has_left:
         begin = first_query + shift - left
         full_begin = end_query - 1 + shift - left
     if VARIANT.has_right:
-        end = tl.minimum(key_end, end_query + shift + right)
-        full_end = tl.minimum(key_end, first_query + shift + right + 1)
+        end = tl.minimum(seq_key_end, end_query + shift + right)
+        full_end = tl.minimum(seq_key_end, first_query + shift + right + 1)
     return split_blocks(begin, end, full_begin, full_end, BLOCK_N)
 
 
 @triton.jit
 def query_blocks(
-    first_key, end_key, seqlen_q, shift, left, right, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr
+    first_key, tile_key_end, seqlen_q, shift, left, right, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """The query blocks that see keys [first_key, end_key), none when there are no keys: the mirror of `key_blocks`."""
+    """The query blocks that see keys [first_key, tile_key_end), none without keys: the mirror of `key_blocks`."""
     begin = 0
     full_begin = 0
     end = seqlen_q
     full_end = seqlen_q
     if VARIANT.has_right:
         begin = first_key - shift - right
-        full_begin = end_key - 1 - shift - right
+        full_begin = tile_key_end - 1 - shift - right
     if VARIANT.has_left:
-        end = tl.minimum(seqlen_q, end_key - shift + left)
+        end = tl.minimum(seqlen_q, tile_key_end - shift + left)
         full_end = tl.minimum(seqlen_q, first_key - shift + left + 1)
-    end = tl.where(first_key < end_key, end, 0)
+    end = tl.where(first_key < tile_key_end, end, 0)
     return split_blocks(begin, end, full_begin, full_end, BLOCK_M)
 
 
@@ -237,22 +237,22 @@ def within_segments(blocks, segment_blocks, tile_index, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def block_at(step, blocks, EDGE: tl.constexpr):
-    """The step-th block of the full blocks, or of the two edges taken as one sequence."""
+def block_at(step, blocks, IS_MASKED: tl.constexpr):
+    """The step-th of the full blocks, or of the masked blocks on both sides taken as one sequence."""
     first, full_first, full_last, _ = blocks
     block = full_first + step
-    if EDGE:
-        left_edge = full_first - first
-        block = tl.where(step < left_edge, first + step, full_last + step - left_edge)
+    if IS_MASKED:
+        left_masked = full_first - first
+        block = tl.where(step < left_masked, first + step, full_last + step - left_masked)
     return block
 
 
 @triton.jit
-def block_count(blocks, EDGE: tl.constexpr):
+def block_count(blocks, IS_MASKED: tl.constexpr):
     """How many blocks `block_at` enumerates."""
     first, full_first, full_last, last = blocks
     count = full_last - full_first
-    if EDGE:
+    if IS_MASKED:
         count = full_first - first + last - full_last
     return count
 
@@ -279,14 +279,15 @@ def distance(rows, cols, shift):
 
 @triton.jit
 def head_scoring(
-    batch, head, key_end, planes, segments, slopes, stride_slopes_b, positions, scale, softcap, VARIANT: tl.constexpr
+    batch, head, seq_key_end, mask_and_bias, segments, slopes, stride_slopes_b, positions, scale, softcap,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     """All that turns q.k of one head into logits, as one tuple for `logits`: what is absent is meaningless there.
 
-    planes: (mask, strides, bias, strides); segments: (query_ids, key_ids); positions: (seqlen_q, seqlen_k, shift,
-    left, right).
+    mask_and_bias: (mask, strides, bias, strides); segments: (query_ids, key_ids); positions: (seqlen_q, seqlen_k,
+    shift, left, right).
     """
-    mask, mask_strides, bias, bias_strides = planes
+    mask, mask_strides, bias, bias_strides = mask_and_bias
     query_ids, key_ids = segments
     seqlen_q, seqlen_k, shift, left, right = positions
     slope = 0.0
@@ -295,40 +296,40 @@ def head_scoring(
     ids = (0, 0)
     if VARIANT.segments:
         ids = (query_ids + batch.to(tl.int64) * seqlen_q, key_ids + batch.to(tl.int64) * seqlen_k)
-    mask_plane = head_plane(mask, mask_strides, batch, head)
-    bias_plane = head_plane(bias, bias_strides, batch, head)
-    return scale, softcap, slope, mask_plane, bias_plane, ids, (seqlen_q, key_end, shift, left, right)
+    head_mask = score_matrix(mask, mask_strides, batch, head)
+    head_bias = score_matrix(bias, bias_strides, batch, head)
+    return scale, softcap, slope, head_mask, head_bias, ids, (seqlen_q, seq_key_end, shift, left, right)
 
 
 @triton.jit
-def visible(rows, cols, mask_plane, ids, positions, EDGE: tl.constexpr, VARIANT: tl.constexpr):
+def visible(rows, cols, head_mask, ids, positions, IS_MASKED: tl.constexpr, VARIANT: tl.constexpr):
     """Which keys exist and are not masked: pos - left <= j <= pos + right, same segment, mask. Full blocks need only
     the mask. Queries past the last count as visible: nothing of theirs is stored, and backward reads their lse as +inf.
     """
-    seqlen_q, key_end, shift, left, right = positions
-    inside = cols < key_end
-    if EDGE:
+    seqlen_q, seq_key_end, shift, left, right = positions
+    inside = cols < seq_key_end
+    if IS_MASKED:
         if VARIANT.has_right:
             inside &= cols <= rows + (shift + right)
         if VARIANT.has_left:
             inside &= cols >= rows + (shift - left)
         if VARIANT.segments:
             row_ids = tl.load(ids[0] + rows, mask=rows < seqlen_q, other=-1)
-            col_ids = tl.load(ids[1] + cols, mask=cols < key_end, other=-1)
+            col_ids = tl.load(ids[1] + cols, mask=cols < seq_key_end, other=-1)
             inside &= (row_ids == col_ids) & (row_ids >= 0)
     if VARIANT.mask:
-        pointers = plane_pointers(mask_plane, rows, cols, VARIANT.unit_mask, VARIANT)
-        inside &= tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0) != 0
+        pointers = score_pointers(head_mask, rows, cols, VARIANT.unit_mask, VARIANT)
+        inside &= tl.load(pointers, mask=(rows < seqlen_q) & (cols < seq_key_end), other=0) != 0
     return inside
 
 
 @triton.jit
-def logits(products, rows, cols, scoring, EDGE: tl.constexpr, VARIANT: tl.constexpr):
+def logits(products, rows, cols, scoring, IS_MASKED: tl.constexpr, VARIANT: tl.constexpr):
     """(scores, capped) of a tile of q.k: scores = softcap * tanh(scale * q.k / softcap) - slope * distance + bias, -inf
     where a query may not look; capped is the tanh. Where it can be folded into the exponent, the scale is missing.
     """
-    scale, softcap, slope, mask_plane, bias_plane, ids, positions = scoring
-    seqlen_q, key_end, shift, _, _ = positions
+    scale, softcap, slope, head_mask, head_bias, ids, positions = scoring
+    seqlen_q, seq_key_end, shift, _, _ = positions
     scores = products
     capped = products
     if not VARIANT.fold_scale:
@@ -339,11 +340,11 @@ def logits(products, rows, cols, scoring, EDGE: tl.constexpr, VARIANT: tl.conste
     if VARIANT.alibi:
         scores -= slope * distance(rows, cols, shift)
     if VARIANT.bias:
-        pointers = plane_pointers(bias_plane, rows, cols, VARIANT.unit_bias, VARIANT)
-        bias = tl.load(pointers, mask=(rows < seqlen_q) & (cols < key_end), other=0.0)
+        pointers = score_pointers(head_bias, rows, cols, VARIANT.unit_bias, VARIANT)
+        bias = tl.load(pointers, mask=(rows < seqlen_q) & (cols < seq_key_end), other=0.0)
         scores += bias.to(tl.float32)
-    if EDGE or VARIANT.mask:
-        inside = visible(rows, cols, mask_plane, ids, positions, EDGE, VARIANT)
+    if IS_MASKED or VARIANT.mask:
+        inside = visible(rows, cols, head_mask, ids, positions, IS_MASKED, VARIANT)
         scores = tl.where(inside, scores, float("-inf"))
     return scores, capped
 

@@ -66,18 +66,18 @@ def program_tile(
     """
     seqlen_q, seqlen_k, shift = lengths
     if VARIANT.varlen:
-        edges_q, edges_k, batch_size = packing
-        edges = edges_q
+        cu_seqlens_q, cu_seqlens_k, batch_size = packing
+        edges = cu_seqlens_q
         num_tokens = seqlen_q
         if OF_KEYS:
-            edges = edges_k
+            edges = cu_seqlens_k
             num_tokens = seqlen_k
         slots = num_slots(num_tokens, batch_size, BLOCK)
         slot = tl.program_id(0) % slots
         head = tl.program_id(0) // slots
         batch = sequence_at(slot, edges, batch_size, BLOCK)
-        first_query, num_queries = token_range(edges_q, batch, batch_size, seqlen_q)
-        first_key, num_keys = token_range(edges_k, batch, batch_size, seqlen_k)
+        first_query, num_queries = token_range(cu_seqlens_q, batch, batch_size, seqlen_q)
+        first_key, num_keys = token_range(cu_seqlens_k, batch, batch_size, seqlen_k)
         tile = slot - first_slot(tl.load(edges + batch), batch, BLOCK)
         if OF_KEYS:
             num_tiles = tl.cdiv(num_keys, BLOCK)

@@ -185,7 +185,7 @@ def softmax_fwd_long_kernel(
 
 
 @triton.jit
-def load_cotangents(y, dy, rows, cols, num_columns, VARIANT: tl.constexpr):
+def load_upstream_grads(y, dy, rows, cols, num_columns, VARIANT: tl.constexpr):
     """(y, dy) of some columns in float32, dy 0 where y is constant or beyond the row."""
     y_pointers, y_step = y
     dy_pointers, dy_step = dy
@@ -194,10 +194,10 @@ def load_cotangents(y, dy, rows, cols, num_columns, VARIANT: tl.constexpr):
     result = tl.load(y_pointers + column_offsets(cols, y_step, VARIANT), mask=inside, other=constant).to(
         tl.float32
     )
-    cotangent = tl.load(dy_pointers + column_offsets(cols, dy_step, VARIANT), mask=inside, other=0.0).to(
+    upstream_grad = tl.load(dy_pointers + column_offsets(cols, dy_step, VARIANT), mask=inside, other=0.0).to(
         tl.float32
     )
-    return result, tl.where(result == constant, 0.0, cotangent)
+    return result, tl.where(result == constant, 0.0, upstream_grad)
 
 
 @triton.jit
@@ -237,9 +237,9 @@ def softmax_bwd_kernel(
     dxs = row_pointers(dx, (stride_dx_o, stride_dx_m, stride_dx_i, stride_dx_c), rows, VARIANT)
     num_columns = num_columns * VARIANT.column_unit
     cols = tl.arange(0, BLOCK_COLUMNS)
-    result, cotangent = load_cotangents(ys, dys, rows, cols, num_columns, VARIANT)
-    total = tl.sum(reduced_terms(result, cotangent, VARIANT), 1)
-    gradient = input_gradient(result, cotangent, total, scale, VARIANT)
+    result, upstream_grad = load_upstream_grads(ys, dys, rows, cols, num_columns, VARIANT)
+    total = tl.sum(reduced_terms(result, upstream_grad, VARIANT), 1)
+    gradient = input_gradient(result, upstream_grad, total, scale, VARIANT)
     store_columns(dxs, gradient, rows, cols, num_columns, VARIANT)
 
 
@@ -265,11 +265,11 @@ def softmax_bwd_long_kernel(
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for chunk in range(num_chunks):
         cols = chunk * BLOCK_COLUMNS + lanes
-        result, cotangent = load_cotangents(ys, dys, rows, cols, num_columns, VARIANT)
-        sums += reduced_terms(result, cotangent, VARIANT)
+        result, upstream_grad = load_upstream_grads(ys, dys, rows, cols, num_columns, VARIANT)
+        sums += reduced_terms(result, upstream_grad, VARIANT)
     total = tl.sum(sums, 1)
     for step in range(num_chunks):
         cols = (num_chunks - 1 - step) * BLOCK_COLUMNS + lanes
-        result, cotangent = load_cotangents(ys, dys, rows, cols, num_columns, VARIANT)
-        gradient = input_gradient(result, cotangent, total, scale, VARIANT)
+        result, upstream_grad = load_upstream_grads(ys, dys, rows, cols, num_columns, VARIANT)
+        gradient = input_gradient(result, upstream_grad, total, scale, VARIANT)
         store_columns(dxs, gradient, rows, cols, num_columns, VARIANT)

@@ -52,7 +52,7 @@ class Key(NamedTuple):
     family: int  # of architectures, one of FAMILIES
     bits: int  # 16 or 32
     head_dim: int  # one of HEAD_DIMS: the larger of key and value dim, rounded up
-    rich: bool  # something in RICH_FEATURES is in use: more registers per score
+    has_score_mods: bool  # something in SCORE_MODS is in use: more registers per score
 
 
 TMA_ARCH = 90  # the first architecture that has it
@@ -67,12 +67,16 @@ FAMILIES = {  # family: (architectures, bytes of shared memory a block may use)
     100: ((100, 101, 103, 110), 232448),
     120: ((120, 121), 101376),
 }
-RICH_FEATURES = ("mask", "bias", "segments", "alibi", "softcap", "dropout")
+SCORE_MODS = ("mask", "bias", "segments", "alibi", "softcap", "dropout")
 
 
-def _rows(families: tuple[int, ...], bits: int, rich: bool, *tiles: Tiles) -> dict[Key, Tiles]:
+def _rows(families: tuple[int, ...], bits: int, has_score_mods: bool, *tiles: Tiles) -> dict[Key, Tiles]:
     """Rows of some families for HEAD_DIMS in order."""
-    return {Key(family, bits, dim, rich): row for family in families for dim, row in zip(HEAD_DIMS, tiles)}
+    return {
+        Key(family, bits, dim, has_score_mods): row
+        for family in families
+        for dim, row in zip(HEAD_DIMS, tiles)
+    }
 
 
 TABLE: dict[Key, Tiles] = {
@@ -225,7 +229,7 @@ def key_of(spec: AttentionSpec) -> Key:
         family=family_of(spec.arch),
         bits=32 if spec.dtype.itemsize == 4 else 16,
         head_dim=next(dim for dim in HEAD_DIMS if dim >= widest),
-        rich=any(getattr(spec, feature) for feature in RICH_FEATURES),
+        has_score_mods=any(getattr(spec, feature) for feature in SCORE_MODS),
     )
 
 

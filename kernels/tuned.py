@@ -93,7 +93,7 @@ def winners_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Tile]:
 
 def entries_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Winner]:
     """The same with what the file says of them."""
-    if spec.arch is None or not spec.aligned or spec.wide_offsets:
+    if spec.arch is None or not spec.aligned or spec.int64_offsets:
         return {}
     known = winners_here(spec.arch)
     found = {kernel: known.get(signature(spec, kernel, packed)) for kernel in KERNELS}

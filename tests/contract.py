@@ -189,7 +189,7 @@ class Inputs:
         outputs: Sequence[str] = ("out", "lse"),
         **extra: Any,
     ) -> dict[str, Tensor]:
-        """Results by name: out, lse, and the gradient of every differentiable tensor from `outputs`' cotangents."""
+        """Results by name: out, lse, and the gradient of every differentiable tensor from `outputs`' upstream_grads."""
         leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in self.operands.items()}
         options = dict(self.options)
         for name in DIFFERENTIABLE_OPTIONS:
@@ -199,8 +199,8 @@ class Inputs:
         out, lse = attend(
             leaves["query"], leaves["key"], leaves["value"], **options, **extra, return_lse=True
         )
-        cotangents = {"out": (out, self.dout.to(out.dtype)), "lse": (lse, self.dlse.to(lse.dtype))}
-        used = [cotangents[name] for name in outputs]
+        upstream_grads = {"out": (out, self.dout.to(out.dtype)), "lse": (lse, self.dlse.to(lse.dtype))}
+        used = [upstream_grads[name] for name in outputs]
         grads = torch.autograd.grad(
             [o for o, _ in used], list(leaves.values()), [c for _, c in used], allow_unused=True
         )

@@ -123,7 +123,7 @@ def test_without_a_directory_each_run_gets_its_own(text: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("case", [*demo_grid.QUICK, *demo_grid.FULL], ids=lambda case: case.name)
-def test_every_contestant_computes_the_same(case: demo_grid.Case) -> None:
+def test_every_provider_computes_the_same(case: demo_grid.Case) -> None:
     small = dataclasses.replace(case, length=96)
     inputs = demo_grid.make_inputs(small, CPU, torch.float64, seed=3)
     true = demo_grid.make_step(small, "formula", inputs)()

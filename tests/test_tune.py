@@ -121,7 +121,7 @@ def test_a_winner_serves_nothing_but_what_it_was_measured_for(machine: Machine) 
         {"window_left": True},
         {"sinks": True},
         {"aligned": False},
-        {"wide_offsets": True},
+        {"int64_offsets": True},
         {"arch": None},
     ):
         changed = spec.replace(**other)

@@ -66,11 +66,11 @@ FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
 // reaches past the last key.
 template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {
-  const int end_key = first_key + kBlockN < seen.num_keys ? first_key + kBlockN : seen.num_keys;
-  if (end_key <= first_key) return {0, 0, 0, 0};
+  const int tile_key_end = first_key + kBlockN < seen.num_keys ? first_key + kBlockN : seen.num_keys;
+  if (tile_key_end <= first_key) return {0, 0, 0, 0};
   const int whole_end = first_key + kBlockN <= seen.num_keys ? seen.end_query(first_key) : 0;
-  return block_range<kBlockM>(seen.first_query(first_key), seen.end_query(end_key - 1), seen.first_query(end_key - 1),
-                              whole_end);
+  return block_range<kBlockM>(seen.first_query(first_key), seen.end_query(tile_key_end - 1),
+                              seen.first_query(tile_key_end - 1), whole_end);
 }
 
 // Sets to -inf what lies outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count

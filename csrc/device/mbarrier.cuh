@@ -22,7 +22,7 @@ FASTATTN_DEVICE void mbarrier_init(Mbarrier* barrier, uint32_t arrivals) {
 #endif
 }
 
-// Makes this thread's mbarrier_init calls visible to the copy engine and to the other blocks of the cluster.
+// Makes this thread's mbarrier_init calls visible to TMA and to the other blocks of the cluster.
 FASTATTN_DEVICE void fence_barrier_init() {
 #if defined(FASTATTN_EMULATION)
   emulator::fence_barrier_init();

@@ -21,7 +21,7 @@ struct PipelineState {
   }
 };
 
-// The barriers of a ring, in shared memory. Per stage, in turn: the producer waits until it is empty, fills it and
+// The barriers of a ring, in shared memory. Per stage and round: the producer waits until it is empty, fills it and
 // arrives at `full` once; the consumers wait until it is full, read it and arrive at `empty`, each as often as init was
 // told. Every role walks the ring with a PipelineState of its own.
 //
@@ -52,7 +52,7 @@ struct Pipeline {
     }
   }
 
-  // The producer's turn with a stage. Its whole warp waits until the stage is empty; when every lane has seen that, the
+  // Fills a stage. The producer's whole warp waits until the stage is empty; when every lane has seen that, the
   // one that `issues` says at `arrived` how many bytes come and starts their copies. A lane that still waited for this
   // phase when the consumers complete the next would wait for ever. `arrived` is the stage's full barrier, or one of
   // the producer's own where it edits what has landed before it arrives at `full`.

@@ -42,7 +42,7 @@ FASTATTN_DEVICE void named_barrier_arrive(int id, int threads) {
 #endif
 }
 
-// Makes this thread's earlier ordinary accesses to shared memory visible to the copy engine and the tensor cores.
+// Makes this thread's earlier ordinary accesses to shared memory visible to TMA and the tensor cores.
 // Each writing thread calls it before the barrier behind which they read.
 FASTATTN_DEVICE void fence_proxy_async() {
 #if defined(FASTATTN_EMULATION)

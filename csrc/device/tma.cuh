@@ -1,4 +1,4 @@
-// The copy engine: boxes of tensors between global and shared memory, described by tensor maps the host encodes.
+// TMA: boxes of tensors between global and shared memory, described by tensor maps the host encodes.
 //
 // Coordinates count elements, fastest dimension first, and name the box's first element. What lies outside the tensor
 // reads as zeros, which count towards the barrier's bytes all the same, and is not written. One thread issues a copy.
@@ -11,7 +11,7 @@
 
 namespace fastattn {
 
-// How long a line loaded by the copy engine should stay in the L2 cache.
+// How long a line loaded by TMA should stay in the L2 cache.
 enum class CachePolicy : uint64_t {
   kEvictNormal = 0x1000000000000000ull,
   kEvictFirst = 0x12f0000000000000ull,

@@ -81,35 +81,39 @@ struct Wgmma;
 #define FASTATTN_R128 FASTATTN_R124, FASTATTN_R(124)
 
 // p0 .. p6 are the numbers of the operands behind the accumulators; p0 is also the number of accumulators.
-#define FASTATTN_WGMMA_OF(TYPE, NAME, N, p0, p1, p2, p3, p4, p5, p6)                                                  \
-  template <bool transpose_a, bool transpose_b>                                                                       \
-  struct Wgmma<TYPE, N, transpose_a, transpose_b> {                                                                   \
-    FASTATTN_DEVICE static void issue(float (&acc)[N / 2], uint64_t a, uint64_t b, int accumulate) {                  \
-      asm volatile(                                                                                                   \
-          "{\n"                                                                                                       \
-          ".reg .pred p;\n"                                                                                           \
-          "setp.ne.b32 p, %" #p2 ", 0;\n"                                                                             \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FASTATTN_D##p0 "}, %" #p0 ", %" #p1    \
-          ", p, 1, 1, %" #p3 ", %" #p4 ";\n"                                                                          \
-          "}\n"                                                                                                       \
-          : FASTATTN_R##p0                                                                                            \
-          : "l"(a), "l"(b), "r"(accumulate), "n"(int(transpose_a)), "n"(int(transpose_b)));                           \
-    }                                                                                                                 \
-    FASTATTN_DEVICE static void issue(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {      \
-      asm volatile(                                                                                                   \
-          "{\n"                                                                                                       \
-          ".reg .pred p;\n"                                                                                           \
-          "setp.ne.b32 p, %" #p5 ", 0;\n"                                                                             \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FASTATTN_D##p0 "}, {%" #p0 ", %" #p1   \
-          ", %" #p2 ", %" #p3 "}, %" #p4 ", p, 1, 1, %" #p6 ";\n"                                                     \
-          "}\n"                                                                                                       \
-          : FASTATTN_R##p0                                                                                            \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(transpose_b)));              \
-    }                                                                                                                 \
+#define FASTATTN_WGMMA_OF(TYPE, NAME, N, p0, p1, p2, p3, p4, p5, p6)                                             \
+  template <bool transpose_a, bool transpose_b>                                                                  \
+  struct Wgmma<TYPE, N, transpose_a, transpose_b> {                                                              \
+    FASTATTN_DEVICE static void issue(float (&acc)[N / 2], uint64_t a, uint64_t b, int accumulate) {             \
+      asm volatile(                                                                                              \
+          "{\n"                                                                                                  \
+          ".reg .pred p;\n"                                                                                      \
+          "setp.ne.b32 p, %" #p2                                                                                 \
+          ", 0;\n"                                                                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FASTATTN_D##p0                    \
+          "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4                                                      \
+          ";\n"                                                                                                  \
+          "}\n"                                                                                                  \
+          : FASTATTN_R##p0                                                                                       \
+          : "l"(a), "l"(b), "r"(accumulate), "n"(int(transpose_a)), "n"(int(transpose_b)));                      \
+    }                                                                                                            \
+    FASTATTN_DEVICE static void issue(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+      asm volatile(                                                                                              \
+          "{\n"                                                                                                  \
+          ".reg .pred p;\n"                                                                                      \
+          "setp.ne.b32 p, %" #p5                                                                                 \
+          ", 0;\n"                                                                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" FASTATTN_D##p0                    \
+          "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", p, 1, 1, %" #p6                                \
+          ";\n"                                                                                                  \
+          "}\n"                                                                                                  \
+          : FASTATTN_R##p0                                                                                       \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(transpose_b)));         \
+    }                                                                                                            \
   };
 
-#define FASTATTN_WGMMA(N, ...)                                                                                        \
-  FASTATTN_WGMMA_OF(half_t, "f16", N, __VA_ARGS__)                                                                    \
+#define FASTATTN_WGMMA(N, ...)                     \
+  FASTATTN_WGMMA_OF(half_t, "f16", N, __VA_ARGS__) \
   FASTATTN_WGMMA_OF(bfloat16_t, "bf16", N, __VA_ARGS__)
 
 FASTATTN_WGMMA(8, 4, 5, 6, 7, 8, 9, 10)

@@ -148,7 +148,8 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
     const int row = sequence.key_start + tile.first_key;
     load_tile<Shape::kBlockN, kHeadDim>(shared.keys, &maps.k, arrived, row, tile.kv_head, sequence.batch, kReadOnce);
     if (Shape::kKeys) {
-      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, arrived, row, tile.kv_head, sequence.batch, kReadOnce);
+      load_tile<Shape::kBlockN, kHeadDim>(shared.values, &maps.v, arrived, row, tile.kv_head, sequence.batch,
+                                          kReadOnce);
     }
   }
   if (zeroes_keys) {
@@ -345,7 +346,7 @@ FASTATTN_DEVICE KeyWork key_work(const AttentionParams& call, const TileSchedule
   const Tile place = tile_at(schedule, number, TileOrder::kEven);
   // The schedule has the last block first, but here the first is the longest under causality.
   const int block = schedule.query_blocks - 1 - place.query_block;
-  const KeyTile tile = key_tile<Shape::kBlockN>(call, block, place.plane);
+  const KeyTile tile = key_tile<Shape::kBlockN>(call, block, place.batch_head);
   return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
 }
 

@@ -82,15 +82,17 @@ FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const B
   uint32_t landed_parity = 0;
   for (int block = blocks.begin; block < blocks.end; ++block, state.advance()) {
     const int first_key = block * kBlockN;
-    // Rows past the last key may hold anything, unless they lie outside the tensor, where the copy engine reads zeros.
+    // Rows past the last key may hold anything, unless they lie outside the tensor, where TMA reads zeros.
     const int rows = sequence.seen.num_keys - first_key;
     const bool zeroes = rows < kBlockN && (params.call.cu_seqlens_k != nullptr || params.call.key_lengths != nullptr);
     Mbarrier& full = barriers.keys.full[state.stage];
     Mbarrier& arrived = zeroes ? barriers.landed : full;
     barriers.keys.load(state, arrived, 2 * Shape::kKeyBytes, issues, [&] {
       const int row = sequence.key_start + first_key;
-      load_tile<kBlockN, kHeadDim>(shared.keys(state.stage), &maps.k, &arrived, row, kv_head, sequence.batch, kReadAgain);
-      load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, &arrived, row, kv_head, sequence.batch, kReadAgain);
+      load_tile<kBlockN, kHeadDim>(shared.keys(state.stage), &maps.k, &arrived, row, kv_head, sequence.batch,
+                                   kReadAgain);
+      load_tile<kBlockN, kHeadDim>(shared.values(state.stage), &maps.v, &arrived, row, kv_head, sequence.batch,
+                                   kReadAgain);
     });
     if (zeroes) {
       zero_landed_rows<kBlockN, kHeadDim>(arrived, landed_parity, full, rows, issues, shared.keys(state.stage),
@@ -187,7 +189,7 @@ struct QueryWork {
 template <class Shape>
 FASTATTN_DEVICE QueryWork query_work(const AttentionParams& call, const TileSchedule& schedule, int number) {
   const Tile place = tile_at(schedule, number, TileOrder::kEven);
-  const QueryTile tile = query_tile<Shape::kBlockM>(call, place.query_block, place.plane);
+  const QueryTile tile = query_tile<Shape::kBlockM>(call, place.query_block, place.batch_head);
   return {tile, key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_query)};
 }
 

@@ -19,7 +19,7 @@ struct FusedGradientsShape : KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kB
   static constexpr int kDqColumns = kDqByBlocks ? kHeadDim : kHeadDim / 2;  // of a product
   static constexpr int kDqTiles = kDqByBlocks ? 2 : 1;                      // one per warpgroup, or one of both
   static constexpr int kDqThreads = (kDqByBlocks ? 1 : 2) * kWarpgroupThreads + kWarpThreads;  // that hand a tile over
-  static constexpr int kDsTiles = kDqByBlocks ? 4 : 2;                      // a ring
+  static constexpr int kDsTiles = kDqByBlocks ? 4 : 2;                                         // a ring
 
   static constexpr uint32_t kDsBytes = kTileBytes<kBlockM, kBlockN>;
   static constexpr uint32_t kDqBytes = kBlockM * kHeadDim * 4;
@@ -99,8 +99,9 @@ FASTATTN_DEVICE void hand_over_dq(const KeyGradientsShared<Shape>& shared, float
   named_pair_arrive<kDqWritten>(which, Shape::kDqThreads);
 }
 
-// Adds what the consumers hand over in tile `which` to the sums in global memory, when the block's turn comes. One warp
-// for each tile: it waits for the memory system between its turn and the next block's, longer than a step may take.
+// Adds what the consumers hand over in tile `which` to the sums in global memory, when the dq semaphore reaches the
+// block. There is a warp for each tile: from one block of queries to the next it waits for the memory system longer
+// than a step may take.
 template <class Shape>
 FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile& tile, const BlockRange& blocks,
                             const KeyGradientsShared<Shape>& shared, int which) {
@@ -136,12 +137,12 @@ FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile
   }
 }
 
-// The tile of keys of the block that drew `ticket`: like key_work, but the last tiles of all heads come first, as their
-// turns do.
+// The tile of keys of the block that drew `ticket`: like key_work, but the last tiles of all heads come first, which is
+// the order of the dq semaphore.
 template <class Shape>
-FASTATTN_DEVICE KeyWork turn_work(const AttentionParams& call, const TileSchedule& schedule, uint32_t ticket) {
+FASTATTN_DEVICE KeyWork work_of_ticket(const AttentionParams& call, const TileSchedule& schedule, uint32_t ticket) {
   const Tile place = tile_at(schedule, static_cast<int>(ticket));
-  const KeyTile tile = key_tile<Shape::kBlockN>(call, place.query_block, place.plane);
+  const KeyTile tile = key_tile<Shape::kBlockN>(call, place.query_block, place.batch_head);
   return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
 }
 

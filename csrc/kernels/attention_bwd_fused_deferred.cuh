@@ -1,8 +1,8 @@
 // The loop of a pass for all gradients in which each warpgroup takes dq of every other block of queries.
 //
 // dq of a block waits for ds of both warpgroups. So its product is not issued in the block's own step but in the next
-// one, by which the other warpgroup has written its part: neither stops for the other, and the softmax of one falls into
-// the products of the other.
+// one, by which the other warpgroup has written its part: neither stops for the other, and the softmax of one falls
+// into the products of the other.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@
 
 namespace fastattn {
 
-// The sums over all queries for the 64 keys of warpgroup kConsumer, and what all keys of the tile add to dq of the steps
-// whose parity is kConsumer.
+// The sums over all queries for the 64 keys of warpgroup kConsumer, and what all keys of the tile add to dq of the
+// steps whose parity is kConsumer.
 template <int kConsumer, class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params, const KeyTile& tile,
                                           const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
@@ -57,8 +57,8 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
 
   // A step's products for dv and dk and, with `has_dq`, for dq of the step before; dk and dq are in flight afterwards.
   //
-  // Tiles of ds are used again after four steps. A warpgroup waits for ds of its step before it writes that of the next,
-  // so when the other one gets there it has read its own of the step before that.
+  // Tiles of ds are used again after four steps. A warpgroup waits for ds of its step before it writes that of the
+  // next, so when the other one gets there it has read its own of the step before that.
   const auto sum_gradients = [&](auto whose, auto has_dq) {
     wgmma_wait<1>();
     pin_registers(scores);

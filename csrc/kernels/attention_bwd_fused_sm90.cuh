@@ -2,7 +2,7 @@
 // sees.
 //
 // What attention_bwd_dkdv_sm90.cuh does, and dq += ds k beside: five products where two passes take seven. dq is summed
-// in float in global memory, by one block after another: for each block of queries the tiles of keys take turns, the
+// in float in global memory, by one block after another: for each block of queries the tiles of keys add in order, the
 // last one first, so that the sum has the same bits every time. Blocks draw their tiles in that order, by a ticket: the
 // tiles that one waits for belong to blocks that have started, whichever those are.
 #pragma once
@@ -120,7 +120,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() > Shape::kDqTiles) return;
-    const auto [tile, blocks] = turn_work<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
+    const auto [tile, blocks] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     if (warp_index() == 0) {
       produce_queries<Shape>(params, maps, tile, blocks, shared);
@@ -129,7 +129,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     }
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = turn_work<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
+    const auto [tile, blocks] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     float dk[Shape::kHeadDim / 2] = {};
     float dv[Shape::kHeadDim / 2] = {};

@@ -1,4 +1,4 @@
-// Describes a call to the copy engine and launches the passes of its backward; for the files of instantiations/.
+// Describes a call to TMA and launches the passes of its backward; for the files of instantiations/.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,26 +35,26 @@ CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardPa
   return CUDA_SUCCESS;
 }
 
-// One block of threads for each tile of keys, or of queries. A section's planes share the L2 cache: q and dout of their
-// query heads, and in one pass the float sums of dq, which take as much again.
+// One block of threads for each tile of keys, or of queries. A section's batch heads share the L2 cache: q and dout of
+// their query heads, and in one pass the float sums of dq, which take as much again.
 template <class Shape>
 TileSchedule key_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_k != nullptr;
-  const int64_t planes = packed ? p.num_kv_heads : int64_t{p.batch} * p.num_kv_heads;
+  const int64_t batch_heads = packed ? p.num_kv_heads : int64_t{p.batch} * p.num_kv_heads;
   const int64_t blocks =
       packed ? packed_blocks<Shape::kBlockN>(p.total_k, p.batch) : (p.total_k + Shape::kBlockN - 1) / Shape::kBlockN;
   const int64_t head_bytes = p.total_q * (4 * p.head_dim + (Shape::kSumsOverKeys ? 4 * Shape::kHeadDim : 0));
-  return schedule_tiles(planes, blocks, 1, head_bytes * (p.num_heads / p.num_kv_heads));
+  return schedule_tiles(batch_heads, blocks, 1, head_bytes * (p.num_heads / p.num_kv_heads));
 }
 
 template <class Shape>
 TileSchedule query_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t planes = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
+  const int64_t batch_heads = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
   const int64_t blocks =
       packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
   const int group_size = p.num_heads / p.num_kv_heads;
-  return with_even_sections(schedule_tiles(planes, blocks, group_size, 4 * p.total_k * p.head_dim), group_size);
+  return with_even_sections(schedule_tiles(batch_heads, blocks, group_size, 4 * p.total_k * p.head_dim), group_size);
 }
 
 template <class Element, int kHeadDim, KeyGradients kWanted, bool kSoftcap>

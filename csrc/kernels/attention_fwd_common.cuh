@@ -87,22 +87,22 @@ struct ForwardShared {
   FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
 };
 
-// The tile of the block of this rank under a number of the schedule. In clusters a plane is a key head and a number
-// stands for kCluster of its tiles, counted through its query heads. Where their count does not divide, the last tiles
-// begin past the last query and store nothing; their blocks take part in the loads all the same.
+// The tile of the block of this rank under a number of the schedule. In clusters a batch head is a key head and a
+// number stands for kCluster of its tiles, counted through its query heads. Where their count does not divide, the last
+// tiles begin past the last query and store nothing; their blocks take part in the loads all the same.
 template <class Shape>
 FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number,
                                           int rank = 0) {
   const Tile place = tile_at(schedule, number, TileOrder::kEven);
   if constexpr (Shape::kCluster == 1) {
-    return query_tile<Shape::kBlockM>(params, place.query_block, place.plane);
+    return query_tile<Shape::kBlockM>(params, place.query_block, place.batch_head);
   } else {
     const int head_blocks = (params.seqlen_q + Shape::kBlockM - 1) / Shape::kBlockM;
     const int group_size = params.num_heads / params.num_kv_heads;
     const int block = place.query_block * Shape::kCluster + rank;
     const int head = block / head_blocks < group_size ? block / head_blocks : group_size - 1;
-    return {sequence_of(params, place.plane / params.num_kv_heads),
-            place.plane % params.num_kv_heads * group_size + head, (block - head * head_blocks) * Shape::kBlockM};
+    return {sequence_of(params, place.batch_head / params.num_kv_heads),
+            place.batch_head % params.num_kv_heads * group_size + head, (block - head * head_blocks) * Shape::kBlockM};
   }
 }
 

@@ -22,11 +22,11 @@ CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, 
                                    Shape::kBlockM);
   if (error != CUDA_SUCCESS) return error;
   constexpr int kShare = Shape::kBlockN / Shape::kCluster;
-  error = encode_head_map(encode, &maps->k, type, p.k, p.k_strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
-                          kShare);
+  error =
+      encode_head_map(encode, &maps->k, type, p.k, p.k_strides, batch, p.num_kv_heads, p.total_k, p.head_dim, kShare);
   if (error != CUDA_SUCCESS) return error;
-  error = encode_head_map(encode, &maps->v, type, p.v, p.v_strides, batch, p.num_kv_heads, p.total_k, p.head_dim,
-                          kShare);
+  error =
+      encode_head_map(encode, &maps->v, type, p.v, p.v_strides, batch, p.num_kv_heads, p.total_k, p.head_dim, kShare);
   if (error != CUDA_SUCCESS) return error;
   return encode_head_map(encode, &maps->out, type, p.out, p.out_strides, batch, p.num_heads, p.total_q, p.head_dim,
                          kWarpgroupRows);
@@ -35,16 +35,16 @@ CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, 
 template <class Shape>
 TileSchedule forward_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t planes = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
+  const int64_t batch_heads = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
   const int64_t query_blocks =
       packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
   const int group_size = p.num_heads / p.num_kv_heads;
   const int64_t kv_bytes = 4 * p.total_k * p.head_dim;
   if (Shape::kCluster > 1) {  // numbers of the tiles of a key head: see forward_tile_at
     const int64_t numbers = rounds(group_size * query_blocks, Shape::kCluster);
-    return with_even_sections(schedule_tiles(planes / group_size, numbers, 1, kv_bytes), 1);
+    return with_even_sections(schedule_tiles(batch_heads / group_size, numbers, 1, kv_bytes), 1);
   }
-  return with_even_sections(schedule_tiles(planes, query_blocks, group_size, kv_bytes), group_size);
+  return with_even_sections(schedule_tiles(batch_heads, query_blocks, group_size, kv_bytes), group_size);
 }
 
 template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap, int kCluster = 1>

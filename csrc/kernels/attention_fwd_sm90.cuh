@@ -53,9 +53,8 @@ struct ForwardProducer {
 
   FASTATTN_DEVICE void load_keys(const Sequence& sequence, int block, int kv_head) {
     auto& barriers = shared.barriers();
-    load<Shape::kBlockN>(barriers.keys, ring_state, barriers.keys.full[ring_state.stage],
-                         shared.keys(ring_state.stage), maps.k, sequence.key_start + block * Shape::kBlockN, kv_head,
-                         sequence.batch);
+    load<Shape::kBlockN>(barriers.keys, ring_state, barriers.keys.full[ring_state.stage], shared.keys(ring_state.stage),
+                         maps.k, sequence.key_start + block * Shape::kBlockN, kv_head, sequence.batch);
   }
 
   FASTATTN_DEVICE void load_values(const Sequence& sequence, int block, int kv_head) {
@@ -155,9 +154,9 @@ struct ForwardConsumer {
       release(barriers.keys, key_state);
       float rescale[2];
       if (blocks.end > blocks.whole_begin) {
-        weigh<Mask::kEnd>(seen, query, blocks.end - 1, rescale);
+        softmax_step<Mask::kEnd>(seen, query, blocks.end - 1, rescale);
       } else {
-        weigh<Mask::kBoth>(seen, query, blocks.end - 1, rescale);
+        softmax_step<Mask::kBoth>(seen, query, blocks.end - 1, rescale);
       }
       to_operand<Element>(scores, probs);
       int block = blocks.end - 2;
@@ -192,7 +191,7 @@ struct ForwardConsumer {
     pin_registers(scores);
     release(barriers.keys, key_state);
     float rescale[2];
-    weigh<kMask>(seen, query, block, rescale);
+    softmax_step<kMask>(seen, query, block, rescale);
     pin_registers(scores);
     if (block > last_block) barriers.keys.wait_full(key_state);
     wgmma_wait<0>();
@@ -222,7 +221,7 @@ struct ForwardConsumer {
 
   // Turns products into scores and these into probabilities.
   template <Mask kMask>
-  FASTATTN_DEVICE void weigh(const Visibility& seen, int query, int block, float (&rescale)[2]) {
+  FASTATTN_DEVICE void softmax_step(const Visibility& seen, int query, int block, float (&rescale)[2]) {
     float factor = params.scale * kLog2E;
     if (Shape::kSoftcap) {
       const float into_cap = params.scale / params.softcap;
@@ -261,7 +260,7 @@ struct ForwardConsumer {
         if (thread == 0) bulk_wait_read<0>();
         warpgroup_sync();
       }
-      const auto& columns = reinterpret_cast<const float(&)[Shape::kOutColumns / 2]>(out[first / 2]);
+      const auto& columns = reinterpret_cast<const float (&)[Shape::kOutColumns / 2]>(out[first / 2]);
       store_fragment<Element, Shape::kBlockM>(stage, group * kWarpgroupRows + thread / kWarpThreads * 16, columns);
       fence_proxy_async();
       warpgroup_sync();
@@ -320,7 +319,8 @@ struct ForwardConsumer {
     state.advance();
   }
 
-  // A tile without keys has no multiply to wait for: lanes that still wait for its queries must not be overtaken.
+  // A tile without keys has no multiply to wait for: lanes reconverge before the release, so that none still waits for
+  // its queries.
   FASTATTN_DEVICE void release_queries() {
     warp_sync();
     if (thread % kWarpThreads == 0) shared.barriers().queries.release(query_state);

@@ -25,9 +25,9 @@ FASTATTN_DEVICE Sequence sequence_of(const AttentionParams& params, int b) {
                         : packed ? params.cu_seqlens_q[b + 1]
                                  : params.seqlen_q;
   const int key_start = packed ? params.cu_seqlens_k[b] : 0;
-  const int key_end = leftover ? key_start : packed ? params.cu_seqlens_k[b + 1] : params.seqlen_k;
+  const int seq_key_end = leftover ? key_start : packed ? params.cu_seqlens_k[b + 1] : params.seqlen_k;
   const int num_queries = query_end - query_start;
-  const int key_rows = key_end - key_start;
+  const int key_rows = seq_key_end - key_start;
   int num_keys = key_rows;
   if (params.key_lengths != nullptr && params.key_lengths[b] < key_rows) num_keys = params.key_lengths[b];
   const int shift = params.top_left ? 0 : key_rows - num_queries;
@@ -70,14 +70,15 @@ struct KeyTile {
   int first_key;  // within the sequence, which may end before it
 };
 
-// Tile number `block` of a plane: of head `plane % Hkv` of sequence `plane / Hkv`, or in packed calls of head `plane`.
+// Tile number `block` of a batch head: of head `batch_head % Hkv` of sequence `batch_head / Hkv`, or in packed calls of
+// head `batch_head`.
 template <int kBlockN>
-FASTATTN_DEVICE KeyTile key_tile(const AttentionParams& params, int block, int plane) {
+FASTATTN_DEVICE KeyTile key_tile(const AttentionParams& params, int block, int batch_head) {
   if (params.cu_seqlens_k == nullptr) {
-    return {sequence_of(params, plane / params.num_kv_heads), plane % params.num_kv_heads, block * kBlockN};
+    return {sequence_of(params, batch_head / params.num_kv_heads), batch_head % params.num_kv_heads, block * kBlockN};
   }
   const PackedBlock place = find_packed_block<kBlockN>(params.cu_seqlens_k, params.batch, block);
-  return {key_sequence_of(params, place.sequence), plane, place.block * kBlockN};
+  return {key_sequence_of(params, place.sequence), batch_head, place.block * kBlockN};
 }
 
 // A block of queries of one head.
@@ -87,14 +88,15 @@ struct QueryTile {
   int first_query;  // within the sequence, which may end before it
 };
 
-// Tile number `block` of a plane: of head `plane % H` of sequence `plane / H`, or in packed calls of head `plane`.
+// Tile number `block` of a batch head: of head `batch_head % H` of sequence `batch_head / H`, or in packed calls of
+// head `batch_head`.
 template <int kBlockM>
-FASTATTN_DEVICE QueryTile query_tile(const AttentionParams& params, int block, int plane) {
+FASTATTN_DEVICE QueryTile query_tile(const AttentionParams& params, int block, int batch_head) {
   if (params.cu_seqlens_q == nullptr) {
-    return {sequence_of(params, plane / params.num_heads), plane % params.num_heads, block * kBlockM};
+    return {sequence_of(params, batch_head / params.num_heads), batch_head % params.num_heads, block * kBlockM};
   }
   const PackedBlock place = find_packed_block<kBlockM>(params.cu_seqlens_q, params.batch, block);
-  return {sequence_of(params, place.sequence), plane, place.block * kBlockM};
+  return {sequence_of(params, place.sequence), batch_head, place.block * kBlockM};
 }
 
 }  // namespace fastattn

@@ -56,8 +56,7 @@ struct RowThreads {
 
 // A block takes rows_per_block rows, a cluster one: threads are numbered through the grid, and a row's are neighbours.
 FASTATTN_DEVICE RowThreads row_threads(const RowPlan& plan, uint64_t block) {
-  const uint64_t number =
-      block * static_cast<uint32_t>(block_threads()) + static_cast<uint32_t>(thread_index());
+  const uint64_t number = block * static_cast<uint32_t>(block_threads()) + static_cast<uint32_t>(thread_index());
   const int in_row = static_cast<int>(number) & ((1 << plan.threads_log2) - 1);
   return {static_cast<int64_t>(number >> plan.threads_log2),
           in_row,

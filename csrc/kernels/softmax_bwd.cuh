@@ -50,18 +50,18 @@ struct BackwardRow {
   }
 
   // What is summed over the row: y * dy, in log dy; nothing where y is constant, whatever dy is there.
-  FASTATTN_DEVICE float term(float result, float cotangent) const {
+  FASTATTN_DEVICE float term(float result, float upstream_grad) const {
     if (result == constant()) {
       return 0.0f;
     }
-    return log ? cotangent : result * cotangent;
+    return log ? upstream_grad : result * upstream_grad;
   }
 
-  FASTATTN_DEVICE float gradient(float result, float cotangent, float total, float scale) const {
+  FASTATTN_DEVICE float gradient(float result, float upstream_grad, float total, float scale) const {
     if (result == constant()) {
       return 0.0f;
     }
-    return scale * (log ? cotangent - exponential(result) * total : result * (cotangent - total));
+    return scale * (log ? upstream_grad - exponential(result) * total : result * (upstream_grad - total));
   }
 };
 

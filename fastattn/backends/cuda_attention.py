@@ -24,7 +24,7 @@ from fastattn.spec import (
 ARCH = 90  # whose warpgroup products and copy engine the kernels are written for
 CODE = "9.0a"  # what the extension is to be built for
 DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIM_MULTIPLE = 8  # 16 bytes, the copy engine's step
+HEAD_DIM_MULTIPLE = 8  # 16 bytes, the granularity of TMA
 UNSUPPORTED = {  # field of the spec: what to call it
     "mask": "a mask",
     "bias": "a bias",
@@ -224,7 +224,7 @@ def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _with_plain_strides(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only where columns are apart or a dimension is expanded: the copy engine needs real strides."""
+    """`tensor`, copied only where columns are apart or a dimension is expanded: TMA needs real strides."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
         return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
     return with_unit_last_stride(tensor)

@@ -71,9 +71,9 @@ def softmax_bwd(
     scratch: dict[torch.Size, Tensor] = {}
     for block in blocks_of(out, dim, _limit(spec, out, dim)):
         rows, part = out[block], dx[block]
-        cotangent = _scratch(scratch, rows, out.dtype)
-        torch.where(rows != constant, dout[block], nothing, out=cotangent)
-        torch_compat.softmax_backward(part, cotangent, rows, dim, log=spec.log)
+        upstream_grad = _scratch(scratch, rows, out.dtype)
+        torch.where(rows != constant, dout[block], nothing, out=upstream_grad)
+        torch_compat.softmax_backward(part, upstream_grad, rows, dim, log=spec.log)
         if scale != 1.0:
             part.mul_(scale)
     if not _finite(dx, dim):

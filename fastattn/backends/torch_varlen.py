@@ -63,10 +63,10 @@ def varlen_bwd(
 
 def _sequences(call: VarlenCall) -> Iterator[tuple[int, slice, slice, AttentionCall]]:
     """(b, its queries, its keys, its call) for every sequence with a query."""
-    edges_k = list(pairwise(call.cu_seqlens_k.tolist()))
+    cu_seqlens_k = list(pairwise(call.cu_seqlens_k.tolist()))
     for b, (start, stop) in enumerate(pairwise(call.cu_seqlens_q.tolist())):
         if stop > start:
-            rows, cols = slice(start, stop), slice(*edges_k[b])
+            rows, cols = slice(start, stop), slice(*cu_seqlens_k[b])
             yield b, rows, cols, call.sequence(b, rows, cols)
 
 

@@ -18,7 +18,7 @@ from fastattn.spec import (
 )
 
 if TYPE_CHECKING:
-    from fastattn.kernels.launches import Cotangents, Packing
+    from fastattn.kernels.launches import Packing, UpstreamGrads
     from fastattn.kernels.splits import Split
     from fastattn.kernels.tiles import Tile, Tiles
 
@@ -53,7 +53,7 @@ def attention_bwd(
     packing: Packing | None = None,
 ) -> AttentionGrads:
     """The gradients a call, or packed sequences, need, bitwise the same on every run."""
-    from fastattn.kernels.launches import Cotangents, delta_launch
+    from fastattn.kernels.launches import UpstreamGrads, delta_launch
 
     call = with_plain_layouts(call)
     out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
@@ -61,17 +61,19 @@ def attention_bwd(
     tiles = tiles or _tiles_that_fit(spec, call, packing is not None, dout)
     delta, reference = torch.empty_like(lse), torch.empty_like(lse)
     delta_launch(spec, call, lse, reference, out, dout, dlse, delta).run()
-    row_factor = _row_factor(spec, call, lse, tiles.dq)
-    cotangents = Cotangents(reference, row_factor, delta, dout)
-    dkey, dvalue = _key_grads(spec, call, packing, cotangents, needs.key or needs.value, tiles.dkdv)
-    dquery, dslopes = _query_grads(spec, call, packing, cotangents, needs.query, needs.alibi_slopes, tiles.dq)
+    lse_correction = _lse_correction(spec, call, lse, tiles.dq)
+    upstream_grads = UpstreamGrads(reference, lse_correction, delta, dout)
+    dkey, dvalue = _key_grads(spec, call, packing, upstream_grads, needs.key or needs.value, tiles.dkdv)
+    dquery, dslopes = _query_grads(
+        spec, call, packing, upstream_grads, needs.query, needs.alibi_slopes, tiles.dq
+    )
     return AttentionGrads(
         query=dquery if needs.query else None,
         key=dkey if needs.key else None,
         value=dvalue if needs.value else None,
-        bias=_bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None,
+        bias=_bias_grad(spec, call, upstream_grads, tiles.dbias) if needs.bias else None,
         alibi_slopes=dslopes,
-        sinks=_sink_grad(call, lse, row_factor, delta) if needs.sinks else None,
+        sinks=_sink_grad(call, lse, lse_correction, delta) if needs.sinks else None,
     )
 
 
@@ -88,7 +90,7 @@ def attention_weights_fwd(
     weights = call.query.new_empty((batch, *heads, seqlen_q, call.key.shape[2]))
     tile = (tiles or table_tiles(spec)).dbias
     lse = lse.contiguous()
-    weights_launch(spec, call, lse, _row_factor(spec, call, lse, tile), weights, mean, tile).run()
+    weights_launch(spec, call, lse, _lse_correction(spec, call, lse, tile), weights, mean, tile).run()
     return weights
 
 
@@ -102,24 +104,28 @@ def attention_weights_bwd(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the weights to query, key, lse, bias and slopes: dscore = W * dW, dlse = -rowsum(W * dW)."""
-    from fastattn.kernels.launches import Cotangents, delta_launch
+    from fastattn.kernels.launches import UpstreamGrads, delta_launch
     from fastattn.kernels.tiles import tiles_without_tma
 
     call, lse = with_plain_layouts(call), lse.contiguous()
     num_heads = call.query.shape[1]
     tiles = tiles or tiles_without_tma(spec)
-    row_factor = _row_factor(spec, call, lse, tiles.dq)
+    lse_correction = _lse_correction(spec, call, lse, tiles.dq)
     reference = torch.empty_like(lse)
     delta_launch(spec, call, lse, reference).run()
-    cotangents = Cotangents(reference, row_factor, dweights=dweights)
+    upstream_grads = UpstreamGrads(reference, lse_correction, dweights=dweights)
     if mean:
         every_head = dweights[:, None].expand(-1, num_heads, -1, -1)
-        cotangents = Cotangents(reference, row_factor, dweights=every_head, dweights_factor=1.0 / num_heads)
-    dkey, _ = _key_grads(spec, call, None, cotangents, needs.key, tiles.dkdv)
+        upstream_grads = UpstreamGrads(
+            reference, lse_correction, dweights=every_head, dweights_factor=1.0 / num_heads
+        )
+    dkey, _ = _key_grads(spec, call, None, upstream_grads, needs.key, tiles.dkdv)
     dlse = torch.empty_like(lse)
     wanted = needs.query or needs.lse
-    dquery, dslopes = _query_grads(spec, call, None, cotangents, wanted, needs.alibi_slopes, tiles.dq, dlse)
-    dbias = _bias_grad(spec, call, cotangents, tiles.dbias) if needs.bias else None
+    dquery, dslopes = _query_grads(
+        spec, call, None, upstream_grads, wanted, needs.alibi_slopes, tiles.dq, dlse
+    )
+    dbias = _bias_grad(spec, call, upstream_grads, tiles.dbias) if needs.bias else None
     return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
 
 
@@ -140,22 +146,22 @@ def _tiles_that_fit(
     return replace(tiles, **{name: getattr(others, name) for name in with_tma})
 
 
-def _row_factor(spec: AttentionSpec, call: AttentionCall, lse: Tensor, tile: Tile) -> Tensor | None:
+def _lse_correction(spec: AttentionSpec, call: AttentionCall, lse: Tensor, tile: Tile) -> Tensor | None:
     """What lse leaves out of the weights: only biases reach magnitudes at which it does."""
-    from fastattn.kernels.launches import row_factor_launch
+    from fastattn.kernels.launches import lse_correction_launch
 
     if call.bias is None:
         return None
-    row_factor = torch.empty_like(lse)
-    row_factor_launch(spec, call, lse, row_factor, tile).run()
-    return row_factor
+    lse_correction = torch.empty_like(lse)
+    lse_correction_launch(spec, call, lse, lse_correction, tile).run()
+    return lse_correction
 
 
 def _key_grads(
     spec: AttentionSpec,
     call: AttentionCall,
     packing: Packing | None,
-    cotangents: Cotangents,
+    upstream_grads: UpstreamGrads,
     needed: bool,
     tile: Tile,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -166,19 +172,19 @@ def _key_grads(
     if not needed:
         return None, None
     dkey = empty_in_order(call.key, call.key.shape)
-    dvalue = None if cotangents.dout is None else empty_in_order(call.value, call.value.shape)
+    dvalue = None if upstream_grads.dout is None else empty_in_order(call.value, call.value.shape)
     blocks = _query_blocks(call, tile)
     split = split_of(spec, packing is not None)
     count = split_count(split, spec.group_size, call.query.shape[2])
     if count == 1:
-        dkdv_launch(spec, call, cotangents, dkey, dvalue, blocks, tile, packing).run()
+        dkdv_launch(spec, call, upstream_grads, dkey, dvalue, blocks, tile, packing).run()
     else:
-        _split_key_grads(spec, call, packing, cotangents, dkey, dvalue, blocks, tile, split, count)
+        _split_key_grads(spec, call, packing, upstream_grads, dkey, dvalue, blocks, tile, split, count)
     return dkey, dvalue
 
 
 def _split_key_grads(
-    spec: AttentionSpec, call: AttentionCall, packing: Packing | None, cotangents: Cotangents, dkey: Tensor,
+    spec: AttentionSpec, call: AttentionCall, packing: Packing | None, upstream_grads: UpstreamGrads, dkey: Tensor,
     dvalue: Tensor | None, blocks: Tensor | None, tile: Tile, split: Split, count: int,
 ) -> None:  # fmt: skip
     """The same from float32 sums over the queries of each split, as many splits at a time as the workspace holds."""
@@ -201,7 +207,7 @@ def _split_key_grads(
         some = min(count - done, slots - first)
         parts = [part[first : first + some] for part in partials]
         dkdv_launch(
-            spec, call, cotangents, parts[0], parts[1] if dvalue is not None else None, blocks, tile, packing,
+            spec, call, upstream_grads, parts[0], parts[1] if dvalue is not None else None, blocks, tile, packing,
             split, done,
         ).run()  # fmt: skip
         done += some
@@ -213,7 +219,7 @@ def _query_grads(
     spec: AttentionSpec,
     call: AttentionCall,
     packing: Packing | None,
-    cotangents: Cotangents,
+    upstream_grads: UpstreamGrads,
     query_needed: bool,
     slopes_needed: bool,
     tile: Tile,
@@ -230,7 +236,7 @@ def _query_grads(
     if slopes_needed:
         dslope_tiles = query.new_empty(num_tiles(query, tile.block_m, packing), dtype=torch.float32)
     blocks = _key_blocks(call, tile)
-    dq_launch(spec, call, cotangents, dquery, dslope_tiles, dlse, blocks, tile, packing).run()
+    dq_launch(spec, call, upstream_grads, dquery, dslope_tiles, dlse, blocks, tile, packing).run()
     if dslope_tiles is None or slopes is None:
         return dquery, None
     dslopes = _slope_grads(query, dslope_tiles, packing, tile)
@@ -251,7 +257,9 @@ def _slope_grads(query: Tensor, dslope_tiles: Tensor, packing: Packing | None, t
     return sums
 
 
-def _bias_grad(spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents, tile: Tile) -> Tensor | None:
+def _bias_grad(
+    spec: AttentionSpec, call: AttentionCall, upstream_grads: UpstreamGrads, tile: Tile
+) -> Tensor | None:
     """The gradient of the bias in its own shape, from a pass of its own."""
     from fastattn.kernels.launches import dbias_launch
 
@@ -260,19 +268,21 @@ def _bias_grad(spec: AttentionSpec, call: AttentionCall, cotangents: Cotangents,
     dbias = call.bias.new_empty(call.bias.shape)
     if call.query.shape[0] == 0 or call.query.shape[2] == 0 or call.key.shape[2] == 0:
         return dbias.zero_()
-    dbias_launch(spec, call, cotangents, dbias, tile).run()
+    dbias_launch(spec, call, upstream_grads, dbias, tile).run()
     return dbias
 
 
-def _sink_grad(call: AttentionCall, lse: Tensor, row_factor: Tensor | None, delta: Tensor) -> Tensor | None:
+def _sink_grad(
+    call: AttentionCall, lse: Tensor, lse_correction: Tensor | None, delta: Tensor
+) -> Tensor | None:
     """-sum(exp(sink - lse) * delta): a sink is a key whose value, and so whose weight's gradient, is zero."""
     if call.sinks is None:
         return None
     weights = torch.exp(
         (call.sinks[:, None] - lse).nan_to_num(nan=0.0)
     )  # inf - inf: the sink has all the weight
-    if row_factor is not None:
-        weights *= row_factor
+    if lse_correction is not None:
+        weights *= lse_correction
     terms = torch.where(lse == -torch.inf, 0.0, weights * delta)
     return -terms.sum((0, 2), dtype=torch.float64).to(call.sinks.dtype)
 

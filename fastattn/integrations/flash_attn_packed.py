@@ -35,20 +35,20 @@ def used_lengths(name: str, used: Tensor, edges: Tensor, query: Tensor) -> Tenso
 
 
 def edges_with_gaps(
-    edges_q: Tensor, edges_k: Tensor, used_q: Tensor | None, used_k: Tensor | None
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, used_q: Tensor | None, used_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Edges of three sequences for each one: the tokens in use; unused queries without keys; unused keys without
     queries."""
-    starts_q, stops_q, starts_k = edges_q[:-1], edges_q[1:], edges_k[:-1]
+    starts_q, stops_q, starts_k = cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1]
     middle_q = stops_q if used_q is None else starts_q + used_q
-    middle_k = edges_k[1:] if used_k is None else starts_k + used_k
+    middle_k = cu_seqlens_k[1:] if used_k is None else starts_k + used_k
     with_gaps_q = torch.stack([starts_q, middle_q, stops_q], dim=1).flatten()
     with_gaps_k = torch.stack([starts_k, middle_k, middle_k], dim=1).flatten()
-    return torch.cat([with_gaps_q, edges_q[-1:]]), torch.cat([with_gaps_k, edges_k[-1:]])
+    return torch.cat([with_gaps_q, cu_seqlens_q[-1:]]), torch.cat([with_gaps_k, cu_seqlens_k[-1:]])
 
 
 def gathered(
-    query: Tensor, k: Tensor, v: Tensor, block_table: Tensor, edges_q: Tensor, lengths: Tensor
+    query: Tensor, k: Tensor, v: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(keys, values, cu_seqlens_k): the tokens (Tk, Hkv, D) of every sequence out of pages (P, page, Hkv, D).
 
@@ -66,7 +66,7 @@ def gathered(
         got, needs = arguments.shape_of(v), arguments.shape_of(k)[:3]
         raise ArgumentError(f"v: got shape {got}, needs the k's {needs} in front")
     arguments.check_tensor("block_table", block_table)
-    batch, (blocks, page) = edges_q.shape[0] - 1, k.shape[:2]
+    batch, (blocks, page) = cu_seqlens_q.shape[0] - 1, k.shape[:2]
     if block_table.dim() != 2:
         got = arguments.shape_of(block_table)
         raise ArgumentError(f"block_table: got shape {got}, needs ({batch}, pages)")
@@ -88,14 +88,14 @@ def gathered(
 
 
 def signed_softmax(
-    q: Tensor, k: Tensor, v: Tensor, edges_q: Tensor, edges_k: Tensor, seed: Tensor, dropout_p: float,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seed: Tensor, dropout_p: float,
     every: int, longest_q: int | None, longest_k: int | None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """(B, H, longest Sq, longest Sk), the softmax of every sequence with a minus sign on what was dropped, 0 beyond it.
 
     every: each how manieth sequence counts; the others are gaps.
     """
-    lengths_q, lengths_k = edges_q.diff().tolist(), edges_k.diff().tolist()
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     numbers = range(0, len(lengths_q), every)
     longest = [
         max((lengths[n] for n in numbers), default=0) if given is None else given
@@ -103,7 +103,7 @@ def signed_softmax(
     ]
     heads, slopes = q.shape[1], options.pop("alibi_slopes")
     result = q.new_zeros((len(numbers), heads, *longest))
-    starts_q, starts_k = edges_q.tolist(), edges_k.tolist()
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     with torch.no_grad():
         for b, n in enumerate(numbers):
             rows, columns = lengths_q[n], lengths_k[n]

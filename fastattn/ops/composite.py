@@ -110,32 +110,32 @@ def _operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 def second_derivative(
     forward: Callable[..., tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
+    upstream_grads: Sequence[Tensor | None],
     grad_outputs: Sequence[Tensor | None],
     materialised: str = _SCORES,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Differentiate a first derivative: the backward of a backward op.
 
     Args:
-        forward: differentiable function of `inputs` with one result per cotangent.
-        inputs, cotangents: what the backward op was given; None where absent.
+        forward: differentiable function of `inputs` with one result per upstream_grad.
+        inputs, upstream_grads: what the backward op was given; None where absent.
         grad_outputs: the incoming gradient of each input's gradient; None where there is none.
         materialised: what this costs, for the warning.
 
     Returns:
-        Gradients of the cotangents and of the inputs, None where nothing flows.
+        Gradients of the upstream_grads and of the inputs, None where nothing flows.
     """
     backends.warn_once(f"fastattn materialises {materialised}: a second derivative was asked for")
     create_graph = torch.is_grad_enabled()
     device = next(t for t in inputs if t is not None)
     with torch.enable_grad(), own_precision(device):
         fresh_inputs = [_fresh(t) for t in inputs]
-        fresh_cotangents = [_fresh(t) for t in cotangents]
+        fresh_upstream_grads = [_fresh(t) for t in upstream_grads]
         results = forward(*fresh_inputs)
-        used = [(r, c) for r, c in zip(results, fresh_cotangents) if c is not None]
+        used = [(r, c) for r, c in zip(results, fresh_upstream_grads) if c is not None]
         wanted = [(t, g) for t, g in zip(fresh_inputs, grad_outputs) if t is not None and g is not None]
         nothing: tuple[list[Tensor | None], list[Tensor | None]] = (
-            [None] * len(cotangents),
+            [None] * len(upstream_grads),
             [None] * len(inputs),
         )
         if not used or not wanted:
@@ -150,7 +150,7 @@ def second_derivative(
         pairs = [(f, g) for f, (_, g) in zip(first, wanted) if f is not None]
         if not pairs:
             return nothing
-        sources = [t for t in (*fresh_cotangents, *fresh_inputs) if t is not None]
+        sources = [t for t in (*fresh_upstream_grads, *fresh_inputs) if t is not None]
         second = iter(
             torch.autograd.grad(
                 [f for f, _ in pairs],
@@ -161,7 +161,7 @@ def second_derivative(
             )
         )
     return (
-        [None if t is None else next(second) for t in fresh_cotangents],
+        [None if t is None else next(second) for t in fresh_upstream_grads],
         [None if t is None else next(second) for t in fresh_inputs],
     )
 

@@ -105,9 +105,9 @@ def define_with_gradient(
     """
     positions = tuple(differentiable.values())
     kept = [f"Tensor {name}" for name in results] if keeps_results else []
-    cotangents = [f"Tensor{'?' if i else ''} d{name}" for i, name in enumerate(results)]
+    upstream_grads = [f"Tensor{'?' if i else ''} d{name}" for i, name in enumerate(results)]
     returned = ", ".join(f"Tensor {name}" for name in results)
-    lead = len(cotangents) + len(kept)  # what a backward takes before the inputs
+    lead = len(upstream_grads) + len(kept)  # what a backward takes before the inputs
 
     def backward_fake(*args: Any) -> tuple[Tensor, ...]:
         *inputs, needs, _ = args[lead:]
@@ -139,17 +139,17 @@ def define_with_gradient(
             return composed(replaced)
 
         sources = [op_inputs[position] for position in positions]
-        of_cotangents, of_inputs = composite.second_derivative(
-            again, sources, inputs[: len(cotangents)], grads
+        of_upstream_grads, of_inputs = composite.second_derivative(
+            again, sources, inputs[: len(upstream_grads)], grads
         )
-        found = (*of_cotangents, *of_inputs)
-        at = (*range(len(cotangents)), *(lead + position for position in positions))
+        found = (*of_upstream_grads, *of_inputs)
+        at = (*range(len(upstream_grads)), *(lead + position for position in positions))
         return tuple(at_positions(len(inputs), at, found, (True,) * len(found)))
 
     call_backward = define(
         library,
         names[1],
-        f"({', '.join((*cotangents, *kept))}, {schema}, bool[] needs, str backend)"
+        f"({', '.join((*upstream_grads, *kept))}, {schema}, bool[] needs, str backend)"
         f" -> ({', '.join(['Tensor'] * len(positions))})",
         backward,
         backward_fake,

@@ -96,7 +96,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device: {name!r} is not to be had here ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"device: {name!r} is not available ({str(error).splitlines()[0]})") from None
     if device.type == "meta":
         raise ConfigError("device: got 'meta', which computes nothing")
     if device.type == "cuda":

@@ -82,7 +82,7 @@ class Trainer:
         on_record: called with each record of the log.
 
     Raises:
-        ConfigError: the output directory or the disk cannot take the run, or the device or precision is not to be had.
+        ConfigError: the output directory or the disk cannot take the run, or the device or precision is not available.
         TypeError: an argument is of another type than it needs.
         ValueError: a data set is empty, or the model has nothing to train.
     """

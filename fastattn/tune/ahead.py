@@ -68,7 +68,7 @@ def launch_of(work: Work, tile: Tile) -> Any:
         spec = AttentionSpec.of(call)
         return launches.forward_launch(spec, call, out, lse, blocks, tile, packing)
     spec = AttentionSpec.of(call, GradsNeeded())
-    flowing = launches.Cotangents(lse, None if call.bias is None else lse, lse, out)
+    flowing = launches.UpstreamGrads(lse, None if call.bias is None else lse, lse, out)
     if work.kernel == "dkdv":
         return launches.dkdv_launch(spec, call, flowing, key, value, blocks, tile, packing)
     return launches.dq_launch(spec, call, flowing, query, None, None, blocks, tile, packing)

@@ -138,7 +138,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return fastattn.attention_varlen(*(t.flatten(0, 1) for t in (q, k, v)), ENDS, ENDS)
 
 
-DOORS: dict[str, Callable[..., Any]] = {
+ENTRY_POINTS: dict[str, Callable[..., Any]] = {
     "attention": fastattn.attention,
     "weights": lambda q, k, v: fastattn.attention(q, k, v, return_weights=True),
     "varlen": packed,
@@ -165,18 +165,18 @@ def on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_an_old_gpu")
-@pytest.mark.parametrize("door", DOORS)
-def test_no_fused_kernel_is_said_once_at_every_door(door: str) -> None:
-    if door == "transformers" and find_spec("transformers") is None:
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_no_fused_kernel_is_said_once_at_every_entry_point(entry: str) -> None:
+    if entry == "transformers" and find_spec("transformers") is None:
         pytest.skip("needs transformers")
     with pytest.warns(RuntimeWarning, match=r"without a fused kernel, on backend='torch'") as said:
-        DOORS[door](*qkv())
+        ENTRY_POINTS[entry](*qkv())
     messages = [str(warning.message) for warning in said]
     assert len(messages) == len(set(messages))
     assert all(all(f"{backend.NAME}: " in message for backend in FUSED) for message in messages)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DOORS[door](*qkv())
+        ENTRY_POINTS[entry](*qkv())
 
 
 @pytest.mark.usefixtures("on_an_old_gpu")

@@ -1,4 +1,4 @@
-"""The attention bench: its cases are what they claim, and every contestant computes the same thing."""
+"""The attention bench: its cases are what they claim, and every provider computes the same thing."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ FEATURES = {
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
 @pytest.mark.parametrize("name", FEATURES)
-def test_every_contestant_keeps_to_the_error_rule(name: str, direction: str) -> None:
+def test_every_provider_keeps_to_the_error_rule(name: str, direction: str) -> None:
     case = _case(name, direction=direction, **FEATURES[name])
     entry = harness.run_case(case, CPU, BRIEF, CEILINGS)
-    rows = {row["contestant"]: row for row in entry["rows"]}
+    rows = {row["provider"]: row for row in entry["rows"]}
     assert rows["fastattn"]["within_rule"] is True
     for row in rows.values():
         if row["status"] == "unavailable":
-            assert (row["contestant"], name) == ("sdpa", "softcap")
+            assert (row["provider"], name) == ("sdpa", "softcap")
             continue
         worst = max(row["error"].values())
         assert worst < (0.2 if name == "bf16" else 1e-5), row
@@ -64,7 +64,7 @@ def test_every_contestant_keeps_to_the_error_rule(name: str, direction: str) -> 
 
 def test_a_peer_with_its_own_dropout_mask_is_not_judged() -> None:
     entry = harness.run_case(_case("dropout", dropout_p=0.3), CPU, BRIEF, CEILINGS)
-    judged = {row["contestant"]: row["within_rule"] for row in entry["rows"]}
+    judged = {row["provider"]: row["within_rule"] for row in entry["rows"]}
     assert judged == {"fastattn": True, "sdpa": None, "composite": None}
 
 
@@ -116,7 +116,7 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
     assert bench_attention.main(options) == 0
     result = schema.load(stored)
     assert [case["name"] for case in result["cases"]] == ["dense-causal-160"]
-    assert {row["contestant"]: row["status"] for row in result["cases"][0]["rows"]} == {
+    assert {row["provider"]: row["status"] for row in result["cases"][0]["rows"]} == {
         "fastattn": "ok",
         "sdpa": "ok",
     }
@@ -125,18 +125,18 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert "dense-causal-160  [forward+backward, float32]" in printed
     assert "the small form of dense-causal-512" in printed
-    again = ["--device", "cpu", "--only", "^gqa-causal-2048$", "--contestants", "sdpa", "--quick", "--merge"]
+    again = ["--device", "cpu", "--only", "^gqa-causal-2048$", "--providers", "sdpa", "--quick", "--merge"]
     assert bench_attention.main([*again, "--out", str(stored), "--revision", str(result["revision"])]) == 0
     assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
 
 
 def test_a_ceiling_is_the_better_of_two_measurements() -> None:
-    row = {"contestant": "fastattn", "tflops": 3.0, "gbps": None, "ceiling_share": 1.5}
-    moved = {"contestant": "fastattn", "tflops": None, "gbps": 2.5, "ceiling_share": 2.0}
+    row = {"provider": "fastattn", "tflops": 3.0, "gbps": None, "ceiling_share": 1.5}
+    moved = {"provider": "fastattn", "tflops": None, "gbps": 2.5, "ceiling_share": 2.0}
     result = {
         "ceilings": {"matmul_tflops": {"float32": 2.0, "bfloat16": 9.0}, "copy_gbps": 5.0},
         "cases": [
-            {"dtype": "float32", "rows": [row, {"contestant": "flex", "status": "failed"}]},
+            {"dtype": "float32", "rows": [row, {"provider": "flex", "status": "failed"}]},
             {"dtype": "float32", "rows": [moved]},
         ],
     }
@@ -150,12 +150,10 @@ def test_warming_hands_each_process_its_share(tmp_path: Path) -> None:
     script.write_text(
         f"import sys; open({str(tmp_path)!r} + '/' + sys.argv[-1] + '.txt', 'w').write(' '.join(sys.argv))"
     )
-    options = build_parser("attention").parse_args(
-        ["--device", "cpu", "--contestants", "flex", "--warm", "2"]
-    )
+    options = build_parser("attention").parse_args(["--device", "cpu", "--providers", "flex", "--warm", "2"])
     command.warm(script, ["a", "b", "c"], options)
     arguments = {file.stem: file.read_text().split()[1:] for file in tmp_path.glob("*.txt")}
-    common = ["--device", "cpu", "--contestants", "flex", "--warm-cases"]
+    common = ["--device", "cpu", "--providers", "flex", "--warm-cases"]
     assert arguments == {"c": [*common, "a", "c"], "b": [*common, "b"]}
 
 
@@ -163,7 +161,7 @@ def test_warming_runs_what_compiles_and_leaves_failures_to_the_measured_run() ->
     ran: list[str] = []
 
     class Recorder:
-        def contestants(self, device: torch.device) -> list[str]:
+        def providers(self, device: torch.device) -> list[str]:
             return ["fastattn-triton", "sdpa", "flex", "fastattn-torch"]
 
         def small(self) -> Recorder:
@@ -172,8 +170,8 @@ def test_warming_runs_what_compiles_and_leaves_failures_to_the_measured_run() ->
         def open(self, device: torch.device) -> Recorder:
             return self
 
-        def step(self, contestant: str) -> Any:
-            ran.append(contestant)
+        def step(self, provider: str) -> Any:
+            ran.append(provider)
             raise RuntimeError("no such kernel")
 
     command.warm_cases([Recorder()], CPU, "triton|flex|sdpa")
@@ -194,7 +192,7 @@ def test_partial_runs_do_not_replace_the_stored_results() -> None:
     result = schema.new_result("attention", CPU, {})
     full = build_parser("attention").parse_args([])
     assert command._json_path("attention", result, full) == schema.RESULTS / "cpu" / "attention.json"
-    for partial in (["--quick"], ["--only", "x"], ["--contestants", "x"], ["--no-memory"], ["--no-errors"]):
+    for partial in (["--quick"], ["--only", "x"], ["--providers", "x"], ["--no-memory"], ["--no-errors"]):
         chosen = build_parser("attention").parse_args(partial)
         assert command._json_path("attention", result, chosen) is None
     assert json.loads(json.dumps(result)) == result

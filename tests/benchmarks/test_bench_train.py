@@ -1,4 +1,4 @@
-"""The benches of whole models run every case in its small form and their contestants agree."""
+"""The benches of whole models run every case in its small form and their providers agree."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_losses_agree(case: Any) -> None:
     workload = case.small().open(CPU)
     judgement = workload.judge("fastattn")
     assert (judgement is None) == bool(case.dropout)
-    for contestant in case.contestants(CPU):
-        loss = workload.step(contestant)()["loss"].double()
+    for provider in case.providers(CPU):
+        loss = workload.step(provider)()["loss"].double()
         if judgement is not None:
             torch.testing.assert_close(loss, judgement.golden["loss"], rtol=1e-5, atol=0)
 
@@ -29,13 +29,13 @@ def test_losses_agree(case: Any) -> None:
 def test_generated_tokens_agree(case: Any) -> None:
     pytest.importorskip("transformers")
     workload = case.small().open(CPU)
-    names = [name for name in case.contestants(CPU) if not name.startswith(figures.FLOOR)]
+    names = [name for name in case.providers(CPU) if not name.startswith(figures.FLOOR)]
     ours, *others = (workload.step(name)()["ids"] for name in names)
     for theirs in others:
         assert torch.equal(ours, theirs)
 
 
-def test_a_step_updates_the_contestants_own_weights_only() -> None:
+def test_a_step_updates_the_providers_own_weights_only() -> None:
     case = bench_train.TrainCase("x", "train", 1, 24, update=True, peers=()).small()
     workload = case.open(CPU)
     before = {name: value.clone() for name, value in workload.pair.model.state_dict().items()}

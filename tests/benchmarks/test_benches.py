@@ -1,4 +1,4 @@
-"""Every bench: cases of both devices have names, labels and small forms whose contestants compute the same."""
+"""Every bench: cases of both devices have names, labels and small forms whose providers compute the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_cases_can_be_told_apart_and_stored(name: str, device: str) -> None:
     cases = MODULES[name].cases_for(torch.device(device))
     assert len({case.name for case in cases}) == len({case.label for case in cases}) == len(cases)
     for case in cases:
-        assert case.target is None or case.target["contestant"] in case.contestants(torch.device(device))
+        assert case.target is None or case.target["provider"] in case.providers(torch.device(device))
         assert case.small().target is None
         assert json.dumps([case.params, case.axis])
         assert case.flops is None or case.flops > 0
@@ -47,7 +47,7 @@ def test_cases_can_be_told_apart_and_stored(name: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("name", "case"), [pytest.param(n, c, id=f"{n}-{c.label}") for n in JUDGED for c in _forms(n)]
 )
-def test_contestants_keep_to_the_error_rule(name: str, case: Any) -> None:
+def test_providers_keep_to_the_error_rule(name: str, case: Any) -> None:
     """Ours keeps the rule; peers that run on a CPU are near the truth, so that all compute the same thing."""
     only = f"^(?!.*({SLOW_TO_COMPILE}))(fastattn-torch|fastattn$|sdpa|torch)"
     entry = harness.run_case(case, CPU, BRIEF, CEILINGS, only=only)
@@ -58,7 +58,7 @@ def test_contestants_keep_to_the_error_rule(name: str, case: Any) -> None:
     for row in ran:
         tolerance = 0.06 if case.dtype == torch.bfloat16 else 2e-5
         assert max(row["error"].values()) < tolerance, row
-        if row["contestant"].startswith("fastattn"):
+        if row["provider"].startswith("fastattn"):
             assert row["within_rule"], row
 
 
@@ -70,7 +70,7 @@ def test_the_command_stores_a_result(name: str, tmp_path: Path, capsys: pytest.C
         pytest.importorskip("transformers")
     case = MODULES[name].cases_for(CPU)[0].name
     options = ["--device", "cpu", "--quick", "--only", f"^{case.replace('+', '.')}$", "--out", str(tmp_path)]
-    only = ["--contestants", f"^(?!.*({SLOW_TO_COMPILE}))"]
+    only = ["--providers", f"^(?!.*({SLOW_TO_COMPILE}))"]
     assert MODULES[name].main([*options, *only, "--csv", str(tmp_path)]) == 0
     (stored,) = schema.load(tmp_path / f"{name}.json")["cases"]
     assert [row["status"] for row in stored["rows"]] == ["ok"] * len(stored["rows"])

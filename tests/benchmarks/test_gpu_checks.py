@@ -37,7 +37,7 @@ def test_every_check_passes_on_the_cpu(only_torch: None) -> None:
     for name, check in gpu_checks.CHECKS.items():
         findings = list(check(torch.device("cpu"), 1.0, SEED))
         assert {finding["status"] for finding in findings} <= {"passed", "skipped"}, (name, findings)
-        assert name == "wide-offsets" or findings[-1]["status"] == "passed"
+        assert name == "int64-offsets" or findings[-1]["status"] == "passed"
 
 
 def test_a_wrong_backend_is_found(only_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +216,9 @@ def test_a_lost_device_ends_the_process_and_the_rest_is_said_to_be_not_run(
         raise RuntimeError("CUDA error: an illegal instruction was encountered")
 
     monkeypatch.setattr(fastattn, "attention", lost)
-    found = list(gpu_checks.run_here(["random", "bitwise", "wide-offsets"], options(seconds=5.0)))
+    found = list(gpu_checks.run_here(["random", "bitwise", "int64-offsets"], options(seconds=5.0)))
     assert [(item["check"], item["status"]) for item in found] == [
-        ("random", "failed"), ("bitwise", "not run"), ("wide-offsets", "not run")
+        ("random", "failed"), ("bitwise", "not run"), ("int64-offsets", "not run")
     ]  # fmt: skip
     assert "the device is lost" in found[0]["detail"]
 
@@ -229,7 +229,7 @@ def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
         yield {}
 
     monkeypatch.setitem(gpu_checks.CHECKS, "random", broken)
-    found = list(gpu_checks.run_here(["random", "wide-offsets"], options()))
+    found = list(gpu_checks.run_here(["random", "int64-offsets"], options()))
     assert [item["status"] for item in found] == ["failed", "skipped"]
 
 

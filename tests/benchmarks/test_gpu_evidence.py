@@ -146,20 +146,20 @@ def test_every_bench_section_selects_cases(
     assert benches["attention"] == {*both, "features", "flex", "flex-features"}
 
 
-def test_the_compiled_contestants_of_models_are_not_run_in_small(tmp_path: Path) -> None:
+def test_the_compiled_providers_of_models_are_not_run_in_small(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     sections = {section.name: section for section in evidence_sections.SECTIONS}
     for dry in (True, False):
         run = Run(tmp_path, 9, dry, {}, {"revision": None}, time.monotonic())
         assert not re.search(_pattern(sections["train"].command(run)), "fastattn-compile")
         line = sections["train-compiled"].command(run)
-        pattern = line[line.index("--contestants") + 1]
+        pattern = line[line.index("--providers") + 1]
         assert bool(re.search(pattern, "fastattn-compile")) is not dry
         assert "--warm" not in line
 
 
 def _pattern(line: Any) -> str:
-    return line[line.index("--contestants") + 1]
+    return line[line.index("--providers") + 1]
 
 
 def test_what_a_machine_lacks_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,14 +191,14 @@ def _measured(bench_name: str, device: str, **changes: Any) -> dict[str, Any]:
     time_ms = {"median": 100.0, "p20": 99.0, "p80": 101.0, "samples": 5}
     shared = {"status": "ok", "error": None, "within_rule": None, "peak_memory_mib": 1.0, "host_ms": 0.05}
     rows = [
-        {**shared, "contestant": name, "time_ms": {k: v * factor for k, v in time_ms.items() if k != "samples"} |
+        {**shared, "provider": name, "time_ms": {k: v * factor for k, v in time_ms.items() if k != "samples"} |
          {"samples": 5}, "tflops": 400.0 / factor, "gbps": None, "ceiling_share": 0.8}
         for name, factor in (("fastattn-compile", 1.0), ("transformers-sdpa", 1.5))
     ]  # fmt: skip
     case = {
         "name": "train-16x1024", "label": "a step", "axis": None, "group": "train", "direction": "forward+backward",
         "params": {"batch": 16, "seqlen": 1024}, "dtype": "bfloat16", "flops": 1.0, "bytes": None, "rows": rows,
-        "target": {"contestant": "fastattn-compile", "against": "transformers-sdpa", "speed": 1.3}, **changes,
+        "target": {"provider": "fastattn-compile", "against": "transformers-sdpa", "speed": 1.3}, **changes,
     }  # fmt: skip
     return {**result, "cases": [case]}
 

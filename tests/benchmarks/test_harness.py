@@ -1,4 +1,4 @@
-"""How contestants are timed, judged, weighed and kept."""
+"""How providers are timed, judged, weighed and kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _nothing() -> dict[str, Tensor]:
 
 @dataclass
 class FakeCase:
-    """A case whose contestants are given functions."""
+    """A case whose providers are given functions."""
 
     steps: Mapping[str, Callable[[], Any]]
     name: str = "fake"
@@ -43,7 +43,7 @@ class FakeCase:
     bytes: float | None = None
     target: dict[str, Any] | None = None
 
-    def contestants(self, device: torch.device) -> list[str]:
+    def providers(self, device: torch.device) -> list[str]:
         return list(self.steps)
 
     def open(self, device: torch.device) -> FakeCase:
@@ -52,10 +52,10 @@ class FakeCase:
     def small(self) -> FakeCase:
         return self
 
-    def step(self, contestant: str) -> Callable[[], Any]:
-        return self.steps[contestant]()
+    def step(self, provider: str) -> Callable[[], Any]:
+        return self.steps[provider]()
 
-    def judge(self, contestant: str) -> Judgement:
+    def judge(self, provider: str) -> Judgement:
         zeros = {"out": torch.zeros(3, dtype=torch.float64)}
         return Judgement(lambda name, tensor: tensor, zeros, {"out": torch.full((3,), 0.25)}, "everything")
 
@@ -88,7 +88,7 @@ def test_spread_is_median_and_quantiles() -> None:
     assert spread == {"p20": 2.0, "median": 3.5, "p80": 5.0, "samples": 6}
 
 
-def test_a_contestant_that_cannot_run_keeps_its_row_and_reason() -> None:
+def test_a_provider_that_cannot_run_keeps_its_row_and_reason() -> None:
     def refuses() -> Any:
         raise CannotRun("it has no softcap")
 
@@ -100,10 +100,10 @@ def test_a_contestant_that_cannot_run_keeps_its_row_and_reason() -> None:
 
     steps = {"good": lambda: _nothing, "refuses": refuses, "breaks": breaks, "nan": not_a_number}
     case = harness.run_case(FakeCase(steps), CPU, BRIEF, CEILINGS)
-    rows = {row["contestant"]: row for row in case["rows"]}
+    rows = {row["provider"]: row for row in case["rows"]}
     assert list(rows) == list(steps)
     assert rows["refuses"] == {
-        "contestant": "refuses",
+        "provider": "refuses",
         "status": "unavailable",
         "reason": "it has no softcap",
     }
@@ -153,7 +153,7 @@ def test_peak_memory_counts_what_a_step_holds_and_what_it_needs(capsys: pytest.C
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes fork on Linux")
-def test_contestants_are_weighed_in_processes_of_their_own(
+def test_providers_are_weighed_in_processes_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "bench.py"
@@ -189,9 +189,9 @@ def test_ceilings_are_measured_by_dtype() -> None:
     assert small["copy_gbps"] > 0
 
 
-def _row(contestant: str, median: float, memory: float | None = None) -> dict[str, Any]:
+def _row(provider: str, median: float, memory: float | None = None) -> dict[str, Any]:
     time = {"median": median, "p20": median, "p80": median, "samples": 1}
-    return {"contestant": contestant, "status": "ok", "time_ms": time, "peak_memory_mib": memory}
+    return {"provider": provider, "status": "ok", "time_ms": time, "peak_memory_mib": memory}
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def _row(contestant: str, median: float, memory: float | None = None) -> dict[st
     ],
 )
 def test_verdict_compares_with_the_target(ours: float, memory: float | None, verdict: str) -> None:
-    target = {"contestant": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
+    target = {"provider": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
     case = {"target": target, "rows": [_row("fastattn", ours, memory), _row("sdpa", 100.0, 100.0)]}
     assert figures.verdict(case) == verdict
 
 
 def test_best_peer_is_the_fastest_that_is_not_ours() -> None:
-    failed = {"contestant": "broken", "status": "failed", "reason": "no"}
+    failed = {"provider": "broken", "status": "failed", "reason": "no"}
     case = {
         "target": None,
         "rows": [_row("fastattn-triton", 1.0), _row("slow", 9.0), _row("fast", 4.0), failed],

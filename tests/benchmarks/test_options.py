@@ -25,7 +25,7 @@ HOSTILE: dict[str, tuple[str, ...]] = {
     "--device": ("banana", "", "meta", "cuda:99", "cpu:x", "-1", "mps"),
     "--cases-of": ("banana", ""),
     "--only": ("(", "[", "*", "a{2,1}"),
-    "--contestants": ("(", "[", "*", "a{99999999999999999999}"),
+    "--providers": ("(", "[", "*", "a{99999999999999999999}"),
     "--seconds": (*NUMBERS, "1e9"),
     "--threads": (*NUMBERS, "1.5", "1000000000"),
     "--warm": (*NUMBERS, "1.5"),
@@ -111,7 +111,7 @@ def test_a_file_that_cannot_be_merged_into_is_refused_before_measuring(
 
 
 def fake_entry(case: Any, *rest: Any, **options: Any) -> dict[str, Any]:
-    row = {"contestant": "fastattn", "status": "unavailable", "reason": "not measured"}
+    row = {"provider": "fastattn", "status": "unavailable", "reason": "not measured"}
     keys = ("name", "group", "label", "axis", "params", "direction", "flops", "bytes", "target")
     entry = {key: getattr(case, key) for key in keys}
     return {**entry, "dtype": schema.dtype_name(case.dtype), "rows": [row]}
@@ -167,6 +167,6 @@ def _case(cases: Any, name: str) -> Any:
 
 @pytest.mark.usefixtures("fake_measurements")
 def test_settings_name_no_folders(capsys: pytest.CaptureFixture[str]) -> None:
-    only = ["--only", "^rows-512$", "/some/body/s", "--contestants", "/some/body/s"]
+    only = ["--only", "^rows-512$", "/some/body/s", "--providers", "/some/body/s"]
     assert MODULES["softmax"].main(["--device", "cpu", *only, "--quick", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["only"] == ["^rows-512$", "s"]

@@ -19,9 +19,9 @@ from fastattn import bench
 from fastattn import plot as drawing
 
 
-def _row(contestant: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
+def _row(provider: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
     return {
-        "contestant": contestant,
+        "provider": provider,
         "status": "ok",
         "time_ms": {"median": median, "p20": median * 0.9, "p80": median * 1.1, "samples": 5},
         "error": {"out": 2e-6, "dq": 1e-6},
@@ -71,10 +71,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _cpu_cases() -> list[dict[str, Any]]:
-    target = {"contestant": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
+    target = {"provider": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
     window = [_case(f"w{s}", "window", [_row("fastattn", s / 1e3), _row("sdpa", s / 100)],
                     seqlen_q=s, seqlen_k=s, window=[255, 0], target=target) for s in (1024, 2048)]  # fmt: skip
-    missing = {"contestant": "sdpa", "status": "unavailable", "reason": "it has no softcap"}
+    missing = {"provider": "sdpa", "status": "unavailable", "reason": "it has no softcap"}
     return [*window, _case("cap", "features", [_row("fastattn", 2.0), missing], softcap=30.0)]
 
 
@@ -95,7 +95,7 @@ def test_the_cpu_table_gives_times_ratio_target_memory_and_error(results: Path) 
 
 def test_the_headline_joins_the_benches_and_names_their_conditions_once(results: Path) -> None:
     _store(results, "cpu", _cpu_cases())
-    target = {"contestant": "fastattn", "against": "torch", "speed": 1.0}
+    target = {"provider": "fastattn", "against": "torch", "speed": 1.0}
     rows = [_row("fastattn", 1.0), _row("torch", 2.0), {**_row("floor-products", 0.5), "tflops": None}]
     _store(results, "cpu", [_case("loss", "loss", rows, target)], "cross-entropy")
     lines = tables.table_of("headline-cpu").splitlines()
@@ -280,7 +280,7 @@ def test_stored_results_are_valid_and_in_their_place(file: Path) -> None:
     assert file.stem == result["bench"]
     assert result["bench"] in bench.NAMES
     assert not result["settings"]["quick"]
-    assert not [row for case in result["cases"] for row in case["rows"] if row["contestant"].startswith("fastattn")
+    assert not [row for case in result["cases"] for row in case["rows"] if row["provider"].startswith("fastattn")
                 and row["status"] != "ok" and result["device"]["kind"] == "cpu"]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import schema
 import torch
 
 ROW = {
-    "contestant": "fastattn",
+    "provider": "fastattn",
     "status": "ok",
     "time_ms": {"median": 2.0, "p20": 1.5, "p80": 2.5, "samples": 5},
     "error": {"out": 1e-6},
@@ -34,8 +34,8 @@ CASE = {
     "dtype": "float32",
     "flops": 1e6,
     "bytes": None,
-    "target": {"contestant": "fastattn", "against": "sdpa", "speed": 1.0},
-    "rows": [ROW, {"contestant": "sdpa", "status": "unavailable", "reason": "none"}],
+    "target": {"provider": "fastattn", "against": "sdpa", "speed": 1.0},
+    "rows": [ROW, {"provider": "sdpa", "status": "unavailable", "reason": "none"}],
 }
 
 
@@ -92,7 +92,7 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (_set("cases/0/rows/0/time_ms", {"median": 0.0, "p20": 0.0, "p80": 0.0, "samples": 5}), "0 < p20"),
         (_set("cases/0/rows/0/error", {"out": float("nan")}), "finite"),
-        (_set("cases/0/rows/1", {"contestant": "sdpa", "status": "failed"}), "reason"),
+        (_set("cases/0/rows/1", {"provider": "sdpa", "status": "failed"}), "reason"),
         (_set("cases/0/rows/0/peak_memory_mib", "little"), "peak_memory_mib"),
         (_set("settings", {"file": "/some/body/else"}), "without a machine's paths"),
         (_set("cases", [copy.deepcopy(CASE), copy.deepcopy(CASE)]), "distinct names"),

@@ -16,9 +16,9 @@ extern "C" const char* padded_rows(int64_t* rows, const int32_t* cu_seqlens_q, i
   });
 }
 
-// Planes of a section of the pass over keys, and of that of a call in one pass, of dense calls.
-extern "C" const char* key_sections(int64_t* planes, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen_q,
-                                    int64_t seqlen_k) {
+// Batch heads of a section of the pass over keys, and of that of a call in one pass, of dense calls.
+extern "C" const char* key_sections(int64_t* batch_heads, int64_t batch, int64_t heads, int64_t kv_heads,
+                                    int64_t seqlen_q, int64_t seqlen_k) {
   return emulator::guarded([&] {
     AttentionParams p = {};
     p.batch = static_cast<int>(batch);
@@ -31,8 +31,8 @@ extern "C" const char* key_sections(int64_t* planes, int64_t batch, int64_t head
       constexpr int kHeadDim = decltype(head_dim)::value;
       if constexpr (has_one_pass(kHeadDim)) {
         using TwoPasses = KeyGradientsShapeFor<ELEMENT, kHeadDim, KeyGradients::kBoth, false>;
-        planes[0] = key_schedule<TwoPasses>(p).planes_per_section;
-        planes[1] = key_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).planes_per_section;
+        batch_heads[0] = key_schedule<TwoPasses>(p).batch_heads_per_section;
+        batch_heads[1] = key_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).batch_heads_per_section;
       }
     };
     sections(std::integral_constant<int, HEAD_DIM>());

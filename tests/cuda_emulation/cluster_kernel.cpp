@@ -149,10 +149,10 @@ extern "C" const char* run_sum_tiles(const void* x, float* out, int64_t clusters
   return emulator::guarded([&] {
     CUtensorMap map;
     const auto rows = static_cast<uint64_t>(tiles * kRows);
-    const CUresult result = encode_tensor_map<4>(
-        emulator::encode_tiled, &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, x, {kColumns, rows, 1, 1},
-        {kColumns * 2, rows * kColumns * 2, rows * kColumns * 2}, {kColumns, kRows / kBlocks, 1, 1},
-        CU_TENSOR_MAP_SWIZZLE_128B);
+    const CUresult result =
+        encode_tensor_map<4>(emulator::encode_tiled, &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, x, {kColumns, rows, 1, 1},
+                             {kColumns * 2, rows * kColumns * 2, rows * kColumns * 2},
+                             {kColumns, kRows / kBlocks, 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
     if (result != CUDA_SUCCESS) throw std::runtime_error("encode_tiled refuses");
     const emulator::Launch launch{.grid = {unsigned(clusters * kBlocks), 1, 1},
                                   .threads = kThreads,

@@ -120,7 +120,7 @@ void launch_product(bool a_across, bool b_across, bool a_in_registers, const voi
   }
 }
 
-// Copies the box at (c0 .. c4) of `in` to shared memory, then to `image` as it lies there, and by the copy engine to
+// Copies the box at (c0 .. c4) of `in` to shared memory, then to `image` as it lies there, and by TMA to
 // the same coordinates of `out`.
 FASTATTN_KERNEL void move_box(FASTATTN_GRID_CONSTANT const CUtensorMap in, FASTATTN_GRID_CONSTANT const CUtensorMap out,
                               int rank, const int* c, int bytes, uint32_t* image, bool add) {
@@ -222,7 +222,7 @@ FASTATTN_KERNEL void cluster_sum(const float* x, float* y, ClusterMistake mistak
   if (mistake != kNoEndSync) cluster_sync();
 }
 
-enum TurnMistake {
+enum OrderMistake {
   kTurnRight,
   kTurnByFences,  // right too: device_fence and relaxed accesses
   kNoWait,
@@ -236,20 +236,19 @@ enum TurnMistake {
 };
 
 // Blocks store their index to y[0] in the order of their tickets, each after the one before.
-FASTATTN_KERNEL void take_turns(float* y, uint32_t* turn, uint32_t* ticket, TurnMistake mistake) {
-  const bool by_fences =
-      mistake == kTurnByFences || mistake == kNoDeviceFenceBefore || mistake == kNoDeviceFenceAfter;
+FASTATTN_KERNEL void ordered_sum(float* y, uint32_t* semaphore, uint32_t* ticket, OrderMistake mistake) {
+  const bool by_fences = mistake == kTurnByFences || mistake == kNoDeviceFenceBefore || mistake == kNoDeviceFenceAfter;
   auto* value = reinterpret_cast<float*>(dynamic_shared_memory());
   if (thread_index() > 0) return;
   const uint32_t mine = counter_fetch_add(ticket, 1);
   for (int i = 0; i < 4; ++i) st_shared(&value[i], float(mine));
   fence_proxy_async();
   if (by_fences || mistake == kRelaxedLoad) {
-    while (emulator::relaxed_load(turn) != mine) {
+    while (emulator::relaxed_load(semaphore) != mine) {
     }
     if (by_fences && mistake != kNoDeviceFenceBefore) device_fence();
   } else {
-    semaphore_wait(turn, mine);
+    semaphore_wait(semaphore, mine);
   }
   if (mistake == kReadsWhatItWrites) ld_global_16(y);
   if (mistake != kNoFenceBefore) fence_proxy_async_global();
@@ -264,9 +263,9 @@ FASTATTN_KERNEL void take_turns(float* y, uint32_t* turn, uint32_t* ticket, Turn
   if (mistake != kNoFenceAfter) fence_proxy_async_global();
   if (by_fences && mistake != kNoDeviceFenceAfter) device_fence();
   if (by_fences || mistake == kRelaxedAdd) {
-    counter_fetch_add(turn, 1);
+    counter_fetch_add(semaphore, 1);
   } else {
-    semaphore_add_release(turn, 1);
+    semaphore_add_release(semaphore, 1);
   }
 }
 
@@ -291,7 +290,7 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
 
 enum MapPlace { kMapOfTheGrid, kMapMisaligned, kMapInShared, kTooManyBytes, kTooManyBytesAtOnce };
 
-// Loads a box by a map that lies where the copy engine does not find it, or expects more bytes than a barrier counts.
+// Loads a box by a map that lies where TMA does not find it, or expects more bytes than a barrier counts.
 FASTATTN_KERNEL void load_by_map(FASTATTN_GRID_CONSTANT const CUtensorMap map, unsigned char* copies, MapPlace place) {
   unsigned char* box = align_shared<1024>(dynamic_shared_memory());
   auto* full = reinterpret_cast<Mbarrier*>(box + 1024);
@@ -396,10 +395,11 @@ extern "C" const char* run_cluster_sum(const float* x, float* y, int64_t blocks,
   });
 }
 
-extern "C" const char* run_take_turns(float* y, uint32_t* turn, uint32_t* ticket, int64_t blocks, int64_t mistake) {
+extern "C" const char* run_ordered_sum(float* y, uint32_t* semaphore, uint32_t* ticket, int64_t blocks,
+                                       int64_t mistake) {
   return emulator::guarded([&] {
     const emulator::Launch launch{.grid = {unsigned(blocks), 1, 1}, .threads = 32, .shared_bytes = 16};
-    emulator::launch(emulator::options, launch, take_turns, y, turn, ticket, TurnMistake(mistake));
+    emulator::launch(emulator::options, launch, ordered_sum, y, semaphore, ticket, OrderMistake(mistake));
   });
 }
 

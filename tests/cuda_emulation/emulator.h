@@ -13,7 +13,7 @@
 
 namespace emulator {
 
-// When the copy engine and the tensor cores deliver: at once, when somebody must have it, or at any time between.
+// When TMA and the tensor cores deliver: at once, when somebody must have it, or at any time between.
 enum class Landing { kEager, kLazy, kRandom };
 
 struct Options {

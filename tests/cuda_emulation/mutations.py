@@ -52,7 +52,9 @@ MORE_REGISTERS = Mutation(
     "decrease_registers<Shape::kProducerRegisters + 8>();",
     report=r"deadlock.* in increase_registers from \d+ registers",
 )
-LANE_OVERTAKEN = Mutation("a lane is overtaken", "warp_sync();", report=r"deadlock.* in mbarrier_wait")
+LANE_NOT_RECONVERGED = Mutation(
+    "no reconvergence before release", "warp_sync();", report=r"deadlock.* in mbarrier_wait"
+)
 
 
 # Threads and warps that starve: lanes of the producer warp, its neighbours, and of each warpgroup of consumers.
@@ -68,19 +70,19 @@ def every_schedule(mutations: Sequence[Mutation]) -> list[Any]:
     return [
         pytest.param(number, id=mutation.name)
         for number, mutation in enumerate(mutations)
-        if mutation is not LANE_OVERTAKEN
+        if mutation is not LANE_NOT_RECONVERGED
     ]
 
 
-def assert_overtaken(run: Callable[[int], None], lanes: Sequence[int]) -> None:
-    """One of run(lane), in which that lane starves and the line of LANE_OVERTAKEN is lost, is reported."""
+def assert_lane_reported(run: Callable[[int], None], lanes: Sequence[int]) -> None:
+    """One of run(lane), in which that lane starves and the line of LANE_NOT_RECONVERGED is lost, is reported."""
     reports = []
     for lane in lanes:
         try:
             run(lane)
         except EmulationError as error:
             reports.append(str(error))
-    assert any(re.search(str(LANE_OVERTAKEN.report), report) for report in reports), reports
+    assert any(re.search(str(LANE_NOT_RECONVERGED.report), report) for report in reports), reports
 
 
 def breakable_library(

@@ -40,7 +40,7 @@ double key_gradients_cost(const AttentionParams& params, const TileSchedule& sch
 
 template <class Shape>
 double one_pass_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
-  return key_cost(params, turn_work<Shape>(params, schedule, number));
+  return key_cost(params, work_of_ticket<Shape>(params, schedule, number));
 }
 
 template <int kHeadDim>
@@ -97,12 +97,12 @@ extern "C" const char* clusters_of(const int64_t* sizes, int64_t devices, const 
   return emulator::guarded([&] {
     using Shape = ClusterShapeFor<half_t, 128>;
     const int64_t strides[12] = {};
-    AttentionParams params = params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, nullptr, nullptr,
-                                       nullptr, 1.0, 0.0);
+    AttentionParams params =
+        params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, nullptr, nullptr, nullptr, 1.0, 0.0);
     params.clusters = true;
     for (int64_t i = 0; i < devices; ++i) {
-      runs[i] = runs_in_clusters<half_t, 128>(params, static_cast<int>(multiprocessors[i]),
-                                              static_cast<int>(resident[i]));
+      runs[i] =
+          runs_in_clusters<half_t, 128>(params, static_cast<int>(multiprocessors[i]), static_cast<int>(resident[i]));
     }
     const TileSchedule schedule = forward_schedule<Shape>(params);
     *count = int64_t{schedule.num_tiles} * Shape::kCluster;

@@ -36,9 +36,8 @@ extern "C" const char* run_quotients(const int64_t* numerators, const int64_t* d
   return emulator::guarded([&] {
     for (int64_t i = 0; i < count; ++i) {
       const Divisor by(divisors[i], largest[i]);
-      quotients[i] = largest[i] <= INT32_MAX
-                         ? static_cast<int64_t>(quotient(static_cast<uint32_t>(numerators[i]), by))
-                         : static_cast<int64_t>(quotient(static_cast<uint64_t>(numerators[i]), by));
+      quotients[i] = largest[i] <= INT32_MAX ? static_cast<int64_t>(quotient(static_cast<uint32_t>(numerators[i]), by))
+                                             : static_cast<int64_t>(quotient(static_cast<uint64_t>(numerators[i]), by));
     }
   });
 }

@@ -94,12 +94,12 @@ def differentiated(
     """(out, lse, gradients) of the formula in the dtype of the inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out, lse = reference.attention(*leaves, **options, return_lse=True)
-    results, cotangents = [out], [dout.to(out.dtype)]
+    results, upstream_grads = [out], [dout.to(out.dtype)]
     if dlse is not None:
         seen = lse.isfinite()
         results.append(lse.masked_fill(~seen, 0))
-        cotangents.append(dlse.to(lse.dtype).masked_fill(~seen, 0))
-    grads = torch.autograd.grad(results, leaves, cotangents)
+        upstream_grads.append(dlse.to(lse.dtype).masked_fill(~seen, 0))
+    grads = torch.autograd.grad(results, leaves, upstream_grads)
     return out.detach(), lse.detach(), Grads(*grads)
 
 
@@ -128,16 +128,16 @@ def check(
     **schedule: Any,
 ) -> Grads:  # fmt: skip
     inputs, dout, dlse, options = make_inputs(name, dtype, head_dim)
-    cotangent = dlse if with_dlse else None
-    out, lse, golden = differentiated(tuple(x.double() for x in inputs), dout, cotangent, options)
-    _, _, plain = differentiated(inputs, dout, cotangent, options)
+    upstream_grad = dlse if with_dlse else None
+    out, lse, golden = differentiated(tuple(x.double() for x in inputs), dout, upstream_grad, options)
+    _, _, plain = differentiated(inputs, dout, upstream_grad, options)
     if "key_lengths" in options:
         inputs = (inputs[0], *(x.clone() for x in inputs[1:]))
         for b, length in enumerate(options["key_lengths"].tolist()):
             for padded in inputs[1:]:
                 padded[b, :, length:] = torch.nan
     grads = emulate(
-        build(emulated, inputs[0].shape[-1], dtype), *inputs, out.to(dtype), lse.float(), dout, cotangent,
+        build(emulated, inputs[0].shape[-1], dtype), *inputs, out.to(dtype), lse.float(), dout, upstream_grad,
         **options, **schedule,
     )  # fmt: skip
     for label, actual, same, exact in zip(Grads._fields, grads, plain, golden):
@@ -283,7 +283,7 @@ def test_one_pass_pads_heads(emulated: Callable[..., Any], head_dim: int) -> Non
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", ["grouped heads", "key lengths, several blocks"])
-def test_one_pass_takes_turns(emulated: Callable[..., Any], name: str, head_dim: int) -> None:
+def test_one_pass_adds_in_order(emulated: Callable[..., Any], name: str, head_dim: int) -> None:
     """Whoever comes first, the sums of dq have the same bits."""
     options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True}
     first = check(emulated, name, torch.float16, resident=1, seed=0, **options)
@@ -296,9 +296,11 @@ def test_one_pass_takes_turns(emulated: Callable[..., Any], name: str, head_dim:
 @pytest.mark.parametrize("heads", [16, 64], ids=["every head its own keys", "four heads share keys"])
 def test_sections_fit_the_cache(emulated: Callable[..., Any], heads: int) -> None:
     """q and dout of a section's heads have 32 MB of L2 at most, with the sums of dq where there is one pass."""
-    planes = torch.zeros(2, dtype=torch.int64)
-    build(emulated, 128, torch.float16)("key_sections", planes, 1, heads, 16, 8192, 8192)
+    batch_heads = torch.zeros(2, dtype=torch.int64)
+    build(emulated, 128, torch.float16)("key_sections", batch_heads, 1, heads, 16, 8192, 8192)
     group = heads // 16
     head_bytes = 8192 * 128 * 2 * 2
-    for section, bytes_per_plane in zip(planes.tolist(), (head_bytes * group, 2 * head_bytes * group)):
-        assert section == (32 << 20) // bytes_per_plane
+    for section, bytes_per_batch_head in zip(
+        batch_heads.tolist(), (head_bytes * group, 2 * head_bytes * group)
+    ):
+        assert section == (32 << 20) // bytes_per_batch_head

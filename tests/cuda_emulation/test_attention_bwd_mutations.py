@@ -9,11 +9,11 @@ import pytest
 import torch
 from cuda_emulation.build import EmulationError, Library
 from cuda_emulation.mutations import (
-    LANE_OVERTAKEN,
+    LANE_NOT_RECONVERGED,
     MORE_REGISTERS,
     STARVED,
     Mutation,
-    assert_overtaken,
+    assert_lane_reported,
     breakable_library,
     every_schedule,
 )
@@ -46,7 +46,7 @@ KERNELS = {
             "mbarrier_arrive_expect_tx(&arrived, bytes);",
             "mbarrier_arrive_expect_tx(&arrived, bytes - 16);",
         ),
-        LANE_OVERTAKEN,
+        LANE_NOT_RECONVERGED,
     ],
     "device/panel.cuh": [
         Mutation("keys zeroed without a fence", "fence_proxy_async();"),
@@ -84,11 +84,11 @@ def test_is_noticed(breakable: Library, line: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_starved_lane_is_overtaken(breakable: Library, seed: int) -> None:
+def test_a_starved_lane_is_reported(breakable: Library, seed: int) -> None:
     """Without the warp's sync a lane of the producer misses a phase, if it runs only when nothing else can."""
-    line = MUTATIONS.index(LANE_OVERTAKEN)
+    line = MUTATIONS.index(LANE_NOT_RECONVERGED)
     for first in (0, 15, 30):  # of two lanes, one of which may be the one that issues
-        assert_overtaken(lambda lane: run(breakable, line, seed, starved=lane), (first, first + 1))
+        assert_lane_reported(lambda lane: run(breakable, line, seed, starved=lane), (first, first + 1))
 
 
 @pytest.mark.parametrize("starved", STARVED)
@@ -100,7 +100,8 @@ UNORDERED = "adds to global memory .* wrote, with nothing ordering the two"
 SHARED_LINES = {
     "kernels/attention_bwd_fused_common.cuh": [
         Mutation(
-            "a turn not waited for", "semaphore_wait(params.dq_semaphore + first + block, last - key_block);",
+            "the dq semaphore is not waited for",
+            "semaphore_wait(params.dq_semaphore + first + block, last - key_block);",
             report=UNORDERED,
         ),
         Mutation(
@@ -110,15 +111,15 @@ SHARED_LINES = {
         Mutation("dq taken before it is written", "named_pair_sync<kDqWritten>(which, kThreads);"),
         Mutation("dq handed over without a fence", "fence_proxy_async();"),
         Mutation(
-            "dq added without a fence behind the turn", "fence_proxy_async_global();",
+            "dq added without a fence after the semaphore's wait", "fence_proxy_async_global();",
             report="adds to global memory .* wrote, without fence_proxy_async_global",
         ),
         Mutation(
-            "a turn given without a fence", "fence_proxy_async_global();", occurrence=1,
+            "the dq semaphore released without a fence", "fence_proxy_async_global();", occurrence=1,
             report="releases a semaphore without fence_proxy_async_global",
         ),
         Mutation(
-            "a turn given before dq is there", "bulk_wait<0>();",
+            "the dq semaphore released before dq has landed", "bulk_wait<0>();",
             report="releases a semaphore while its bulk stores may not have reached",
         ),
     ],
@@ -128,7 +129,7 @@ SHARED_LINES = {
             "return emulator::relaxed_load(semaphore);", report=UNORDERED,
         ),
         Mutation(
-            "a turn given without release", "emulator::semaphore_add(semaphore, value);",
+            "the dq semaphore added to without release", "emulator::semaphore_add(semaphore, value);",
             "emulator::counter_fetch_add(semaphore, value);", report=UNORDERED,
         ),
     ],

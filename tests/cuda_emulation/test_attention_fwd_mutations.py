@@ -8,11 +8,11 @@ import pytest
 from cuda_emulation.attention_forward import Case, check
 from cuda_emulation.build import EmulationError, Library
 from cuda_emulation.mutations import (
-    LANE_OVERTAKEN,
+    LANE_NOT_RECONVERGED,
     MORE_REGISTERS,
     STARVED,
     Mutation,
-    assert_overtaken,
+    assert_lane_reported,
     breakable_library,
     every_schedule,
 )
@@ -42,7 +42,7 @@ KERNELS = {
     "device/pipeline.cuh": [
         Mutation("stages overwritten while read", "wait_empty(state);"),
         Mutation("a tile overwritten while read", "wait_empty(state);", occurrence=1),
-        LANE_OVERTAKEN,
+        LANE_NOT_RECONVERGED,
     ],
     "device/panel.cuh": [
         Mutation("values cleared without a fence", "fence_proxy_async();"),
@@ -80,11 +80,11 @@ def test_is_noticed(breakable: Library, line: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_starved_lane_is_overtaken(breakable: Library, seed: int) -> None:
+def test_a_starved_lane_is_reported(breakable: Library, seed: int) -> None:
     """Without the warp's sync a lane of the producer misses a phase, if it runs only when nothing else can."""
-    line = MUTATIONS.index(LANE_OVERTAKEN)
+    line = MUTATIONS.index(LANE_NOT_RECONVERGED)
     for first in (0, 15, 30):  # of two lanes, one of which may be the one that issues
-        assert_overtaken(lambda lane: run(breakable, line, seed, starved=lane), (first, first + 1))
+        assert_lane_reported(lambda lane: run(breakable, line, seed, starved=lane), (first, first + 1))
 
 
 @pytest.mark.parametrize("starved", STARVED)

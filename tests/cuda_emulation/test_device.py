@@ -179,10 +179,14 @@ def test_clusters(emulated, mistake: int, report: str | None) -> None:
 def test_blocks_in_an_order(emulated, resident: int) -> None:
     """The last block's value stays, all values are added."""
     for seed, landing in SCHEDULES:
-        y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        y, semaphore, ticket = (
+            torch.zeros(8),
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+        )
         call = {"seed": seed, "landing": landing, "resident": resident}
         for right in (0, 1):  # by acquire and release, by fences
-            emulated(SOURCE)("run_take_turns", y, turn.zero_(), ticket.zero_(), 7, right, **call)
+            emulated(SOURCE)("run_ordered_sum", y, semaphore.zero_(), ticket.zero_(), 7, right, **call)
             assert y.tolist() == [6] * 4 + [21] * 4
             y.zero_()
 
@@ -196,7 +200,7 @@ TURN_MISTAKES = {
     "RelaxedAdd": UNORDERED,
     "NoDeviceFenceBefore": UNORDERED,
     "NoDeviceFenceAfter": UNORDERED,
-    "ReadsWhatItWrites": "ld_global_16 reads what the copy engine writes",
+    "ReadsWhatItWrites": "ld_global_16 reads what TMA writes",
 }
 
 
@@ -204,17 +208,29 @@ TURN_MISTAKES = {
 def test_global_memory_is_ordered(emulated, mistake: str) -> None:
     number = 2 + list(TURN_MISTAKES).index(mistake)
     for resident, (seed, landing) in product((1, 3), SCHEDULES):
-        y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        y, semaphore, ticket = (
+            torch.zeros(8),
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+        )
         with pytest.raises(EmulationError, match=TURN_MISTAKES[mistake]):
             emulated(SOURCE)(
-                "run_take_turns", y, turn, ticket, 4, number, seed=seed, landing=landing, resident=resident
+                "run_ordered_sum",
+                y,
+                semaphore,
+                ticket,
+                4,
+                number,
+                seed=seed,
+                landing=landing,
+                resident=resident,
             )
 
 
 def test_waiting_for_a_block_that_never_starts_is_a_livelock(emulated) -> None:
-    y, turn, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    y, semaphore, ticket = torch.zeros(8), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(EmulationError, match=r"livelock.*semaphore_load_acquire"):
-        emulated(SOURCE)("run_take_turns", y, turn, ticket, 2, 0, resident=2)
+        emulated(SOURCE)("run_ordered_sum", y, semaphore, ticket, 2, 0, resident=2)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_every_launch_has_the_shared_memory_attribute_it_needs() -> None:
 
 
 def test_kernels_copy_no_tensor_map() -> None:
-    """The copy engine reads maps that are grid-constant parameters; a copy on a thread's stack it would not find."""
+    """TMA reads maps that are grid-constant parameters; a copy on a thread's stack it would not find."""
     kernels = 0
     for name, text in TEXTS.items():
         if name.endswith("_launch.cuh") or not name.endswith(".cuh"):

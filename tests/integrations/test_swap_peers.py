@@ -203,10 +203,10 @@ def diffusers(monkeypatch):
     registered = set()
     library = types.ModuleType("diffusers.models.modeling_utils")
     library.ModelMixin = ModelMixin
-    door = types.ModuleType("fastattn.integrations.diffusers")
-    door.register = lambda: registered.update(("fastattn", "fastattn_torch"))
+    integration = types.ModuleType("fastattn.integrations.diffusers")
+    integration.register = lambda: registered.update(("fastattn", "fastattn_torch"))
     monkeypatch.setitem(sys.modules, "diffusers.models.modeling_utils", library)
-    monkeypatch.setitem(sys.modules, "fastattn.integrations.diffusers", door)
+    monkeypatch.setitem(sys.modules, "fastattn.integrations.diffusers", integration)
     return types.SimpleNamespace(ModelMixin=ModelMixin, registered=registered)
 
 

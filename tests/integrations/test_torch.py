@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import fastattn
-from fastattn.integrations import torch as door
+from fastattn.integrations import torch as integration
 from fastattn.ops import sdpa as sdpa_module
 from numerics import assert_within_rule
 
@@ -255,15 +255,15 @@ def registry():
 
 
 def test_registers_without_activating(registry):
-    door.register()
-    door.register()
+    integration.register()
+    integration.register()
     assert registry.list_flash_attention_impls().count("fastattn") == 1
     assert registry.current_flash_attention_impl() is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="activation works with a GPU")
 def test_activating_without_cuda_says_so(registry):
-    door.register()
+    integration.register()
     with pytest.raises(RuntimeError, match="CUDA"):
         registry.activate_flash_attention_impl("fastattn")
     assert registry.current_flash_attention_impl() is None
@@ -280,7 +280,7 @@ def test_activation_overrides_cuda_until_restored(registry, monkeypatch):
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_backward",
     )
-    door.register()
+    integration.register()
     before = [owner(name) for name in names]
     registry.activate_flash_attention_impl("fastattn")
     assert registry.current_flash_attention_impl() == "fastattn"
@@ -293,7 +293,7 @@ def test_activation_overrides_cuda_until_restored(registry, monkeypatch):
 @pytest.fixture
 def on_the_cpu():
     """The overrides under the CPU's key, where torch has no such kernels: the dispatcher and autograd are real."""
-    overrides = door._FlashOverrides("CPU")
+    overrides = integration._FlashOverrides("CPU")
     yield overrides
     overrides.remove()
 
@@ -356,7 +356,7 @@ def test_on_a_gpu_torchs_flash_path_is_fastattn(registry, dtype):
     formula = partial(fastattn.reference.attention, causal=True)
     doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
     plain, golden = results(formula, (q, k, v)), results(formula, doubles)
-    door.register()
+    integration.register()
     registry.activate_flash_attention_impl("fastattn")
     with torch.profiler.profile() as profile:
         actual = run()

@@ -14,11 +14,11 @@ from transformers_models import BATCH, LENGTH, MODELS, VOCAB, padding_mask
 from transformers_rule import assert_model_within_rule, loss_and_grads
 
 import fastattn
-from fastattn.integrations import transformers as door
+from fastattn.integrations import transformers as integration
 from fastattn.integrations.structured_mask import StructuredMask
 from fastattn.integrations.transformers_masks import structured_mask
 
-door.register()
+integration.register()
 
 PADDED = [
     (name, side)
@@ -127,7 +127,9 @@ def test_triton_generates_too():
 def calls(monkeypatch):
     """The options of every attention call."""
     seen = []
-    monkeypatch.setattr(door, "attention", lambda *a, **k: seen.append(k) or fastattn.attention(*a, **k))
+    monkeypatch.setattr(
+        integration, "attention", lambda *a, **k: seen.append(k) or fastattn.attention(*a, **k)
+    )
     return seen
 
 
@@ -450,7 +452,7 @@ def call(**change):
         "attention_mask": None, "scaling": 0.3,
     } | change  # fmt: skip
     module.is_causal = arguments.pop("module_is_causal", True)
-    return door.attention_forward(module, **arguments), arguments
+    return integration.attention_forward(module, **arguments), arguments
 
 
 def test_the_attention_function_by_itself():
@@ -472,12 +474,12 @@ def test_the_attention_function_as_models_call_it():
     module = nn.Module()
     module.is_causal = True
     q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
-    out, _ = door.attention_forward(
+    out, _ = integration.attention_forward(
         module, q, k, v, None, position_ids=torch.full((2, 1), 6), encoder_hidden_states=None, use_cache=True
     )
     assert torch.equal(out, fastattn.attention(q, k, v).transpose(1, 2))
     torch.manual_seed(5)
-    out, _ = door.attention_forward(module, q, k, v, None, dropout=0.5)
+    out, _ = integration.attention_forward(module, q, k, v, None, dropout=0.5)
     torch.manual_seed(5)
     assert torch.equal(out, fastattn.attention(q, k, v, dropout_p=0.5).transpose(1, 2))
 
@@ -547,7 +549,7 @@ def test_registering_again_changes_nothing():
         )
 
     before = registered()
-    door.register()
+    integration.register()
     assert registered() == before
     names = {"fastattn", "fastattn_torch", "fastattn_triton"}
     assert all(names <= mapping.keys() for mapping in before)
@@ -557,7 +559,7 @@ def test_registering_again_changes_nothing():
 def test_an_interface_of_another_make_is_refused(monkeypatch):
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
     with pytest.raises(ImportError, match="transformers"):
-        door.register()
+        integration.register()
 
 
 def test_the_choice_is_not_written_to_the_config(tmp_path):

@@ -12,12 +12,12 @@ from transformers import masking_utils
 from transformers_models import MODELS, padding_mask
 from transformers_sweep import compare, in_float64, results
 
-from fastattn.integrations import transformers as door
+from fastattn.integrations import transformers as integration
 from fastattn.integrations import transformers_compat as compat
 from fastattn.integrations import transformers_masks
 from fastattn.integrations.structured_mask import StructuredMask
 
-door.register()
+integration.register()
 
 PATTERNS = {
     "causal": masking_utils.causal_mask_function,
@@ -211,7 +211,7 @@ PRIVATE = ("masking_utils", "output_capturing", '"_attn_implementation', "._attn
 
 def test_private_names_of_transformers_have_one_home():
     """Besides the documented interface, everything goes through transformers_compat."""
-    for path in Path(door.__file__).parent.glob("*.py"):
+    for path in Path(integration.__file__).parent.glob("*.py"):
         text = path.read_text().replace("fastattn.integrations import transformers", "")
         if path.name != "transformers_compat.py":
             assert not [name for name in PRIVATE if name in text], path.name

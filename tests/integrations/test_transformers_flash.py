@@ -18,7 +18,7 @@ PADDED = [
 
 
 @pytest.fixture
-def door(monkeypatch):
+def integration(monkeypatch):
     """transformers' flash path, with the functions it would import from flash-attn."""
     functions = (
         flash_attn.flash_attn_func,
@@ -37,13 +37,13 @@ def door(monkeypatch):
     masking_utils.AttentionMaskInterface._global_mapping.pop(NAME)
 
 
-@pytest.mark.usefixtures("door")
+@pytest.mark.usefixtures("integration")
 @pytest.mark.parametrize(("name", "padding"), PADDED)
 def test_logits_and_gradients(name, padding):
     assert_model_within_rule(MODELS[name].make(), NAME, *MODELS[name].inputs(padding))
 
 
-@pytest.mark.usefixtures("door")
+@pytest.mark.usefixtures("integration")
 def test_packed_documents():
     model, ids = MODELS["llama"].make(), torch.randint(3, VOCAB, (1, 9))
     model.set_attn_implementation("eager")
@@ -53,8 +53,8 @@ def test_packed_documents():
     torch.testing.assert_close(model(ids, position_ids=positions).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_transformers_looks_for_in_signatures_is_there(door):
-    _, supports = door.lazy_import_flash_attention(NAME)
+def test_what_transformers_looks_for_in_signatures_is_there(integration):
+    _, supports = integration.lazy_import_flash_attention(NAME)
     packed, cached = (function.keywords["supports_mapping"] for function in supports)
     shared = {"window_size", "softcap", "s_aux", "block_table"}
     assert all(packed[name] for name in shared | {"dropout_p", "deterministic", "max_seqlen_q"})

@@ -61,7 +61,7 @@ class Case:
         return self.name
 
     @property
-    def plane(self) -> tuple[int, int, int, int]:
+    def sizes(self) -> tuple[int, int, int, int]:
         """(B, H, Sq, Sk)."""
         return self.batch, self.heads, self.seqlen_q, self.seqlen_k
 
@@ -144,8 +144,8 @@ def run_reference(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     out, lse = reference.attention(
         leaves["query"], leaves["key"], leaves["value"], **options, return_lse=True
     )
-    cotangents = (inputs.dout.to(dtype), inputs.dlse.to(dtype))
-    grads = torch.autograd.grad((out, lse), list(leaves.values()), cotangents, allow_unused=True)
+    upstream_grads = (inputs.dout.to(dtype), inputs.dlse.to(dtype))
+    grads = torch.autograd.grad((out, lse), list(leaves.values()), upstream_grads, allow_unused=True)
     results = {"out": out.detach(), "lse": lse.detach()}
     for (name, leaf), grad in zip(leaves.items(), grads):
         results["d" + name] = torch.zeros_like(leaf) if grad is None else grad

@@ -25,29 +25,29 @@ def launches_of(
     if call.query_segments is not None:
         blocks = torch.empty(query.shape[0], 4, 4, dtype=torch.int32)
     slope_sums = lse if needs.alibi_slopes else None
-    row_factor = None if call.bias is None else lse
-    cotangents = launches.Cotangents(lse, row_factor, lse, out)
+    lse_correction = None if call.bias is None else lse
+    upstream_grads = launches.UpstreamGrads(lse, lse_correction, lse, out)
     made = {
         "forward": launches.forward_launch(forward, call, out, lse, blocks, tiles.forward, packing),
         "delta": launches.delta_launch(backward, call, lse, lse, out, out, lse, lse),
-        "dkdv": launches.dkdv_launch(backward, call, cotangents, key, value, blocks, tiles.dkdv, packing),
+        "dkdv": launches.dkdv_launch(backward, call, upstream_grads, key, value, blocks, tiles.dkdv, packing),
         "dq": launches.dq_launch(
-            backward, call, cotangents, query, slope_sums, None, blocks, tiles.dq, packing
+            backward, call, upstream_grads, query, slope_sums, None, blocks, tiles.dq, packing
         ),
     }
     sums = [torch.empty(2, *tensor.shape, dtype=torch.float32) for tensor in (key, value)]
     split = split_of(backward.replace(few_kv_heads=True), packing is not None)
     made["dkdv_split"] = launches.dkdv_launch(
-        backward, call, cotangents, *sums, blocks, tiles.dkdv, packing, split, first_split=1
+        backward, call, upstream_grads, *sums, blocks, tiles.dkdv, packing, split, first_split=1
     )
     made["sum_splits"] = launches.sum_splits_launch(sums[0], key)
     if packing is not None:
         return made
     weights = torch.empty(*query.shape[:3], key.shape[2], dtype=query.dtype)
-    made["weights"] = launches.weights_launch(forward, call, lse, row_factor, weights, False, tiles.dbias)
+    made["weights"] = launches.weights_launch(forward, call, lse, lse_correction, weights, False, tiles.dbias)
     if call.bias is not None:
-        made["row_factor"] = launches.row_factor_launch(backward, call, lse, lse, tiles.dq)
-        made["dbias"] = launches.dbias_launch(backward, call, cotangents, call.bias, tiles.dbias)
+        made["lse_correction"] = launches.lse_correction_launch(backward, call, lse, lse, tiles.dq)
+        made["dbias"] = launches.dbias_launch(backward, call, upstream_grads, call.bias, tiles.dbias)
     if call.query_segments is not None and call.key_segments is not None:
         ids, other_ids = call.query_segments, call.key_segments
         block, other_block = tiles.forward.block_m, tiles.forward.block_n

@@ -138,7 +138,7 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
         if key.family != family(arch):
             continue
         chosen = FEATURES if arch in EVERY_FEATURE else FEWER
-        for kernel, features in product(ATTENTION, (*chosen[key.rich], *_grouped(arch, key))):
+        for kernel, features in product(ATTENTION, (*chosen[key.has_score_mods], *_grouped(arch, key))):
             if ("grouped" in features or kernel in SPLITTING) and features not in GROUPED.get(kernel, ()):
                 continue
             row = tiles_on(arch, key, features)
@@ -160,7 +160,7 @@ def _attention_entries(arch: str) -> Iterator[Entry]:
 
 
 def _grouped(arch: str, key: Any) -> tuple[str, ...]:
-    return GROUPED["dkdv"] if arch in EVERY_FEATURE and not key.rich else ()
+    return GROUPED["dkdv"] if arch in EVERY_FEATURE and not key.has_score_mods else ()
 
 
 def _cache_entries(arch: str) -> Iterator[Entry]:

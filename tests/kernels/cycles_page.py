@@ -65,7 +65,7 @@ def without(name: str) -> str:
     return name.replace("]", WITHOUT + "]")
 
 
-def by_tma(rows: Rows, entries: Iterable[Any], rich: bool) -> str:
+def by_tma(rows: Rows, entries: Iterable[Any], has_score_mods: bool) -> str:
     """The rows that load by TMA: cycles of the tile before, which still serves without TMA, and of the one now."""
     from compile_matrix import FEATURES
 
@@ -73,12 +73,12 @@ def by_tma(rows: Rows, entries: Iterable[Any], rich: bool) -> str:
     lines = []
     for head_dim, kernel in dict.fromkeys((each.size, each.kernel) for each in entries):
         chosen = {e.features: e for e in entries if (e.size, e.kernel) == (head_dim, kernel)}
-        chosen = {features: chosen[features] for features in FEATURES[rich] if features in chosen}
+        chosen = {features: chosen[features] for features in FEATURES[has_score_mods] if features in chosen}
         if any(without(each.name) in rows for each in chosen.values()):
             tiles = ", or ".join(dict.fromkeys(each.tile for each in chosen.values()))
             cells = [_change(rows, each.name) for each in chosen.values()]
             lines.append([str(head_dim), NAMES[kernel], tiles, *cells])
-    return table(("head dim", "kernel", "tile", *FEATURES[rich]), lines)
+    return table(("head dim", "kernel", "tile", *FEATURES[has_score_mods]), lines)
 
 
 def _change(rows: Rows, name: str) -> str:
@@ -92,8 +92,8 @@ def sections(rows: Rows, entries: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """(name, table) of what lies between `<!-- NAME -->` and `<!-- end of NAME -->` in the page."""
     entries = list(entries)
     yield "cycles of peers", peers(rows)
-    yield "cycles of rows by TMA", by_tma(rows, entries, rich=False)
-    yield "cycles of rows by TMA that change scores", by_tma(rows, entries, rich=True)
+    yield "cycles of rows by TMA", by_tma(rows, entries, has_score_mods=False)
+    yield "cycles of rows by TMA that change scores", by_tma(rows, entries, has_score_mods=True)
 
 
 def updated(text: str, rows: Rows, entries: Iterable[Any]) -> str:

@@ -29,9 +29,9 @@ def softmax_launches(columns: int, dtype: torch.dtype, features: str) -> dict[st
     from fastattn.kernels.row_tiles import row_tile_for
     from fastattn.kernels.softmax_launches import Rows, backward_launch, forward_launch
 
-    rich = features == "all"
+    everything = features == "all"
     x, dim, inner = _rows(columns, dtype, features)
-    mask = torch.empty(x.shape, dtype=torch.bool) if rich else None
+    mask = torch.empty(x.shape, dtype=torch.bool) if everything else None
     launches = {}
     for backward in (False, True):
         spec = _softmax_spec(columns, dtype, features, backward)
@@ -41,7 +41,7 @@ def softmax_launches(columns: int, dtype: torch.dtype, features: str) -> dict[st
             launches["softmax_bwd"] = backward_launch(spec, x, x, x, rows, 0.5, tile)
         else:
             rows = Rows.of([x, x] if mask is None else [mask, x, x], dim, inner)
-            launches["softmax_fwd"] = forward_launch(spec, x, mask, x, rows, int(rich), 0.5, tile)
+            launches["softmax_fwd"] = forward_launch(spec, x, mask, x, rows, int(everything), 0.5, tile)
     return launches
 
 
@@ -56,8 +56,8 @@ def _softmax_spec(columns: int, dtype: torch.dtype, features: str, backward: boo
     from fastattn.spec import SoftmaxSpec
 
     x, dim, _ = _rows(columns, dtype, features)
-    rich = features == "all"
-    return SoftmaxSpec.of(x, dim, mask=rich, causal=rich, log=rich, backward=backward)
+    everything = features == "all"
+    return SoftmaxSpec.of(x, dim, mask=everything, causal=everything, log=everything, backward=backward)
 
 
 def loss_launches(classes: int, dtype: torch.dtype, features: str) -> dict[str, Any]:

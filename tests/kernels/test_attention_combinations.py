@@ -33,10 +33,10 @@ CALLS = st.fixed_dictionaries(
 )
 
 
-def options_of(make: Maker, drawn: dict[str, Any], plane: tuple[int, ...]) -> Options:
-    """The options of a drawn call over (B, H, Sq, Sk) = plane."""
-    batch, heads, seqlen_q, seqlen_k = plane
-    shape = [1 if once else size for once, size in zip(drawn["broadcast"], plane)]
+def options_of(make: Maker, drawn: dict[str, Any], sizes: tuple[int, ...]) -> Options:
+    """The options of a drawn call over (B, H, Sq, Sk) = sizes."""
+    batch, heads, seqlen_q, seqlen_k = sizes
+    shape = [1 if once else size for once, size in zip(drawn["broadcast"], sizes)]
     every: Options = {
         "mask": make.normal(*shape) < 0.8,
         "bias": make.normal(*shape),
@@ -60,10 +60,10 @@ def options_of(make: Maker, drawn: dict[str, Any], plane: tuple[int, ...]) -> Op
 @given(CALLS)
 def test_error_rule(drawn: dict[str, Any]) -> None:
     heads = drawn["group"]
-    plane = (drawn["batch"], heads, drawn["seqlen_q"], drawn["seqlen_k"])
+    sizes = (drawn["batch"], heads, drawn["seqlen_q"], drawn["seqlen_k"])
     case = Case(
         "drawn",
-        lambda make: options_of(make, drawn, plane),
+        lambda make: options_of(make, drawn, sizes),
         batch=drawn["batch"],
         heads=heads,
         seqlen_q=drawn["seqlen_q"],

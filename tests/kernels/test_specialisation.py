@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = (
-    *("forward", "delta", "row_factor", "dkdv", "dkdv_split", "sum_splits"),
+    *("forward", "delta", "lse_correction", "dkdv", "dkdv_split", "sum_splits"),
     *("dq", "dbias", "weights", "segments"),
 )
 

@@ -12,7 +12,7 @@ from fastattn.kernels import tiles
 from fastattn.kernels.tiles import (
     FAMILIES,
     HEAD_DIMS,
-    RICH_FEATURES,
+    SCORE_MODS,
     TABLE,
     WITH_OLDER_TRITON,
     WITHOUT_TMA,
@@ -66,7 +66,7 @@ def test_a_spec_that_is_not_aligned_takes_the_row_without_tma() -> None:
     assert not tiles_without_tma(spec_of()).forward.tma
 
 
-@pytest.mark.parametrize("key", [key for key in TABLE if key.rich], ids=str)
+@pytest.mark.parametrize("key", [key for key in TABLE if key.has_score_mods], ids=str)
 @pytest.mark.parametrize("feature", ["mask", "bias"])
 def test_what_reads_something_for_each_score_may_have_the_tile_without_tma(key: Key, feature: str) -> None:
     """Only where that tile exists, and only with a mask or a bias: the others keep the row's."""
@@ -92,7 +92,7 @@ def test_an_older_triton_has_tiles_of_its_own(
     assert is_older(version) == older
     for key, row in TABLE.items():
         spec = spec_of(key.head_dim, torch.float32 if key.bits == 32 else torch.float16).replace(
-            arch=key.family, softcap=key.rich
+            arch=key.family, softcap=key.has_score_mods
         )
         expected = WITH_OLDER_TRITON.get(key, {}) if older else {}
         assert table_tiles(spec) == replace(row, **expected)
@@ -130,10 +130,12 @@ def test_head_dims_round_up(head_dim: int, row: int) -> None:
     assert key_of(spec_of(16, value_dim=head_dim)).head_dim == max(row, 64)
 
 
-@pytest.mark.parametrize("feature", RICH_FEATURES)
+@pytest.mark.parametrize("feature", SCORE_MODS)
 def test_what_changes_scores_takes_rich_rows(feature: str) -> None:
-    assert key_of(spec_of(**{feature: True})).rich
-    assert not key_of(spec_of(causal="bottom_right", window_left=True, key_lengths=True, sinks=True)).rich
+    assert key_of(spec_of(**{feature: True})).has_score_mods
+    assert not key_of(
+        spec_of(causal="bottom_right", window_left=True, key_lengths=True, sinks=True)
+    ).has_score_mods
 
 
 def test_float32_has_rows_of_its_own() -> None:

@@ -240,13 +240,13 @@ def test_forward_of_one_backward_of_the_other(forward: str) -> None:
     inputs = Inputs.of(Case("crossing", everything, heads=2))
     call, needs = inputs.call(), inputs.needs()
     spec = AttentionSpec.of(call.as_one_sequence(), needs)
-    cotangents = (inputs.dout, inputs.dlse, needs)
+    upstream_grads = (inputs.dout, inputs.dlse, needs)
     if forward == "triton":
         residuals = triton_backend.varlen_fwd(spec, call, SMALL_TILES)
-        grads = torch_backend.varlen_bwd(spec, call, *residuals, *cotangents)
+        grads = torch_backend.varlen_bwd(spec, call, *residuals, *upstream_grads)
     else:
         residuals = torch_backend.varlen_fwd(spec, call)
-        grads = triton_backend.varlen_bwd(spec, call, *residuals, *cotangents, SMALL_TILES)
+        grads = triton_backend.varlen_bwd(spec, call, *residuals, *upstream_grads, SMALL_TILES)
     golden, plain = run_reference(inputs, torch.float64), run_reference(inputs, torch.float16)
     for name, actual in gradients(inputs, grads).items():
         assert_within_rule(actual, plain[name], golden[name], name, torch.float16)
@@ -358,7 +358,7 @@ def test_the_public_call_and_its_gradients() -> None:
 
     def results(name: str) -> list[Tensor]:
         out, lse = fastattn.attention_varlen(
-            inputs.query, inputs.key, inputs.value, inputs.edges_q, inputs.edges_k, 33, 40, **inputs.options,
+            inputs.query, inputs.key, inputs.value, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 33, 40, **inputs.options,
             return_lse=True, backend=name,
         )  # fmt: skip
         total = out.sin().sum() + lse[lse.isfinite()].sum()
@@ -386,7 +386,8 @@ def test_compiles_without_breaks() -> None:
 
     def attend(query: Tensor) -> Tensor:
         return fastattn.attention_varlen(
-            query, inputs.key, inputs.value, inputs.edges_q, inputs.edges_k, 9, 9, causal=True, backend="triton"
+            query, inputs.key, inputs.value, inputs.cu_seqlens_q, inputs.cu_seqlens_k, 9, 9, causal=True,
+            backend="triton",
         )  # fmt: skip
 
     query = inputs.query.requires_grad_()

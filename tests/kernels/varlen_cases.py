@@ -49,8 +49,8 @@ class Inputs:
     query: Tensor
     key: Tensor
     value: Tensor
-    edges_q: Tensor
-    edges_k: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
     options: Options
     dout: Tensor
     dlse: Tensor
@@ -59,17 +59,17 @@ class Inputs:
     def of(cls, case: Case, seed: int = 0) -> Inputs:
         """Fresh inputs of a case."""
         make = Maker(seed)
-        edges_q, edges_k = (
+        cu_seqlens_q, cu_seqlens_k = (
             torch.tensor([0, *accumulate(pair[side] for pair in case.lengths)], dtype=torch.int32)
             for side in (0, 1)
         )
-        tokens_q, tokens_k = int(edges_q[-1]) + case.rest[0], int(edges_k[-1]) + case.rest[1]
+        tokens_q, tokens_k = int(cu_seqlens_q[-1]) + case.rest[0], int(cu_seqlens_k[-1]) + case.rest[1]
         return cls(
             query=make.normal(tokens_q, case.heads, case.head_dim, dtype=case.dtype),
             key=make.normal(tokens_k, case.kv_heads, case.head_dim, dtype=case.dtype),
             value=make.normal(tokens_k, case.kv_heads, case.value_dim, dtype=case.dtype),
-            edges_q=edges_q.to(DEVICE),
-            edges_k=edges_k.to(DEVICE),
+            cu_seqlens_q=cu_seqlens_q.to(DEVICE),
+            cu_seqlens_k=cu_seqlens_k.to(DEVICE),
             dout=make.normal(tokens_q, case.heads, case.value_dim, dtype=case.dtype),
             dlse=make.normal(case.heads, tokens_q),
             options=dict(case.options(make) if callable(case.options) else case.options),
@@ -77,7 +77,7 @@ class Inputs:
 
     def call(self) -> VarlenCall:
         """The normalised call a backend gets."""
-        tensors = (self.query, self.key, self.value, self.edges_q, self.edges_k, None, None)
+        tensors = (self.query, self.key, self.value, self.cu_seqlens_q, self.cu_seqlens_k, None, None)
         defaults: Options = {
             "causal": False, "window": None, "alibi_slopes": None, "softcap": None, "sinks": None, "dropout_p": 0.0,
             "dropout_seed": None, "scale": None,
@@ -95,11 +95,11 @@ class Inputs:
 
     def rows(self, b: int) -> slice:
         """The queries of sequence b."""
-        return slice(int(self.edges_q[b]), int(self.edges_q[b + 1]))
+        return slice(int(self.cu_seqlens_q[b]), int(self.cu_seqlens_q[b + 1]))
 
     def cols(self, b: int) -> slice:
         """The keys of sequence b."""
-        return slice(int(self.edges_k[b]), int(self.edges_k[b + 1]))
+        return slice(int(self.cu_seqlens_k[b]), int(self.cu_seqlens_k[b + 1]))
 
     def alone(self, b: int) -> Inputs:
         """Sequence b as a batch of its own."""
@@ -111,8 +111,8 @@ class Inputs:
         return replace(
             self, query=self.query[rows], key=self.key[cols], value=self.value[cols], dout=self.dout[rows],
             dlse=self.dlse[:, rows], options=options,
-            edges_q=torch.cat([first, first + (rows.stop - rows.start)]),
-            edges_k=torch.cat([first, first + (cols.stop - cols.start)]),
+            cu_seqlens_q=torch.cat([first, first + (rows.stop - rows.start)]),
+            cu_seqlens_k=torch.cat([first, first + (cols.stop - cols.start)]),
         )  # fmt: skip
 
 
@@ -142,13 +142,14 @@ def run_reference(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     }
     options = inputs.options | {name: leaf for name, leaf in leaves.items() if name in inputs.options}
     out, lse = reference.attention_varlen(
-        leaves["query"], leaves["key"], leaves["value"], inputs.edges_q, inputs.edges_k, **options, return_lse=True
+        leaves["query"], leaves["key"], leaves["value"], inputs.cu_seqlens_q, inputs.cu_seqlens_k, **options,
+        return_lse=True,
     )  # fmt: skip
     results = {"out": out.detach(), "lse": lse.detach()}
-    cotangents = (inputs.dout.to(dtype), inputs.dlse.to(dtype))
+    upstream_grads = (inputs.dout.to(dtype), inputs.dlse.to(dtype))
     grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if out.requires_grad:
-        grads = torch.autograd.grad((out, lse), list(leaves.values()), cotangents, allow_unused=True)
+        grads = torch.autograd.grad((out, lse), list(leaves.values()), upstream_grads, allow_unused=True)
     for (name, leaf), grad in zip(leaves.items(), grads):
         results["d" + name] = torch.zeros_like(leaf) if grad is None else grad
     return results

@@ -62,8 +62,8 @@ def run(attend: Any, name: str, dtype: torch.dtype, seed: int = 0, **extra: Any)
         leaves["q"], leaves["k"], leaves["v"], EDGES_Q, EDGES_K, **options, **extra, return_lse=True
     )
     torch.manual_seed(seed + 2)
-    cotangents = (torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape).to(lse.dtype))
-    grads = torch.autograd.grad((out, lse), list(leaves.values()), cotangents)
+    upstream_grads = (torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape).to(lse.dtype))
+    grads = torch.autograd.grad((out, lse), list(leaves.values()), upstream_grads)
     return {"out": out, "lse": lse, **{"d" + n: g for n, g in zip(leaves, grads)}}
 
 

@@ -396,7 +396,7 @@ def test_flops_utilisation_is_logged_when_the_peak_is_known(make_trainer):
     ("options", "complaint"),
     [
         ({"precision": "float16"}, "precision: got float16 on cpu"),
-        ({"device": "warp"}, "device: 'warp' is not to be had"),
+        ({"device": "warp"}, "device: 'warp' is not available"),
         ({"device": "meta"}, "device: got 'meta'"),
     ],
 )

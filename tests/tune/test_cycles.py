@@ -133,7 +133,7 @@ def test_what_one_warpgroup_waits_for_another_arrives_at() -> None:
     assert use.cycles == pytest.approx(1 + 15 + machine.MEETING_LATENCY, abs=1)
 
 
-def test_ping_pong_takes_turns() -> None:
+def test_ping_pong_alternates() -> None:
     steps = (
         step("BAR.SYNC.DEFER_BLOCKING R3, 0x100"),
         step("FADD R0, R0, R1", 15),

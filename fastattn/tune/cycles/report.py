@@ -114,7 +114,7 @@ def _partners(loop: Loop, other: Loop) -> bool:
 def _named(loop: Loop) -> tuple[set[str], set[str]]:
     """The barriers between warpgroups that a loop waits at, and those that it arrives at."""
     found = [barrier for each in loop.body if (barrier := Barrier.of(each)) is not None]
-    between = [each for each in found if not each.takes_turns and not each.with_writer and each.threads]
+    between = [each for each in found if not each.ping_pong and not each.with_writer and each.threads]
     return {each.name for each in between if each.waits}, {each.name for each in between if not each.waits}
 
 

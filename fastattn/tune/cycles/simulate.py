@@ -65,7 +65,7 @@ class Barrier:
         return None if threads == WARPGROUP else cls(match[2], threads, match[1] != "ARV")
 
     @property
-    def takes_turns(self) -> bool:
+    def ping_pong(self) -> bool:
         """Whether its number is in a register: one for each warpgroup, which the warpgroup before it arrives at."""
         return self.name.startswith(("R", "UR"))
 
@@ -145,7 +145,7 @@ class Replay:
         self.pipes: dict[str, float] = defaultdict(float)
         self.issued = self.tensor = self.shared = 0.0
         self.used = {"tensor": 0.0, "exp2": 0.0, "issue": 0.0, "shared": 0.0}
-        self.turns: list[float | None] = [0.0] + [None] * (count - 1)
+        self.order_arrivals: list[float | None] = [0.0] + [None] * (count - 1)
         self.meetings: dict[tuple[int, str], _Meeting] = defaultdict(_Meeting)
         self.writers: dict[tuple[int, int], _Writer] = defaultdict(_Writer)
 
@@ -193,8 +193,8 @@ class Replay:
         return at if barrier is None or not barrier.waits else self._past(barrier, warp, at)
 
     def _past(self, barrier: Barrier, warp: _Warp, at: float) -> float | None:
-        if barrier.takes_turns:
-            turn = self.turns[warp.number]
+        if barrier.ping_pong:
+            turn = self.order_arrivals[warp.number]
             return None if turn is None else max(at, turn)
         if barrier.with_writer:
             taken = self._writer(barrier, warp).taken
@@ -208,7 +208,7 @@ class Replay:
         """One arrival from before the loop, at a barrier that nobody gets past: at most one for each barrier."""
         for warp in self.warps:
             barrier = warp.barriers[warp.place]
-            if barrier is None or barrier.takes_turns or barrier.with_writer:
+            if barrier is None or barrier.ping_pong or barrier.with_writer:
                 continue
             meeting = self._meeting(barrier, warp)
             if not meeting.forgiven and not meeting.completed:
@@ -273,11 +273,13 @@ class Replay:
             warp.groups = [*warp.groups[-7:], self.tensor]
 
     def _meet(self, barrier: Barrier, warp: _Warp, at: float) -> None:
-        if barrier.takes_turns:
+        if barrier.ping_pong:
             if barrier.waits:
-                self.turns[warp.number] = None
+                self.order_arrivals[warp.number] = None
             else:
-                self.turns[(warp.number + 1) % len(self.turns)] = at + machine.BARRIER_LATENCY
+                self.order_arrivals[(warp.number + 1) % len(self.order_arrivals)] = (
+                    at + machine.BARRIER_LATENCY
+                )
         elif barrier.with_writer:
             if barrier.waits:
                 warp.tiles += 1

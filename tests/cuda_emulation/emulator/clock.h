@@ -1,7 +1,7 @@
 // Who knows what has happened: vector clocks, and for every two bytes of shared memory its last writer and readers.
 //
 // A clock has one component per source of events. Components of a cluster: for each thread its ordinary accesses; for
-// each thread the ordinary accesses that a proxy fence has shown to the copy engine and the tensor cores; for each warp
+// each thread the ordinary accesses that a proxy fence has shown to TMA and the tensor cores; for each warp
 // its finished wgmma groups; then, as they appear, the completed phases of each mbarrier and the finished store groups
 // of each thread. An access is safe if the clock of who makes it has reached the accesses it conflicts with.
 #pragma once

@@ -1,4 +1,4 @@
-// The copy engine, cp.async and stmatrix.
+// TMA, cp.async and stmatrix.
 #pragma once
 
 #include <array>

@@ -1,10 +1,11 @@
-// Global memory: what the copy engine writes there during a launch, and who may write after it.
+// Global memory: what TMA writes there during a launch, and who may write after it.
 //
 // A write is watched by its units of 16 bytes. Who writes a unit again has to know of the last write: by a chain of
-// waits for bulk stores, barriers and semaphores. A thread knows of a write through the generic proxy, through the async
-// proxy, or both. Waiting for its own bulk stores tells a thread through the async proxy, semaphores pass on what is
-// known through the generic one, and fence_proxy_async_global makes either both. Additions are ordered like writes, for
-// the sum depends on their order. Ordinary accesses of global memory are not seen, but for ld_global_16 and st_global_16.
+// waits for bulk stores, barriers and semaphores. A thread knows of a write through the generic proxy, through the
+// async proxy, or both. Waiting for its own bulk stores tells a thread through the async proxy, semaphores pass on what
+// is known through the generic one, and fence_proxy_async_global makes either both. Additions are ordered like writes,
+// for the sum depends on their order. Ordinary accesses of global memory are not seen, but for ld_global_16 and
+// st_global_16.
 #pragma once
 
 #include "machine.h"
@@ -35,7 +36,7 @@ void check_global(const void* pointer, Proxy proxy, const char* what) {
        (only_fence ? " wrote, without fence_proxy_async_global" : " wrote, with nothing ordering the two"));
 }
 
-// A write by the copy engine, part of the running thread's store group `group`.
+// A write by TMA, part of the running thread's store group `group`.
 void note_global_write(const void* pointer, size_t bytes, uint32_t group, bool add) {
   if (!machine().options_.check) return;
   const Event write = {global_component(), group};
@@ -52,7 +53,7 @@ void note_global_write(const void* pointer, size_t bytes, uint32_t group, bool a
 uint4 load_16(const void* source) {
   check_alignment(source, 16, "ld_global_16's source");
   if (machine().global_writes_.count(reinterpret_cast<uintptr_t>(source) / kGlobalUnit)) {
-    fail("ld_global_16 reads what the copy engine writes during the launch");
+    fail("ld_global_16 reads what TMA writes during the launch");
   }
   return *static_cast<const uint4*>(source);
 }
@@ -65,8 +66,8 @@ void store_16(void* destination, uint4 value) {
 
 void fence_proxy_async_global() { self().clock.join_proxies(); }
 
-// What a relaxed access of a semaphore or counter passes on: what was known at the last device_fence before it, to those
-// who call device_fence after it.
+// What a relaxed access of a semaphore or counter passes on: what was known at the last device_fence before it, to
+// those who call device_fence after it.
 void device_fence() {
   Thread& thread = self();
   machine().preempt();

@@ -17,7 +17,7 @@
 
 namespace emulator {
 
-// Work of the copy engine that has been issued. `land` runs once.
+// Work of TMA that has been issued. `land` runs once.
 struct Operation {
   std::function<void()> land;
   bool landed = false;
@@ -118,8 +118,8 @@ struct Thread {
   uint32_t store_component = Event::kNone;
   std::deque<StoreGroup> stores;  // committed and not known to be finished; the last one is open
   uint32_t stores_committed = 0;
-  uint32_t global_component = Event::kNone;  // among the writers of global memory
-  Clock fenced, seen_relaxed;                // see device_fence
+  uint32_t global_component = Event::kNone;   // among the writers of global memory
+  Clock fenced, seen_relaxed;                 // see device_fence
   std::deque<std::vector<CopyRange>> copies;  // likewise for cp.async
 
   uint32_t multiplies_issued = 0;
@@ -147,7 +147,7 @@ struct Block {
   std::vector<std::unique_ptr<Warpgroup>> warpgroups;
   int loads_in_flight = 0;
   std::vector<uint32_t> elected;  // lane per warp
-  int free_registers = 0;  // given up by decrease_registers; a launch leaves none over
+  int free_registers = 0;         // given up by decrease_registers; a launch leaves none over
   WaitQueue waiting_for_registers;
   std::vector<Event> remote_accesses;  // of other blocks to its shared memory, or on their behalf
   Clock ending;                        // what its ended threads knew
@@ -359,7 +359,8 @@ void Machine::end_thread(Thread& thread) {
   if (--block.alive > 0) return;
   for (const Event& access : block.remote_accesses) {
     if (!access.known_to(block.ending)) {
-      fail("the block ends while " + name(*block.cluster, access) + " of the cluster may still access its shared memory");
+      fail("the block ends while " + name(*block.cluster, access) +
+           " of the cluster may still access its shared memory");
     }
   }
   if (block.loads_in_flight > 0) fail("the block ends while copies to its shared memory are in flight");

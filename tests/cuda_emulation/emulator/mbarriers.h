@@ -77,7 +77,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes) {
   arrive(block, mbarrier_state(block, barrier), bytes);
 }
 
-// The copy engine and other blocks see an initialisation behind its fence only.
+// TMA and other blocks see an initialisation behind its fence only.
 void check_fenced(const MbarrierState& state, const char* what) {
   if (!state.fenced) {
     fail(text("%s at mbarrier %u without fence_barrier_init behind its initialisation", what, state.index));

@@ -43,7 +43,7 @@ std::string place(const Block& block, const Shadow::Cell* cell) {
   return text(" at byte %zu (address %zu) of shared memory", byte, kWindowStart + (block.memory - block.arena) + byte);
 }
 
-// The event an access by the copy engine or the tensor cores must wait for: an ordinary write counts once fenced.
+// The event an access by TMA or the tensor cores must wait for: an ordinary write counts once fenced.
 Event as_seen(const Cluster& cluster, Event event, bool async) {
   if (async && event.component < cluster.thread_count) event.component += cluster.thread_count;
   return event;

@@ -13,10 +13,10 @@ from .primitives import (
     head_rows,
     head_scoring,
     key_blocks,
-    keys_end,
     load_lse,
     load_tile,
     logits,
+    sequence_key_end,
 )
 from .sequences import program_tile
 
@@ -24,15 +24,15 @@ EXTREME_LSE = tl.constexpr(1e4)  # beyond it, too few digits are left for the lo
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def attention_row_factor_kernel(
-    q, k, lse, row_factor, key_lengths, mask, bias, query_ids, key_ids, slopes, sinks,
+def attention_lse_correction_kernel(
+    q, k, lse, lse_correction, key_lengths, mask, bias, query_ids, key_ids, slopes, sinks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, scale, softcap,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """row_factor = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1: a row whose biases are all the smallest
+    """lse_correction = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1: a row whose biases are all the least
     number has lse = that number, however many keys share it.
 
     One program owns BLOCK_M queries of one head and looks at keys only if it has an extreme row.
@@ -43,10 +43,10 @@ def attention_row_factor_kernel(
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    key_end = keys_end(key_lengths, batch, seqlen_k, VARIANT)
+    seq_key_end = sequence_key_end(key_lengths, batch, seqlen_k, VARIANT)
     queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
-    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, key_end, VARIANT)
-    planes = (
+    keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
+    mask_and_bias = (
         mask,
         (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
         bias,
@@ -54,9 +54,10 @@ def attention_row_factor_kernel(
     )
     positions = (seqlen_q, seqlen_k, shift, left, right)
     scoring = head_scoring(
-        batch, head, key_end, planes, (query_ids, key_ids), slopes, stride_slopes_b, positions, scale, softcap, VARIANT
+        batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
+        scale, softcap, VARIANT,
     )  # fmt: skip
-    blocks = key_blocks(first_query, end_query, key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     rows = first_query + tl.arange(0, BLOCK_M)
 
     lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)
@@ -75,5 +76,5 @@ def attention_row_factor_kernel(
         scores, _ = logits(products, rows[:, None], cols[None, :], scoring, True, VARIANT)
         total += tl.sum(tl.exp2(exponents(scores, lse_rows[:, None], scale, VARIANT)), 1)
     factor = 1.0 / tl.where(extreme & (total > 0.0), total, 1.0)
-    factor_rows = head_rows(row_factor, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
-    tl.store(factor_rows, factor, mask=rows < seqlen_q)
+    correction_rows = head_rows(lse_correction, batch, head, num_heads, 0, seqlen_q, VARIANT) + rows
+    tl.store(correction_rows, factor, mask=rows < seqlen_q)
