@@ -64,7 +64,7 @@ def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int 
         return pytree.tree_unflatten(worst, structure)
     exact = pytree.tree_leaves(golden)
     for seed in range(orders):
-        with _OtherOrder(seed):
+        with OtherOrder(seed):
             other = pytree.tree_leaves(run())
         worst = [max(pair, key=partial(_error, golden=g)) for g, *pair in zip(exact, worst, other)]
     return pytree.tree_unflatten(worst, structure)
@@ -78,7 +78,7 @@ def _error(plain: Tensor, golden: Tensor) -> float:
     return error.max().item() if bool(error.isfinite().all()) else -1.0
 
 
-class _OtherOrder(TorchDispatchMode):
+class OtherOrder(TorchDispatchMode):
     """Matrix products and sums in a random order, and softmax as in a fused backward.
 
     That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ.

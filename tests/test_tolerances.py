@@ -16,7 +16,41 @@ OF_FLOAT64 = (
 )
 LARGEST = 0.25  # greater numbers in a comparison are quantities, not tolerances
 
-ALLOWED: dict[str, tuple[int, str]] = {}
+MODEL = "float32 models: the route changes no mask; assert_model_within_rule holds their results to the rule"
+ALLOWED: dict[str, tuple[int, str]] = {  # by file: how many, and why
+    "benchmarks/test_bench_train.py": (
+        1,
+        "losses of whole models, to see that contestants train the same one",
+    ),
+    "benchmarks/test_benches.py": (1, "another's kernels, which need not keep our rule"),
+    "benchmarks/test_harness.py": (2, "times and ratios of times, rounded in reports"),
+    "integrations/test_diffusers.py": (1, MODEL),
+    "integrations/test_flash_attn_cache.py": (1, "a cache's rows in 16 bits, rotated in two orders"),
+    "integrations/test_swap.py": (2, "a loss after eight float32 steps of training"),
+    "integrations/test_transformers.py": (13, MODEL),
+    "integrations/test_transformers_flash.py": (1, MODEL),
+    "integrations/test_transformers_swap.py": (3, MODEL),
+    "kernels/test_decode_memory.py": (1, "one unit in the last place of fp16, of values rounded once"),
+    "kernels/test_single_query.py": (1, "two float32 modules, to see that the kernel for one query is used"),
+    "kernels/test_triton_interpreter.py": (1, "shows that the uncorrected interpreter is wrong"),
+    "models/test_checkpoint.py": (
+        4,
+        "transformers' float32 GPT-2 beside ours: that weights land where they belong",
+    ),
+    "models/test_gpt.py": (
+        6,
+        "float32 losses of theirs and ours; how far a loss or a bfloat16 model may be from exact",
+    ),
+    "ops/test_nonfinite.py": (3, "a saturated float64 bias beside a reference of its own"),
+    "ops/test_spelling.py": (1, "seconds of a call"),
+    "test_demo.py": (2, "an untrained model's perplexity; float32 weights trained on two sides"),
+    "train/test_distributed.py": (1, "logged losses, which are rounded to float32"),
+    "train/test_gpt.py": (4, "logged losses in float32; a model swapped for another's"),
+    "train/test_plot.py": (4, "positions of ticks"),
+    "train/test_trainer.py": (10, "learning rates, rounded in logs, and float32 losses and norms"),
+    "transformers_rule.py": (1, "gradients that are zero, beside the largest"),
+    "tune/test_cycles.py": (1, "cycles of a model beside hand counts"),
+}
 
 
 def literals(node: ast.AST) -> Iterator[float]:
