@@ -223,7 +223,7 @@ def _through_triton_unexecuted() -> Iterator[None]:
 
 def _tiles_visited(options: dict[str, Any]) -> Counts:
     """Tiles of the torch backend's fused path at 2048 positions, and the pairs of a query and a key they hold."""
-    from fastattn.backends import torch_attention
+    from fastattn.backends.torch import attention as torch_attention
 
     call = _call_of(_normal(1, 1, 2048, 8), options)
     tiles = [t for part in torch_attention._parts(call) for row in part.schedule(True) for t in row]

@@ -164,7 +164,7 @@ def _varlen(draw: random.Random, generator: torch.Generator, device: torch.devic
 
 def _softmax(draw: random.Random, generator: torch.Generator, device: torch.device, longest: int) -> OpCall:
     import fastattn
-    from fastattn import reference_losses
+    from fastattn import reference
 
     widest = 70_000 if device.type == "cuda" else 300
     columns = draw.choice([1, 33, 256, 1000, widest])
@@ -176,7 +176,7 @@ def _softmax(draw: random.Random, generator: torch.Generator, device: torch.devi
 
     def oracle(x: Tensor) -> Tensor:
         # -inf has no gradient to speak of; a log's hidden entries are compared as they are
-        return reference_losses.softmax(x, **options)
+        return reference.softmax(x, **options)
 
     tensors = {"x": _normal((rows, columns), dtype, generator, device)}
     return OpCall(tensors, ours, oracle, f"{rows}x{columns} {dtype} {options}", gradient=not options["log"])
@@ -185,7 +185,7 @@ def _softmax(draw: random.Random, generator: torch.Generator, device: torch.devi
 def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.device, int], OpCall]:
     def make(draw: random.Random, generator: torch.Generator, device: torch.device, longest: int) -> OpCall:
         import fastattn
-        from fastattn import reference_losses
+        from fastattn import reference
 
         rows = draw.choice([1, 5, 60])
         classes = draw.choice([2, 97, 32_000 if device.type == "cuda" else 300])
@@ -193,7 +193,7 @@ def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.dev
         target = torch.randint(classes, (rows,), generator=generator, device=device)
         target[:: draw.choice([2, 9])] = -100
         function: Any = fastattn.linear_cross_entropy if linear else fastattn.cross_entropy
-        truth: Any = reference_losses.linear_cross_entropy if linear else reference_losses.cross_entropy
+        truth: Any = reference.linear_cross_entropy if linear else reference.cross_entropy
 
         extras: dict[str, Any] = {}
         if draw.random() < 0.5:

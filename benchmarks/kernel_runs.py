@@ -118,7 +118,7 @@ def backward(
 @contextlib.contextmanager
 def passes(number: int) -> Iterator[None]:
     """Inside, the CUDA backward takes one pass for every head dim, or two."""
-    from fastattn.backends import cuda_attention
+    from fastattn.backends.cuda import attention as cuda_attention
 
     before = cuda_attention.ONE_PASS_HEAD_DIMS
     cuda_attention.ONE_PASS_HEAD_DIMS = frozenset(range(8, 257, 8) if number == 1 else ())

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Results = TypeVar("Results")
 
@@ -59,15 +57,21 @@ def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int 
     by chance where it is not on another, nor a kernel. `golden` is what `run` gives in float64, of the same structure.
     16-bit results are returned as torch computes them: their own rounding exceeds that of the sums.
     """
-    worst, structure = pytree.tree_flatten(run())
+    from fastattn import torch_compat
+    from fastattn.ops.symbolic import leaves, map_leaves
+
+    results = run()
+    worst = leaves(results)
     if all(t.dtype != torch.float32 for t in worst):
-        return pytree.tree_unflatten(worst, structure)
-    exact = pytree.tree_leaves(golden)
+        return results
+    exact = leaves(golden)
     for seed in range(orders):
-        with _OtherOrder(seed):
-            other = pytree.tree_leaves(run())
+        with torch_compat.dispatch_mode(OtherOrder(seed)):
+            other = leaves(run())
         worst = [max(pair, key=partial(_error, golden=g)) for g, *pair in zip(exact, worst, other)]
-    return pytree.tree_unflatten(worst, structure)
+    remaining = iter(worst)
+    chosen: Results = map_leaves(lambda _: next(remaining), results)
+    return chosen
 
 
 def _error(plain: Tensor, golden: Tensor) -> float:
@@ -78,20 +82,16 @@ def _error(plain: Tensor, golden: Tensor) -> float:
     return error.max().item() if bool(error.isfinite().all()) else -1.0
 
 
-class _OtherOrder(TorchDispatchMode):
-    """Matrix products and sums in a random order, and softmax as in a fused backward.
+class OtherOrder:
+    """Operations of torch with matrix products and sums in a random order, and softmax as in a fused backward.
 
     That is exp(x' - logsumexp(x)): x' are the scores computed again, whose last bit may differ.
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         aten = torch.ops.aten
         if func in (aten.mm.default, aten.bmm.default, aten.addmm.default):
             *added, a, b = args

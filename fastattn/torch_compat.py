@@ -6,6 +6,7 @@ the call then takes torch's dispatcher or its public functions.
 
 from __future__ import annotations
 
+import contextlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -336,3 +337,24 @@ def cuda_sleep(cycles: int) -> None:
     """
     if _cuda_sleep is not None:
         _cuda_sleep(cycles)
+
+
+_TorchDispatchMode = _find("torch.utils._python_dispatch.TorchDispatchMode")
+
+
+def dispatch_mode(
+    handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+) -> contextlib.AbstractContextManager[Any]:
+    """A context in which `handle(op, args, kwargs)` stands for every operation of torch.
+
+    Fallback: a context in which operations are torch's own.
+    """
+    if _TorchDispatchMode is None:
+        return contextlib.nullcontext()
+
+    class Mode(_TorchDispatchMode):  # type: ignore[misc, valid-type]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handle(func, args, kwargs or {})
+
+    mode: contextlib.AbstractContextManager[Any] = Mode()
+    return mode

@@ -11,11 +11,19 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the checks of a device share these
 
-from rounding import MORE_ORDERS, SUM_ORDERS, error_of_terms, plain_in_any_order, terms_of_score_gradients
+from rounding import (
+    MORE_ORDERS,
+    SUM_ORDERS,
+    OtherOrder,
+    error_of_terms,
+    plain_in_any_order,
+    terms_of_score_gradients,
+)
 
 __all__ = [
     "MORE_ORDERS",
     "SUM_ORDERS",
+    "OtherOrder",
     "assert_within_rule",
     "plain_in_any_order",
     "share_bound",

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from fastattn import backends, reference, torch_compat
 from fastattn.ops.arguments import own_precision, saturated
+from fastattn.reference.attention import masked_scores, weights_from_lse, without_padding
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
@@ -96,9 +97,9 @@ def weights(call: AttentionCall, lse: Tensor, mean: bool) -> Tensor:
     options.pop("sinks")
     with own_precision(call.query):
         hiding = {name: options[name] for name in ("mask", "bias", "segment_ids", "key_lengths")}
-        query, key, _ = reference.without_padding(*_operands(call), **hiding)
-        scores = reference.masked_scores(query, key, **options)
-        result = reference.weights_from_lse(scores, lse, *dropout)
+        query, key, _ = without_padding(*_operands(call), **hiding)
+        scores = masked_scores(query, key, **options)
+        result = weights_from_lse(scores, lse, *dropout)
         return (result.mean(dim=1) if mean else result).to(call.query.dtype)
 
 

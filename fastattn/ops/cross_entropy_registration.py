@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import backends, reference_losses
+from fastattn import backends, reference
 from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import (
     at_positions,
@@ -27,7 +27,7 @@ MATERIALISED = "all logits and their probabilities"
 def composed(call: CrossEntropyCall) -> Tensor:
     """Losses in differentiable torch operations."""
     logits = call.logits.to(accumulation_dtype(call.logits.dtype))
-    return reference_losses.cross_entropy(
+    return reference.cross_entropy(
         logits, call.target, call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss
     )
 
@@ -36,7 +36,7 @@ def linear_composed(call: LinearCrossEntropyCall) -> Tensor:
     """Losses of a linear layer in differentiable torch operations, all logits materialised."""
     dtype = accumulation_dtype(call.hidden.dtype)
     bias = None if call.bias is None else call.bias.to(dtype)
-    return reference_losses.linear_cross_entropy(
+    return reference.linear_cross_entropy(
         call.hidden.to(dtype), call.weight.to(dtype), call.target, bias, call.ignore_index, call.label_smoothing,
         call.softcap, call.class_weight, call.z_loss,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.torch_kv_cache import append, rotated
+from fastattn.backends.torch.kv_cache import append, rotated
 from fastattn.ops.arguments import own_precision
 from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import AttentionCall, KVCacheCall, VarlenCall, accumulation_dtype

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from fastattn import backends, reference_losses
+from fastattn import backends, reference
 from fastattn.ops import arguments, composite, plain, spelling, symbolic
 from fastattn.ops.registration import define
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
@@ -145,7 +145,7 @@ def composed(
 ) -> Tensor:
     """The call in differentiable torch operations."""
     wide = x.to(accumulation_dtype(x.dtype))
-    return reference_losses.softmax(wide, dim, scale=scale, mask=mask, causal=causal, log=log).to(dtype)
+    return reference.softmax(wide, dim, scale=scale, mask=mask, causal=causal, log=log).to(dtype)
 
 
 def _spec(call: SoftmaxCall) -> SoftmaxSpec:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends import triton_attention, triton_varlen
+from fastattn.backends.triton import attention as triton_attention
+from fastattn.backends.triton import varlen as triton_varlen
 from fastattn.kernels.tiles import Tile, Tiles, table_tiles
 from fastattn.ops.arguments import call_arguments
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, VarlenCall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ def attention_sources(head_dim: int | None = None, dtype: str = "bfloat16") -> l
 
 
 def source_key(source: Path) -> str:
-    """A hash of the text that a source is compiled from, with its headers."""
+    """A hash of the code that a source is compiled from, with its headers; comments and spaces are no part of it."""
     text = "\0".join(path.read_text("utf-8") for path in with_headers(source, csrc_folder()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    code = re.sub(r"\s+", " ", re.sub(r"//[^\n]*", "", text))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def predict_source(source: Path) -> list[Prediction]:

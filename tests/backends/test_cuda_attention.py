@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import extension
-from fastattn.backends import cuda_attention
+from fastattn.backends.cuda import attention as cuda_attention
 from fastattn.ops.arguments import call_arguments
 from fastattn.reference import attention as reference_attention
 from fastattn.spec import AttentionCall, AttentionSpec, VarlenCall

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastattn.backends.schedule import Band, Segments, Tile, block_tiles, whole_tiles
+from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
 
 BANDS = st.builds(
     Band,

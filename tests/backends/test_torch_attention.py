@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastattn
-from fastattn.backends import torch_attention as backend
+from fastattn.backends.torch import attention as backend
 from fastattn.ops.arguments import call_arguments
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 from numerics import MORE_ORDERS, assert_within_rule, plain_in_any_order

@@ -56,10 +56,10 @@ def test_providers_keep_to_the_error_rule(name: str, case: Any) -> None:
     assert {row["status"] for row in entry["rows"]} <= {"ok", "unavailable", "failed"}
     assert ran or case.dtype == torch.bfloat16
     for row in ran:
-        tolerance = 0.06 if case.dtype == torch.bfloat16 else 2e-5
-        assert max(row["error"].values()) < tolerance, row
         if row["provider"].startswith("fastattn"):
             assert row["within_rule"], row
+        else:  # another's kernel is not ours to hold to the rule: it is to compute the same thing
+            assert max(row["error"].values()) < (0.06 if case.dtype == torch.bfloat16 else 2e-5), row
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from cuda_emulation.extension import EmulatedExtension
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends import cuda_attention
+from fastattn.backends.cuda import attention as cuda_attention
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, VarlenCall
 from numerics import assert_within_rule
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from cuda_emulation.extension import EmulatedExtension
 from torch import Tensor
 
-from fastattn.backends import cuda_softmax as backend
 from fastattn.backends import linear_cross_entropy as chunked
-from fastattn.backends import torch_cross_entropy as other
+from fastattn.backends.cuda import softmax as backend
+from fastattn.backends.torch import cross_entropy as other
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec
 from numerics import assert_within_rule, plain_in_any_order
 

@@ -20,8 +20,8 @@ from softmax_cases import (
 )
 from torch import Tensor
 
-from fastattn.backends import cuda_softmax as backend
 from fastattn.backends import torch as other
+from fastattn.backends.cuda import softmax as backend
 from fastattn.spec import SoftmaxSpec
 from numerics import assert_within_rule, plain_in_any_order
 

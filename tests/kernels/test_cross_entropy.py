@@ -13,8 +13,8 @@ from attention_cases import DEVICE
 from torch import Tensor
 
 from fastattn.backends import linear_cross_entropy as chunked
-from fastattn.backends import torch_cross_entropy as other
-from fastattn.backends import triton_cross_entropy as backend
+from fastattn.backends.torch import cross_entropy as other
+from fastattn.backends.triton import cross_entropy as backend
 from fastattn.kernels import row_tiles
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec

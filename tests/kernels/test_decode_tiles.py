@@ -130,7 +130,7 @@ def test_nothing_is_one_split(batch: int, capacity: int) -> None:
 def test_a_window_is_all_there_is_to_split(
     options: dict[str, object], seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastattn.backends import triton_kv_cache
+    from fastattn.backends.triton import kv_cache as triton_kv_cache
     from fastattn.kernels import decode_tiles
 
     asked: list[tuple[int, ...]] = []

@@ -61,7 +61,10 @@ def test_the_preparation_of_backward_makes_lse_a_reference(dtype: torch.dtype, w
     wanted = torch.where(
         lse == -torch.inf, torch.inf, lse * (math.log2(math.e) if dtype == torch.float16 else 1.0)
     )
-    assert torch.allclose(reference, wanted, rtol=1e-6, atol=0.0, equal_nan=True)
+    eps = torch.finfo(torch.float32).eps
+    assert torch.allclose(
+        reference, wanted, rtol=2 * eps, atol=0.0, equal_nan=True
+    )  # one product, one constant
     if with_output:
         sums = torch.where(lse == -torch.inf, 0.0, query.float().square().sum(-1))
-        assert torch.allclose(delta, sums, rtol=1e-5)
+        assert torch.allclose(delta, sums, rtol=16 * eps, atol=0.0)  # of sums of 16 squares

@@ -10,7 +10,7 @@ from attention_cases import DEVICE, Maker
 
 import fastattn
 from fastattn import reference
-from fastattn.backends.triton_kv_cache import decodes
+from fastattn.backends.triton.kv_cache import decodes
 from fastattn.kernels.decode_tiles import MAX_SPLITS, SINGLE_QUERY_KEYS, single_query_splits
 from fastattn.spec import AttentionCall, AttentionSpec
 from numerics import assert_within_rule
@@ -91,7 +91,7 @@ def test_splits_follow_from_the_keys_alone() -> None:
 
 def test_a_model_decodes_from_its_cache_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step after the prompt: MultiHeadAttention's cache holds keys as the kernel wants them."""
-    from fastattn.backends import triton_kv_cache
+    from fastattn.backends.triton import kv_cache as triton_kv_cache
     from fastattn.nn.kv_cache import KVCache
 
     lengths: list[int] = []

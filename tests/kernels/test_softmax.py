@@ -22,7 +22,7 @@ from softmax_cases import (
 )
 from torch import Tensor
 
-from fastattn.backends import triton_softmax as backend
+from fastattn.backends.triton import softmax as backend
 from fastattn.kernels import row_tiles
 from fastattn.kernels.row_tiles import RowTile, loss_tile_for, row_tile_for
 from fastattn.kernels.softmax_launches import Rows

@@ -18,7 +18,7 @@ from torch.library import opcheck
 
 import fastattn
 from fastattn.backends import linear_cross_entropy as chunked
-from fastattn.backends import torch_softmax
+from fastattn.backends.torch import softmax as torch_softmax
 from numerics import assert_within_rule
 
 REDUCTIONS = ("none", "mean", "sum")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kv_caches import Cache, expected
-from nonfinite import HIDDEN, HIDINGS, Hiding, check_hidden, hidden_results
+from nonfinite import HIDDEN, HIDINGS, Hiding, assert_as_the_formula, check_hidden, hidden_results
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
@@ -52,10 +53,13 @@ def test_packed_sequences(value: float) -> None:
     for tensor in (query, key, values):
         tensor[12:] = NAN  # belong to no sequence
     for options in ({}, {"causal": True}, {"softcap": 3.0}):
-        wanted = reference.attention_varlen(query, key, values, edges, edges, **options, return_lse=True)
+
+        def formula(dtype: torch.dtype, options: dict[str, Any] = options) -> Any:
+            operands = (t.to(dtype) for t in (query, key, values))
+            return reference.attention_varlen(*operands, edges, edges, **options, return_lse=True)
+
         actual = fastattn.attention_varlen(query, key, values, edges, edges, **options, return_lse=True)
-        for a, w in zip(actual, wanted):
-            torch.testing.assert_close(a, w, equal_nan=True, rtol=1e-5, atol=1e-5)
+        assert_as_the_formula(actual, formula, torch.float32)
         assert bool(actual[1].isnan().any()) or "softcap" in options
         assert not actual[0][12:].any()
 
@@ -68,10 +72,9 @@ def test_caches(kind: str, value: float) -> None:
     query = torch.randn(3, 4, 2, 16)
     key, values = torch.randn(3, 2, 2, 16), torch.randn(3, 2, 2, 16)
     query[0, 1, 1, 0], key[1, 0, 0, 3] = value, value
-    wanted = expected(Cache([5, 0, 31]), kind, query, key, values, torch.float32)
+    formula = partial(expected, Cache([5, 0, 31]), kind, query, key, values)
     actual = fastattn.attention_kv_cache(query, **cache.call(kind), key=key, value=values, return_lse=True)
-    for a, w in zip(actual, wanted):
-        torch.testing.assert_close(a, w, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert_as_the_formula(actual, formula, torch.float32)
     assert actual[1][0, 1].isnan().tolist() == [False, True]
 
 
@@ -306,10 +309,14 @@ def test_other_float64_terms_saturate(option: str) -> None:
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     term = torch.tensor([1e39, 0.5], dtype=torch.float64, requires_grad=True)
     out, lse = fastattn.attention(q, k, v, **{option: term}, causal=True, return_lse=True)
-    exact = reference.attention(
-        *(t.double() for t in (q, k, v)), **{option: term.detach()}, causal=True, return_lse=True
-    )
-    torch.testing.assert_close(out.double(), exact[0], rtol=1e-5, atol=1e-5)
+    largest = torch.finfo(torch.float32).max
+
+    def formula(dtype: torch.dtype) -> list[Tensor]:
+        operands = (t.to(dtype) for t in (q, k, v))
+        given = term.detach().clamp(max=largest).to(dtype)
+        return [reference.attention(*operands, **{option: given}, causal=True)]
+
+    assert_as_the_formula([out], formula, torch.float32)
     assert bool(lse.isfinite().all())
     (grad,) = torch.autograd.grad(out.sum(), term)
     assert bool(grad.isfinite().all())

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import fastattn
-from fastattn import reference_losses
-from fastattn.backends import torch_softmax
+from fastattn import reference
+from fastattn.backends.torch import softmax as torch_softmax
 from numerics import assert_within_rule, plain_in_any_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,8 +77,8 @@ def run(
 def test_error_rule(case: Case, dtype: torch.dtype) -> None:
     x, options, dout = inputs_of(case, dtype)
     actual = run(fastattn.softmax, x, dout, case.dim, **options)
-    golden = run(reference_losses.softmax, x.double(), dout.double(), case.dim, **options)
-    formula = partial(run, reference_losses.softmax, x, dout, case.dim, **options)
+    golden = run(reference.softmax, x.double(), dout.double(), case.dim, **options)
+    formula = partial(run, reference.softmax, x, dout, case.dim, **options)
     plain = plain_in_any_order(formula, golden)
     for name, *results in zip(("out", "dx"), actual, plain, golden):
         assert results[0].dtype == dtype
@@ -89,7 +89,7 @@ def test_error_rule(case: Case, dtype: torch.dtype) -> None:
 def test_blocks_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of single rows, of a few, and of everything."""
     x, options, dout = inputs_of(case, torch.float64)
-    golden = run(reference_losses.softmax, x, dout, case.dim, **options)
+    golden = run(reference.softmax, x, dout, case.dim, **options)
     for elements in (1, 40, 100, 2**20):
         monkeypatch.setitem(torch_softmax.BLOCK_ELEMENTS, "cpu", elements)
         for actual, expected in zip(run(fastattn.softmax, x, dout, case.dim, **options), golden):
@@ -198,7 +198,7 @@ def test_derivatives_with_minus_infinity_under_a_negative_scale(log: bool) -> No
         return fastattn.softmax(x, scale=-0.7, log=log)[:, [0, 2, 3]]
 
     def without(kept: Tensor) -> Tensor:
-        return reference_losses.softmax(kept, scale=-0.7, log=log)
+        return reference.softmax(kept, scale=-0.7, log=log)
 
     assert gradcheck(whole, kept)
     assert gradgradcheck(whole, kept)
@@ -239,7 +239,7 @@ def test_results_lie_in_memory_like_x(order: tuple[int, ...], options: dict[str,
     for dim in range(3):
         out, dx = run(fastattn.softmax, x, torch.ones(x.shape), dim, **options)
         assert out.stride() == dx.stride() == x.stride()
-        torch.testing.assert_close(out, reference_losses.softmax(x.contiguous(), dim, **options))
+        torch.testing.assert_close(out, reference.softmax(x.contiguous(), dim, **options))
 
 
 def test_views_and_expanded_inputs() -> None:
@@ -293,7 +293,7 @@ def test_gradcheck_and_gradgradcheck(log: bool) -> None:
 def test_transforms_match_the_reference(log: bool) -> None:
     x, tangent = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     ours = lambda x: fastattn.softmax(x, **_options(log))  # noqa: E731
-    theirs = lambda x: reference_losses.softmax(x, **_options(log))  # noqa: E731
+    theirs = lambda x: reference.softmax(x, **_options(log))  # noqa: E731
     with pytest.warns(RuntimeWarning, match=r"masked scores: a torch\.func transform"):
         torch.testing.assert_close(
             torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(theirs, (x,), (tangent,))
@@ -330,7 +330,7 @@ def test_compile_without_breaks_or_recompiles_across_lengths() -> None:
     for step, length in enumerate((5, 17, 300, 64)):
         x, mask = torch.randn(2, length, length, requires_grad=True), torch.rand(length, length) < 0.9
         out = compiled(x, mask)
-        torch.testing.assert_close(out, reference_losses.softmax(x, mask=mask, causal=True, scale=0.5))
+        torch.testing.assert_close(out, reference.softmax(x, mask=mask, causal=True, scale=0.5))
         out.square().sum().backward()
         if step == 1:
             counter.frame_count = 0

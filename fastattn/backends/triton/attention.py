@@ -27,7 +27,7 @@ def attention_fwd(
     spec: AttentionSpec, call: AttentionCall, tiles: Tiles | None = None, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
-    from fastattn.backends.triton_kv_cache import decodes, single_query_fwd
+    from fastattn.backends.triton.kv_cache import decodes, single_query_fwd
     from fastattn.kernels.launches import forward_launch
 
     call = with_plain_layouts(call)

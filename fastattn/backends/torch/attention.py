@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.schedule import Band, Segments, Tile, block_tiles, whole_tiles
+from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
 from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import (
     AttentionCall,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastattn.backends.torch_attention import attention_bwd, attention_fwd
+from fastattn.backends.torch.attention import attention_bwd, attention_fwd
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,

@@ -8,21 +8,21 @@ from functools import cache
 
 import torch
 
-from fastattn.backends.triton_attention import (
+from fastattn.backends.triton.attention import (
     attention_bwd,
     attention_fwd,
     attention_weights_bwd,
     attention_weights_fwd,
 )
-from fastattn.backends.triton_cross_entropy import (
+from fastattn.backends.triton.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
-from fastattn.backends.triton_kv_cache import decodes, kv_cache_fwd, kv_cache_tiles
-from fastattn.backends.triton_softmax import softmax_bwd, softmax_fwd, softmax_tiles
-from fastattn.backends.triton_varlen import varlen_bwd, varlen_fwd
+from fastattn.backends.triton.kv_cache import decodes, kv_cache_fwd, kv_cache_tiles
+from fastattn.backends.triton.softmax import softmax_bwd, softmax_fwd, softmax_tiles
+from fastattn.backends.triton.varlen import varlen_bwd, varlen_fwd
 from fastattn.spec import MAX_HEAD_DIM, AttentionSpec, SoftmaxSpec
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastattn.backends.torch_attention import attention_fwd
+from fastattn.backends.torch.attention import attention_fwd
 from fastattn.rotary import apply_rotary
 from fastattn.spec import (
     AttentionSpec,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastattn.backends.triton_attention import attention_bwd, attention_fwd
+from fastattn.backends.triton.attention import attention_bwd, attention_fwd
 from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall
 
 if TYPE_CHECKING:

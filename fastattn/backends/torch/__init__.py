@@ -1,21 +1,21 @@
 """The backend for every device: torch operations, in O(S) memory, forward and backward."""
 
-from fastattn.backends.torch_attention import (
+from fastattn.backends.torch.attention import (
     attention_bwd,
     attention_fwd,
     attention_weights_bwd,
     attention_weights_fwd,
     tiles,
 )
-from fastattn.backends.torch_cross_entropy import (
+from fastattn.backends.torch.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
-from fastattn.backends.torch_kv_cache import kv_cache_fwd
-from fastattn.backends.torch_softmax import softmax_bwd, softmax_fwd, softmax_tiles
-from fastattn.backends.torch_varlen import varlen_bwd, varlen_fwd
+from fastattn.backends.torch.kv_cache import kv_cache_fwd
+from fastattn.backends.torch.softmax import softmax_bwd, softmax_fwd, softmax_tiles
+from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [

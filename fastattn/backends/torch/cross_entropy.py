@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastattn.backends import linear_cross_entropy
 from fastattn.backends.linear_cross_entropy import LinearGrads
-from fastattn.backends.torch_softmax import block_elements
+from fastattn.backends.torch.softmax import block_elements
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 
 def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
-    """(losses, norms) in the accumulation dtype: those of `reference_losses.cross_entropy`, (N,), 0 where ignored.
+    """(losses, norms) in the accumulation dtype: those of `reference.cross_entropy`, (N,), 0 where ignored.
 
     norms (N, 2) are the parts of lse, the largest logit and the logarithm of sum(exp(z - largest)): apart they lose
     nothing to the size of the logits. A target that is no class has loss NaN.

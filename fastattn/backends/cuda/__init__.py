@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from fastattn import extension
-from fastattn.backends import cuda_attention
-from fastattn.backends.cuda_attention import attention_bwd, attention_fwd, varlen_bwd, varlen_fwd
-from fastattn.backends.cuda_attention import attention_tiles as tiles
-from fastattn.backends.cuda_softmax import (
+from fastattn.backends.cuda import attention as cuda_attention
+from fastattn.backends.cuda.attention import attention_bwd, attention_fwd, varlen_bwd, varlen_fwd
+from fastattn.backends.cuda.attention import attention_tiles as tiles
+from fastattn.backends.cuda.softmax import (
     cross_entropy_bwd,
     cross_entropy_fwd,
     linear_cross_entropy_bwd,
