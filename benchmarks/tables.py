@@ -24,6 +24,12 @@ BENCHES = (
     "swap",
     "overhead",
 )
+# What the READMEs begin with: a window, packed documents, and a loss that never makes all the logits.
+HIGHLIGHTS = (
+    ("attention", "window-255-8192"),
+    ("attention", "packed-causal-8192"),
+    ("cross-entropy", "linear-loss-1024x32768"),
+)
 COLUMNS = ("case", "peer", "peer_ms", "ours_ms", "speed", "target", "rate", "memory", "error")
 WORDS = {
     "en": {
@@ -67,7 +73,8 @@ Words = dict[str, str]
 
 
 def table_of(name: str, language: str = "en") -> str:
-    """What stands between the markers: BENCH-cpu, BENCH-gpu, and headline-cpu, every CPU case with a target."""
+    """The lines between a page's markers: BENCH-cpu, BENCH-gpu, headline-cpu (every CPU case with a target) and
+    highlights-cpu (HIGHLIGHTS)."""
     words = WORDS[language]
     if name not in _BUILDERS:
         raise ValueError(f"no table is called {name!r}; there are {', '.join(_BUILDERS)}")
@@ -115,6 +122,23 @@ def _headline_lines(words: Words) -> list[str]:
             rows += [_case_line(case) for case in chosen]
             under += [conditions(result, words)] if chosen else []
     return [*_header([words[name] for name in COLUMNS]), *rows, "", *dict.fromkeys(under)] if rows else []
+
+
+def _highlight_lines(words: Words) -> list[str]:
+    """The cases of HIGHLIGHTS in few columns."""
+    rows, under = [], []
+    for bench, name in HIGHLIGHTS:
+        for result in _results("cpu", bench):
+            for case in (each for each in result["cases"] if each["name"] == name):
+                ours, peer = figures.ours_of(case), figures.peer_of(case)
+                ratio = figures.speed_ratio(ours, peer) if ours and peer else None
+                speed = f"**{ratio:.1f}×**" if ratio else "–"
+                who = peer["provider"] if peer else "–"
+                memory = f"{_mib(ours)} ({_mib(peer)})"
+                rows.append(_line(case["label"], who, _ms(peer), _ms(ours), speed, memory))
+                under.append(conditions(result, words))
+    names = ("case", "peer", "peer_ms", "ours_ms", "speed", "memory")
+    return [*_header([words[name] for name in names]), *rows, "", *dict.fromkeys(under)] if rows else []
 
 
 def _bench_lines(bench: str, kind: str) -> Callable[[Words], list[str]]:
@@ -249,6 +273,7 @@ def _read(page: Path) -> str:
 
 _BUILDERS: dict[str, Callable[[Words], list[str]]] = {
     "headline-cpu": _headline_lines,
+    "highlights-cpu": _highlight_lines,
     **{f"{bench}-cpu": _bench_lines(bench, "cpu") for bench in BENCHES},
     **{f"{bench}-gpu": _bench_lines(bench, "cuda") for bench in BENCHES},
 }

@@ -74,6 +74,18 @@ def test_both_readmes_show_the_same_code(language: str, count: int) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_cycles_it_names_are_those_of_the_page_on_hopper(name: str) -> None:
+    """The forward at head dim 128, ours and theirs, and the backward at 64 in one pass."""
+    page = (ROOT / "docs" / "hopper.md").read_text(encoding="utf-8")
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in page.splitlines() if line.startswith("| ")]
+    peers = {row[0]: row for row in rows if len(row) >= 5}
+    forward, backward = peers["128, forward"], peers["64, all in one pass"]
+    named = {figure.split()[0] for row in (forward, backward) for figure in (row[2], row[4])}
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert all(f" {figure}" in text for figure in named), named
+
+
 def test_explain_and_the_report_of_a_swap_are_shown() -> None:
     shown = [example for example, output in examples(READMES[0]) if output]
     assert len(shown) == 2

