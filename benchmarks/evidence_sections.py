@@ -264,7 +264,7 @@ FIRST = (
     Section("forward", 55, _bench("attention", *FORWARD_GRID, FUSED, 0.3)),
     Section("backward", 55, _bench("attention", *BACKWARD_GRID, FUSED, 0.3)),
     Section("decode", 40, _bench("decode", ANY, "1x2048$|ragged|paged$", "fastattn|sdpa|flash_attn", 0.3)),
-    Section("bitwise", 30, _checks("bitwise", seconds=6)),
+    Section("bitwise", 30, _checks("bitwise", "few-key-heads", seconds=6)),
 )
 THEN = (
     Section("features", 80, _bench("attention", "^feature-", "^feature-window$", FUSED, 0.8)),
