@@ -57,12 +57,15 @@ class RandomCall:
     def run(
         self, attend: Callable[..., Any], dtype: torch.dtype, gradients: bool = True, **extra: Any
     ) -> dict[str, Tensor]:
-        """out, lse and the gradient of every differentiable input, from upstream_grads of out and lse."""
-        leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in self.operands.items()}
+        """out, lse and the gradient of every differentiable input, from upstream gradients of out and lse.
+
+        Without `gradients` no input requires any, so that a backend needs no backward.
+        """
+        leaves = {n: t.detach().to(dtype).requires_grad_(gradients) for n, t in self.operands.items()}
         options = dict(self.options)
         for name in {"bias", "alibi_slopes", "sinks"} & options.keys():
             kept = dtype if dtype == torch.float64 else options[name].dtype
-            options[name] = leaves[name] = options[name].detach().to(kept).requires_grad_()
+            options[name] = leaves[name] = options[name].detach().to(kept).requires_grad_(gradients)
         out, lse = attend(
             *(leaves[n] for n in ("query", "key", "value")), **options, return_lse=True, **extra
         )

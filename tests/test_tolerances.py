@@ -46,7 +46,6 @@ ALLOWED: dict[str, tuple[int, str]] = {  # by file: how many, and why
     "test_demo.py": (2, "an untrained model's perplexity; float32 weights trained on two sides"),
     "train/test_distributed.py": (1, "logged losses, which are rounded to float32"),
     "train/test_gpt.py": (4, "logged losses in float32; a model swapped for another's"),
-    "train/test_plot.py": (4, "positions of ticks"),
     "train/test_trainer.py": (10, "learning rates, rounded in logs, and float32 losses and norms"),
     "transformers_rule.py": (1, "gradients that are zero, beside the largest"),
     "tune/test_cycles.py": (1, "cycles of a model beside hand counts"),

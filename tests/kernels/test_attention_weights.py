@@ -7,7 +7,7 @@ import torch
 from attention_cases import DEVICE, SMALL_TILES, Case, Inputs, Maker, Options
 
 from fastattn.backends import triton as backend
-from fastattn.reference import masked_scores, weights_from_lse
+from fastattn.reference.attention import masked_scores, weights_from_lse
 from fastattn.spec import AttentionSpec, GradsNeeded, WeightsGradsNeeded
 from numerics import assert_within_rule
 

@@ -18,7 +18,7 @@ import fastattn
 from fastattn import reference
 from fastattn.backends import linear_cross_entropy as chunked
 from fastattn.backends.torch import cross_entropy as torch_cross_entropy
-from fastattn.backends.torch import torch_softmax
+from fastattn.backends.torch import softmax as torch_softmax
 from fastattn.spec import SoftmaxSpec
 from numerics import assert_within_rule
 

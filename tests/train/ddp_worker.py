@@ -80,6 +80,7 @@ def main(folder):
         )
     if trainer.distributed.is_main:
         (folder / "report.json").write_text(json.dumps(report))
+    trainer.distributed.close()
 
 
 if __name__ == "__main__":
