@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from attention_cases import (
     run_triton,
 )
 
+import fastattn
+from fastattn import reference
 from fastattn.backends import triton as backend
 from fastattn.spec import AttentionSpec
 from numerics import assert_within_rule, plain_in_any_order
@@ -186,3 +190,24 @@ def test_weights_of_biases_near_the_end_of_the_range(mean: bool) -> None:
     _, lse = backend.attention_fwd(spec, call, SMALL_TILES)
     weights = backend.attention_weights_fwd(spec, call, lse, mean, SMALL_TILES)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 37))
+
+
+def test_second_derivatives() -> None:
+    """Those of the formula in plain torch, from a forward and a backward by the kernels."""
+    make = Maker()
+    sizes = {"query": (1, 4, 9, 16), "key": (1, 2, 11, 16), "value": (1, 2, 11, 16)}
+    tensors = {name: make.normal(*size) for name, size in sizes.items()}
+
+    def run(attend: Callable[..., Any], dtype: torch.dtype, **backend: str) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in tensors.values()]
+        first = torch.autograd.grad(
+            attend(*leaves, causal=True, **backend).sin().sum(), leaves, create_graph=True
+        )
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    golden = run(reference.attention, torch.float64)
+    plain = plain_in_any_order(partial(run, reference.attention, torch.float32), golden)
+    for actual, *judged, name in zip(
+        run(fastattn.attention, torch.float32, backend="triton"), plain, golden, sizes
+    ):
+        assert_within_rule(actual, *judged, name)
