@@ -137,7 +137,7 @@ def _window(device: torch.device) -> Calls:
 def _varlen(device: torch.device) -> Calls:
     import fastattn
 
-    edges = torch.tensor([0, LENGTH // 2, LENGTH], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, LENGTH // 2, LENGTH], dtype=torch.int32, device=device)
     longest = LENGTH // 2
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -145,7 +145,9 @@ def _varlen(device: torch.device) -> Calls:
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(PACKED)
 
     return {
-        "fastattn": lambda q, k, v: fastattn.attention_varlen(q, k, v, edges, edges, longest, longest),
+        "fastattn": lambda q, k, v: fastattn.attention_varlen(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest
+        ),
         "sdpa": padded,
     }
 

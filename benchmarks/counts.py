@@ -176,7 +176,7 @@ def _other_calls(dtype: torch.dtype) -> dict[str, Call]:
     """Packed sequences, a cache, softmax and the losses."""
     import fastattn
 
-    edges = torch.tensor([0, 40, LENGTH], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 40, LENGTH], dtype=torch.int32)
     packed = [_normal(LENGTH, HEADS, HEAD_DIM, dtype=dtype, grad=True) for _ in range(3)]
     query, new = (_normal(2, HEADS, 1, HEAD_DIM, dtype=dtype) for _ in range(2))
     k_cache, v_cache = (_normal(2, HEADS, LENGTH, HEAD_DIM, dtype=dtype) for _ in range(2))
@@ -187,7 +187,9 @@ def _other_calls(dtype: torch.dtype) -> dict[str, Call]:
 
     def varlen(*x: Tensor) -> Any:
         query, key, value = x
-        return fastattn.attention_varlen(query, key, value, edges, edges, LENGTH, LENGTH, causal=True)
+        return fastattn.attention_varlen(
+            query, key, value, cu_seqlens, cu_seqlens, LENGTH, LENGTH, causal=True
+        )
 
     def losses(x: Tensor) -> Tensor:
         return fastattn.cross_entropy(x, target)

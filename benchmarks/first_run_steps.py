@@ -44,9 +44,9 @@ class Scale:
 
 
 def _judged(
-    actual: Results, operands: Operands, edges: Tensor | None = None, causal: bool = False
+    actual: Results, operands: Operands, cu_seqlens: Tensor | None = None, causal: bool = False
 ) -> StepResult:
-    worst, name = kernel_runs.worst_of(actual, operands, edges, causal=causal)
+    worst, name = kernel_runs.worst_of(actual, operands, cu_seqlens, causal=causal)
     return worst <= 1.0, f"{name} {worst:.2f} of what is allowed"
 
 
@@ -146,53 +146,53 @@ def _in_order(tensor: Tensor, order: str) -> Tensor:
 def packed_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """Packed sequences around a tile's edge: right, and to the bit the same beside neighbours of NaN."""
     for dim in HEAD_DIMS:
-        operands, edges = _packed(device, dim)
-        made = kernel_runs.forward(ops, operands, edges, causal=True)
-        good, text = _judged(made, operands, edges, causal=True)
+        operands, cu_seqlens = _packed(device, dim)
+        made = kernel_runs.forward(ops, operands, cu_seqlens, causal=True)
+        good, text = _judged(made, operands, cu_seqlens, causal=True)
         yield good, f"D{dim}: {text}"
 
         def run(each: Operands) -> Results:
-            return kernel_runs.forward(ops, each, edges, causal=True)  # noqa: B023
+            return kernel_runs.forward(ops, each, cu_seqlens, causal=True)  # noqa: B023
 
-        yield _beside_nan(run, made, operands, edges, dim)
+        yield _beside_nan(run, made, operands, cu_seqlens, dim)
 
 
 def packed_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
     """The same of the gradients, in two passes and in one."""
     for dim in HEAD_DIMS:
-        operands, edges = _packed(device, dim)
-        made = kernel_runs.residuals(operands, edges, causal=True)
+        operands, cu_seqlens = _packed(device, dim)
+        made = kernel_runs.residuals(operands, cu_seqlens, causal=True)
         for number in (2, 1):
             announce(20, f"D{dim}, passes {number}")
 
             def run(each: Operands) -> Results:
                 with kernel_runs.passes(number):  # noqa: B023
-                    return kernel_runs.backward(ops, each, made, edges, causal=True)  # noqa: B023
+                    return kernel_runs.backward(ops, each, made, cu_seqlens, causal=True)  # noqa: B023
 
             try:
                 grads = run(operands)
             except NotThis as reason:
                 yield True, f"D{dim}: one pass is not there ({reason})"
                 continue
-            good, text = _judged(grads, operands, edges, causal=True)
+            good, text = _judged(grads, operands, cu_seqlens, causal=True)
             yield good, f"D{dim}, passes {number}: {text}"
-            yield _beside_nan(run, grads, operands, edges, dim)
+            yield _beside_nan(run, grads, operands, cu_seqlens, dim)
 
 
 def _packed(device: torch.device, dim: int) -> tuple[Operands, Tensor]:
     drawn = Operands.draw(device, heads=2, seqlen_q=sum(PACKED), head_dim=dim)
     tensors = (t[0].transpose(0, 1).contiguous() for t in (*drawn.inputs, drawn.dout))
-    return Operands(*tensors), kernel_runs.edges_of(PACKED, device)
+    return Operands(*tensors), kernel_runs.cu_seqlens_of(PACKED, device)
 
 
 def _beside_nan(
-    run: Callable[[Operands], Results], clean: Results, operands: Operands, edges: Tensor, dim: int
+    run: Callable[[Operands], Results], clean: Results, operands: Operands, cu_seqlens: Tensor, dim: int
 ) -> StepResult:
     """Each sequence keeps its bits while all others are NaN."""
-    bounds = edges.tolist()
+    bounds = cu_seqlens.tolist()
     wrong = []
     for first, end in pairwise(bounds):
-        outside = torch.ones(bounds[-1], dtype=torch.bool, device=edges.device)
+        outside = torch.ones(bounds[-1], dtype=torch.bool, device=cu_seqlens.device)
         outside[first:end] = False
         spoiled = Operands(
             *(t.masked_fill(outside[:, None, None], torch.nan) for t in (*operands.inputs, operands.dout))

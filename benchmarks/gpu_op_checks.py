@@ -126,7 +126,7 @@ def _varlen(draw: random.Random, generator: torch.Generator, device: torch.devic
 
     lengths = [draw.choice([0, 1, 17, longest // 2, longest]) for _ in range(draw.randint(1, 4))]
     lengths += [] if sum(lengths) else [17]
-    edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     kv_heads, group, dim = draw.choice([1, 2]), draw.choice([1, 4]), draw.choice(HEAD_DIMS)
     options: dict[str, Any] = {"causal": draw.random() < 0.5}
     if draw.random() < 0.3:
@@ -139,16 +139,16 @@ def _varlen(draw: random.Random, generator: torch.Generator, device: torch.devic
 
     def ours(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Any:
         return fastattn.attention_varlen(
-            query, key, value, edges, edges, most, most, **options, backend=backend
+            query, key, value, cu_seqlens, cu_seqlens, most, most, **options, backend=backend
         )
 
     def oracle(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        return reference.attention_varlen(query, key, value, edges, edges, **options)
+        return reference.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **options)
 
     def terms(dout: Tensor) -> dict[str, Tensor]:
         """Those of dquery and dkey in rows that see one key."""
         found = []
-        for start, stop in itertools.pairwise(edges.tolist()):
+        for start, stop in itertools.pairwise(cu_seqlens.tolist()):
             query, key, value, upstream = (
                 t[start:stop].double().transpose(0, 1)[None] for t in (*tensors.values(), dout)
             )

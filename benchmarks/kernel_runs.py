@@ -65,14 +65,14 @@ class Operands:
         return self.query, self.key, self.value
 
 
-def _call(operands: Operands, options: dict[str, Any], edges: Tensor | None) -> Any:
+def _call(operands: Operands, options: dict[str, Any], cu_seqlens: Tensor | None) -> Any:
     from fastattn.spec import AttentionCall, VarlenCall
 
     causal = "bottom_right" if options.get("causal") else "none"
     scale = operands.query.shape[-1] ** -0.5
-    if edges is None:
+    if cu_seqlens is None:
         return AttentionCall(*operands.inputs, causal=causal, scale=scale)
-    return VarlenCall(*operands.inputs, edges, edges, causal=causal, scale=scale)
+    return VarlenCall(*operands.inputs, cu_seqlens, cu_seqlens, causal=causal, scale=scale)
 
 
 def _spec(call: Any, needs: Any = None) -> Any:
@@ -88,23 +88,23 @@ def _check(ops: ModuleType, spec: Any) -> None:
         raise NotThis(str(reason))
 
 
-def forward(ops: ModuleType, operands: Operands, edges: Tensor | None = None, **options: Any) -> Results:
+def forward(ops: ModuleType, operands: Operands, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
     """out and lse by a backend's forward kernels."""
-    call = _call(operands, options, edges)
-    run, spec = ops.attention_fwd if edges is None else ops.varlen_fwd, _spec(call)
+    call = _call(operands, options, cu_seqlens)
+    run, spec = ops.attention_fwd if cu_seqlens is None else ops.varlen_fwd, _spec(call)
     _check(ops, spec)
     out, lse = run(spec, call)
     return {"out": out, "lse": lse}
 
 
 def backward(
-    ops: ModuleType, operands: Operands, made: Results, edges: Tensor | None = None, **options: Any
+    ops: ModuleType, operands: Operands, made: Results, cu_seqlens: Tensor | None = None, **options: Any
 ) -> Results:
     """The gradients by a backend's backward kernels, from a forward's results, whoever made them."""
     from fastattn.spec import GradsNeeded
 
-    call, needs = _call(operands, options, edges), GradsNeeded()
-    run, spec = ops.attention_bwd if edges is None else ops.varlen_bwd, _spec(call, needs)
+    call, needs = _call(operands, options, cu_seqlens), GradsNeeded()
+    run, spec = ops.attention_bwd if cu_seqlens is None else ops.varlen_bwd, _spec(call, needs)
     _check(ops, spec)
     try:
         grads = run(spec, call, made["out"], made["lse"], operands.dout, None, needs)
@@ -131,7 +131,7 @@ def passes(number: int) -> Iterator[None]:
 def truth(
     operands: Operands,
     dtype: torch.dtype,
-    edges: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     gradients: bool = True,
     **options: Any,
 ) -> Results:
@@ -139,30 +139,33 @@ def truth(
     from fastattn import reference
 
     leaves = [t.detach().to(dtype).requires_grad_(gradients) for t in operands.inputs]
-    if edges is None:
+    if cu_seqlens is None:
         out, lse = reference.attention(*leaves, **options, return_lse=True)
     else:
         query, key, value = leaves
-        out, lse = reference.attention_varlen(query, key, value, edges, edges, **options, return_lse=True)
+        out, lse = reference.attention_varlen(
+            query, key, value, cu_seqlens, cu_seqlens, **options, return_lse=True
+        )
     found = {"out": out.detach(), "lse": lse.detach()}
     if gradients:
         found |= dict(zip(NAMES[2:], torch.autograd.grad(out, leaves, operands.dout.to(dtype))))
     return found
 
 
-def residuals(operands: Operands, edges: Tensor | None = None, **options: Any) -> Results:
+def residuals(operands: Operands, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
     """What a correct forward hands to the backward: float64's out and lse, rounded."""
-    exact = truth(operands, torch.float64, edges, gradients=False, **options)
+    exact = truth(operands, torch.float64, cu_seqlens, gradients=False, **options)
     return {"out": exact["out"].to(operands.query.dtype), "lse": exact["lse"].float()}
 
 
 def worst_of(
-    actual: Results, operands: Operands, edges: Tensor | None = None, **options: Any
+    actual: Results, operands: Operands, cu_seqlens: Tensor | None = None, **options: Any
 ) -> tuple[float, str]:
     """The greatest part of the allowed error that a result uses, and which that is."""
     gradients = any(name in actual for name in NAMES[2:])
     golden, plain = (
-        truth(operands, dtype, edges, gradients, **options) for dtype in (torch.float64, operands.query.dtype)
+        truth(operands, dtype, cu_seqlens, gradients, **options)
+        for dtype in (torch.float64, operands.query.dtype)
     )
     ratios = {
         name: excess(value, plain[name], golden[name], operands.query.dtype) for name, value in actual.items()
@@ -171,7 +174,7 @@ def worst_of(
     return ratios[top], top
 
 
-def edges_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+def cu_seqlens_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Where packed sequences begin and end."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,6 +88,5 @@ class VarlenInputs:
         tensors = {"dq": normal(case.heads), "dk": normal(case.kv_heads), "dv": normal(case.kv_heads)}
         self.inputs = calls.leaves_of(tensors, case.direction)
         self.dout = normal(case.heads)
-        edges = [0, *torch.tensor(case.lengths).cumsum(0).tolist()]
-        self.edges = [int(edge) for edge in edges]
-        self.cu_seqlens = torch.tensor(self.edges, dtype=torch.int32, device=device)
+        self.starts = list(itertools.accumulate(case.lengths, initial=0))  # and the end of the last
+        self.cu_seqlens = torch.tensor(self.starts, dtype=torch.int32, device=device)

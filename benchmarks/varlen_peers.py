@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
@@ -34,11 +35,11 @@ def fastattn(work: VarlenInputs, backend: str) -> Made:
     """This project's call, on the backend it chooses or on a named one."""
     from fastattn import attention_varlen
 
-    edges, longest = work.cu_seqlens, work.longest
+    cu_seqlens, longest = work.cu_seqlens, work.longest
     options = {"causal": work.case.causal, "backend": backend or "auto"}
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = attention_varlen(query, key, value, edges, edges, longest, longest, **options)  # type: ignore[arg-type]
+        out = attention_varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)  # type: ignore[arg-type]
         assert isinstance(out, Tensor)
         return out
 
@@ -71,7 +72,7 @@ def padded(work: VarlenInputs, backend: str) -> Made:
         shape = (case.batch, packed.shape[1], work.longest, packed.shape[2])
         rows = packed.new_zeros(shape)
         for number, length in enumerate(case.lengths):
-            start = work.edges[number]
+            start = work.starts[number]
             rows[number, :, :length] = packed.detach()[start : start + length].transpose(0, 1)
         return rows
 
@@ -85,7 +86,7 @@ def loop(work: VarlenInputs) -> Made:
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = []
-        for start, stop in zip(work.edges, work.edges[1:]):
+        for start, stop in itertools.pairwise(work.starts):
             q, k, v = (t[start:stop].transpose(0, 1)[None] for t in (query, key, value))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa)
             parts.append(out[0].transpose(0, 1))
@@ -148,10 +149,12 @@ def varlen_attn(work: VarlenInputs) -> Made:
         raise CannotRun("it has no grouped heads in this version of torch")
     torch_varlen = import_module("torch.nn.attention.varlen").varlen_attn
     window = (-1, 0) if work.case.causal else (-1, -1)  # its way of saying causal
-    edges, longest = work.cu_seqlens, work.longest
+    cu_seqlens, longest = work.cu_seqlens, work.longest
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = torch_varlen(query, key, value, edges, edges, longest, longest, window_size=window)
+        out: Tensor = torch_varlen(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, window_size=window
+        )
         return out
 
     return call, work.inputs, work.dout
@@ -160,10 +163,12 @@ def varlen_attn(work: VarlenInputs) -> Made:
 def flash_attn(work: VarlenInputs) -> Made:
     """The flash-attn package's packed kernels, where it is installed."""
     function = import_module("flash_attn").flash_attn_varlen_func
-    edges, longest = work.cu_seqlens, work.longest
+    cu_seqlens, longest = work.cu_seqlens, work.longest
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = function(query, key, value, edges, edges, longest, longest, causal=work.case.causal)
+        out: Tensor = function(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=work.case.causal
+        )
         return out
 
     return call, work.inputs, work.dout

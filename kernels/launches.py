@@ -237,7 +237,7 @@ def sequence_sums_launch(
     tiles: Tensor, packing: Packing, num_tokens: int, block: int, sums: Tensor
 ) -> Launch:
     """sequence_sums_kernel on what attention_dq_kernel found per tile of `block` queries, (H, slots)."""
-    args: dict[str, Any] = {"tiles": tiles, "edges": packing.cu_seqlens_q, "sums": sums}
+    args: dict[str, Any] = {"tiles": tiles, "cu_seqlens": packing.cu_seqlens_q, "sums": sums}
     args |= {"batch_size": sums.shape[0], "num_heads": sums.shape[1], "num_tokens": num_tokens}
     args |= {"BLOCK": block, "CHUNK": SLOT_CHUNK}
     return Launch(sequences.sequence_sums_kernel, (sums.numel(),), args, 1, 1)

@@ -1,10 +1,10 @@
 """Which tile of which sequence a program owns, padded or packed, and sums over the tiles of packed sequences.
 
-Packed sequences lie one after another, sequence b from edges[b] to edges[b + 1]. A grid must not depend on what is on
-the device, so it has a slot for every tile there may be: sequence b's begin at slot edges[b] // BLOCK + b, which
-leaves room for all its tiles and at most one slot without work per sequence. Ragged batches so cost a few programs that
-end at once, where a grid of B * cdiv(longest, BLOCK) would be mostly such programs. Within a sequence the longest tiles
-come first; ordering sequences by length would take a sort before every launch.
+Packed sequences lie one after another, sequence b from cu_seqlens[b] to cu_seqlens[b + 1]. A grid must not depend on
+data on the device, so it has a slot for every tile there may be: the slots of sequence b begin at
+cu_seqlens[b] // BLOCK + b, which leaves room for all its tiles and at most one slot without work per sequence. A ragged
+batch costs a few programs that end at once, where a grid of B * cdiv(longest, BLOCK) would be mostly such programs.
+Within a sequence the longest tiles come first; ordering sequences by length would take a sort before every launch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .primitives import program_coordinates
 
-SEARCH = tl.constexpr(256)  # edges a program compares at a time
+SEARCH = tl.constexpr(256)  # entries of cu_seqlens that a program compares at a time
 
 
 @triton.jit
@@ -30,23 +30,23 @@ def first_slot(edge, sequence, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sequence_at(slot, edges, batch_size, BLOCK: tl.constexpr):
+def sequence_at(slot, cu_seqlens, batch_size, BLOCK: tl.constexpr):
     """The sequence whose slots hold `slot`; batch_size stands for the tokens after the last."""
     begun = slot * 0
     for start in range(0, batch_size + 1, SEARCH):
         sequences = start + tl.arange(0, SEARCH)
         exists = sequences <= batch_size
-        edge = tl.load(edges + sequences, mask=exists, other=0)
+        edge = tl.load(cu_seqlens + sequences, mask=exists, other=0)
         begun += tl.sum((exists & (first_slot(edge, sequences, BLOCK) <= slot)).to(tl.int32), 0)
     return tl.maximum(begun - 1, 0)
 
 
 @triton.jit
-def token_range(edges, sequence, batch_size, num_tokens):
+def token_range(cu_seqlens, sequence, batch_size, num_tokens):
     """(first, number) of a sequence's tokens. Edges cannot be checked without waiting for the device: whatever they
     hold, the range lies within the tensor."""
-    first = tl.load(edges + sequence)
-    end = tl.load(edges + sequence + 1, mask=sequence < batch_size, other=num_tokens)
+    first = tl.load(cu_seqlens + sequence)
+    end = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch_size, other=num_tokens)
     first = tl.minimum(tl.maximum(first, 0), num_tokens)
     return first, tl.minimum(tl.maximum(end, first), num_tokens) - first
 
@@ -67,18 +67,18 @@ def program_tile(
     seqlen_q, seqlen_k, shift = lengths
     if VARIANT.varlen:
         cu_seqlens_q, cu_seqlens_k, batch_size = packing
-        edges = cu_seqlens_q
+        cu_seqlens = cu_seqlens_q
         num_tokens = seqlen_q
         if OF_KEYS:
-            edges = cu_seqlens_k
+            cu_seqlens = cu_seqlens_k
             num_tokens = seqlen_k
         slots = num_slots(num_tokens, batch_size, BLOCK)
         slot = tl.program_id(0) % slots
         head = tl.program_id(0) // slots
-        batch = sequence_at(slot, edges, batch_size, BLOCK)
+        batch = sequence_at(slot, cu_seqlens, batch_size, BLOCK)
         first_query, num_queries = token_range(cu_seqlens_q, batch, batch_size, seqlen_q)
         first_key, num_keys = token_range(cu_seqlens_k, batch, batch_size, seqlen_k)
-        tile = slot - first_slot(tl.load(edges + batch), batch, BLOCK)
+        tile = slot - first_slot(tl.load(cu_seqlens + batch), batch, BLOCK)
         if OF_KEYS:
             num_tiles = tl.cdiv(num_keys, BLOCK)
             num_queries = tl.where(batch < batch_size, num_queries, 0)
@@ -102,7 +102,7 @@ def program_tile(
 
 @triton.jit(do_not_specialize=("batch_size", "num_heads", "num_tokens"))
 def sequence_sums_kernel(
-    tiles, edges, sums, batch_size, num_heads, num_tokens, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    tiles, cu_seqlens, sums, batch_size, num_heads, num_tokens, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """sums[b, h] = the sum of tiles (H, slots), one number per slot, over the tiles of sequence b; float64.
 
@@ -112,8 +112,8 @@ def sequence_sums_kernel(
     sequence = tl.program_id(0) // num_heads
     head = tl.program_id(0) % num_heads
     slots = num_slots(num_tokens, batch_size, BLOCK)
-    _, length = token_range(edges, sequence, batch_size, num_tokens)
-    begin = first_slot(tl.load(edges + sequence), sequence, BLOCK)
+    _, length = token_range(cu_seqlens, sequence, batch_size, num_tokens)
+    begin = first_slot(tl.load(cu_seqlens + sequence), sequence, BLOCK)
     total = tl.zeros([CHUNK], tl.float64)
     for start in range(0, tl.cdiv(length, BLOCK), CHUNK):
         tile = start + tl.arange(0, CHUNK)

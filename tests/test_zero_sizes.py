@@ -88,12 +88,12 @@ def test_attention(sizes, options):
 @by_sizes
 def test_varlen(sizes):
     B, L, S = sizes
-    edges = [torch.arange(B + 1, dtype=torch.int32) * n for n in (L, S)]
+    cu_seqlens = [torch.arange(B + 1, dtype=torch.int32) * n for n in (L, S)]
     tensors = randn(B * L, HEADS, DIM), randn(B * S, KV_HEADS, DIM), randn(B * S, KV_HEADS, DIM)
 
     def call(function, *bounds):
         return lambda q, k, v, sinks, slopes: function(
-            q, k, v, *edges, *bounds, sinks=sinks, alibi_slopes=slopes, causal=True, return_lse=True
+            q, k, v, *cu_seqlens, *bounds, sinks=sinks, alibi_slopes=slopes, causal=True, return_lse=True
         )
 
     extras = randn(HEADS), randn(B, HEADS)
@@ -168,9 +168,9 @@ def test_flash_attn_functions(sizes):
         operands = (q, k, v) if kind == "func" else (q, torch.stack((k, v), dim=2))
         same(function(*operands, causal=True, return_attn_probs=True)[:2], expected)
     packed = [t.flatten(0, 1) for t in (q, k, v)]
-    edges = [torch.arange(B + 1, dtype=torch.int32) * n for n in (L, S)]
+    cu_seqlens = [torch.arange(B + 1, dtype=torch.int32) * n for n in (L, S)]
     same(
-        (flash_attn.flash_attn_varlen_func(*packed, *edges, L, S, causal=True).unflatten(0, (B, L)),),
+        (flash_attn.flash_attn_varlen_func(*packed, *cu_seqlens, L, S, causal=True).unflatten(0, (B, L)),),
         expected[:1],
     )
     with torch.no_grad():

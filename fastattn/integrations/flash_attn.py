@@ -179,7 +179,7 @@ def flash_attn_varlen_func(
     chosen = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     longest_q, longest_k = length("max_seqlen_q", max_seqlen_q), length("max_seqlen_k", max_seqlen_k)
     arguments.check_tensor("q", q)
-    cu_seqlens_q = flash_attn_packed.checked_edges("cu_seqlens_q", cu_seqlens_q, q)
+    cu_seqlens_q = flash_attn_packed.checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     if block_table is not None:
         lengths = None if cu_seqlens_k is None else cu_seqlens_k.diff()
         if seqused_k is not None:
@@ -189,17 +189,17 @@ def flash_attn_varlen_func(
                 "cu_seqlens_k: got None, needs a torch.Tensor or seqused_k besides block_table"
             )
         k, v, cu_seqlens_k = flash_attn_packed.gathered(q, k, v, block_table, cu_seqlens_q, lengths)
-    cu_seqlens_k = flash_attn_packed.checked_edges("cu_seqlens_k", cu_seqlens_k, q)
+    cu_seqlens_k = flash_attn_packed.checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     every = 1
     if seqused_q is not None or seqused_k is not None:
         used_q, used_k = (
-            None if used is None else flash_attn_packed.used_lengths(name, used, edges, q)
-            for name, used, edges in (
+            None if used is None else flash_attn_packed.used_lengths(name, used, cu_seqlens, q)
+            for name, used, cu_seqlens in (
                 ("seqused_q", seqused_q, cu_seqlens_q), ("seqused_k", seqused_k, cu_seqlens_k)
             )
         )  # fmt: skip
         every = 3
-        cu_seqlens_q, cu_seqlens_k = flash_attn_packed.edges_with_gaps(
+        cu_seqlens_q, cu_seqlens_k = flash_attn_packed.cu_seqlens_with_gaps(
             cu_seqlens_q, cu_seqlens_k, used_q, used_k
         )
         if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2:

@@ -15,26 +15,26 @@ from fastattn.ops.errors import ArgumentError, ArgumentTypeError
 from fastattn.ops.varlen import kept_by_dropout
 
 
-def checked_edges(name: str, edges: Tensor | None, query: Tensor) -> Tensor:
+def checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, query: Tensor) -> Tensor:
     """(B + 1,) int32, where each sequence starts, and the end of the last."""
-    arguments.check_tensor(name, edges)
-    assert edges is not None
-    if edges.dtype != torch.int32:
-        raise ArgumentTypeError(f"{name}: got {edges.dtype}, needs int32")
-    if edges.dim() != 1 or edges.shape[0] == 0:
-        raise ArgumentError(f"{name}: got shape {arguments.shape_of(edges)}, needs (batch + 1,)")
-    arguments.check_device(name, edges, query)
-    return edges
+    arguments.check_tensor(name, cu_seqlens)
+    assert cu_seqlens is not None
+    if cu_seqlens.dtype != torch.int32:
+        raise ArgumentTypeError(f"{name}: got {cu_seqlens.dtype}, needs int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ArgumentError(f"{name}: got shape {arguments.shape_of(cu_seqlens)}, needs (batch + 1,)")
+    arguments.check_device(name, cu_seqlens, query)
+    return cu_seqlens
 
 
-def used_lengths(name: str, used: Tensor, edges: Tensor, query: Tensor) -> Tensor:
+def used_lengths(name: str, used: Tensor, cu_seqlens: Tensor, query: Tensor) -> Tensor:
     """(B,) int32, how many of each sequence's first tokens count."""
-    used = batch_integers(name, used, query, edges.shape[0] - 1)
-    check_between(name, used, edges.diff(), "the sequences' lengths")
+    used = batch_integers(name, used, query, cu_seqlens.shape[0] - 1)
+    check_between(name, used, cu_seqlens.diff(), "the sequences' lengths")
     return used
 
 
-def edges_with_gaps(
+def cu_seqlens_with_gaps(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, used_q: Tensor | None, used_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Edges of three sequences for each one: the tokens in use; unused queries without keys; unused keys without
@@ -76,15 +76,15 @@ def gathered(
         raise ArgumentError(
             f"block_table: got {table.shape[1]} pages of {page} tokens, needs {found[1]} tokens"
         )
-    edges = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    total = int(edges[-1])
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    total = int(cu_seqlens[-1])
     sequence = torch.arange(batch, device=query.device).repeat_interleave(lengths, output_size=total)
-    position = torch.arange(total, device=query.device) - edges[sequence]
+    position = torch.arange(total, device=query.device) - cu_seqlens[sequence]
     block = table[sequence, position // page]
     if (found := value_range(block)) is not None and (found[0] < 0 or found[1] >= blocks):
         raise ArgumentError(f"block_table: got values from {found[0]} to {found[1]}, needs 0 to {blocks - 1}")
     at = (block.long(), position % page)
-    return k[at], v[at], edges
+    return k[at], v[at], cu_seqlens
 
 
 def signed_softmax(

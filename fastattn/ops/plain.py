@@ -69,8 +69,8 @@ def attention_varlen(call: VarlenCall, *, lse: bool = False, any_seed: bool = Tr
         raise ValueError("dropout_seed: packed sequences are not exported with one, needs None")
     batch = call.cu_seqlens_q.shape[0] - 1
     (of_query, local_query, length_q), (of_key, local_key, _) = (
-        _places(edges, tokens.shape[0])
-        for edges, tokens in ((call.cu_seqlens_q, call.query), (call.cu_seqlens_k, call.key))
+        _places(cu_seqlens, tokens.shape[0])
+        for cu_seqlens, tokens in ((call.cu_seqlens_q, call.query), (call.cu_seqlens_k, call.key))
     )
     length_k = F.pad(call.cu_seqlens_k.diff(), (0, 1))[of_query]
     shift = 0 if call.causal == "top_left" else length_k - length_q
@@ -262,11 +262,11 @@ def _both(one: Tensor | None, other: Tensor) -> Tensor:
     return other if one is None else one & other
 
 
-def _places(edges: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """For every packed token: its sequence (B for none), its place there, and that sequence's length (0)."""
-    index = torch.arange(tokens, device=edges.device)
-    sequence = (index[:, None] >= edges[1:]).sum(1)
-    return sequence, index - edges[sequence], F.pad(edges.diff(), (0, 1))[sequence]
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    sequence = (index[:, None] >= cu_seqlens[1:]).sum(1)
+    return sequence, index - cu_seqlens[sequence], F.pad(cu_seqlens.diff(), (0, 1))[sequence]
 
 
 def _for_every_head(tensor: Tensor, query: Tensor) -> Tensor:

@@ -200,14 +200,14 @@ def _check_values(call: VarlenCall) -> None:
     """What only real data shows, and a CPU shows without a synchronisation."""
     if call.query.device.type != "cpu":
         return
-    for name, edges, tokens, bound in (
+    for name, cu_seqlens, tokens, bound in (
         ("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q),
         ("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k),
     ):
-        lengths = edges.diff()
-        first, last = int(edges[0]), int(edges[-1])
+        lengths = cu_seqlens.diff()
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or bool((lengths < 0).any()) or last > tokens:
-            got = f"{edges.tolist()}" if len(edges) <= 9 else f"values from {first} to {last}"
+            got = f"{cu_seqlens.tolist()}" if len(cu_seqlens) <= 9 else f"values from {first} to {last}"
             raise ValueError(
                 f"{name}: got {got}, needs ascending values from 0 to at most {tokens} (the tokens)"
             )

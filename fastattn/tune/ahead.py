@@ -57,7 +57,7 @@ def launch_of(work: Work, tile: Tile) -> Any:
     """The launch of one of MODELLED with a tile, on tensors too small to be worth running."""
     inputs = Inputs.of(work, SMALL, torch.device("cpu"))
     call = inputs.call()
-    packing = None if inputs.edges is None else launches.Packing(inputs.edges, inputs.edges)
+    packing = None if inputs.cu_seqlens is None else launches.Packing(inputs.cu_seqlens, inputs.cu_seqlens)
     query, key, value = call.query, call.key, call.value
     out = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -58,7 +58,7 @@ class Inputs:
     options: dict[str, Any]
     dout: Tensor
     dlse: Tensor
-    edges: Tensor | None = None  # of packed sequences, (B + 1,) int32
+    cu_seqlens: Tensor | None = None  # of packed sequences, (B + 1,) int32
 
     @classmethod
     def of(cls, work: Work, shape: Shape, device: torch.device) -> Inputs:
@@ -71,11 +71,11 @@ class Inputs:
 
         lead_q: tuple[int, ...] = (shape.batch, shape.heads, shape.seqlen_q)
         lead_k: tuple[int, ...] = (shape.batch, shape.kv_heads, shape.seqlen_k)
-        edges = None
+        cu_seqlens = None
         if work.packed:
             tokens = shape.batch * shape.seqlen_q
             lead_q, lead_k = (tokens, shape.heads), (tokens, shape.kv_heads)
-            edges = torch.tensor([0, tokens // 7, tokens // 7, tokens // 2, tokens], device=device).int()
+            cu_seqlens = torch.tensor([0, tokens // 7, tokens // 7, tokens // 2, tokens], device=device).int()
         lse_shape = lead_q[::-1] if work.packed else lead_q
         return cls(
             normal(*lead_q, work.head_dim),
@@ -84,17 +84,17 @@ class Inputs:
             _options(work, shape, normal, generator),
             normal(*lead_q, work.value_dim),
             normal(*lse_shape, dtype=torch.float32),
-            edges,
+            cu_seqlens,
         )
 
     def call(self) -> AttentionCall:
         """What a backend gets; of packed sequences, the tokens as one sequence."""
-        if self.edges is None:
+        if self.cu_seqlens is None:
             return AttentionCall(*call_arguments(self.query, self.key, self.value, **self.options))
         one = (t.transpose(0, 1)[None] for t in (self.query, self.key, self.value))
         return AttentionCall(*call_arguments(*one, **self.options))
 
-    def packed_call(self, edges: Tensor) -> VarlenCall:
+    def packed_call(self, cu_seqlens: Tensor) -> VarlenCall:
         """The same for packed sequences."""
         call = self.call()
         shared = ("alibi_slopes", "sinks", "dropout_seed", "causal", "window_left", "window_right", "softcap",
@@ -102,7 +102,8 @@ class Inputs:
         options = {name: getattr(call, name) for name in shared}
         longest = self.query.shape[0]
         return VarlenCall(
-            self.query, self.key, self.value, edges, edges, max_seqlen_q=longest, max_seqlen_k=longest, **options
+            self.query, self.key, self.value, cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
+            **options,
         )  # fmt: skip
 
     def expected(self, work: Work, dtype: torch.dtype) -> Tensors:
@@ -114,10 +115,10 @@ class Inputs:
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
         options |= {name: leaf for name, leaf in leaves.items() if name in options}
         query, key, value = (leaves[name] for name in ("query", "key", "value"))
-        if self.edges is None:
+        if self.cu_seqlens is None:
             out, lse = reference.attention(query, key, value, **options, return_lse=True)
         else:
-            options |= {"cu_seqlens_q": self.edges, "cu_seqlens_k": self.edges}
+            options |= {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens}
             out, lse = reference.attention_varlen(query, key, value, **options, return_lse=True)
         if work.kernel == "forward":
             return {"out": out.detach(), "lse": lse.detach()}
@@ -257,9 +258,9 @@ def _entry_points(
     inputs: Inputs,
 ) -> tuple[Callable[..., Any], Callable[..., Any], AttentionCall | VarlenCall]:
     """(forward, backward, the call they take)."""
-    if inputs.edges is None:
+    if inputs.cu_seqlens is None:
         return triton_attention.attention_fwd, triton_attention.attention_bwd, inputs.call()
-    return triton_varlen.varlen_fwd, triton_varlen.varlen_bwd, inputs.packed_call(inputs.edges)
+    return triton_varlen.varlen_fwd, triton_varlen.varlen_bwd, inputs.packed_call(inputs.cu_seqlens)
 
 
 def over_rule(actual: Tensor, plain: Tensor, golden: Tensor, name: str) -> str | None:

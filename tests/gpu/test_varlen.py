@@ -38,8 +38,10 @@ def _tokens(number: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(number, heads, dim, device="cuda").to(dtype)
 
 
-def _results(attend: Any, leaves: list[Tensor], edges: Tensor, dout: Tensor, **options: Any) -> list[Tensor]:
-    out, lse = attend(*leaves, edges, edges, **options, return_lse=True)
+def _results(
+    attend: Any, leaves: list[Tensor], cu_seqlens: Tensor, dout: Tensor, **options: Any
+) -> list[Tensor]:
+    out, lse = attend(*leaves, cu_seqlens, cu_seqlens, **options, return_lse=True)
     return [out, lse, *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
@@ -48,13 +50,13 @@ def _results(attend: Any, leaves: list[Tensor], edges: Tensor, dout: Tensor, **o
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_against_float64(name: str, head_dim: int, dtype: torch.dtype, backend: str) -> None:
-    edges = _edges(LENGTHS)
+    cu_seqlens = _edges(LENGTHS)
     tensors = [_tokens(sum(LENGTHS) + 5, heads, head_dim, dtype) for heads in (4, 2, 2)]
     dout = _tokens(sum(LENGTHS) + 5, 4, head_dim, dtype)
 
     def run(attend: Any, precision: torch.dtype, **extra: Any) -> list[Tensor]:
         leaves = [t.to(precision).requires_grad_() for t in tensors]
-        return _results(attend, leaves, edges, dout, **OPTIONS[name], **extra)
+        return _results(attend, leaves, cu_seqlens, dout, **OPTIONS[name], **extra)
 
     try:
         actual = run(fastattn.attention_varlen, dtype, max_seqlen_q=2048, max_seqlen_k=2048, backend=backend)
@@ -71,11 +73,11 @@ def test_a_graph_replays_with_other_lengths() -> None:
     """Grids depend on no length, so one graph serves every batch of as many tokens and sequences; and nothing waits."""
     tokens = sum(LENGTHS)
     leaves = [_tokens(tokens, 4, 64, torch.float16).requires_grad_() for _ in range(3)]
-    dout, edges = _tokens(tokens, 4, 64, torch.float16), _edges(LENGTHS)
+    dout, cu_seqlens = _tokens(tokens, 4, 64, torch.float16), _edges(LENGTHS)
     options = {"max_seqlen_q": tokens, "max_seqlen_k": tokens, "causal": True, "backend": "triton"}
 
     def step() -> list[Tensor]:
-        return _results(fastattn.attention_varlen, leaves, edges, dout, **options)
+        return _results(fastattn.attention_varlen, leaves, cu_seqlens, dout, **options)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -91,7 +93,7 @@ def test_a_graph_replays_with_other_lengths() -> None:
     with torch.cuda.graph(graph):
         captured = step()
     for lengths in (LENGTHS[::-1], [tokens, *[0] * (len(LENGTHS) - 1)], [1] * len(LENGTHS)):
-        edges.copy_(_edges(lengths))
+        cu_seqlens.copy_(_edges(lengths))
         graph.replay()
         replayed = [t.detach().clone() for t in captured]
         for actual, expected in zip(replayed, step(), strict=True):
@@ -104,10 +106,10 @@ def test_operands_loaded_by_tma_give_the_same_bits(packed: bool, head_dim: int) 
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs compute capability 9.0")
     query, key, value = (_tokens(sum(LENGTHS), heads, head_dim, torch.bfloat16) for heads in (4, 2, 2))
-    edges = _edges(LENGTHS if packed else [sum(LENGTHS)])
+    cu_seqlens = _edges(LENGTHS if packed else [sum(LENGTHS)])
     defaults = {"causal": True, "window": None, "alibi_slopes": None, "softcap": None, "sinks": None, "scale": None,
                 "dropout_p": 0.0, "dropout_seed": None}  # fmt: skip
-    call = VarlenCall(*_call_arguments(query, key, value, edges, edges, None, None, **defaults))
+    call = VarlenCall(*_call_arguments(query, key, value, cu_seqlens, cu_seqlens, None, None, **defaults))
     spec = AttentionSpec.of(call.as_one_sequence())
     tiles = table_tiles(spec)
     without, with_tma = (replace(tiles, forward=replace(tiles.forward, tma=tma)) for tma in (False, True))

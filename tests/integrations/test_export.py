@@ -144,11 +144,11 @@ VARLEN = {
 @pytest.mark.parametrize("options", VARLEN.values(), ids=VARLEN)
 def test_packed_sequences(options: dict[str, Any]) -> None:
     """With an empty sequence, queries without keys, and tokens that belong to none."""
-    edges = torch.tensor([0, 3, 3, 8]).int(), torch.tensor([0, 4, 9, 9]).int()
+    cu_seqlens = torch.tensor([0, 3, 3, 8]).int(), torch.tensor([0, 4, 9, 9]).int()
     tensors = [randn(n, heads, D, seed=i) for i, (n, heads) in enumerate(((9, H), (10, HKV), (10, HKV)))]
 
     def call(function: Callable[..., Any]) -> list[Tensor]:
-        return results_of(lambda *operands: function(*operands, *edges, **options), tensors)
+        return results_of(lambda *operands: function(*operands, *cu_seqlens, **options), tensors)
 
     with plain_torch():
         actual = call(fastattn.attention_varlen)
@@ -563,13 +563,16 @@ def test_symbolic_tracing_takes_a_swapped_module_whole_as_torchs() -> None:
 
 
 def test_symbolic_tracing_records_functions_with_the_arguments_given() -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor, edges: Tensor) -> Any:
+    def function(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Any:
         attended = fastattn.attention(q, k, v, causal=True, return_lse=True)
-        packed = fastattn.attention_varlen(q[0].mT, k[0].mT, v[0].mT, edges, edges, 5)
-        cached = fastattn.attention_kv_cache(q, k, v, edges)
+        packed = fastattn.attention_varlen(q[0].mT, k[0].mT, v[0].mT, cu_seqlens, cu_seqlens, 5)
+        cached = fastattn.attention_kv_cache(q, k, v, cu_seqlens)
         dots = fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
         probs = fastattn.softmax(q, 1, log=True)
-        losses = fastattn.cross_entropy(q, edges), fastattn.linear_cross_entropy(q, k, edges, softcap=2.0)
+        losses = (
+            fastattn.cross_entropy(q, cu_seqlens),
+            fastattn.linear_cross_entropy(q, k, cu_seqlens, softcap=2.0),
+        )
         return attended[0], packed, cached, dots, probs, losses
 
     graph = torch.fx.symbolic_trace(function).graph

@@ -106,9 +106,9 @@ def paged(page, table_width, spare=3):
 def test_paged_keys(option, page, width, lengths):
     q = normal(sum(LENGTHS_Q), H, D)
     k, v, table = paged(page, width)
-    edges, used = ends(LENGTHS_K), None
+    cu_seqlens, used = ends(LENGTHS_K), None
     if lengths != "cu_seqlens_k":
-        used, edges = (
+        used, cu_seqlens = (
             torch.tensor(LENGTHS_K, dtype=torch.int32),
             None if lengths == "seqused_k" else ends([6] * 5),
         )
@@ -117,7 +117,7 @@ def test_paged_keys(option, page, width, lengths):
         return [t[table[b].long()].flatten(0, 1)[: LENGTHS_K[b]] for t in (k, v)]
 
     out, lse, _ = fa.flash_attn_varlen_func(
-        q, k, v, ends(LENGTHS_Q), edges, 5, 6, return_attn_probs=True, block_table=table, seqused_k=used,
+        q, k, v, ends(LENGTHS_Q), cu_seqlens, 5, 6, return_attn_probs=True, block_table=table, seqused_k=used,
         **OPTIONS[option],
     )  # fmt: skip
     assert_same((out, lse), expected_of(q, k, v, OPTIONS[option], keys=keys), (q,))
@@ -152,15 +152,15 @@ def test_a_window_in_every_form(form):
     q, k = normal(2, 5, H, D).detach(), normal(2, 7, H, D).detach()
     qkv = torch.stack([q, q, q], 2)
     packed = [t.flatten(0, 1) for t in (q, k, k)]
-    edges = (ends([5, 5]), ends([7, 7]), 5, 7)
+    cu_seqlens = (ends([5, 5]), ends([7, 7]), 5, 7)
     calls = [
         lambda w: fa.flash_attn_func(q, k, k, window_size=w),
         lambda w: fa.flash_attn_qkvpacked_func(qkv, window_size=w),
         lambda w: fa.flash_attn_kvpacked_func(q, torch.stack([k, k], 2), window_size=w),
-        lambda w: fa.flash_attn_varlen_func(*packed, *edges, window_size=w),
-        lambda w: fa.flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1), edges[0], 5, window_size=w),
+        lambda w: fa.flash_attn_varlen_func(*packed, *cu_seqlens, window_size=w),
+        lambda w: fa.flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1), cu_seqlens[0], 5, window_size=w),
         lambda w: fa.flash_attn_varlen_kvpacked_func(
-            packed[0], torch.stack(packed[1:], 1), *edges, window_size=w
+            packed[0], torch.stack(packed[1:], 1), *cu_seqlens, window_size=w
         ),
         lambda w: fa.flash_attn_with_kvcache(q, k, k, window_size=w),
     ]
@@ -215,9 +215,10 @@ def test_the_softmax_under_dropout(longest, causal, used):
 def calls():
     q, k = torch.zeros(10, H, D), torch.zeros(10, HKV, D)
     pages, table = torch.zeros(6, 4, HKV, D), torch.zeros(2, 3, dtype=torch.int32)
-    edges = ends([5, 5])
+    cu_seqlens = ends([5, 5])
     packed = {
-        "q": q, "k": k, "v": k, "cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": 5, "max_seqlen_k": 5,
+        "q": q, "k": k, "v": k, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": 5, "max_seqlen_k": 5,
     }  # fmt: skip
     padded = {"q": q[None], "k": k[None], "v": k[None]}
     return {

@@ -225,8 +225,8 @@ def _attention_launches(row: Any, bits: int, head_dim: int, features: str) -> di
 
     from fastattn.kernels.launches import Packing
 
-    edges = torch.zeros(3, dtype=torch.int32)
-    packing = Packing(edges, edges) if "packed" in features else None
+    cu_seqlens = torch.zeros(3, dtype=torch.int32)
+    packing = Packing(cu_seqlens, cu_seqlens) if "packed" in features else None
     return launches_of(call_with(features, head_dim, bits), row, packing)
 
 

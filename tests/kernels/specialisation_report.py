@@ -59,12 +59,12 @@ def packed_report(sizes: list[tuple[int, int, int]]) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     for batch, tokens, heads in sizes:
         query = torch.empty(tokens, heads, 64, dtype=torch.float16)
-        edges = torch.zeros(batch + 1, dtype=torch.int32)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
         call = VarlenCall(
-            query, query, query, edges, edges, causal="bottom_right", window_left=9, softcap=2.0, scale=0.125,
+            query, query, query, cu_seqlens, cu_seqlens, causal="bottom_right", window_left=9, softcap=2.0, scale=0.125,
             alibi_slopes=torch.ones(2, heads), dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64),
         )  # fmt: skip
-        packing = Packing(edges, edges)
+        packing = Packing(cu_seqlens, cu_seqlens)
         launches = launches_of(call.as_one_sequence(), TILE, packing)
         sums = torch.empty(batch, heads, dtype=torch.float64)
         launches["sums"] = sequence_sums_launch(torch.empty(heads, 9), packing, tokens, 64, sums)

@@ -65,8 +65,10 @@ def packed(dim: int) -> None:
     for lengths in ((1, 63, 65, 129), (1000,), (5, 0, 17)):
         tokens = sum(lengths)
         query = torch.randn(tokens, 4, dim).to(BF16)
-        edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        call = VarlenCall(query, query[:, :2], query[:, :2], edges, edges, causal="bottom_right", scale=0.125)
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        call = VarlenCall(
+            query, query[:, :2], query[:, :2], cu_seqlens, cu_seqlens, causal="bottom_right", scale=0.125
+        )
         needs = GradsNeeded()
         forward, backward = (
             _on_gpu(AttentionSpec.of(call.as_one_sequence(), each)) for each in (None, needs)

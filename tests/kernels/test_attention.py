@@ -1,4 +1,4 @@
-"""The Triton attention kernels against float64, forward and every gradient, on shapes that cross tile edges."""
+"""The Triton attention kernels against float64, forward and every gradient, on shapes that cross the edges of tiles."""
 
 from __future__ import annotations
 

@@ -325,11 +325,11 @@ def test_no_length_leaves_the_device(bound: int | None, monkeypatch: pytest.Monk
         "max_seqlen_q": -1 if bound is None else bound, "max_seqlen_k": -1 if bound is None else bound,
     })  # fmt: skip
     grids: dict[tuple[int, ...], list[tuple[int]]] = {}
-    for edges in ((0, 21, 21, 38, 43, 44), (0, 1, 2, 3, 4, 47)):
-        for edges_of in (call.cu_seqlens_q, call.cu_seqlens_k):
-            edges_of.copy_(torch.tensor(edges, dtype=torch.int32))
+    for cu_seqlens in ((0, 21, 21, 38, 43, 44), (0, 1, 2, 3, 4, 47)):
+        for kept in (call.cu_seqlens_q, call.cu_seqlens_k):
+            kept.copy_(torch.tensor(cu_seqlens, dtype=torch.int32))
         monkeypatch.setattr(
-            Launch, "run", lambda launch, e=edges: grids.setdefault(e, []).append(launch.grid)
+            Launch, "run", lambda launch, e=cu_seqlens: grids.setdefault(e, []).append(launch.grid)
         )
         with DeviceReads() as reads:
             spec = AttentionSpec.of(call.as_one_sequence(), inputs.needs())
@@ -341,13 +341,13 @@ def test_no_length_leaves_the_device(bound: int | None, monkeypatch: pytest.Monk
 
 
 def test_edges_that_lie_touch_nothing_outside() -> None:
-    """A GPU cannot check edges without waiting for it, so whatever they hold, reads and writes stay inside."""
+    """A GPU cannot check cu_seqlens without waiting for it, so whatever they hold, reads and writes stay inside."""
     inputs = Inputs.of(Case("lies", lengths=((20, 20), (20, 20)), rest=(0, 0)))
     call = inputs.call()
     spec = AttentionSpec.of(call.as_one_sequence())
-    for edges in ([0, 10**6, 40], [0, 50, 60], [-7, 20, 40], [0, 30, 10]):
-        call.cu_seqlens_q.copy_(torch.tensor(edges, dtype=torch.int32))
-        call.cu_seqlens_k.copy_(torch.tensor(edges, dtype=torch.int32))
+    for cu_seqlens in ([0, 10**6, 40], [0, 50, 60], [-7, 20, 40], [0, 30, 10]):
+        call.cu_seqlens_q.copy_(torch.tensor(cu_seqlens, dtype=torch.int32))
+        call.cu_seqlens_k.copy_(torch.tensor(cu_seqlens, dtype=torch.int32))
         out, lse = triton_backend.varlen_fwd(spec, call, SMALL_TILES)
         triton_backend.varlen_bwd(spec, call, out, lse, inputs.dout, None, inputs.needs(), SMALL_TILES)
 

@@ -17,11 +17,13 @@ from fastattn.spec import AttentionSpec, VarlenCall
 def compiled(kernel: str, packed: bool) -> dict[str, object]:
     """The report of a kernel on a causal call, padded or packed."""
     query = torch.empty(512, 4, 128, dtype=torch.bfloat16)
-    edges = torch.zeros(3, dtype=torch.int32)
-    call = VarlenCall(query, query, query, edges, edges, causal="bottom_right", scale=0.1).as_one_sequence()
+    cu_seqlens = torch.zeros(3, dtype=torch.int32)
+    call = VarlenCall(
+        query, query, query, cu_seqlens, cu_seqlens, causal="bottom_right", scale=0.1
+    ).as_one_sequence()
     tile = getattr(tiles_without_tma(AttentionSpec.of(call).replace(device="cuda", arch=90)), kernel)
     tile = replace(tile, tma=True)
-    packing = Packing(edges, edges) if packed else None
+    packing = Packing(cu_seqlens, cu_seqlens) if packed else None
     return asdict(compile_launch(launches_of(call, Tiles(tile, tile, tile, tile), packing)[kernel], "90"))
 
 

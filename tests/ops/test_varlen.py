@@ -102,9 +102,9 @@ def test_equals_the_padded_call() -> None:
             v[first:last].transpose(0, 1)[None], causal=True,
         )  # fmt: skip
         torch.testing.assert_close(one[0].transpose(0, 1), out[start:stop])
-    edges = torch.tensor([0, 20, 40], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 20, 40], dtype=torch.int32)
     options: dict[str, Any] = {"dropout_p": 0.4, "dropout_seed": 3}
-    varlen = fastattn.attention_varlen(q[:40], k[:40], v[:40], edges, edges, **options)
+    varlen = fastattn.attention_varlen(q[:40], k[:40], v[:40], cu_seqlens, cu_seqlens, **options)
     padded = fastattn.attention(
         *(t[:40].view(2, 20, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)), **options
     )
@@ -126,15 +126,15 @@ def test_what_belongs_to_no_sequence_or_sees_no_key() -> None:
 def test_a_batch_changes_nothing_bitwise() -> None:
     q, k, v = packed(torch.float32)
     whole = fastattn.attention_varlen(q, k, v, EDGES_Q, EDGES_K, causal=True)
-    edges = (torch.tensor([0, 80], dtype=torch.int32), torch.tensor([0, 81], dtype=torch.int32))
-    alone = fastattn.attention_varlen(q[70:150], k[49:130], v[49:130], *edges, causal=True)
+    cu_seqlens = (torch.tensor([0, 80], dtype=torch.int32), torch.tensor([0, 81], dtype=torch.int32))
+    alone = fastattn.attention_varlen(q[70:150], k[49:130], v[49:130], *cu_seqlens, causal=True)
     assert torch.equal(alone, whole[70:150])
 
 
-@pytest.mark.parametrize("edges", [[0], [0, 0, 0]], ids=["no sequences", "empty sequences"])
-def test_empty_batches(edges: list[int]) -> None:
+@pytest.mark.parametrize("cu_seqlens", [[0], [0, 0, 0]], ids=["no sequences", "empty sequences"])
+def test_empty_batches(cu_seqlens: list[int]) -> None:
     q, k, v = packed(torch.float32, tokens_q=0, tokens_k=0)
-    cu = torch.tensor(edges, dtype=torch.int32)
+    cu = torch.tensor(cu_seqlens, dtype=torch.int32)
     out, lse = fastattn.attention_varlen(q, k, v, cu, cu, return_lse=True)
     assert out.shape == (0, 4, 12)
     assert lse.shape == (4, 0)
@@ -157,14 +157,14 @@ def test_opcheck(name: str) -> None:
 
 
 def small() -> tuple[list[Tensor], Any]:
-    edges = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     q = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(5, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     slopes, sinks = (torch.rand(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
         return fastattn.attention_varlen(
-            q, k, v, edges, edges, causal=True, alibi_slopes=slopes, sinks=sinks, softcap=2.0, dropout_p=0.3,
+            q, k, v, cu_seqlens, cu_seqlens, causal=True, alibi_slopes=slopes, sinks=sinks, softcap=2.0, dropout_p=0.3,
             dropout_seed=1, return_lse=True,
         )  # fmt: skip
 
@@ -193,15 +193,15 @@ def test_compile_without_breaks_or_recompiles_across_lengths() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, edges: Tensor) -> Tensor:
-        return fastattn.attention_varlen(q, k, v, edges, edges, causal=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return fastattn.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True)
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for step, tokens in enumerate((10, 33, 64, 5)):
         q, k, v = (t.requires_grad_() for t in packed(torch.float32, tokens_q=tokens, tokens_k=tokens))
-        edges = torch.tensor([0, 4, tokens], dtype=torch.int32)
-        out = compiled(q, k, v, edges)
-        torch.testing.assert_close(out, attend(q, k, v, edges))
+        cu_seqlens = torch.tensor([0, 4, tokens], dtype=torch.int32)
+        out = compiled(q, k, v, cu_seqlens)
+        torch.testing.assert_close(out, attend(q, k, v, cu_seqlens))
         out.sum().backward()
         if step == 1:
             counter.frame_count = 0
@@ -215,17 +215,17 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"query: got shape \(1, 152, 4, 16\), needs 3 dimensions",
     ),
-    "int64 edges": (
+    "int64 cu_seqlens": (
         {"cu_seqlens_q": EDGES_Q.long()},
         TypeError,
         "cu_seqlens_q: got torch.int64, needs int32",
     ),
-    "edges shape": (
+    "cu_seqlens shape": (
         {"cu_seqlens_k": EDGES_K[:3]},
         ValueError,
         r"cu_seqlens_k: got shape \(3,\), needs that of cu_se",
     ),
-    "edges rank": (
+    "cu_seqlens rank": (
         {"cu_seqlens_q": EDGES_Q[None]},
         ValueError,
         r"cu_seqlens_q: got shape \(1, 5\), needs \(batch",
