@@ -260,9 +260,9 @@ def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> boo
     specs; there the fakes of the ops refuse what the backend never runs.
     """
     return (
-        (more or (torch.is_grad_enabled() and torch_compat.any_requires_grad(args)))
+        not torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
+        and (more or (torch.is_grad_enabled() and torch_compat.any_requires_grad(args)))
         and not backends.runs_every_pass(backend)
-        and not torch.compiler.is_compiling()
         and all(map(_has_memory, args))
     )
 
