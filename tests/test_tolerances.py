@@ -20,7 +20,7 @@ MODEL = "float32 models: the route changes no mask; assert_model_within_rule hol
 ALLOWED: dict[str, tuple[int, str]] = {  # by file: how many, and why
     "benchmarks/test_bench_train.py": (
         1,
-        "losses of whole models, to see that contestants train the same one",
+        "losses of whole models, to see that all providers train the same one",
     ),
     "benchmarks/test_benches.py": (1, "another's kernels, which need not keep our rule"),
     "benchmarks/test_harness.py": (2, "times and ratios of times, rounded in reports"),

@@ -1,4 +1,4 @@
-"""torch's own doors: its attention function replaced while a context lasts, and its registry of flash kernels."""
+"""Integration with torch: its attention function replaced within a context, and its registry of flash kernels."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from fastattn.spec import (
     with_unit_last_stride,
 )
 
-ARCH = 90  # whose warpgroup products and copy engine the kernels are written for
+ARCH = 90  # whose wgmma and TMA the kernels are written for
 CODE = "9.0a"  # what the extension is to be built for
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 8  # 16 bytes, the granularity of TMA
