@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from .attention_bwd import DOUT_STRIDES, DWEIGHTS_STRIDES, gradient_tile, weights_tile
+from .attention_bwd import DOUT_STRIDES, DWEIGHTS_STRIDES
+from .attention_bwd_tiles import gradient_tile, weights_tile
 from .attention_fwd import INTEGERS
 from .primitives import (
     head_matrix,

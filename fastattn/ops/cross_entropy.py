@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, plain, spelling, symbolic
+from fastattn.ops import arguments, composite, loss_arguments, plain, spelling, symbolic
 from fastattn.ops.cross_entropy_registration import (
     MATERIALISED,
     check_values,
@@ -20,9 +20,7 @@ from fastattn.ops.cross_entropy_registration import (
     run_linear,
     run_linear_sum,
 )
-from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
-
-REDUCTIONS = ("none", "mean", "sum")
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec
 
 
 @spelling.without_unknown
@@ -73,11 +71,11 @@ def cross_entropy(
         logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
     )
     num_classes = rows.shape[1]
-    result_dtype = _loss_dtype(logits)
+    result_dtype = loss_arguments.loss_dtype(logits)
     _refuse_early(lambda: _passes(rows), (rows, flat, weight))
     divisor = None
     if reduction == "mean":
-        weight, divisor = _mean_of(weight, z_loss, flat, ignore_index)
+        weight, divisor = loss_arguments.mean_of(weight, z_loss, flat, ignore_index)
     call = (rows, flat, ignore_index, label_smoothing, weight, z_loss)
     if plain.wanted():
         losses = composed(CrossEntropyCall(*call))
@@ -133,13 +131,13 @@ def _arguments(
         raise ValueError("logits: got shape (), needs (V,), (N, V) or (N, V, ...)")
     classes_dim = 0 if logits.dim() == 1 else 1
     shape = (*logits.shape[:classes_dim], *logits.shape[classes_dim + 1 :])
-    target = _targets(target, shape, logits, "logits")
-    ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    z_loss = _z_loss(z_loss)
+    target = loss_arguments.checked_targets(target, shape, logits, "logits")
+    ignore_index, label_smoothing = loss_arguments.checked_options(ignore_index, label_smoothing, reduction)
+    z_loss = loss_arguments.checked_z_loss(z_loss)
     num_classes = logits.shape[classes_dim]
     if num_classes == 0:
         raise ValueError(f"logits: got shape {arguments.shape_of(logits)}, needs at least one class")
-    weight = _class_weight(class_weight, num_classes, logits, "logits")
+    weight = loss_arguments.checked_class_weight(class_weight, num_classes, logits, "logits")
     rows, flat = logits.movedim(classes_dim, -1).reshape(-1, num_classes), target.reshape(-1)
     return rows, flat, ignore_index, label_smoothing, weight, z_loss, shape
 
@@ -221,13 +219,13 @@ def linear_cross_entropy(
             z_loss,
         )
     )
-    result_dtype, needs = _loss_dtype(hidden), _needs(rows, weight, bias)
+    result_dtype, needs = loss_arguments.loss_dtype(hidden), _needs(rows, weight, bias)
     _refuse_early(
         lambda: _linear_passes(rows, weight, needs, reduction), (rows, weight, bias, flat, class_weight)
     )
     divisor = None
     if reduction == "mean":
-        class_weight, divisor = _mean_of(class_weight, z_loss, flat, ignore_index)
+        class_weight, divisor = loss_arguments.mean_of(class_weight, z_loss, flat, ignore_index)
     call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss)
     if plain.wanted():
         losses = linear_composed(LinearCrossEntropyCall(*call))
@@ -292,13 +290,20 @@ def _linear_arguments(
         if tensor is not None:
             arguments.check_tensor(name, tensor)
             arguments.check_floating(name, tensor)
-    hidden, weight, bias = _autocast(hidden), _autocast(weight), None if bias is None else _autocast(bias)
-    _check_linear(hidden, weight, bias)
+    hidden, weight, bias = (
+        loss_arguments.autocast(hidden),
+        loss_arguments.autocast(weight),
+        None if bias is None else loss_arguments.autocast(bias),
+    )
+    loss_arguments.check_linear(hidden, weight, bias)
     shape = tuple(hidden.shape[:-1])
-    target = _targets(target, shape, hidden, "hidden")
-    ignore_index, label_smoothing = _options(ignore_index, label_smoothing, reduction)
-    cap, z_loss = arguments.positive_or_zero("softcap", softcap, hidden.dtype), _z_loss(z_loss)
-    class_weight = _class_weight(class_weight, weight.shape[0], hidden, "hidden")
+    target = loss_arguments.checked_targets(target, shape, hidden, "hidden")
+    ignore_index, label_smoothing = loss_arguments.checked_options(ignore_index, label_smoothing, reduction)
+    cap, z_loss = (
+        arguments.positive_or_zero("softcap", softcap, hidden.dtype),
+        loss_arguments.checked_z_loss(z_loss),
+    )
+    class_weight = loss_arguments.checked_class_weight(class_weight, weight.shape[0], hidden, "hidden")
     rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
     return rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss, shape
 
@@ -316,103 +321,6 @@ def _linear_passes(rows: Tensor, weight: Tensor, needs: list[bool], reduction: s
         f"linear_cross_entropy_{direction}": linear_spec(rows, weight, backward=direction == "bwd")
         for direction in ("fwd", "bwd")
     }
-
-
-def _targets(target: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> Tensor:
-    arguments.check_tensor("target", target)
-    if target.dtype not in arguments.INTEGER_DTYPES:
-        raise TypeError(f"target: got {target.dtype}, needs integers (class indices)")
-    if target.shape != shape:
-        got, whole = arguments.shape_of(target), arguments.shape_of(like)
-        raise ValueError(f"target: got shape {got}, needs {tuple(shape)} for {name} of shape {whole}")
-    if target.device != like.device:
-        raise ValueError(f"target: got device {target.device}, needs that of {name}, {like.device}")
-    return target.long()
-
-
-def _options(ignore_index: int, label_smoothing: float, reduction: str) -> tuple[int, float]:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, needs an int")
-    if isinstance(label_smoothing, (bool, str, Tensor)) or label_smoothing is None:
-        raise TypeError(f"label_smoothing: got {type(label_smoothing).__name__}, needs a number")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, needs 0 to 1")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, needs {', '.join(REDUCTIONS)}")
-    return ignore_index, float(label_smoothing)
-
-
-def _z_loss(z_loss: float) -> float:
-    if isinstance(z_loss, bool) or not arguments.is_number(z_loss):
-        raise TypeError(f"z_loss: got {type(z_loss).__name__}, needs a number")
-    if not 0.0 <= z_loss <= torch.finfo(torch.float32).max:
-        raise ValueError(f"z_loss: got {z_loss}, needs a finite number, 0 or more")
-    return float(z_loss)
-
-
-def _class_weight(weight: Tensor | None, num_classes: int, like: Tensor, name: str) -> Tensor | None:
-    """Class weights in the accumulation dtype, contiguous."""
-    if weight is None:
-        return None
-    arguments.check_tensor("class_weight", weight)
-    arguments.check_floating("class_weight", weight)
-    if weight.shape != (num_classes,):
-        raise ValueError(f"class_weight: got shape {arguments.shape_of(weight)}, needs ({num_classes},)")
-    if weight.device != like.device:
-        raise ValueError(f"class_weight: got device {weight.device}, needs that of {name}, {like.device}")
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise RuntimeError("class_weight: requires grad, which cross-entropy does not give; detach() it")
-    return weight.to(accumulation_dtype(like.dtype)).contiguous()
-
-
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.dim() == 0:
-        raise ValueError("hidden: got shape (), needs (..., E)")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        got, width = arguments.shape_of(weight), hidden.shape[-1]
-        raise ValueError(f"weight: got shape {got}, needs (V, {width}) for hidden of width {width}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: got shape {arguments.shape_of(bias)}, needs ({weight.shape[0]},)")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name}: got {tensor.dtype}, needs hidden's {hidden.dtype}; cast it or use autocast"
-            )
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name}: got device {tensor.device}, needs hidden's {hidden.device}")
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """An operand of a matrix product in autocast's dtype where autocast is on; float64 is left alone."""
-    if tensor.dtype == torch.float64 or not arguments.autocasts(tensor.device.type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return accumulation_dtype(logits.dtype) if arguments.autocasts(logits.device.type) else logits.dtype
-
-
-def _mean_of(
-    class_weight: Tensor | None, z_loss: float, target: Tensor, ignore_index: int
-) -> tuple[Tensor | None, Tensor]:
-    """The class weights to take, and what to divide the sum of losses by: the tokens that count, or their weights.
-
-    With both class weights and z_loss there are two divisors: the weights are scaled so that the number of tokens
-    serves both.
-    """
-    kept = target != ignore_index
-    count = kept.sum()
-    if class_weight is None:
-        return None, count
-    classes = torch.where(kept, target, 0).clamp(0, class_weight.shape[0] - 1)  # what is none is found later
-    total = torch.where(kept, class_weight[classes], 0).sum()
-    if not z_loss:
-        return class_weight, total
-    some = total != 0
-    return class_weight * torch.where(some, count / total, 0), torch.where(some, count, 0)
 
 
 def _reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
