@@ -8,9 +8,10 @@
 
 namespace fastattn {
 
-// (out, lse) of (B, H, Sq, D) tensors. -1 is an unbounded side of the window, 0 no softcap. `clusters`: blocks may load
-// keys and values for each other, which changes no bit; they do in calls at head dims 65 to 128 whose queries see every
-// key, where that takes no more rounds of tiles.
+// Returns (out, lse) of (B, H, Sq, D) tensors. A window side of -1 is unbounded; a softcap of 0 disables it. `clusters`
+// allows the blocks of a thread block cluster to load keys and values for each other, which does not change any bit of
+// the result. It takes effect at head dims 65 to 128 when every query sees every key and clusters need no more rounds
+// of tiles.
 std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& query, const at::Tensor& key,
                                                      const at::Tensor& value,
                                                      const std::optional<at::Tensor>& key_lengths, bool top_left,
@@ -23,9 +24,9 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward(const at::Tensor& query, const
                                                   const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left,
                                                   int64_t window_right, double softcap, double scale);
 
-// (dq, dk, dv) of (B, H, S, D) tensors, given the forward's out and lse and their gradients; dq only with query_grad,
-// dk and dv only with key_grads. one_pass: five products instead of seven, dq summed in a fixed order; for head dims of
-// at most 128 without softcap, all gradients together.
+// Returns (dq, dk, dv) of (B, H, S, D) tensors, given the forward's out and lse and their gradients. dq is computed
+// only with query_grad, dk and dv only with key_grads. one_pass: five matrix products instead of seven, with dq summed
+// in a fixed order; for head dims of at most 128 without softcap, and only when all gradients are computed.
 std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> attention_backward(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& dlse,
@@ -39,7 +40,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
     const at::Tensor& cu_seqlens_k, bool top_left, int64_t window_left, int64_t window_right, double softcap,
     double scale, bool query_grad, bool key_grads, bool one_pass);
 
-// Blocks to a cluster in forward calls that run in them; 1 where none does.
+// Cluster size, in blocks, of the forward calls that use clusters; 1 if no call does.
 int64_t attention_forward_cluster(int64_t head_dim);
 
 // (queries, keys) of the forward's tiles.

@@ -1,4 +1,4 @@
-// Attention: tensors become the parameters of a call, these a launch.
+// Attention ops: convert tensors to the parameters of a call and launch it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>

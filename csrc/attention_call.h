@@ -30,7 +30,8 @@ inline Strides head_strides(const at::Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// What TMA needs of a tensor: 16-bit floats, adjacent columns, all else at multiples of 16 bytes.
+// TMA requirements on a tensor: 16-bit floats, column stride 1, the address and all other strides multiples of 16
+// bytes.
 inline void check_heads(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16, name, ": got ",
                    tensor.scalar_type(), ", needs float16 or bfloat16");
@@ -62,7 +63,7 @@ inline int window_side(const char* name, int64_t keys) {
   return keys < 0 || keys > kUnbounded ? kUnbounded : static_cast<int>(keys);
 }
 
-// What dense and packed calls share. `heads` is the dimension of the heads.
+// Parameters common to dense and packed calls. `heads` is the dimension of the heads.
 inline AttentionParams checked_call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                     int64_t heads, const AttentionOptions& options) {
   check_cuda("query", query);
@@ -136,7 +137,7 @@ inline AttentionParams packed_call(const at::Tensor& query, const at::Tensor& ke
   return params;
 }
 
-// The multiprocessors of the current device, which has to be a Hopper GPU.
+// The number of multiprocessors of the current device, which must be a Hopper GPU.
 inline int hopper_multiprocessors() {
   DeviceProperties device = {};
   check_launch("cudaDeviceGetAttribute", device_properties(&device));
@@ -146,7 +147,8 @@ inline int hopper_multiprocessors() {
   return device.multiprocessors;
 }
 
-// Whether a forward call takes its tiles from a counter: they differ in length, and blocks take several.
+// Whether a forward call uses dynamic tile scheduling (an atomic counter): its tiles differ in length and each block
+// processes several.
 inline bool wants_tile_counter(const AttentionParams& p, int multiprocessors) {
   const bool packed = p.cu_seqlens_q != nullptr;
   const bool windowed = p.window_left < kUnbounded || p.window_right < kUnbounded;

@@ -1,7 +1,7 @@
-// What the attention kernels are given: plain structs that the host fills and passes by value.
+// Parameters of the attention kernels: plain structs that the host fills and passes by value.
 //
-// Shapes: B batch, H query heads, Hkv key/value heads, Sq and Sk lengths, D head dim. In packed calls the sequences lie
-// one after the other, T query tokens and Tk key tokens in all, and B counts sequences.
+// Shapes: B batch, H query heads, Hkv key/value heads, Sq and Sk lengths, D head dim. In packed calls the sequences are
+// concatenated, with T query tokens and Tk key tokens in total, and B counts sequences.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,17 @@
 
 namespace fastattn {
 
-// Element (b, h, s, d) of a tensor lies b * batch + h * head + s * row + d elements from its first.
+// Element (b, h, s, d) of a tensor is at offset b * batch + h * head + s * row + d, in elements.
 struct Strides {
   int64_t batch;  // 0 in packed calls
   int64_t head;
   int64_t row;
 };
 
-// Lengths, windows and positions all stay below this, so that sums of three of them fit 32 bits.
+// Lengths, windows and positions are all below this bound, so that sums of three of them fit 32 bits.
 constexpr int kUnbounded = 1 << 29;
 
-// The part of a call that forward and backward share. What a query sees: see device/mask.cuh.
+// Parameters common to forward and backward. device/mask.cuh defines which keys a query sees.
 struct AttentionParams {
   const void* q;  // (B, H, Sq, D), packed (H, T, D)
   const void* k;  // (B, Hkv, Sk, D), packed (Hkv, Tk, D)
@@ -46,28 +46,28 @@ struct AttentionParams {
   int64_t total_k;   // rows of k and v per head: Sk, packed Tk
   int head_dim;      // D, a multiple of 8
 
-  // Of the forward: how many tiles have been taken beside each block's first, 0 before it. Null for a fixed order.
+  // Forward only: how many tiles have been taken besides each block's first; 0 at launch. Null for a static schedule.
   uint32_t* tile_counter;
-  bool clusters;  // of the forward: blocks may load keys and values for each other where that costs no round of tiles
+  bool clusters;  // forward only: blocks may load keys and values for each other where that adds no round of tiles
 
-  bool top_left;     // query i stands at key position i, not i + Sk - Sq
+  bool top_left;     // query i has key position i, not i + Sk - Sq
   int window_left;   // keys seen before a query's position, kUnbounded for all
   int window_right;  // keys seen after it, kUnbounded for all; 0 for causal
   float scale;       // positive: score = scale * q.k
   float softcap;     // then softcap * tanh(score / softcap); 0 for none
 };
 
-// Blocks of packed rows are counted so that no length need be known ahead: sequence b begins with block
-// cu_seqlens[b] / kBlock + b, and has as many to itself as it can need, some of them maybe empty.
+// Row blocks of packed tensors are numbered without knowing the lengths on the host: sequence b begins at block
+// cu_seqlens[b] / kBlock + b and reserves as many blocks as it can need, some of them possibly empty.
 template <int kBlock>
 FASTATTN_HOST_DEVICE constexpr int64_t packed_blocks(int64_t rows, int64_t sequences) {
   return rows / kBlock + sequences + 1;  // the leftover rows are one more sequence
 }
 
-// Rows of lse_log2 and delta are kept in blocks of one sequence.
+// Each block of rows of lse_log2 and delta belongs to one sequence.
 constexpr int kRowBlock = 128;
 
-// Rows of dq to a semaphore at the least.
+// Minimum number of rows of dq per semaphore.
 constexpr int kSemaphoreRows = 64;
 
 // Blocks of rows of a head, those of all packed sequences together.
@@ -76,7 +76,7 @@ FASTATTN_HOST_DEVICE int query_row_blocks(const AttentionParams& call) {
   return (call.seqlen_q + kRowBlock - 1) / kRowBlock;
 }
 
-// What the backward needs beside the call. Gradients have the shapes of what they are the gradients of.
+// Parameters that only the backward needs. Each gradient has the shape of its tensor.
 struct AttentionBackwardParams {
   AttentionParams call;
   const void* dout;   // (B, H, Sq, D), packed (H, T, D)
@@ -92,7 +92,7 @@ struct AttentionBackwardParams {
   float* lse_log2;  // (B, H, query_row_blocks * kRowBlock), packed without B: see kernels/attention_bwd_rows.cuh
   float* delta;     // the same
 
-  // Of the pass for all gradients, zero before it: see kernels/attention_bwd_fused_sm90.cuh. Null for two passes.
+  // One-pass backward only, zero at launch: see kernels/attention_bwd_fused_sm90.cuh. Null for two passes.
   float* dq_sum;           // as many rows as lse_log2 has, of the kernel's head dim
   uint32_t* dq_semaphore;  // one per tile of these rows, of kSemaphoreRows or more: how many tiles of keys have added
   uint32_t* ticket;        // how many blocks have taken a tile of keys

@@ -1,4 +1,4 @@
-// The tiles of the Hopper attention kernels, by head dim and by what the call needs, as data.
+// Tile sizes of the Hopper attention kernels, by head dim and by the options of the call.
 #pragma once
 
 namespace fastattn {
@@ -8,14 +8,15 @@ struct TileSize {
   int keys;
 };
 
-// Head dims with kernels of their own; the others use the next one.
+// Head dims that have kernels; other head dims use the next larger one.
 constexpr int kHeadDims[] = {64, 128, 256};
 
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-// Forward. `windowed`: causality or a window cuts blocks short, so that wide ones waste products at their edges.
+// Forward. `windowed`: causality or a window masks parts of blocks, so that wide blocks waste products at the mask's
+// edges.
 //
-//   64   a block's keys fit beside three warpgroups of queries; the cap's tanh takes registers that three do not have
+//   64   a block of keys fits beside three warpgroups of queries; the softcap's tanh needs registers that three lack
 //   128  176 keys are what 227 KB of shared memory hold beside 128 queries
 //   256  80 keys, likewise
 constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
@@ -24,8 +25,8 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
   return {128, 80};
 }
 
-// Blocks to a cluster in forward calls whose queries see every key; 1 where there is no such kernel. With 128 queries
-// to a block of this head dim the loop would otherwise ask 32 bytes a cycle of the L2 cache.
+// Blocks per cluster in forward calls whose queries see every key; 1 where no cluster kernel exists. With 128 queries
+// per block at this head dim the main loop would otherwise need 32 bytes a cycle from the L2 cache.
 constexpr int forward_cluster(int head_dim) { return head_dim == 128 ? 2 : 1; }
 
 // Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers

@@ -1,4 +1,4 @@
-// What Python sees of the extension.
+// Python bindings of the extension.
 #include <torch/csrc/utils/pybind.h>
 
 #include "api.h"

@@ -1,4 +1,4 @@
-// What host code checks: arguments, with the name, what it got and what it needs, and launches.
+// Checks of host code: arguments (the message gives the name, the value and the requirement) and kernel launches.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,7 @@ inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArray
   TORCH_CHECK_VALUE(tensor.sizes() == wanted, name, ": got shape ", tensor.sizes(), ", needs ", wanted);
 }
 
-// What came of a launch; nothing is left behind for the next call to find.
+// The error of a launch. Clears it, so that the next call does not see it.
 inline void check_launch(const char* kernel, cudaError_t error) {
   if (error == cudaSuccess) {
     return;
@@ -41,7 +41,7 @@ inline void check_launch(const char* kernel, cudaError_t error) {
   TORCH_CHECK(false, kernel, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
-// Whether the current device has thread block clusters.
+// Whether the current device supports thread block clusters.
 inline bool has_clusters() {
   DeviceProperties device = {};
   check_launch("cudaDeviceGetAttribute", device_properties(&device));

@@ -1,7 +1,7 @@
 // Launches, one per kernel family and dtypes: torch-free, declared here and instantiated in instantiations/.
 //
-// Each queues its kernel on the stream of the current device and returns what the runtime said. `clusters`: the device
-// has them. An empty call launches nothing.
+// Each enqueues its kernel on the stream of the current device and returns the runtime's error code. `clusters`:
+// whether the device supports clusters. An empty call launches nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What kernels are launched with: plain structs of pointers, sizes and strides, which know nothing of torch.
+// Parameters of the row kernels: plain structs of pointers, sizes and strides, independent of torch.
 //
 // Sizes and strides are 64-bit and count elements.
 #pragma once
@@ -9,21 +9,21 @@
 
 namespace fastattn {
 
-// How a softmax's entries (row, column) of the last two dims are cut off: causality seen along a row.
+// How causality masks a softmax's entries (row, column) of the last two dims, as seen along a row.
 enum class Causal : int32_t {
   kNone = 0,
   kColumnsAreKeys = 1,     // column j of row i stays where j <= i + shift
   kColumnsAreQueries = 2,  // column i of row j stays where j <= i + shift
 };
 
-// A tensor's place in memory, seen as (outer, mid, inner, columns) rows. Neighbouring columns are neighbours.
+// The layout of a tensor in memory as (outer, mid, inner, columns) rows. The column stride is 1.
 struct RowStrides {
   int64_t outer;
   int64_t mid;
   int64_t inner;
 };
 
-// How the number of a row is taken apart.
+// How a row number is split into outer, mid and inner indices.
 enum class RowNumbers : int32_t {
   kInnerAlone = 0,  // it is the inner index
   k31Bits = 1,

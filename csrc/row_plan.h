@@ -1,4 +1,4 @@
-// How rows are shared out among threads: by a table, from the length of a row.
+// How rows are distributed over threads: by a table, from the length of a row.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,8 @@
 
 namespace fastattn {
 
-// log2 of a power of two. Anything else is no constant expression, so that no table holds it, and throws elsewhere.
+// log2 of a power of two. Any other argument is not a constant expression, so no table can contain it; at run time it
+// throws.
 constexpr int exact_log2(int value) {
   int log2 = 0;
   while (log2 < 30 && (1 << log2) < value) {
@@ -18,8 +19,8 @@ constexpr int exact_log2(int value) {
   return log2;
 }
 
-// One row belongs to some lanes of some warps of some blocks, each thread holding `elements` of it; a row that is not
-// held is read twice, in steps. Kernels get the logarithms alone: they divide by shifts.
+// One row belongs to some lanes of some warps of some blocks, and each thread holds `elements` of it in registers. A
+// row that is not held is read twice, in steps. Kernels receive only the logarithms: they divide by shifts.
 struct RowPlan {
   int64_t max_columns;
   int elements;     // a thread holds; 0: the row is not held

@@ -1,6 +1,5 @@
-// What host code asks of the CUDA runtime once and keeps: properties of devices, kernels made ready to launch,
-// functions of the driver. Torch-free. Every function may be called for the first time while a stream is being
-// captured.
+// Queries of the CUDA runtime whose results are cached: device properties, kernels prepared for launch, driver
+// functions. Torch-free. Every function may be called for the first time during stream capture.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,8 +12,8 @@
 
 namespace fastattn {
 
-// Lets this thread make calls that a stream capture in progress, of this thread or another, would otherwise refuse and
-// be ended by. What is called under it queues no work.
+// Lets this thread make calls that an active stream capture, of this thread or another, would otherwise reject and be
+// invalidated by. Calls made in its scope enqueue no work.
 class RelaxedCapture {
  public:
   RelaxedCapture() : error_(cudaThreadExchangeStreamCaptureMode(&mode_)) {}
@@ -87,7 +86,8 @@ inline cudaError_t prepare_kernel(const void* kernel, int shared_bytes) {
   return error;
 }
 
-// How many clusters of a kernel that is launched like this, as it always is, the current device holds at a time.
+// How many clusters of a kernel with this launch configuration, which is always the same, the current device holds at a
+// time.
 inline cudaError_t max_active_clusters(const void* kernel, const cudaLaunchConfig_t& config, int* clusters) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;

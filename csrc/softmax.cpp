@@ -1,4 +1,4 @@
-// Softmax and cross-entropy: tensors become rows, rows become parameters, parameters a launch.
+// Softmax and cross-entropy ops: convert tensors to rows and rows to parameters, then launch.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
@@ -142,7 +142,7 @@ void check_logits(const at::Tensor& logits, const at::Tensor& target) {
   TORCH_CHECK_VALUE(target.is_contiguous(), "target: needs to be contiguous");
 }
 
-// Gives a launch its class weights, if there are any; returns their mean, which the kernel reads.
+// Sets the class weights of a launch, if there are any; returns their mean, which the kernel reads.
 template <class Params>
 at::Tensor set_class_weight(Params& params, const std::optional<at::Tensor>& class_weight, const at::Tensor& logits) {
   if (!class_weight.has_value()) {

@@ -1,4 +1,4 @@
-// Blocks of one cluster: who this is, waiting for the others, and reaching into their shared memory.
+// Thread block clusters: block rank, cluster barrier and distributed shared memory.
 #pragma once
 
 #include "config.cuh"
@@ -27,7 +27,7 @@ FASTATTN_DEVICE uint32_t cluster_blocks() {
 #endif
 }
 
-// Says that this thread is done with what the others wait for; every thread arrives once, then waits.
+// Arrives at the cluster barrier without waiting. Every thread arrives once, then waits.
 FASTATTN_DEVICE void cluster_arrive() {
 #if defined(FASTATTN_EMULATION)
   emulator::cluster_arrive();

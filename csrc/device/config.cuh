@@ -1,4 +1,4 @@
-// What every device file starts from: function macros, 16-bit types, indices and shared memory.
+// Common definitions of all device files: function macros, 16-bit types, indices and shared memory.
 //
 // Kernels reach the GPU only through this folder. With FASTATTN_EMULATION the same sources compile with g++, and each
 // wrapper calls the stand-in of tests/cuda_emulation instead of an instruction. Blocks are one-dimensional, and all
@@ -115,9 +115,9 @@ FASTATTN_DEVICE unsigned char* align_shared(unsigned char* pointer) {
   return pointer + (-shared_address(pointer) & (Alignment - 1));
 }
 
-// The same value, a pointer or a 64-bit number, of which the compiler no longer knows how it was computed. To such a
-// pointer it adds offsets, where it would else compute the addresses of rarely taken branches ahead of them; and what a
-// rare branch computes from such a number is not kept in registers until then.
+// Returns the same value, a pointer or a 64-bit number, with its origin hidden from the compiler. The compiler then
+// adds offsets to such a pointer instead of computing the addresses of rarely taken branches ahead of them, and does
+// not keep in registers what a rare branch computes from such a number.
 template <class T>
 FASTATTN_DEVICE T opaque(T value) {
   static_assert(sizeof(T) == 8);

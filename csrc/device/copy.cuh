@@ -1,4 +1,4 @@
-// Loads and stores: shared memory under the eyes of the race checker, 16 bytes at a time, cp.async and stmatrix.
+// Loads and stores: shared memory with hooks for the race checker, 16-byte accesses, cp.async and stmatrix.
 #pragma once
 
 #include "config.cuh"
@@ -41,7 +41,7 @@ FASTATTN_DEVICE uint4 ld_global_16(const void* source) {
 #endif
 }
 
-// 16 bytes to global memory that nobody reads soon. The address is a multiple of 16.
+// Stores 16 bytes to global memory that are not read again soon. The address is a multiple of 16.
 FASTATTN_DEVICE void st_global_16(void* destination, uint4 value) {
 #if defined(FASTATTN_EMULATION)
   emulator::store_16(destination, value);

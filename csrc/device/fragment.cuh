@@ -1,4 +1,4 @@
-// Where the elements of a wgmma accumulator lie, reductions along its rows, and its use as an operand.
+// The layout of a wgmma accumulator over threads, reductions along its rows, and its conversion to an A operand.
 //
 // Of a 64 x N accumulator each thread of the warpgroup holds N / 2 elements, in two rows: element i is at row
 // fragment_row(thread) + 8 * fragment_half(i), column fragment_column(thread) + fragment_offset(i). The four threads of

@@ -1,4 +1,4 @@
-// Which keys a query sees: the tiles that hold some of them, and the mask of a tile of scores.
+// Which keys a query sees: the range of tiles that contain visible keys, and the mask of a tile of scores.
 //
 // Query i stands at key position i + shift and sees the keys j of its sequence with
 //     i + shift - left <= j <= i + shift + right,   0 <= j < num_keys.
@@ -28,8 +28,8 @@ struct Visibility {
   }
 };
 
-// The blocks begin .. end - 1 hold something that a tile sees. Those of whole_begin .. whole_end - 1, a part of them
-// and maybe none, lie inside the tensors and are seen by all of the tile: they need no mask.
+// Blocks begin .. end - 1 contain something that the tile sees. Blocks whole_begin .. whole_end - 1, a possibly empty
+// subrange, lie inside the tensors and are visible to the whole tile: they need no mask.
 struct BlockRange {
   int begin;
   int whole_begin;
@@ -52,8 +52,8 @@ FASTATTN_DEVICE BlockRange block_range(int first, int last_end, int whole_first,
   return {begin, whole_begin, whole_end, end};
 }
 
-// The blocks of kBlockN keys that the queries from first_query on, kBlockM at most, see. Rows of the tile past the last
-// query count for nothing: what they get is not stored.
+// The blocks of kBlockN keys that the queries from first_query on, at most kBlockM, see. Rows of the tile past the last
+// query are ignored: their results are not stored.
 template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
   const int end_query = first_query + kBlockM < seen.num_queries ? first_query + kBlockM : seen.num_queries;
@@ -62,7 +62,7 @@ FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
                               seen.end_key(first_query));
 }
 
-// The blocks of kBlockM queries that see the keys from first_key on, kBlockN at most. None is whole for a tile that
+// The blocks of kBlockM queries that see the keys from first_key on, at most kBlockN. No block is whole for a tile that
 // reaches past the last key.
 template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {

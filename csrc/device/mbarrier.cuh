@@ -1,4 +1,4 @@
-// Barriers in shared memory that count arrivals and the bytes of asynchronous copies, phase by phase.
+// mbarriers: shared-memory barriers that count arrivals and the bytes of asynchronous copies, phase by phase.
 //
 // A phase completes when all expected arrivals have come and no expected byte is outstanding; the next then begins with
 // the same arrival count. Waiting names the parity of the phase: the first phase has 0, and a wait for parity 1 on a
@@ -31,7 +31,7 @@ FASTATTN_DEVICE void fence_barrier_init() {
 #endif
 }
 
-// One arrival; what this thread did before is visible to who waits for the phase.
+// Arrives once, with release semantics: this thread's earlier accesses are visible to threads that wait for the phase.
 FASTATTN_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive(barrier, 0);
@@ -76,8 +76,8 @@ FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
 #endif
 }
 
-// The same by a thread that has finished reading and gives memory back; what it wrote is visible to its own block
-// alone. A release of the cluster's scope would cost a fence of the whole device before every arrival.
+// The same for a consumer that releases a stage after reading it; its earlier writes are visible only within its own
+// block. Release semantics at cluster scope would cost a device-wide fence before every arrival.
 FASTATTN_DEVICE void mbarrier_arrive_cluster_read(Mbarrier* barrier, uint32_t rank) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive_cluster(barrier, rank);

@@ -1,4 +1,4 @@
-// A softmax along the rows of an accumulator that sees its columns block by block.
+// Online softmax along the rows of an accumulator, block of columns by block of columns.
 #pragma once
 
 #include "fragment.cuh"
@@ -10,14 +10,14 @@ FASTATTN_DEVICE float tanh_exact(float x) {
   return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * kLog2E * x));
 }
 
-// Running maximum and sum of the two rows a thread shares with its quad. With `factor` > 0, the scores' factor times
-// log2(e), row r has seen columns whose probabilities relative to 2**row_max_log2[r] sum to row_sum[r], of which each
-// thread of the quad holds its own columns' part. A row that has seen only -inf has row_max_log2 = -inf, row_sum = 0.
+// Running maximum and sum of the two rows that a thread shares with its quad. `factor` > 0 is the scores' factor times
+// log2(e). The probabilities of row r so far, relative to 2**row_max_log2[r], sum to row_sum[r], of which each thread
+// of the quad holds the part of its own columns. A row that has seen only -inf has row_max_log2 = -inf and row_sum = 0.
 struct OnlineSoftmax {
   float row_max_log2[2] = {negative_infinity(), negative_infinity()};
   float row_sum[2] = {0.0f, 0.0f};
 
-  // Turns a block of scores into probabilities; what was summed before them is to be multiplied by rescale[r].
+  // Converts a block of scores to probabilities; earlier sums must be multiplied by rescale[r].
   template <int N>
   FASTATTN_DEVICE void update(float (&scores)[N], float factor, float (&rescale)[2]) {
     float block_max[4] = {scores[0], scores[1], scores[2], scores[3]};  // two a row: shorter chains of comparisons

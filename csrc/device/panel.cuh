@@ -1,5 +1,5 @@
-// Tiles of 16-bit values in shared memory as the tensor cores read them: panels of 64 columns, one after the other, a
-// panel's rows 128 bytes each under the 128-byte swizzle. Tiles begin at multiples of 1024 bytes.
+// Tiles of 16-bit values in shared memory in the layout of the tensor cores: consecutive panels of 64 columns, whose
+// rows are 128 bytes each under the 128-byte swizzle. Tiles begin at multiples of 1024 bytes.
 #pragma once
 
 #include "cluster.cuh"
@@ -51,8 +51,8 @@ FASTATTN_DEVICE void load_tile_multicast(void* tile, const CUtensorMap* map, Mba
   }
 }
 
-// Zeroes the rows of a tile from `first_row` on. A whole warp calls it, then it orders the tensor cores' reads behind
-// the zeros with fence_proxy_async.
+// Zeroes the rows of a tile from `first_row` on. A whole warp calls it, then calls fence_proxy_async so that the tensor
+// cores read the zeros.
 template <int kRows, int kColumns>
 FASTATTN_DEVICE void zero_rows(void* tile, int first_row) {
   constexpr int kChunks = kPanelRowBytes / 16;
@@ -66,8 +66,8 @@ FASTATTN_DEVICE void zero_rows(void* tile, int first_row) {
   }
 }
 
-// When tiles have landed at the producer's own barrier, zeroes their rows from `first_row` on and arrives at `full`, so
-// that they may be read. The whole producer warp calls it behind the load of these tiles.
+// Waits until tiles have arrived at the producer's own mbarrier, zeroes their rows from `first_row` on and arrives at
+// `full`. The whole producer warp calls it after issuing the load of these tiles.
 template <int kRows, int kColumns, class... Tiles>
 FASTATTN_DEVICE void zero_landed_rows(Mbarrier& landed, uint32_t& parity, Mbarrier& full, int first_row, bool issues,
                                       Tiles... tiles) {
@@ -79,7 +79,7 @@ FASTATTN_DEVICE void zero_landed_rows(Mbarrier& landed, uint32_t& parity, Mbarri
   if (issues) mbarrier_arrive(&full);
 }
 
-// The same descriptor, worked out anew where this stands: the compiler would keep one for each step of a product in
+// The same descriptor, recomputed at each use: the compiler would otherwise keep one for each k-step of a product in
 // registers around a loop.
 FASTATTN_DEVICE uint64_t recomputed(uint64_t descriptor) {
 #if !defined(FASTATTN_EMULATION)

@@ -7,7 +7,7 @@
 
 namespace fastattn {
 
-// A role's place in a ring: the stage it uses next, and the parity of that stage's current phase.
+// A role's position in a ring: the stage it uses next, and the parity of that stage's current phase.
 template <int kStages>
 struct PipelineState {
   int stage = 0;
@@ -21,13 +21,14 @@ struct PipelineState {
   }
 };
 
-// The barriers of a ring, in shared memory. Per stage and round: the producer waits until it is empty, fills it and
-// arrives at `full` once; the consumers wait until it is full, read it and arrive at `empty`, each as often as init was
-// told. Every role walks the ring with a PipelineState of its own.
+// The mbarriers of a ring, in shared memory. Per stage and round: the producer waits until the stage is empty, fills it
+// and arrives at `full` once; the consumers wait until it is full, read it and arrive at `empty`, with the arrival
+// count given to init. Every role keeps its own PipelineState.
 //
-// In a cluster of kBlocks whose producers fill each other's stages (tma_load_4d_multicast), the rings go in step: a
-// producer waits until the consumers of all blocks have left a stage. A cluster_sync stands between init and the first
-// copy, and another behind the last release, since a block that has ended takes neither copies nor arrivals.
+// In a cluster of kBlocks whose producers fill each other's stages (tma_load_4d_multicast), the rings are synchronised:
+// a producer waits until the consumers of all blocks have released a stage. A cluster_sync is needed between init and
+// the first copy, and another after the last release, since a block that has exited can receive neither copies nor
+// arrivals.
 template <int kStages, int kBlocks = 1>
 struct Pipeline {
   using State = PipelineState<kStages>;
@@ -52,10 +53,10 @@ struct Pipeline {
     }
   }
 
-  // Fills a stage. The producer's whole warp waits until the stage is empty; when every lane has seen that, the
-  // one that `issues` says at `arrived` how many bytes come and starts their copies. A lane that still waited for this
-  // phase when the consumers complete the next would wait for ever. `arrived` is the stage's full barrier, or one of
-  // the producer's own where it edits what has landed before it arrives at `full`.
+  // Fills a stage. The whole producer warp waits until the stage is empty. Once every lane has seen that, the lane that
+  // `issues` announces the number of bytes at `arrived` and starts their copies. A lane that still waited for this
+  // phase when the consumers complete the next would wait forever. `arrived` is the stage's full barrier, or one of the
+  // producer's own if it edits the loaded data before it arrives at `full`.
   template <class Copies>
   FASTATTN_DEVICE void load(State state, Mbarrier& arrived, uint32_t bytes, bool issues, Copies copies) {
     wait_empty(state);
@@ -77,7 +78,7 @@ struct Pipeline {
 
   FASTATTN_DEVICE void wait_full(State state) { mbarrier_wait(&full[state.stage], state.parity); }
 
-  // The consumers' side of wait_empty: the caller has finished reading.
+  // Releases a stage, the consumers' counterpart of wait_empty: the caller has finished reading.
   FASTATTN_DEVICE void release(State state) {
     if constexpr (kBlocks == 1) {
       mbarrier_arrive(&empty[state.stage]);

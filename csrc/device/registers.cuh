@@ -1,8 +1,8 @@
-// The registers of a block whose warpgroups hand some of theirs over (increase_registers, decrease_registers).
+// Register reallocation between the warpgroups of a block (setmaxnreg: increase_registers, decrease_registers).
 //
-// A launch takes the registers of all threads of a block from the multiprocessor's file, as many a thread as the
-// assembler assigned; warpgroups exchange among these alone. One that asks for more than others have given up waits
-// for ever: what all ask for must fit what the launch took.
+// A launch takes the registers of all threads of a block from the multiprocessor's file, as many per thread as the
+// assembler assigned; warpgroups can only reallocate these. A warpgroup that requests more than others have released
+// waits forever: the sum of all requests must fit the launch's allocation.
 #pragma once
 
 #include "config.cuh"
@@ -19,8 +19,8 @@ constexpr int launch_registers(int threads, int blocks) {
   return registers < 248 ? registers : 248;  // an instruction can name 255
 }
 
-// Whether one producer warpgroup that goes down to `producer` registers a thread and consumer warpgroups that go up to
-// `consumer` can all have them, in blocks of `threads` of which `blocks` share a multiprocessor.
+// Whether one producer warpgroup that decreases to `producer` registers a thread and consumer warpgroups that increase
+// to `consumer` fit the allocation, in blocks of `threads` of which `blocks` share a multiprocessor.
 constexpr bool registers_fit(int threads, int blocks, int producer, int consumer) {
   const int launch = launch_registers(threads, blocks);
   const int consumer_threads = threads - kWarpgroupThreads;

@@ -1,4 +1,4 @@
-// Barriers and fences of one block, register hand-over between warpgroups, and semaphores in global memory.
+// Barriers and fences of one block, register reallocation between warpgroups, and semaphores in global memory.
 #pragma once
 
 #include "config.cuh"
@@ -33,7 +33,7 @@ FASTATTN_DEVICE void named_barrier_sync(int id, int threads) {
 #endif
 }
 
-// Counts towards named barrier `id` without waiting. Whole warps only.
+// Arrives at named barrier `id` without waiting. Whole warps only.
 FASTATTN_DEVICE void named_barrier_arrive(int id, int threads) {
 #if defined(FASTATTN_EMULATION)
   emulator::named_barrier(id, threads, false);
@@ -61,8 +61,8 @@ FASTATTN_DEVICE void fence_proxy_async_global() {
 #endif
 }
 
-// Raises this warpgroup's registers per thread to Count, waiting until others have given theirs up. All of the
-// warpgroup's warps call it. Count is a multiple of 8 in 24 .. 256.
+// Raises this warpgroup's registers per thread to Count, waiting until others have released enough. All warps of the
+// warpgroup call it. Count is a multiple of 8 in 24 .. 256.
 template <int Count>
 FASTATTN_DEVICE void increase_registers() {
   static_assert(24 <= Count && Count <= 256 && Count % 8 == 0);
@@ -104,7 +104,7 @@ FASTATTN_DEVICE uint32_t semaphore_load_acquire(const uint32_t* semaphore) {
 #endif
 }
 
-// Spins until the semaphore holds `value`. One thread calls it, then a barrier tells its block.
+// Spins until the semaphore holds `value`. One thread calls it; a barrier then releases the other threads of its block.
 FASTATTN_DEVICE void semaphore_wait(const uint32_t* semaphore, uint32_t value) {
   while (semaphore_load_acquire(semaphore) != value) {
   }

@@ -1,4 +1,4 @@
-// Host side of TMA: describes a tensor and the box one copy moves.
+// Host side of TMA: describes a tensor and the box that one copy moves.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,7 @@ namespace fastattn {
 // cuTensorMapEncodeTiled of the driver, or the stand-in of the emulation. A pointer, so that nothing links libcuda.
 using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
 
-// All that a map is encoded from: two equal descriptions have equal maps.
+// The arguments of an encoding: two equal descriptions have equal maps.
 struct TensorMapDescription {
   std::array<uint64_t, 19> words = {};
 
@@ -28,13 +28,13 @@ struct TensorMapDescription {
   }
 };
 
-// The maps a thread encoded last, each in the one place that its description's hash names: models call with the same
-// tensors again and again, and an encoding costs the driver more than a look here.
+// A direct-mapped cache, by the description's hash, of the tensor maps a thread encoded last: models reuse the same
+// tensors, and the driver's encoding costs more than a lookup.
 class TensorMapCache {
  public:
   static constexpr int kPlaces = 256;
 
-  // Sets `map`, by encode(map) where it is not here; returns what that said.
+  // Sets `map`, by encode(map) on a cache miss; returns the result of encode.
   template <class Encode>
   CUresult find(const TensorMapDescription& description, CUtensorMap* map, Encode encode) {
     Place& place = (*places_)[description.hash() % kPlaces];

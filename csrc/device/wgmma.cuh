@@ -1,4 +1,4 @@
-// The tensor cores of Hopper: D (64 x N) += A (64 x 16) B (16 x N) by a warpgroup, in the background.
+// Hopper tensor cores: D (64 x N) += A (64 x 16) B (16 x N) by a warpgroup, asynchronously.
 //
 // All 128 threads call each function together. The order is fence, multiplies, commit, wait; between a multiply and the
 // wait that covers it, nothing may touch its accumulators, its A registers or the shared memory it reads.
@@ -107,7 +107,7 @@ FASTATTN_DEVICE void pin_registers(uint32_t (&operand)[Steps][4]) {
 #endif
 }
 
-// The value, of an origin hidden from the compiler: what is computed from it is computed where it is used, rather than
+// Returns the value with its origin hidden from the compiler: what is computed from it is computed at its use, not
 // ahead of a loop that needs the registers.
 FASTATTN_DEVICE int recomputed(int value) {
 #if !defined(FASTATTN_EMULATION)
