@@ -30,8 +30,8 @@ inline Strides head_strides(const at::Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// TMA requirements on a tensor: 16-bit floats, column stride 1, the address and all other strides multiples of 16
-// bytes.
+// TMA requirements on a tensor: 16-bit floats, column stride 1, the address and all other strides of dimensions over 1
+// positive multiples of 16 bytes, lengths within bounds.
 inline void check_heads(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16, name, ": got ",
                    tensor.scalar_type(), ", needs float16 or bfloat16");

@@ -30,7 +30,7 @@ inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArray
   TORCH_CHECK_VALUE(tensor.sizes() == wanted, name, ": got shape ", tensor.sizes(), ", needs ", wanted);
 }
 
-// The error of a launch. Clears it, so that the next call does not see it.
+// Raises the error of a launch, if any, and clears it, so that the next call does not see it.
 inline void check_launch(const char* kernel, cudaError_t error) {
   if (error == cudaSuccess) {
     return;

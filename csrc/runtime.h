@@ -1,5 +1,5 @@
-// Queries of the CUDA runtime whose results are cached: device properties, kernels prepared for launch, driver
-// functions. Torch-free. Every function may be called for the first time during stream capture.
+// Queries of the CUDA runtime. Device properties and kernels prepared for launch are cached; driver functions are
+// looked up at each call. Torch-free. Every function may be called for the first time during stream capture.
 #pragma once
 
 #include <cuda_runtime_api.h>
