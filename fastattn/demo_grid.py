@@ -271,7 +271,7 @@ def _interleaved_ms(steps: list[Callable[[], Tensors]], device: torch.device) ->
 def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype, seed: int) -> int | None:
     """Bytes that one forward and backward pass needs at its peak above its inputs; None where it cannot be measured.
 
-    A GPU's allocator is asked. On a CPU the pass runs in a forked process and the kernel is asked for the growth of
+    On a GPU this is the allocator's peak. On a CPU the pass runs in a forked process, and it is the growth of
     its largest resident size, which counts every buffer, whoever allocated it.
     """
     if device.type == "cuda":

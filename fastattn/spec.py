@@ -106,7 +106,7 @@ class KVCacheCall:
     cache_lengths: Tensor  # (B,) int32: tokens in the cache before the append
     key: Tensor | None = None  # (B, Hkv, Sn, D)
     value: Tensor | None = None  # (B, Hkv, Sn, Dv)
-    block_table: Tensor | None = None  # (B, pages) int32: where each page of a sequence lies in a paged cache
+    block_table: Tensor | None = None  # (B, pages) int32: indices of a sequence's pages in a paged cache
     rotary_cos: Tensor | None = None  # (positions, rotary_dim / 2)
     rotary_sin: Tensor | None = None
     alibi_slopes: Tensor | None = None  # (1 or B, H) in the accumulation dtype
@@ -343,7 +343,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised dense tensor of `shape` whose dimensions lie in memory in the order of `like`'s.
+    """An uninitialised dense tensor of `shape` with the memory order of `like`'s dimensions.
 
     The last dimension stays innermost, so a (B, S, H, D)-backed query gives a (B, S, H, Dv)-backed output.
     """

@@ -92,7 +92,7 @@ _any_requires_grad = _find("torch._C._any_requires_grad")
 def any_requires_grad(args: Iterable[Any]) -> bool:
     """Whether one of an op's arguments is a tensor that requires grad.
 
-    Fallback: each tensor is asked.
+    Fallback: `requires_grad` of each tensor.
     """
     if _any_requires_grad is not None:
         return bool(_any_requires_grad(*args))
@@ -183,7 +183,7 @@ _FakeTensor = _find("torch._subclasses.fake_tensor.FakeTensor")
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no values.
 
-    Fallback: whether it is of any subclass, whose values nobody looks at then.
+    Fallback: whether it is of any subclass; its values are then not read.
     """
     if _FakeTensor is not None:
         return isinstance(tensor, _FakeTensor)
@@ -194,7 +194,7 @@ _sdpa: Any = _find("torch._C._nn.scaled_dot_product_attention") or F.scaled_dot_
 
 
 def torch_sdpa() -> Callable[..., Tensor]:
-    """torch's own scaled_dot_product_attention, whatever stands in torch.nn.functional now.
+    """torch's own scaled_dot_product_attention, even if torch.nn.functional's was replaced.
 
     Fallback: what stood there when fastattn was imported.
     """
@@ -345,7 +345,7 @@ _TorchDispatchMode = _find("torch.utils._python_dispatch.TorchDispatchMode")
 def dispatch_mode(
     handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
 ) -> contextlib.AbstractContextManager[Any]:
-    """A context in which `handle(op, args, kwargs)` stands for every operation of torch.
+    """A context in which every operation of torch calls `handle(op, args, kwargs)` instead.
 
     Fallback: a context in which operations are torch's own.
     """

@@ -86,7 +86,7 @@ def load_cached(
 ):
     """Keys [first_key, first_key + BLOCK_ROWS) of a sequence; zeros past its length.
 
-    A block that lies in one page needs one look at the block table, others one for each key.
+    A block within one page needs one load of the block table; others need one for each key.
     """
     base, stride_block, stride_row, _, table, length = cache
     if CACHE.page_size % BLOCK_ROWS == 0 and CACHE.unit_columns:

@@ -15,13 +15,13 @@ from fastattn.spec import AttentionSpec, KVCacheCall
 
 
 class CacheVariant(NamedTuple):
-    """What a compiled kernel depends on beside its attention: how a cache lies in memory, and positions."""
+    """What a compiled kernel depends on beside the AttentionVariant: the cache's layout, and positions."""
 
     page_size: int = 0  # tokens in a page; 0 = a dense cache
     unit_columns: bool = True  # neighbours in a row are neighbours in memory
     rotary_dim: int = 0  # leading columns that are rotated; 0 = none
     rotary_interleaved: bool = False
-    top_left: bool = False  # query i stands at key i
+    top_left: bool = False  # query i has the position of key i
     lengths: bool = True  # sequences have lengths of their own, or else all that there is room for
 
 

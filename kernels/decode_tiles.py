@@ -44,7 +44,7 @@ SINGLE_QUERY_KEYS = (
 def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     """The tile for `rows` rows, queries times the heads that share a key head.
 
-    Where keys lie in pages, the block table is a load ahead of the loads of keys: as much on its way takes twice the
+    In a paged cache, the block table is a load ahead of the loads of keys: as much on its way takes twice the
     stages.
     """
     block_m = next((size for size in DECODE_ROWS if size >= rows), 0)

@@ -153,7 +153,7 @@ class UpstreamGrads(NamedTuple):
     delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
     dout: Tensor | None = None
     dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
-    dweights_factor: float = 1.0  # what they are to be multiplied with
+    dweights_factor: float = 1.0  # their multiplier
 
     def arguments(self, unit: int) -> dict[str, Any]:
         """The kernel arguments they make."""

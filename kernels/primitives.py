@@ -419,8 +419,8 @@ def load_rows(base, first_row, num_rows, other, BLOCK: tl.constexpr, CHECK_ROWS:
 
 @triton.jit
 def load_lse(base, first_row, num_rows, BLOCK: tl.constexpr, CHECK_ROWS: tl.constexpr, VARIANT: tl.constexpr):
-    """lse of a block of rows as `exponents` wants its reference; +inf, which makes every weight 0, for rows that saw no
-    key or don't exist."""
+    """lse of a block of rows as the reference of `exponents`; +inf, which makes every weight 0, for rows that saw no
+    key or do not exist."""
     lse = load_rows(base, first_row, num_rows, float("-inf"), BLOCK, CHECK_ROWS)
     if VARIANT.fold_scale:
         reference = lse * LOG2E

@@ -31,7 +31,7 @@ def first_slot(edge, sequence, BLOCK: tl.constexpr):
 
 @triton.jit
 def sequence_at(slot, cu_seqlens, batch_size, BLOCK: tl.constexpr):
-    """The sequence whose slots hold `slot`; batch_size stands for the tokens after the last."""
+    """The sequence whose slots hold `slot`; batch_size means the tokens after the last."""
     begun = slot * 0
     for start in range(0, batch_size + 1, SEARCH):
         sequences = start + tl.arange(0, SEARCH)

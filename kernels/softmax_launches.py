@@ -113,7 +113,7 @@ def _launch(kernel: Any, rows: Rows, args: dict[str, Any], variant: RowVariant, 
 
 
 def _variant(spec: SoftmaxSpec, rows: Rows, tensors: Sequence[Tensor]) -> RowVariant:
-    """How the rows lie in memory, and what can be known of their alignment."""
+    """The memory layout of the rows, and what is known of their alignment."""
     columns = rows.sizes[3]
     unit_columns = all(strides[3] == 1 for strides in rows.strides) or columns == 1
     unit_inner = not unit_columns and all(strides[2] == 1 for strides in rows.strides)

@@ -92,7 +92,7 @@ def winners_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Tile]:
 
 
 def entries_for(spec: AttentionSpec, packed: bool = False) -> dict[str, Winner]:
-    """The same with what the file says of them."""
+    """The same with the entries of the file."""
     if spec.arch is None or not spec.aligned or spec.int64_offsets:
         return {}
     known = winners_here(spec.arch)

@@ -47,7 +47,7 @@ def stop(message: str, code: int) -> typer.Exit:
 
 
 def output(as_json: bool) -> Output:
-    """Where a command reports as it goes: nowhere where JSON is asked for."""
+    """The output of a command's progress: none with --json."""
     if as_json:
         return NoOutput()
     from fastattn.cli.console import standard_output  # slow to import, and --help needs none of it

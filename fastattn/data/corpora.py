@@ -17,7 +17,7 @@ MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also
 PAGE_WIDTH = 70  # what Sphinx wraps its text output to
 UNDERLINE = re.compile(r"([*=~^#-])\1{2,}")
 MIN_SECTION = 300  # characters; a shorter section goes with the one after it
-HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~^#-])\1{2,}\n)")  # what stands before a title and its underline
+HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~^#-])\1{2,}\n)")  # the boundary before a title and its underline
 MAX_DOCUMENT = 1 << 22  # characters held at once; a longer document is cut at a line end
 CHUNK_BYTES = 1 << 20
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .commands import digest
 
-MARKER = b"FASTATTN_BUILD_INFO="  # stands before the build info in a built extension
+MARKER = b"FASTATTN_BUILD_INFO="  # precedes the build info in a built extension
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,6 @@ def _reduced(member: Any) -> Any:
 
 
 def _member(name: str) -> Any:
-    """The registered name: what a pickled model calls where nobody else has registered."""
+    """The registered name, which a pickled model calls in a process that has not registered it."""
     register()
     return _dispatch().AttentionBackendName(name)

@@ -1,4 +1,4 @@
-"""flash-attn's packed sequences that lie in pages, use part of their tokens, or show what dropout kept."""
+"""flash-attn's packed sequences in pages, with used lengths, or with the softmax after dropout returned."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class _Swapped:
     _fastattn_backend: str
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A class made while running is pickled as what it was made of."""
+        """Pickle a class made at run time by the arguments it was made from."""
         return _make, (self._fastattn_base, self._fastattn_backend), vars(self).copy()
 
 
@@ -210,7 +210,7 @@ def restore_diffusers(model: nn.Module) -> list[str]:
 
 
 def diffusers_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The diffusers models that lie in no other, where diffusers is loaded."""
+    """The outermost diffusers models, if diffusers is loaded."""
     library = sys.modules.get("diffusers.models.modeling_utils")
     mixin: Any = getattr(library, "ModelMixin", None)
     inside: tuple[str, ...] = ()

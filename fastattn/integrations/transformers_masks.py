@@ -40,7 +40,7 @@ class Pattern:
         )
 
     def keeps(self, batch: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The mask at queries q and keys k, which stand at their indices in their documents where positions do."""
+        """The mask at queries q and keys k; their indices are positions within documents where positions are."""
         kept = (k <= q) if self.causal else q >= 0
         if self.left is not None:
             kept = kept & (k >= q - self.left)
@@ -214,7 +214,7 @@ def known_makers() -> dict[Any, Callable[..., Pattern | None]]:
 def _aligned(
     pattern: Pattern, shape: tuple[int, int, int, int], shift: int | Tensor, device: torch.device | str
 ) -> StructuredMask | None:
-    """The pattern on queries that stand at key position i + shift; None if no option of the kernel says that."""
+    """The pattern for queries at key positions i + shift; None if no option of the kernel expresses it."""
     batch, _, seqlen_q, seqlen_k = shape
     ids = pattern.documents
     pair = None if ids is None else (ids.to(torch.int32), ids.to(torch.int32))

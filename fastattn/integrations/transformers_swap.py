@@ -52,7 +52,7 @@ class _Group:
     """The modules whose attention, and whose masks, depend on the same configs."""
 
     configs: dict[int, Any] = field(default_factory=dict)
-    owners: dict[int, Any] = field(default_factory=dict)  # the models that they lie in
+    owners: dict[int, Any] = field(default_factory=dict)  # the models that contain them
     calling: dict[str, nn.Module] = field(default_factory=dict)  # attention through transformers' interface
     others: dict[str, nn.Module] = field(default_factory=dict)  # attention of their own
     beside: dict[str, nn.Module] = field(default_factory=dict)  # no attention, but a use for its masks
@@ -147,7 +147,7 @@ def restore_models(model: nn.Module) -> list[str]:
 
 
 def top_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The transformers models that lie in no other."""
+    """The outermost transformers models."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if compat.is_model(module) and not path.startswith(inside or ("\0",)):

@@ -149,7 +149,7 @@ class GPT(nn.Module):
         return model.eval()
 
     def tie_weights(self) -> None:
-        """Make the head's weight the token embedding itself, where the config says so."""
+        """Tie the head's weight to the token embedding if the config asks for it."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
 
@@ -284,7 +284,7 @@ def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqle
 def _count_positions(
     input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, past: int
 ) -> Tensor:
-    """(B, S), or (S,) where all rows agree: how many tokens of its own document stand before each token."""
+    """Positions (B, S), or (S,) where all rows agree: the number of earlier tokens of the same document."""
     if segment_ids is not None:
         return positions_in_segments(segment_ids)
     if attention_mask is not None:

@@ -210,7 +210,7 @@ def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     if padding.may_hide_keys(call):
         if padding.looks_first(chosen, call):
             out, lse = chosen.attention_fwd(spec, call)
-            if padding.all_finite(out):  # else some key may have got in that nobody sees
+            if padding.all_finite(out):  # otherwise a hidden key's NaN may have reached the result
                 return out, lse
         call = padding.without_hidden_keys(call, padding.hidden_keys(call))
         spec = AttentionSpec.of(call)

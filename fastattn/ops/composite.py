@@ -60,7 +60,7 @@ _SCORES = "the scores, O(Sq * Sk) memory"
 
 
 def refuse_named(backend: str, transform: str, materialised: str = _SCORES) -> None:
-    """A named kernel cannot run under a transform; anything else takes the composite path, and says so."""
+    """Refuse a named kernel, which cannot run under a transform; warn that others take the composite path."""
     backend = backends.resolve(backend)
     if backend not in ("auto", "torch"):
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Errors of arguments for functions that stand in for others: also of the class that those raise."""
+"""Argument errors of drop-in functions: they are also instances of the class that the original raises."""
 
 from __future__ import annotations
 

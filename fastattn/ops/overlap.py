@@ -20,7 +20,7 @@ Terms = tuple[
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor lie in one place, as in an expanded one."""
+    """Whether two elements of a tensor share memory, as in an expanded one."""
     return _repeats(tuple(tensor.shape), tensor.stride())
 
 

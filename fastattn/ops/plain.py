@@ -175,7 +175,7 @@ def _attend(
 def _torchs(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """aten's op, past whatever stands in its place in torch.nn.functional."""
+    """The aten op, bypassing any replacement in torch.nn.functional."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     key, value = (_for_every_head(t, query) for t in (key, value))

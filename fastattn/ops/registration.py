@@ -167,7 +167,7 @@ def define_with_gradient(
 
 
 def _fake_grads(sources: dict[str, Tensor], needs: Iterable[bool]) -> Iterator[Tensor | None]:
-    """Operands' gradients lie in memory as the operands do, all others contiguously."""
+    """Gradients of operands have the operands' memory order; all others are contiguous."""
     for (name, source), need in zip(sources.items(), needs):
         if not need:
             yield None
@@ -201,7 +201,7 @@ def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
 def wanted_or_empty(
     grads: Iterable[Tensor | None], needs: Iterable[bool], like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Ops return tensors only: a gradient nobody asked for is an empty one."""
+    """Ops return tensors only: a gradient that is not needed is an empty tensor."""
     return tuple(grad if grad is not None and need else like.new_empty(0) for grad, need in zip(grads, needs))
 
 

@@ -127,7 +127,7 @@ def _attend(
 
 
 def _of_rank(out: Tensor, rank: int, outer: tuple[int, ...]) -> Tensor:
-    """(B, H, L, Ev) with what lies before the heads as it was."""
+    """(B, H, L, Ev) with the leading dimensions restored."""
     if rank == 4:
         return out
     if rank < 4:
@@ -145,7 +145,7 @@ def _plain_number(number: Any) -> Any:
 
 
 def _causal_bias(attn_mask: Any) -> bool | str | None:
-    """The alignment that one of torch's causal mask objects stands for; None for other masks."""
+    """The alignment of one of torch's causal mask objects; None for other masks."""
     bias = sys.modules.get(
         "torch.nn.attention.bias"
     )  # slow to import, and imported by whoever made such an object

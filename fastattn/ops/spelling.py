@@ -101,7 +101,7 @@ def unexpected(function: Callable[..., Any], unknown: Iterable[str], name: str |
 
 
 def check(options: Mapping[str, Any], function: Callable[..., Any], name: str) -> None:
-    """Refuse options that `function` does not have, in the name of one that takes its options."""
+    """Refuse options that `function` does not have; the error says `name`, which takes the same options."""
     unknown = options.keys() - inspect.signature(function).parameters.keys()
     if unknown:
         raise unexpected(function, sorted(unknown), name)

@@ -17,7 +17,7 @@ def any_proxy(one: Any, two: Any = None, three: Any = None) -> bool:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with what lies in its lists, tuples and dicts, however deep, put through `function`."""
+    """`value` with `function` applied to every leaf of its nested lists, tuples and dicts."""
     if isinstance(value, dict):
         return {key: map_leaves(function, inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -27,7 +27,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def leaves(value: Any) -> list[Any]:
-    """What lies in the lists, tuples and dicts of `value`."""
+    """The leaves of `value`'s nested lists, tuples and dicts."""
     found: list[Any] = []
     map_leaves(found.append, value)
     return found

@@ -132,7 +132,7 @@ class Inputs:
 def _options(
     work: Work, shape: Shape, normal: Callable[..., Tensor], generator: torch.Generator
 ) -> dict[str, Any]:
-    """The options that the features stand for."""
+    """The options of the features."""
     device, (sq, sk) = generator.device, (shape.seqlen_q, shape.seqlen_k)
     lengths = torch.full((shape.batch,), sk - sk // 8, device=device, dtype=torch.int32)
     makers: dict[str, Callable[[], dict[str, Any]]] = {

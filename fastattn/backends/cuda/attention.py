@@ -22,7 +22,7 @@ from fastattn.spec import (
 )
 
 ARCH = 90  # whose wgmma and TMA the kernels are written for
-CODE = "9.0a"  # what the extension is to be built for
+CODE = "9.0a"  # the architecture the extension has to be built for
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 8  # 16 bytes, the granularity of TMA
 UNSUPPORTED = {  # field of the spec: what to call it

@@ -166,7 +166,7 @@ class _Part:
     """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
 
     call: AttentionCall
-    first_sequence: int  # where the call's batch stands in the dropout stream
+    first_sequence: int  # index of the call's first sequence in the dropout stream
     batch: slice
     query: Tensor  # (b, H, Sq, D)
     key: Tensor  # (b, Hkv, length, D)

@@ -127,7 +127,7 @@ def blocks_of(tensor: Tensor, dim: int, limit: int) -> Iterator[Index]:
 
 
 def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
-    """Torch's kernel on the whole tensor, its dimensions taken in the order in which `out` lies in memory."""
+    """Torch's kernel on the whole tensor, with dimensions permuted to the memory order of `out`."""
     order = _memory_order(out)
     torch_compat.softmax(out.permute(order), x.permute(order), order.index(dim), log=log)
 

@@ -72,7 +72,7 @@ def softmax_bwd(
 
 
 def _tile(spec: SoftmaxSpec, rows: Rows) -> RowTile:
-    """The tile of rows as they lie in memory after all."""
+    """The tile for the rows' actual memory layout."""
     from fastattn.kernels.row_tiles import row_tile_for
 
     unit_columns = all(strides[3] == 1 for strides in rows.strides[-2:]) or rows.sizes[3] == 1

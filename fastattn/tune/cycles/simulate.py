@@ -205,7 +205,7 @@ class Replay:
         return max(at, meeting.completed[warp.phase]) if warp.phase < len(meeting.completed) else None
 
     def _forgive(self) -> None:
-        """One arrival from before the loop, at a barrier that nobody gets past: at most one for each barrier."""
+        """Add one arrival from before the loop at a barrier that no warp passes: at most one for each barrier."""
         for warp in self.warps:
             barrier = warp.barriers[warp.place]
             if barrier is None or barrier.ping_pong or barrier.with_writer:
