@@ -1,6 +1,6 @@
 // Which keys a query sees: the range of tiles that contain visible keys, and the mask of a tile of scores.
 //
-// Query i stands at key position i + shift and sees the keys j of its sequence with
+// Query i has the position of key i + shift and sees the keys j of its sequence with
 //     i + shift - left <= j <= i + shift + right,   0 <= j < num_keys.
 #pragma once
 
@@ -73,7 +73,7 @@ FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {
                               seen.first_query(tile_key_end - 1), whole_end);
 }
 
-// Sets to -inf what lies outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count
+// Sets to -inf the scores outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count
 // from the tile's first.
 template <int N>
 FASTATTN_DEVICE void mask_columns(float (&scores)[N], int thread, const int (&first)[2], const int (&end)[2]) {

@@ -1,7 +1,7 @@
 // TMA: boxes of tensors between global and shared memory, described by tensor maps the host encodes.
 //
-// Coordinates count elements, fastest dimension first, and name the box's first element. What lies outside the tensor
-// reads as zeros, which count towards the barrier's bytes all the same, and is not written. One thread issues a copy.
+// Coordinates count elements, fastest dimension first, and name the box's first element. Elements outside the tensor
+// are read as zeros, which count towards the barrier's bytes, and are not written. One thread issues a copy.
 #pragma once
 
 #include <cuda.h>

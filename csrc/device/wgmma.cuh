@@ -16,7 +16,7 @@
 
 namespace fastattn {
 
-// How a 16-bit operand lies in shared memory, always as 64-element rows of 128 bytes under the 128-byte swizzle, in
+// The layout of a 16-bit operand in shared memory: always 64-element rows of 128 bytes under the 128-byte swizzle, in
 // panels that begin at multiples of 1024: kAlongK has rows of 64 values of K, one row per row of A or column of B;
 // kAcrossK has rows of 64 values of M or N, one row per value of K (the transposed operand).
 enum class Operand { kAlongK, kAcrossK };

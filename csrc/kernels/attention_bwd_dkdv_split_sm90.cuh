@@ -1,7 +1,7 @@
 // Attention backward for Hopper: the gradients of keys and values where the sums of both do not fit a warpgroup.
 //
-// The two consumer warpgroups own the same 64 keys: one sums dv, the other dk. The first works out the scores and their
-// probabilities and hands these over in shared memory, float by float as its threads hold them; the second works out dp
+// The two consumer warpgroups own the same 64 keys: one sums dv, the other dk. The first computes the scores and their
+// probabilities and passes them through shared memory as floats, in its accumulators' layout; the second computes dp
 // meanwhile. So the scores are multiplied once, where a pass for each gradient would do it twice.
 #pragma once
 

@@ -99,7 +99,7 @@ FASTATTN_DEVICE void hand_over_dq(const KeyGradientsShared<Shape>& shared, float
   named_pair_arrive<kDqWritten>(which, Shape::kDqThreads);
 }
 
-// Adds what the consumers hand over in tile `which` to the sums in global memory, when the dq semaphore reaches the
+// Adds the consumers' tile `which` of dq to the sums in global memory, when the dq semaphore reaches the
 // block. There is a warp for each tile: from one block of queries to the next it waits for the memory system longer
 // than a step may take.
 template <class Shape>

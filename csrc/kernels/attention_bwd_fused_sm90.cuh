@@ -13,7 +13,7 @@
 namespace fastattn {
 
 // The sums over all queries for the 64 keys of a warpgroup, and its half of the columns of what these keys add to dq,
-// handed over block by block. Nothing overlaps within a warpgroup: the next scores beside dq would not fit the
+// passed on block by block. Nothing overlaps within a warpgroup: the next scores beside dq would not fit the
 // registers.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params, const KeyTile& tile,

@@ -12,7 +12,7 @@
 
 namespace fastattn {
 
-// Where row 0 of a head of a sequence lies in lse_log2 and delta, which have query_row_blocks blocks per head.
+// The offset of row 0 of a head of a sequence in lse_log2 and delta, which have query_row_blocks blocks per head.
 FASTATTN_DEVICE int64_t padded_row(const AttentionParams& call, const Sequence& sequence, int head) {
   const int64_t head_rows = int64_t{query_row_blocks(call)} * kRowBlock;
   if (call.cu_seqlens_q == nullptr) return (int64_t{sequence.batch} * call.num_heads + head) * head_rows;

@@ -15,7 +15,7 @@ struct ForwardProducer {
   const ForwardMaps& maps;
   const AttentionParams& params;
   Shared shared;
-  bool issues = elect_one();  // the lane that speaks for the warp
+  bool issues = elect_one();  // the elected lane
   TileQueue::State tile_state = {};
   Pipeline<1>::State query_state = {};
   State ring_state = {};  // keys and values go round together
@@ -116,7 +116,7 @@ struct ForwardConsumer {
   State value_state = {};
 
   OnlineSoftmax softmax = {};
-  float scores[Shape::kBlockN / 2];             // 64 x kBlockN: of the block in hand, then its probabilities
+  float scores[Shape::kBlockN / 2];             // 64 x kBlockN: scores of the current block, then its probabilities
   uint32_t probs[Shape::kBlockN / 16][4] = {};  // the same, rounded, as operands of the next product
   float out[Shape::kHeadDim / 2];               // 64 x kHeadDim
 
@@ -134,7 +134,7 @@ struct ForwardConsumer {
       query_state.advance();
       tiles.release(tile_state);
     }
-    if (Shape::kPingPong && group == 0) ping_pong_wait();  // the last arrival has no other taker
+    if (Shape::kPingPong && group == 0) ping_pong_wait();  // no other group waits for the last arrival
     if (thread == 0) bulk_wait<0>();
   }
 
@@ -370,7 +370,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     ForwardConsumer<Shape>{maps, params, shared, warpgroup - 1, thread_index() % kWarpgroupThreads}.run();
   }
   if constexpr (Shape::kCluster > 1) {
-    // A block that has ended takes no releases from the others. The barrier wants whole warps.
+    // A block that has exited must not receive releases from its peer. The barrier counts whole warps.
     warp_sync();
     cluster_sync();
   }

@@ -55,8 +55,8 @@ FASTATTN_DEVICE PackedBlock find_packed_block(const int32_t* cu_seqlens, int seq
   return {first, number - cu_seqlens[first] / kBlock - first};
 }
 
-// Sequence b as the owner of keys. In packed calls the keys behind the last sequence are one more, number `batch`, that
-// nobody sees.
+// Sequence b as the owner of keys. In packed calls the keys after the last sequence are one more, number `batch`, which
+// no query sees.
 FASTATTN_DEVICE Sequence key_sequence_of(const AttentionParams& params, int b) {
   if (params.cu_seqlens_k == nullptr || b < params.batch) return sequence_of(params, b);
   const int start = params.cu_seqlens_k[b];

@@ -9,7 +9,7 @@
 
 namespace fastattn {
 
-// Shared memory between the producer warp and the consumers: the tile in hand and the next. The producer looks tiles up
+// Shared memory between the producer warp and the consumers: the current tile and the next. The producer looks tiles up
 // ahead of time, so that no consumer waits for the lengths of a packed call or for the counter of a dynamic schedule.
 struct TileQueue {
   static constexpr int kSlots = 2;
@@ -33,7 +33,7 @@ struct TileQueue {
 
   FASTATTN_DEVICE void wait(State state) { slots.wait_full(state); }
 
-  // The tile in hand, as often as it is asked for between wait and release: nobody need keep it in registers.
+  // The current tile. May be read any number of times between wait and release, so it need not stay in registers.
   FASTATTN_DEVICE QueryTile get(State state) const {
     uint4 words[kWords];
 #pragma unroll

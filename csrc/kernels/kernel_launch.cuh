@@ -14,7 +14,7 @@ struct LaunchShape {
   int cluster = 1;       // blocks; divides `blocks`
 };
 
-// The shape as the runtime wants it. It points into itself.
+// The launch configuration in the runtime's form. It holds pointers to its own members.
 struct LaunchConfig {
   cudaLaunchAttribute cluster;
   cudaLaunchConfig_t config = {};

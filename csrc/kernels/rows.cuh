@@ -38,7 +38,7 @@ constexpr bool kClusters = false;
 template <int Threads>
 constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
 
-// Whether a held row lies within a warp: those, and no others, are taken by blocks of kRowThreads.
+// Whether a held row fits in a warp; exactly these rows are processed by blocks of kRowThreads.
 template <int Elements>
 constexpr bool kWithinWarp = Elements == kWarpElements;
 
@@ -186,8 +186,8 @@ FASTATTN_DEVICE RowPosition divided_position(Number row, const RowSizes& sizes) 
           static_cast<int64_t>(row - slice * static_cast<Number>(sizes.inner))};
 }
 
-// Where a row begins in each of some tensors; returns its inner index. Neither means anything where the row does not
-// exist.
+// Sets the offset of a row's first element in each tensor and returns the row's inner index. Both are meaningless for a
+// row that does not exist.
 template <int Count>
 FASTATTN_DEVICE int64_t row_offsets(int64_t row, const RowSizes& sizes, const RowStrides* const (&strides)[Count],
                                     int64_t (&offsets)[Count]) {
@@ -209,8 +209,8 @@ FASTATTN_DEVICE int64_t row_offsets(int64_t row, const RowSizes& sizes, const Ro
   return position.inner;
 }
 
-// How many elements a pointer lies behind a multiple of V elements. A row is cut into vectors at those multiples, so
-// its first vector may begin before it and its last end after it.
+// The number of elements from the previous multiple of V elements to a pointer. A row is cut into vectors at those
+// multiples, so its first vector may begin before it and its last end after it.
 template <int V, class T>
 FASTATTN_DEVICE int misalignment(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T)) & (V - 1);
@@ -270,7 +270,7 @@ struct Packed {
   }
 };
 
-// Reads elements first .. first + V - 1 of a row of `columns`; what lies outside is `other`. `aligned`: that address is
+// Reads elements first .. first + V - 1 of a row of `columns`; elements outside are `other`. `aligned`: that address is
 // a multiple of 16. ReadOnly: nothing writes there while the kernel runs.
 template <bool ReadOnly, int V, class T, class Index>
 FASTATTN_DEVICE Packed<T, V> load_vector(const T* row, Index first, Index columns, bool aligned, float other) {
