@@ -102,8 +102,8 @@ def define(
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function: Any = type(name, (torch.autograd.Function,), methods)
-        recorded = function.apply
+        recorder: Any = type(name, (torch.autograd.Function,), methods)
+        recorded = recorder.apply
 
     def call(*args: Any) -> Any:
         if not unwatched(args):
