@@ -259,7 +259,7 @@ def _products_executed(options: dict[str, Any]) -> Counts:
     with _through_triton(), _replaced(InterpreterBuilder, "create_dot", counted):
         out = attention(*inputs, **options)
         forward = made[0]
-        torch.autograd.grad(out, inputs, torch.ones_like(out))  # type: ignore[arg-type]
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
     return {"forward": forward, "with gradients": made[0]}
 
 

@@ -36,12 +36,12 @@ def fastattn(work: VarlenInputs, backend: str) -> Made:
     from fastattn import attention_varlen
 
     cu_seqlens, longest = work.cu_seqlens, work.longest
-    options = {"causal": work.case.causal, "backend": backend or "auto"}
+    causal, name = work.case.causal, backend or "auto"
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = attention_varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)  # type: ignore[arg-type]
-        assert isinstance(out, Tensor)
-        return out
+        return attention_varlen(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=causal, backend=name
+        )
 
     if backend:
         calls.unless_refused(lambda: call(*work.inputs.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,40 @@ class MultiHeadAttention(nn.MultiheadAttention):
             if extra is not None:
                 nn.init.xavier_normal_(extra)
 
+    # fmt: off
+    @overload
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        key_padding_mask: Tensor | None = None, need_weights: Literal[True] = True,
+        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+        causal: bool = False, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None, rotary: RotaryTable | None = None, cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        key_padding_mask: Tensor | None, need_weights: Literal[False],
+        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+        causal: bool = False, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None, rotary: RotaryTable | None = None, cache: KVCache | None = None,
+    ) -> tuple[Tensor, None]: ...
+    @overload
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        key_padding_mask: Tensor | None = None, *, need_weights: Literal[False],
+        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+        causal: bool = False, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None, rotary: RotaryTable | None = None, cache: KVCache | None = None,
+    ) -> tuple[Tensor, None]: ...
+    @overload
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        key_padding_mask: Tensor | None = None, need_weights: bool = True,
+        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+        causal: bool = False, segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_lengths: Tensor | None = None, rotary: RotaryTable | None = None, cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]: ...
+    # fmt: on
     def forward(
         self,
         query: Tensor,
@@ -312,6 +346,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         out = self._merge_heads(out, batched)  # (..., H * D)
         out = linear(out, self.out_proj.weight, self.out_proj.bias)
         return out, weights if batched or weights is None else weights.squeeze(0)
+
+    if TYPE_CHECKING:  # nn.Module says that a call of a module returns anything
+        __call__ = forward
 
     def _forward_nested(
         self,

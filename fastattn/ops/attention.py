@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +23,44 @@ from fastattn.spec import (
     with_unit_last_stride,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from fastattn.ops.options import AttentionOptions
+
+
+# fmt: off
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *,
+    return_lse: Literal[False] = False, return_weights: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *,
+    return_lse: Literal[True], return_weights: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *,
+    return_lse: Literal[False] = False, return_weights: Literal[True, "mean"],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *,
+    return_lse: Literal[True], return_weights: Literal[True, "mean"],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *,
+    return_lse: bool = False, return_weights: bool | Literal["mean"] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, ...]: ...
+# fmt: on
 @spelling.without_unknown
 def attention(
     query: Tensor,

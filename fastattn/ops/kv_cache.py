@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,29 @@ from fastattn.spec import (
     with_unit_last_stride,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from fastattn.ops.options import KVCacheOptions
+
+
+# fmt: off
+@overload
+def attention_kv_cache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[KVCacheOptions],
+) -> Tensor: ...
+@overload
+def attention_kv_cache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, return_lse: Literal[True],
+    **options: Unpack[KVCacheOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_kv_cache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, *, return_lse: bool = False,
+    **options: Unpack[KVCacheOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @spelling.without_unknown
 def attention_kv_cache(
     query: Tensor,

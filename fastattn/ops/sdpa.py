@@ -105,19 +105,16 @@ def _attend(
         headless = query, key, value
         query, key, value = (t.new_empty(0, 1, *t.shape[2:]) for t in headless)
         mask, bias, added = None, None, bias
-    out = cast(
-        Tensor,
-        attention(
-            query,
-            key,
-            value,
-            causal=causal,
-            mask=mask,
-            bias=bias,
-            dropout_p=0.0 if drop_all else dropout_p,
-            scale=scale,
-            backend=backend,
-        ),
+    out = attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        mask=mask,
+        bias=bias,
+        dropout_p=0.0 if drop_all else dropout_p,
+        scale=scale,
+        backend=backend,
     )
     if headless is not None:
         out = _nothing(*headless, added)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +23,32 @@ from fastattn.spec import (
     with_unit_last_stride,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from fastattn.ops.options import VarlenOptions
+
+
+# fmt: off
+@overload
+def attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, *,
+    return_lse: Literal[False] = False, **options: Unpack[VarlenOptions],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, *,
+    return_lse: Literal[True], **options: Unpack[VarlenOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, *,
+    return_lse: bool = False, **options: Unpack[VarlenOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @spelling.without_unknown
 def attention_varlen(
     query: Tensor,

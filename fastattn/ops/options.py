@@ -1,0 +1,47 @@
+"""The options of the attention calls as a type checker knows them: what their overloads leave to a common type."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class SharedOptions(TypedDict, total=False):
+    """Of every attention call."""
+
+    causal: bool | str
+    window: tuple[int | None, int | None] | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    scale: float | None
+    backend: str
+
+
+class VarlenOptions(SharedOptions, total=False):
+    """Of packed sequences."""
+
+    dropout_p: float
+    dropout_seed: int | Tensor | None
+
+
+class AttentionOptions(VarlenOptions, total=False):
+    """Of a padded batch."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None
+    key_lengths: Tensor | None
+
+
+class KVCacheOptions(SharedOptions, total=False):
+    """Of a key/value cache."""
+
+    key: Tensor | None
+    value: Tensor | None
+    block_table: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    num_splits: int | None
