@@ -1,4 +1,4 @@
-"""What a float32 lse of huge magnitude cannot say of its row: the factor that makes the row's weights sum to 1."""
+"""The factor that makes a row's weights sum to 1 where a float32 lse of huge magnitude is too coarse for it."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -1,4 +1,4 @@
-"""The attention weights themselves, from lse: what `return_weights` gives."""
+"""The attention weights, recomputed from lse, for `return_weights`."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

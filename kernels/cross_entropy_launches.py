@@ -1,4 +1,4 @@
-"""What the cross-entropy kernels are launched with."""
+"""Launches of the cross-entropy kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def backward_launch(
 
 
 def _arguments(call: CrossEntropyCall, *matrices: Tensor) -> dict[str, Any]:
-    """What both kernels take; strides and the number of classes count 16 bytes where everything is aligned."""
+    """The arguments of both kernels; strides and the number of classes count 16 bytes where everything is aligned."""
     logits = call.logits
     vector = 16 // logits.element_size()
     aligned = all(m.data_ptr() % 16 == 0 and (m.shape[0] <= 1 or m.stride(0) % vector == 0) for m in matrices)

@@ -1,4 +1,4 @@
-"""What the kernels on caches are launched with: a cache call becomes grids, arguments and the variant compiled."""
+"""Launches of the cache kernels: the grid, the arguments and the compiled variant of a cache call."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def decode_launch(
 def combine_launch(
     spec: AttentionSpec, call: KVCacheCall, split_out: Tensor, split_lse: Tensor, out: Tensor, lse: Tensor
 ) -> Launch:
-    """attention_combine_kernel on what the splits gave, contiguous (splits, B, H, Sq, Dv) and (splits, B, H, Sq)."""
+    """attention_combine_kernel on the splits' results, contiguous (splits, B, H, Sq, Dv) and (splits, B, H, Sq)."""
     _, num_heads, seqlen_q, _ = out.shape
     args: dict[str, Any] = {
         "split_out": split_out,

@@ -1,4 +1,4 @@
-"""What each kernel is launched with: a call and its tiles become grids, arguments and the variant that is compiled."""
+"""Launches of the attention kernels: the grid, the arguments and the compiled variant of a call and its tiles."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AttentionVariant(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where the sequences of a call lie whose tensors are all tokens as one (1, H, T, D) sequence."""
+    """The sequences of a packed call, whose tensors hold all tokens as one (1, H, T, D) sequence."""
 
     cu_seqlens_q: Tensor  # (B + 1,) int32
     cu_seqlens_k: Tensor
@@ -80,7 +80,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told beside the arguments."""
+        """Compiler options."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
@@ -146,7 +146,7 @@ def lse_correction_launch(
 
 
 class UpstreamGrads(NamedTuple):
-    """What flows back into the passes: the output's gradient with delta, or the weights'."""
+    """The gradients that the passes start from: the output's, with delta, or the weights'."""
 
     reference: Tensor  # (B, H, Sq) float32, from attention_delta_kernel: lse for the passes' exponents
     lse_correction: Tensor | None = None  # (B, H, Sq) float32, given with a bias
@@ -156,7 +156,7 @@ class UpstreamGrads(NamedTuple):
     dweights_factor: float = 1.0  # their multiplier
 
     def arguments(self, unit: int) -> dict[str, Any]:
-        """The kernel arguments they make."""
+        """Their kernel arguments."""
         names = ("reference", "lse_correction", "delta", "dout", "dweights")
         args: dict[str, Any] = {name: getattr(self, name) for name in names}
         args |= _score_strides("dweights", self.dweights)
@@ -223,7 +223,7 @@ def dq_launch(
     tile: Tile,
     packing: Packing | None = None,
 ) -> Launch:
-    """attention_dq_kernel on a call, writing the gradients of the query and of what else belongs to a query."""
+    """attention_dq_kernel on a call, writing the gradients of the query and the sums over its keys: slopes and lse."""
     unit = _unit(call.query, call.key, call.value, dquery, *upstream_grads.tensors())
     args = _call_arguments(spec, call, unit, packing, upstream_grads) | _strides("dq", dquery, unit)
     args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
@@ -236,7 +236,7 @@ def dq_launch(
 def sequence_sums_launch(
     tiles: Tensor, packing: Packing, num_tokens: int, block: int, sums: Tensor
 ) -> Launch:
-    """sequence_sums_kernel on what attention_dq_kernel found per tile of `block` queries, (H, slots)."""
+    """sequence_sums_kernel on the numbers (H, slots) of attention_dq_kernel, one per tile of `block` queries."""
     args: dict[str, Any] = {"tiles": tiles, "cu_seqlens": packing.cu_seqlens_q, "sums": sums}
     args |= {"batch_size": sums.shape[0], "num_heads": sums.shape[1], "num_tokens": num_tokens}
     args |= {"BLOCK": block, "CHUNK": SLOT_CHUNK}

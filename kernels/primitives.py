@@ -60,7 +60,7 @@ def score_matrix(pointer, strides, batch, head):
 
 @triton.jit
 def head_rows(pointer, batch, head, num_heads, first_row, num_rows, VARIANT: tl.constexpr):
-    """Where one head's row of a contiguous (B, H, rows) tensor begins, or a sequence's part of a (H, rows) tensor."""
+    """The start of one head's row of a contiguous (B, H, rows) tensor, or of a sequence's part of (H, rows)."""
     if VARIANT.varlen:
         base = pointer + head.to(tl.int64) * num_rows + first_row
     else:
@@ -106,7 +106,7 @@ def load_tile(
 
 @triton.jit
 def head_operand(tensor, strides, batch, head, first_row, num_rows, TMA: tl.constexpr, VARIANT: tl.constexpr):
-    """What `load_operand` loads from: `head_matrix`, or with TMA a descriptor of the whole (B, H, S, D) tensor."""
+    """The source of `load_operand`: `head_matrix`, or with TMA a descriptor of the whole (B, H, S, D) tensor."""
     if TMA and VARIANT.varlen:
         operand = (tensor, 0, head, first_row)
     elif TMA:
@@ -142,7 +142,7 @@ def zero_beyond(tile, rows, num_rows, IS_MASKED: tl.constexpr, TMA: tl.constexpr
 
 @triton.jit
 def store_tile(matrix, tile, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, VARIANT: tl.constexpr):
-    """Writes what lies within a matrix of DIM columns, converted to its dtype."""
+    """Store the part of a tile within a matrix of DIM columns, converted to its dtype."""
     pointers = tile_pointers(matrix, first_row, DIM, BLOCK_ROWS, VARIANT)
     rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, padded(DIM))[None, :]

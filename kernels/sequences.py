@@ -25,7 +25,7 @@ def num_slots(num_tokens, batch_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_slot(edge, sequence, BLOCK: tl.constexpr):
-    """Where the slots of a sequence that begins at `edge` begin."""
+    """The first slot of a sequence that begins at token `edge`."""
     return edge // BLOCK + sequence
 
 

@@ -202,7 +202,7 @@ def load_upstream_grads(y, dy, rows, cols, num_columns, VARIANT: tl.constexpr):
 
 @triton.jit
 def reduced_terms(y, dy, VARIANT: tl.constexpr):
-    """What is summed over a row: y * dy, in log dy."""
+    """The terms summed over a row: y * dy, in log dy."""
     terms = dy
     if not VARIANT.log:
         terms = y * dy

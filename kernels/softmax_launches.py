@@ -1,4 +1,4 @@
-"""What the kernels on rows are launched with: tensors become rows, strides and the variant that is compiled."""
+"""Launches of the row kernels: the rows, the strides and the compiled variant of a call."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ WORKSPACE_BYTES = 256 * 2**20  # of float32 sums, or those of two splits where t
 
 
 class Split(NamedTuple):
-    """What a program takes of the queries that share its keys."""
+    """The share of the queries of a key/value head that one program takes."""
 
     heads: int  # of the query heads of a group; 0: nothing is split
     queries: int = 0  # of their queries, a multiple of every tile's; 0: all

@@ -47,7 +47,7 @@ class Tiles:
 
 
 class Key(NamedTuple):
-    """What a row is chosen by."""
+    """The key of a row of the table."""
 
     family: int  # of architectures, one of FAMILIES
     bits: int  # 16 or 32
@@ -190,7 +190,7 @@ WITH_OLDER_TRITON: dict[Key, dict[str, Tile]] = {
 
 
 def table_tiles(spec: AttentionSpec) -> Tiles:
-    """The tiles of a spec that the table gives it; which others TMA cannot load, only a call says."""
+    """The table's tiles of a spec. A call whose operands TMA cannot load takes `tiles_without_tma` instead."""
     if not spec.aligned:
         return tiles_without_tma(spec)
     return row_of(key_of(spec), any(getattr(spec, feature) for feature in READ_BY_SCORE))
@@ -211,7 +211,7 @@ def _triton() -> str | None:
 
 
 def is_older(version: str | None) -> bool:
-    """Whether a version of Triton is one of those up to OLDER_TRITON; none and one that is no number are not."""
+    """Whether a version of Triton is at most OLDER_TRITON; False for None and for what is not a number."""
     parts = (version or "").split(".")[:2]
     return len(parts) == 2 and all(map(str.isdecimal, parts)) and tuple(map(int, parts)) <= OLDER_TRITON
 

@@ -39,7 +39,7 @@ def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measurement holds for."""
+    """The installation and device that a measurement is valid for."""
 
     device: str  # its marketing name
     capability: str  # "9.0"
@@ -74,7 +74,7 @@ class Winner:
 
 
 def signature(spec: AttentionSpec, kernel: str, packed: bool = False) -> str:
-    """What a kernel is compiled for: dtype, dims, the bounds of the window and the features, in a line."""
+    """The dtype, dims, window bounds and features that a kernel is compiled for, in a line."""
     names = [name for name in FEATURES if getattr(spec, name) and (name != "sinks" or kernel == "forward")]
     names += ["left"] if spec.window_left else []
     names += ["right"] if spec.window_right or spec.causal != "none" else []
@@ -178,7 +178,7 @@ def _winner(name: str, entry: Any) -> Winner:
 
 @cache
 def source_hash() -> str:
-    """A hash of the kernels' sources: whatever changes in them, measurements are out of date."""
+    """A hash of the kernels' sources: a change of them makes measurements out of date."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
