@@ -150,7 +150,7 @@ def cases_for(device: torch.device) -> list[AttentionCase]:
 
 
 def cpu_cases() -> list[AttentionCase]:
-    """What a CPU user meets: dense and masked training shapes, features, low precision, decoding."""
+    """Cases for a CPU: dense and masked training shapes, features, low precision, decoding."""
 
     def make(name: str, group: str, length: int, *more_peers: str, **changes: Any) -> AttentionCase:
         sizes = {"seqlen_q": length, "seqlen_k": length, **CPU_SHAPE, "peers": ("sdpa", *more_peers)}

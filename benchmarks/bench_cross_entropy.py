@@ -71,7 +71,7 @@ class LossCase:
 
     @property
     def bytes(self) -> float | None:
-        """Of a loss: logits read, and read again to write their gradient."""
+        """Bytes of a loss: logits are read, and read again to write their gradient."""
         if self.width:
             return None
         passes = 1 if self.direction == "forward" else 3

@@ -66,7 +66,7 @@ class TrainCase:
 
     @property
     def direction(self) -> str:
-        """What a step runs."""
+        """The passes that a step runs."""
         return "forward+backward" if self.group == "train" else "forward"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What is carried to and from a machine that is there for minutes: results as one archive, compiled Triton kernels."""
+"""Files carried to and from a machine lent for minutes: results as one archive, compiled Triton kernels."""
 
 from __future__ import annotations
 

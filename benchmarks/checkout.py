@@ -28,7 +28,7 @@ def make_importable() -> str:
 
 
 def correct_interpreter() -> bool:
-    """Where Triton is interpreted, repair its bfloat16 with the tests' corrections; whether that was done."""
+    """Repair the bfloat16 of an interpreted Triton with the tests' corrections; returns whether it did."""
     file = ROOT / "tests" / "kernels" / "triton_interpreter.py"
     if (
         os.environ.get("TRITON_INTERPRET") != "1"

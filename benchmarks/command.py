@@ -129,7 +129,7 @@ class SmallForm:
 
 
 def distinct_small_forms(cases: Sequence[Case]) -> list[SmallForm]:
-    """What a quick run measures: the small form of each case, once where several have the same."""
+    """The cases of a quick run: the small form of each case, once where several have the same."""
     forms: dict[str, SmallForm] = {}
     for case in cases:
         small = case.small()
@@ -213,7 +213,7 @@ def warm_cases(cases: Sequence[Case], device: torch.device, only: str | None) ->
 
 
 def compiled_providers(case: Case, device: torch.device, only: str | None) -> list[str]:
-    """Those of the chosen that torch.compile makes anew for every shape."""
+    """The chosen providers that torch.compile compiles again for every shape."""
     names = [name for name in case.providers(device) if re.search("flex|compile", name)]
     return [name for name in names if only is None or re.search(only, name)]
 
@@ -348,7 +348,7 @@ def write_csv(result: schema.Result, path: Path) -> None:
 
 
 def unusual(dtype: torch.dtype, direction: str) -> list[str]:
-    """What a label adds: a dtype other than float32, a direction other than forward and backward."""
+    """The suffix of a label: a dtype other than float32, a direction other than forward and backward."""
     words = [] if dtype == torch.float32 else [schema.dtype_name(dtype)]
     return words if direction == "forward+backward" else [*words, direction]
 

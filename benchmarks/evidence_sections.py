@@ -70,7 +70,7 @@ class Run:
 
     @property
     def disabled(self) -> list[str]:
-        """What FASTATTN_DISABLE names for every section: the directions whose probe was not passed."""
+        """The value of FASTATTN_DISABLE for every section: the directions whose probe failed or did not run."""
         return [name for name in self.report.get("disabled", "").split(",") if name]
 
 

@@ -15,7 +15,7 @@ DATA_SHEET_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
 
 
 def load_all(out: Path) -> list[schema.Result]:
-    """What the benches of a run stored, in the order of the table."""
+    """The stored results of a run's benches, in the order of the table."""
     paths = [out / f"{name}.json" for name in BENCHES]
     return [schema.load(path) for path in paths if path.exists()]
 

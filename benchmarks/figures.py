@@ -1,4 +1,4 @@
-"""What a stored case says: rows, the best peer, ratios, whether the target is met, and a terminal table."""
+"""Figures of a stored case: rows, the best peer, ratios, whether the target is met, and a terminal table."""
 
 # ruff: noqa: RUF001 - labels are typeset
 from __future__ import annotations

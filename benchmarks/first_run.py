@@ -155,7 +155,7 @@ def sanitizer() -> str | None:
 
 
 def chosen_steps(options: argparse.Namespace) -> list[str]:
-    """What the options ask for, in order."""
+    """The steps that the options select, in order."""
     names = [name for name in STEPS if not options.steps or name.rstrip("b") in options.steps]
     if options.forward:
         names = [name for name in names if not STEPS[name].backward]

@@ -1,4 +1,4 @@
-"""What the steps of first_run.py launch and compare, at a GPU's sizes or at small ones.
+"""The launches and comparisons of first_run.py's steps, at a GPU's sizes or at small ones.
 
 Steps take a backend's module, so that a CPU runs them on the torch backend or over the emulated extension. Where a
 softmax picks one key with weight 1 exactly, the output is that key's value bit by bit: so bytes are followed through

@@ -110,7 +110,7 @@ def _detail(ended: processes.Ended, last: str, findings: list[Report]) -> str:
 
 
 def place_checkout(run: Run, entry: Report) -> None:
-    """Where the install failed, let every later process import the checkout through a folder of links."""
+    """If the install failed, let later processes import the checkout through a folder of links."""
     if entry["status"] == "ok" or run.dry:
         return
     site = Path(tempfile.mkdtemp(prefix="fastattn-site-"))

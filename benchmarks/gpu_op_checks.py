@@ -105,7 +105,7 @@ def _summaries(
 
 
 def _backends(call: OpCall, device: torch.device) -> list[str]:
-    """Those of the device where the op takes a backend's name, else the one that it chooses."""
+    """The device's backends if the op takes a backend's name, else the one that the op chooses."""
     return backends_here(device) if "backend" in inspect.signature(call.ours).parameters else ["auto"]
 
 
@@ -146,7 +146,7 @@ def _varlen(draw: random.Random, generator: torch.Generator, device: torch.devic
         return reference.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **options)
 
     def terms(dout: Tensor) -> dict[str, Tensor]:
-        """Those of dquery and dkey in rows that see one key."""
+        """The terms of dquery and dkey in rows that see one key."""
         found = []
         for start, stop in itertools.pairwise(cu_seqlens.tolist()):
             query, key, value, upstream = (

@@ -138,7 +138,7 @@ def probe_cross_entropy(ops: ModuleType, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Direction:
-    """What is tried as one, and the parts of the backend that are switched off if it fails."""
+    """A group of launches that is probed together, and the parts of the backend disabled if it fails."""
 
     probe: Probe
     parts: tuple[str, ...]

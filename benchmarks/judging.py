@@ -1,4 +1,4 @@
-"""What every check of a device reports, and how near to float64 a result has to be."""
+"""The findings of a device's checks, and the error bound of a result against float64."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class NotThis(Exception):
 
 @dataclass
 class Operands:
-    """What a call and its gradient read, (B, H, S, D) or, packed, (T, H, D)."""
+    """Inputs of a call and its gradient, (B, H, S, D) or, packed, (T, H, D)."""
 
     query: Tensor
     key: Tensor
@@ -153,7 +153,7 @@ def truth(
 
 
 def residuals(operands: Operands, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
-    """What a correct forward hands to the backward: float64's out and lse, rounded."""
+    """Residuals of a correct forward: out and lse in float64, rounded."""
     exact = truth(operands, torch.float64, cu_seqlens, gradients=False, **options)
     return {"out": exact["out"].to(operands.query.dtype), "lse": exact["lse"].float()}
 
@@ -175,7 +175,7 @@ def worst_of(
 
 
 def cu_seqlens_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Where packed sequences begin and end."""
+    """The cu_seqlens of packed sequences."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 

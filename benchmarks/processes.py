@@ -148,7 +148,7 @@ Events = queue.SimpleQueue[tuple[Process, "str | None"]]  # a line, or None wher
 
 
 def follow(*processes: Process) -> Iterator[tuple[Process, Line | Ended]]:
-    """What several processes print, as it comes, and the end of each; those that are overdue are stopped.
+    """Lines of several processes as they are printed, and each one's exit; overdue processes are stopped.
 
     They share one queue: make them with the same `events`. Whatever leaves the loop early stops all of them.
     """

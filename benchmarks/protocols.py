@@ -1,4 +1,4 @@
-"""What is measured: a case describes a call, a workload holds its inputs, a step runs it once."""
+"""The protocols of measured code: a case describes a call, a workload holds its inputs, a step runs it once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CannotRun(Exception):
 
 
 class Judgement(NamedTuple):
-    """What a step's tensors are compared with: the same part of each in float64, and plain torch's own."""
+    """The reference of a step's tensors: the same part of each in float64, and plain torch's own."""
 
     part: Callable[[str, Tensor], Tensor]  # the slice of a step's tensor that was judged
     golden: Tensors  # float64
@@ -39,7 +39,7 @@ class Workload(Protocol):
 
 
 class Case(Protocol):
-    """What is measured, before anything is allocated."""
+    """The description of a measured call, before anything is allocated."""
 
     @property
     def name(self) -> str: ...
@@ -58,7 +58,7 @@ class Case(Protocol):
 
     @property
     def axis(self) -> Result | None:
-        """Where the case stands in a chart over size: {"name": of the axis, "value": on it, "line": which curve}."""
+        """The case's point in a chart over size: {"name": of the axis, "value": on it, "line": which curve}."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What rounding may cost: plain torch's error in other orders of summation, and the terms of sums that cancel."""
+"""Bounds on rounding errors: plain torch's error in other orders of summation, and the terms of sums that cancel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MORE_ORDERS = 8  # where results of a few numbers are judged each by itself
 
 
 def error_of_terms(terms: Tensor, dtype: torch.dtype) -> float:
-    """What the terms of sums that cancel may leave: eps max|terms|, eps of the dtype that sums are kept in."""
+    """The rounding error that cancelling sums may leave: eps max|terms|, eps of the dtype that sums are kept in."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.finfo(kept).eps * terms.max().item() if terms.numel() else 0.0
 
@@ -31,7 +31,7 @@ def terms_of_score_gradients(
     dweights: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of each element of dquery and dkey the sum of its terms without their signs, in float64.
+    """For each element of dquery and dkey the sum of its terms' absolute values, in float64.
 
     dscore is weight * (dout.v + dweight - delta + dlse), delta the row's sum of weight * (dout.v + dweight). Where a
     row sees one key, dout.v and delta cancel: the error is that of the terms, however small the gradient is.

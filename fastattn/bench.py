@@ -29,7 +29,7 @@ ALL_OPTIONS = (
 
 
 def folder() -> Path:
-    """Where the scripts lie: in the checkout, or installed beside the package."""
+    """The folder of the scripts: the checkout's, or the one installed with the package."""
     package = Path(__file__).resolve().parent
     for place in (package / "benchmarks", package.parent / "benchmarks"):
         if (place / "harness.py").exists():

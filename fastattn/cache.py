@@ -1,4 +1,4 @@
-"""Where fastattn keeps what it can make again, such as measured tiles and built extensions."""
+"""The cache folder, for files that can be made again, such as measured tiles and built extensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where what takes long reports as it goes, and how it refuses bad input; `fastattn.cli` prints both."""
+"""The interface for progress reports and input errors; `fastattn.cli` prints both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class Output(Protocol):
-    """Where a command reports; `shows_progress` says whether a long step may report as it goes."""
+    """The output of a command; `shows_progress` says whether a long step may report as it goes."""
 
     shows_progress: bool
 

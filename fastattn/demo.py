@@ -226,7 +226,7 @@ def _show_swap(device: torch.device, output: Output) -> dict[str, Any]:
     real = ~padding
 
     def results(model: nn.Module, inputs: Tensor) -> Tensor:
-        """What the model gives for real tokens, and the gradient that reaches its input there."""
+        """The model's outputs at real tokens, and the gradient of its input there."""
         leaf = inputs.clone().requires_grad_()
         out = model(leaf, src_key_padding_mask=padding)[real]
         (grad,) = torch.autograd.grad(out.square().sum(), leaf)

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, compilers, the extension and the backends, each with its refusal."""
+"""The state of this machine: versions, devices, compilers, the extension and the backends, each with its refusal."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def keep_threshold(dropout_p: float) -> int:
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What kept values are multiplied with: 65536 / (65536 - threshold)."""
+    """The factor of kept values: 65536 / (65536 - threshold)."""
     return 65536 / (65536 - keep_threshold(dropout_p))
 
 

@@ -36,7 +36,7 @@ def is_available() -> bool:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """What figures are made and saved under."""
+    """The style that figures are made and saved with."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):

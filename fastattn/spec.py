@@ -1,4 +1,4 @@
-"""What a call asks for: the tensors and options of one call, and the hashable summary a backend decides on.
+"""Calls and specs: the tensors and options of one call, and the hashable summary that a backend decides on.
 
 Shape legend, used by every file:
     B batch    H query heads    Hkv key/value heads    Sq, Sk query/key lengths    D head dim    Dv value dim
@@ -174,7 +174,7 @@ class WeightsGradsNeeded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a call asks for, without lengths, batch or strides: only the classes of them a kernel is chosen by."""
+    """The properties of a call by which a kernel is chosen: no lengths, batch or strides, only classes of them."""
 
     device: str  # "cpu", "cuda", ...
     arch: int | None  # 10 * major + minor of a CUDA device, else None
@@ -294,7 +294,7 @@ class LinearCrossEntropyCall:
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxSpec:
-    """What a softmax or a cross-entropy asks for: the class of its rows, not their number."""
+    """The properties of a softmax or a cross-entropy by which a kernel is chosen: the class of its rows."""
 
     device: str
     arch: int | None  # 10 * major + minor of a CUDA device, else None

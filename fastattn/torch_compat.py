@@ -42,7 +42,7 @@ def _keys(*names: str) -> int:
 
 
 def _plain_keys() -> tuple[set[int], set[int]] | None:
-    """What the dispatcher looks at where nothing but autograd does: of the thread, and of a tensor."""
+    """Dispatch keys with nothing active but autograd: those of the thread, and those of a tensor."""
     if None in (_keys_of_tensor, _keys_of_thread, _function_modes, _profiler_enabled):
         return None
     try:

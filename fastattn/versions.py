@@ -28,7 +28,7 @@ def version(package: str) -> str:
 
 
 def own_declared() -> str:
-    """What the pyproject.toml of the checkout this is says; UNKNOWN where there is none of ours."""
+    """The version in the checkout's pyproject.toml; UNKNOWN if there is none of this project."""
     project = Path(__file__).resolve().parent.parent / "pyproject.toml"
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
     if 'name = "fastattn"' not in text:  # the pyproject.toml of whoever copied the package

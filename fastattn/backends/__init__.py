@@ -182,7 +182,7 @@ def check_has(name: str, function: str) -> None:
 
 
 def explanation(passes: Mapping[str, Spec], name: str) -> Explanation:
-    """What `select` would do for the passes of a call, and why; `passes` as in `select_all`, the forward first."""
+    """The choices of `select` for a call's passes, and why; `passes` as in `select_all`, the forward first."""
     found = {_kind_of(function): _explain_pass(spec, name, function) for function, spec in passes.items()}
     forward = found["forward"]
     backward, weights, weights_backward = (
@@ -206,7 +206,7 @@ def _kind_of(function: str) -> str:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What runs one pass of a call, and why the others do not."""
+    """The backend of one pass of a call, and the refusals of the others."""
 
     backend: str | None = None
     tiles: str | None = None

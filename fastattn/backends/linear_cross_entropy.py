@@ -98,7 +98,7 @@ class _Grads:
         norms: Tensor,
         cross_entropy_bwd: Backward,
     ) -> None:
-        """What one chunk's logits contribute; they are overwritten unless the softcap needs them."""
+        """Add the contribution of one chunk's logits; they are overwritten unless the softcap needs them."""
         call, logits = self.call, chunk.logits
         dlogits = cross_entropy_bwd(spec, chunk, dlosses, norms, None if call.softcap else logits)
         if call.softcap:

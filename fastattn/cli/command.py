@@ -1,4 +1,4 @@
-"""What every command shares: how bad input, a full disk and Ctrl-C end it, and where it reports."""
+"""Shared parts of the commands: exits on bad input, a full disk and Ctrl-C, and the output."""
 
 from __future__ import annotations
 

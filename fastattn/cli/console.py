@@ -1,4 +1,4 @@
-"""What commands print: tables and headings, drawn in a terminal and plain when piped."""
+"""Printed output of commands: tables and headings, drawn in a terminal and plain when piped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library's own documentation, or a user's UTF-8 files."""
+"""Sources of text: the standard library's own documentation, or a user's UTF-8 files."""
 
 from __future__ import annotations
 

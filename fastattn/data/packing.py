@@ -243,7 +243,7 @@ class PackedDataset:
         return {name: torch.from_numpy(values) for name, values in item.items()}
 
     def _document_starts(self, first: int, length: int) -> npt.NDArray[np.int64]:
-        """Where documents begin in the block, counted from its first token, which always begins one."""
+        """Offsets at which documents begin in the block; its first token always begins one."""
         low, high = np.searchsorted(self.stream.starts, [first + 1, first + length])
         return np.concatenate([np.zeros(1, np.int64), self.stream.starts[low:high] - first])
 

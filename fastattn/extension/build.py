@@ -22,7 +22,7 @@ __all__ = ["BuildError", "Built", "build", "build_here", "make_plan"]
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What `fastattn build` made."""
+    """The result of `fastattn build`."""
 
     library: Path
     info: BuildInfo
@@ -36,7 +36,7 @@ class Built:
 
 
 def make_plan(arch_list: str | None = None, csrc: Path | None = None) -> Plan:
-    """What a build here would do, or a BuildError that says why there can be none."""
+    """The plan of a build on this machine; raises BuildError if none is possible."""
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the CUDA extension builds on Linux, this is {sys.platform}")
     csrc = csrc or csrc_folder()

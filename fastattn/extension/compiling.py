@@ -43,7 +43,7 @@ class Plan:
     archs: tuple[str, ...]  # as in TORCH_CUDA_ARCH_LIST
 
     def info(self) -> BuildInfo:
-        """What the extension will say of itself."""
+        """The build info that is written into the extension."""
         return BuildInfo(self.torch.version, self.torch.cuda, abi_tag(), self.archs, sources_hash(self.csrc))
 
     def key(self) -> str:
@@ -64,7 +64,7 @@ class Object:
 
 
 def sources(plan: Plan) -> list[Path]:
-    """What is compiled: host code, and the kernels that some wanted architecture can run."""
+    """The sources to compile: host code, and the kernels that some wanted architecture can run."""
     device = sorted((plan.csrc / "instantiations").glob("*.cu"))
     return [*sorted(plan.csrc.glob("*.cpp")), *(path for path in device if archs_of(path, plan.archs))]
 
@@ -161,7 +161,7 @@ def _flags(plan: Plan, source: Path) -> tuple[list[str], list[str]]:
 
 
 def _tied(plan: Plan, source: Path) -> list[str]:
-    """What an object depends on beside its text, compiler and flags: kernels know nothing of torch."""
+    """The dependencies of an object beside its text, compiler and flags: kernels do not depend on torch."""
     if source.suffix == ".cu":
         return [plan.toolkit.version]
     return [plan.toolkit.version, plan.torch.version, plan.torch.cuda, abi_tag()]

@@ -1,4 +1,4 @@
-"""What a built extension was made from: written into the file, and read from it without loading it."""
+"""The build info of an extension: written into the file, and read from it without loading it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKER = b"FASTATTN_BUILD_INFO="  # precedes the build info in a built extension
 
 @dataclass(frozen=True, slots=True)
 class BuildInfo:
-    """What a built extension was made from; it is written into the file."""
+    """The versions and architectures that an extension was built with."""
 
     torch: str
     cuda: str

@@ -23,7 +23,7 @@ ADVICE = "`fastattn build` makes one that fits"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What there is: a loaded module with its info, or the reason why there is none."""
+    """The loaded module with its info, or the reason why there is none."""
 
     module: ModuleType | None = None
     info: BuildInfo | None = None
@@ -68,7 +68,7 @@ def module() -> ModuleType:
 
 
 def info_here() -> BuildInfo:
-    """What a build for this process would say of itself, architectures aside."""
+    """The build info of an extension for this process, architectures aside."""
     sources = sources_hash(csrc_folder())
     return BuildInfo(str(torch.__version__), str(torch.version.cuda), abi_tag(), (), sources)
 

@@ -1,4 +1,4 @@
-"""What a build is made with: the CUDA toolkit and the torch that are here."""
+"""The CUDA toolkit and the torch that a build uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Toolkit:
 
 @dataclass(frozen=True, slots=True)
 class Torch:
-    """What the extension is tied to in a torch."""
+    """The properties of a torch that an extension depends on."""
 
     version: str
     cuda: str  # "13.0"
@@ -79,7 +79,7 @@ def find_toolkit() -> Toolkit | None:
 
 
 def _root_of(nvcc: str) -> Path:
-    """Where a compiler lives: it is asked, since the one on PATH may be a script that starts another."""
+    """The root of a compiler as it reports it: the one on PATH may be a script that starts another."""
     done = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""What generation needs of a model. Models implement it; generation imports none of them."""
+"""The protocol between generation and models. Models implement it; generation imports none of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module's class does, read from its code: whether it computes attention, and what it passes on."""
+"""Inspection of a module's class by its code: whether it computes attention, and what it passes on."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class StructuredMask:
 
 
 def _device_and_dtype(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
-    """What the arguments of `Tensor.to` name, None for what they leave as it is."""
+    """The device and dtype that `Tensor.to`'s arguments name, None where unchanged."""
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     for arg in (*args, kwargs.get("tensor")):
         if isinstance(arg, Tensor):

@@ -20,7 +20,7 @@ from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_attention` did: names of modules as in `named_modules`, "" being the model itself."""
+    """The result of `swap_attention`: names of modules as in `named_modules`, "" being the model itself."""
 
     swapped: tuple[str, ...]
     already: tuple[str, ...]  # ran on fastattn before the call

@@ -56,7 +56,7 @@ def was_changed(module: nn.Module) -> bool:
 
 
 def hint(module: nn.Module) -> str:
-    """What helps a module that computes attention itself, as the end of a sentence; "" where nothing does."""
+    """Advice for a module that computes attention itself, as the end of a sentence; "" if there is none."""
     cls = type(module)
     if (why := _why_not(module)) is not None:
         return f", and {why}"

@@ -1,4 +1,4 @@
-"""What is used of transformers beyond its documented interface: each name once, looked up late, with a fallback."""
+"""Names of transformers beyond its documented interface: each name once, looked up late, with a fallback."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def dense_bool_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What "sdpa" gets as a mask: (B, 1, Sq, Sk) bool, True = attend, or None; made here if transformers cannot."""
+    """The mask of "sdpa": (B, 1, Sq, Sk) bool, True = attend, or None; made here if transformers cannot."""
     mask_function = mask_function or _causal
     if (function := masking("sdpa_mask")) is not None:
         return cast(
@@ -98,7 +98,7 @@ def dense_bool_mask(
 
 
 def dense_float_mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
-    """What eager attention gets as a mask: 0 or the dtype's lowest number, or None where nothing is hidden."""
+    """The mask of eager attention: 0 or the dtype's lowest number, or None where nothing is hidden."""
     if (function := masking("eager_mask")) is not None:
         return cast("Tensor | None", function(dtype=dtype, **kwargs))
     mask = dense_bool_mask(**kwargs | {"allow_is_causal_skip": False})

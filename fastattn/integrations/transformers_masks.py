@@ -17,7 +17,7 @@ from fastattn.integrations.transformers_kinds import wants_eager_masks
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a mask function keeps: keys j of query position i with i - left <= j <= i + right in i's document."""
+    """The keys that a mask function keeps: j of query position i with i - left <= j <= i + right in i's document."""
 
     causal: bool = False
     left: int | None = None

@@ -256,7 +256,7 @@ def _choosable(top: nn.Module, config: Any) -> bool:
 
 
 def _groups(prefix: str, top: nn.Module) -> list[_Group]:
-    """What computes attention inside a transformers model, by the configs that decide."""
+    """The modules that compute attention in a transformers model, grouped by their config."""
     known = {id(config): config for config in _configs(top)}
     groups: dict[int, _Group] = {}
     owners: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a model is made of: its sizes and options, validated, with presets as rows and JSON in transformers' names."""
+"""Model configurations: sizes and options, validated, with presets as rows and JSON in transformers' names."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 
 
 class CausalLMOutput(NamedTuple):
-    """What a language model returns; loss is None without labels."""
+    """The output of a language model; loss is None without labels."""
 
     loss: Tensor | None  # ()
     logits: Tensor  # (B, S, V), or the last logits_to_keep of S

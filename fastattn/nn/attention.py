@@ -173,7 +173,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.register_forward_pre_hook(keep_forward)
 
     def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script calls first."""
+        """Called first by torch.jit.script."""
         way = "fastattn.restore_attention(model) puts torch's back" if self.swapped else "use torch's module"
         raise RuntimeError(
             f"torch.jit.script cannot compile fastattn.MultiHeadAttention: {way} "

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary embeddings, ALiBi slopes, and positions read off padding masks and packed segments."""
+"""Positions: rotary embeddings, ALiBi slopes, and positions read off padding masks and packed segments."""
 
 from __future__ import annotations
 

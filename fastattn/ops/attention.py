@@ -190,8 +190,8 @@ def explain(
 
 
 def _passes(call: AttentionCall, weights: bool) -> dict[str, AttentionSpec]:
-    """What each pass of a call asks for, by the function of a backend that runs it: those of a backward too where one
-    may follow."""
+    """Specs of a call's passes by the backend function that runs each; the backward's too where one may
+    follow."""
     spec = AttentionSpec.of(call)
     passes = {"attention_fwd": spec}
     if weights:
@@ -206,7 +206,7 @@ def _passes(call: AttentionCall, weights: bool) -> dict[str, AttentionSpec]:
 
 
 def _check_values(call: AttentionCall) -> None:
-    """What only real data shows, and a CPU shows without a synchronisation."""
+    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
     lengths = call.key_lengths
     if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
         return

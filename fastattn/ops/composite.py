@@ -43,7 +43,7 @@ def reference_options(call: AttentionCall) -> dict[str, Any]:
 
 
 def shared_options(call: AttentionCall | VarlenCall) -> dict[str, Any]:
-    """Those of them that packed sequences have too."""
+    """The options that packed sequences have too."""
     return {
         "causal": {"none": False, "bottom_right": True, "top_left": "top_left"}[call.causal],
         "window": (call.window_left, call.window_right),

@@ -143,7 +143,7 @@ def _arguments(
 
 
 def _passes(rows: Tensor) -> dict[str, SoftmaxSpec]:
-    """What each pass of `cross_entropy` asks for, that of a backward too where one may follow."""
+    """Specs of `cross_entropy`'s passes, the backward's too where one may follow."""
     passes = {"cross_entropy_fwd": SoftmaxSpec.of(rows)}
     if torch.is_grad_enabled() and rows.requires_grad:
         passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
@@ -314,7 +314,7 @@ def _needs(*operands: Tensor | None) -> list[bool]:
 
 
 def _linear_passes(rows: Tensor, weight: Tensor, needs: list[bool], reduction: str) -> dict[str, SoftmaxSpec]:
-    """What each pass of `linear_cross_entropy` asks for: the forward makes the gradients too, but for "none"."""
+    """Specs of `linear_cross_entropy`'s passes: the forward makes the gradients too, but for "none"."""
     if reduction != "none" or not any(needs):
         return {"linear_cross_entropy_fwd": linear_spec(rows, weight, backward=any(needs))}
     return {

@@ -121,7 +121,7 @@ def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """What only real data shows, and a CPU shows without a synchronisation."""
+    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
     if target.device.type != "cpu" or not arguments.values_are_known(target):
         return
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]

@@ -262,7 +262,7 @@ def check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
 
 
 def _check_memory(call: KVCacheCall) -> None:
-    """What is written must be written once, and read nowhere else. Looks at addresses and strides only."""
+    """Refuse outputs that overlap themselves or an input. Looks at addresses and strides only."""
     if call.key is None or call.value is None or not call.key.numel() + call.value.numel():
         return
     caches = (("k_cache", call.k_cache), ("v_cache", call.v_cache))
@@ -285,7 +285,7 @@ def _check_memory(call: KVCacheCall) -> None:
 
 
 def _check_values(call: KVCacheCall) -> None:
-    """What only real data shows, and a CPU shows without a synchronisation; before anything is written."""
+    """Check values before anything is written; done on a CPU, where it costs no synchronisation."""
     if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
         return
     shortest, longest = (int(n) for n in torch.aminmax(call.cache_lengths))

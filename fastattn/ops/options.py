@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class SharedOptions(TypedDict, total=False):
-    """Of every attention call."""
+    """Options of every attention call."""
 
     causal: bool | str
     window: tuple[int | None, int | None] | None
@@ -20,14 +20,14 @@ class SharedOptions(TypedDict, total=False):
 
 
 class VarlenOptions(SharedOptions, total=False):
-    """Of packed sequences."""
+    """Options of packed sequences."""
 
     dropout_p: float
     dropout_seed: int | Tensor | None
 
 
 class AttentionOptions(VarlenOptions, total=False):
-    """Of a padded batch."""
+    """Options of a padded batch."""
 
     mask: Tensor | None
     bias: Tensor | None
@@ -36,7 +36,7 @@ class AttentionOptions(VarlenOptions, total=False):
 
 
 class KVCacheOptions(SharedOptions, total=False):
-    """Of a key/value cache."""
+    """Options of a call against a key/value cache."""
 
     key: Tensor | None
     value: Tensor | None

@@ -237,7 +237,7 @@ def _formula(
 
 
 def _kept(probs: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """What dropout of this seed multiplies weights with; fixes the sizes of a trace."""
+    """The factors by which dropout of this seed multiplies the weights; fixes the sizes of a trace."""
     batch, num_heads, seqlen_q, seqlen_k = probs.shape
     heads = torch.arange(batch * num_heads, device=probs.device).view(batch, num_heads)
     keep = keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)

@@ -1,4 +1,4 @@
-"""What the registration of every op shares: the way it is called, and gradients that come back by position."""
+"""Registration of ops with torch: dispatch, fakes and autograd."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def explain_softmax(
 
 
 def _passes(call: SoftmaxCall) -> dict[str, SoftmaxSpec]:
-    """What each pass of a call asks for, that of a backward too where one may follow."""
+    """Specs of a call's passes, the backward's too where one may follow."""
     x = call.x if call.x.dim() else call.x[None]
     passes = {"softmax_fwd": _spec(replace(call, x=x))}
     if torch.is_grad_enabled() and x.requires_grad:

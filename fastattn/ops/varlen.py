@@ -153,7 +153,7 @@ def explain_varlen(
 
 
 def _passes(call: VarlenCall) -> dict[str, AttentionSpec]:
-    """What each pass of a call asks for, that of a backward too where one may follow."""
+    """Specs of a call's passes, the backward's too where one may follow."""
     whole = call.as_one_sequence()
     passes = {"varlen_fwd": AttentionSpec.of(whole)}
     tensors = {name: getattr(call, name) for name in _DIFFERENTIABLE}
@@ -222,7 +222,7 @@ def _call_arguments(
 
 
 def _check_values(call: VarlenCall) -> None:
-    """What only real data shows, and a CPU shows without a synchronisation."""
+    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
     if call.query.device.type != "cpu":
         return
     for name, cu_seqlens, tokens, bound in (

@@ -30,7 +30,7 @@ _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step r
 
 
 class RunDirectory:
-    """Where one run writes.
+    """The folder of a run.
 
     DIR/ holds the model with the lowest validation loss so far (the newest when nothing is held out), loadable by
     `from_pretrained`, with log.jsonl and train_config.yaml; DIR/checkpoint-STEP/ holds everything to go on from STEP.

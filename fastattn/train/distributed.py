@@ -105,7 +105,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def usable_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in; "auto" is bfloat16 on a CUDA device that has it, else float32.
+    """The dtype of autocast; "auto" is bfloat16 on a CUDA device that has it, else float32.
 
     Raises:
         ConfigError: float16 anywhere but on CUDA, or bfloat16 on a CUDA device without it.

@@ -1,4 +1,4 @@
-"""What training measures: targets, perplexity, floating-point work and how much of the device's peak it uses."""
+"""Metrics of training: targets, perplexity, floating-point work and how much of the device's peak it uses."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ LINE_SECONDS = 5.0  # between plain lines
 
 
 class ProgressDisplay(Protocol):
-    """Where the trainer reports."""
+    """The trainer's progress display."""
 
     def start(self, progress: float) -> None:
         """Begin, `progress` (0 to 1) of the run being done already."""

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold so that a run can go on from it, read and checked before any of it is used."""
+"""The contents of a checkpoint that a run resumes from, read and checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _train_state(values: dict[str, Any], path: Path) -> TrainState:
 
 
 def _need_of(name: str, value: Any) -> str | None:
-    """What a field of the state needs instead of this value; None where the value will do."""
+    """The requirement that a field's value violates, or None."""
     if name in ("first", "best", "last"):
         names = {field.name for field in fields(Evaluation)}
         good = value is None or (

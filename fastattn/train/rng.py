@@ -1,4 +1,4 @@
-"""What makes a run reproducible: the global random generators as one thing, and deterministic algorithms."""
+"""Reproducibility: the state of all global random generators, and deterministic algorithms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands, and what it came to."""
+"""The state of a run, and its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastattn.train.metrics import Evaluation
 
 @dataclass
 class TrainState:
-    """What a checkpoint keeps besides weights, optimiser, sampler and generators."""
+    """The part of a checkpoint besides weights, optimiser, sampler and generators."""
 
     step: int = 0
     tokens: int = 0
@@ -36,7 +36,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `Trainer.fit` did.
+    """The result of `Trainer.fit`.
 
     stopped: why it ended; interrupted: that it was a signal. first, best, last: evaluations before training, with the
     lowest loss, and at the end; None without dev_data. seconds: wall time of the whole run, evaluations and earlier

@@ -384,7 +384,7 @@ class Trainer:
             self._save()
 
     def _finish(self, *, evaluate: bool) -> Path:
-        """What the end of a run owes; an interrupted one saves at once and leaves the rest to whoever resumes it."""
+        """Final evaluation and saving; an interrupted one saves at once and leaves the rest to whoever resumes it."""
         if evaluate and self.state.window:
             self._log_window()
         if evaluate and self.dev_data is not None and self.state.evaluated_step != self.state.step:

@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 
 class Runner(Protocol):
-    """What runs tiles: `device.Device`, or a stand-in of the tests."""
+    """The interface that runs tiles: `device.Device`, or a stand-in of the tests."""
 
     def verdict(self, work: Work, tile: Tile) -> str | None:
         """Why a tile can't be used, or None."""
@@ -41,7 +41,7 @@ MAX_MINUTES = 60 * 24 * 365
 
 @dataclass(frozen=True)
 class Options:
-    """What is tuned, and how long."""
+    """The kernels and calls to tune, and the time limit."""
 
     dtypes: tuple[str, ...] = ()
     head_dims: tuple[tuple[int, int], ...] = ()
@@ -62,7 +62,7 @@ class Options:
         minutes: float | None,
         jobs: int,
     ) -> Options:
-        """From what the command line gives; None is the default choice, InputError what cannot be used."""
+        """Options of the command line; None is the default choice, InputError what cannot be used."""
         if minutes is not None and not 0 <= minutes <= MAX_MINUTES:
             raise InputError(f"--minutes: got {minutes}, needs 0 to {MAX_MINUTES}")
         dims = tuple(_head_dims(text) for text in head_dims or ())
@@ -93,7 +93,7 @@ def _head_dims(text: str) -> tuple[int, int]:
 
 
 def list_candidates(options: Options, arch: int | None, output: Output) -> Report:
-    """What a run would measure on a device of compute capability arch / 10 (this GPU's, else 9.0); runs nothing."""
+    """The tiles that a run would measure on compute capability arch / 10 (this GPU's, else 9.0); runs nothing."""
     arch = arch or arch_here() or 90
     works = []
     for work in options.works():
@@ -232,7 +232,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def stored_winners(machine: Machine) -> dict[str, Winner]:
-    """What is on file already; nothing where the file can't be used."""
+    """The stored winners; none if the file cannot be used."""
     try:
         return tuned.load(machine)
     except (OSError, ValueError):

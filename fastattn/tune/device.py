@@ -88,7 +88,7 @@ class Inputs:
         )
 
     def call(self) -> AttentionCall:
-        """What a backend gets; of packed sequences, the tokens as one sequence."""
+        """The call as a backend gets it; packed tokens as one sequence."""
         if self.cu_seqlens is None:
             return AttentionCall(*call_arguments(self.query, self.key, self.value, **self.options))
         one = (t.transpose(0, 1)[None] for t in (self.query, self.key, self.value))
@@ -107,7 +107,7 @@ class Inputs:
         )  # fmt: skip
 
     def expected(self, work: Work, dtype: torch.dtype) -> Tensors:
-        """What the kernel's results should be: the reference with every float tensor in `dtype`."""
+        """The expected results: the reference with every float tensor in `dtype`."""
         leaves = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
         options = dict(self.options)
         if "bias" in options:
@@ -250,7 +250,7 @@ class Device:
 
 
 def _any_kernel(work: Work) -> Work:
-    """What all kernels on a kind of call share."""
+    """The arguments shared by all kernels on a kind of call."""
     return replace(work, kernel="forward")
 
 
@@ -264,7 +264,7 @@ def _entry_points(
 
 
 def over_rule(actual: Tensor, plain: Tensor, golden: Tensor, name: str) -> str | None:
-    """Where |actual - golden| passes 2 |plain - golden| + eps |golden|, all greatest absolute values, or None."""
+    """A message if max |actual - golden| exceeds 2 max |plain - golden| + eps max |golden|, or None."""
     eps = torch.finfo(plain.dtype).eps
     actual, plain, golden = (t.detach().double() for t in (actual, plain, golden))
     finite = golden.isfinite()

@@ -48,7 +48,7 @@ class Options:
         backends: Sequence[str] | None,
         kinds: Sequence[str] | None,
     ) -> Options:
-        """From what the command line gives; None is all."""
+        """Options of the command line; None is all."""
         for name, given, known in (
             ("--head-dim", head_dims, HEAD_DIMS),
             ("--direction", directions, PRODUCTS),
@@ -167,7 +167,7 @@ class Ranked:
 
     @property
     def bound(self) -> str:
-        """What takes them."""
+        """The unit that bounds them."""
         assert self.prediction is not None
         if self.l2 > self.prediction.cycles:
             return "L2"
@@ -201,7 +201,7 @@ def rank(work: Work, candidates: Sequence[Candidate]) -> list[Ranked]:
 
 
 def l2_cycles(work: Work, tile: Tile) -> float:
-    """Of the L2 cache, for the two operands that a loop reads to 64 x 128 scores: more where fewer rows stay."""
+    """Cycles of the L2 cache for the two operands that a loop reads per 64 x 128 scores."""
     stationary = tile.block_n if work.kernel == "dkdv" else tile.block_m
     return SCORES / stationary * (work.head_dim + work.value_dim) * work.itemsize / L2_BYTES
 
@@ -217,7 +217,7 @@ def choice(ranked: Sequence[Ranked], built_in: Tile) -> Ranked | None:
 
 
 def machine_of(device: str | None) -> Machine:
-    """What tiles of the model are stored for: the device of that name, or else this machine's of its architecture."""
+    """The machine that the model's tiles are stored for: the named device, or this machine's of that architecture."""
     if device is not None and not (device.isprintable() and 0 < len(device.strip()) <= MAX_NAME):
         raise InputError(f"--device: got {device[:20]!r}, needs the name that torch gives the device")
     name = device or tuned.device_name(ahead.MODEL_ARCH)

@@ -1,4 +1,4 @@
-"""What is tuned: kernels on kinds of calls, the tiles that might serve them, and the race that decides."""
+"""The plan of a tuning run: kernels on kinds of calls, the tiles that might serve them, and the race that decides."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Work:
         )  # fmt: skip
 
     def signature(self, arch: int) -> str:
-        """What its winner is stored by."""
+        """The key that its winner is stored by."""
         return signature(self.spec(arch), self.kernel, self.packed)
 
     def built_in(self, arch: int) -> Tile:

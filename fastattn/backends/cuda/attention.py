@@ -203,7 +203,7 @@ def _in_one_pass(spec: AttentionSpec, needs: GradsNeeded) -> bool:
 def _needed_grads(
     scale: float, grads: tuple[Tensor | None, Tensor | None, Tensor | None], needs: GradsNeeded
 ) -> AttentionGrads:
-    """What is needed of (dq, dk, dv), dq being that of the query `_with_positive_scale` made."""
+    """Which of (dq, dk, dv) are needed; dq is the gradient of the query that `_with_positive_scale` made."""
     dquery, dkey, dvalue = grads
     if dquery is not None and scale <= 0.0:
         dquery = -dquery if scale < 0.0 else dquery.zero_()

@@ -36,7 +36,7 @@ EXTREME_LSE = 1e4  # beyond it lse has no digits left for the number of keys it 
 
 
 def tiles(spec: AttentionSpec) -> str:
-    """What computes a tile, and its rows and columns."""
+    """The implementation of a tile, and its rows and columns."""
     if _fused_runs(spec):
         return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
     return f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
@@ -522,7 +522,7 @@ def _fused_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
 def _with_irregular_rows(
     part: _Part, tile: Tile, mask: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What torch's fused kernel made of a tile, put right where a row has no finite largest score.
+    """The results of torch's fused kernel on a tile, corrected in rows without a finite largest score.
 
     The kernel gives out 0 and lse 0 where it finds no largest score: in a row that sees nothing, one whose scores are
     all -inf and, depending on their number, one whose scores are NaN. A largest score of +inf becomes its lse. All
@@ -622,7 +622,7 @@ def _blockwise_rows(part: _Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _RowStatistics:
-    """What the blockwise backward knows of each row, all (B, H, Sq)."""
+    """Row statistics of the blockwise backward, all (B, H, Sq)."""
 
     lse_safe: Tensor  # +inf in rows that see nothing
     delta: Tensor | None

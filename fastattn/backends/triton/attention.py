@@ -147,7 +147,7 @@ def _tiles_that_fit(
 
 
 def _lse_correction(spec: AttentionSpec, call: AttentionCall, lse: Tensor, tile: Tile) -> Tensor | None:
-    """What lse leaves out of the weights: only biases reach magnitudes at which it does."""
+    """The correction of weights recomputed from lse, or None: only biases reach magnitudes that need it."""
     from fastattn.kernels.launches import lse_correction_launch
 
     if call.bias is None:

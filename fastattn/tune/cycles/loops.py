@@ -45,7 +45,7 @@ def hot_loops(function: Function) -> list[Loop]:
 
 
 def _fullest_path(function: Function, begin: int, end: int) -> list[int]:
-    """Of the ways from begin to end, inclusive, the one with most products, then with fewest instructions.
+    """The path from begin to end, inclusive, with the most products, then with the fewest instructions.
 
     Branches go forwards inside an innermost loop, so the best way from an instruction follows from the best of those
     behind it.

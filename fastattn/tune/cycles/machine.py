@@ -1,4 +1,4 @@
-"""What the cycle model assumes of a Hopper multiprocessor: pipes, latencies, tensor cores, shared memory.
+"""Assumptions of the cycle model about a Hopper multiprocessor: pipes, latencies, tensor cores, shared memory.
 
 None of it was measured by this project. Throughputs are those of the CUDA programming guide for compute capability 9.0
 and of the published peak (989 TFLOP/s of dense bfloat16 at 132 multiprocessors and 1830 MHz); latencies are the usual
@@ -98,11 +98,11 @@ class Product(NamedTuple):
 
     @property
     def tensor_cycles(self) -> float:
-        """Of the tensor cores of a multiprocessor."""
+        """Cycles of a multiprocessor's tensor cores."""
         return self.flop / TENSOR_FLOP
 
     @property
     def shared_cycles(self) -> float:
-        """Of shared memory: 16-bit operands, each read once."""
+        """Cycles of shared memory for 16-bit operands, each read once."""
         right = self.columns * self.depth * 2 / SHARED_BYTES
         return right + (self.rows * self.depth * 2 / SHARED_BYTES if self.left_in_shared else 0)

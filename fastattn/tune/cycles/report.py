@@ -1,4 +1,4 @@
-"""What the model says of a kernel: cycles per 64 x 128 scores, the unit that bounds it, the rate of its products."""
+"""Predictions for a kernel: cycles per 64 x 128 scores, the unit that bounds it, the rate of its products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRODUCER = "USETMAXREG"  # in kernels where one warpgroup only copies
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the model has to be told of a kernel."""
+    """The description of a kernel that the model needs."""
 
     name: str
     direction: str  # of PRODUCTS
@@ -119,7 +119,7 @@ def _named(loop: Loop) -> tuple[set[str], set[str]]:
 
 
 def _copied_bytes(kernel: Kernel, streamed: float) -> float:
-    """What copies bring in one pass of a block: two operands of each row; of queries their statistics; dq sums."""
+    """Bytes copied in one pass of a block: two operands of each row; of queries their statistics; dq sums."""
     row = 2 * kernel.head_dim * ELEMENT
     row += STATISTICS if kernel.direction in ("dkdv", "backward") else 0
     row += 4 * kernel.head_dim if kernel.direction == "backward" else 0
@@ -144,7 +144,7 @@ ONE_GRADIENT = {1: ("dk", 3), 2: ("dv", 2)}  # KeyGradients: products of a pass 
 
 
 def cuda_kernel(mangled: str) -> Kernel | None:
-    """What a kernel of the CUDA extension is, by the template arguments in its name; None for any other."""
+    """The description of a CUDA kernel by the template arguments in its name; None for other kernels."""
     match = NAME.search(mangled)
     if match is None:
         return None

@@ -15,7 +15,7 @@ SYMBOL = struct.Struct("<IBBHQQ")
 
 @dataclass(frozen=True)
 class Resources:
-    """What a launch takes for a kernel."""
+    """The resources of a kernel's launch."""
 
     registers: int = 0  # a thread
     threads: int = 0  # of a block, the most it may have

@@ -32,7 +32,7 @@ class NoDisassembler(InputError):
 
 @dataclass(frozen=True)
 class Control:
-    """What the compiler tells the scheduler with an instruction."""
+    """The control fields of an instruction, by which the compiler directs the scheduler."""
 
     stall: int = 1  # cycles until the warp's next instruction
     sets_when_written: int = NO_SCOREBOARD  # the scoreboard that ends with its result
@@ -41,7 +41,7 @@ class Control:
 
     @classmethod
     def of(cls, upper: int) -> Control:
-        """From the upper 64 bits of an instruction."""
+        """Decode the upper 64 bits of an instruction."""
         return cls(upper >> 41 & 15, upper >> 46 & 7, upper >> 49 & 7, upper >> 52 & 63)
 
 
@@ -61,7 +61,7 @@ class Instruction:
 
     @property
     def product(self) -> Product | None:
-        """What it multiplies: a wgmma, or the four mma of the warps of a warpgroup, whose operands are registers."""
+        """The matrix product: a wgmma, or the four mma of the warps of a warpgroup, whose operands are registers."""
         if MMA.match(self.opcode):
             return Product(64, 8, 16, False)
         match = WGMMA.match(self.text)
@@ -77,7 +77,7 @@ class Instruction:
 
     @property
     def groups_left(self) -> int | None:
-        """Of a wait for products: how many groups may still be running."""
+        """The number of groups that a wait for products leaves running."""
         match = GROUP.search(self.text) if self.kind.name == "wgmma wait" else None
         return int(match[1], 16) if match and match[1] else None
 
@@ -96,7 +96,7 @@ class Function:
     labels: dict[str, int]
 
     def target(self, index: int) -> int | None:
-        """Where the branch at an index goes."""
+        """The target of the branch at an index."""
         match = TARGET.search(self.instructions[index].text)
         return self.labels.get(match[1]) if match else None
 

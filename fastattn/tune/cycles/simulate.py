@@ -29,7 +29,7 @@ class Deadlock(RuntimeError):
 
 @dataclass(frozen=True)
 class Residence:
-    """What shares a multiprocessor while the loop runs."""
+    """The warps and blocks that share a multiprocessor while the loop runs."""
 
     warpgroups: int = 2  # of a block, that run the loop
     blocks: int = 1
@@ -38,7 +38,7 @@ class Residence:
 
 @dataclass(frozen=True)
 class Use:
-    """What a replay took: cycles between two passes of a multiprocessor, and the share of each unit in use."""
+    """The result of a replay: cycles between two passes of a multiprocessor, and the share of each unit in use."""
 
     cycles: float
     tensor: float
@@ -57,7 +57,7 @@ class Barrier:
 
     @classmethod
     def of(cls, instruction: Instruction) -> Barrier | None:
-        """Of BAR.SYNC and BAR.ARV; None for everything else and for barriers inside a warpgroup."""
+        """The barrier of BAR.SYNC and BAR.ARV; None for other instructions and for barriers within a warpgroup."""
         match = BARRIER.match(instruction.text)
         if match is None:
             return None
