@@ -245,7 +245,7 @@ def _backend_names() -> list[str]:
 
 
 def import_case(quick: bool) -> schema.Result:
-    """Milliseconds to import torch, and fastattn after torch, each in fresh processes taken alternating."""
+    """Milliseconds to import torch, and fastattn after torch, each in fresh processes, interleaved."""
     rounds = 2 if quick else 5
     place = schema.ROOT if (schema.ROOT / "pyproject.toml").exists() else None
     programs = {"torch": "import torch", "fastattn": "import fastattn"}

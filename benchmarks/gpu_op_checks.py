@@ -33,10 +33,13 @@ class OpCall:
         terms: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         self.tensors, self.ours, self.oracle, self.text = tensors, ours, oracle, text
-        self.gradient, self.terms = gradient, terms  # terms: of gradients that cancel, from the upstream_grad
+        self.gradient, self.terms = (
+            gradient,
+            terms,
+        )  # terms: of gradients that cancel, from the upstream gradient
 
     def run(self, call: Callable[..., Tensor], dtype: torch.dtype, **extra: Any) -> dict[str, Tensor]:
-        """out, and the gradient of every input from a upstream_grad drawn from a fixed seed."""
+        """out, and the gradient of every input from an upstream gradient drawn from a fixed seed."""
         leaves = {n: t.detach().to(dtype).requires_grad_(self.gradient) for n, t in self.tensors.items()}
         out = call(*leaves.values(), **extra)
         if not self.gradient:

@@ -1,4 +1,4 @@
-"""Attention's providers by name: each makes of a workload a function of (query, key, value), or says why not."""
+"""Attention's providers by name: each turns a workload into a function of (query, key, value), or raises CannotRun."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Workload(Protocol):
         ...
 
     def judge(self, provider: str) -> Judgement | None:
-        """The truth for this provider; None where there is none to compare with."""
+        """The expected results for this provider; None if there are none to compare with."""
         ...
 
 

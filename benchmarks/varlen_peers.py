@@ -1,4 +1,4 @@
-"""The providers of packed sequences by name: each makes of a workload its call, its inputs and their upstream_grad."""
+"""The providers of packed sequences by name: each turns a workload into its call, its inputs and dout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fastattn(work: VarlenInputs, backend: str) -> Made:
 def padded(work: VarlenInputs, backend: str) -> Made:
     """SDPA on (B, H, longest, D) tensors padded behind, with a mask of the padding unless causality hides it.
 
-    A query that stands in the padding is computed and its result unused, its upstream_grad 0.
+    Queries in the padding are computed; their results are unused and their upstream gradients 0.
     """
     from torch.nn.attention import sdpa_kernel
 

@@ -98,7 +98,7 @@ class Measured:
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Measured:
-    """Check a case against float64, then time and weigh it beside torch, the two alternating."""
+    """Check a case against float64, then measure its time and memory, interleaved with torch's."""
     inputs = make_inputs(case, device, dtype, seed)
     worst, error, allowed = _worst_error(case, inputs)
     ms, peer_ms = _interleaved_ms([make_step(case, side, inputs) for side in SIDES], device)
@@ -251,7 +251,7 @@ def _difference(actual: Tensor, true: Tensor) -> float:
 
 
 def _interleaved_ms(steps: list[Callable[[], Tensors]], device: torch.device) -> list[float]:
-    """Median milliseconds of each step, run in turn so that a slow moment of the machine falls on all."""
+    """Median milliseconds of each step, interleaved so that a slow moment of the machine affects all."""
     times: list[list[float]] = [[] for _ in steps]
     for step in steps:
         step()

@@ -101,9 +101,9 @@ def attention_dkdv_kernel(
     keys by queries, so weights and gradients enter the products as they are. Keys that don't exist get garbage rows of
     their own, which are replaced by zeros at the end.
 
-    With SPLIT_HEADS, program_id(1) is one of the splits from first_split on: SPLIT_HEADS of the query heads and a
-    multiple SPLIT_QUERIES of BLOCK_M of their queries (all of them where it is 0). dk and dv then hold a float32 sum
-    per split, stride_split_* elements apart, which attention_bwd_splits.py adds up.
+    With SPLIT_HEADS, program_id(1) counts splits from first_split on. A split is SPLIT_HEADS query heads and
+    SPLIT_QUERIES of their queries, a multiple of BLOCK_M, or all queries where it is 0. dk and dv then hold a float32
+    sum per split, stride_split_* elements apart, which attention_bwd_splits.py adds up.
     """
     num_kv_heads = num_heads // VARIANT.group_size
     lengths = (seqlen_q, seqlen_k, shift)

@@ -1,4 +1,4 @@
-// Describes a call to TMA and launches the passes of its backward; for the files of instantiations/.
+// Encodes the tensor maps of a call and launches the passes of its backward; for the files of instantiations/.
 #pragma once
 
 #include <cuda_runtime_api.h>

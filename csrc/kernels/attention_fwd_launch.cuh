@@ -1,4 +1,4 @@
-// Describes a call to TMA and launches its forward kernel; for the files of instantiations/.
+// Encodes the tensor maps of a call and launches its forward kernel; for the files of instantiations/.
 #pragma once
 
 #include <type_traits>

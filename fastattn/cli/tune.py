@@ -60,9 +60,9 @@ def tune(
 ) -> None:
     """Find the fastest tiles of the Triton attention kernels on this GPU; later calls use them.
 
-    Every candidate is compared with a float64 reference before it is timed; those that are right are timed in turns.
-    Winners go to the cache folder (FASTATTN_CACHE_DIR), for this device, these versions and these kernels alone. Exits
-    with 1 where no tile was right, 2 without a GPU unless --dry-run or --model is given.
+    Every candidate is compared with a float64 reference before it is timed; those that are right are timed in
+    interleaved rounds. Winners go to the cache folder (FASTATTN_CACHE_DIR), for this device, these versions and these
+    kernels alone. Exits with 1 where no tile was right, 2 without a GPU unless --dry-run or --model is given.
     """
     from fastattn.tune import command as tuning
 

@@ -118,13 +118,13 @@ def second_derivative(
     """Differentiate a first derivative: the backward of a backward op.
 
     Args:
-        forward: differentiable function of `inputs` with one result per upstream_grad.
+        forward: differentiable function of `inputs` with one result per upstream gradient.
         inputs, upstream_grads: what the backward op was given; None where absent.
         grad_outputs: the incoming gradient of each input's gradient; None where there is none.
         materialised: what this costs, for the warning.
 
     Returns:
-        Gradients of the upstream_grads and of the inputs, None where nothing flows.
+        Gradients of the upstream gradients and of the inputs, None where nothing flows.
     """
     backends.warn_once(f"fastattn materialises {materialised}: a second derivative was asked for")
     create_graph = torch.is_grad_enabled()

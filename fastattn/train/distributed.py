@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from fastattn.train.config import ConfigError
 
 T = TypeVar("T")
+LEAVING = timedelta(seconds=10)  # that a process waits for its peers before it leaves their group
 
 
 class Distributed:
@@ -71,8 +73,15 @@ class Distributed:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group if it was made here; otherwise that is left to whoever made it."""
+        """Leave the process group if it was made here; otherwise that is left to whoever made it.
+
+        Under gloo all processes leave together: torch may abort one whose peer has exited already. A peer that does not
+        come within LEAVING is not waited for.
+        """
         if self._owned and dist.is_initialized():
+            if dist.get_backend() == "gloo":
+                with contextlib.suppress(RuntimeError):  # a peer has failed
+                    dist.monitored_barrier(timeout=LEAVING)
             dist.destroy_process_group()
         self._owned = False
 

@@ -179,7 +179,7 @@ def least_registers(work: Work, tile: Tile) -> int:
 def race(
     tiles: Sequence[Tile], seconds: Callable[[Tile], float], rounds: int, keep: Tile | None = None
 ) -> dict[Tile, float]:
-    """The median seconds of each tile, taken in turns, back and forth; those far behind leave, but never `keep`."""
+    """The median seconds of each tile from interleaved rounds; those far behind leave, but never `keep`."""
     times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
     running = list(tiles)
     for turn in range(rounds):

@@ -80,7 +80,7 @@ by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def results_of(function: Callable[..., Any], tensors: list[Tensor], **options: Any) -> list[Tensor]:
-    """Results and the gradients of all operands under the same upstream_grads."""
+    """Results and the gradients of all operands under the same upstream gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     results = function(*leaves, **options)
     results = results if isinstance(results, tuple) else (results,)

@@ -78,7 +78,7 @@ def leaves(query, key, value):
 
 
 def run(module, tensors, *, weights_count, **options):
-    """Output, weights and the gradients of inputs, masks and parameters under a fixed random upstream_grad."""
+    """Output, weights and the gradients of inputs, masks and parameters under a fixed random upstream gradient."""
     masks = {
         name: mask.clone().requires_grad_()
         for name, mask in options.items()

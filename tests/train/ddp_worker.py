@@ -80,9 +80,6 @@ def main(folder):
         )
     if trainer.distributed.is_main:
         (folder / "report.json").write_text(json.dumps(report))
-    if WORLD > 1:
-        dist.barrier()  # a process whose peer has left already may abort in torch's teardown
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastattn.train import distributed
 from fastattn.train.distributed import Distributed, gradient_sync
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
@@ -67,3 +68,22 @@ def test_alone_the_collectives_are_identities(monkeypatch):
     alone.barrier()
     with gradient_sync(model, wanted=False):
         pass
+
+
+def test_a_process_leaves_the_group_although_a_peer_has_failed(monkeypatch):
+    left = []
+
+    def failed(timeout):
+        left.append(timeout)
+        raise RuntimeError("a peer has not come")
+
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(distributed.dist, "monitored_barrier", failed)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append("destroyed"))
+    monkeypatch.delenv("RANK", raising=False)
+    alone = Distributed.__new__(Distributed)
+    alone._owned = True
+    alone.close()
+    alone.close()  # once only
+    assert left == [distributed.LEAVING, "destroyed"]

@@ -122,7 +122,7 @@ def test_warpgroups_of_a_block_meet_at_a_barrier() -> None:
 
 
 def test_what_one_warpgroup_waits_for_another_arrives_at() -> None:
-    """Each hands over in turn, so that their passes cannot overlap: 2 x (20 and the hand-over)."""
+    """The two warpgroups alternate at a barrier, so their passes cannot overlap: 2 x (20 and the barrier)."""
     first = loop(
         step("BAR.SYNC.DEFER_BLOCKING 0x3, 0x100"), step("FADD R0, R0, R1", 15), step("BAR.ARV 0x4, 0x100", 5)
     )

@@ -44,7 +44,6 @@ __all__ = [
 ]
 
 NAME = "cuda"
-MIN_ARCH = MIN_ARCH
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
