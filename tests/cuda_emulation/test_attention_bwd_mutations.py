@@ -101,7 +101,7 @@ SHARED_LINES = {
     "kernels/attention_bwd_fused_common.cuh": [
         Mutation(
             "the dq semaphore is not waited for",
-            "semaphore_wait(params.dq_semaphore + first + block, last - key_block);",
+            "semaphore_wait(params.dq_semaphore + first + block, before);",
             report=UNORDERED,
         ),
         Mutation(
