@@ -15,8 +15,8 @@ MULTIPROCESSORS = (78, 114, 132)  # H20, H100 PCIe, H100 SXM and H200
 PASSES = ("forward", "dk and dv", "dq", "one pass")
 IN_CLUSTERS = "forward in clusters"
 MOST_TILES = 1 << 16
-# From a tile's turn at the sums of dq to the next one's, in blocks of queries of 1632 and 3319 cycles: about 2000 cycles
-# to add 16 or 32 KB, see them landed, and raise and read a semaphore.
+# From a tile's turn at the sums of dq to the next one's, in blocks of queries of 1611 and 3319 cycles: about 2000
+# cycles, to add 16 or 32 KB, see them landed, and raise and read a semaphore.
 HANDOVER = {64: 1.25, 128: 0.6}
 # Windowed calls of the forward that miss it, by (left, shape): a window leaves few tiles of odd length to fill gaps.
 SHORT_IN_WINDOWS = {
@@ -159,9 +159,7 @@ def one_pass_end(
     library: Library, shape: tuple[int, ...], multiprocessors: int, handover: float, *, left: int, right: int
 ) -> float:
     batch, heads, kv_heads, length, head_dim = shape
-    sizes = torch.tensor(
-        [batch, heads, kv_heads, length, length, length, length, head_dim, 0, left, right]
-    )
+    sizes = torch.tensor([batch, heads, kv_heads, length, length, length, length, head_dim, 0, left, right])
     end = torch.zeros(1, dtype=torch.float64)
     library("one_pass_end", sizes, None, None, multiprocessors, handover, end)
     return float(end)
