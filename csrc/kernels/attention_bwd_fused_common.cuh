@@ -155,7 +155,7 @@ struct OnePassWork {
 // What the block that drew `ticket` has to do. An early head's tiles go up their blocks of queries: under causality a
 // tile begins where no other has anything to add before it. A late head's go down, all from the last query on: a tile
 // that starts with the one before it waits for the handing over of a single block and is behind it from then on. In
-// either order the tiles that one waits for have been drawn before it.
+// either order the tiles that one waits for have been drawn before it. tests/cuda_emulation/schedules.cpp replays them.
 template <class Shape>
 FASTATTN_DEVICE OnePassWork work_of_ticket(const AttentionParams& call, const OnePassSchedule& schedule,
                                            uint32_t ticket) {

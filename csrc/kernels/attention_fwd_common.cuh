@@ -87,16 +87,28 @@ struct ForwardShared {
   FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
 };
 
+// The blocks of keys that a tile sees. In clusters these are all, so that its blocks load the same ones.
+template <class Shape>
+FASTATTN_DEVICE BlockRange forward_key_blocks(const Visibility& seen, int first_query) {
+  const int keys = seen.num_keys;
+  if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, keys, 0, keys);
+  return key_blocks<Shape::kBlockM, Shape::kBlockN>(seen, first_query);
+}
+
 // The tile of the block of this rank under a number of the schedule. In clusters a batch head is a key head and a
 // number stands for kCluster of its tiles, counted through its query heads. Where their count does not divide, the last
 // tiles begin past the last query and store nothing; their blocks take part in the loads all the same.
 template <class Shape>
 FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number,
                                           int rank = 0) {
-  const Tile place = tile_at(schedule, number, TileOrder::kEven);
   if constexpr (Shape::kCluster == 1) {
+    const Tile place = tile_with_edges_last(schedule, number, [&](int block) {
+      const BlockRange keys = forward_key_blocks<Shape>(sequence_of(params, 0).seen, block * Shape::kBlockM);
+      return keys.end - keys.begin;
+    });
     return query_tile<Shape::kBlockM>(params, place.query_block, place.batch_head);
   } else {
+    const Tile place = tile_at(schedule, number, TileOrder::kEven);
     const int head_blocks = (params.seqlen_q + Shape::kBlockM - 1) / Shape::kBlockM;
     const int group_size = params.num_heads / params.num_kv_heads;
     const int block = place.query_block * Shape::kCluster + rank;
@@ -104,14 +116,6 @@ FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const T
     return {sequence_of(params, place.batch_head / params.num_kv_heads),
             place.batch_head % params.num_kv_heads * group_size + head, (block - head * head_blocks) * Shape::kBlockM};
   }
-}
-
-// The blocks of keys that a tile sees. In clusters these are all, so that its blocks load the same ones.
-template <class Shape>
-FASTATTN_DEVICE BlockRange forward_key_blocks(const Visibility& seen, int first_query) {
-  const int keys = seen.num_keys;
-  if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, keys, 0, keys);
-  return key_blocks<Shape::kBlockM, Shape::kBlockN>(seen, first_query);
 }
 
 }  // namespace fastattn
