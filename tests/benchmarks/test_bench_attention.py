@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_attention
-import command
-import harness
 import pytest
-import schema
 import torch
-from attention_inputs import permitted_pairs
-from bench_attention import AttentionCase
-from options import build_parser
+
+from cases import attention as bench_attention
+from cases.attention import AttentionCase
+from inputs.attention import permitted_pairs
+from measure import command, harness
+from measure.options import build_parser
+from report import schema
 
 CPU = torch.device("cpu")
 BRIEF = harness.Budget(seconds=0, least_rounds=1, most_rounds=1, least_sample_seconds=0, memory=False)

@@ -7,12 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-import schema
 import torch
 
 from fastattn import bench
+from measure import harness
+from report import schema
 
 CPU = torch.device("cpu")
 DEVICES = ("cpu", "cuda")

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import figures
-import harness
-import memory
 import pytest
 import torch
-from harness import Budget
-from protocols import CannotRun, Judgement
 from torch import Tensor
+
+from measure import harness, memory
+from measure.harness import Budget
+from measure.protocols import CannotRun, Judgement
+from report import figures
 
 CPU = torch.device("cpu")
 BRIEF = Budget(seconds=60.0, least_rounds=4, most_rounds=4, least_sample_seconds=0.0, memory=False)

@@ -1,0 +1,62 @@
+"""A plugin for pytest: failures as findings, one JSON object per line, when they happen and not at the end.
+
+A run of tests that is stopped for its time has then told what failed until that moment, and how far it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from evidence.findings import finding
+
+EVERY = 20  # tests between two lines of progress
+
+
+class Reporter:
+    """Counts the outcomes and tells them."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.counts: Counter[str] = Counter()
+
+    def say(self, line: str) -> None:
+        """A whole line, past what pytest captures."""
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        terminal.write(f"\n{line}\n", flush=True)  # dots stand before it
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """One phase of a test: a failure in any of them is a finding."""
+        if report.failed:
+            self.counts["failed"] += 1
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = str(getattr(crash, "message", report.longrepr)).strip() or "no reason"
+            self.say(json.dumps(finding("test", "failed", f"{report.nodeid}: {text.splitlines()[0]}")))
+        elif report.when == "call" or report.skipped:
+            self.counts["skipped" if report.skipped else "passed"] += 1
+            if self.counts.total() % EVERY == 0:
+                self.say(self.told())
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported: the others run."""
+        if report.failed:
+            self.counts["failed"] += 1
+            lines = str(report.longrepr).strip().splitlines() or ["no reason"]
+            self.say(json.dumps(finding("test", "failed", f"{report.nodeid}: {lines[-1]}")))
+
+    def pytest_sessionfinish(self) -> None:
+        """The summary, unless nothing ran here."""
+        if self.counts and not hasattr(self.config, "workerinput"):
+            status = "failed" if self.counts["failed"] else "passed" if self.counts["passed"] else "skipped"
+            self.say(json.dumps(finding("test", status, self.told(), summary=True)))
+
+    def told(self) -> str:
+        """The counts in words."""
+        return ", ".join(f"{self.counts[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
+
+
+def pytest_configure(config: Any) -> None:
+    """Report from the process that hears of every test; with xdist that is not the one which runs it."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Reporter(config), "evidence-reporter")
