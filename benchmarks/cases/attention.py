@@ -37,7 +37,7 @@ class AttentionCase(AttentionCall):
     """A call with those who make it."""
 
     def providers(self, device: torch.device) -> list[str]:
-        """Names that `peers.attention.find` knows: ours, each fused backend unless the case names peers, then others."""
+        """Names that `peers.attention.find` knows, ours first: each fused backend, unless the case names its peers."""
         if self.peers:
             return ["fastattn", *self.peers]
         ours = [f"fastattn-{name}" for name in _backend_names() if name != "torch"]
