@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence import run
+from evidence import run, sections
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Prove and measure fastattn on this machine's GPU.")
-    names = [section.name for section in run.SECTIONS]
+    names = [section.name for section in sections.SECTIONS]
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (default 9)")
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder for the results")
     parser.add_argument(

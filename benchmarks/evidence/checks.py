@@ -119,14 +119,7 @@ def backends_of(options: argparse.Namespace) -> list[str]:
 
 
 def _worker(part: Part, options: argparse.Namespace, seconds: float, events: processes.Events) -> Process:
-    command = [
-        sys.executable,
-        str(checkout.BENCHMARKS / "gpu_checks.py"),
-        part.name,
-        "--here",
-        "--seconds",
-        f"{seconds:g}",
-    ]
+    command = [sys.executable, str(SCRIPT), part.name, "--here", "--seconds", f"{seconds:g}"]
     command += ["--device", options.device, "--seed", str(part.seed)]
     command += ["--backends", *part.backends] if part.backends else []
     # beyond its time a check may finish the call that it is in

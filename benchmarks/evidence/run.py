@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import checkout
-from evidence import carried
+from evidence import carried, sections
 from evidence import summary as evidence_summary
 from evidence.probes import DIRECTIONS, switches_for
-from evidence.sections import RESERVE, ROOT, SECTIONS, Report, Run, Section, switches
+from evidence.sections import RESERVE, ROOT, Report, Run, Section, switches
 from measure import processes
 from report import schema
 from report.tables import BENCHES
@@ -180,7 +180,7 @@ def run_all(options: argparse.Namespace) -> int:
     )  # fmt: skip
     done = {entry["name"] for entry in report["sections"]}
     always = ("install",) if options.dry_run else ALWAYS
-    for section in SECTIONS:
+    for section in sections.SECTIONS:
         wanted = not options.sections or section.name in (*options.sections, *always)
         if wanted and section.name not in done:
             _attempt(section, run)

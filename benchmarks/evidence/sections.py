@@ -151,7 +151,7 @@ def _tests(*selection: str, marked: str = "") -> Callable[[Run], Command]:
 
     def command(run: Run) -> Command:
         line = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-        line += ["-p", "evidence_plugin"]  # failures are told when they happen
+        line += ["-p", "evidence.pytest_plugin"]  # failures are told when they happen
         # the project's own options ask for plugins that may be missing
         line += ["-o", "addopts=--import-mode=importlib", "-rfE", "--tb=short"]
         line += ["--continue-on-collection-errors", *(f"--ignore={path}" for path in APART)]

@@ -70,7 +70,7 @@ def table() -> list[str]:
     )
     lines = list(HEADER)
     for split, name in candidates:
-        visits = {causal: list(programs(call, *split, causal)) for causal in ROWS}
+        visits = {causal: list(programs(call, split.heads, split.queries, causal)) for causal in ROWS}
         times = [
             1e3 * makespan((n * cycles[causal] for n in visits[causal]), MULTIPROCESSORS) / CLOCK_HZ
             for causal in ROWS

@@ -146,7 +146,7 @@ def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, work
         "pytest",
         "-q",
         "-p",
-        "evidence_plugin",
+        "evidence.pytest_plugin",
         "-p",
         "no:cacheprovider",
         *workers,
@@ -240,7 +240,7 @@ FAKES = (
 def test_a_run_whose_section_is_stuck_keeps_what_it_said_and_archives_as_it_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evidence_run, "SECTIONS", FAKES)
+    monkeypatch.setattr(sections, "SECTIONS", FAKES)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(evidence_run.schema, "new_result", _described)
     drawn: list[str] = []

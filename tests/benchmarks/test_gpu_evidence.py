@@ -44,7 +44,7 @@ FAKES = (
 def test_each_section_ends_by_itself_and_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evidence_run, "SECTIONS", FAKES)
+    monkeypatch.setattr(plan, "SECTIONS", FAKES)
     out = tmp_path / "out"
     assert gpu_evidence.main(["--dry-run", "--out", str(out), "--minutes", "2"]) == 1
     report = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def test_a_section_in_its_small_form_stores_what_it_measured(tmp_path: Path) -> 
 
 
 def test_sections_without_time_left_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence_run, "SECTIONS", FAKES[:2])
+    monkeypatch.setattr(plan, "SECTIONS", FAKES[:2])
     gpu_evidence.main(["--dry-run", "--out", str(tmp_path), "--minutes", "0.01"])
     report = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))
     assert [entry["status"] for entry in report["sections"]] == ["not run", "not run"]

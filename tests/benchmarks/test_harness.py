@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import checkout
 from measure import harness, memory
 from measure.harness import Budget
 from measure.protocols import CannotRun, Judgement
@@ -158,7 +159,7 @@ def test_providers_are_weighed_in_processes_of_their_own(
 ) -> None:
     script = tmp_path / "bench.py"
     script.write_text(
-        f"import os, sys\nsys.path.append({str(Path(memory.__file__).parent)!r})\nimport memory\n"
+        f"import os, sys\nsys.path.append({str(checkout.BENCHMARKS)!r})\nfrom measure import memory\n"
         "def peak(case, name):\n"
         "    if name == 'dies': os._exit(3)\n"
         "    if name == 'fails': raise ValueError('no room')\n"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import plot
 from fastattn import bench
 from fastattn import plot as drawing
 from report import charts, figures, schema, tables
@@ -291,6 +292,6 @@ def test_a_result_that_cannot_be_read_is_a_line(
     if text is not None:
         file.write_text(text)
     monkeypatch.setattr(sys, "argv", ["plot.py", str(file), "--out", str(tmp_path / "charts")])
-    assert charts.main() == 2
+    assert plot.main() == 2
     assert capsys.readouterr().err.startswith("plot.py: ")
     assert not (tmp_path / "charts").exists()
