@@ -1,4 +1,4 @@
-"""Models before and after `fastattn.swap_attention`: what a user gains or loses who only adds that line.
+"""Models before and after `fastattn.swap_attention`: the effect of adding that one line.
 
 python benchmarks/bench_swap.py              every case of this machine's device, results stored
 python benchmarks/bench_swap.py --list       the cases

@@ -1,4 +1,4 @@
-"""Which directions of the CUDA extension run at all on this GPU, each tried in a process that may be lost.
+"""Which directions of the CUDA extension run on this GPU, each tried in a process of its own.
 
 python benchmarks/gpu_probes.py                       all of them, one after another
 python benchmarks/gpu_probes.py --direction forward   one, in this process

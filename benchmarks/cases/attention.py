@@ -95,7 +95,7 @@ class AttentionWorkload(AttentionInputs):
         return backward
 
     def judge(self, provider: str) -> Judgement | None:
-        """The truth for the first sequence's first key/value head; None for peers that draw dropout of their own."""
+        """Expected results for the first sequence's first key/value head; None for peers with another dropout mask."""
         if self.case.dropout_p and not provider.startswith("fastattn"):
             return None
         return self._judgement

@@ -55,7 +55,7 @@ class DecodeWorkload(DecodeInputs):
         return step
 
     def judge(self, provider: str) -> Judgement | None:
-        """The truth in float64 for the last sequence, the longest, and its first key/value head."""
+        """The expected results in float64 for the last sequence, the longest, and its first key/value head."""
         return self._judgement
 
     @cached_property

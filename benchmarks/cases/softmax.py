@@ -102,7 +102,7 @@ class SoftmaxWorkload:
         return calls.step_of(self._call(provider), self.inputs, self.dout, self.case.direction)
 
     def judge(self, provider: str) -> Judgement | None:
-        """The truth in float64 for the first rows, or the first square."""
+        """The expected results in float64 for the first rows, or the first square."""
         return self._judgement
 
     @cached_property

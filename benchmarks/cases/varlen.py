@@ -51,8 +51,8 @@ class VarlenWorkload(VarlenInputs):
         return calls.step_of(call, inputs, dout, self.case.direction)
 
     def judge(self, provider: str) -> Judgement | None:
-        """The truth in float64 for the first sequence's first key/value head, with all its query heads."""
-        golden, plain, over = self._truth
+        """The expected results in float64 for the first sequence's first key/value head, with all its query heads."""
+        golden, plain, over = self._expected
         length, heads = self.case.lengths[0], {"dk": 1, "dv": 1}
         group = self.case.heads // self.case.kv_heads
 
@@ -66,7 +66,7 @@ class VarlenWorkload(VarlenInputs):
         return Judgement(part, golden, plain, over)
 
     @cached_property
-    def _truth(self) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    def _expected(self) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
         from fastattn import reference
 
         case, length = self.case, self.case.lengths[0]

@@ -1,4 +1,4 @@
-"""Attention's checks on a device: random calls against float64, known traps, repetition, huge offsets."""
+"""Checks of attention on a device: random calls against float64, known faults of cuDNN, determinism, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inputs.random_kv_cache import CacheCall
 from measure.errors import excess, ratios_of
 from measure.protocols import REFUSED
 
-MOST_FAILURES = 10  # that are told one by one; all are counted
+MOST_FAILURES = 10  # reported one by one; all are counted
 SMALL = 70  # the greatest length where Triton is interpreted
 
 
@@ -56,20 +56,20 @@ def _judge(
         call = draw(seed + number, device, longest)
         number += 1
         announce_call(check, "reference", call.describe(), device)
-        truth, wrong = attempt(
+        references, wrong = attempt(
             lambda: tuple(call.run(reference.attention, dtype) for dtype in (torch.float64, call.dtype)),  # noqa: B023
             device,
         )
-        if truth is None:
+        if references is None:
             yield finding(
                 check, "failed", f"the reference: {wrong} in {call.describe()}", seed=seed + number - 1
             )
             continue
         for name in names:
             announce_call(check, name, call.describe(), device)
-            ratios, wrong = attempt(lambda: _ratios(call, op, name, *truth), device)  # noqa: B023
-            if wrong is not None and "_bwd off" in wrong:  # its backward is switched off, its forward is not
-                ratios, wrong = attempt(lambda: _ratios(call, op, name, *truth, gradients=False), device)  # noqa: B023
+            ratios, wrong = attempt(lambda: _ratios(call, op, name, *references), device)  # noqa: B023
+            if wrong is not None and "_bwd off" in wrong:  # FASTATTN_DISABLE names its backward only
+                ratios, wrong = attempt(lambda: _ratios(call, op, name, *references, gradients=False), device)  # noqa: B023
                 counts[name, "forward"] += wrong is None
             if ratios is None:
                 if REFUSED in str(wrong):

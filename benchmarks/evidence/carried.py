@@ -1,4 +1,4 @@
-"""Files carried to and from a machine lent for minutes: results as one archive, compiled Triton kernels."""
+"""Files carried to and from the GPU's machine: the results as one archive, compiled kernels, a built extension."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pack(out: Path, folder: Path, triton: str | None = None) -> list[Path]:
 
 
 def _needed(path: Path) -> bool:
-    """Whether a kernel is found and loaded by this file of its: a binary, its description, a compiled launcher."""
+    """Whether Triton needs this file to load a kernel: a binary, its description, a compiled launcher."""
     return path.suffix in (".json", ".cubin", ".so")
 
 
@@ -68,9 +68,9 @@ def triton_cache(source: Path, out: Path) -> Path:
 
 
 def settle(folder: Path) -> int:
-    """Make the kernels of a moved cache findable again; how many there are.
+    """Rewrite the paths that Triton stored in a moved cache; returns the number of kernels.
 
-    Triton lists the files of a kernel by where they lay when it was compiled, and compiles anew what is not there.
+    Triton stores the absolute paths of a kernel's files, and compiles it again if one is missing.
     """
     lists = list(folder.glob("*/__grp__*.json"))
     for path in lists:
@@ -81,7 +81,7 @@ def settle(folder: Path) -> int:
 
 
 def place_extension(folder: Path) -> tuple[Path | None, list[str]]:
-    """Copy the library that fits into the cache: where it is, None if there is none, and what was wrong with others."""
+    """Copy a matching library into the cache: its path or None, and why each other one does not match."""
     from fastattn.cache import cache_dir
     from fastattn.extension import load
     from fastattn.extension.info import BuildInfo, library_name

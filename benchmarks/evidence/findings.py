@@ -45,13 +45,13 @@ def attempt(function: Callable[[], T], device: torch.device) -> tuple[T | None, 
 
 
 def announce_call(check: str, backend: str, text: str, device: torch.device) -> None:
-    """Say what runs next, and by when it must have been followed by something; silent where nothing can hang."""
+    """Announce the next call and its limit in seconds; silent on a CPU, where no call can hang."""
     if device.type == "cuda":
         announce(CALL_SECONDS.get(backend, ANY_SECONDS), f"{check} {backend}: {text}")
 
 
 def refused_or_failed(check: str, wrong: str, backend: str) -> Finding:
-    """A call that raised: the backend does not have it, or it failed."""
+    """A call that raised: skipped if the backend refused it, else failed."""
     return finding(check, "skipped" if REFUSED in wrong else "failed", wrong, backend=backend)
 
 

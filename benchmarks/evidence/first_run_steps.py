@@ -1,8 +1,8 @@
 """The launches and comparisons of first_run.py's steps, at a GPU's sizes or at small ones.
 
 Steps take a backend's module, so that a CPU runs them on the torch backend or over the emulated extension. Where a
-softmax picks one key with weight 1 exactly, the output is that key's value bit by bit: so bytes are followed through
-the copies of the kernels without a tolerance.
+softmax gives one key a weight of exactly 1, the output is that key's value bit by bit, so copies are checked without a
+tolerance.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Scale:
     """Sizes: those of a GPU, or small ones."""
 
     long: int  # the length for the error rule
-    turns: int  # that of the one-pass backward
-    heads: int  # batch times heads of it
+    one_pass: int  # the length for the one-pass backward
+    heads: int  # its batch times heads
     launches: int
     bytes_rows: int  # rows of the copied views
 
@@ -40,8 +40,8 @@ class Scale:
     def of(cls, device: torch.device, launches: int = 1000) -> Scale:
         """A GPU's, or a CPU's."""
         if device.type == "cuda":
-            return cls(long=16_384, turns=32_768, heads=64, launches=launches, bytes_rows=300)
-        return cls(long=300, turns=200, heads=2, launches=2, bytes_rows=70)
+            return cls(long=16_384, one_pass=32_768, heads=64, launches=launches, bytes_rows=300)
+        return cls(long=300, one_pass=200, heads=2, launches=2, bytes_rows=70)
 
 
 def _judged(
@@ -90,7 +90,7 @@ def _backward(ops: ModuleType, operands: Operands, passes: int, seconds: int) ->
 
 
 def small_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """Each size of head whose warpgroups share out registers, D64 first; in two passes, then in one."""
+    """Every head dim whose warpgroups reallocate registers, D64 first; in two passes, then in one."""
     for number in (2, 1):
         for dim in HEAD_DIMS:
             yield _backward(
@@ -216,7 +216,7 @@ def long_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterato
 
 
 def long_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """The gradients' sums over as many."""
+    """The gradients at the same length."""
     for dim, number in ((64, 2), (128, 2), (64, 1), (128, 1)):
         yield _backward(
             ops, Operands.draw(device, heads=1, seqlen_q=scale.long, head_dim=dim), number, seconds=30
@@ -281,7 +281,7 @@ def beside(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[Step
 def _launched(ops: ModuleType, device: torch.device, scale: Scale) -> StepResult:
     batch = max(scale.heads // 16, 1)
     operands = Operands.draw(
-        device, batch=batch, heads=scale.heads // batch, seqlen_q=scale.turns, head_dim=128
+        device, batch=batch, heads=scale.heads // batch, seqlen_q=scale.one_pass, head_dim=128
     )
     made = kernel_runs.forward(ops, operands, causal=True)
     started, different, done = time.monotonic(), 0, 0
@@ -292,9 +292,7 @@ def _launched(ops: ModuleType, device: torch.device, scale: Scale) -> StepResult
             again = kernel_runs.backward(ops, operands, made, causal=True)
             different += not all(torch.equal(again[name], first[name]) for name in NAMES[2:])
     took = time.monotonic() - started
-    text = (
-        f"{done + 1} launches of S{scale.turns} with {scale.heads} heads in {took:.0f} s, {different} differ"
-    )
+    text = f"{done + 1} launches of S{scale.one_pass} with {scale.heads} heads in {took:.0f} s, {different} differ"
     return different == 0, text
 
 

@@ -1,4 +1,4 @@
-"""Direct calls of one backend's kernels, past any choice of backend, for probes and the first run on a GPU.
+"""Direct calls of one backend's kernels, for probes and the first run on a GPU.
 
 A backend here is its module, `fastattn.backends.cuda` or another with the same functions: on a CPU the torch backend,
 or the CUDA one over an emulated extension, runs the same code that a GPU will.
@@ -24,7 +24,7 @@ Results = dict[str, Tensor]
 
 
 class NotThis(Exception):
-    """The kernels do not have the call; the message says why."""
+    """The kernels do not support the call; the message is the reason."""
 
 
 @dataclass
@@ -129,14 +129,14 @@ def passes(number: int) -> Iterator[None]:
         cuda_attention.ONE_PASS_HEAD_DIMS = before
 
 
-def truth(
+def reference_results(
     operands: Operands,
     dtype: torch.dtype,
     cu_seqlens: Tensor | None = None,
     gradients: bool = True,
     **options: Any,
 ) -> Results:
-    """The reference's results in a dtype."""
+    """out, lse and the gradients by the reference in a dtype."""
     from fastattn import reference
 
     leaves = [t.detach().to(dtype).requires_grad_(gradients) for t in operands.inputs]
@@ -155,7 +155,7 @@ def truth(
 
 def residuals(operands: Operands, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
     """Residuals of a correct forward: out and lse in float64, rounded."""
-    exact = truth(operands, torch.float64, cu_seqlens, gradients=False, **options)
+    exact = reference_results(operands, torch.float64, cu_seqlens, gradients=False, **options)
     return {"out": exact["out"].to(operands.query.dtype), "lse": exact["lse"].float()}
 
 
@@ -165,7 +165,7 @@ def worst_of(
     """The greatest part of the allowed error that a result uses, and which that is."""
     gradients = any(name in actual for name in NAMES[2:])
     golden, plain = (
-        truth(operands, dtype, cu_seqlens, gradients, **options)
+        reference_results(operands, dtype, cu_seqlens, gradients, **options)
         for dtype in (torch.float64, operands.query.dtype)
     )
     ratios = {

@@ -1,4 +1,4 @@
-"""The ops beside attention against float64: packed sequences, softmax and the losses, on each backend."""
+"""Checks of the other ops against float64: packed sequences, softmax and the losses, on each backend."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OpCall:
 
     @staticmethod
     def upstream_grad(out: Tensor) -> Tensor:
-        """The gradient that comes in from above to a result like `out`."""
+        """A random upstream gradient of `out`."""
         generator = torch.Generator(out.device).manual_seed(5)
         return torch.randn(out.shape, generator=generator, device=out.device)
 
@@ -181,7 +181,7 @@ def _softmax(draw: random.Random, generator: torch.Generator, device: torch.devi
         return fastattn.softmax(x, **options, backend=backend)
 
     def oracle(x: Tensor) -> Tensor:
-        # -inf has no gradient to speak of; a log's hidden entries are compared as they are
+        # log: no gradient is compared, since masked entries are -inf
         return reference.softmax(x, **options)
 
     tensors = {"x": _normal((rows, columns), dtype, generator, device)}
@@ -199,7 +199,7 @@ def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.dev
         target = torch.randint(classes, (rows,), generator=generator, device=device)
         target[:: draw.choice([2, 9])] = -100
         function: Any = fastattn.linear_cross_entropy if linear else fastattn.cross_entropy
-        truth: Any = reference.linear_cross_entropy if linear else reference.cross_entropy
+        reference_op: Any = reference.linear_cross_entropy if linear else reference.cross_entropy
 
         extras: dict[str, Any] = {}
         if draw.random() < 0.5:
@@ -210,7 +210,7 @@ def _losses(linear: bool) -> Callable[[random.Random, torch.Generator, torch.dev
             return function(*inputs, target, label_smoothing=smoothing, reduction="sum", **extras)
 
         def oracle(*inputs: Tensor) -> Any:
-            return truth(*inputs, target, label_smoothing=smoothing, **extras).sum()
+            return reference_op(*inputs, target, label_smoothing=smoothing, **extras).sum()
 
         if not linear:
             tensors = {"logits": _normal((rows, classes), dtype, generator, device)}

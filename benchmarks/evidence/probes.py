@@ -1,4 +1,4 @@
-"""Which directions of the CUDA extension run at all on this GPU, each tried in a process that may be lost.
+"""Which directions of the CUDA extension run on this GPU, each tried in a process of its own.
 
 All processes start at once and import side by side; then one at a time is told to launch, and has LAUNCH_SECONDS. A
 direction that hangs, crashes or gives wrong numbers is named with what to put into FASTATTN_DISABLE, so that whatever
@@ -29,7 +29,7 @@ CHECK = "probe"
 START_SECONDS, LAUNCH_SECONDS = 60.0, 15.0
 READY = "ready"
 HEAD_DIMS = (64, 128, 256)
-Probe = Callable[[ModuleType, torch.device], str]  # what was found right, in words; raises what was not
+Probe = Callable[[ModuleType, torch.device], str]  # what passed, in words; raises Wrong
 
 
 class Wrong(AssertionError):
@@ -160,7 +160,7 @@ DIRECTIONS: dict[str, Direction] = {
 
 
 def probe_here(name: str, device: torch.device) -> Finding:
-    """One direction in this process, after everything slow was done and, if asked, a word came."""
+    """One direction in this process: import first, then launch when a line arrives on standard input."""
     try:
         ops = kernel_runs.backend_for(device)
         Operands.draw(device, seqlen_q=8, head_dim=8)  # the device's context, and torch's own kernels

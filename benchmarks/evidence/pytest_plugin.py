@@ -1,6 +1,6 @@
-"""A plugin for pytest: failures as findings, one JSON object per line, when they happen and not at the end.
+"""A pytest plugin that reports each failure at once, as a finding: one JSON object per line.
 
-A run of tests that is stopped for its time has then told what failed until that moment, and how far it was.
+So a run that is stopped at its limit has reported its failures and its progress until then.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ EVERY = 20  # tests between two lines of progress
 
 
 class Reporter:
-    """Counts the outcomes and tells them."""
+    """Counts and reports outcomes."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
 
     def say(self, line: str) -> None:
-        """A whole line, past what pytest captures."""
+        """Print a whole line, outside pytest's capture."""
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
         terminal.write(f"\n{line}\n", flush=True)  # dots stand before it
 
@@ -36,27 +36,27 @@ class Reporter:
         elif report.when == "call" or report.skipped:
             self.counts["skipped" if report.skipped else "passed"] += 1
             if self.counts.total() % EVERY == 0:
-                self.say(self.told())
+                self.say(self.summary())
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file that cannot be imported: the others run."""
+        """A file that cannot be imported is a finding; the others run."""
         if report.failed:
             self.counts["failed"] += 1
             lines = str(report.longrepr).strip().splitlines() or ["no reason"]
             self.say(json.dumps(finding("test", "failed", f"{report.nodeid}: {lines[-1]}")))
 
     def pytest_sessionfinish(self) -> None:
-        """The summary, unless nothing ran here."""
+        """Report the summary, unless no test ran in this process."""
         if self.counts and not hasattr(self.config, "workerinput"):
             status = "failed" if self.counts["failed"] else "passed" if self.counts["passed"] else "skipped"
-            self.say(json.dumps(finding("test", status, self.told(), summary=True)))
+            self.say(json.dumps(finding("test", status, self.summary(), summary=True)))
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The counts in words."""
         return ", ".join(f"{self.counts[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
 
 
 def pytest_configure(config: Any) -> None:
-    """Report from the process that hears of every test; with xdist that is not the one which runs it."""
+    """Report from the controlling process; xdist's workers run the tests."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Reporter(config), "evidence-reporter")

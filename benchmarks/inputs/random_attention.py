@@ -1,4 +1,4 @@
-"""Random calls of `attention` for gpu_checks.py: sizes, dtypes, strides and any mixture of features."""
+"""Random calls of `attention`: sizes, dtypes, strides and any mixture of features."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class RandomCall:
             options["window"] = (draw.choice([0, 5, 40, 130]), kind.choice([0, 70, None]))
         if kind.random() < 0.25:
             options["key_lengths"] = self._integers(0, self.seqlen_k + 1, self.batch)
-        if kind.random() < 0.5:  # half the calls keep to what every backend has
+        if kind.random() < 0.5:  # half of the calls use only what every backend supports
             return options
         for name, chance in (("mask", 0.25), ("bias", 0.3)):
             if kind.random() < chance:

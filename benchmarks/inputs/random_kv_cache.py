@@ -1,4 +1,4 @@
-"""Random calls of `attention_kv_cache` for gpu_checks.py: caches dense or paged, appends, rotation, every option."""
+"""Random calls of `attention_kv_cache`: caches dense or paged, appends, rotation, every option."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ class CacheCall:
             q, end = self.query[b].to(dtype), length
             if self.append:
                 end += self.new
-                caches[0][b, :, length:end] = self._turned(self.key[b].to(dtype), length)
+                caches[0][b, :, length:end] = self._rotated(self.key[b].to(dtype), length)
                 caches[1][b, :, length:end] = self.value[b].to(dtype)
-            q = self._turned(q, end - self.new)
+            q = self._rotated(q, end - self.new)
             options = dict(self.options)
             if "alibi_slopes" in options:
                 options["alibi_slopes"] = options["alibi_slopes"][b]
@@ -139,7 +139,7 @@ class CacheCall:
         angles = positions * torch.logspace(0, -3, half, device=self.device)
         return {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": interleaved}
 
-    def _turned(self, x: Tensor, start: int) -> Tensor:
+    def _rotated(self, x: Tensor, start: int) -> Tensor:
         """x (H, S, D) rotated to the positions from `start` on."""
         if not self.rotary:
             return x

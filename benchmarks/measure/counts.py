@@ -1,8 +1,8 @@
-"""Counts that make speed and do not depend on the machine: a commit that changes one says so, on any computer.
+"""Counts of work that do not depend on the machine; counts.json records them.
 
-Counted are, of the torch backend, aten operators, bytes allocated and the peak of those alive; of the Triton kernels,
-launches, programs, bytes allocated around them and matrix products executed by mask; tiles visited by mask; and the
-operators of a decoding step and of a module. Registers, shared memory, spills: tests/kernels/compile_table.json.
+For the torch backend: aten operators, bytes allocated and the peak of those alive. For the Triton kernels: launches,
+programs, bytes allocated around them, and matrix products executed by mask. Also the tiles visited by mask, and the
+operators of a decoding step and of a module. tests/kernels/compile_table.json has registers, shared memory and spills.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; its profiler is talkative
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; silences its profiler's log
 
 import torch
 from torch import Tensor

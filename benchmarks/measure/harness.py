@@ -1,8 +1,8 @@
 """Measures providers side by side: interleaved rounds in one process, errors against float64, peak memory, ceilings.
 
 A bench hands over cases; a case opens a workload; a workload gives one step per provider. A step is one timed call
-and returns its tensors by name, from which the errors are taken. A provider that cannot run says why and keeps its
-row.
+and returns its tensors by name, from which the errors are taken. A provider that cannot run keeps its row, with
+the reason.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def child_peaks(
     """Peak resident MiB of one step of each provider above the inputs all share, each in a process of its own.
 
     What a provider alone needs, such as a dense mask, counts; the temporaries of building it do not. A child
-    (`python SCRIPT --measure-memory CASE CONTESTANT ...`) imports everything once and forks per provider. A fork runs
+    (`python SCRIPT --measure-memory CASE PROVIDER ...`) imports everything once and forks per provider. A fork runs
     the case's small form first, so that code pages, thread pools and caches are not counted, and its malloc returns
     freed blocks to the system, so that none hides. None where the system cannot reset a process's peak (other than
     Linux), or where the provider ended without a figure, which is printed.

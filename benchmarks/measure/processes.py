@@ -1,4 +1,4 @@
-"""Processes that may crash or hang: their lines as they come, a limit on each silence, an end that is never waited for.
+"""Child processes that may crash or hang: their lines as they come, with limits on their time and on each silence.
 
 A kernel that never ends keeps its process from printing, from exiting and sometimes from being killed: a process in
 the uninterruptible state D is only gone when its driver call returns. So every wait here has a limit, and what a
@@ -46,7 +46,7 @@ class Line:
 
 
 def announce(seconds: float, text: str) -> None:
-    """Tell whoever follows this process what comes now, and that it is stuck if nothing is said for so long."""
+    """Print what this process does next, and the seconds after which silence means that it hangs."""
     print(f"> {seconds:g} {' '.join(text.split())}", flush=True)
 
 
@@ -63,7 +63,7 @@ class Process:
         events: Events | None = None,
         heed: bool = True,
     ) -> None:
-        """`heed`: keep it to what it announces; not where a tool slows it down."""
+        """`heed`: enforce the limits that it announces; False under a tool that slows it down."""
         self.started = self.heard = time.monotonic()
         self.limit, self.silence, self.doing, self.heed = max(limit, 1.0), silence, "", heed
         self.events: Events = queue.SimpleQueue() if events is None else events
@@ -98,7 +98,7 @@ class Process:
         return None
 
     def say(self, text: str) -> None:
-        """A line to its standard input; a process that is gone does not mind."""
+        """A line to its standard input; ignored if the process has ended."""
         stream = self._popen.stdin
         assert stream is not None
         with contextlib.suppress(OSError, ValueError):

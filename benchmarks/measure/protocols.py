@@ -65,12 +65,12 @@ class Case(Protocol):
 
     @property
     def flops(self) -> float | None:
-        """Operations of one call, from permitted pairs; None where memory is what bounds it."""
+        """Operations of one call, from permitted pairs; None where memory bounds the call."""
         ...
 
     @property
     def bytes(self) -> float | None:
-        """Bytes a call cannot avoid to read and write; None where arithmetic is what bounds it."""
+        """Bytes that every implementation must read and write; None where arithmetic bounds the call."""
         ...
 
     @property

@@ -8,7 +8,7 @@ import torch
 from report.schema import Result, dtype_name
 
 MOST_BARS = 60
-FLOOR = "floor-"  # what begins the name of a row that is no provider
+FLOOR = "floor-"  # prefix of rows that are lower bounds, not providers
 
 
 def row_of(case: Result, provider: str) -> Result | None:
@@ -23,7 +23,7 @@ def best_ours(case: Result, ours: str = "fastattn") -> Result | None:
 
 
 def ours_of(case: Result) -> Result | None:
-    """The row of ours that counts: the target's, the call as users make it, else our fastest."""
+    """Our row that is compared: the target's, else the call without a named backend, else our fastest."""
     target = case["target"]
     named = row_of(case, target["provider"]) if target else None
     return named or row_of(case, "fastattn") or best_ours(case)
@@ -45,7 +45,7 @@ def peer_of(case: Result) -> Result | None:
 
 
 def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
-    """The fastest row that is not ours, nor a floor: work that any provider has to do and more."""
+    """The fastest row that is not ours, nor a floor, the part of the work that every provider has to do."""
     others = [r for r in case["rows"] if not r["provider"].startswith((ours, FLOOR))]
     peers = [r for r in others if r["status"] == "ok"]
     return min(peers, key=lambda r: r["time_ms"]["median"], default=None)

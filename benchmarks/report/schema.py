@@ -10,8 +10,8 @@ A result is one JSON object (docs/benchmarks.md shows it in full):
     ceilings            measured in the same run: matmul_tflops by dtype, copy_gbps
     cases               each with name, group, label, axis, params, direction, dtype, flops, bytes, target and one row
                         per provider
-Times are milliseconds per call, memory MiB above the inputs, flops counted from permitted pairs, bytes those that a
-call cannot avoid to move.
+Times are milliseconds per call, memory MiB above the inputs, flops counted from permitted pairs, bytes those that
+every implementation must move.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file in one move, its folder made if need be."""
+    """Write a file atomically; its folder is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

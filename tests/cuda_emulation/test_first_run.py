@@ -16,7 +16,7 @@ from evidence.first_run_steps import Scale
 from fastattn import backends
 
 CPU = torch.device("cpu")
-TINY = Scale(long=140, turns=140, heads=2, launches=2, bytes_rows=20)
+TINY = Scale(long=140, one_pass=140, heads=2, launches=2, bytes_rows=20)
 
 
 @pytest.fixture(autouse=True)
