@@ -18,6 +18,11 @@ from report import schema
 BUDGET = Budget(seconds=0.7, most_rounds=200, memory=False)
 BATCH, HEADS, LENGTH, HEAD_DIM, WIDTH, CLASSES = 1, 2, 16, 16, 32, 64
 Calls = dict[str, calls.Call]
+DIRECTIONS = {
+    "forward": "forward",
+    "forward-grad": "forward in grad mode",
+    "forward+backward": "forward + backward",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class OverheadCase:
     @property
     def label(self) -> str:
         """The op in words."""
-        return f"{self.op}, {self.direction.replace('+', ' + ')}"
+        return f"{self.op}, {DIRECTIONS[self.direction]}"
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours, and torch's nearest."""
@@ -221,9 +226,7 @@ OPS = {
 
 
 def cases_for(device: torch.device) -> list[OverheadCase]:
-    """Every op forward, and with its gradients where it has them; half precision on a GPU."""
+    """Every op without gradients, in grad mode, and with its backward where it has one; half precision on a GPU."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    directions = {
-        name: ("forward", "forward+backward")[: 2 if op.gradient else 1] for name, op in OPS.items()
-    }
+    directions = {name: tuple(DIRECTIONS) if op.gradient else ("forward",) for name, op in OPS.items()}
     return [OverheadCase(name, each, dtype) for name, every in directions.items() for each in every]

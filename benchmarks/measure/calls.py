@@ -14,11 +14,16 @@ Call = Callable[..., Any]  # of the inputs in their order, giving out
 
 
 def results_of(call: Call, inputs: Mapping[str, Tensor], dout: Tensor | None, direction: str) -> Tensors:
-    """out, and with "forward+backward" the gradient of each input under the input's name."""
+    """out, and with "forward+backward" the gradient of each input under the input's name.
+
+    "forward" runs under no_grad, "forward-grad" records the graph of a backward.
+    """
     if direction == "forward":
         with torch.no_grad():
             return {"out": call(*inputs.values())}
     out = call(*inputs.values())
+    if direction == "forward-grad":
+        return {"out": out.detach()}
     upstream = None if dout is None else dout.to(out.dtype)
     grads = torch.autograd.grad(out, tuple(inputs.values()), upstream)
     return {"out": out.detach(), **dict(zip(inputs, grads))}

@@ -33,7 +33,8 @@ import checkout
 FORMAT = "fastattn-bench"
 VERSION = 3
 STATUSES = ("ok", "unavailable", "failed")
-DIRECTIONS = ("forward", "backward", "forward+backward", "import")
+# "forward" is under no_grad; "forward-grad" records the graph of a backward that is not run.
+DIRECTIONS = ("forward", "forward-grad", "backward", "forward+backward", "import")
 ROOT = checkout.ROOT
 # Results belong to the checkout; benches that were installed without one leave theirs where they are run.
 RESULTS = (
