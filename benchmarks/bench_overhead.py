@@ -16,7 +16,7 @@ from measure import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see --help. One thread, whatever is asked for: starting another would be measured too."""
+    """The command line; see --help. Always on one thread: starting others would be measured too."""
     argv = [*(sys.argv[1:] if argv is None else argv), "--threads", "1"]
     return command.main("overhead", Path(__file__).resolve(), cases_for, {}, argv, BUDGET)
 

@@ -34,7 +34,7 @@ GPU_SHAPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class AttentionCase(AttentionCall):
-    """A call with those who make it."""
+    """A call and its providers."""
 
     def providers(self, device: torch.device) -> list[str]:
         """Names that `peers.attention.find` knows, ours first: each fused backend, unless the case names its peers."""

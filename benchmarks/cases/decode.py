@@ -19,7 +19,7 @@ BUDGET = Budget(seconds=2.0, memory=False)
 
 @dataclass(frozen=True)
 class DecodeCase(DecodeCall):
-    """A step of decoding with those who take it."""
+    """A step of decoding and its providers."""
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours first."""

@@ -37,7 +37,7 @@ class OverheadCase:
 
     @property
     def name(self) -> str:
-        """The op and what is run of it."""
+        """The op and the direction."""
         return f"{self.op}-{self.direction}"
 
     @property
@@ -64,7 +64,7 @@ class OverheadCase:
         return OverheadWorkload(self, device)
 
     def small(self) -> OverheadCase:
-        """Itself: nothing is smaller."""
+        """The case itself, which is small already."""
         return self
 
 
@@ -86,7 +86,7 @@ class OverheadWorkload:
         return calls.step_of(self.calls[provider], self.inputs, self.dout, self.case.direction)
 
     def judge(self, provider: str) -> Judgement | None:
-        """None: the other benches judge, this one only counts time."""
+        """None: the other benches compare results; this one only measures time."""
         return None
 
 

@@ -19,7 +19,7 @@ BUDGET = Budget(seconds=3.0)
 
 @dataclass(frozen=True)
 class VarlenCase(VarlenCall):
-    """A batch of sequences with those who take them."""
+    """A batch of sequences and its providers."""
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours first."""

@@ -22,14 +22,14 @@ SMALL = 70  # the greatest length where Triton is interpreted
 
 
 def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
-    """Random calls, forward and backward with a gradient into lse, each backend that accepts them."""
+    """Random calls on each backend that accepts them: forward, and backward from gradients of out and lse."""
     from fastattn import attention
 
     yield from _judge("random", RandomCall, attention, device, seconds, seed)
 
 
 def check_kv_cache(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
-    """Random calls against a cache, and what is in the cache afterwards, each backend that accepts them."""
+    """Random calls against a cache on each backend that accepts them; the cache afterwards is compared too."""
     from fastattn import attention_kv_cache
 
     yield from _judge("kv-cache", CacheCall, attention_kv_cache, device, seconds, seed)

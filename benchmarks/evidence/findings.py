@@ -30,7 +30,7 @@ def only_backends(names: Sequence[str]) -> None:
 
 
 def attempt(function: Callable[[], T], device: torch.device) -> tuple[T | None, str | None]:
-    """(result, None), or (None, what was raised in a line): whatever it is, it ends this call and not the check."""
+    """(result, None), or (None, the exception in a line); only a lost device ends the check."""
     try:
         result = function()
         if device.type == "cuda":

@@ -36,7 +36,7 @@ SANITIZED_BACKWARD = ("3", "5b")
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what it shows, its limit once it launches, and whether it launches a backward."""
+    """One step: its title, its limit in seconds once it launches, and whether it launches a backward."""
 
     title: str
     limit: float
@@ -65,7 +65,7 @@ STEPS: dict[str, Step] = {
 
 
 def run_step(name: str, device: torch.device, scale: Scale, backend: str = "cuda") -> Iterator[Finding]:
-    """One step in this process: its findings; whatever it raises is one."""
+    """One step in this process: its findings; an exception is a finding too."""
     step = STEPS[name]
     try:
         ops = kernel_runs.backend_for(device, backend)
@@ -85,7 +85,7 @@ def run_step(name: str, device: torch.device, scale: Scale, backend: str = "cuda
 def run_all(
     names: Sequence[str], device: str, launches: int, seconds: float, backend: str = "cuda"
 ) -> Iterator[Finding]:
-    """Steps one after another, each in its own process; a step without time left is said to be not run."""
+    """Steps one after another, each in its own process; a step without time left is "not run"."""
     end = time.monotonic() + seconds
     for name in names:
         step, left = STEPS[name], end - time.monotonic()

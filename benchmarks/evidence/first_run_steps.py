@@ -145,7 +145,7 @@ def _in_order(tensor: Tensor, order: str) -> Tensor:
 
 
 def packed_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """Packed sequences around a tile's edge: right, and to the bit the same beside neighbours of NaN."""
+    """Packed sequences around a tile's edge: within the rule, and bitwise the same beside neighbours of NaN."""
     for dim in HEAD_DIMS:
         operands, cu_seqlens = _packed(device, dim)
         made = kernel_runs.forward(ops, operands, cu_seqlens, causal=True)
@@ -208,7 +208,7 @@ def _beside_nan(
 
 
 def long_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """Sums over many keys: wgmma's own additions are not those of plain float32."""
+    """Sums over many keys: wgmma's additions do not round as those of float32 do."""
     for dim, causal in ((64, False), (128, False), (128, True)):
         operands = Operands.draw(device, heads=1, seqlen_q=scale.long, head_dim=dim)
         good, text = _judged(kernel_runs.forward(ops, operands, causal=causal), operands, causal=causal)
@@ -224,7 +224,7 @@ def long_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterat
 
 
 def captured_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """The extension's first call of the process is within a capture: nothing it sets up may be forbidden there."""
+    """The process's first call of the extension, during graph capture: its set-up must be allowed there."""
     operands = Operands.draw(device, seqlen_q=200, head_dim=128)
     yield _captured(lambda: kernel_runs.forward(ops, operands, causal=True), operands, device)
 

@@ -1,4 +1,4 @@
-"""Holds a part of a GPU's multiprocessors on a stream of its own, for as long as something else is measured there."""
+"""Occupies half of a GPU's multiprocessors with a spinning kernel while other kernels run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_LOOKS = 2**31 - 1  # of a block, before it ends by itself
 
 @triton.jit
 def hold_kernel(stop, ended, most):  # type: ignore[no-untyped-def]
-    """Each block looks at a flag until it is set, then counts itself as ended."""
+    """Each block polls a flag until it is set, then increments `ended`."""
     looks = 0
     while looks < most:
         looks += 1
@@ -28,13 +28,13 @@ def hold_kernel(stop, ended, most):  # type: ignore[no-untyped-def]
 
 @dataclass
 class Held:
-    """The blocks that are held."""
+    """The spinning blocks."""
 
     blocks: int
     ended: Tensor  # how many have ended
 
     def holding(self) -> bool:
-        """Whether all of them still are."""
+        """Whether all blocks are still running."""
         side = torch.cuda.Stream(self.ended.device)
         with torch.cuda.stream(side):
             count = self.ended.clone()

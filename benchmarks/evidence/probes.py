@@ -227,7 +227,7 @@ def _unreported(name: str, event: Ended, last: str) -> Finding:
 
 
 def switches_for(findings: list[Finding]) -> str:
-    """FASTATTN_DISABLE for what runs afterwards: the parts of every direction that was not found right.
+    """FASTATTN_DISABLE for what runs afterwards: the parts of every direction that did not pass.
 
     A direction that was not tried, as when time was up, is left out as well: it may hang.
     """

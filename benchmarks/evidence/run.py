@@ -245,7 +245,7 @@ def _switch_off(run: Run, entry: Report) -> None:
 
 
 def _archive(run: Run, folder: Path | None, triton: str | None = None) -> None:
-    """Renew what is to be carried away, so that a run cut short leaves what it had."""
+    """Update the archive after each section, so that an interrupted run leaves its results."""
     if folder is None:
         return
     try:

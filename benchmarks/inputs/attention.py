@@ -15,7 +15,7 @@ from report import figures, schema
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call to measure: its sizes, its features, and what it should reach."""
+    """One call to measure: its sizes, features and target."""
 
     name: str
     group: str
@@ -70,7 +70,7 @@ class AttentionCall:
 
     @property
     def flops(self) -> float:
-        """2 * (D + Dv) per permitted pair and head; the backward counts 2.5 forwards, whatever it recomputes."""
+        """2 * (D + Dv) per permitted pair and head; the backward counts as 2.5 forwards, recomputation excluded."""
         pairs = permitted_pairs(self.seqlen_q, self.seqlen_k, self.causal, self.window, self.documents)
         share = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[self.direction]
         return share * 4.0 * self.head_dim * pairs * self.batch * self.heads

@@ -84,10 +84,10 @@ class RandomCall:
         return results
 
     def cancelling_terms(self) -> dict[str, Tensor]:
-        """The terms of dquery and dkey in rows that see one key, whose weight is 1 whatever the score: they cancel."""
+        """The terms of dquery and dkey in rows that see one key: its weight is always 1, so they cancel."""
         from fastattn import reference
 
-        if self.options.get("dropout_p"):  # of an output that dropout has scaled the rounding does not cancel
+        if self.options.get("dropout_p"):  # dropout scales the output, whose rounding then does not cancel
             return {}
         query, key, value = (t.double() for t in self.operands.values())
         _, weights = reference.attention(query, key, value, **self.options, return_weights=True)

@@ -143,7 +143,7 @@ def distinct_small_forms(cases: Sequence[Case]) -> list[SmallForm]:
 
 
 def small_name(case: Case, small: Case) -> str:
-    """The case's name with the small form's sizes in the place of its own."""
+    """The case's name with the sizes of its small form."""
     sizes: dict[str, str] = {}
     for before, after in zip(_numbers(case.params), _numbers(small.params)):
         sizes.setdefault(str(before), str(after))
@@ -151,7 +151,7 @@ def small_name(case: Case, small: Case) -> str:
 
 
 def _numbers(params: schema.Result) -> list[int]:
-    """The sizes of a case in the order of their names, those that a name is likeliest to hold first."""
+    """The sizes of a case; those that names usually contain come first."""
     found: list[int] = []
     for key in sorted(params, key=lambda name: (name in ("batch", "heads", "kv_heads", "head_dim"), name)):
         value = params[key]
@@ -166,7 +166,7 @@ def _dtypes(cases: Sequence[Case]) -> list[torch.dtype]:
 
 
 def _raise_ceilings(result: schema.Result, again: schema.Result) -> None:
-    """A ceiling is the better of two measurements, before and after the cases: other programs disturb either."""
+    """Take the better of two measurements of each ceiling, before and after the cases."""
     first = result["ceilings"]
     rates = {name: max(rate, again["matmul_tflops"][name]) for name, rate in first["matmul_tflops"].items()}
     result["ceilings"] = {"matmul_tflops": rates, "copy_gbps": max(first["copy_gbps"], again["copy_gbps"])}

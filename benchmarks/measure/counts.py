@@ -52,7 +52,7 @@ def measure() -> Counts:
 
 
 def operators(call: Call) -> Counts:
-    """aten operators a call runs, bytes it allocates in all, and the most alive at once above what was before."""
+    """aten operators a call runs, bytes it allocates in all, and the peak of those alive at once."""
     call()  # what is set up once does not count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
@@ -301,7 +301,7 @@ def recorded() -> Counts:
 
 
 def differences(stored: Counts, counts: Counts, torch_version: str = torch.__version__) -> list[str]:
-    """A line for every count that is not as recorded; those that torch's own code decides only for its version."""
+    """A line for every count that is not as recorded; those of TORCH_DECIDES only in the recorded torch."""
     lines = []
     same_torch = stored["torch"] == release(torch_version)
     for group in {**stored["counts"], **counts}:

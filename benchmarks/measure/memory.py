@@ -1,4 +1,4 @@
-"""Peak memory of one step: of torch's allocator on a GPU, of a process of its own on a CPU."""
+"""Peak memory of one step: from torch's allocator on a GPU, of a separate process on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MALLOC_SETTINGS = {
 
 
 def release(device: torch.device) -> None:
-    """Give back what nothing refers to."""
+    """Collect garbage and empty torch's cache."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -87,7 +87,7 @@ class Process:
         self.events.put((self, None))
 
     def take(self, text: str) -> Line | None:
-        """Note that a line came; None where it announces what comes next."""
+        """Record a line of output; None if it is an announcement."""
         self.heard = time.monotonic()
         found = _ANNOUNCED.fullmatch(text)
         if found is None:
@@ -121,7 +121,7 @@ class Process:
         return ""
 
     def end(self, why: str = "") -> Ended:
-        """Its end, after it closed its output or, with a reason, at once: what it started is killed in either case."""
+        """Wait for its exit after its output closed, or stop it at once for a reason; its process group is killed."""
         seconds = time.monotonic() - self.started
         code: int | None = None
         if not why:

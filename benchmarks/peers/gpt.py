@@ -27,7 +27,7 @@ class GPTPair:
         self.model = GPT(self.config).to(device)
 
     def make(self, provider: str, dtype: torch.dtype) -> Any:
-        """A model of its own for "fastattn...", or for "transformers-ATTENTION...": each with the same weights."""
+        """A new model with the shared weights: ours, or transformers' for "transformers-ATTENTION..."."""
         family, *rest = provider.split("-")
         if family == "fastattn":
             from fastattn.models import GPT

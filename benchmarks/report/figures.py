@@ -125,7 +125,7 @@ def unusual(dtype: torch.dtype, direction: str) -> list[str]:
 
 
 def describe_attention(params: Result, dtype: str, direction: str) -> str:
-    """A call of attention in words: shape, mask, features, and what is not the default."""
+    """A call of attention in words: shape, mask, features, and a dtype or direction other than the default."""
     sq, sk = params["seqlen_q"], params["seqlen_k"]
     heads = f"{params['heads']}" + (f"/{params['kv_heads']}" if params["kv_heads"] != params["heads"] else "")
     shape = (

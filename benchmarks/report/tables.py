@@ -86,7 +86,7 @@ def stale_pages(root: Path = schema.ROOT) -> list[str]:
 
 
 def refreshed(page: Path) -> str:
-    """The page with every table between markers made anew."""
+    """The page with the tables between its markers rebuilt."""
     language = "zh" if ".zh" in page.name else "en"
     return MARKER.sub(lambda found: found[1] + table_of(found[2], language) + found[4], _read(page))
 
