@@ -36,18 +36,24 @@ def terms_of_score_gradients(
     dscore is weight * (dout.v + dweight - delta + dlse), delta the row's sum of weight * (dout.v + dweight). Where a
     row sees one key, dout.v and delta cancel: the error is that of the terms, however small the gradient is.
     """
-    query, key, value, weights, dout, dlse = (
-        t.double().abs() for t in (query, key, value, weights, dout, dlse)
-    )
+    query, key = query.double().abs(), key.double().abs()
     group = query.shape[1] // max(key.shape[1], 1)
-    of_weights = dout @ value.repeat_interleave(group, dim=1).mT
-    if dweights is not None:
-        of_weights = of_weights + dweights.double().abs()
-    delta = (weights * of_weights).sum(-1, keepdim=True)
-    of_scores = weights * (of_weights + delta + dlse[..., None])
+    of_scores, _ = terms_of_dscores(value, weights, dout, dlse, dweights)
     of_scores = of_scores * (query.shape[-1] ** -0.5 if scale is None else abs(scale))
     dkey = (of_scores.mT @ query).unflatten(1, (key.shape[1], group)).sum(2)
     return of_scores @ key.repeat_interleave(group, dim=1), dkey
+
+
+def terms_of_dscores(
+    value: Tensor, weights: Tensor, dout: Tensor, dlse: Tensor, dweights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of the absolute values of each dscore's terms, (B, H, Sq, Sk), and of each delta's, (B, H, Sq, 1)."""
+    value, weights, dout, dlse = (t.double().abs() for t in (value, weights, dout, dlse))
+    of_weights = dout @ value.repeat_interleave(weights.shape[1] // max(value.shape[1], 1), dim=1).mT
+    if dweights is not None:
+        of_weights = of_weights + dweights.double().abs()
+    delta = (weights * of_weights).sum(-1, keepdim=True)
+    return weights * (of_weights + delta + dlse[..., None]), delta
 
 
 def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int = SUM_ORDERS) -> Results:

@@ -190,7 +190,6 @@ def check_irregular(
         golden = run(reference.attention, {n: t.double() for n, t in operands.items()}, case.options)
         irregular = {n: ~(t.isfinite() & golden[n].isfinite()) for n, t in pattern.items()}
         known = partial(_known, partial(run, reference.attention, operands, case.options), irregular)
-        exact_known = {n: golden[n].masked_fill(hole, 0) for n, hole in irregular.items()}
         plain = known()
         actual = run(fastattn.attention, operands, case.options, **extra)
         terms = _terms(operands, golden) if case.cancels else {}
