@@ -1,4 +1,4 @@
-"""How evenly the tiles of attention calls are spread over the multiprocessors, by the kernels' own order."""
+"""How evenly the kernels' order of tiles spreads attention calls over the multiprocessors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT_IN_ONE_PASS = {
     (4, 16, 16, 4096, 128): [78, 114, 132], (2, 16, 16, 8192, 128): [78, 114, 132],
     (1, 16, 16, 16384, 128): [78, 114, 132], (1, 32, 32, 16384, 128): [132],
 }  # fmt: skip
-# Windowed calls of the forward that miss it, by (left, shape): a window leaves few tiles of odd length to fill gaps.
+# Windowed calls of the forward below the bar, by (left, shape): a window leaves few shorter tiles to fill gaps.
 SHORT_IN_WINDOWS = {
     (1024, (7, 10, 10, 1500, 256)): [132], (1024, (2, 8, 8, 8192, 256)): [132], (300, (8, 16, 16, 2112, 64)): [132],
     (300, (3, 12, 12, 1000, 256)): [114], (300, (1, 16, 4, 4096, 64)): [78], (300, (2, 8, 8, 8192, 256)): [78],
@@ -41,7 +41,7 @@ OTHERS = [
 
 
 class Costs:
-    """What the tiles of a pass cost, in the order in which they are taken."""
+    """The costs of a pass's tiles, in the order in which they are taken."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -56,7 +56,7 @@ class Costs:
         return self._costs(kind, sizes, None)
 
     def packed(self, lengths: list[int], heads: int, head_dim: int) -> list[float]:
-        """Of the forward of a causal packed call."""
+        """The costs of a causal packed forward."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         tokens = sum(lengths)
         sizes = torch.tensor(
@@ -89,7 +89,7 @@ def costs(emulated: Callable[..., Library]) -> Costs:
 
 
 def as_taken(costs: list[float], multiprocessors: int) -> float:
-    """Mean over largest load where who is free takes the next tile: from a counter, or as blocks are started."""
+    """Mean over largest load where the next free multiprocessor takes the next tile."""
     loads = [0.0] * multiprocessors
     for cost in costs:
         heapq.heapreplace(loads, loads[0] + cost)
@@ -178,8 +178,8 @@ def test_sections_but_the_last_begin_with_the_shortest(costs: Costs) -> None:
 class Clusters(NamedTuple):
     """A full call at head dim 128 in clusters of two blocks."""
 
-    runs: list[bool]  # whether it runs in them, for each device that was asked for
-    tiles: torch.Tensor  # (numbers, 2 blocks, (sequence, key head, query head, first query))
+    runs: list[bool]  # whether the call runs in clusters, for each device
+    tiles: torch.Tensor  # (tile numbers, 2 blocks, (sequence, key head, query head, first query))
 
 
 def clusters_of(
