@@ -35,8 +35,8 @@ CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardPa
   return CUDA_SUCCESS;
 }
 
-// One block of threads for each tile of keys, or of queries. A section's batch heads share the L2 cache: q and dout of
-// their query heads, and in one pass the float sums of dq, which take as much again.
+// One block of threads per tile of keys, or of queries. The batch heads of a section share the L2 cache: q and dout of
+// their query heads, and in a one-pass backward the float sums of dq, which are as large again.
 template <class Shape>
 TileSchedule key_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_k != nullptr;
@@ -81,7 +81,7 @@ template <class Element, int kHeadDim, KeyGradients kWanted, bool kSoftcap>
 using KeyGradientsShapeFor = KeyGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, kSoftcap).keys,
                                                key_gradients_tile(kHeadDim, kSoftcap).queries, kWanted, kSoftcap>;
 
-// The pass for both where a warpgroup has registers for one.
+// The shape of the pass for dk and dv at head dims where a warpgroup's registers hold one of the two.
 template <class Element, int kHeadDim>
 using SplitGradientsShapeFor = SplitGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, false).keys,
                                                    key_gradients_tile(kHeadDim, false).queries>;
@@ -111,7 +111,7 @@ constexpr int kRowThreads = kHeadDim / 8;
 
 constexpr int kRowPassThreads = 256;
 
-// Blocks of the first pass.
+// Blocks of the first kernel.
 inline int64_t row_pass_blocks(const AttentionParams& p) {
   return query_row_blocks(p) * (p.cu_seqlens_q == nullptr ? int64_t{p.batch} : 1) * p.num_heads;
 }

@@ -70,7 +70,8 @@ struct OnePassSchedule {
 inline int64_t rounds(int64_t tiles, int64_t takers) { return (tiles + takers - 1) / takers; }
 
 // Whether tiles taken in clusters of `cluster_blocks` need no more rounds than one by one. Each batch head has
-// `tiles_of_each`, made up to whole clusters; `clusters` are resident at a time, which may leave multiprocessors over.
+// `tiles_of_each` tiles, rounded up to whole clusters; `clusters` are resident at a time, which may leave
+// multiprocessors idle.
 inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, int cluster_blocks, int multiprocessors,
                                    int clusters) {
   if (clusters < 1 || tiles_of_each < cluster_blocks) return false;
@@ -80,9 +81,9 @@ inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, i
 
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
 
-// The order of a section's blocks of queries. kLastFirst: from the last to the first, every section. kEven: the last
-// section like that, the others from the first to the last. Under causality the last block is the longest. The call
-// then ends with its shortest tiles, and no section leaves its long ones to so late that the next cannot even them out.
+// The order of a section's blocks of queries. kLastFirst: from the last to the first in every section. kEven: from the
+// first to the last, but in the last section from the last to the first. Under causality the last block is the longest:
+// the call then ends with its shortest tiles, and the long tiles of a section are followed by others that balance them.
 enum class TileOrder { kLastFirst, kEven };
 
 FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number, TileOrder order = TileOrder::kLastFirst) {

@@ -1,4 +1,4 @@
-// What the tiles of a call cost, in the order in which the kernels take them: the host's and the kernels' own code.
+// The costs of a call's tiles in the order in which the kernels take them, by the code of the host and the kernels.
 #include <algorithm>
 #include <functional>
 #include <map>
@@ -11,14 +11,14 @@ using namespace fastattn;
 
 namespace {
 
-// In blocks of the loop's operand: what a tile costs beside them.
+// The cost of a tile besides its loop, in blocks of the loop's operand.
 constexpr double kPerTile = 1.5;
 
 enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass, kForwardInClusters };
 
 double cost_of(const BlockRange& blocks, int times = 1) { return kPerTile + (blocks.end - blocks.begin) * times; }
 
-// In clusters that of each block, all of which load every key.
+// In clusters the cost of each block: all of them load every key.
 template <class Shape>
 double forward_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
   const QueryTile tile = forward_tile_at<Shape>(params, schedule, number);

@@ -85,7 +85,7 @@ def emulate(
     if ticket is not None and not packed:
         assert int(ticket) == batch * heads[1] * -(
             -k.shape[-2] // 128
-        )  # each block has drawn one tile of keys
+        )  # each block has taken one tile of keys
     return grads
 
 
@@ -165,7 +165,7 @@ def test_bfloat16(emulated: Callable[..., Any], name: str) -> None:
     ],
 )  # fmt: skip
 def test_warpgroups_share_keys(emulated: Callable[..., Any], name: str) -> None:
-    """Head dim 256, where one warpgroup has the sums for dk and the other those for dv."""
+    """Head dim 256, where one warpgroup accumulates dk and the other dv."""
     check(emulated, name, torch.float16, with_dlse=True, head_dim=256, seed=len(name), resident=2)
 
 
@@ -203,7 +203,7 @@ def test_packed(
     lengths_k: list[int],
     options: dict[str, Any],
 ) -> None:
-    """Each sequence as if it were alone, though its neighbours are NaN; what belongs to none gets zero."""
+    """Each sequence as if it were alone, between neighbours of NaN; tokens of no sequence get zero gradients."""
     dtype, num_heads, num_kv_heads, behind = torch.float16, 2, 1, 9
     if one_pass:
         options = {name: value for name, value in options.items() if name != "softcap"}
@@ -288,7 +288,7 @@ def test_one_pass_pads_heads(emulated: Callable[..., Any], head_dim: int) -> Non
     "name", ["grouped heads", "key lengths, several blocks", "key lengths, causal, several blocks"]
 )
 def test_one_pass_adds_in_order(emulated: Callable[..., Any], name: str, head_dim: int) -> None:
-    """Whoever comes first, the sums of dq have the same bits."""
+    """The sums of dq have the same bits in any schedule."""
     options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True}
     first = check(emulated, name, torch.float16, resident=1, seed=0, **options)
     for seed in range(1, 4):

@@ -1,4 +1,4 @@
-"""The backward's kernels with one line broken: the emulation has to notice, in every schedule it tries."""
+"""The backward's kernels with one line changed: the emulation reports it in every schedule it tries."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def breakable_one_pass(library_folder: Path, tmp_path_factory: pytest.TempPathFa
 def test_one_pass_needs_the_line(
     breakable_one_pass: dict[int, Library], head_dim: int, line: int, report: str | None
 ) -> None:
-    """Without it some schedule is reported, or gives other bits."""
+    """Without the line, some schedule is reported or gives other bits."""
     library = breakable_one_pass[head_dim]
     library("break_line", line)
     options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True}

@@ -1,4 +1,4 @@
-"""How evenly the tiles of attention calls are spread over the multiprocessors, by the kernels' own order."""
+"""How evenly the kernels' order of tiles spreads attention calls over the multiprocessors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHERS = [
 
 
 class Costs:
-    """What the tiles of a pass cost, in the order in which they are taken."""
+    """The costs of a pass's tiles, in the order in which they are taken."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -46,7 +46,7 @@ class Costs:
         return self._costs(kind, sizes, None)
 
     def packed(self, lengths: list[int], heads: int, head_dim: int) -> list[float]:
-        """Of the forward of a causal packed call."""
+        """The costs of a causal packed forward."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         tokens = sum(lengths)
         sizes = torch.tensor(
@@ -79,7 +79,7 @@ def costs(emulated: Callable[..., Library]) -> Costs:
 
 
 def as_taken(costs: list[float], multiprocessors: int) -> float:
-    """Mean over largest load where who is free takes the next tile: from a counter, or as blocks are started."""
+    """Mean over largest load where the next free multiprocessor takes the next tile."""
     loads = [0.0] * multiprocessors
     for cost in costs:
         heapq.heapreplace(loads, loads[0] + cost)
@@ -227,8 +227,8 @@ def test_sections_but_the_last_begin_with_the_shortest(costs: Costs) -> None:
 class Clusters(NamedTuple):
     """A full call at head dim 128 in clusters of two blocks."""
 
-    runs: list[bool]  # whether it runs in them, for each device that was asked for
-    tiles: torch.Tensor  # (numbers, 2 blocks, (sequence, key head, query head, first query))
+    runs: list[bool]  # whether the call runs in clusters, for each device
+    tiles: torch.Tensor  # (tile numbers, 2 blocks, (sequence, key head, query head, first query))
 
 
 def clusters_of(
