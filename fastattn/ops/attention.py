@@ -11,15 +11,18 @@ from torch import Tensor
 
 from fastattn import backends, torch_compat
 from fastattn.ops import arguments, composite, flops, padding, plain, spelling, symbolic
-from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
+from fastattn.ops.registration import (
+    define_with_gradient,
+    out_and_lse_fake,
+    schema_of,
+    wanted_or_empty,
+)
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
     AttentionSpec,
     GradsNeeded,
     WeightsGradsNeeded,
-    accumulation_dtype,
-    empty_in_order,
     with_unit_last_stride,
 )
 
@@ -255,13 +258,6 @@ def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, value = args[0], args[2]
-    batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_in_order(query, (batch, num_heads, seqlen_q, value.shape[3]))
-    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
-
-
 def _attention_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -316,7 +312,7 @@ _run_attention = define_with_gradient(
     {name: _CALL_NAMES.index(name) for name in GradsNeeded._fields},
     keeps_results=True,
     forward=_attention_fwd,
-    forward_fake=_attention_fwd_fake,
+    forward_fake=out_and_lse_fake,
     backward=_attention_bwd,
     composed=lambda call_args: composite.out_and_lse(AttentionCall(*call_args)),
 )
