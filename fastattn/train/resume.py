@@ -135,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its parsers meet
+    except Exception as error:  # torch.load raises the exceptions of its parsers
         raise DamagedCheckpoint(f"{path}: cannot be read ({_reason(error)})") from None
 
 

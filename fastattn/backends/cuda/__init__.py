@@ -1,4 +1,4 @@
-"""The CUDA backend: the compiled extension, where it is built and where it was measured to be the faster choice."""
+"""The CUDA backend: the compiled extension, chosen by "auto" only where it was measured to be faster."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MeasuredRows:
 
 MEASURED_ROWS: tuple[
     MeasuredRows, ...
-] = ()  # nothing has been measured yet, so "auto" chooses nothing from here
+] = ()  # nothing has been measured yet, so "auto" never chooses this backend
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
