@@ -1,8 +1,8 @@
 """Replays a hot loop on one quarter of a multiprocessor, as its stall counts and scoreboards order it.
 
 A quarter holds one warp of every warpgroup, and all quarters behave alike, so only one is simulated. Its scheduler
-issues one instruction a cycle, of the warp that can issue first. wgmma are queued in the tensor cores, which the warpgroups
-share, and occupy shared memory while they run.
+issues one instruction a cycle, of the warp that can issue first. wgmma are queued in the tensor cores, which the
+warpgroups share, and occupy shared memory while they run.
 """
 
 from __future__ import annotations
