@@ -130,11 +130,25 @@ struct KeyGradientsShared {
   }
 };
 
+// The order in which a tile takes its blocks of queries, of every head anew.
+struct BlockWalk {
+  int first;
+  int last;
+  int step;  // 1 or -1
+
+  FASTATTN_DEVICE int after(int block) const { return block != last ? block + step : first; }
+};
+
+FASTATTN_DEVICE BlockWalk walk_of(const BlockRange& blocks, bool last_first) {
+  if (last_first) return {blocks.end - 1, blocks.begin, -1};
+  return {blocks.begin, blocks.end - 1, 1};
+}
+
 // The producer warp: loads the tile of keys and values, then every block of queries and dout of every head of the
 // group.
 template <class Shape>
 FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, const BackwardMaps& maps,
-                                     const KeyTile& tile, const BlockRange& blocks,
+                                     const KeyTile& tile, const BlockRange& blocks, const BlockWalk& walk,
                                      const KeyGradientsShared<Shape>& shared) {
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kHeadDim = Shape::kHeadDim;
@@ -164,7 +178,8 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
   for (int member = 0; member < group_size; ++member) {
     const int head = tile.kv_head * group_size + member;
     const int64_t padded = padded_row(params.call, sequence, head);
-    for (int block = blocks.begin; block < blocks.end; ++block, state.advance()) {
+    int block = walk.first;
+    for (int left = blocks.end - blocks.begin; left > 0; --left, block += walk.step, state.advance()) {
       const int first_query = block * kBlockM;
       // In a packed tensor the rows after the sequence's end belong to the next sequence, and may be NaN.
       const int rows = sequence.seen.num_queries - first_query;
@@ -375,7 +390,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
-    if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
+    if (tile.first_key < tile.sequence.key_rows)
+      produce_queries<Shape>(params, maps, tile, blocks, walk_of(blocks, false), shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);

@@ -185,7 +185,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
-    if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
+    if (tile.first_key < tile.sequence.key_rows)
+      produce_queries<Shape>(params, maps, tile, blocks, walk_of(blocks, false), shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);

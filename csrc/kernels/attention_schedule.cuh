@@ -47,6 +47,18 @@ inline TileSchedule with_even_sections(TileSchedule schedule, int group_size) {
   return schedule;
 }
 
+// The tiles of keys of a backward in one pass, whose key heads come in two parts; a tile may wait for earlier ones of
+// its head. The first `early_heads` of every sequence, in packed calls of all, take their tiles from the last to the
+// first, then the others theirs from the first to the last. Under causality the first tile is the longest, so that a
+// call ends with short ones. Which part a head belongs to depends on its number alone: a sequence has the same bits in
+// any batch.
+struct OnePassSchedule {
+  int num_tiles;
+  int early_heads;
+  TileSchedule early;
+  TileSchedule late;  // numbered from its end: a section of fewer heads than the others is its first
+};
+
 // Rounds of equal tiles on so many multiprocessors, or clusters of them.
 inline int64_t rounds(int64_t tiles, int64_t takers) { return (tiles + takers - 1) / takers; }
 

@@ -27,12 +27,13 @@ extern "C" const char* key_sections(int64_t* batch_heads, int64_t batch, int64_t
     p.total_q = seqlen_q;
     p.total_k = seqlen_k;
     p.head_dim = HEAD_DIM;
+    p.window_right = kUnbounded;
     const auto sections = [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       if constexpr (has_one_pass(kHeadDim)) {
         using TwoPasses = KeyGradientsShapeFor<ELEMENT, kHeadDim, KeyGradients::kBoth, false>;
         batch_heads[0] = key_schedule<TwoPasses>(p).batch_heads_per_section;
-        batch_heads[1] = key_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).batch_heads_per_section;
+        batch_heads[1] = one_pass_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).early.batch_heads_per_section;
       }
     };
     sections(std::integral_constant<int, HEAD_DIM>());

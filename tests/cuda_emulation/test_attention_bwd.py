@@ -31,6 +31,7 @@ CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "key lengths": (64, 3, 2, 1, 130, 200, {"key_lengths": [0, 77, 200]}),
     "key lengths, causal": (64, 2, 1, 1, 130, 200, {"key_lengths": [131, 5], "causal": True}),
     "key lengths, several blocks": (64, 1, 2, 1, 140, 450, {"key_lengths": [430]}),
+    "key lengths, causal, several blocks": (64, 1, 2, 2, 140, 450, {"key_lengths": [430], "causal": True}),
     "softcap": (64, 1, 2, 1, 130, 140, {"softcap": 3.0, "causal": True}),
     "scale": (64, 1, 1, 1, 65, 66, {"scale": 0.3}),
     "small head": (40, 1, 2, 2, 130, 130, {"causal": True}),
@@ -263,6 +264,7 @@ ONE_PASS = [
     "grouped heads",
     "key lengths",
     "key lengths, several blocks",
+    "key lengths, causal, several blocks",
 ]
 
 
@@ -282,7 +284,9 @@ def test_one_pass_pads_heads(emulated: Callable[..., Any], head_dim: int) -> Non
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["grouped heads", "key lengths, several blocks"])
+@pytest.mark.parametrize(
+    "name", ["grouped heads", "key lengths, several blocks", "key lengths, causal, several blocks"]
+)
 def test_one_pass_adds_in_order(emulated: Callable[..., Any], name: str, head_dim: int) -> None:
     """The sums of dq have the same bits in any schedule."""
     options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True}
@@ -291,6 +295,20 @@ def test_one_pass_adds_in_order(emulated: Callable[..., Any], name: str, head_di
         again = check(emulated, name, torch.float16, resident=4, seed=seed, **options)
         for label, a, b in zip(Grads._fields, first, again):
             assert torch.equal(a, b), f"d{label} under schedule {seed}"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_pass_of_a_sequence_alone(emulated: Callable[..., Any], head_dim: int) -> None:
+    """The order in which a head's tiles add depends on the head, not on its place in a batch."""
+    inputs, dout, dlse, options = make_inputs("grouped heads", torch.float16, head_dim)
+    out, lse, _ = differentiated(tuple(x.double() for x in inputs), dout, dlse, options)
+    library = build(emulated, head_dim, torch.float16)
+    tensors = (*inputs, out.half(), lse.float(), dout, dlse)
+    together = emulate(library, *tensors, **options, one_pass=True, seed=1)
+    for b in range(len(dout)):
+        alone = emulate(library, *(x[b : b + 1] for x in tensors), **options, one_pass=True, seed=2)
+        for label, whole, own in zip(Grads._fields, together, alone):
+            assert torch.equal(whole[b : b + 1], own), f"d{label}"
 
 
 @pytest.mark.parametrize("heads", [16, 64], ids=["every head its own keys", "four heads share keys"])
