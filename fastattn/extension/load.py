@@ -43,7 +43,7 @@ def state() -> State:
     refused = None
     for path, installed in _candidates():
         info = BuildInfo.of_file(path)
-        wrong = "it is no build of fastattn" if info is None else info.mismatch(here)
+        wrong = "it was not built by fastattn" if info is None else info.mismatch(here)
         if wrong is None:
             loaded = _load(path)
             if isinstance(loaded, ModuleType):

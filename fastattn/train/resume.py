@@ -119,7 +119,7 @@ def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, pat
                         f"this model's has {tuple(parameter.shape)}"
                     )
     except (TypeError, KeyError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path}: is no state of an optimiser ({_reason(error)})") from None
+        raise DamagedCheckpoint(f"{path}: is not the state of an optimiser ({_reason(error)})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

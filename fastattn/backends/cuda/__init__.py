@@ -65,7 +65,7 @@ MEASURED_ROWS: tuple[
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     """Why this backend can't run `spec`, or None."""
     if spec.device != "cuda":
-        return f"device {spec.device!r} is no CUDA device"
+        return f"device {spec.device!r} is not a CUDA device"
     if spec.arch is not None and spec.arch < MIN_ARCH:
         return f"compute capability {spec.arch / 10} is below {MIN_ARCH / 10}"
     if spec.dtype not in DTYPES:
