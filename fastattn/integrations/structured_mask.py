@@ -1,4 +1,4 @@
-"""A mask that is still known by its structure: the kernel's options to fastattn, a bool tensor to everyone else."""
+"""A mask as structure: options of the kernel for fastattn, and a bool tensor for other code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastattn.ops.symbolic import map_leaves
 
 
 class StructuredMask:
-    """A (B, 1, Sq, Sk) mask, True = attend, as the options of `fastattn.attention` that say the same.
+    """A (B, 1, Sq, Sk) mask, True = attend, as the equivalent options of `fastattn.attention`.
 
-    Whoever treats it as a tensor (indexes it, reads a tensor's attribute, hands it to a torch function) works on
+    Code that treats it as a tensor (indexing, tensor attributes, torch functions) works on
     `dense()`.
     """
 
@@ -82,7 +82,7 @@ class StructuredMask:
         return StructuredMask(self.shape, device, self.causal, self.window, pair, move(self.key_lengths))
 
     def contiguous(self) -> StructuredMask:
-        """Itself: nothing is laid out yet."""
+        """The mask itself, which has no memory layout."""
         return self
 
     def __getattr__(self, name: str) -> Any:

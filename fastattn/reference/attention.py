@@ -1,4 +1,4 @@
-"""The oracle: what attention means, in plain torch, for any float dtype and differentiable any number of times."""
+"""The reference: attention's definition in plain torch, for any float dtype, differentiable any number of times."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attention(
     """softmax(softcap(scale * q.k) + alibi + bias, masked) @ v, every intermediate in the dtype of the query.
 
     Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
-    `first_sequence` is where the batch stands in the dropout stream.
+    `first_sequence` is the number of the batch's first sequence in the dropout stream.
     """
     if causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f"causal: got {causal!r}, needs False, True (bottom right) or 'top_left'")
@@ -79,7 +79,7 @@ def masked_scores(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softcap(scale * q.k) + alibi + bias, -inf where a query may not look: (B, H, Sq, Sk)."""
+    """softcap(scale * q.k) + alibi + bias, -inf where a query does not see a key: (B, H, Sq, Sk)."""
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
     key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
@@ -158,14 +158,14 @@ def hidden_keys(
 
 
 def _over_heads_and_queries(dense: Tensor) -> Tensor:
-    """Which columns of what broadcasts to (B, H, Sq, Sk) hold a True: (1 or B, 1 or Sk)."""
+    """Which key columns of a tensor that broadcasts to (B, H, Sq, Sk) contain a True: (1 or B, 1 or Sk)."""
     return dense[(None,) * (4 - dense.dim())].any(2).any(1)
 
 
 def weights_from_lse(
     scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None, first_sequence: int = 0
 ) -> Tensor:
-    """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
+    """keep * exp(score - lse) / (1 - p), the factors of the values; 0 where a row sees no key."""
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])
     weights = torch.where(scores != float("-inf"), weights, 0)  # also where lse is NaN
     return dropped(weights, dropout_p, dropout_seed, first_sequence)
@@ -208,7 +208,7 @@ def attention_varlen(
         dropout_seed = draw_seed(query.device)
     out = query.new_zeros(*query.shape[:2], value.shape[2])
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
-    outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # tokens outside every sequence keep these
+    outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # the results of tokens outside every sequence
     # one by one: under torch 2.9's transforms tolist() cannot read a tensor
     bounds_q, bounds_k = ([int(edge) for edge in edges.unbind()] for edges in (cu_seqlens_q, cu_seqlens_k))
     for b, (start, stop) in enumerate(pairwise(bounds_q)):
