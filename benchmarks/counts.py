@@ -225,10 +225,10 @@ def _through_triton_unexecuted() -> Iterator[None]:
 
 def _tiles_visited(options: dict[str, Any]) -> Counts:
     """Tiles of the torch backend's fused path at 2048 positions, and the pairs of a query and a key they hold."""
-    from fastattn.backends.torch import attention as torch_attention
+    from fastattn.backends.torch.parts import parts
 
     call = _call_of(_normal(1, 1, 2048, 8), options)
-    tiles = [t for part in torch_attention._parts(call) for row in part.schedule(True) for t in row]
+    tiles = [t for part in parts(call) for row in part.schedule(True) for t in row]
     pairs = sum(len(tile.rows) * len(tile.cols) for tile in tiles)
     halves = sum(len(t.rows) * (len(t.rows) - 1) // 2 for t in tiles if t.structure == "causal")
     return {"tiles": len(tiles), "pairs": pairs - halves}

@@ -3,10 +3,9 @@
 from fastattn.backends.torch.attention import (
     attention_bwd,
     attention_fwd,
-    attention_weights_bwd,
-    attention_weights_fwd,
     tiles,
 )
+from fastattn.backends.torch.attention_weights import attention_weights_bwd, attention_weights_fwd
 from fastattn.backends.torch.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
