@@ -11,10 +11,12 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import COL_BLOCK, FUSED_ROW_BLOCK, ROW_BLOCK, log_add_exp, parts, rows_of
 from fastattn.backends.torch.references import delta_of, dsinks, is_extreme, references
+from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -23,8 +25,6 @@ from fastattn.spec import (
     accumulation_dtype,
     empty_in_order,
 )
-
-FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 
 
 def tiles(spec: AttentionSpec) -> str:
@@ -45,7 +45,7 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
             out_rows, lse_rows = run(part, row_tiles)
             if out is None:
                 if out_rows.shape == shape:  # these rows are the whole result
-                    return _with_sinks(call, _in_order(out_rows, call.query), lse_rows.contiguous())
+                    return _with_sinks(call, in_order(out_rows, call.query), lse_rows.contiguous())
                 out, lse = _nothing_seen(call, shape)
             tile = row_tiles[0]
             rows_of(part.of(out), tile).copy_(out_rows)
@@ -68,6 +68,8 @@ def attention_bwd(
     """Gradients of (out, lse), recomputed from lse tile by tile in a fixed order."""
     lse_safe, has_nan = references(lse)
     extreme = is_extreme(call, lse)
+    if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
+        return _few_keys_bwd(call, dout)
     forward_fused = torch_kernel.can_run(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
     fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
@@ -85,7 +87,7 @@ def attention_bwd(
                     if sums is None and len(row_tiles) == 1 and part.is_whole(tile):
                         shares = fused_tile_bwd(part, tile, out, lse_safe, dout)
                         dq, dk, dv = (
-                            _in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
+                            in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
                         )
                         return AttentionGrads(dq, dk, dv, sinks=dsinks(sink_weight, delta, needs))
                     sums = sums or GradientSums(call, needs.bias, needs.alibi_slopes)
@@ -104,6 +106,15 @@ def attention_bwd(
     return AttentionGrads(*sums.results(), dsinks(sink_weight, delta, needs))
 
 
+def _few_keys_bwd(call: AttentionCall, dout: Tensor) -> AttentionGrads:
+    """The gradients of a call of few keys all of whose rows see some."""
+    if not call.query.numel():
+        return AttentionGrads(*(torch.zeros_like(t) for t in (call.query, call.key, call.value)))
+    (part,) = parts(call)
+    rows, cols = range(call.query.shape[2]), range(call.key.shape[2])
+    return dense_bwd(call, part.hidden(Tile(rows, cols, "masked")), dout)
+
+
 def _nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse) of rows that see no key."""
     lse = call.query.new_full(shape[:3], -torch.inf, dtype=accumulation_dtype(call.query.dtype))
@@ -117,11 +128,3 @@ def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, 
     total = log_add_exp(lse, call.sinks[:, None])
     share = torch.exp(lse - total.masked_fill(total == -torch.inf, 0))  # a sink of -inf is no sink
     return out.mul_(share[..., None]), total
-
-
-def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the memory order of `like`, copied only where it has another."""
-    if tensor.is_contiguous() and like.is_contiguous():
-        return tensor
-    wanted = empty_in_order(like, tuple(tensor.shape))
-    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)

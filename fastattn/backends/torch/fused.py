@@ -13,6 +13,7 @@ from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, l
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionSpec
 
+FEW_ROWS = 64  # are looked at in Python, which starts no kernel
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
 
@@ -104,11 +105,7 @@ def _with_irregular_rows(
     all -inf and, depending on their number, one whose scores are NaN. A largest score of +inf becomes its lse. All
     other rows with a NaN have NaN in both. So a look at lse, rarely 0 otherwise, tells that there is nothing to do.
     """
-    if not lse.numel():
-        return out, lse
-    lowest, highest = torch.aminmax(lse)  # both NaN if one element is
-    most = highest.item()
-    if most < torch.inf and (lowest.item() > 0 or most < 0 or bool(lse.all())):
+    if not lse.numel() or is_regular(lse):
         return out, lse
     if mask is not None:
         seen = mask.amax(-1) != -torch.inf
@@ -120,6 +117,17 @@ def _with_irregular_rows(
         lse = torch.where(doubtful & ~(largest < torch.inf), torch.nan, lse)  # +inf or NaN
         lse = torch.where(doubtful & (largest == -torch.inf), -torch.inf, lse)
     return out.masked_fill(lse.isnan()[..., None], torch.nan), lse
+
+
+def is_regular(lse: Tensor) -> bool:
+    """Whether the fused kernel gave no row the lse 0, +inf or NaN."""
+    if lse.numel() <= FEW_ROWS:
+        rows = lse.flatten().tolist()
+        total = sum(rows)  # of float32 numbers in float64, so that only what is not finite makes it so
+        return total - total == 0.0 and 0.0 not in rows
+    lowest, highest = torch.aminmax(lse)  # both NaN if one element is
+    most = highest.item()
+    return most < torch.inf and (lowest.item() > 0 or most < 0 or bool(lse.all()))
 
 
 def _largest_scores(part: Part, tile: Tile) -> Tensor:
