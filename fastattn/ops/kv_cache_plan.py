@@ -43,7 +43,8 @@ def check_values(call: KVCacheCall) -> None:
     """Check values before anything is written; done on a CPU, where it costs no synchronisation."""
     if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
         return
-    shortest, longest = (int(n) for n in torch.aminmax(call.cache_lengths))
+    lengths = call.cache_lengths.tolist()
+    shortest, longest = min(lengths), max(lengths)
     if shortest < 0 or longest + call.new_keys > call.capacity:
         raise ValueError(
             f"cache_lengths: got values from {shortest} to {longest}, needs 0 to {call.capacity - call.new_keys}: "

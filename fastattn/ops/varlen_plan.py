@@ -85,12 +85,13 @@ class VarlenPlan:
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
         edges_q, edges_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        tensors = (query, key, value, edges_q, edges_k, slopes, sinks, None)
+        tensors: tuple[Tensor | None, ...] = (query, key, value, edges_q, edges_k, slopes, sinks)
         if self.spec.dropout:
-            check_values(self.call(tensors))  # a refused call draws no seed
-            tensors = (*tensors[:-1], arguments.seed_tensor(dropout_seed, query))
+            check_values(self.call((*tensors, None)))  # a refused call draws no seed
+            tensors = (*tensors, arguments.seed_tensor(dropout_seed, query))
         else:
             arguments.check_seed(dropout_seed)
+            tensors = (*tensors, None)
         out, lse = self.forward(tensors) if self.record is None else self.record(self, *tensors)
         return (out, lse) if self.return_lse else out
 
