@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits made at once: enough tokens for a matrix product to run at its best
 OTHER_CHUNK_LOGITS = 2**27
+WEIGHT_ROWS = 4096  # rows of the weight's gradient that a CPU makes at once
 MIN_CHUNKS = 4  # however few the logits, never more than a quarter of them at once
 
 Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, Tensor]]
@@ -117,15 +119,24 @@ class _Grads:
         if call.softcap:
             dlogits.mul_((logits / call.softcap).square_().neg_().add_(1))
         if self.hidden is not None:
-            torch.mm(dlogits, call.weight, out=self.hidden[rows])
+            self.hidden[rows] = torch_compat.product(dlogits, call.weight.mT)
         if self.weight is not None:
-            hidden = _hidden(call, rows)
-            if self.weight.dtype == hidden.dtype:
-                self.weight.addmm_(dlogits.mT, hidden)
-            else:
-                self.weight.add_(dlogits.mT @ hidden)
+            self._add_to_weight(dlogits, _hidden(call, rows))
         if self.bias is not None:
             self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
+
+    def _add_to_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
+        weight = self.weight
+        assert weight is not None
+        if not weight.is_cpu:
+            if weight.dtype == hidden.dtype:
+                weight.addmm_(dlogits.mT, hidden)
+            else:
+                weight.add_(dlogits.mT @ hidden)
+            return
+        for start in range(0, weight.shape[0], WEIGHT_ROWS):  # what is added is still in the cache
+            classes = slice(start, start + WEIGHT_ROWS)
+            weight[classes] += torch_compat.product(dlogits[:, classes].mT, hidden.mT)
 
     def results(self, kept: Tensor | None, whole: LinearCrossEntropyCall) -> LinearGrads:
         """The gradients, that of hidden with zeros at the tokens left out."""
@@ -140,7 +151,10 @@ def _sizes(call: LinearCrossEntropyCall) -> tuple[int, int]:
 def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
     """The cross-entropy of some tokens, their logits made."""
     hidden = _hidden(call, rows)
-    logits = hidden @ call.weight.mT if call.bias is None else torch.addmm(call.bias, hidden, call.weight.mT)
+    if call.bias is None:
+        logits = torch_compat.product(hidden, call.weight)
+    else:
+        logits = torch.addmm(call.bias, hidden, call.weight.mT)
     if call.softcap:
         logits.div_(call.softcap).tanh_().mul_(call.softcap)
     return CrossEntropyCall(
