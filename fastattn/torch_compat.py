@@ -379,6 +379,63 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+ONEDNN_MIN_PRODUCTS = 1 << 24  # multiplications below which what a oneDNN call costs more than it saves
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of matrices, without a gradient: large float32 ones on a CPU by oneDNN, others as torch does.
+
+    MKL, torch's own choice, does not use the vector instructions of every maker's CPUs.
+
+    Fallback: torch's product.
+    """
+    if (
+        _HAS_ONEDNN
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= ONEDNN_MIN_PRODUCTS
+    ):
+        return onednn_linear(x, weight, None)
+    return x @ weight.mT
+
+
+_graph_task = _find("torch._C._current_graph_task_id")
+
+
+def has_graph_task() -> bool:
+    """Whether a backward can tell which run of the autograd engine it is in.
+
+    Fallback: False, and nothing is handed from one backward to another.
+    """
+    return _graph_task is not None
+
+
+def graph_task() -> int:
+    """The number of the engine's run that calls a backward.
+
+    Fallback: -1, as outside of a backward; `has_graph_task` says so beforehand.
+    """
+    return -1 if _graph_task is None else int(_graph_task())
+
+
+_GLOBAL_HOOKS = (
+    _find("torch.nn.modules.module._global_forward_hooks"),
+    _find("torch.nn.modules.module._global_forward_pre_hooks"),
+    _find("torch.nn.modules.module._global_backward_hooks"),
+    _find("torch.nn.modules.module._global_backward_pre_hooks"),
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of a module does more than its forward.
+
+    Fallback: True, where this torch keeps hooks elsewhere.
+    """
+    local = (getattr(module, name, None) for name in _HOOKS)
+    return any(hooks is None or bool(hooks) for hooks in (*local, *_GLOBAL_HOOKS))
+
+
 _HAS_VERSION = _find("torch.Tensor._version") is not None
 
 

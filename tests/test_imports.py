@@ -28,7 +28,7 @@ ARROWS = {
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec"},
     "generation": {"ops"},
-    "models": {"spec", "nn", "ops", "generation"},
+    "models": {"torch_compat", "spec", "nn", "ops", "generation"},
     "data": {"cache"},
     "train": {"cache", "plot", "data", "models", "nn", "ops"},
     "console": set(),

@@ -16,7 +16,9 @@ from fastattn.ops.cross_entropy_registration import (
     composed,
     linear_composed,
     linear_spec,
+    reduced,
     run_cross_entropy,
+    run_cross_entropy_mean,
     run_linear,
     run_linear_sum,
 )
@@ -39,6 +41,9 @@ def cross_entropy(
 
     With class weights w, lse = logsumexp(z): (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)), as
     torch's `weight`. z_loss adds z_loss * lse**2 to that, whatever the class.
+
+    On a CPU, under "mean" and "sum", the forward pass also makes the gradient, while exponentials are in the cache, and
+    keeps it until the backward scales it.
 
     Args:
         logits: (V,), (N, V) or (N, V, ...), as torch's: float16, bfloat16, float32 or float64. Sums are kept in
@@ -83,11 +88,13 @@ def cross_entropy(
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(target, num_classes, ignore_index)
         losses = composed(CrossEntropyCall(*call))
+    elif reduction != "none" and _made_in_forward(rows):
+        return run_cross_entropy_mean(*call, divisor, "auto")[0].to(result_dtype)
     else:
         losses, _ = run_cross_entropy(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
-    return _reduced(losses.sum(), divisor).to(result_dtype)
+    return reduced(losses.sum(), divisor).to(result_dtype)
 
 
 @spelling.without_unknown
@@ -148,6 +155,14 @@ def _passes(rows: Tensor) -> dict[str, SoftmaxSpec]:
     if torch.is_grad_enabled() and rows.requires_grad:
         passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
     return passes
+
+
+def _made_in_forward(rows: Tensor) -> bool:
+    """Whether the forward makes the gradient, from exponentials that it has in the cache.
+
+    float16 waits for the gradient of the loss, without whose scale small values underflow.
+    """
+    return rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16
 
 
 def _refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
@@ -234,13 +249,14 @@ def linear_cross_entropy(
         check_values(target, weight.shape[0], ignore_index)
         losses = linear_composed(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):
-        total = run_linear_sum(*call, needs, "auto")[0]
-        return _reduced(total, divisor).to(result_dtype)
+        if rows.dtype == torch.float16:
+            return reduced(run_linear_sum(*call, None, needs, "auto")[0], divisor).to(result_dtype)
+        return cast(Tensor, run_linear_sum(*call, divisor, needs, "auto")[0].to(result_dtype))
     else:
         losses, _ = run_linear(*call, "auto")
     if reduction == "none":
         return losses.view(shape).to(result_dtype)
-    return _reduced(losses.sum(), divisor).to(result_dtype)
+    return reduced(losses.sum(), divisor).to(result_dtype)
 
 
 @spelling.without_unknown
@@ -321,13 +337,3 @@ def _linear_passes(rows: Tensor, weight: Tensor, needs: list[bool], reduction: s
         f"linear_cross_entropy_{direction}": linear_spec(rows, weight, backward=direction == "bwd")
         for direction in ("fwd", "bwd")
     }
-
-
-def _reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
-    """The sum of losses, or their mean; no gradient flows from a mean of none."""
-    if divisor is None:
-        return total
-    if not divisor.is_floating_point():
-        return torch.where(divisor > 0, total / divisor.clamp(min=1), torch.nan)
-    of_none = total.detach() / divisor
-    return torch.where(divisor != 0, total / torch.where(divisor != 0, divisor, 1), of_none)
