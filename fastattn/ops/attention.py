@@ -136,12 +136,15 @@ def attention(
     planned = None
     if return_weights is False and not unknown and len(others) in (0, 8):
         seen = (query, key, value, *plan.without_number(others)) if others else (query, key, value)
-        kinds = (type(causal), type(softcap), type(dropout_p), type(scale))
+        kinds = None  # of numbers: True equals 1, but is refused
+        if not (softcap is None and scale is None and (causal is False or causal is True) and not others):
+            kinds = (type(causal), type(softcap), type(dropout_p), type(scale))
         sides = None if window is None else plan.sides(window)
-        options = (causal, sides, softcap, dropout_p, scale, kinds, return_lse, backend)
+        options = (causal, sides, softcap, dropout_p, scale, kinds, backend)
         planned, found = plan.look_up("attention", seen, options)
         if found is not None:
-            result = found(query, key, value, *others) if others else found(query, key, value)
+            both = found(query, key, value, *others) if others else found(query, key, value)
+            result = both if return_lse else both[0]
             return result
     if symbolic.any_proxy(query, key, value):
         return cast(Tensor, symbolic.record(attention, locals()))
@@ -175,7 +178,7 @@ def attention(
         return composite.attention(args, return_lse, return_weights)
     out, lse = _run_attention(*args, backend)
     if plan.wanted(planned):
-        plan.keep(planned, AttentionPlan(args, backend, return_lse, not others).runner())
+        plan.keep(planned, AttentionPlan(args, backend, not others).runner())
     results = [out]
     if return_lse:
         results.append(lse)

@@ -76,12 +76,12 @@ class AttentionPlan:
 
     __slots__ = (
         "backend", "backward", "backward_launch", "backward_spec", "bare", "chosen", "dtype", "environment", "launch",
-        "needs", "options", "record", "records", "return_lse", "spec",
+        "needs", "options", "record", "records", "spec",
     )  # fmt: skip
 
-    def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool, bare: bool) -> None:
+    def __init__(self, args: tuple[Any, ...], backend: str, bare: bool) -> None:
         call = kernel_call(args)
-        self.backend, self.return_lse, self.environment = backend, return_lse, switches.environment()
+        self.backend, self.environment = backend, switches.environment()
         self.options, self.dtype = args[len(TENSORS) :], call.query.dtype
         self.spec = AttentionSpec.of(call)
         self.chosen = backends.select(self.spec, backend)
@@ -100,20 +100,17 @@ class AttentionPlan:
             if self.bare and as_it_is and hasattr(self.backward, "attention_bwd_plan"):
                 self.backward_launch = self.backward.attention_bwd_plan(self.backward_spec, call, self.needs)
 
-    def runner(self) -> Callable[..., Any]:
-        """The results of `attention` for calls of this kind, from its tensors: the shortest way for them."""
-        if self.launch is not None and not self.records and not self.return_lse:
-            return self._out
+    def runner(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """(out, lse) of calls of this kind from their tensors, by the shortest way for them."""
+        if self.launch is not None and not self.records:
+            launch: Callable[..., tuple[Tensor, Tensor]] = self.launch
+            return launch
         return self._results
 
-    def _out(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = self.launch(query, key, value)[0]
-        return out
-
-    def _results(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+    def _results(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         tensors = (query, key, value) if self.bare else self._normalised(query, key, value, *others)
         out, lse = self.record(self, *tensors) if self.records else self.forward(tensors)
-        return (out, lse) if self.return_lse else out
+        return out, lse
 
     def _normalised(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
@@ -159,7 +156,7 @@ class AttentionPlan:
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
         """((out, lse), what the backward needs)."""
-        results = self.forward(tensors)
+        results = self.forward(tensors) if self.launch is None else self.launch(*tensors)
         return results, (*tensors, *results)
 
     def gradients(

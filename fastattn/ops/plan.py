@@ -45,7 +45,9 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     first = tensors[0]
     if first.is_cuda or environment is not switches.UNSET or options[-1] not in _ON_ANY_ADDRESS:
         state += (first.device, float32_precision(first.dtype))
-        state += (t.data_ptr() % ALIGNMENT for t in tensors if t is not None)
+        for tensor in tensors:
+            if tensor is not None:
+                state.append(tensor.data_ptr() % ALIGNMENT)
     key = tuple(state)
     try:
         return key, _plans.get(key)

@@ -1,0 +1,44 @@
+"""Plans of Triton launches: the arguments that follow from shapes and strides are worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.triton.attention import tiles_that_fit
+from fastattn.backends.triton.kv_cache import decodes
+from fastattn.spec import AttentionCall, AttentionSpec, empty_in_order
+
+OPERANDS = 5  # query, key, value, out and lse come first in the forward kernel's parameters
+
+
+def attention_fwd_plan(
+    spec: AttentionSpec, call: AttentionCall
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """(query, key, value) -> (out, lse) for calls like this one, as `attention_fwd`; None for a single query, whose
+    launches take more than these tensors."""
+    from fastattn.kernels.launches import forward_launch, operand_for
+
+    if decodes(spec):
+        return None
+    tile = tiles_that_fit(spec, call, packed=False).forward
+    out = empty_in_order(call.query, (*call.query.shape[:3], call.value.shape[3]))
+    shape, strides, rows = out.shape, out.stride(), call.query.shape[:3]
+    launch = forward_launch(spec, call, out, call.query.new_empty(rows, dtype=torch.float32), None, tile)
+    kernel, grid, args, *options = launch
+    by_tma, rest = not isinstance(args[0], Tensor), args[OPERANDS:]
+    make = type(launch)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        out = query.new_empty_strided(shape, strides)
+        lse = query.new_empty(rows, dtype=torch.float32)
+        operands: tuple[object, ...] = (query, key, value)
+        if by_tma:
+            blocks = (tile.block_m, tile.block_n, tile.block_n)
+            operands = tuple(operand_for(t, block) for t, block in zip((query, key, value), blocks))
+        make(kernel, grid, (*operands, out, lse, *rest), *options).run()
+        return out, lse
+
+    return run
