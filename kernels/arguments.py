@@ -7,24 +7,14 @@ Integers are parameters of their own: Triton compiles a variant for an integer t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-class Kernel(Protocol):
-    """A function that `triton.jit` made."""
-
-    @property
-    def arg_names(self) -> Sequence[str]:
-        """Its parameters, constants included."""
-        ...
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        """What launches it on a grid."""
-        ...
+from fastattn.kernels.jit import Kernel
 
 
 class Launch(NamedTuple):
@@ -130,6 +120,15 @@ def score_strides_of(tensor: Tensor | None) -> ScoreStrides:
 def slope_stride_of(slopes: Tensor | None) -> int:
     """The stride of ALiBi slopes (1 or B, H) from sequence to sequence."""
     return slopes.stride(0) if slopes is not None and slopes.shape[0] > 1 else 0
+
+
+def descriptor_of(tensor: Tensor, block: int) -> object:
+    """A (B, H, S, D) tensor as TMA sees it, in blocks of `block` rows of one head; the stride of a dimension of size 1
+    is never used, but has to be a multiple of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    strides = [stride if size > 1 else unit for size, stride in zip(tensor.shape[:3], tensor.stride())]
+    width = max(16, next_power_of_2(tensor.shape[3]))
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block, width])
 
 
 def has_unit_columns(tensor: Tensor | None) -> bool:

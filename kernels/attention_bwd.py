@@ -8,11 +8,11 @@ descriptors.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
 from .attention_bwd_splits import within_split
 from .attention_bwd_tiles import gradient_tile, weights_tile
+from .jit import kernel
 from .primitives import (
     INTEGERS,
     block_at,
@@ -38,7 +38,7 @@ from .primitives import (
 from .sequences import program_tile
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_delta_kernel(
     out, dout, lse, dlse, delta, reference, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
     num_heads, seqlen_q, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -71,7 +71,7 @@ def attention_delta_kernel(
         tl.store(delta_rows, tl.where(has_key, result, 0.0), mask=rows < seqlen_q)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_dkdv_kernel(
     q, k, v, dout, upstream, dk, dv, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -205,7 +205,7 @@ def attention_dkdv_kernel(
         store_tile(dvs, tl.where(exists, dv_tile, 0.0), first_key, VARIANT.value_dim, BLOCK_N, VARIANT)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_dq_kernel(
     q, k, v, dout, upstream, dq, dslope_tiles, dlse, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,

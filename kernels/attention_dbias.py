@@ -2,10 +2,10 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
 from .attention_bwd_tiles import gradient_tile, weights_tile
+from .jit import kernel
 from .primitives import (
     INTEGERS,
     head_matrix,
@@ -19,7 +19,7 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_dbias_kernel(
     q, k, v, dout, upstream, dbias, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,

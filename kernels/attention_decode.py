@@ -10,6 +10,7 @@ Query heads that share a key head are rows of one tile: row r is query r // grou
 import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import (
     INTEGERS,
     block_at,
@@ -139,7 +140,7 @@ def split_of(blocks, split, num_splits):
     return begin, full_begin, full_end, end
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def cache_append_kernel(
     key, value, k_cache, v_cache, cached,
     stride_new_kb, stride_new_kh, stride_new_ks, stride_new_vb, stride_new_vh, stride_new_vs,
@@ -178,7 +179,7 @@ def cache_append_kernel(
     tl.store(rows[:, None] + cache_columns(cache, VARIANT.value_dim, CACHE), values, mask=inside)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_decode_kernel(
     q, k_cache, v_cache, out, lse, cached,
     stride_qb, stride_qh, stride_qs,
@@ -253,7 +254,7 @@ def attention_decode_kernel(
     tl.store(starts[:, None] + cols, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_combine_kernel(
     split_out, split_lse, out, lse, sinks, stride_ob, stride_oh, stride_os,
     num_heads, num_splits, num_rows, seqlen_q, VARIANT: tl.constexpr, BLOCK_SPLITS: tl.constexpr,

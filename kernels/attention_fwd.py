@@ -2,9 +2,9 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import (
     INTEGERS,
     block_at,
@@ -29,7 +29,7 @@ from .primitives import (
 from .sequences import program_tile
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_fwd_kernel(
     q, k, v, out, lse, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,

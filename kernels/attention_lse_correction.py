@@ -2,9 +2,9 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import (
     INTEGERS,
     LOG2E,
@@ -23,7 +23,7 @@ from .sequences import program_tile
 EXTREME_LSE = tl.constexpr(1e4)  # beyond it, too few digits are left for the logarithm of a sum
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_lse_correction_kernel(
     q, k, lse, lse_correction, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,

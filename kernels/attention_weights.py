@@ -2,9 +2,9 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import (
     INTEGERS,
     dropout_keep,
@@ -21,7 +21,7 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_weights_kernel(
     q, k, lse, lse_correction, weights, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,

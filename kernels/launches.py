@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import (
     attention_bwd,
@@ -24,18 +22,19 @@ from fastattn.kernels import (
     sequences,
 )
 from fastattn.kernels.arguments import (
-    Kernel,
     Launch,
     OptionalTensors,
     Strides,
     UpstreamTensors,
     cdiv,
+    descriptor_of,
     has_unit_columns,
     score_strides_of,
     slope_stride_of,
     strides_of,
     unit_of,
 )
+from fastattn.kernels.jit import Kernel
 from fastattn.kernels.splits import SPLIT_ROWS, WHOLE, Split
 from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, TMA_ARCH, Tile
 from fastattn.kernels.variants import AttentionVariant, folds_scale
@@ -340,21 +339,12 @@ def _operands(
     if not (tile.tma and fits_tma(spec, tensors)):
         return query, key, value, dout, False
     return (
-        _descriptor(query, tile.block_m),
-        _descriptor(key, tile.block_n),
-        _descriptor(value, tile.block_n),
-        None if dout is None else _descriptor(dout, tile.block_m),
+        descriptor_of(query, tile.block_m),
+        descriptor_of(key, tile.block_n),
+        descriptor_of(value, tile.block_n),
+        None if dout is None else descriptor_of(dout, tile.block_m),
         True,
     )
-
-
-def _descriptor(tensor: Tensor, block: int) -> object:
-    """A (B, H, S, D) tensor as TMA sees it, in blocks of `block` rows of one head; the stride of a dimension of size 1
-    is never used, but has to be a multiple of 16 bytes."""
-    unit = 16 // tensor.element_size()
-    strides = [stride if size > 1 else unit for size, stride in zip(tensor.shape[:3], tensor.stride())]
-    width = max(16, next_power_of_2(tensor.shape[3]))
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block, width])
 
 
 def _launch(kernel: Kernel, grid: tuple[int, ...], args: tuple[object, ...], tile: Tile) -> Launch:

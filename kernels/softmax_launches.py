@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels import softmax
-from fastattn.kernels.arguments import Kernel, Launch, cdiv
+from fastattn.kernels.arguments import Launch, cdiv
+from fastattn.kernels.jit import Kernel
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import SoftmaxSpec
 
@@ -63,7 +64,8 @@ class Rows(NamedTuple):
         nothing = (0,) * len(tensors)
         groups = [(1, nothing)] * (MAX_ROW_DIMS - len(groups)) + groups
         groups.append((shape[dim], tuple(t.stride(dim) for t in tensors)))
-        return cls(tuple(size for size, _ in groups), tuple(zip(*(strides for _, strides in groups))))
+        by_tensor = [tuple([strides[place] for _, strides in groups]) for place in range(len(tensors))]
+        return cls(tuple([size for size, _ in groups]), tuple(by_tensor))
 
     def strides_of(self, place: int, unit: int) -> tuple[int, int, int, int]:
         """The four strides of the tensor at a place, in units; 0 of a dimension of size 1."""

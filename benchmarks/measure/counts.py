@@ -70,7 +70,7 @@ def operators(call: Call) -> Counts:
 
 def launches(call: Call) -> Counts:
     """The Triton kernels a call launches, their programs, and the bytes allocated around them; none is executed."""
-    from fastattn.kernels.launches import Launch
+    from fastattn.kernels.arguments import Launch
 
     with _through_triton_unexecuted():
         allocated = operators(call)["allocated"]
@@ -212,7 +212,7 @@ def _triton_calls() -> dict[str, Call]:
 
 @contextmanager
 def _through_triton_unexecuted() -> Iterator[None]:
-    from fastattn.kernels.launches import Launch
+    from fastattn.kernels.arguments import Launch
 
     with _through_triton(), _replaced(Launch, "run", lambda launch: None):
         yield

@@ -19,7 +19,8 @@ def attention_fwd_plan(
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """(query, key, value) -> (out, lse) for calls like this one, as `attention_fwd`; None for a single query, whose
     launches take more than these tensors."""
-    from fastattn.kernels.launches import forward_launch, operand_for
+    from fastattn.kernels.arguments import descriptor_of
+    from fastattn.kernels.launches import forward_launch
 
     if decodes(spec):
         return None
@@ -37,7 +38,7 @@ def attention_fwd_plan(
         operands: tuple[object, ...] = (query, key, value)
         if by_tma:
             blocks = (tile.block_m, tile.block_n, tile.block_n)
-            operands = tuple(operand_for(t, block) for t, block in zip((query, key, value), blocks))
+            operands = tuple(descriptor_of(t, block) for t, block in zip((query, key, value), blocks))
         make(kernel, grid, (*operands, out, lse, *rest), *options).run()
         return out, lse
 
