@@ -140,7 +140,7 @@ def attention(
         if not (softcap is None and scale is None and (causal is False or causal is True) and not others):
             kinds = (type(causal), type(softcap), type(dropout_p), type(scale))
         sides = None if window is None else plan.sides(window)
-        options = (causal, sides, softcap, dropout_p, scale, kinds, backend)
+        options = (causal, sides, softcap, dropout_p, scale, kinds, bool(return_lse), backend)
         planned, found = plan.look_up("attention", seen, options)
         if found is not None:
             both = found(query, key, value, *others) if others else found(query, key, value)
@@ -178,7 +178,7 @@ def attention(
         return composite.attention(args, return_lse, return_weights)
     out, lse = _run_attention(*args, backend)
     if plan.wanted(planned):
-        plan.keep(planned, AttentionPlan(args, backend, not others).runner())
+        plan.keep(planned, AttentionPlan(args, backend, not others, return_lse).runner())
     results = [out]
     if return_lse:
         results.append(lse)

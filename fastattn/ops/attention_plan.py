@@ -79,7 +79,7 @@ class AttentionPlan:
         "needs", "options", "record", "records", "spec",
     )  # fmt: skip
 
-    def __init__(self, args: tuple[Any, ...], backend: str, bare: bool) -> None:
+    def __init__(self, args: tuple[Any, ...], backend: str, bare: bool, return_lse: bool) -> None:
         call = kernel_call(args)
         self.backend, self.environment = backend, switches.environment()
         self.options, self.dtype = args[len(TENSORS) :], call.query.dtype
@@ -92,7 +92,8 @@ class AttentionPlan:
         self.backward_launch: Any = None
         as_it_is = call.query is args[0] and call.key is args[1] and call.value is args[2]
         if self.bare and as_it_is and hasattr(self.chosen, "attention_fwd_plan"):
-            self.launch = self.chosen.attention_fwd_plan(self.spec, call)
+            seen = return_lse or self.records
+            self.launch = self.chosen.attention_fwd_plan(self.spec, call, lse_in_order=seen)
         if self.records:
             self.record = torch_compat.apply_function(plan.Recorded)
             self.backward_spec = AttentionSpec.of(call, self.needs)

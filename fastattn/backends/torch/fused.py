@@ -122,7 +122,7 @@ def _with_irregular_rows(
 def is_regular(lse: Tensor) -> bool:
     """Whether the fused kernel gave no row the lse 0, +inf or NaN."""
     if lse.numel() <= FEW_ROWS:
-        rows = lse.flatten().tolist()
+        rows = lse.mT.flatten().tolist()  # in the kernel's memory order, which takes no copy
         total = sum(rows)  # of float32 numbers in float64, so that only what is not finite makes it so
         return total - total == 0.0 and 0.0 not in rows
     lowest, highest = torch.aminmax(lse)  # both NaN if one element is

@@ -20,8 +20,11 @@ Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], AttentionGrads | None]
 
 
-def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall) -> Forward | None:
-    """(query, key, value) -> (out, lse) for calls like this one, as `attention_fwd`; None where it needs more tiles."""
+def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: bool) -> Forward | None:
+    """(query, key, value) -> (out, lse) for calls like this one, as `attention_fwd`; None where it needs more tiles.
+
+    lse_in_order: lse is contiguous.
+    """
     tile = _only_tile(spec, call)
     if tile is None:
         return None
@@ -39,7 +42,7 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall) -> Forward | No
             return attention_fwd(spec, AttentionCall(query, key, value, scale=scale, **options))
         if not (contiguous and out.is_contiguous()):
             out = in_order(out, query)
-        return out, lse if lse.is_contiguous() else lse.contiguous()
+        return out, lse.contiguous() if lse_in_order else lse
 
     return run
 

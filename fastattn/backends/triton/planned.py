@@ -15,10 +15,10 @@ OPERANDS = 5  # query, key, value, out and lse come first in the forward kernel'
 
 
 def attention_fwd_plan(
-    spec: AttentionSpec, call: AttentionCall
+    spec: AttentionSpec, call: AttentionCall, lse_in_order: bool
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """(query, key, value) -> (out, lse) for calls like this one, as `attention_fwd`; None for a single query, whose
-    launches take more than these tensors."""
+    launches take more than these tensors. lse always is contiguous."""
     from fastattn.kernels.arguments import descriptor_of
     from fastattn.kernels.launches import forward_launch
 
