@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused
 from fastattn.backends.torch.attention import attention_fwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded
@@ -55,16 +55,15 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         return None
     scale, causal = call.scale, tile.structure == "causal"
     if runs_dense(spec, call):
-        hidden = None
-        if causal:
-            hidden = torch.ones(len(tile.rows), len(tile.cols), dtype=torch.bool).triu_(1)
+        above = torch.ones(len(tile.rows), len(tile.cols), dtype=torch.bool).triu_(1) if causal else None
+        mask = additive(above, spec.group_size, spec.dtype)
 
         def run_dense(
             query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
         ) -> AttentionGrads | None:
             if not lse.min().item() > -torch.inf:  # NaN too
                 return None
-            return dense_bwd(AttentionCall(query, key, value, scale=scale), hidden, dout)
+            return dense_bwd(AttentionCall(query, key, value, scale=scale), mask, dout)
 
         return run_dense
     if (
@@ -81,7 +80,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         if not lse.min().item() > -torch.inf:
             return None
         grads = torch_compat.cpu_flash_attention_backward(
-            dout, query, key, value, out, lse, causal, None, scale
+            dout, query, key, value, out, lse.contiguous(), causal, None, scale
         )
         return AttentionGrads(*(in_order(g, t) for g, t in zip(grads, (query, key, value))))
 
