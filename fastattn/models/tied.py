@@ -49,12 +49,12 @@ class TiedWeight:
 
     def embed(self, ids: Tensor) -> Tensor:
         """weight[ids], (..., E)."""
-        x: Tensor = _Lookup.apply(ids, self.weight, self)  # type: ignore[no-untyped-call]
+        x: Tensor = _Lookup.apply(ids, self.weight, self)
         return x
 
     def head(self) -> Tensor:
         """The weight for the head; to be called where the head stands."""
-        weight: Tensor = _Head.apply(self.weight, self)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Head.apply(self.weight, self)
         return weight
 
     def leave(self, grad: Tensor) -> bool:

@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
             function, sources = getattr(x, REMAKE, (None, (x,)))
-            out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)  # type: ignore[no-untyped-call]
+            out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
             return out
         return torch_compat.onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
