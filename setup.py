@@ -67,6 +67,7 @@ setup(
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
         SOURCES,
         BENCHES,
+        *(f"{BENCHES}.{name}" for name in find_packages("benchmarks")),
     ],
     package_dir={KERNELS: "kernels", SOURCES: "csrc", BENCHES: "benchmarks"},
     ext_modules=[Extension("fastattn._C", sources=[], optional=wanted == "auto")] if chosen else [],

@@ -8,138 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
-import calls
-import command
-import torch
-import varlen_peers
-from harness import Budget
-from protocols import Judgement, Step
-from torch import Tensor
-from varlen_inputs import VarlenCall, VarlenInputs
-
-SCRIPT = Path(__file__).resolve()
-BUDGET = Budget(seconds=3.0)
-
-
-@dataclass(frozen=True)
-class VarlenCase(VarlenCall):
-    """A batch of sequences with those who take them."""
-
-    def providers(self, device: torch.device) -> list[str]:
-        """Ours first."""
-        if self.peers:
-            return ["fastattn", *self.peers]
-        padded = [f"sdpa-padded-{name}" for name in ("cudnn", "flash", "efficient")]
-        others = ["sdpa-loop", "nested", "flex", "varlen_attn", "flash_attn", "xformers"]
-        return [*calls.our_backends(), *padded, *others]
-
-    def open(self, device: torch.device) -> VarlenWorkload:
-        """Random packed inputs on the device."""
-        return VarlenWorkload(self, device)
-
-    def small(self) -> VarlenCase:
-        """The same options on three short sequences and two key/value heads."""
-        group = self.heads // self.kv_heads
-        kv_heads = min(self.kv_heads, 2)
-        return replace(
-            self, batch=3, shortest=5, longest=70, kv_heads=kv_heads, heads=kv_heads * group, target=None
-        )
-
-
-class VarlenWorkload(VarlenInputs):
-    """The packed q, k and v of one case, the same for every provider, and what they should give."""
-
-    def step(self, provider: str) -> Step:
-        """One forward, or one with its backward; padded providers work on tensors padded beforehand."""
-        call, inputs, dout = varlen_peers.find(provider)(self)
-        return calls.step_of(call, inputs, dout, self.case.direction)
-
-    def judge(self, provider: str) -> Judgement | None:
-        """The truth in float64 for the first sequence's first key/value head, with all its query heads."""
-        golden, plain, over = self._truth
-        length, heads = self.case.lengths[0], {"dk": 1, "dv": 1}
-        group = self.case.heads // self.case.kv_heads
-
-        def part(name: str, tensor: Tensor) -> Tensor:
-            if provider.startswith("sdpa-padded"):
-                tensor = tensor[0, :, :length].transpose(0, 1)
-            elif provider == "flex":
-                tensor = tensor[0].transpose(0, 1)
-            return tensor[:length, : heads.get(name, group)]
-
-        return Judgement(part, golden, plain, over)
-
-    @cached_property
-    def _truth(self) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-        from fastattn import reference
-
-        case, length = self.case, self.case.lengths[0]
-        group = case.heads // case.kv_heads
-        few = {n: t[:length, : group if n == "dq" else 1] for n, t in self.inputs.items()}
-
-        def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            rows = (t.transpose(0, 1)[None] for t in (query, key, value))
-            out = reference.attention(*rows, causal=case.causal)
-            assert isinstance(out, Tensor)
-            return out[0].transpose(0, 1)
-
-        over = f"sequence 0 of {length} tokens, query heads 0..{group - 1}"
-        dout = self.dout[:length, :group]
-        judgement = calls.judge_by(
-            formula, few, dout, case.direction, case.dtype, lambda name, tensor: tensor, over
-        )
-        return dict(judgement.golden), dict(judgement.plain), over
-
-
-def cases_for(device: torch.device) -> list[VarlenCase]:
-    """Every case of a device, the most important first."""
-    return cpu_cases() if device.type == "cpu" else gpu_cases()
-
-
-def cpu_cases() -> list[VarlenCase]:
-    """Mixed lengths as an encoder meets them, and documents as a language model does."""
-    sizes = {"heads": 12, "kv_heads": 12, "head_dim": 64, "peers": ("sdpa-padded", "sdpa-loop")}
-    faster = {"provider": "fastattn", "against": "sdpa-padded", "speed": 1.2}
-    return [
-        VarlenCase("encoder-8-128", "encoder", 32, 8, 128, direction="forward", target=faster, **sizes),  # type: ignore[arg-type]
-        VarlenCase("encoder-16-512", "encoder", 16, 16, 512, target=faster, **sizes),  # type: ignore[arg-type]
-        VarlenCase("documents-64-1024", "documents", 8, 64, 1024, causal=True, **sizes),  # type: ignore[arg-type]
-        VarlenCase("equal-512", "documents", 8, 512, 512, causal=True, **sizes),  # type: ignore[arg-type]
-    ]
-
-
-def gpu_cases() -> list[VarlenCase]:
-    """About 16k tokens of width 2048 in bfloat16: spread lengths, and equal ones where padding costs nothing."""
-    flex = {"provider": "fastattn-triton", "against": "flex", "speed": 1.1}
-    cases = []
-    for direction in ("forward", "forward+backward"):
-        for longest, batch in ((512, 64), (2048, 16), (8192, 4)):
-            cases.append(
-                VarlenCase(
-                    f"{direction}-causal-{longest}", "documents", batch, longest // 16, longest, 16, 16, 128,
-                    causal=True, dtype=torch.bfloat16, direction=direction, target=flex,
-                )
-            )  # fmt: skip
-        encoder = (64, 16, 512, 12, 12, 64)
-        cases.append(
-            VarlenCase(f"{direction}-encoder", "encoder", *encoder, dtype=torch.bfloat16, direction=direction)
-        )
-        equal = (8, 2048, 2048, 16, 2, 128)
-        cases.append(
-            VarlenCase(
-                f"{direction}-gqa-equal", "documents", *equal, True, torch.bfloat16, direction=direction
-            )
-        )
-    return cases
+from cases.varlen import BUDGET, cases_for
+from measure import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("varlen", SCRIPT, cases_for, {}, argv, BUDGET)
+    return command.main("varlen", Path(__file__).resolve(), cases_for, {}, argv, BUDGET)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,11 @@ python benchmarks/gpu_build.py --prebuilt FOLDER     any _C*.so in it that is fo
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import checkout
-
-
-def place(folder: Path) -> tuple[Path | None, list[str]]:
-    """Copy the library that fits into the cache: where it is, None if there is none, and what was wrong with others."""
-    from fastattn.cache import cache_dir
-    from fastattn.extension import load
-    from fastattn.extension.info import BuildInfo, library_name
-
-    here, wrong = load.info_here(), []
-    found = [folder] if folder.is_file() else sorted(folder.rglob("_C*.so"))
-    for path in found:
-        info = BuildInfo.of_file(path)
-        reason = "it is no build of fastattn" if info is None else info.mismatch(here)
-        if reason is not None:
-            wrong.append(f"{path.name}: {reason}")
-            continue
-        target = cache_dir() / "prebuilt" / library_name()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        return target, wrong
-    return None, wrong or [f"there is no _C*.so in {folder.name}"]
+from evidence import carried
 
 
 def main() -> int:
@@ -41,7 +20,7 @@ def main() -> int:
     options = parser.parse_args()
     checkout.make_importable()
     if options.prebuilt is not None:
-        placed, wrong = place(options.prebuilt)
+        placed, wrong = carried.place_extension(options.prebuilt)
         if placed is not None:
             print(f"the extension was carried here: {placed.name}")
             return 0

@@ -32,7 +32,7 @@ def folder() -> Path:
     """The folder of the scripts: the checkout's, or the one installed with the package."""
     package = Path(__file__).resolve().parent
     for place in (package / "benchmarks", package.parent / "benchmarks"):
-        if (place / "harness.py").exists():
+        if (place / "checkout.py").exists():
             return place
     raise InputError(
         "the benchmarks are part of the source and this installation lacks them: "

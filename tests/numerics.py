@@ -11,7 +11,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # the checks of a device share these
 
-from rounding import (
+from measure.rounding import (
     MORE_ORDERS,
     SUM_ORDERS,
     OtherOrder,

@@ -148,13 +148,64 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
         }  # a name of a module
         package[name] = (found & modules.keys()) - {name}
     assert cycles(package) == []
-    scripts = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
-    benchmarks = {}
-    for name, path in scripts.items():
-        found = {target.partition(".")[0] for target in imports(name, path.read_text(encoding="utf-8"))}
-        benchmarks[name] = (found & scripts.keys()) - {name}
-    assert cycles(benchmarks) == []
+    assert cycles(benchmark_imports()) == []
     assert cycles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"d"}}) == ["a", "b", "c"]
+
+
+# Package of benchmarks/ -> the packages it may import besides itself. Scripts, which only users start, import any.
+BENCHMARK_ARROWS = {
+    "checkout": set(),
+    "report": {"checkout"},
+    "measure": {"checkout", "report"},
+    "inputs": {"measure", "report"},
+    "peers": {"inputs", "measure"},
+    "cases": {"peers", "inputs", "measure", "report"},
+    "evidence": {"inputs", "measure", "report", "checkout"},
+}
+
+
+def benchmark_name(path: Path) -> str:
+    """A file of benchmarks/ as its importers name it."""
+    name = path.relative_to(ROOT / "benchmarks").as_posix().removesuffix(".py").replace("/", ".")
+    return name.removesuffix(".__init__")
+
+
+def benchmark_imports() -> dict[str, set[str]]:
+    """Module of benchmarks/ -> the others of them that it imports at any depth."""
+    modules = {benchmark_name(path): path for path in (ROOT / "benchmarks").rglob("*.py")}
+    found = {}
+    for name, path in modules.items():
+        targets = set(imports(name, path.read_text(encoding="utf-8")))
+        targets |= {target.rpartition(".")[0] for target in targets if target not in modules}
+        found[name] = (targets & modules.keys()) - {name}
+    return found
+
+
+def against_benchmark_arrows(graph: dict[str, set[str]]) -> list[str]:
+    """The imports of benchmarks/ that point against its arrows, and those of scripts by others."""
+    wrong = []
+    for name, targets in graph.items():
+        layer = name.partition(".")[0]
+        for target in targets:
+            allowed = BENCHMARK_ARROWS.get(layer, BENCHMARK_ARROWS.keys()) | {layer}
+            if target.partition(".")[0] not in allowed:
+                wrong.append(f"{name} imports {target}")
+    return sorted(wrong)
+
+
+def test_imports_of_the_benchmarks_follow_their_arrows() -> None:
+    graph = benchmark_imports()
+    packages = {path.parent.name for path in (ROOT / "benchmarks").glob("*/__init__.py")}
+    assert packages | {"checkout"} == BENCHMARK_ARROWS.keys()
+    assert graph["cases.attention"] >= {"peers.attention", "inputs.attention"}
+    assert against_benchmark_arrows(graph) == []
+    assert cycles(BENCHMARK_ARROWS) == []
+    assert against_benchmark_arrows({"report.schema": {"measure.harness"}}) == [
+        "report.schema imports measure.harness"
+    ]
+    assert against_benchmark_arrows({"bench_decode": {"cases.decode"}, "plot": {"counts"}}) == [
+        "plot imports counts"
+    ]
 
 
 def test_importing_fastattn_loads_nothing_heavy() -> None:
@@ -180,7 +231,7 @@ def test_importing_fastattn_loads_nothing_heavy() -> None:
     assert [name for name in loaded if name.startswith(lazy)] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=benchmark_name)
 def test_benchmarks_import_fastattn_where_they_use_it(path: Path) -> None:
     """At their top it may not be importable: checkout.make_importable() comes first."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -196,8 +247,8 @@ MOVING = {
     "fastattn/train/checkpoint.py": "folders of checkpoints, flushed to disk",
     "fastattn/extension/build.py": "what a linker wrote",
     "fastattn/extension/compiling.py": "what a compiler wrote",
-    "benchmarks/schema.py": "a file's content, where fastattn may not be importable",
-    "benchmarks/carried.py": "archives, streamed",
+    "benchmarks/report/schema.py": "a file's content, where fastattn may not be importable",
+    "benchmarks/evidence/carried.py": "archives, streamed",
 }
 
 

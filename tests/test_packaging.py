@@ -50,8 +50,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) ->
         for p in (ROOT / "kernels").rglob("*.py")
     }
     assert "fastattn/kernels/__init__.py" in kernels
-    benches = {f"fastattn/benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")}
-    assert "fastattn/benchmarks/bench_attention.py" in benches
+    folder = ROOT / "benchmarks"
+    benches = {f"fastattn/benchmarks/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
+    assert {"fastattn/benchmarks/bench_attention.py", "fastattn/benchmarks/cases/attention.py"} <= benches
     sources = {
         f"fastattn/csrc/{p.relative_to(ROOT / 'csrc').as_posix()}"
         for p in (ROOT / "csrc").rglob("*")

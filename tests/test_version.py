@@ -94,7 +94,7 @@ tuned.device_name = lambda arch: "A Card"
 query = torch.empty(1, 2, 64, 64, dtype=torch.float16)
 spec = AttentionSpec.of(AttentionCall(query, query, query)).replace(device="cuda", arch=90)
 from fastattn import doctor
-import schema
+from report import schema
 print(json.dumps({
     "own": fastattn.__version__,
     "winners": tuned.winners_for(spec),

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_attention
-import command
-import harness
 import pytest
-import schema
 import torch
-from attention_inputs import permitted_pairs
-from bench_attention import AttentionCase
-from options import build_parser
+
+import bench_attention
+from cases.attention import AttentionCase, AttentionWorkload, cases_for, gpu_cases
+from inputs.attention import permitted_pairs
+from measure import command, harness
+from measure.options import build_parser
+from report import schema
 
 CPU = torch.device("cpu")
 BRIEF = harness.Budget(seconds=0, least_rounds=1, most_rounds=1, least_sample_seconds=0, memory=False)
@@ -70,9 +70,7 @@ def test_a_peer_with_its_own_dropout_mask_is_not_judged() -> None:
 @pytest.mark.parametrize("name", [name for name in FEATURES if name not in ("mask", "bf16")])
 def test_permitted_pairs_count_the_mask(name: str) -> None:
     case = _case(name, **FEATURES[name])
-    mask = (
-        bench_attention.AttentionWorkload(case, CPU).dense_mask().expand(1, 1, case.seqlen_q, case.seqlen_k)
-    )
+    mask = AttentionWorkload(case, CPU).dense_mask().expand(1, 1, case.seqlen_q, case.seqlen_k)
     pairs = permitted_pairs(case.seqlen_q, case.seqlen_k, case.causal, case.window, case.documents)
     assert pairs == int(mask.sum())
     assert case.flops == 3.5 * 4 * 16 * 4 * pairs
@@ -80,7 +78,7 @@ def test_permitted_pairs_count_the_mask(name: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_have_names_of_their_own_and_small_forms(device: str) -> None:
-    cases = bench_attention.cases_for(torch.device(device))
+    cases = cases_for(torch.device(device))
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         small = case.small()
@@ -93,7 +91,7 @@ def _sizes() -> tuple[str, ...]:
 
 
 def test_the_grid_is_16k_tokens_of_width_2048() -> None:
-    grid = [case for case in bench_attention.gpu_cases() if case.group in ("forward", "backward")]
+    grid = [case for case in gpu_cases() if case.group in ("forward", "backward")]
     assert len(grid) == 2 * 3 * 2 * 6
     assert {case.batch * case.seqlen_q for case in grid} == {16384}
     assert {case.heads * case.head_dim for case in grid} == {2048}

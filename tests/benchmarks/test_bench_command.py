@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose scripts write down their arguments and exit with their number."""
     (tmp_path / "fastattn").mkdir()
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "harness.py").touch()
+    (tmp_path / "benchmarks" / "checkout.py").touch()
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "fastattn" / "bench.py"))
     for name in (*(f"bench_{name.replace('-', '_')}" for name in bench.NAMES), "plot"):
         script = f"import sys; open({str(tmp_path / name)!r}, 'w').write(' '.join(sys.argv[1:]));"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import bench_generate
-import bench_train
-import figures
 import pytest
 import torch
+
+from cases import generate as bench_generate
+from cases import train as bench_train
+from report import figures
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def test_a_step_updates_the_providers_own_weights_only() -> None:
 
 
 def test_products_count_every_matrix_of_a_block_once() -> None:
-    from gpt_pair import GPTPair, product_weights
+    from peers.gpt import GPTPair, product_weights
 
     pair = GPTPair("", CPU)
     width, layers, vocabulary = pair.config.n_embd, pair.config.n_layer, pair.config.vocab_size

@@ -7,12 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-import schema
 import torch
 
 from fastattn import bench
+from measure import calls, harness
+from report import schema
 
 CPU = torch.device("cpu")
 DEVICES = ("cpu", "cuda")
@@ -96,3 +96,21 @@ def test_a_training_step_counts_its_products_and_pairs() -> None:
 def test_generated_bytes_are_the_weights_once_per_token() -> None:
     case = MODULES["generate"].cases_for(CPU)[0]
     assert case.bytes == 24 * 4 * (12 * 12 * 768**2 + 50257 * 768)
+
+
+def test_a_forward_in_grad_mode_records_a_graph_and_runs_no_backward() -> None:
+    """The three directions of the overhead: no_grad, grad mode, and with the backward."""
+    made: list[torch.Tensor] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        made.append(x * 2)
+        return made[-1]
+
+    x = torch.ones(3)
+    keys = {}
+    for direction in ("forward", "forward-grad", "forward+backward"):
+        keys[direction] = set(calls.results_of(call, calls.leaves_of({"dx": x}, direction), x, direction))
+    assert [out.requires_grad for out in made] == [False, True, True]
+    assert keys == {"forward": {"out"}, "forward-grad": {"out"}, "forward+backward": {"out", "dx"}}
+    names = {case.name for case in MODULES["overhead"].cases_for(CPU)}
+    assert {f"{op}-{direction}" for op in ("attention", "cross-entropy") for direction in keys} <= names

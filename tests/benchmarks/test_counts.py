@@ -6,9 +6,10 @@ import copy
 import warnings
 from typing import Any
 
-import counts
 import pytest
 import torch
+
+from measure import counts
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from device_errors import LOST, is_device_lost, lost_after
+
+from measure.device_errors import LOST, is_device_lost, lost_after
 
 ADVICE = (  # what torch 2.11 adds to every CUDA error, whatever it is
     "\nSearch for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/ for more information.\nCUDA kernel errors"

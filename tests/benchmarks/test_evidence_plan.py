@@ -11,19 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import carried
-import evidence_sections
-import gpu_build
-import gpu_evidence
-import gpu_probes
-import processes
 import pytest
-from evidence_sections import FIRST, FIRST_SECONDS, LAST, SECTIONS, THEN, Run, Section, switches
 
+import gpu_evidence
+from evidence import carried, probes, sections
+from evidence import run as evidence_run
+from evidence.sections import FIRST, FIRST_SECONDS, LAST, SECTIONS, THEN, Run, Section, switches
 from fastattn.extension import load
 from fastattn.extension.info import MARKER, BuildInfo, abi_tag, library_name
+from measure import processes
 
-ROOT = evidence_sections.ROOT
+ROOT = sections.ROOT
 BACKWARD = "cuda.attention_bwd,cuda.varlen_bwd,cuda.one_pass"
 
 
@@ -64,8 +62,8 @@ def test_what_a_probe_found_wrong_is_left_out_of_every_section(tmp_path: Path) -
         names = switches(section, run).split(",")
         assert {"cuda.softmax_fwd", "cuda.one_pass"} <= set(names)
         assert len(set(names)) == len(names)
-        given = gpu_evidence.section_environment(section, run).get("FASTATTN_DISABLE")
-        assert given == (None if section.name in gpu_evidence.ALWAYS else ",".join(names))
+        given = evidence_run.section_environment(section, run).get("FASTATTN_DISABLE")
+        assert given == (None if section.name in evidence_run.ALWAYS else ",".join(names))
 
 
 def test_triton_and_torch_run_before_the_extension(tmp_path: Path) -> None:
@@ -81,7 +79,7 @@ def test_triton_and_torch_run_before_the_extension(tmp_path: Path) -> None:
 def test_the_gpu_tests_are_files_that_collect_and_none_stops_the_others(tmp_path: Path) -> None:
     line = line_of("gpu-tests", make_run(tmp_path))
     chosen = [word for word in line if word.startswith("tests")]
-    assert chosen == list(evidence_sections.GPU_TESTS)
+    assert chosen == list(sections.GPU_TESTS)
     assert all((ROOT / word).exists() for word in chosen)
     assert not [word for word in line if "maxfail" in word]
     assert "--timeout-method=thread" in line
@@ -148,7 +146,7 @@ def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, work
         "pytest",
         "-q",
         "-p",
-        "evidence_plugin",
+        "evidence.pytest_plugin",
         "-p",
         "no:cacheprovider",
         *workers,
@@ -165,7 +163,7 @@ def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, work
     process = processes.Process(command, environment, tmp_path, limit=60.0)
     found = []
     for _, event in processes.follow(process):
-        if isinstance(event, processes.Line) and (item := gpu_evidence._finding(event.text)):
+        if isinstance(event, processes.Line) and (item := evidence_run._finding(event.text)):
             found.append(item["detail"])
             if len(found) == 3:
                 break
@@ -174,7 +172,7 @@ def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, work
     assert "test_some.py::test_broken: OSError: no disk" in found[2]
     done, output = processes.run([*command, "-k", "not stuck"], 60.0, environment, cwd=tmp_path)
     assert done.code == 1
-    last = [item for line in output.splitlines() if (item := gpu_evidence._finding(line))][-1]
+    last = [item for line in output.splitlines() if (item := evidence_run._finding(line))][-1]
     assert (last["status"], last["detail"]) == ("failed", "1 passed, 3 failed, 1 skipped")
 
 
@@ -209,17 +207,17 @@ def test_a_carried_extension_is_taken_only_if_it_fits(
 
     library("built/a", python="cpython-39")
     library("built/b", sources="other")
-    placed, wrong = gpu_build.place(tmp_path / "built")
+    placed, wrong = carried.place_extension(tmp_path / "built")
     assert placed is None
     assert any("python cpython-39" in reason for reason in wrong)
     assert any("other sources" in reason for reason in wrong)
     good = library("built/c")
-    placed, _ = gpu_build.place(tmp_path / "built")
+    placed, _ = carried.place_extension(tmp_path / "built")
     assert placed is not None
     assert placed.read_bytes() == good.read_bytes()
     assert (placed, False) in list(load._candidates())
-    assert gpu_build.place(good)[0] == placed
-    assert gpu_build.place(tmp_path / "cache" / "nothing")[1] == ["there is no _C*.so in nothing"]
+    assert carried.place_extension(good)[0] == placed
+    assert carried.place_extension(tmp_path / "cache" / "nothing")[1] == ["there is no _C*.so in nothing"]
 
 
 def python(code: str) -> Any:
@@ -228,7 +226,7 @@ def python(code: str) -> Any:
 
 PROBES = [
     {"check": "probe", "status": "failed" if name == "softmax" else "passed", "detail": "", "direction": name}
-    for name in gpu_probes.DIRECTIONS
+    for name in probes.DIRECTIONS
 ]
 FAKES = (
     Section("install", 20, python("print('placed')")),
@@ -242,11 +240,11 @@ FAKES = (
 def test_a_run_whose_section_is_stuck_keeps_what_it_said_and_archives_as_it_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_evidence, "SECTIONS", FAKES)
+    monkeypatch.setattr(sections, "SECTIONS", FAKES)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu_evidence.schema, "new_result", _described)
+    monkeypatch.setattr(evidence_run.schema, "new_result", _described)
     drawn: list[str] = []
-    monkeypatch.setattr(gpu_evidence, "_draw", lambda run, measured: drawn.append(capsys.readouterr().out))
+    monkeypatch.setattr(evidence_run, "_draw", lambda run, measured: drawn.append(capsys.readouterr().out))
     kernels = tmp_path / "kernels"
     (kernels / "ABC").mkdir(parents=True)
     (kernels / "ABC" / "k.cubin").write_bytes(b"code")
@@ -292,7 +290,7 @@ def test_findings_are_stored_while_a_section_runs(tmp_path: Path) -> None:
     code += "    time.sleep(0.1)\nprint('seen' if time.time() < end else 'not seen')"
     run = make_run(tmp_path, dry=True)
     run.store()
-    entry = gpu_evidence.run_section(Section("x", 60, python(code)), run)
+    entry = evidence_run.run_section(Section("x", 60, python(code)), run)
     assert entry["status"] == "ok"
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()[-1] == "seen"
     assert run.report["sections"] == []

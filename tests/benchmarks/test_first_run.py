@@ -6,22 +6,19 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import first_run
-import first_run_steps
-import gpu_probes
-import kernel_runs
 import pytest
 import torch
-from first_run_steps import Scale
 
+import checkout
 import fastattn
+from evidence import first_run, first_run_steps, kernel_runs, probes
+from evidence.first_run_steps import Scale
 from fastattn import backends
 
 CPU = torch.device("cpu")
-BENCHMARKS = Path(first_run.__file__).parent
+BENCHMARKS = checkout.BENCHMARKS
 LAUNCHED = [name for name in first_run.STEPS if not name.startswith("8")]
 
 
@@ -133,7 +130,7 @@ def test_what_a_step_raises_is_its_finding(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_stuck_step_costs_its_own_time_and_a_crashed_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    sleeps = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import processes, time, os\n"
+    sleeps = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); from measure import processes; import time, os\n"
     commands = {
         "1": [sys.executable, "-c", sleeps + "processes.announce(1, 'step 1'); time.sleep(600)"],
         "2": [sys.executable, "-c", sleeps + "print('began', flush=True); os.kill(os.getpid(), 6)"],
@@ -176,20 +173,20 @@ def test_the_sanitizer_runs_the_small_steps_under_each_tool(monkeypatch: pytest.
     assert line.count("--step 3 --step 5b") == 3
 
 
-@pytest.mark.parametrize("name", gpu_probes.DIRECTIONS)
+@pytest.mark.parametrize("name", probes.DIRECTIONS)
 def test_every_probe_passes_where_the_kernels_are_right(name: str) -> None:
-    assert "of what is allowed" in gpu_probes.DIRECTIONS[name].probe(backends.torch_backend, CPU)
+    assert "of what is allowed" in probes.DIRECTIONS[name].probe(backends.torch_backend, CPU)
 
 
-@pytest.mark.parametrize("name", gpu_probes.DIRECTIONS)
+@pytest.mark.parametrize("name", probes.DIRECTIONS)
 def test_every_probe_sees_wrong_numbers(name: str) -> None:
     class Off:
         def __getattr__(self, part: str) -> Any:
             right = getattr(backends.torch_backend, part)
             return lambda *args: _scaled(right(*args))
 
-    with pytest.raises(gpu_probes.Wrong, match="of what is allowed"):
-        gpu_probes.DIRECTIONS[name].probe(Off(), CPU)
+    with pytest.raises(probes.Wrong, match="of what is allowed"):
+        probes.DIRECTIONS[name].probe(Off(), CPU)
 
 
 def _scaled(made: Any) -> Any:
@@ -202,7 +199,7 @@ def _scaled(made: Any) -> Any:
 FAKE = """
 import json, os, sys, time
 sys.path.insert(0, FOLDER)
-import processes
+from measure import processes
 name = sys.argv[-1]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -220,7 +217,7 @@ def test_a_direction_that_hangs_or_crashes_is_switched_off_by_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     started = time.monotonic()
-    found = gpu_probes.probe_all("cpu", [sys.executable, "-c", FAKE.replace("FOLDER", repr(str(BENCHMARKS)))])
+    found = probes.probe_all("cpu", [sys.executable, "-c", FAKE.replace("FOLDER", repr(str(BENCHMARKS)))])
     assert time.monotonic() - started < 30
     statuses = {item["direction"]: item["status"] for item in found}
     assert statuses == {
@@ -229,13 +226,13 @@ def test_a_direction_that_hangs_or_crashes_is_switched_off_by_name(
     }  # fmt: skip
     assert "silent for 2 s in backward one pass" in found[-1]["detail"]
     assert "status -11" in found[2]["detail"]
-    assert gpu_probes.switches_for(found) == "cuda.softmax_fwd,cuda.softmax_bwd,cuda.one_pass"
+    assert probes.switches_for(found) == "cuda.softmax_fwd,cuda.softmax_bwd,cuda.one_pass"
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith('{"check"')]) == 6
 
 
 def test_what_was_not_tried_is_switched_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = {switch for direction in gpu_probes.DIRECTIONS.values() for switch in direction.switches}
-    assert set(gpu_probes.switches_for([]).split(",")) == everything
+    everything = {switch for direction in probes.DIRECTIONS.values() for switch in direction.switches}
+    assert set(probes.switches_for([]).split(",")) == everything
     for switch in everything:
         monkeypatch.setenv("FASTATTN_DISABLE", switch)
         assert backends.switched_off("cuda", switch.partition(".")[2]) is not None
@@ -244,7 +241,7 @@ def test_what_was_not_tried_is_switched_off_too(monkeypatch: pytest.MonkeyPatch)
 def test_held_blocks_go_on_until_they_are_let_go() -> None:
     """Interpreted, one block after another: each ends at a set flag, or when it has looked enough."""
     pytest.importorskip("triton")
-    import hold
+    from evidence import hold
 
     for flag, looks in ((1, hold.MOST_LOOKS), (0, 5)):
         stop, ended = torch.tensor([flag], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

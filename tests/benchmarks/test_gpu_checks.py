@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpu_attention_checks
-import gpu_checks
-import gpu_op_checks
-import judging
 import pytest
 import torch
-from attention_calls import RandomCall
+
+from evidence import attention_checks, checks, op_checks
+from evidence.findings import backends_here, only_backends
+from inputs.random_attention import RandomCall
+from measure import errors
 
 CPU = torch.device("cpu")
 PASSED = json.dumps({"check": "random", "status": "passed", "detail": "", "backend": "torch"})
@@ -25,16 +25,16 @@ PASSED = json.dumps({"check": "random", "status": "passed", "detail": "", "backe
 
 @pytest.fixture
 def only_torch() -> Iterator[None]:
-    judging.only_backends(["torch"])
+    only_backends(["torch"])
     yield
-    judging.only_backends([])
+    only_backends([])
 
 
 SEED = 70  # draws windows of one key, whose scores have no gradient but rounding
 
 
 def test_every_check_passes_on_the_cpu(only_torch: None) -> None:
-    for name, check in gpu_checks.CHECKS.items():
+    for name, check in checks.CHECKS.items():
         findings = list(check(torch.device("cpu"), 1.0, SEED))
         assert {finding["status"] for finding in findings} <= {"passed", "skipped"}, (name, findings)
         assert name == "int64-offsets" or findings[-1]["status"] == "passed"
@@ -50,7 +50,7 @@ def test_a_wrong_backend_is_found(only_torch: None, monkeypatch: pytest.MonkeyPa
         return out * 1.01, lse
 
     monkeypatch.setattr(fastattn, "attention", wrong)
-    findings = list(gpu_checks.CHECKS["random"](torch.device("cpu"), 4.0, 0))
+    findings = list(checks.CHECKS["random"](torch.device("cpu"), 4.0, 0))
     assert findings[-1]["status"] == "failed"
     assert "of what is allowed" in findings[0]["detail"]
 
@@ -60,20 +60,20 @@ def test_a_wrong_op_is_found(only_torch: None, monkeypatch: pytest.MonkeyPatch) 
 
     right = fastattn.softmax
     monkeypatch.setattr(fastattn, "softmax", lambda x, **options: right(x, **options) * 1.1)
-    findings = list(gpu_op_checks.check_ops(torch.device("cpu"), 3.0, 0))
+    findings = list(op_checks.check_ops(torch.device("cpu"), 3.0, 0))
     failed = {finding["detail"].split(":")[0] for finding in findings if finding["status"] == "failed"}
     assert failed == {"softmax"}
     summaries = {f["detail"].split(":")[0]: f["status"] for f in findings if f.get("summary")}
-    assert summaries == {name: "failed" if name == "softmax" else "passed" for name in gpu_op_checks.OPS}
+    assert summaries == {name: "failed" if name == "softmax" else "passed" for name in op_checks.OPS}
 
 
 @pytest.mark.parametrize(
     ("module", "check"),
     [
-        (gpu_attention_checks, "random"),
-        (gpu_attention_checks, "kv-cache"),
-        (gpu_op_checks, "ops-varlen"),
-        (gpu_op_checks, "ops-softmax"),
+        (attention_checks, "random"),
+        (attention_checks, "kv-cache"),
+        (op_checks, "ops-varlen"),
+        (op_checks, "ops-softmax"),
     ],
 )
 @pytest.mark.parametrize(("ratio", "status"), [(1.0, "passed"), (1.01, "failed"), (math.inf, "failed")])
@@ -81,7 +81,7 @@ def test_the_bound_is_the_rule(
     module: Any, check: str, ratio: float, status: str, only_torch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ratios_of", lambda *results: {"out": 0.5, "lse": ratio})
-    findings = list(gpu_checks.CHECKS[check](CPU, 0.05, 0))
+    findings = list(checks.CHECKS[check](CPU, 0.05, 0))
     assert {finding["status"] for finding in findings} == {status}
 
 
@@ -93,7 +93,7 @@ def test_a_row_of_one_key_is_judged_by_its_terms() -> None:
     for error, within in ((8 * eps, True), (9 * eps, False)):
         results = {"dkey": golden.float() + error}, {"dkey": golden.float()}, {"dkey": golden}
         for dtype in (torch.float32, torch.bfloat16):
-            ratios = judging.ratios_of(*results, dtype, lambda: {"dkey": golden.float()}, terms)
+            ratios = errors.ratios_of(*results, dtype, lambda: {"dkey": golden.float()}, terms)
             assert (ratios["dkey"] <= 1) is within
 
 
@@ -130,24 +130,24 @@ def options(**changes: Any) -> argparse.Namespace:
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a program the one that checks are run by; it sees `seed` and `backends`."""
-    folder = str(Path(gpu_checks.__file__).parent)
+    folder = str(checks.SCRIPT.parent)
 
     def use(body: str) -> None:
         path = tmp_path / "checks.py"
-        start = f"import sys, time, os\nsys.path.insert(0, {folder!r})\nimport processes\n"
+        start = f"import sys, time, os\nsys.path.insert(0, {folder!r})\nfrom measure import processes\n"
         start += "seed = int(sys.argv[sys.argv.index('--seed') + 1])\n"
         start += (
             "backends = sys.argv[sys.argv.index('--backends') + 1:] if '--backends' in sys.argv else []\n"
         )
         path.write_text(start + body)
-        monkeypatch.setattr(gpu_checks, "__file__", str(path))
+        monkeypatch.setattr(checks, "SCRIPT", path)
 
     return use
 
 
 def test_workers_report_and_a_lost_one_is_a_failure(script: Any) -> None:
     script(f"print({PASSED!r})\nsys.exit(3 if seed > 7 else 0)\n")
-    findings = list(gpu_checks.in_processes(["random"], options(workers=2)))
+    findings = list(checks.in_processes(["random"], options(workers=2)))
     assert sorted(finding["status"] for finding in findings) == ["failed", "passed", "passed"]
     (failed,) = [finding for finding in findings if finding["status"] == "failed"]
     assert failed["detail"] == "process 1 ended with status 3"
@@ -162,9 +162,7 @@ if seed < 100:
 print({PASSED!r}.replace('torch', ' '.join(backends)))
 """)
     started = time.monotonic()
-    found = list(
-        gpu_checks.in_processes(["random"], options(seconds=30.0, backends=["cuda", "triton", "torch"]))
-    )
+    found = list(checks.in_processes(["random"], options(seconds=30.0, backends=["cuda", "triton", "torch"])))
     assert time.monotonic() - started < 30
     assert [item["status"] for item in found] == ["passed", "failed", "passed"]
     assert found[1]["backend"] == "cuda"
@@ -174,7 +172,7 @@ print({PASSED!r}.replace('torch', ' '.join(backends)))
 
 def test_findings_come_as_they_are_made(script: Any) -> None:
     script(f"print({PASSED!r}, flush=True)\ntime.sleep(1.5)\nprint({PASSED!r})\n")
-    times = [time.monotonic() for _ in gpu_checks.in_processes(["random"], options())]
+    times = [time.monotonic() for _ in checks.in_processes(["random"], options())]
     assert times[1] - times[0] > 1.0
 
 
@@ -198,7 +196,7 @@ def test_whatever_a_call_raises_is_its_finding_and_the_check_goes_on(
             return right(*args, **given)
 
         monkeypatch.setattr(fastattn, name, sometimes)
-    for check in (gpu_attention_checks.check_random, gpu_checks.CHECKS["ops-softmax"]):
+    for check in (attention_checks.check_random, checks.CHECKS["ops-softmax"]):
         found = list(check(CPU, 1.0, 0))
         raised = [item for item in found if type(error).__name__ in item["detail"]]
         assert [item["status"] for item in raised] == ["failed"]
@@ -216,7 +214,7 @@ def test_a_lost_device_ends_the_process_and_the_rest_is_said_to_be_not_run(
         raise RuntimeError("CUDA error: an illegal instruction was encountered")
 
     monkeypatch.setattr(fastattn, "attention", lost)
-    found = list(gpu_checks.run_here(["random", "bitwise", "int64-offsets"], options(seconds=5.0)))
+    found = list(checks.run_here(["random", "bitwise", "int64-offsets"], options(seconds=5.0)))
     assert [(item["check"], item["status"]) for item in found] == [
         ("random", "failed"), ("bitwise", "not run"), ("int64-offsets", "not run")
     ]  # fmt: skip
@@ -228,8 +226,8 @@ def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
         raise TypeError("no such option")
         yield {}
 
-    monkeypatch.setitem(gpu_checks.CHECKS, "random", broken)
-    found = list(gpu_checks.run_here(["random", "int64-offsets"], options()))
+    monkeypatch.setitem(checks.CHECKS, "random", broken)
+    found = list(checks.run_here(["random", "int64-offsets"], options()))
     assert [item["status"] for item in found] == ["failed", "skipped"]
 
 
@@ -237,7 +235,7 @@ def test_a_forward_is_judged_alone_where_the_backward_is_switched_off(
     only_torch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTATTN_DISABLE", "torch.attention_bwd")
-    found = list(gpu_attention_checks.check_random(CPU, 1.0, 0))
+    found = list(attention_checks.check_random(CPU, 1.0, 0))
     assert found[-1]["status"] == "passed"
     assert found[-1]["detail"].endswith("of them without gradients")
 
@@ -252,21 +250,21 @@ def test_the_extension_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for backend in backends.BACKENDS:
         monkeypatch.setattr(backend, "why_not", lambda spec: None)
-    assert judging.backends_here(CPU) == ["triton", "torch", "cuda"]
-    judging.only_backends(["cuda", "torch"])
-    assert judging.backends_here(CPU) == ["torch", "cuda"]
-    judging.only_backends([])
+    assert backends_here(CPU) == ["triton", "torch", "cuda"]
+    only_backends(["cuda", "torch"])
+    assert backends_here(CPU) == ["torch", "cuda"]
+    only_backends([])
 
 
 def test_the_groups_are_of_checks() -> None:
-    assert {name for names in gpu_checks.GROUPS.values() for name in names} < set(gpu_checks.CHECKS)
-    assert len(gpu_checks.GROUPS["ops"]) == len(gpu_op_checks.OPS)
+    assert {name for names in checks.GROUPS.values() for name in names} < set(checks.CHECKS)
+    assert len(checks.GROUPS["ops"]) == len(op_checks.OPS)
 
 
 def test_a_backend_that_does_not_run_here_is_said_so() -> None:
-    judging.only_backends(["cuda"])
-    found = list(gpu_checks.run_here(["random", "bitwise"], options(backends=["cuda"])))
-    judging.only_backends([])
+    only_backends(["cuda"])
+    found = list(checks.run_here(["random", "bitwise"], options(backends=["cuda"])))
+    only_backends([])
     assert [(item["status"], item["detail"]) for item in found] == [
         ("skipped", "cuda: no such backend runs here")
     ] * 2
@@ -275,9 +273,7 @@ def test_a_backend_that_does_not_run_here_is_said_so() -> None:
 def test_checks_of_a_group_run_side_by_side(script: Any) -> None:
     script(f"time.sleep(1.5)\nprint({PASSED!r}.replace('random', sys.argv[1]))\n")
     started = time.monotonic()
-    found = list(
-        gpu_checks._findings(["random", "kv-cache", "ops-varlen", "ops-softmax"], options(workers=4))
-    )
+    found = list(checks.run(["random", "kv-cache", "ops-varlen", "ops-softmax"], options(workers=4)))
     assert time.monotonic() - started < 8.5  # one after another takes 9
     counts = Counter(item["check"] for item in found)
     assert counts == {"random": 2, "kv-cache": 2, "ops-varlen": 1, "ops-softmax": 1}

@@ -11,18 +11,18 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-import evidence_sections
-import evidence_summary
-import gpu_evidence
-import plot
-import processes
 import pytest
-import schema
 import torch
-from evidence_sections import Run, Section
-from tables import BENCHES
 
+import gpu_evidence
+from evidence import run as evidence_run
+from evidence import sections as plan
+from evidence import summary as evidence_summary
+from evidence.sections import Run, Section
 from fastattn import bench
+from measure import processes
+from report import charts, schema
+from report.tables import BENCHES
 
 
 def _python(code: str) -> Any:
@@ -44,7 +44,7 @@ FAKES = (
 def test_each_section_ends_by_itself_and_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_evidence, "SECTIONS", FAKES)
+    monkeypatch.setattr(plan, "SECTIONS", FAKES)
     out = tmp_path / "out"
     assert gpu_evidence.main(["--dry-run", "--out", str(out), "--minutes", "2"]) == 1
     report = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def test_a_section_in_its_small_form_stores_what_it_measured(tmp_path: Path) -> 
 
 
 def test_sections_without_time_left_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_evidence, "SECTIONS", FAKES[:2])
+    monkeypatch.setattr(plan, "SECTIONS", FAKES[:2])
     gpu_evidence.main(["--dry-run", "--out", str(tmp_path), "--minutes", "0.01"])
     report = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))
     assert [entry["status"] for entry in report["sections"]] == ["not run", "not run"]
@@ -115,7 +115,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_checkout_that_cannot_be_installed_is_linked(tmp_path: Path) -> None:
-    gpu_evidence.link_checkout(tmp_path)
+    evidence_run.link_checkout(tmp_path)
     package = PathFinder.find_spec("fastattn", [str(tmp_path)])
     assert package is not None
     for name, source in (("kernels", "kernels"), ("ops", "fastattn/ops"), ("backends", "fastattn/backends")):
@@ -131,10 +131,10 @@ def test_every_bench_section_selects_cases(
 ) -> None:
     run = Run(tmp_path, 9, dry, {}, {"revision": "abc"}, time.monotonic())
     benches: dict[str, set[str]] = {}
-    for section in evidence_sections.SECTIONS:
+    for section in plan.SECTIONS:
         line = section.command(run)
         for name in bench.NAMES:
-            script = str(evidence_sections.bench_script(name))
+            script = str(plan.bench_script(name))
             if isinstance(line, list) and script in line:
                 options = line[line.index(script) + 1 :]
                 assert import_module(Path(script).stem).main([*options, "--list", "--device", "cpu"]) == 0
@@ -148,7 +148,7 @@ def test_every_bench_section_selects_cases(
 
 def test_the_compiled_providers_of_models_are_not_run_in_small(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    sections = {section.name: section for section in evidence_sections.SECTIONS}
+    sections = {section.name: section for section in plan.SECTIONS}
     for dry in (True, False):
         run = Run(tmp_path, 9, dry, {}, {"revision": None}, time.monotonic())
         assert not re.search(_pattern(sections["train"].command(run)), "fastattn-compile")
@@ -167,10 +167,10 @@ def test_what_a_machine_lacks_is_the_reason(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     run = Run(tmp_path, 9, False, {}, {"revision": None}, time.monotonic())
-    commands = {section.name: section.command(run) for section in evidence_sections.SECTIONS}
+    commands = {section.name: section.command(run) for section in plan.SECTIONS}
     assert commands["build"] == "no nvcc here"
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "CPU build" in str(evidence_sections._build(run))
+    assert "CPU build" in str(plan._build(run))
     if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
         assert commands["sanitizer"] == "no compute-sanitizer here"
 
@@ -178,11 +178,11 @@ def test_what_a_machine_lacks_is_the_reason(tmp_path: Path, monkeypatch: pytest.
 def test_an_exit_status_no_finding_explains_is_told() -> None:
     passed = [{"status": "passed"}]
     ended, last = processes.Ended(9, 1.0), "===== ERROR SUMMARY: 2 errors"
-    detail = gpu_evidence._detail(ended, last, passed)
+    detail = evidence_run._detail(ended, last, passed)
     assert detail == "exit status 9 after 1 passed: ===== ERROR SUMMARY: 2 errors"
-    assert gpu_evidence._detail(processes.Ended(0, 1.0), "x", passed) == "1 passed"
+    assert evidence_run._detail(processes.Ended(0, 1.0), "x", passed) == "1 passed"
     late = processes.Ended(None, 9.0, "silent for 9 s in softmax")
-    assert gpu_evidence._detail(late, "x", passed) == "silent for 9 s in softmax; 1 passed"
+    assert evidence_run._detail(late, "x", passed) == "silent for 9 s in softmax; 1 passed"
 
 
 def _measured(bench_name: str, device: str, **changes: Any) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def test_the_table_gives_ratios_targets_and_mfu() -> None:
         "                 train-16x1024: 163840 tokens/s, 400 TFLOP/s, MFU 40 % of 989",
     ]
     sections = [{"name": "x", "status": "ok", "seconds": 1.0, "detail": "", "findings": []}] * len(
-        evidence_sections.SECTIONS
+        plan.SECTIONS
     )
     results = [_measured(name, "NVIDIA H200") for name in BENCHES]
     assert len(evidence_summary.summary({**report, "sections": sections}, results)) < 60
@@ -223,10 +223,10 @@ def test_published_results_lie_under_the_name_of_the_gpu(
 ) -> None:
     updated: list[bool] = []
     monkeypatch.setattr(schema, "RESULTS", tmp_path)
-    monkeypatch.setattr(plot, "update_docs", lambda: updated.append(True))
+    monkeypatch.setattr(charts, "update_docs", lambda: updated.append(True))
     result = _measured("train", "NVIDIA H100 80GB HBM3")
     run = Run(tmp_path, 9, False, {}, {"device": result["device"]}, time.monotonic())
-    folder = gpu_evidence.publish(run, [result])
+    folder = evidence_run.publish(run, [result])
     assert folder == tmp_path / "nvidia-h100-80gb-hbm3"
     assert schema.load(folder / "train.json") == result
     assert updated == [True]

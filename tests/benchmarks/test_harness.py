@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import figures
-import harness
-import memory
 import pytest
 import torch
-from harness import Budget
-from protocols import CannotRun, Judgement
 from torch import Tensor
+
+import checkout
+from measure import harness, memory
+from measure.harness import Budget
+from measure.protocols import CannotRun, Judgement
+from report import figures
 
 CPU = torch.device("cpu")
 BRIEF = Budget(seconds=60.0, least_rounds=4, most_rounds=4, least_sample_seconds=0.0, memory=False)
@@ -158,7 +159,7 @@ def test_providers_are_weighed_in_processes_of_their_own(
 ) -> None:
     script = tmp_path / "bench.py"
     script.write_text(
-        f"import os, sys\nsys.path.append({str(Path(memory.__file__).parent)!r})\nimport memory\n"
+        f"import os, sys\nsys.path.append({str(checkout.BENCHMARKS)!r})\nfrom measure import memory\n"
         "def peak(case, name):\n"
         "    if name == 'dies': os._exit(3)\n"
         "    if name == 'fails': raise ValueError('no room')\n"

@@ -7,14 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import command
-import harness
 import pytest
-import schema
 import torch
-from options import build_parser
 
 from fastattn import bench
+from measure import command, harness
+from measure.options import build_parser
+from report import schema
 
 CPU = torch.device("cpu")
 MODULES = {name: import_module(bench.script(name).stem) for name in bench.NAMES}

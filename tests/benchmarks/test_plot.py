@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import figures
-import plot
 import pytest
-import schema
-import tables
 import torch
 
+import plot
 from fastattn import bench
 from fastattn import plot as drawing
+from report import charts, figures, schema, tables
 
 
 def _row(provider: str, median: float, tflops: float = 1.0) -> dict[str, Any]:
@@ -142,9 +140,9 @@ def test_pages_are_rewritten_between_their_markers_only(results: Path, tmp_path:
     page.write_text(
         "before\n<!-- benchmarks:attention-gpu:start -->\nold\n<!-- benchmarks:attention-gpu:end -->\nafter\n"
     )
-    assert plot.stale_pages(tmp_path) == ["README.md"]
-    page.write_text(plot.refreshed(page), encoding="utf-8")
-    assert plot.stale_pages(tmp_path) == []
+    assert charts.stale_pages(tmp_path) == ["README.md"]
+    page.write_text(charts.refreshed(page), encoding="utf-8")
+    assert charts.stale_pages(tmp_path) == []
     assert page.read_text(encoding="utf-8") == (
         "before\n<!-- benchmarks:attention-gpu:start -->\nNot measured yet.\n"
         "<!-- benchmarks:attention-gpu:end -->\nafter\n"
@@ -155,13 +153,13 @@ def test_charts_are_drawn_and_say_where_they_come_from(tmp_path: Path) -> None:
     grid = [_case(f"{d}{s}{c}", d, [_row("fastattn-triton", 2.0), _row("sdpa-flash", 1.0)], causal=c, seqlen_q=s)
             for d in ("forward", "backward") for s in (512, 1024) for c in (True, False)]  # fmt: skip
     result = _store(tmp_path, "cpu", [*_cpu_cases(), *grid])
-    charts = plot.draw(result, tmp_path)
+    drawn = charts.draw(result, tmp_path)
     names = ["attention_forward.svg", "attention_backward.svg", "attention_length.svg", "attention_ratio.svg"]
-    assert [chart.name for chart in charts] == names
-    for chart in charts:
-        assert plot.conditions(result) in chart.read_text(encoding="utf-8")
+    assert [chart.name for chart in drawn] == names
+    for chart in drawn:
+        assert tables.conditions(result) in chart.read_text(encoding="utf-8")
     result["cases"] = result["cases"][-2:]
-    first, again = (plot.draw(result, tmp_path / name)[0].read_bytes() for name in ("first", "again"))
+    first, again = (charts.draw(result, tmp_path / name)[0].read_bytes() for name in ("first", "again"))
     assert first == again
 
 
@@ -172,7 +170,7 @@ def test_a_rate_is_drawn_where_memory_bounds_the_calls(tmp_path: Path) -> None:
         for row in case["rows"]:
             row |= {"gbps": 3.0, "tflops": None}
     result = _store(tmp_path, "cuda", cases, "decode")
-    text = plot.draw(result, tmp_path)[0].read_text(encoding="utf-8")
+    text = charts.draw(result, tmp_path)[0].read_text(encoding="utf-8")
     assert "GB/s" in text
     assert "TFLOP/s" not in text
 
@@ -180,9 +178,11 @@ def test_a_rate_is_drawn_where_memory_bounds_the_calls(tmp_path: Path) -> None:
 def _drawn(result: dict[str, Any]) -> dict[str, Any]:
     """The figures of a result, laid out."""
     with drawing.style():
-        figures_of = {"ratio": plot._ratio_figure, "length": plot._length_figure}
+        figures_of = {"ratio": charts._ratio_figure, "length": charts._length_figure}
         names = figures.chart_names(result)
-        made = {n: figures_of[n](result) if n in figures_of else plot._grid_figure(result, n) for n in names}
+        made = {
+            n: figures_of[n](result) if n in figures_of else charts._grid_figure(result, n) for n in names
+        }
         for figure in made.values():
             figure.savefig(io.BytesIO(), format="png")
     return made
@@ -250,19 +250,19 @@ def test_no_text_of_a_chart_overlaps_another_or_leaves_the_figure(file: Path) ->
 def test_stale_charts_are_named(results: Path) -> None:
     result = _store(results, "cpu", _cpu_cases())
     names = ["cpu/attention_length.svg", "cpu/attention_ratio.svg"]
-    assert plot.stale_charts() == names
-    plot.draw(result, results / "cpu")
+    assert charts.stale_charts() == names
+    charts.draw(result, results / "cpu")
     (results / "cpu" / "softmax_ratio.svg").write_text("of a bench that has no result")
-    assert plot.stale_charts() == ["cpu/softmax_ratio.svg"]
+    assert charts.stale_charts() == ["cpu/softmax_ratio.svg"]
     result["date"] = "2020-01-01T00:00:00Z"
     schema.save(result, results / "cpu" / "attention.json")
-    assert plot.stale_charts() == [*names, "cpu/softmax_ratio.svg"]
-    plot.update_docs(results)
-    assert plot.stale_charts() == []
+    assert charts.stale_charts() == [*names, "cpu/softmax_ratio.svg"]
+    charts.update_docs(results)
+    assert charts.stale_charts() == []
 
 
 def test_the_pages_and_charts_of_this_repository_are_fresh() -> None:
-    stale = [*tables.stale_pages(), *plot.stale_charts()]
+    stale = [*tables.stale_pages(), *charts.stale_charts()]
     assert stale == [], "run: python benchmarks/plot.py --update-docs"
 
 

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
-from processes import Line, Process, follow
 
-BENCHMARKS = Path(processes.__file__).parent
+import checkout
+from measure import processes
+from measure.processes import Line, Process, follow
+
+BENCHMARKS = checkout.BENCHMARKS
 
 
 def python(code: str) -> list[str]:
@@ -23,7 +25,9 @@ def python(code: str) -> list[str]:
 def test_a_stuck_one_is_cut_off_at_its_own_deadline_and_the_others_report() -> None:
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     stuck = Process(
-        python("import processes, time\nprocesses.announce(1, 'backward D128')\ntime.sleep(600)"),
+        python(
+            "from measure import processes; import time\nprocesses.announce(1, 'backward D128')\ntime.sleep(600)"
+        ),
         events=events,
     )
     good = Process(python("import time\nprint('first')\ntime.sleep(2)\nprint('last')"), events=events)
@@ -88,7 +92,8 @@ def test_a_word_to_a_process() -> None:
 
 
 def test_what_a_tool_slows_down_is_not_kept_to_what_it_announces() -> None:
-    code = "import processes, time\nprocesses.announce(0.5, 'a call')\ntime.sleep(1.5)\nprint('done')"
+    code = "import time\nfrom measure import processes\n"
+    code += "processes.announce(0.5, 'a call')\ntime.sleep(1.5)\nprint('done')"
     process = Process(python(code), limit=60, heed=False)
     (line, end) = [event for _, event in processes.follow(process)]
     assert line == Line("done")
@@ -110,9 +115,9 @@ def test_leaving_early_stops_all(tmp_path: Path) -> None:
 def test_nothing_in_the_benches_waits_without_a_limit() -> None:
     """Every wait for another process has a timeout, or is one of a person's own commands."""
     own = {"counts.py": 1}  # replaces itself, to set its environment
-    for path in sorted(BENCHMARKS.glob("*.py")):
+    for path in sorted(BENCHMARKS.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         bare = text.count(".wait()") + text.count(".communicate()")
         calls = [part.split("\n\n")[0] for part in text.split("subprocess.run(")[1:]]
         bare += sum("timeout=" not in call[:400] for call in calls)
-        assert bare == own.get(path.name, 0), path.name
+        assert bare == own.get(path.relative_to(BENCHMARKS).as_posix(), 0), path

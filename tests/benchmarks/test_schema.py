@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schema
 import torch
+
+from report import schema
 
 ROW = {
     "provider": "fastattn",

@@ -11,16 +11,12 @@ from cuda_emulation.extension import EmulatedExtension
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 
-import first_run
-import first_run_steps
-import gpu_probes
-import kernel_runs
-from first_run_steps import Scale
-
+from evidence import first_run, first_run_steps, kernel_runs, probes
+from evidence.first_run_steps import Scale
 from fastattn import backends
 
 CPU = torch.device("cpu")
-TINY = Scale(long=140, turns=140, heads=2, launches=2, bytes_rows=20)
+TINY = Scale(long=140, one_pass=140, heads=2, launches=2, bytes_rows=20)
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +37,10 @@ def test_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["softmax", "cross-entropy"])
 def test_probe(name: str) -> None:
-    assert gpu_probes.DIRECTIONS[name].probe(backends.cuda_backend, CPU)
+    assert probes.DIRECTIONS[name].probe(backends.cuda_backend, CPU)
 
 
 @pytest.mark.parametrize("number", [2, 1])
 def test_probe_of_the_backward_at_one_size(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_probes, "HEAD_DIMS", (128,))
-    assert "D128 S200" in gpu_probes.probe_backward(backends.cuda_backend, CPU, number)
+    monkeypatch.setattr(probes, "HEAD_DIMS", (128,))
+    assert "D128 S200" in probes.probe_backward(backends.cuda_backend, CPU, number)

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import first_run
+from evidence import first_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 

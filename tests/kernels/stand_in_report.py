@@ -93,7 +93,7 @@ def rows(columns: int) -> None:
 def held() -> None:
     """The kernel by which a part of the multiprocessors is held."""
     sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    import hold
+    from evidence import hold
 
     flags = torch.zeros(1, dtype=torch.int32)
     hold.hold_kernel[(66,)](flags, flags, hold.MOST_LOOKS, num_warps=hold.WARPS)

@@ -100,7 +100,7 @@ def test_kernels_carried_in_an_archive_are_not_compiled_again(tmp_path: Path) ->
     """Triton lists files by where they lay: in another folder they are found only once the lists are put right."""
     pytest.importorskip("triton")
     sys.path.append(str(REPORT.parents[2] / "benchmarks"))
-    import carried
+    from evidence import carried
 
     def fill(folder: Path) -> dict[str, float]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,0 +1,1 @@
+"""Calls to measure or check: their sizes, options and random inputs."""

@@ -1,0 +1,143 @@
+"""Random calls of `attention`: sizes, dtypes, strides and any mixture of features."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from measure.rounding import terms_of_score_gradients
+
+SEQUENCES = (1, 2, 15, 17, 63, 64, 65, 113, 127, 128, 129, 191, 200, 255, 257, 384, 511, 520, 1000, 1023)
+HEAD_DIMS = (1, 8, 16, 17, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 200, 256)
+CALLS_PER_KIND = 16
+FEWEST = 4  # numbers of a reduced gradient: plain torch's error of fewer is small by chance too often
+
+
+class RandomCall:
+    """A call drawn from a seed: sizes, dtype, strides and any mixture of features.
+
+    Every CALLS_PER_KIND seeds share what kernels are compiled for (dtype, head dims, features) and differ in the rest.
+    """
+
+    def __init__(self, seed: int, device: torch.device, longest: int) -> None:
+        self.draw, self.kind = random.Random(seed), random.Random(seed // CALLS_PER_KIND)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.device = device
+        draw, kind = self.draw, self.kind
+        lengths = [length for length in SEQUENCES if length <= longest]
+        self.kv_heads, group = draw.choice([1, 2, 3]), kind.choice([1, 1, 2, 4])
+        self.batch, self.heads = draw.choice([1, 2, 3]), self.kv_heads * group
+        self.seqlen_q, self.seqlen_k = draw.choice(lengths), draw.choice(lengths)
+        if draw.random() < 0.4:
+            self.seqlen_k = self.seqlen_q
+        self.head_dim = kind.choice(HEAD_DIMS)
+        self.value_dim = self.head_dim if kind.random() < 0.7 else kind.choice(HEAD_DIMS)
+        self.dtype = kind.choice([torch.float16, torch.bfloat16, torch.bfloat16, torch.float32])
+        self.rows_first = draw.random() < 0.5  # (B, S, H, D) in memory
+        self.options = self._options()
+        self.operands = {
+            "query": self._operand(self.heads, self.seqlen_q, self.head_dim),
+            "key": self._operand(self.kv_heads, self.seqlen_k, self.head_dim),
+            "value": self._operand(self.kv_heads, self.seqlen_k, self.value_dim),
+        }
+        self.dout = self._normal(self.batch, self.heads, self.seqlen_q, self.value_dim).to(self.dtype)
+        self.dlse = self._normal(self.batch, self.heads, self.seqlen_q)
+
+    def describe(self) -> str:
+        """The call in a line."""
+        shape = f"B{self.batch} H{self.heads}/{self.kv_heads} S{self.seqlen_q},{self.seqlen_k}"
+        shape += f" D{self.head_dim},{self.value_dim}"
+        layout = "bshd" if self.rows_first else "bhsd"
+        features = {name: _shape(value) for name, value in self.options.items()}
+        return f"{shape} {str(self.dtype)[6:]} {layout} {features}"
+
+    def run(
+        self, attend: Callable[..., Any], dtype: torch.dtype, gradients: bool = True, **extra: Any
+    ) -> dict[str, Tensor]:
+        """out, lse and the gradient of every differentiable input, from upstream gradients of out and lse.
+
+        Without `gradients` no input requires any, so that a backend needs no backward.
+        """
+        leaves = {n: t.detach().to(dtype).requires_grad_(gradients) for n, t in self.operands.items()}
+        options = dict(self.options)
+        for name in {"bias", "alibi_slopes", "sinks"} & options.keys():
+            kept = dtype if dtype == torch.float64 else options[name].dtype
+            options[name] = leaves[name] = options[name].detach().to(kept).requires_grad_(gradients)
+        out, lse = attend(
+            *(leaves[n] for n in ("query", "key", "value")), **options, return_lse=True, **extra
+        )
+        if not gradients:
+            return {"out": out.detach(), "lse": lse.detach()}
+        grads = torch.autograd.grad(
+            (out, lse),
+            tuple(leaves.values()),
+            (self.dout.to(out.dtype), self.dlse.to(lse.dtype)),
+            allow_unused=True,
+        )
+        results = {"out": out.detach(), "lse": lse.detach()}
+        for (name, leaf), grad in zip(leaves.items(), grads):
+            results["d" + name] = torch.zeros_like(leaf) if grad is None else grad
+        return results
+
+    def cancelling_terms(self) -> dict[str, Tensor]:
+        """The terms of dquery and dkey in rows that see one key: its weight is always 1, so they cancel."""
+        from fastattn import reference
+
+        if self.options.get("dropout_p"):  # dropout scales the output, whose rounding then does not cancel
+            return {}
+        query, key, value = (t.double() for t in self.operands.values())
+        _, weights = reference.attention(query, key, value, **self.options, return_weights=True)
+        seen = weights * (weights == 1)
+        dquery, dkey = terms_of_score_gradients(query, key, value, seen, self.dout, self.dlse)
+        return {"dquery": dquery, "dkey": dkey}
+
+    def _options(self) -> dict[str, Any]:
+        draw, kind = self.draw, self.kind
+        options: dict[str, Any] = {"causal": kind.choice([False, True, True, "top_left"])}
+        if kind.random() < 0.3:
+            options["window"] = (draw.choice([0, 5, 40, 130]), kind.choice([0, 70, None]))
+        if kind.random() < 0.25:
+            options["key_lengths"] = self._integers(0, self.seqlen_k + 1, self.batch)
+        if kind.random() < 0.5:  # half of the calls use only what every backend supports
+            return options
+        for name, chance in (("mask", 0.25), ("bias", 0.3)):
+            if kind.random() < chance:
+                shape = [size if draw.random() < 0.6 else 1 for size in self._sizes()]
+                noise = self._normal(*shape)
+                if name == "mask" or noise.numel() >= FEWEST:
+                    options[name] = noise > -1.3 if name == "mask" else noise
+        if kind.random() < 0.3:
+            options["segment_ids"] = tuple(self._integers(-1, 3, self.batch, n) for n in self._sizes()[2:])
+        if kind.random() < 0.25 and self.heads >= FEWEST:
+            options["alibi_slopes"] = self._normal(self.heads).abs()
+        if kind.random() < 0.25:
+            options["softcap"] = 2.0
+        if kind.random() < 0.25 and self.heads >= FEWEST:
+            options["sinks"] = self._normal(self.heads)
+        if kind.random() < 0.25:
+            options |= {"dropout_p": 0.2, "dropout_seed": draw.randrange(1 << 40)}
+        return options
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.seqlen_q, self.seqlen_k
+
+    def _operand(self, heads: int, length: int, dim: int) -> Tensor:
+        if self.rows_first:
+            return self._normal(self.batch, length, heads, dim).transpose(1, 2).to(self.dtype)
+        return self._normal(self.batch, heads, length, dim).to(self.dtype)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def _integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_shape(item) for item in value)
+    return tuple(value.shape) if isinstance(value, Tensor) else value

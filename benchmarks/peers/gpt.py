@@ -1,0 +1,56 @@
+"""One set of random GPT-2 weights in this project's model and in transformers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SMALL: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512}
+SHARED_SIZES = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "embd_pdrop", "resid_pdrop", "attn_pdrop",
+)  # fmt: skip
+
+
+class GPTPair:
+    """The weights, and models made of them on demand."""
+
+    def __init__(self, preset: str, device: torch.device, **changes: Any) -> None:
+        from fastattn.models import GPT, GPTConfig
+
+        self.device = device
+        torch.manual_seed(7)
+        self.config = GPTConfig.preset(preset) if preset else GPTConfig(**SMALL)
+        self.config.eos_token_id = self.config.bos_token_id = None
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+        self.model = GPT(self.config).to(device)
+
+    def make(self, provider: str, dtype: torch.dtype) -> Any:
+        """A new model with the shared weights: ours, or transformers' for "transformers-ATTENTION..."."""
+        family, *rest = provider.split("-")
+        if family == "fastattn":
+            from fastattn.models import GPT
+
+            model = GPT(self.config).to(self.device)
+            model.load_state_dict(self.model.state_dict())
+            model.tie_weights()
+            return model.to(dtype)
+        return self._transformers(rest[0], dtype)
+
+    def _transformers(self, attention: str, dtype: torch.dtype) -> Any:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        from fastattn.models.checkpoint import to_gpt2_names
+
+        sizes = {name: getattr(self.config, name) for name in SHARED_SIZES}
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        config = GPT2Config(**sizes, **tokens, attn_implementation=attention)
+        model = GPT2LMHeadModel(config)
+        model.load_state_dict(to_gpt2_names(self.model.state_dict(), tied=True), strict=False)
+        return model.to(self.device, dtype)
+
+
+def product_weights(model: Any) -> list[torch.Tensor]:
+    """The matrix of every product a token goes through: those of the blocks, and the head's."""
+    return [p for p in model.h.parameters() if p.dim() == 2] + [model.lm_head.weight]
