@@ -67,7 +67,7 @@ class _OneDnnLinear(torch.autograd.Function):
         return torch_compat.onednn_linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *sources = ctx.saved_tensors
         product = (
             _matmul if torch.is_grad_enabled() else torch_compat.product

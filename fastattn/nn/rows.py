@@ -18,7 +18,7 @@ from fastattn import torch_compat
 from fastattn.nn.linear import linear
 
 # Rows of a block whose products have the same bits wherever in the block a row stands; others one by one.
-INVARIANT_ROWS = {torch.float32: 8, torch.bfloat16: 8}
+INVARIANT_ROWS = {torch.float32: 4, torch.bfloat16: 4}
 INT8_LEVELS = 127  # of weights, and of activations on CPUs that sum products of 8 bits without saturation
 SAFE_LEVELS = 63  # of activations on others: two products of 7 and 8 bits fit into 16
 
@@ -79,7 +79,7 @@ class InBlocks:
     """A product in blocks of a fixed number of rows, the last filled with zeros.
 
     A kernel may sum in another order for another number of rows, but not for another place in a block, so that a row's
-    bits do not depend on how many there are: benchmarks/row_bits.py measures which numbers have that property.
+    bits do not depend on how many there are: benchmarks/rows.py measures which numbers have that property.
     """
 
     def __init__(self, product: Rows) -> None:

@@ -104,7 +104,7 @@ def test_both_engines_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_block_gives_a_row_the_same_bits_at_every_place_and_beside_any_other(
     dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    """What benchmarks/row_bits.py measures for the sizes of models, at small ones."""
+    """What benchmarks/rows.py measures for the sizes of models, at small ones."""
     weight, bias = operands(*shape, dtype)
     product = InBlocks(rows_of(weight, bias))
     x = torch.randn(19, shape[1]).to(dtype)
