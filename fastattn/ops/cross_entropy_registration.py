@@ -59,8 +59,8 @@ def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = SoftmaxSpec.of(call.logits)
     chosen = backends.select(spec, backend, "cross_entropy_fwd")
     dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
-    if hasattr(chosen, "cross_entropy_fwd_bwd"):
-        losses, norms, dlogits = chosen.cross_entropy_fwd_bwd(spec, call, dlosses)
+    if hasattr(chosen, "cross_entropy_with_gradient"):
+        losses, norms, dlogits = chosen.cross_entropy_with_gradient(spec, call, dlosses)
     else:
         losses, norms = chosen.cross_entropy_fwd(spec, call)
         dlogits = _cross_entropy_bwd(dlosses.contiguous(), norms, *call_args, backend)
@@ -244,9 +244,9 @@ def _taken(ctx: Any) -> list[Tensor] | None:
 
 def _scaled(made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Gradients times that of the loss, in place: they may be as large as all else of a step."""
-    if torch.compiler.is_compiling() or torch_compat.dispatch_mode_active():
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
         return [(grad * upstream).to(dtype) for grad in made]
-    if upstream.is_cpu and not torch_compat.is_wrapped(upstream) and upstream.item() == 1:
+    if upstream.is_cpu and upstream.item() == 1:
         return [grad.to(dtype) for grad in made]
     return [grad.mul_(upstream).to(dtype) for grad in made]
 

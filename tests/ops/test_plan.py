@@ -134,6 +134,23 @@ CACHED: dict[str, dict[str, Any]] = {
     "slopes": {"alibi_slopes": torch.rand(4)}, "sinks": {"sinks": torch.randn(4)}, "lse": {"return_lse": True},
     "rotary": {"rotary_cos": torch.rand(32, 4), "rotary_sin": torch.rand(32, 4), "rotary_interleaved": True},
 }  # fmt: skip
+TARGET = torch.arange(24) % 8
+
+
+def loss(tensors: list[Tensor], **options: Any) -> Any:
+    return fastattn.cross_entropy(tensors[0].flatten(0, 1).flatten(0, 1)[:24], TARGET, **options)
+
+
+def linear_loss(tensors: list[Tensor], **options: Any) -> Any:
+    hidden, weight = (t.flatten(0, 1).flatten(0, 1) for t in tensors[:2])
+    return fastattn.linear_cross_entropy(hidden[:24], weight[:16], TARGET, **options)
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "mean": {}, "none": {"reduction": "none"}, "sum": {"reduction": "sum"}, "ignored": {"ignore_index": 3},
+    "smoothed": {"label_smoothing": 0.1}, "z": {"z_loss": 0.01},
+}  # fmt: skip
+WEIGHTED = {"class_weight": torch.linspace(0.5, 2, 8)}
 CASES: dict[str, tuple[Call, dict[str, Any]]] = {
     **{f"attention, {name}": (attended, options) for name, options in OPTIONS.items()},
     **{f"varlen, {name}": (packed, OPTIONS[name]) for name in PACKED},
@@ -141,6 +158,10 @@ CASES: dict[str, tuple[Call, dict[str, Any]]] = {
     "varlen, slopes": (packed, {"alibi_slopes": torch.rand(3, 4)}),
     **{f"kv_cache, {name}": (cached, options) for name, options in CACHED.items()},
     **{f"softmax, {name}": (rows, options) for name, options in ROWS.items()},
+    **{f"cross_entropy, {name}": (loss, options) for name, options in LOSSES.items()},
+    "cross_entropy, weighted": (loss, WEIGHTED),
+    **{f"linear_cross_entropy, {name}": (linear_loss, options) for name, options in LOSSES.items()},
+    "linear_cross_entropy, softcap": (linear_loss, {"softcap": 5.0}),
 }
 SHAPES: dict[str, dict[str, int]] = {
     "few keys": {},
@@ -292,6 +313,8 @@ BY_OP: dict[str, tuple[Call, dict[str, Any]]] = {
     "varlen": (packed, {}),
     "kv_cache": (cached, {}),
     "softmax": (rows, {}),
+    "cross_entropy": (loss, {}),
+    "linear_cross_entropy": (linear_loss, {}),
 }
 
 
@@ -461,7 +484,7 @@ def test_values_and_memory_are_looked_at_in_every_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("op", ["attention", "attention, sinks", "varlen", "softmax"])
+@pytest.mark.parametrize("op", [op for op in BY_OP if op != "kv_cache"])
 def test_second_derivatives_and_transforms_are_those_without(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

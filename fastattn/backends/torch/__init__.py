@@ -9,7 +9,7 @@ from fastattn.backends.torch.attention_weights import attention_weights_bwd, att
 from fastattn.backends.torch.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
-    cross_entropy_fwd_bwd,
+    cross_entropy_with_gradient,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "attention_weights_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
-    "cross_entropy_fwd_bwd",
+    "cross_entropy_with_gradient",
     "kv_cache_fwd",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",

@@ -23,7 +23,7 @@ def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor
     return losses, norms
 
 
-def cross_entropy_fwd_bwd(
+def cross_entropy_with_gradient(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, norms) and the gradient for the given one of the losses, written to `out` if given, in one pass.
@@ -163,7 +163,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
     """(losses, norms) without all the logits, and the needed gradients of the sum of losses times `scale`."""
     return linear_cross_entropy.forward(
-        spec, call, needs, cross_entropy_fwd, cross_entropy_bwd, scale, cross_entropy_fwd_bwd
+        spec, call, needs, cross_entropy_fwd, cross_entropy_bwd, scale, cross_entropy_with_gradient
     )
 
 
