@@ -86,13 +86,13 @@ def cross_entropy(
     num_classes = rows.shape[1]
     result_dtype = loss_arguments.loss_dtype(logits)
     _refuse_early(lambda: _passes(rows), (rows, flat, weight))
-    call = (rows, flat, weight)
+    call: Any = (rows, flat, weight)
     fused = not plain.wanted()
     if fused and (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(target, num_classes, ignore_index)
         fused = False
-    settled = (ignore_index, label_smoothing, z_loss, reduction, shape, result_dtype)
+    settled: Any = (ignore_index, label_smoothing, z_loss, reduction, shape, result_dtype)
     result = _losses(*settled, *call, fused=fused)
     if plan.wanted(planned):
         plan.keep(planned, partial(_planned, *settled))
@@ -290,13 +290,13 @@ def linear_cross_entropy(
     _refuse_early(
         lambda: _linear_passes(rows, weight, needs, reduction), (rows, weight, bias, flat, class_weight)
     )
-    call = (rows, weight, bias, flat, class_weight)
+    call: Any = (rows, weight, bias, flat, class_weight)
     fused = not plain.wanted()
     if fused and (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(target, weight.shape[0], ignore_index)
         fused = False
-    settled = (ignore_index, label_smoothing, cap, z_loss, reduction, shape, result_dtype, needs)
+    settled: Any = (ignore_index, label_smoothing, cap, z_loss, reduction, shape, result_dtype, needs)
     result = _linear_losses(*settled, *call, fused=fused)
     if plan.wanted(planned):
         plan.keep(planned, partial(_linear_planned, *settled))
