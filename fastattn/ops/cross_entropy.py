@@ -306,10 +306,10 @@ def _linear_arguments(
         if tensor is not None:
             arguments.check_tensor(name, tensor)
             arguments.check_floating(name, tensor)
-    hidden, weight, bias = (
-        loss_arguments.autocast(hidden),
-        loss_arguments.autocast(weight),
-        None if bias is None else loss_arguments.autocast(bias),
+    hidden = loss_arguments.autocast(hidden)
+    weight, bias = (
+        t if t is None or loss_arguments.stays_wide(t, hidden) else loss_arguments.autocast(t)
+        for t in (weight, bias)
     )
     loss_arguments.check_linear(hidden, weight, bias)
     shape = tuple(hidden.shape[:-1])
