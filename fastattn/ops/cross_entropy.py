@@ -16,6 +16,7 @@ from fastattn.ops.cross_entropy_registration import (
     composed,
     linear_composed,
     linear_spec,
+    makes_gradient,
     reduced,
     run_cross_entropy,
     run_cross_entropy_mean,
@@ -77,7 +78,8 @@ def cross_entropy(
     )
     num_classes = rows.shape[1]
     result_dtype = loss_arguments.loss_dtype(logits)
-    _refuse_early(lambda: _passes(rows), (rows, flat, weight))
+    made = reduction != "none" and makes_gradient(rows)
+    _refuse_early(lambda: _passes(rows, made), (rows, flat, weight))
     divisor = None
     if reduction == "mean":
         weight, divisor = loss_arguments.mean_of(weight, z_loss, flat, ignore_index)
@@ -88,7 +90,7 @@ def cross_entropy(
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(target, num_classes, ignore_index)
         losses = composed(CrossEntropyCall(*call))
-    elif reduction != "none" and _made_in_forward(rows):
+    elif made:
         return run_cross_entropy_mean(*call, divisor, "auto")[0].to(result_dtype)
     else:
         losses, _ = run_cross_entropy(*call, "auto")
@@ -111,7 +113,8 @@ def explain_cross_entropy(
 ) -> backends.Explanation:
     """Which backend `cross_entropy` would use for these arguments, and why not the others.
 
-    Takes the arguments of `cross_entropy`; runs nothing. See `fastattn.explain`.
+    Takes the arguments of `cross_entropy`; runs nothing. `backward` names no backend where the forward pass makes the
+    gradient. See `fastattn.explain`.
     """
     if unknown:
         raise spelling.unexpected(cross_entropy, unknown, "explain_cross_entropy")
@@ -119,7 +122,7 @@ def explain_cross_entropy(
         logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
     )
     check_values(flat, rows.shape[1], ignore_index)
-    return backends.explanation(_passes(rows), "auto")
+    return backends.explanation(_passes(rows, reduction != "none" and makes_gradient(rows)), "auto")
 
 
 def _arguments(
@@ -149,20 +152,12 @@ def _arguments(
     return rows, flat, ignore_index, label_smoothing, weight, z_loss, shape
 
 
-def _passes(rows: Tensor) -> dict[str, SoftmaxSpec]:
-    """Specs of `cross_entropy`'s passes, the backward's too where one may follow."""
+def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:
+    """Specs of `cross_entropy`'s passes, the backward's too where one may follow and has not been `made` already."""
     passes = {"cross_entropy_fwd": SoftmaxSpec.of(rows)}
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if torch.is_grad_enabled() and rows.requires_grad and not made:
         passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
     return passes
-
-
-def _made_in_forward(rows: Tensor) -> bool:
-    """Whether the forward makes the gradient, from exponentials that it has in the cache.
-
-    float16 waits for the gradient of the loss, without whose scale small values underflow.
-    """
-    return rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16
 
 
 def _refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:

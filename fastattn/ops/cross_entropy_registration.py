@@ -59,12 +59,22 @@ def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = SoftmaxSpec.of(call.logits)
     chosen = backends.select(spec, backend, "cross_entropy_fwd")
     dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
-    if hasattr(chosen, "cross_entropy_fwd_bwd"):
-        losses, norms, dlogits = chosen.cross_entropy_fwd_bwd(spec, call, dlosses)
-    else:
-        losses, norms = chosen.cross_entropy_fwd(spec, call)
-        dlogits = _cross_entropy_bwd(dlosses.contiguous(), norms, *call_args, backend)
+    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, call, dlosses)
     return reduced(losses.sum(), divisor), norms, dlogits
+
+
+def makes_gradient(rows: Tensor) -> bool:
+    """Whether the forward of `cross_entropy` makes the gradient of logits (N, V), so that no backward runs.
+
+    float16 waits for the gradient of the loss, without whose scale small values underflow.
+    """
+    if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
+        return False
+    try:
+        chosen = backends.select(SoftmaxSpec.of(rows), "auto", "cross_entropy_fwd")
+    except RuntimeError:  # the call will be refused, by the same reason
+        return False
+    return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
 
 
 def _scale(logits: Tensor, divisor: Tensor | None) -> Tensor:

@@ -10,7 +10,6 @@ from fastattn.backends.torch.attention import (
 from fastattn.backends.torch.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
-    cross_entropy_fwd_bwd,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
@@ -20,6 +19,7 @@ from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
+    "MAKES_GRADIENTS",
     "NAME",
     "attention_bwd",
     "attention_fwd",
@@ -27,7 +27,6 @@ __all__ = [
     "attention_weights_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
-    "cross_entropy_fwd_bwd",
     "kv_cache_fwd",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
@@ -41,6 +40,7 @@ __all__ = [
 ]
 
 NAME = "torch"
+MAKES_GRADIENTS = ("cross_entropy_fwd",)
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
