@@ -302,10 +302,10 @@ def _linear_arguments(
             arguments.check_tensor(name, tensor)
             arguments.check_floating(name, tensor)
     hidden = loss_arguments.autocast(hidden)
-    weight, bias = (
-        t if t is None or loss_arguments.stays_wide(t, hidden) else loss_arguments.autocast(t)
-        for t in (weight, bias)
-    )
+    if not loss_arguments.stays_wide(weight, hidden):
+        weight = loss_arguments.autocast(weight)
+    if bias is not None and not loss_arguments.stays_wide(bias, hidden):
+        bias = loss_arguments.autocast(bias)
     loss_arguments.check_linear(hidden, weight, bias)
     shape = tuple(hidden.shape[:-1])
     target = loss_arguments.checked_targets(target, shape, hidden, "hidden")
