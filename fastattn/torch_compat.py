@@ -62,6 +62,69 @@ def _plain_keys() -> tuple[set[int], set[int]] | None:
 PLAIN_KEYS = _plain_keys()
 
 
+PLAIN_TENSOR_KEYS: set[int] = set() if PLAIN_KEYS is None else PLAIN_KEYS[1]
+
+
+_autocast_anywhere = _find("torch._C._is_any_autocast_enabled")
+_HAS_DUAL_LEVEL = _find("torch.autograd.forward_ad._current_level") is not None
+_PLAIN_THREAD_KEYS: set[int] = set() if PLAIN_KEYS is None else PLAIN_KEYS[0]
+_CAN_TELL_STATE = PLAIN_KEYS is not None and _HAS_DUAL_LEVEL and _autocast_anywhere is not None
+
+
+def only_autograd_watches() -> bool:
+    """Whether a call of plain tensors is seen by autograd alone: no mode, transform, trace or profiler is active, no
+    autocast, and forward-mode AD has given no tensor a tangent.
+
+    Fallback: False.
+    """
+    return state_of_call(()) is not None
+
+
+def state_of_call(tensors: Iterable[Any]) -> list[Any] | None:
+    """What a call of these tensors depends on in torch, values aside: the modes of the thread, and of each tensor its
+    dispatch keys, dtype, shape, strides and whether it requires grad. None unless `only_autograd_watches` and all are
+    plain tensors or None. One frame, since a call of one query notices each.
+
+    Fallback: None.
+    """
+    if (
+        torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
+        or not _CAN_TELL_STATE
+        or _autocast_anywhere()
+        or forward_ad._current_level >= 0
+        or _function_modes()
+        or _profiler_enabled()
+    ):
+        return None
+    of_thread = _keys_of_thread().raw_repr()  # inference mode shows in them
+    if of_thread not in _PLAIN_THREAD_KEYS:
+        return None
+    state = [of_thread, torch.is_grad_enabled()]
+    for tensor in tensors:
+        if tensor is None:
+            state.append(None)
+            continue
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return None
+        keys = _keys_of_tensor(tensor).raw_repr()
+        if keys not in PLAIN_TENSOR_KEYS:
+            return None
+        state += (keys, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad)
+    return state
+
+
+def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without the look for transforms; only where `only_autograd_watches`.
+
+    Fallback: `function.apply`.
+    """
+    if _find("torch._C._FunctionBase.apply") is None:
+        return function.apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
 def can_bypass_dispatcher(args: Iterable[Any]) -> bool:
     """Whether nothing but autograd would notice that an op's kernel is called past the dispatcher: no mode, transform,
     trace or profiler is active, and every tensor is a plain one.
@@ -81,7 +144,7 @@ def can_bypass_dispatcher(args: Iterable[Any]) -> bool:
             continue
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if _keys_of_tensor(arg).raw_repr() not in PLAIN_KEYS[1]:
+            if _keys_of_tensor(arg).raw_repr() not in PLAIN_TENSOR_KEYS:
                 return False
         elif isinstance(arg, Tensor):
             return False
@@ -140,9 +203,6 @@ def dispatch_mode_active() -> bool:
     Fallback: True, and callers take the way that such a mode can follow.
     """
     return _dispatch_modes is None or bool(_dispatch_modes())
-
-
-_HAS_DUAL_LEVEL = _find("torch.autograd.forward_ad._current_level") is not None
 
 
 def dual_level_entered() -> bool:
@@ -204,7 +264,10 @@ def torch_sdpa() -> Callable[..., Tensor]:
     return function
 
 
-_cpu_flash_fwd = _find("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+# torch's Python binding takes a third less time than the op, for a single query half of all
+_cpu_flash_fwd = _find("torch._scaled_dot_product_flash_attention_for_cpu") or _find(
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default"
+)
 _cpu_flash_bwd = _find("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 
 
@@ -214,6 +277,11 @@ def has_cpu_flash_attention(*, backward: bool) -> bool:
     Fallback: False, and attention on a CPU is blockwise softmax in torch operations.
     """
     return _cpu_flash_fwd is not None and (_cpu_flash_bwd is not None or not backward)
+
+
+def cpu_flash_kernel() -> Any:
+    """What `cpu_flash_attention` calls, for those who call it often; only where there is one."""
+    return _cpu_flash_fwd
 
 
 def cpu_flash_attention(
@@ -234,6 +302,20 @@ def cpu_flash_attention_backward(
     result: tuple[Tensor, Tensor, Tensor] = _cpu_flash_bwd(
         dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
+    return result
+
+
+_softmax_gradient_op = _find("torch._softmax_backward_data")
+
+
+def softmax_gradient(dprobs: Tensor, probs: Tensor) -> Tensor:
+    """probs * (dprobs - rowsum(probs * dprobs)), along the last dimension.
+
+    Fallback: the formula in torch operations.
+    """
+    if _softmax_gradient_op is None:
+        return _softmax_gradient(dprobs, probs, -1, log=False)
+    result: Tensor = _softmax_gradient_op(dprobs, probs, -1, probs.dtype)
     return result
 
 

@@ -11,6 +11,16 @@ bias, is a tuple (pointer to its first element, row stride, column stride), with
 import triton
 import triton.language as tl
 
+# The integers of the attention kernels. One variant serves every length and stride, so none of them is specialised on.
+INTEGERS = (
+    *(f"stride_{tensor}{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for dim in "bhsd"),
+    *(f"stride_new_{tensor}{dim}" for tensor in "kv" for dim in "bhs"),
+    *(f"stride_{tensor}_{dim}" for tensor in ("mask", "bias", "dweights") for dim in "bhqk"),
+    *("stride_slopes_b", "stride_split_dk", "stride_split_dv", "stride_table", "stride_cos", "stride_sin"),
+    *("num_heads", "num_kv_heads", "batch_size", "seqlen_q", "seqlen_k", "shift", "left", "right"),
+    *("bias_batch", "bias_heads", "bias_rows", "bias_cols", "keep_threshold", "first_split", "num_splits"),
+    *("num_rows", "new_keys", "capacity", "rotary_positions"),
+)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -279,25 +289,25 @@ def distance(rows, cols, shift):
 
 @triton.jit
 def head_scoring(
-    batch, head, seq_key_end, mask_and_bias, segments, slopes, stride_slopes_b, positions, scale, softcap,
-    VARIANT: tl.constexpr,
-):  # fmt: skip
-    """All that turns q.k of one head into logits, as one tuple for `logits`: what is absent is meaningless there.
+    batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT: tl.constexpr
+):
+    """All that turns q.k of one head into logits, as one tuple for `logits`; what is absent has no meaning there.
 
-    mask_and_bias: (mask, strides, bias, strides); segments: (query_ids, key_ids); positions: (seqlen_q, seqlen_k,
+    score_strides: the four of the mask, the four of the bias and that of the slopes; positions: (seqlen_q, seqlen_k,
     shift, left, right).
     """
-    mask, mask_strides, bias, bias_strides = mask_and_bias
-    query_ids, key_ids = segments
+    mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, slopes_b = score_strides
     seqlen_q, seqlen_k, shift, left, right = positions
     slope = 0.0
     if VARIANT.alibi:
-        slope = tl.load(slopes + batch * stride_slopes_b + head, mask=batch >= 0, other=0.0)
+        slope = tl.load(optional.slopes + batch * slopes_b + head, mask=batch >= 0, other=0.0)
     ids = (0, 0)
     if VARIANT.segments:
-        ids = (query_ids + batch.to(tl.int64) * seqlen_q, key_ids + batch.to(tl.int64) * seqlen_k)
-    head_mask = score_matrix(mask, mask_strides, batch, head)
-    head_bias = score_matrix(bias, bias_strides, batch, head)
+        query_ids = optional.query_ids + batch.to(tl.int64) * seqlen_q
+        key_ids = optional.key_ids + batch.to(tl.int64) * seqlen_k
+        ids = (query_ids, key_ids)
+    head_mask = score_matrix(optional.mask, (mask_b, mask_h, mask_q, mask_k), batch, head)
+    head_bias = score_matrix(optional.bias, (bias_b, bias_h, bias_q, bias_k), batch, head)
     return scale, softcap, slope, head_mask, head_bias, ids, (seqlen_q, seq_key_end, shift, left, right)
 
 

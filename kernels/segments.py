@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from .jit import kernel
+
 NO_ID = tl.constexpr(2**31 - 1)
 
 
@@ -18,7 +20,7 @@ def id_range(ids, index, length, AXIS: tl.constexpr):
     return lowest, highest, tl.min(tl.where(exists, values, NO_ID), AXIS)
 
 
-@triton.jit(do_not_specialize=("seqlen", "other_seqlen"))
+@kernel(("seqlen", "other_seqlen"))
 def segment_blocks_kernel(
     ids, other_ids, blocks, seqlen, other_seqlen,
     BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr, CHUNK: tl.constexpr,

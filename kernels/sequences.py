@@ -12,6 +12,7 @@ Within a sequence the longest tiles come first; ordering sequences by length wou
 import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import program_coordinates
 
 SEARCH = tl.constexpr(256)  # entries of cu_seqlens that a program compares at a time
@@ -100,7 +101,7 @@ def program_tile(
     return tile, head, sequence
 
 
-@triton.jit(do_not_specialize=("batch_size", "num_heads", "num_tokens"))
+@kernel(("batch_size", "num_heads", "num_tokens"))
 def sequence_sums_kernel(
     tiles, cu_seqlens, sums, batch_size, num_heads, num_tokens, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip

@@ -9,6 +9,8 @@ softmax_launches.py. Strides and the number of columns count units of VARIANT.un
 import triton
 import triton.language as tl
 
+from .jit import kernel
+
 SIZES = ("num_outer", "num_mid", "num_inner", "num_columns", "shift")
 STRIDES = tuple(f"stride_{tensor}_{dim}" for tensor in ("x", "mask", "y", "dy", "dx") for dim in "omic")
 INTEGERS = (*SIZES, *STRIDES)
@@ -118,7 +120,7 @@ def mask_pointers(mask, strides, rows):
     return pointers, stride_column
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_fwd_kernel(
     x, mask, y,
     stride_x_o, stride_x_m, stride_x_i, stride_x_c, stride_mask_o, stride_mask_m, stride_mask_i, stride_mask_c,
@@ -147,7 +149,7 @@ def softmax_fwd_kernel(
     store_columns(ys, result, rows, cols, num_columns, VARIANT)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_fwd_long_kernel(
     x, mask, y,
     stride_x_o, stride_x_m, stride_x_i, stride_x_c, stride_mask_o, stride_mask_m, stride_mask_i, stride_mask_c,
@@ -219,7 +221,7 @@ def input_gradient(y, dy, total, scale, VARIANT: tl.constexpr):
     return gradient * scale
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_bwd_kernel(
     y, dy, dx,
     stride_y_o, stride_y_m, stride_y_i, stride_y_c, stride_dy_o, stride_dy_m, stride_dy_i, stride_dy_c,
@@ -243,7 +245,7 @@ def softmax_bwd_kernel(
     store_columns(dxs, gradient, rows, cols, num_columns, VARIANT)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_bwd_long_kernel(
     y, dy, dx,
     stride_y_o, stride_y_m, stride_y_i, stride_y_c, stride_dy_o, stride_dy_m, stride_dy_i, stride_dy_c,

@@ -169,11 +169,8 @@ def select_all(passes: Mapping[str, Spec], name: str) -> None:
 
 def runs_every_pass(name: str) -> bool:
     """Whether no pass of a call can be refused: "auto" and "torch" have them all unless a variable says otherwise."""
-    return (
-        (name == "auto" or name == torch_backend.NAME)
-        and "FASTATTN_BACKEND" not in os.environ
-        and switches.VARIABLE not in os.environ
-    )
+    forced, disabled, _ = switches.environment()
+    return (name == "auto" or name == torch_backend.NAME) and forced is None and disabled is None
 
 
 def check_has(name: str, function: str) -> None:
@@ -238,7 +235,7 @@ def available() -> list[tuple[str, str | None]]:
 
 def resolve(name: str) -> str:
     """The backend that `name` stands for: "auto" is what FASTATTN_BACKEND says, if it says anything."""
-    forced = os.environ.get("FASTATTN_BACKEND", "auto") if name == "auto" else "auto"
+    forced = os.environ.get(switches.BACKEND_VARIABLE, "auto") if name == "auto" else "auto"
     if forced == "auto":
         return name
     if forced not in NAMES:

@@ -267,9 +267,9 @@ def _taken(ctx: Any) -> list[Tensor] | None:
 
 def _scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
     """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be a step's largest."""
-    if torch.compiler.is_compiling() or torch_compat.dispatch_mode_active():
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
         made = [grad * upstream for grad in made]
-    elif not (upstream.is_cpu and not torch_compat.is_wrapped(upstream) and upstream.item() == 1):
+    elif not (upstream.is_cpu and upstream.item() == 1):
         made = [grad.mul_(upstream) for grad in made]
     return [grad if operand is None else grad.to(operand.dtype) for grad, operand in zip(made, operands)]
 

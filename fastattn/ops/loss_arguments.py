@@ -58,7 +58,12 @@ def checked_class_weight(weight: Tensor | None, num_classes: int, like: Tensor, 
         raise ValueError(f"class_weight: got device {weight.device}, needs that of {name}, {like.device}")
     if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError("class_weight: requires grad, which cross-entropy does not give; detach() it")
-    return weight.to(accumulation_dtype(like.dtype)).contiguous()
+    return as_class_weight(weight, like.dtype)
+
+
+def as_class_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Checked class weights in the accumulation dtype of logits of `dtype`, contiguous."""
+    return weight.to(accumulation_dtype(dtype)).contiguous()
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

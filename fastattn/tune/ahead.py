@@ -35,7 +35,7 @@ def specialise(launch: Any, target: Any) -> tuple[Any, Any]:
     backend = make_backend(target)
     kernel = launch.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(**launch.args, **launch.options)
+    bound, specialization, options = binder(*launch.args, **launch.options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
@@ -87,7 +87,7 @@ def predict_launch(launch: Any, name: str, kernel: str, head_dim: int) -> Predic
     shared, limit = binary.metadata.shared, FAMILIES[MODEL_ARCH][1]
     if shared > limit:
         raise ValueError(f"needs {shared} bytes of shared memory, the limit is {limit}")
-    stationary = launch.args["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
+    stationary = launch.arguments["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
     described = Kernel(name, kernel, head_dim, int(getattr(stationary, "value", stationary)), shared)
     return predict_cubin(binary.asm["cubin"], described)
 

@@ -46,7 +46,7 @@ CALLS: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Any]]] = {
         lambda q, k, v: fastattn.cross_entropy(q.flatten(0, 2), TARGET, reduction="none"),
     ),
     "cross_entropy, mean": (
-        "cross_entropy_",  # _fwd, or _mean where gradients are wanted
+        "cross_entropy_",  # _fwd, or _mean where a gradient is wanted
         lambda q, k, v: fastattn.cross_entropy(q.flatten(0, 2), TARGET),
     ),
     "linear_cross_entropy": (
