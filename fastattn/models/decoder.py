@@ -126,7 +126,7 @@ class GPTDecoder:
                 [self._read(ids[i : i + 1, :n], slice(i, i + 1))[-1:] for i, n in enumerate(ends)]
             )
         else:
-            x = self._read(ids, slice(0, batch)).view(batch, seqlen, -1)
+            x = self._read(ids, slice(0, batch)).unflatten(0, (batch, seqlen))
             ends_of = self.lengths.long() - 1
             last = x[:, -1] if lengths is None else x[torch.arange(batch, device=x.device), ends_of]
         return self.head(last.contiguous())
@@ -147,7 +147,7 @@ class GPTDecoder:
         """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
         check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
         self.lengths.fill_(ids.shape[1])
-        return self.head(self._read(ids, slice(0, ids.shape[0]))).view(*ids.shape, -1)
+        return self.head(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
 
     def _read(self, ids: Tensor, rows: slice) -> Tensor:
         """The final hidden states of whole prompts, (B * S, E), whose keys and values go into these rows' caches."""
@@ -183,7 +183,9 @@ class GPTDecoder:
         for layer, block in enumerate(self.blocks):
             attn = block.module.attn
             heads, kv_heads, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
-            qkv = block.qkv(_norm(block.module.ln_1, x)).view(-1, seqlen, heads + 2 * kv_heads, dim)
+            qkv = block.qkv(_norm(block.module.ln_1, x)).view(
+                x.shape[0] // seqlen, seqlen, heads + 2 * kv_heads, dim
+            )
             q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, heads, S, D)
             if attn.q_norm is not None and attn.k_norm is not None:
                 q, k = attn.q_norm(q), attn.k_norm(k)

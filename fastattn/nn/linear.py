@@ -94,19 +94,18 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        _plain(x)  # first, as a trace would take what is asked of sizes for a condition
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.dim() >= 2
+        and x.numel() > 0
+        and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
         and (
             weight.numel() >= ONEDNN_MIN_WEIGHTS
             or x.numel() * weight.shape[0] >= torch_compat.ONEDNN_MIN_PRODUCTS
         )
-        and x.dim() >= 2
-        and x.numel() > 0
-        and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
-        and type(weight) in (Tensor, nn.Parameter)
-        and _plain(x)
         and not torch_compat.transforms_active((x, weight))
         and not (torch.is_grad_enabled() and torch_compat.dual_level_entered())
     )
@@ -115,9 +114,9 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 def _plain(x: Tensor) -> bool:
     """Whether nothing but autograd sees the calls on a tensor."""
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and type(x) is Tensor
         and not torch_compat.dispatch_mode_active()  # FlopCounterMode and its like know F.linear only
         and not torch.is_autocast_enabled("cpu")
     )

@@ -98,7 +98,7 @@ class InBlocks:
 
 def by_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """An elementwise function of one row at a time: whole vectors and what is left over may be rounded differently."""
-    return lambda x: torch.stack([function(row) for row in x])
+    return lambda x: torch.stack([function(row) for row in x]) if len(x) else function(x)
 
 
 def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:

@@ -17,6 +17,7 @@ from fastattn.ops.cross_entropy_registration import (
     composed,
     linear_composed,
     linear_spec,
+    makes_gradient,
     reduced,
     run_cross_entropy,
     run_cross_entropy_mean,
@@ -85,7 +86,8 @@ def cross_entropy(
     )
     num_classes = rows.shape[1]
     result_dtype = loss_arguments.loss_dtype(logits)
-    _refuse_early(lambda: _passes(rows), (rows, flat, weight))
+    made = reduction != "none" and makes_gradient(rows)
+    _refuse_early(lambda: _passes(rows, made), (rows, flat, weight))
     call: Any = (rows, flat, weight)
     fused = not plain.wanted()
     if fused and (transform := composite.transform_in_use(call)) is not None:
@@ -110,7 +112,7 @@ def _losses(
     call = (rows, target, ignore_index, label_smoothing, weight, z_loss)
     if not fused:
         losses = composed(CrossEntropyCall(*call))
-    elif reduction != "none" and _made_in_forward(rows):
+    elif reduction != "none" and makes_gradient(rows):
         return cast(Tensor, run_cross_entropy_mean(*call, divisor, "auto")[0].to(dtype))
     else:
         losses, _ = run_cross_entropy(*call, "auto")
@@ -150,7 +152,8 @@ def explain_cross_entropy(
 ) -> backends.Explanation:
     """Which backend `cross_entropy` would use for these arguments, and why not the others.
 
-    Takes the arguments of `cross_entropy`; runs nothing. See `fastattn.explain`.
+    Takes the arguments of `cross_entropy`; runs nothing. `backward` names no backend where the forward pass makes the
+    gradient. See `fastattn.explain`.
     """
     if unknown:
         raise spelling.unexpected(cross_entropy, unknown, "explain_cross_entropy")
@@ -158,7 +161,7 @@ def explain_cross_entropy(
         logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
     )
     check_values(flat, rows.shape[1], ignore_index)
-    return backends.explanation(_passes(rows), "auto")
+    return backends.explanation(_passes(rows, reduction != "none" and makes_gradient(rows)), "auto")
 
 
 def _arguments(
@@ -195,20 +198,12 @@ def _rows_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return rows, target.long().reshape(-1)
 
 
-def _passes(rows: Tensor) -> dict[str, SoftmaxSpec]:
-    """Specs of `cross_entropy`'s passes, the backward's too where one may follow."""
+def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:
+    """Specs of `cross_entropy`'s passes, the backward's too where one may follow and has not been `made` already."""
     passes = {"cross_entropy_fwd": SoftmaxSpec.of(rows)}
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if torch.is_grad_enabled() and rows.requires_grad and not made:
         passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
     return passes
-
-
-def _made_in_forward(rows: Tensor) -> bool:
-    """Whether the forward makes the gradient, from exponentials that it has in the cache.
-
-    float16 waits for the gradient of the loss, without whose scale small values underflow.
-    """
-    return rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16
 
 
 def _refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
@@ -384,11 +379,11 @@ def _linear_arguments(
         if tensor is not None:
             arguments.check_tensor(name, tensor)
             arguments.check_floating(name, tensor)
-    hidden, weight, bias = (
-        loss_arguments.autocast(hidden),
-        loss_arguments.autocast(weight),
-        None if bias is None else loss_arguments.autocast(bias),
-    )
+    hidden = loss_arguments.autocast(hidden)
+    if not loss_arguments.stays_wide(weight, hidden):
+        weight = loss_arguments.autocast(weight)
+    if bias is not None and not loss_arguments.stays_wide(bias, hidden):
+        bias = loss_arguments.autocast(bias)
     loss_arguments.check_linear(hidden, weight, bias)
     shape = tuple(hidden.shape[:-1])
     target = loss_arguments.checked_targets(target, shape, hidden, "hidden")

@@ -9,7 +9,6 @@ from fastattn.backends.torch.attention_weights import attention_weights_bwd, att
 from fastattn.backends.torch.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
-    cross_entropy_with_gradient,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
@@ -20,6 +19,7 @@ from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
+    "MAKES_GRADIENTS",
     "NAME",
     "attention_bwd",
     "attention_bwd_plan",
@@ -29,7 +29,6 @@ __all__ = [
     "attention_weights_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
-    "cross_entropy_with_gradient",
     "kv_cache_fwd",
     "kv_cache_fwd_plan",
     "linear_cross_entropy_bwd",
@@ -44,6 +43,7 @@ __all__ = [
 ]
 
 NAME = "torch"
+MAKES_GRADIENTS = ("cross_entropy_fwd",)
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
