@@ -4,6 +4,8 @@ A backend is a module with
     NAME                                what users call it
     why_not(spec) -> str | None         why it cannot run this spec
     why_not_auto(spec) -> str | None    why "auto" should not choose it although it can run (optional)
+    MAKES_GRADIENTS                     names of forwards that take a gradient of their results and also return those of
+                                        their inputs (optional; the gradients of linear_cross_entropy are everyone's)
     tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional; <op>_tiles for
                                         other ops than attention)
 and, per op, functions of (spec, call, ...) named <op>_fwd and <op>_bwd. All return the same residuals, so the forward
@@ -167,11 +169,8 @@ def select_all(passes: Mapping[str, Spec], name: str) -> None:
 
 def runs_every_pass(name: str) -> bool:
     """Whether no pass of a call can be refused: "auto" and "torch" run all, unless an environment variable is set."""
-    return (
-        (name == "auto" or name == torch_backend.NAME)
-        and "FASTATTN_BACKEND" not in os.environ
-        and switches.VARIABLE not in os.environ
-    )
+    forced, disabled, _ = switches.environment()
+    return (name == "auto" or name == torch_backend.NAME) and forced is None and disabled is None
 
 
 def check_has(name: str, function: str) -> None:
@@ -236,7 +235,7 @@ def available() -> list[tuple[str, str | None]]:
 
 def resolve(name: str) -> str:
     """The backend that `name` means: for "auto", the value of FASTATTN_BACKEND where that is set."""
-    forced = os.environ.get("FASTATTN_BACKEND", "auto") if name == "auto" else "auto"
+    forced = os.environ.get(switches.BACKEND_VARIABLE, "auto") if name == "auto" else "auto"
     if forced == "auto":
         return name
     if forced not in NAMES:

@@ -16,6 +16,7 @@ from fastattn.console import InputError, Output
 from fastattn.kernels import tuned
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.tuned import KERNELS, Machine, Winner
+from fastattn.ops import plan as call_plans
 from fastattn.spec import MAX_HEAD_DIM
 from fastattn.tune import plan
 from fastattn.tune.plan import Candidate, Work
@@ -243,6 +244,7 @@ def forget_lookups() -> None:
     """Clear this process's cached look-ups, so that it reads the stored winners."""
     tuned.winners_here.cache_clear()
     tuned.tiles_for.cache_clear()
+    call_plans.clear()
 
 
 def _show(done: Sequence[Report], total: int, machine: Machine, output: Output) -> None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn.backends.torch import attention as backend
+from fastattn.backends.torch import fused, parts
 from fastattn.ops.arguments import call_arguments
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 from numerics import assert_each_within_rule, assert_within_rule, plain_in_any_order
@@ -63,10 +64,12 @@ def test_float64_agrees_to_rounding(case: Case) -> None:
     ],
 )
 def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for constant in ("FUSED_SHARE_BYTES", "FUSED_DENSE_ELEMENTS"):
-        monkeypatch.setattr(backend, constant, 1)
+    monkeypatch.setattr(fused, "FUSED_SHARE_BYTES", 1)
+    monkeypatch.setattr(parts, "FUSED_DENSE_ELEMENTS", 1)
     for constant in ("FUSED_ROW_BLOCK", "FUSED_DENSE_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
-        monkeypatch.setattr(backend, constant, rows)
+        monkeypatch.setattr(parts, constant, rows)
+    for constant in ("ROW_BLOCK", "COL_BLOCK"):
+        monkeypatch.setattr(fused, constant, rows)
     case = next(case for case in CASES if case.name == name)
     check(case, torch.float32, backend="torch", samples=SAMPLES)
     check(case, torch.float32, ("out",), backend="torch", samples=SAMPLES)
