@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from cases.overhead import BUDGET, cases_for
 from measure import command, counts
 
@@ -20,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help. Always on one thread: starting others would be measured too."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--calls"]:
-        for name, found in counts.python_calls_by_case().items():
-            print(f"{found['calls']:6} {name}")
+        cpu = torch.device("cpu")
+        for case in cases_for(cpu):
+            print(f"{counts.python_calls(case.open(cpu).step('fastattn')):6} {case.name}")
         return 0
     argv += ["--threads", "1"]
     return command.main("overhead", Path(__file__).resolve(), cases_for, {}, argv, BUDGET)

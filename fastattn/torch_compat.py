@@ -126,7 +126,7 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any
 
 
 def can_bypass_dispatcher(args: Iterable[Any]) -> bool:
-    """Whether nothing but autograd would notice that an op's kernel is called past the dispatcher: no mode, transform,
+    """Whether only autograd would notice that an op's kernel is called without the dispatcher: no mode, transform,
     trace or profiler is active, and every tensor is a plain one.
 
     Fallback: False, and the call goes through the dispatcher.
@@ -181,7 +181,7 @@ def transforms_active(tensors: Iterable[Any]) -> bool:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a torch.func transform has wrapped a tensor, so that its values are not plain ones.
 
-    Fallback: whether it is strided but has no storage, as such tensors are; not told in compiled code.
+    Fallback: whether it is strided but has no storage, as wrapped tensors are; not detected in compiled code.
     """
     if _is_wrapped is not None:
         return bool(_is_wrapped(tensor))
@@ -200,7 +200,7 @@ _dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
 def dispatch_mode_active() -> bool:
     """Whether a mode such as FakeTensorMode or FlopCounterMode sees every call.
 
-    Fallback: True, and callers take the way that such a mode can follow.
+    Fallback: True, and callers take the path that such a mode can record.
     """
     return _dispatch_modes is None or bool(_dispatch_modes())
 
@@ -245,7 +245,7 @@ _FakeTensor = _find("torch._subclasses.fake_tensor.FakeTensor")
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no values.
 
-    Fallback: whether it is of any subclass; its values are then not read.
+    Fallback: whether it is of a subclass; its values are then not read.
     """
     if _FakeTensor is not None:
         return isinstance(tensor, _FakeTensor)
@@ -258,7 +258,7 @@ _sdpa: Any = _find("torch._C._nn.scaled_dot_product_attention") or F.scaled_dot_
 def torch_sdpa() -> Callable[..., Tensor]:
     """torch's own scaled_dot_product_attention, even if torch.nn.functional's was replaced.
 
-    Fallback: what stood there when fastattn was imported.
+    Fallback: the function in torch.nn.functional when fastattn was imported.
     """
     function: Callable[..., Tensor] = _sdpa
     return function
@@ -326,7 +326,7 @@ _log_softmax = _find("torch.ops.aten._log_softmax")
 def softmax(out: Tensor, x: Tensor, dim: int, *, log: bool) -> None:
     """Write softmax, or its logarithm, to `out`; without a copy where that is contiguous.
 
-    Fallback: torch.softmax and torch.log_softmax, which the dispatcher sees as one operator more.
+    Fallback: torch.softmax and torch.log_softmax, one more operator for the dispatcher.
     """
     kernel = _log_softmax if log else _softmax
     function: Any = torch.log_softmax if log else torch.softmax
@@ -553,9 +553,9 @@ _HAS_VERSION = _find("torch.Tensor._version") is not None
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been changed in place.
+    """The number of in-place changes of a tensor.
 
-    Fallback: None, and nothing that was found in its values is kept for the next call.
+    Fallback: None, and nothing derived from its values is cached for the next call.
     """
     return tensor._version if _HAS_VERSION else None
 
@@ -567,9 +567,9 @@ _flash_backward_op = _find("torch.ops.aten._scaled_dot_product_flash_attention_b
 def override_flash_attention(
     dispatch_key: str, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> torch.library.Library:
-    """Put functions in the place of torch's flash-attention ops on a dispatch key, until the result is released.
+    """Override torch's flash-attention ops on a dispatch key with these functions, until the result is released.
 
-    Fallback: a RuntimeError, since there is nothing to put them in the place of.
+    Fallback: a RuntimeError, since there is nothing to override.
     """
     if _flash_op is None or _flash_backward_op is None:
         raise RuntimeError(f"torch {torch.__version__} has no flash-attention ops that fastattn knows")

@@ -50,22 +50,38 @@ def measure() -> Counts:
                 "tiles visited": {name: _tiles_visited(options) for name, options in _masks(2048).items()},
                 "models": _models(),
                 "triton launches": {name: launches(call) for name, call in _triton_calls().items()},
-                "python calls": python_calls_by_case(),
+                "python calls": {
+                    name: {"calls": python_calls(call)} for name, call in _python_calls().items()
+                },
                 "triton products": {n: _products_executed(o) for n, o in _masks(SMALL_LENGTH).items()},
             }
     finally:
         torch.set_num_threads(before)
 
 
-def python_calls_by_case() -> Counts:
-    """Functions of fastattn that each case of bench_overhead calls on a CPU, once its plan is made."""
-    from cases import overhead
+def _python_calls() -> dict[str, Call]:
+    """A small call of each op, forward and with its gradients."""
+    import fastattn
 
-    found = {}
-    for case in overhead.cases_for(torch.device("cpu")):
-        step = case.open(torch.device("cpu")).step("fastattn")
-        found[case.name] = {"calls": python_calls(step)}
-    return found
+    q, k, v = (_normal(1, 2, 16, 16) for _ in range(3))
+    packed_q, packed_k, packed_v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    edges, target = torch.tensor([0, 8, 16], dtype=torch.int32), torch.arange(16)
+    new, lengths = _normal(1, 2, 1, 16), torch.tensor([15], dtype=torch.int32)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    rows, weight = _normal(16, 32), _normal(64, 32)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    leaf = rows.clone().requires_grad_()
+    return {
+        "attention": lambda: fastattn.attention(q, k, v, causal=True),
+        "attention, gradients": lambda: fastattn.attention(*leaves, causal=True).sum().backward(),
+        "attention, mask": lambda: fastattn.attention(q, k, v, mask=mask),
+        "varlen": lambda: fastattn.attention_varlen(packed_q, packed_k, packed_v, edges, edges),
+        "kv_cache": lambda: fastattn.attention_kv_cache(new, k, v, lengths, key=new, value=new),
+        "softmax": lambda: fastattn.softmax(rows),
+        "softmax, gradients": lambda: fastattn.softmax(leaf).backward(rows),
+        "cross_entropy": lambda: fastattn.cross_entropy(rows, target),
+        "linear_cross_entropy": lambda: fastattn.linear_cross_entropy(rows, weight, target),
+    }
 
 
 def python_calls(call: Call) -> int:

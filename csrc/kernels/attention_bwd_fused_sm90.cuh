@@ -1,11 +1,11 @@
-// Attention backward for Hopper in one pass: a tile of keys per block, which adds to the gradient of every query it
-// sees.
+// Attention backward for Hopper in one pass: one tile of keys per block, which adds to the gradient of every query that
+// sees it.
 //
-// What attention_bwd_dkdv_sm90.cuh does, and dq += ds k beside: five products where two passes take seven. dq is summed
-// in float in global memory, by one block after another: for each block of queries the tiles of keys add in the
-// order of their head, the last one first or the first one, so that the sum has the same bits every time. Blocks draw
-// the tiles of a head in that order, by a ticket: those that one waits for belong to blocks that have started,
-// whichever those are.
+// As attention_bwd_dkdv_sm90.cuh, and dq += ds k: five products where two passes take seven. dq is summed in float in
+// global memory. At each block of queries the tiles of keys add in the order of their head, from the last to the first
+// or from the first to the last, so that the sum has the same bits every time. Blocks take the tiles of a head in that
+// order from a counter: the tiles that one waits for belong to blocks that have started, in whatever order blocks
+// start.
 #pragma once
 
 #include "attention_bwd_fused_common.cuh"
@@ -13,9 +13,9 @@
 
 namespace fastattn {
 
-// The sums over all queries for the 64 keys of a warpgroup, and its half of the columns of what these keys add to dq,
-// passed on block by block. Nothing overlaps within a warpgroup: the next scores beside dq would not fit the
-// registers.
+// Accumulates dk and dv of a warpgroup's 64 keys over all queries, and computes its half of the columns of their
+// contribution to dq, passed on block by block. Nothing overlaps within a warpgroup: the registers do not hold the next
+// scores together with dq.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params, const KeyTile& tile,
                                            const BlockRange& blocks, const BlockWalk& walk,
@@ -31,7 +31,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
   auto& queries = shared.barriers->queries;
   const int steps = (blocks.end - blocks.begin) * (params.call.num_heads / params.call.num_kv_heads);
 
-  // Only products write these: anything else that did would have to wait for those still in flight.
+  // Written by wgmma only: any other write would have to wait for the products in flight.
   float scores[kBlockM / 2];
   float dp[kBlockM / 2];
   typename Pipeline<Shape::kStages>::State state;
@@ -81,7 +81,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
     multiply_add<T, kBlockM>(dk, ds_operand, shared.queries(state.stage));
     wgmma_commit();
 
-    // Both warpgroups have written their keys' part of this tile, and read the other one, of the step before.
+    // Both warpgroups have written their keys' part of this tile, and have read the previous step's.
     named_barrier_sync(kDsWritten, kConsumerThreads);
     float dq[Shape::kDqColumns / 2];
     wgmma_fence();
@@ -146,7 +146,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   }
 }
 
-// The last pass: warpgroups that share a block of queries, and the columns of each.
+// The last pass: warpgroups that share a block of queries, and the columns of each of them.
 template <class Shape>
 constexpr int kFinishWarpgroups = Shape::kHeadDim > kPanelColumns ? 2 : 1;
 template <class Shape>

@@ -89,25 +89,6 @@ struct ForwardShared {
   FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
 };
 
-// The tile of the block of this rank for a tile number of the schedule. In clusters a batch head is a key head, and a
-// number stands for kCluster consecutive tiles of its query heads. Where their count is not a multiple of kCluster, the
-// last tiles begin past the last query: their blocks take part in the loads and store nothing.
-template <class Shape>
-FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number,
-                                          int rank = 0) {
-  const Tile place = tile_at(schedule, number, TileOrder::kEven);
-  if constexpr (Shape::kCluster == 1) {
-    return query_tile<Shape::kBlockM>(params, place.query_block, place.batch_head);
-  } else {
-    const int head_blocks = (params.seqlen_q + Shape::kBlockM - 1) / Shape::kBlockM;
-    const int group_size = params.num_heads / params.num_kv_heads;
-    const int block = place.query_block * Shape::kCluster + rank;
-    const int head = block / head_blocks < group_size ? block / head_blocks : group_size - 1;
-    return {sequence_of(params, place.batch_head / params.num_kv_heads),
-            place.batch_head % params.num_kv_heads * group_size + head, (block - head * head_blocks) * Shape::kBlockM};
-  }
-}
-
 // The blocks of keys that a tile sees. In clusters these are all of them, as the blocks of a cluster load them
 // together.
 template <class Shape>
@@ -115,6 +96,29 @@ FASTATTN_DEVICE BlockRange forward_key_blocks(const Visibility& seen, int first_
   const int keys = seen.num_keys;
   if constexpr (Shape::kCluster > 1) return block_range<Shape::kBlockN>(0, keys, 0, keys);
   return key_blocks<Shape::kBlockM, Shape::kBlockN>(seen, first_query);
+}
+
+// The tile of the block of this rank for a tile number of the schedule. In clusters a batch head is a key head, and a
+// number stands for kCluster consecutive tiles of its query heads. Where their count is not a multiple of kCluster, the
+// last tiles begin past the last query: their blocks take part in the loads and store nothing.
+template <class Shape>
+FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number,
+                                          int rank = 0) {
+  if constexpr (Shape::kCluster == 1) {
+    const Tile place = tile_with_edges_last(schedule, number, [&](int block) {
+      const BlockRange keys = forward_key_blocks<Shape>(sequence_of(params, 0).seen, block * Shape::kBlockM);
+      return keys.end - keys.begin;
+    });
+    return query_tile<Shape::kBlockM>(params, place.query_block, place.batch_head);
+  } else {
+    const Tile place = tile_at(schedule, number, TileOrder::kEven);
+    const int head_blocks = (params.seqlen_q + Shape::kBlockM - 1) / Shape::kBlockM;
+    const int group_size = params.num_heads / params.num_kv_heads;
+    const int block = place.query_block * Shape::kCluster + rank;
+    const int head = block / head_blocks < group_size ? block / head_blocks : group_size - 1;
+    return {sequence_of(params, place.batch_head / params.num_kv_heads),
+            place.batch_head % params.num_kv_heads * group_size + head, (block - head * head_blocks) * Shape::kBlockM};
+  }
 }
 
 }  // namespace fastattn

@@ -32,6 +32,18 @@ CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, 
                          kWarpgroupRows);
 }
 
+// Marks the blocks of `rows` queries at whose edge a window ends, where every sequence has them at the same places.
+inline TileSchedule with_edges(TileSchedule schedule, const AttentionParams& p, int rows) {
+  if (p.cu_seqlens_q != nullptr || p.key_lengths != nullptr || p.total_q != p.total_k) return schedule;
+  if (p.window_left == kUnbounded || p.window_right == kUnbounded) return schedule;
+  const int first_edge = static_cast<int>(rounds(p.window_left, rows));
+  const int last_edge = static_cast<int>(rounds(p.window_right, rows));
+  if (first_edge + last_edge >= schedule.query_blocks) return schedule;
+  schedule.first_edge = first_edge;
+  schedule.last_edge = last_edge;
+  return schedule;
+}
+
 template <class Shape>
 TileSchedule forward_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_q != nullptr;
@@ -44,7 +56,9 @@ TileSchedule forward_schedule(const AttentionParams& p) {
     const int64_t numbers = rounds(group_size * query_blocks, Shape::kCluster);
     return with_even_sections(schedule_tiles(batch_heads / group_size, numbers, 1, kv_bytes), 1);
   }
-  return with_even_sections(schedule_tiles(batch_heads, query_blocks, group_size, kv_bytes), group_size);
+  const TileSchedule schedule =
+      with_even_sections(schedule_tiles(batch_heads, query_blocks, group_size, kv_bytes), group_size);
+  return with_edges(schedule, p, Shape::kBlockM);
 }
 
 template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap, int kCluster = 1>

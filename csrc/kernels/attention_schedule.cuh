@@ -14,6 +14,9 @@ struct TileSchedule {
   int query_blocks;             // per batch head
   int batch_heads;              // B * H, packed H
   int batch_heads_per_section;  // a multiple of the query heads per key head, so that these run together
+  // Blocks at a batch head's beginning and end that a window leaves shorter than the others: see tile_with_edges_last.
+  int first_edge;
+  int last_edge;
 };
 
 struct Tile {
@@ -28,12 +31,16 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 inline TileSchedule schedule_tiles(int64_t batch_heads, int64_t query_blocks, int group_size, int64_t kv_bytes) {
   constexpr int64_t kMostTiles = int64_t{1} << 30;
   if (batch_heads > kMostTiles || query_blocks > kMostTiles || batch_heads * query_blocks > kMostTiles) {
-    return {-1, 0, 0, 0};
+    return {-1, 0, 0, 0, 0, 0};
   }
   const int64_t kv_heads = kv_bytes < kSectionBytes ? kSectionBytes / (kv_bytes > 0 ? kv_bytes : 1) : 1;
   const int64_t section = kv_heads < batch_heads / group_size ? kv_heads * group_size : batch_heads;
-  return {static_cast<int>(batch_heads * query_blocks), static_cast<int>(query_blocks), static_cast<int>(batch_heads),
-          static_cast<int>(section)};
+  return {static_cast<int>(batch_heads * query_blocks),
+          static_cast<int>(query_blocks),
+          static_cast<int>(batch_heads),
+          static_cast<int>(section),
+          0,
+          0};
 }
 
 // The schedule with sections of about as many batch heads each, a remainder of up to a quarter of a section spread over
@@ -89,6 +96,30 @@ FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number, TileOrder
   const int block = within / batch_heads;
   const bool first_block_first = order == TileOrder::kEven && batch_heads_left > schedule.batch_heads_per_section;
   return {first_block_first ? block : schedule.query_blocks - 1 - block, first_batch_head + within % batch_heads};
+}
+
+// As tile_at in the order kEven, but the blocks at the edges of a window come behind those of all batch heads between
+// them, the longest first: the others are about equal, so that only these can even out the end of a call.
+// `length_of(block)` compares a block of one edge with that of the other.
+template <class Length>
+FASTATTN_DEVICE Tile tile_with_edges_last(const TileSchedule& schedule, int number, Length length_of) {
+  const int first_edge = schedule.first_edge;
+  const int last_edge = schedule.last_edge;
+  TileSchedule between = schedule;
+  between.query_blocks -= first_edge + last_edge;
+  const int within = number - between.query_blocks * schedule.batch_heads;
+  if (within < 0) {
+    const Tile tile = tile_at(between, number, TileOrder::kEven);
+    return {first_edge + tile.query_block, tile.batch_head};
+  }
+  const int turn = within / schedule.batch_heads;  // pairs of one block of each edge, as long as both have blocks
+  const int both = 2 * (first_edge < last_edge ? first_edge : last_edge);
+  const int inward = turn < both ? turn / 2 : turn - both / 2;
+  const int first = first_edge - 1 - inward;
+  const int last = schedule.query_blocks - last_edge + inward;
+  const bool takes_first =
+      turn < both ? (length_of(first) > length_of(last)) == (turn % 2 == 0) : first_edge > last_edge;
+  return {takes_first ? first : last, within % schedule.batch_heads};
 }
 
 #endif  // device code

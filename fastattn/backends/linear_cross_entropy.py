@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's outputs, a few tokens at a time: the loop around any backend's cross-entropy.
 
-Every chunk's logits are made, used and overwritten by their gradient; what stays is of the size of the operands.
+Each chunk's logits are computed, used and overwritten by their gradient: memory is of the size of the operands.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
-CHUNK_LOGITS = {"cpu": 2**23}  # logits made at once: enough tokens for a matrix product to run at its best
+CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
 OTHER_CHUNK_LOGITS = 2**27
 WEIGHT_ROWS = 1024  # rows of the weight's gradient that a CPU makes at once
-MIN_CHUNKS = 4  # however few the logits, never more than a quarter of them at once
+MIN_CHUNKS = 4  # and at most a quarter of all logits
 
 Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
 Backward = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor, Tensor | None], Tensor]
@@ -92,14 +92,14 @@ def backward(
 
 
 def chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
-    """The tokens whose logits are made at once."""
+    """The tokens of each chunk."""
     fit = CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
     step = max(1, min(fit, -(-tokens // MIN_CHUNKS)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
 class _Grads:
-    """The gradients while chunks are added to them."""
+    """Accumulators of the gradients over chunks."""
 
     def __init__(self, call: LinearCrossEntropyCall, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias = needs
@@ -149,7 +149,7 @@ def _sizes(call: LinearCrossEntropyCall) -> tuple[int, int]:
 
 
 def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
-    """The cross-entropy of some tokens, their logits made."""
+    """The cross-entropy call of a chunk of tokens, with its logits."""
     hidden = _hidden(call, rows)
     if call.bias is None:
         logits = torch_compat.product(hidden, call.weight)
@@ -163,7 +163,7 @@ def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
 
 
 def _hidden(call: LinearCrossEntropyCall, rows: slice) -> Tensor:
-    """Some rows of hidden; ignored ones, which may hold anything, as zeros."""
+    """The rows of hidden of a chunk, with zeros in ignored rows, which may be NaN."""
     hidden = call.hidden[rows]
     if call.hidden.device.type == "cpu":  # they have been left out already
         return hidden

@@ -1,4 +1,4 @@
-"""FASTATTN_DISABLE: parts of backends that are not to run here, such as a kernel that a machine's own check refused.
+"""FASTATTN_DISABLE: parts of backends that must not run, such as a kernel that failed this machine's checks.
 
 A list of `backend.part` separated by commas, a part being an op as backends name them ("attention_bwd") or a way to
 run one that a backend chooses itself ("one_pass", "clusters"); a backend's name alone is all of it.
@@ -28,7 +28,7 @@ PARTS = ("one_pass", "clusters", *(f"{op}_{direction}" for op in OPS for directi
 
 
 def switched_off(backend: str, part: str) -> str | None:
-    """Why a part of a backend does not run, or None; ValueError for a variable that names nothing."""
+    """Why a part of a backend is switched off, or None; ValueError where the variable names an unknown part."""
     text = os.environ.get(VARIABLE, "")
     if not text:
         return None

@@ -103,7 +103,7 @@ def cross_entropy(
 
 def _losses(
     ignore_index: int, label_smoothing: float, z_loss: float, reduction: str, shape: tuple[int, ...],
-    dtype: torch.dtype, rows: Tensor, target: Tensor, weight: Tensor | None, fused: bool = True,
+    dtype: torch.dtype, rows: Tensor, target: Tensor, weight: Tensor | None, *, fused: bool = True,
 ) -> Tensor:  # fmt: skip
     """The result of `cross_entropy` once everything is checked; not fused, in differentiable torch operations."""
     divisor = None
@@ -125,7 +125,8 @@ def _planned(*args: Any) -> Tensor:
     rows, target = _rows_of(logits, target)
     if class_weight is not None:
         class_weight = loss_arguments.as_class_weight(class_weight, logits.dtype)
-    return _losses(*settled, rows, target, class_weight)
+    settled += [rows, target, class_weight]
+    return _losses(*settled)
 
 
 def _finished(
@@ -301,7 +302,7 @@ def linear_cross_entropy(
 def _linear_losses(
     ignore_index: int, label_smoothing: float, softcap: float, z_loss: float, reduction: str, shape: tuple[int, ...],
     dtype: torch.dtype, needs: list[bool], rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, fused: bool = True,
+    class_weight: Tensor | None, *, fused: bool = True,
 ) -> Tensor:  # fmt: skip
     """The result of `linear_cross_entropy` once everything is checked; not fused, in differentiable torch
     operations."""
@@ -327,7 +328,8 @@ def _linear_planned(*args: Any) -> Tensor:
     if class_weight is not None:
         class_weight = loss_arguments.as_class_weight(class_weight, hidden.dtype)
     rows = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
-    return _linear_losses(*settled, rows, weight, bias, target.long().flatten(), class_weight)
+    settled += [rows, weight, bias, target.long().flatten(), class_weight]
+    return _linear_losses(*settled)
 
 
 @spelling.without_unknown

@@ -1,4 +1,4 @@
-"""Compiles the Triton attention kernels ahead of time, without a GPU, and asks the cycle model about them."""
+"""Compiles the Triton attention kernels ahead of time, without a GPU, for the cycle model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattn.tune.plan import Work
 
 MODELLED = ("forward", "dkdv", "dq")  # the kernels whose loops the model knows
 MODEL_ARCH = 90  # the architecture that it models
-SMALL = Shape(1, 2, 2, 16, 16)  # lengths are no constants of a kernel: the smallest do
+SMALL = Shape(1, 2, 2, 16, 16)  # kernels are not specialised by length, so the smallest suffices
 
 
 def target_of(arch: str | int) -> Any:
@@ -54,7 +54,7 @@ def why_not() -> str | None:
 
 
 def launch_of(work: Work, tile: Tile) -> Any:
-    """The launch of one of MODELLED with a tile, on tensors too small to be worth running."""
+    """The launch of one of MODELLED with a tile, on small tensors, for compilation only."""
     inputs = Inputs.of(work, SMALL, torch.device("cpu"))
     call = inputs.call()
     packing = None if inputs.cu_seqlens is None else launches.Packing(inputs.cu_seqlens, inputs.cu_seqlens)

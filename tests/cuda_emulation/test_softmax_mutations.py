@@ -1,4 +1,4 @@
-"""Row kernels in a block and in a cluster with one line changed, which the emulation reports; kernels' divisions."""
+"""Row kernels in a block and in a cluster with one line changed, which the emulation reports; divisions."""
 
 from __future__ import annotations
 

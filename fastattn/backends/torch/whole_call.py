@@ -14,9 +14,12 @@ from fastattn.backends.torch.attention import attention_fwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
-from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Cached = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, list[int]], tuple[Tensor, Tensor] | None
+]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], AttentionGrads | None]
 
 
@@ -83,6 +86,42 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
             dout, query, key, value, out, lse.contiguous(), causal, None, scale
         )
         return AttentionGrads(*(in_order(g, t) for g, t in zip(grads, (query, key, value))))
+
+    return run
+
+
+def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, lse_in_order: bool) -> Cached | None:
+    """(query, k_cache, v_cache, key, value, lengths) -> (out, lse) for calls like this one, as `kv_cache_fwd`.
+
+    None where one query does not see all that is in a dense cache; the result is None where lengths differ.
+    """
+    more = call.block_table is not None or call.rotary_cos is not None or call.alibi_slopes is not None
+    banded = call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0)
+    unit = call.k_cache.stride(-1) == call.v_cache.stride(-1) == 1
+    if more or banded or not unit or not spec.single_query or call.causal == "top_left" or not call.capacity:
+        return None
+    one = (call.query, call.k_cache[:, :, :1], call.v_cache[:, :, :1])  # any other number is one tile too
+    attend = attention_fwd_plan(spec, call.attending(*one, None), lse_in_order)
+    if attend is None:
+        return None
+    new_keys = call.new_keys
+
+    def run(
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        lengths: list[int],
+    ) -> tuple[Tensor, Tensor] | None:
+        first = lengths[0]
+        total = first + new_keys
+        if not total or lengths.count(first) != len(lengths):
+            return None
+        if key is not None and value is not None:
+            k_cache.narrow(2, first, new_keys).copy_(key)
+            v_cache.narrow(2, first, new_keys).copy_(value)
+        return attend(query, k_cache.narrow(2, 0, total), v_cache.narrow(2, 0, total))
 
     return run
 
