@@ -11,6 +11,7 @@ import functools
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -317,6 +318,20 @@ def softmax_gradient(dprobs: Tensor, probs: Tensor) -> Tensor:
         return _softmax_gradient(dprobs, probs, -1, log=False)
     result: Tensor = _softmax_gradient_op(dprobs, probs, -1, probs.dtype)
     return result
+
+
+_bfloat16_products = _find("torch.ops.mkldnn._is_mkldnn_bf16_supported")
+_float16_products = _find("torch.ops.mkldnn._is_mkldnn_fp16_supported")
+
+
+@cache
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype by oneDNN.
+
+    Fallback: False, and callers widen their operands.
+    """
+    supported = {torch.bfloat16: _bfloat16_products, torch.float16: _float16_products}.get(dtype)
+    return supported is not None and bool(supported())
 
 
 _softmax = _find("torch.ops.aten._softmax")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from measure import rows
+from measure import perplexity, rows
 
 
 def test_the_table_has_a_line_for_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,11 @@ def test_bits_that_depend_on_the_place_or_the_neighbours_are_seen() -> None:
     assert rows.same_at_every_place(lambda x: 2 * x, 4, 3, torch.float32)
     assert not rows.same_at_every_place(by_place, 4, 3, torch.float32)
     assert not rows.same_at_every_place(by_neighbours, 4, 3, torch.float32)
+
+
+def test_perplexities_of_a_tiny_trained_model() -> None:
+    plain, int8, bfloat16 = perplexity.lines(2, vocab_size=300, n_embd=16, n_layer=1)
+    assert plain.startswith("float32: ")
+    assert int8.startswith("int8: ")
+    assert int8.endswith(" %)")
+    assert bfloat16.startswith("bfloat16: ")

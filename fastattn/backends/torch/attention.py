@@ -10,11 +10,21 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
+from fastattn.backends.torch import single_query
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
 from fastattn.backends.torch.gradient_sums import GradientSums
-from fastattn.backends.torch.parts import COL_BLOCK, FUSED_ROW_BLOCK, ROW_BLOCK, log_add_exp, parts, rows_of
+from fastattn.backends.torch.parts import (
+    COL_BLOCK,
+    FUSED_ROW_BLOCK,
+    ROW_BLOCK,
+    Part,
+    cols_of,
+    log_add_exp,
+    parts,
+    rows_of,
+)
 from fastattn.backends.torch.references import delta_of, dsinks, is_extreme, references
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import (
@@ -22,6 +32,7 @@ from fastattn.spec import (
     AttentionGrads,
     AttentionSpec,
     GradsNeeded,
+    KVCacheCall,
     accumulation_dtype,
     empty_in_order,
 )
@@ -29,6 +40,8 @@ from fastattn.spec import (
 
 def tiles(spec: AttentionSpec) -> str:
     """The implementation of a tile, and its rows and columns."""
+    if single_query.can_run(spec):
+        return "one query: matrix products with all keys"
     if torch_kernel.can_run(spec):
         return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
     return f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
@@ -38,6 +51,8 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
     """(out, lse) of a call whose batch starts at `first_sequence` of the dropout stream."""
     fused = torch_kernel.can_run(spec) and call.scale > 0
     run = fused_rows if fused else blockwise_rows
+    if single_query.can_run(spec):
+        fused, run = True, _single_query_rows
     shape = (*call.query.shape[:3], spec.value_dim)
     out: Tensor | None = None
     for part in parts(call, first_sequence):
@@ -45,14 +60,14 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
             out_rows, lse_rows = run(part, row_tiles)
             if out is None:
                 if out_rows.shape == shape:  # these rows are the whole result
-                    return _with_sinks(call, in_order(out_rows, call.query), lse_rows.contiguous())
-                out, lse = _nothing_seen(call, shape)
+                    return with_sinks(call, in_order(out_rows, call.query), lse_rows.contiguous())
+                out, lse = nothing_seen(call, shape)
             tile = row_tiles[0]
             rows_of(part.of(out), tile).copy_(out_rows)
             rows_of(part.of(lse), tile).copy_(lse_rows)
     if out is None:
-        out, lse = _nothing_seen(call, shape)
-    return _with_sinks(call, out, lse)
+        out, lse = nothing_seen(call, shape)
+    return with_sinks(call, out, lse)
 
 
 def attention_bwd(
@@ -71,6 +86,7 @@ def attention_bwd(
     if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
         return _few_keys_bwd(call, dout)
     forward_fused = torch_kernel.can_run(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
+    forward_fused = forward_fused or single_query.can_run(spec)
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
     fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     fused = fused and torch_compat.has_cpu_flash_attention(backward=True)
@@ -106,6 +122,12 @@ def attention_bwd(
     return AttentionGrads(*sums.results(), dsinks(sink_weight, delta, needs))
 
 
+def _single_query_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    """The one row of a call, which sees every key of its one tile."""
+    key, value = (cols_of(t, row_tiles[0]) for t in (part.key, part.value))
+    return single_query.single_query(part.query, key, value, part.call.scale)
+
+
 def _few_keys_bwd(call: AttentionCall, dout: Tensor) -> AttentionGrads:
     """The gradients of a call of few keys all of whose rows see some."""
     if not call.query.numel():
@@ -116,13 +138,13 @@ def _few_keys_bwd(call: AttentionCall, dout: Tensor) -> AttentionGrads:
     return dense_bwd(call, additive(hidden, call.group_size, call.query.dtype), dout)
 
 
-def _nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse) of rows that see no key."""
     lse = call.query.new_full(shape[:3], -torch.inf, dtype=accumulation_dtype(call.query.dtype))
     return empty_in_order(call.query, shape).zero_(), lse
 
 
-def _with_sinks(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def with_sinks(call: AttentionCall | KVCacheCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) once each head's sink joins the softmax."""
     if call.sinks is None:
         return out, lse

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastattn.backends.torch.attention import attention_fwd
+from fastattn.backends.torch import single_query
+from fastattn.backends.torch.attention import attention_fwd, with_sinks
+from fastattn.backends.torch.dense import in_order
 from fastattn.rotary import apply_rotary
 from fastattn.spec import (
     AttentionSpec,
@@ -21,25 +23,54 @@ from fastattn.spec import (
 def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """(out, lse); the new keys and values are in the cache afterwards."""
     batch, num_heads, seqlen_q, _ = call.query.shape
-    totals = call.cache_lengths.long() + call.new_keys
+    lengths = call.cache_lengths.tolist()
     query, key = call.query, call.key
     if call.rotary_cos is not None:
-        steps = torch.arange(seqlen_q, device=query.device)
-        query = rotated(call, query, totals[:, None] - seqlen_q + steps)
+        first = call.cache_lengths.long()[:, None]
+        steps = torch.arange(call.new_keys - seqlen_q, call.new_keys, device=query.device)
+        query = rotated(call, query, first + steps)
         if key is not None:
             steps = torch.arange(call.new_keys, device=query.device)
-            key = rotated(call, key, call.cache_lengths.long()[:, None] + steps)
+            key = rotated(call, key, first + steps)
     if key is not None and call.value is not None:
-        append(call, key, call.value)
-    out = empty_in_order(call.query, (batch, num_heads, seqlen_q, spec.value_dim))
-    lse = out.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(spec.dtype))
-    for rows, keys, values in _sequences(call, totals.tolist()):
-        slopes = call.alibi_slopes
-        if slopes is not None and slopes.shape[0] > 1:
-            slopes = slopes[rows]
+        append(call, key, call.value, lengths)
+    shape = (batch, num_heads, seqlen_q, spec.value_dim)
+    one_query = single_query.can_run(spec)
+    out: Tensor | None = None
+    for rows, keys, values in _sequences(call, [length + call.new_keys for length in lengths]):
         keys, values = with_unit_last_stride(keys), with_unit_last_stride(values)
-        out[rows], lse[rows] = attention_fwd(spec, call.attending(query[rows], keys, values, slopes))
+        results = _of_one_query(call, query[rows], keys, values) if one_query else None
+        if results is None:
+            slopes = call.alibi_slopes
+            if slopes is not None and slopes.shape[0] > 1:
+                slopes = slopes[rows]
+            results = attention_fwd(spec, call.attending(query[rows], keys, values, slopes))
+        if out is None:
+            if rows == slice(0, batch):  # these are all
+                return in_order(results[0], call.query), results[1]
+            out = empty_in_order(call.query, shape)
+            lse = out.new_empty(shape[:3], dtype=accumulation_dtype(spec.dtype))
+        out[rows], lse[rows] = results
+    if out is None:
+        out = empty_in_order(call.query, shape)
+        lse = out.new_empty(shape[:3], dtype=accumulation_dtype(spec.dtype))
     return out, lse
+
+
+def _of_one_query(
+    call: KVCacheCall, query: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) of a call with one query per head, None where it sees no key."""
+    length = keys.shape[2]
+    position = 0 if call.causal == "top_left" else length - 1
+    right = 0 if call.causal != "none" else call.window_right
+    start = max(0, position - call.window_left) if call.window_left >= 0 else 0
+    stop = min(length, position + right + 1) if right >= 0 else length
+    if stop <= start:
+        return None
+    if stop - start < length:
+        keys, values = keys.narrow(2, start, stop - start), values.narrow(2, start, stop - start)
+    return with_sinks(call, *single_query.single_query(query, keys, values, call.scale, exact_scores=False))
 
 
 def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -62,7 +93,13 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
         yield slice(b, b + 1), keys, values
 
 
-def append(call: KVCacheCall, key: Tensor, value: Tensor) -> None:
+def append(call: KVCacheCall, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
+    """Write new keys and values behind what each sequence holds: its `lengths`, where they have been read."""
+    if lengths is not None and call.block_table is None and len(set(lengths)) <= 1:
+        if lengths:
+            call.k_cache.narrow(2, lengths[0], call.new_keys).copy_(key)
+            call.v_cache.narrow(2, lengths[0], call.new_keys).copy_(value)
+        return
     steps = torch.arange(call.new_keys, device=key.device)
     positions = call.cache_lengths.long()[:, None] + steps  # (B, Sn)
     if call.block_table is None:

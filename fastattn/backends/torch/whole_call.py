@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.torch import fused
+from fastattn.backends.torch import fused, single_query
 from fastattn.backends.torch.attention import attention_fwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.parts import parts
@@ -31,6 +32,8 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
     tile = _only_tile(spec, call)
     if tile is None:
         return None
+    if single_query.can_run(spec):
+        return partial(_single_query, call.scale)
     causal, scale, contiguous = tile.structure == "causal", call.scale, call.query.is_contiguous()
     options: dict[str, Any] = {
         "causal": call.causal,
@@ -48,6 +51,11 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
         return out, lse.contiguous() if lse_in_order else lse
 
     return run
+
+
+def _single_query(scale: float, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = single_query.single_query(query, key, value, scale)
+    return in_order(out, query), lse
 
 
 def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNeeded) -> Backward | None:

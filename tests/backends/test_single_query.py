@@ -1,0 +1,148 @@
+"""One query per head on a CPU: the error rule, and bits that depend on nothing but the sequence itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import reference, torch_compat
+from numerics import assert_within_rule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LENGTHS = (1, 2, 7, 33, 100, 513)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads of torch's operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def caches(batch: int, kv_heads: int, capacity: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random caches."""
+    k, v = (torch.randn(batch, kv_heads, capacity, dim).to(dtype) for _ in range(2))
+    return k, v
+
+
+def attend(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], **more: Tensor
+) -> list[Tensor]:
+    """[out, lse] of the torch backend."""
+    out, lse = fastattn.attention_kv_cache(
+        query,
+        k_cache,
+        v_cache,
+        torch.tensor(lengths, dtype=torch.int32),
+        return_lse=True,
+        backend="torch",
+        **more,
+    )
+    return [out, lse]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_a_sequence_has_the_same_bits_in_every_batch(
+    dtype: torch.dtype, dim: int, group: int, threads: int
+) -> None:
+    """Alone, between neighbours of other lengths, in a batch of its length, and in a larger cache."""
+    torch.manual_seed(0)
+    kv_heads = 2
+    batch = len(LENGTHS)
+    k, v = caches(batch, kv_heads, max(LENGTHS), dim, dtype)
+    query = torch.randn(batch, kv_heads * group, 1, dim).to(dtype)
+    together = attend(query, k, v, list(LENGTHS))
+    order = [3, 5, 0, 4, 2, 1]
+    shuffled = attend(query[order], k[order], v[order], [LENGTHS[b] for b in order])
+    for b, length in enumerate(LENGTHS):
+        mine = slice(b, b + 1)
+        alone = attend(query[mine], k[mine, :, :length], v[mine, :, :length], [length])
+        larger = [torch.cat([c[mine], torch.full_like(c[mine], torch.nan)], 2) for c in (k, v)]
+        same = [t[mine].expand(3, -1, -1, -1) for t in (query, k, v)]
+        equal = attend(*(t.contiguous() for t in same), [length] * 3)
+        for i, result in enumerate(alone):
+            assert torch.equal(together[i][mine], result)
+            assert torch.equal(shuffled[i][order.index(b)], result[0])
+            assert torch.equal(attend(query[mine], *larger, [length])[i], result)
+            assert all(torch.equal(one, result[0]) for one in equal[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shuffled_pages_change_no_bit(dtype: torch.dtype, threads: int) -> None:
+    torch.manual_seed(0)
+    page, pages, lengths = 16, 8, [100, 37, 128]
+    k, v = caches(3, 2, page * pages, 64, dtype)
+    query = torch.randn(3, 4, 1, 64).to(dtype)
+    dense = attend(query, k, v, lengths)
+    table = torch.randperm(3 * pages).view(3, pages)
+    paged = []
+    for cache in (k, v):
+        blocks = cache.unflatten(2, (pages, page)).transpose(1, 2).flatten(0, 1)  # (B * pages, Hkv, page, D)
+        paged.append(torch.empty_like(blocks).index_copy_(0, table.flatten(), blocks))
+    results = attend(query, *paged, lengths, block_table=table.int())
+    for one, other in itertools.zip_longest(results, dense):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["cache", "padded"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (128, 128), (7, 80)])
+@pytest.mark.parametrize("fast", [False, True], ids=["widened", "16 bits"])
+def test_the_error_rule(
+    dtype: torch.dtype, padded: bool, dim: int, value_dim: int, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With products in the dtype itself and with widened operands."""
+    monkeypatch.setattr(torch_compat, "has_fast_products", lambda dtype: fast)
+    torch.manual_seed(0)
+    lengths = [600, 600, 5]
+    query = torch.randn(3, 8, 1, dim).to(dtype)
+    k, v = (torch.randn(3, 2, 600, width).to(dtype) for width in (dim, value_dim))
+    if padded:
+        held = torch.tensor(lengths, dtype=torch.int32)
+        results = fastattn.attention(query, k, v, key_lengths=held, return_lse=True, backend="torch")
+    else:
+        results = attend(query, k, v, lengths)
+    for b, length in enumerate(lengths):
+        operands = [t[b : b + 1] for t in (query, k[:, :, :length], v[:, :, :length])]
+        golden = reference.attention(*(t.double() for t in operands), return_lse=True)
+        plain = reference.attention(*operands, return_lse=True)
+        for name, actual, of_plain, truth in zip(("out", "lse"), results, plain, golden):
+            assert_within_rule(actual[b : b + 1], of_plain, truth, f"{name} of {b}", dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_caches_in_another_memory_order(batch: int) -> None:
+    """(B, S, H, D) memory, where no view joins batch and heads."""
+    torch.manual_seed(0)
+    k, v = caches(batch, 2, 40, 64, torch.float32)
+    query = torch.randn(batch, 4, 1, 64)
+    other = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
+    out, lse = attend(query, *other, [40] * batch)
+    golden = reference.attention(*(t.double() for t in (query, k, v)), return_lse=True)
+    plain = reference.attention(query, k, v, return_lse=True)
+    assert_within_rule(out, plain[0], golden[0])
+    assert_within_rule(lse, plain[1], golden[1])
+
+
+@pytest.mark.parametrize("window", [None, (4, None), (0, 0)], ids=str)
+@pytest.mark.parametrize("causal", [True, False, "top_left"])
+def test_windows_cut_the_keys(window: tuple[int | None, int | None] | None, causal: bool | str) -> None:
+    torch.manual_seed(0)
+    k, v = caches(1, 2, 20, 64, torch.float64)
+    query = torch.randn(1, 4, 1, 64, dtype=torch.float64)
+    options = {"causal": causal, "window": window, "return_lse": True}
+    out, lse = fastattn.attention_kv_cache(
+        query, k, v, torch.tensor([20], dtype=torch.int32), backend="torch", **options
+    )
+    want_out, want_lse = reference.attention(query, k, v, **options)
+    torch.testing.assert_close(out, want_out)
+    torch.testing.assert_close(lse, want_lse)
