@@ -89,6 +89,28 @@ extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int3
   });
 }
 
+// Key heads whose tiles come together in the passes over keys of a backward without softcap: `heads[0]` in the one for
+// dk and dv, `heads[1]` in the one for all gradients, 0 where the head dim has none.
+extern "C" const char* key_sections(const int64_t* sizes, int64_t* heads) {
+  return emulator::guarded([&] {
+    const int64_t strides[12] = {};
+    const AttentionParams params =
+        params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, nullptr, nullptr, nullptr, 1.0, 0.0);
+    const auto sections = [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      heads[0] = key_schedule<KeyGradientsShapeFor<half_t, kHeadDim, KeyGradients::kBoth, false>>(params)
+                     .batch_heads_per_section;
+      heads[1] = 0;
+      if constexpr (has_one_pass(kHeadDim)) {
+        heads[1] = key_schedule<FusedGradientsShapeFor<half_t, kHeadDim>>(params).batch_heads_per_section;
+      }
+    };
+    if (params.head_dim <= 64) return sections(std::integral_constant<int, 64>());
+    if (params.head_dim <= 128) return sections(std::integral_constant<int, 128>());
+    sections(std::integral_constant<int, 256>());
+  });
+}
+
 // A full call at head dim 128. `runs[i]`: whether it runs in clusters on multiprocessors[i], which hold resident[i] of
 // them. `tiles`: number by number the (sequence, key head, query head, first query) of each block of the cluster.
 extern "C" const char* clusters_of(const int64_t* sizes, int64_t devices, const int64_t* multiprocessors,

@@ -175,6 +175,35 @@ def test_sections_but_the_last_begin_with_the_shortest(costs: Costs) -> None:
     assert found[-blocks:] == sorted(found[:blocks], reverse=True)
 
 
+L2_BYTES = 32 << 20  # what a section's heads may read and add to: most of the L2 cache
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128, 200])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (16, 4), (8, 1)])
+@pytest.mark.parametrize("length", [2048, 4096, 8192, 16384])
+def test_sections_of_the_passes_over_keys_fit_the_l2_cache(
+    emulated: Callable[..., Library], length: int, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """With q and dout and, in one pass, the float32 sums of dq, as many heads as have room, or one key head."""
+    batch = 4
+    sizes = torch.tensor(
+        [batch, heads, kv_heads, length, length, length, length, head_dim, 0, UNBOUNDED, UNBOUNDED]
+    )
+    found = torch.zeros(2, dtype=torch.int64)
+    emulated("schedules.cpp")("key_sections", sizes, found)
+    two_passes, one_pass = found.tolist()
+    read = 2 * 2 * head_dim * length * (heads // kv_heads)  # bytes for each key head: q and dout, 16-bit
+    sums = 4 * (64 if head_dim <= 64 else 128) * length * (heads // kv_heads)
+    for section, each in ((two_passes, read), (one_pass, read + sums)):
+        if section == one_pass and head_dim > 128:
+            assert section == 0, "there is no such pass"
+            continue
+        assert section * each <= L2_BYTES or section == 1
+        assert section == batch * kv_heads or (section + 1) * each > L2_BYTES
+    if 1 < two_passes < batch * kv_heads and head_dim <= 128:
+        assert one_pass < two_passes
+
+
 class Clusters(NamedTuple):
     """A full call at head dim 128 in clusters of two blocks."""
 
