@@ -16,6 +16,7 @@ import fastattn
 from evidence import first_run, first_run_steps, kernel_runs, probes
 from evidence.first_run_steps import Scale
 from fastattn import backends
+from fastattn.backends.cuda import attention as cuda_attention
 
 CPU = torch.device("cpu")
 BENCHMARKS = checkout.BENCHMARKS
@@ -23,16 +24,16 @@ LAUNCHED = [name for name in first_run.STEPS if not name.startswith("8")]
 
 
 class Broken:
-    """The torch backend with a part that does something else."""
+    """The torch backend with parts that do something else."""
 
-    def __init__(self, part: str, instead: Any) -> None:
-        self._changed = {part: instead}
+    def __init__(self, changed: dict[str, Any]) -> None:
+        self._changed = changed
 
     def __getattr__(self, name: str) -> Any:
         return self._changed.get(name) or getattr(backends.torch_backend, name)
 
 
-def run(name: str, ops: Any = backends.torch_backend) -> list[tuple[bool, str]]:
+def run(name: str, ops: Any = backends.torch_backend) -> list[first_run_steps.StepResult]:
     return list(first_run.STEPS[name].run(ops, CPU, Scale.of(CPU)))
 
 
@@ -61,7 +62,7 @@ def _altered(part: str, change: Any) -> Any:
     def wrong(*args: Any) -> Any:
         return change(args, right(*args))
 
-    return Broken(part, wrong)
+    return Broken({part: wrong})
 
 
 def _grads(change: Any) -> Any:
@@ -95,6 +96,49 @@ def _leaking(args: Any, made: Any) -> Any:
 )
 def test_a_step_sees_what_it_is_for(name: str, ops: Any) -> None:
     assert not all(good for good, _ in run(name, ops))
+
+
+def _refusing(head_dims: tuple[int, ...]) -> Any:
+    """The torch backend with one_pass refused at these head dims, as the extension refuses it."""
+
+    def refuse(right: Any) -> Any:
+        def run(spec: Any, *args: Any) -> Any:
+            if cuda_attention.ONE_PASS_HEAD_DIMS and spec.head_dim in head_dims:
+                raise ValueError("one_pass: needs a head dim of at most 128, no softcap and all gradients")
+            return right(spec, *args)
+
+        return run
+
+    return Broken(
+        {name: refuse(getattr(backends.torch_backend, name)) for name in ("attention_bwd", "varlen_bwd")}
+    )
+
+
+@pytest.mark.parametrize("name", ["3", "5b", "6b"])
+def test_a_missing_one_pass_fails_where_the_kernels_have_one(name: str) -> None:
+    """Head dim 256 has none: refusing it is right, refusing 64 or 128 is not."""
+    assert all(good for good, _ in run(name, _refusing((256,))))
+    for head_dim in (64, 128):
+        wrong = [text for good, text in run(name, _refusing((head_dim, 256))) if not good]
+        assert len(wrong) == 1
+        assert wrong[0].startswith(f"D{head_dim}")
+        assert "the one-pass backward is missing" in wrong[0]
+
+
+@pytest.mark.parametrize("name", ["9", "9b"])
+def test_many_launches_of_a_missing_one_pass_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_runs, "backend_for", lambda device, backend: _refusing((128, 256)))
+    statuses = [item["status"] for item in first_run.run_step(name, CPU, Scale.of(CPU))]
+    assert statuses == ["failed"]
+
+
+def test_a_probe_of_a_missing_one_pass_fails() -> None:
+    probe = probes.DIRECTIONS["backward one pass"].probe
+    with pytest.raises(ValueError, match="one_pass"):
+        probe(_refusing((64, 256)), CPU)
+    said = probe(_refusing((256,)), CPU)
+    assert "D128" in said
+    assert "D256" not in said
 
 
 def test_the_bytes_of_views_are_followed_from_every_memory_order() -> None:
