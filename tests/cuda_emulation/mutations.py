@@ -52,6 +52,9 @@ MORE_REGISTERS = Mutation(
     "decrease_registers<Shape::kProducerRegisters + 8>();",
     report=r"deadlock.* in increase_registers from \d+ registers",
 )
+BARRIERS_NOT_FENCED = Mutation(
+    "barriers initialised without their fence", "fence_barrier_init();", report="without fence_barrier_init"
+)
 LANE_NOT_RECONVERGED = Mutation(
     "no reconvergence before release", "warp_sync();", report=r"deadlock.* in mbarrier_wait"
 )

@@ -8,6 +8,7 @@ import pytest
 from cuda_emulation.attention_forward import Case, check
 from cuda_emulation.build import EmulationError, Library
 from cuda_emulation.mutations import (
+    BARRIERS_NOT_FENCED,
     LANE_NOT_RECONVERGED,
     MORE_REGISTERS,
     STARVED,
@@ -28,6 +29,7 @@ KERNEL = [
     Mutation("result overwritten while it is stored", "bulk_wait_read<0>();"),
     Mutation("a ping-pong barrier nobody arrives at", "if (Shape::kPingPong) ping_pong_arrive();"),
     MORE_REGISTERS,
+    BARRIERS_NOT_FENCED,
 ]
 KERNELS = {
     "kernels/attention_fwd_sm90.cuh": KERNEL,
