@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +161,26 @@ def test_steps_are_in_the_order_of_risk_and_each_has_a_limit() -> None:
     assert not [n for n, step in first_run.STEPS.items() if step.backward and n in first_run.SANITIZED]
 
 
+def test_on_a_gpu_each_backend_s_steps_are_collected_in_order_and_the_extension_s_backward_last() -> None:
+    path = Path(__file__).resolve().parents[1] / "gpu" / "test_first_run.py"
+    module = runpy.run_path(str(path))
+    (mark,) = [mark for mark in module["test_step"].pytestmark if mark.name == "parametrize"]
+    assert [name for name in module if name.startswith("test_")] == ["test_step"]
+    order = mark.args[1]
+    assert order == sorted(
+        order, key=lambda each: each[0] == "cuda"
+    )  # as tests/conftest.py sorts them on a GPU
+    steps = list(first_run.STEPS)
+    by_cuda = [name for backend, name in order if backend == "cuda"]
+    forward = [name for name in steps if not first_run.STEPS[name].backward]
+    backward = [name for name in steps if first_run.STEPS[name].backward]
+    assert by_cuda == forward + backward
+    for backend in ("triton", "torch"):
+        ran = [name for each, name in order if each == backend]
+        assert ran == [name for name in forward + backward if name[0] not in "89"]
+    assert len(order) == len(by_cuda) + 2 * len(ran)
+
+
 def test_what_a_step_raises_is_its_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (
         RuntimeError("CUDA error: misaligned address"),
@@ -220,6 +243,17 @@ def test_the_sanitizer_runs_the_small_steps_under_each_tool(monkeypatch: pytest.
 @pytest.mark.parametrize("name", probes.DIRECTIONS)
 def test_every_probe_passes_where_the_kernels_are_right(name: str) -> None:
     assert "of what is allowed" in probes.DIRECTIONS[name].probe(backends.torch_backend, CPU)
+
+
+def test_a_probe_has_fifteen_seconds_from_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announced after the import, before anything is launched."""
+    said: list[Any] = []
+    monkeypatch.setattr(probes.processes, "announce", lambda seconds, what: said.append((seconds, what)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    direction = probes.Direction(lambda ops, device: said.append("launched") or "fine", ())
+    monkeypatch.setitem(probes.DIRECTIONS, "softmax", direction)
+    assert probes.probe_here("softmax", CPU)["status"] == "passed"
+    assert said == [(15.0, "softmax"), "launched"]
 
 
 @pytest.mark.parametrize("name", probes.DIRECTIONS)

@@ -271,6 +271,17 @@ def test_clusters_run_only_where_they_cost_no_round(
         assert runs == (pairs and longest_pair <= longest)
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[4] == 128], ids=str)
+def test_full_calls_in_clusters_reach_their_wave_bound(costs: Costs, shape: tuple[int, ...]) -> None:
+    """On as many clusters as the device holds, one per pair of multiprocessors or fewer."""
+    found = costs(IN_CLUSTERS, shape)
+    assert len(found) == -(-shape[0] * shape[1] * -(-shape[3] // 128) // 2)
+    for multiprocessors in MULTIPROCESSORS:
+        for resident in (multiprocessors // 2, multiprocessors // 2 - 3):
+            bound = wave_bound(len(found), resident)
+            assert in_rounds(found, resident) == pytest.approx(bound, rel=1e-12)
+
+
 def test_benchmarks_of_even_lengths_run_in_clusters(emulated: Callable[..., Library]) -> None:
     """FlashAttention-3's full calls at head dim 128, wherever pairs of multiprocessors take as many rounds."""
     for batch, heads, kv_heads, length, head_dim in SHAPES:
