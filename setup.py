@@ -62,7 +62,8 @@ class BuildExtension(build_ext):
 chosen = plan()
 setup(
     packages=[
-        *find_packages(include=["fastattn", "fastattn.*"]),
+        # fastattn/kernels is a link to kernels, by which type checkers and a bare checkout find them
+        *find_packages(include=["fastattn", "fastattn.*"], exclude=[KERNELS, f"{KERNELS}.*"]),
         KERNELS,
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
         SOURCES,

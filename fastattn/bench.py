@@ -1,4 +1,4 @@
-"""Finds the benchmark scripts and runs each in a process of its own."""
+"""Finds the benchmark scripts and runs each in its own process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = {
     "overhead": "What a call costs the host, op by op.",
 }
 ALL_OPTIONS = (
-    "--update-docs"  # of "all" alone: afterwards, tables and charts of the pages from what is stored
+    "--update-docs"  # after "all" only: tables and charts of the documentation from the stored results
 )
 
 

@@ -1,4 +1,4 @@
-"""The cache folder, for files that can be made again, such as measured tiles and built extensions."""
+"""The cache folder, for files that can be recreated: measured tiles and built extensions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file, creating its folder: readers see what was there or the new content, never a part of it."""
+    """Replace a file, creating its folder: readers see the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:

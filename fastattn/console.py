@@ -23,7 +23,7 @@ class Output(Protocol):
         """One line of text; `good` colours it as a verdict."""
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
-        """Say what takes a while, for as long as it does."""
+        """Show what is being done while the context lasts."""
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None
@@ -32,7 +32,7 @@ class Output(Protocol):
 
 
 class NoOutput:
-    """Output of a command asked for JSON alone."""
+    """Output of a command with --json: nothing."""
 
     shows_progress = False
 

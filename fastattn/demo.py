@@ -1,4 +1,4 @@
-"""The demonstration: which backends run here, that attention is right and what it costs, and a GPT trained on it."""
+"""The demonstration: available backends, attention's accuracy and cost, and a small GPT trained with it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fastattn.train import ConfigError, TrainConfig, Trainer, plot_loss
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
 
 DEFAULT_OUT = "fastattn-demo"
-MAX_CHARACTERS = 8_000_000  # more text than a demo's training run can read
+MAX_CHARACTERS = 8_000_000  # characters, more than the demo's training run reads
 MIN_TOKENS = 1024
 HELD_OUT = 0.1
 PROMPT = "The"  # no space after it: it belongs to the next token
@@ -133,7 +133,7 @@ def _documents(text: Path | None) -> Iterable[str]:
 
 @contextmanager
 def _claimed(out: Path | None) -> Iterator[Path]:
-    """The directory of results, made now and removed again unless the body ends well."""
+    """The directory of results, created on entry and removed if the body raises."""
     folder = _first_free(DEFAULT_OUT) if out is None else out
     existed = folder.is_dir()
     try:
@@ -259,7 +259,7 @@ def _train(
     device: torch.device,
     output: Output,
 ) -> dict[str, Any]:
-    """Train a GPT, draw its loss and let it write."""
+    """Train a GPT, plot its loss and generate text with it."""
     output.heading("A GPT trained on real text")
     train, held_out = split(stream, HELD_OUT, by="document" if len(stream.starts) > 10 else "position")
     config = GPTConfig(

@@ -41,7 +41,7 @@ class Case:
     kv_heads: int = 4
     head_dim: int = 64
     features: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)  # arguments that are no tensors
+    options: dict[str, Any] = field(default_factory=dict)  # arguments that are not tensors
 
 
 # Sizes at which a user meets each feature: those of a test would only time the call itself. The dense rows stay for
@@ -71,7 +71,7 @@ FULL = (
 class Measured:
     """One row of the table. Times are milliseconds and memory bytes of one forward and backward pass.
 
-    `error` and `allowed` belong to the output or gradient that comes closest to its limit. `peer` is "sdpa", or
+    `error` and `allowed` belong to the output or gradient with the largest share of its limit. `peer` is "sdpa", or
     "formula" where torch's call cannot express the case. Memory is the peak above the inputs, None if not measured.
     """
 
@@ -177,7 +177,7 @@ def _sdpa_can(case: Case) -> bool:
 
 
 def _sdpa(case: Case, inputs: Tensors) -> Callable[[], Tensor]:
-    """torch's call, given the dense mask or bias that says the same; building that is not timed."""
+    """torch's call with the equivalent dense mask or bias, which is built outside the timing."""
     plain_causal = not case.features and "window" not in case.options and case.options.get("causal", False)
     mask = None if plain_causal else _dense_mask(case, inputs)
     return functools.partial(
@@ -192,7 +192,7 @@ def _sdpa(case: Case, inputs: Tensors) -> Callable[[], Tensor]:
 
 
 def _dense_mask(case: Case, inputs: Tensors) -> Tensor | None:
-    """The mask or bias that says to torch what the case's features say, made in slices to keep the peak low."""
+    """The dense mask or bias equivalent to the case's features, built in slices to keep peak memory low."""
     if "bias" in inputs:
         return inputs["bias"]
     if not case.features and not case.options:
@@ -227,7 +227,7 @@ def _worst_error(case: Case, inputs: Tensors) -> tuple[str, float, float]:
 
     Allowed is twice the larger error of torch's own two ways in the same dtype, the formula and the fused call, plus
     four units in the last place of the largest true value. One unit is what the tests allow on inputs that never
-    change; seeds and processors nobody has tried deserve the rest, for rounding errors have no exact bound.
+    change; the others are a margin for untested seeds and processors, since rounding errors have no exact bound.
     """
 
     def double(tensor: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype,
     sender.close()
     try:
         return int(receiver.recv()) if receiver.poll(CHILD_SECONDS) else None
-    except EOFError:  # the child died, for one of memory
+    except EOFError:  # the child process died, for example out of memory
         return None
     finally:
         child.kill()
@@ -301,7 +301,7 @@ def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype,
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C for good: it is for the demo, which ends them."""
+    """Processes started in this context ignore Ctrl-C permanently; the demo handles it and ends them."""
     if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
         yield
         return

@@ -23,8 +23,8 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # The products wrap modulo 2**64, which keeps every bit. Their low words need no mask: all they meet before the
-        # next product is an xor, whose result is masked once.
+        # The products wrap modulo 2**64, which keeps every bit. Their low words need no mask: the only operation
+        # before the next product is an xor, whose result is masked once.
         product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
         c0 = _xor_high(product1, c1 ^ k0)
         c2 = _xor_high(product0, c3 ^ k1)
@@ -81,7 +81,7 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
     words = torch.broadcast_tensors(
         *philox_4x32((calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32))
     )
-    if torch_compat.transforms_active(words):  # which know no view as another dtype
+    if torch_compat.transforms_active(words):  # which have no view as another dtype
         halves = (
             torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1) - 0x8000
         )

@@ -1,4 +1,4 @@
-"""The only home of matplotlib: figures without the global state of pyplot, the same bytes every time; text charts."""
+"""All use of matplotlib: figures without the global state of pyplot, bitwise reproducible; and text charts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
-MARKS = ".ox+#"  # of the series of a text chart, in order
+MARKS = ".ox+#"  # markers of a text chart's series, in order
 
 Point = tuple[float, float]
 
@@ -64,7 +64,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Three to eight round values within [low, high] > 0 for a logarithmic axis: of each decade, or evenly spaced."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
-        # Dividing by a power rounds to the decimal that is meant: 3 / 100 is 0.03, 3 * 0.01 is not always.
+        # Dividing by a power rounds to the nearest decimal: 3 / 100 is 0.03, but 3 * 0.01 may differ in the last bit.
         values = [m * 10**p if p >= 0 else m / 10**-p for p in powers for m in mantissas]
         ticks = [value for value in values if low <= value <= high]
         if len(ticks) <= 8:
@@ -88,7 +88,7 @@ def _even_ticks(low: float, high: float) -> list[float]:
 def text_chart(
     series: Mapping[str, Sequence[Point]], x_label: str, *, width: int = 64, height: int = 10
 ) -> str:
-    """Points of each series as characters, for a terminal; the first series lies beneath the others."""
+    """A chart of text characters for a terminal; where points coincide, later series overwrite earlier ones."""
     points = [point for curve in series.values() for point in curve]
     xs, ys = zip(*points)
     grid = [[" "] * width for _ in range(height)]

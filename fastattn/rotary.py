@@ -1,4 +1,4 @@
-"""Rotate vectors by position: the one place where rotary embeddings are applied in plain torch."""
+"""Rotary position embeddings in plain torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 256
 FEW_KV_HEADS = 2  # key/value heads that leave a kernel which owns keys with too few programs
 
 
-# Never changed, but a frozen one takes twice as long to make, which a single query notices.
+# Calls are never changed, but frozen ones take twice as long to make, which a single query notices.
 @dataclass(slots=True)
 class AttentionCall:
     """One attention call, normalised: every optional tensor has its full rank and every option its plain type."""
@@ -54,7 +54,7 @@ class AttentionCall:
         return self.query.shape[1] // max(self.key.shape[1], 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VarlenCall:
     """One call on packed sequences: sequence b owns tokens cu_seqlens[b] .. cu_seqlens[b + 1]."""
 
@@ -96,7 +96,7 @@ class VarlenCall:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KVCacheCall:
     """One call against a key/value cache; Sn new keys per sequence are appended first where given."""
 
@@ -224,7 +224,7 @@ class AttentionSpec:
             softcap=call.softcap != 0.0,
             sinks=call.sinks is not None,
             dropout=call.dropout_p > 0.0,
-            float32_precision=_float32_precision(query.dtype),
+            float32_precision=float32_precision(query.dtype),
             single_query=query.shape[2] == 1,
             aligned=_aligned(query) and _aligned(key) and _aligned(value),
             int64_offsets=_passes_32_bits(query, key, value, call.mask, call.bias),
@@ -248,7 +248,7 @@ class AttentionSpec:
 _attention_spec = lru_cache(maxsize=4096)(AttentionSpec)  # the same few again and again, slow to make
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SoftmaxCall:
     """One softmax: exp(scale * x) over its sum along `dim`, or the logarithm of that."""
 
@@ -367,7 +367,8 @@ def _arch_of(tensor: Tensor) -> int | None:
     return 10 * major + minor
 
 
-def _float32_precision(dtype: torch.dtype) -> str:
+def float32_precision(dtype: torch.dtype) -> str:
+    """How products of float32 are rounded, "ieee" or "tf32"; "ieee" for every other dtype."""
     if dtype != torch.float32:
         return "ieee"
     try:
@@ -379,7 +380,7 @@ def _float32_precision(dtype: torch.dtype) -> str:
 
 with warnings.catch_warnings():  # torch 2.9 warns at the first look, not of anything its user did
     warnings.simplefilter("ignore")
-    _float32_precision(torch.float32)
+    float32_precision(torch.float32)
 
 
 def _aligned(tensor: Tensor) -> bool:

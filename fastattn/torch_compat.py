@@ -7,7 +7,9 @@ the call then takes torch's dispatcher or its public functions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -60,8 +62,71 @@ def _plain_keys() -> tuple[set[int], set[int]] | None:
 PLAIN_KEYS = _plain_keys()
 
 
+PLAIN_TENSOR_KEYS: set[int] = set() if PLAIN_KEYS is None else PLAIN_KEYS[1]
+
+
+_autocast_anywhere = _find("torch._C._is_any_autocast_enabled")
+_HAS_DUAL_LEVEL = _find("torch.autograd.forward_ad._current_level") is not None
+_PLAIN_THREAD_KEYS: set[int] = set() if PLAIN_KEYS is None else PLAIN_KEYS[0]
+_CAN_TELL_STATE = PLAIN_KEYS is not None and _HAS_DUAL_LEVEL and _autocast_anywhere is not None
+
+
+def only_autograd_watches() -> bool:
+    """Whether a call of plain tensors is seen by autograd alone: no mode, transform, trace or profiler is active, no
+    autocast, and forward-mode AD has given no tensor a tangent.
+
+    Fallback: False.
+    """
+    return state_of_call(()) is not None
+
+
+def state_of_call(tensors: Iterable[Any]) -> list[Any] | None:
+    """What a call of these tensors depends on in torch, values aside: the modes of the thread, and of each tensor its
+    dispatch keys, dtype, shape, strides and whether it requires grad. None unless `only_autograd_watches` and all are
+    plain tensors or None. One frame, since a call of one query notices each.
+
+    Fallback: None.
+    """
+    if (
+        torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
+        or not _CAN_TELL_STATE
+        or _autocast_anywhere()
+        or forward_ad._current_level >= 0
+        or _function_modes()
+        or _profiler_enabled()
+    ):
+        return None
+    of_thread = _keys_of_thread().raw_repr()  # inference mode shows in them
+    if of_thread not in _PLAIN_THREAD_KEYS:
+        return None
+    state = [of_thread, torch.is_grad_enabled()]
+    for tensor in tensors:
+        if tensor is None:
+            state.append(None)
+            continue
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return None
+        keys = _keys_of_tensor(tensor).raw_repr()
+        if keys not in PLAIN_TENSOR_KEYS:
+            return None
+        state += (keys, tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad)
+    return state
+
+
+def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without the look for transforms; only where `only_autograd_watches`.
+
+    Fallback: `function.apply`.
+    """
+    if _find("torch._C._FunctionBase.apply") is None:
+        return function.apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
 def can_bypass_dispatcher(args: Iterable[Any]) -> bool:
-    """Whether nothing but autograd would notice that an op's kernel is called past the dispatcher: no mode, transform,
+    """Whether only autograd would notice that an op's kernel is called without the dispatcher: no mode, transform,
     trace or profiler is active, and every tensor is a plain one.
 
     Fallback: False, and the call goes through the dispatcher.
@@ -79,7 +144,7 @@ def can_bypass_dispatcher(args: Iterable[Any]) -> bool:
             continue
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if _keys_of_tensor(arg).raw_repr() not in PLAIN_KEYS[1]:
+            if _keys_of_tensor(arg).raw_repr() not in PLAIN_TENSOR_KEYS:
                 return False
         elif isinstance(arg, Tensor):
             return False
@@ -116,7 +181,7 @@ def transforms_active(tensors: Iterable[Any]) -> bool:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a torch.func transform has wrapped a tensor, so that its values are not plain ones.
 
-    Fallback: whether it is strided but has no storage, as such tensors are; not told in compiled code.
+    Fallback: whether it is strided but has no storage, as wrapped tensors are; not detected in compiled code.
     """
     if _is_wrapped is not None:
         return bool(_is_wrapped(tensor))
@@ -135,12 +200,9 @@ _dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
 def dispatch_mode_active() -> bool:
     """Whether a mode such as FakeTensorMode or FlopCounterMode sees every call.
 
-    Fallback: True, and callers take the way that such a mode can follow.
+    Fallback: True, and callers take the path that such a mode can record.
     """
     return _dispatch_modes is None or bool(_dispatch_modes())
-
-
-_HAS_DUAL_LEVEL = _find("torch.autograd.forward_ad._current_level") is not None
 
 
 def dual_level_entered() -> bool:
@@ -183,7 +245,7 @@ _FakeTensor = _find("torch._subclasses.fake_tensor.FakeTensor")
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no values.
 
-    Fallback: whether it is of any subclass; its values are then not read.
+    Fallback: whether it is of a subclass; its values are then not read.
     """
     if _FakeTensor is not None:
         return isinstance(tensor, _FakeTensor)
@@ -196,13 +258,16 @@ _sdpa: Any = _find("torch._C._nn.scaled_dot_product_attention") or F.scaled_dot_
 def torch_sdpa() -> Callable[..., Tensor]:
     """torch's own scaled_dot_product_attention, even if torch.nn.functional's was replaced.
 
-    Fallback: what stood there when fastattn was imported.
+    Fallback: the function in torch.nn.functional when fastattn was imported.
     """
     function: Callable[..., Tensor] = _sdpa
     return function
 
 
-_cpu_flash_fwd = _find("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+# torch's Python binding takes a third less time than the op, for a single query half of all
+_cpu_flash_fwd = _find("torch._scaled_dot_product_flash_attention_for_cpu") or _find(
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default"
+)
 _cpu_flash_bwd = _find("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 
 
@@ -212,6 +277,11 @@ def has_cpu_flash_attention(*, backward: bool) -> bool:
     Fallback: False, and attention on a CPU is blockwise softmax in torch operations.
     """
     return _cpu_flash_fwd is not None and (_cpu_flash_bwd is not None or not backward)
+
+
+def cpu_flash_kernel() -> Any:
+    """What `cpu_flash_attention` calls, for those who call it often; only where there is one."""
+    return _cpu_flash_fwd
 
 
 def cpu_flash_attention(
@@ -235,6 +305,20 @@ def cpu_flash_attention_backward(
     return result
 
 
+_softmax_gradient_op = _find("torch._softmax_backward_data")
+
+
+def softmax_gradient(dprobs: Tensor, probs: Tensor) -> Tensor:
+    """probs * (dprobs - rowsum(probs * dprobs)), along the last dimension.
+
+    Fallback: the formula in torch operations.
+    """
+    if _softmax_gradient_op is None:
+        return _softmax_gradient(dprobs, probs, -1, log=False)
+    result: Tensor = _softmax_gradient_op(dprobs, probs, -1, probs.dtype)
+    return result
+
+
 _softmax = _find("torch.ops.aten._softmax")
 _log_softmax = _find("torch.ops.aten._log_softmax")
 
@@ -242,7 +326,7 @@ _log_softmax = _find("torch.ops.aten._log_softmax")
 def softmax(out: Tensor, x: Tensor, dim: int, *, log: bool) -> None:
     """Write softmax, or its logarithm, to `out`; without a copy where that is contiguous.
 
-    Fallback: torch.softmax and torch.log_softmax, which the dispatcher sees as one operator more.
+    Fallback: torch.softmax and torch.log_softmax, one more operator for the dispatcher.
     """
     kernel = _log_softmax if log else _softmax
     function: Any = torch.log_softmax if log else torch.softmax
@@ -297,13 +381,181 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+ONEDNN_MIN_PRODUCTS = 1 << 24  # multiplications below which what a oneDNN call costs more than it saves
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of matrices, without a gradient: large float32 ones on a CPU by oneDNN, others as torch does.
+
+    MKL, torch's own choice, does not use the vector instructions of every maker's CPUs.
+
+    Fallback: torch's product.
+    """
+    if (
+        _HAS_ONEDNN
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= ONEDNN_MIN_PRODUCTS
+    ):
+        return onednn_linear(x, weight, None)
+    return x @ weight.mT
+
+
+_reorder_linear: Any = _find("torch.ops.mkldnn._reorder_linear_weight")
+
+
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN multiplies with a bfloat16 weight in its own order here: tried once, on first use."""
+    if not _HAS_ONEDNN or _reorder_linear is None:
+        return False
+    try:
+        weight = torch.ones(32, 32, dtype=torch.bfloat16)
+        out = packed_linear(weight, pack_linear(weight), None)
+    except RuntimeError:
+        return False
+    return bool((out == 32).all())
+
+
+@functools.cache
+def has_packed_linear() -> bool:
+    """Whether bfloat16 weights can be kept in the order in which oneDNN reads them.
+
+    Fallback: False, and products read the weight as it is.
+    """
+    return _packs_bfloat16()
+
+
+def pack_linear(weight: Tensor) -> Any:
+    """A weight (O, I) in oneDNN's order for a product of one row.
+
+    Fallback: none is needed, `has_packed_linear` says so.
+    """
+    return _reorder_linear(weight.detach(), 1)
+
+
+def packed_linear(x: Tensor, pack: Any, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with what `pack_linear` made of the weight.
+
+    Fallback: none is needed, `has_packed_linear` says so.
+    """
+    result: Tensor = _onednn_linear(x, pack, bias, "none", [], "")
+    return result
+
+
+_int8_linear: Any = _find("torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32")
+_int8_pack: Any = _find("torch.ops.quantized.linear_prepack")
+_per_channel: Any = _find("torch._make_per_channel_quantized_tensor")
+_avx512: Any = _find("torch.cpu._is_avx512_supported")
+_vnni: Any = _find("torch.cpu._is_vnni_supported")
+
+
+@functools.cache
+def has_int8_linear() -> bool:
+    """Whether torch was built with FBGEMM and its product of 8-bit numbers that returns float32.
+
+    Fallback: False, and 8-bit numbers are multiplied in float64.
+    """
+    if _int8_linear is None or _int8_pack is None or _per_channel is None:
+        return False
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    try:
+        weight = torch.full((32, 32), -127, dtype=torch.int8)
+        out = int8_linear(torch.full((1, 32), 3.0), pack_int8_linear(weight, torch.full((32,), 0.5)))
+    except RuntimeError:
+        return False
+    return bool((out == -127 * 0.5 * 3 * 32).all())
+
+
+@functools.cache
+def has_int8_dot_products() -> bool:
+    """Whether 8-bit products are summed in 32 bits, by AVX-512 VNNI, so that none saturates.
+
+    Fallback: False, and activations use 7 bits.
+    """
+    return None not in (_avx512, _vnni) and bool(_avx512() and _vnni())
+
+
+def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:
+    """An int8 weight (O, I) and the float32 scale of each output, in FBGEMM's order.
+
+    Fallback: none is needed, `has_int8_linear` says so.
+    """
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    # FBGEMM packs for the engine that is set; "x86", the usual one, may pack for oneDNN
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.ao's deprecation of quantised tensors
+            return _int8_pack(_per_channel(weight, scale.double(), zeros, 0), None)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def int8_linear(x: Tensor, pack: Any) -> Tensor:
+    """round(x) @ (weight * scale).T, float32, for float32 x of magnitude 127 at most.
+
+    Fallback: none is needed, `has_int8_linear` says so.
+    """
+    result: Tensor = _int8_linear(x, 1.0, 128, pack)
+    return result
+
+
+_graph_task = _find("torch._C._current_graph_task_id")
+
+
+def has_graph_task() -> bool:
+    """Whether a backward can tell which run of the autograd engine it is in.
+
+    Fallback: False, and nothing is handed from one backward to another.
+    """
+    return _graph_task is not None
+
+
+def graph_task() -> int:
+    """The number of the engine's run that calls a backward.
+
+    Fallback: -1, as outside of a backward; `has_graph_task` says so beforehand.
+    """
+    return -1 if _graph_task is None else int(_graph_task())
+
+
+_GLOBAL_HOOKS = (
+    _find("torch.nn.modules.module._global_forward_hooks"),
+    _find("torch.nn.modules.module._global_forward_pre_hooks"),
+    _find("torch.nn.modules.module._global_backward_hooks"),
+    _find("torch.nn.modules.module._global_backward_pre_hooks"),
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: torch.nn.Module) -> list[Any] | None:
+    """What is called besides a module's forward.
+
+    Fallback: None, where this torch keeps hooks elsewhere.
+    """
+    found = (*(getattr(module, name, None) for name in _HOOKS), *_GLOBAL_HOOKS)
+    if any(hooks is None for hooks in found):
+        return None
+    return [hook for hooks in found for hook in hooks.values()]
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of a module does more than its forward.
+
+    Fallback: True, where this torch keeps hooks elsewhere.
+    """
+    return hooks_of(module) != []
+
+
 _HAS_VERSION = _find("torch.Tensor._version") is not None
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been changed in place.
+    """The number of in-place changes of a tensor.
 
-    Fallback: None, and nothing that was found in its values is kept for the next call.
+    Fallback: None, and nothing derived from its values is cached for the next call.
     """
     return tensor._version if _HAS_VERSION else None
 
@@ -315,9 +567,9 @@ _flash_backward_op = _find("torch.ops.aten._scaled_dot_product_flash_attention_b
 def override_flash_attention(
     dispatch_key: str, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> torch.library.Library:
-    """Put functions in the place of torch's flash-attention ops on a dispatch key, until the result is released.
+    """Override torch's flash-attention ops on a dispatch key with these functions, until the result is released.
 
-    Fallback: a RuntimeError, since there is nothing to put them in the place of.
+    Fallback: a RuntimeError, since there is nothing to override.
     """
     if _flash_op is None or _flash_backward_op is None:
         raise RuntimeError(f"torch {torch.__version__} has no flash-attention ops that fastattn knows")

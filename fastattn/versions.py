@@ -1,4 +1,4 @@
-"""Versions of packages, of this one too where it lies linked or copied without an installation."""
+"""Versions of packages, including this one where it is used from a checkout without installation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find(package: str) -> str | None:
 
 
 def version(package: str) -> str:
-    """The same as text, UNKNOWN where there is none: for names and records that must never fail."""
+    """The version as text, UNKNOWN where there is none; never raises."""
     return find(package) or UNKNOWN
 
 
@@ -31,7 +31,9 @@ def own_declared() -> str:
     """The version in the checkout's pyproject.toml; UNKNOWN if there is none of this project."""
     project = Path(__file__).resolve().parent.parent / "pyproject.toml"
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
-    if 'name = "fastattn"' not in text:  # the pyproject.toml of whoever copied the package
+    if (
+        'name = "fastattn"' not in text
+    ):  # the pyproject.toml of another project that contains a copy of the package
         return UNKNOWN
     lines = [line.partition("=") for line in text.splitlines()]
     return next(value.strip().strip('"') for key, _, value in lines if key.strip() == "version")

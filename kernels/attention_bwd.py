@@ -1,20 +1,20 @@
 """Attention backward: a row-wise preparation, then one pass for dK and dV and one for dQ, bitwise deterministic.
 
-Every pass recomputes the weights from lse, which the preparation has made the reference of its exponents, and with a
-bias from the `lse_correction` of attention_lse_correction.py. With `dweights` the same passes are the backward of the
-weights themselves: the gradient of a weight is then given instead of being dout @ v.T. With TMA, q, k, v and dout are
-descriptors.
+Every pass recomputes the weights from `reference`, which the preparation makes of lse, and with a bias from the
+`lse_correction` of attention_lse_correction.py. The same passes are the backward of the weights themselves: `dweights`,
+the gradients of the weights, then stand in place of dout @ v.T. With TMA, q, k, v and dout are descriptors. `optional`
+and `upstream` are the tuples of tensors of arguments.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
 from .attention_bwd_splits import within_split
 from .attention_bwd_tiles import gradient_tile, weights_tile
-from .attention_fwd import INTEGERS
+from .jit import kernel
 from .primitives import (
+    INTEGERS,
     block_at,
     block_count,
     distance,
@@ -37,17 +37,14 @@ from .primitives import (
 )
 from .sequences import program_tile
 
-DOUT_STRIDES = ("stride_dob", "stride_doh", "stride_dos")
-DWEIGHTS_STRIDES = tuple(f"stride_dweights_{dim}" for dim in "bhqk")
 
-
-@triton.jit(do_not_specialize=("stride_ob", "stride_oh", "stride_os", *DOUT_STRIDES, "num_heads", "seqlen_q"))
+@kernel(INTEGERS)
 def attention_delta_kernel(
     out, dout, lse, dlse, delta, reference, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
     num_heads, seqlen_q, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) - dlse, and 0 where lse is -inf: what dscore = probs * (dprobs - delta) subtracts; and
-    the reference of the passes' exponents, which is lse as `load_lse` gives it. The reference alone without an `out`.
+    """delta = rowsum(out * dout) - dlse, 0 where lse is -inf, for dscore = probs * (dprobs - delta); and reference, lse
+    as `load_lse` returns it, for the exponents of the passes. Without `out`, reference alone.
 
     One program owns BLOCK_M queries of one head.
     """
@@ -74,18 +71,9 @@ def attention_delta_kernel(
         tl.store(delta_rows, tl.where(has_key, result, 0.0), mask=rows < seqlen_q)
 
 
-@triton.jit(
-    do_not_specialize=(
-        *INTEGERS,
-        *DOUT_STRIDES,
-        *DWEIGHTS_STRIDES,
-        *("stride_dkb", "stride_dkh", "stride_dks", "stride_dvb", "stride_dvh", "stride_dvs"),
-        *("first_split", "stride_split_dk", "stride_split_dv"),
-    )
-)
+@kernel(INTEGERS)
 def attention_dkdv_kernel(
-    q, k, v, dout, reference, lse_correction, delta, dweights, dk, dv,
-    cu_seqlens_q, cu_seqlens_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    q, k, v, dout, upstream, dk, dv, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -98,8 +86,8 @@ def attention_dkdv_kernel(
     """dv = weights.T @ dout and dk = scale * dproducts.T @ q; without dv where the weights' gradients are given.
 
     One program owns BLOCK_N keys of one key/value head and adds up the query heads it serves in their order. Tiles are
-    keys by queries, so weights and gradients enter the products as they are. Keys that don't exist get garbage rows of
-    their own, which are replaced by zeros at the end.
+    keys by queries, so weights and gradients enter the products without a transpose. Rows of keys past the end hold
+    arbitrary values until zeros replace them at the end.
 
     With SPLIT_HEADS, program_id(1) counts splits from first_split on. A split is SPLIT_HEADS query heads and
     SPLIT_QUERIES of their queries, a multiple of BLOCK_M, or all queries where it is 0. dk and dv then hold a float32
@@ -107,27 +95,27 @@ def attention_dkdv_kernel(
     """
     num_kv_heads = num_heads // VARIANT.group_size
     lengths = (seqlen_q, seqlen_k, shift)
-    packing = (cu_seqlens_q, cu_seqlens_k, batch_size)
+    packing = (optional.cu_seqlens_q, optional.cu_seqlens_k, batch_size)
     tile, kv_head, sequence = program_tile(lengths, packing, num_kv_heads, True, False, BLOCK_N, VARIANT)
     batch, query_base, key_base, num_queries, num_keys, shift = sequence
     if VARIANT.varlen:  # noqa: SIM102 - at compile time
         if tile < 0:
             return
     first_key = tile * BLOCK_N
-    seq_key_end = sequence_key_end(key_lengths, batch, num_keys, VARIANT)
+    seq_key_end = sequence_key_end(optional.key_lengths, batch, num_keys, VARIANT)
     tile_key_end = tl.minimum(first_key + BLOCK_N, seq_key_end)
     keys = head_operand(
         k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
     )
-    mask_and_bias = (
-        mask,
-        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
-        bias,
-        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
-    )
+    score_strides = (
+        stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    )  # fmt: skip
     positions = (num_queries, num_keys, shift, left, right)
     blocks = query_blocks(first_key, tile_key_end, num_queries, shift, left, right, VARIANT, BLOCK_M)
-    blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT)
+    blocks = within_segments(
+        blocks, optional.segment_blocks, batch * tl.cdiv(seqlen_k, BLOCK_N) + tile, VARIANT
+    )
     first_member = 0
     num_members = VARIANT.group_size
     if SPLIT_HEADS:
@@ -149,14 +137,13 @@ def attention_dkdv_kernel(
         queries = head_operand(
             q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
         )
-        reference_base = head_rows(reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        reference_base = head_rows(upstream.reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         scoring = head_scoring(
-            batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
-            scale, softcap, VARIANT,
-        )  # fmt: skip
-        dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
+            batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
+        )
+        dropout = (optional.seed, batch * num_heads + head, keep_threshold, keep_scale)
         dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
-        head_dweights = score_matrix(dweights, dweights_strides, batch, head)
+        head_dweights = score_matrix(upstream.dweights, dweights_strides, batch, head)
         for IS_MASKED in tl.static_range(2):
             for step in range(block_count(blocks, IS_MASKED)):
                 first_query = block_at(step, blocks, IS_MASKED) * BLOCK_M
@@ -171,7 +158,7 @@ def attention_dkdv_kernel(
                 correction_rows = reference_rows
                 if VARIANT.bias:
                     correction_base = head_rows(
-                        lse_correction, batch, head, num_heads, query_base, seqlen_q, VARIANT
+                        upstream.lse_correction, batch, head, num_heads, query_base, seqlen_q, VARIANT
                     )
                     correction_rows = load_rows(
                         correction_base, first_query, num_queries, 1.0, BLOCK_M, IS_MASKED
@@ -185,7 +172,9 @@ def attention_dkdv_kernel(
                         douts, first_query, VARIANT.value_dim, BLOCK_M, IS_MASKED, TMA, VARIANT
                     )
                     dout_tile = zero_beyond(dout_tile, rows, num_queries, IS_MASKED, TMA, VARIANT)
-                    delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+                    delta_base = head_rows(
+                        upstream.delta, batch, head, num_heads, query_base, seqlen_q, VARIANT
+                    )
                     delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, IS_MASKED)
                 probs, weights, capped = weights_tile(
                     query_tile, key_tile, reference_rows, correction_rows, first_query, first_key, scoring, dropout,
@@ -216,17 +205,9 @@ def attention_dkdv_kernel(
         store_tile(dvs, tl.where(exists, dv_tile, 0.0), first_key, VARIANT.value_dim, BLOCK_N, VARIANT)
 
 
-@triton.jit(
-    do_not_specialize=(
-        *INTEGERS,
-        *DOUT_STRIDES,
-        *DWEIGHTS_STRIDES,
-        *("stride_dqb", "stride_dqh", "stride_dqs"),
-    )
-)
+@kernel(INTEGERS)
 def attention_dq_kernel(
-    q, k, v, dout, reference, lse_correction, delta, dweights, dq, dslope_tiles, dlse,
-    cu_seqlens_q, cu_seqlens_k, key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, seed,
+    q, k, v, dout, upstream, dq, dslope_tiles, dlse, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos, stride_dqb, stride_dqh, stride_dqs,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -235,13 +216,13 @@ def attention_dq_kernel(
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     TMA: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), a number
-    per program in dslope_tiles, and dlse = -rowsum(dscores) where the weights' gradients are given.
+    """dq = scale * dproducts @ k, and the other sums over keys: the slope's gradient -sum(dscores * distance), one
+    number per program in dslope_tiles, and dlse = -rowsum(dscores) with `dweights`.
 
     One program owns BLOCK_M queries of one head and visits the key blocks they see.
     """
     lengths = (seqlen_q, seqlen_k, shift)
-    packing = (cu_seqlens_q, cu_seqlens_k, batch_size)
+    packing = (optional.cu_seqlens_q, optional.cu_seqlens_k, batch_size)
     tile, head, sequence = program_tile(
         lengths, packing, num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT
     )
@@ -252,7 +233,7 @@ def attention_dq_kernel(
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, num_queries)
-    seq_key_end = sequence_key_end(key_lengths, batch, num_keys, VARIANT)
+    seq_key_end = sequence_key_end(optional.key_lengths, batch, num_keys, VARIANT)
     queries = head_operand(
         q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
     )
@@ -262,30 +243,31 @@ def attention_dq_kernel(
     values = head_operand(
         v, (stride_vb, stride_vh, stride_vs), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
     )
-    mask_and_bias = (
-        mask,
-        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
-        bias,
-        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
-    )
+    score_strides = (
+        stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    )  # fmt: skip
     positions = (num_queries, num_keys, shift, left, right)
     scoring = head_scoring(
-        batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
-        scale, softcap, VARIANT,
-    )  # fmt: skip
-    dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
+        batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
+    )
+    dropout = (optional.seed, batch * num_heads + head, keep_threshold, keep_scale)
     dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
-    head_dweights = score_matrix(dweights, dweights_strides, batch, head)
+    head_dweights = score_matrix(upstream.dweights, dweights_strides, batch, head)
     blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
-    blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
+    blocks = within_segments(
+        blocks, optional.segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT
+    )
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
-    reference_base = head_rows(reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+    reference_base = head_rows(upstream.reference, batch, head, num_heads, query_base, seqlen_q, VARIANT)
     reference_rows = load_rows(reference_base, first_query, num_queries, float("inf"), BLOCK_M, True)
     correction_rows = reference_rows
     if VARIANT.bias:
-        correction_base = head_rows(lse_correction, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        correction_base = head_rows(
+            upstream.lse_correction, batch, head, num_heads, query_base, seqlen_q, VARIANT
+        )
         correction_rows = load_rows(correction_base, first_query, num_queries, 1.0, BLOCK_M, True)
     dout_tile = query_tile
     delta_rows = reference_rows
@@ -293,7 +275,7 @@ def attention_dq_kernel(
         strides = (stride_dob, stride_doh, stride_dos)
         douts = head_operand(dout, strides, batch, head, query_base, num_queries, TMA, VARIANT)
         dout_tile = load_operand(douts, first_query, VARIANT.value_dim, BLOCK_M, True, TMA, VARIANT)
-        delta_base = head_rows(delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
+        delta_base = head_rows(upstream.delta, batch, head, num_heads, query_base, seqlen_q, VARIANT)
         delta_rows = load_rows(delta_base, first_query, num_queries, 0.0, BLOCK_M, True)
     dq_tile = tl.zeros([BLOCK_M, padded(VARIANT.head_dim)], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)

@@ -11,6 +11,7 @@ device; the splits are added up in their order, in float32.
 import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import padded
 
 
@@ -38,17 +39,7 @@ def within_split(
     return first_member, num_members, (first, full_first, full_last, last)
 
 
-@triton.jit(
-    do_not_specialize=(
-        "stride_split",
-        "stride_b",
-        "stride_h",
-        "stride_s",
-        "num_splits",
-        "num_kv_heads",
-        "seqlen_k",
-    )
-)
+@kernel(("stride_split", "stride_b", "stride_h", "stride_s", "num_splits", "num_kv_heads", "seqlen_k"))
 def sum_splits_kernel(
     partials, out, stride_split, stride_b, stride_h, stride_s, num_splits, num_kv_heads, seqlen_k,
     DIM: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,

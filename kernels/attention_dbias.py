@@ -1,14 +1,13 @@
-"""The gradient of the bias, a pass of its own beside those of attention_bwd.py."""
+"""The gradient of the bias, in a pass of its own."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
-from .attention_bwd import DOUT_STRIDES, DWEIGHTS_STRIDES
 from .attention_bwd_tiles import gradient_tile, weights_tile
-from .attention_fwd import INTEGERS
+from .jit import kernel
 from .primitives import (
+    INTEGERS,
     head_matrix,
     head_rows,
     head_scoring,
@@ -20,17 +19,9 @@ from .primitives import (
 )
 
 
-@triton.jit(
-    do_not_specialize=(
-        *INTEGERS,
-        *DOUT_STRIDES,
-        *DWEIGHTS_STRIDES,
-        *("bias_batch", "bias_heads", "bias_rows", "bias_cols"),
-    )
-)
+@kernel(INTEGERS)
 def attention_dbias_kernel(
-    q, k, v, dout, reference, lse_correction, delta, dweights, dbias,
-    key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    q, k, v, dout, upstream, dbias, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_dob, stride_doh, stride_dos,
     stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k,
@@ -52,12 +43,10 @@ def attention_dbias_kernel(
     row_tile = program // col_tiles % row_tiles
     bias_head = program // col_tiles // row_tiles % bias_heads
     bias_sequence = program // col_tiles // row_tiles // bias_heads
-    mask_and_bias = (
-        mask,
-        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
-        bias,
-        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
-    )
+    score_strides = (
+        stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    )  # fmt: skip
     positions = (seqlen_q, seqlen_k, shift, left, right)
     query_tiles = 1
     key_tiles = 1
@@ -74,7 +63,7 @@ def attention_dbias_kernel(
         first_query = (row_tile + step // key_tiles % query_tiles) * BLOCK_M
         head = bias_head + step // key_tiles // query_tiles % repeats_h
         batch = bias_sequence + step // key_tiles // query_tiles // repeats_h
-        seq_key_end = sequence_key_end(key_lengths, batch, seqlen_k, VARIANT)
+        seq_key_end = sequence_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
         end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
         blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
         if (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N):
@@ -82,17 +71,16 @@ def attention_dbias_kernel(
             queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
             keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
             scoring = head_scoring(
-                batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
-                scale, softcap, VARIANT,
-            )  # fmt: skip
-            dropout = (seed, batch * num_heads + head, keep_threshold, keep_scale)
+                batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
+            )
+            dropout = (optional.seed, batch * num_heads + head, keep_threshold, keep_scale)
             dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
-            head_dweights = score_matrix(dweights, dweights_strides, batch, head)
+            head_dweights = score_matrix(upstream.dweights, dweights_strides, batch, head)
             query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
             key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
-            reference_base = head_rows(reference, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            reference_base = head_rows(upstream.reference, batch, head, num_heads, 0, seqlen_q, VARIANT)
             reference_rows = load_rows(reference_base, first_query, seqlen_q, float("inf"), BLOCK_M, True)
-            correction_base = head_rows(lse_correction, batch, head, num_heads, 0, seqlen_q, VARIANT)
+            correction_base = head_rows(upstream.lse_correction, batch, head, num_heads, 0, seqlen_q, VARIANT)
             correction_rows = load_rows(correction_base, first_query, seqlen_q, 1.0, BLOCK_M, True)
             dout_tile = query_tile
             value_tile = key_tile
@@ -106,7 +94,7 @@ def attention_dbias_kernel(
                 )
                 value_tile = load_tile(values, first_key, VARIANT.value_dim, BLOCK_N, True, VARIANT)
                 dout_tile = load_tile(douts, first_query, VARIANT.value_dim, BLOCK_M, True, VARIANT)
-                delta_base = head_rows(delta, batch, head, num_heads, 0, seqlen_q, VARIANT)
+                delta_base = head_rows(upstream.delta, batch, head, num_heads, 0, seqlen_q, VARIANT)
                 delta_rows = load_rows(delta_base, first_query, seqlen_q, 0.0, BLOCK_M, True)
             probs, weights, capped = weights_tile(
                 query_tile, key_tile, reference_rows, correction_rows, first_query, first_key, scoring, dropout,

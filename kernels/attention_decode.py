@@ -1,8 +1,9 @@
 """Attention against a key/value cache: append, split attention over the cached keys, combine.
 
-`CACHE` is the `CacheVariant` of decode_launches.py. A cache is a tuple (pointer to the first element of this head,
-stride from page to page, from row to row and from column to column, this sequence's row of the block table, length).
-Query heads that share a key head are rows of one tile: row r is query r // group_size of head r % group_size.
+`CACHE` is the `CacheVariant` of decode_launches.py, `cached` its `CacheTensors`. A cache is a tuple (pointer to the
+first element of this head, stride from page to page, from row to row and from column to column, this sequence's row of
+the block table, length). Query heads that share a key head are rows of one tile: row r is query r // group_size of head
+r % group_size.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -10,7 +11,9 @@ Query heads that share a key head are rows of one tile: row r is query r // grou
 import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import (
+    INTEGERS,
     block_at,
     block_count,
     key_blocks,
@@ -22,14 +25,6 @@ from .primitives import (
     softmax_start,
     softmax_update,
 )
-
-CACHE_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "kv" for dim in "bhsd")
-NEW_STRIDES = tuple(f"stride_new_{tensor}{dim}" for tensor in "kv" for dim in "bhs")
-QUERY_STRIDES = ("stride_qb", "stride_qh", "stride_qs", "stride_slopes_b", "left", "right")
-OUT_STRIDES = ("stride_ob", "stride_oh", "stride_os")
-ROTARY = ("stride_cos", "stride_sin", "rotary_positions")
-SIZES = ("num_kv_heads", "new_keys", "capacity", "stride_table")
-QUERIES = ("num_heads", "num_splits", "num_rows", "seqlen_q")
 
 
 @triton.jit
@@ -52,7 +47,7 @@ def head_cache(pointer, strides, table, batch, head, length, VARIANT: tl.constex
 
 @triton.jit
 def cache_rows(cache, keys, exists, VARIANT: tl.constexpr, CACHE: tl.constexpr):
-    """Pointers to the first element of each of `keys`, wherever its page lies; meaningful where it exists."""
+    """Pointers to the first element of each of `keys`, in whichever page; undefined where `exists` is false."""
     base, stride_block, stride_row, _, table, _ = cache
     if CACHE.page_size:
         page = tl.load(table + keys // CACHE.page_size, mask=exists, other=0)
@@ -108,8 +103,8 @@ def load_cached(
 
 @triton.jit
 def load_rotated(starts, exists, positions, rotary, DIM: tl.constexpr, CACHE: tl.constexpr):
-    """Rows of DIM columns whose first elements are at `starts`, the leading rotary_dim columns turned to `positions`:
-    each column times its cosine plus its partner, the first of a pair with the sign changed, times its sine."""
+    """Rows of DIM columns whose first elements are at `starts`, the leading rotary_dim columns rotated to `positions`:
+    x * cos + partner * sin, where the partner of the first column of a pair enters with its sign changed."""
     cols = tl.arange(0, padded(DIM))[None, :]
     tile = tl.load(starts[:, None] + cols, mask=exists[:, None] & (cols < DIM), other=0.0)
     if CACHE.rotary_dim:
@@ -136,7 +131,7 @@ def load_rotated(starts, exists, positions, rotary, DIM: tl.constexpr, CACHE: tl
 
 @triton.jit
 def split_of(blocks, split, num_splits):
-    """The split-th of num_splits pieces of a range of key blocks, all of one size but the last ones."""
+    """The split-th of num_splits pieces of a range of key blocks, of equal size but for the last ones."""
     first, full_first, full_last, last = blocks
     size = tl.cdiv(last - first, num_splits)
     begin = tl.minimum(first + split * size, last)
@@ -146,9 +141,9 @@ def split_of(blocks, split, num_splits):
     return begin, full_begin, full_end, end
 
 
-@triton.jit(do_not_specialize=(*CACHE_STRIDES, *ROTARY, *SIZES, *NEW_STRIDES))
+@kernel(INTEGERS)
 def cache_append_kernel(
-    key, value, k_cache, v_cache, cache_lengths, block_table, rotary_cos, rotary_sin,
+    key, value, k_cache, v_cache, cached,
     stride_new_kb, stride_new_kh, stride_new_ks, stride_new_vb, stride_new_vh, stride_new_vs,
     stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd,
     stride_table, stride_cos, stride_sin, rotary_positions, num_kv_heads, new_keys, capacity,
@@ -160,12 +155,12 @@ def cache_append_kernel(
     """
     tile, batch, head = program_coordinates(tl.cdiv(new_keys, BLOCK_ROWS), num_kv_heads, False)
     tokens = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    positions = tl.load(cache_lengths + batch) + tokens
+    positions = tl.load(cached.lengths + batch) + tokens
     exists = (tokens < new_keys) & (positions >= 0) & (positions < capacity)
     table = 0
     if CACHE.page_size:
-        table = block_table + batch.to(tl.int64) * stride_table
-    rotary = (rotary_cos, stride_cos, rotary_sin, stride_sin, rotary_positions)
+        table = cached.block_table + batch.to(tl.int64) * stride_table
+    rotary = (cached.rotary_cos, stride_cos, cached.rotary_sin, stride_sin, rotary_positions)
 
     starts = packed_rows(key, (stride_new_kb, stride_new_kh, stride_new_ks), batch, head, tokens, VARIANT)
     keys = load_rotated(starts, exists, positions, rotary, VARIANT.head_dim, CACHE)
@@ -185,9 +180,9 @@ def cache_append_kernel(
     tl.store(rows[:, None] + cache_columns(cache, VARIANT.value_dim, CACHE), values, mask=inside)
 
 
-@triton.jit(do_not_specialize=(*CACHE_STRIDES, *ROTARY, *SIZES, *QUERY_STRIDES, *OUT_STRIDES, *QUERIES))
+@kernel(INTEGERS)
 def attention_decode_kernel(
-    q, k_cache, v_cache, out, lse, cache_lengths, block_table, rotary_cos, rotary_sin, slopes, sinks,
+    q, k_cache, v_cache, out, lse, cached,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd,
     stride_ob, stride_oh, stride_os, stride_table, stride_cos, stride_sin, stride_slopes_b,
@@ -207,7 +202,7 @@ def attention_decode_kernel(
     split = head % num_splits
     length = capacity
     if CACHE.lengths:
-        length = tl.minimum(tl.load(cache_lengths + batch) + new_keys, capacity)
+        length = tl.minimum(tl.load(cached.lengths + batch) + new_keys, capacity)
     shift = 0 * length if CACHE.top_left else length - seqlen_q
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = packed // VARIANT.group_size
@@ -220,22 +215,22 @@ def attention_decode_kernel(
 
     table = 0
     if CACHE.page_size:
-        table = block_table + batch.to(tl.int64) * stride_table
+        table = cached.block_table + batch.to(tl.int64) * stride_table
     strides = (stride_kb, stride_kh, stride_ks, stride_kd)
     keys = head_cache(k_cache, strides, table, batch, kv_head, length, VARIANT, CACHE)
     strides = (stride_vb, stride_vh, stride_vs, stride_vd)
     values = head_cache(v_cache, strides, table, batch, kv_head, length, VARIANT, CACHE)
-    rotary = (rotary_cos, stride_cos, rotary_sin, stride_sin, rotary_positions)
+    rotary = (cached.rotary_cos, stride_cos, cached.rotary_sin, stride_sin, rotary_positions)
     starts = packed_rows(q, (stride_qb, stride_qh, stride_qs), batch, heads, queries, VARIANT)
     query_tile = load_rotated(starts, exists, length - seqlen_q + queries, rotary, VARIANT.head_dim, CACHE)
     slope = 0.0
     if VARIANT.alibi:
-        slope = tl.load(slopes + batch * stride_slopes_b + heads, mask=exists, other=0.0)[:, None]
+        slope = tl.load(cached.slopes + batch * stride_slopes_b + heads, mask=exists, other=0.0)[:, None]
     nothing = (0, 0, 0)
     positions = (seqlen_q, length, shift, left, right)
     scoring = (scale, softcap, slope, nothing, nothing, (0, 0), positions)
 
-    row_max, row_sum = softmax_start(sinks, batch + 0 * heads, heads, BLOCK_M, VARIANT)
+    row_max, row_sum = softmax_start(cached.sinks, batch + 0 * heads, heads, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
     for IS_MASKED in tl.static_range(2):
         for step in range(block_count(blocks, IS_MASKED)):
@@ -260,7 +255,7 @@ def attention_decode_kernel(
     tl.store(starts[:, None] + cols, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=(*OUT_STRIDES, *QUERIES))
+@kernel(INTEGERS)
 def attention_combine_kernel(
     split_out, split_lse, out, lse, sinks, stride_ob, stride_oh, stride_os,
     num_heads, num_splits, num_rows, seqlen_q, VARIANT: tl.constexpr, BLOCK_SPLITS: tl.constexpr,

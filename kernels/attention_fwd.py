@@ -2,10 +2,11 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
+from .jit import kernel
 from .primitives import (
+    INTEGERS,
     block_at,
     block_count,
     dropout_keep,
@@ -27,26 +28,10 @@ from .primitives import (
 )
 from .sequences import program_tile
 
-QKV_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkv" for dim in "bhs")
-SCORE_STRIDES = tuple(f"stride_{tensor}_{dim}" for tensor in ("mask", "bias") for dim in "bhqk")
-POSITIONS = (
-    "num_heads",
-    "batch_size",
-    "seqlen_q",
-    "seqlen_k",
-    "shift",
-    "left",
-    "right",
-    "keep_threshold",
-    "stride_slopes_b",
-)
-INTEGERS = (*QKV_STRIDES, *SCORE_STRIDES, *POSITIONS)  # of every kernel that scores pairs
 
-
-@triton.jit(do_not_specialize=(*INTEGERS, "stride_ob", "stride_oh", "stride_os"))
+@kernel(INTEGERS)
 def attention_fwd_kernel(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
-    key_lengths, mask, bias, query_ids, key_ids, segment_blocks, slopes, sinks, seed,
+    q, k, v, out, lse, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
@@ -61,7 +46,7 @@ def attention_fwd_kernel(
     sink. With TMA, q, k and v are descriptors.
     """
     lengths = (seqlen_q, seqlen_k, shift)
-    packing = (cu_seqlens_q, cu_seqlens_k, batch_size)
+    packing = (optional.cu_seqlens_q, optional.cu_seqlens_k, batch_size)
     tile, head, sequence = program_tile(
         lengths, packing, num_heads, False, VARIANT.has_right, BLOCK_M, VARIANT
     )
@@ -72,7 +57,7 @@ def attention_fwd_kernel(
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, num_queries)
-    seq_key_end = sequence_key_end(key_lengths, batch, num_keys, VARIANT)
+    seq_key_end = sequence_key_end(optional.key_lengths, batch, num_keys, VARIANT)
     strides = (stride_qb, stride_qh, stride_qs)
     queries = head_operand(q, strides, batch, head, query_base, num_queries, TMA, VARIANT)
     strides = (stride_kb, stride_kh, stride_ks)
@@ -80,23 +65,22 @@ def attention_fwd_kernel(
     strides = (stride_vb, stride_vh, stride_vs)
     values = head_operand(v, strides, batch, kv_head, key_base, seq_key_end, TMA, VARIANT)
     outs = head_matrix(out, (stride_ob, stride_oh, stride_os), batch, head, query_base, num_queries, VARIANT)
-    mask_and_bias = (
-        mask,
-        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
-        bias,
-        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
-    )
+    score_strides = (
+        stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    )  # fmt: skip
     positions = (num_queries, num_keys, shift, left, right)
     scoring = head_scoring(
-        batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
-        scale, softcap, VARIANT,
-    )  # fmt: skip
+        batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
+    )
     blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
-    blocks = within_segments(blocks, segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT)
+    blocks = within_segments(
+        blocks, optional.segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT
+    )
     rows = first_query + tl.arange(0, BLOCK_M)
 
     query_tile = load_operand(queries, first_query, VARIANT.head_dim, BLOCK_M, True, TMA, VARIANT)
-    row_max, row_sum = softmax_start(sinks, batch, head, BLOCK_M, VARIANT)
+    row_max, row_sum = softmax_start(optional.sinks, batch, head, BLOCK_M, VARIANT)
     acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
     for IS_MASKED in tl.static_range(2):
         for step in range(block_count(blocks, IS_MASKED)):
@@ -108,7 +92,13 @@ def attention_fwd_kernel(
             probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
             if VARIANT.dropout:
                 keep = dropout_keep(
-                    seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
+                    optional.seed,
+                    batch * num_heads + head,
+                    first_query,
+                    first_key,
+                    keep_threshold,
+                    BLOCK_M,
+                    BLOCK_N,
                 )
                 probs = tl.where(keep, probs, 0.0)
             value_tile = load_operand(values, first_key, VARIANT.value_dim, BLOCK_N, IS_MASKED, TMA, VARIANT)

@@ -1,12 +1,12 @@
-"""The factor that makes a row's weights sum to 1 where a float32 lse of huge magnitude is too coarse for it."""
+"""The factor by which recomputed weights of a row sum to 1 where |lse| is too large for float32 to hold it finely."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
-from .attention_fwd import INTEGERS
+from .jit import kernel
 from .primitives import (
+    INTEGERS,
     LOG2E,
     exponents,
     head_matrix,
@@ -23,17 +23,17 @@ from .sequences import program_tile
 EXTREME_LSE = tl.constexpr(1e4)  # beyond it, too few digits are left for the logarithm of a sum
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_lse_correction_kernel(
-    q, k, lse, lse_correction, key_lengths, mask, bias, query_ids, key_ids, slopes, sinks,
+    q, k, lse, lse_correction, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, scale, softcap,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """lse_correction = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1: a row whose biases are all the least
-    number has lse = that number, however many keys share it.
+    """lse_correction = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1. A row whose biases are all the least
+    float32, for example, has lse equal to it for any number of keys.
 
     One program owns BLOCK_M queries of one head and looks at keys only if it has an extreme row.
     """
@@ -43,20 +43,17 @@ def attention_lse_correction_kernel(
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
     end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    seq_key_end = sequence_key_end(key_lengths, batch, seqlen_k, VARIANT)
+    seq_key_end = sequence_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
     queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
     keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
-    mask_and_bias = (
-        mask,
-        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
-        bias,
-        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
-    )
+    score_strides = (
+        stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    )  # fmt: skip
     positions = (seqlen_q, seqlen_k, shift, left, right)
     scoring = head_scoring(
-        batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
-        scale, softcap, VARIANT,
-    )  # fmt: skip
+        batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
+    )
     blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     rows = first_query + tl.arange(0, BLOCK_M)
 
@@ -65,7 +62,7 @@ def attention_lse_correction_kernel(
     extreme = (tl.abs(lse_rows) > EXTREME_LSE) & (tl.abs(lse_rows) < float("inf"))
     total = tl.zeros([BLOCK_M], tl.float32)
     if VARIANT.sinks:
-        total += tl.exp2((tl.load(sinks + head) - lse_rows) * LOG2E)
+        total += tl.exp2((tl.load(optional.sinks + head) - lse_rows) * LOG2E)
     query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
     any_extreme = tl.max(extreme.to(tl.int32), 0) > 0
     for step in range(tl.where(any_extreme, blocks[3] - blocks[0], 0)):

@@ -2,11 +2,11 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
-from .attention_fwd import INTEGERS
+from .jit import kernel
 from .primitives import (
+    INTEGERS,
     dropout_keep,
     exponents,
     head_matrix,
@@ -21,9 +21,9 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def attention_weights_kernel(
-    q, k, lse, lse_correction, weights, key_lengths, mask, bias, query_ids, key_ids, slopes, seed,
+    q, k, lse, lse_correction, weights, optional,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
@@ -47,14 +47,12 @@ def attention_weights_kernel(
         heads = 1
         batch = batch_head // num_heads
         first_head = batch_head % num_heads
-    seq_key_end = sequence_key_end(key_lengths, batch, seqlen_k, VARIANT)
+    seq_key_end = sequence_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
     end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    mask_and_bias = (
-        mask,
-        (stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k),
-        bias,
-        (stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k),
-    )
+    score_strides = (
+        stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+        stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
+    )  # fmt: skip
     positions = (seqlen_q, seqlen_k, shift, left, right)
     blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     seen = (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N)
@@ -68,9 +66,8 @@ def attention_weights_kernel(
         queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
         keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
         scoring = head_scoring(
-            batch, head, seq_key_end, mask_and_bias, (query_ids, key_ids), slopes, stride_slopes_b, positions,
-            scale, softcap, VARIANT,
-        )  # fmt: skip
+            batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
+        )
         query_tile = load_tile(queries, first_query, VARIANT.head_dim, BLOCK_M, True, VARIANT)
         key_tile = load_tile(keys, first_key, VARIANT.head_dim, BLOCK_N, True, VARIANT)
         products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
@@ -84,7 +81,13 @@ def attention_weights_kernel(
             probs *= load_rows(correction_base, first_query, seqlen_q, 1.0, BLOCK_M, True)[:, None]
         if VARIANT.dropout:
             keep = dropout_keep(
-                seed, batch * num_heads + head, first_query, first_key, keep_threshold, BLOCK_M, BLOCK_N
+                optional.seed,
+                batch * num_heads + head,
+                first_query,
+                first_key,
+                keep_threshold,
+                BLOCK_M,
+                BLOCK_N,
             )
             probs = tl.where(keep, probs * keep_scale, 0.0)
         total += probs

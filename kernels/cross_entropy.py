@@ -2,15 +2,15 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import triton
 import triton.language as tl
 
+from .jit import kernel
 from .softmax import finite_max
 
 INTEGERS = ("num_classes", "ignore_index", "stride_logits", "stride_dlogits")
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def cross_entropy_fwd_kernel(
     logits, target, class_weight, weight_mean, losses, norms,
     stride_logits, num_classes, ignore_index, smoothing, z_loss,
@@ -64,7 +64,7 @@ def cross_entropy_fwd_kernel(
     tl.store(norms + 2 * row + 1, log_sum)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def cross_entropy_bwd_kernel(
     logits, target, class_weight, weight_mean, norms, dlosses, dlogits,
     stride_logits, stride_dlogits, num_classes, ignore_index, smoothing, z_loss,

@@ -1,59 +1,51 @@
-"""Launches of the cross-entropy kernels."""
+"""Launches of the cross-entropy kernels; arguments stand in the order of the kernel's signature."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
 from fastattn.kernels import cross_entropy
-from fastattn.kernels.launches import Launch
+from fastattn.kernels.arguments import Launch, cdiv
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import CrossEntropyCall
+
+NUM_STAGES = 2
 
 
 def forward_launch(call: CrossEntropyCall, losses: Tensor, norms: Tensor, tile: RowTile) -> Launch:
     """cross_entropy_fwd_kernel on logits whose last stride is 1."""
-    args = _arguments(call, call.logits)
-    args |= {"losses": losses, "norms": norms}
-    return _launch(cross_entropy.cross_entropy_fwd_kernel, call.logits.shape[0], args, tile)
+    logits = call.logits
+    unit, column_unit = _units(logits)
+    args = (
+        logits, call.target, call.class_weight, call.weight_mean(), losses, norms,
+        logits.stride(0) // unit, logits.shape[1] // column_unit,
+        call.ignore_index, call.label_smoothing, call.z_loss,
+        unit, column_unit, call.label_smoothing != 0.0, call.z_loss != 0.0, tile.columns,
+    )  # fmt: skip
+    grid = (logits.shape[0],)
+    return Launch(cross_entropy.cross_entropy_fwd_kernel, grid, args, tile.num_warps, NUM_STAGES)
 
 
 def backward_launch(
     call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, dlogits: Tensor, tile: RowTile
 ) -> Launch:
     """cross_entropy_bwd_kernel on logits and dlogits whose last stride is 1."""
-    args = _arguments(call, call.logits, dlogits)
-    args |= {"dlosses": dlosses, "norms": norms, "dlogits": dlogits}
-    args["stride_dlogits"] = dlogits.stride(0) // args["UNIT"]
-    programs = call.logits.shape[0] * -(-call.logits.shape[1] // tile.columns)
-    return _launch(cross_entropy.cross_entropy_bwd_kernel, programs, args, tile)
-
-
-def _arguments(call: CrossEntropyCall, *matrices: Tensor) -> dict[str, Any]:
-    """The arguments of both kernels; strides and the number of classes count 16 bytes where everything is aligned."""
     logits = call.logits
-    vector = 16 // logits.element_size()
-    aligned = all(m.data_ptr() % 16 == 0 and (m.shape[0] <= 1 or m.stride(0) % vector == 0) for m in matrices)
-    unit = vector if aligned else 1
-    column_unit = unit if logits.shape[1] % unit == 0 else 1
-    return {
-        "logits": logits,
-        "target": call.target,
-        "class_weight": call.class_weight,
-        "weight_mean": call.weight_mean(),
-        "stride_logits": logits.stride(0) // unit,
-        "num_classes": logits.shape[1] // column_unit,
-        "ignore_index": call.ignore_index,
-        "smoothing": call.label_smoothing,
-        "z_loss": call.z_loss,
-        "UNIT": unit,
-        "COLUMN_UNIT": column_unit,
-        "SMOOTHED": call.label_smoothing != 0.0,
-        "Z_LOSS": call.z_loss != 0.0,
-    }
+    unit, column_unit = _units(logits, dlogits)
+    args = (
+        logits, call.target, call.class_weight, call.weight_mean(), norms, dlosses, dlogits,
+        logits.stride(0) // unit, dlogits.stride(0) // unit, logits.shape[1] // column_unit,
+        call.ignore_index, call.label_smoothing, call.z_loss,
+        unit, column_unit, call.label_smoothing != 0.0, call.z_loss != 0.0, tile.columns,
+    )  # fmt: skip
+    grid = (logits.shape[0] * cdiv(logits.shape[1], tile.columns),)
+    return Launch(cross_entropy.cross_entropy_bwd_kernel, grid, args, tile.num_warps, NUM_STAGES)
 
 
-def _launch(kernel: Any, programs: int, args: dict[str, Any], tile: RowTile) -> Launch:
-    args["BLOCK"] = tile.columns
-    return Launch(kernel, (programs,), {name: args[name] for name in kernel.arg_names}, tile.num_warps, 2)
+def _units(*matrices: Tensor) -> tuple[int, int]:
+    """What strides and the number of classes count: elements of 16 bytes where everything is aligned, else one."""
+    unit = 16 // matrices[0].element_size()
+    for matrix in matrices:
+        if matrix.data_ptr() % 16 or (matrix.shape[0] > 1 and matrix.stride(0) % unit):
+            return 1, 1
+    return unit, unit if matrices[0].shape[1] % unit == 0 else 1

@@ -1,16 +1,19 @@
-"""Launches of the cache kernels: the grid, the arguments and the compiled variant of a cache call."""
+"""Launches of the cache kernels: the grid, the arguments and the compiled variant of a cache call.
+
+Arguments stand in the order of the kernel's signature, a group to a line: kernels/arguments.py has the groups.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastattn.kernels import attention_decode
+from fastattn.kernels.arguments import Launch, cdiv, slope_stride_of, strides_of, unit_of
 from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS
-from fastattn.kernels.launches import AttentionVariant, Launch, _cdiv, _launch, _strides, _unit
 from fastattn.kernels.tiles import Tile
+from fastattn.kernels.variants import AttentionVariant, folds_scale
 from fastattn.spec import AttentionSpec, KVCacheCall
 
 
@@ -24,6 +27,30 @@ class CacheVariant(NamedTuple):
     top_left: bool = False  # query i has the position of key i
     lengths: bool = True  # sequences have lengths of their own, or else all that there is room for
 
+    @classmethod
+    def of(cls, call: KVCacheCall) -> CacheVariant:
+        """That of a call."""
+        cos = call.rotary_cos
+        return cls(
+            page_size=0 if call.block_table is None else call.k_cache.shape[2],
+            unit_columns=_unit_columns(call),
+            rotary_dim=0 if cos is None else 2 * cos.shape[1],
+            rotary_interleaved=call.rotary_interleaved and cos is not None,
+            top_left=call.causal == "top_left",
+            lengths=call.cache_lengths.numel() > 0,
+        )
+
+
+class CacheTensors(NamedTuple):
+    """The small tensors of a cache call, one argument; None where absent."""
+
+    lengths: Tensor  # (B,) int32: tokens in the cache before the append; empty where the cache is full
+    block_table: Tensor | None  # (B, pages) int32
+    rotary_cos: Tensor | None  # (positions, rotary_dim / 2)
+    rotary_sin: Tensor | None
+    slopes: Tensor | None = None  # (1 or B, H)
+    sinks: Tensor | None = None  # (H,)
+
 
 def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
     """cache_append_kernel on a call with new keys and values."""
@@ -32,46 +59,68 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
     assert value is not None
     unit = _cache_unit(call, key, value)
     variant = AttentionVariant(
-        spec.head_dim, spec.value_dim, unit=unit, int64_offsets=_wide(call, call.capacity)
+        spec.head_dim, spec.value_dim, unit=unit, int64_offsets=_needs_int64(call, call.capacity)
     )
-    args = _cache_arguments(call, unit) | _strides("new_k", key, unit) | _strides("new_v", value, unit)
-    args |= {"key": key, "value": value, "VARIANT": variant, "BLOCK_ROWS": APPEND_ROWS}
     batch, num_kv_heads, new_keys, _ = key.shape
-    grid = batch * num_kv_heads * _cdiv(new_keys, APPEND_ROWS)
-    return _launch(attention_decode.cache_append_kernel, grid, args, Tile(APPEND_ROWS, 0, 4, 1))
+    tensors = CacheTensors(call.cache_lengths, call.block_table, call.rotary_cos, call.rotary_sin)
+    args = (
+        key, value, call.k_cache, call.v_cache, tensors,
+        *strides_of(key, unit), *strides_of(value, unit),
+        *_cache_strides(call, unit),
+        *_table_strides(call), num_kv_heads, new_keys, call.capacity,
+        variant, CacheVariant.of(call), APPEND_ROWS,
+    )  # fmt: skip
+    grid = batch * num_kv_heads * cdiv(new_keys, APPEND_ROWS)
+    return Launch(attention_decode.cache_append_kernel, (grid,), args, num_warps=4, num_stages=1)
 
 
 def decode_launch(
     spec: AttentionSpec, call: KVCacheCall, out: Tensor, lse: Tensor, num_splits: int, tile: Tile
 ) -> Launch:
     """attention_decode_kernel on a call; out (B, H, Sq, Dv), or (splits, B, H, Sq, Dv) float32 to be combined."""
-    query, slopes = call.query, call.alibi_slopes
+    query = call.query
     batch, num_heads, seqlen_q, _ = query.shape
+    num_kv_heads, capacity = call.k_cache.shape[1], call.capacity
     first_out = out if num_splits == 1 else out[0]
     unit = _cache_unit(call, query, first_out)
-    longest = seqlen_q + call.capacity
-    right = call.window_right if call.window_right >= 0 else longest
-    args = _cache_arguments(call, unit) | _strides("q", query, unit) | _strides("o", first_out, unit)
-    args |= {
-        "q": query,
-        "out": out,
-        "lse": lse,
-        "slopes": slopes,
-        "sinks": call.sinks,
-        "num_heads": num_heads,
-        "stride_slopes_b": slopes.stride(0) if slopes is not None and slopes.shape[0] > 1 else 0,
-        "num_splits": num_splits,
-        "num_rows": batch * num_heads * seqlen_q,
-        "seqlen_q": seqlen_q,
-        "left": min(call.window_left, longest),
-        "right": 0 if call.causal != "none" else min(right, longest),
-        "scale": call.scale,
-        "softcap": call.softcap,
-        "VARIANT": _variant(spec, call, unit, num_splits, tile),
-    }
-    tiles = _cdiv(seqlen_q * spec.group_size, tile.block_m)
-    grid = batch * call.k_cache.shape[1] * num_splits * tiles
-    return _launch(attention_decode.attention_decode_kernel, grid, args, tile)
+    longest = seqlen_q + capacity
+    right = 0 if call.causal != "none" else call.window_right
+    right = min(right, longest) if right >= 0 else longest
+    sinks = spec.sinks and num_splits == 1  # otherwise the combine adds them
+    variant = AttentionVariant.of(
+        spec,
+        tile,
+        unit,
+        fold_scale=folds_scale(spec, call.scale, sinks),
+        sinks=sinks,
+        int64_offsets=_needs_int64(call, tile.block_n),
+    )
+    if spec.key_lengths:  # of a padded call with one query: here they are the cache's lengths
+        variant = variant._replace(key_lengths=False)
+    tensors = CacheTensors(
+        call.cache_lengths, call.block_table, call.rotary_cos, call.rotary_sin, call.alibi_slopes, call.sinks
+    )
+    *table_strides, rotary_positions = _table_strides(call)
+    args = (
+        query, call.k_cache, call.v_cache, out, lse, tensors,
+        *strides_of(query, unit),
+        *_cache_strides(call, unit),
+        *strides_of(first_out, unit),
+        *table_strides, slope_stride_of(call.alibi_slopes),
+        rotary_positions, num_heads, num_kv_heads, num_splits, batch * num_heads * seqlen_q,
+        seqlen_q, call.new_keys, capacity, min(call.window_left, longest), right,
+        call.scale, call.softcap,
+        variant, CacheVariant.of(call), tile.block_m, tile.block_n,
+    )  # fmt: skip
+    grid = batch * num_kv_heads * num_splits * cdiv(seqlen_q * spec.group_size, tile.block_m)
+    return Launch(
+        attention_decode.attention_decode_kernel,
+        (grid,),
+        args,
+        tile.num_warps,
+        tile.num_stages,
+        tile.max_registers,
+    )
 
 
 def combine_launch(
@@ -79,89 +128,46 @@ def combine_launch(
 ) -> Launch:
     """attention_combine_kernel on the splits' results, contiguous (splits, B, H, Sq, Dv) and (splits, B, H, Sq)."""
     _, num_heads, seqlen_q, _ = out.shape
-    args: dict[str, Any] = {
-        "split_out": split_out,
-        "split_lse": split_lse,
-        "out": out,
-        "lse": lse,
-        "sinks": call.sinks,
-        "num_heads": num_heads,
-        "num_splits": split_lse.shape[0],
-        "num_rows": lse.numel(),
-        "seqlen_q": seqlen_q,
-        "VARIANT": AttentionVariant(spec.head_dim, spec.value_dim, sinks=spec.sinks),
-        "BLOCK_SPLITS": COMBINE_SPLITS,
-    }
-    args |= _strides("o", out, 1)
-    return _launch(
-        attention_decode.attention_combine_kernel, lse.numel(), args, Tile(1, COMBINE_SPLITS, 4, 1)
-    )
+    num_rows = lse.numel()
+    args = (
+        split_out, split_lse, out, lse, call.sinks,
+        *strides_of(out, 1),
+        num_heads, split_lse.shape[0], num_rows, seqlen_q,
+        AttentionVariant(spec.head_dim, spec.value_dim, sinks=spec.sinks), COMBINE_SPLITS,
+    )  # fmt: skip
+    return Launch(attention_decode.attention_combine_kernel, (num_rows,), args, num_warps=4, num_stages=1)
 
 
-def _cache_arguments(call: KVCacheCall, unit: int) -> dict[str, Any]:
-    """Every argument that follows from the caches and the rotation."""
+def _cache_strides(call: KVCacheCall, unit: int) -> tuple[int, ...]:
+    """The four strides of each cache, the last in elements."""
+    k_cache, v_cache = call.k_cache, call.v_cache
+    return *strides_of(k_cache, unit), k_cache.stride(3), *strides_of(v_cache, unit), v_cache.stride(3)
+
+
+def _table_strides(call: KVCacheCall) -> tuple[int, int, int, int]:
+    """(stride_table, stride_cos, stride_sin, rotary_positions), 0 where there is none."""
     table, cos, sin = call.block_table, call.rotary_cos, call.rotary_sin
-    args: dict[str, Any] = {
-        "k_cache": call.k_cache,
-        "v_cache": call.v_cache,
-        "cache_lengths": call.cache_lengths,
-        "block_table": table,
-        "rotary_cos": cos,
-        "rotary_sin": sin,
-        "stride_kd": call.k_cache.stride(3),
-        "stride_vd": call.v_cache.stride(3),
-        "stride_table": 0 if table is None else table.stride(0),
-        "stride_cos": 0 if cos is None else cos.stride(0),
-        "stride_sin": 0 if sin is None else sin.stride(0),
-        "rotary_positions": 0 if cos is None else cos.shape[0],
-        "num_kv_heads": call.k_cache.shape[1],
-        "new_keys": call.new_keys,
-        "capacity": call.capacity,
-        "CACHE": CacheVariant(
-            page_size=0 if table is None else call.k_cache.shape[2],
-            unit_columns=_unit_columns(call),
-            rotary_dim=0 if cos is None else 2 * cos.shape[1],
-            rotary_interleaved=call.rotary_interleaved and cos is not None,
-            top_left=call.causal == "top_left",
-            lengths=call.cache_lengths.numel() > 0,
-        ),
-    }
-    return args | _strides("k", call.k_cache, unit) | _strides("v", call.v_cache, unit)
-
-
-def _variant(
-    spec: AttentionSpec, call: KVCacheCall, unit: int, num_splits: int, tile: Tile
-) -> AttentionVariant:
-    """The attention of one split; the sinks are added here if nothing is combined afterwards."""
-    sinks = spec.sinks and num_splits == 1
-    return AttentionVariant(
-        head_dim=spec.head_dim,
-        value_dim=spec.value_dim,
-        group_size=spec.group_size,
-        has_left=spec.window_left,
-        has_right=spec.window_right or call.causal != "none",
-        alibi=spec.alibi,
-        softcap=spec.softcap,
-        sinks=sinks,
-        fold_scale=call.scale > 0.0
-        and spec.dtype != torch.float32
-        and not (spec.softcap or spec.alibi or sinks),
-        dot_precision=spec.float32_precision,
-        unit=unit,
-        int64_offsets=_wide(call, tile.block_n),
+    return (
+        0 if table is None else table.stride(0),
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
+        0 if cos is None else cos.shape[0],
     )
 
 
 def _cache_unit(call: KVCacheCall, *tensors: Tensor) -> int:
     """How many elements strides count: 16 bytes where every row of caches and tensors starts at a multiple of it."""
-    return _unit(call.k_cache, call.v_cache, *tensors) if _unit_columns(call) else 1
+    return unit_of(call.k_cache, call.v_cache, *tensors) if _unit_columns(call) else 1
 
 
 def _unit_columns(call: KVCacheCall) -> bool:
-    return all(cache.stride(3) == 1 or cache.shape[3] == 1 for cache in (call.k_cache, call.v_cache))
+    k_cache, v_cache = call.k_cache, call.v_cache
+    return (k_cache.stride(3) == 1 or k_cache.shape[3] == 1) and (
+        v_cache.stride(3) == 1 or v_cache.shape[3] == 1
+    )
 
 
-def _wide(call: KVCacheCall, rows: int) -> bool:
+def _needs_int64(call: KVCacheCall, rows: int) -> bool:
     """Whether the offset of a row among `rows` of one page, or of one block of a dense cache, needs 64 bits."""
     rows = min(rows, call.k_cache.shape[2])
-    return any(rows * cache.stride(2) >= 2**31 for cache in (call.k_cache, call.v_cache))
+    return rows * call.k_cache.stride(2) >= 2**31 or rows * call.v_cache.stride(2) >= 2**31

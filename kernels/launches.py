@@ -1,9 +1,12 @@
-"""Launches of the attention kernels: the grid, the arguments and the compiled variant of a call and its tiles."""
+"""Launches of the attention kernels: the grid, the arguments and the compiled variant of a call and its tiles.
+
+Arguments stand in the order of the kernel's signature, a group to a line: kernels/arguments.py has the groups.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,42 +21,25 @@ from fastattn.kernels import (
     segments,
     sequences,
 )
+from fastattn.kernels.arguments import (
+    Launch,
+    OptionalTensors,
+    Strides,
+    UpstreamTensors,
+    cdiv,
+    descriptor_of,
+    has_unit_columns,
+    score_strides_of,
+    slope_stride_of,
+    strides_of,
+    unit_of,
+)
+from fastattn.kernels.jit import Kernel
 from fastattn.kernels.splits import SPLIT_ROWS, WHOLE, Split
 from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, TMA_ARCH, Tile
+from fastattn.kernels.variants import AttentionVariant, folds_scale
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
-
-
-class AttentionVariant(NamedTuple):
-    """Everything a compiled attention kernel depends on beside its tile: one value is one set of binaries."""
-
-    head_dim: int
-    value_dim: int
-    group_size: int = 1
-    has_left: bool = False  # the window bounds keys before a query's position
-    has_right: bool = False  # and after it; causal is right = 0
-    varlen: bool = False  # sequences lie packed one after another
-    key_lengths: bool = False
-    mask: bool = False
-    bias: bool = False
-    segments: bool = False
-    alibi: bool = False
-    softcap: bool = False
-    sinks: bool = False
-    dropout: bool = False
-    dweights: bool = False  # backward of the weights rather than of the output
-    alibi_grad: bool = False
-    bias_one_row: bool = False  # the bias whose gradient is computed is broadcast over queries
-    bias_one_col: bool = False  # or keys
-    unit_mask: bool = False  # neighbouring columns are neighbours in memory
-    unit_bias: bool = False
-    unit_dweights: bool = False
-    fold_scale: bool = False  # q.k is scaled within the exponent: `_folds_scale`
-    dot_precision: str = "ieee"  # of float32 products: "ieee", "tf32x3" or "tf32"
-    unit: int = (
-        1  # strides are passed in multiples of this many elements, 16 bytes where everything is aligned
-    )
-    int64_offsets: bool = False  # offsets within a tile need 64 bits
 
 
 class Packing(NamedTuple):
@@ -68,28 +54,27 @@ class Packing(NamedTuple):
         return self.cu_seqlens_q.shape[0] - 1
 
 
-class Launch(NamedTuple):
-    """One kernel launch, complete: what runs on a GPU is what the compile checks compile."""
+class UpstreamGrads(NamedTuple):
+    """The gradients that the passes start from: the output's, with delta, or the weights'."""
 
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None  # per thread
+    reference: Tensor  # (B, H, Sq) float32, from attention_delta_kernel: lse for the passes' exponents
+    lse_correction: Tensor | None = None  # (B, H, Sq) float32, given with a bias
+    delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
+    dout: Tensor | None = None
+    dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
+    dweights_factor: float = 1.0  # their multiplier
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Compiler options."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+    def tensors(self) -> UpstreamTensors:
+        """Those that are read for each row or weight."""
+        return UpstreamTensors(self.reference, self.lse_correction, self.delta, self.dweights)
 
-    def run(self) -> None:
-        """Launch on the device of the first tensor, unless there is nothing to do."""
-        if 0 in self.grid:
-            return
-        with torch.cuda.device_of(next(value for value in self.args.values() if isinstance(value, Tensor))):
-            self.kernel[self.grid](**self.args, **self.options)
+    def rows(self) -> tuple[Tensor, ...]:
+        """Those whose rows are loaded as tiles."""
+        return () if self.dout is None else (self.dout,)
+
+    def strides(self, unit: int) -> Strides:
+        """The outer strides of dout, 0 where there is none."""
+        return (0, 0, 0) if self.dout is None else strides_of(self.dout, unit)
 
 
 def forward_launch(
@@ -97,11 +82,17 @@ def forward_launch(
     packing: Packing | None = None,
 ) -> Launch:  # fmt: skip
     """attention_fwd_kernel on a call."""
-    unit = _unit(call.query, call.key, call.value, out)
-    args = _call_arguments(spec, call, unit, packing) | _strides("o", out, unit)
-    args |= {"out": out, "lse": lse, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, tile)
-    grid = num_tiles(call.query, tile.block_m, packing)
+    query, key, value = call.query, call.key, call.value
+    unit = unit_of(query, key, value, out)
+    q, k, v, _, tma = _operands(spec, call, tile)
+    args = (
+        q, k, v, out, lse, _optional_tensors(call, packing, segment_blocks, call.sinks),
+        *strides_of(query, unit), *strides_of(key, unit), *strides_of(value, unit), *strides_of(out, unit),
+        *_all_score_strides(call),
+        *_sizes(call, packing), keep_threshold(call.dropout_p), call.scale, call.softcap, keep_scale(call.dropout_p),
+        tma, _variant(spec, call, tile, unit, packing, sinks=spec.sinks), tile.block_m, tile.block_n,
+    )  # fmt: skip
+    grid = (num_tiles(query, tile.block_m, packing),)
     return _launch(attention_fwd.attention_fwd_kernel, grid, args, tile)
 
 
@@ -117,56 +108,40 @@ def delta_launch(
 ) -> Launch:
     """attention_delta_kernel on the results of a call and their gradients, or for the reference alone."""
     batch, num_heads, seqlen_q = lse.shape
-    args: dict[str, Any] = {"out": out, "dout": dout, "lse": lse, "dlse": dlse, "delta": delta}
-    unit = 1
-    if out is None or dout is None:
-        args |= {f"stride_{name}{dim}": 0 for name in ("o", "do") for dim in "bhs"}
-    else:
-        unit = _unit(out, dout)
-        args |= _strides("o", out, unit) | _strides("do", dout, unit)
-    variant = AttentionVariant(spec.head_dim, spec.value_dim, unit=unit, int64_offsets=spec.int64_offsets)
-    variant = variant._replace(fold_scale=_folds_scale(spec, call))
-    args |= {"reference": reference, "VARIANT": variant, "num_heads": num_heads, "seqlen_q": seqlen_q}
-    tile = Tile(DELTA_ROWS, 0, num_warps=4, num_stages=1)
-    return _launch(
-        attention_bwd.attention_delta_kernel, batch * num_heads * _cdiv(seqlen_q, DELTA_ROWS), args, tile
+    unit, out_strides, dout_strides = 1, (0, 0, 0), (0, 0, 0)
+    if out is not None and dout is not None:
+        unit = unit_of(out, dout)
+        out_strides, dout_strides = strides_of(out, unit), strides_of(dout, unit)
+    fold_scale = folds_scale(spec, call.scale, spec.sinks)
+    variant = AttentionVariant(
+        spec.head_dim, spec.value_dim, fold_scale=fold_scale, unit=unit, int64_offsets=spec.int64_offsets
     )
+    args = (
+        out, dout, lse, dlse, delta, reference,
+        *out_strides, *dout_strides,
+        num_heads, seqlen_q,
+        variant, DELTA_ROWS,
+    )  # fmt: skip
+    grid = batch * num_heads * cdiv(seqlen_q, DELTA_ROWS)
+    return Launch(attention_bwd.attention_delta_kernel, (grid,), args, num_warps=4, num_stages=1)
 
 
 def lse_correction_launch(
     spec: AttentionSpec, call: AttentionCall, lse: Tensor, lse_correction: Tensor, tile: Tile
 ) -> Launch:
     """attention_lse_correction_kernel on a call."""
-    args = _call_arguments(spec, call, _unit(call.query, call.key)) | {
-        "lse": lse,
-        "lse_correction": lse_correction,
-    }
-    grid = num_tiles(call.query, tile.block_m, None)
+    query, key = call.query, call.key
+    unit = unit_of(query, key)
+    optional = _optional_tensors(call, sinks=call.sinks)._replace(seed=None)
+    args = (
+        query, key, lse, lse_correction, optional,
+        *strides_of(query, unit), *strides_of(key, unit),
+        *_all_score_strides(call),
+        *_sizes(call), call.scale, call.softcap,
+        _variant(spec, call, tile, unit, sinks=spec.sinks), tile.block_m, tile.block_n,
+    )  # fmt: skip
+    grid = (num_tiles(query, tile.block_m, None),)
     return _launch(attention_lse_correction.attention_lse_correction_kernel, grid, args, tile)
-
-
-class UpstreamGrads(NamedTuple):
-    """The gradients that the passes start from: the output's, with delta, or the weights'."""
-
-    reference: Tensor  # (B, H, Sq) float32, from attention_delta_kernel: lse for the passes' exponents
-    lse_correction: Tensor | None = None  # (B, H, Sq) float32, given with a bias
-    delta: Tensor | None = None  # (B, H, Sq) float32, from attention_delta_kernel
-    dout: Tensor | None = None
-    dweights: Tensor | None = None  # (B, H, Sq, Sk), any strides
-    dweights_factor: float = 1.0  # their multiplier
-
-    def arguments(self, unit: int) -> dict[str, Any]:
-        """Their kernel arguments."""
-        names = ("reference", "lse_correction", "delta", "dout", "dweights")
-        args: dict[str, Any] = {name: getattr(self, name) for name in names}
-        args |= _score_strides("dweights", self.dweights)
-        if self.dout is not None:
-            return args | _strides("do", self.dout, unit)
-        return args | {"stride_dob": 0, "stride_doh": 0, "stride_dos": 0}
-
-    def tensors(self) -> list[Tensor]:
-        """Those whose rows are loaded as tiles."""
-        return [] if self.dout is None else [self.dout]
 
 
 def dkdv_launch(
@@ -185,30 +160,39 @@ def dkdv_launch(
 
     With a split, dkey and dvalue are (splits, B, Hkv, Sk, D) float32 and take the splits from `first_split` on.
     """
+    query, key, value = call.query, call.key, call.value
     dvalue = dkey if dvalue is None else dvalue
-    first_dkey, first_dvalue = (dkey, dvalue) if split == WHOLE else (dkey[0], dvalue[0])
-    unit = _unit(call.query, call.key, call.value, first_dkey, first_dvalue, *upstream_grads.tensors())
-    args = _call_arguments(spec, call, unit, packing, upstream_grads)
-    args |= _strides("dk", first_dkey, unit) | _strides("dv", first_dvalue, unit)
-    args |= {"dk": dkey, "dv": dvalue, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, tile, upstream_grads)
-    args |= {"SPLIT_HEADS": split.heads, "SPLIT_QUERIES": split.queries, "first_split": first_split}
-    args |= {"stride_split_dk": 0, "stride_split_dv": 0}
-    grid = num_tiles(call.key, tile.block_n, packing)
+    grid: tuple[int, ...] = (num_tiles(key, tile.block_n, packing),)
     if split == WHOLE:
-        return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
-    args |= {"stride_split_dk": dkey.stride(0), "stride_split_dv": dvalue.stride(0)}
-    return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)._replace(grid=(grid, dkey.shape[0]))
+        first_dkey, first_dvalue, split_strides = dkey, dvalue, (0, 0)
+    else:
+        grid += (dkey.shape[0],)
+        first_dkey, first_dvalue, split_strides = dkey[0], dvalue[0], (dkey.stride(0), dvalue.stride(0))
+    unit = unit_of(query, key, value, first_dkey, first_dvalue, *upstream_grads.rows())
+    q, k, v, dout, tma = _operands(spec, call, tile, upstream_grads.dout)
+    args = (
+        q, k, v, dout, upstream_grads.tensors(), dkey, dvalue, _optional_tensors(call, packing, segment_blocks),
+        *strides_of(query, unit), *strides_of(key, unit), *strides_of(value, unit), *upstream_grads.strides(unit),
+        *strides_of(first_dkey, unit), *strides_of(first_dvalue, unit),
+        *score_strides_of(upstream_grads.dweights), *_all_score_strides(call),
+        *_sizes(call, packing), keep_threshold(call.dropout_p), call.scale, call.softcap,
+        keep_scale(call.dropout_p) * upstream_grads.dweights_factor,
+        first_split, *split_strides, split.heads, split.queries,
+        tma, _variant(spec, call, tile, unit, packing, upstream_grads.dweights), tile.block_m, tile.block_n,
+    )  # fmt: skip
+    return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
 
 
 def sum_splits_launch(partials: Tensor, out: Tensor) -> Launch:
     """sum_splits_kernel on partials (splits, B, Hkv, Sk, D), rows one behind another, into `out` (B, Hkv, Sk, D)."""
     num_splits, batch, num_kv_heads, seqlen_k, dim = partials.shape
-    args: dict[str, Any] = {"partials": partials, "out": out, "stride_split": partials.stride(0)}
-    args |= {f"stride_{name}": stride for name, stride in zip("bhs", out.stride())}
-    args |= {"num_splits": num_splits, "num_kv_heads": num_kv_heads, "seqlen_k": seqlen_k}
-    args |= {"DIM": dim, "ROW": partials.stride(3), "BLOCK": SPLIT_ROWS}
-    grid = batch * num_kv_heads * _cdiv(seqlen_k, SPLIT_ROWS)
+    args = (
+        partials, out,
+        partials.stride(0), *out.stride()[:3],
+        num_splits, num_kv_heads, seqlen_k,
+        dim, partials.stride(3), SPLIT_ROWS,
+    )  # fmt: skip
+    grid = batch * num_kv_heads * cdiv(seqlen_k, SPLIT_ROWS)
     return Launch(attention_bwd_splits.sum_splits_kernel, (grid,), args, num_warps=4, num_stages=1)
 
 
@@ -224,12 +208,23 @@ def dq_launch(
     packing: Packing | None = None,
 ) -> Launch:
     """attention_dq_kernel on a call, writing the gradients of the query and the sums over its keys: slopes and lse."""
-    unit = _unit(call.query, call.key, call.value, dquery, *upstream_grads.tensors())
-    args = _call_arguments(spec, call, unit, packing, upstream_grads) | _strides("dq", dquery, unit)
-    args |= {"dq": dquery, "dslope_tiles": dslope_tiles, "dlse": dlse, "segment_blocks": segment_blocks}
-    args |= _tma_arguments(spec, call, tile, upstream_grads)
-    args["VARIANT"] = args["VARIANT"]._replace(alibi_grad=dslope_tiles is not None)
-    grid = num_tiles(call.query, tile.block_m, packing)
+    query, key, value = call.query, call.key, call.value
+    unit = unit_of(query, key, value, dquery, *upstream_grads.rows())
+    q, k, v, dout, tma = _operands(spec, call, tile, upstream_grads.dout)
+    variant = _variant(spec, call, tile, unit, packing, upstream_grads.dweights)
+    if dslope_tiles is not None:
+        variant = variant._replace(alibi_grad=True)
+    args = (
+        q, k, v, dout, upstream_grads.tensors(), dquery, dslope_tiles, dlse,
+        _optional_tensors(call, packing, segment_blocks),
+        *strides_of(query, unit), *strides_of(key, unit), *strides_of(value, unit), *upstream_grads.strides(unit),
+        *strides_of(dquery, unit),
+        *score_strides_of(upstream_grads.dweights), *_all_score_strides(call),
+        *_sizes(call, packing), keep_threshold(call.dropout_p), call.scale, call.softcap,
+        keep_scale(call.dropout_p) * upstream_grads.dweights_factor,
+        tma, variant, tile.block_m, tile.block_n,
+    )  # fmt: skip
+    grid = (num_tiles(query, tile.block_m, packing),)
     return _launch(attention_bwd.attention_dq_kernel, grid, args, tile)
 
 
@@ -237,29 +232,35 @@ def sequence_sums_launch(
     tiles: Tensor, packing: Packing, num_tokens: int, block: int, sums: Tensor
 ) -> Launch:
     """sequence_sums_kernel on the numbers (H, slots) of attention_dq_kernel, one per tile of `block` queries."""
-    args: dict[str, Any] = {"tiles": tiles, "cu_seqlens": packing.cu_seqlens_q, "sums": sums}
-    args |= {"batch_size": sums.shape[0], "num_heads": sums.shape[1], "num_tokens": num_tokens}
-    args |= {"BLOCK": block, "CHUNK": SLOT_CHUNK}
-    return Launch(sequences.sequence_sums_kernel, (sums.numel(),), args, 1, 1)
+    batch_size, num_heads = sums.shape
+    args = (
+        tiles, packing.cu_seqlens_q, sums,
+        batch_size, num_heads, num_tokens,
+        block, SLOT_CHUNK,
+    )  # fmt: skip
+    return Launch(sequences.sequence_sums_kernel, (sums.numel(),), args, num_warps=1, num_stages=1)
 
 
 def dbias_launch(
     spec: AttentionSpec, call: AttentionCall, upstream_grads: UpstreamGrads, dbias: Tensor, tile: Tile
 ) -> Launch:
     """attention_dbias_kernel on a call, writing the gradient of the bias in the bias's own shape, contiguous."""
+    query, key, value = call.query, call.key, call.value
     bias_batch, bias_heads, bias_rows, bias_cols = dbias.shape
-    unit = _unit(call.query, call.key, call.value, *upstream_grads.tensors())
-    args = _call_arguments(spec, call, unit, None, upstream_grads)
-    args |= {
-        "bias_batch": bias_batch,
-        "bias_heads": bias_heads,
-        "bias_rows": bias_rows,
-        "bias_cols": bias_cols,
-    }
-    args["dbias"] = dbias
-    args["VARIANT"] = args["VARIANT"]._replace(bias_one_row=bias_rows == 1, bias_one_col=bias_cols == 1)
-    tiles = bias_batch * bias_heads * _cdiv(bias_rows, tile.block_m) * _cdiv(bias_cols, tile.block_n)
-    return _launch(attention_dbias.attention_dbias_kernel, tiles, args, tile)
+    unit = unit_of(query, key, value, *upstream_grads.rows())
+    variant = _variant(spec, call, tile, unit, None, upstream_grads.dweights)
+    variant = variant._replace(bias_one_row=bias_rows == 1, bias_one_col=bias_cols == 1)
+    args = (
+        query, key, value, upstream_grads.dout, upstream_grads.tensors(), dbias, _optional_tensors(call),
+        *strides_of(query, unit), *strides_of(key, unit), *strides_of(value, unit), *upstream_grads.strides(unit),
+        *score_strides_of(upstream_grads.dweights), *_all_score_strides(call),
+        bias_batch, bias_heads, bias_rows, bias_cols,
+        *_sizes(call), keep_threshold(call.dropout_p), call.scale, call.softcap,
+        keep_scale(call.dropout_p) * upstream_grads.dweights_factor,
+        variant, tile.block_m, tile.block_n,
+    )  # fmt: skip
+    grid = bias_batch * bias_heads * cdiv(bias_rows, tile.block_m) * cdiv(bias_cols, tile.block_n)
+    return _launch(attention_dbias.attention_dbias_kernel, (grid,), args, tile)
 
 
 def weights_launch(
@@ -272,22 +273,32 @@ def weights_launch(
     tile: Tile,
 ) -> Launch:
     """attention_weights_kernel on a call: (B, H, Sq, Sk), or (B, Sq, Sk) for the mean over heads, contiguous."""
+    query, key = call.query, call.key
     seqlen_q, seqlen_k = weights.shape[-2:]
-    args = _call_arguments(spec, call, _unit(call.query, call.key))
-    args |= {"lse": lse, "lse_correction": lse_correction, "weights": weights, "MEAN": mean}
+    unit = unit_of(query, key)
+    args = (
+        query, key, lse, lse_correction, weights, _optional_tensors(call),
+        *strides_of(query, unit), *strides_of(key, unit),
+        *_all_score_strides(call),
+        *_sizes(call), keep_threshold(call.dropout_p), call.scale, call.softcap, keep_scale(call.dropout_p),
+        mean, _variant(spec, call, tile, unit, sinks=spec.sinks), tile.block_m, tile.block_n,
+    )  # fmt: skip
     batch_heads = weights.shape[:-2].numel()
-    grid = batch_heads * _cdiv(seqlen_q, tile.block_m) * _cdiv(seqlen_k, tile.block_n)
-    return _launch(attention_weights.attention_weights_kernel, grid, args, tile)
+    grid = batch_heads * cdiv(seqlen_q, tile.block_m) * cdiv(seqlen_k, tile.block_n)
+    return _launch(attention_weights.attention_weights_kernel, (grid,), args, tile)
 
 
 def segment_blocks_launch(
     ids: Tensor, other_ids: Tensor, blocks: Tensor, block: int, other_block: int
 ) -> Launch:
     """segment_blocks_kernel on the ids of the side that owns the tiles and of the other, both (B, S) contiguous."""
-    args: dict[str, Any] = {"ids": ids, "other_ids": other_ids, "blocks": blocks}
-    args |= {"seqlen": ids.shape[1], "other_seqlen": other_ids.shape[1]}
-    args |= {"BLOCK": block, "OTHER_BLOCK": other_block, "CHUNK": max(1, SEGMENT_CHUNK // other_block)}
-    return Launch(segments.segment_blocks_kernel, (blocks.shape[0] * blocks.shape[1],), args, 4, 1)
+    args = (
+        ids, other_ids, blocks,
+        ids.shape[1], other_ids.shape[1],
+        block, other_block, max(1, SEGMENT_CHUNK // other_block),
+    )  # fmt: skip
+    grid = blocks.shape[0] * blocks.shape[1]
+    return Launch(segments.segment_blocks_kernel, (grid,), args, num_warps=4, num_stages=1)
 
 
 def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
@@ -295,7 +306,7 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
     batch, num_heads, length, _ = tensor.shape
     if packing is not None:
         return num_heads * (length // block + packing.batch_size + 1)
-    return batch * num_heads * _cdiv(length, block)
+    return batch * num_heads * cdiv(length, block)
 
 
 def fits_tma(spec: AttentionSpec, operands: Iterable[Tensor]) -> bool:
@@ -306,172 +317,111 @@ def fits_tma(spec: AttentionSpec, operands: Iterable[Tensor]) -> bool:
     loaded, and rounded, as in the batch.
     """
     tensors = list(operands)
-    unit = _unit(*tensors)
+    unit = unit_of(*tensors)
     if spec.dtype.itemsize != 2 or unit == 1 or (spec.arch is not None and spec.arch < TMA_ARCH):
         return False
-    if any(tensor.stride(0) % unit or tensor.stride(0) <= 0 for tensor in tensors):
-        return False
-    sizes = [pair for tensor in tensors for pair in zip(tensor.shape, tensor.stride())]
-    return all(size > 0 and (size == 1 or stride > 0) for size, stride in sizes)
+    for tensor in tensors:
+        sizes, strides = tensor.shape, tensor.stride()
+        if strides[0] % unit or strides[0] <= 0:
+            return False
+        for size, stride in zip(sizes, strides):
+            if size == 0 or (size > 1 and stride <= 0):
+                return False
+    return True
 
 
-def _tma_arguments(
-    spec: AttentionSpec, call: AttentionCall, tile: Tile, upstream_grads: UpstreamGrads | None = None
-) -> dict[str, Any]:
-    """The TMA flag, and descriptors in place of the operands where the tile asks for them and they can stand for
-    them."""
-    operands = {
-        "q": (call.query, tile.block_m),
-        "k": (call.key, tile.block_n),
-        "v": (call.value, tile.block_n),
-    }
-    if upstream_grads is not None and upstream_grads.dout is not None:
-        operands["dout"] = (upstream_grads.dout, tile.block_m)
-    if not (tile.tma and fits_tma(spec, [tensor for tensor, _ in operands.values()])):
-        return {"TMA": False}
-    descriptors = {name: _descriptor(tensor, block) for name, (tensor, block) in operands.items()}
-    return descriptors | {"TMA": True}
-
-
-def _descriptor(tensor: Tensor, block: int) -> Any:
-    """A (B, H, S, D) tensor as TMA sees it, in blocks of `block` rows of one head; the stride of a dimension of size 1
-    is never used, but has to be a multiple of 16 bytes."""
-    from triton import next_power_of_2
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    unit = 16 // tensor.element_size()
-    strides = [stride if size > 1 else unit for size, stride in zip(tensor.shape[:3], tensor.stride())]
-    width = max(16, next_power_of_2(tensor.shape[3]))
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block, width])
-
-
-def _launch(kernel: Any, grid: int, args: dict[str, Any], tile: Tile) -> Launch:
-    """A launch with those of the arguments that the kernel takes."""
-    args = args | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    if tile.tf32x3 and args["VARIANT"].dot_precision == "ieee":
-        args["VARIANT"] = args["VARIANT"]._replace(dot_precision="tf32x3")
-    chosen = {name: args[name] for name in kernel.arg_names}
-    return Launch(kernel, (grid,), chosen, tile.num_warps, tile.num_stages, tile.max_registers)
-
-
-def _call_arguments(
-    spec: AttentionSpec,
-    call: AttentionCall,
-    unit: int,
-    packing: Packing | None = None,
-    upstream_grads: UpstreamGrads | None = None,
-) -> dict[str, Any]:
-    """Every argument that follows from the call. Windows are cut to the sequences, so that nothing overflows."""
-    query, key, value, slopes = call.query, call.key, call.value, call.alibi_slopes
-    longest = query.shape[2] + key.shape[2]
-    right = call.window_right if call.window_right >= 0 else longest
-    args: dict[str, Any] = {
-        "q": query,
-        "k": key,
-        "v": value,
-        "cu_seqlens_q": None if packing is None else packing.cu_seqlens_q,
-        "cu_seqlens_k": None if packing is None else packing.cu_seqlens_k,
-        "key_lengths": call.key_lengths,
-        "mask": None if call.mask is None else call.mask.view(torch.uint8),
-        "bias": call.bias,
-        "query_ids": call.query_segments,
-        "key_ids": call.key_segments,
-        "slopes": slopes,
-        "sinks": call.sinks,
-        "seed": call.dropout_seed,
-        "stride_slopes_b": slopes.stride(0) if slopes is not None and slopes.shape[0] > 1 else 0,
-        "num_heads": query.shape[1],
-        "batch_size": query.shape[0] if packing is None else packing.batch_size,
-        "seqlen_q": query.shape[2],
-        "seqlen_k": key.shape[2],
-        "shift": call.position_shift if packing is None else int(call.causal != "top_left"),
-        "left": min(call.window_left, longest),
-        "right": 0 if call.causal != "none" else min(right, longest),
-        "keep_threshold": keep_threshold(call.dropout_p),
-        "keep_scale": keep_scale(call.dropout_p),
-        "scale": call.scale,
-        "softcap": call.softcap,
-        "VARIANT": _variant(spec, call, unit, upstream_grads)._replace(varlen=packing is not None),
-    }
-    args |= _strides("q", query, unit) | _strides("k", key, unit) | _strides("v", value, unit)
-    args |= _score_strides("mask", call.mask) | _score_strides("bias", call.bias)
-    if upstream_grads is not None:
-        args |= upstream_grads.arguments(unit)
-        args["keep_scale"] *= upstream_grads.dweights_factor
-    return args
-
-
-def _variant(
-    spec: AttentionSpec, call: AttentionCall, unit: int, upstream_grads: UpstreamGrads | None
-) -> AttentionVariant:
-    dweights = None if upstream_grads is None else upstream_grads.dweights
-    return AttentionVariant(
-        head_dim=spec.head_dim,
-        value_dim=spec.value_dim,
-        group_size=spec.group_size,
-        has_left=spec.window_left,
-        has_right=spec.window_right or spec.causal != "none",
-        key_lengths=spec.key_lengths,
-        mask=spec.mask,
-        bias=spec.bias,
-        segments=spec.segments,
-        alibi=spec.alibi,
-        softcap=spec.softcap,
-        sinks=spec.sinks and upstream_grads is None,
-        dropout=spec.dropout,
-        dweights=dweights is not None,
-        unit_mask=_unit_columns(call.mask),
-        unit_bias=_unit_columns(call.bias),
-        unit_dweights=_unit_columns(dweights),
-        fold_scale=_folds_scale(spec, call),
-        dot_precision=spec.float32_precision,
-        unit=unit,
-        int64_offsets=spec.int64_offsets or (dweights is not None and _last_offset(dweights) >= 2**31),
+def _operands(
+    spec: AttentionSpec, call: AttentionCall, tile: Tile, dout: Tensor | None = None
+) -> tuple[object, object, object, object, bool]:
+    """(q, k, v, dout, TMA): the tensors, or their descriptors where the tile loads by TMA and they allow it."""
+    query, key, value = call.query, call.key, call.value
+    tensors = (query, key, value) if dout is None else (query, key, value, dout)
+    if not (tile.tma and fits_tma(spec, tensors)):
+        return query, key, value, dout, False
+    return (
+        descriptor_of(query, tile.block_m),
+        descriptor_of(key, tile.block_n),
+        descriptor_of(value, tile.block_n),
+        None if dout is None else descriptor_of(dout, tile.block_m),
+        True,
     )
 
 
-def _folds_scale(spec: AttentionSpec, call: AttentionCall) -> bool:
-    """Whether q.k is scaled within the exponent: not for float32, signs, sinks and changed scores."""
-    changed = spec.softcap or spec.alibi or spec.bias or spec.sinks
-    return call.scale > 0.0 and spec.dtype != torch.float32 and not changed
+def _launch(kernel: Kernel, grid: tuple[int, ...], args: tuple[object, ...], tile: Tile) -> Launch:
+    return Launch(kernel, grid, args, tile.num_warps, tile.num_stages, tile.max_registers)
 
 
-def _unit(*tensors: Tensor) -> int:
-    """How many elements make 16 bytes if every row of every tensor starts at a multiple of 16 bytes, else 1."""
-    unit = 16 // tensors[0].element_size()
-    for tensor in tensors:
-        if tensor.data_ptr() % 16:
-            return 1
-        if any(stride % unit for stride, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1):
-            return 1
-    return unit
+def _optional_tensors(
+    call: AttentionCall,
+    packing: Packing | None = None,
+    segment_blocks: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> OptionalTensors:
+    """Those of a call, the sinks where the kernel reads them."""
+    cu_seqlens_q, cu_seqlens_k = (None, None) if packing is None else packing
+    return OptionalTensors(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        call.key_lengths,
+        None if call.mask is None else call.mask.view(torch.uint8),
+        call.bias,
+        call.query_segments,
+        call.key_segments,
+        segment_blocks,
+        call.alibi_slopes,
+        sinks,
+        call.dropout_seed,
+    )
 
 
-def _strides(name: str, tensor: Tensor, unit: int) -> dict[str, int]:
-    """The three outer strides in units; that of a dimension of size 1 is never used and may be odd."""
-    return {
-        f"stride_{name}{dim}": stride // unit if size > 1 else 0
-        for dim, stride, size in zip("bhs", tensor.stride(), tensor.shape)
-    }
+def _all_score_strides(call: AttentionCall) -> tuple[int, ...]:
+    """Those of mask and bias, and of the slopes from sequence to sequence."""
+    return *score_strides_of(call.mask), *score_strides_of(call.bias), slope_stride_of(call.alibi_slopes)
 
 
-def _score_strides(name: str, tensor: Tensor | None) -> dict[str, int]:
-    """The four strides of a tensor that broadcasts to (B, H, Sq, Sk): 0 where it does, or where there is none."""
-    if tensor is None:
-        return {f"stride_{name}_{dim}": 0 for dim in "bhqk"}
-    return {
-        f"stride_{name}_{dim}": stride if size > 1 else 0
-        for dim, stride, size in zip("bhqk", tensor.stride(), tensor.shape)
-    }
+def _sizes(call: AttentionCall, packing: Packing | None = None) -> tuple[int, ...]:
+    """(num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right); windows are cut to the sequences, so that
+    nothing overflows."""
+    batch, num_heads, seqlen_q, _ = call.query.shape
+    seqlen_k = call.key.shape[2]
+    longest = seqlen_q + seqlen_k
+    shift = call.position_shift
+    if packing is not None:
+        batch, shift = packing.batch_size, int(call.causal != "top_left")
+    right = 0 if call.causal != "none" else call.window_right
+    right = min(right, longest) if right >= 0 else longest
+    return num_heads, batch, seqlen_q, seqlen_k, shift, min(call.window_left, longest), right
+
+
+def _variant(
+    spec: AttentionSpec,
+    call: AttentionCall,
+    tile: Tile,
+    unit: int,
+    packing: Packing | None = None,
+    dweights: Tensor | None = None,
+    sinks: bool = False,
+) -> AttentionVariant:
+    """The variant of a kernel on a call; with `dweights`, that of the backward of the weights."""
+    variant = AttentionVariant.of(
+        spec,
+        tile,
+        unit,
+        fold_scale=folds_scale(spec, call.scale, spec.sinks),
+        sinks=sinks,
+        int64_offsets=spec.int64_offsets,
+        varlen=packing is not None,
+        unit_mask=has_unit_columns(call.mask),
+        unit_bias=has_unit_columns(call.bias),
+    )
+    if dweights is None:
+        return variant
+    return variant._replace(
+        dweights=True,
+        unit_dweights=has_unit_columns(dweights),
+        int64_offsets=spec.int64_offsets or _last_offset(dweights) >= 2**31,
+    )
 
 
 def _last_offset(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1)
-
-
-def _unit_columns(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.shape[3] > 1 and tensor.stride(3) == 1
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

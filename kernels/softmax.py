@@ -9,6 +9,8 @@ softmax_launches.py. Strides and the number of columns count units of VARIANT.un
 import triton
 import triton.language as tl
 
+from .jit import kernel
+
 SIZES = ("num_outer", "num_mid", "num_inner", "num_columns", "shift")
 STRIDES = tuple(f"stride_{tensor}_{dim}" for tensor in ("x", "mask", "y", "dy", "dx") for dim in "omic")
 INTEGERS = (*SIZES, *STRIDES)
@@ -109,7 +111,7 @@ def finite_max(row_max):
 
 @triton.jit
 def mask_pointers(mask, strides, rows):
-    """Like row_pointers, of a mask of any strides; meaningless where there is none."""
+    """`row_pointers` of a mask of any strides; undefined where there is none."""
     outer, mid, inner, _ = rows
     stride_outer, stride_mid, stride_inner, stride_column = strides
     pointers = 0
@@ -118,7 +120,7 @@ def mask_pointers(mask, strides, rows):
     return pointers, stride_column
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_fwd_kernel(
     x, mask, y,
     stride_x_o, stride_x_m, stride_x_i, stride_x_c, stride_mask_o, stride_mask_m, stride_mask_i, stride_mask_c,
@@ -139,15 +141,15 @@ def softmax_fwd_kernel(
     scores = load_scores(xs, masks, rows, cols, num_columns, shift, scale, VARIANT)
     row_max = finite_max(tl.max(scores, 1))
     row_sum = tl.sum(tl.exp(scores - row_max[:, None]), 1)
-    if (
-        not VARIANT.log
-    ):  # powers are made again from another maximum, so that only scores are held, and none is spilled
+    if not VARIANT.log:
+        # To the compiler this is another maximum, so it recomputes the exponentials and only the scores stay in
+        # registers, without spills.
         row_max = tl.where(row_sum == row_sum, row_max, float("nan"))
     result = normalised(scores, row_max, tl.where(row_sum == 0.0, 1.0, row_sum), VARIANT)
     store_columns(ys, result, rows, cols, num_columns, VARIANT)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_fwd_long_kernel(
     x, mask, y,
     stride_x_o, stride_x_m, stride_x_i, stride_x_c, stride_mask_o, stride_mask_m, stride_mask_i, stride_mask_c,
@@ -219,7 +221,7 @@ def input_gradient(y, dy, total, scale, VARIANT: tl.constexpr):
     return gradient * scale
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_bwd_kernel(
     y, dy, dx,
     stride_y_o, stride_y_m, stride_y_i, stride_y_c, stride_dy_o, stride_dy_m, stride_dy_i, stride_dy_c,
@@ -243,7 +245,7 @@ def softmax_bwd_kernel(
     store_columns(dxs, gradient, rows, cols, num_columns, VARIANT)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@kernel(INTEGERS)
 def softmax_bwd_long_kernel(
     y, dy, dx,
     stride_y_o, stride_y_m, stride_y_i, stride_y_c, stride_dy_o, stride_dy_m, stride_dy_i, stride_dy_c,

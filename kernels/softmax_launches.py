@@ -1,20 +1,23 @@
-"""Launches of the row kernels: the rows, the strides and the compiled variant of a call."""
+"""Launches of the row kernels: the rows, the strides and the compiled variant of a call.
+
+Arguments stand in the order of the kernel's signature, a group to a line.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.kernels import softmax
-from fastattn.kernels.launches import Launch
+from fastattn.kernels.arguments import Launch, cdiv
+from fastattn.kernels.jit import Kernel
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import SoftmaxSpec
 
 MAX_ROW_DIMS = 3
-NAMES = "omic"  # outer, mid, inner, columns
 
 
 class RowVariant(NamedTuple):
@@ -26,7 +29,7 @@ class RowVariant(NamedTuple):
     column_unit: int  # and so does the number of columns
     mask: bool = False
     causal: int = (
-        0  # 1: columns are keys, column <= inner + shift; 2: they are queries, inner <= column + shift
+        0  # 1: columns are keys, column <= inner + shift; 2: columns are queries, inner <= column + shift
     )
     log: bool = False
     wide_rows: bool = False  # offsets within a row need 64 bits
@@ -61,30 +64,35 @@ class Rows(NamedTuple):
         nothing = (0,) * len(tensors)
         groups = [(1, nothing)] * (MAX_ROW_DIMS - len(groups)) + groups
         groups.append((shape[dim], tuple(t.stride(dim) for t in tensors)))
-        return cls(tuple(size for size, _ in groups), tuple(zip(*(strides for _, strides in groups))))
+        by_tensor = [tuple([strides[place] for _, strides in groups]) for place in range(len(tensors))]
+        return cls(tuple([size for size, _ in groups]), tuple(by_tensor))
 
-    def arguments(self, names: Sequence[str], unit: int, free: Sequence[str] = ()) -> dict[str, int]:
-        """Sizes and strides as the kernels take them; the strides of `free` tensors count elements."""
-        args = dict(zip(("num_outer", "num_mid", "num_inner"), self.sizes))
-        for name, strides in zip(names, self.strides):
-            for letter, stride, size in zip(NAMES, strides, self.sizes):
-                args[f"stride_{name}_{letter}"] = 0 if size == 1 else stride // (1 if name in free else unit)
-        return args
+    def strides_of(self, place: int, unit: int) -> tuple[int, int, int, int]:
+        """The four strides of the tensor at a place, in units; 0 of a dimension of size 1."""
+        num_outer, num_mid, num_inner, num_columns = self.sizes
+        outer, mid, inner, column = self.strides[place]
+        return (
+            outer // unit if num_outer != 1 else 0,
+            mid // unit if num_mid != 1 else 0,
+            inner // unit if num_inner != 1 else 0,
+            column // unit if num_columns != 1 else 0,
+        )
 
 
 def forward_launch(
     spec: SoftmaxSpec, x: Tensor, mask: Tensor | None, y: Tensor, rows: Rows, causal: int, scale: float, tile: RowTile
 ) -> Launch:  # fmt: skip
     """softmax_fwd_kernel or its form for long rows; `rows` are those of mask (if any), x, y."""
-    names = ["mask", "x", "y"] if mask is not None else ["x", "y"]
-    vectors = Rows(rows.sizes, rows.strides[-2:])
-    variant = _variant(spec, vectors, (x, y))
-    variant = variant._replace(mask=mask is not None, causal=causal, wide_rows=_wide(spec, rows))
-    args: dict[str, Any] = {f"stride_mask_{letter}": 0 for letter in NAMES}
-    args |= rows.arguments(names, variant.unit, free=("mask",))
-    columns, inner = rows.sizes[3], rows.sizes[2]
-    args |= {"x": x, "y": y, "mask": None if mask is None else mask.view(torch.uint8), "scale": scale}
-    args |= {"shift": columns - inner if causal == 1 else inner - columns}
+    variant = _variant(spec, rows, (x, y), mask is not None, causal)
+    outer, mid, inner, columns = rows.sizes
+    args = (
+        x, None if mask is None else mask.view(torch.uint8), y,
+        *rows.strides_of(-2, variant.unit),
+        *((0, 0, 0, 0) if mask is None else rows.strides_of(0, 1)),
+        *rows.strides_of(-1, variant.unit),
+        outer, mid, inner, columns // variant.column_unit, columns - inner if causal == 1 else inner - columns, scale,
+        variant, tile.rows, tile.columns,
+    )  # fmt: skip
     kernel = softmax.softmax_fwd_kernel if tile.whole else softmax.softmax_fwd_long_kernel
     return _launch(kernel, rows, args, variant, tile)
 
@@ -94,39 +102,54 @@ def backward_launch(
 ) -> Launch:
     """softmax_bwd_kernel or its form for long rows; `rows` are those of y, dy, dx."""
     variant = _variant(spec, rows, (y, dy, dx))
-    args: dict[str, Any] = rows.arguments(["y", "dy", "dx"], variant.unit)
-    args |= {"y": y, "dy": dy, "dx": dx, "scale": scale}
+    outer, mid, inner, columns = rows.sizes
+    args = (
+        y, dy, dx,
+        *rows.strides_of(0, variant.unit), *rows.strides_of(1, variant.unit), *rows.strides_of(2, variant.unit),
+        outer, mid, inner, columns // variant.column_unit, scale,
+        variant, tile.rows, tile.columns,
+    )  # fmt: skip
     kernel = softmax.softmax_bwd_kernel if tile.whole else softmax.softmax_bwd_long_kernel
     return _launch(kernel, rows, args, variant, tile)
 
 
-def _launch(kernel: Any, rows: Rows, args: dict[str, Any], variant: RowVariant, tile: RowTile) -> Launch:
+def _launch(
+    kernel: Kernel, rows: Rows, args: tuple[object, ...], variant: RowVariant, tile: RowTile
+) -> Launch:
     outer, mid, inner, columns = rows.sizes
-    args |= {"num_columns": columns // variant.column_unit, "VARIANT": variant}
-    args |= {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
     if variant.unit_columns:
-        programs = -(-outer * mid * inner // tile.rows)
+        programs = cdiv(outer * mid * inner, tile.rows)
     else:
-        programs = outer * mid * -(-inner // tile.rows)
-    chosen = {name: args[name] for name in kernel.arg_names}
-    return Launch(kernel, (programs if columns else 0,), chosen, tile.num_warps, 1 if tile.whole else 2)
+        programs = outer * mid * cdiv(inner, tile.rows)
+    return Launch(kernel, (programs if columns else 0,), args, tile.num_warps, 1 if tile.whole else 2)
 
 
-def _variant(spec: SoftmaxSpec, rows: Rows, tensors: Sequence[Tensor]) -> RowVariant:
-    """The memory layout of the rows, and what is known of their alignment."""
+def _variant(
+    spec: SoftmaxSpec, rows: Rows, tensors: Sequence[Tensor], mask: bool = False, causal: int = 0
+) -> RowVariant:
+    """The memory layout of the rows, and what is known of their alignment; `tensors` are the last ones of `rows`."""
     columns = rows.sizes[3]
-    unit_columns = all(strides[3] == 1 for strides in rows.strides) or columns == 1
-    unit_inner = not unit_columns and all(strides[2] == 1 for strides in rows.strides)
+    aligned = rows.strides[-len(tensors) :]
+    unit_columns = all(strides[3] == 1 for strides in aligned) or columns == 1
+    unit_inner = not unit_columns and all(strides[2] == 1 for strides in aligned)
     unit = 16 // min(tensor.element_size() for tensor in tensors)
-    fixed = {True: 3, False: 2}[unit_columns]  # the dimension of stride 1
+    fixed = 3 if unit_columns else 2  # the dimension of stride 1
     if not (unit_columns or unit_inner) or any(tensor.data_ptr() % 16 for tensor in tensors):
         unit = 1
-    for strides in rows.strides:
+    for strides in aligned:
         for place, (stride, size) in enumerate(zip(strides, rows.sizes)):
             if place != fixed and size > 1 and stride % unit:
                 unit = 1
-    column_unit = unit if unit_columns and columns % unit == 0 else 1
-    return RowVariant(unit_columns, unit_inner, unit, column_unit, log=spec.log, wide_rows=_wide(spec, rows))
+    return RowVariant(
+        unit_columns=unit_columns,
+        unit_inner=unit_inner,
+        unit=unit,
+        column_unit=unit if unit_columns and columns % unit == 0 else 1,
+        mask=mask,
+        causal=causal,
+        log=spec.log,
+        wide_rows=_wide(spec, rows),
+    )
 
 
 def _wide(spec: SoftmaxSpec, rows: Rows) -> bool:

@@ -79,6 +79,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _forget_plans() -> None:
+    """The first call of every kind in a test takes the path that checks and chooses."""
+    from fastattn.ops import plan
+
+    plan.clear()
+
+
+@pytest.fixture(autouse=True)
 def _forget_warnings() -> Iterator[None]:
     """A warning given once per process is given once per test."""
     from fastattn import backends

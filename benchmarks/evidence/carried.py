@@ -90,7 +90,7 @@ def place_extension(folder: Path) -> tuple[Path | None, list[str]]:
     found = [folder] if folder.is_file() else sorted(folder.rglob("_C*.so"))
     for path in found:
         info = BuildInfo.of_file(path)
-        reason = "it is no build of fastattn" if info is None else info.mismatch(here)
+        reason = "it was not built by fastattn" if info is None else info.mismatch(here)
         if reason is not None:
             wrong.append(f"{path.name}: {reason}")
             continue

@@ -1,8 +1,8 @@
-// The loop of a pass for all gradients in which each warpgroup takes dq of every other block of queries.
+// The main loop of the one-pass backward in which each warpgroup takes dq of every other block of queries.
 //
-// dq of a block waits for ds of both warpgroups. So its product is not issued in the block's own step but in the next
-// one, by which the other warpgroup has written its part: neither stops for the other, and the softmax of one falls
-// into the products of the other.
+// dq of a block needs ds of both warpgroups. Its product is therefore issued one step later, by when the other
+// warpgroup has written its part: neither waits for the other, and the softmax of one overlaps the products of the
+// other.
 #pragma once
 
 #include <type_traits>
@@ -11,23 +11,24 @@
 
 namespace fastattn {
 
-// The sums over all queries for the 64 keys of warpgroup kConsumer, and what all keys of the tile add to dq of the
+// Accumulates dk and dv of the 64 keys of warpgroup kConsumer over all queries, and dq of all keys of the tile in the
 // steps whose parity is kConsumer.
 template <int kConsumer, class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params, const KeyTile& tile,
-                                          const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
-                                          float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+                                          const BlockRange& blocks, const BlockWalk& walk,
+                                          const KeyGradientsShared<Shape>& shared, float (&dk)[Accumulators],
+                                          float (&dv)[Accumulators]) {
   using T = typename Shape::Element;
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kConsumerThreads = Shape::kConsumers * kWarpgroupThreads;
   constexpr int kFirstRow = kConsumer * 64;
-  constexpr std::bool_constant<true> own;     // a step whose dq is this warpgroup's
-  constexpr std::bool_constant<false> other;  // and one with the product for dq of the step before
+  constexpr std::bool_constant<true> own;     // a step whose dq this warpgroup computes
+  constexpr std::bool_constant<false> other;  // the step that issues the product for dq of the previous step
   const ScoreScale score_scale(params.call);
   auto& queries = shared.barriers->queries;
   int steps_left = (blocks.end - blocks.begin) * (params.call.num_heads / params.call.num_kv_heads);
 
-  // Only products write these: anything else that did would have to wait for those still in flight.
+  // Written by wgmma only: any other write would have to wait for the products in flight.
   float scores[kBlockM / 2];
   float dp[kBlockM / 2];
   float dq[Shape::kDqColumns / 2];
@@ -36,7 +37,7 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
   typename Pipeline<Shape::kStages>::State state;
   KeyOperands<Shape> operands = {shared.keys, shared.values, kFirstRow};
   int step = 0;
-  int block = blocks.begin;
+  int block = walk.first;
   const auto start_scores = [&](int stage) {
     wgmma_fence();
     operands.multiply_keys(scores, shared.queries(stage));
@@ -55,10 +56,11 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
   };
   const auto hand_over = [&] { hand_over_dq<Shape>(shared, dq, kConsumer, 0); };
 
-  // A step's products for dv and dk and, with `has_dq`, for dq of the step before; dk and dq are in flight afterwards.
+  // The products of a step for dv and dk and, with `has_dq`, for dq of the previous step; dk and dq are in flight
+  // afterwards.
   //
-  // Tiles of ds are used again after four steps. A warpgroup waits for ds of its step before it writes that of the
-  // next, so when the other one gets there it has read its own of the step before that.
+  // Tiles of ds are reused after four steps. A warpgroup waits for the ds of its previous step before it writes that of
+  // the next: when the other warpgroup arrives there, it has read its own of the step before.
   const auto sum_gradients = [&](auto whose, auto has_dq) {
     wgmma_wait<1>();
     pin_registers(scores);
@@ -86,7 +88,7 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
     wgmma_commit();
     if constexpr (decltype(has_dq)::value) start_dq(step - 1);
   };
-  // Starts the next step's products for scores and dp, and ends those of this one.
+  // Issues the next step's products for scores and dp, and completes those of this step.
   const auto start_next = [&](auto has_dq) {
     auto next = state;
     next.advance();
@@ -98,7 +100,7 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
     if constexpr (decltype(has_dq)::value) hand_over();
     state = next;
     ++step;
-    block = block + 1 < blocks.end ? block + 1 : blocks.begin;
+    block = walk.after(block);
   };
 
   const auto run = [&] {
@@ -135,7 +137,8 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
   run();
   pin_registers(dv);
   pin_registers(dk);
-  named_barrier_sync(kKeysRead, kConsumerThreads);  // the other warpgroup's products for dq read this one's keys too
+  // the other warpgroup's products for dq read this warpgroup's keys too
+  named_barrier_sync(kKeysRead, kConsumerThreads);
 }
 
 }  // namespace fastattn

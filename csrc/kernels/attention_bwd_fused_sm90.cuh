@@ -1,10 +1,11 @@
-// Attention backward for Hopper in one pass: a tile of keys per block, which adds to the gradient of every query it
-// sees.
+// Attention backward for Hopper in one pass: one tile of keys per block, which adds to the gradient of every query that
+// sees it.
 //
-// What attention_bwd_dkdv_sm90.cuh does, and dq += ds k beside: five products where two passes take seven. dq is summed
-// in float in global memory, by one block after another: for each block of queries the tiles of keys add in order, the
-// last one first, so that the sum has the same bits every time. Blocks draw their tiles in that order, by a ticket: the
-// tiles that one waits for belong to blocks that have started, whichever those are.
+// As attention_bwd_dkdv_sm90.cuh, and dq += ds k: five products where two passes take seven. dq is summed in float in
+// global memory. At each block of queries the tiles of keys add in the order of their head, from the last to the first
+// or from the first to the last, so that the sum has the same bits every time. Blocks take the tiles of a head in that
+// order from a counter: the tiles that one waits for belong to blocks that have started, in whatever order blocks
+// start.
 #pragma once
 
 #include "attention_bwd_fused_common.cuh"
@@ -12,13 +13,14 @@
 
 namespace fastattn {
 
-// The sums over all queries for the 64 keys of a warpgroup, and its half of the columns of what these keys add to dq,
-// passed on block by block. Nothing overlaps within a warpgroup: the next scores beside dq would not fit the
-// registers.
+// Accumulates dk and dv of a warpgroup's 64 keys over all queries, and computes its half of the columns of their
+// contribution to dq, passed on block by block. Nothing overlaps within a warpgroup: the registers do not hold the next
+// scores together with dq.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params, const KeyTile& tile,
-                                           const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
-                                           int consumer, float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+                                           const BlockRange& blocks, const BlockWalk& walk,
+                                           const KeyGradientsShared<Shape>& shared, int consumer,
+                                           float (&dk)[Accumulators], float (&dv)[Accumulators]) {
   using T = typename Shape::Element;
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kBlockN = Shape::kBlockN;
@@ -29,7 +31,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
   auto& queries = shared.barriers->queries;
   const int steps = (blocks.end - blocks.begin) * (params.call.num_heads / params.call.num_kv_heads);
 
-  // Only products write these: anything else that did would have to wait for those still in flight.
+  // Written by wgmma only: any other write would have to wait for the products in flight.
   float scores[kBlockM / 2];
   float dp[kBlockM / 2];
   typename Pipeline<Shape::kStages>::State state;
@@ -51,7 +53,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
   queries.wait_full(state);
   start_scores(state.stage);
   start_dp(state.stage);
-  int block = blocks.begin;
+  int block = walk.first;
   for (int step = 0;;) {
     wgmma_wait<1>();
     pin_registers(scores);
@@ -79,7 +81,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
     multiply_add<T, kBlockM>(dk, ds_operand, shared.queries(state.stage));
     wgmma_commit();
 
-    // Both warpgroups have written their keys' part of this tile, and read the other one, of the step before.
+    // Both warpgroups have written their keys' part of this tile, and have read the previous step's.
     named_barrier_sync(kDsWritten, kConsumerThreads);
     float dq[Shape::kDqColumns / 2];
     wgmma_fence();
@@ -93,7 +95,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
     queries.wait_full(state);
     start_scores(state.stage);
     start_dp(state.stage);
-    block = block + 1 < blocks.end ? block + 1 : blocks.begin;
+    block = walk.after(block);
   }
   pin_registers(dv);
   pin_registers(dk);
@@ -104,7 +106,7 @@ template <class Shape>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_bwd_fused_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
                                const FASTATTN_GRID_CONSTANT BackwardMaps maps,
-                               const FASTATTN_GRID_CONSTANT TileSchedule schedule) {
+                               const FASTATTN_GRID_CONSTANT OnePassSchedule schedule) {
   const KeyGradientsShared<Shape> shared;
   if (thread_index() == 0) {
     shared.barriers->queries.init(Shape::kConsumers * kWarpgroupThreads / kWarpThreads);
@@ -120,31 +122,31 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() > Shape::kDqTiles) return;
-    const auto [tile, blocks] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
+    const auto [tile, blocks, walk] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     if (warp_index() == 0) {
-      produce_queries<Shape>(params, maps, tile, blocks, shared);
+      produce_queries<Shape>(params, maps, tile, blocks, walk, shared);
     } else {
-      add_dq<Shape>(params, tile, blocks, shared, warp_index() - 1);
+      add_dq<Shape>(params, tile, blocks, walk, shared, warp_index() - 1);
     }
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
+    const auto [tile, blocks, walk] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     float dk[Shape::kHeadDim / 2] = {};
     float dv[Shape::kHeadDim / 2] = {};
     if constexpr (!Shape::kDqByBlocks) {
-      accumulate_by_columns<Shape>(params, tile, blocks, shared, consumer, dk, dv);
+      accumulate_by_columns<Shape>(params, tile, blocks, walk, shared, consumer, dk, dv);
     } else if (consumer == 0) {
-      accumulate_by_blocks<0, Shape>(params, tile, blocks, shared, dk, dv);
+      accumulate_by_blocks<0, Shape>(params, tile, blocks, walk, shared, dk, dv);
     } else {
-      accumulate_by_blocks<1, Shape>(params, tile, blocks, shared, dk, dv);
+      accumulate_by_blocks<1, Shape>(params, tile, blocks, walk, shared, dk, dv);
     }
     store_key_gradients<Shape>(params, tile, shared, consumer, dk, dv);
   }
 }
 
-// The last pass: warpgroups that share a block of queries, and the columns of each.
+// The last pass: warpgroups that share a block of queries, and the columns of each of them.
 template <class Shape>
 constexpr int kFinishWarpgroups = Shape::kHeadDim > kPanelColumns ? 2 : 1;
 template <class Shape>

@@ -14,6 +14,9 @@ struct TileSchedule {
   int query_blocks;             // per batch head
   int batch_heads;              // B * H, packed H
   int batch_heads_per_section;  // a multiple of the query heads per key head, so that these run together
+  // Blocks at a batch head's beginning and end that a window leaves shorter than the others: see tile_with_edges_last.
+  int first_edge;
+  int last_edge;
 };
 
 struct Tile {
@@ -28,12 +31,16 @@ constexpr int64_t kSectionBytes = int64_t{32} << 20;
 inline TileSchedule schedule_tiles(int64_t batch_heads, int64_t query_blocks, int group_size, int64_t kv_bytes) {
   constexpr int64_t kMostTiles = int64_t{1} << 30;
   if (batch_heads > kMostTiles || query_blocks > kMostTiles || batch_heads * query_blocks > kMostTiles) {
-    return {-1, 0, 0, 0};
+    return {-1, 0, 0, 0, 0, 0};
   }
   const int64_t kv_heads = kv_bytes < kSectionBytes ? kSectionBytes / (kv_bytes > 0 ? kv_bytes : 1) : 1;
   const int64_t section = kv_heads < batch_heads / group_size ? kv_heads * group_size : batch_heads;
-  return {static_cast<int>(batch_heads * query_blocks), static_cast<int>(query_blocks), static_cast<int>(batch_heads),
-          static_cast<int>(section)};
+  return {static_cast<int>(batch_heads * query_blocks),
+          static_cast<int>(query_blocks),
+          static_cast<int>(batch_heads),
+          static_cast<int>(section),
+          0,
+          0};
 }
 
 // The schedule with sections of about as many batch heads each, a remainder of up to a quarter of a section spread over
@@ -47,11 +54,24 @@ inline TileSchedule with_even_sections(TileSchedule schedule, int group_size) {
   return schedule;
 }
 
+// The tiles of keys of a backward in one pass, whose key heads come in two parts; a tile may wait for earlier ones of
+// its head. The first `early_heads` of every sequence, in packed calls of all, take their tiles from the last to the
+// first, then the others theirs from the first to the last. Under causality the first tile is the longest, so that a
+// call ends with short ones. Which part a head belongs to depends on its number alone: a sequence has the same bits in
+// any batch.
+struct OnePassSchedule {
+  int num_tiles;
+  int early_heads;
+  TileSchedule early;
+  TileSchedule late;  // numbered from its end: a section of fewer heads than the others is its first
+};
+
 // Rounds of equal tiles on so many multiprocessors, or clusters of them.
 inline int64_t rounds(int64_t tiles, int64_t takers) { return (tiles + takers - 1) / takers; }
 
 // Whether tiles taken in clusters of `cluster_blocks` need no more rounds than one by one. Each batch head has
-// `tiles_of_each`, made up to whole clusters; `clusters` are resident at a time, which may leave multiprocessors over.
+// `tiles_of_each` tiles, rounded up to whole clusters; `clusters` are resident at a time, which may leave
+// multiprocessors idle.
 inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, int cluster_blocks, int multiprocessors,
                                    int clusters) {
   if (clusters < 1 || tiles_of_each < cluster_blocks) return false;
@@ -61,9 +81,9 @@ inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, i
 
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
 
-// The order of a section's blocks of queries. kLastFirst: from the last to the first, every section. kEven: the last
-// section like that, the others from the first to the last. Under causality the last block is the longest. The call
-// then ends with its shortest tiles, and no section leaves its long ones to so late that the next cannot even them out.
+// The order of a section's blocks of queries. kLastFirst: from the last to the first in every section. kEven: from the
+// first to the last, but in the last section from the last to the first. Under causality the last block is the longest:
+// the call then ends with its shortest tiles, and the long tiles of a section are followed by others that balance them.
 enum class TileOrder { kLastFirst, kEven };
 
 FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number, TileOrder order = TileOrder::kLastFirst) {
@@ -76,6 +96,30 @@ FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number, TileOrder
   const int block = within / batch_heads;
   const bool first_block_first = order == TileOrder::kEven && batch_heads_left > schedule.batch_heads_per_section;
   return {first_block_first ? block : schedule.query_blocks - 1 - block, first_batch_head + within % batch_heads};
+}
+
+// As tile_at in the order kEven, but the blocks at the edges of a window come behind those of all batch heads between
+// them, the longest first: the others are about equal, so that only these can even out the end of a call.
+// `length_of(block)` compares a block of one edge with that of the other.
+template <class Length>
+FASTATTN_DEVICE Tile tile_with_edges_last(const TileSchedule& schedule, int number, Length length_of) {
+  const int first_edge = schedule.first_edge;
+  const int last_edge = schedule.last_edge;
+  TileSchedule between = schedule;
+  between.query_blocks -= first_edge + last_edge;
+  const int within = number - between.query_blocks * schedule.batch_heads;
+  if (within < 0) {
+    const Tile tile = tile_at(between, number, TileOrder::kEven);
+    return {first_edge + tile.query_block, tile.batch_head};
+  }
+  const int turn = within / schedule.batch_heads;  // pairs of one block of each edge, as long as both have blocks
+  const int both = 2 * (first_edge < last_edge ? first_edge : last_edge);
+  const int inward = turn < both ? turn / 2 : turn - both / 2;
+  const int first = first_edge - 1 - inward;
+  const int last = schedule.query_blocks - last_edge + inward;
+  const bool takes_first =
+      turn < both ? (length_of(first) > length_of(last)) == (turn % 2 == 0) : first_edge > last_edge;
+  return {takes_first ? first : last, within % schedule.batch_heads};
 }
 
 #endif  // device code

@@ -3,7 +3,9 @@
 A backend is a module with
     NAME                                what users call it
     why_not(spec) -> str | None         why it cannot run this spec
-    why_not_auto(spec) -> str | None    why "auto" should pass it over although it could (optional)
+    why_not_auto(spec) -> str | None    why "auto" should not choose it although it can run (optional)
+    MAKES_GRADIENTS                     names of forwards that take a gradient of their results and also return those of
+                                        their inputs (optional; the gradients of linear_cross_entropy are everyone's)
     tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional; <op>_tiles for
                                         other ops than attention)
 and, per op, functions of (spec, call, ...) named <op>_fwd and <op>_bwd. All return the same residuals, so the forward
@@ -43,7 +45,7 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run each pass of a call, with which tiles, and why each one before it would not.
+    """The backend that would run each pass of a call, its tiles, and why each preferred one would not run it.
 
     `print` writes it as plain lines, `rich.print` as a table, `to_dict` gives plain types.
     """
@@ -78,7 +80,7 @@ class Explanation:
         }
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        """(what is said, backend, its tiles or reason)."""
+        """Rows of (statement, backend, tiles or reason)."""
         rows = [("backend", self.backend, self.tiles or "")]
         if self.backward:
             rows.append(("backward", self.backward, self.backward_tiles or ""))
@@ -160,22 +162,19 @@ def refusals(spec: Spec, name: str = "auto", op: str = "attention_fwd") -> list[
 
 
 def select_all(passes: Mapping[str, Spec], name: str) -> None:
-    """Raise now what `select` would raise in any pass of a call; `passes` are specs by the functions of backends."""
+    """Raise what `select` would raise in any pass of a call; `passes` are specs by names of backend functions."""
     for function, spec in passes.items():
         select(spec, name, function)
 
 
 def runs_every_pass(name: str) -> bool:
-    """Whether no pass of a call can be refused: "auto" and "torch" have them all unless a variable says otherwise."""
-    return (
-        (name == "auto" or name == torch_backend.NAME)
-        and "FASTATTN_BACKEND" not in os.environ
-        and switches.VARIABLE not in os.environ
-    )
+    """Whether no pass of a call can be refused: "auto" and "torch" run all, unless an environment variable is set."""
+    forced, disabled, _ = switches.environment()
+    return (name == "auto" or name == torch_backend.NAME) and forced is None and disabled is None
 
 
 def check_has(name: str, function: str) -> None:
-    """Refuse a named backend that never runs `function`, whatever the spec: what is known while a call is traced."""
+    """Refuse a named backend that runs `function` for no spec, which is known even while a call is traced."""
     name = resolve(name)
     if name != "auto" and (reason := _lacks(BACKENDS[NAMES.index(name)], function)) is not None:
         raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
@@ -235,8 +234,8 @@ def available() -> list[tuple[str, str | None]]:
 
 
 def resolve(name: str) -> str:
-    """The backend that `name` stands for: "auto" is what FASTATTN_BACKEND says, if it says anything."""
-    forced = os.environ.get("FASTATTN_BACKEND", "auto") if name == "auto" else "auto"
+    """The backend that `name` means: for "auto", the value of FASTATTN_BACKEND where that is set."""
+    forced = os.environ.get(switches.BACKEND_VARIABLE, "auto") if name == "auto" else "auto"
     if forced == "auto":
         return name
     if forced not in NAMES:

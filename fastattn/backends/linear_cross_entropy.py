@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's outputs, a few tokens at a time: the loop around any backend's cross-entropy.
 
-Every chunk's logits are made, used and overwritten by their gradient; what stays is of the size of the operands.
+Each chunk's logits are computed, used and overwritten by their gradient: memory is of the size of the operands.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
-CHUNK_LOGITS = {"cpu": 2**23}  # logits made at once: enough tokens for a matrix product to run at its best
+CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
 OTHER_CHUNK_LOGITS = 2**27
-MIN_CHUNKS = 4  # however few the logits, never more than a quarter of them at once
+WEIGHT_ROWS = 1024  # rows of the weight's gradient that a CPU makes at once
+MIN_CHUNKS = 4  # and at most a quarter of all logits
 
-Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, Tensor]]
+Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
 Backward = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor, Tensor | None], Tensor]
+Fused = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 class LinearGrads(NamedTuple):
@@ -36,8 +39,13 @@ def forward(
     needs: tuple[bool, ...] | None,
     cross_entropy_fwd: Forward,
     cross_entropy_bwd: Backward,
+    scale: Tensor | None = None,
+    fused: Fused | None = None,
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
-    """(losses, norms) of every token, and the gradients of the sum of losses if `needs` are given."""
+    """(losses, norms) of every token, and the gradients of the sum of losses, times `scale`, if `needs` are given.
+
+    fused: the forward that makes the gradient too, where a backend has one.
+    """
     whole = call
     call, kept = _without_ignored(call)
     losses = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
@@ -45,9 +53,19 @@ def forward(
     grads = None if needs is None else _Grads(call, needs)
     for rows in chunks(*_sizes(call), call.hidden.device.type):
         chunk = _chunk(call, rows)
-        losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
-        if grads is not None:
-            grads.add(spec, chunk, rows, torch.ones_like(losses[rows]), norms[rows], cross_entropy_bwd)
+        if grads is None:
+            losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
+            continue
+        dlosses = (
+            torch.ones_like(losses[rows]) if scale is None else scale.to(losses.dtype).expand_as(losses[rows])
+        )
+        into = grads.place(chunk)
+        if fused is not None:
+            losses[rows], norms[rows], dlogits = fused(spec, chunk, dlosses, into)
+        else:
+            losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
+            dlogits = cross_entropy_bwd(spec, chunk, dlosses.contiguous(), norms[rows], into)
+        grads.add(chunk, rows, dlogits)
     made = None if grads is None else grads.results(kept, whole)
     return _spread(losses, kept, whole.target), _spread(norms, kept, whole.target), made
 
@@ -67,19 +85,21 @@ def backward(
         dlosses, norms = dlosses[kept], norms[kept]
     grads = _Grads(call, needs)
     for rows in chunks(*_sizes(call), call.hidden.device.type):
-        grads.add(spec, _chunk(call, rows), rows, dlosses[rows], norms[rows], cross_entropy_bwd)
+        chunk = _chunk(call, rows)
+        dlogits = cross_entropy_bwd(spec, chunk, dlosses[rows], norms[rows], grads.place(chunk))
+        grads.add(chunk, rows, dlogits)
     return grads.results(kept, whole)
 
 
 def chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
-    """The tokens whose logits are made at once."""
+    """The tokens of each chunk."""
     fit = CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
     step = max(1, min(fit, -(-tokens // MIN_CHUNKS)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
 class _Grads:
-    """The gradients while chunks are added to them."""
+    """Accumulators of the gradients over chunks."""
 
     def __init__(self, call: LinearCrossEntropyCall, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias = needs
@@ -89,30 +109,34 @@ class _Grads:
         self.weight = torch.zeros_like(call.weight, dtype=dtype) if weight else None
         self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
 
-    def add(
-        self,
-        spec: SoftmaxSpec,
-        chunk: CrossEntropyCall,
-        rows: slice,
-        dlosses: Tensor,
-        norms: Tensor,
-        cross_entropy_bwd: Backward,
-    ) -> None:
-        """Add the contribution of one chunk's logits; they are overwritten unless the softcap needs them."""
+    def place(self, chunk: CrossEntropyCall) -> Tensor | None:
+        """Where the gradient of a chunk's logits goes: over them, unless the softcap needs them."""
+        return None if self.call.softcap else chunk.logits
+
+    def add(self, chunk: CrossEntropyCall, rows: slice, dlogits: Tensor) -> None:
+        """Add what the gradient of one chunk's logits contributes."""
         call, logits = self.call, chunk.logits
-        dlogits = cross_entropy_bwd(spec, chunk, dlosses, norms, None if call.softcap else logits)
         if call.softcap:
             dlogits.mul_((logits / call.softcap).square_().neg_().add_(1))
         if self.hidden is not None:
-            torch.mm(dlogits, call.weight, out=self.hidden[rows])
+            self.hidden[rows] = torch_compat.product(dlogits, call.weight.mT)
         if self.weight is not None:
-            hidden = _hidden(call, rows)
-            if self.weight.dtype == hidden.dtype:
-                self.weight.addmm_(dlogits.mT, hidden)
-            else:
-                self.weight.add_(dlogits.mT @ hidden)
+            self._add_to_weight(dlogits, _hidden(call, rows))
         if self.bias is not None:
             self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
+
+    def _add_to_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
+        weight = self.weight
+        assert weight is not None
+        if not weight.is_cpu:
+            if weight.dtype == hidden.dtype:
+                weight.addmm_(dlogits.mT, hidden)
+            else:
+                weight.add_(dlogits.mT @ hidden)
+            return
+        for start in range(0, weight.shape[0], WEIGHT_ROWS):  # what is added is still in the cache
+            classes = slice(start, start + WEIGHT_ROWS)
+            weight[classes] += torch_compat.product(dlogits[:, classes].mT, hidden.mT)
 
     def results(self, kept: Tensor | None, whole: LinearCrossEntropyCall) -> LinearGrads:
         """The gradients, that of hidden with zeros at the tokens left out."""
@@ -125,9 +149,12 @@ def _sizes(call: LinearCrossEntropyCall) -> tuple[int, int]:
 
 
 def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
-    """The cross-entropy of some tokens, their logits made."""
+    """The cross-entropy call of a chunk of tokens, with its logits."""
     hidden = _hidden(call, rows)
-    logits = hidden @ call.weight.mT if call.bias is None else torch.addmm(call.bias, hidden, call.weight.mT)
+    if call.bias is None:
+        logits = torch_compat.product(hidden, call.weight)
+    else:
+        logits = torch.addmm(call.bias, hidden, call.weight.mT)
     if call.softcap:
         logits.div_(call.softcap).tanh_().mul_(call.softcap)
     return CrossEntropyCall(
@@ -136,7 +163,7 @@ def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:
 
 
 def _hidden(call: LinearCrossEntropyCall, rows: slice) -> Tensor:
-    """Some rows of hidden; ignored ones, which may hold anything, as zeros."""
+    """The rows of hidden of a chunk, with zeros in ignored rows, which may be NaN."""
     hidden = call.hidden[rows]
     if call.hidden.device.type == "cpu":  # they have been left out already
         return hidden

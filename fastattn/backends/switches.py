@@ -1,4 +1,4 @@
-"""FASTATTN_DISABLE: parts of backends that are not to run here, such as a kernel that a machine's own check refused.
+"""FASTATTN_DISABLE: parts of backends that must not run, such as a kernel that failed this machine's checks.
 
 A list of `backend.part` separated by commas, a part being an op as backends name them ("attention_bwd") or a way to
 run one that a backend chooses itself ("one_pass", "clusters"); a backend's name alone is all of it.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import Any
 
 VARIABLE = "FASTATTN_DISABLE"
+BACKEND_VARIABLE = "FASTATTN_BACKEND"
+INTERPRETER_VARIABLE = "TRITON_INTERPRET"  # Triton's own
 BACKENDS = ("cuda", "triton", "torch")
+PLAN = "plan"
 OPS = (
     "attention",
     "attention_weights",
@@ -24,7 +28,7 @@ PARTS = ("one_pass", "clusters", *(f"{op}_{direction}" for op in OPS for directi
 
 
 def switched_off(backend: str, part: str) -> str | None:
-    """Why a part of a backend does not run, or None; ValueError for a variable that names nothing."""
+    """Why a part of a backend is switched off, or None; ValueError where the variable names an unknown part."""
     text = os.environ.get(VARIABLE, "")
     if not text:
         return None
@@ -33,14 +37,46 @@ def switched_off(backend: str, part: str) -> str | None:
     return None if said is None else f"{VARIABLE} switches {said} off"
 
 
+def plans_are_off() -> bool:
+    """Whether the variable names "plan"."""
+    return PLAN in _parsed(os.environ.get(VARIABLE, ""))
+
+
+_VARIABLES = (BACKEND_VARIABLE, VARIABLE, INTERPRETER_VARIABLE)
+
+
+def _raw_environment() -> tuple[Any, tuple[Any, ...]]:
+    """The mapping inside `os.environ` and the variables' names in it: a look there takes a tenth of the time. Where
+    Python has no such mapping, `os.environ` itself and the plain names."""
+    raw, encode = getattr(os.environ, "_data", None), getattr(os.environ, "encodekey", None)
+    if isinstance(raw, dict) and encode is not None:
+        names = tuple(encode(name) for name in _VARIABLES)
+        if all((name in raw) == (plain in os.environ) for name, plain in zip(names, _VARIABLES)):
+            return raw, names
+    return os.environ, _VARIABLES
+
+
+_RAW, (_BACKEND, _DISABLE, _INTERPRETER) = _raw_environment()
+UNSET = (None, None, None)
+
+
+def environment() -> tuple[Any, Any, Any]:
+    """What the variables say now on which the choice of a backend depends, to be compared only; UNSET itself if all
+    are unset."""
+    forced, disabled, interpreter = _RAW.get(_BACKEND), _RAW.get(_DISABLE), _RAW.get(_INTERPRETER)
+    if forced is None and disabled is None and interpreter is None:
+        return UNSET
+    return forced, disabled, interpreter
+
+
 @lru_cache(maxsize=8)
 def _parsed(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         backend, dot, part = name.partition(".")
-        if backend not in BACKENDS or (dot and part not in PARTS):
+        if name != PLAN and (backend not in BACKENDS or (dot and part not in PARTS)):
             raise ValueError(
                 f"{VARIABLE}={text!r} names {name!r}: needs a backend of {', '.join(BACKENDS)}, or one with a part of"
-                f" {', '.join(PARTS)}, such as cuda.attention_bwd"
+                f" {', '.join(PARTS)}, such as cuda.attention_bwd, or {PLAN}"
             )
     return frozenset(names)

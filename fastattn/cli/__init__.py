@@ -1,6 +1,6 @@
 """The fastattn command: what the machine offers, and a demonstration of the library on it.
 
-A file per command, which parses and prints; what it does lies in a module of the package that is imported when the
+A file per command parses and prints; the command's work is in a module of the package that is imported when the
 command runs.
 """
 

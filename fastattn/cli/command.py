@@ -30,7 +30,7 @@ def command(function: Callable[..., None], group: typer.Typer, **settings: Any) 
         except BrokenPipeError:
             os.dup2(
                 os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # the reader left: nothing to flush to
+            )  # the reading end of the pipe is closed
             raise typer.Exit(1) from None
         except OSError as error:
             raise stop(str(error), 1) from None

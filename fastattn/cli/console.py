@@ -1,4 +1,4 @@
-"""Printed output of commands: tables and headings, drawn in a terminal and plain when piped."""
+"""Printed output of commands: with colours and boxes in a terminal, plain text when piped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastattn.console import Output
 
 
 class TerminalOutput:
-    """Output for eyes: colours, rules and box tables as wide as the terminal."""
+    """Output in a terminal: colours, rules and box tables of the terminal's width."""
 
     shows_progress = True
 
@@ -79,7 +79,7 @@ class PlainOutput:
 
 
 def standard_output() -> Output:
-    """Standard output: drawn in a terminal, plain otherwise."""
+    """The Output of standard output: TerminalOutput in a terminal, PlainOutput otherwise."""
     console = Console(highlight=False)
     return TerminalOutput(console) if console.is_terminal else PlainOutput(sys.stdout)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_integer(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
-    """`value` as an int within [least, most]; TypeError for what is no integer, ValueError for one outside."""
+    """`value` as an int within [least, most]; TypeError if it is not an integer, ValueError if it is outside."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, need an integer")
     number = int(value)
@@ -25,7 +25,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_texts(name: str, value: Any) -> None:
-    """TypeError for what cannot be many texts: one text, whose characters would be taken for texts, or no iterable."""
+    """TypeError unless `texts` is an iterable of texts; a single str, which iterates over characters, is refused."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name}: got a {type(value).__name__}, need several texts, such as a list of str")
 

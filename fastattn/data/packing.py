@@ -19,7 +19,7 @@ from fastattn.data.checks import check_flag, check_integer, check_text, check_te
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 
-IGNORED = -100  # a label that no loss counts, as in torch.nn.functional.cross_entropy
+IGNORED = -100  # the label that losses ignore, as in torch.nn.functional.cross_entropy
 PADDING_SEGMENT = -1  # attends nothing
 ENCODE_CHARACTERS = 1 << 20  # text tokenised at once
 
@@ -133,7 +133,7 @@ def _write(
     folder: Path, pieces: Iterable[tuple[npt.NDArray[np.unsignedinteger], list[int]]], dtype: np.dtype
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stream.json").unlink(missing_ok=True)  # written last: without it the folder is no stream
+    (folder / "stream.json").unlink(missing_ok=True)  # written last: a folder without it is incomplete
     lengths: list[int] = []
     with (folder / "tokens.bin").open("wb") as file:
         for piece, sizes in pieces:

@@ -26,7 +26,7 @@ class Tokenizer:
     Args:
         core: the `tokenizers.Tokenizer` that does the work.
         eos_token: ends every document; must be in the vocabulary.
-        pad_token: fills short rows; None means the end-of-text token serves.
+        pad_token: fills short rows; None uses the end-of-text token.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, *, eos_token: str, pad_token: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; TypeError or ValueError for what is no token id."""
+        """The text of `ids`; TypeError or ValueError for an invalid token id."""
         check_flag("skip_special_tokens", skip_special_tokens)
         if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
             raise TypeError(f"ids: got a {type(ids).__name__}, need a sequence of token ids")

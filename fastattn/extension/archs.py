@@ -1,4 +1,4 @@
-"""GPU architectures: parsed, compared with a device, and as compilers are told them."""
+"""GPU architectures: parsing, comparison with a device, and compiler flags."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MIN_ARCH = 80
 DEFAULT_ARCHS = (
     "8.0+PTX",
     "9.0a",
-)  # where no GPU says better: every GPU from 8.0 on, and Hopper's own instructions
-SM90_SUFFIX = "_sm90.cu"  # a source so named uses instructions of compute capability 9.0 alone
+)  # without a GPU to ask: every GPU from 8.0 on, and Hopper with its own instructions
+SM90_SUFFIX = "_sm90.cu"  # sources with this suffix use instructions that only compute capability 9.0 has
 
 
 def parse_archs(text: str) -> tuple[str, ...]:

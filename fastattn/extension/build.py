@@ -1,4 +1,4 @@
-"""Builds the CUDA extension for the torch that is here, and keeps results by their content."""
+"""Builds the CUDA extension for the installed torch, and caches results by content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs compilers, names what they make by its content, and lets one process at a time do it."""
+"""Runs compilers, names their results by content, and locks a result while one process makes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class BuildError(RuntimeError):
-    """The extension cannot be built; the message says why and what would help."""
+    """The extension cannot be built; the message gives the reason and a remedy."""
 
 
 def cxx() -> str:
@@ -23,7 +23,7 @@ def versions(*compilers: str) -> list[str]:
 
 
 def run(command: Sequence[str], what: str) -> str:
-    """The output of a command; a failure raises with it."""
+    """The output of a command; a failure raises BuildError with it."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -37,7 +37,7 @@ def run(command: Sequence[str], what: str) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and given back even if it dies."""
+    """A lock that one process holds at a time, and that is released even if the process dies."""
     import fcntl
 
     with path.open("w") as handle:

@@ -18,7 +18,7 @@ from .commands import BuildError, cxx, digest, locked, run, versions
 from .info import MARKER, BuildInfo, abi_tag, sources_hash
 from .toolkit import Toolkit, Torch
 
-JOB_BYTES = 2 * 2**30  # what one compiler may take
+JOB_BYTES = 2 * 2**30  # memory of one compiler process at most
 NVCC_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -47,14 +47,14 @@ class Plan:
         return BuildInfo(self.torch.version, self.torch.cuda, abi_tag(), self.archs, sources_hash(self.csrc))
 
     def key(self) -> str:
-        """Names the result: a hash of everything it depends on."""
+        """The name of the result: a hash of everything it depends on."""
         parts = [asdict(self.info()), self.toolkit.version, versions(self.toolkit.nvcc, cxx())]
         return digest(json.dumps([*parts, NVCC_FLAGS, CXX_FLAGS, self.torch.cxx11_abi]))
 
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """One compiled source: its file, what the compiler said and the seconds it took."""
+    """One compiled source: its file, the compiler's output and the seconds it took."""
 
     source: str
     path: Path
@@ -122,7 +122,7 @@ def link(plan: Plan, objects: Sequence[Object], target: Path, log: Log = print) 
 
 
 def jobs() -> int:
-    """Compilers at once: MAX_JOBS, or as many as there are cores and memory for."""
+    """The number of compilers at once: MAX_JOBS, or as many as cores and memory allow."""
     wanted = os.environ.get("MAX_JOBS", "")
     if wanted:
         if not wanted.isdecimal() or int(wanted) < 1:
@@ -142,7 +142,7 @@ def _available_memory() -> int:
 
 
 def _flags(plan: Plan, source: Path) -> tuple[list[str], list[str]]:
-    """(flags, include folders) of a source: kernels see csrc alone, host code torch and Python too."""
+    """(flags, include folders) of a source: kernels include csrc only, host code torch and Python too."""
     if source.suffix == ".cu":
         flags = [*NVCC_FLAGS, *(gencode(arch) for arch in archs_of(source, plan.archs))]
         return [*flags, *(["-ccbin", cxx()] if "CXX" in os.environ else [])], [f"-I{plan.csrc}"]

@@ -36,7 +36,7 @@ class BuildInfo:
         return cls(**{**fields, "archs": tuple(fields["archs"])})
 
     def mismatch(self, other: BuildInfo) -> str | None:
-        """How this one, of a file, differs from what is here."""
+        """The differences between this info, of a file, and this environment."""
         for name in ("torch", "cuda", "python"):
             built, here = getattr(self, name), getattr(other, name)
             if built != here:
@@ -51,7 +51,7 @@ def csrc_folder() -> Path:
 
 
 def abi_tag() -> str:
-    """The Python a binary is for."""
+    """The Python ABI that a binary is built for."""
     return str(sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag)
 
 

@@ -1,4 +1,4 @@
-"""The built CUDA extension: found, checked against this torch, Python and sources, and loaded when first asked for."""
+"""The built CUDA extension: found, checked against this torch, Python and sources, and loaded on first use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class State:
 def state() -> State:
     """The extension of this environment: the installed one, or one that `fastattn build` left in the cache.
 
-    One that does not fit is never loaded; if it is the installed one, that is warned about once.
+    One that does not match is never loaded; a warning is given once if it is the installed one.
     """
     if torch.version.cuda is None:
         return State(reason=f"torch {torch.__version__} is built without CUDA")
@@ -43,7 +43,7 @@ def state() -> State:
     refused = None
     for path, installed in _candidates():
         info = BuildInfo.of_file(path)
-        wrong = "it is no build of fastattn" if info is None else info.mismatch(here)
+        wrong = "it was not built by fastattn" if info is None else info.mismatch(here)
         if wrong is None:
             loaded = _load(path)
             if isinstance(loaded, ModuleType):

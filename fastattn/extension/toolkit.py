@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .commands import BuildError
 
-DEFAULT_ROOTS = ("/usr/local/cuda",)  # where a toolkit is looked for after CUDA_HOME and PATH
+DEFAULT_ROOTS = ("/usr/local/cuda",)  # searched for a toolkit after CUDA_HOME and PATH
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def find_toolkit() -> Toolkit | None:
 
 
 def _root_of(nvcc: str) -> Path:
-    """The root of a compiler as it reports it: the one on PATH may be a script that starts another."""
+    """The root that a compiler reports: nvcc on PATH may be a script that starts another."""
     done = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
     )

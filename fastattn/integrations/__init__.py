@@ -1,4 +1,4 @@
-"""Ways to put fastattn's attention into models that exist."""
+"""Integrations: fastattn's attention in models of other libraries."""
 
 from importlib import import_module
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Programs that run without fastattn: what torch.export, ONNX, torch.jit.trace and AOTInductor make of a model."""
+"""Export of models to programs that run without fastattn: torch.export, ONNX, torch.jit.trace and AOTInductor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastattn.spec import AttentionCall, KVCacheCall, VarlenCall
 
 
 class plain_torch(ContextDecorator):
-    """While entered, calls of fastattn compute with torch's own operations; under `plain_torch(False)` they never do.
+    """A context in which calls of fastattn compute with torch's own operations, or with `plain_torch(False)` never do.
 
     Without it, calls do so where `torch.export.export` (and with it `torch.onnx.export` and AOTInductor) or
     `torch.jit.trace` records them: the artefact then needs no fastattn where it is loaded. Enter it for other tracers,
@@ -25,8 +25,8 @@ class plain_torch(ContextDecorator):
     `plain_torch(False)` recorded programs keep the fused ops, `torch.ops.fastattn.*`, and fastattn has to be imported
     where they run; `decompositions` takes them out again.
 
-    Results are the same to rounding, gradients included; what the ops promise of rows that see nothing and of NaN in
-    padding holds. `backend=` has no say, and dropout without a seed draws from torch's generator in torch's way.
+    Results are the same up to rounding, gradients included; the guarantees for rows that see nothing and for NaN in
+    padding hold. `backend=` is ignored, and dropout without a seed draws from torch's generator like torch's dropout.
 
     A context manager and a decorator, re-entrant; it counts for the whole process, all threads included.
 

@@ -1,7 +1,7 @@
-"""flash-attn's functions, by their names and parameters, on every backend: code written for it runs on a laptop.
+"""flash-attn's functions, by their names and parameters, on every backend, the CPU included.
 
 Everything is (batch, length, heads, dim), causal masks and windows are aligned to the last key, and gradients are
-always deterministic. `FASTATTN_BACKEND` chooses a backend. Differences: a row that sees no key has log-sum-exp -inf
+always deterministic. `FASTATTN_BACKEND` selects a backend. Differences: a row that sees no key has log-sum-exp -inf
 where flash-attn has inf, dropout draws from fastattn's generator, and what cannot be honoured is refused by name.
 
 Source of the interface: github.com/Dao-AILab/flash-attention, version 2.8.

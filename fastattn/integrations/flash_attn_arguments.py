@@ -1,4 +1,4 @@
-"""flash-attn's arguments: refused by their own names, or put in the form that fastattn's ops take."""
+"""flash-attn's arguments: checked under their own names, and converted to those of fastattn's ops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def raising_as_flash_attn(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose errors name flash-attn's arguments and can be caught as what flash-attn raises."""
+    """`function` with errors that name flash-attn's arguments and are also RuntimeError, which flash-attn raises."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,7 +51,7 @@ def heads_first(name: str, tensor: Tensor, rank: int) -> Tensor:
 
 
 def unpack(name: str, tensor: Tensor, parts: int, rank: int) -> tuple[Tensor, ...]:
-    """The parts that are stacked before the heads."""
+    """The tensors that are stacked in the dimension before the heads."""
     arguments.check_tensor(name, tensor)
     if tensor.dim() != rank or tensor.shape[rank - 3] != parts:
         got, leading = arguments.shape_of(tensor), "batch, length" if rank == 5 else "tokens"
@@ -117,7 +117,7 @@ def batch_integers(name: str, tensor: Tensor, query: Tensor, batch: int) -> Tens
 
 
 def value_range(tensor: Tensor) -> tuple[int, int] | None:
-    """The least and the greatest value where looking costs no synchronisation and can be done."""
+    """The least and the greatest value, or None where reading them would synchronise or is not possible."""
     if tensor.device.type != "cpu" or not tensor.numel() or torch.compiler.is_compiling():
         return None
     lowest, highest = torch.aminmax(tensor)

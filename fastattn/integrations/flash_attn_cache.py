@@ -1,4 +1,4 @@
-"""flash-attn's ways to address a cache, in terms of the pages and positions of `attention_kv_cache`."""
+"""flash-attn's addressing of a cache, converted to the pages and positions of `attention_kv_cache`."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def address(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
 ) -> Cache:
-    """The cache that holds what a call of flash-attn's (B, S, Hkv, D) or (P, page, Hkv, D) caches names.
+    """The cache of a call, from flash-attn's (B, S, Hkv, D) or (P, page, Hkv, D) caches.
 
-    Rows picked by cache_batch_idx are pages as long as a row. Under cache_leftpad every token is a page of its own, and
-    the block table begins behind the padding.
+    Rows selected by cache_batch_idx become pages of a row's length. With cache_leftpad each token is one page, and
+    the block table begins after the padding.
     """
     keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     if cache_batch_idx is None and cache_leftpad is None:
@@ -120,7 +120,7 @@ def _checked_table(block_table: Tensor, q: Tensor, blocks: int) -> Tensor:
 
 
 def _rows_are_evenly_spaced(cache: Tensor) -> bool:
-    """Whether the tokens of all rows are equally far apart, so that one index reaches each."""
+    """Whether the tokens of all rows have one stride, so that a single index addresses each."""
     rows, tokens = cache.shape[:2]
     return rows <= 1 or tokens <= 1 or cache.stride(0) == tokens * cache.stride(1)
 

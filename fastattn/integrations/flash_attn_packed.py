@@ -37,7 +37,7 @@ def used_lengths(name: str, used: Tensor, cu_seqlens: Tensor, query: Tensor) -> 
 def cu_seqlens_with_gaps(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, used_q: Tensor | None, used_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Edges of three sequences for each one: the tokens in use; unused queries without keys; unused keys without
+    """cu_seqlens of three sequences for each one: the tokens in use; unused queries without keys; unused keys without
     queries."""
     starts_q, stops_q, starts_k = cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1]
     middle_q = stops_q if used_q is None else starts_q + used_q
@@ -93,7 +93,7 @@ def signed_softmax(
 ) -> Tensor:  # fmt: skip
     """(B, H, longest Sq, longest Sk), the softmax of every sequence with a minus sign on what was dropped, 0 beyond it.
 
-    every: each how manieth sequence counts; the others are gaps.
+    every: sequence n counts where n is a multiple of it; the others are gaps.
     """
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     numbers = range(0, len(lengths_q), every)

@@ -32,7 +32,7 @@ def names(cls: type) -> frozenset[str]:
 
 
 def function_names(function: object) -> frozenset[str]:
-    """The same of one function."""
+    """The global, attribute and method names that one function uses."""
     code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     return frozenset() if code is None else frozenset(name for c in _nested(code) for name in c.co_names)
 
@@ -82,7 +82,7 @@ def _names_attention(variables: tuple[str, ...]) -> bool:
 
 @remembered
 def weighs_by_mask(cls: type) -> bool:
-    """Whether a class takes a softmax or a product of its own with a mask in hand, attention or not."""
+    """Whether a class computes a softmax or a matrix product in a method that has a mask, attention or not."""
     if _torchs_own(cls) or calls_interface(cls) or not sees_masks(cls):
         return False
     return attends(cls) or ("softmax" in names(cls) and not _PRODUCTS.isdisjoint(names(cls)))
@@ -100,7 +100,7 @@ def sees_masks(cls: type) -> bool:
 
 @remembered
 def says(cls: type, name: str) -> bool:
-    """Whether a class's code has a name at all, its constructors included, as an attribute or a keyword."""
+    """Whether a class's code, its constructors included, contains a name, as an attribute or a keyword."""
     codes = [*_codes(cls), *(vars(base)["__init__"].__code__ for base in _with_constructor(cls))]
     return any(name in code.co_names or name in code.co_varnames for code in codes) or name in passes(cls)
 
@@ -114,7 +114,7 @@ def _with_constructor(cls: type) -> Iterator[type]:
 
 @remembered
 def tests_its_mask(cls: type) -> bool:
-    """Whether a class's forward asks of a mask if it is a torch.Tensor, which a structured one is not."""
+    """Whether a class's forward tests whether a mask is a torch.Tensor, which a StructuredMask is not."""
     code = _forward(cls)
     steps = [] if code is None else [step.argval for step in dis.get_instructions(code)]
     for i, name in enumerate(steps):
@@ -168,7 +168,7 @@ def _codes(cls: type) -> Iterator[CodeType]:
 
 
 def _multiplies(code: CodeType) -> bool:
-    """Whether there is an `@`."""
+    """Whether the code contains a matrix product, `@`."""
     return any(
         step.opname in ("BINARY_MATRIX_MULTIPLY", "INPLACE_MATRIX_MULTIPLY")
         or (step.opname == "BINARY_OP" and step.argrepr in ("@", "@="))

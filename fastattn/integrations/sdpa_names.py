@@ -1,4 +1,4 @@
-"""The module globals that hold torch's attention function, exchanged and given back."""
+"""Replaces and restores the module globals that hold torch's attention function."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from weakref import WeakSet, ref
 from fastattn import torch_compat
 
 Name = tuple["ref[ModuleType]", str]
-_NotLoaded: Any = getattr(importlib.util, "_LazyModule", ())  # any look at it loads it
+_NotLoaded: Any = getattr(importlib.util, "_LazyModule", ())  # any attribute access loads it
 
 
 class ImportedNames:
     """Names by which modules outside torch hold the function, as `from torch.nn.functional import ...` makes them.
 
-    Every module is looked through once, `__main__` each time: that is where people type. The caller holds a lock.
+    Every module is searched once, `__main__`, which interactive sessions change, each time. The caller holds a lock.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class ImportedNames:
         self._exchanged: dict[int, Any] = {}  # by id, what has been put there since the first exchange
 
     def exchange(self, function: Any, of_torchs: Any, original: Any) -> None:
-        """Let every name that holds `original` hold `function`, and what holds torch's own function `of_torchs`.
+        """Replace `original` by `function`, and torch's own function by `of_torchs`, in every name that holds it.
 
         They differ where somebody has replaced torch's function and calls it by such a name: what goes back to that
         one must not come round again.
@@ -48,7 +48,7 @@ class ImportedNames:
         self._exchanged |= {id(function): function, id(of_torchs): of_torchs}
 
     def give_back(self, original: Any) -> None:
-        """Let every name hold what it held, unless somebody has put something else there."""
+        """Restore every name, unless another value has been assigned to it since."""
         self._look_through_new_modules(self._exchanged.keys())
         for module, name in self._held_by(self._known):
             if self._is_ours(_globals_of(module)[name]):
@@ -103,6 +103,6 @@ class ImportedNames:
 
 
 def _globals_of(module: ModuleType) -> dict[str, Any]:
-    """A module's dictionary, without a module that loads itself when looked at noticing."""
+    """A module's dictionary, read without triggering lazy loading."""
     names: dict[str, Any] = object.__getattribute__(module, "__dict__")
     return names

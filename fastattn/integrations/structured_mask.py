@@ -1,4 +1,4 @@
-"""A mask that is still known by its structure: the kernel's options to fastattn, a bool tensor to everyone else."""
+"""A mask as structure: options of the kernel for fastattn, and a bool tensor for other code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import visibility
 from fastattn.ops.symbolic import map_leaves
 
 
 class StructuredMask:
-    """A (B, 1, Sq, Sk) mask, True = attend, as the options of `fastattn.attention` that say the same.
+    """A (B, 1, Sq, Sk) mask, True = attend, as the equivalent options of `fastattn.attention`.
 
-    Whoever treats it as a tensor (indexes it, reads a tensor's attribute, hands it to a torch function) works on
+    Code that treats it as a tensor (indexing, tensor attributes, torch functions) works on
     `dense()`.
     """
 
@@ -50,21 +51,15 @@ class StructuredMask:
         """The mask itself, bool."""
         batch, _, seqlen_q, seqlen_k = self.shape
         shift = 0 if self.causal == "top_left" else seqlen_k - seqlen_q
-        pos = torch.arange(seqlen_q, device=self.device)[:, None] + shift
-        keys = torch.arange(seqlen_k, device=self.device)
         seen = torch.ones(batch, seqlen_q, seqlen_k, dtype=torch.bool, device=self.device)
-        if self.causal:
-            seen = seen & (keys <= pos)
-        left, right = self.window or (-1, -1)
-        if left >= 0:
-            seen = seen & (keys >= pos - left)
-        if right >= 0:
-            seen = seen & (keys <= pos + right)
+        distance = visibility.distances((0, seqlen_q), (0, seqlen_k), shift, seen.device)
+        band = visibility.within_band(distance, bool(self.causal), *(self.window or (-1, -1)))
+        if band is not None:
+            seen = seen & band
         if self.segment_ids is not None:
-            of_query, of_key = self.segment_ids
-            seen = seen & (of_query[:, :, None] == of_key[:, None, :]) & (of_key >= 0)[:, None, :]
+            seen = seen & visibility.same_segment(*self.segment_ids)
         if self.key_lengths is not None:
-            seen = seen & (keys < self.key_lengths[:, None])[:, None, :]
+            seen = seen & visibility.within_lengths(self.key_lengths, seqlen_k)[:, None, :]
         return seen[:, None]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +77,7 @@ class StructuredMask:
         return StructuredMask(self.shape, device, self.causal, self.window, pair, move(self.key_lengths))
 
     def contiguous(self) -> StructuredMask:
-        """Itself: nothing is laid out yet."""
+        """The mask itself, which has no memory layout."""
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Exchange the attention inside a model that exists, and put it back."""
+"""Replace the attention inside an existing model, and restore it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _transformers(model: nn.Module) -> ModuleType | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Whatever computes attention, by class or by name, outside transformers models; torch's class inside them, too."""
+    """Modules that compute attention, by class or name, outside transformers models; torch's class inside them too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
     integration = _transformers(model)
@@ -153,7 +153,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module computes attention, as far as its code tells; a module of TorchScript has none to read."""
+    """Whether a module computes attention, judged by its code; a TorchScript module has none to inspect."""
     if isinstance(module, torch.jit.ScriptModule):
         return "attention" in _class_name(module).lower()
     return inspection.attends(type(module))

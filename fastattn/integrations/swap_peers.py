@@ -1,4 +1,4 @@
-"""Other libraries' modules that one switch of theirs sends through torch's function or a named backend."""
+"""Modules of other libraries with a switch that selects torch's attention function or a named backend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def swap(module: nn.Module, backend: str) -> None:
-    """Give a module a class of its own, whose code is the same and whose scaled_dot_product_attention is fastattn's."""
+    """Give a module a new class with the same code, whose scaled_dot_product_attention is fastattn's."""
     if isinstance(module, _Swapped):
         module.__class__ = _class(module._fastattn_base, backend)  # type: ignore[assignment]
         return
@@ -172,7 +172,7 @@ def swap_diffusers(model: nn.Module, backend: str) -> tuple[list[str], list[str]
         try:
             importlib.import_module("fastattn.integrations.diffusers").register()
             top.set_attention_backend(name)
-        except Exception as error:  # its registry is private, and may be another by now
+        except Exception as error:  # its registry is private and may have changed
             left += [(path, f"diffusers' backend {name!r} cannot be set: {error}") for path in named]
             continue
         recorded = {id(processor): old for processor, old in vars(top).get(_PROCESSORS, [])}
@@ -185,7 +185,7 @@ def swap_diffusers(model: nn.Module, backend: str) -> tuple[list[str], list[str]
                 continue
             ours = str(getattr(old, "value", old)).startswith("fastattn")
             if ours and id(processor) not in recorded:
-                processor._attention_backend = old  # its user chose it
+                processor._attention_backend = old  # chosen by its user
             else:
                 previous.append((processor, recorded[id(processor)] if ours else old))
             (already if ours else swapped).append(path)

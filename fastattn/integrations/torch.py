@@ -37,7 +37,7 @@ class sdpa_override(ContextDecorator):
     context and out again, except for calls inside `nn.MultiheadAttention`: they stay what they were when compiled.
 
     Nested tensors and head dims that fastattn refuses go to the function that was there before, with one warning for
-    each reason. Leaving without any call having come in warns once.
+    each reason. Leaving without any such call warns once.
 
     Args:
         backend: "auto" or the name of a fastattn backend.
@@ -47,12 +47,12 @@ class sdpa_override(ContextDecorator):
         arguments.check_backend(backend)
         self.backend = backend
         self._mine: list[_Entry] = []
-        self._earlier = 0  # calls of the times it was entered before
-        self._began = 0  # what `_came_in` was when it was entered
+        self._earlier = 0  # calls in earlier entries
+        self._began = 0  # the value of `_came_in` at entry
 
     @property
     def calls(self) -> int:
-        """How many calls came in while it was entered, through any override; compiled code counts as one per entry."""
+        """The number of calls through any override while this was entered; compiled code counts as one per entry."""
         with _lock:
             return self._calls_so_far()
 
@@ -179,7 +179,7 @@ def _override(previous: Callable[..., Tensor], backend: str, entry: _Entry) -> C
         else:
             _came_in.add_one()
         reason = _why_torchs(query, key, value)
-        if reason is not None or not entry.active:  # somebody may have kept this function
+        if reason is not None or not entry.active:  # a caller may have kept this function
             if reason is not None:
                 warn_once(f"sdpa_override leaves this call to torch: {reason}")
             return previous(
@@ -193,7 +193,7 @@ def _override(previous: Callable[..., Tensor], backend: str, entry: _Entry) -> C
 
 
 def _why_torchs(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why fastattn has to leave a call that torch can run."""
+    """Why a call that torch can run must stay with torch."""
     tensors = [t for t in (query, key, value) if isinstance(t, Tensor)]
     if any(t.is_nested for t in tensors):
         return "nested tensors"
@@ -230,7 +230,7 @@ class _FlashOverrides:
         )
 
     def remove(self) -> None:
-        """Give the ops back."""
+        """Restore torch's ops."""
         self._library = None  # its finaliser unregisters
 
 

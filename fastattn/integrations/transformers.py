@@ -22,9 +22,9 @@ from fastattn.integrations.transformers_kinds import wants_eager_masks  # noqa: 
 from fastattn.integrations.transformers_masks import known_makers, structured_mask  # noqa: E402
 from fastattn.ops.attention import attention  # noqa: E402
 
-NAME = "fastattn"  # without "flash", "sdpa" or "flex_attention", which transformers reads a meaning into
+NAME = "fastattn"  # transformers treats names with "flash", "sdpa" or "flex_attention" in them specially
 
-# What a model hands only to implementations that follow it, and this one does not.
+# Arguments that a model passes only to implementations that support them, which this one does not.
 REFUSED = {
     "cache": "paged caches are read by transformers' own implementations only",
     "indices": "attention to keys chosen one by one has no kernel",
@@ -41,8 +41,8 @@ def register() -> None:
     "fastattn_torch" and the like name one backend. Registers the attention function and the mask function; calling it
     again changes nothing.
 
-    Causal masks, sliding windows, padding and packed documents reach the kernel as what they are; a mask of any other
-    make becomes a dense one. Packed documents are recognised from `position_ids` that start again at 0 (except in
+    Causal masks, sliding windows, padding and packed documents reach the kernel as structure; a mask of any other
+    kind becomes a dense one. Packed documents are recognised from `position_ids` that start again at 0 (except in
     compiled code with a cache) or from `cu_seq_lens_q` and `cu_seq_lens_k`. `output_attentions=True` returns the
     weights. A query that sees no key gets 0.
 
@@ -78,10 +78,10 @@ def attention_forward(
     masks: str = "",
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """A transformers attention function: (B, H, L, D) in, (B, L, H, D) and the weights, if anyone collects them, out.
+    """A transformers attention function: (B, H, L, D) in, (B, L, H, D) and the weights, if they are collected, out.
 
     Without a mask it is causal if the module is, counted from the first key, as transformers' own "sdpa" is. Eager
-    attention's masks (`masks="float"`, or structured ones in a model that needs those) say everything: without one,
+    attention's masks (`masks="float"`, or structured ones in a model that needs those) are complete: without one,
     every key is seen.
     """
     if attention_mask is None and (
@@ -141,7 +141,7 @@ def _mask_options(
     is_causal: bool | None,
     sliding_window: int | None,
 ) -> dict[str, Any]:
-    """The options of `attention` that mean what transformers passed as a mask and beside it."""
+    """The options of `attention` for what transformers passed as a mask and in other arguments."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if isinstance(mask, StructuredMask):
         alike = mask.shape[2] == 1 and not mask.causal and mask.window is None  # one row for every query
@@ -168,7 +168,7 @@ def _mask_options(
 def _packing_options(
     query: Tensor, key: Tensor, options: dict[str, Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Segment ids of documents packed into one row, from what the caller passed beside the mask."""
+    """Segment ids of documents packed into one row, from the caller's other arguments."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     ends_q, ends_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if ends_q is not None and ends_k is not None:
@@ -180,7 +180,7 @@ def _packing_options(
                 "cu_seq_lens_k: differs from cu_seq_lens_q, which causal or local attention needs"
             )
         return {"segment_ids": (_documents(ends_q, seqlen_q), _documents(ends_k, seqlen_k))}
-    if "key_lengths" in options:  # positions of padding mean nothing
+    if "key_lengths" in options:  # positions of padding are arbitrary
         return {}
     positions = kwargs.get("position_ids")
     if (
@@ -197,7 +197,7 @@ def _packing_options(
 def _same(ends_q: Tensor, ends_k: Tensor, same_length: bool) -> bool:
     if ends_q is ends_k or not same_length:
         return same_length
-    if torch.compiler.is_compiling():  # values cannot be looked at; equal lengths have to do
+    if torch.compiler.is_compiling():  # values cannot be read here; equal lengths are required instead
         return ends_q.shape == ends_k.shape
     return torch.equal(ends_q, ends_k)
 
@@ -210,7 +210,7 @@ def _documents(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def _packing_of(positions: Tensor) -> Tensor | None:
-    """(B or 1, S) document ids if positions start again at 0; remembered, as every layer asks the same."""
+    """(B or 1, S) document ids if positions start again at 0; cached, because every layer needs them."""
     global _last_packing
     if torch.compiler.is_compiling() or positions.is_inference():
         return None if torch.compiler.is_compiling() else _find_packing(positions)

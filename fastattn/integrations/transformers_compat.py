@@ -1,4 +1,4 @@
-"""Names of transformers beyond its documented interface: each name once, looked up late, with a fallback."""
+"""Names of transformers beyond its documented interface: each looked up in one place, on use, with a fallback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OLDEST = (5, 23)
 
 
 def check_version() -> None:
-    """ImportError if the installed transformers is older than what the masks and the interface here are written for."""
+    """ImportError if the installed transformers is older than the mask interface that this package uses."""
     got = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     if got < OLDEST:
         needs = ".".join(map(str, OLDEST))
@@ -43,7 +43,7 @@ _output_capturing = _module("utils.output_capturing")
 
 
 def masking(name: str) -> Any:
-    """A function of transformers.masking_utils, None where this version has none of that name."""
+    """A function of transformers.masking_utils, None where this version does not have it."""
     return getattr(_masking_utils, name, None)
 
 
@@ -69,7 +69,7 @@ def dense_bool_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of "sdpa": (B, 1, Sq, Sk) bool, True = attend, or None; made here if transformers cannot."""
+    """The mask of "sdpa": (B, 1, Sq, Sk) bool, True = attend, or None; built here if transformers cannot."""
     mask_function = mask_function or _causal
     if (function := masking("sdpa_mask")) is not None:
         return cast(
@@ -108,7 +108,7 @@ def dense_float_mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Te
 
 
 def padding_of(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> Tensor:
-    """(B, Sk) bool: which of the keys from kv_offset on are tokens; places beyond the mask are none."""
+    """(B, Sk) bool: which of the keys from kv_offset on are tokens; keys beyond the mask are not."""
     missing: Any = kv_length + kv_offset - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = nn.functional.pad(attention_mask, (0, missing))
@@ -120,7 +120,7 @@ def _causal(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 
 def is_tracing(tensor: Tensor) -> bool:
-    """Whether a value may not be looked at: the code is being compiled, exported or captured."""
+    """Whether a tensor's values cannot be read: the code is being compiled, exported or captured."""
     if (function := getattr(_import_utils, "is_tracing", None)) is not None:
         return bool(function(tensor))
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def outputs_collected() -> Any:
     collector = getattr(_output_capturing, "_active_collector", None)
     if collector is None:
         return None
-    if torch.compiler.is_compiling():  # a context variable cannot be read there
+    if torch.compiler.is_compiling():  # Dynamo cannot read a context variable
         return getattr(collector, "global_var", None)
     return collector.get() if hasattr(collector, "get") else None
 
@@ -155,7 +155,7 @@ def is_model(module: object) -> bool:
 
 
 def is_model_class(cls: type) -> bool:
-    """The same of a class."""
+    """Whether a class is a transformers model class."""
     return issubclass(cls, transformers.PreTrainedModel)
 
 
@@ -165,7 +165,7 @@ def implementation(config: Any) -> str | None:
 
 
 def set_implementation(config: Any, name: str | None) -> None:
-    """Name another one, without touching the configs inside."""
+    """Set a config's attention implementation, and leave the configs inside it unchanged."""
     if hasattr(config, "_attn_implementation_internal"):
         config._attn_implementation_internal = name
         return
@@ -173,12 +173,12 @@ def set_implementation(config: Any, name: str | None) -> None:
     for outer in inside:
         inside += sub_configs(outer)
     before = [implementation(inner) for inner in inside]
-    for inner, old in zip(inside, [name, *before[1:]]):  # each sets those inside it, which come later
+    for inner, old in zip(inside, [name, *before[1:]]):  # each sets those inside it, which follow in the list
         inner._attn_implementation = old
 
 
 def sub_configs(config: Any) -> Iterator[Any]:
-    """The configs right inside a config."""
+    """The configs directly inside a config."""
     for key in getattr(config, "sub_configs", None) or ():
         if (sub := getattr(config, key, None)) is not None:
             yield sub

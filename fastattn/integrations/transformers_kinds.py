@@ -1,4 +1,4 @@
-"""Which transformers models need eager attention's masks: what their classes do with a mask, and what they imply."""
+"""Which transformers models need eager attention's dense masks, judged by what their classes do with a mask."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 from fastattn.integrations import inspection
 from fastattn.integrations import transformers_compat as compat
 
-# What "sdpa" lacks and fastattn has: a model that is refused "sdpa" may be so for these.
+# Features that "sdpa" lacks and fastattn has; a model may refuse "sdpa" because of them.
 _FEATURES = frozenset({"softcap", "s_aux"})
 
 
 def why_dense(
     calling: Iterable[type[nn.Module]], others: Iterable[type[nn.Module]], models: Iterable[Any]
 ) -> tuple[Any, str] | None:
-    """(which class, why) where masks must be dense tensors that say everything; None where they need not.
+    """(class, reason) where masks must be complete dense tensors; None elsewhere.
 
     Args:
         calling: the classes whose attention goes through transformers' interface.
-        others: those beside them that may use a mask in another way.
-        models: the models they lie in, or their classes.
+        others: other classes that may use a mask in another way.
+        models: the models that contain them, or their classes.
     """
     calling = list(calling)
     for cls in others:
@@ -43,7 +43,7 @@ def why_dense(
 
 
 def wants_eager_masks(config: Any) -> bool:
-    """Whether the models of a config's class need eager attention's masks, whatever is chosen for them."""
+    """Whether the models of a config's class need eager attention's masks with any implementation."""
     return config is not None and _of_class(type(config))
 
 

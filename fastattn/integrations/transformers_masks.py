@@ -1,4 +1,4 @@
-"""transformers' mask functions read back into what a kernel takes: causality, windows, documents, lengths."""
+"""Conversion of transformers' mask functions to options of a kernel: causality, windows, documents, lengths."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ class Pattern:
     left: int | None = None
     right: int | None = None
     documents: Tensor | None = None  # (B, S)
-    by_document: bool = (
-        False  # positions are counted within documents, which changes no difference between them
-    )
+    by_document: bool = False  # positions count within documents; differences of positions are unaffected
 
     def both(self, other: Pattern) -> Pattern | None:
-        """The intersection of two patterns, where it is one."""
+        """The intersection of two patterns, None where no pattern expresses it."""
         if self.documents is not None and other.documents is not None:
             return None
         return Pattern(
@@ -66,12 +64,12 @@ def structured_mask(
 ) -> StructuredMask | Tensor | None:
     """A transformers mask function: None, a `StructuredMask`, or the dense bool mask that "sdpa" would get.
 
-    Models that need eager attention's masks, which say everything, get those.
+    Models that need eager attention's masks, which are complete, get those.
 
     A mask function is recognised by its code object, and the variables it closes over tell the rest. One that is not
     recognised, as in a version of transformers that makes its masks differently, becomes the dense mask.
     """
-    if isinstance(attention_mask, StructuredMask):  # `generate` made it, with all that is known here
+    if isinstance(attention_mask, StructuredMask):  # made by `generate` from the same information
         return attention_mask
     if wants_eager_masks(kwargs.get("config")):
         return compat.dense_float_mask(
@@ -109,7 +107,7 @@ def _pattern_of(function: Callable[..., Any] | None) -> Pattern | None:
         return Pattern(causal=True)
     if function is _BIDIRECTIONAL:
         return Pattern()
-    if torch.compiler.is_compiling():  # closures cannot be looked into
+    if torch.compiler.is_compiling():  # closures cannot be inspected
         return None
     return _read(function, known_makers())
 
@@ -136,7 +134,7 @@ def _read_remapped(mask_function: Callable[..., Any], position_ids: Tensor) -> P
 
 
 def _known(name: str, pattern: Pattern) -> Any:
-    """A mask function of transformers, if it is there and keeps what the pattern does."""
+    """A mask function of transformers, if it exists and keeps the same keys as the pattern."""
     function = compat.masking(name)
     return function if function is not None and _agree(function, pattern) else None
 
@@ -158,7 +156,7 @@ def _agree(function: Callable[..., Any], pattern: Pattern) -> bool:
 _CAUSAL = _known("causal_mask_function", Pattern(causal=True))
 _BIDIRECTIONAL = _known("bidirectional_mask_function", Pattern())
 
-# What makes a mask function, the variables that it closes over, what they mean, and an example to try that on.
+# Factories of mask functions, the variables their results close over, what these mean, and an example to verify it.
 _MAKERS: tuple[tuple[str, set[str], Callable[..., Pattern | None], tuple[Any, ...]], ...] = (
     ("and_masks", {"mask_functions"}, _read_and, (_CAUSAL, _BIDIRECTIONAL)),
     (
@@ -199,9 +197,9 @@ def known_makers() -> dict[Any, Callable[..., Pattern | None]]:
             if set(function.__code__.co_freevars) != variables:
                 continue
             pattern = _read(function, {**readers, function.__code__: reader})
-        except Exception:  # it is made of something else now; what it makes becomes a dense mask
+        except Exception:  # its implementation has changed; its masks become dense
             continue
-        if pattern is not None and pattern.by_document:  # means something within documents only
+        if pattern is not None and pattern.by_document:  # is meaningful within documents only
             whole = replace(pattern, documents=_IDS)
             same = _agree(lambda b, h, q, k, f=function: f(b, h, q, k) & (_IDS[b, q] == _IDS[b, k]), whole)
         else:

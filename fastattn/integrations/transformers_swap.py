@@ -1,4 +1,4 @@
-"""swap_attention's part for transformers models: which of their configs can name fastattn, and with which masks."""
+"""swap_attention for transformers models: which of their configs can select fastattn, and with which masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REGISTERS = "_fastattn_registers"  # on each of its models and attention module
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "dim_per_head",
               "qk_head_dim", "v_head_dim", "value_dim_per_head", "head_dims")  # fmt: skip
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
-# What the masks of an implementation are called here; other implementations' masks are read by themselves only.
+# The kind of masks of each implementation; masks of other implementations are used by those only.
 _MASKS_OF = {None: "float", "eager": "float", "sdpa": "bool"}
 
 
@@ -55,10 +55,10 @@ class _Group:
     owners: dict[int, Any] = field(default_factory=dict)  # the models that contain them
     calling: dict[str, nn.Module] = field(default_factory=dict)  # attention through transformers' interface
     others: dict[str, nn.Module] = field(default_factory=dict)  # attention of their own
-    beside: dict[str, nn.Module] = field(default_factory=dict)  # no attention, but a use for its masks
+    beside: dict[str, nn.Module] = field(default_factory=dict)  # without attention, but using its masks
 
     def merge(self, other: _Group) -> None:
-        """Take in another's."""
+        """Add the modules of another group."""
         for name in ("configs", "owners", "calling", "others", "beside"):
             getattr(self, name).update(getattr(other, name))
 
@@ -85,7 +85,7 @@ def swap_models(
             before = {key: compat.implementation(config) for key, config in group.configs.items()}
             ours = all(is_ours(name) for name in before.values())
             if ours and not recorded.keys() & group.configs.keys():
-                already += group.calling  # its user chose fastattn
+                already += group.calling  # fastattn was chosen by the user
                 left += [(path, _itself(module)) for path, module in group.others.items()]
                 continue
             old = {recorded[key] if key in recorded and is_ours(n) else n for key, n in before.items()}
@@ -104,7 +104,7 @@ def swap_models(
             and inside <= chosen.keys()
             and all(n == implementation_name(backend) for n in chosen.values())
         ):
-            # configs around them make masks, too
+            # the configs that contain them make masks, too
             around = [c for c in _configs(top) if id(c) not in inside and _choosable(top, c)]
             chosen |= {id(config): implementation_name(backend) for config in around}
         for config in _configs(top):
@@ -112,7 +112,7 @@ def swap_models(
             old_name = recorded[id(config)] if id(config) in recorded and is_ours(now) else now
             if id(config) in chosen and not (is_ours(now) and id(config) not in recorded):
                 previous.append((config, old_name))
-            elif id(config) in recorded and is_ours(now):  # a module came in since that cannot run on it
+            elif id(config) in recorded and is_ours(now):  # a module added since cannot run on it
                 compat.set_implementation(config, old_name)
         vars(top).pop(_PREVIOUS, None)
         if previous:
@@ -135,7 +135,7 @@ def restore_models(model: nn.Module) -> list[str]:
     for prefix, top in top_models(model):
         changed = set()
         for config, name in vars(top).pop(_PREVIOUS, []):
-            if is_ours(compat.implementation(config)):  # its user may have chosen another since
+            if is_ours(compat.implementation(config)):  # the user may have chosen another since
                 compat.set_implementation(config, name)
                 changed.add(id(config))
         for group in _groups(prefix, top):
@@ -183,7 +183,7 @@ def _plan(group: _Group, before: set[str | None]) -> tuple[list[tuple[str, str]]
 
 
 def _why_dense(group: _Group) -> str | None:
-    """Why modules may not get masks as structure, or None for a mask that is implied; None if they may."""
+    """Why modules cannot get structured masks, or None for an implied mask; None if they can."""
     beside = {**group.others, **group.beside}
     found = why_dense(map(type, group.calling.values()), map(type, beside.values()), group.owners.values())
     if found is None:
@@ -237,7 +237,7 @@ def _itself(module: nn.Module) -> str:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every config in a model, each once, a config before those inside it."""
+    """Every config in a model, once each, before the configs inside it."""
     found: dict[int, Any] = {}
     queue = [m.config for m in model.modules() if compat.is_model(m)]
     for config in queue:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,15 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn import torch_compat
 from fastattn.generation import generate
 from fastattn.models.checkpoint import load_gpt, save_gpt
+from fastattn.models.checks import check_range, readable
 from fastattn.models.config import MAX_SIZE, GPTConfig
+from fastattn.models.decoder import GPTDecoder, can_decode
+from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
-from fastattn.nn.linear import Linear
+from fastattn.nn.linear import Linear, linear
 from fastattn.nn.positions import Rotary, RotaryTable, positions_from_mask, positions_in_segments
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
+from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
 
 IGNORE_INDEX = -100
 
@@ -27,7 +33,7 @@ class CausalLMOutput(NamedTuple):
     """The output of a language model; loss is None without labels."""
 
     loss: Tensor | None  # ()
-    logits: Tensor  # (B, S, V), or the last logits_to_keep of S
+    logits: Tensor | None  # (B, S, V), or the last logits_to_keep of S; None in training, see GPT.forward
     last_hidden_state: Tensor  # (B, S, E), after the final norm
 
 
@@ -38,6 +44,7 @@ class GPT(nn.Module):
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
+    quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
     def __init__(self, config: GPTConfig) -> None:
@@ -63,6 +70,7 @@ class GPT(nn.Module):
         segment_ids: Tensor | None = None,
         cache: list[KVCache] | None = None,
         logits_to_keep: int = 0,
+        return_logits: bool | None = None,
     ) -> CausalLMOutput:
         """Logits of the next token at every position, and the mean cross-entropy of `labels` shifted by one.
 
@@ -76,6 +84,8 @@ class GPT(nn.Module):
                 positions restart with each and no target crosses a boundary. Negative ids are padding.
             cache: one `KVCache` per block, as `new_cache` makes; holds earlier tokens and is appended to.
             logits_to_keep: logits of the last so many positions only; 0 for all.
+            return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
+                gradients, which `linear_cross_entropy` does with a few tokens' logits at a time.
 
         Raises:
             TypeError: a list or a number stands where a tensor belongs, or the reverse.
@@ -84,13 +94,21 @@ class GPT(nn.Module):
         """
         tensors = {"labels": labels, "segment_ids": segment_ids, "position_ids": position_ids}
         self._check_inputs(input_ids, attention_mask, tensors, cache, logits_to_keep)
+        if return_logits is None:
+            return_logits = labels is None or not (self.training and torch.is_grad_enabled())
+        elif not isinstance(return_logits, bool):
+            raise TypeError(f"return_logits: got {return_logits!r}, needs True, False or None")
         past = cache[0].length if cache else 0
         targets = None if labels is None else _next_tokens(labels, segment_ids, self.config.vocab_size)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
 
-        x = self.wte(input_ids)  # (B, S, E)
+        plain_head = (
+            targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
+        )
+        tied = TiedWeight(self.wte.weight) if plain_head and shares_gradient(self.wte, self.lm_head) else None
+        x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
         if self.wpe is not None:
             x = x + self.wpe(position_ids)  # (B, S, E)
         table = self._rotary_table(position_ids, x.dtype)
@@ -98,9 +116,15 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
         x = self.ln_f(x)  # (B, S, E)
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, S or logits_to_keep, V)
-        loss = None if targets is None else _mean_loss(logits, targets)
-        return CausalLMOutput(loss, logits, x)
+        head = None if not plain_head else self.lm_head.weight if tied is None else tied.head()  # (V, E)
+        if targets is not None and head is not None and not return_logits:
+            return CausalLMOutput(_mean_loss(x, head, targets), None, x)
+        if targets is None and not return_logits:
+            return CausalLMOutput(None, None, x)
+        kept = x[:, -logits_to_keep:]
+        logits = self.lm_head(kept) if head is None else linear(kept, head)  # (B, S or logits_to_keep, V)
+        loss = None if targets is None else _mean_loss_of(logits, targets)
+        return CausalLMOutput(loss, logits if return_logits else None, x)
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty caches for `batch` sequences of up to `capacity` tokens, on the model's device and in its dtype."""
@@ -119,7 +143,32 @@ class GPT(nn.Module):
 
     def step(self, ids: Tensor, cache: list[KVCache] | None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token after `ids`, (B, V): one step of generation, see `fastattn.generation.CausalLM`."""
-        return self(ids, attention_mask, cache=cache, logits_to_keep=1).logits[:, -1]
+        logits = self(ids, attention_mask, cache=cache, logits_to_keep=1, return_logits=True).logits
+        assert logits is not None
+        return logits[:, -1]
+
+    def decoder(self, batch: int, capacity: int, *, batch_invariant: bool = False) -> GPTDecoder | None:
+        """Steps of generation that check nothing, see `GPTDecoder`; None where modules were replaced or have hooks."""
+        return (
+            GPTDecoder(self, batch, capacity, batch_invariant=batch_invariant) if can_decode(self) else None
+        )
+
+    def quantize(self, kind: str | None = "int8") -> GPT:
+        """Let `generate` and `decoder` multiply with weights rounded to 8 bits, or with None as they are; returns self.
+
+        A weight has a scale for each output and an activation one for each token, so that a sequence's result does not
+        depend on its batch. The error of each is below 1/254 of the largest magnitude under the scale (activations:
+        1/126 on CPUs without AVX-512 VNNI). Weights themselves, `forward` and training stay as they are; the rounded
+        copies are made once and again where a weight has changed.
+        """
+        if kind not in (None, "int8"):
+            raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+        if kind is not None and not can_decode(self):
+            raise ValueError(
+                "kind: a model with replaced modules or hooks does not decode with 8-bit weights"
+            )
+        self.quantized = kind
+        return self
 
     generate = generate
 
@@ -222,23 +271,9 @@ class GPT(nn.Module):
                 f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}, "
                 f"the learned positions there are"
             )
-        _check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
         if self.wpe is not None and tensors["position_ids"] is not None:
-            _check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
-
-
-def _check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
-    """Ids within [0, size), where asking costs no synchronisation."""
-    if not ids.numel() or not _readable(ids):
-        return
-    least, most = (int(n) for n in ids.aminmax())
-    if least < 0 or most >= size:
-        raise ValueError(f"{name}: got {least} to {most}, needs 0 to {size - 1} ({limit} - 1)")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether values may decide: not in a program that is recorded for other values, nor where that would wait."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+            check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
 
 
 def _block(config: GPTConfig) -> PreNormBlock:
@@ -274,7 +309,7 @@ def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqle
     real = attention_mask != 0
     if segment_ids is not None:
         ids = torch.where(real, segment_ids, -1)
-    elif _readable(real) and bool(real.all()):
+    elif readable(real) and bool(real.all()):
         return {}  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
     else:
         ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
@@ -300,10 +335,19 @@ def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) ->
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
     if targets.is_cpu and not torch.compiler.is_compiling():
         counted = targets[targets != IGNORE_INDEX]
-        _check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
+        check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
     return targets
 
 
-def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over targets of -log softmax(logits)[target], in float32; NaN where there is no target."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+def _mean_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets of -log softmax(x @ head.T)[target], in float32; NaN where there is no target."""
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    # the loss of a 16-bit model is wider than its dtype, as under autocast
+    with torch.autocast(x.device.type, x.dtype) if narrow else nullcontext():
+        return linear_cross_entropy(x, head, targets, ignore_index=IGNORE_INDEX).float()
+
+
+def _mean_loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same of logits that exist."""
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).float()

@@ -8,9 +8,10 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn import torch_compat
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.kv_cache import KVCache
-from fastattn.nn.linear import Linear
+from fastattn.nn.linear import Linear, remade
 from fastattn.nn.positions import RotaryTable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +37,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)."""
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        return self.dropout(self.c_proj(remade(self.activation, self.c_fc(x))))
 
 
 class PreNormBlock(nn.Module):
@@ -68,7 +69,7 @@ class PreNormBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, S, E) -> (B, S, E); the options are those of `MultiHeadAttention.forward`."""
-        h = self.ln_1(x)
+        h = _normalised(self.ln_1, x)
         h, _ = self.attn(
             h,
             h,
@@ -81,4 +82,18 @@ class PreNormBlock(nn.Module):
             cache=cache,
         )  # (B, S, E)
         x = x + self.dropout(h)
-        return x + self.mlp(self.ln_2(x))  # (B, S, E)
+        return x + self.mlp(_normalised(self.ln_2, x))  # (B, S, E)
+
+
+def _normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x), which the linear layers behind it make again in their backward."""
+    if type(norm) is not nn.LayerNorm or torch_compat.has_hooks(norm):  # what it does is not only the formula
+        out: Tensor = norm(x)
+        return out
+    return remade(partial(_layer_norm, norm.normalized_shape, norm.eps), x, norm.weight, norm.bias)
+
+
+def _layer_norm(
+    shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)

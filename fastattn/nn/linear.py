@@ -1,6 +1,9 @@
-"""Linear layers that use oneDNN for float32 inference on a CPU, where torch itself would use MKL or OpenBLAS."""
+"""Linear layers that use oneDNN for float32 on a CPU, where torch itself would use MKL or OpenBLAS."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,8 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 
-ONEDNN_MIN_WEIGHTS = 1 << 20  # below, what a oneDNN call costs more than it saves
+ONEDNN_MIN_WEIGHTS = 1 << 20  # below, what a oneDNN call of one row costs more than it saves
+REMAKE = "_fastattn_remake"  # the attribute of a tensor that says how to make it again
 
 
 class Linear(nn.Linear):
@@ -22,29 +26,97 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, (..., I) x (O, I) -> (..., O).
 
-    Without gradients, float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies
-    one row per sequence, where BLAS libraries use a single thread or slow kernels.
+    float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies one row per sequence,
+    where BLAS libraries use a single thread or slow kernels, and not every CPU's vector instructions. So do the three
+    products of training, whose backward makes x again from what `remade` names instead of keeping it.
     """
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight):
+        if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
+            function, sources = getattr(x, REMAKE, (None, (x,)))
+            out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
+            return out
         return torch_compat.onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
+    """function(*sources), an input of linear layers whose backward may compute it again: that keeps only the sources.
+
+    The function has to give the same values every time. What else keeps the result keeps it as ever.
+    """
+    result = function(*sources)
+    if torch.is_grad_enabled() and result.is_cpu and result.requires_grad and _plain(result):
+        setattr(result, REMAKE, (function, sources))
+    return result
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """x @ weight.T + bias; the backward makes x by `function` of the sources, which is x itself without one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        function: Callable[..., Tensor] | None,
+        *sources: Tensor | None,
+    ) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(weight, *sources)
+        return torch_compat.onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *sources = ctx.saved_tensors
+        product = (
+            _matmul if torch.is_grad_enabled() else torch_compat.product
+        )  # which has no derivative itself
+        rows = dout.reshape(-1, dout.shape[-1])
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = product(rows, weight.mT).view(*dout.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[1]:
+            x = sources[0] if ctx.function is None else ctx.function(*sources)
+            dweight = product(rows.mT, x.reshape(-1, x.shape[-1]).mT)
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return (dx, dweight, dbias, None, *(None for _ in sources))
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.mT
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and weight.numel() >= ONEDNN_MIN_WEIGHTS
-        and not torch.is_grad_enabled()
+        _plain(x)  # first, as a trace would take what is asked of sizes for a condition
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
-        and type(x) is Tensor
         and x.dim() >= 2
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
-        and not torch.compiler.is_compiling()
+        and (
+            weight.numel() >= ONEDNN_MIN_WEIGHTS
+            or x.numel() * weight.shape[0] >= torch_compat.ONEDNN_MIN_PRODUCTS
+        )
+        and not torch_compat.transforms_active((x, weight))
+        and not (torch.is_grad_enabled() and torch_compat.dual_level_entered())
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing but autograd sees the calls on a tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and type(x) is Tensor
         and not torch_compat.dispatch_mode_active()  # FlopCounterMode and its like know F.linear only
         and not torch.is_autocast_enabled("cpu")
-        and not torch_compat.transforms_active((x, weight))
     )

@@ -56,7 +56,6 @@ def call_arguments(
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
     full = (batch, num_heads, seqlen_q, seqlen_k)
-    per_head_dtype = accumulation_dtype(query.dtype)
 
     if mask is not None:
         check_tensor("mask", mask)
@@ -84,7 +83,7 @@ def call_arguments(
         check_device("sinks", sinks, query)
         if sinks.shape != (num_heads,):
             raise ValueError(f"sinks: got shape {shape_of(sinks)}, needs ({num_heads},)")
-        sinks = saturated(sinks, query.dtype).to(per_head_dtype)
+        sinks = as_sinks(sinks, query.dtype)
     dropout_p = probability("dropout_p", dropout_p)
     check_seed(dropout_seed)
     causal = causal_mode(causal)
@@ -237,6 +236,13 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], query: Ten
     if shape_of(tensor) != shape:
         raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs {shape}")
     check_device(name, tensor, query)
+    return as_int32(name, tensor)
+
+
+def as_int32(name: str, tensor: Tensor) -> Tensor:
+    """Checked integers as contiguous int32; on a CPU values that do not fit are refused."""
+    if tensor.dtype == torch.int32:
+        return tensor.contiguous()
     if tensor.dtype == torch.int64 and tensor.device.type == "cpu" and tensor.numel() and _readable(tensor):
         lowest, highest = (int(n) for n in torch.aminmax(tensor))
         if not (lowest >= INT32.min and highest <= INT32.max):
@@ -277,6 +283,11 @@ def _has_memory(arg: Any) -> bool:
     return type(arg) is Tensor or type(arg) is Parameter or not isinstance(arg, Tensor)
 
 
+def requires_grad(tensor: Tensor | None) -> bool:
+    """Whether a tensor that may not be given requires grad."""
+    return tensor is not None and tensor.requires_grad
+
+
 def values_are_known(tensor: Tensor) -> bool:
     """Whether a tensor has its plain values, although a transform or a trace may be active."""
     return not (torch_compat.is_wrapped(tensor) or torch.compiler.is_compiling())
@@ -289,7 +300,12 @@ def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Te
         size != 1 and size != whole for size, whole in zip(reversed(tensor.shape), reversed(full))
     ):
         raise ValueError(f"{name}: got shape {shape_of(tensor)}, needs one that broadcasts to {full}")
-    return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
+    return with_leading_ones(tensor, 4)
+
+
+def with_leading_ones(tensor: Tensor, rank: int) -> Tensor:
+    """`tensor` with dimensions of 1 in front, up to a rank."""
+    return tensor[(None,) * (rank - tensor.dim())] if tensor.dim() < rank else tensor
 
 
 def causal_mode(causal: bool | str) -> str:
@@ -405,8 +421,18 @@ def per_head_slopes(slopes: Tensor, batch: int, num_heads: int, query: Tensor) -
         raise ValueError(
             f"alibi_slopes: got shape {shape_of(slopes)}, needs ({num_heads},) or ({batch}, {num_heads})"
         )
-    slopes = saturated(slopes, query.dtype)
-    return (slopes[None] if slopes.dim() == 1 else slopes).to(accumulation_dtype(query.dtype))
+    return as_slopes(slopes, query.dtype)
+
+
+def as_slopes(slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Checked slopes as (1 or B, H) in the accumulation dtype of operands of `dtype`."""
+    slopes = saturated(slopes, dtype)
+    return (slopes[None] if slopes.dim() == 1 else slopes).to(accumulation_dtype(dtype))
+
+
+def as_sinks(sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Checked sinks in the accumulation dtype of operands of `dtype`."""
+    return saturated(sinks, dtype).to(accumulation_dtype(dtype))
 
 
 def check_backend(name: str) -> None:

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 import torch
 from torch import Tensor
 
-from fastattn import backends, torch_compat
-from fastattn.ops import arguments, composite, flops, padding, plain, spelling, symbolic
-from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
+from fastattn import backends
+from fastattn.ops import arguments, composite, flops, padding, plain, plan, spelling, symbolic
+from fastattn.ops.attention_plan import NAMES, AttentionPlan, backward, check_values, forward, kernel_call
+from fastattn.ops.registration import (
+    define_with_gradient,
+    out_and_lse_fake,
+    schema_of,
+    wanted_or_empty,
+)
 from fastattn.spec import (
     AttentionCall,
-    AttentionGrads,
     AttentionSpec,
     GradsNeeded,
     WeightsGradsNeeded,
-    accumulation_dtype,
-    empty_in_order,
-    with_unit_last_stride,
 )
 
 if TYPE_CHECKING:
@@ -126,6 +128,27 @@ def attention(
 
     Source: Dao, "FlashAttention-2" (2023); dropout by Philox4x32-10 (Salmon et al., 2011), see `fastattn.philox`.
     """
+    result: Tensor | tuple[Tensor, ...]
+    others: tuple[Any, ...] = ()
+    if not (
+        mask is None and bias is None and segment_ids is None and key_lengths is None and alibi_slopes is None
+        and sinks is None and type(dropout_p) is float and dropout_p == 0.0 and dropout_seed is None
+    ):  # fmt: skip
+        ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        others = (mask, bias, *ids, key_lengths, alibi_slopes, sinks, dropout_seed)
+    planned = None
+    if return_weights is False and not unknown and len(others) in (0, 8):
+        seen = (query, key, value, *plan.without_number(others)) if others else (query, key, value)
+        kinds = None  # of numbers: True equals 1, but is refused
+        if not (softcap is None and scale is None and (causal is False or causal is True) and not others):
+            kinds = (type(causal), type(softcap), type(dropout_p), type(scale))
+        sides = None if window is None else plan.sides(window)
+        options = (causal, sides, softcap, dropout_p, scale, kinds, bool(return_lse), backend)
+        planned, found = plan.look_up("attention", seen, options)
+        if found is not None:
+            both = found(query, key, value, *others) if others else found(query, key, value)
+            result = both if return_lse else both[0]
+            return result
     if symbolic.any_proxy(query, key, value):
         return cast(Tensor, symbolic.record(attention, locals()))
     if unknown:
@@ -140,23 +163,25 @@ def attention(
     arguments.check_backend(backend)
     arguments.check_returned_weights(return_weights)
     if in_torch:
-        result: Tensor | tuple[Tensor, ...] = plain.quietly(
+        result = plain.quietly(
             plain.attention, AttentionCall(*args), lse=return_lse, weights=return_weights,
             any_seed=dropout_seed is None,
         )  # fmt: skip
         return result
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
-        _check_values(AttentionCall(*args))
+        check_values(AttentionCall(*args))
     elif arguments.may_be_refused(args, backend, more=bool(return_weights) or dropout_p > 0.0):
         backends.select_all(_passes(AttentionCall(*args), bool(return_weights)), backend)
     if dropout_p > 0.0 and args[_SEED] is None:
         if arguments.can_be_read(args):
-            _check_values(AttentionCall(*args))
+            check_values(AttentionCall(*args))
         args = arguments.with_drawn_seed(args, _SEED)
     if transform is not None:
         return composite.attention(args, return_lse, return_weights)
     out, lse = _run_attention(*args, backend)
+    if plan.wanted(planned):
+        plan.keep(planned, AttentionPlan(args, backend, not others, return_lse).runner())
     results = [out]
     if return_lse:
         results.append(lse)
@@ -185,7 +210,7 @@ def explain(
     args = arguments.call_arguments(query, key, value, **options, draw=False)
     arguments.check_backend(backend)
     call = AttentionCall(*args)
-    _check_values(call)
+    check_values(call)
     return backends.explanation(_passes(call, bool(weights)), backend)
 
 
@@ -196,7 +221,7 @@ def _passes(call: AttentionCall, weights: bool) -> dict[str, AttentionSpec]:
     passes = {"attention_fwd": spec}
     if weights:
         passes["attention_weights_fwd"] = spec
-    needs = GradsNeeded(*(_requires_grad(getattr(call, name)) for name in GradsNeeded._fields))
+    needs = GradsNeeded(*(arguments.requires_grad(getattr(call, name)) for name in GradsNeeded._fields))
     if torch.is_grad_enabled() and any(needs):
         passes["attention_bwd"] = AttentionSpec.of(call, needs)
         if weights:
@@ -205,79 +230,33 @@ def _passes(call: AttentionCall, weights: bool) -> dict[str, AttentionSpec]:
     return passes
 
 
-def _check_values(call: AttentionCall) -> None:
-    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
-    lengths = call.key_lengths
-    if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
-        return
-    if torch_compat.is_wrapped(lengths) or torch.compiler.is_compiling():
-        return
-    shortest, longest = (int(n) for n in torch.aminmax(lengths))
-    if shortest < 0 or longest > call.key.shape[2]:
-        raise ValueError(
-            f"key_lengths: got values from {shortest} to {longest}, needs 0 to {call.key.shape[2]} (the key length)"
-        )
-
-
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
-
-
 _CALL_SCHEMA = schema_of(fields(AttentionCall))
-_CALL_NAMES = [field.name for field in fields(AttentionCall)]
-_SEED = _CALL_NAMES.index("dropout_seed")
+_SEED = NAMES.index("dropout_seed")
 _LIBRARY = torch.library.Library("fastattn", "DEF")
-
-
-def _kernel_call(call_args: list[Any]) -> AttentionCall:
-    """The call as backends get it: operands whose last stride is 1, a bias within the range of the scores."""
-    query, key, value, mask, bias, *rest = call_args
-    return AttentionCall(
-        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), mask,
-        None if bias is None else arguments.saturated(bias, query.dtype), *rest,
-    )  # fmt: skip
 
 
 def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
-    call = _kernel_call(call_args)
-    _check_values(call)
+    call = kernel_call(call_args)
+    check_values(call)
     spec = AttentionSpec.of(call)
-    chosen = backends.select(spec, backend)
-    if padding.may_hide_keys(call):
-        if padding.looks_first(chosen, call):
-            out, lse = chosen.attention_fwd(spec, call)
-            if padding.all_finite(out):  # otherwise a hidden key's NaN may have reached the result
-                return out, lse
-        call = padding.without_hidden_keys(call, padding.hidden_keys(call))
-        spec = AttentionSpec.of(call)
-    out, lse = chosen.attention_fwd(spec, call)
-    return out, lse
-
-
-def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, value = args[0], args[2]
-    batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_in_order(query, (batch, num_heads, seqlen_q, value.shape[3]))
-    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
+    return forward(spec, backends.select(spec, backend), call)
 
 
 def _attention_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
-    call, needed = _kernel_call(call_args), GradsNeeded(*needs)
-    chosen = backends.select(AttentionSpec.of(call, needed), backend, "attention_bwd")
-    call, hidden = padding.cleaned(chosen, call, call.query, call.key, call.value, dout)
-    spec, dout = AttentionSpec.of(call, needed), with_unit_last_stride(dout)
-    grads: AttentionGrads = chosen.attention_bwd(spec, call, out, lse, dout, dlse, needed)
-    padding.zero_hidden((grads.key, grads.value), hidden)
+    call, needed = kernel_call(call_args), GradsNeeded(*needs)
+    spec = AttentionSpec.of(call, needed)
+    chosen = backends.select(spec, backend, "attention_bwd")
+    grads = backward(spec, chosen, call, out, lse, dout, dlse, needed)
     return wanted_or_empty(grads, needed, call.query)
 
 
 def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
     *call_args, mean, backend = args
-    call = _kernel_call(call_args)
+    call = kernel_call(call_args)
     chosen = backends.select(AttentionSpec.of(call), backend, "attention_weights_fwd")
     call, _ = padding.cleaned(chosen, call, call.query, call.key)
     weights: Tensor = chosen.attention_weights_fwd(AttentionSpec.of(call), call, lse, mean)
@@ -293,7 +272,7 @@ def _attention_weights_fake(lse: Tensor, *args: Any) -> Tensor:
 
 def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, mean, needs, backend = args
-    call, needed = _kernel_call(call_args), WeightsGradsNeeded(*needs)
+    call, needed = kernel_call(call_args), WeightsGradsNeeded(*needs)
     of_scores = GradsNeeded(bias=needed.bias, alibi_slopes=needed.alibi_slopes)
     chosen = backends.select(AttentionSpec.of(call, of_scores), backend, "attention_weights_bwd")
     call, hidden = padding.cleaned(chosen, call, call.query, call.key)
@@ -313,10 +292,10 @@ _run_attention = define_with_gradient(
     ("attention_fwd", "attention_bwd"),
     _CALL_SCHEMA,
     ("out", "lse"),
-    {name: _CALL_NAMES.index(name) for name in GradsNeeded._fields},
+    {name: NAMES.index(name) for name in GradsNeeded._fields},
     keeps_results=True,
     forward=_attention_fwd,
-    forward_fake=_attention_fwd_fake,
+    forward_fake=out_and_lse_fake,
     backward=_attention_bwd,
     composed=lambda call_args: composite.out_and_lse(AttentionCall(*call_args)),
 )
@@ -325,7 +304,7 @@ _run_weights = define_with_gradient(
     ("attention_weights", "attention_weights_bwd"),
     f"Tensor lse, {_CALL_SCHEMA}, bool mean",
     ("weights",),
-    {name: ("lse", *_CALL_NAMES).index(name) for name in WeightsGradsNeeded._fields},
+    {name: ("lse", *NAMES).index(name) for name in WeightsGradsNeeded._fields},
     keeps_results=False,
     forward=_attention_weights,
     forward_fake=_attention_weights_fake,

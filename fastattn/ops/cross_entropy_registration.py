@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import backends, reference
+from fastattn import backends, reference, torch_compat
 from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import (
     at_positions,
@@ -51,6 +52,49 @@ def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return losses, norms
 
 
+def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *call_args, divisor, backend = args
+    call = CrossEntropyCall(*call_args)
+    check_values(call.target, call.logits.shape[1], call.ignore_index)
+    spec = SoftmaxSpec.of(call.logits)
+    chosen = backends.select(spec, backend, "cross_entropy_fwd")
+    dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
+    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, call, dlosses)
+    return reduced(losses.sum(), divisor), norms, dlogits
+
+
+def makes_gradient(rows: Tensor) -> bool:
+    """Whether the forward of `cross_entropy` makes the gradient of logits (N, V), so that no backward runs.
+
+    float16 waits for the gradient of the loss, without whose scale small values underflow.
+    """
+    if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
+        return False
+    try:
+        chosen = backends.select(SoftmaxSpec.of(rows), "auto", "cross_entropy_fwd")
+    except RuntimeError:  # the call will be refused, by the same reason
+        return False
+    return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
+
+
+def _scale(logits: Tensor, divisor: Tensor | None) -> Tensor:
+    """The gradient of every loss of a mean; 0 where the mean is of none."""
+    dtype = accumulation_dtype(logits.dtype)
+    if divisor is None:
+        return logits.new_ones((), dtype=dtype)
+    return torch.where(divisor != 0, 1 / divisor.to(dtype), 0)
+
+
+def reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
+    """The sum of losses, or their mean; no gradient flows from a mean of none."""
+    if divisor is None:
+        return total
+    if not divisor.is_floating_point():
+        return torch.where(divisor > 0, total / divisor.clamp(min=1), torch.nan)
+    of_none = total.detach() / divisor
+    return torch.where(divisor != 0, total / torch.where(divisor != 0, divisor, 1), of_none)
+
+
 def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
     *call_args, backend = args
     call = CrossEntropyCall(*call_args)
@@ -63,12 +107,24 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
     """The spec of the rows of logits."""
     row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
-    return SoftmaxSpec.of(row, backward=backward).replace(unit_columns=True, wide_rows=False)
+    spec = SoftmaxSpec.of(row, backward=backward)
+    return spec.replace(unit_columns=True, wide_rows=False, dtype=hidden.dtype)
+
+
+def _linear_call(*args: Any) -> LinearCrossEntropyCall:
+    """The call with weight and bias in the dtype of hidden, which autocast may have left wider."""
+    call = LinearCrossEntropyCall(*args)
+    dtype = call.hidden.dtype
+    if call.weight.dtype == dtype and (call.bias is None or call.bias.dtype == dtype):
+        return call
+    return replace(
+        call, weight=call.weight.to(dtype), bias=None if call.bias is None else call.bias.to(dtype)
+    )
 
 
 def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
-    call = LinearCrossEntropyCall(*call_args)
+    call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=False)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
@@ -78,21 +134,23 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
-    call = LinearCrossEntropyCall(*call_args)
+    call = _linear_call(*call_args)
     spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
-    grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
+    found = zip(run(spec, call, dlosses, norms, needs), call_args[:3])
+    grads = (None if grad is None else grad.to(operand.dtype) for grad, operand in found)
     return wanted_or_empty(grads, needs, call.hidden)
 
 
 def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
-    *call_args, needs, backend = args
-    call = LinearCrossEntropyCall(*call_args)
+    *call_args, divisor, needs, backend = args
+    call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, norms, grads = run(spec, call, needs)
-    return (losses.sum(), norms, *wanted_or_empty(grads, needs, call.hidden))
+    scale = None if divisor is None else _scale(call.hidden, divisor)
+    losses, norms, grads = run(spec, call, needs, scale)
+    return (reduced(losses.sum(), divisor), norms, *wanted_or_empty(grads, needs, call.hidden))
 
 
 def _per_token_fake(first: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -102,6 +160,11 @@ def _per_token_fake(first: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _cross_entropy_bwd_fake(dlosses: Tensor, norms: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _cross_entropy_mean_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    losses, norms = _per_token_fake(logits)
+    return losses.new_empty(()), norms, torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _linear_bwd_fake(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -141,8 +204,9 @@ def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_inputs(ctx, inputs, output[1:])
+    save_inputs(ctx, inputs, output[1:2])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.made = [list(output[2:])]  # gradients, for the first backward to scale in place and give away
 
 
 def _cross_entropy_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -163,18 +227,51 @@ def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tupl
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
 
 
+def _mean_backward(ctx: Any, dmean: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, (norms,) = saved(ctx)
+    if dmean is None:
+        return (None,) * len(inputs)
+    *call_args, divisor, backend = inputs
+    if torch.is_grad_enabled():
+        dlosses = (dmean * _scale(call_args[0], divisor)).expand(norms.shape[0])
+        dlogits = _run_backward(dlosses, norms, *call_args, backend)
+    else:
+        made = _taken(ctx) or run_cross_entropy_mean(*inputs)[2:]
+        (dlogits,) = _scaled(made, dmean, call_args[:1])
+    return (dlogits, *(None,) * (len(inputs) - 1))
+
+
 def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The kept gradients scaled; they are constants, so a graph of this backward is made from the losses instead."""
-    inputs, (norms, *kept) = saved(ctx)
+    """The gradients that the forward made; they are constants, so a graph of this backward is made from the losses."""
+    inputs, (norms,) = saved(ctx)
     if dtotal is None:
         return (None,) * len(inputs)
-    *call_args, needs, backend = inputs
+    *call_args, divisor, needs, backend = inputs
     if torch.is_grad_enabled():
-        dlosses = dtotal.expand(norms.shape[0])
-        grads = _run_linear_backward(dlosses, norms, *call_args, needs, backend)
+        dlosses = dtotal if divisor is None else dtotal * _scale(call_args[0], divisor)
+        grads = _run_linear_backward(dlosses.expand(norms.shape[0]), norms, *call_args, needs, backend)
     else:
-        grads = [(grad * dtotal).to(call_args[0].dtype) for grad in kept]
+        made = _taken(ctx) or run_linear_sum(*inputs)[2:]
+        grads = _scaled(made, dtotal, call_args[:3])
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
+
+
+def _taken(ctx: Any) -> list[Tensor] | None:
+    """The gradients that the forward made; None to a second backward, which makes the same bits again."""
+    try:
+        made: list[Tensor] = ctx.made.pop()
+    except IndexError:
+        return None
+    return made
+
+
+def _scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be a step's largest."""
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
+        made = [grad * upstream for grad in made]
+    elif not (upstream.is_cpu and upstream.item() == 1):
+        made = [grad.mul_(upstream) for grad in made]
+    return [grad if operand is None else grad.to(operand.dtype) for grad, operand in zip(made, operands)]
 
 
 def _cross_entropy_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -222,6 +319,15 @@ run_cross_entropy = define(
     _per_token_fake,
     (_setup_fwd, _cross_entropy_backward),
 )
+run_cross_entropy_mean = define(
+    _LIBRARY,
+    "cross_entropy_mean",
+    f"({_CALL}, Tensor? divisor, str backend) -> (Tensor mean, Tensor norms, Tensor dlogits)",
+    _cross_entropy_mean,
+    _cross_entropy_mean_fake,
+    (_setup_sum, _mean_backward),
+    function="cross_entropy_fwd",
+)
 _run_linear_backward = define(
     _LIBRARY,
     "linear_cross_entropy_bwd",
@@ -241,7 +347,7 @@ run_linear = define(
 run_linear_sum = define(
     _LIBRARY,
     "linear_cross_entropy_sum",
-    f"({_LINEAR}, bool[] needs, str backend)"
+    f"({_LINEAR}, Tensor? divisor, bool[] needs, str backend)"
     " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)",
     _linear_sum,
     _linear_sum_fake,

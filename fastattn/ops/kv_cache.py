@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, flops, plain, spelling, symbolic
-from fastattn.ops.overlap import overlap, overlaps_itself
-from fastattn.ops.registration import define, schema_of
+from fastattn.ops import arguments, composite, flops, plain, plan, spelling, symbolic
+from fastattn.ops.kv_cache_plan import KVCachePlan, check_memory, check_values, spec_of
+from fastattn.ops.registration import define, out_and_lse_fake, schema_of
 from fastattn.spec import (
-    AttentionSpec,
     KVCacheCall,
-    accumulation_dtype,
-    empty_in_order,
     with_unit_last_stride,
 )
 
@@ -100,6 +97,26 @@ def attention_kv_cache(
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
+    planned, tensors = None, (
+        query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes, sinks,
+    )  # fmt: skip
+    if not unknown:
+        kinds = (type(causal), type(softcap), type(scale), type(num_splits))
+        sides = None if window is None else plan.sides(window)
+        options = (
+            causal,
+            sides,
+            softcap,
+            scale,
+            num_splits,
+            bool(rotary_interleaved),
+            kinds,
+            return_lse,
+            backend,
+        )
+        planned, found = plan.look_up("kv_cache", tensors, options)
+        if found is not None:
+            return cast(Tensor, found(*tensors))
     if symbolic.any_proxy(query, k_cache, v_cache):
         return cast(Tensor, symbolic.record(attention_kv_cache, locals()))
     if unknown:
@@ -121,6 +138,8 @@ def attention_kv_cache(
             f"attention_kv_cache writes to its caches and has no gradient, but {transform} is active"
         )
     out, lse = _run(*args, backend)
+    if plan.wanted(planned):
+        plan.keep(planned, KVCachePlan(args, backend, return_lse))
     return (out, lse) if return_lse else out
 
 
@@ -155,9 +174,9 @@ def explain_kv_cache(
     )  # fmt: skip
     arguments.check_backend(backend)
     call = KVCacheCall(*args)
-    _check_memory(call)
-    _check_values(call)
-    return backends.explanation({"kv_cache_fwd": _spec(call)}, backend)
+    check_memory(call)
+    check_values(call)
+    return backends.explanation({"kv_cache_fwd": spec_of(call)}, backend)
 
 
 def _call_arguments(
@@ -261,91 +280,13 @@ def check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
         raise ValueError(f"rotary_sin: got shape {got}, needs that of rotary_cos, {needs}")
 
 
-def _check_memory(call: KVCacheCall) -> None:
-    """Refuse outputs that overlap themselves or an input. Looks at addresses and strides only."""
-    if call.key is None or call.value is None or not call.key.numel() + call.value.numel():
-        return
-    caches = (("k_cache", call.k_cache), ("v_cache", call.v_cache))
-    for name, cache in caches:
-        if overlaps_itself(cache):
-            got = f"shape {arguments.shape_of(cache)} with strides {cache.stride()}"
-            raise arguments.OverlapError(
-                f"{name}: got {got}, where elements share memory, needs a place for each to append; clone() it"
-            )
-    if overlap(call.k_cache, call.v_cache):
-        raise arguments.OverlapError(
-            "v_cache: got memory of k_cache, needs its own to append to; clone() one of them"
-        )
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        for written, cache in caches:
-            if overlap(tensor, cache):
-                raise arguments.OverlapError(
-                    f"{name}: got memory of {written}, which is written to, needs its own; clone() it"
-                )
-
-
-def _check_values(call: KVCacheCall) -> None:
-    """Check values before anything is written; done on a CPU, where it costs no synchronisation."""
-    if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
-        return
-    shortest, longest = (int(n) for n in torch.aminmax(call.cache_lengths))
-    if shortest < 0 or longest + call.new_keys > call.capacity:
-        raise ValueError(
-            f"cache_lengths: got values from {shortest} to {longest}, needs 0 to {call.capacity - call.new_keys}: "
-            f"the cache holds {call.capacity} tokens and {call.new_keys} are appended"
-        )
-    if call.rotary_cos is not None:
-        positions = call.rotary_cos.shape[0]
-        first = shortest + call.new_keys - call.query.shape[2]
-        if first < 0 or longest + call.new_keys > positions:
-            raise ValueError(
-                f"rotary_cos: got {positions} positions, needs positions {first} to {longest + call.new_keys - 1}"
-            )
-    if call.block_table is not None:
-        page, pages = call.k_cache.shape[2], call.k_cache.shape[0]
-        used = torch.arange(call.block_table.shape[1]) * page < (call.cache_lengths + call.new_keys)[:, None]
-        blocks = call.block_table[used]
-        if blocks.numel():
-            lowest, highest = (int(n) for n in torch.aminmax(blocks))
-            if lowest < 0 or highest >= pages:
-                raise ValueError(
-                    f"block_table: got values from {lowest} to {highest}, needs 0 to {pages - 1}"
-                )
-        if call.new_keys:
-            _check_pages_written(call, blocks, used)
-
-
-def _check_pages_written(call: KVCacheCall, blocks: Tensor, used: Tensor) -> None:
-    """A page that is appended to may have one place in the tables: another would read or write what is new there."""
-    assert call.block_table is not None
-    first_written = call.cache_lengths[:, None] // call.k_cache.shape[2]
-    written = call.block_table[used & (torch.arange(used.shape[1]) >= first_written)]
-    shared = torch.bincount(blocks, minlength=1)[written] > 1
-    if shared.any():
-        page = int(written[shared][0])
-        raise arguments.OverlapError(
-            f"block_table: got page {page} in several places, needs it in one: new keys are appended to it"
-        )
-
-
-def _spec(call: KVCacheCall) -> AttentionSpec:
-    return AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
-
-
 def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     query, *call_args, backend = args
     call = KVCacheCall(with_unit_last_stride(query), *call_args)
-    _check_memory(call)
-    _check_values(call)
-    spec = _spec(call)
+    check_memory(call)
+    check_values(call)
+    spec = spec_of(call)
     return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)
-
-
-def _kv_cache_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, v_cache = args[0], args[2]
-    batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_in_order(query, (batch, num_heads, seqlen_q, v_cache.shape[3]))
-    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
 
 
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
@@ -354,7 +295,7 @@ _run = define(
     "kv_cache_fwd",
     f"({schema_of(fields(KVCacheCall), mutated=('k_cache', 'v_cache'))}, str backend) -> (Tensor out, Tensor lse)",
     _kv_cache_fwd,
-    _kv_cache_fwd_fake,
+    out_and_lse_fake,
 )
 
 flops.register(kv_cache_fwd=flops.cache_flops)

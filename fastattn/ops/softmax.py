@@ -8,8 +8,9 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from fastattn import backends, reference
-from fastattn.ops import arguments, composite, plain, spelling, symbolic
+from fastattn import backends, reference, torch_compat
+from fastattn.backends import switches
+from fastattn.ops import arguments, composite, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
@@ -50,6 +51,12 @@ def softmax(
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), for long rows.
     """
+    planned = None
+    if not unknown:
+        options = (dim, scale, causal, log, (type(dim), type(scale), type(causal), type(log)), backend)
+        planned, found = plan.look_up("softmax", (x, mask), options)
+        if found is not None:
+            return cast(Tensor, found(x, mask))
     if symbolic.any_proxy(x):
         return cast(Tensor, symbolic.record(softmax, locals()))
     if unknown:
@@ -66,7 +73,54 @@ def softmax(
     if arguments.may_be_refused(args, backend):
         backends.select_all(_passes(SoftmaxCall(*args)), backend)
     result: Tensor = _run(*args, backend)
+    if plan.wanted(planned):
+        plan.keep(planned, _SoftmaxPlan(args, backend))
     return result
+
+
+class _SoftmaxPlan:
+    """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
+
+    __slots__ = (
+        "backend", "chosen", "dtype", "environment", "options", "record", "spec",
+    )  # fmt: skip
+
+    def __init__(self, args: tuple[Any, ...], backend: str) -> None:
+        call = SoftmaxCall(*args)
+        self.backend, self.environment, self.options = backend, switches.environment(), args[2:]
+        self.dtype = call.x.dtype
+        passes = _passes(call)
+        self.spec = passes["softmax_fwd"]
+        self.chosen = backends.select(self.spec, backend, "softmax_fwd")
+        self.record = None
+        if "softmax_bwd" in passes:
+            self.record = torch_compat.apply_function(plan.Recorded)
+
+    def __call__(self, x: Tensor, mask: Tensor | None) -> Any:
+        """The result of `softmax` for a call of this kind."""
+        if mask is not None:
+            mask = arguments.with_leading_ones(mask, x.dim())
+        return self.forward((x, mask)) if self.record is None else self.record(self, x, mask)
+
+    def forward(self, tensors: tuple[Any, ...]) -> Tensor:
+        """The probabilities, or their logarithms."""
+        out: Tensor = self.chosen.softmax_fwd(self.spec, SoftmaxCall(*tensors, *self.options))
+        return out
+
+    def recorded(self, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor]]:
+        """(the result, what the backward needs)."""
+        out = self.forward(tensors)
+        return out, (out,)
+
+    def gradients(
+        self, kept: tuple[Any, ...], upstream_grads: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
+        """The gradient of x, and None for the mask."""
+        dim, scale, _, log, _ = self.options
+        args = (*upstream_grads, *kept, dim, scale, log, self.dtype, self.backend)
+        if plan.backward_is_watched(self.environment):
+            return [torch.ops.fastattn.softmax_bwd.default(*args), None]
+        return [_softmax_bwd(*args), None]
 
 
 @spelling.without_unknown

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference
-from fastattn.ops import arguments, composite, flops, plain, spelling, symbolic
+from fastattn.ops import arguments, composite, flops, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
+from fastattn.ops.varlen_plan import DIFFERENTIABLE, NAMES, VarlenPlan, check_values, kernel_call
 from fastattn.philox import keep_mask
 from fastattn.spec import (
     AttentionGrads,
@@ -94,6 +95,16 @@ def attention_varlen(
 
     Source: Dao, "FlashAttention-2" (2023), variable-length interface.
     """
+    planned, others = None, (alibi_slopes, sinks, dropout_seed)
+    if not unknown:
+        seen = (query, key, value, cu_seqlens_q, cu_seqlens_k, *plan.without_number(others))
+        kinds = tuple(map(type, (max_seqlen_q, max_seqlen_k, causal, softcap, dropout_p, scale)))
+        sides = None if window is None else plan.sides(window)
+        bounds = (max_seqlen_q, max_seqlen_k)
+        options = (*bounds, causal, sides, softcap, dropout_p, scale, kinds, return_lse, backend)
+        planned, found = plan.look_up("varlen", seen, options)
+        if found is not None:
+            return cast(Tensor, found(query, key, value, cu_seqlens_q, cu_seqlens_k, *others))
     if symbolic.any_proxy(query, key, value):
         return cast(Tensor, symbolic.record(attention_varlen, locals()))
     if unknown:
@@ -117,9 +128,11 @@ def attention_varlen(
         backends.select_all(_passes(VarlenCall(*args)), backend)
     if dropout_p > 0.0 and args[_SEED] is None:
         if arguments.can_be_read(args):
-            _check_values(VarlenCall(*args))
+            check_values(VarlenCall(*args))
         args = arguments.with_drawn_seed(args, _SEED)
     out, lse = _run(*args, backend) if transform is None else _composite(VarlenCall(*args))
+    if plan.wanted(planned):
+        plan.keep(planned, VarlenPlan(args, backend, return_lse))
     return (out, lse) if return_lse else out
 
 
@@ -148,7 +161,7 @@ def explain_varlen(
     )  # fmt: skip
     arguments.check_backend(backend)
     call = VarlenCall(*args)
-    _check_values(call)
+    check_values(call)
     return backends.explanation(_passes(call), backend)
 
 
@@ -156,7 +169,7 @@ def _passes(call: VarlenCall) -> dict[str, AttentionSpec]:
     """Specs of a call's passes, the backward's too where one may follow."""
     whole = call.as_one_sequence()
     passes = {"varlen_fwd": AttentionSpec.of(whole)}
-    tensors = {name: getattr(call, name) for name in _DIFFERENTIABLE}
+    tensors = {name: getattr(call, name) for name in DIFFERENTIABLE}
     needs = {name: t is not None and t.requires_grad for name, t in tensors.items()}
     if torch.is_grad_enabled() and any(needs.values()):
         passes["varlen_bwd"] = AttentionSpec.of(whole, GradsNeeded(**needs))
@@ -203,11 +216,11 @@ def _call_arguments(
     slopes = None
     if alibi_slopes is not None:
         slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
+    query, key, value = arguments.autocast_qkv(query, key, value)
     as_padded = (t.transpose(0, 1)[None] for t in (query, key, value))
-    query, key, value, *_, sinks, seed, causal, left, right, softcap, dropout_p, scale = (
-        arguments.call_arguments(*as_padded, **options)
+    *_, sinks, seed, causal, left, right, softcap, dropout_p, scale = arguments.call_arguments(
+        *as_padded, **options
     )
-    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     bounds = []
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if bound is not None and not arguments.is_integer(bound):
@@ -221,28 +234,6 @@ def _call_arguments(
     )  # fmt: skip
 
 
-def _check_values(call: VarlenCall) -> None:
-    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
-    if call.query.device.type != "cpu":
-        return
-    for name, cu_seqlens, tokens, bound in (
-        ("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q),
-        ("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k),
-    ):
-        lengths = cu_seqlens.diff()
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or bool((lengths < 0).any()) or last > tokens:
-            got = f"{cu_seqlens.tolist()}" if len(cu_seqlens) <= 9 else f"values from {first} to {last}"
-            raise ValueError(
-                f"{name}: got {got}, needs ascending values from 0 to at most {tokens} (the tokens)"
-            )
-        longest = int(lengths.max()) if len(lengths) else 0
-        if 0 <= bound < longest:
-            raise ValueError(
-                f"max_seqlen_{name[-1]}: got {bound}, needs at least {longest} (the longest sequence)"
-            )
-
-
 def _composite(call: VarlenCall) -> tuple[Tensor, Tensor]:
     """(out, lse) in differentiable torch operations."""
     dtype = accumulation_dtype(call.query.dtype)
@@ -254,24 +245,10 @@ def _composite(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return out.to(call.query.dtype), lse
 
 
-_DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
-
-
-def _kernel_call(call_args: list[Any]) -> VarlenCall:
-    query, key, value, *rest = call_args
-    call = VarlenCall(
-        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), *rest
-    )
-    capturing = query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
-        raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
-    return call
-
-
 def _varlen_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
-    call = _kernel_call(call_args)
-    _check_values(call)
+    call = kernel_call(call_args)
+    check_values(call)
     spec = AttentionSpec.of(call.as_one_sequence())
     return backends.select(spec, backend, "varlen_fwd").varlen_fwd(spec, call)
 
@@ -287,23 +264,22 @@ def _varlen_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
-    call = _kernel_call(call_args)
-    needed = GradsNeeded(**dict(zip(_DIFFERENTIABLE, needs)))
+    call = kernel_call(call_args)
+    needed = GradsNeeded(**dict(zip(DIFFERENTIABLE, needs)))
     spec = AttentionSpec.of(call.as_one_sequence(), needed)
     run = backends.select(spec, backend, "varlen_bwd").varlen_bwd
     grads: AttentionGrads = run(spec, call, out, lse, with_unit_last_stride(dout), dlse, needed)
-    return wanted_or_empty((getattr(grads, name) for name in _DIFFERENTIABLE), needs, call.query)
+    return wanted_or_empty((getattr(grads, name) for name in DIFFERENTIABLE), needs, call.query)
 
 
-_CALL_NAMES = [field.name for field in fields(VarlenCall)]
-_SEED = _CALL_NAMES.index("dropout_seed")
+_SEED = NAMES.index("dropout_seed")
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 _run = define_with_gradient(
     _LIBRARY,
     ("varlen_fwd", "varlen_bwd"),
     schema_of(fields(VarlenCall)),
     ("out", "lse"),
-    {name: _CALL_NAMES.index(name) for name in _DIFFERENTIABLE},
+    {name: NAMES.index(name) for name in DIFFERENTIABLE},
     keeps_results=True,
     forward=_varlen_fwd,
     forward_fake=_varlen_fwd_fake,

@@ -1,4 +1,4 @@
-"""The oracle: what every op means, in plain torch, for any float dtype and differentiable any number of times."""
+"""The reference: every op's definition in plain torch, for any float dtype and differentiable any number of times."""
 
 from fastattn.reference.attention import attention as attention
 from fastattn.reference.attention import attention_varlen as attention_varlen

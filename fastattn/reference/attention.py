@@ -1,4 +1,4 @@
-"""The oracle: what attention means, in plain torch, for any float dtype and differentiable any number of times."""
+"""The reference: attention's definition in plain torch, for any float dtype, differentiable any number of times."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import visibility
 from fastattn.philox import draw_seed, keep_mask, keep_scale
 
 
@@ -36,7 +37,7 @@ def attention(
     """softmax(softcap(scale * q.k) + alibi + bias, masked) @ v, every intermediate in the dtype of the query.
 
     Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
-    `first_sequence` is where the batch stands in the dropout stream.
+    `first_sequence` is the number of the batch's first sequence in the dropout stream.
     """
     if causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f"causal: got {causal!r}, needs False, True (bottom right) or 'top_left'")
@@ -79,7 +80,7 @@ def masked_scores(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softcap(scale * q.k) + alibi + bias, -inf where a query may not look: (B, H, Sq, Sk)."""
+    """softcap(scale * q.k) + alibi + bias, -inf where a query does not see a key: (B, H, Sq, Sk)."""
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
     key = key.repeat_interleave(num_heads // key.shape[1], dim=1)
@@ -87,32 +88,26 @@ def masked_scores(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     shift = 0 if causal == "top_left" else seqlen_k - seqlen_q
-    keys = torch.arange(seqlen_k, device=query.device)
-    distance = torch.arange(seqlen_q, device=query.device)[:, None] + shift - keys  # (Sq, Sk), pos(i) - j
+    distance = visibility.distances((0, seqlen_q), (0, seqlen_k), shift, query.device)
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(query.dtype).expand(batch, num_heads)[..., None, None]
         scores = scores - slopes * distance.abs().to(query.dtype)
     if bias is not None:
         scores = scores + bias.to(query.dtype)
 
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        visible = visible & (distance >= 0)
     left, right = (None, None) if window is None else window
-    if left is not None and left >= 0:
-        visible = visible & (distance <= left)
-    if right is not None and right >= 0:
-        visible = visible & (-distance <= right)
+    visible = visibility.within_band(distance, bool(causal), left, right)
+    if visible is None:
+        visible = torch.ones_like(distance, dtype=torch.bool)
     if mask is not None:
         visible = visible & mask
     if bias is not None:
         visible = visible & (bias != float("-inf"))
     if segment_ids is not None:
         ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        ids_q, ids_k = ids[0][:, None, :, None], ids[1][:, None, None, :]
-        visible = visible & (ids_q == ids_k) & (ids_q >= 0)
+        visible = visible & visibility.same_segment(ids[0], ids[1])[:, None]
     if key_lengths is not None:
-        visible = visible & (keys < key_lengths[:, None, None, None])
+        visible = visible & visibility.within_lengths(key_lengths, seqlen_k)[:, None, None]
     return torch.where(visible, scores, float("-inf"))
 
 
@@ -153,19 +148,19 @@ def hidden_keys(
     if segment_ids is not None:
         hidden.append((segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids) < 0)
     if key_lengths is not None:
-        hidden.append(torch.arange(key.shape[2], device=key.device) >= key_lengths[:, None])
+        hidden.append(~visibility.within_lengths(key_lengths, key.shape[2]))
     return functools.reduce(torch.logical_or, hidden) if hidden else None
 
 
 def _over_heads_and_queries(dense: Tensor) -> Tensor:
-    """Which columns of what broadcasts to (B, H, Sq, Sk) hold a True: (1 or B, 1 or Sk)."""
+    """Which key columns of a tensor that broadcasts to (B, H, Sq, Sk) contain a True: (1 or B, 1 or Sk)."""
     return dense[(None,) * (4 - dense.dim())].any(2).any(1)
 
 
 def weights_from_lse(
     scores: Tensor, lse: Tensor, dropout_p: float, dropout_seed: int | Tensor | None, first_sequence: int = 0
 ) -> Tensor:
-    """keep * exp(score - lse) / (1 - p): what multiplies the values, 0 where a row sees nothing."""
+    """keep * exp(score - lse) / (1 - p), the factors of the values; 0 where a row sees no key."""
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])
     weights = torch.where(scores != float("-inf"), weights, 0)  # also where lse is NaN
     return dropped(weights, dropout_p, dropout_seed, first_sequence)
@@ -208,7 +203,7 @@ def attention_varlen(
         dropout_seed = draw_seed(query.device)
     out = query.new_zeros(*query.shape[:2], value.shape[2])
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
-    outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # tokens outside every sequence keep these
+    outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # the results of tokens outside every sequence
     # one by one: under torch 2.9's transforms tolist() cannot read a tensor
     bounds_q, bounds_k = ([int(edge) for edge in edges.unbind()] for edges in (cu_seqlens_q, cu_seqlens_k))
     for b, (start, stop) in enumerate(pairwise(bounds_q)):

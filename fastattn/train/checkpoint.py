@@ -23,9 +23,7 @@ from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weigh
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = (
-    ".unfinished-"  # a crash may leave such a name behind; it never counts as a checkpoint or a model
-)
+UNFINISHED = ".unfinished-"  # a crash may leave such a file; it is never read as a checkpoint or a model
 _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
 
 
@@ -109,7 +107,7 @@ class RunDirectory:
                     aside.rename(final)
 
     def _newest_complete(self) -> Path | None:
-        """The newest checkpoint that is whole; None where there is no checkpoint, whole or not."""
+        """The newest complete checkpoint; None where there is no checkpoint at all."""
         for checkpoint in reversed(self._numbered()):
             try:
                 self._check(checkpoint)
@@ -225,7 +223,10 @@ def read_model(model: nn.Module, folder: Path) -> None:
         else:
             device = str(next(model.parameters()).device)
             load_safetensors(model, folder / WEIGHTS, strict=True, device=device)
-    except (RuntimeError, ValueError) as error:  # torch's and safetensors' word for tensors that do not fit
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # raised by torch and safetensors for tensors of other shapes or names
         raise DamagedCheckpoint(f"{folder / WEIGHTS}: does not fit this model ({error})") from None
 
 

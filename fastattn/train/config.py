@@ -108,8 +108,8 @@ MAX_SEED = 2**64 - 2**32  # a generator's seed has 64 bits; each process adds it
 _COUNT = (lambda v: 1 <= v <= MAX_COUNT, f"an integer of at least 1, at most {MAX_COUNT}")
 _POSITIVE = (lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
 _DECAY = (lambda v: 0 <= v < 1, "a number within [0, 1)")
-_ANY = (lambda v: True, "")  # its type says all there is to check
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has one
+_ANY = (lambda v: True, "")  # its type is the only requirement
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has a requirement
     **dict.fromkeys(
         ("max_steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches"), _COUNT
     ),

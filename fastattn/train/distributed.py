@@ -1,4 +1,4 @@
-"""Data parallelism under torchrun: who this process is, and the few collectives the trainer needs."""
+"""Data parallelism under torchrun: this process's rank, and the collectives that the trainer needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes what all have in common."""
+        """Whether this process prints and writes the shared output."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:

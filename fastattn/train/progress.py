@@ -1,4 +1,4 @@
-"""Training seen by its user: a live bar in a terminal, one line at intervals elsewhere."""
+"""Progress of training: a live bar in a terminal, one line at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class ProgressDisplay(Protocol):
     """The trainer's progress display."""
 
     def start(self, progress: float) -> None:
-        """Begin, `progress` (0 to 1) of the run being done already."""
+        """Start the display; `progress` (0 to 1) of the run is done already."""
 
     def step(self, progress: float, values: dict[str, float]) -> None:
         """A step is done; `values` are the newest figures: step, loss, tokens_per_second, lr."""
 
     def note(self, text: str) -> None:
-        """Something worth a line of its own: an evaluation, a checkpoint, a warning."""
+        """Print a line: an evaluation, a checkpoint or a warning."""
 
     def stop(self) -> None:
         """End the display."""
@@ -100,7 +100,7 @@ class LineDisplay:
 
 
 class NoDisplay:
-    """Says nothing: for ranks other than the first, and for callers that read the log."""
+    """No output: for ranks other than the first, and for callers that read the log."""
 
     def start(self, progress: float) -> None:
         pass

@@ -119,7 +119,7 @@ def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, pat
                         f"this model's has {tuple(parameter.shape)}"
                     )
     except (TypeError, KeyError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path}: is no state of an optimiser ({_reason(error)})") from None
+        raise DamagedCheckpoint(f"{path}: is not the state of an optimiser ({_reason(error)})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its parsers meet
+    except Exception as error:  # torch.load raises the exceptions of its parsers
         raise DamagedCheckpoint(f"{path}: cannot be read ({_reason(error)})") from None
 
 

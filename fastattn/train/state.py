@@ -38,10 +38,10 @@ class TrainState:
 class FitResult:
     """The result of `Trainer.fit`.
 
-    stopped: why it ended; interrupted: that it was a signal. first, best, last: evaluations before training, with the
-    lowest loss, and at the end; None without dev_data. seconds: wall time of the whole run, evaluations and earlier
-    parts of a resumed run included. log: the records of log.jsonl (empty on ranks other than 0). checkpoint: what
-    `resume` takes.
+    stopped: the reason it ended; interrupted: whether by a signal. first, best, last: evaluations before training, with
+    the lowest loss, and at the end; None without dev_data. seconds: wall time of the whole run, evaluations and
+    earlier parts of a resumed run included. log: the records of log.jsonl (empty on ranks other than 0). checkpoint:
+    the value for `resume`.
     """
 
     stopped: str

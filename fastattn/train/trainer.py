@@ -76,8 +76,8 @@ class Trainer:
         train_data: items by index; collated, a dict of tensors with "labels".
         dev_data: the same, held out; None means no evaluation.
         tokenizer: saved with the model.
-        collate: makes a list of items a batch; it runs in this process, so what it draws from torch's, Python's or
-            NumPy's global generator is part of the reproducible run.
+        collate: makes a batch of a list of items; it runs in this process, so that its draws from torch's, Python's or
+            NumPy's global generator are part of the reproducible run.
         display: where progress is shown; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
 
@@ -105,7 +105,7 @@ class Trainer:
                 raise ValueError(f"{name}: is empty, need at least one example")
         self.config = config
         if config.deterministic:
-            allow_deterministic_cublas()  # before the device's first product
+            allow_deterministic_cublas()  # before the device's first matrix product
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
         self.directory = RunDirectory(
@@ -247,7 +247,7 @@ class Trainer:
         return signals > 0
 
     def _reason_to_stop(self) -> str | None:
-        """Which end of the run has been reached, the same on all processes; None to go on."""
+        """The reason for ending the run, the same on all processes; None to continue."""
         config, state = self.config, self.state
         if self.max_steps is not None and state.step >= self.max_steps:
             return f"done after {state.step} steps"
@@ -384,7 +384,7 @@ class Trainer:
             self._save()
 
     def _finish(self, *, evaluate: bool) -> Path:
-        """Final evaluation and saving; an interrupted one saves at once and leaves the rest to whoever resumes it."""
+        """Final evaluation and saving; an interrupted run only saves, and evaluates when it is resumed."""
         if evaluate and self.state.window:
             self._log_window()
         if evaluate and self.dev_data is not None and self.state.evaluated_step != self.state.step:

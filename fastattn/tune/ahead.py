@@ -1,4 +1,4 @@
-"""Compiles the Triton attention kernels ahead of time, without a GPU, and asks the cycle model about them."""
+"""Compiles the Triton attention kernels ahead of time, without a GPU, for the cycle model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattn.tune.plan import Work
 
 MODELLED = ("forward", "dkdv", "dq")  # the kernels whose loops the model knows
 MODEL_ARCH = 90  # the architecture that it models
-SMALL = Shape(1, 2, 2, 16, 16)  # lengths are no constants of a kernel: the smallest do
+SMALL = Shape(1, 2, 2, 16, 16)  # kernels are not specialised by length, so the smallest suffices
 
 
 def target_of(arch: str | int) -> Any:
@@ -35,7 +35,7 @@ def specialise(launch: Any, target: Any) -> tuple[Any, Any]:
     backend = make_backend(target)
     kernel = launch.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(**launch.args, **launch.options)
+    bound, specialization, options = binder(*launch.args, **launch.options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
@@ -54,7 +54,7 @@ def why_not() -> str | None:
 
 
 def launch_of(work: Work, tile: Tile) -> Any:
-    """The launch of one of MODELLED with a tile, on tensors too small to be worth running."""
+    """The launch of one of MODELLED with a tile, on small tensors, for compilation only."""
     inputs = Inputs.of(work, SMALL, torch.device("cpu"))
     call = inputs.call()
     packing = None if inputs.cu_seqlens is None else launches.Packing(inputs.cu_seqlens, inputs.cu_seqlens)
@@ -87,7 +87,7 @@ def predict_launch(launch: Any, name: str, kernel: str, head_dim: int) -> Predic
     shared, limit = binary.metadata.shared, FAMILIES[MODEL_ARCH][1]
     if shared > limit:
         raise ValueError(f"needs {shared} bytes of shared memory, the limit is {limit}")
-    stationary = launch.args["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
+    stationary = launch.arguments["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
     described = Kernel(name, kernel, head_dim, int(getattr(stationary, "value", stationary)), shared)
     return predict_cubin(binary.asm["cubin"], described)
 

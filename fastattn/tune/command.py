@@ -1,4 +1,4 @@
-"""The tuning run: every work's candidates are compared with the reference, raced, and the winner stored at once."""
+"""The tuning run: candidate tiles are compared with the reference and timed, and the fastest is stored."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastattn.console import InputError, Output
 from fastattn.kernels import tuned
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.tuned import KERNELS, Machine, Winner
+from fastattn.ops import plan as call_plans
 from fastattn.spec import MAX_HEAD_DIM
 from fastattn.tune import plan
 from fastattn.tune.plan import Candidate, Work
@@ -174,7 +175,7 @@ def tune(
         done.append(entry)
         signature = work.signature(arch)
         winners.pop(signature, None)
-        if entry["winner"] is not None:  # the built-in tile too: the model's choice does not take its place
+        if entry["winner"] is not None:  # the built-in tile too, instead of the model's choice
             tile = Tile(**entry["winner"])
             winners[signature] = Winner(tile, entry["winner_ms"], entry["built_in_ms"] or 0.0)
         tuned.store(machine, winners)
@@ -240,9 +241,10 @@ def stored_winners(machine: Machine) -> dict[str, Winner]:
 
 
 def forget_lookups() -> None:
-    """Let this process see what was stored."""
+    """Clear this process's cached look-ups, so that it reads the stored winners."""
     tuned.winners_here.cache_clear()
     tuned.tiles_for.cache_clear()
+    call_plans.clear()
 
 
 def _show(done: Sequence[Report], total: int, machine: Machine, output: Output) -> None:
@@ -297,7 +299,7 @@ class Verdicts:
         return ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
     def of(self, tasks: Sequence[tuple[Any, ...]]) -> list[str | None]:
-        """The verdict of each task. Where a process died, what wasn't done is repeated singly to find which did it."""
+        """The verdict of each task. Where a process died, unfinished tasks run again, one per process."""
         futures: list[Future[str | None]] = []
         for task in tasks:
             try:

@@ -1,4 +1,4 @@
-"""Runs tiles on the device at hand: whether one gives the right answer, and how long it takes."""
+"""Runs tiles on this machine's device: checks their results and measures their time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shape:
     seqlen_k: int
 
 
-CHECKED = Shape(1, 2, 1, 577, 641)  # no multiple of any block, several blocks long
+CHECKED = Shape(1, 2, 1, 577, 641)  # several blocks long, not a multiple of any block size
 
 
 def timed(work: Work, memory: int) -> Shape:
@@ -50,7 +50,7 @@ def timed(work: Work, memory: int) -> Shape:
 
 @dataclass
 class Inputs:
-    """The tensors of one kind of call, its options by their public names, and what flows back."""
+    """The tensors of one kind of call, its options by their public names, and the upstream gradients."""
 
     query: Tensor
     key: Tensor
@@ -181,7 +181,7 @@ class Device:
         return inputs.expected(work, torch.float64), inputs.expected(work, DTYPES[work.dtype])
 
     def step(self, work: Work, tile: Tile, shape: Shape) -> Callable[[], Tensors]:
-        """A call of one kernel with a tile, and of what has to run beside it."""
+        """A function that calls one kernel with a tile, and the kernels it depends on."""
         inputs = self.inputs(_any_kernel(work), shape)
         needs = GradsNeeded(
             query=work.kernel == "dq", key=work.kernel == "dkdv", value=work.kernel == "dkdv",
@@ -202,7 +202,7 @@ class Device:
         return step
 
     def _residuals(self, work: Work, shape: Shape) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the forward with built-in tiles, what the backward passes start from."""
+        """(out, lse) of the forward with built-in tiles, inputs of the backward passes."""
         inputs = self.inputs(work, shape)
         run_forward, _, call = _entry_points(inputs)
         out, lse = run_forward(AttentionSpec.of(inputs.call()), call, self._tiles(inputs))
@@ -283,7 +283,7 @@ def _device_of_process(arch: int) -> Device:
 
 
 def verdict_in_process(arch: int, work: Work, tile: Tile) -> str | None:
-    """`Device.verdict` for a process of its own, which ends where a kernel broke its CUDA context for what follows."""
+    """`Device.verdict` for a worker process, which exits where a kernel left its CUDA context unusable."""
     verdict = _device_of_process(arch).verdict(work, tile)
     if verdict is not None and "CUDA error" in verdict:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Compiles the attention kernels of the CUDA extension for Hopper, and asks the cycle model about them."""
+"""Compiles the attention kernels of the CUDA extension for Hopper, for the cycle model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attention_sources(head_dim: int | None = None, dtype: str = "bfloat16") -> l
 
 
 def source_key(source: Path) -> str:
-    """A hash of the code that a source is compiled from, with its headers; comments and spaces are no part of it."""
+    """A hash of a source and its headers without comments and white space."""
     text = "\0".join(path.read_text("utf-8") for path in with_headers(source, csrc_folder()))
     code = re.sub(r"\s+", " ", re.sub(r"//[^\n]*", "", text))
     return hashlib.sha256(code.encode()).hexdigest()[:16]

@@ -22,8 +22,8 @@ from fastattn.tune.plan import Candidate, Work
 
 BACKENDS = ("triton", "cuda")
 KINDS = ("plain", "causal", "alibi+softcap")  # by default: rows without and with features that change scores
-SOURCE = tuned.MODEL  # where figures come from, in what is printed and stored
-LEAST_GAIN = 1.03  # over the built-in tile, below which it stays: less is the model's noise
+SOURCE = tuned.MODEL  # the origin of figures, as printed and stored
+LEAST_GAIN = 1.03  # minimum gain over the built-in tile; a smaller one is within the model's error
 L2_BYTES = 28  # a clock and multiprocessor, assumed; the cycle model itself takes copies as arrived
 MAX_NAME = 100  # characters of a device's name
 NOTE = "A model of one Hopper multiprocessor, not a measurement; differences under 3 % are noise."
@@ -125,7 +125,7 @@ def _triton(options: Options, output: Output) -> Iterator[Prediction]:
         with output.waiting(str(work)):
             try:
                 yield ahead.predict_work(work, work.built_in(ahead.MODEL_ARCH))
-            except Exception as error:  # a compiler may fail in any way: the others are still told
+            except Exception as error:  # a compiler may fail in any way: the others are still reported
                 output.line(f"{work}: {type(error).__name__}: {error}", good=False)
 
 
@@ -153,7 +153,7 @@ def _report(found: Sequence[Prediction], output: Output) -> Report:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate tile in the order of the model, or why it has no place in it."""
+    """A candidate tile with the model's prediction, or why there is none."""
 
     tile: Tile
     prediction: Prediction | None
@@ -175,7 +175,7 @@ class Ranked:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Right ones by cycles, then those that spill, then those that do not compile."""
+        """The sort key: by cycles, then tiles that spill registers, then those that do not compile."""
         if self.prediction is None:
             return 2, 0.0
         return int(self.prediction.spills > 0), self.cycles
@@ -207,7 +207,7 @@ def l2_cycles(work: Work, tile: Tile) -> float:
 
 
 def choice(ranked: Sequence[Ranked], built_in: Tile) -> Ranked | None:
-    """The first, where the model says for certain that it is faster than the built-in tile; else that one."""
+    """The first candidate, if predicted to be faster by more than the model's error; else the built-in tile."""
     known = {each.tile: each for each in ranked if each.prediction is not None}
     if not known:
         return None
@@ -262,7 +262,7 @@ def rank_works(works: Sequence[Work], quick: bool, output: Output, target: Machi
 
 
 def _replace(winners: dict[str, Winner], signature: str, ranked: Sequence[Ranked], built_in: Tile) -> bool:
-    """Put what the model chooses in the place of what it chose before; False where a measured one is there."""
+    """Replace the model's earlier choice; False, and unchanged, where a measured winner is stored."""
     known = winners.get(signature)
     if known is not None and known.source == tuned.MEASURED:
         return False

@@ -1,4 +1,4 @@
-"""The plan of a tuning run: kernels on kinds of calls, the tiles that might serve them, and the race that decides."""
+"""The plan of a tuning run: kernels on kinds of calls, candidate tiles, and the timing that selects one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SWITCHES = ("tf32x3", "tma", "max_registers")  # of a tile: one step each
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel on one kind of call: what a winner is found for."""
+    """One kernel on one kind of call, for which the fastest tile is searched."""
 
     kernel: str
     dtype: str
@@ -73,14 +73,14 @@ class Work:
         return signature(self.spec(arch), self.kernel, self.packed)
 
     def built_in(self, arch: int) -> Tile:
-        """The tile it has without tuning."""
+        """The default tile."""
         tile: Tile = getattr(table_tiles(self.spec(arch)), self.kernel)
         return tile
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tile that might serve, or why it can't."""
+    """A candidate tile, or why it cannot run."""
 
     tile: Tile
     reason: str | None = None
@@ -112,7 +112,7 @@ def _known(what: str, names: Sequence[str], known: Any) -> None:
 def candidates(work: Work, arch: int, quick: bool = False) -> list[Candidate]:
     """The built-in tile first, then the others; quick: those that differ from it in one number.
 
-    A reason is given where no compiler could make the tile fit: these are lower bounds of what it takes.
+    A tile is refused by lower bounds of the shared memory and registers it needs.
     """
     built_in = work.built_in(arch)
     exact = work.itemsize == 4 and work.spec(arch).float32_precision == "ieee"
@@ -179,7 +179,7 @@ def least_registers(work: Work, tile: Tile) -> int:
 def race(
     tiles: Sequence[Tile], seconds: Callable[[Tile], float], rounds: int, keep: Tile | None = None
 ) -> dict[Tile, float]:
-    """The median seconds of each tile from interleaved rounds; those far behind leave, but never `keep`."""
+    """The median seconds of each tile from interleaved rounds; slow tiles are dropped early, except `keep`."""
     times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
     running = list(tiles)
     for turn in range(rounds):
@@ -191,7 +191,7 @@ def race(
 
 
 def winner_of(medians: dict[Tile, float], built_in: Tile) -> Tile:
-    """The fastest; the built-in tile where the gain is within what a repetition might turn around."""
+    """The fastest tile; the built-in one where the gain is within the noise of a repetition."""
     fastest = min(medians, key=lambda tile: medians[tile])
     if built_in in medians and medians[built_in] < LEAST_GAIN * medians[fastest]:
         return built_in

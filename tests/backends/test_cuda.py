@@ -39,7 +39,7 @@ def test_the_order_is_the_policy() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"device": "cpu", "arch": None}, "device 'cpu' is no CUDA device"),
+        ({"device": "cpu", "arch": None}, "device 'cpu' is not a CUDA device"),
         ({"arch": 75}, "compute capability 7.5 is below 8.0"),
         ({"dtype": torch.float64}, "dtype torch.float64 is not one of"),
         ({"arch": 120}, "the extension is built for 8.0, 9.0a, this GPU is 12.0; `fastattn build`"),

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn.backends.torch import attention as backend
+from fastattn.backends.torch import fused, parts
 from fastattn.ops.arguments import call_arguments
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
-from numerics import MORE_ORDERS, assert_within_rule, plain_in_any_order
+from numerics import assert_each_within_rule, assert_within_rule, plain_in_any_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,10 +64,12 @@ def test_float64_agrees_to_rounding(case: Case) -> None:
     ],
 )
 def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for constant in ("FUSED_SHARE_BYTES", "FUSED_DENSE_ELEMENTS"):
-        monkeypatch.setattr(backend, constant, 1)
+    monkeypatch.setattr(fused, "FUSED_SHARE_BYTES", 1)
+    monkeypatch.setattr(parts, "FUSED_DENSE_ELEMENTS", 1)
     for constant in ("FUSED_ROW_BLOCK", "FUSED_DENSE_ROW_BLOCK", "ROW_BLOCK", "COL_BLOCK"):
-        monkeypatch.setattr(backend, constant, rows)
+        monkeypatch.setattr(parts, constant, rows)
+    for constant in ("ROW_BLOCK", "COL_BLOCK"):
+        monkeypatch.setattr(fused, constant, rows)
     case = next(case for case in CASES if case.name == name)
     check(case, torch.float32, backend="torch", samples=SAMPLES)
     check(case, torch.float32, ("out",), backend="torch", samples=SAMPLES)
@@ -154,10 +157,8 @@ def test_large_and_absent_sinks(outputs: tuple[str, ...], length: int, sink: flo
     inputs = Inputs.of(case, torch.float32)
     golden = inputs.run(fastattn.reference.attention, torch.float64, outputs)
     formula = partial(inputs.run, fastattn.reference.attention, torch.float32, outputs)
-    plain = plain_in_any_order(formula, golden, MORE_ORDERS)
     actual = inputs.run(fastattn.attention, torch.float32, outputs, backend="torch")
-    for name, value in actual.items():
-        assert_within_rule(value, plain[name], golden[name], name)
+    assert_each_within_rule(actual, formula, golden, str(case), torch.float32)
 
 
 @pytest.mark.parametrize("length", [9, 64, 700])

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn
 from evidence import attention_checks, checks, op_checks
 from evidence.findings import backends_here, only_backends
-from inputs.random_attention import RandomCall
+from fastattn import reference
+from inputs.random_attention import FEW, RandomCall
 from measure import errors
 
 CPU = torch.device("cpu")
@@ -114,6 +116,33 @@ def test_the_terms_of_a_call_are_of_its_rows_of_one_key() -> None:
             assert not terms["dkey"][:, :, 1:].any()
             seen["causal"] += 1
     assert seen["causal"]
+
+
+def test_gradients_of_few_numbers_are_judged_by_their_terms() -> None:
+    """Slopes, sinks and biases of fewer than FEW numbers are drawn, and an error of their terms' size is found."""
+    seen: Counter[str] = Counter()
+    for seed in range(0, 16 * 120, 16):  # a kind of call each
+        call = RandomCall(seed, CPU, 17)
+        terms = {n: t for n, t in call.cancelling_terms().items() if n not in ("dquery", "dkey")}
+        few = {
+            n
+            for n in ("bias", "alibi_slopes", "sinks")
+            if n in call.options and call.options[n].numel() < FEW
+        }
+        assert terms.keys() == {f"d{n}" for n in few}
+        if not few:
+            continue
+        golden = call.run(reference.attention, torch.float64)
+        plain = call.run(reference.attention, call.dtype)
+        actual = call.run(fastattn.attention, call.dtype, backend="torch")
+        for name, of_name in terms.items():
+            assert of_name.shape == golden[name].shape
+            # a gradient is at most the sum of its terms' absolute values
+            assert (of_name * (1 + 1e-9) >= golden[name].abs()).all() or "dropout_p" in call.options
+            assert errors.excess(actual[name], plain[name], golden[name], call.dtype, of_name) <= 1
+            wrong = golden[name] + of_name / 8
+            seen[name] += errors.excess(wrong, plain[name], golden[name], call.dtype, of_name) > 1
+    assert all(seen[f"d{n}"] for n in ("bias", "alibi_slopes", "sinks")), seen
 
 
 def options(**changes: Any) -> argparse.Namespace:

@@ -88,7 +88,9 @@ def test_clusters_multicast_and_release_without_a_fence(code: dict[str, str]) ->
 def test_products_are_issued_back_to_back(code: dict[str, str]) -> None:
     """Both products of a step are in the pipe before anything waits."""
     for name, text in code.items():
-        for part in text.split(ONE_PRODUCT_LEFT)[:-1]:
+        parts = text.split(ONE_PRODUCT_LEFT)[:-1]
+        assert parts, name
+        for part in parts:
             issued = re.findall(r"HGMMA\.64x(\d+)x16", part.split("WARPGROUP.DEPBAR")[-1])
             assert len(set(issued)) == (
                 1 if SHAPE.search(name).group(1) == SHAPE.search(name).group(3) else 2

@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-// Of the forward launched last.
+// The cluster size of the last forward launch.
 int forward_cluster_blocks = 0;
 bool forward_counted = false;
 

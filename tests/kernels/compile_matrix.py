@@ -170,7 +170,7 @@ def _cache_entries(arch: str) -> Iterator[Entry]:
         launch = _cache_launches(arch, bits, head_dim, features)[kernel]
         tile = ""
         if kernel == "decode":
-            shape = f"{launch.args['BLOCK_M']}x{launch.args['BLOCK_N']}"
+            shape = f"{launch.arguments['BLOCK_M']}x{launch.arguments['BLOCK_N']}"
             tile = f"{shape} {launch.num_warps}w {launch.num_stages}s"
         yield Entry(arch, bits, head_dim, kernel, features, tile)
 

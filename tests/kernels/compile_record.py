@@ -32,7 +32,7 @@ REGENERATE = "python tests/kernels/compile_matrix.py --write -j 4"
 
 def row_key(launch: Any, arch: str) -> str:
     """What the compiler is given for a launch on an architecture, in 16 hex digits."""
-    args = {name: _described(value) for name, value in launch.args.items()}
+    args = {name: _described(value) for name, value in launch.arguments.items()}
     given = [fingerprint(launch.kernel), args, launch.num_warps, launch.num_stages, arch]
     given += [launch.max_registers] if launch.max_registers is not None else []
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
@@ -56,7 +56,7 @@ def _collect(function: Any, seen: dict[str, str]) -> None:
     for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
         value = plain.__globals__.get(name)
         owner = getattr(inspect.unwrap(getattr(value, "fn", value)), "__module__", "") or ""
-        if callable(value) and owner.startswith("fastattn.kernels"):
+        if callable(value) and not isinstance(value, type) and owner.startswith("fastattn.kernels"):
             if f"{owner}.{name}" not in seen:
                 _collect(value, seen)
         elif isinstance(value, (int, float, str, tuple)) or type(value).__name__ == "constexpr":
@@ -67,6 +67,8 @@ def _described(value: Any) -> str:
     """An argument as far as the compiler sees it: a tensor's dtype, a descriptor's block, everything else by value."""
     if hasattr(value, "block_shape"):
         return f"{value.base.dtype} in blocks {value.block_shape}"
+    if isinstance(value, tuple) and any(isinstance(part, torch.Tensor) for part in value):
+        return str([_described(part) for part in value])
     return str(value.dtype) if isinstance(value, torch.Tensor) else repr(value)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import decode_compile
+import row_compile
 import torch
 from attention_launches import launches_of
 from compile_inspect import specialise
 from triton.backends.compiler import GPUTarget
 
+from fastattn.kernels.arguments import Launch
 from fastattn.kernels.launches import Packing, sequence_sums_launch
 from fastattn.kernels.tiles import Tile
 from fastattn.spec import AttentionCall, VarlenCall
@@ -54,23 +57,48 @@ def report(calls: list[AttentionCall]) -> dict[str, list[str]]:
     return rows
 
 
+def packed_launches(batch: int, tokens: int, heads: int) -> dict[str, Launch]:
+    """The launches of a packed call."""
+    query = torch.empty(tokens, heads, 64, dtype=torch.float16)
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+    call = VarlenCall(
+        query, query, query, cu_seqlens, cu_seqlens, causal="bottom_right", window_left=9, softcap=2.0, scale=0.125,
+        alibi_slopes=torch.ones(2, heads), dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    packing = Packing(cu_seqlens, cu_seqlens)
+    launches = launches_of(call.as_one_sequence(), TILE, packing)
+    sums = torch.empty(batch, heads, dtype=torch.float64)
+    launches["sums"] = sequence_sums_launch(torch.empty(heads, 9), packing, tokens, 64, sums)
+    return launches
+
+
 def packed_report(sizes: list[tuple[int, int, int]]) -> dict[str, list[str]]:
     """The signatures of every kernel over packed calls of (sequences, tokens, heads)."""
     rows: dict[str, list[str]] = {}
-    for batch, tokens, heads in sizes:
-        query = torch.empty(tokens, heads, 64, dtype=torch.float16)
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
-        call = VarlenCall(
-            query, query, query, cu_seqlens, cu_seqlens, causal="bottom_right", window_left=9, softcap=2.0, scale=0.125,
-            alibi_slopes=torch.ones(2, heads), dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64),
-        )  # fmt: skip
-        packing = Packing(cu_seqlens, cu_seqlens)
-        launches = launches_of(call.as_one_sequence(), TILE, packing)
-        sums = torch.empty(batch, heads, dtype=torch.float64)
-        launches["sums"] = sequence_sums_launch(torch.empty(heads, 9), packing, tokens, 64, sums)
-        for name, launch in launches.items():
+    for size in sizes:
+        for name, launch in packed_launches(*size).items():
             rows.setdefault(name, []).append(signature(launch))
     return rows
+
+
+def specialised_integers() -> dict[str, list[str]]:
+    """By kernel, the integer parameters, constants aside, whose value or divisibility decides which variant runs.
+
+    In a tuple, `do_not_specialize` has no effect.
+    """
+    launches = launches_of(call(2, 4, 17, 0), TILE) | packed_launches(3, 17, 4)
+    launches |= decode_compile.launches(90, 16, 64, decode_compile.APPEND)
+    for features in ("plain", "loss"):
+        launches |= row_compile.launches(16, 262144, features)
+    launches |= row_compile.launches(16, 64, "plain")
+    found: dict[str, list[str]] = {}
+    for launch in launches.values():
+        names = found.setdefault(launch.kernel.__name__, [])
+        for parameter, value in zip(launch.kernel.params, launch.args, strict=True):
+            in_tuple = isinstance(value, tuple) and any(isinstance(part, int) for part in value)
+            alone = isinstance(value, int) and not parameter.do_not_specialize
+            names += [parameter.name] if (in_tuple or alone) and not parameter.is_constexpr else []
+    return found
 
 
 if __name__ == "__main__":
@@ -84,6 +112,7 @@ if __name__ == "__main__":
                 "lengths": report(lengths + shapes),
                 "unaligned": report(unaligned),
                 "packed": packed_report(packed),
+                "integers": specialised_integers(),
             }
         )
     )

@@ -8,7 +8,7 @@ the kernels lie in TRITON_CACHE_DIR afterwards as a GPU of this kind, with the s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -38,7 +38,7 @@ class Launched:
 
     name: str
     grid: tuple[int, int, int]
-    arguments: dict[str, Any]  # those that are passed, by name, in order
+    arguments: dict[str, Any]  # those that are passed, by name, in order; of a tuple, what it holds
     types: dict[str, str]  # as the signature has them: "*bf16", "i32", "tensordesc<...>"
     metadata: Any
     ptx: str
@@ -97,6 +97,16 @@ class Launched:
             }
             found += [f"{name}: {what}" for what, is_wrong in wrong.items() if is_wrong]
         return found
+
+
+def _flat(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Values by name, and what tuples among them hold by the tuple's name and a place or field: "optional.mask"."""
+    for name, value in zip(names, values):
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            yield from _flat((f"{name}.{field}" for field in fields), value)
+        else:
+            yield name, value
 
 
 def _parameter(value: Any, declared: str) -> str:
@@ -174,16 +184,11 @@ class Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What runs a compiled kernel: it keeps the launch."""
         names = source.fn.arg_names
-        constants = {path[0] for path in source.constants} if source.constants else set()
-        types = {name: str(kind) for name, kind in source.signature.items()}
+        types = dict(_flat(names, source.signature.values()))
 
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-            arguments = rest[len(rest) - len(names) :]
-            passed = {
-                name: value
-                for place, (name, value) in enumerate(zip(names, arguments))
-                if types[name] != "constexpr" and place not in constants
-            }
+            arguments = _flat(names, rest[len(rest) - len(names) :])
+            passed = {name: value for name, value in arguments if types.get(name, "constexpr") != "constexpr"}
             self.launched.append(
                 Launched(metadata.name, (x, y, z), passed, types, metadata, self.ptx_of(metadata))
             )

@@ -54,3 +54,9 @@ def test_alignment_is_a_flag(signatures: dict[str, dict[str, list[str]]], kernel
     """Rows at multiples of 16 bytes or not are two variants, however many strides there are."""
     assert len(set(signatures["unaligned"][kernel])) == 1
     assert set(signatures["unaligned"][kernel]) != set(signatures["lengths"][kernel])
+
+
+def test_no_integer_is_specialised_on(signatures: dict[str, dict[str, list[str]]]) -> None:
+    """In any kernel but those whose only integers are constants."""
+    assert len(signatures["integers"]) >= 15
+    assert {kernel: names for kernel, names in signatures["integers"].items() if names} == {}

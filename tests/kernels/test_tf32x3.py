@@ -91,7 +91,7 @@ def test_only_such_tiles_and_only_exact_products_are_split() -> None:
         query = torch.empty(1, 1, 16, 16, dtype=dtype)
         launches = launches_of(AttentionCall(query, query, query), tile)
         (found,) = {
-            launches[name].args["VARIANT"].dot_precision for name in ("forward", "dkdv", "dq", "weights")
+            launches[name].arguments["VARIANT"].dot_precision for name in ("forward", "dkdv", "dq", "weights")
         }
         return found
 

@@ -62,7 +62,7 @@ def uses_tma(call: AttentionCall, **changes: object) -> bool:
     out = call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
     lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
     spec = AttentionSpec.of(call).replace(**changes)
-    return forward_launch(spec, call, out, lse, None, replace(SMALL_TILES.forward, tma=True)).args["TMA"]
+    return forward_launch(spec, call, out, lse, None, replace(SMALL_TILES.forward, tma=True)).arguments["TMA"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -127,8 +127,8 @@ def on_hopper(inputs: Inputs) -> tuple[dict[str, torch.Tensor], list[bool]]:
     original = launches.Launch.run
 
     def run(launch: launches.Launch) -> None:
-        if "TMA" in launch.args:
-            used.append(launch.args["TMA"])
+        if "TMA" in launch.arguments:
+            used.append(launch.arguments["TMA"])
         original(launch)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ from varlen_cases import RAGGED, Case, Inputs, check, gradients, run_reference, 
 import fastattn
 from fastattn.backends import torch as torch_backend
 from fastattn.backends import triton as triton_backend
-from fastattn.kernels.launches import Launch
+from fastattn.kernels.arguments import Launch
 from fastattn.kernels.sequences import SEARCH
 from fastattn.spec import AttentionSpec, VarlenCall
 from numerics import assert_within_rule, plain_in_any_order

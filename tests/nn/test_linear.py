@@ -58,15 +58,11 @@ class Wrapped(torch.Tensor):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    "case", ["grad", "dtype", "autocast", "subclass", "functorch", "small", "flop counter", "trace"]
+    "case", ["dtype", "autocast", "subclass", "functorch", "small", "flop counter", "trace"]
 )
 def test_everything_else_is_torchs(calls, monkeypatch, case):
     layer, x = Linear(16, 8), torch.randn(2, 16)
     expected = F.linear(x, layer.weight, layer.bias).detach()
-    if case == "grad":
-        out = layer(x)
-        out.sum().backward()
-        assert layer.weight.grad is not None
     with torch.no_grad():
         if case == "dtype":
             out = layer.double()(x.double()).float()
@@ -98,3 +94,55 @@ def test_shapes_that_do_not_fit_are_torchs_to_refuse(calls):
     with torch.no_grad(), pytest.raises(RuntimeError):
         linear(torch.randn(2, 7), torch.randn(3, 8))
     assert calls == []
+
+
+def test_gradients_keep_the_error_rule(calls, monkeypatch):
+    monkeypatch.setattr(torch_compat, "ONEDNN_MIN_PRODUCTS", 0)
+    x, layer = torch.randn(3, 40, 24, requires_grad=True), Linear(24, 16)
+    dout = torch.randn(3, 40, 16)
+
+    def gradients(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *layer.parameters())]
+        return torch.autograd.grad(function(*leaves), leaves, dout.to(dtype))
+
+    golden = gradients(F.linear, torch.float64)
+    for number, actual in enumerate(gradients(linear, torch.float32)):
+        plain = plain_in_any_order(lambda n=number: gradients(F.linear, torch.float32)[n], golden[number])
+        assert_within_rule(actual, plain, golden[number])
+    assert len(calls) == torch_compat.has_onednn_linear()
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)], ids=str)
+def test_remade_inputs_give_the_same_bits_and_derivatives_and_are_not_kept(calls, monkeypatch, frozen):
+    """An activation and a norm before a layer, made again in the backward, beside the same kept by autograd."""
+    monkeypatch.setattr(torch_compat, "ONEDNN_MIN_PRODUCTS", 0)
+    leaves = [torch.randn(shape) for shape in ((5, 24), (16, 24), (16,))]
+    for number, leaf in enumerate(leaves):
+        leaf.requires_grad_(number not in frozen)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def results(before):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+            h = before(leaves[0])
+            out = linear(h, *leaves[1:]).square().sum()
+        first = torch.autograd.grad(out, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, retain_graph=True)
+        return h.data_ptr() in kept, torch.autograd.grad(out, wanted), second
+
+    again, actual, second = results(lambda x: module.remade(torch.sin, x))
+    kept, expected, expected_second = results(torch.sin)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    torch.testing.assert_close(second, expected_second)
+    if torch_compat.has_onednn_linear() and 0 not in frozen:
+        assert kept
+        assert not again
+
+
+@needs_onednn
+def test_what_a_layer_needs_of_a_changed_source_is_refused(calls):
+    x, weight = torch.randn(5, 24, requires_grad=True).clone(), torch.randn(16, 24, requires_grad=True)
+    out = linear(module.remade(torch.sin, x), weight).sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

@@ -111,7 +111,8 @@ def test_linear_cross_entropy_is_that_of_all_logits(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_error_rule(dtype: torch.dtype, smoothing: float) -> None:
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_error_rule(dtype: torch.dtype, smoothing: float, reduction: str) -> None:
     logits, target = (5 * torch.randn(64, 300)).to(dtype), targets(64, vocab=300)
     results = []
     for function, kind in (
@@ -121,7 +122,7 @@ def test_error_rule(dtype: torch.dtype, smoothing: float) -> None:
     ):
         leaf = logits.to(kind).requires_grad_()
         results.append(
-            losses_and_grads(function(leaf, target, label_smoothing=smoothing, reduction="none"), [leaf])
+            losses_and_grads(function(leaf, target, label_smoothing=smoothing, reduction=reduction), [leaf])
         )
     for name, *three in zip(("losses", "dlogits"), *results):
         assert three[0].dtype == dtype
@@ -299,6 +300,63 @@ def test_transforms_match_torch() -> None:
 # As torch ops
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_under_autocast_the_weights_gradient_is_rounded_nowhere(reduction: str, with_bias: bool) -> None:
+    """The weight stays float32 outside the op: its gradient is the sum in float32 of products of 16-bit factors."""
+    hidden, weight, bias = operands(torch.float32)
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    target = targets(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *grads = linear(fastattn.linear_cross_entropy, leaves, target, reduction=reduction)
+        plain = linear(all_logits, leaves, target, reduction=reduction)
+    golden = linear(
+        all_logits, [t.detach().double().requires_grad_() for t in leaves], target, reduction=reduction
+    )
+    for name, *three in zip(("loss", "dhidden", "dweight", "dbias"), (loss, *grads), plain, golden):
+        assert three[0].dtype == torch.float32
+        assert_within_rule(*three, name, dtype=torch.bfloat16)
+    if reduction != "none":
+        assert not torch.equal(grads[1], grads[1].bfloat16().float())
+
+
+REDUCED = {
+    "cross_entropy": lambda h, w, t, **o: fastattn.cross_entropy(h @ w.T, t, **o),
+    "linear_cross_entropy": fastattn.linear_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("function", REDUCED.values(), ids=REDUCED)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_backward_of_a_loss_has_the_same_bits(function: Callable[..., Tensor], reduction: str) -> None:
+    """The first backward takes what the forward made, a later one makes it again, also after another scale."""
+    hidden, weight, _ = operands(torch.float32)
+    loss = function(hidden, weight, targets(TOKENS), reduction=reduction)
+    first, scaled, again = (
+        torch.autograd.grad(loss, [hidden, weight], torch.tensor(scale), retain_graph=True)
+        for scale in (1.0, 4.0, 1.0)
+    )
+    for one, four, later in zip(first, scaled, again):
+        assert torch.equal(one, later)
+        torch.testing.assert_close(four, 4 * one)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_reduced_loss_allocates_one_gradient_and_blocks(
+    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(torch_softmax.BLOCK_ELEMENTS, "cpu", 4 * 300)
+    logits, target = torch.randn(64, 300).to(dtype).requires_grad_(), targets(64, vocab=300)
+    with Allocations() as allocated:
+        fastattn.cross_entropy(logits, target, reduction=reduction).backward()
+    whole = logits.numel() * logits.element_size()
+    assert [size for size in allocated.sizes if size >= whole] == [
+        whole,
+        whole,
+    ]  # the second: scaled out of place under this mode
+
+
 @pytest.mark.parametrize(("with_bias", "weighted"), [(False, False), (True, True), (False, True)])
 def test_opcheck(with_bias: bool, weighted: bool) -> None:
     hidden, weight, bias = operands(torch.float32)
@@ -321,7 +379,8 @@ def test_opcheck(with_bias: bool, weighted: bool) -> None:
         *(t.detach() if isinstance(t, Tensor) else t for t in call), "auto"
     )
     opcheck(ops.linear_cross_entropy_fwd.default, (*call, "auto"))
-    opcheck(ops.linear_cross_entropy_sum.default, (*call, needs, "auto"))
+    for divisor in (None, torch.tensor(9)):
+        opcheck(ops.linear_cross_entropy_sum.default, (*call, divisor, needs, "auto"))
     opcheck(
         ops.linear_cross_entropy_bwd.default, (losses.clone().requires_grad_(), norms, *call, needs, "auto")
     )
@@ -329,6 +388,7 @@ def test_opcheck(with_bias: bool, weighted: bool) -> None:
         logits = torch.randn(TOKENS, VOCAB, requires_grad=True)
         of_logits = (logits, target, -100, 0.1, *call[-2:], "auto")
         opcheck(ops.cross_entropy_fwd.default, of_logits)
+        opcheck(ops.cross_entropy_mean.default, (*of_logits[:-1], torch.tensor(9), "auto"))
         opcheck(
             ops.cross_entropy_bwd.default,
             (losses.clone().requires_grad_(), norms, *of_logits),

@@ -1,4 +1,4 @@
-"""The CUDA backend: the compiled extension, where it is built and where it was measured to be the faster choice."""
+"""The CUDA backend: the compiled extension, chosen by "auto" only where it was measured to be faster."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class MeasuredRows:
 
 MEASURED_ROWS: tuple[
     MeasuredRows, ...
-] = ()  # nothing has been measured yet, so "auto" chooses nothing from here
+] = ()  # nothing has been measured yet, so "auto" never chooses this backend
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     """Why this backend can't run `spec`, or None."""
     if spec.device != "cuda":
-        return f"device {spec.device!r} is no CUDA device"
+        return f"device {spec.device!r} is not a CUDA device"
     if spec.arch is not None and spec.arch < MIN_ARCH:
         return f"compute capability {spec.arch / 10} is below {MIN_ARCH / 10}"
     if spec.dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Attention on the CUDA backend: what Hopper's kernels take, and calls of the extension."""
+"""Attention on the CUDA backend: the calls that the Hopper kernels support, and how the extension is called."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARCH = 90  # whose wgmma and TMA the kernels are written for
 CODE = "9.0a"  # the architecture the extension has to be built for
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 8  # 16 bytes, the granularity of TMA
-UNSUPPORTED = {  # field of the spec: what to call it
+UNSUPPORTED = {  # field of the spec: its name in refusals
     "mask": "a mask",
     "bias": "a bias",
     "segments": "segment_ids",
@@ -189,12 +189,12 @@ def varlen_bwd(
 
 
 def _may_use_clusters() -> bool:
-    """Whether blocks of the forward may load keys and values for each other; the extension knows where that pays."""
+    """Whether the forward may run in clusters; the extension uses them where they add no round of tiles."""
     return switched_off("cuda", "clusters") is None
 
 
 def _in_one_pass(spec: AttentionSpec, needs: GradsNeeded) -> bool:
-    """Whether all gradients come from one pass, where it can do the call and was measured to be faster."""
+    """Whether one pass computes all gradients: where it supports the call and was measured to be faster."""
     wanted = needs.query and (needs.key or needs.value)
     allowed = wanted and not spec.softcap and switched_off("cuda", "one_pass") is None
     return allowed and spec.head_dim in ONE_PASS_HEAD_DIMS
@@ -211,7 +211,7 @@ def _needed_grads(
 
 
 def _mask_options(call: AttentionCall | VarlenCall) -> tuple[bool, int, int]:
-    """(top_left, window_left, window_right): to the kernels, causality is a window without a right side."""
+    """(top_left, window_left, window_right): to the kernels, causality is a window of 0 keys to the right."""
     right = call.window_right if call.causal == "none" else 0
     return call.causal == "top_left", call.window_left, right
 

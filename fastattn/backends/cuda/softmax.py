@@ -20,7 +20,7 @@ CLUSTER_ARCH = 90  # the first compute capability with thread block clusters
 
 
 def softmax_tiles(spec: SoftmaxSpec) -> str:
-    """How a row is shared out, in a line."""
+    """One line on how a row is distributed over lanes, warps and blocks."""
     clusters = (spec.arch or 0) >= CLUSTER_ARCH
     plan = extension.module().softmax_plan(spec.columns, spec.dtype.itemsize, spec.backward, clusters)
     elements, lanes, warps, blocks = plan
@@ -56,7 +56,7 @@ def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor
 def cross_entropy_bwd(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """The gradient of the logits, as `torch_cross_entropy` states it, written to `out` if given: that may be z."""
+    """The gradient of the logits, as `torch_cross_entropy` states it, written to `out` if given, which may be z."""
     logits = with_unit_last_stride(call.logits)
     dlogits: Tensor = extension.module().cross_entropy_backward(
         dlosses.float().contiguous(), norms.contiguous(), logits, call.target.contiguous(),
@@ -66,10 +66,13 @@ def cross_entropy_bwd(
 
 
 def linear_cross_entropy_fwd(
-    spec: SoftmaxSpec, call: LinearCrossEntropyCall, needs: tuple[bool, ...] | None = None
+    spec: SoftmaxSpec,
+    call: LinearCrossEntropyCall,
+    needs: tuple[bool, ...] | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
-    """(losses, norms) without all the logits, and the gradients of the sum of losses that are needed."""
-    return linear_cross_entropy.forward(spec, call, needs, cross_entropy_fwd, cross_entropy_bwd)
+    """(losses, norms) without all the logits, and the needed gradients of the sum of losses times `scale`."""
+    return linear_cross_entropy.forward(spec, call, needs, cross_entropy_fwd, cross_entropy_bwd, scale)
 
 
 def linear_cross_entropy_bwd(

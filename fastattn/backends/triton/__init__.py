@@ -21,6 +21,7 @@ from fastattn.backends.triton.cross_entropy import (
     linear_cross_entropy_fwd,
 )
 from fastattn.backends.triton.kv_cache import decodes, kv_cache_fwd, kv_cache_tiles
+from fastattn.backends.triton.planned import attention_fwd_plan
 from fastattn.backends.triton.softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.backends.triton.varlen import varlen_bwd, varlen_fwd
 from fastattn.spec import MAX_HEAD_DIM, AttentionSpec, SoftmaxSpec
@@ -31,6 +32,7 @@ __all__ = [
     "NAME",
     "attention_bwd",
     "attention_fwd",
+    "attention_fwd_plan",
     "attention_weights_bwd",
     "attention_weights_fwd",
     "cross_entropy_bwd",

@@ -34,7 +34,7 @@ def attention_fwd(
     if tiles is None and packing is None and decodes(spec):
         return single_query_fwd(spec, call)
     query, value = call.query, call.value
-    tile = (tiles or _tiles_that_fit(spec, call, packing is not None)).forward
+    tile = (tiles or tiles_that_fit(spec, call, packing is not None)).forward
     out = empty_in_order(query, (*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     forward_launch(spec, call, out, lse, _key_blocks(call, tile), tile, packing).run()
@@ -58,7 +58,7 @@ def attention_bwd(
     call = with_plain_layouts(call)
     out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    tiles = tiles or _tiles_that_fit(spec, call, packing is not None, dout)
+    tiles = tiles or tiles_that_fit(spec, call, packing is not None, dout)
     delta, reference = torch.empty_like(lse), torch.empty_like(lse)
     delta_launch(spec, call, lse, reference, out, dout, dlse, delta).run()
     lse_correction = _lse_correction(spec, call, lse, tiles.dq)
@@ -129,10 +129,10 @@ def attention_weights_bwd(
     return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
 
 
-def _tiles_that_fit(
+def tiles_that_fit(
     spec: AttentionSpec, call: AttentionCall, packed: bool, dout: Tensor | None = None
 ) -> Tiles:
-    """The tiles of a call: those that load by TMA are exchanged where its operands don't allow it."""
+    """The tiles of a call: those that load by TMA are replaced where it cannot load the operands."""
     from fastattn.kernels.launches import fits_tma
     from fastattn.kernels.tiles import tiles_without_tma
     from fastattn.kernels.tuned import tiles_for
@@ -203,7 +203,7 @@ def _split_key_grads(
     ]
     done = 0
     while done < count:
-        first = min(done, 1)  # where the sum of those before stays
+        first = min(done, 1)  # the first partial holds the sum of the splits done
         some = min(count - done, slots - first)
         parts = [part[first : first + some] for part in partials]
         dkdv_launch(

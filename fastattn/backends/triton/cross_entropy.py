@@ -51,10 +51,13 @@ def cross_entropy_bwd(
 
 
 def linear_cross_entropy_fwd(
-    spec: SoftmaxSpec, call: LinearCrossEntropyCall, needs: tuple[bool, ...] | None = None
+    spec: SoftmaxSpec,
+    call: LinearCrossEntropyCall,
+    needs: tuple[bool, ...] | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
-    """(losses, norms) without all the logits, and the gradients of the sum of losses that are needed."""
-    return linear_cross_entropy.forward(spec, call, needs, cross_entropy_fwd, cross_entropy_bwd)
+    """(losses, norms) without all the logits, and the needed gradients of the sum of losses times `scale`."""
+    return linear_cross_entropy.forward(spec, call, needs, cross_entropy_fwd, cross_entropy_bwd, scale)
 
 
 def linear_cross_entropy_bwd(

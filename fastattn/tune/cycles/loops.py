@@ -1,4 +1,4 @@
-"""Finds the loops of a kernel that hold its matrix products, and the way through each that is taken most."""
+"""Finds the loops of a kernel that hold its matrix products, and the most frequent path through each."""
 
 from __future__ import annotations
 

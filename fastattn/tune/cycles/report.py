@@ -92,7 +92,7 @@ def predict_cubin(cubin: bytes, kernel: Kernel, function: str = "") -> Predictio
 
 
 def steady_loops(function: Function) -> list[Loop]:
-    """The loop over tiles that no mask crosses: the one with fewest instructions for its products.
+    """The loop over unmasked tiles: the one with the fewest instructions per product.
 
     Where warpgroups run loops of their own, which meet at named barriers, it is these: what one waits at, another
     arrives at.

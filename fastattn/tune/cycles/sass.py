@@ -27,7 +27,7 @@ NO_SCOREBOARD = 7
 
 
 class NoDisassembler(InputError):
-    """A tool that reads machine code is not here."""
+    """nvdisasm or cuobjdump is not available."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class Instruction:
 
     @property
     def branches_conditionally(self) -> bool:
-        """Whether what follows may be reached too."""
+        """Whether it is a branch that may fall through."""
         return bool(self.predicate or re.match(r"BRA(\.\w+)*\s+!?U?P\d", self.text))
 
 
 @dataclass(frozen=True)
 class Function:
-    """The code of a kernel, and where its labels stand."""
+    """The code of a kernel, and the positions of its labels."""
 
     name: str
     instructions: tuple[Instruction, ...]

@@ -1,8 +1,8 @@
 """Replays a hot loop on one quarter of a multiprocessor, as its stall counts and scoreboards order it.
 
-A quarter holds one warp of every warpgroup, and the quarters are alike, so one stands for all. Its scheduler issues one
-instruction a cycle, that of the warp which can go first. wgmma are queued in the tensor cores, which the warpgroups
-share, and take shared memory while they run.
+A quarter holds one warp of every warpgroup, and all quarters behave alike, so only one is simulated. Its scheduler
+issues one instruction a cycle, of the warp that can issue first. wgmma are queued in the tensor cores, which the
+warpgroups share, and occupy shared memory while they run.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Barrier:
 
 @dataclass
 class _Meeting:
-    """A named barrier of a block: how often it has completed, when, and who has arrived since."""
+    """A named barrier of a block: its completions, their times, and the arrivals since the last."""
 
     arrived: list[float] = field(default_factory=list)
     completed: list[float] = field(default_factory=list)
@@ -99,14 +99,14 @@ class _Meeting:
 
 @dataclass
 class _Writer:
-    """The warp that stores dq for some warpgroups: when it is done with one tile, and may be given the next."""
+    """The warp that stores dq for some warpgroups, and when it can take the next tile."""
 
     taken: list[float] = field(default_factory=lambda: [0.0])
     arrived: list[float] = field(default_factory=list)
     ready: float = 0.0
 
     def hand_over(self, at: float, partners: int) -> None:
-        """A tile is there once all its warpgroups have arrived."""
+        """Starts the store of a tile once all its warpgroups have arrived."""
         self.arrived.append(at)
         if len(self.arrived) == partners:
             begin = max(max(self.arrived) + machine.BARRIER_LATENCY, self.ready)

@@ -1,0 +1,63 @@
+"""The backward of calls with few keys in dense products, in as many operations as the formula has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import torch_compat
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype, empty_in_order
+
+FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
+
+
+def runs_dense(spec: AttentionSpec, call: AttentionCall) -> bool:
+    """Whether a backward is one of few keys under nothing but causality and a window."""
+    more = spec.mask or spec.bias or spec.segments or spec.key_lengths or spec.alibi or spec.sinks
+    return call.key.shape[2] < FUSED_BWD_MIN_KEYS and not (more or spec.softcap or spec.dropout)
+
+
+def additive(hidden: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor | None:
+    """-inf in the pairs (Sq, Sk) that do not attend, 0 elsewhere, for the rows of a group of heads: (g * Sq, Sk)."""
+    if hidden is None:
+        return None
+    mask = torch.zeros(hidden.shape, dtype=accumulation_dtype(dtype), device=hidden.device)
+    return mask.masked_fill_(hidden, -torch.inf).repeat(group_size, 1)
+
+
+def dense_bwd(call: AttentionCall, mask: Tensor | None, dout: Tensor) -> AttentionGrads:
+    """The gradients where every row sees a finite score: the weights come from the scores anew, and so sum to 1.
+
+    mask: from `additive`; None = all pairs attend.
+    """
+    query, key, value, scale = call.query, call.key, call.value, call.scale
+    dtype = accumulation_dtype(query.dtype)
+    operands = [query, dout, key, value]
+    if dtype != query.dtype:
+        operands = [t.to(dtype) for t in operands]
+    rows = query.shape[0] * key.shape[1]
+    q, do, k, v = [t.reshape(rows, -1, t.shape[3]) for t in operands]
+    if mask is None:
+        scores = torch.bmm(q, k.mT).mul_(scale)
+    else:
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)
+    probs = torch.softmax(scores, -1)
+    dprobs = torch.baddbmm(probs, do, v.mT, beta=0, alpha=scale)
+    dscores = torch_compat.softmax_gradient(dprobs, probs)
+    dq, dk, dv = torch.bmm(dscores, k), torch.bmm(dscores.mT, q), torch.bmm(probs.mT, do)
+    return AttentionGrads(_like(dq, query), _like(dk, key), _like(dv, value))
+
+
+def _like(grad: Tensor, operand: Tensor) -> Tensor:
+    grad = grad.view(operand.shape)
+    if grad.dtype != operand.dtype:
+        grad = grad.to(operand.dtype)
+    return grad if operand.is_contiguous() else in_order(grad, operand)
+
+
+def in_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the memory order of `like`, copied only where it has another."""
+    if tensor.is_contiguous() and like.is_contiguous():
+        return tensor
+    wanted = empty_in_order(like, tuple(tensor.shape))
+    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)

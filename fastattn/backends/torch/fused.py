@@ -1,0 +1,145 @@
+"""Tiles by torch's fused CPU attention: forward, backward, and the rows in which its results are not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastattn import torch_compat
+from fastattn.backends.torch.gradient_sums import query_heads
+from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, log_add_exp, rows_of
+from fastattn.backends.torch.schedule import Tile
+from fastattn.spec import AttentionSpec
+
+FEW_ROWS = 64  # are looked at in Python, which starts no kernel
+FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
+
+
+def can_run(spec: AttentionSpec) -> bool:
+    """Whether torch's fused CPU kernel can express the tiles of a call."""
+    if not torch_compat.has_cpu_flash_attention(backward=False):
+        return False
+    if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
+        return False
+    if (
+        spec.head_dim != spec.value_dim or spec.head_dim % 8
+    ):  # odd dims: its products round worse than the rule
+        return False
+    exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype
+    return exact or not (spec.bias or spec.alibi)
+
+
+def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    """One row range by torch's fused kernel; its at most two tiles are merged by their lse."""
+    out: Tensor | None = None
+    for tile in row_tiles:
+        mask = _fused_mask(part, tile)
+        tile_out, tile_lse = torch_compat.cpu_flash_attention(
+            rows_of(part.query, tile), cols_of(part.key, tile), cols_of(part.value, tile),
+            tile.structure == "causal", mask, part.call.scale,
+        )  # fmt: skip
+        tile_out, tile_lse = _with_irregular_rows(part, tile, mask, tile_out, tile_lse)
+        if out is None:
+            out, lse = tile_out, tile_lse
+        else:
+            total = log_add_exp(lse, tile_lse)
+            base = total.masked_fill(total == -torch.inf, 0)[..., None]
+            out = out * torch.exp(lse[..., None] - base) + tile_out * torch.exp(tile_lse[..., None] - base)
+            lse = total
+    assert out is not None
+    return (out if out.dtype == part.query.dtype else out.to(part.query.dtype)), lse
+
+
+def fused_tile_bwd(
+    part: Part, tile: Tile, out: Tensor, lse_safe: Tensor, dout: Tensor, kv_heads: slice | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's share of dq, dk and dv, of some key heads and the query heads they serve, or of all."""
+    kv_heads = kv_heads or slice(0, part.key.shape[1])
+    heads = query_heads(part, kv_heads)
+    key, value = (cols_of(t[:, kv_heads], tile) for t in (part.key, part.value))
+    dout, query, out, lse_safe = (
+        rows_of(t[:, heads], tile) for t in (part.of(dout), part.query, part.of(out), part.of(lse_safe))
+    )
+    group_size = part.call.group_size
+    if group_size > 1:  # the kernel sums a group over all its rows at once, which rounds worse than per head
+        key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
+    mask = _fused_mask(part, tile)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask[:, heads]
+    dq, dk, dv = torch_compat.cpu_flash_attention_backward(
+        dout, query, key, value, out, lse_safe, tile.structure == "causal", mask, part.call.scale
+    )  # fmt: skip
+    if group_size > 1:
+        dk, dv = (g.unflatten(1, (g.shape[1] // group_size, group_size)).sum(2) for g in (dk, dv))
+    return dq, dk, dv
+
+
+def kv_head_chunks(part: Part, tile: Tile) -> Iterator[slice]:
+    """The key heads in runs whose shares of a tile's gradients stay small, yet give every thread a head."""
+    batch, num_kv_heads = part.key.shape[:2]
+    per_head = batch * max(len(tile.rows), len(tile.cols)) * part.key.shape[3] * part.key.element_size()
+    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), -(-torch.get_num_threads() // max(batch, 1)))
+    for start in range(0, num_kv_heads, chunk):
+        yield slice(start, min(start + chunk, num_kv_heads))
+
+
+def _fused_mask(part: Part, tile: Tile) -> Tensor | None:
+    """The tile's additive mask in the input dtype, or None where every pair is visible."""
+    if tile.structure == "causal":
+        return None
+    mask, visible = part.additive(tile), part.visible(tile)
+    if visible is not None:
+        zero = torch.zeros((), dtype=part.query.dtype)
+        mask = torch.where(visible, zero if mask is None else mask, -torch.inf)
+    return mask
+
+
+def _with_irregular_rows(
+    part: Part, tile: Tile, mask: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The results of torch's fused kernel on a tile, corrected in rows without a finite largest score.
+
+    The kernel gives out 0 and lse 0 where it finds no largest score: in a row that sees nothing, one whose scores are
+    all -inf and, depending on their number, one whose scores are NaN. A largest score of +inf becomes its lse. All
+    other rows with a NaN have NaN in both. So a look at lse, rarely 0 otherwise, tells that there is nothing to do.
+    """
+    if not lse.numel() or is_regular(lse):
+        return out, lse
+    if mask is not None:
+        seen = mask.amax(-1) != -torch.inf
+        out, lse = out.masked_fill(~seen[..., None], 0), lse.masked_fill(~seen, -torch.inf)
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)
+    doubtful = (lse == 0) & (out == 0).all(-1)
+    if bool(doubtful.any()):
+        largest = _largest_scores(part, tile)
+        lse = torch.where(doubtful & ~(largest < torch.inf), torch.nan, lse)  # +inf or NaN
+        lse = torch.where(doubtful & (largest == -torch.inf), -torch.inf, lse)
+    return out.masked_fill(lse.isnan()[..., None], torch.nan), lse
+
+
+def is_regular(lse: Tensor) -> bool:
+    """Whether the fused kernel gave no row the lse 0, +inf or NaN."""
+    if lse.numel() <= FEW_ROWS:
+        rows = lse.mT.flatten().tolist()  # in the kernel's memory order, which takes no copy
+        total = sum(rows)  # of float32 numbers in float64, so that only what is not finite makes it so
+        return total - total == 0.0 and 0.0 not in rows
+    lowest, highest = torch.aminmax(lse)  # both NaN if one element is
+    most = highest.item()
+    return most < torch.inf and (lowest.item() > 0 or most < 0 or bool(lse.all()))
+
+
+def _largest_scores(part: Part, tile: Tile) -> Tensor:
+    """The largest score of each row of a tile, NaN if one is NaN: (b, H, rows), in O(rows) memory."""
+    found = []
+    for start in range(tile.rows.start, tile.rows.stop, ROW_BLOCK):
+        rows = range(start, min(start + ROW_BLOCK, tile.rows.stop))
+        largest: Tensor | None = None
+        for first in range(tile.cols.start, tile.cols.stop, COL_BLOCK):
+            cols = range(first, min(first + COL_BLOCK, tile.cols.stop))
+            of_block = part.scores(Tile(rows, cols, "masked"))[0].amax(-1)
+            largest = of_block if largest is None else torch.maximum(largest, of_block)
+        assert largest is not None
+        found.append(largest)
+    return torch.cat(found, dim=-1)

@@ -1,0 +1,107 @@
+"""One gradient for a weight that is both embedding and head: the embedding adds its rows to the head's gradient.
+
+By itself autograd makes a second gradient of the weight's size, zero but for the rows of the tokens that were read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import torch_compat
+
+
+def shares_gradient(embedding: nn.Embedding, head: nn.Linear) -> bool:
+    """Whether a `TiedWeight` may stand in: the weight is that of both, and nothing but autograd sees the calls."""
+    weight = embedding.weight
+    return (
+        weight is head.weight
+        and type(embedding) is nn.Embedding
+        and not torch_compat.has_hooks(embedding)
+        and embedding.padding_idx is None
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and type(weight) is nn.Parameter
+        and torch_compat.has_graph_task()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not torch_compat.dispatch_mode_active()
+        and not torch_compat.transforms_active((weight,))
+        and not torch_compat.dual_level_entered()
+    )
+
+
+class TiedWeight:
+    """A weight whose embedding adds its gradient to the head's, within one run of the autograd engine.
+
+    The head's function is made last, so the engine, which runs later functions first, comes to it before the trunk and
+    to the embedding after all. A head that comes too late keeps its gradient, and the engine adds the two.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # (V, E)
+        self.task: int | None = None  # the engine's run that `grad` is of
+        self.grad: Tensor | None = None
+        self.taken: int | None = None  # the last run in which the embedding came by
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """weight[ids], (..., E)."""
+        x: Tensor = _Lookup.apply(ids, self.weight, self)
+        return x
+
+    def head(self) -> Tensor:
+        """The weight for the head; to be called where the head stands."""
+        weight: Tensor = _Head.apply(self.weight, self)
+        return weight
+
+    def leave(self, grad: Tensor) -> bool:
+        """Leave the head's gradient to the embedding; False where that has come by already."""
+        task = torch_compat.graph_task()
+        if self.taken == task:
+            return False
+        if self.task == task and self.grad is not None:  # the head was used twice
+            grad = self.grad + grad
+        self.task, self.grad = task, grad
+        return True
+
+    def take(self) -> Tensor | None:
+        """The head's gradient; one that an earlier run left, in which nothing asked for the embedding's, is dropped."""
+        self.taken = torch_compat.graph_task()
+        grad, own = self.grad, self.task == self.taken
+        self.task = self.grad = None
+        return grad if own else None
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tied: TiedWeight) -> Tensor:
+        ctx.tied = tied
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        if torch.is_grad_enabled():  # a graph of the gradient keeps the two apart
+            return grad, None
+        return (None if ctx.tied.leave(grad) else grad), None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, tied: TiedWeight) -> Tensor:
+        ctx.tied, ctx.shape = tied, weight.shape
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        rows = dout.reshape(-1, dout.shape[-1])
+        if torch.is_grad_enabled():
+            return None, dout.new_zeros(ctx.shape).index_add(0, ids.flatten(), rows), None
+        grad = ctx.tied.take()
+        if grad is None:
+            grad = dout.new_zeros(ctx.shape)
+        return None, grad.index_add_(0, ids.flatten(), rows.to(grad.dtype)), None

@@ -1,0 +1,184 @@
+"""What `attention` does once its arguments are checked: forward and backward on a chosen backend, and plans of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, torch_compat
+from fastattn.backends import switches
+from fastattn.ops import arguments, padding, plan
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, with_unit_last_stride
+
+NAMES = [field.name for field in fields(AttentionCall)]
+TENSORS = [field.name for field in fields(AttentionCall) if "Tensor" in str(field.type)]  # the first fields
+POSITIONS = [NAMES.index(name) for name in GradsNeeded._fields]
+
+
+def kernel_call(call_args: tuple[Any, ...] | list[Any]) -> AttentionCall:
+    """The call as backends get it: operands whose last stride is 1, a bias within the range of the scores."""
+    query, key, value, mask, bias, *rest = call_args
+    return AttentionCall(
+        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), mask,
+        None if bias is None else arguments.saturated(bias, query.dtype), *rest,
+    )  # fmt: skip
+
+
+def check_values(call: AttentionCall) -> None:
+    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
+    lengths = call.key_lengths
+    if lengths is None or lengths.device.type != "cpu" or lengths.numel() == 0:
+        return
+    if torch_compat.is_wrapped(lengths) or torch.compiler.is_compiling():
+        return
+    shortest, longest = (int(n) for n in torch.aminmax(lengths))
+    if shortest < 0 or longest > call.key.shape[2]:
+        raise ValueError(
+            f"key_lengths: got values from {shortest} to {longest}, needs 0 to {call.key.shape[2]} (the key length)"
+        )
+
+
+def forward(spec: AttentionSpec, chosen: ModuleType, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call on the backend chosen for it."""
+    if padding.may_hide_keys(call):
+        if padding.looks_first(chosen, call):
+            out, lse = chosen.attention_fwd(spec, call)
+            if padding.all_finite(out):  # otherwise a hidden key's NaN may have reached the result
+                return out, lse
+        call = padding.without_hidden_keys(call, padding.hidden_keys(call))
+        spec = AttentionSpec.of(call)
+    out, lse = chosen.attention_fwd(spec, call)
+    return out, lse
+
+
+def backward(
+    spec: AttentionSpec, chosen: ModuleType, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None, needs: GradsNeeded,
+) -> AttentionGrads:  # fmt: skip
+    """The gradients of a call on the backend chosen for its backward."""
+    call, hidden = padding.cleaned(chosen, call, call.query, call.key, call.value, dout)
+    if hidden is not None:
+        spec = AttentionSpec.of(call, needs)
+    grads: AttentionGrads = chosen.attention_bwd(
+        spec, call, out, lse, with_unit_last_stride(dout), dlse, needs
+    )
+    padding.zero_hidden((grads.key, grads.value), hidden)
+    return grads
+
+
+class AttentionPlan:
+    """One kind of call of `attention`: its specs, backends and options, without any tensor."""
+
+    __slots__ = (
+        "backend", "backward", "backward_launch", "backward_spec", "bare", "chosen", "dtype", "environment", "launch",
+        "needs", "options", "record", "records", "spec",
+    )  # fmt: skip
+
+    def __init__(self, args: tuple[Any, ...], backend: str, bare: bool, return_lse: bool) -> None:
+        call = kernel_call(args)
+        self.backend, self.environment = backend, switches.environment()
+        self.options, self.dtype = args[len(TENSORS) :], call.query.dtype
+        self.spec = AttentionSpec.of(call)
+        self.chosen = backends.select(self.spec, backend)
+        self.bare = bare  # no tensor but query, key and value, and no seed to look at
+        self.needs = GradsNeeded(*(arguments.requires_grad(args[position]) for position in POSITIONS))
+        self.records = torch.is_grad_enabled() and any(self.needs)
+        self.launch: Any = None
+        self.backward_launch: Any = None
+        as_it_is = call.query is args[0] and call.key is args[1] and call.value is args[2]
+        if self.bare and as_it_is and hasattr(self.chosen, "attention_fwd_plan"):
+            self.launch = self.chosen.attention_fwd_plan(self.spec, call, lse_in_order=return_lse)
+        if self.records:
+            self.record = torch_compat.apply_function(plan.Recorded)
+            self.backward_spec = AttentionSpec.of(call, self.needs)
+            self.backward = backends.select(self.backward_spec, backend, "attention_bwd")
+            if self.bare and as_it_is and hasattr(self.backward, "attention_bwd_plan"):
+                self.backward_launch = self.backward.attention_bwd_plan(self.backward_spec, call, self.needs)
+
+    def runner(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """(out, lse) of calls of this kind from their tensors, by the shortest way for them."""
+        if self.launch is not None and not self.records:
+            launch: Callable[..., tuple[Tensor, Tensor]] = self.launch
+            return launch
+        return self._results
+
+    def _results(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        tensors = (query, key, value) if self.bare else self._normalised(query, key, value, *others)
+        out, lse = self.record(self, *tensors) if self.records else self.forward(tensors)
+        return out, lse
+
+    def _normalised(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
+        query_segments: Tensor | None, key_segments: Tensor | None, key_lengths: Tensor | None,
+        alibi_slopes: Tensor | None, sinks: Tensor | None, dropout_seed: int | Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """The tensors of AttentionCall, in order. Shapes and dtypes are those of the key; values are looked at here."""
+        mask, bias = (None if t is None else arguments.with_leading_ones(t, 4) for t in (mask, bias))
+        query_segments, key_segments = (
+            None if ids is None else arguments.as_int32("segment_ids", ids)
+            for ids in (query_segments, key_segments)
+        )
+        if key_lengths is not None:
+            key_lengths = arguments.as_int32("key_lengths", key_lengths)
+        slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, self.dtype)
+        sinks = None if sinks is None else arguments.as_sinks(sinks, self.dtype)
+        seed = None
+        if self.spec.dropout:
+            # a refused call draws none
+            check_values(AttentionCall(query, key, value, key_lengths=key_lengths))
+            seed = arguments.seed_tensor(dropout_seed, query)
+        else:
+            arguments.check_seed(dropout_seed)
+        return query, key, value, mask, bias, query_segments, key_segments, key_lengths, slopes, sinks, seed
+
+    def call(self, tensors: tuple[Tensor | None, ...]) -> AttentionCall:
+        """The call with these tensors."""
+        return kernel_call(self.arguments(tensors))
+
+    def arguments(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        """The arguments of the op with these tensors."""
+        return (*tensors, *(None,) * (len(TENSORS) - len(tensors)), *self.options)
+
+    def forward(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+        if self.launch is not None:
+            out, lse = self.launch(*tensors)
+            return out, lse
+        call = self.call(tensors)
+        check_values(call)
+        return forward(self.spec, self.chosen, call)
+
+    def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+        """((out, lse), what the backward needs)."""
+        results = self.forward(tensors) if self.launch is None else self.launch(*tensors)
+        return results, (*tensors, *results)
+
+    def gradients(
+        self, kept: tuple[Any, ...], upstream_grads: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
+        """A gradient or None for each tensor."""
+        *tensors, out, lse = kept
+        dout, dlse = upstream_grads
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads: Any = None
+        if plan.backward_is_watched(self.environment):
+            op = torch.ops.fastattn.attention_bwd.default
+            grads = op(dout, dlse, out, lse, *self.arguments(tuple(tensors)), list(self.needs), self.backend)
+        else:
+            dout = with_unit_last_stride(dout)
+            if self.backward_launch is not None and dlse is None:
+                grads = self.backward_launch(*tensors, out, lse, dout)
+            if grads is None:
+                call = self.call(tuple(tensors))
+                rest = (out, lse.contiguous(), dout, dlse, self.needs)
+                grads = backward(self.backward_spec, self.backward, call, *rest)
+        result: list[Tensor | None] = [None] * len(tensors)
+        for position, grad, need in zip(POSITIONS, grads, self.needs):
+            if need:
+                result[position] = grad
+        return result

@@ -1,0 +1,156 @@
+"""What `attention_kv_cache` looks at in every call, its memory and its values, and plans of it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.ops import arguments
+from fastattn.ops.overlap import overlap, overlaps_itself
+from fastattn.spec import AttentionSpec, KVCacheCall, with_unit_last_stride
+
+TENSORS = [field.name for field in fields(KVCacheCall) if "Tensor" in str(field.type)]  # the first fields
+
+
+def check_memory(call: KVCacheCall) -> None:
+    """Refuse outputs that overlap themselves or an input. Looks at addresses and strides only."""
+    if call.key is None or call.value is None or not call.key.numel() + call.value.numel():
+        return
+    caches = (("k_cache", call.k_cache), ("v_cache", call.v_cache))
+    for name, cache in caches:
+        if overlaps_itself(cache):
+            got = f"shape {arguments.shape_of(cache)} with strides {cache.stride()}"
+            raise arguments.OverlapError(
+                f"{name}: got {got}, where elements share memory, needs a place for each to append; clone() it"
+            )
+    if overlap(call.k_cache, call.v_cache):
+        raise arguments.OverlapError(
+            "v_cache: got memory of k_cache, needs its own to append to; clone() one of them"
+        )
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        for written, cache in caches:
+            if overlap(tensor, cache):
+                raise arguments.OverlapError(
+                    f"{name}: got memory of {written}, which is written to, needs its own; clone() it"
+                )
+
+
+def check_values(call: KVCacheCall) -> list[int] | None:
+    """The lengths, after values are checked before anything is written; on a CPU, where it costs no synchronisation,
+    elsewhere None."""
+    if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
+        return None
+    lengths = call.cache_lengths.tolist()
+    shortest, longest = min(lengths), max(lengths)
+    if shortest < 0 or longest + call.new_keys > call.capacity:
+        raise ValueError(
+            f"cache_lengths: got values from {shortest} to {longest}, needs 0 to {call.capacity - call.new_keys}: "
+            f"the cache holds {call.capacity} tokens and {call.new_keys} are appended"
+        )
+    if call.rotary_cos is not None:
+        positions = call.rotary_cos.shape[0]
+        first = shortest + call.new_keys - call.query.shape[2]
+        if first < 0 or longest + call.new_keys > positions:
+            raise ValueError(
+                f"rotary_cos: got {positions} positions, needs positions {first} to {longest + call.new_keys - 1}"
+            )
+    if call.block_table is not None:
+        page, pages = call.k_cache.shape[2], call.k_cache.shape[0]
+        used = torch.arange(call.block_table.shape[1]) * page < (call.cache_lengths + call.new_keys)[:, None]
+        blocks = call.block_table[used]
+        if blocks.numel():
+            lowest, highest = (int(n) for n in torch.aminmax(blocks))
+            if lowest < 0 or highest >= pages:
+                raise ValueError(
+                    f"block_table: got values from {lowest} to {highest}, needs 0 to {pages - 1}"
+                )
+        if call.new_keys:
+            _check_pages_written(call, blocks, used)
+    return lengths
+
+
+def _check_pages_written(call: KVCacheCall, blocks: Tensor, used: Tensor) -> None:
+    """A page that is appended to may have one place in the tables: another would read or write what is new there."""
+    assert call.block_table is not None
+    first_written = call.cache_lengths[:, None] // call.k_cache.shape[2]
+    written = call.block_table[used & (torch.arange(used.shape[1]) >= first_written)]
+    shared = torch.bincount(blocks, minlength=1)[written] > 1
+    if shared.any():
+        page = int(written[shared][0])
+        raise arguments.OverlapError(
+            f"block_table: got page {page} in several places, needs it in one: new keys are appended to it"
+        )
+
+
+def spec_of(call: KVCacheCall) -> AttentionSpec:
+    """The spec of a call against the whole cache."""
+    return AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
+
+
+def _reach(tensor: Tensor | None) -> int:
+    """Bytes from the first element of a tensor to the end of its last one."""
+    if tensor is None or not tensor.numel():
+        return 0
+    return tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
+
+
+class KVCachePlan:
+    """One kind of call of `attention_kv_cache`: its spec, backend and options, without any tensor."""
+
+    __slots__ = ("appends", "chosen", "launch", "options", "reach", "return_lse", "spec")
+
+    def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
+        query, *rest = args
+        call = KVCacheCall(with_unit_last_stride(query), *rest)
+        self.return_lse, self.options = return_lse, args[len(TENSORS) :]
+        self.spec = spec_of(call)
+        self.chosen = backends.select(self.spec, backend, "kv_cache_fwd")
+        self.launch: Any = None
+        if hasattr(self.chosen, "kv_cache_fwd_plan"):
+            self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call, lse_in_order=return_lse)
+        self.appends = call.key is not None
+        self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, query, call.key, call.value)))
+
+    def __call__(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, key: Tensor | None,
+        value: Tensor | None, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+        alibi_slopes: Tensor | None, sinks: Tensor | None,
+    ) -> Any:  # fmt: skip
+        """The results of `attention_kv_cache` for a call of this kind."""
+        lengths = arguments.as_int32("cache_lengths", cache_lengths)
+        if block_table is not None:
+            block_table = arguments.as_int32("block_table", block_table)
+        slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
+        sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
+        call = KVCacheCall(
+            with_unit_last_stride(query), k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin,
+            slopes, sinks, *self.options,
+        )  # fmt: skip
+        if self.appends and not self._apart(k_cache, v_cache, query, key, value):
+            check_memory(call)
+        known, results = check_values(call), None
+        if self.launch is not None and known:
+            results = self.launch(call.query, k_cache, v_cache, key, value, known)
+        if results is None:
+            results = self.chosen.kv_cache_fwd(self.spec, call)
+        return results if self.return_lse else results[0]
+
+    def _apart(self, k_cache: Tensor, v_cache: Tensor, *read: Tensor | None) -> bool:
+        """Whether the bytes from first to last element of the caches meet neither each other nor those that are
+        read, and so no element of one is one of another. That no cache overlaps itself is known by its strides."""
+        of_k, of_v, *of_read = self.reach
+        k_start, v_start = k_cache.data_ptr(), v_cache.data_ptr()
+        k_stop, v_stop = k_start + of_k, v_start + of_v
+        if k_start < v_stop and v_start < k_stop:
+            return False
+        for tensor, reach in zip(read, of_read):
+            if tensor is not None:
+                start = tensor.data_ptr()
+                stop = start + reach
+                if (start < k_stop and k_start < stop) or (start < v_stop and v_start < stop):
+                    return False
+        return True

@@ -1,0 +1,147 @@
+"""Plans: what the checks and choices of a call came to, kept for the next call of the same kind.
+
+A key holds all that a plan depends on: the state of torch and of the environment, of every tensor its dispatch keys,
+dtype, shape, strides and whether it requires grad, and the other arguments. Values of tensors are in no key, so a plan
+checks those again. A call that has no key takes the full path; so do the first two of every kind, the second of which
+makes the plan.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, torch_compat
+from fastattn.backends import switches
+from fastattn.ops import plain
+from fastattn.spec import float32_precision
+
+MOST = 1024  # plans that are kept; a table that has grown so large is emptied
+ALIGNMENT = 16  # bytes
+
+Key = tuple[Any, ...]
+Plan = Callable[..., Any]
+
+_plans: dict[Key, Plan] = {}
+_seen: set[int] = set()  # hashes of keys that came once: shapes that never come again need no plan
+_lock = threading.Lock()
+
+
+def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Key | None, Plan | None]:
+    """(the key of a call, its plan if there is one). No key where the call must take the full path: something but
+    autograd watches it, autocast may cast its tensors, or an option has no hash.
+
+    options: what the call depends on besides, the name of a backend last; with the types of numbers, as True equals 1.
+    """
+    state = torch_compat.state_of_call(tensors)
+    if state is None or plain.chosen:
+        return None, None
+    environment = switches.environment()
+    state += (op, options, environment)
+    first = tensors[0]
+    if first.is_cuda or environment is not switches.UNSET or options[-1] not in _ON_ANY_ADDRESS:
+        state += (first.device, float32_precision(first.dtype))
+        for tensor in tensors:
+            if tensor is not None:
+                state.append(tensor.data_ptr() % ALIGNMENT)
+    key = tuple(state)
+    try:
+        return key, _plans.get(key)
+    except TypeError:
+        return None, None
+
+
+# Names by which a call on a CPU comes to the torch backend, to which addresses and precisions are all the same.
+_ON_ANY_ADDRESS = ("auto", backends.torch_backend.NAME)
+
+
+def sides(window: Any) -> Any:
+    """A window as a key holds it, with the types of its sides."""
+    return (*window, *map(type, window)) if type(window) is tuple else window
+
+
+def without_number(others: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Optional tensors whose last one, a seed, may be a number: that is looked at in every call."""
+    return others if not others or isinstance(others[-1], Tensor) else others[:-1]
+
+
+def wanted(key: Key | None) -> bool:
+    """Whether to make a plan after a call on the full path: the second one of a key, unless plans are switched off."""
+    if key is None or switches.plans_are_off():
+        return False
+    with _lock:
+        if (number := hash(key)) in _seen:
+            return True
+        if len(_seen) >= MOST:
+            _seen.clear()
+        _seen.add(number)
+    return False
+
+
+def keep(key: Key | None, plan: Plan) -> None:
+    """Keep a plan for the next call of this key."""
+    if key is None:
+        return
+    with _lock:
+        if len(_plans) >= MOST:
+            _plans.clear()
+        _plans[key] = plan
+
+
+def clear() -> None:
+    """Forget all plans, as after tiles were measured."""
+    with _lock:
+        _plans.clear()
+        _seen.clear()
+
+
+def count() -> int:
+    """How many plans are kept."""
+    return len(_plans)
+
+
+class Differentiable(Protocol):
+    """A plan that autograd records."""
+
+    def recorded(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Tensor | None, ...]]:
+        """(the results of a call, what its backward needs: the same tensors as the op's own registration keeps)."""
+
+    def gradients(
+        self, kept: tuple[Any, ...], upstream_grads: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
+        """A gradient or None for each of the tensors, where at least one upstream gradient is given."""
+
+
+class Recorded(torch.autograd.Function):
+    """A planned call for autograd, without what the dispatcher and its registration do for each call."""
+
+    @staticmethod
+    def forward(ctx: Any, planned: Differentiable, *tensors: Tensor | None) -> Any:
+        results, kept = planned.recorded(tensors)
+        ctx.planned, ctx.count = planned, len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *upstream_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        for grad in upstream_grads:
+            if grad is not None:
+                break
+        else:
+            return (None,) * (1 + ctx.count)
+        return (None, *ctx.planned.gradients(ctx.saved_tensors, upstream_grads))
+
+
+def backward_is_watched(environment: Any) -> bool:
+    """Whether a backward has to go through the op: a second derivative may follow, something but autograd watches, or
+    the environment is not that of the forward any more."""
+    return (
+        torch.is_grad_enabled()
+        or not torch_compat.only_autograd_watches()
+        or switches.environment() != environment
+    )

@@ -1,0 +1,142 @@
+"""What `attention_varlen` does once its arguments are checked, and plans of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, torch_compat
+from fastattn.backends import switches
+from fastattn.ops import arguments, plan
+from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall, with_unit_last_stride
+
+NAMES = [field.name for field in fields(VarlenCall)]
+TENSORS = [field.name for field in fields(VarlenCall) if "Tensor" in str(field.type)]  # the first fields
+DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
+
+
+def kernel_call(call_args: Sequence[Any]) -> VarlenCall:
+    """The call as backends get it: operands whose last stride is 1."""
+    query, key, value, *rest = call_args
+    call = VarlenCall(
+        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), *rest
+    )
+    capturing = query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
+        raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
+    return call
+
+
+def check_values(call: VarlenCall) -> None:
+    """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
+    if call.query.device.type != "cpu":
+        return
+    for name, cu_seqlens, tokens, bound in (
+        ("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q),
+        ("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k),
+    ):
+        edges = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in pairwise(edges)]
+        first, last = edges[0], edges[-1]
+        if first != 0 or min(lengths, default=0) < 0 or last > tokens:
+            got = f"{edges}" if len(edges) <= 9 else f"values from {first} to {last}"
+            raise ValueError(
+                f"{name}: got {got}, needs ascending values from 0 to at most {tokens} (the tokens)"
+            )
+        longest = max(lengths, default=0)
+        if 0 <= bound < longest:
+            raise ValueError(
+                f"max_seqlen_{name[-1]}: got {bound}, needs at least {longest} (the longest sequence)"
+            )
+
+
+class VarlenPlan:
+    """One kind of call of `attention_varlen`: its specs, backends and options, without any tensor."""
+
+    __slots__ = (
+        "backend", "backward", "backward_spec", "chosen", "environment", "needs", "options", "record", "return_lse",
+        "spec",
+    )  # fmt: skip
+
+    def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
+        call = kernel_call(args)
+        whole = call.as_one_sequence()
+        self.backend, self.return_lse, self.environment = backend, return_lse, switches.environment()
+        self.options = args[len(TENSORS) :]
+        self.spec = AttentionSpec.of(whole)
+        self.chosen = backends.select(self.spec, backend, "varlen_fwd")
+        self.needs = [arguments.requires_grad(args[NAMES.index(name)]) for name in DIFFERENTIABLE]
+        self.record = None
+        if torch.is_grad_enabled() and any(self.needs):
+            self.record = torch_compat.apply_function(plan.Recorded)
+            self.backward_spec = AttentionSpec.of(whole, self._needed())
+            self.backward = backends.select(self.backward_spec, backend, "varlen_bwd")
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        alibi_slopes: Tensor | None, sinks: Tensor | None, dropout_seed: int | Tensor | None,
+    ) -> Any:  # fmt: skip
+        """The results of `attention_varlen` for a call of this kind."""
+        slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
+        sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
+        edges_q, edges_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        tensors: tuple[Tensor | None, ...] = (query, key, value, edges_q, edges_k, slopes, sinks)
+        if self.spec.dropout:
+            check_values(self.call((*tensors, None)))  # a refused call draws no seed
+            tensors = (*tensors, arguments.seed_tensor(dropout_seed, query))
+        else:
+            arguments.check_seed(dropout_seed)
+            tensors = (*tensors, None)
+        out, lse = self.forward(tensors) if self.record is None else self.record(self, *tensors)
+        return (out, lse) if self.return_lse else out
+
+    def call(self, tensors: Sequence[Any]) -> VarlenCall:
+        """The call with these tensors."""
+        return kernel_call((*tensors, *self.options))
+
+    def forward(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+        call = self.call(tensors)
+        check_values(call)
+        out, lse = self.chosen.varlen_fwd(self.spec, call)
+        return out, lse
+
+    def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+        """((out, lse), what the backward needs)."""
+        results = self.forward(tensors)
+        return results, (*tensors, *results)
+
+    def gradients(
+        self, kept: tuple[Any, ...], upstream_grads: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
+        """A gradient or None for each tensor."""
+        *tensors, out, lse = kept
+        dout, dlse = upstream_grads
+        dout = torch.zeros_like(out) if dout is None else dout
+        if plan.backward_is_watched(self.environment):
+            op = torch.ops.fastattn.varlen_bwd.default
+            grads = op(dout, dlse, out, lse, *tensors, *self.options, self.needs, self.backend)
+        else:
+            found: AttentionGrads = self.backward.varlen_bwd(
+                self.backward_spec,
+                self.call(tensors),
+                out,
+                lse,
+                with_unit_last_stride(dout),
+                dlse,
+                self._needed(),
+            )
+            grads = [getattr(found, name) for name in DIFFERENTIABLE]
+        result: list[Tensor | None] = [None] * len(tensors)
+        for name, grad, need in zip(DIFFERENTIABLE, grads, self.needs):
+            if need:
+                result[NAMES.index(name)] = grad
+        return result
+
+    def _needed(self) -> GradsNeeded:
+        return GradsNeeded(**dict(zip(DIFFERENTIABLE, self.needs)))
