@@ -73,9 +73,8 @@ def run_step(name: str, device: torch.device, scale: Scale, backend: str = "cuda
             torch.ones(1, device=device).sum().item()  # the context, not one of our kernels
         processes.announce(step.limit, f"step {name}, {step.title}")
         for good, text in step.run(ops, device, scale):
-            yield finding(
-                CHECK, "passed" if good else "failed", f"{step.title}: {text}", step=name, backend=backend
-            )
+            status = "skipped" if good is None else "passed" if good else "failed"
+            yield finding(CHECK, status, f"{step.title}: {text}", step=name, backend=backend)
     except NotThis as reason:
         yield finding(CHECK, "skipped", f"{step.title}: {reason}", step=name)
     except Exception as error:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from evidence import kernel_runs
-from evidence.kernel_runs import NAMES, NotThis, Operands, Results
+from evidence.kernel_runs import NAMES, NoOnePass, NotThis, Operands, Results, SwitchedOff
 from measure.processes import announce
 
-StepResult = tuple[bool, str]  # whether it was right, and what was found
+StepResult = tuple[
+    bool | None, str
+]  # whether it was right, None where it was switched off, and what was found
 PANEL = 64  # columns of a tensor map's box, one swizzle of 128 bytes in 16-bit numbers
 PACKED = (1, 63, 65, 129)
 HEAD_DIMS, PANEL_DIMS, VIEW_DIMS = (64, 128, 256), (64, 128, 192, 256), (8, 72, 136)
@@ -75,18 +77,34 @@ def one_hot_panels(ops: ModuleType, device: torch.device, scale: Scale) -> Itera
 
 
 def _backward(ops: ModuleType, operands: Operands, passes: int, seconds: int) -> StepResult:
-    """The gradients in so many passes, judged; a call that the extension refuses is no failure."""
+    """The gradients in so many passes, judged."""
     made = kernel_runs.residuals(operands)
     head_dim, length = operands.query.shape[-1], operands.query.shape[-2]
     words = f"D{head_dim} S{length}, {'two passes' if passes == 2 else 'one pass'}"
     announce(seconds, words)
-    try:
-        with kernel_runs.passes(passes):
-            grads = kernel_runs.backward(ops, operands, made)
-    except NotThis as reason:
-        return True, f"{words}: not there ({reason})"
+    grads, refused = _in_passes(passes, lambda: kernel_runs.backward(ops, operands, made))
+    if grads is None:
+        return refused[0], f"{words}: {refused[1]}"
     good, text = _judged(grads, operands)
     return good, f"{words}: {text}"
+
+
+def _in_passes(passes: int, run: Callable[[], Results]) -> tuple[Results | None, StepResult]:
+    """What run() gives, in so many passes, or else None and the result of the step.
+
+    Refusing one pass is right only at head dims that have none. Another NotThis ends the step.
+    """
+    try:
+        with kernel_runs.passes(passes):
+            return run(), (True, "")
+    except NoOnePass as reason:
+        return None, (True, f"not there, as designed ({reason})")
+    except SwitchedOff as reason:
+        return None, (None, f"switched off ({reason})")
+    except ValueError as error:
+        if passes == 1 and "one_pass" in str(error):
+            return None, (False, f"the one-pass backward is missing ({error})")
+        raise
 
 
 def small_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
@@ -170,10 +188,9 @@ def packed_backward(ops: ModuleType, device: torch.device, scale: Scale) -> Iter
                 with kernel_runs.passes(number):  # noqa: B023
                     return kernel_runs.backward(ops, each, made, cu_seqlens, causal=True)  # noqa: B023
 
-            try:
-                grads = run(operands)
-            except NotThis as reason:
-                yield True, f"D{dim}: one pass is not there ({reason})"
+            grads, refused = _in_passes(number, lambda: run(operands))  # noqa: B023
+            if grads is None:
+                yield refused[0], f"D{dim}, one pass: {refused[1]}"
                 continue
             good, text = _judged(grads, operands, cu_seqlens, causal=True)
             yield good, f"D{dim}, passes {number}: {text}"

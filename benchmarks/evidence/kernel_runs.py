@@ -19,12 +19,23 @@ from torch import Tensor
 from measure.errors import excess
 
 DTYPE = torch.bfloat16
+ONE_PASS_HEAD_DIM = (
+    128  # the largest head dim of the one-pass backward: has_one_pass of csrc/attention_tiles.h
+)
 NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
 Results = dict[str, Tensor]
 
 
 class NotThis(Exception):
     """The kernels do not support the call; the message is the reason."""
+
+
+class NoOnePass(NotThis):
+    """There is no one-pass backward at this head dim, by design."""
+
+
+class SwitchedOff(NotThis):
+    """FASTATTN_DISABLE names what was asked for."""
 
 
 @dataclass
@@ -89,6 +100,16 @@ def _check(ops: ModuleType, spec: Any) -> None:
         raise NotThis(str(reason))
 
 
+def _check_one_pass(ops: ModuleType, head_dim: int) -> None:
+    """SwitchedOff where the CUDA backend would take two passes although one was asked for."""
+    from fastattn import backends
+    from fastattn.backends.cuda import attention as cuda_attention
+
+    off = backends.switched_off("cuda", "one_pass")
+    if ops is backends.cuda_backend and head_dim in cuda_attention.ONE_PASS_HEAD_DIMS and off is not None:
+        raise SwitchedOff(str(off))
+
+
 def forward(ops: ModuleType, operands: Operands, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
     """out and lse by a backend's forward kernels."""
     call = _call(operands, options, cu_seqlens)
@@ -101,17 +122,22 @@ def forward(ops: ModuleType, operands: Operands, cu_seqlens: Tensor | None = Non
 def backward(
     ops: ModuleType, operands: Operands, made: Results, cu_seqlens: Tensor | None = None, **options: Any
 ) -> Results:
-    """The gradients by a backend's backward kernels, from a forward's results, whoever made them."""
+    """The gradients by a backend's backward kernels, from a forward's results, whoever made them.
+
+    Within `passes(1)`: NoOnePass at a head dim above ONE_PASS_HEAD_DIM, SwitchedOff where FASTATTN_DISABLE names it. A
+    refusal at another head dim is a ValueError, since a pass that should be there is missing.
+    """
     from fastattn.spec import GradsNeeded
 
     call, needs = _call(operands, options, cu_seqlens), GradsNeeded()
     run, spec = ops.attention_bwd if cu_seqlens is None else ops.varlen_bwd, _spec(call, needs)
     _check(ops, spec)
+    _check_one_pass(ops, spec.head_dim)
     try:
         grads = run(spec, call, made["out"], made["lse"], operands.dout, None, needs)
     except ValueError as error:
-        if "one_pass" in str(error):
-            raise NotThis(str(error)) from None
+        if "one_pass" in str(error) and spec.head_dim > ONE_PASS_HEAD_DIM:
+            raise NoOnePass(str(error)) from None
         raise
     return {"dquery": grads.query, "dkey": grads.key, "dvalue": grads.value}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ import fastattn
 from evidence import first_run, first_run_steps, kernel_runs, probes
 from evidence.first_run_steps import Scale
 from fastattn import backends
+from fastattn.backends.cuda import attention as cuda_attention
 
 CPU = torch.device("cpu")
 BENCHMARKS = checkout.BENCHMARKS
@@ -23,16 +27,16 @@ LAUNCHED = [name for name in first_run.STEPS if not name.startswith("8")]
 
 
 class Broken:
-    """The torch backend with a part that does something else."""
+    """The torch backend with parts that do something else."""
 
-    def __init__(self, part: str, instead: Any) -> None:
-        self._changed = {part: instead}
+    def __init__(self, changed: dict[str, Any]) -> None:
+        self._changed = changed
 
     def __getattr__(self, name: str) -> Any:
         return self._changed.get(name) or getattr(backends.torch_backend, name)
 
 
-def run(name: str, ops: Any = backends.torch_backend) -> list[tuple[bool, str]]:
+def run(name: str, ops: Any = backends.torch_backend) -> list[first_run_steps.StepResult]:
     return list(first_run.STEPS[name].run(ops, CPU, Scale.of(CPU)))
 
 
@@ -61,7 +65,7 @@ def _altered(part: str, change: Any) -> Any:
     def wrong(*args: Any) -> Any:
         return change(args, right(*args))
 
-    return Broken(part, wrong)
+    return Broken({part: wrong})
 
 
 def _grads(change: Any) -> Any:
@@ -97,6 +101,49 @@ def test_a_step_sees_what_it_is_for(name: str, ops: Any) -> None:
     assert not all(good for good, _ in run(name, ops))
 
 
+def _refusing(head_dims: tuple[int, ...]) -> Any:
+    """The torch backend with one_pass refused at these head dims, as the extension refuses it."""
+
+    def refuse(right: Any) -> Any:
+        def run(spec: Any, *args: Any) -> Any:
+            if cuda_attention.ONE_PASS_HEAD_DIMS and spec.head_dim in head_dims:
+                raise ValueError("one_pass: needs a head dim of at most 128, no softcap and all gradients")
+            return right(spec, *args)
+
+        return run
+
+    return Broken(
+        {name: refuse(getattr(backends.torch_backend, name)) for name in ("attention_bwd", "varlen_bwd")}
+    )
+
+
+@pytest.mark.parametrize("name", ["3", "5b", "6b"])
+def test_a_missing_one_pass_fails_where_the_kernels_have_one(name: str) -> None:
+    """Head dim 256 has none: refusing it is right, refusing 64 or 128 is not."""
+    assert all(good for good, _ in run(name, _refusing((256,))))
+    for head_dim in (64, 128):
+        wrong = [text for good, text in run(name, _refusing((head_dim, 256))) if not good]
+        assert len(wrong) == 1
+        assert wrong[0].startswith(f"D{head_dim}")
+        assert "the one-pass backward is missing" in wrong[0]
+
+
+@pytest.mark.parametrize("name", ["9", "9b"])
+def test_many_launches_of_a_missing_one_pass_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_runs, "backend_for", lambda device, backend: _refusing((128, 256)))
+    statuses = [item["status"] for item in first_run.run_step(name, CPU, Scale.of(CPU))]
+    assert statuses == ["failed"]
+
+
+def test_a_probe_of_a_missing_one_pass_fails() -> None:
+    probe = probes.DIRECTIONS["backward one pass"].probe
+    with pytest.raises(ValueError, match="one_pass"):
+        probe(_refusing((64, 256)), CPU)
+    said = probe(_refusing((256,)), CPU)
+    assert "D128" in said
+    assert "D256" not in said
+
+
 def test_the_bytes_of_views_are_followed_from_every_memory_order() -> None:
     for order in ("bhsd", "bshd", "sbhd", "slice"):
         operands, expected = first_run_steps._selecting(CPU, 3, 20, 8, order)
@@ -112,6 +159,26 @@ def test_steps_are_in_the_order_of_risk_and_each_has_a_limit() -> None:
     assert numbers == sorted(numbers)
     assert all(0 < step.limit <= 300 for step in first_run.STEPS.values())
     assert not [n for n, step in first_run.STEPS.items() if step.backward and n in first_run.SANITIZED]
+
+
+def test_on_a_gpu_each_backend_s_steps_are_collected_in_order_and_the_extension_s_backward_last() -> None:
+    path = Path(__file__).resolve().parents[1] / "gpu" / "test_first_run.py"
+    module = runpy.run_path(str(path))
+    (mark,) = [mark for mark in module["test_step"].pytestmark if mark.name == "parametrize"]
+    assert [name for name in module if name.startswith("test_")] == ["test_step"]
+    order = mark.args[1]
+    assert order == sorted(
+        order, key=lambda each: each[0] == "cuda"
+    )  # as tests/conftest.py sorts them on a GPU
+    steps = list(first_run.STEPS)
+    by_cuda = [name for backend, name in order if backend == "cuda"]
+    forward = [name for name in steps if not first_run.STEPS[name].backward]
+    backward = [name for name in steps if first_run.STEPS[name].backward]
+    assert by_cuda == forward + backward
+    for backend in ("triton", "torch"):
+        ran = [name for each, name in order if each == backend]
+        assert ran == [name for name in forward + backward if name[0] not in "89"]
+    assert len(order) == len(by_cuda) + 2 * len(ran)
 
 
 def test_what_a_step_raises_is_its_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +243,17 @@ def test_the_sanitizer_runs_the_small_steps_under_each_tool(monkeypatch: pytest.
 @pytest.mark.parametrize("name", probes.DIRECTIONS)
 def test_every_probe_passes_where_the_kernels_are_right(name: str) -> None:
     assert "of what is allowed" in probes.DIRECTIONS[name].probe(backends.torch_backend, CPU)
+
+
+def test_a_probe_has_fifteen_seconds_from_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announced after the import, before anything is launched."""
+    said: list[Any] = []
+    monkeypatch.setattr(probes.processes, "announce", lambda seconds, what: said.append((seconds, what)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    direction = probes.Direction(lambda ops, device: said.append("launched") or "fine", ())
+    monkeypatch.setitem(probes.DIRECTIONS, "softmax", direction)
+    assert probes.probe_here("softmax", CPU)["status"] == "passed"
+    assert said == [(15.0, "softmax"), "launched"]
 
 
 @pytest.mark.parametrize("name", probes.DIRECTIONS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +207,22 @@ def test_findings_come_as_they_are_made(script: Any) -> None:
     assert times[1] - times[0] > 1.0
 
 
+def _triton_errors() -> list[Exception]:
+    """What a launch raises that the device has no room for, and one that does not compile: no RuntimeError."""
+    if find_spec("triton") is None:
+        return []
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    source = "x = 1"
+    return [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        CompilationError(source, ast.parse(source).body[0], "nothing"),
+    ]
+
+
 RAISED = [ValueError("a"), AssertionError(), OSError("disk"), KeyError("x"), RuntimeError("out of resource")]
+RAISED += _triton_errors()
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)

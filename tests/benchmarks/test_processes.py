@@ -115,7 +115,10 @@ def test_leaving_early_stops_all(tmp_path: Path) -> None:
 def test_nothing_in_the_benches_waits_without_a_limit() -> None:
     """Every wait for another process has a timeout, or is one of a person's own commands."""
     own = {"counts.py": 1}  # replaces itself, to set its environment
-    for path in sorted(BENCHMARKS.rglob("*.py")):
+    paths = sorted(BENCHMARKS.rglob("*.py"))
+    assert {path.parent.name for path in paths} >= {"benchmarks", "cases", "evidence", "measure"}
+    assert len(paths) > 50
+    for path in paths:
         text = path.read_text(encoding="utf-8")
         bare = text.count(".wait()") + text.count(".communicate()")
         calls = [part.split("\n\n")[0] for part in text.split("subprocess.run(")[1:]]

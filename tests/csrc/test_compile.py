@@ -68,6 +68,36 @@ def test_warpgroups_ask_for_no_more_registers_than_their_block_has() -> None:
     assert sorted(pool.name for pool in pools) == sorted(producers)
 
 
+BUDGET = ("kThreads", "kMinBlocks", "kProducerRegisters", "kConsumerRegisters")
+
+
+def test_every_shape_that_sets_registers_holds_them_to_its_pool() -> None:
+    """A static_assert in the very struct: one of its base would not see what a derived shape changes."""
+    found = []
+    for path in (CSRC / "kernels").glob("*.cuh"):
+        for name, body in re.findall(
+            r"^struct (\w+)[^;{]*\{\n(.*?)^\};", path.read_text("utf-8"), re.M | re.S
+        ):
+            if re.search(rf"static constexpr int ({'|'.join(BUDGET)}) =", body):
+                assert f"static_assert(registers_fit({', '.join(BUDGET)}));" in body, (path.name, name)
+                found.append(name)
+    assert sorted(found) == ["ForwardShape", "KeyGradientsShape", "QueryGradientShape"]
+
+
+def test_warpgroups_reallocate_what_the_shape_says() -> None:
+    """No kernel has numbers of its own, and its launch bounds are those of the budget."""
+    kernels = 0
+    for path in (CSRC / "kernels").glob("*.cuh"):
+        text = path.read_text("utf-8")
+        given = re.findall(r"(?:de|in)crease_registers<(.*?)>\(\)", text)
+        assert set(given) <= {"Shape::kProducerRegisters", "Shape::kConsumerRegisters"}, path.name
+        assert len(given) <= 2 * text.count("FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)"), (
+            path.name
+        )
+        kernels += len(given) // 2
+    assert kernels == 5
+
+
 DUMP = """
  Function kernel:
   REG:168 STACK:0 SHARED:1024 LOCAL:0

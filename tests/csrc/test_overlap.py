@@ -58,6 +58,19 @@ def test_exponentials_run_between_the_waits_for_the_two_products(code: dict[str,
 
 
 @pytest.mark.timeout(900)
+def test_a_step_at_the_causal_end_compares_one_bound(code: dict[str, str]) -> None:
+    """One comparison for each score of a thread there, two at a window's left edge, none where every key is seen."""
+    few = 8  # of the loop itself, and of addresses
+    for name, text in code.items():
+        scores = int(SHAPE.search(name).group(3)) // 2
+        steps = [part.split(NONE_LEFT)[0] for part in text.split(ONE_PRODUCT_LEFT)[1:]]
+        at_end, whole, at_both = (len(re.findall(r"\bISETP\.", step)) for step in steps)
+        assert whole <= few, name
+        assert scores // 2 < at_end <= scores + few, name
+        assert at_both > scores + few, name
+
+
+@pytest.mark.timeout(900)
 def test_clusters_multicast_and_release_without_a_fence(code: dict[str, str]) -> None:
     """A fence of the device stands where a block begins and ends, and before no release of a stage."""
     clustered = {name: text for name, text in code.items() if int(SHAPE.search(name).group(5)) > 1}

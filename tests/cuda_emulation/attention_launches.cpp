@@ -6,6 +6,7 @@ namespace fastattn {
 
 // The cluster size of the last forward launch.
 int forward_cluster_blocks = 0;
+bool forward_counted = false;
 
 // As on a device of so many multiprocessors, all of them in clusters.
 template <int kHeadDim>
@@ -13,6 +14,7 @@ cudaError_t run_forward(const AttentionParams& params, TensorMapEncoder encode, 
   constexpr int kForwardBlocks = 2;
   const int clusters = multiprocessors / forward_cluster(kHeadDim);
   const bool in_clusters = runs_in_clusters<half_t, kHeadDim>(params, multiprocessors, clusters);
+  forward_counted = params.tile_counter != nullptr;
   forward_cluster_blocks = in_clusters ? forward_cluster(kHeadDim) : 1;
   return emulate_forward<half_t, kHeadDim>(params, encode, in_clusters, kForwardBlocks);
 }
@@ -46,3 +48,5 @@ cudaError_t launch_attention_backward<half_t, 128>(const AttentionBackwardParams
 extern "C" __attribute__((visibility("default"))) int last_forward_cluster() {
   return fastattn::forward_cluster_blocks;
 }
+
+extern "C" __attribute__((visibility("default"))) int last_forward_counted() { return fastattn::forward_counted; }

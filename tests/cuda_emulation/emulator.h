@@ -8,6 +8,7 @@
 
 #include <initializer_list>
 #include <type_traits>
+#include <vector>
 
 #include "emulator/types.h"
 
@@ -50,6 +51,9 @@ void launch(const Options& options, const Launch& launch, void (*kernel)(Paramet
   counted.parameter_bytes = (0 + ... + sizeof(Parameters));
   run(options, counted, [](const void* context) { (*static_cast<decltype(&body)>(context))(); }, &body);
 }
+
+// The global memory of the tensor map of each box that TMA loaded in the last launch, in the order of issue.
+const std::vector<const void*>& box_loads();
 
 // Ends the kernel, if one runs, by throwing a Failure.
 [[noreturn]] void fail(const std::string& what);

@@ -45,6 +45,10 @@ class EmulatedExtension:
         """The cluster size, in blocks, of the last attention forward."""
         return int(self._library.last_forward_cluster())
 
+    def last_forward_counted(self) -> bool:
+        """Whether blocks took their tiles from a counter in the last launch of attention's forward."""
+        return bool(self._library.last_forward_counted())
+
     def capture(self, active: bool) -> None:
         """Start or stop refusing the calls that a CUDA graph capture in progress does not permit."""
         self._library.emulate_capture(int(active))

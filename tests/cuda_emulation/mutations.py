@@ -18,6 +18,14 @@ extern "C" const char* break_line(int64_t number) {
   fastattn::broken_line = static_cast<int>(number);
   return nullptr;
 }
+
+extern "C" const char* box_loads(int64_t capacity, int64_t* addresses, int64_t* count) {
+  return emulator::guarded([&] {
+    *count = static_cast<int64_t>(emulator::box_loads().size());
+    if (*count > capacity) emulator::fail("more loads than there is room for");
+    for (int64_t i = 0; i < *count; ++i) addresses[i] = reinterpret_cast<int64_t>(emulator::box_loads()[i]);
+  });
+}
 """
 
 
@@ -49,6 +57,9 @@ MORE_REGISTERS = Mutation(
     "decrease_registers<Shape::kProducerRegisters>();",
     "decrease_registers<Shape::kProducerRegisters + 8>();",
     report=r"deadlock.* in increase_registers from \d+ registers",
+)
+BARRIERS_NOT_FENCED = Mutation(
+    "barriers initialised without their fence", "fence_barrier_init();", report="without fence_barrier_init"
 )
 LANE_NOT_RECONVERGED = Mutation(
     "no reconvergence before release", "warp_sync();", report=r"deadlock.* in mbarrier_wait"

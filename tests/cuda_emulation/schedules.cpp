@@ -144,6 +144,28 @@ extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int3
   });
 }
 
+// Key heads whose tiles come together in the passes over keys of a backward without softcap: `heads[0]` in the one for
+// dk and dv, `heads[1]` in the one for all gradients, 0 where the head dim has none.
+extern "C" const char* key_sections(const int64_t* sizes, int64_t* heads) {
+  return emulator::guarded([&] {
+    const int64_t strides[12] = {};
+    const AttentionParams params =
+        params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, nullptr, nullptr, nullptr, 1.0, 0.0);
+    const auto sections = [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      heads[0] = key_schedule<KeyGradientsShapeFor<half_t, kHeadDim, KeyGradients::kBoth, false>>(params)
+                     .batch_heads_per_section;
+      heads[1] = 0;
+      if constexpr (has_one_pass(kHeadDim)) {
+        heads[1] = key_schedule<FusedGradientsShapeFor<half_t, kHeadDim>>(params).batch_heads_per_section;
+      }
+    };
+    if (params.head_dim <= 64) return sections(std::integral_constant<int, 64>());
+    if (params.head_dim <= 128) return sections(std::integral_constant<int, 128>());
+    sections(std::integral_constant<int, 256>());
+  });
+}
+
 // When a call in one pass ends. `sizes` and lengths as for params_of.
 extern "C" const char* one_pass_end(const int64_t* sizes, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
                                     int64_t multiprocessors, double handover, double* end) {

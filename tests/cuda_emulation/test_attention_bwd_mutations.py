@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_emulation.build import EmulationError, Library
 from cuda_emulation.mutations import (
+    BARRIERS_NOT_FENCED,
     LANE_NOT_RECONVERGED,
     MORE_REGISTERS,
     STARVED,
@@ -32,12 +33,14 @@ KERNELS = {
         ),
         Mutation("gradients stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();"),
         MORE_REGISTERS,
+        BARRIERS_NOT_FENCED,
     ],
     "kernels/attention_bwd_dq_sm90.cuh": [
         Mutation("keys read before they are there", "keys.wait_full(next);"),
         Mutation("keys released while read", "wgmma_wait<1>();", "wgmma_wait<2>();", occurrence=1),
         Mutation("gradient stored in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=1),
         MORE_REGISTERS,
+        BARRIERS_NOT_FENCED,
     ],
     "device/pipeline.cuh": [
         Mutation("stages overwritten while read", "wait_empty(state);"),
@@ -159,7 +162,7 @@ ONE_PASS = {
                 "keys overwritten while dq reads them", "named_barrier_sync(kKeysRead, kConsumerThreads);"
             ),
         ],
-        "kernels/attention_bwd_fused_sm90.cuh": [TILES_BY_NUMBER, MORE_REGISTERS],
+        "kernels/attention_bwd_fused_sm90.cuh": [TILES_BY_NUMBER, MORE_REGISTERS, BARRIERS_NOT_FENCED],
     },
     128: {
         **SHARED_LINES,
@@ -168,6 +171,7 @@ ONE_PASS = {
             Mutation("ds read without a fence", "fence_proxy_async();"),
             TILES_BY_NUMBER,
             MORE_REGISTERS,
+            BARRIERS_NOT_FENCED,
         ],
     },
 }
@@ -189,6 +193,7 @@ SPLIT = {
             "named_barrier_sync(kProbabilitiesWritten, kSplitThreads);",
         ),
         MORE_REGISTERS,
+        BARRIERS_NOT_FENCED,
     ]
 }
 SPLIT_LINES = [mutation for mutations in SPLIT.values() for mutation in mutations]

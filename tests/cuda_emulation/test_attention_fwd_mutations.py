@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_emulation.attention_forward import Case, check
 from cuda_emulation.build import EmulationError, Library
 from cuda_emulation.mutations import (
+    BARRIERS_NOT_FENCED,
     LANE_NOT_RECONVERGED,
     MORE_REGISTERS,
     STARVED,
@@ -17,17 +20,21 @@ from cuda_emulation.mutations import (
     every_schedule,
 )
 
+QUERIES_NEVER_RELEASED = Mutation(
+    "queries never released", "if (Shape::kOwnOut || !blocks.empty()) release_queries();"
+)
 KERNEL = [
     Mutation("keys read before they are there", "barriers.keys.wait_full(key_state);", occurrence=1),
     Mutation("values read before they are there", "barriers.values.wait_full(value_state);", occurrence=1),
     Mutation("scores touched in flight", "wgmma_wait<1>();", "wgmma_wait<2>();"),
     Mutation("result touched in flight", "wgmma_wait<0>();", "wgmma_wait<1>();", occurrence=2),
-    Mutation("queries never released", "if (Shape::kOwnOut || !blocks.empty()) release_queries();"),
+    QUERIES_NEVER_RELEASED,
     Mutation("result stored without a fence", "fence_proxy_async();"),
     Mutation("result stored before all wrote it", "warpgroup_sync();", occurrence=2),
     Mutation("result overwritten while it is stored", "bulk_wait_read<0>();"),
     Mutation("a ping-pong barrier nobody arrives at", "if (Shape::kPingPong) ping_pong_arrive();"),
     MORE_REGISTERS,
+    BARRIERS_NOT_FENCED,
 ]
 KERNELS = {
     "kernels/attention_fwd_sm90.cuh": KERNEL,
@@ -77,6 +84,22 @@ def test_is_noticed(breakable: Library, line: int) -> None:
     for seed in range(6):
         with pytest.raises((EmulationError, AssertionError), match=MUTATIONS[line].report):
             run(breakable, line, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_keys_of_a_tile_do_not_wait_for_its_queries(breakable: Library, seed: int) -> None:
+    """Where the first tile's queries are never released, the second one's first keys are loaded all the same."""
+    case = Case("every tile has keys", seqlen_q=200, seqlen_k=300, heads=2, kv_heads=2, blocks=1)
+    breakable("break_line", MUTATIONS.index(QUERIES_NEVER_RELEASED))
+    with pytest.raises(EmulationError, match="deadlock"):
+        check(lambda *_: breakable, case, seed=seed, landing=("eager", "lazy", "random")[seed])
+    loads, count = torch.zeros(4096, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    breakable("box_loads", len(loads), loads, count)
+    boxes = loads[: int(count)].tolist()
+    keys, queries, values = dict.fromkeys(boxes)  # in the order of their first boxes
+    in_runs = [operand for operand, _ in groupby(boxes)]
+    assert in_runs.count(queries) == 1
+    assert in_runs[-2:] == [values, keys]
 
 
 @pytest.mark.parametrize("seed", range(3))

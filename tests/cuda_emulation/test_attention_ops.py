@@ -16,6 +16,7 @@ from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, VarlenCall
 from numerics import assert_within_rule
 
 DTYPE = torch.float16
+MULTIPROCESSORS = 4  # of the stand-in device: stubs/runtime.cpp
 
 
 def heads(batch: int, rows: int, num_heads: int, head_dim: int = 64) -> Tensor:
@@ -152,6 +153,40 @@ def test_only_full_calls_run_in_clusters(
     assert "clusters" not in cuda_attention.attention_tiles(spec)
     cuda_attention.attention_fwd(spec, call)
     assert emulated_extension.last_forward_cluster() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({}, False),
+        ({"softcap": 2.0}, False),
+        ({"causal": "bottom_right"}, True),
+        ({"causal": "top_left"}, True),
+        ({"window_left": 3}, True),
+        ({"window_right": 3}, True),
+        ({"key_lengths": torch.tensor([3], dtype=torch.int32)}, True),
+    ],
+    ids=["full", "softcap", "causal", "top left", "window left", "window right", "key lengths"],
+)
+def test_tiles_of_uneven_length_come_from_a_counter(
+    emulated_extension: EmulatedExtension, changes: dict[str, Any], counted: bool
+) -> None:
+    """Where blocks take several: more tiles than the stand-in device has multiprocessors."""
+    for tiles in (MULTIPROCESSORS, MULTIPROCESSORS + 1):
+        query, key = heads(1, 1, tiles), heads(1, 5, tiles)
+        call = AttentionCall(query, key, key, scale=0.2, **changes)
+        cuda_attention.attention_fwd(AttentionSpec.of(call), call)
+        assert emulated_extension.last_forward_counted() == (counted and tiles > MULTIPROCESSORS)
+
+
+def test_packed_tiles_come_from_a_counter(emulated_extension: EmulatedExtension) -> None:
+    """Also without a mask: the sequences differ in length."""
+    cu_seqlens = torch.tensor([0, 1, 4], dtype=torch.int32)
+    for tiles in (MULTIPROCESSORS, MULTIPROCESSORS + 1):
+        query = torch.randn(4, tiles, 64).to(DTYPE)
+        call = VarlenCall(query, query, query, cu_seqlens, cu_seqlens, causal="none", scale=0.125)
+        cuda_attention.varlen_fwd(AttentionSpec.of(call.as_one_sequence()), call)
+        assert emulated_extension.last_forward_counted() == (tiles > MULTIPROCESSORS)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -35,6 +35,20 @@ def test_step(name: str) -> None:
     assert all(good for good, _ in results), results
 
 
+@pytest.mark.parametrize("name", ["3", "5b", "9"])
+def test_one_pass_switched_off_is_skipped_and_not_passed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes would run in its place."""
+    monkeypatch.setenv("FASTATTN_DISABLE", "cuda.one_pass")
+    monkeypatch.setattr(first_run_steps, "HEAD_DIMS", (64,))
+    monkeypatch.setattr(first_run_steps, "PACKED", (1, 65))
+    monkeypatch.setattr(kernel_runs, "backend_for", lambda device, backend: backends.cuda_backend)
+    found = list(first_run.run_step(name, CPU, TINY))
+    skipped = [item["detail"] for item in found if item["status"] == "skipped"]
+    assert len(skipped) == 1
+    assert "cuda.one_pass" in skipped[0]
+    assert {item["status"] for item in found} == ({"skipped"} if name == "9" else {"passed", "skipped"})
+
+
 @pytest.mark.parametrize("name", ["softmax", "cross-entropy"])
 def test_probe(name: str) -> None:
     assert probes.DIRECTIONS[name].probe(backends.cuda_backend, CPU)

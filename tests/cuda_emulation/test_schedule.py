@@ -224,6 +224,35 @@ def test_sections_but_the_last_begin_with_the_shortest(costs: Costs) -> None:
     assert found[-blocks:] == sorted(found[:blocks], reverse=True)
 
 
+L2_BYTES = 32 << 20  # what a section's heads may read and add to: most of the L2 cache
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128, 200])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (16, 4), (8, 1)])
+@pytest.mark.parametrize("length", [2048, 4096, 8192, 16384])
+def test_sections_of_the_passes_over_keys_fit_the_l2_cache(
+    emulated: Callable[..., Library], length: int, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """With q and dout and, in one pass, the float32 sums of dq, as many heads as have room, or one key head."""
+    batch = 4
+    sizes = torch.tensor(
+        [batch, heads, kv_heads, length, length, length, length, head_dim, 0, UNBOUNDED, UNBOUNDED]
+    )
+    found = torch.zeros(2, dtype=torch.int64)
+    emulated("schedules.cpp")("key_sections", sizes, found)
+    two_passes, one_pass = found.tolist()
+    read = 2 * 2 * head_dim * length * (heads // kv_heads)  # bytes for each key head: q and dout, 16-bit
+    sums = 4 * (64 if head_dim <= 64 else 128) * length * (heads // kv_heads)
+    for section, each in ((two_passes, read), (one_pass, read + sums)):
+        if section == one_pass and head_dim > 128:
+            assert section == 0, "there is no such pass"
+            continue
+        assert section * each <= L2_BYTES or section == 1
+        assert section == batch * kv_heads or (section + 1) * each > L2_BYTES
+    if 1 < two_passes < batch * kv_heads and head_dim <= 128:
+        assert one_pass < two_passes
+
+
 class Clusters(NamedTuple):
     """A full call at head dim 128 in clusters of two blocks."""
 
@@ -289,6 +318,17 @@ def test_clusters_run_only_where_they_cost_no_round(
         longest_pair = max(sum(together[first::resident]) for first in range(resident))
         pairs = length > 128 or shape[1] > shape[2]  # a key head has more than one tile
         assert runs == (pairs and longest_pair <= longest)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[4] == 128], ids=str)
+def test_full_calls_in_clusters_reach_their_wave_bound(costs: Costs, shape: tuple[int, ...]) -> None:
+    """On as many clusters as the device holds, one per pair of multiprocessors or fewer."""
+    found = costs(IN_CLUSTERS, shape)
+    assert len(found) == -(-shape[0] * shape[1] * -(-shape[3] // 128) // 2)
+    for multiprocessors in MULTIPROCESSORS:
+        for resident in (multiprocessors // 2, multiprocessors // 2 - 3):
+            bound = wave_bound(len(found), resident)
+            assert in_rounds(found, resident) == pytest.approx(bound, rel=1e-12)
 
 
 def test_benchmarks_of_even_lengths_run_in_clusters(emulated: Callable[..., Library]) -> None:

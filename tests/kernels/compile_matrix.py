@@ -94,11 +94,11 @@ class Entry:
         return AMD_SHARED if self.arch == AMD else FAMILIES[family(self.arch)][1]
 
 
-def call_with(features: str, head_dim: int, bits: int) -> Any:
+def call_with(features: str, head_dim: int, bits: int, length: int = 16) -> Any:
     """A small call with the named features."""
     from fastattn.spec import AttentionCall
 
-    length, batch = 16, 1 if "packed" in features else 2
+    batch = 1 if "packed" in features else 2
     query = torch.empty(batch, 8 if "grouped" in features else 2, length, head_dim, dtype=DTYPES[bits])
     key = query[:, :1] if "grouped" in features else query
     ids = torch.zeros(2, length, dtype=torch.int32)

@@ -21,6 +21,56 @@ PEERS = {
     (64, "backward"): ("1280", "1948", "", ""),
     (128, "backward"): ("2560", "3208 (causal 3360)", "", ""),
 }
+# The CUDA backward, (head dim, passes) -> cycles of the kernels in their place before, "" where there was none.
+BACKWARD = {
+    (64, ("dkdv",)): "1162", (64, ("dq",)): "768", (64, ("dkdv", "dq")): "1930", (64, ("backward",)): "",
+    (128, ("dkdv",)): "2248", (128, ("dq",)): "1536", (128, ("dkdv", "dq")): "3784", (128, ("backward",)): "3319",
+    (256, ("dkdv",)): "4616 + 3024 (products 5120)", (256, ("dq",)): "4584", (256, ("dkdv", "dq")): "12224",
+}  # fmt: skip
+PRODUCTS = {"dkdv": 4, "dq": 3, "backward": 5}
+OPERATIONS_A_CYCLE = 4096  # of the tensor cores, 16-bit operands
+# Triton's dk and dv with lse prepared once: (row, what it is, instructions before, cycles before and after by the model
+# as it was then)
+PREPARED = [
+    ("sm_90 16-bit D128 dkdv [causal]", "dk/dv, head dim 128, 64x128 TMA", 422, "3066 -> 3049"),
+    ("sm_90 16-bit D64 dkdv [causal]", "dk/dv, head dim 64, 64x64 TMA", 372, "1666 -> 1613"),
+    ("sm_90 16-bit D64 dkdv [causal, without TMA]", "dk/dv, head dim 64, 64x128 without TMA", 386, "2386 -> 2353"),
+]  # fmt: skip
+PLAIN_CAUSAL = ("plain", "causal", "causal, window, lengths, sinks", "causal, packed")
+CUDA_128, CUDA_256 = "cuda bfloat16 D128 forward ", "cuda bfloat16 D256 forward "
+
+
+def _triton(head_dim: int, kernel: str, *features: str) -> list[str]:
+    return [f"sm_90 16-bit D{head_dim} {kernel} [{each}]" for each in features]
+
+
+# Sentences of the page that quote figures on file: {} is a row's cycles, or the least and most of several rows.
+QUOTED: list[tuple[str, list[list[str]]]] = [
+    (
+        "{} cycles at 128 x 176 ({} in clusters), {} at head dim 256",
+        [[CUDA_128 + "128x176"], [CUDA_128 + "128x176 cluster 2"], [CUDA_256 + "128x80"]],
+    ),
+    ("the loop takes {} cycles where the products take 2048", [[CUDA_256 + "128x80"]]),
+    ("| forward at 64, 128x64 without TMA | {} |", [_triton(64, "forward", "plain, without TMA")]),
+    ("| forward at 64, 128x64 by TMA | {} |", [_triton(64, "forward", "plain")]),
+    ("| dq at 64, 128x64 by TMA | {} |", [_triton(64, "dq", "plain")]),
+    ("| forward at 128, 128x128 by TMA | {} |", [_triton(128, "forward", "plain")]),
+    ("| dk and dv at 128, 64x128 by TMA | {} |", [_triton(128, "dkdv", "plain")]),
+    ("64 queries by 128 keys at {} (full) and", [_triton(128, "dkdv", "plain")]),
+    ("(full) and {} (causal) cycles", [_triton(128, "dkdv", "causal")]),
+    ("takes {} and 2906 cycles, {} ungrouped",
+        [_triton(128, "dkdv", "causal, grouped"), _triton(128, "dkdv", "causal")]),
+    ("two blocks | 1482 to 1640 cycles where 128x128 has {}.",
+        [_triton(128, "forward", "causal", "causal, window, lengths, sinks", "causal, packed")]),
+    ("808 to 858 cycles where 128x64 has {}, but", [_triton(64, "forward", *PLAIN_CAUSAL)]),
+    ("in causal calls where 64x64 has {};", [_triton(64, "dkdv", *PLAIN_CAUSAL[1:])]),
+    ("; 1596 for {} without a mask", [_triton(64, "dkdv", "plain")]),
+    ("by the L2 cache at 28 bytes a clock) where 64x128 has {};", [_triton(128, "dkdv", *PLAIN_CAUSAL)]),
+    ("1846 to 1903 cycles where 128x64 has {};", [_triton(128, "dq", *PLAIN_CAUSAL)]),
+    ("770 cycles where 128x64 has {}, but 1170", [_triton(64, "dq", *PLAIN_CAUSAL)]),
+    ("but 128x64 by TMA has {}: with", [_triton(64, "dq", *PLAIN_CAUSAL)]),
+    ("{} cycles per 64 x 128 scores with it and 639 without", [["cuda bfloat16 D64 forward 192x128"]]),
+]  # fmt: skip
 Rows = Mapping[str, Mapping[str, Any]]
 
 
@@ -60,6 +110,81 @@ def _cuda(rows: Rows, head_dim: int, direction: str) -> str:
     return ", ".join(f"{cycles} ({tile})" for tile, cycles in sorted(found.items(), key=lambda each: each[1]))
 
 
+def backward(rows: Rows) -> str:
+    """The CUDA backward: each kernel, the two passes together and one pass, before and now."""
+    titles = ("head dim", "kernel", "products alone", "before", "now", "bound by", "L2, bytes a clock")
+    lines = []
+    for (head_dim, passes), before in BACKWARD.items():
+        found = [_backward_row(rows, head_dim, kernel) for kernel in passes]
+        products = sum(_product_cycles(head_dim) * PRODUCTS[kernel] for kernel in passes)
+        cycles = sum(row["cycles"] for _, row in found)
+        bound = traffic = ""
+        name = {"backward": "one pass"}.get(passes[0], NAMES[passes[0]])
+        if len(passes) > 1:
+            name = "two passes"
+        else:
+            (tile, row), kernel = found[0], passes[0]
+            bound = f"{row['bound']}, {row['share']:.2f}"
+            traffic = f"{_l2_bytes(head_dim, kernel, tile) / cycles:.0f}"
+        if passes == ("backward",):
+            two = sum(_backward_row(rows, head_dim, kernel)[1]["cycles"] for kernel in ("dkdv", "dq"))
+            name += f", {cycles / two - 1:+.0%} cycles of two".replace("%", " %")
+        lines.append([str(head_dim), name, str(products), before or "none", str(cycles), bound, traffic])
+    return table(titles, lines)
+
+
+def _backward_row(rows: Rows, head_dim: int, kernel: str) -> tuple[str, Mapping[str, Any]]:
+    """(tile, row) of the kernel without softcap."""
+    prefix = f"cuda bfloat16 D{head_dim} {kernel} "
+    ((tile, row),) = [
+        (name.removeprefix(prefix), row)
+        for name, row in rows.items()
+        if name.startswith(prefix) and "softcap" not in name
+    ]
+    return tile, row
+
+
+def _product_cycles(head_dim: int) -> int:
+    """Of the tensor cores, for one product of 64 x 128 scores."""
+    return 2 * 64 * 128 * head_dim // OPERATIONS_A_CYCLE
+
+
+def _l2_bytes(head_dim: int, kernel: str, tile: str) -> float:
+    """Read from L2, and added there, for 64 x 128 scores: two 16-bit operands, float32 sums of dq in one pass."""
+    queries, keys = map(int, tile.split("x"))
+    if kernel == "dq":  # 128 keys and their values for all queries of a tile
+        return 2 * 2 * 128 * head_dim * 64 / queries
+    step = 2 * 2 * 64 * head_dim + (4 * 64 * head_dim if kernel == "backward" else 0)
+    return step * 128 / keys
+
+
+def prepared(rows: Rows) -> str:
+    """Triton's dk and dv with what both passes need of lse prepared once."""
+    titles = (
+        "prepared once",
+        "instructions per full block, causal",
+        "cycles, by the model as it was then",
+        "cycles now",
+    )
+    lines = [
+        [words, f"{before} -> {rows[name]['instructions']}", then, str(rows[name]["cycles"])]
+        for name, words, before, then in PREPARED
+    ]
+    lines.append(["dq, head dims 64, 128", "unchanged: it loads lse once per program", "", ""])
+    return table(titles, lines)
+
+
+def quotations(rows: Rows) -> Iterator[str]:
+    """The sentences of QUOTED as the rows have them."""
+    for words, fields in QUOTED:
+        figures = []
+        for names in fields:
+            cycles = [rows[name]["cycles"] for name in names]
+            least, most = min(cycles), max(cycles)
+            figures.append(str(least) if least == most else f"{least} to {most}")
+        yield words.format(*figures)
+
+
 def without(name: str) -> str:
     """The row of the tile that takes the place of one by TMA."""
     return name.replace("]", WITHOUT + "]")
@@ -91,9 +216,11 @@ def _change(rows: Rows, name: str) -> str:
 def sections(rows: Rows, entries: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """(name, table) of what lies between `<!-- NAME -->` and `<!-- end of NAME -->` in the page."""
     entries = list(entries)
+    yield "cycles of the backward", backward(rows)
     yield "cycles of peers", peers(rows)
     yield "cycles of rows by TMA", by_tma(rows, entries, has_score_mods=False)
     yield "cycles of rows by TMA that change scores", by_tma(rows, entries, has_score_mods=True)
+    yield "cycles with lse prepared once", prepared(rows)
 
 
 def updated(text: str, rows: Rows, entries: Iterable[Any]) -> str:

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compile_matrix import FEATURES, call_with
+from decode_compile import FEATURES as CACHE_FEATURES
+from decode_compile import cache_call
 from stand_in_driver import Driver, active
 
 from fastattn.backends import triton as backend
@@ -60,14 +63,51 @@ def attention(dim: int, dtype: torch.dtype, tma: bool | None = None, group: int 
         backend.attention_bwd(backward, call, out, lse, torch.randn_like(out), None, needs, chosen[1])
 
 
-def packed(dim: int) -> None:
+def featured(dim: int, features: str) -> None:
+    """Forward and backward, with every gradient, of a row's features as the compile table names them."""
+    for length in LENGTHS:
+        call = call_with(features, dim, 16, length)
+        needs = GradsNeeded(
+            bias=call.bias is not None,
+            sinks=call.sinks is not None,
+            alibi_slopes=call.alibi_slopes is not None,
+        )
+        forward, backward = (_on_gpu(AttentionSpec.of(call, each)) for each in (None, needs))
+        out, lse = backend.attention_fwd(forward, call)
+        backend.attention_bwd(backward, call, out, lse, torch.randn_like(out), None, needs)
+
+
+def kv_cache(dim: int, features: str) -> None:
+    """Calls on a cache, to which they append, in one split and in several."""
+    for batch, capacity, splits in ((1, 256, 1), (2, 4096, 4), (2, 192, 1), (3, 1024, 3)):
+        call = replace(cache_call(features, dim, 16, batch=batch, capacity=capacity), num_splits=splits)
+        spec = AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
+        backend.kv_cache_fwd(_on_gpu(spec), call)
+
+
+def one_query(dim: int) -> None:
+    """Padded calls with one query for each head, which decode from their keys in one split and in several."""
+    for keys in (*LENGTHS, 4096, 5000):
+        query, key = torch.randn(2, 8, 1, dim).to(BF16), torch.randn(2, 2, keys, dim).to(BF16)
+        call = AttentionCall(query, key, key, scale=0.125)
+        backend.attention_fwd(_on_gpu(AttentionSpec.of(call)), call)
+
+
+def packed(dim: int, **options: Any) -> None:
     """Packed sequences, forward and backward."""
     for lengths in ((1, 63, 65, 129), (1000,), (5, 0, 17)):
         tokens = sum(lengths)
         query = torch.randn(tokens, 4, dim).to(BF16)
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         call = VarlenCall(
-            query, query[:, :2], query[:, :2], cu_seqlens, cu_seqlens, causal="bottom_right", scale=0.125
+            query,
+            query[:, :2],
+            query[:, :2],
+            cu_seqlens,
+            cu_seqlens,
+            causal="bottom_right",
+            scale=0.125,
+            **options,
         )
         needs = GradsNeeded()
         forward, backward = (
@@ -75,6 +115,12 @@ def packed(dim: int) -> None:
         )
         out, lse = backend.varlen_fwd(forward, call)
         backend.varlen_bwd(backward, call, out, lse, torch.randn_like(out), None, needs)
+
+
+def packed_with_scores(dim: int) -> None:
+    """Packed sequences with what changes scores."""
+    seed = torch.zeros(1, dtype=torch.int64)
+    packed(dim, softcap=5.0, alibi_slopes=torch.ones(1, 4), dropout_p=0.1, dropout_seed=seed)
 
 
 def rows(columns: int) -> None:
@@ -107,11 +153,29 @@ CALLS: dict[str, Callable[[], None]] = {
     "few key heads D128": lambda: attention(128, BF16, group=6, causal="bottom_right"),
     "packed D64": lambda: packed(64),
     "rows of 1000": lambda: rows(1000),
+    "cache D128": lambda: kv_cache(128, "8 heads, pages of 16, rotary"),
+    "one query D64": lambda: one_query(64),
+    "bias, dropout D64": lambda: featured(64, "bias, dropout"),
     "held": held,
 }
 
 
 DIMS = (64, 128, 256)
+# The rows of the tables of tiles, each with every set of features that it serves.
+ROWS: dict[str, Callable[[], None]] = {
+    **{
+        f"{features} D{dim}": partial(featured, dim, features)
+        for dim in DIMS
+        for features in (*FEATURES[False], *FEATURES[True])
+        if "packed" not in features
+    },
+    **{f"softcap, alibi, dropout, packed D{dim}": partial(packed_with_scores, dim) for dim in DIMS},
+    **{
+        f"cache, {features} D{dim}": partial(kv_cache, dim, features)
+        for dim in DIMS
+        for features in CACHE_FEATURES[16]
+    },
+}
 # What the first minutes on a GPU launch beside those: the grids of the attention bench.
 FILL = CALLS | {
     f"grid {causal} D{dim}": partial(attention, dim, BF16, causal=causal)
@@ -147,7 +211,7 @@ def main(arguments: list[str]) -> None:
     found = {}
     for name in arguments or CALLS:
         with active(ARCH) as driver:
-            FILL[name]()
+            (FILL | ROWS)[name]()
         found[name] = described(driver)
     print(json.dumps(found))
 

@@ -29,6 +29,9 @@ uint32_t swizzled(uint32_t address, Swizzle swizzle) {
 
 using Coordinates = std::array<int64_t, 5>;
 
+std::vector<const void*> loaded_boxes;
+const std::vector<const void*>& box_loads() { return loaded_boxes; }
+
 // Calls row(box_offset, global, first, end) for each run along the fastest dimension of the box at `at`: the offset in
 // bytes of the run in the box, where its element 0 lies in global memory, and which elements of it exist there.
 template <class Row>
@@ -86,6 +89,7 @@ void start_box_load(void* destination, const void* tensor_map, void* barrier, st
   const TensorMap map = decode(tensor_map);
   const Coordinates at = coordinates(map, given);
   check_box(map, destination);
+  loaded_boxes.push_back(map.data);
   const uint32_t start = shared_address(destination);
   for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
     if (!(blocks >> rank & 1)) continue;

@@ -1,6 +1,7 @@
 // A launch: what the driver refuses, then the run.
 #pragma once
 
+#include "copies.h"
 #include "machine.h"
 
 namespace emulator {
@@ -32,6 +33,7 @@ void check_launch(const Launch& launch) {
 
 void run(const Options& options, const Launch& launch, void (*kernel)(const void*), const void* context) {
   check_launch(launch);
+  loaded_boxes.clear();
   Machine machine(options, launch, [=] { kernel(context); });
   machine_pointer = &machine;
   try {
