@@ -129,10 +129,13 @@ def load_rotated(starts, exists, positions, rotary, DIM: tl.constexpr, CACHE: tl
 
 
 @triton.jit
-def split_of(blocks, split, num_splits):
-    """The split-th of num_splits pieces of a range of key blocks, all of one size but the last ones."""
+def split_of(blocks, split, num_splits, split_blocks):
+    """The split-th piece of a range of key blocks: split_blocks of them, or, where that is 0, one of num_splits equal
+    shares, of which the last ones may be smaller."""
     first, full_first, full_last, last = blocks
-    size = tl.cdiv(last - first, num_splits)
+    size = split_blocks
+    if split_blocks == 0:
+        size = tl.cdiv(last - first, num_splits)
     begin = tl.minimum(first + split * size, last)
     end = tl.minimum(begin + size, last)
     full_begin = tl.minimum(tl.maximum(full_first, begin), end)
@@ -185,14 +188,16 @@ def attention_decode_kernel(
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd,
     stride_ob, stride_oh, stride_os, stride_table, stride_cos, stride_sin, stride_slopes_b,
-    rotary_positions, num_heads, num_kv_heads, num_splits, num_rows, seqlen_q, new_keys, capacity, left, right,
-    scale, softcap,
+    rotary_positions, num_heads, num_kv_heads, num_splits, split_blocks, num_rows, seqlen_q, new_keys, capacity,
+    left, right, scale, softcap,
     VARIANT: tl.constexpr, CACHE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[split] = softmax(logits) @ v and lse[split] = logsumexp(logits), over the split's share of the cached keys.
 
-    One program owns BLOCK_M rows of one key head and one of num_splits equal shares of the key blocks they see, so a
-    key is read once for all the heads that share it. An empty share leaves lse -inf and, but for the first, no out.
+    One program owns BLOCK_M rows of one key head and one of num_splits shares of the key blocks they see, so a key is
+    read once for all the heads that share it. A share has split_blocks blocks, counted from the first one seen, so that
+    a sequence's shares follow from its own keys; 0 cuts equal shares. An empty share leaves lse -inf and, but for the
+    first, no out.
     """
     tile, batch, head = program_coordinates(
         tl.cdiv(seqlen_q * VARIANT.group_size, BLOCK_M), num_kv_heads * num_splits, VARIANT.has_right
@@ -210,7 +215,7 @@ def attention_decode_kernel(
     first_query = tile * BLOCK_M // VARIANT.group_size
     end_query = tl.minimum(tl.cdiv((tile + 1) * BLOCK_M, VARIANT.group_size), seqlen_q)
     blocks = key_blocks(first_query, end_query, length, shift, left, right, VARIANT, BLOCK_N)
-    blocks = split_of(blocks, split, num_splits)
+    blocks = split_of(blocks, split, num_splits, split_blocks)
 
     table = 0
     if CACHE.page_size:

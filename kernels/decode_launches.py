@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.kernels import attention_decode
 from fastattn.kernels.arguments import Launch, cdiv, slope_stride_of, strides_of, unit_of
-from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS
+from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS, KeySplits
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.variants import AttentionVariant, folds_scale
 from fastattn.spec import AttentionSpec, KVCacheCall
@@ -75,18 +75,19 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
 
 
 def decode_launch(
-    spec: AttentionSpec, call: KVCacheCall, out: Tensor, lse: Tensor, num_splits: int, tile: Tile
+    spec: AttentionSpec, call: KVCacheCall, out: Tensor, lse: Tensor, splits: KeySplits, tile: Tile
 ) -> Launch:
     """attention_decode_kernel on a call; out (B, H, Sq, Dv), or (splits, B, H, Sq, Dv) float32 to be combined."""
+    num_splits, combined = splits.count, out.dim() == 5
     query = call.query
     batch, num_heads, seqlen_q, _ = query.shape
     num_kv_heads, capacity = call.k_cache.shape[1], call.capacity
-    first_out = out if num_splits == 1 else out[0]
+    first_out = out[0] if combined else out
     unit = _cache_unit(call, query, first_out)
     longest = seqlen_q + capacity
     right = 0 if call.causal != "none" else call.window_right
     right = min(right, longest) if right >= 0 else longest
-    sinks = spec.sinks and num_splits == 1  # otherwise the combine adds them
+    sinks = spec.sinks and not combined  # otherwise the combine adds them
     variant = AttentionVariant.of(
         spec,
         tile,
@@ -107,7 +108,7 @@ def decode_launch(
         *_cache_strides(call, unit),
         *strides_of(first_out, unit),
         *table_strides, slope_stride_of(call.alibi_slopes),
-        rotary_positions, num_heads, num_kv_heads, num_splits, batch * num_heads * seqlen_q,
+        rotary_positions, num_heads, num_kv_heads, num_splits, splits.blocks, batch * num_heads * seqlen_q,
         seqlen_q, call.new_keys, capacity, min(call.window_left, longest), right,
         call.scale, call.softcap,
         variant, CacheVariant.of(call), tile.block_m, tile.block_n,

@@ -1,13 +1,14 @@
-"""Tiles and splits of attention against a cache: pure functions of the call's sizes and the device's.
+"""Tiles and splits of attention against a cache: pure functions of the call's spec and sizes.
 
 A tile holds the query heads of one key head: few rows while decoding, where the pipeline of loads is what counts, many
-while a prompt is read in chunks, where the forward kernel's tiles serve. Neither depends on the batch or on lengths.
+while a prompt is read in chunks, where the forward kernel's tiles serve. Nothing depends on the batch or on lengths.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from fastattn.kernels.tiles import FAMILIES, Tile, key_of, tiles_without_tma
 from fastattn.spec import AttentionSpec
@@ -29,15 +30,22 @@ DECODE_TABLE = {
     **{(family, 32, 256): (16, 8, 2) for family in FAMILIES},
 }
 
-PROGRAMS_PER_SM = 2
-FILLED = 0.8  # of the device: with as many programs there is nothing to gain by splitting
-WAVE_EFFICIENCY = 0.9  # of the best number of splits, that a smaller number must reach
-MAX_SPLITS = 128
-FEWEST_SPLIT_KEYS = 256  # less is not worth a combine
-MOST_SPLIT_KEYS = 16384  # of one program while decoding, so that one long sequence doesn't hold up a batch
-SINGLE_QUERY_KEYS = (
-    512  # of one program of a padded call with one query, whose splits may not depend on the batch
+SPLIT_KEYS = {
+    64: 512,
+    128: 256,
+    256: 256,
+}  # by head dim: keys of one program that has SPLIT_ROWS rows at most
+SPLIT_ROWS = (
+    16  # with more, splits have as many times the keys, or their partial results would outweigh the keys
 )
+
+
+class KeySplits(NamedTuple):
+    """How the keys of a sequence are divided among programs."""
+
+    count: int  # of programs for a sequence with all the keys there is room for
+    blocks: int = 0  # of keys that one takes; 0: an equal share of those of its sequence
+    combine: bool = False  # also where there is one, so that more room for keys changes no bit
 
 
 @lru_cache(maxsize=1024)
@@ -58,28 +66,23 @@ def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
 
 
 @lru_cache(maxsize=1024)
-def splits_for(batch: int, num_kv_heads: int, query_tiles: int, capacity: int, num_sms: int) -> int:
-    """How many pieces to cut the keys of every sequence into.
+def splits_for(spec: AttentionSpec, rows: int, keys: int, tile: Tile) -> KeySplits:
+    """The splits of a call whose queries may see `keys` keys, however many there are now.
+
+    A split holds a fixed number of keys, counted from the first that is seen: neither the batch nor the device nor the
+    room in the cache decides where a sequence is cut, so none of them changes a bit of its result.
 
     Args:
-        capacity: keys a query tile may see; not how many there are now, which may change under a CUDA graph.
-        num_sms: multiprocessors of the device.
+        rows: queries times the heads that share a key head.
+        keys: as for all the room in the cache; under a CUDA graph the number may change.
     """
-    programs, slots = batch * num_kv_heads * query_tiles, PROGRAMS_PER_SM * num_sms
-    most = max(1, min(MAX_SPLITS, capacity // FEWEST_SPLIT_KEYS))
-    least = min(most, -(-capacity // MOST_SPLIT_KEYS)) if query_tiles == 1 else 1
-    if programs >= FILLED * slots or programs == 0:
-        return max(1, least)
-    efficiency = {splits: _efficiency(programs * splits, slots) for splits in range(max(1, least), most + 1)}
-    wanted = WAVE_EFFICIENCY * max(efficiency.values())
-    return next(splits for splits, reached in efficiency.items() if reached >= wanted)
+    blocks = max(1, split_keys(spec, rows) // tile.block_n)
+    seen = -(-keys // tile.block_n)
+    if spec.window_left:
+        seen += 1  # a window may begin within a block
+    return KeySplits(max(1, -(-seen // blocks)), blocks, combine=spec.sinks)
 
 
-def single_query_splits(keys: int) -> int:
-    """The pieces that a padded call with one query cuts the keys it sees into, alone or in a batch."""
-    return min(MAX_SPLITS, max(1, -(-keys // SINGLE_QUERY_KEYS)))
-
-
-def _efficiency(programs: int, slots: int) -> float:
-    """The share of the device's slots that programs of equal length keep busy until the last is done."""
-    return programs / (slots * -(-programs // slots))
+def split_keys(spec: AttentionSpec, rows: int) -> int:
+    """Keys of a split, by the class of the head dim and the rows of a sequence."""
+    return SPLIT_KEYS[key_of(spec).head_dim] * -(-max(rows, 1) // SPLIT_ROWS)

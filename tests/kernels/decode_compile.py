@@ -75,6 +75,7 @@ def cache_call(
 def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int = 0) -> dict[str, Any]:
     """The launches of a call on an architecture, by kernel; with its tile's own stages unless others are named."""
     from fastattn.kernels.decode_launches import append_launch, combine_launch, decode_launch
+    from fastattn.kernels.decode_tiles import KeySplits
 
     tile, spec = tile_of(call, arch), _spec_of(call, arch)
     if num_stages:
@@ -85,8 +86,9 @@ def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int =
     split_out = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
     split_lse = lse.new_empty(num_splits, *lse.shape)
     results = (out, lse) if num_splits == 1 else (split_out, split_lse)
+    splits = KeySplits(num_splits, blocks=0 if num_splits == 1 else 4)
     return {
-        "decode": decode_launch(spec, call, *results, num_splits, tile),
+        "decode": decode_launch(spec, call, *results, splits, tile),
         "cache_append": append_launch(spec, call),
         "combine": combine_launch(spec, call, split_out, split_lse, out, lse),
     }

@@ -16,6 +16,7 @@ from kv_caches import Options, rotary_tables
 from torch.library import opcheck
 
 import fastattn
+from fastattn.kernels import decode_tiles
 from fastattn.spec import KVCacheCall
 from numerics import assert_within_rule
 
@@ -209,3 +210,30 @@ def test_combinations(drawn: dict[str, Any], chosen: dict[str, Any]) -> None:
         return made
 
     check(Case("drawn", options, capacity=65, **drawn))
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+def test_a_sequence_is_cut_by_its_own_keys_alone(
+    kind: str, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own splits: neighbours of other lengths and more room in the cache change no bit."""
+    monkeypatch.setattr(decode_tiles, "SPLIT_KEYS", {64: 2 * SMALL_TILE.block_n})
+    decode_tiles.splits_for.cache_clear()
+    options = (lambda make: {"sinks": make.normal(2)}) if sinks else (lambda make: {})
+    lengths = (5, 61, 0, 30)
+    case = Case("cut", options, new=1, lengths=lengths, capacity=64, kind=kind, num_splits=None)
+    check(case)
+    whole = Inputs.of(case).call()
+    results = run(whole)
+    for b, length in enumerate(lengths):
+        fresh, one = Inputs.of(case).call(), slice(b, b + 1)
+        mine = {name: getattr(fresh, name)[one] for name in ("query", "key", "value", "cache_lengths")}
+        room = -(-(length + 1) // 8) * 8
+        if kind == "paged":
+            mine["block_table"] = fresh.block_table[one, : room // 8]
+        else:
+            mine |= {name: getattr(fresh, name)[one, :, :room] for name in ("k_cache", "v_cache")}
+        for alone, together in zip(run(replace(fresh, **mine)), results):
+            assert torch.equal(alone, together[one])
+    decode_tiles.splits_for.cache_clear()

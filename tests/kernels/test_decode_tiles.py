@@ -11,19 +11,13 @@ from fastattn import backends
 from fastattn.backends import triton as backend
 from fastattn.kernels.decode_tiles import (
     DECODE_TABLE,
-    FEWEST_SPLIT_KEYS,
-    MAX_SPLITS,
-    MOST_SPLIT_KEYS,
-    PROGRAMS_PER_SM,
+    SPLIT_KEYS,
     decode_tile_for,
+    split_keys,
     splits_for,
 )
-from fastattn.kernels.tiles import FAMILIES, HEAD_DIMS, Tile, table_tiles
+from fastattn.kernels.tiles import FAMILIES, HEAD_DIMS, table_tiles
 from fastattn.spec import AttentionSpec, KVCacheCall
-
-SMS = 132
-SLOTS = PROGRAMS_PER_SM * SMS
-LONG = 8192
 
 
 def call_of(
@@ -65,56 +59,41 @@ def test_pages_take_a_longer_pipeline() -> None:
     assert (dense.block_n, dense.num_warps) == (paged.block_n, paged.num_warps)
 
 
-def test_a_full_device_splits_nothing() -> None:
-    enough = int(0.8 * SLOTS) + 1
-    assert splits_for(enough, 1, 1, LONG, SMS) == 1
-    assert splits_for(1, enough, 1, LONG, SMS) == 1
-    assert splits_for(1, 1, enough, 10 * LONG, SMS) == 1
+@pytest.mark.parametrize(
+    ("head_dim", "keys"), [(16, 512), (64, 512), (65, 256), (128, 256), (129, 256), (256, 256)]
+)
+def test_a_split_holds_keys_by_the_head_dim(head_dim: int, keys: int) -> None:
+    spec = spec_of(head_dim=head_dim)
+    tile = decode_tile_for(spec, 4, paged=False)
+    assert splits_for(spec, 4, keys, tile) == (1, keys // tile.block_n, False)
+    assert splits_for(spec, 4, keys + 1, tile).count == 2
+    assert splits_for(spec, 4, 9 * keys, tile).count == 9
+    assert splits_for(spec, 4, 0, tile).count == 1
 
 
-def test_half_a_device_is_filled() -> None:
-    assert splits_for(SLOTS // 2, 1, 1, LONG, SMS) == 2
-    assert splits_for(1, 8, 1, 64 * LONG, SMS) * 8 in range(int(0.9 * SLOTS), SLOTS + 1)
+@pytest.mark.parametrize(("rows", "times"), [(0, 1), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3), (4096, 256)])
+def test_more_rows_take_larger_splits(rows: int, times: int) -> None:
+    assert split_keys(spec_of(), rows) == SPLIT_KEYS[64] * times
 
 
-def test_a_small_device_takes_fewer() -> None:
-    assert splits_for(1, 4, 1, LONG, 4) == 2
-    assert splits_for(1, 4, 1, LONG, 16) == 8
-    assert splits_for(1, 1, 1, LONG, 0 + 1) == 2
+def test_every_tile_cuts_at_the_same_keys() -> None:
+    """A split is a whole number of every tile's blocks."""
+    for key, (block_n, *_) in DECODE_TABLE.items():
+        assert SPLIT_KEYS[key[2]] % block_n == 0
 
 
-def test_a_split_has_keys_enough() -> None:
-    assert splits_for(1, 1, 1, 2 * FEWEST_SPLIT_KEYS - 1, SMS) == 1
-    assert splits_for(1, 1, 1, 2 * FEWEST_SPLIT_KEYS, SMS) == 2
-    assert splits_for(1, 1, 1, 5 * FEWEST_SPLIT_KEYS, SMS) == 5
+def test_a_window_may_begin_within_a_block() -> None:
+    spec = spec_of().replace(window_left=True)
+    tile = decode_tile_for(spec, 4, paged=False)
+    assert splits_for(spec, 4, 512 - tile.block_n, tile).count == 1
+    assert splits_for(spec, 4, 512, tile).count == 2
 
 
-def test_splits_have_a_limit() -> None:
-    assert splits_for(1, 1, 1, FEWEST_SPLIT_KEYS * 2 * MAX_SPLITS, 10 * SMS) in range(
-        MAX_SPLITS - 20, MAX_SPLITS + 1
-    )
-
-
-def test_one_long_sequence_does_not_hold_up_a_batch() -> None:
-    assert splits_for(64, 8, 1, MOST_SPLIT_KEYS, SMS) == 1
-    assert splits_for(64, 8, 1, MOST_SPLIT_KEYS + 1, SMS) == 2
-    assert splits_for(64, 8, 1, 8 * MOST_SPLIT_KEYS, SMS) == 8
-    assert (
-        splits_for(64, 8, 2, 8 * MOST_SPLIT_KEYS, SMS) == 1
-    )  # chunks of prompts: partial results would be large
-
-
-def test_no_wave_is_left_nearly_empty() -> None:
-    """Three quarters of the slots: two splits would leave a second wave half empty, so do four and none."""
-    programs = SLOTS * 3 // 4
-    chosen = splits_for(programs, 1, 1, LONG, SMS)
-    waves = programs * chosen / SLOTS
-    assert waves / -(-waves // 1) >= 0.9
-
-
-@pytest.mark.parametrize(("batch", "capacity"), [(0, LONG), (1, 0), (0, 0)])
-def test_nothing_is_one_split(batch: int, capacity: int) -> None:
-    assert splits_for(batch, 4, 1, capacity, SMS) == 1
+def test_few_sequences_fill_a_gpu() -> None:
+    """Programs of one sequence, on the 132 multiprocessors of an H100."""
+    spec = spec_of(head_dim=128)
+    tile = decode_tile_for(spec, 8, paged=False)
+    assert splits_for(spec, 8, 8192, tile).count * 8 >= 0.9 * 2 * 132
 
 
 @pytest.mark.parametrize(
@@ -127,20 +106,14 @@ def test_nothing_is_one_split(batch: int, capacity: int) -> None:
         ({"window_left": 100}, 32),
     ],
 )
-def test_a_window_is_all_there_is_to_split(
-    options: dict[str, object], seen: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_is_all_there_is_to_split(options: dict[str, object], seen: int) -> None:
     from fastattn.backends.triton import kv_cache as triton_kv_cache
-    from fastattn.kernels import decode_tiles
 
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(decode_tiles, "splits_for", lambda *sizes: asked.append(sizes) or 1)
     call = call_of()
     call = KVCacheCall(
         *(getattr(call, name) for name in ("query", "k_cache", "v_cache", "cache_lengths")), **options
     )
-    triton_kv_cache._num_splits(spec_of(), call, Tile(16, 16, 4, 1))
-    assert [sizes[3] for sizes in asked] == [seen]
+    assert triton_kv_cache._keys_seen(call) == seen
 
 
 def test_decoding_on_a_gpu_runs_on_triton() -> None:

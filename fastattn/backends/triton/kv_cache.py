@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall, empty_in_order, with_unit_last_stride
 
 if TYPE_CHECKING:
+    from fastattn.kernels.decode_tiles import KeySplits
     from fastattn.kernels.tiles import Tile
 
 
@@ -34,7 +35,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
         append_launch(spec, call).run()
     if tile is None:
         tile = decode_tile_for(spec, spec.group_size * call.query.shape[2], call.block_table is not None)
-    return _attend(spec, call, _num_splits(spec, call, tile), tile)
+    return _attend(spec, call, _splits(spec, call, tile), tile)
 
 
 def decodes(spec: AttentionSpec) -> bool:
@@ -47,7 +48,7 @@ def decodes(spec: AttentionSpec) -> bool:
 
 def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """(out, lse) of a padded call that `decodes`: its keys and values are a dense cache that is full."""
-    from fastattn.kernels.decode_tiles import decode_tile_for, single_query_splits
+    from fastattn.kernels.decode_tiles import decode_tile_for
 
     lengths = call.query.new_empty(0, dtype=torch.int32) if call.key_lengths is None else call.key_lengths
     cached = KVCacheCall(
@@ -56,37 +57,34 @@ def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, 
         scale=call.scale,
     )  # fmt: skip
     tile = decode_tile_for(spec, spec.group_size, paged=False)
-    return _attend(spec, cached, single_query_splits(_keys_seen(cached)), tile)
+    return _attend(spec, cached, _splits(spec, cached, tile), tile)
 
 
-def _attend(spec: AttentionSpec, call: KVCacheCall, num_splits: int, tile: Tile) -> tuple[Tensor, Tensor]:
+def _attend(spec: AttentionSpec, call: KVCacheCall, splits: KeySplits, tile: Tile) -> tuple[Tensor, Tensor]:
     """(out, lse) of the queries over what is in the cache."""
     from fastattn.kernels.decode_launches import combine_launch, decode_launch
 
     query = call.query
     out = empty_in_order(query, (*query.shape[:3], spec.value_dim))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if num_splits == 1:
-        decode_launch(spec, call, out, lse, 1, tile).run()
+    num_splits = splits.count
+    if num_splits == 1 and not splits.combine:
+        decode_launch(spec, call, out, lse, splits, tile).run()
         return out, lse
     split_out = query.new_empty((num_splits, *out.shape), dtype=torch.float32)
     split_lse = query.new_empty((num_splits, *lse.shape), dtype=torch.float32)
-    decode_launch(spec, call, split_out, split_lse, num_splits, tile).run()
+    decode_launch(spec, call, split_out, split_lse, splits, tile).run()
     combine_launch(spec, call, split_out, split_lse, out, lse).run()
     return out, lse
 
 
-def _num_splits(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> int:
-    """The splits asked for, of which more than blocks there can be would be empty, or those that fit the device."""
-    from fastattn.kernels.decode_tiles import splits_for
+def _splits(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> KeySplits:
+    """The splits asked for, of which more than blocks there can be would be empty, or those of a fixed size."""
+    from fastattn.kernels.decode_tiles import KeySplits, splits_for
 
     if call.num_splits:
-        return max(1, min(call.num_splits, -(-call.capacity // tile.block_n)))
-    num_sms = 1
-    if call.query.device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(call.query.device).multi_processor_count
-    query_tiles = -(-call.query.shape[2] * spec.group_size // tile.block_m)
-    return splits_for(call.query.shape[0], call.k_cache.shape[1], query_tiles, _keys_seen(call), num_sms)
+        return KeySplits(max(1, min(call.num_splits, -(-call.capacity // tile.block_n))))
+    return splits_for(spec, call.query.shape[2] * spec.group_size, _keys_seen(call), tile)
 
 
 def _keys_seen(call: KVCacheCall) -> int:
