@@ -111,7 +111,7 @@ class KVCachePlan:
         self.chosen = backends.select(self.spec, backend, "kv_cache_fwd")
         self.launch: Any = None
         if hasattr(self.chosen, "kv_cache_fwd_plan"):
-            self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call, lse_in_order=return_lse)
+            self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call)
         self.appends = call.key is not None
         self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, query, call.key, call.value)))
 

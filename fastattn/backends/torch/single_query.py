@@ -1,8 +1,8 @@
 """One query per sequence and head: products of all keys with the queries that share them, for every key/value head.
 
-torch's fused kernel splits the keys of one query among the threads that its batch leaves idle, so its bits depend on
-the batch, and in 16 bits it is several times slower than these products. A product of the keys with the queries, not
-of the queries with the keys, has the same bits in every batch.
+With several threads the bits of torch's fused kernel depend on a sequence's place in its batch, and in 16 bits it is
+several times slower than these products. A product of the keys with the queries, not of the queries with the keys, has
+the same bits in every batch. One thread runs the fused kernel in float32, which starts fewer operations.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.backends.torch.fused import is_regular
 from fastattn.spec import AttentionSpec, accumulation_dtype
 
 WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a core's cache
@@ -36,13 +37,21 @@ def single_query(
     Returns:
         out (B, H, 1, Dv) and lse (B, H, 1), contiguous.
     """
-    if query.shape[0] > 1 and not (_batch_merges(key) and _batch_merges(value)):
+    batch, num_heads, _, head_dim = query.shape
+    if _fused_is_invariant(query, value) and scale > 0:
+        rows = query.reshape(batch, key.shape[1], num_heads // key.shape[1], head_dim)
+        out, lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
+        if is_regular(lse):
+            return out.reshape(batch, num_heads, 1, head_dim), lse.reshape(batch, num_heads, 1)
+        apart = True  # those of the batch that are regular keep their bits
+    else:
+        apart = not (_batch_merges(key) and _batch_merges(value))
+    if batch > 1 and apart:
         each = [
             single_query(query[b : b + 1], key[b : b + 1], value[b : b + 1], scale, exact_scores)
-            for b in range(query.shape[0])
+            for b in range(batch)
         ]
         return torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])
-    batch, num_heads, _, head_dim = query.shape
     groups = batch * key.shape[1]  # one for each key/value head of each sequence
     queries = query.reshape(groups, num_heads // key.shape[1], head_dim)
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
@@ -65,6 +74,18 @@ def single_query(
         out, lse = parts[0] if len(parts) == 1 else (torch.cat(results) for results in zip(*parts))
         out = out.to(dtype)
     return out.view(batch, num_heads, 1, values.shape[2]), lse.view(batch, num_heads, 1)
+
+
+def _fused_is_invariant(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's fused kernel has the same bits in every batch here, and holds the error rule."""
+    dim = query.shape[3]
+    return (
+        torch.get_num_threads() == 1
+        and query.dtype in (torch.float32, torch.float64)
+        and dim == value.shape[3]
+        and dim % 8 == 0
+        and torch_compat.has_cpu_flash_attention(backward=False)
+    )
 
 
 def _products(

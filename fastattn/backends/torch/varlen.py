@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
+from fastattn.backends.torch import fused, single_query
 from fastattn.backends.torch.attention import attention_bwd, attention_fwd
 from fastattn.spec import (
     AttentionCall,
@@ -22,6 +24,8 @@ from fastattn.spec import (
 
 def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     """(out (T, H, Dv), lse (H, T)); tokens of no sequence get 0 and -inf."""
+    if (whole := _one_tile_each(spec, call)) is not None:
+        return whole
     tokens, num_heads, _ = call.query.shape
     out = empty_in_order(call.query, (tokens, num_heads, spec.value_dim)).zero_()
     lse = call.query.new_full((num_heads, tokens), -torch.inf, dtype=accumulation_dtype(spec.dtype))
@@ -30,6 +34,40 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
         out[rows] = sequence_out[0].transpose(0, 1)
         lse[:, rows] = sequence_lse[0]
     return out, lse
+
+
+def _one_tile_each(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) where each sequence is one tile to torch's fused kernel and no token is outside; None elsewhere.
+
+    The tiles are those of `attention_fwd`, without a call, a schedule and a look at the results for each sequence.
+    """
+    more = spec.alibi or spec.sinks or spec.window_left or spec.window_right
+    if more or not fused.can_run(spec) or not call.scale > 0 or single_query.can_run(spec):
+        return None
+    edges_q, edges_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    if edges_q[-1] != call.query.shape[0] or edges_q[-1] == 0:
+        return None
+    causal = call.causal != "none"
+    query, key, value = (t.transpose(0, 1)[None] for t in (call.query, call.key, call.value))  # (1, H, T, D)
+    outs, lses = [], []
+    for start_q, stop_q, start_k, stop_k in zip(edges_q, edges_q[1:], edges_k, edges_k[1:]):
+        rows, cols = stop_q - start_q, stop_k - start_k
+        if not rows:
+            continue
+        if not cols or (causal and rows != cols):
+            return None
+        out, lse = torch_compat.cpu_flash_attention(
+            query.narrow(2, start_q, rows), key.narrow(2, start_k, cols), value.narrow(2, start_k, cols),
+            causal and rows > 1, None, call.scale,
+        )  # fmt: skip
+        outs.append(out[0].transpose(0, 1))  # (S, H, D), as the kernel lays it out
+        lses.append(lse[0])
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    if not fused.is_regular(lse):
+        return None
+    return (
+        out if call.query.is_contiguous() else empty_in_order(call.query, tuple(out.shape)).copy_(out)
+    ), lse
 
 
 def varlen_bwd(

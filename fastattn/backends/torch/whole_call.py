@@ -33,7 +33,7 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
     if tile is None:
         return None
     if single_query.can_run(spec):
-        return partial(_single_query, call.scale)
+        return partial(_single_query, call.scale, True)
     causal, scale, contiguous = tile.structure == "causal", call.scale, call.query.is_contiguous()
     options: dict[str, Any] = {
         "causal": call.causal,
@@ -53,8 +53,10 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
     return run
 
 
-def _single_query(scale: float, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = single_query.single_query(query, key, value, scale)
+def _single_query(
+    scale: float, exact_scores: bool, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    out, lse = single_query.single_query(query, key, value, scale, exact_scores)
     return in_order(out, query), lse
 
 
@@ -98,7 +100,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
     return run
 
 
-def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, lse_in_order: bool) -> Cached | None:
+def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall) -> Cached | None:
     """(query, k_cache, v_cache, key, value, lengths) -> (out, lse) for calls like this one, as `kv_cache_fwd`.
 
     None where one query does not see all that is in a dense cache; the result is None where lengths differ.
@@ -109,9 +111,9 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, lse_in_order: bool
     if more or banded or not unit or not spec.single_query or call.causal == "top_left" or not call.capacity:
         return None
     one = (call.query, call.k_cache[:, :, :1], call.v_cache[:, :, :1])  # any other number is one tile too
-    attend = attention_fwd_plan(spec, call.attending(*one, None), lse_in_order)
-    if attend is None:
+    if _only_tile(spec, call.attending(*one, None)) is None or not single_query.can_run(spec):
         return None
+    attend = partial(_single_query, call.scale, False)  # no gradient is computed from lse
     new_keys = call.new_keys
 
     def run(
