@@ -103,9 +103,10 @@ def _check(ops: ModuleType, spec: Any) -> None:
 def _check_one_pass(ops: ModuleType, head_dim: int) -> None:
     """SwitchedOff where the CUDA backend would take two passes although one was asked for."""
     from fastattn import backends
+    from fastattn.backends import switches
     from fastattn.backends.cuda import attention as cuda_attention
 
-    off = backends.switched_off("cuda", "one_pass")
+    off = switches.switched_off("cuda", "one_pass")
     if ops is backends.cuda_backend and head_dim in cuda_attention.ONE_PASS_HEAD_DIMS and off is not None:
         raise SwitchedOff(str(off))
 
