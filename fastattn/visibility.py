@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 
-def distances(rows: tuple[int, int], cols: tuple[int, int], shift: int, device: torch.device) -> Tensor:
+def distances(
+    rows: tuple[int, int], cols: tuple[int, int], shift: int, device: torch.device | None
+) -> Tensor:
     """pos(i) - j, where pos(i) is i + shift, of queries and keys from a first up to a last: (rows, cols) int64."""
     positions = torch.arange(*rows, device=device) + shift
     return positions[:, None] - torch.arange(*cols, device=device)
+
+
+def lower_triangle(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Whether j <= i + columns - rows, causality with its end at the bottom right: (rows, columns)."""
+    return distances((0, rows), (0, columns), columns - rows, device) >= 0
 
 
 def within_band(distance: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor | None:

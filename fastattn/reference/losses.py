@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.visibility import lower_triangle
+
 NOTHING = float("-inf")
 
 
@@ -26,17 +28,11 @@ def softmax(
     if mask is not None:
         visible = visible & mask
     if causal:
-        visible = visible & causal_mask(x.shape[-2], x.shape[-1], x.device)
+        visible = visible & lower_triangle(x.shape[-2], x.shape[-1], x.device)
     seen = visible.any(dim, keepdim=True)
     scores = scores.masked_fill(~visible, NOTHING).masked_fill(~seen, 0.0)  # no row is -inf alone
     result = scores.log_softmax(dim) if log else scores.softmax(dim)
     return torch.where(visible, result, NOTHING if log else 0.0)
-
-
-def causal_mask(rows: int, columns: int, device: torch.device) -> Tensor:
-    """True where j <= i + columns - rows."""
-    i = torch.arange(rows, device=device)[:, None]
-    return torch.arange(columns, device=device) <= i + columns - rows
 
 
 def cross_entropy(

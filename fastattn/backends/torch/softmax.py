@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
+from fastattn.visibility import distances
 
 BLOCK_ELEMENTS = {"cpu": 2**18}  # a block stays in a core's cache between the passes over it
 OTHER_BLOCK_ELEMENTS = 2**26  # elsewhere few launches count more
@@ -157,7 +158,7 @@ def _constant_where_hidden(scores: Tensor, result: Tensor, dim: int, log: bool) 
 
 def _above_diagonal(block: Index, x: Tensor) -> Tensor:
     """Which entries of a block lie above the diagonal that ends in the bottom right corner."""
-    rows, columns = (
-        torch.arange(length, device=x.device)[part] for length, part in zip(x.shape[-2:], block[-2:])
+    (first_row, last_row, _), (first, last, _) = (
+        part.indices(length) for length, part in zip(x.shape[-2:], block[-2:])
     )
-    return columns > rows[:, None] + (x.shape[-1] - x.shape[-2])
+    return distances((first_row, last_row), (first, last), x.shape[-1] - x.shape[-2], x.device) < 0

@@ -16,6 +16,7 @@ from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bw
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
+from fastattn.visibility import distances
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Cached = Callable[
@@ -68,7 +69,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         return None
     scale, causal = call.scale, tile.structure == "causal"
     if runs_dense(spec, call):
-        above = torch.ones(len(tile.rows), len(tile.cols), dtype=torch.bool).triu_(1) if causal else None
+        above = distances((0, len(tile.rows)), (0, len(tile.cols)), 0, None) < 0 if causal else None
         mask = additive(above, spec.group_size, spec.dtype)
 
         def run_dense(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.spec import SoftmaxCall, SoftmaxSpec
+from fastattn.visibility import lower_triangle
 
 if TYPE_CHECKING:
     from fastattn.kernels.row_tiles import RowTile
@@ -91,5 +92,4 @@ def _rows_of_contiguous(tensors: list[Tensor], dim: int, inner: int | None) -> R
 def _lower_triangle(x: Tensor) -> Tensor:
     """True where column <= row + columns - rows, in the rank of x."""
     rows, columns = x.shape[-2:]
-    below = torch.ones(rows, columns, dtype=torch.bool, device=x.device).tril(columns - rows)
-    return below[(None,) * (x.dim() - 2)]
+    return lower_triangle(rows, columns, x.device)[(None,) * (x.dim() - 2)]
