@@ -35,7 +35,7 @@ FEATURES = {  # of decode, by bits
     ),
     32: ("8 heads", "1 head, pages of 16", "8 heads, pages of 16, all"),
 }
-APPEND, COMBINE = "pages of 16, rotary", "8 heads, sinks"
+APPEND, COMBINE = "pages of 16, rotary", "8 heads"
 
 
 def cache_call(
@@ -75,6 +75,7 @@ def cache_call(
 def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int = 0) -> dict[str, Any]:
     """The launches of a call on an architecture, by kernel; with its tile's own stages unless others are named."""
     from fastattn.kernels.decode_launches import append_launch, combine_launch, decode_launch
+    from fastattn.kernels.decode_tiles import Splits, loops
 
     tile, spec = tile_of(call, arch), _spec_of(call, arch)
     if num_stages:
@@ -84,11 +85,16 @@ def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int =
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     split_out = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
     split_lse = lse.new_empty(num_splits, *lse.shape)
-    results = (out, lse) if num_splits == 1 else (split_out, split_lse)
+    counts = lse.new_empty(lse.shape, dtype=torch.int32)
+    splits = Splits(16, 4, num_splits, programs=max(1, num_splits // 2 if loops(tile) else num_splits))
+    if num_splits == 1:
+        decode = decode_launch(spec, call, out, lse, splits, tile)
+    else:
+        decode = decode_launch(spec, call, split_out, split_lse, splits, tile, counts)
     return {
-        "decode": decode_launch(spec, call, *results, num_splits, tile),
+        "decode": decode,
         "cache_append": append_launch(spec, call),
-        "combine": combine_launch(spec, call, split_out, split_lse, out, lse),
+        "combine": combine_launch(split_out, split_lse, counts, out, lse),
     }
 
 
@@ -123,7 +129,7 @@ def entries() -> Iterator[Row]:
 @cache
 def launches(arch: int, bits: int, head_dim: int, features: str, num_stages: int = 0) -> dict[str, Any]:
     """The launches of a row of the compile table, by kernel."""
-    num_splits = 1 if "all" in features else 8  # the sinks are the last split's, or the combine's
+    num_splits = 1 if "all" in features else 8
     return launches_of(cache_call(features, head_dim, bits), arch, num_splits, num_stages)
 
 

@@ -11,12 +11,12 @@ from attention_cases import DEVICE, Maker
 import fastattn
 from fastattn import reference
 from fastattn.backends.triton.kv_cache import decodes
-from fastattn.kernels.decode_tiles import MAX_SPLITS, SINGLE_QUERY_KEYS, single_query_splits
+from fastattn.kernels.decode_tiles import FEWEST_SPLIT_KEYS
 from fastattn.spec import AttentionCall, AttentionSpec
 from numerics import assert_within_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-LENGTH = SINGLE_QUERY_KEYS + 70  # keys, in two splits
+LENGTH = FEWEST_SPLIT_KEYS + 70  # keys, in two splits
 OPTIONS: dict[str, Any] = {
     "plain": lambda make: {},
     "causal": lambda make: {"causal": True},
