@@ -18,7 +18,7 @@
 namespace fastattn {
 namespace {
 
-// An uninitialised dense tensor of a tensor's shape whose outer dimensions lie in memory in the order of its own.
+// An uninitialised dense tensor of the same shape, with its outer dimensions in the same order in memory.
 at::Tensor empty_like(const at::Tensor& tensor) {
   std::vector<int64_t> order(tensor.dim());
   std::iota(order.begin(), order.end(), 0);

@@ -15,7 +15,7 @@
 
 namespace fastattn {
 
-// What the kernels do beside q, k and v. -1 is an unbounded side of the window.
+// Options of a call. A window side of -1 is unbounded.
 struct AttentionOptions {
   bool top_left;
   int64_t window_left;
@@ -158,7 +158,7 @@ inline bool wants_tile_counter(const AttentionParams& p, int multiprocessors) {
   return query_blocks * p.num_heads * (packed ? 1 : p.batch) > multiprocessors;
 }
 
-// The driver's encoder of tensor maps, looked up once.
+// The driver's cuTensorMapEncodeTiled, looked up once.
 inline TensorMapEncoder tensor_map_encoder() {
   static const TensorMapEncoder encoder = [] {
     void* function = nullptr;

@@ -35,7 +35,7 @@ struct AttentionParams {
 
   const int32_t* cu_seqlens_q;  // (B + 1,), null unless packed: sequence b owns tokens cu[b] .. cu[b + 1]
   const int32_t* cu_seqlens_k;  // (B + 1,), null unless packed
-  const int32_t* key_lengths;   // (B,), or null: keys from key_lengths[b] on do not exist, whatever their bytes hold
+  const int32_t* key_lengths;   // (B,), or null: keys from key_lengths[b] on are masked; their memory may hold anything
 
   int batch;
   int num_heads;
@@ -48,7 +48,8 @@ struct AttentionParams {
 
   // Forward only: how many tiles have been taken besides each block's first; 0 at launch. Null for a static schedule.
   uint32_t* tile_counter;
-  bool clusters;  // forward only: blocks may load keys and values for each other where that adds no round of tiles
+  // forward only: clusters, which multicast keys and values, are allowed where they add no round of tiles
+  bool clusters;
 
   bool top_left;     // query i has key position i, not i + Sk - Sq
   int window_left;   // keys seen before a query's position, kUnbounded for all
@@ -61,7 +62,7 @@ struct AttentionParams {
 // cu_seqlens[b] / kBlock + b and reserves as many blocks as it can need, some of them possibly empty.
 template <int kBlock>
 FASTATTN_HOST_DEVICE constexpr int64_t packed_blocks(int64_t rows, int64_t sequences) {
-  return rows / kBlock + sequences + 1;  // the leftover rows are one more sequence
+  return rows / kBlock + sequences + 1;  // the rows after the last sequence count as one more sequence
 }
 
 // Each block of rows of lse_log2 and delta belongs to one sequence.

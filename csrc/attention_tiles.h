@@ -13,12 +13,12 @@ constexpr int kHeadDims[] = {64, 128, 256};
 
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-// Forward. `windowed`: causality or a window masks parts of blocks, so that wide blocks waste products at the mask's
-// edges.
+// Forward. `windowed`: causality or a window masks scores within tiles; with narrower blocks of keys fewer products are
+// wasted on masked scores.
 //
 //   64   a block of keys fits beside three warpgroups of queries; the softcap's tanh needs registers that three lack
 //   128  176 keys are what 227 KB of shared memory hold beside 128 queries
-//   256  80 keys, likewise
+//   256  80 keys fill the shared memory in the same way
 constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
   if (head_dim == 64) return softcap ? TileSize{128, 128} : TileSize{192, 128};
   if (head_dim == 128) return windowed || softcap ? TileSize{128, 128} : TileSize{128, 176};
@@ -29,25 +29,27 @@ constexpr TileSize forward_tile(int head_dim, bool windowed, bool softcap) {
 // per block at this head dim the main loop would otherwise need 32 bytes a cycle from the L2 cache.
 constexpr int forward_cluster(int head_dim) { return head_dim == 128 ? 2 : 1; }
 
-// Gradients of keys and values: `keys` of a block, 64 per warpgroup, which loops over blocks of `queries`. Registers
-// decide: a thread holds keys * head_dim / 128 sums of each gradient, three blocks of keys * queries / 256 scores, and
-// the cap's slopes beside. Above 128 it holds the sums of one gradient: of the 64 keys that both warpgroups share, or
-// with a cap, whose slopes would have to be handed over too, one after the other.
+// The pass for dk and dv: a block of threads owns `keys` keys, 64 per warpgroup, and loops over blocks of `queries`
+// queries. Registers set the sizes: a thread holds keys * head_dim / 128 accumulators of each gradient, three score
+// tiles of keys * queries / 256 values each, and with a softcap its derivatives. Above head dim 128 the accumulators of
+// one gradient fit: both warpgroups own the same 64 keys and hold one gradient each. With a softcap, whose derivatives
+// would have to be passed between them too, two passes compute one gradient each.
 constexpr TileSize key_gradients_tile(int head_dim, bool softcap) {
   if (head_dim == 64) return {64, 128};
   if (head_dim == 128) return {softcap ? 32 : 64, 128};
   return softcap ? TileSize{32, 128} : TileSize{64, 64};
 }
 
-// Gradient of queries: `queries` of a block, which loops over blocks of `keys`. Likewise; at 256 shared memory decides.
+// The pass for dq: a block of threads owns `queries` queries and loops over blocks of `keys` keys. Registers set the
+// sizes; at head dim 256 shared memory does.
 constexpr TileSize query_gradient_tile(int head_dim, bool softcap) {
   if (head_dim == 64) return {128, 128};
   if (head_dim == 128) return {128, softcap ? 64 : 128};
   return {128, softcap ? 32 : 48};
 }
 
-// Whether all gradients can come from one pass, with the tiles of key_gradients_tile. Above 128 the sums of both
-// gradients do not fit the registers.
+// Whether one pass can compute all gradients, with the tiles of key_gradients_tile. Above head dim 128 the accumulators
+// of dk and dv do not fit the registers.
 constexpr bool has_one_pass(int head_dim) { return head_dim <= 128; }
 
 }  // namespace fastattn

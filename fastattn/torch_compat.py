@@ -7,7 +7,9 @@ the call then takes torch's dispatcher or its public functions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -399,6 +401,107 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.mT
 
 
+_reorder_linear: Any = _find("torch.ops.mkldnn._reorder_linear_weight")
+
+
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN multiplies with a bfloat16 weight in its own order here: tried once, on first use."""
+    if not _HAS_ONEDNN or _reorder_linear is None:
+        return False
+    try:
+        weight = torch.ones(32, 32, dtype=torch.bfloat16)
+        out = packed_linear(weight, pack_linear(weight), None)
+    except RuntimeError:
+        return False
+    return bool((out == 32).all())
+
+
+@functools.cache
+def has_packed_linear() -> bool:
+    """Whether bfloat16 weights can be kept in the order in which oneDNN reads them.
+
+    Fallback: False, and products read the weight as it is.
+    """
+    return _packs_bfloat16()
+
+
+def pack_linear(weight: Tensor) -> Any:
+    """A weight (O, I) in oneDNN's order for a product of one row.
+
+    Fallback: none is needed, `has_packed_linear` says so.
+    """
+    return _reorder_linear(weight.detach(), 1)
+
+
+def packed_linear(x: Tensor, pack: Any, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with what `pack_linear` made of the weight.
+
+    Fallback: none is needed, `has_packed_linear` says so.
+    """
+    result: Tensor = _onednn_linear(x, pack, bias, "none", [], "")
+    return result
+
+
+_int8_linear: Any = _find("torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32")
+_int8_pack: Any = _find("torch.ops.quantized.linear_prepack")
+_per_channel: Any = _find("torch._make_per_channel_quantized_tensor")
+_avx512: Any = _find("torch.cpu._is_avx512_supported")
+_vnni: Any = _find("torch.cpu._is_vnni_supported")
+
+
+@functools.cache
+def has_int8_linear() -> bool:
+    """Whether torch was built with FBGEMM and its product of 8-bit numbers that returns float32.
+
+    Fallback: False, and 8-bit numbers are multiplied in float64.
+    """
+    if _int8_linear is None or _int8_pack is None or _per_channel is None:
+        return False
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    try:
+        weight = torch.full((32, 32), -127, dtype=torch.int8)
+        out = int8_linear(torch.full((1, 32), 3.0), pack_int8_linear(weight, torch.full((32,), 0.5)))
+    except RuntimeError:
+        return False
+    return bool((out == -127 * 0.5 * 3 * 32).all())
+
+
+@functools.cache
+def has_int8_dot_products() -> bool:
+    """Whether 8-bit products are summed in 32 bits, by AVX-512 VNNI, so that none saturates.
+
+    Fallback: False, and activations use 7 bits.
+    """
+    return None not in (_avx512, _vnni) and bool(_avx512() and _vnni())
+
+
+def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:
+    """An int8 weight (O, I) and the float32 scale of each output, in FBGEMM's order.
+
+    Fallback: none is needed, `has_int8_linear` says so.
+    """
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    # FBGEMM packs for the engine that is set; "x86", the usual one, may pack for oneDNN
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.ao's deprecation of quantised tensors
+            return _int8_pack(_per_channel(weight, scale.double(), zeros, 0), None)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def int8_linear(x: Tensor, pack: Any) -> Tensor:
+    """round(x) @ (weight * scale).T, float32, for float32 x of magnitude 127 at most.
+
+    Fallback: none is needed, `has_int8_linear` says so.
+    """
+    result: Tensor = _int8_linear(x, 1.0, 128, pack)
+    return result
+
+
 _graph_task = _find("torch._C._current_graph_task_id")
 
 
@@ -427,13 +530,23 @@ _GLOBAL_HOOKS = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def hooks_of(module: torch.nn.Module) -> list[Any] | None:
+    """What is called besides a module's forward.
+
+    Fallback: None, where this torch keeps hooks elsewhere.
+    """
+    found = (*(getattr(module, name, None) for name in _HOOKS), *_GLOBAL_HOOKS)
+    if any(hooks is None for hooks in found):
+        return None
+    return [hook for hooks in found for hook in hooks.values()]
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of a module does more than its forward.
 
     Fallback: True, where this torch keeps hooks elsewhere.
     """
-    local = (getattr(module, name, None) for name in _HOOKS)
-    return any(hooks is None or bool(hooks) for hooks in (*local, *_GLOBAL_HOOKS))
+    return hooks_of(module) != []
 
 
 _HAS_VERSION = _find("torch.Tensor._version") is not None

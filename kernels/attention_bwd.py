@@ -1,9 +1,9 @@
 """Attention backward: a row-wise preparation, then one pass for dK and dV and one for dQ, bitwise deterministic.
 
-Every pass recomputes the weights from lse, which the preparation has made the reference of its exponents, and with a
-bias from the `lse_correction` of attention_lse_correction.py. With `dweights` the same passes are the backward of the
-weights themselves: the gradient of a weight is then given instead of being dout @ v.T. With TMA, q, k, v and dout are
-descriptors.
+Every pass recomputes the weights from `reference`, which the preparation makes of lse, and with a bias from the
+`lse_correction` of attention_lse_correction.py. The same passes are the backward of the weights themselves: `dweights`,
+the gradients of the weights, then stand in place of dout @ v.T. With TMA, q, k, v and dout are descriptors. `optional`
+and `upstream` are the tuples of tensors of arguments.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -43,8 +43,8 @@ def attention_delta_kernel(
     out, dout, lse, dlse, delta, reference, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
     num_heads, seqlen_q, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) - dlse, and 0 where lse is -inf: what dscore = probs * (dprobs - delta) subtracts; and
-    the reference of the passes' exponents, which is lse as `load_lse` gives it. The reference alone without an `out`.
+    """delta = rowsum(out * dout) - dlse, 0 where lse is -inf, for dscore = probs * (dprobs - delta); and reference, lse
+    as `load_lse` returns it, for the exponents of the passes. Without `out`, reference alone.
 
     One program owns BLOCK_M queries of one head.
     """
@@ -86,8 +86,8 @@ def attention_dkdv_kernel(
     """dv = weights.T @ dout and dk = scale * dproducts.T @ q; without dv where the weights' gradients are given.
 
     One program owns BLOCK_N keys of one key/value head and adds up the query heads it serves in their order. Tiles are
-    keys by queries, so weights and gradients enter the products as they are. Keys that don't exist get garbage rows of
-    their own, which are replaced by zeros at the end.
+    keys by queries, so weights and gradients enter the products without a transpose. Rows of keys past the end hold
+    arbitrary values until zeros replace them at the end.
 
     With SPLIT_HEADS, program_id(1) counts splits from first_split on. A split is SPLIT_HEADS query heads and
     SPLIT_QUERIES of their queries, a multiple of BLOCK_M, or all queries where it is 0. dk and dv then hold a float32
@@ -216,8 +216,8 @@ def attention_dq_kernel(
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, keep_threshold, scale, softcap, keep_scale,
     TMA: tl.constexpr, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale * dproducts @ k, and what else sums over keys: the slope's gradient -sum(dscores * distance), a number
-    per program in dslope_tiles, and dlse = -rowsum(dscores) where the weights' gradients are given.
+    """dq = scale * dproducts @ k, and the other sums over keys: the slope's gradient -sum(dscores * distance), one
+    number per program in dslope_tiles, and dlse = -rowsum(dscores) with `dweights`.
 
     One program owns BLOCK_M queries of one head and visits the key blocks they see.
     """

@@ -1,4 +1,4 @@
-"""The gradient of the bias, a pass of its own beside those of attention_bwd.py."""
+"""The gradient of the bias, in a pass of its own."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -1,8 +1,9 @@
 """Attention against a key/value cache: append, split attention over the cached keys, combine.
 
-`CACHE` is the `CacheVariant` of decode_launches.py. A cache is a tuple (pointer to the first element of this head,
-stride from page to page, from row to row and from column to column, this sequence's row of the block table, length).
-Query heads that share a key head are rows of one tile: row r is query r // group_size of head r % group_size.
+`CACHE` is the `CacheVariant` of decode_launches.py, `cached` its `CacheTensors`. A cache is a tuple (pointer to the
+first element of this head, stride from page to page, from row to row and from column to column, this sequence's row of
+the block table, length). Query heads that share a key head are rows of one tile: row r is query r // group_size of head
+r % group_size.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -48,7 +49,7 @@ def head_cache(pointer, strides, table, batch, head, length, VARIANT: tl.constex
 
 @triton.jit
 def cache_rows(cache, keys, exists, VARIANT: tl.constexpr, CACHE: tl.constexpr):
-    """Pointers to the first element of each of `keys`, wherever its page lies; meaningful where it exists."""
+    """Pointers to the first element of each of `keys`, in whichever page; undefined where `exists` is false."""
     base, stride_block, stride_row, _, table, _ = cache
     if CACHE.page_size:
         page = tl.load(table + keys // CACHE.page_size, mask=exists, other=0)
@@ -104,8 +105,8 @@ def load_cached(
 
 @triton.jit
 def load_rotated(starts, exists, positions, rotary, DIM: tl.constexpr, CACHE: tl.constexpr):
-    """Rows of DIM columns whose first elements are at `starts`, the leading rotary_dim columns turned to `positions`:
-    each column times its cosine plus its partner, the first of a pair with the sign changed, times its sine."""
+    """Rows of DIM columns whose first elements are at `starts`, the leading rotary_dim columns rotated to `positions`:
+    x * cos + partner * sin, where the partner of the first column of a pair enters with its sign changed."""
     cols = tl.arange(0, padded(DIM))[None, :]
     tile = tl.load(starts[:, None] + cols, mask=exists[:, None] & (cols < DIM), other=0.0)
     if CACHE.rotary_dim:

@@ -1,4 +1,4 @@
-"""The factor that makes a row's weights sum to 1 where a float32 lse of huge magnitude is too coarse for it."""
+"""The factor by which recomputed weights of a row sum to 1 where |lse| is too large for float32 to hold it finely."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -32,8 +32,8 @@ def attention_lse_correction_kernel(
     num_heads, batch_size, seqlen_q, seqlen_k, shift, left, right, scale, softcap,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """lse_correction = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1: a row whose biases are all the least
-    number has lse = that number, however many keys share it.
+    """lse_correction = 1 / sum(exp(logits - lse)) where |lse| is extreme, else 1. A row whose biases are all the least
+    float32, for example, has lse equal to it for any number of keys.
 
     One program owns BLOCK_M queries of one head and looks at keys only if it has an extreme row.
     """

@@ -17,8 +17,8 @@ APPEND_ROWS = 16  # new tokens a program of the append writes
 COMBINE_SPLITS = 16  # splits a program of the combine reads at a time
 DECODE_ROWS = (16, 32, 64)  # rows of query tiles smaller than the forward kernel's
 WIDE_WARPS = 8  # of tiles with more rows than the first
-# (family, bits, head dim): keys per block, warps and stages of the smallest tiles: two blocks of keys and of values on
-# their way per program, and shared memory for two programs per multiprocessor.
+# (family, bits, head dim): keys per block, warps and stages of the smallest tiles: two blocks of keys and of values
+# in flight per program, and shared memory for two programs per multiprocessor.
 DECODE_TABLE = {
     **{(family, 16, 64): (64, 4, 4) for family in FAMILIES},
     **{(family, 16, 128): (64, 4, 3) for family in (80, 90, 100)},
@@ -40,14 +40,14 @@ WORKSPACE_BYTES = 256 * 2**20  # of partial results at a time
 # Programs share splits out among them, which changes no bit: their number follows from the device and the batch.
 PROGRAMS_PER_SM = 2
 WAVES = 8  # of programs, that splits of unlike lengths even out; empty ones take about 2 ns each
-MOST_PROGRAM_KEYS = 16384  # of one program while decoding, so that one long sequence doesn't hold up a batch
+MOST_PROGRAM_KEYS = 16384  # of one program while decoding, so that one long sequence does not delay a batch
 
 
 @lru_cache(maxsize=1024)
 def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     """The tile for `rows` rows, queries times the heads that share a key head.
 
-    In a paged cache, the block table is a load ahead of the loads of keys: as much on its way takes twice the
+    In a paged cache, a load of the block table precedes the loads of keys: as many bytes in flight take twice the
     stages.
     """
     block_m = next((size for size in DECODE_ROWS if size >= rows), 0)

@@ -1,9 +1,10 @@
 """Device functions of the attention kernels: ranges of blocks, tiles in and out, logits, softmax, dropout.
 
-`VARIANT` is the `AttentionVariant` of launches.py. `rows` are query and `cols` key indices, already expanded, so one
-function serves tiles laid out queries by keys (rows [M, 1], cols [1, N]) and keys by queries (rows [1, M],
-cols [N, 1]). A matrix is a tuple (pointer to its first row, row stride, number of rows); a score matrix, of a mask or a
-bias, is a tuple (pointer to its first element, row stride, column stride), with stride 0 where it is broadcast.
+`VARIANT` is the `AttentionVariant` of variants.py, `optional` the `OptionalTensors` of arguments.py. `rows` are query
+and `cols` key indices, already expanded, so one function serves tiles laid out queries by keys (rows [M, 1], cols [1,
+N]) and keys by queries (rows [1, M], cols [N, 1]). A matrix is a tuple (pointer to its first row, row stride, number of
+rows); a score matrix, of a mask or a bias, is a tuple (pointer to its first element, row stride, column stride), with
+stride 0 where it is broadcast.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -60,7 +61,7 @@ def head_matrix(pointer, strides, batch, head, first_row, num_rows, VARIANT: tl.
 
 @triton.jit
 def score_matrix(pointer, strides, batch, head):
-    """One head's (Sq, Sk) matrix of a tensor that broadcasts to (B, H, Sq, Sk); meaningless where it is absent."""
+    """One head's (Sq, Sk) matrix of a tensor that broadcasts to (B, H, Sq, Sk); undefined where it is absent."""
     stride_batch, stride_head, stride_row, stride_col = strides
     base = 0
     if pointer is not None:
@@ -131,7 +132,7 @@ def load_operand(
     operand, first_row, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr, TMA: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """`load_tile`, or by TMA, which leaves zeros beyond the tensor but not beyond what a sequence has of it."""
+    """`load_tile`, or a load by TMA, which fills with zeros past the tensor but not past a sequence within it."""
     if TMA:
         descriptor, batch, head, before = operand
         block = descriptor.load([batch, head, before + first_row, 0])
@@ -143,8 +144,8 @@ def load_operand(
 
 @triton.jit
 def zero_beyond(tile, rows, num_rows, IS_MASKED: tl.constexpr, TMA: tl.constexpr, VARIANT: tl.constexpr):
-    """A tile of `load_operand` whose rows are summed over: a row that is not the sequence's own may be NaN, which a
-    weight of 0 does not silence."""
+    """A tile of `load_operand` that enters a sum over rows, with zeros in rows past num_rows: they may hold another
+    sequence's NaN, and 0 * NaN is NaN."""
     if TMA and IS_MASKED and (VARIANT.varlen or VARIANT.key_lengths):
         tile = tl.where((rows < num_rows)[:, None], tile, 0.0)
     return tile
@@ -217,7 +218,7 @@ def key_blocks(
 def query_blocks(
     first_key, tile_key_end, seqlen_q, shift, left, right, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """The query blocks that see keys [first_key, tile_key_end), none without keys: the mirror of `key_blocks`."""
+    """The query blocks that see keys [first_key, tile_key_end), none without keys; see `key_blocks`."""
     begin = 0
     full_begin = 0
     end = seqlen_q
@@ -269,7 +270,7 @@ def block_count(blocks, IS_MASKED: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Within 2 units in the last place: a polynomial below 0.625, where 1 - 2 / (exp(2x) + 1) would cancel."""
+    """tanh(x) within 2 units in the last place: a polynomial below 0.625, where 1 - 2 / (exp(2x) + 1) cancels."""
     magnitude = tl.abs(x)
     square = x * x
     polynomial = square * -0.006096714165578375 + 0.020997178998974037
@@ -291,7 +292,7 @@ def distance(rows, cols, shift):
 def head_scoring(
     batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT: tl.constexpr
 ):
-    """All that turns q.k of one head into logits, as one tuple for `logits`; what is absent has no meaning there.
+    """All that turns q.k of one head into logits, as one tuple for `logits`; what is absent is undefined there.
 
     score_strides: the four of the mask, the four of the bias and that of the slopes; positions: (seqlen_q, seqlen_k,
     shift, left, right).
@@ -362,7 +363,7 @@ def logits(products, rows, cols, scoring, IS_MASKED: tl.constexpr, VARIANT: tl.c
 @triton.jit
 def exponents(scores, reference, scale, VARIANT: tl.constexpr):
     """log2 of exp(logit - reference). With a folded scale one fused multiply-add does it, the reference being in the
-    log2 domain; otherwise the difference comes first, which loses nothing where a logit is close to its reference."""
+    log2 domain; otherwise the reference is subtracted first, which is exact where a logit is close to it."""
     if VARIANT.fold_scale:
         result = scores * (scale * LOG2E) - reference
     else:
@@ -372,9 +373,9 @@ def exponents(scores, reference, scale, VARIANT: tl.constexpr):
 
 @triton.jit
 def softmax_start(sinks, batch, head, BLOCK_M: tl.constexpr, VARIANT: tl.constexpr):
-    """(row_max, row_sum) before any key: nothing, or the sink, which is one more key without a value.
+    """(row_max, row_sum) before any key: (-inf, 0), or those of the sink, which is one more key without a value.
 
-    Tokens of no sequence, whose batch is -1, have no sink either.
+    Tokens that belong to no sequence, whose batch is -1, have no sink.
     """
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -388,8 +389,8 @@ def softmax_start(sinks, batch, head, BLOCK_M: tl.constexpr, VARIANT: tl.constex
 def softmax_update(scores, row_max, row_sum, scale, VARIANT: tl.constexpr):
     """One step of online softmax over columns: (probs, rescale, row_max, row_sum), probs = exp(logit - row_max).
 
-    row_max is in the domain of `exponents`' reference, rescale is what earlier sums are worth now. A row that has seen
-    no key yet, or only scores of -inf, has a maximum of -inf and counts from 0: -inf - -inf is NaN.
+    row_max is in the domain of `exponents`' reference; earlier sums are multiplied by rescale. A row that has seen no
+    key yet, or only scores of -inf, keeps a maximum of -inf but subtracts 0, since -inf - -inf is NaN.
     """
     if VARIANT.fold_scale:
         new_max = tl.maximum(row_max, tl.max(scores, 1) * (scale * LOG2E))
@@ -453,7 +454,7 @@ def philox_round(c0, c1, c2, c3, key_low, key_high):
 def dropout_keep(
     seed, head_index, first_query, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Which weights of a [BLOCK_M, BLOCK_N] tile survive: the stream of fastattn/philox.py, one call per 8 keys.
+    """Which weights of a [BLOCK_M, BLOCK_N] tile are kept: the stream of fastattn/philox.py, one call per 8 keys.
 
     The counter is (key // 8, query, b * H + h, 0), the key the two halves of the seed; half j % 8 of a call's 128 bits
     belongs to key j.

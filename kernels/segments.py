@@ -12,7 +12,7 @@ NO_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def id_range(ids, index, length, AXIS: tl.constexpr):
-    """(smallest non-negative id, largest id or -1, smallest id) of each tile; ids past the end count for nothing."""
+    """(smallest non-negative id, largest id or -1, smallest id) of each tile; ids past the end are ignored."""
     exists = index < length
     values = tl.load(ids + index, mask=exists, other=-1)
     lowest = tl.min(tl.where(values >= 0, values, NO_ID), AXIS)
@@ -25,8 +25,9 @@ def segment_blocks_kernel(
     ids, other_ids, blocks, seqlen, other_seqlen,
     BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """blocks[b, tile] = (first, full_first, full_last, last): the blocks of the other side whose ids' range meets this
-    tile's, and among them the run of those that hold one id only, this tile's only id; empty if they are no run.
+    """blocks[b, tile] = (first, full_first, full_last, last). [first, last) holds the blocks of the other side whose
+    range of ids meets this tile's. [full_first, full_last) holds those with a single id, which is also the only id of
+    this tile; it is empty where they are not contiguous.
 
     One program owns a tile of BLOCK ids of one sequence and reads the other side CHUNK blocks at a time.
     """

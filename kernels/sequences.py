@@ -25,27 +25,27 @@ def num_slots(num_tokens, batch_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def first_slot(edge, sequence, BLOCK: tl.constexpr):
-    """The first slot of a sequence that begins at token `edge`."""
-    return edge // BLOCK + sequence
+def first_slot(start, sequence, BLOCK: tl.constexpr):
+    """The first slot of a sequence that begins at token `start`."""
+    return start // BLOCK + sequence
 
 
 @triton.jit
 def sequence_at(slot, cu_seqlens, batch_size, BLOCK: tl.constexpr):
     """The sequence whose slots hold `slot`; batch_size means the tokens after the last."""
     begun = slot * 0
-    for start in range(0, batch_size + 1, SEARCH):
-        sequences = start + tl.arange(0, SEARCH)
+    for first in range(0, batch_size + 1, SEARCH):
+        sequences = first + tl.arange(0, SEARCH)
         exists = sequences <= batch_size
-        edge = tl.load(cu_seqlens + sequences, mask=exists, other=0)
-        begun += tl.sum((exists & (first_slot(edge, sequences, BLOCK) <= slot)).to(tl.int32), 0)
+        starts = tl.load(cu_seqlens + sequences, mask=exists, other=0)
+        begun += tl.sum((exists & (first_slot(starts, sequences, BLOCK) <= slot)).to(tl.int32), 0)
     return tl.maximum(begun - 1, 0)
 
 
 @triton.jit
 def token_range(cu_seqlens, sequence, batch_size, num_tokens):
-    """(first, number) of a sequence's tokens. Edges cannot be checked without waiting for the device: whatever they
-    hold, the range lies within the tensor."""
+    """(first, number) of a sequence's tokens. cu_seqlens cannot be checked without waiting for the device: whatever it
+    holds, the range lies within the tensor."""
     first = tl.load(cu_seqlens + sequence)
     end = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch_size, other=num_tokens)
     first = tl.minimum(tl.maximum(first, 0), num_tokens)

@@ -111,7 +111,7 @@ def finite_max(row_max):
 
 @triton.jit
 def mask_pointers(mask, strides, rows):
-    """Like row_pointers, of a mask of any strides; meaningless where there is none."""
+    """`row_pointers` of a mask of any strides; undefined where there is none."""
     outer, mid, inner, _ = rows
     stride_outer, stride_mid, stride_inner, stride_column = strides
     pointers = 0
@@ -141,9 +141,9 @@ def softmax_fwd_kernel(
     scores = load_scores(xs, masks, rows, cols, num_columns, shift, scale, VARIANT)
     row_max = finite_max(tl.max(scores, 1))
     row_sum = tl.sum(tl.exp(scores - row_max[:, None]), 1)
-    if (
-        not VARIANT.log
-    ):  # powers are made again from another maximum, so that only scores are held, and none is spilled
+    if not VARIANT.log:
+        # To the compiler this is another maximum, so it recomputes the exponentials and only the scores stay in
+        # registers, without spills.
         row_max = tl.where(row_sum == row_sum, row_max, float("nan"))
     result = normalised(scores, row_max, tl.where(row_sum == 0.0, 1.0, row_sum), VARIANT)
     store_columns(ys, result, rows, cols, num_columns, VARIANT)

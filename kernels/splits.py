@@ -43,5 +43,5 @@ def split_count(split: Split, group_size: int, seqlen_q: int) -> int:
 
 
 def splits_at_once(count: int, bytes_of_one: int) -> int:
-    """How many splits' sums the workspace holds, two at least: the first is that of all before."""
+    """How many splits' sums the workspace holds, at least two: the first is the sum of all splits before."""
     return max(2, min(count, WORKSPACE_BYTES // max(1, bytes_of_one)))

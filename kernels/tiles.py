@@ -1,10 +1,10 @@
 """Tile shapes: which block sizes, warps and pipeline stages each kernel uses for a spec on an architecture.
 
 A row is chosen by kernel, architecture family, element size, padded head dim and whether anything changes the scores.
-The rows are seeds reasoned from shared memory and registers and held to them by the compile checks of tests/kernels;
+The rows are derived from shared memory and registers, whose limits the compile checks of tests/kernels hold them to;
 `fastattn bench tune` measures better ones, which tuned.py keeps.
-Nothing depends on lengths or batch, so a sequence gives the same bits alone and in a batch; but a tile that loads by
-TMA has another in its place for operands that TMA cannot load (WITHOUT_TMA), whose last bits may differ.
+Nothing depends on lengths or batch, so a sequence gives the same bits alone and in a batch. For operands that TMA
+cannot load, a tile of WITHOUT_TMA replaces one that loads by TMA; the last bits may then differ.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
-    tf32x3: bool = False  # exact float32 products are made of three of tf32, on the matrix units
-    tma: bool = False  # operands come by TMA; a call that does not allow it takes a tile of WITHOUT_TMA
+    tf32x3: bool = False  # exact float32 products as three tf32 products on the matrix units
+    tma: bool = False  # operands are loaded by TMA; those it cannot load take a tile of WITHOUT_TMA
     max_registers: int | None = None  # per thread, where fewer let more blocks share a multiprocessor
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def _rows(families: tuple[int, ...], bits: int, has_score_mods: bool, *tiles: Ti
 
 
 TABLE: dict[Key, Tiles] = {
-    # Ampere with 163 KiB: mma.sync from registers, which results and operands share; two or three blocks on their way.
+    # Ampere with 163 KiB: mma.sync from registers, which results and operands share; two or three blocks in flight.
     **_rows(
         (80,), 16, False,
         Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
@@ -181,8 +181,8 @@ WITHOUT_TMA: dict[Key, Tiles] = {
 WITHOUT_TMA_BY_SCORE: dict[Key, tuple[str, ...]] = {Key(90, 16, 256, True): ("forward",)}
 READ_BY_SCORE = ("mask", "bias")  # the features that read something for each score
 
-# Tiles for the code of Triton up to OLDER_TRITON where those above suit it less: there the dk/dv of this row waits for
-# its copies within a pass, which two blocks on a multiprocessor hide from each other.
+# Tiles that replace those above for Triton up to OLDER_TRITON: its code for the dk/dv of this row waits for copies
+# within a pass, which two blocks on a multiprocessor hide.
 OLDER_TRITON = (3, 6)
 WITH_OLDER_TRITON: dict[Key, dict[str, Tile]] = {
     Key(90, 16, 128, False): {"dkdv": Tile(64, 64, 4, 2, tma=True)}

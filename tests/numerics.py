@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from measure.rounding import (
     SUM_ORDERS,
     OtherOrder,
     error_of_terms,
+    plain_by_orders,
     plain_in_any_order,
     terms_of_score_gradients,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "MORE_ORDERS",
     "SUM_ORDERS",
     "OtherOrder",
+    "assert_each_within_rule",
     "assert_within_rule",
     "plain_in_any_order",
     "share_bound",
@@ -54,23 +56,66 @@ def assert_within_rule(
             from `terms_of_score_gradients`: such a sum may be exact in plain torch by chance, and so counts as wrong
             by eps(float32) max|terms| at least.
     """
-    assert actual.shape == golden.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
-    actual, plain_64, golden = (t.detach().double().cpu() for t in (actual, plain, golden))
-    infinite = golden.isinf()
-    assert torch.equal(actual[infinite], golden[infinite]), f"{name}: differs where the reference is infinite"
-    actual, plain_64, golden = (t.masked_fill(infinite, 0) for t in (actual, plain_64, golden))
-    assert not actual.isnan().any(), f"{name}: has NaN"
-    if not golden.numel():
-        return
-    error = (actual - golden).abs().max().item()
-    eps = torch.finfo(dtype or plain.dtype).eps
-    of_plain = 2 * (plain_64 - golden).abs().max().item()
-    if terms is not None:
-        of_plain = max(of_plain, error_of_terms(terms, dtype or plain.dtype))
-    allowed = of_plain + eps * golden.abs().max().item()
+    error, allowed = _error_and_allowed(actual, plain, golden, name, dtype or plain.dtype, terms)
     if observe is not None:
         observe(name, error, allowed)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_each_within_rule(
+    actual: Mapping[str, Tensor],
+    run: Callable[[], dict[str, Tensor]],
+    golden: Mapping[str, Tensor],
+    label: str,
+    dtype: torch.dtype,
+    terms: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Hold results by name to `assert_within_rule`.
+
+    In float32 other orders of summation are tried one by one, at most MORE_ORDERS, until every result is within the
+    rule: plain torch's error is then the largest in the orders so far.
+
+    Args:
+        actual: what is judged.
+        run: computes `plain` of the same names.
+        golden: the same in float64.
+        label: for the message, before the result's name.
+        dtype: whose eps.
+        terms: of the results whose terms cancel.
+    """
+    assert actual.keys() == golden.keys()
+    waiting = list(actual)
+    found: dict[str, tuple[float, float]] = {}
+    for plain in plain_by_orders(run, dict(golden), MORE_ORDERS):
+        for name in waiting:
+            three = actual[name], plain[name], golden[name]
+            found[name] = _error_and_allowed(*three, f"{label}: {name}", dtype, (terms or {}).get(name))
+        waiting = [name for name in waiting if found[name][0] > found[name][1]]
+        if not waiting:
+            break
+    for name, (error, allowed) in found.items():
+        if observe is not None:
+            observe(f"{label}: {name}", error, allowed)
+        assert error <= allowed, f"{label}: {name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _error_and_allowed(
+    actual: Tensor, plain: Tensor, golden: Tensor, name: str, dtype: torch.dtype, terms: Tensor | None
+) -> tuple[float, float]:
+    """The largest error and what the rule allows; AssertionError where shapes, infinities or NaN differ."""
+    assert actual.shape == golden.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
+    actual, plain, golden = (t.detach().double().cpu() for t in (actual, plain, golden))
+    infinite = golden.isinf()
+    assert torch.equal(actual[infinite], golden[infinite]), f"{name}: differs where the reference is infinite"
+    actual, plain, golden = (t.masked_fill(infinite, 0) for t in (actual, plain, golden))
+    assert not actual.isnan().any(), f"{name}: has NaN"
+    if not golden.numel():
+        return 0.0, 0.0
+    of_plain = 2 * (plain - golden).abs().max().item()
+    if terms is not None:
+        of_plain = max(of_plain, error_of_terms(terms, dtype))
+    allowed = of_plain + torch.finfo(dtype).eps * golden.abs().max().item()
+    return (actual - golden).abs().max().item(), allowed
 
 
 def share_bound(p: float, count: int, deviations: float = 6.0) -> float:

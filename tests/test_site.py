@@ -44,7 +44,11 @@ ALSO = (
     "fastattn.reference.attention_varlen",
 )
 # Public in their module for the modules beside it, of no use to a caller.
-INTERNAL = ("fastattn.nn.attention.keep_forward", "fastattn.nn.linear.linear")
+INTERNAL = (
+    "fastattn.nn.attention.keep_forward",
+    "fastattn.nn.linear.linear",
+    "fastattn.nn.linear.remade",
+)
 DOCUMENTED = [
     name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M)
 ]

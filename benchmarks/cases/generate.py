@@ -14,6 +14,7 @@ from report import figures, schema
 
 BUDGET = Budget(seconds=8.0, memory=False)
 PRODUCTS = figures.FLOOR + "weight-products"
+INT8, INVARIANT = "fastattn-int8", "fastattn-batch-invariant"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class GenerateCase:
     """`new_tokens` greedy tokens behind a batch of prompts."""
 
     name: str
-    group: str  # "equal", or "ragged": rows left-padded by 0, 1, 2, ... tokens
+    group: str  # "equal", "int8": 8-bit weights, or "ragged": rows left-padded by 0, 1, 2, ... tokens
     batch: int
     prompt: int
     new_tokens: int
@@ -29,6 +30,7 @@ class GenerateCase:
     dtype: torch.dtype = torch.float32
     target: schema.Result | None = None
     peers: tuple[str, ...] = ("transformers-sdpa",)
+    ours: tuple[str, ...] = ("fastattn",)  # the ways in which ours generates
 
     direction = "forward"
     flops = None
@@ -42,7 +44,7 @@ class GenerateCase:
     @property
     def label(self) -> str:
         """The case in words."""
-        padded = ", left-padded" if self.group == "ragged" else ""
+        padded = {"ragged": ", left-padded", "int8": ", 8-bit weights"}.get(self.group, "")
         words = f"{self.preset}, {self.new_tokens} tokens after {self.batch}×{self.prompt}{padded}"  # noqa: RUF001
         return ", ".join([words, *figures.unusual(self.dtype, "forward+backward")])
 
@@ -64,7 +66,7 @@ class GenerateCase:
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours first; the floor last."""
-        return ["fastattn", *self.peers, PRODUCTS]
+        return [*self.ours, *self.peers, PRODUCTS]
 
     def open(self, device: torch.device) -> GenerateWorkload:
         """Random weights and random prompts on the device."""
@@ -97,6 +99,10 @@ class GenerateWorkload:
         options: dict[str, Any] = {"max_new_tokens": self.case.new_tokens, "attention_mask": self.mask}
         if provider.startswith("transformers"):
             options |= {"do_sample": False, "pad_token_id": 0}
+        if provider == INVARIANT:
+            options |= {"batch_invariant": True}
+        if provider == INT8:
+            model.quantize("int8")
 
         def step() -> Tensors:
             with torch.no_grad():
@@ -135,16 +141,20 @@ class GenerateWorkload:
 def cases_for(device: torch.device) -> list[GenerateCase]:
     """Every case of a device, the most important first."""
 
-    def faster(speed: float) -> schema.Result:
-        return {"provider": "fastattn", "against": "transformers-sdpa", "speed": speed}
+    def faster(speed: float, provider: str = "fastattn") -> schema.Result:
+        return {"provider": provider, "against": "transformers-sdpa", "speed": speed}
 
+    both: tuple[str, ...] = ("fastattn", INVARIANT)
     if device.type == "cpu":
         return [
-            GenerateCase("1x32", "equal", 1, 32, 24, target=faster(1.15)),
-            GenerateCase("1x32-bf16", "equal", 1, 32, 24, dtype=torch.bfloat16, target=faster(1.4)),
-            GenerateCase("4x32-ragged", "ragged", 4, 32, 16),
+            GenerateCase("1x32", "equal", 1, 32, 24, target=faster(1.6), ours=both),
+            GenerateCase(
+                "1x32-bf16", "equal", 1, 32, 24, dtype=torch.bfloat16, target=faster(2.0), ours=both
+            ),
+            GenerateCase("1x32-int8", "int8", 1, 32, 24, target=faster(3.5, INT8), ours=(INT8,)),
+            GenerateCase("4x32-ragged", "ragged", 4, 32, 16, ours=(*both, INT8)),
         ]
-    bf16: dict[str, Any] = {"dtype": torch.bfloat16}
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "ours": both}
     return [
         GenerateCase("1x128", "equal", 1, 128, 128, **bf16),
         GenerateCase("32x128", "equal", 32, 128, 128, **bf16),

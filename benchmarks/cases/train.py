@@ -156,10 +156,18 @@ class TrainWorkload:
 def cases_for(device: torch.device) -> list[TrainCase]:
     """Every case of a device, the most important first."""
     if device.type == "cpu":
-        faster = {"provider": "fastattn", "against": "transformers-sdpa", "speed": 1.1, "memory": 0.6}
         alone = ("transformers-sdpa",)
+
+        def at_least(speed: float, memory: float | None = None) -> schema.Result:
+            goal = {"provider": "fastattn", "against": "transformers-sdpa", "speed": speed}
+            return goal if memory is None else {**goal, "memory": memory}
+
         return [
-            TrainCase("train-1x512", "train", 1, 512, target=faster, peers=alone),
+            TrainCase("train-1x512", "train", 1, 512, target=at_least(1.15, 0.75), peers=alone),
+            TrainCase(
+                "train-1x512-bf16", "train", 1, 512, dtype=torch.bfloat16, target=at_least(1.15), peers=alone
+            ),
+            TrainCase("train-4x512", "train", 4, 512, target=at_least(1.15, 0.4), peers=alone),
             TrainCase("train-1x256-dropout", "train", 1, 256, dropout=0.1, peers=alone),
             TrainCase("evaluate-1x512", "evaluate", 1, 512, peers=alone),
         ]

@@ -124,7 +124,7 @@ def link_checkout(site: Path) -> None:
     package = site / "fastattn"
     package.mkdir(parents=True)
     for item in (ROOT / "fastattn").iterdir():
-        if item.name != "__pycache__":
+        if item.name not in ("__pycache__", "kernels"):
             (package / item.name).symlink_to(item, target_is_directory=item.is_dir())
     (package / "kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure.rounding import terms_of_score_gradients
+from measure.rounding import terms_of_dscores, terms_of_score_gradients
 
 SEQUENCES = (1, 2, 15, 17, 63, 64, 65, 113, 127, 128, 129, 191, 200, 255, 257, 384, 511, 520, 1000, 1023)
 HEAD_DIMS = (1, 8, 16, 17, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 200, 256)
 CALLS_PER_KIND = 16
-FEWEST = 4  # numbers of a reduced gradient: plain torch's error of fewer is small by chance too often
+FEW = (
+    4  # plain torch's error of fewer numbers, each a sum of many terms that cancel, is too often 0 by chance
+)
 
 
 class RandomCall:
@@ -84,16 +86,53 @@ class RandomCall:
         return results
 
     def cancelling_terms(self) -> dict[str, Tensor]:
-        """The terms of dquery and dkey in rows that see one key: its weight is always 1, so they cancel."""
+        """The terms of gradients that cancel: of dquery and dkey in rows that see one key, whose weight is 1 whatever
+        the score, and of the gradients of a bias, slopes or sinks of fewer than FEW numbers."""
         from fastattn import reference
 
-        if self.options.get("dropout_p"):  # dropout scales the output, whose rounding then does not cancel
-            return {}
+        of_few = self._terms_of_few()
+        if self.options.get("dropout_p"):  # of an output that dropout has scaled the rounding does not cancel
+            return of_few
         query, key, value = (t.double() for t in self.operands.values())
         _, weights = reference.attention(query, key, value, **self.options, return_weights=True)
         seen = weights * (weights == 1)
         dquery, dkey = terms_of_score_gradients(query, key, value, seen, self.dout, self.dlse)
-        return {"dquery": dquery, "dkey": dkey}
+        return {"dquery": dquery, "dkey": dkey, **of_few}
+
+    def _terms_of_few(self) -> dict[str, Tensor]:
+        """For the gradients of bias, slopes and sinks of fewer than FEW numbers: the sums of their terms' absolute
+        values; under dropout of all terms, as if each were kept."""
+        from fastattn import reference
+
+        few = {
+            n: self.options[n]
+            for n in ("bias", "alibi_slopes", "sinks")
+            if n in self.options and self.options[n].numel() < FEW
+        }
+        if not few:
+            return {}
+        options = {n: t for n, t in self.options.items() if not n.startswith("dropout")}
+        query, key, value = (t.double() for t in self.operands.values())
+        out, lse, weights = reference.attention(
+            query, key, value, **options, return_lse=True, return_weights=True
+        )
+        dout = self.dout.double() / (1 - self.options.get("dropout_p", 0.0))
+        of_scores, delta = terms_of_dscores(value, weights, dout, self.dlse)
+        terms = {}
+        if "bias" in few:
+            terms["dbias"] = of_scores.sum_to_size(few["bias"].shape)
+        if "alibi_slopes" in few:
+            rows, columns = (torch.arange(n, device=self.device) for n in self._sizes()[2:])
+            first = 0 if options["causal"] == "top_left" else self.seqlen_k - self.seqlen_q
+            terms["dalibi_slopes"] = (of_scores * (rows[:, None] + first - columns).abs()).sum((0, 2, 3))
+        if "sinks" in few:
+            of_sink = torch.exp(few["sinks"].double()[:, None] - lse)
+            terms["dsinks"] = (of_sink * (delta[..., 0] + self.dlse.double().abs())).sum((0, 2))
+            if self.dtype != torch.float32:  # plain torch rounds out, too: independent errors, so squares add
+                rounded = (of_sink[..., None] * out * dout).square().sum((0, 2, 3)).sqrt()
+                of_float32 = torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps
+                terms["dsinks"] = terms["dsinks"].maximum(of_float32 * rounded)
+        return terms
 
     def _options(self) -> dict[str, Any]:
         draw, kind = self.draw, self.kind
@@ -108,15 +147,14 @@ class RandomCall:
             if kind.random() < chance:
                 shape = [size if draw.random() < 0.6 else 1 for size in self._sizes()]
                 noise = self._normal(*shape)
-                if name == "mask" or noise.numel() >= FEWEST:
-                    options[name] = noise > -1.3 if name == "mask" else noise
+                options[name] = noise > -1.3 if name == "mask" else noise
         if kind.random() < 0.3:
             options["segment_ids"] = tuple(self._integers(-1, 3, self.batch, n) for n in self._sizes()[2:])
-        if kind.random() < 0.25 and self.heads >= FEWEST:
+        if kind.random() < 0.25:
             options["alibi_slopes"] = self._normal(self.heads).abs()
         if kind.random() < 0.25:
             options["softcap"] = 2.0
-        if kind.random() < 0.25 and self.heads >= FEWEST:
+        if kind.random() < 0.25:
             options["sinks"] = self._normal(self.heads)
         if kind.random() < 0.25:
             options |= {"dropout_p": 0.2, "dropout_seed": draw.randrange(1 << 40)}

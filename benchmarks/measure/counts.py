@@ -1,17 +1,21 @@
 """Counts of work that do not depend on the machine; counts.json records them.
 
 For the torch backend: aten operators, bytes allocated and the peak of those alive. For the Triton kernels: launches,
-programs, bytes allocated around them, and matrix products executed by mask. Also the tiles visited by mask, and the
-operators of a decoding step and of a module. tests/kernels/compile_table.json has registers, shared memory and spills.
+programs, bytes allocated around them, and matrix products executed by mask. Also the tiles visited by mask, the
+operators of a decoding step and of a module, and the Python functions that a call of each op enters.
+tests/kernels/compile_table.json has registers, shared memory and spills.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads; silences its profiler's log
@@ -28,6 +32,7 @@ RECORD = "python benchmarks/counts.py --record"
 Counts = dict[str, Any]
 Call = Callable[[], Any]
 
+WARM = 3  # calls until a plan runs: it is made by the second of a kind
 HEADS, LENGTH, HEAD_DIM = 4, 256, 64
 SMALL_LENGTH, SMALL_DIM = 160, 16  # of calls that the interpreter executes
 
@@ -45,10 +50,62 @@ def measure() -> Counts:
                 "tiles visited": {name: _tiles_visited(options) for name, options in _masks(2048).items()},
                 "models": _models(),
                 "triton launches": {name: launches(call) for name, call in _triton_calls().items()},
+                "python calls": {
+                    name: {"calls": python_calls(call)} for name, call in _python_calls().items()
+                },
                 "triton products": {n: _products_executed(o) for n, o in _masks(SMALL_LENGTH).items()},
             }
     finally:
         torch.set_num_threads(before)
+
+
+def _python_calls() -> dict[str, Call]:
+    """A small call of each op, forward and with its gradients."""
+    import fastattn
+
+    q, k, v = (_normal(1, 2, 16, 16) for _ in range(3))
+    tokens = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    edges, target = torch.tensor([0, 8, 16], dtype=torch.int32), torch.arange(16)
+    new, lengths = _normal(1, 2, 1, 16), torch.tensor([15], dtype=torch.int32)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    rows, weight = _normal(16, 32), _normal(64, 32)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    leaf = rows.clone().requires_grad_()
+    return {
+        "attention": lambda: fastattn.attention(q, k, v, causal=True),
+        "attention, gradients": lambda: fastattn.attention(*leaves, causal=True).sum().backward(),
+        "attention, mask": lambda: fastattn.attention(q, k, v, mask=mask),
+        "varlen": lambda: fastattn.attention_varlen(*tokens, edges, edges),
+        "kv_cache": lambda: fastattn.attention_kv_cache(new, k, v, lengths, key=new, value=new),
+        "softmax": lambda: fastattn.softmax(rows),
+        "softmax, gradients": lambda: fastattn.softmax(leaf).backward(rows),
+        "cross_entropy": lambda: fastattn.cross_entropy(rows, target),
+        "linear_cross_entropy": lambda: fastattn.linear_cross_entropy(rows, weight, target),
+    }
+
+
+def python_calls(call: Call) -> int:
+    """How many functions of fastattn a call enters, comprehensions aside, which are none to newer Pythons."""
+    import fastattn
+
+    package = str(Path(fastattn.__file__).parent) + os.sep
+    for _ in range(WARM):
+        call()
+    entered = 0
+
+    def watch(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal entered
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package) and code.co_name[0] != "<":
+            entered += 1
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return entered
 
 
 def operators(call: Call) -> Counts:
@@ -316,7 +373,7 @@ def differences(stored: Counts, counts: Counts, torch_version: str = torch.__ver
     return lines
 
 
-TORCH_DECIDES = ("torch backend", "models")
+TORCH_DECIDES = ("torch backend", "models", "python calls")
 
 
 def _flat(cases: Counts) -> dict[str, Any]:

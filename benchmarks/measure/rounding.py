@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 Results = TypeVar("Results")
 
 SUM_ORDERS = 4  # float32 orders of summation tried besides torch's own
-MORE_ORDERS = 8  # where results of a few numbers are judged each by itself
+MORE_ORDERS = 8  # at most, where they are tried one by one until a result is within the rule
 
 
 def error_of_terms(terms: Tensor, dtype: torch.dtype) -> float:
@@ -36,18 +36,24 @@ def terms_of_score_gradients(
     dscore is weight * (dout.v + dweight - delta + dlse), delta the row's sum of weight * (dout.v + dweight). Where a
     row sees one key, dout.v and delta cancel: the error is that of the terms, however small the gradient is.
     """
-    query, key, value, weights, dout, dlse = (
-        t.double().abs() for t in (query, key, value, weights, dout, dlse)
-    )
+    query, key = query.double().abs(), key.double().abs()
     group = query.shape[1] // max(key.shape[1], 1)
-    of_weights = dout @ value.repeat_interleave(group, dim=1).mT
-    if dweights is not None:
-        of_weights = of_weights + dweights.double().abs()
-    delta = (weights * of_weights).sum(-1, keepdim=True)
-    of_scores = weights * (of_weights + delta + dlse[..., None])
+    of_scores, _ = terms_of_dscores(value, weights, dout, dlse, dweights)
     of_scores = of_scores * (query.shape[-1] ** -0.5 if scale is None else abs(scale))
     dkey = (of_scores.mT @ query).unflatten(1, (key.shape[1], group)).sum(2)
     return of_scores @ key.repeat_interleave(group, dim=1), dkey
+
+
+def terms_of_dscores(
+    value: Tensor, weights: Tensor, dout: Tensor, dlse: Tensor, dweights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of the absolute values of each dscore's terms, (B, H, Sq, Sk), and of each delta's, (B, H, Sq, 1)."""
+    value, weights, dout, dlse = (t.double().abs() for t in (value, weights, dout, dlse))
+    of_weights = dout @ value.repeat_interleave(weights.shape[1] // max(value.shape[1], 1), dim=1).mT
+    if dweights is not None:
+        of_weights = of_weights + dweights.double().abs()
+    delta = (weights * of_weights).sum(-1, keepdim=True)
+    return weights * (of_weights + delta + dlse[..., None]), delta
 
 
 def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int = SUM_ORDERS) -> Results:
@@ -57,21 +63,27 @@ def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int 
     by chance where it is not on another, nor a kernel. `golden` is what `run` gives in float64, of the same structure.
     16-bit results are returned as torch computes them: their own rounding exceeds that of the sums.
     """
+    *_, last = plain_by_orders(run, golden, orders)
+    return last
+
+
+def plain_by_orders(run: Callable[[], Results], golden: Results, orders: int) -> Iterator[Results]:
+    """What `plain_in_any_order` returns for 0, 1 .. `orders` orders besides torch's own; one item in other dtypes."""
     from fastattn import torch_compat
     from fastattn.ops.symbolic import leaves, map_leaves
 
     results = run()
+    yield results
     worst = leaves(results)
     if all(t.dtype != torch.float32 for t in worst):
-        return results
+        return
     exact = leaves(golden)
     for seed in range(orders):
         with torch_compat.dispatch_mode(OtherOrder(seed)):
             other = leaves(run())
         worst = [max(pair, key=partial(_error, golden=g)) for g, *pair in zip(exact, worst, other)]
-    remaining = iter(worst)
-    chosen: Results = map_leaves(lambda _: next(remaining), results)
-    return chosen
+        remaining = iter(worst)
+        yield map_leaves(lambda _: next(remaining), results)  # noqa: B023
 
 
 def _error(plain: Tensor, golden: Tensor) -> float:

@@ -115,9 +115,9 @@ FASTATTN_DEVICE unsigned char* align_shared(unsigned char* pointer) {
   return pointer + (-shared_address(pointer) & (Alignment - 1));
 }
 
-// Returns the same value, a pointer or a 64-bit number, with its origin hidden from the compiler. The compiler then
-// adds offsets to such a pointer instead of computing the addresses of rarely taken branches ahead of them, and does
-// not keep in registers what a rare branch computes from such a number.
+// Returns its argument, a pointer or a 64-bit number, through an empty asm statement, so that the compiler knows
+// nothing of its origin. It then adds offsets to such a pointer instead of computing the addresses of rarely taken
+// branches in advance, and does not keep in registers what a rare branch computes from such a number.
 template <class T>
 FASTATTN_DEVICE T opaque(T value) {
   static_assert(sizeof(T) == 8);

@@ -19,7 +19,7 @@ struct Identity {
   using Type = T;
 };
 
-// Writes shared memory, like ld_shared. T comes from the destination alone.
+// Writes shared memory, like ld_shared. T is deduced from the destination only.
 template <class T>
 FASTATTN_DEVICE void st_shared(T* destination, typename Identity<T>::Type value) {
 #if defined(FASTATTN_EMULATION)
@@ -28,7 +28,8 @@ FASTATTN_DEVICE void st_shared(T* destination, typename Identity<T>::Type value)
   *destination = value;
 }
 
-// 16 bytes of global memory that the kernel only reads; not kept in L1. The address is a multiple of 16.
+// Loads 16 bytes of global memory that no thread writes while the kernel runs, without allocating a line in L1. The
+// address is a multiple of 16.
 FASTATTN_DEVICE uint4 ld_global_16(const void* source) {
 #if defined(FASTATTN_EMULATION)
   return emulator::load_16(source);
@@ -41,7 +42,7 @@ FASTATTN_DEVICE uint4 ld_global_16(const void* source) {
 #endif
 }
 
-// Stores 16 bytes to global memory that are not read again soon. The address is a multiple of 16.
+// Stores 16 bytes to global memory without allocating a line in L1. The address is a multiple of 16.
 FASTATTN_DEVICE void st_global_16(void* destination, uint4 value) {
 #if defined(FASTATTN_EMULATION)
   emulator::store_16(destination, value);
@@ -52,8 +53,8 @@ FASTATTN_DEVICE void st_global_16(void* destination, uint4 value) {
 #endif
 }
 
-// Starts copying 16 bytes from global to shared memory, of which the last 16 - `bytes` are zeros instead. Both
-// addresses are multiples of 16.
+// Starts copying the first `bytes` of 16 bytes from global to shared memory; the others become zeros. Both addresses
+// are multiples of 16.
 FASTATTN_DEVICE void cp_async_16(void* destination, const void* source, int bytes = 16) {
 #if defined(FASTATTN_EMULATION)
   emulator::cp_async_16(destination, source, bytes);
@@ -73,7 +74,7 @@ FASTATTN_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most Pending of this thread's groups are unfinished. Other threads see the bytes behind a barrier.
+// Waits until at most Pending of this thread's groups are unfinished. Other threads see the bytes only after a barrier.
 template <int Pending>
 FASTATTN_DEVICE void cp_async_wait() {
 #if defined(FASTATTN_EMULATION)

@@ -10,7 +10,7 @@
 
 namespace fastattn {
 
-// The first of the two rows of a thread, 0 .. 127, of the warpgroup.
+// The first of the two rows of `thread`, its index 0 .. 127 in the warpgroup.
 FASTATTN_DEVICE int fragment_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
 // The column of a thread's element 0.
@@ -28,7 +28,7 @@ FASTATTN_DEVICE float quad_max(float value) {
   return maximum(value, shuffle_xor(value, 2));
 }
 
-// The sum of a row, given each thread's own; the same bits in all four.
+// The sum of a row, given each thread's own; bitwise the same in all four threads of the quad.
 FASTATTN_DEVICE float quad_sum(float value) {
   value += shuffle_xor(value, 1);
   return value + shuffle_xor(value, 2);

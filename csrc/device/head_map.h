@@ -13,8 +13,7 @@ constexpr CUtensorMapDataType kMapType =
     std::is_same_v<Element, half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
 // Describes 16-bit `data` of logical shape (batch, heads, rows, head_dim) for boxes of 64 columns by box_rows rows
-// under the 128-byte swizzle. The strides are multiples of 8 elements where there is more than one of what they step
-// over.
+// under the 128-byte swizzle. The stride of each dimension longer than 1 is a multiple of 8 elements.
 inline CUresult encode_head_map(TensorMapEncoder encode, CUtensorMap* map, CUtensorMapDataType type, const void* data,
                                 const Strides& strides, int64_t batch, int64_t heads, int64_t rows, int64_t head_dim,
                                 int box_rows) {

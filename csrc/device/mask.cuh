@@ -28,8 +28,8 @@ struct Visibility {
   }
 };
 
-// Blocks begin .. end - 1 contain something that the tile sees. Blocks whole_begin .. whole_end - 1, a possibly empty
-// subrange, lie inside the tensors and are visible to the whole tile: they need no mask.
+// Blocks begin .. end - 1 contain at least one visible pair of a query and a key. Blocks whole_begin .. whole_end - 1,
+// a possibly empty subrange, lie inside the tensors and are visible to the whole tile: they need no mask.
 struct BlockRange {
   int begin;
   int whole_begin;
@@ -39,7 +39,7 @@ struct BlockRange {
   FASTATTN_DEVICE bool empty() const { return begin >= end; }
 };
 
-// The range of blocks of kBlock that meet [first, last_end), whole where they lie inside [whole_first, whole_last_end).
+// The range of blocks of kBlock that intersect [first, last_end), whole where inside [whole_first, whole_last_end).
 template <int kBlock>
 FASTATTN_DEVICE BlockRange block_range(int first, int last_end, int whole_first, int whole_last_end) {
   if (last_end <= first) return {0, 0, 0, 0};
@@ -52,7 +52,7 @@ FASTATTN_DEVICE BlockRange block_range(int first, int last_end, int whole_first,
   return {begin, whole_begin, whole_end, end};
 }
 
-// The blocks of kBlockN keys that the queries from first_query on, at most kBlockM, see. Rows of the tile past the last
+// The blocks of kBlockN keys visible to the at most kBlockM queries from first_query on. Rows of the tile past the last
 // query are ignored: their results are not stored.
 template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
@@ -62,8 +62,8 @@ FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
                               seen.end_key(first_query));
 }
 
-// The blocks of kBlockM queries that see the keys from first_key on, at most kBlockN. No block is whole for a tile that
-// reaches past the last key.
+// The blocks of kBlockM queries that see any of the at most kBlockN keys from first_key on. No block is whole for a
+// tile that reaches past the last key.
 template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {
   const int tile_key_end = first_key + kBlockN < seen.num_keys ? first_key + kBlockN : seen.num_keys;

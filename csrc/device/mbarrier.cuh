@@ -13,7 +13,8 @@ struct alignas(8) Mbarrier {
   uint64_t state;
 };
 
-// Sets the barrier up for `arrivals` arrivals a phase. One thread does it, then fence_barrier_init, then block_sync.
+// Initialises the barrier with `arrivals` arrivals per phase. One thread calls it, then fence_barrier_init, then
+// block_sync.
 FASTATTN_DEVICE void mbarrier_init(Mbarrier* barrier, uint32_t arrivals) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_init(barrier, arrivals);
@@ -40,7 +41,7 @@ FASTATTN_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
 #endif
 }
 
-// Adds `bytes` to what the phase waits for, then arrives. Called before the copies of these bytes are issued.
+// Adds `bytes` to the bytes that the phase expects, then arrives. Called before the copies of these bytes are issued.
 FASTATTN_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, uint32_t bytes) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive(barrier, bytes);
@@ -50,7 +51,7 @@ FASTATTN_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, uint32_t bytes
 #endif
 }
 
-// Adds `bytes` to what the phase waits for without arriving.
+// Adds `bytes` to the bytes that the phase expects, without arriving.
 FASTATTN_DEVICE void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_expect_tx(barrier, bytes);
@@ -60,7 +61,7 @@ FASTATTN_DEVICE void mbarrier_expect_tx(Mbarrier* barrier, uint32_t bytes) {
 #endif
 }
 
-// One arrival at the barrier in the same place of block `rank` of the cluster.
+// Arrives once at the barrier at the same shared-memory offset in block `rank` of the cluster.
 FASTATTN_DEVICE void mbarrier_arrive_cluster(Mbarrier* barrier, uint32_t rank) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_arrive_cluster(barrier, rank);
@@ -93,7 +94,7 @@ FASTATTN_DEVICE void mbarrier_arrive_cluster_read(Mbarrier* barrier, uint32_t ra
 #endif
 }
 
-// Whether the phase of this parity has completed; may sleep a while before saying no.
+// Whether the phase of this parity has completed; may suspend the thread for a bounded time before returning false.
 FASTATTN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)
   return emulator::mbarrier_try_wait(barrier, parity, false);
@@ -112,8 +113,8 @@ FASTATTN_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
 #endif
 }
 
-// Waits until the phase of this parity has completed; its copies and what preceded its arrivals are then visible. The
-// arrivals are this block's: those of others need mbarrier_wait_cluster.
+// Waits until the phase of this parity has completed; its copies and what preceded its arrivals are then visible. For
+// arrivals of this block only: those of other blocks of the cluster need mbarrier_wait_cluster.
 FASTATTN_DEVICE void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_wait(barrier, parity, false);
@@ -123,7 +124,7 @@ FASTATTN_DEVICE void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
 #endif
 }
 
-// mbarrier_try_wait where blocks of the cluster arrive: also what they did before is visible.
+// mbarrier_try_wait with acquire semantics at cluster scope, for barriers at which other blocks of the cluster arrive.
 FASTATTN_DEVICE bool mbarrier_try_wait_cluster(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)
   return emulator::mbarrier_try_wait(barrier, parity, true);
@@ -142,7 +143,7 @@ FASTATTN_DEVICE bool mbarrier_try_wait_cluster(Mbarrier* barrier, uint32_t parit
 #endif
 }
 
-// mbarrier_wait likewise.
+// mbarrier_wait with acquire semantics at cluster scope.
 FASTATTN_DEVICE void mbarrier_wait_cluster(Mbarrier* barrier, uint32_t parity) {
 #if defined(FASTATTN_EMULATION)
   emulator::mbarrier_wait(barrier, parity, true);

@@ -20,7 +20,7 @@ struct OnlineSoftmax {
   // Converts a block of scores to probabilities; earlier sums must be multiplied by rescale[r].
   template <int N>
   FASTATTN_DEVICE void update(float (&scores)[N], float factor, float (&rescale)[2]) {
-    float block_max[4] = {scores[0], scores[1], scores[2], scores[3]};  // two a row: shorter chains of comparisons
+    float block_max[4] = {scores[0], scores[1], scores[2], scores[3]};  // two per row, for shorter dependency chains
 #pragma unroll
     for (int i = 4; i < N; ++i) block_max[i % 4] = maximum(block_max[i % 4], scores[i]);
     float base[2];
@@ -28,7 +28,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       const float new_max =
           maximum(row_max_log2[r], quad_max(maximum(block_max[2 * r], block_max[2 * r + 1])) * factor);
-      base[r] = new_max == negative_infinity() ? 0.0f : new_max;  // -inf minus -inf is NaN, minus 0 it stays
+      base[r] = new_max == negative_infinity() ? 0.0f : new_max;  // -inf - -inf would be NaN; -inf - 0 is -inf
       rescale[r] = exp2_approx(row_max_log2[r] - base[r]);
       row_max_log2[r] = new_max;
       row_sum[r] *= rescale[r];
@@ -41,7 +41,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Sums over the quad. Then 1 / row_sum normalises row r, 0 where nothing was seen, and lse[r] is its logarithm.
+  // Sums over the quad. inverse_sum[r] normalises row r, 0 for a row that sees no key; lse[r] is the row's logsumexp.
   FASTATTN_DEVICE void finish(float (&inverse_sum)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -36,8 +36,8 @@ FASTATTN_DEVICE void load_tile(void* tile, const CUtensorMap* map, Mbarrier* bar
   }
 }
 
-// This block's share of a tile that all kBlocks of its cluster load, each kRows / kBlocks rows for all: the map's box
-// has as many rows. The tile's bytes come in full at the barrier of every block.
+// Loads this block's kRows / kBlocks rows of a tile, to all kBlocks blocks of its cluster by multicast. The map's box
+// has kRows / kBlocks rows. The barrier of every block receives the bytes of the whole tile.
 template <int kRows, int kColumns, int kBlocks>
 FASTATTN_DEVICE void load_tile_multicast(void* tile, const CUtensorMap* map, Mbarrier* barrier, int row, int head,
                                          int batch, CachePolicy policy = CachePolicy::kEvictNormal) {

@@ -53,10 +53,10 @@ struct Pipeline {
     }
   }
 
-  // Fills a stage. The whole producer warp waits until the stage is empty. Once every lane has seen that, the lane that
-  // `issues` announces the number of bytes at `arrived` and starts their copies. A lane that still waited for this
-  // phase when the consumers complete the next would wait forever. `arrived` is the stage's full barrier, or one of the
-  // producer's own if it edits the loaded data before it arrives at `full`.
+  // Fills a stage. The whole producer warp waits until the stage is empty. Once every lane has seen that, the lane with
+  // `issues` set expects the number of bytes at `arrived` and issues their copies. A lane that were still waiting for
+  // this phase when the consumers completed the next one would wait forever. `arrived` is the stage's full barrier, or
+  // one of the producer's own if it edits the loaded data before it arrives at `full`.
   template <class Copies>
   FASTATTN_DEVICE void load(State state, Mbarrier& arrived, uint32_t bytes, bool issues, Copies copies) {
     wait_empty(state);

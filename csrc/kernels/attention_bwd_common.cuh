@@ -1,4 +1,4 @@
-// What the two passes of the backward share: scores from products, and gradients from accumulators to memory.
+// Common parts of the two backward passes: scores from products, and stores of gradient accumulators.
 #pragma once
 
 #include "../device/online_softmax.cuh"
@@ -9,7 +9,7 @@
 
 namespace fastattn {
 
-// One map per operand, their boxes the rows of the pass's tiles.
+// One tensor map per operand, with boxes of the rows of the pass's tiles.
 struct BackwardMaps {
   CUtensorMap q;
   CUtensorMap k;
@@ -22,15 +22,15 @@ FASTATTN_DEVICE void prefetch_maps(const BackwardMaps& maps) {
   for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout}) tma_prefetch_map(map);
 }
 
-// What one block alone reads need not stay in L2; what every block of a head reads should.
+// L2 eviction policies: of tiles that one block reads, and of tiles that every block of a head reads.
 constexpr CachePolicy kReadOnce = CachePolicy::kEvictFirst;
 constexpr CachePolicy kReadAgain = CachePolicy::kEvictLast;
 
-// Products x' = q.k become what `log2` turns into log2(e) * score: score = scale * x', or softcap * tanh(scale * x' /
-// softcap). Gradients leave the factor `scale` to the end.
+// Scale factors from products x' = q.k to scores: `log2` gives log2(e) * score, of score = scale * x' or softcap *
+// tanh(scale * x' / softcap). Gradients are multiplied by `scale` when they are stored.
 struct ScoreScale {
   float log2;
-  float inside;  // of the tanh
+  float inside;  // the factor of x' inside the tanh
 
   FASTATTN_DEVICE explicit ScoreScale(const AttentionParams& call)
       : log2((call.softcap > 0.0f ? call.softcap : call.scale) * kLog2E),
@@ -67,7 +67,7 @@ FASTATTN_DEVICE void warpgroup_sync(int consumer) {
   }
 }
 
-// Gives a stage back, one arrival a warp: all its lanes have read what they wanted of it.
+// Releases a stage: one arrival per warp, once all its lanes have read the stage.
 template <int kStages>
 FASTATTN_DEVICE void release_stage(Pipeline<kStages>& pipeline, PipelineState<kStages> state) {
   warp_sync();
@@ -80,22 +80,22 @@ FASTATTN_DEVICE void copy_registers(float (&to)[N], const float (&from)[N]) {
   for (int i = 0; i < N; ++i) to[i] = from[i];
 }
 
-// Where one head of one sequence begins.
+// The offset of one head of one sequence.
 template <class T>
 FASTATTN_DEVICE T* head_of(T* tensor, const Strides& strides, int batch, int head, int first_row) {
   return tensor + batch * strides.batch + head * strides.head + first_row * strides.row;
 }
 
-// A warp's 16 rows of a gradient: where they go, and which of them there are.
+// The destination of a warp's 16 rows of a gradient, and which of these rows exist.
 struct GradientRows {
-  int first;     // the first one's number in its sequence
-  int end;       // from here on the gradient is zero
-  int stored;    // and from here on there is no row
-  int head_dim;  // columns stored
+  int first;     // index of the first row in its sequence
+  int end;       // rows from here on have a gradient of zero
+  int stored;    // rows from here on do not exist
+  int head_dim;  // number of columns stored
 };
 
-// Stores a warp's 16 rows of scale * accumulator to `gradient`, one head of one sequence, by way of the rows of a tile
-// of kRows from `tile_row` on, which no other warp touches any more.
+// Stores a warp's 16 rows of scale * accumulator to `gradient`, one head of one sequence, staged through the rows from
+// `tile_row` on of a tile of kRows, which no other warp uses any more.
 template <class T, int kRows, int Accumulators>
 FASTATTN_DEVICE void store_gradient(unsigned char* tile, int tile_row, float (&accumulator)[Accumulators], float scale,
                                     T* gradient, int64_t row_stride, const GradientRows& rows) {

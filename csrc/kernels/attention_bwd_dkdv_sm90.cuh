@@ -3,8 +3,9 @@
 //     p  = exp2(log2(e) * score - lse_log2),   dp = v dout',   ds = p * (dp - delta) * dscore/dx,   x = scale * k q'
 //     dv = sum over queries of p dout,         dk = scale * sum over queries of ds q
 //
-// Rows of p, dp and ds are keys here and columns queries, so that both come out of the products as the register
-// operands of the next ones. The query heads of a group and their blocks are summed in order: the same bits every time.
+// Rows of p, dp and ds are keys here and columns queries, so that p and ds leave the accumulators in the register
+// layout of an A operand. The query heads of a group and their blocks are summed in a fixed order: results are
+// deterministic.
 #pragma once
 
 #include "../device/panel.cuh"
@@ -28,7 +29,7 @@ struct KeyGradientsShape {
   static constexpr bool kKeys = kWanted != KeyGradients::kValues;
   static constexpr bool kValues = kWanted != KeyGradients::kKeys;
 
-  // Whether keys are summed over too: then those that do not exist have to be zeros.
+  // Whether keys are summed over too (dq): keys that do not exist must then be zeros.
   static constexpr bool kSumsOverKeys = false;
 
   static constexpr bool kKeysInRegisters = kHeadDim == 64;
@@ -58,8 +59,8 @@ struct KeyGradientsShape {
   static_assert(registers_fit(kThreads, kMinBlocks, kProducerRegisters, kConsumerRegisters));
 };
 
-// The 64 keys of a warpgroup and their values as operands of the products for scores and dp. Where there are registers
-// for them they are read from shared memory once: the loop is bound by what it reads there.
+// The 64 keys of a warpgroup and their values as operands of the products for scores and dp. Where registers suffice
+// they are loaded from shared memory once, because the loop is bound by its shared-memory reads.
 template <class Shape>
 struct KeyOperands {
   using T = typename Shape::Element;
@@ -71,7 +72,7 @@ struct KeyOperands {
   uint32_t keys[kSteps][4];
   uint32_t values[kSteps][4];
 
-  // When the tiles have landed.
+  // Called after the tiles have arrived.
   FASTATTN_DEVICE void load() {
     if constexpr (Shape::kKeysInRegisters) {
       load_operand<Shape::kBlockN>(keys, key_tile, first_row);
@@ -107,8 +108,8 @@ struct KeyGradientsShared {
   struct Barriers {
     Pipeline<Shape::kStages> queries;
     Mbarrier keys;
-    Mbarrier landed;  // of a stage whose last rows have to be zeroed before anyone may read it
-    uint32_t ticket;  // which tile of keys is this block's, where blocks draw them
+    Mbarrier landed;  // for stages whose last rows the producer zeroes before the consumers read them
+    uint32_t ticket;  // this block's tile of keys, where blocks take tiles from a counter
   };
   static_assert(sizeof(Barriers) <= 128);
 
@@ -129,10 +130,25 @@ struct KeyGradientsShared {
   }
 };
 
-// One warp copies the tile of keys and values once, then block after block of queries, of every head of the group.
+// The order in which a tile takes its blocks of queries, of every head anew.
+struct BlockWalk {
+  int first;
+  int last;
+  int step;  // 1 or -1
+
+  FASTATTN_DEVICE int after(int block) const { return block != last ? block + step : first; }
+};
+
+FASTATTN_DEVICE BlockWalk walk_of(const BlockRange& blocks, bool last_first) {
+  if (last_first) return {blocks.end - 1, blocks.begin, -1};
+  return {blocks.begin, blocks.end - 1, 1};
+}
+
+// The producer warp: loads the tile of keys and values, then every block of queries and dout of every head of the
+// group.
 template <class Shape>
 FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, const BackwardMaps& maps,
-                                     const KeyTile& tile, const BlockRange& blocks,
+                                     const KeyTile& tile, const BlockRange& blocks, const BlockWalk& walk,
                                      const KeyGradientsShared<Shape>& shared) {
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kHeadDim = Shape::kHeadDim;
@@ -162,9 +178,10 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
   for (int member = 0; member < group_size; ++member) {
     const int head = tile.kv_head * group_size + member;
     const int64_t padded = padded_row(params.call, sequence, head);
-    for (int block = blocks.begin; block < blocks.end; ++block, state.advance()) {
+    int block = walk.first;
+    for (int left = blocks.end - blocks.begin; left > 0; --left, block += walk.step, state.advance()) {
       const int first_query = block * kBlockM;
-      // In a packed tensor the rows past the sequence are a neighbour's, which may hold anything.
+      // In a packed tensor the rows after the sequence's end belong to the next sequence, and may be NaN.
       const int rows = sequence.seen.num_queries - first_query;
       const bool zeroes = rows < kBlockM && params.call.cu_seqlens_q != nullptr;
       Mbarrier& full = barriers.queries.full[state.stage];
@@ -186,8 +203,8 @@ FASTATTN_DEVICE void produce_queries(const AttentionBackwardParams& params, cons
   }
 }
 
-// p = exp2(log2(e) * score - lse_log2) of a warpgroup's 64 keys, from `row` of the block's on, and a block of queries
-// whose products with them are `scores`. slope = dscore/dx under a softcap.
+// p = exp2(log2(e) * score - lse_log2) of a warpgroup's 64 keys, rows of the block's tile from `row` on, and a block of
+// queries; `scores` holds their products. slope = dscore/dx under a softcap.
 template <class Shape, int N, int Slopes>
 FASTATTN_DEVICE void probabilities(const ScoreScale& score_scale, const KeyTile& tile, const BlockRange& blocks,
                                    int row, int block, const float* lse_log2, const float (&scores)[N], float (&p)[N],
@@ -226,8 +243,9 @@ FASTATTN_DEVICE void score_gradients(const ScoreScale& score_scale, const float*
   score_scale.template uncap<Shape::kSoftcap>(ds, slope);
 }
 
-// What the 64 keys of a warpgroup add to its accumulators over all queries. The scores of the next block of queries are
-// on their way while this block's gradients are summed, and its dp while they become p.
+// The main loop of a consumer warpgroup: accumulates the gradients of its 64 keys over all queries. The next block's
+// score product is in flight while this block's gradients are accumulated, and the dp product while the scores become
+// p.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
                                               const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
@@ -252,7 +270,7 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
   auto& queries = shared.barriers->queries;
   const int steps = (blocks.end - blocks.begin) * (params.call.num_heads / params.call.num_kv_heads);
 
-  // Only products write these: anything else that did would have to wait for those still in flight.
+  // Written by wgmma only: any other write would have to wait for the products in flight.
   float scores[kBlockM / 2];
   float dp[kBlockM / 2];
   typename Pipeline<Shape::kStages>::State state;
@@ -282,7 +300,8 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
     next.advance();
     const bool last = --steps_left == 0;
     if constexpr (!Shape::kValues) {
-      // Here for its branch: without one, or a product, ptxas moves the arithmetic above behind the wait for dp.
+      // Stands here for its branch: with neither a branch nor a wgmma here, ptxas moves the arithmetic above past the
+      // wait for dp.
       if (!last) queries.wait_full(next);
     }
     if constexpr (Shape::kKeys) {
@@ -311,14 +330,14 @@ FASTATTN_DEVICE void accumulate_key_gradients(const AttentionBackwardParams& par
   if constexpr (Shape::kKeys) pin_registers(dk);
 }
 
-// Stores the gradients of a warpgroup's 64 keys by way of their rows of the tiles of keys and values.
+// Stores the gradients of a warpgroup's 64 keys, staged through their rows of the tiles of keys and values.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void store_key_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
                                          const KeyGradientsShared<Shape>& shared, int consumer,
                                          float (&dk)[Accumulators], float (&dv)[Accumulators]) {
   using T = typename Shape::Element;
   const Sequence& sequence = tile.sequence;
-  warpgroup_sync(consumer);  // these rows have been read for the last time
+  warpgroup_sync(consumer);  // the last read of these rows is complete
   const int warp_row = consumer * 64 + warp_index() % 4 * 16;
   const GradientRows rows = {tile.first_key + warp_row, sequence.seen.num_keys, sequence.key_rows,
                              params.call.head_dim};
@@ -334,8 +353,8 @@ FASTATTN_DEVICE void store_key_gradients(const AttentionBackwardParams& params, 
   }
 }
 
-// The tile of keys of this block, and the blocks of queries that see some of it. Each role works it out for itself:
-// what is alive where the roles part would have to fit the few registers of the producer.
+// The tile of keys of this block, and the blocks of queries that see any of it. Each role computes them separately:
+// values that are live across the branch between the roles would have to fit the producer's few registers.
 struct KeyWork {
   KeyTile tile;
   BlockRange blocks;
@@ -344,7 +363,7 @@ struct KeyWork {
 template <class Shape>
 FASTATTN_DEVICE KeyWork key_work(const AttentionParams& call, const TileSchedule& schedule, int number) {
   const Tile place = tile_at(schedule, number, TileOrder::kEven);
-  // The schedule has the last block first, but here the first is the longest under causality.
+  // The schedule takes the last block first, but under causality the first block of keys is the longest.
   const int block = schedule.query_blocks - 1 - place.query_block;
   const KeyTile tile = key_tile<Shape::kBlockN>(call, block, place.batch_head);
   return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
@@ -371,7 +390,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
-    if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
+    if (tile.first_key < tile.sequence.key_rows)
+      produce_queries<Shape>(params, maps, tile, blocks, walk_of(blocks, false), shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);

@@ -1,8 +1,8 @@
 // Attention backward for Hopper: the gradients of keys and values where the sums of both do not fit a warpgroup.
 //
-// The two consumer warpgroups own the same 64 keys: one sums dv, the other dk. The first computes the scores and their
-// probabilities and passes them through shared memory as floats, in its accumulators' layout; the second computes dp
-// meanwhile. So the scores are multiplied once, where a pass for each gradient would do it twice.
+// The two consumer warpgroups own the same 64 keys: one accumulates dv, the other dk. The first computes the scores and
+// their probabilities and passes them through shared memory as floats, in the layout of its accumulators; the second
+// computes dp meanwhile. The scores are thus computed once, where one pass per gradient would compute them twice.
 #pragma once
 
 #include "attention_bwd_dkdv_sm90.cuh"
@@ -22,19 +22,20 @@ struct SplitGradientsShape : KeyGradientsShape<Element_, kHeadDim_, kBlockN_, kB
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// Named barriers beside those of warpgroup_sync.
+// Named barriers besides those of warpgroup_sync.
 constexpr int kProbabilitiesWritten = 3;
 constexpr int kProbabilitiesTaken = 4;
 constexpr int kSplitThreads = 2 * kWarpgroupThreads;
 
-// Element 4 i of a thread's scores, four by four, of all threads.
+// The probabilities in shared memory: groups of four elements, each for all threads of a warpgroup, at this thread's
+// place.
 template <class Shape>
 FASTATTN_DEVICE float4* probability_tile(const KeyGradientsShared<Shape>& shared) {
   return reinterpret_cast<float4*>(shared.base + Shape::kProbabilitiesAt) + thread_index() % kWarpgroupThreads;
 }
 
-// dv of the tile's keys over all the queries that see them. The scores of the next block of queries are on their way
-// while this block's gradient is summed.
+// dv of the tile's keys over all the queries that see them. The next block's score product is in flight while this
+// block's gradient is accumulated.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_value_gradients(const AttentionBackwardParams& params, const KeyTile& tile,
                                                 const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
@@ -88,7 +89,7 @@ FASTATTN_DEVICE void accumulate_value_gradients(const AttentionBackwardParams& p
   pin_registers(dv);
 }
 
-// dk of the same keys. dp of the next block of queries is on its way while this block's gradient is summed.
+// dk of the same keys. The next block's dp product is in flight while this block's gradient is accumulated.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_key_gradients_of_probabilities(const AttentionBackwardParams& params,
                                                                const BlockRange& blocks,
@@ -149,7 +150,7 @@ FASTATTN_DEVICE void accumulate_key_gradients_of_probabilities(const AttentionBa
   pin_registers(dk);
 }
 
-// Stores one gradient of the tile's 64 keys by way of a tile that this warpgroup alone has read.
+// Stores one gradient of the tile's 64 keys, staged through a tile that only this warpgroup has read.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void store_split_gradient(const KeyTile& tile, int consumer, unsigned char* staging,
                                           float (&sums)[Accumulators], float scale, void* gradient,
@@ -184,7 +185,8 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() != 0) return;
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);
-    if (tile.first_key < tile.sequence.key_rows) produce_queries<Shape>(params, maps, tile, blocks, shared);
+    if (tile.first_key < tile.sequence.key_rows)
+      produce_queries<Shape>(params, maps, tile, blocks, walk_of(blocks, false), shared);
   } else {
     increase_registers<Shape::kConsumerRegisters>();
     const auto [tile, blocks] = key_work<Shape>(params.call, schedule, block_index().x);

@@ -46,7 +46,7 @@ struct QueryGradientShared {
   struct Barriers {
     Pipeline<Shape::kStages> keys;
     Mbarrier queries;
-    Mbarrier landed;  // of a stage whose last rows have to be zeroed before anyone may read it
+    Mbarrier landed;  // for stages whose last rows the producer zeroes before the consumers read them
   };
 
   unsigned char* base = align_shared<1024>(dynamic_shared_memory());
@@ -58,7 +58,7 @@ struct QueryGradientShared {
   FASTATTN_DEVICE unsigned char* values(int stage) const { return base + Shape::kValuesAt + stage * Shape::kKeyBytes; }
 };
 
-// One warp copies the tile of queries and dout once, then block after block of keys and values.
+// The producer warp: loads the tile of queries and dout, then every block of keys and values.
 template <class Shape>
 FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const BackwardMaps& maps,
                                   const QueryTile& tile, const BlockRange& blocks,
@@ -101,8 +101,9 @@ FASTATTN_DEVICE void produce_keys(const AttentionBackwardParams& params, const B
   }
 }
 
-// The sum of ds k of a warpgroup's 64 queries over all the keys they see. The scores of the next block of keys are on
-// their way while this block's gradient is added, and its dp while they become p.
+// The main loop of a consumer warpgroup: accumulates ds k of its 64 queries over all the keys they see. The next
+// block's score product is in flight while this block's gradient is accumulated, and the dp product while the scores
+// become p.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& params, const QueryTile& tile,
                                                const BlockRange& blocks, const QueryGradientShared<Shape>& shared,
@@ -129,7 +130,7 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
   const float lse_log2[2] = {params.lse_log2[row], params.lse_log2[row + 8]};
   const float delta[2] = {params.delta[row], params.delta[row + 8]};
 
-  // Only products write these: anything else that did would have to wait for those still in flight.
+  // Written by wgmma only: any other write would have to wait for the products in flight.
   float scores[kBlockN / 2];
   float dp[kBlockN / 2];
   typename Pipeline<Shape::kStages>::State state;
@@ -153,7 +154,8 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
     auto next = state;
     next.advance();
     const bool last = block + 1 == blocks.end;
-    // Here for its branch: without one ptxas moves the arithmetic above behind the wait below, and nothing hides dp.
+    // Stands here for its branch: without one, ptxas moves the arithmetic above past the wait below, and nothing
+    // overlaps the dp product.
     if (!last) keys.wait_full(next);
     wgmma_wait<0>();
     pin_registers(dp);
@@ -179,8 +181,8 @@ FASTATTN_DEVICE void accumulate_query_gradient(const AttentionBackwardParams& pa
   pin_registers(dq);
 }
 
-// The tile of queries of this block, and the blocks of keys it sees some of. Each role works it out for itself: what is
-// alive where the roles part would have to fit the few registers of the producer.
+// The tile of queries of this block, and the blocks of keys that it sees any of. Each role computes them separately:
+// values that are live across the branch between the roles would have to fit the producer's few registers.
 struct QueryWork {
   QueryTile tile;
   BlockRange blocks;
@@ -226,7 +228,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     float dq[Shape::kHeadDim / 2] = {};
     accumulate_query_gradient<Shape>(params, tile, blocks, shared, first_row, dq);
 
-    // The warpgroup's own rows of the tile of queries have been read for the last time.
+    // The last read of the warpgroup's own rows of the tile of queries is complete.
     warpgroup_sync(consumer);
     const int warp_row = first_row + warp_index() % 4 * 16;
     const GradientRows rows = {tile.first_query + warp_row, num_queries, num_queries, params.call.head_dim};

@@ -99,27 +99,36 @@ FASTATTN_DEVICE void hand_over_dq(const KeyGradientsShared<Shape>& shared, float
   named_pair_arrive<kDqWritten>(which, Shape::kDqThreads);
 }
 
+// How many tiles of keys add to a block of queries before this one: those behind it, or those ahead of it where tiles
+// go down their blocks.
+template <class Shape>
+FASTATTN_DEVICE int added_before(const KeyTile& tile, const BlockWalk& walk, int block) {
+  const BlockRange seen = key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, block * Shape::kBlockM);
+  const int key_block = tile.first_key / Shape::kBlockN;
+  return walk.step > 0 ? seen.end - 1 - key_block : key_block - seen.begin;
+}
+
 // Adds the consumers' tile `which` of dq to the sums in global memory, when the dq semaphore reaches the
 // block. There is a warp for each tile: from one block of queries to the next it waits for the memory system longer
 // than a step may take.
 template <class Shape>
 FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile& tile, const BlockRange& blocks,
-                            const KeyGradientsShared<Shape>& shared, int which) {
+                            const BlockWalk& walk, const KeyGradientsShared<Shape>& shared, int which) {
   constexpr int kThreads = Shape::kDqThreads;
   const bool issues = elect_one();
   const int group_size = params.call.num_heads / params.call.num_kv_heads;
-  const int key_block = tile.first_key / Shape::kBlockN;
   const int steps = group_size * (blocks.end - blocks.begin);
   if (which < steps) named_pair_arrive<kDqTaken>(which, kThreads);
   int step = 0;
   for (int member = 0; member < group_size; ++member) {
     const int64_t first = padded_row(params.call, tile.sequence, tile.kv_head * group_size + member) / Shape::kBlockM;
-    for (int block = blocks.begin; block < blocks.end; ++block, ++step) {
+    int block = walk.first;
+    for (int left = blocks.end - blocks.begin; left > 0; --left, block += walk.step, ++step) {
       if (step % Shape::kDqTiles != which) continue;
-      const int last = key_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, block * Shape::kBlockM).end - 1;
+      const int before = added_before<Shape>(tile, walk, block);
       named_pair_sync<kDqWritten>(which, kThreads);
       if (issues) {
-        semaphore_wait(params.dq_semaphore + first + block, last - key_block);
+        semaphore_wait(params.dq_semaphore + first + block, before);
         fence_proxy_async_global();
         bulk_reduce_add(params.dq_sum + (first + block) * kDqFloats<Shape>, dq_tile(shared, which), Shape::kDqBytes);
         bulk_commit();
@@ -137,13 +146,28 @@ FASTATTN_DEVICE void add_dq(const AttentionBackwardParams& params, const KeyTile
   }
 }
 
-// The tile of keys of the block that drew `ticket`: like key_work, but the last tiles of all heads come first, which is
-// the order of the dq semaphore.
+struct OnePassWork {
+  KeyTile tile;
+  BlockRange blocks;
+  BlockWalk walk;
+};
+
+// What the block that drew `ticket` has to do. An early head's tiles go up their blocks of queries: under causality a
+// tile begins where no other has anything to add before it. A late head's go down, all from the last query on: a tile
+// that starts with the one before it waits for the handing over of a single block and is behind it from then on. In
+// either order the tiles that one waits for have been drawn before it.
 template <class Shape>
-FASTATTN_DEVICE KeyWork work_of_ticket(const AttentionParams& call, const TileSchedule& schedule, uint32_t ticket) {
-  const Tile place = tile_at(schedule, static_cast<int>(ticket));
-  const KeyTile tile = key_tile<Shape::kBlockN>(call, place.query_block, place.batch_head);
-  return {tile, query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key)};
+FASTATTN_DEVICE OnePassWork work_of_ticket(const AttentionParams& call, const OnePassSchedule& schedule,
+                                           uint32_t ticket) {
+  const int number = static_cast<int>(ticket);
+  const bool late = number >= schedule.early.num_tiles;
+  const Tile place = tile_at(late ? schedule.late : schedule.early, late ? schedule.num_tiles - 1 - number : number);
+  const int heads = late ? call.num_kv_heads - schedule.early_heads : schedule.early_heads;
+  const int head = place.batch_head % heads + (late ? schedule.early_heads : 0);
+  const int batch_head = place.batch_head / heads * call.num_kv_heads + head;
+  const KeyTile tile = key_tile<Shape::kBlockN>(call, place.query_block, batch_head);
+  const BlockRange blocks = query_blocks<Shape::kBlockM, Shape::kBlockN>(tile.sequence.seen, tile.first_key);
+  return {tile, blocks, walk_of(blocks, late)};
 }
 
 }  // namespace fastattn

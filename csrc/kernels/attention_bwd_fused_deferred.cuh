@@ -15,8 +15,9 @@ namespace fastattn {
 // steps whose parity is kConsumer.
 template <int kConsumer, class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params, const KeyTile& tile,
-                                          const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
-                                          float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+                                          const BlockRange& blocks, const BlockWalk& walk,
+                                          const KeyGradientsShared<Shape>& shared, float (&dk)[Accumulators],
+                                          float (&dv)[Accumulators]) {
   using T = typename Shape::Element;
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kConsumerThreads = Shape::kConsumers * kWarpgroupThreads;
@@ -36,7 +37,7 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
   typename Pipeline<Shape::kStages>::State state;
   KeyOperands<Shape> operands = {shared.keys, shared.values, kFirstRow};
   int step = 0;
-  int block = blocks.begin;
+  int block = walk.first;
   const auto start_scores = [&](int stage) {
     wgmma_fence();
     operands.multiply_keys(scores, shared.queries(stage));
@@ -98,7 +99,7 @@ FASTATTN_DEVICE void accumulate_by_blocks(const AttentionBackwardParams& params,
     if constexpr (decltype(has_dq)::value) hand_over();
     state = next;
     ++step;
-    block = block + 1 < blocks.end ? block + 1 : blocks.begin;
+    block = walk.after(block);
   };
 
   const auto run = [&] {

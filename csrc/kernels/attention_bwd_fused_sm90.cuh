@@ -2,9 +2,10 @@
 // sees.
 //
 // What attention_bwd_dkdv_sm90.cuh does, and dq += ds k beside: five products where two passes take seven. dq is summed
-// in float in global memory, by one block after another: for each block of queries the tiles of keys add in order, the
-// last one first, so that the sum has the same bits every time. Blocks draw their tiles in that order, by a ticket: the
-// tiles that one waits for belong to blocks that have started, whichever those are.
+// in float in global memory, by one block after another: for each block of queries the tiles of keys add in the
+// order of their head, the last one first or the first one, so that the sum has the same bits every time. Blocks draw
+// the tiles of a head in that order, by a ticket: those that one waits for belong to blocks that have started,
+// whichever those are.
 #pragma once
 
 #include "attention_bwd_fused_common.cuh"
@@ -17,8 +18,9 @@ namespace fastattn {
 // registers.
 template <class Shape, int Accumulators>
 FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params, const KeyTile& tile,
-                                           const BlockRange& blocks, const KeyGradientsShared<Shape>& shared,
-                                           int consumer, float (&dk)[Accumulators], float (&dv)[Accumulators]) {
+                                           const BlockRange& blocks, const BlockWalk& walk,
+                                           const KeyGradientsShared<Shape>& shared, int consumer,
+                                           float (&dk)[Accumulators], float (&dv)[Accumulators]) {
   using T = typename Shape::Element;
   constexpr int kBlockM = Shape::kBlockM;
   constexpr int kBlockN = Shape::kBlockN;
@@ -51,7 +53,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
   queries.wait_full(state);
   start_scores(state.stage);
   start_dp(state.stage);
-  int block = blocks.begin;
+  int block = walk.first;
   for (int step = 0;;) {
     wgmma_wait<1>();
     pin_registers(scores);
@@ -93,7 +95,7 @@ FASTATTN_DEVICE void accumulate_by_columns(const AttentionBackwardParams& params
     queries.wait_full(state);
     start_scores(state.stage);
     start_dp(state.stage);
-    block = block + 1 < blocks.end ? block + 1 : blocks.begin;
+    block = walk.after(block);
   }
   pin_registers(dv);
   pin_registers(dk);
@@ -104,7 +106,7 @@ template <class Shape>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_bwd_fused_kernel(const FASTATTN_GRID_CONSTANT AttentionBackwardParams params,
                                const FASTATTN_GRID_CONSTANT BackwardMaps maps,
-                               const FASTATTN_GRID_CONSTANT TileSchedule schedule) {
+                               const FASTATTN_GRID_CONSTANT OnePassSchedule schedule) {
   const KeyGradientsShared<Shape> shared;
   if (thread_index() == 0) {
     shared.barriers->queries.init(Shape::kConsumers * kWarpgroupThreads / kWarpThreads);
@@ -120,25 +122,25 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
   if (consumer < 0) {
     decrease_registers<Shape::kProducerRegisters>();
     if (warp_index() > Shape::kDqTiles) return;
-    const auto [tile, blocks] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
+    const auto [tile, blocks, walk] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     if (warp_index() == 0) {
-      produce_queries<Shape>(params, maps, tile, blocks, shared);
+      produce_queries<Shape>(params, maps, tile, blocks, walk, shared);
     } else {
-      add_dq<Shape>(params, tile, blocks, shared, warp_index() - 1);
+      add_dq<Shape>(params, tile, blocks, walk, shared, warp_index() - 1);
     }
   } else {
     increase_registers<Shape::kConsumerRegisters>();
-    const auto [tile, blocks] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
+    const auto [tile, blocks, walk] = work_of_ticket<Shape>(params.call, schedule, ld_shared(&shared.barriers->ticket));
     if (tile.first_key >= tile.sequence.key_rows) return;
     float dk[Shape::kHeadDim / 2] = {};
     float dv[Shape::kHeadDim / 2] = {};
     if constexpr (!Shape::kDqByBlocks) {
-      accumulate_by_columns<Shape>(params, tile, blocks, shared, consumer, dk, dv);
+      accumulate_by_columns<Shape>(params, tile, blocks, walk, shared, consumer, dk, dv);
     } else if (consumer == 0) {
-      accumulate_by_blocks<0, Shape>(params, tile, blocks, shared, dk, dv);
+      accumulate_by_blocks<0, Shape>(params, tile, blocks, walk, shared, dk, dv);
     } else {
-      accumulate_by_blocks<1, Shape>(params, tile, blocks, shared, dk, dv);
+      accumulate_by_blocks<1, Shape>(params, tile, blocks, walk, shared, dk, dv);
     }
     store_key_gradients<Shape>(params, tile, shared, consumer, dk, dv);
   }

@@ -35,8 +35,8 @@ CUresult encode_backward_maps(TensorMapEncoder encode, const AttentionBackwardPa
   return CUDA_SUCCESS;
 }
 
-// One block of threads for each tile of keys, or of queries. A section's batch heads share the L2 cache: q and dout of
-// their query heads, and in one pass the float sums of dq, which take as much again.
+// One block of threads per tile of keys, or of queries. The batch heads of a section share the L2 cache: q and dout of
+// their query heads, and in a one-pass backward the float sums of dq, which are as large again.
 template <class Shape>
 TileSchedule key_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_k != nullptr;
@@ -45,6 +45,26 @@ TileSchedule key_schedule(const AttentionParams& p) {
       packed ? packed_blocks<Shape::kBlockN>(p.total_k, p.batch) : (p.total_k + Shape::kBlockN - 1) / Shape::kBlockN;
   const int64_t head_bytes = p.total_q * (4 * p.head_dim + (Shape::kSumsOverKeys ? 4 * Shape::kHeadDim : 0));
   return schedule_tiles(batch_heads, blocks, 1, head_bytes * (p.num_heads / p.num_kv_heads));
+}
+
+// That of a call in one pass. Only where some queries do not see the last keys do tiles differ in length from the first
+// to the last; elsewhere all heads are early ones. At head dim 64 fewer heads are late: a step is half as long there,
+// so that more tiles would wait for the one before them to hand over its first block.
+template <class Shape>
+OnePassSchedule one_pass_schedule(const AttentionParams& p) {
+  constexpr int kOneLateIn = Shape::kHeadDim == 64 ? 4 : 2;
+  const TileSchedule all = key_schedule<Shape>(p);
+  const int late_heads = p.window_right < kUnbounded ? (p.num_kv_heads + kOneLateIn - 1) / kOneLateIn : 0;
+  const int early_heads = p.num_kv_heads - late_heads;
+  if (all.num_tiles < 0) return {-1, early_heads, all, all};
+  const auto part = [&](int heads) {
+    TileSchedule schedule = all;
+    schedule.batch_heads = all.batch_heads / p.num_kv_heads * heads;
+    schedule.num_tiles = schedule.batch_heads * all.query_blocks;
+    if (schedule.batch_heads < all.batch_heads_per_section) schedule.batch_heads_per_section = schedule.batch_heads;
+    return with_even_sections(schedule, 1);
+  };
+  return {all.num_tiles, early_heads, part(early_heads), part(late_heads)};
 }
 
 template <class Shape>
@@ -61,7 +81,7 @@ template <class Element, int kHeadDim, KeyGradients kWanted, bool kSoftcap>
 using KeyGradientsShapeFor = KeyGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, kSoftcap).keys,
                                                key_gradients_tile(kHeadDim, kSoftcap).queries, kWanted, kSoftcap>;
 
-// The pass for both where a warpgroup has registers for one.
+// The shape of the pass for dk and dv at head dims where a warpgroup's registers hold one of the two.
 template <class Element, int kHeadDim>
 using SplitGradientsShapeFor = SplitGradientsShape<Element, kHeadDim, key_gradients_tile(kHeadDim, false).keys,
                                                    key_gradients_tile(kHeadDim, false).queries>;
@@ -91,7 +111,7 @@ constexpr int kRowThreads = kHeadDim / 8;
 
 constexpr int kRowPassThreads = 256;
 
-// Blocks of the first pass.
+// Blocks of the first kernel.
 inline int64_t row_pass_blocks(const AttentionParams& p) {
   return query_row_blocks(p) * (p.cu_seqlens_q == nullptr ? int64_t{p.batch} : 1) * p.num_heads;
 }
@@ -128,14 +148,14 @@ Error run_gradient_passes(const AttentionBackwardParams& params, KeyPass key_pas
 template <class Error, class Element, int kHeadDim, class FusedPass, class Finish>
 Error run_one_pass(const AttentionBackwardParams& params, FusedPass fused_pass, Finish finish) {
   using Shape = FusedGradientsShapeFor<Element, kHeadDim>;
-  const Error error = fused_pass(Shape(), key_schedule<Shape>(params.call));
+  const Error error = fused_pass(Shape(), one_pass_schedule<Shape>(params.call));
   return error != Error{} ? error : finish(Shape());
 }
 
 #if !defined(FASTATTN_EMULATION)
 
-template <class Shape, class Kernel>
-cudaError_t launch_gradient_pass(Kernel kernel, const AttentionBackwardParams& params, const TileSchedule& schedule,
+template <class Shape, class Kernel, class Schedule>
+cudaError_t launch_gradient_pass(Kernel kernel, const AttentionBackwardParams& params, const Schedule& schedule,
                                  TensorMapEncoder encode, cudaStream_t stream) {
   BackwardMaps maps;
   if (encode_backward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
@@ -161,7 +181,7 @@ cudaError_t launch_attention_backward(const AttentionBackwardParams& params, Ten
     if (params.dq_sum != nullptr) {
       return run_one_pass<cudaError_t, Element, kHeadDim>(
           params,
-          [&](auto shape, const TileSchedule& schedule) {
+          [&](auto shape, const OnePassSchedule& schedule) {
             using Shape = decltype(shape);
             return launch_gradient_pass<Shape>(attention_bwd_fused_kernel<Shape>, params, schedule, encode, stream);
           },

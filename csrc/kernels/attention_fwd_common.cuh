@@ -1,4 +1,4 @@
-// What the Hopper forward is made of: its shapes, its tensor maps, its shared memory and the numbers of its tiles.
+// Shapes, tensor maps, shared memory layout and tile numbering of the Hopper forward.
 #pragma once
 
 #include "../device/panel.cuh"
@@ -13,8 +13,8 @@ constexpr int kWarpgroupRows = 64;
 // The shape of one instantiation: tiles of kBlockM queries, 64 per consumer warpgroup, by kBlockN keys. Head dims up to
 // kHeadDim are served: TMA reads zeros for the columns that are missing, and does not write them.
 //
-// Blocks run in clusters of kCluster. Those of a cluster take tiles of the same key head, in calls whose queries see
-// every key, and each loads its share of every block of keys and values for all of them.
+// Blocks run in clusters of kCluster, in calls whose queries see every key. The blocks of a cluster take tiles of the
+// same key head, and each loads its share of every block of keys and values to all of them by multicast.
 template <class Element_, int kHeadDim_, int kBlockM_, int kBlockN_, bool kSoftcap_, int kCluster_ = 1>
 struct ForwardShape {
   using Element = Element_;
@@ -29,18 +29,20 @@ struct ForwardShape {
   static constexpr int kConsumerArrivals = kConsumers * 4;  // one per warp
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
   static constexpr int kMinBlocks = 1;  // per multiprocessor
-  // The consumers take what the producer gives up.
+  // The consumers take the registers that the producer releases.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  // Above 128 columns the products of a tile take so much longer than its softmax that the barrier only costs.
+  // Above head dim 128 the products of a tile take so much longer than its softmax that ping-pong scheduling gains
+  // nothing.
   static constexpr bool kPingPong = kHeadDim <= 128;
 
   static constexpr uint32_t kQueryBytes = kTileBytes<kBlockM, kHeadDim>;
   static constexpr uint32_t kKeyBytes = kTileBytes<kBlockN, kHeadDim>;
   static constexpr uint32_t kRingBytes = 2 * kStages * kKeyBytes;
   static constexpr uint32_t kOtherBytes = 1024 + 256;  // to align the tiles, and the barriers
-  // The next queries arrive while the result is written: where there is room it has memory of its own; elsewhere it is
-  // staged over the last block of values, which the producer gets back later, kOutColumns at a time.
+  // The next queries are loaded while the result is written. Where shared memory suffices the result has a buffer of
+  // its own; elsewhere it is staged, kOutColumns columns at a time, in the last stage of values, which is then released
+  // late.
   static constexpr bool kOwnOut = 2 * kQueryBytes + kRingBytes + kOtherBytes <= kMaxSharedBytes;
   static constexpr int kOutColumns =
       kOwnOut || kKeyBytes >= kQueryBytes
@@ -74,7 +76,7 @@ struct ForwardShared {
     Pipeline<1> queries;
     Pipeline<Shape::kStages, Shape::kCluster> keys;
     Pipeline<Shape::kStages, Shape::kCluster> values;
-    Mbarrier landed;  // the producer's own, for values it has to edit
+    Mbarrier landed;  // the producer's own, for tiles of values whose rows it zeroes
   };
   static_assert(sizeof(Barriers) <= 256);
 
@@ -87,9 +89,9 @@ struct ForwardShared {
   FASTATTN_DEVICE Barriers& barriers() const { return *reinterpret_cast<Barriers*>(base + Shape::kBarriersAt); }
 };
 
-// The tile of the block of this rank under a number of the schedule. In clusters a batch head is a key head and a
-// number stands for kCluster of its tiles, counted through its query heads. Where their count does not divide, the last
-// tiles begin past the last query and store nothing; their blocks take part in the loads all the same.
+// The tile of the block of this rank for a tile number of the schedule. In clusters a batch head is a key head, and a
+// number stands for kCluster consecutive tiles of its query heads. Where their count is not a multiple of kCluster, the
+// last tiles begin past the last query: their blocks take part in the loads and store nothing.
 template <class Shape>
 FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const TileSchedule& schedule, int number,
                                           int rank = 0) {
@@ -106,7 +108,8 @@ FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const T
   }
 }
 
-// The blocks of keys that a tile sees. In clusters these are all, so that its blocks load the same ones.
+// The blocks of keys that a tile sees. In clusters these are all of them, as the blocks of a cluster load them
+// together.
 template <class Shape>
 FASTATTN_DEVICE BlockRange forward_key_blocks(const Visibility& seen, int first_query) {
   const int keys = seen.num_keys;

@@ -51,14 +51,14 @@ template <class Element, int kHeadDim, bool kWindowed, bool kSoftcap, int kClust
 using ForwardShapeFor = ForwardShape<Element, kHeadDim, forward_tile(kHeadDim, kWindowed, kSoftcap).queries,
                                      forward_tile(kHeadDim, kWindowed, kSoftcap).keys, kSoftcap, kCluster>;
 
-// The shape whose blocks load keys and values for each other, of a head dim that has one.
+// The shape that runs in clusters, of a head dim that has one.
 template <class Element, int kHeadDim>
 using ClusterShapeFor = ForwardShapeFor<Element, kHeadDim, false, false, forward_cluster(kHeadDim)>;
 
 inline bool is_windowed(const AttentionParams& p) { return p.window_left < kUnbounded || p.window_right < kUnbounded; }
 
-// Whether a call runs in clusters on a device that holds so many of them at a time: it may, there is a kernel, its
-// queries see every key, and that takes no more rounds than without.
+// Whether a call runs in clusters on a device where `clusters` are resident at a time: the call allows it, a kernel
+// exists, the queries see every key, and clusters add no round of tiles.
 template <class Element, int kHeadDim>
 bool runs_in_clusters(const AttentionParams& p, int multiprocessors, int clusters) {
   if (forward_cluster(kHeadDim) == 1 || !p.clusters) return false;
@@ -100,7 +100,7 @@ cudaError_t launch_attention_forward(const AttentionParams& params, TensorMapEnc
   int clusters = 0;
   if constexpr (forward_cluster(kHeadDim) > 1) {
     using Shape = ClusterShapeFor<Element, kHeadDim>;
-    const int most = multiprocessors / Shape::kCluster;  // the device is asked only where these would do
+    const int most = multiprocessors / Shape::kCluster;  // an upper bound: the device is queried only where it would do
     if (runs_in_clusters<Element, kHeadDim>(params, multiprocessors, most)) {
       const LaunchShape one = forward_launch<Shape>(Shape::kCluster);
       const cudaError_t error = resident_clusters(one, attention_fwd_sm90<Shape>, &clusters);

@@ -6,7 +6,7 @@
 
 namespace fastattn {
 
-// The warp that fills shared memory: per tile its queries, then its key and value blocks from the last to the first.
+// The producer warp: per tile it loads the queries, then the blocks of keys and values from the last to the first.
 template <class Shape>
 struct ForwardProducer {
   using Shared = ForwardShared<Shape>;
@@ -18,7 +18,7 @@ struct ForwardProducer {
   bool issues = elect_one();  // the elected lane
   TileQueue::State tile_state = {};
   Pipeline<1>::State query_state = {};
-  State ring_state = {};  // keys and values go round together
+  State ring_state = {};  // one state for the pipelines of keys and of values, which advance together
   uint32_t landed_parity = 0;
 
   FASTATTN_DEVICE void run(const TileSchedule& schedule) {
@@ -33,7 +33,7 @@ struct ForwardProducer {
     shared.barriers().tiles.put(tile_state, no_tile(), issues);
   }
 
-  // The first keys go ahead of the queries, whose memory is free later.
+  // The first keys are loaded before the queries, whose shared memory is released later.
   FASTATTN_DEVICE void load_tile_of(const QueryTile& tile) {
     auto& barriers = shared.barriers();
     const Sequence& sequence = tile.sequence;
@@ -70,8 +70,8 @@ struct ForwardProducer {
     }
   }
 
-  // Starts filling a stage, a tile of kRows rows, once it is free: with this block's share, where kBlocks fill it
-  // together.
+  // Starts loading a tile of kRows rows to a stage once that is empty; where kBlocks load it together, this block's
+  // share.
   template <int kRows, int kStages, int kBlocks>
   FASTATTN_DEVICE void load(Pipeline<kStages, kBlocks>& pipeline, PipelineState<kStages> state, Mbarrier& arrived,
                             unsigned char* tile, const CUtensorMap& map, int row, int head, int batch) {
@@ -84,8 +84,8 @@ struct ForwardProducer {
     });
   }
 
-  // Fills a tile of values of which rows from keys_here on exist in memory but not for this sequence. Their
-  // probabilities are 0, but 0 times a NaN is NaN: the warp clears them before the consumers see the tile.
+  // Loads a tile of values whose rows from keys_here on exist in memory but are not of this sequence. Their
+  // probabilities are 0, but 0 * NaN is NaN: the warp zeroes these rows before the consumers see the tile.
   FASTATTN_DEVICE void load_values_zeroed_from(int keys_here, int row, int head, int batch) {
     auto& barriers = shared.barriers();
     unsigned char* tile = shared.values(ring_state.stage);
@@ -95,11 +95,11 @@ struct ForwardProducer {
   }
 };
 
-// A warpgroup that owns 64 queries of each tile: their scores, their running softmax and their rows of the result.
+// A consumer warpgroup, which owns 64 queries of each tile, their online softmax and their rows of the result.
 //
-// The scores of a block are issued before the product of the previous block's probabilities with its values, so that
-// the tensor cores have the one to do while the softmax of the other runs. A ping-pong barrier orders the warpgroups:
-// the softmax of one falls into the products of the other.
+// The score product of a block is issued before the product of the previous block's probabilities with its values, so
+// that the tensor cores run the latter during the softmax of the former. A ping-pong barrier orders the warpgroups: the
+// softmax of one overlaps the products of the other.
 template <class Shape>
 struct ForwardConsumer {
   using Element = typename Shape::Element;
@@ -134,12 +134,12 @@ struct ForwardConsumer {
       query_state.advance();
       tiles.release(tile_state);
     }
-    if (Shape::kPingPong && group == 0) ping_pong_wait();  // no other group waits for the last arrival
+    if (Shape::kPingPong && group == 0) ping_pong_wait();  // no warpgroup waits for the last arrival
     if (thread == 0) bulk_wait<0>();
   }
 
-  // The unnormalised result of the queries from `query` on. Without memory for the result, the last values are kept, or
-  // the queries of a tile that has none.
+  // Computes the unnormalised result of the queries from `query` on. Where the result has no buffer of its own, the
+  // last stage of values is not released, nor are the queries of a tile without keys.
   FASTATTN_DEVICE void attend(const Visibility& seen, const BlockRange& blocks, int query) {
     auto& barriers = shared.barriers();
     softmax = {};
@@ -175,10 +175,10 @@ struct ForwardConsumer {
     }
   }
 
-  // The scores of this block, whose keys are there, and the result of the one before it.
+  // Computes the scores of this block, whose keys have arrived, and accumulates the result of the previous block.
   //
-  // The keys of the next block are waited for between the softmax and the second product's end: the assembler would
-  // move that end ahead of the softmax, which then hides under nothing, but moves it across no branch.
+  // The wait for the keys of the next block stands between the softmax and the wait for the second product: ptxas would
+  // move the latter wait ahead of the softmax, which would then overlap nothing, but does not move it across a branch.
   template <Mask kMask>
   FASTATTN_DEVICE void step(const Visibility& seen, int query, int block, int last_block) {
     auto& barriers = shared.barriers();
@@ -219,7 +219,7 @@ struct ForwardConsumer {
     wgmma_commit();
   }
 
-  // Turns products into scores and these into probabilities.
+  // Converts products to scores, and scores to probabilities.
   template <Mask kMask>
   FASTATTN_DEVICE void softmax_step(const Visibility& seen, int query, int block, float (&rescale)[2]) {
     float factor = params.scale * kLog2E;
@@ -233,8 +233,8 @@ struct ForwardConsumer {
     softmax.update(scores, factor, rescale);
   }
 
-  // Writes the warpgroup's rows of a tile: through shared memory, then by TMA, which stops at the tensor's end;
-  // where another sequence follows, row by row. Gives back what attend() kept.
+  // Writes the warpgroup's rows of a tile: staged in shared memory, then by TMA, which clips at the tensor's end; where
+  // another sequence follows, row by row. Releases the stage that attend() kept.
   FASTATTN_DEVICE void store(const QueryTile& tile, bool has_keys) {
     const auto& [sequence, head, first_query] = tile;
     const int query = first_query + group * kWarpgroupRows;
@@ -252,7 +252,7 @@ struct ForwardConsumer {
       if (thread == 0) bulk_wait_read<0>();
       warpgroup_sync();
     } else {
-      consumers_sync();  // all have multiplied the values that lie there
+      consumers_sync();  // all warpgroups have finished reading the values in this stage
     }
 #pragma unroll
     for (int first = 0; first < Shape::kHeadDim; first += Shape::kOutColumns) {
@@ -296,7 +296,7 @@ struct ForwardConsumer {
     }
   }
 
-  // The columns from `first_column` on, which lie in `stage`.
+  // Stages the columns from `first_column` on in `stage`.
   FASTATTN_DEVICE void store_rows(const unsigned char* stage, int first_column, int batch, int head, int64_t row,
                                   int rows_here) {
     constexpr int kColumnsPerStore = 16 / sizeof(Element);
@@ -312,15 +312,15 @@ struct ForwardConsumer {
     }
   }
 
-  // One arrival per warp, whose reads its last wait has seen finished; at every block of a cluster.
+  // Releases a stage at every block of the cluster: one arrival per warp, after a wgmma wait has covered its reads.
   template <int kStages, int kBlocks>
   FASTATTN_DEVICE void release(Pipeline<kStages, kBlocks>& pipeline, PipelineState<kStages>& state) {
     if (thread % kWarpThreads == 0) pipeline.release(state);
     state.advance();
   }
 
-  // A tile without keys has no multiply to wait for: lanes reconverge before the release, so that none still waits for
-  // its queries.
+  // A tile without keys has no wgmma wait: the lanes reconverge before the release, so that none still waits for the
+  // queries.
   FASTATTN_DEVICE void release_queries() {
     warp_sync();
     if (thread % kWarpThreads == 0) shared.barriers().queries.release(query_state);
@@ -338,10 +338,10 @@ struct ForwardConsumer {
 
 // out = softmax(scores) v and lse = logsumexp(scores), where scores = scale q k^T, capped and masked as params say.
 //
-// A block owns one tile of queries at a time and walks through the tiles in the schedule's order. Warpgroup 0 gives up
-// its registers; its first warp issues TMA loads. The others own 64 queries of the tile each. Queries, keys and values
-// reach them through pipelines in shared memory. Bits depend on a tile's own data only, neither on the block nor on
-// whether it is one of a cluster.
+// A block owns one tile of queries at a time, and takes tiles in the schedule's order. Warpgroup 0 is the producer: it
+// releases registers, and its first warp issues the TMA loads. Each other warpgroup owns 64 queries of the tile.
+// Queries, keys and values reach the consumers through pipelines in shared memory. Bits depend on a tile's own data
+// only, neither on the block nor on clusters.
 template <class Shape>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     attention_fwd_sm90(FASTATTN_GRID_CONSTANT const ForwardMaps maps,
@@ -358,7 +358,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Shape::kThreads, Shape::kMinBlocks)
     fence_barrier_init();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.out}) tma_prefetch_map(map);
   }
-  // No block arrives or copies at another's barriers before they exist.
+  // The barriers of all blocks of the cluster must be initialised before a block arrives or copies at another's.
   Shape::kCluster > 1 ? cluster_sync() : block_sync();
 
   const int warpgroup = warpgroup_index();

@@ -47,11 +47,24 @@ inline TileSchedule with_even_sections(TileSchedule schedule, int group_size) {
   return schedule;
 }
 
+// The tiles of keys of a backward in one pass, whose key heads come in two parts; a tile may wait for earlier ones of
+// its head. The first `early_heads` of every sequence, in packed calls of all, take their tiles from the last to the
+// first, then the others theirs from the first to the last. Under causality the first tile is the longest, so that a
+// call ends with short ones. Which part a head belongs to depends on its number alone: a sequence has the same bits in
+// any batch.
+struct OnePassSchedule {
+  int num_tiles;
+  int early_heads;
+  TileSchedule early;
+  TileSchedule late;  // numbered from its end: a section of fewer heads than the others is its first
+};
+
 // Rounds of equal tiles on so many multiprocessors, or clusters of them.
 inline int64_t rounds(int64_t tiles, int64_t takers) { return (tiles + takers - 1) / takers; }
 
 // Whether tiles taken in clusters of `cluster_blocks` need no more rounds than one by one. Each batch head has
-// `tiles_of_each`, made up to whole clusters; `clusters` are resident at a time, which may leave multiprocessors over.
+// `tiles_of_each` tiles, rounded up to whole clusters; `clusters` are resident at a time, which may leave
+// multiprocessors idle.
 inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, int cluster_blocks, int multiprocessors,
                                    int clusters) {
   if (clusters < 1 || tiles_of_each < cluster_blocks) return false;
@@ -61,9 +74,9 @@ inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, i
 
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
 
-// The order of a section's blocks of queries. kLastFirst: from the last to the first, every section. kEven: the last
-// section like that, the others from the first to the last. Under causality the last block is the longest. The call
-// then ends with its shortest tiles, and no section leaves its long ones to so late that the next cannot even them out.
+// The order of a section's blocks of queries. kLastFirst: from the last to the first in every section. kEven: from the
+// first to the last, but in the last section from the last to the first. Under causality the last block is the longest:
+// the call then ends with its shortest tiles, and the long tiles of a section are followed by others that balance them.
 enum class TileOrder { kLastFirst, kEven };
 
 FASTATTN_DEVICE Tile tile_at(const TileSchedule& schedule, int number, TileOrder order = TileOrder::kLastFirst) {

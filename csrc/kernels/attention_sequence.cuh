@@ -7,7 +7,7 @@
 namespace fastattn {
 
 struct Sequence {
-  int index;        // which one of the call
+  int index;        // index of the sequence in the call
   int batch;        // index of the tensors' batch: 0 in packed calls
   int query_start;  // its first row in q, out and lse: 0 unless packed
   int key_start;    // its first row in k and v

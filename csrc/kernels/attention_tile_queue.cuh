@@ -20,7 +20,7 @@ struct TileQueue {
   uint4 tiles[kSlots][kWords];
   Pipeline<kSlots> slots;
 
-  // By the whole producer warp, of which one lane `issues`.
+  // Called by the whole producer warp, with `issues` set in one lane.
   FASTATTN_DEVICE void put(State& state, const QueryTile& tile, bool issues) {
     slots.fill(state, issues, [&] {
       uint4 words[kWords];
@@ -43,7 +43,7 @@ struct TileQueue {
     return tile;
   }
 
-  // By every consumer warp, all of whose lanes have read the tile.
+  // Called by every consumer warp after all its lanes have read the tile.
   FASTATTN_DEVICE void release(State& state) {
     warp_sync();
     if (lane_index() == 0) slots.release(state);
@@ -51,7 +51,7 @@ struct TileQueue {
   }
 };
 
-// What follows the last tile.
+// Marks the end of the tiles.
 FASTATTN_DEVICE QueryTile no_tile() {
   QueryTile tile = {};
   tile.head = -1;

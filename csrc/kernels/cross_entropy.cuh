@@ -24,7 +24,7 @@ constexpr int kLossVectors = 2;    // each of them takes
 template <class T>
 constexpr int kLossPart = kLossThreads * kLossVectors * kVector<T>;
 
-// Parts a row is cut into; its first vector may begin before it.
+// The number of parts a row is divided into; its first vector may begin before the row.
 template <class T>
 int64_t loss_parts(int64_t classes) {
   return (classes + kVector<T> - 1 + kLossPart<T> - 1) / kLossPart<T>;

@@ -22,7 +22,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kRowReductions = 3;
 constexpr int kRowSharedBytes = kRowReductions * kMaxRowBlocks * kWarpThreads * static_cast<int>(sizeof(float));
 
-// Elements worked on at a time: 16 bytes of the narrower of what is read and what is written.
+// The elements of one vector: 16 bytes of the narrower of what is read and what is written.
 template <class In, class Out = In>
 constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(In) < sizeof(Out) ? sizeof(In) : sizeof(Out));
 
@@ -33,8 +33,8 @@ constexpr bool kClusters = true;
 constexpr bool kClusters = false;
 #endif
 
-// Blocks of so many threads that shall fit a multiprocessor: short rows hide their latency by numbers. Blocks of up to
-// 1024 threads get 64 registers a thread, so that two of 512 fit.
+// Blocks of `threads` that are to fit a multiprocessor: for short rows many resident blocks hide latency. Blocks of up
+// to 1024 threads get 64 registers per thread, so that two of 512 fit.
 template <int Threads>
 constexpr int kRowBlocks = Threads == kRowThreads ? 12 : 1;
 
@@ -80,12 +80,12 @@ struct Maximum {
   static FASTATTN_DEVICE float combine(float a, float b) { return maximum(a, b); }
 };
 
-// Combined over 2^lanes_log2 neighbouring lanes.
+// The value combined over 2^lanes_log2 neighbouring lanes.
 template <class Operation>
 FASTATTN_DEVICE float reduce_lanes(float value, int lanes_log2) {
 #pragma unroll
   for (int log2 = 4; log2 >= 0; --log2) {
-    if constexpr (Operation::kIdempotent) {  // with itself beyond the row
+    if constexpr (Operation::kIdempotent) {  // past the row's end, with itself
       value = Operation::combine(value, shuffle_xor(value, (1 << log2) & ((1 << lanes_log2) - 1)));
     } else {
       const float other = shuffle_xor(value, 1 << log2);
@@ -100,7 +100,8 @@ FASTATTN_DEVICE float reduce_warp(float value) {
   return reduce_lanes<Operation>(value, 5);
 }
 
-// Before anything else: tells the other blocks of the row that this one has started, so that they may write to it.
+// Called first: announces to the other blocks of the cluster that this one runs, so that they may write to its shared
+// memory.
 template <bool WithinWarp = false>
 FASTATTN_DEVICE void announce_block(const RowThreads& mine) {
   if constexpr (kClusters && !WithinWarp) {
@@ -110,9 +111,9 @@ FASTATTN_DEVICE void announce_block(const RowThreads& mine) {
   }
 }
 
-// A value combined over the threads of a row, in an order that depends on nothing but the plan. All threads of the
-// block (and cluster) call it, with slot 0 first, and each slot once in a kernel: so one barrier is enough.
-// WithinWarp: all rows lie within a warp; else all have whole warps.
+// The value combined over the threads of a row, in an order that depends on the plan only. All threads of the block
+// (and cluster) call it, with slot 0 first and each slot once in a kernel, so that one barrier suffices. WithinWarp:
+// all rows lie within a warp; otherwise all have whole warps.
 template <class Operation, bool WithinWarp = false>
 FASTATTN_DEVICE float reduce_row(float value, const RowThreads& mine, int slot) {
   if constexpr (WithinWarp) {
@@ -326,7 +327,7 @@ FASTATTN_DEVICE void store_vector(T* row, Index first, Index columns, bool align
 // exp(x) for x <= 0.
 FASTATTN_DEVICE float exponential(float x) { return exp2_approx(x * kLog2E); }
 
-// A maximum that can be subtracted: where nothing is kept, -inf - -inf would be NaN.
+// The maximum to subtract: 0 where no element is kept, as -inf - -inf would be NaN.
 FASTATTN_DEVICE float finite_maximum(float x) { return x == negative_infinity() ? 0.0f : x; }
 
 FASTATTN_DEVICE float not_a_number() { return negative_infinity() - negative_infinity(); }

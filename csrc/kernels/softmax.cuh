@@ -17,7 +17,7 @@ FASTATTN_DEVICE uint32_t bits_below(Index count) {
   return (1u << bits) - 1u;
 }
 
-// The columns of a row that causality leaves.
+// The range of columns of a row that causality keeps.
 template <class Index>
 struct KeptRange {
   Index begin;
@@ -171,8 +171,8 @@ struct ForwardRow : RowView<In, Out, Index> {
   }
 };
 
-// Writes a row whose sum is NaN: that, but the constant where a score is -inf. Such rows are read once more, so that in
-// all others no element has to say whether its power is 0 by itself or by being hidden.
+// Writes a row whose sum is NaN: NaN, except for the constant where a score is -inf. Only such a row is read again; in
+// all others a power of 0 needs no record of whether its element was hidden.
 template <class Row>
 FASTATTN_DEVICE void store_undefined_row(const SoftmaxForward& p, const RowPlan& plan, typename Row::Position steps) {
   const RowThreads mine = row_threads(plan, opaque(uint64_t{block_index().x}));
@@ -258,7 +258,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
   }
 }
 
-// One row of any length: maximum and sum online, then the result, from the end, which was read last.
+// One row of any length: maximum and sum online, then the result, from the row's end, which was read last.
 template <class In, class Out>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
     softmax_forward_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxForward p,

@@ -2,7 +2,8 @@
 //
 //   dx = scale * y * (dy - sum(y * dy))                         log: scale * (dy - exp(y) * sum(dy))
 //
-// Arithmetic and columns are as in softmax.cuh. Where y is the constant that it gives what is hidden, dx is 0.
+// Arithmetic and columns are as in softmax.cuh. Where y is the constant that softmax.cuh gives to hidden elements, dx
+// is 0.
 #pragma once
 
 #include "rows.cuh"
@@ -49,7 +50,7 @@ struct BackwardRow {
     return load_vector<true, kV>(dy, first, columns, dy_aligned, 0.0f);
   }
 
-  // What is summed over the row: y * dy, in log dy; nothing where y is constant, whatever dy is there.
+  // The term of the row's sum: y * dy, in log dy; 0 where y is that constant, even if dy is NaN there.
   FASTATTN_DEVICE float term(float result, float upstream_grad) const {
     if (result == constant()) {
       return 0.0f;
@@ -103,7 +104,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
   }
 }
 
-// The gradient of one row of any length: the sum, then the gradient, from the end, which was read last.
+// The gradient of one row of any length: the sum, then the gradient, from the row's end, which was read last.
 template <class T, class Grad>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
     softmax_backward_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxBackward p,

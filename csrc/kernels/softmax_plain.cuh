@@ -1,4 +1,4 @@
-// Softmax without mask, causality or logarithm: what most calls are, in two thirds of the instructions.
+// Softmax without mask, causality or logarithm, the most frequent call, in two thirds of the instructions.
 //
 // A 16-bit element moves 4 bytes of memory, which leaves it 25 instructions at 4.8 TB/s. The scale is positive and
 // moderate, so that the largest element has the largest score, and the difference of two elements can be scaled instead
@@ -81,7 +81,7 @@ FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(Threads, kRowBlocks<Threads>)
   }
 }
 
-// One row of any length: maximum and sum online, then the result, from the end, which was read last.
+// One row of any length: maximum and sum online, then the result, from the row's end, which was read last.
 template <class In, class Out>
 FASTATTN_KERNEL void FASTATTN_LAUNCH_BOUNDS(kLongRowThreads, 1)
     softmax_forward_plain_long_kernel(const FASTATTN_GRID_CONSTANT SoftmaxForward p,

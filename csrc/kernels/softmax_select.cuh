@@ -11,8 +11,8 @@ namespace fastattn {
 
 inline int64_t count_rows(const RowSizes& sizes) { return sizes.columns == 0 ? 0 : sizes.rows; }
 
-// What a row may take up when its first vector begins before it. A row that fills its threads to the last element has
-// to begin where a vector does.
+// The columns a row's vectors cover at most: where rows are not aligned, the first vector may begin before the row. A
+// row that fills its threads completely must be aligned.
 template <class T>
 int64_t covered_columns(const void* data, const RowStrides& strides, int64_t columns, int width) {
   const bool aligned = reinterpret_cast<uintptr_t>(data) / sizeof(T) % width == 0 && strides.outer % width == 0 &&

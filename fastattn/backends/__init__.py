@@ -4,6 +4,8 @@ A backend is a module with
     NAME                                what users call it
     why_not(spec) -> str | None         why it cannot run this spec
     why_not_auto(spec) -> str | None    why "auto" should pass it over although it could (optional)
+    MAKES_GRADIENTS                     names of forwards that take a gradient of their results and also return those of
+                                        their inputs (optional; the gradients of linear_cross_entropy are everyone's)
     tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional; <op>_tiles for
                                         other ops than attention)
 and, per op, functions of (spec, call, ...) named <op>_fwd and <op>_bwd. All return the same residuals, so the forward

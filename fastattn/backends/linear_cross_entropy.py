@@ -17,10 +17,10 @@ from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec,
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits made at once: enough tokens for a matrix product to run at its best
 OTHER_CHUNK_LOGITS = 2**27
-WEIGHT_ROWS = 4096  # rows of the weight's gradient that a CPU makes at once
+WEIGHT_ROWS = 1024  # rows of the weight's gradient that a CPU makes at once
 MIN_CHUNKS = 4  # however few the logits, never more than a quarter of them at once
 
-Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, Tensor]]
+Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
 Backward = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor, Tensor | None], Tensor]
 Fused = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.generation.protocol import CausalLM
+from fastattn.generation.protocol import CausalLM, Decoder
 from fastattn.generation.sampling import check_generator, check_sampling, sample
 from fastattn.generation.stopping import special_tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
@@ -33,6 +34,7 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Prompt and continuation ids, (B, S + n) with n <= max_new_tokens; runs in eval mode and restores the mode.
 
@@ -47,6 +49,8 @@ def generate(
         pad_token_id: what follows the end token of a finished row; None = the config's, else the first end token.
         seed, generator: make sampling reproducible; at most one of them.
         use_cache: keep keys and values; without, every step recomputes the whole sequence, with the same result.
+        batch_invariant: logits, and so the tokens of a greedy continuation, have the bits that their row has alone.
+            Slower: prompts are read one by one, and a step's products made in blocks of a fixed number of rows.
 
     Raises:
         TypeError: an argument is of another type than it needs.
@@ -56,8 +60,11 @@ def generate(
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in INTEGER_DTYPES:
         got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
         raise ValueError(f"input_ids: got {got}, needs integers of shape (batch, length), a token at least")
-    if not isinstance(use_cache, bool):
-        raise TypeError(f"use_cache: got {use_cache!r}, needs True or False")
+    for name, flag in (("use_cache", use_cache), ("batch_invariant", batch_invariant)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, needs True or False")
+    if batch_invariant and not use_cache:
+        raise ValueError("batch_invariant: got True with use_cache=False, needs a cache")
     if not is_integer(max_new_tokens):
         raise TypeError(f"max_new_tokens: got {max_new_tokens!r}, needs an integer")
     if not 0 <= max_new_tokens <= MAX_TOKENS:
@@ -74,33 +81,91 @@ def generate(
     ends, pad = special_tokens(model, eos_token_id, pad_token_id, input_ids.device)
     if seed is not None:
         generator = torch.Generator(input_ids.device).manual_seed(seed)
-    prompt, mask = _pad_left(input_ids, attention_mask)
-
-    tokens = prompt.new_full((batch, capacity), pad)  # left-padded prompts, then what is generated
-    tokens[:, :prompt_len] = prompt
-    if mask is not None:
-        mask = torch.nn.functional.pad(mask, (0, max_new_tokens), value=True)
-    unfinished = torch.ones(batch, dtype=torch.bool, device=tokens.device)
-    cache = model.new_cache(batch, capacity) if use_cache else None
-    cached, length = 0, prompt_len
+    mask = _mask_of(input_ids, attention_mask)
+    made = input_ids.new_full((batch, max_new_tokens), pad)
+    unfinished = torch.ones(batch, dtype=torch.bool, device=made.device)
+    count = 0
     with evaluating(model):
-        while length < capacity:
-            seen = None if mask is None else mask[:, :length]
-            logits = model.step(tokens[:, cached:length], cache, seen)  # (B, V)
-            cached = 0 if cache is None else length
-            if not all(map(math.isfinite, logits.amax(-1).tolist())):  # a NaN is the greatest of its row
+        next_logits = _steps(model, input_ids, mask, capacity, use_cache, batch_invariant)
+        token = None
+        while count < max_new_tokens:
+            logits = next_logits(token)  # (B, V)
+            most, token = logits.max(-1)
+            if not all(map(math.isfinite, most.tolist())):  # a NaN is the greatest of its row
                 raise ValueError(
-                    f"model: its logits for token {length - prompt_len} after the prompt are not finite, "
+                    f"model: its logits for token {count} after the prompt are not finite, "
                     f"so no token can be chosen; look for NaN or infinite weights"
                 )
-            token = sample(logits, temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
-            tokens[:, length] = torch.where(unfinished, token, pad) if ends is not None else token
-            length += 1
+            if do_sample:
+                token = sample(logits, temperature, top_k, top_p, generator)
+            if ends is not None:
+                token = torch.where(unfinished, token, pad)
+            made[:, count] = token
+            count += 1
             if ends is not None:
                 unfinished &= ~torch.isin(token, ends)
                 if not unfinished.any():
                     break
-    return torch.cat((input_ids, tokens[:, prompt_len:length]), dim=1)
+    return torch.cat((input_ids, made[:, :count]), dim=1)
+
+
+def _steps(
+    model: CausalLM,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    capacity: int,
+    use_cache: bool,
+    batch_invariant: bool,
+) -> Callable[[Tensor | None], Tensor]:
+    """The function from the tokens chosen last, None at first, to the logits of the next ones, (B, V)."""
+    make = getattr(model, "decoder", None)
+    decoder = make(len(input_ids), capacity, batch_invariant=batch_invariant) if make and use_cache else None
+    if decoder is not None:
+        return _decoder_steps(decoder, input_ids, mask)
+    if batch_invariant:
+        raise ValueError("batch_invariant: this model has no decoder, which it needs")
+    return _model_steps(model, input_ids, mask, capacity, use_cache)
+
+
+def _decoder_steps(
+    decoder: Decoder, prompt: Tensor, mask: Tensor | None
+) -> Callable[[Tensor | None], Tensor]:
+    lengths = None
+    if mask is not None:
+        lengths = mask.sum(1)
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # tokens first, in their order
+        prompt = prompt.gather(1, order)[:, : int(lengths.max())]
+
+    def steps(tokens: Tensor | None) -> Tensor:
+        return decoder.prefill(prompt, lengths) if tokens is None else decoder.step(tokens)
+
+    return steps
+
+
+def _model_steps(
+    model: CausalLM, prompt: Tensor, mask: Tensor | None, capacity: int, use_cache: bool
+) -> Callable[[Tensor | None], Tensor]:
+    batch, length = prompt.shape
+    if mask is not None:
+        order = mask.to(torch.uint8).argsort(
+            dim=1, stable=True
+        )  # padding first, tokens behind in their order
+        prompt = prompt.gather(1, order)
+        mask = F.pad(mask.gather(1, order), (0, capacity - length), value=True)
+    ids = F.pad(prompt, (0, capacity - length))
+    cache = model.new_cache(batch, capacity) if use_cache else None
+
+    def steps(tokens: Tensor | None) -> Tensor:
+        nonlocal length
+        first = 0
+        if tokens is not None:
+            ids[:, length] = tokens
+            first = 0 if cache is None else length
+            length += 1
+        seen = None if mask is None else mask[:, :length]
+        return model.step(ids[:, first:length], cache, seen)
+
+    return steps
 
 
 @contextmanager
@@ -116,10 +181,10 @@ def evaluating(model: object) -> Iterator[None]:
             module.training = True
 
 
-def _pad_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Prompts with their padding moved to the left and the bool mask to match; no mask where there is no padding."""
+def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The bool mask of real tokens; None where there is no padding."""
     if attention_mask is None:
-        return input_ids, None
+        return None
     check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -127,8 +192,7 @@ def _pad_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor,
         )
     real = attention_mask != 0
     if bool(real.all()):
-        return input_ids, None
+        return None
     if not bool(real.any(-1).all()):
         raise ValueError("attention_mask: got a row without a real token, needs one at least in each")
-    order = real.to(torch.uint8).argsort(dim=1, stable=True)  # padding first, tokens behind in their order
-    return input_ids.gather(1, order), real.gather(1, order)
+    return real

@@ -21,8 +21,22 @@ class GenerationDefaults(Protocol):
     def pad_token_id(self) -> int | None: ...
 
 
+class Decoder(Protocol):
+    """The steps of one batch of sequences, which keeps their tokens' keys and values."""
+
+    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits of the token after each prompt, (B, V), of ids (B, S) whose rows begin with `lengths` (B,) tokens."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after these, (B, V), one token (B,) being appended to each sequence."""
+
+
 class CausalLM(Protocol):
-    """A causal language model that is driven token by token."""
+    """A causal language model that is driven token by token.
+
+    Optional: decoder(batch, capacity, *, batch_invariant=False) -> Decoder | None, which `generate` takes in the place
+    of a cache and its steps where there is one.
+    """
 
     @property
     def config(self) -> GenerationDefaults: ...

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import visibility
 from fastattn.ops.symbolic import map_leaves
 
 
@@ -50,21 +51,15 @@ class StructuredMask:
         """The mask itself, bool."""
         batch, _, seqlen_q, seqlen_k = self.shape
         shift = 0 if self.causal == "top_left" else seqlen_k - seqlen_q
-        pos = torch.arange(seqlen_q, device=self.device)[:, None] + shift
-        keys = torch.arange(seqlen_k, device=self.device)
         seen = torch.ones(batch, seqlen_q, seqlen_k, dtype=torch.bool, device=self.device)
-        if self.causal:
-            seen = seen & (keys <= pos)
-        left, right = self.window or (-1, -1)
-        if left >= 0:
-            seen = seen & (keys >= pos - left)
-        if right >= 0:
-            seen = seen & (keys <= pos + right)
+        distance = visibility.distances((0, seqlen_q), (0, seqlen_k), shift, seen.device)
+        band = visibility.within_band(distance, bool(self.causal), *(self.window or (-1, -1)))
+        if band is not None:
+            seen = seen & band
         if self.segment_ids is not None:
-            of_query, of_key = self.segment_ids
-            seen = seen & (of_query[:, :, None] == of_key[:, None, :]) & (of_key >= 0)[:, None, :]
+            seen = seen & visibility.same_segment(*self.segment_ids)
         if self.key_lengths is not None:
-            seen = seen & (keys < self.key_lengths[:, None])[:, None, :]
+            seen = seen & visibility.within_lengths(self.key_lengths, seqlen_k)[:, None, :]
         return seen[:, None]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 from fastattn.generation import generate
 from fastattn.models.checkpoint import load_gpt, save_gpt
+from fastattn.models.checks import check_range, readable
 from fastattn.models.config import MAX_SIZE, GPTConfig
+from fastattn.models.decoder import GPTDecoder, can_decode
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
@@ -42,6 +44,7 @@ class GPT(nn.Module):
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
+    quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
     def __init__(self, config: GPTConfig) -> None:
@@ -113,11 +116,13 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
         x = self.ln_f(x)  # (B, S, E)
-        head = self.lm_head.weight if tied is None else tied.head()  # (V, E)
-        if targets is not None and plain_head and not return_logits:
+        head = None if not plain_head else self.lm_head.weight if tied is None else tied.head()  # (V, E)
+        if targets is not None and head is not None and not return_logits:
             return CausalLMOutput(_mean_loss(x, head, targets), None, x)
+        if targets is None and not return_logits:
+            return CausalLMOutput(None, None, x)
         kept = x[:, -logits_to_keep:]
-        logits = self.lm_head(kept) if tied is None else linear(kept, head)  # (B, S or logits_to_keep, V)
+        logits = self.lm_head(kept) if head is None else linear(kept, head)  # (B, S or logits_to_keep, V)
         loss = None if targets is None else _mean_loss_of(logits, targets)
         return CausalLMOutput(loss, logits if return_logits else None, x)
 
@@ -138,8 +143,32 @@ class GPT(nn.Module):
 
     def step(self, ids: Tensor, cache: list[KVCache] | None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token after `ids`, (B, V): one step of generation, see `fastattn.generation.CausalLM`."""
-        logits = self(ids, attention_mask, cache=cache, logits_to_keep=1).logits
+        logits = self(ids, attention_mask, cache=cache, logits_to_keep=1, return_logits=True).logits
+        assert logits is not None
         return logits[:, -1]
+
+    def decoder(self, batch: int, capacity: int, *, batch_invariant: bool = False) -> GPTDecoder | None:
+        """Steps of generation that check nothing, see `GPTDecoder`; None where modules were replaced or have hooks."""
+        return (
+            GPTDecoder(self, batch, capacity, batch_invariant=batch_invariant) if can_decode(self) else None
+        )
+
+    def quantize(self, kind: str | None = "int8") -> GPT:
+        """Let `generate` and `decoder` multiply with weights rounded to 8 bits, or with None as they are; returns self.
+
+        A weight has a scale for each output and an activation one for each token, so that a sequence's result does not
+        depend on its batch. The error of each is below 1/254 of the largest magnitude under the scale (activations:
+        1/126 on CPUs without AVX-512 VNNI). Weights themselves, `forward` and training stay as they are; the rounded
+        copies are made once and again where a weight has changed.
+        """
+        if kind not in (None, "int8"):
+            raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+        if kind is not None and not can_decode(self):
+            raise ValueError(
+                "kind: a model with replaced modules or hooks does not decode with 8-bit weights"
+            )
+        self.quantized = kind
+        return self
 
     generate = generate
 
@@ -242,23 +271,9 @@ class GPT(nn.Module):
                 f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}, "
                 f"the learned positions there are"
             )
-        _check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
         if self.wpe is not None and tensors["position_ids"] is not None:
-            _check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
-
-
-def _check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
-    """Ids within [0, size), where asking costs no synchronisation."""
-    if not ids.numel() or not _readable(ids):
-        return
-    least, most = (int(n) for n in ids.aminmax())
-    if least < 0 or most >= size:
-        raise ValueError(f"{name}: got {least} to {most}, needs 0 to {size - 1} ({limit} - 1)")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether values may decide: not in a program that is recorded for other values, nor where that would wait."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+            check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
 
 
 def _block(config: GPTConfig) -> PreNormBlock:
@@ -294,7 +309,7 @@ def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqle
     real = attention_mask != 0
     if segment_ids is not None:
         ids = torch.where(real, segment_ids, -1)
-    elif _readable(real) and bool(real.all()):
+    elif readable(real) and bool(real.all()):
         return {}  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
     else:
         ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
@@ -320,7 +335,7 @@ def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) ->
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
     if targets.is_cpu and not torch.compiler.is_compiling():
         counted = targets[targets != IGNORE_INDEX]
-        _check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
+        check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
     return targets
 
 

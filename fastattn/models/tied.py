@@ -49,12 +49,12 @@ class TiedWeight:
 
     def embed(self, ids: Tensor) -> Tensor:
         """weight[ids], (..., E)."""
-        x: Tensor = _Lookup.apply(ids, self.weight, self)  # type: ignore[no-untyped-call]
+        x: Tensor = _Lookup.apply(ids, self.weight, self)
         return x
 
     def head(self) -> Tensor:
         """The weight for the head; to be called where the head stands."""
-        weight: Tensor = _Head.apply(self.weight, self)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Head.apply(self.weight, self)
         return weight
 
     def leave(self, grad: Tensor) -> bool:
@@ -82,7 +82,7 @@ class _Head(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         if torch.is_grad_enabled():  # a graph of the gradient keeps the two apart
             return grad, None
         return (None if ctx.tied.leave(grad) else grad), None
@@ -96,7 +96,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
         rows = dout.reshape(-1, dout.shape[-1])
         if torch.is_grad_enabled():

@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
             function, sources = getattr(x, REMAKE, (None, (x,)))
-            out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)  # type: ignore[no-untyped-call]
+            out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
             return out
         return torch_compat.onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -67,7 +67,7 @@ class _OneDnnLinear(torch.autograd.Function):
         return torch_compat.onednn_linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, *sources = ctx.saved_tensors
         product = (
             _matmul if torch.is_grad_enabled() else torch_compat.product
@@ -94,19 +94,18 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        _plain(x)  # first, as a trace would take what is asked of sizes for a condition
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.dim() >= 2
+        and x.numel() > 0
+        and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
         and (
             weight.numel() >= ONEDNN_MIN_WEIGHTS
             or x.numel() * weight.shape[0] >= torch_compat.ONEDNN_MIN_PRODUCTS
         )
-        and x.dim() >= 2
-        and x.numel() > 0
-        and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
-        and type(weight) in (Tensor, nn.Parameter)
-        and _plain(x)
         and not torch_compat.transforms_active((x, weight))
         and not (torch.is_grad_enabled() and torch_compat.dual_level_entered())
     )
@@ -115,9 +114,9 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 def _plain(x: Tensor) -> bool:
     """Whether nothing but autograd sees the calls on a tensor."""
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and type(x) is Tensor
         and not torch_compat.dispatch_mode_active()  # FlopCounterMode and its like know F.linear only
         and not torch.is_autocast_enabled("cpu")
     )

@@ -12,14 +12,17 @@ from torch import Tensor
 from fastattn import backends
 from fastattn.ops import arguments, composite, flops, padding, plain, plan, spelling, symbolic
 from fastattn.ops.attention_plan import NAMES, AttentionPlan, backward, check_values, forward, kernel_call
-from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
+from fastattn.ops.registration import (
+    define_with_gradient,
+    out_and_lse_fake,
+    schema_of,
+    wanted_or_empty,
+)
 from fastattn.spec import (
     AttentionCall,
     AttentionSpec,
     GradsNeeded,
     WeightsGradsNeeded,
-    accumulation_dtype,
-    empty_in_order,
 )
 
 if TYPE_CHECKING:
@@ -240,13 +243,6 @@ def _attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return forward(spec, backends.select(spec, backend), call)
 
 
-def _attention_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, value = args[0], args[2]
-    batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_in_order(query, (batch, num_heads, seqlen_q, value.shape[3]))
-    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
-
-
 def _attention_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -299,7 +295,7 @@ _run_attention = define_with_gradient(
     {name: NAMES.index(name) for name in GradsNeeded._fields},
     keeps_results=True,
     forward=_attention_fwd,
-    forward_fake=_attention_fwd_fake,
+    forward_fake=out_and_lse_fake,
     backward=_attention_bwd,
     composed=lambda call_args: composite.out_and_lse(AttentionCall(*call_args)),
 )

@@ -92,8 +92,7 @@ class AttentionPlan:
         self.backward_launch: Any = None
         as_it_is = call.query is args[0] and call.key is args[1] and call.value is args[2]
         if self.bare and as_it_is and hasattr(self.chosen, "attention_fwd_plan"):
-            seen = return_lse or self.records
-            self.launch = self.chosen.attention_fwd_plan(self.spec, call, lse_in_order=seen)
+            self.launch = self.chosen.attention_fwd_plan(self.spec, call, lse_in_order=return_lse)
         if self.records:
             self.record = torch_compat.apply_function(plan.Recorded)
             self.backward_spec = AttentionSpec.of(call, self.needs)
@@ -130,9 +129,8 @@ class AttentionPlan:
         sinks = None if sinks is None else arguments.as_sinks(sinks, self.dtype)
         seed = None
         if self.spec.dropout:
-            check_values(
-                AttentionCall(query, key, value, key_lengths=key_lengths)
-            )  # a refused call draws none
+            # a refused call draws none
+            check_values(AttentionCall(query, key, value, key_lengths=key_lengths))
             seed = arguments.seed_tensor(dropout_seed, query)
         else:
             arguments.check_seed(dropout_seed)
@@ -177,7 +175,8 @@ class AttentionPlan:
                 grads = self.backward_launch(*tensors, out, lse, dout)
             if grads is None:
                 call = self.call(tuple(tensors))
-                grads = backward(self.backward_spec, self.backward, call, out, lse, dout, dlse, self.needs)
+                rest = (out, lse.contiguous(), dout, dlse, self.needs)
+                grads = backward(self.backward_spec, self.backward, call, *rest)
         result: list[Tensor | None] = [None] * len(tensors)
         for position, grad, need in zip(POSITIONS, grads, self.needs):
             if need:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops import arguments, composite, loss_arguments, plain, spelling, symbolic
+from fastattn.ops import arguments, composite, loss_arguments, plain, plan, spelling, symbolic
 from fastattn.ops.cross_entropy_registration import (
     MATERIALISED,
     check_values,
     composed,
     linear_composed,
     linear_spec,
+    makes_gradient,
     reduced,
     run_cross_entropy,
     run_cross_entropy_mean,
@@ -68,6 +70,13 @@ def cross_entropy(
 
     Source: z_loss is that of Chowdhery et al., "PaLM" (2022).
     """
+    planned = None
+    if not unknown:
+        kinds = (type(ignore_index), type(label_smoothing), type(z_loss))
+        options = (ignore_index, label_smoothing, reduction, z_loss, kinds, "auto")
+        planned, found = plan.look_up("cross_entropy", (logits, target, class_weight), options)
+        if found is not None:
+            return cast(Tensor, found(logits, target, class_weight))
     if symbolic.any_proxy(logits, target):
         return cast(Tensor, symbolic.record(cross_entropy, locals()))
     if unknown:
@@ -77,24 +86,56 @@ def cross_entropy(
     )
     num_classes = rows.shape[1]
     result_dtype = loss_arguments.loss_dtype(logits)
-    _refuse_early(lambda: _passes(rows), (rows, flat, weight))
-    divisor = None
-    if reduction == "mean":
-        weight, divisor = loss_arguments.mean_of(weight, z_loss, flat, ignore_index)
-    call = (rows, flat, ignore_index, label_smoothing, weight, z_loss)
-    if plain.wanted():
-        losses = composed(CrossEntropyCall(*call))
-    elif (transform := composite.transform_in_use(call)) is not None:
+    made = reduction != "none" and makes_gradient(rows)
+    _refuse_early(lambda: _passes(rows, made), (rows, flat, weight))
+    call: Any = (rows, flat, weight)
+    fused = not plain.wanted()
+    if fused and (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(target, num_classes, ignore_index)
+        fused = False
+    settled: Any = (ignore_index, label_smoothing, z_loss, reduction, shape, result_dtype)
+    result = _losses(*settled, *call, fused=fused)
+    if plan.wanted(planned):
+        plan.keep(planned, partial(_planned, *settled))
+    return result
+
+
+def _losses(
+    ignore_index: int, label_smoothing: float, z_loss: float, reduction: str, shape: tuple[int, ...],
+    dtype: torch.dtype, rows: Tensor, target: Tensor, weight: Tensor | None, *, fused: bool = True,
+) -> Tensor:  # fmt: skip
+    """The result of `cross_entropy` once everything is checked; not fused, in differentiable torch operations."""
+    divisor = None
+    if reduction == "mean":
+        weight, divisor = loss_arguments.mean_of(weight, z_loss, target, ignore_index)
+    call = (rows, target, ignore_index, label_smoothing, weight, z_loss)
+    if not fused:
         losses = composed(CrossEntropyCall(*call))
-    elif reduction != "none" and _made_in_forward(rows):
-        return run_cross_entropy_mean(*call, divisor, "auto")[0].to(result_dtype)
+    elif reduction != "none" and makes_gradient(rows):
+        return cast(Tensor, run_cross_entropy_mean(*call, divisor, "auto")[0].to(dtype))
     else:
         losses, _ = run_cross_entropy(*call, "auto")
+    return _finished(losses, divisor, reduction, shape, dtype)
+
+
+def _planned(*args: Any) -> Tensor:
+    """The result of `cross_entropy` for a call of a kind whose checks, the first arguments of `_losses`, are known."""
+    *settled, logits, target, class_weight = args
+    rows, target = _rows_of(logits, target)
+    if class_weight is not None:
+        class_weight = loss_arguments.as_class_weight(class_weight, logits.dtype)
+    settled += [rows, target, class_weight]
+    return _losses(*settled)
+
+
+def _finished(
+    losses: Tensor, divisor: Tensor | None, reduction: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Losses of tokens in the shape of the targets, or reduced."""
     if reduction == "none":
-        return losses.view(shape).to(result_dtype)
-    return reduced(losses.sum(), divisor).to(result_dtype)
+        return losses.view(shape).to(dtype)
+    return reduced(losses.sum(), divisor).to(dtype)
 
 
 @spelling.without_unknown
@@ -111,7 +152,8 @@ def explain_cross_entropy(
 ) -> backends.Explanation:
     """Which backend `cross_entropy` would use for these arguments, and why not the others.
 
-    Takes the arguments of `cross_entropy`; runs nothing. See `fastattn.explain`.
+    Takes the arguments of `cross_entropy`; runs nothing. `backward` names no backend where the forward pass makes the
+    gradient. See `fastattn.explain`.
     """
     if unknown:
         raise spelling.unexpected(cross_entropy, unknown, "explain_cross_entropy")
@@ -119,7 +161,7 @@ def explain_cross_entropy(
         logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
     )
     check_values(flat, rows.shape[1], ignore_index)
-    return backends.explanation(_passes(rows), "auto")
+    return backends.explanation(_passes(rows, reduction != "none" and makes_gradient(rows)), "auto")
 
 
 def _arguments(
@@ -145,24 +187,23 @@ def _arguments(
     if num_classes == 0:
         raise ValueError(f"logits: got shape {arguments.shape_of(logits)}, needs at least one class")
     weight = loss_arguments.checked_class_weight(class_weight, num_classes, logits, "logits")
-    rows, flat = logits.movedim(classes_dim, -1).reshape(-1, num_classes), target.reshape(-1)
+    rows, flat = _rows_of(logits, target)
     return rows, flat, ignore_index, label_smoothing, weight, z_loss, shape
 
 
-def _passes(rows: Tensor) -> dict[str, SoftmaxSpec]:
-    """Specs of `cross_entropy`'s passes, the backward's too where one may follow."""
+def _rows_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as (N, V) and targets as (N,) int64."""
+    classes_dim = 0 if logits.dim() == 1 else 1
+    rows = logits.movedim(classes_dim, -1).reshape(-1, logits.shape[classes_dim])
+    return rows, target.long().reshape(-1)
+
+
+def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:
+    """Specs of `cross_entropy`'s passes, the backward's too where one may follow and has not been `made` already."""
     passes = {"cross_entropy_fwd": SoftmaxSpec.of(rows)}
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if torch.is_grad_enabled() and rows.requires_grad and not made:
         passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
     return passes
-
-
-def _made_in_forward(rows: Tensor) -> bool:
-    """Whether the forward makes the gradient, from exponentials that it has in the cache.
-
-    float16 waits for the gradient of the loss, without whose scale small values underflow.
-    """
-    return rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16
 
 
 def _refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
@@ -216,6 +257,13 @@ def linear_cross_entropy(
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
     """
+    planned, tensors = None, (hidden, weight, target, bias, class_weight)
+    if not unknown:
+        kinds = (type(ignore_index), type(label_smoothing), type(z_loss), type(softcap))
+        options = (ignore_index, label_smoothing, reduction, z_loss, softcap, kinds, "auto")
+        planned, found = plan.look_up("linear_cross_entropy", tensors, options)
+        if found is not None:
+            return cast(Tensor, found(*tensors))
     if symbolic.any_proxy(hidden, weight, target):
         return cast(Tensor, symbolic.record(linear_cross_entropy, locals()))
     if unknown:
@@ -238,25 +286,50 @@ def linear_cross_entropy(
     _refuse_early(
         lambda: _linear_passes(rows, weight, needs, reduction), (rows, weight, bias, flat, class_weight)
     )
-    divisor = None
-    if reduction == "mean":
-        class_weight, divisor = loss_arguments.mean_of(class_weight, z_loss, flat, ignore_index)
-    call = (rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss)
-    if plain.wanted():
-        losses = linear_composed(LinearCrossEntropyCall(*call))
-    elif (transform := composite.transform_in_use(call)) is not None:
+    call: Any = (rows, weight, bias, flat, class_weight)
+    fused = not plain.wanted()
+    if fused and (transform := composite.transform_in_use(call)) is not None:
         composite.refuse_named("auto", transform, MATERIALISED)
         check_values(target, weight.shape[0], ignore_index)
+        fused = False
+    settled: Any = (ignore_index, label_smoothing, cap, z_loss, reduction, shape, result_dtype, needs)
+    result = _linear_losses(*settled, *call, fused=fused)
+    if plan.wanted(planned):
+        plan.keep(planned, partial(_linear_planned, *settled))
+    return result
+
+
+def _linear_losses(
+    ignore_index: int, label_smoothing: float, softcap: float, z_loss: float, reduction: str, shape: tuple[int, ...],
+    dtype: torch.dtype, needs: list[bool], rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, *, fused: bool = True,
+) -> Tensor:  # fmt: skip
+    """The result of `linear_cross_entropy` once everything is checked; not fused, in differentiable torch
+    operations."""
+    divisor = None
+    if reduction == "mean":
+        class_weight, divisor = loss_arguments.mean_of(class_weight, z_loss, target, ignore_index)
+    call = (rows, weight, bias, target, ignore_index, label_smoothing, softcap, class_weight, z_loss)
+    if not fused:
         losses = linear_composed(LinearCrossEntropyCall(*call))
     elif reduction != "none" and any(needs):
         if rows.dtype == torch.float16:
-            return reduced(run_linear_sum(*call, None, needs, "auto")[0], divisor).to(result_dtype)
-        return cast(Tensor, run_linear_sum(*call, divisor, needs, "auto")[0].to(result_dtype))
+            return reduced(run_linear_sum(*call, None, needs, "auto")[0], divisor).to(dtype)
+        return cast(Tensor, run_linear_sum(*call, divisor, needs, "auto")[0].to(dtype))
     else:
         losses, _ = run_linear(*call, "auto")
-    if reduction == "none":
-        return losses.view(shape).to(result_dtype)
-    return reduced(losses.sum(), divisor).to(result_dtype)
+    return _finished(losses, divisor, reduction, shape, dtype)
+
+
+def _linear_planned(*args: Any) -> Tensor:
+    """The result of `linear_cross_entropy` for a call of a kind whose checks, the first arguments of
+    `_linear_losses`, are known."""
+    *settled, hidden, weight, target, bias, class_weight = args
+    if class_weight is not None:
+        class_weight = loss_arguments.as_class_weight(class_weight, hidden.dtype)
+    rows = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
+    settled += [rows, weight, bias, target.long().flatten(), class_weight]
+    return _linear_losses(*settled)
 
 
 @spelling.without_unknown
@@ -306,11 +379,11 @@ def _linear_arguments(
         if tensor is not None:
             arguments.check_tensor(name, tensor)
             arguments.check_floating(name, tensor)
-    hidden, weight, bias = (
-        loss_arguments.autocast(hidden),
-        loss_arguments.autocast(weight),
-        None if bias is None else loss_arguments.autocast(bias),
-    )
+    hidden = loss_arguments.autocast(hidden)
+    if not loss_arguments.stays_wide(weight, hidden):
+        weight = loss_arguments.autocast(weight)
+    if bias is not None and not loss_arguments.stays_wide(bias, hidden):
+        bias = loss_arguments.autocast(bias)
     loss_arguments.check_linear(hidden, weight, bias)
     shape = tuple(hidden.shape[:-1])
     target = loss_arguments.checked_targets(target, shape, hidden, "hidden")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -59,12 +59,22 @@ def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = SoftmaxSpec.of(call.logits)
     chosen = backends.select(spec, backend, "cross_entropy_fwd")
     dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
-    if hasattr(chosen, "cross_entropy_fwd_bwd"):
-        losses, norms, dlogits = chosen.cross_entropy_fwd_bwd(spec, call, dlosses)
-    else:
-        losses, norms = chosen.cross_entropy_fwd(spec, call)
-        dlogits = _cross_entropy_bwd(dlosses.contiguous(), norms, *call_args, backend)
+    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, call, dlosses)
     return reduced(losses.sum(), divisor), norms, dlogits
+
+
+def makes_gradient(rows: Tensor) -> bool:
+    """Whether the forward of `cross_entropy` makes the gradient of logits (N, V), so that no backward runs.
+
+    float16 waits for the gradient of the loss, without whose scale small values underflow.
+    """
+    if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
+        return False
+    try:
+        chosen = backends.select(SoftmaxSpec.of(rows), "auto", "cross_entropy_fwd")
+    except RuntimeError:  # the call will be refused, by the same reason
+        return False
+    return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
 
 
 def _scale(logits: Tensor, divisor: Tensor | None) -> Tensor:
@@ -97,12 +107,24 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
     """The spec of the rows of logits."""
     row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
-    return SoftmaxSpec.of(row, backward=backward).replace(unit_columns=True, wide_rows=False)
+    spec = SoftmaxSpec.of(row, backward=backward)
+    return spec.replace(unit_columns=True, wide_rows=False, dtype=hidden.dtype)
+
+
+def _linear_call(*args: Any) -> LinearCrossEntropyCall:
+    """The call with weight and bias in the dtype of hidden, which autocast may have left wider."""
+    call = LinearCrossEntropyCall(*args)
+    dtype = call.hidden.dtype
+    if call.weight.dtype == dtype and (call.bias is None or call.bias.dtype == dtype):
+        return call
+    return replace(
+        call, weight=call.weight.to(dtype), bias=None if call.bias is None else call.bias.to(dtype)
+    )
 
 
 def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     *call_args, backend = args
-    call = LinearCrossEntropyCall(*call_args)
+    call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=False)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
@@ -112,16 +134,17 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *call_args, needs, backend = args
-    call = LinearCrossEntropyCall(*call_args)
+    call = _linear_call(*call_args)
     spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
-    grads = (None if g is None else g.to(call.hidden.dtype) for g in run(spec, call, dlosses, norms, needs))
+    found = zip(run(spec, call, dlosses, norms, needs), call_args[:3])
+    grads = (None if grad is None else grad.to(operand.dtype) for grad, operand in found)
     return wanted_or_empty(grads, needs, call.hidden)
 
 
 def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     *call_args, divisor, needs, backend = args
-    call = LinearCrossEntropyCall(*call_args)
+    call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=True)
     run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
@@ -214,7 +237,7 @@ def _mean_backward(ctx: Any, dmean: Tensor | None, *_: Tensor | None) -> tuple[T
         dlogits = _run_backward(dlosses, norms, *call_args, backend)
     else:
         made = _taken(ctx) or run_cross_entropy_mean(*inputs)[2:]
-        (dlogits,) = _scaled(made, dmean, call_args[0].dtype)
+        (dlogits,) = _scaled(made, dmean, call_args[:1])
     return (dlogits, *(None,) * (len(inputs) - 1))
 
 
@@ -229,7 +252,7 @@ def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[T
         grads = _run_linear_backward(dlosses.expand(norms.shape[0]), norms, *call_args, needs, backend)
     else:
         made = _taken(ctx) or run_linear_sum(*inputs)[2:]
-        grads = _scaled(made, dtotal, call_args[0].dtype)
+        grads = _scaled(made, dtotal, call_args[:3])
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
 
 
@@ -242,13 +265,13 @@ def _taken(ctx: Any) -> list[Tensor] | None:
     return made
 
 
-def _scaled(made: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients times that of the loss, in place: they may be as large as all else of a step."""
-    if torch.compiler.is_compiling() or torch_compat.dispatch_mode_active():
-        return [(grad * upstream).to(dtype) for grad in made]
-    if upstream.is_cpu and not torch_compat.is_wrapped(upstream) and upstream.item() == 1:
-        return [grad.to(dtype) for grad in made]
-    return [grad.mul_(upstream).to(dtype) for grad in made]
+def _scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be a step's largest."""
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
+        made = [grad * upstream for grad in made]
+    elif not (upstream.is_cpu and upstream.item() == 1):
+        made = [grad.mul_(upstream) for grad in made]
+    return [grad if operand is None else grad.to(operand.dtype) for grad, operand in zip(made, operands)]
 
 
 def _cross_entropy_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -12,11 +12,9 @@ from torch import Tensor
 from fastattn import backends
 from fastattn.ops import arguments, composite, flops, plain, plan, spelling, symbolic
 from fastattn.ops.kv_cache_plan import KVCachePlan, check_memory, check_values, spec_of
-from fastattn.ops.registration import define, schema_of
+from fastattn.ops.registration import define, out_and_lse_fake, schema_of
 from fastattn.spec import (
     KVCacheCall,
-    accumulation_dtype,
-    empty_in_order,
     with_unit_last_stride,
 )
 
@@ -291,20 +289,13 @@ def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)
 
 
-def _kv_cache_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    query, v_cache = args[0], args[2]
-    batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_in_order(query, (batch, num_heads, seqlen_q, v_cache.shape[3]))
-    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
-
-
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
 _run = define(
     _LIBRARY,
     "kv_cache_fwd",
     f"({schema_of(fields(KVCacheCall), mutated=('k_cache', 'v_cache'))}, str backend) -> (Tensor out, Tensor lse)",
     _kv_cache_fwd,
-    _kv_cache_fwd_fake,
+    out_and_lse_fake,
 )
 
 flops.register(kv_cache_fwd=flops.cache_flops)

@@ -39,10 +39,11 @@ def check_memory(call: KVCacheCall) -> None:
                 )
 
 
-def check_values(call: KVCacheCall) -> None:
-    """Check values before anything is written; done on a CPU, where it costs no synchronisation."""
+def check_values(call: KVCacheCall) -> list[int] | None:
+    """The lengths, after values are checked before anything is written; on a CPU, where it costs no synchronisation,
+    elsewhere None."""
     if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
-        return
+        return None
     lengths = call.cache_lengths.tolist()
     shortest, longest = min(lengths), max(lengths)
     if shortest < 0 or longest + call.new_keys > call.capacity:
@@ -69,6 +70,7 @@ def check_values(call: KVCacheCall) -> None:
                 )
         if call.new_keys:
             _check_pages_written(call, blocks, used)
+    return lengths
 
 
 def _check_pages_written(call: KVCacheCall, blocks: Tensor, used: Tensor) -> None:
@@ -99,7 +101,7 @@ def _reach(tensor: Tensor | None) -> int:
 class KVCachePlan:
     """One kind of call of `attention_kv_cache`: its spec, backend and options, without any tensor."""
 
-    __slots__ = ("appends", "chosen", "options", "reach", "return_lse", "spec")
+    __slots__ = ("appends", "chosen", "launch", "options", "reach", "return_lse", "spec")
 
     def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
         query, *rest = args
@@ -107,6 +109,9 @@ class KVCachePlan:
         self.return_lse, self.options = return_lse, args[len(TENSORS) :]
         self.spec = spec_of(call)
         self.chosen = backends.select(self.spec, backend, "kv_cache_fwd")
+        self.launch: Any = None
+        if hasattr(self.chosen, "kv_cache_fwd_plan"):
+            self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call, lse_in_order=return_lse)
         self.appends = call.key is not None
         self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, query, call.key, call.value)))
 
@@ -127,8 +132,11 @@ class KVCachePlan:
         )  # fmt: skip
         if self.appends and not self._apart(k_cache, v_cache, query, key, value):
             check_memory(call)
-        check_values(call)
-        results = self.chosen.kv_cache_fwd(self.spec, call)
+        known, results = check_values(call), None
+        if self.launch is not None and known:
+            results = self.launch(call.query, k_cache, v_cache, key, value, known)
+        if results is None:
+            results = self.chosen.kv_cache_fwd(self.spec, call)
         return results if self.return_lse else results[0]
 
     def _apart(self, k_cache: Tensor, v_cache: Tensor, *read: Tensor | None) -> bool:

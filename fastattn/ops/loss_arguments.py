@@ -58,7 +58,12 @@ def checked_class_weight(weight: Tensor | None, num_classes: int, like: Tensor, 
         raise ValueError(f"class_weight: got device {weight.device}, needs that of {name}, {like.device}")
     if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError("class_weight: requires grad, which cross-entropy does not give; detach() it")
-    return weight.to(accumulation_dtype(like.dtype)).contiguous()
+    return as_class_weight(weight, like.dtype)
+
+
+def as_class_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Checked class weights in the accumulation dtype of logits of `dtype`, contiguous."""
+    return weight.to(accumulation_dtype(dtype)).contiguous()
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -73,7 +78,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != hidden.dtype:
+        if tensor.dtype != hidden.dtype and not stays_wide(tensor, hidden):
             raise TypeError(
                 f"{name}: got {tensor.dtype}, needs hidden's {hidden.dtype}; cast it or use autocast"
             )
@@ -86,6 +91,14 @@ def autocast(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 or not arguments.autocasts(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def stays_wide(operand: Tensor, hidden: Tensor) -> bool:
+    """Whether a weight or bias is given to a linear loss in float32 and narrowed there, under autocast: its gradient,
+    which is summed in float32, is then rounded to a narrower dtype nowhere.
+    """
+    narrow = hidden.dtype in (torch.float16, torch.bfloat16)
+    return narrow and operand.dtype == torch.float32 and arguments.autocasts(hidden.device.type)
 
 
 def loss_dtype(logits: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import torch_compat
+from fastattn import torch_compat, visibility
 from fastattn.backends.torch.kv_cache import append, rotated
 from fastattn.ops.arguments import own_precision
 from fastattn.philox import keep_mask, keep_scale
@@ -54,8 +54,7 @@ def attention(
     if not causal and (call.causal != "none" or not simple_band or call.alibi_slopes is not None):
         device = call.query.device
         shift = 0 if call.causal == "top_left" else seqlen_k - seqlen_q
-        positions = torch.arange(seqlen_q, device=device)[:, None] + shift
-        distance = (positions - torch.arange(seqlen_k, device=device))[None, None]  # pos(i) - j
+        distance = visibility.distances((0, seqlen_q), (0, seqlen_k), shift, device)[None, None]
     slopes = None if call.alibi_slopes is None else call.alibi_slopes[:, :, None, None]
     return _attend(
         call, call.query, call.key, call.value, seen, distance, slopes, call.bias, causal=causal, lse=lse,
@@ -142,11 +141,8 @@ def _attend(
         key, value = torch.where(used, key, 0), torch.where(used, value, 0)
     visible = seen
     if distance is not None:
-        left, right = call.window_left, 0 if call.causal != "none" else call.window_right
-        if left >= 0:
-            visible = _both(visible, distance <= left)
-        if right >= 0:
-            visible = _both(visible, -distance <= right)
+        band = visibility.within_band(distance, call.causal != "none", call.window_left, call.window_right)
+        visible = visible if band is None else _both(visible, band)
     additive = None if bias is None else bias.to(accumulation_dtype(query.dtype))
     if slopes is not None and distance is not None:
         alibi = -slopes * distance.abs()
@@ -250,11 +246,10 @@ def _seen(call: AttentionCall) -> Tensor | None:
     if call.bias is not None:
         seen = _both(seen, call.bias != NOTHING)
     if call.query_segments is not None and call.key_segments is not None:
-        of_query, of_key = call.query_segments[:, None, :, None], call.key_segments[:, None, None, :]
-        seen = _both(seen, (of_query == of_key) & (of_query >= 0))
+        seen = _both(seen, visibility.same_segment(call.query_segments, call.key_segments)[:, None])
     if call.key_lengths is not None:
-        keys = torch.arange(call.key.shape[2], device=call.key.device)
-        seen = _both(seen, keys < call.key_lengths[:, None, None, None])
+        within = visibility.within_lengths(call.key_lengths, call.key.shape[2])
+        seen = _both(seen, within[:, None, None])
     return seen
 
 

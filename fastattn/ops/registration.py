@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import backends, torch_compat
 from fastattn.ops import composite
 from fastattn.ops.arguments import autocasts, own_precision
-from fastattn.spec import empty_in_order
+from fastattn.spec import accumulation_dtype, empty_in_order
 
 Kernel = Callable[..., Any]
 
@@ -78,6 +78,14 @@ def checked(fake: Kernel, function: str) -> Kernel:
         return fake(*args)
 
     return refusing
+
+
+def out_and_lse_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    """The fake of an op on query (B, H, Sq, D), its first argument, and values (..., Dv), its third: (out, lse)."""
+    query, value = args[0], args[2]
+    batch, num_heads, seqlen_q, _ = query.shape
+    out = empty_in_order(query, (batch, num_heads, seqlen_q, value.shape[3]))
+    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=accumulation_dtype(query.dtype))
 
 
 def define_with_gradient(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import visibility
 from fastattn.philox import draw_seed, keep_mask, keep_scale
 
 
@@ -87,32 +88,26 @@ def masked_scores(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     shift = 0 if causal == "top_left" else seqlen_k - seqlen_q
-    keys = torch.arange(seqlen_k, device=query.device)
-    distance = torch.arange(seqlen_q, device=query.device)[:, None] + shift - keys  # (Sq, Sk), pos(i) - j
+    distance = visibility.distances((0, seqlen_q), (0, seqlen_k), shift, query.device)
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(query.dtype).expand(batch, num_heads)[..., None, None]
         scores = scores - slopes * distance.abs().to(query.dtype)
     if bias is not None:
         scores = scores + bias.to(query.dtype)
 
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        visible = visible & (distance >= 0)
     left, right = (None, None) if window is None else window
-    if left is not None and left >= 0:
-        visible = visible & (distance <= left)
-    if right is not None and right >= 0:
-        visible = visible & (-distance <= right)
+    visible = visibility.within_band(distance, bool(causal), left, right)
+    if visible is None:
+        visible = torch.ones_like(distance, dtype=torch.bool)
     if mask is not None:
         visible = visible & mask
     if bias is not None:
         visible = visible & (bias != float("-inf"))
     if segment_ids is not None:
         ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        ids_q, ids_k = ids[0][:, None, :, None], ids[1][:, None, None, :]
-        visible = visible & (ids_q == ids_k) & (ids_q >= 0)
+        visible = visible & visibility.same_segment(ids[0], ids[1])[:, None]
     if key_lengths is not None:
-        visible = visible & (keys < key_lengths[:, None, None, None])
+        visible = visible & visibility.within_lengths(key_lengths, seqlen_k)[:, None, None]
     return torch.where(visible, scores, float("-inf"))
 
 
@@ -153,7 +148,7 @@ def hidden_keys(
     if segment_ids is not None:
         hidden.append((segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids) < 0)
     if key_lengths is not None:
-        hidden.append(torch.arange(key.shape[2], device=key.device) >= key_lengths[:, None])
+        hidden.append(~visibility.within_lengths(key_lengths, key.shape[2]))
     return functools.reduce(torch.logical_or, hidden) if hidden else None
 
 

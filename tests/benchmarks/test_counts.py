@@ -37,6 +37,19 @@ def test_bytes_freed_on_the_way_are_no_peak() -> None:
     assert counts.operators(lambda: x + (x + (x + x))) == {"operators": 3, "allocated": 12000, "peak": 8000}
 
 
+def test_python_calls_are_those_of_the_package() -> None:
+    import fastattn
+    from fastattn.backends import switches
+
+    assert counts.python_calls(lambda: torch.ones(3).add_(1)) == 0
+    assert counts.python_calls(lambda: [switches.environment() for _ in range(3)]) == 3
+    x = torch.ones(4, 8)
+    planned = counts.python_calls(lambda: fastattn.softmax(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTATTN_DISABLE", "plan")
+        assert counts.python_calls(lambda: fastattn.softmax(x)) > planned
+
+
 @pytest.mark.skipif(HAS_GPU, reason="counted where Triton is interpreted")
 def test_launches_are_named_and_not_executed() -> None:
     import fastattn

@@ -1,4 +1,4 @@
-// The passes of the Hopper backward as their launches would run them. HEAD_DIM and ELEMENT choose the instantiations.
+// The passes of the Hopper backward, run as their launches run them. HEAD_DIM and ELEMENT choose the instantiations.
 #include "attention_runs.h"
 #include "emulator/tensor_map.h"
 
@@ -16,7 +16,7 @@ extern "C" const char* padded_rows(int64_t* rows, const int32_t* cu_seqlens_q, i
   });
 }
 
-// Batch heads of a section of the pass over keys, and of that of a call in one pass, of dense calls.
+// Batch heads per section of a dense call's pass over keys, and of its one-pass backward.
 extern "C" const char* key_sections(int64_t* batch_heads, int64_t batch, int64_t heads, int64_t kv_heads,
                                     int64_t seqlen_q, int64_t seqlen_k) {
   return emulator::guarded([&] {
@@ -27,19 +27,20 @@ extern "C" const char* key_sections(int64_t* batch_heads, int64_t batch, int64_t
     p.total_q = seqlen_q;
     p.total_k = seqlen_k;
     p.head_dim = HEAD_DIM;
+    p.window_right = kUnbounded;
     const auto sections = [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
       if constexpr (has_one_pass(kHeadDim)) {
         using TwoPasses = KeyGradientsShapeFor<ELEMENT, kHeadDim, KeyGradients::kBoth, false>;
         batch_heads[0] = key_schedule<TwoPasses>(p).batch_heads_per_section;
-        batch_heads[1] = key_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).batch_heads_per_section;
+        batch_heads[1] = one_pass_schedule<FusedGradientsShapeFor<ELEMENT, kHeadDim>>(p).early.batch_heads_per_section;
       }
     };
     sections(std::integral_constant<int, HEAD_DIM>());
   });
 }
 
-// Arguments as for params_of; the strides go on with dout, dq, dk, dv.
+// Arguments as for params_of; the strides continue with dout, dq, dk, dv.
 extern "C" const char* attention_backward(const void* q, const void* k, const void* v, void* out, const void* dout,
                                           float* lse, const float* dlse, void* dq, void* dk, void* dv, float* lse_log2,
                                           float* delta, float* dq_sum, uint32_t* dq_semaphore, uint32_t* ticket,

@@ -1,4 +1,4 @@
-"""Calls of the emulated Hopper forward, and what the reference makes of them."""
+"""Calls of the emulated Hopper forward, and the reference's results of the same calls."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ class Case:
     key_lengths: tuple[int, ...] | None = None
     leftover: int = 0  # tokens behind the last sequence
     blocks: int = 2  # of the persistent grid
-    resident: int = 1  # of these at the same time
+    resident: int = 1  # resident at the same time
     fixed_order: bool = False  # of tiles
-    clusters: bool = False  # of two blocks that load keys and values for each other
+    clusters: bool = False  # of two blocks, which multicast keys and values
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def kernel_dim(self) -> int:
-        """The head dim of the kernel that runs it."""
+        """The head dim of the kernel that runs the call."""
         return next(dim for dim in (64, 128, 256) if dim >= self.head_dim)
 
     @property
     def dtype(self) -> torch.dtype:
-        """One per kernel: each is a build."""
+        """One dtype per kernel, because each instantiation is a build."""
         return torch.float16 if self.kernel_dim == 64 else torch.bfloat16
 
     @property
     def counted(self) -> bool:
-        """Whether tiles are taken from a counter, as they are where they differ in length."""
+        """Whether tiles are taken from a counter, as in calls whose tiles differ in length."""
         windowed = self.options.get("causal") or self.options.get("window")
         differ = self.packed or self.key_lengths is not None or windowed
         return bool(differ and not self.fixed_order)
@@ -74,7 +74,7 @@ class Inputs:
 
 
 def inputs_of(case: Case, spread: float = 1.0) -> Inputs:
-    """Random inputs; what no query may see is NaN."""
+    """Random inputs, with NaN in keys and values that no query may see."""
     generator = torch.Generator().manual_seed(1)
 
     def heads_of(batch: int, rows: int, heads: int, scale: float = 1.0) -> Tensor:
@@ -122,7 +122,7 @@ def run(
     landing: Landing = "random",
     starved: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the emulated kernel; both begin as NaN."""
+    """(out, lse) of the emulated kernel; both are NaN before the launch."""
     out = torch.full_like(inputs.query, torch.nan)
     batch, heads, rows, head_dim = out.shape
     lse = torch.full((batch, heads, rows), torch.nan)
@@ -176,7 +176,7 @@ def check(
     spread: float = 1.0,
     starved: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """Holds the emulated kernel to the error rule."""
+    """Assert that the emulated kernel is within the error rule."""
     inputs = inputs_of(case, spread)
     out, lse = run(emulated, case, inputs, seed=seed, landing=landing, starved=starved)
     golden, plain = wanted(case, inputs, torch.float64), wanted(case, inputs, case.dtype)

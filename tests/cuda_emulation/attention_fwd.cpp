@@ -1,4 +1,4 @@
-// The Hopper forward as its launch would run it. HEAD_DIM and ELEMENT choose the instantiations.
+// The Hopper forward, run as its launch runs it. HEAD_DIM and ELEMENT choose the instantiations.
 #include "attention_runs.h"
 #include "emulator/tensor_map.h"
 

@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-// Of the forward launched last.
+// The cluster size of the last forward launch.
 int forward_cluster_blocks = 0;
 
 // As on a device of so many multiprocessors, all of them in clusters.

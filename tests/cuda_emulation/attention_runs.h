@@ -40,7 +40,7 @@ cudaError_t emulate_backward(const AttentionBackwardParams& params, TensorMapEnc
   const emulator::Launch rows{.grid = {static_cast<unsigned>(row_pass_blocks(params.call)), 1, 1},
                               .threads = kRowPassThreads};
   emulator::launch(emulator::options, rows, attention_bwd_rows_kernel<Element, kRowThreads<kHeadDim>>, params);
-  const auto pass = [&](auto shape, auto kernel, const TileSchedule& schedule) {
+  const auto pass = [&](auto shape, auto kernel, const auto& schedule) {
     using Shape = decltype(shape);
     BackwardMaps maps;
     if (encode_backward_maps<Shape>(encode, params, &maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
@@ -51,7 +51,7 @@ cudaError_t emulate_backward(const AttentionBackwardParams& params, TensorMapEnc
     if (params.dq_sum != nullptr) {
       return run_one_pass<cudaError_t, Element, kHeadDim>(
           params,
-          [&](auto shape, const TileSchedule& schedule) {
+          [&](auto shape, const OnePassSchedule& schedule) {
             return pass(shape, attention_bwd_fused_kernel<decltype(shape)>, schedule);
           },
           [&](auto shape) {

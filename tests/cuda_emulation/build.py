@@ -1,4 +1,4 @@
-"""Builds kernels for the CPU emulation with g++ and calls them, failures of the execution model becoming exceptions."""
+"""Builds kernels for the CPU emulation with g++ and calls them, with failures of the execution model as exceptions."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ Landing = Literal["eager", "lazy", "random"]
 
 
 class EmulationError(Exception):
-    """A kernel broke a rule of the execution model, or could not go on."""
+    """A kernel broke a rule of the execution model, or deadlocked."""
 
 
 @cache
 def cuda_include() -> Path | None:
-    """A folder with cuda.h and vector_types.h: the CUDA toolkit's, or the one triton brings; None without either."""
+    """A folder with cuda.h and vector_types.h: the CUDA toolkit's, or triton's; None without either."""
     folders = [Path(home) / "include" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
@@ -49,7 +49,7 @@ def cuda_include() -> Path | None:
 
 
 def missing_tool() -> str | None:
-    """Why nothing can be emulated here, or None."""
+    """The reason that kernels cannot be emulated on this machine, or None."""
     if shutil.which("g++") is None:
         return "needs g++"
     if cuda_include() is None:
@@ -80,9 +80,9 @@ class Library:
         check: bool = True,
         starved: int = -1,
     ) -> None:
-        """Calls entry point `name`; tensors go by their address.
+        """Calls entry point `name`; tensors are passed by address.
 
-        `seed` draws the order of threads and blocks, `landing` says when background work is delivered, `resident` how
+        `seed` draws the order of threads and blocks, `landing` says when asynchronous work completes, `resident` how
         many blocks are alive at once, `check` whether races are looked for, `starved` which thread of each block
         (below 1024) or which warp (from 1024 on) runs only when nothing else can. Raises EmulationError.
         """
@@ -121,7 +121,7 @@ def texts(source: Path, folders: tuple[Path, ...]) -> dict[Path, bytes]:
 
 
 def emulator_object(cache_folder: Path) -> Path:
-    """The stand-in itself, compiled once."""
+    """The object file of the emulator, compiled once."""
     flags = (flag for flag in FLAGS if flag != "-shared")
     command = ["g++", *flags, "-isystem", str(cuda_include()), "-c"]
     return _compile(HERE / "emulator.cpp", (HERE,), command, cache_folder, ".o")
@@ -142,7 +142,7 @@ def build(source: Path, cache_folder: Path, defines: tuple[str, ...] = (), csrc:
 def _compile(
     source: Path, folders: tuple[Path, ...], command: list[str], cache_folder: Path, suffix: str
 ) -> Path:
-    """What the command makes of `source`, named by a digest of all that goes into it."""
+    """The output of the command for `source`, named by a digest of all its inputs."""
     digest = hashlib.sha256("\0".join(word for word in command if not word.startswith("-I")).encode())
     for path, text in sorted(texts(source, folders).items()):
         digest.update(path.name.encode() + b"\0" + text)

@@ -24,7 +24,7 @@ constexpr int kStages = 2;
 constexpr int kConsumerWarps = 2;
 constexpr int kThreads = (1 + kConsumerWarps) * kWarpThreads;
 
-// In the order of REPORTS in test_clusters.py.
+// Mistakes, in the order of REPORTS in test_clusters.py.
 enum Mistake {
   kNone,
   kNoRemoteRelease,
@@ -51,7 +51,7 @@ struct Shared {
   Ring ring;
 };
 
-// One copy of this block's share, or a wrong one.
+// Issues the copy of this block's share, or a wrong one.
 void copy_share(void* tile, const CUtensorMap& map, Mbarrier* full, int row, Mistake mistake) {
   constexpr int kShare = kRows / kBlocks;
   const int rank = mistake == kSharesOverlap ? 0 : cluster_rank();

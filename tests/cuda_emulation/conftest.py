@@ -12,7 +12,7 @@ from cuda_emulation.extension import EmulatedExtension
 
 @pytest.fixture(scope="session")
 def library_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where what is compiled stays: pytest's cache, or the folder that this run's processes share."""
+    """The folder of compiled libraries: pytest's cache, or one that this run's processes share."""
     if reason := missing_tool():
         pytest.skip(reason)
     cache = getattr(request.config, "cache", None)

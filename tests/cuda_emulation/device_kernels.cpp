@@ -1,4 +1,4 @@
-// One small kernel per part of csrc/device, each with the mistakes that part invites.
+// One small kernel per part of csrc/device, each with switches for the mistakes that this part allows.
 #include "device/cluster.cuh"
 #include "device/copy.cuh"
 #include "device/math.cuh"
@@ -214,7 +214,7 @@ FASTATTN_KERNEL void cluster_sum(const float* x, float* y, ClusterMistake mistak
   if (mistake != kNoMiddleSync) mbarrier_wait_cluster(arrivals, 0);
   float sum = 0;
   for (uint32_t i = 0; i < blocks; ++i) sum += ld_shared(&values[i]);
-  // Once more from the side that reads, what this block has written.
+  // The same from the reader's side: what this block has written.
   block_sync();
   float again = 0;
   for (uint32_t i = 0; i < blocks; ++i) again += ld_shared(map_shared(values, i) + cluster_rank());
@@ -235,7 +235,7 @@ enum OrderMistake {
   kReadsWhatItWrites,
 };
 
-// Blocks store their index to y[0] in the order of their tickets, each after the one before.
+// Blocks store their index to y[0] in the order of their tickets, one after another.
 FASTATTN_KERNEL void ordered_sum(float* y, uint32_t* semaphore, uint32_t* ticket, OrderMistake mistake) {
   const bool by_fences = mistake == kTurnByFences || mistake == kNoDeviceFenceBefore || mistake == kNoDeviceFenceAfter;
   auto* value = reinterpret_cast<float*>(dynamic_shared_memory());
@@ -290,7 +290,7 @@ FASTATTN_KERNEL void hand_over(int* y, SharedMistake mistake) {
 
 enum MapPlace { kMapOfTheGrid, kMapMisaligned, kMapInShared, kTooManyBytes, kTooManyBytesAtOnce };
 
-// Loads a box by a map that lies where TMA does not find it, or expects more bytes than a barrier counts.
+// Loads a box by a tensor map that is not in the memory that TMA reads, or expects more bytes than a barrier counts.
 FASTATTN_KERNEL void load_by_map(FASTATTN_GRID_CONSTANT const CUtensorMap map, unsigned char* copies, MapPlace place) {
   unsigned char* box = align_shared<1024>(dynamic_shared_memory());
   auto* full = reinterpret_cast<Mbarrier*>(box + 1024);

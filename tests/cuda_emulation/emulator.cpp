@@ -1,4 +1,4 @@
-// The stand-in's one translation unit, and the switch for its options.
+// The emulator's one translation unit, and the function that sets its options.
 #include "emulator/barriers.h"
 #include "emulator/copies.h"
 #include "emulator/global.h"

@@ -1,4 +1,4 @@
-// A stand-in for the CUDA execution model: what csrc/device calls when the kernels are compiled with g++.
+// An emulation of the CUDA execution model, which csrc/device calls when the kernels are compiled with g++.
 //
 // Threads are fibers that run in an order drawn from a seed. Shared memory begins poisoned and at an address that is a
 // multiple of 16 and no more. Copies and multiplies run in the background and land when the options say. What a GPU
@@ -13,7 +13,7 @@
 
 namespace emulator {
 
-// When TMA and the tensor cores deliver: at once, when somebody must have it, or at any time between.
+// When TMA and wgmma complete: at once, when a thread waits for it, or at any time between.
 enum class Landing { kEager, kLazy, kRandom };
 
 struct Options {
@@ -21,7 +21,7 @@ struct Options {
   Landing landing = Landing::kRandom;
   int resident = 1;   // clusters (blocks, where there are no clusters) that are alive at the same time
   bool check = true;  // watch for races
-  // Who runs only when nothing else can, in every block: thread `starved`, or warp `starved` - 1024. -1: nobody.
+  // The thread (`starved`) or warp (`starved` - 1024) of every block that runs only when no other can; -1 for none.
   int starved = -1;
 };
 
@@ -35,7 +35,7 @@ struct Launch {
   size_t parameter_bytes = 0;   // launch() counts them
 };
 
-// What emulator_configure was told last.
+// The options of the last emulator_configure.
 extern Options options;
 
 // Runs kernel(context) in every thread of the grid.
@@ -82,7 +82,7 @@ void fence_proxy_async_global();
 void set_max_registers(int count, bool increase);
 void device_fence();
 uint32_t semaphore_load(const uint32_t* semaphore);
-uint32_t relaxed_load(const uint32_t* semaphore);  // no wrapper has it: what semaphore_load is without its ordering
+uint32_t relaxed_load(const uint32_t* semaphore);  // has no wrapper: semaphore_load without its ordering
 void semaphore_add(uint32_t* semaphore, uint32_t value);
 uint32_t counter_fetch_add(uint32_t* counter, uint32_t value);
 

@@ -1,11 +1,11 @@
-// What the entry points of a kernel test share: failures as text.
+// Common code of the entry points of kernel tests: failures as text.
 #pragma once
 
 #include "emulator.h"
 
 namespace emulator {
 
-// Runs `body`, which launches kernels. Null if all went well, else what went wrong.
+// Runs `body`, which launches kernels. Returns null, or the message of a failure.
 template <class Body>
 const char* guarded(Body body) {
   thread_local std::string message;

@@ -1,4 +1,4 @@
-"""The whole extension on a CPU: the host code of csrc, bound as ever, over launches that the emulation runs."""
+"""The whole extension on a CPU: the host code and bindings of csrc over launches that the emulation runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = (
 
 
 class EmulatedExtension:
-    """The module, and how its launches run from now on."""
+    """The extension module, and the options of its emulated launches."""
 
     def __init__(self, module: ModuleType, path: Path) -> None:
         self.module = module
@@ -35,18 +35,18 @@ class EmulatedExtension:
         self._library = ctypes.CDLL(str(path))
 
     def configure(self, *, seed: int = 0, landing: Landing = "random", arch: int = 90) -> None:
-        """Draw the order of threads from `seed`, and be a GPU of compute capability `arch`."""
+        """Draw the order of threads from `seed`, and emulate a GPU of compute capability `arch`."""
         configure = self._library.emulator_configure
         configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 4]
         configure(seed, LANDINGS.index(landing), 1, 1, -1)
         self._library.emulate_compute_capability(arch)
 
     def last_forward_cluster(self) -> int:
-        """How many blocks made a cluster in the last launch of attention's forward."""
+        """The cluster size, in blocks, of the last attention forward."""
         return int(self._library.last_forward_cluster())
 
     def capture(self, active: bool) -> None:
-        """Refuse from now on, or no more, the calls that a CUDA graph capture in progress does not permit."""
+        """Start or stop refusing the calls that a CUDA graph capture in progress does not permit."""
         self._library.emulate_capture(int(active))
 
 
@@ -87,7 +87,7 @@ def build(folder: Path) -> EmulatedExtension:
 def _compile(source: Path, folder: Path) -> Path:
     include = Path(torch.__file__).parent / "include"
     system = (include, include / "torch/csrc/api/include", sysconfig.get_path("include"), cuda_include())
-    host = source.parent == ROOT / "csrc"  # compiles faster as it is, and runs for no time
+    host = source.parent == ROOT / "csrc"  # not optimised: it takes no time to run, and compiles faster so
     flags = ["-O0" if host and flag == "-O2" else flag for flag in FLAGS if flag != "-shared"]
     flags += [f"-DTORCH_EXTENSION_NAME={NAME}", "-DFASTATTN_SM90=1", "-Wno-attributes"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
@@ -102,7 +102,7 @@ def _compile(source: Path, folder: Path) -> Path:
 
 
 def _once(target: Path, command: list[str]) -> None:
-    """Runs a command that makes `target`, in one process at a time, unless it is there."""
+    """Runs a command that makes `target`, in one process at a time, unless `target` exists."""
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():

@@ -1,4 +1,4 @@
-"""Kernels with lines that can be broken, one at a time, which the emulation has to notice."""
+"""Kernels with one line changed, an error that the emulation has to report."""
 
 from __future__ import annotations
 
@@ -23,21 +23,19 @@ extern "C" const char* break_line(int64_t number) {
 
 @dataclass(frozen=True)
 class Mutation:
-    """One occurrence of a statement, in the order of the file, replaced by another, or by nothing."""
+    """One occurrence of a statement, counted from the file's start, replaced by another or removed."""
 
     name: str
     old: str
     new: str = ""
     occurrence: int = 0
-    report: str | None = (
-        None  # what the emulation says, a regular expression; None where a wrong result will do
-    )
+    report: str | None = None  # a regular expression of the report; None where a wrong result is enough
 
     def __str__(self) -> str:
         return self.name
 
     def place(self, text: str) -> int:
-        """Where the statement begins; it has to be there."""
+        """The offset of the statement, which must exist."""
         at = -1
         for _ in range(self.occurrence + 1):
             at = text.find(self.old, at + 1)
@@ -66,7 +64,7 @@ STARVED = [
 
 
 def every_schedule(mutations: Sequence[Mutation]) -> list[Any]:
-    """Parameters: the numbers of the lines whose loss every schedule shows."""
+    """Parameters: the numbers of the mutations that every schedule reveals."""
     return [
         pytest.param(number, id=mutation.name)
         for number, mutation in enumerate(mutations)
@@ -105,7 +103,7 @@ def breakable_library(
             choice = f"if (broken_line == {line}) {{ {mutation.new} }} else "
             if text.startswith(mutation.old, at):
                 text = f"{text[:at]}{choice}{{ {mutation.old} }}{text[at + len(mutation.old) :]}"
-            else:  # broken in another way too
+            else:  # with a second mutation
                 text = text[:at] + choice + text[at:]
         (csrc / name).write_text(text)
     config = csrc / "device" / "config.cuh"

@@ -23,7 +23,7 @@ constexpr int kTileBytes = kTile * kTile * 2;
 constexpr int kStages = 2;
 constexpr int kConsumers = 2;  // warpgroups
 
-// In the order of REPORTS in test_pipeline.py.
+// Mistakes, in the order of REPORTS in test_pipeline.py.
 enum Mistake {
   kNone,
   kNoQueryWait,

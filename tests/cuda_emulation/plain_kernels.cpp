@@ -7,7 +7,7 @@
 
 using namespace fastattn;
 
-// What run_row_sum can be told to do wrong.
+// The mistakes that run_row_sum can make.
 enum Mistake { kNone, kWithoutSync, kDivergentSync, kDivergentShuffle };
 
 // y[row] = sum of x[row, :columns]. One block per row.

@@ -1,4 +1,4 @@
-"""Compiles calls of device wrappers to PTX and shows their instructions with registers replaced by what they hold."""
+"""Compiles calls of device wrappers to PTX and returns the instructions, with values in place of registers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from cuda_emulation.build import ROOT
 
-# Instructions of intrinsics; those of asm statements are shown whatever they are.
+# Instructions of intrinsics that are listed; those of asm statements are always listed.
 SHOWN = ("shfl.", "vote.", "bar.", "barrier.", "atom.", "red.", "membar.", "fence.", "ld.shared", "st.shared")
 REGISTER = re.compile(r"%[a-z]+\d+|[\w$]+_param_\d+")
 LOAD = re.compile(r"ld\.[\w.]+\s+(%\w+), \[(%?\w+)(?:\+(\d+))?\]")

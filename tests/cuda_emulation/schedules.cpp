@@ -1,5 +1,9 @@
-// What the tiles of a call cost, in the order in which the kernels take them: the host's and the kernels' own code.
+// The costs of a call's tiles in the order in which the kernels take them, by the code of the host and the kernels.
 #include <algorithm>
+#include <functional>
+#include <map>
+#include <queue>
+#include <vector>
 
 #include "attention_runs.h"
 
@@ -7,14 +11,14 @@ using namespace fastattn;
 
 namespace {
 
-// In blocks of the loop's operand: what a tile costs beside them.
+// The cost of a tile besides its loop, in blocks of the loop's operand.
 constexpr double kPerTile = 1.5;
 
 enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass, kForwardInClusters };
 
 double cost_of(const BlockRange& blocks, int times = 1) { return kPerTile + (blocks.end - blocks.begin) * times; }
 
-// In clusters that of each block, all of which load every key.
+// In clusters the cost of each block: all of them load every key.
 template <class Shape>
 double forward_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
   const QueryTile tile = forward_tile_at<Shape>(params, schedule, number);
@@ -39,13 +43,64 @@ double key_gradients_cost(const AttentionParams& params, const TileSchedule& sch
 }
 
 template <class Shape>
-double one_pass_cost(const AttentionParams& params, const TileSchedule& schedule, int number) {
-  return key_cost(params, work_of_ticket<Shape>(params, schedule, number));
+double one_pass_cost(const AttentionParams& params, const OnePassSchedule& schedule, int number) {
+  const OnePassWork work = work_of_ticket<Shape>(params, schedule, number);
+  return key_cost(params, {work.tile, work.blocks});
+}
+
+// The sums of dq of a block of queries: how many tiles of keys have added, and when the next one can see that.
+struct Sums {
+  int added = 0;
+  double seen_at = 0.0;
+};
+
+// When a call in one pass ends, in blocks of the loop, on multiprocessors each of which draws a tile when it is done
+// with one. From a tile's turn at a block of queries to the next one's it takes `handover`, of which a warp waits two
+// thirds for its own sums to land before it takes the next.
+template <class Shape>
+double one_pass_end(const AttentionParams& params, int multiprocessors, double handover) {
+  const OnePassSchedule schedule = one_pass_schedule<Shape>(params);
+  const int group_size = params.num_heads / params.num_kv_heads;
+  std::map<int64_t, std::vector<Sums>> sums_of;  // by head and sequence
+  std::priority_queue<double, std::vector<double>, std::greater<>> idle(std::greater<>(),
+                                                                        std::vector<double>(multiprocessors, 0.0));
+  double end = 0.0;
+  for (int ticket = 0; ticket < schedule.num_tiles; ++ticket) {
+    const auto [tile, blocks, walk] = work_of_ticket<Shape>(params, schedule, ticket);
+    if (tile.first_key >= tile.sequence.key_rows) continue;
+    double now = idle.top() + kPerTile / 2;
+    idle.pop();
+    std::vector<double> landed;
+    for (int member = 0; member < group_size; ++member) {
+      const int head = tile.kv_head * group_size + member;
+      std::vector<Sums>& sums = sums_of[int64_t{tile.sequence.index} * params.num_heads + head];
+      sums.resize((tile.sequence.seen.num_queries + Shape::kBlockM - 1) / Shape::kBlockM);
+      int block = walk.first;
+      for (int left = blocks.end - blocks.begin; left > 0; --left, block = walk.after(block)) {
+        Sums& sum = sums.at(block);
+        if (sum.added != added_before<Shape>(tile, walk, block)) emulator::fail("waits for a tile that is drawn later");
+        const size_t step = landed.size();
+        const double free = step >= Shape::kDqTiles ? landed[step - Shape::kDqTiles] : 0.0;
+        now += 1.0;
+        // Where warpgroups take whole blocks dq is handed over a step later, but for the last.
+        const double later = Shape::kDqByBlocks && (left > 1 || member + 1 < group_size) ? 1.0 : 0.0;
+        const double written = std::max(now + later, free);
+        now = written - later;
+        const double turn = std::max(written, sum.seen_at);
+        landed.push_back(turn + handover * 2 / 3);
+        sum = {sum.added + 1, turn + handover};
+      }
+    }
+    now = std::max(now + kPerTile / 2, landed.empty() ? 0.0 : landed.back());
+    idle.push(now);
+    end = std::max(end, now);
+  }
+  return end;
 }
 
 template <int kHeadDim>
 void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double* costs, int64_t* count) {
-  const auto all = [&](const TileSchedule& schedule, auto cost) {
+  const auto all = [&](const auto& schedule, auto cost) {
     if (schedule.num_tiles > capacity) emulator::fail("more tiles than there is room for");
     for (int number = 0; number < schedule.num_tiles; ++number) costs[number] = cost(params, schedule, number);
     *count = schedule.num_tiles;
@@ -63,7 +118,7 @@ void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double
     all(key_schedule<Shape>(params), key_gradients_cost<Shape>);
   } else if constexpr (has_one_pass(kHeadDim)) {
     using Shape = FusedGradientsShapeFor<half_t, kHeadDim>;
-    all(key_schedule<Shape>(params), one_pass_cost<Shape>);
+    all(one_pass_schedule<Shape>(params), one_pass_cost<Shape>);
   }
 }
 
@@ -86,6 +141,21 @@ extern "C" const char* tile_costs(int64_t pass, const int64_t* sizes, const int3
       default:
         return costs_of<256>(params, static_cast<Pass>(pass), capacity, costs, count);
     }
+  });
+}
+
+// When a call in one pass ends. `sizes` and lengths as for params_of.
+extern "C" const char* one_pass_end(const int64_t* sizes, const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
+                                    int64_t multiprocessors, double handover, double* end) {
+  return emulator::guarded([&] {
+    const int64_t strides[12] = {};
+    const AttentionParams params = params_of(nullptr, nullptr, nullptr, nullptr, nullptr, strides, sizes, cu_seqlens_q,
+                                             cu_seqlens_k, nullptr, 1.0, 0.0);
+    const auto ends = [&](auto shape) {
+      *end = one_pass_end<decltype(shape)>(params, static_cast<int>(multiprocessors), handover);
+    };
+    return params.head_dim == 64 ? ends(FusedGradientsShapeFor<half_t, 64>())
+                                 : ends(FusedGradientsShapeFor<half_t, 128>());
   });
 }
 

@@ -1,4 +1,4 @@
-// A softmax of rows at any strides, and the division of numbers of rows, by themselves.
+// Two parts of the row kernels called directly: a softmax of rows of any strides, and the division of row numbers.
 #include "emulator_test.h"
 #include "kernels/softmax_select.cuh"
 
@@ -42,7 +42,7 @@ extern "C" const char* run_quotients(const int64_t* numerators, const int64_t* d
   });
 }
 
-// The threads of a row by a plan made by hand.
+// The threads of a row, by a plan that the caller gives.
 extern "C" const char* run_plan(int64_t lanes, int64_t warps, int64_t blocks, int64_t* threads) {
   return emulator::guarded([&] {
     const RowPlan plan(kAnyColumns, 16, static_cast<int>(lanes), static_cast<int>(warps), static_cast<int>(blocks));

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "key lengths": (64, 3, 2, 1, 130, 200, {"key_lengths": [0, 77, 200]}),
     "key lengths, causal": (64, 2, 1, 1, 130, 200, {"key_lengths": [131, 5], "causal": True}),
     "key lengths, several blocks": (64, 1, 2, 1, 140, 450, {"key_lengths": [430]}),
+    "key lengths, causal, several blocks": (64, 1, 2, 2, 140, 450, {"key_lengths": [430], "causal": True}),
     "softcap": (64, 1, 2, 1, 130, 140, {"softcap": 3.0, "causal": True}),
     "scale": (64, 1, 1, 1, 65, 66, {"scale": 0.3}),
     "small head": (40, 1, 2, 2, 130, 130, {"causal": True}),
@@ -84,7 +85,7 @@ def emulate(
     if ticket is not None and not packed:
         assert int(ticket) == batch * heads[1] * -(
             -k.shape[-2] // 128
-        )  # each block has drawn one tile of keys
+        )  # each block has taken one tile of keys
     return grads
 
 
@@ -164,7 +165,7 @@ def test_bfloat16(emulated: Callable[..., Any], name: str) -> None:
     ],
 )  # fmt: skip
 def test_warpgroups_share_keys(emulated: Callable[..., Any], name: str) -> None:
-    """Head dim 256, where one warpgroup has the sums for dk and the other those for dv."""
+    """Head dim 256, where one warpgroup accumulates dk and the other dv."""
     check(emulated, name, torch.float16, with_dlse=True, head_dim=256, seed=len(name), resident=2)
 
 
@@ -202,7 +203,7 @@ def test_packed(
     lengths_k: list[int],
     options: dict[str, Any],
 ) -> None:
-    """Each sequence as if it were alone, though its neighbours are NaN; what belongs to none gets zero."""
+    """Each sequence as if it were alone, between neighbours of NaN; tokens of no sequence get zero gradients."""
     dtype, num_heads, num_kv_heads, behind = torch.float16, 2, 1, 9
     if one_pass:
         options = {name: value for name, value in options.items() if name != "softcap"}
@@ -263,6 +264,7 @@ ONE_PASS = [
     "grouped heads",
     "key lengths",
     "key lengths, several blocks",
+    "key lengths, causal, several blocks",
 ]
 
 
@@ -282,15 +284,31 @@ def test_one_pass_pads_heads(emulated: Callable[..., Any], head_dim: int) -> Non
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["grouped heads", "key lengths, several blocks"])
+@pytest.mark.parametrize(
+    "name", ["grouped heads", "key lengths, several blocks", "key lengths, causal, several blocks"]
+)
 def test_one_pass_adds_in_order(emulated: Callable[..., Any], name: str, head_dim: int) -> None:
-    """Whoever comes first, the sums of dq have the same bits."""
+    """The sums of dq have the same bits in any schedule."""
     options = {"with_dlse": True, "head_dim": head_dim, "one_pass": True}
     first = check(emulated, name, torch.float16, resident=1, seed=0, **options)
     for seed in range(1, 4):
         again = check(emulated, name, torch.float16, resident=4, seed=seed, **options)
         for label, a, b in zip(Grads._fields, first, again):
             assert torch.equal(a, b), f"d{label} under schedule {seed}"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_pass_of_a_sequence_alone(emulated: Callable[..., Any], head_dim: int) -> None:
+    """The order in which a head's tiles add depends on the head, not on its place in a batch."""
+    inputs, dout, dlse, options = make_inputs("grouped heads", torch.float16, head_dim)
+    out, lse, _ = differentiated(tuple(x.double() for x in inputs), dout, dlse, options)
+    library = build(emulated, head_dim, torch.float16)
+    tensors = (*inputs, out.half(), lse.float(), dout, dlse)
+    together = emulate(library, *tensors, **options, one_pass=True, seed=1)
+    for b in range(len(dout)):
+        alone = emulate(library, *(x[b : b + 1] for x in tensors), **options, one_pass=True, seed=2)
+        for label, whole, own in zip(Grads._fields, together, alone):
+            assert torch.equal(whole[b : b + 1], own), f"d{label}"
 
 
 @pytest.mark.parametrize("heads", [16, 64], ids=["every head its own keys", "four heads share keys"])

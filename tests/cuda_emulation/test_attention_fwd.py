@@ -84,7 +84,7 @@ def test_matches_float64(emulated, case: Case) -> None:
 @pytest.mark.parametrize("landing", LANDINGS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_any_schedule(emulated, head_dim: int, landing: str) -> None:
-    """Each seed draws another order of threads; the bits stay the same."""
+    """Each seed draws another order of threads, and the bits are the same."""
     rows = 260 if head_dim < 256 else 140
     case = Case(
         "schedules", head_dim=head_dim, batch=2, seqlen_q=rows, seqlen_k=rows + 100, key_lengths=(rows, rows + 100),
@@ -98,7 +98,7 @@ def test_any_schedule(emulated, head_dim: int, landing: str) -> None:
 
 @pytest.mark.parametrize("seed", range(9))
 def test_tiles_without_keys_in_any_schedule(emulated, seed: int) -> None:
-    """Nothing but barriers holds the lanes of a warp together there."""
+    """In these tiles only barriers make the lanes of a warp reconverge."""
     case = Case(
         "no keys", seqlen_q=(5, 0, 128, 129), seqlen_k=(5, 7, 0, 0), leftover=3, heads=2, kv_heads=2, blocks=1
     )
@@ -106,7 +106,7 @@ def test_tiles_without_keys_in_any_schedule(emulated, seed: int) -> None:
 
 
 def test_a_neighbour_of_nan_is_not_noticed(emulated) -> None:
-    """Sequences share tiles of keys and values; a NaN stays with its own."""
+    """Sequences share tiles of keys and values; a NaN does not reach another sequence's rows."""
     case = Case("neighbours", seqlen_q=(70, 60, 200), seqlen_k=(140, 60, 129), heads=2, kv_heads=1)
     inputs = inputs_of(case)
     out, lse = run(emulated, case, inputs)
@@ -142,7 +142,7 @@ def test_bits_do_not_depend_on_the_grid_or_the_batch(emulated) -> None:
 
 @pytest.mark.parametrize("lengths", [260, (260, 3, 0, 190)], ids=["dense", "packed"])
 def test_bits_do_not_depend_on_who_takes_a_tile(emulated, lengths: int | tuple[int, ...]) -> None:
-    """From the counter, blocks take tiles as they come; without it, each takes its own."""
+    """With the counter, tiles go to blocks as these become free; without it, each block has fixed tiles."""
     case = Case(
         "taken",
         seqlen_q=lengths,
@@ -165,7 +165,7 @@ def test_bits_do_not_depend_on_who_takes_a_tile(emulated, lengths: int | tuple[i
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}])
 def test_large_scores(emulated, options: dict) -> None:
-    """Scores of hundreds, of both signs: the running maximum does its work."""
+    """Scores of hundreds, of both signs, which overflow without the running maximum."""
     check(emulated, Case("large", seqlen_q=130, seqlen_k=390, options=options), spread=60.0)
 
 

@@ -1,4 +1,4 @@
-"""The Hopper forward in clusters of two blocks that load keys and values for each other: results, schedules, errors."""
+"""The Hopper forward in clusters of two blocks, which multicast keys and values: results, schedules, errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_matches_float64_and_the_bits_without_clusters(emulated, case: Case) -> 
     assert torch.equal(lse, alone[1])
 
 
-# Three tiles of a head and two of its keys' blocks, twice: stages are refilled, and the last tile has no partner.
+# Three tiles and four blocks of keys per head: stages are refilled, and the last tile has no partner in its cluster.
 SCHEDULED = Case(
     "schedules", head_dim=128, clusters=True, heads=2, kv_heads=2, seqlen_q=300, seqlen_k=300, blocks=2
 )

@@ -1,4 +1,4 @@
-"""The forward's kernel with one line broken: the emulation has to notice, in every schedule it tries."""
+"""The forward's kernel with one line changed: the emulation reports it in every schedule it tries."""
 
 from __future__ import annotations
 

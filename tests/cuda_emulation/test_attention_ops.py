@@ -111,7 +111,7 @@ def test_one_pass_where_it_was_measured_to_be_faster(
 def test_clusters_change_no_bit(
     emulated_extension: EmulatedExtension, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles that come in pairs run in clusters, unless these are switched off."""
+    """Tiles in pairs run in clusters, unless clusters are switched off."""
     query, key, value = heads(1, 200, 2, 72), heads(1, 190, 1, 72), heads(1, 190, 1, 72)
     call = AttentionCall(query, key, value, scale=0.2)
     spec = AttentionSpec.of(call)
@@ -145,7 +145,7 @@ def test_clusters_change_no_bit(
 def test_only_full_calls_run_in_clusters(
     emulated_extension: EmulatedExtension, changes: dict[str, Any]
 ) -> None:
-    """Of what the others see, blocks of a cluster would load too much, or each something else."""
+    """In other calls the blocks of a cluster see different keys."""
     query, key = heads(1, 200, 1, 72), heads(1, 190, 1, 72)
     call = AttentionCall(query, key, key, scale=0.2, **changes)
     spec = AttentionSpec.of(call)

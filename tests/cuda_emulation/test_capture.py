@@ -1,4 +1,4 @@
-"""A first call within a CUDA graph capture: whatever the host code looks up then, it looks up in a permitted way."""
+"""The first call of each op within a CUDA graph capture makes only runtime calls that a capture permits."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Two blocks that load tiles for each other are right in every schedule, and each way to break them is caught."""
+"""Two blocks that multicast tiles are right in every schedule, and each mistake is reported."""
 
 import re
 from itertools import product

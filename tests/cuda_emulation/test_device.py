@@ -42,7 +42,7 @@ def test_wgmma(
 @pytest.mark.newer_triton
 @pytest.mark.parametrize("across", [False, True])
 def test_descriptors_are_those_of_triton(emulated, across: bool) -> None:
-    """The fields and k-steps of B, 128 columns and 64 values of K, as they stand in Triton's PTX."""
+    """The fields and k-steps of B, 128 columns and 64 values of K, equal those in Triton's PTX."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     command = [sys.executable, str(HERE / "triton_product.py"), str(int(across))]
@@ -71,7 +71,7 @@ BOXES = [
     ((64, 10), (32, 8), (0, 0)),
     ((60, 10), (32, 8), (32, 5)),  # past the end of both
     ((64, 10), (32, 8), (-4, -3)),
-    ((64, 10), (32, 8), (64, 10)),  # nothing of it exists
+    ((64, 10), (32, 8), (64, 10)),  # outside the tensor
     ((32, 6, 5), (32, 4, 3), (0, 4, -1)),
     ((32, 6, 5, 3), (32, 3, 2, 2), (-8, 4, 4, 2)),
     ((36, 3, 2, 3, 2), (32, 2, 2, 2, 2), (12, 2, 1, 1, 1)),
@@ -177,7 +177,7 @@ def test_clusters(emulated, mistake: int, report: str | None) -> None:
 
 @pytest.mark.parametrize("resident", [1, 2, 7])
 def test_blocks_in_an_order(emulated, resident: int) -> None:
-    """The last block's value stays, all values are added."""
+    """The last block's store remains; additions include every block's value."""
     for seed, landing in SCHEDULES:
         y, semaphore, ticket = (
             torch.zeros(8),
@@ -281,7 +281,7 @@ def test_registers_of_a_block(emulated, min_blocks: int, kept: int, wanted: int,
 
 
 def test_blocks_start_in_any_order(emulated) -> None:
-    """Shuffled, the last one first, by their numbers: the ticket each block draws says when it started."""
+    """Blocks start shuffled, last one first, or by number, as the ticket that each draws shows."""
     orders = []
     for seed in range(6):
         y, ticket = torch.full((9,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

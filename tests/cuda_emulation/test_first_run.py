@@ -1,4 +1,4 @@
-"""The probes and the first steps on a GPU, run over the emulated extension: the very code, at the emulation's pace."""
+"""The probes and first steps for a GPU, run unchanged over the emulated extension."""
 
 from __future__ import annotations
 

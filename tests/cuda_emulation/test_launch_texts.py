@@ -1,4 +1,4 @@
-"""What the emulation cannot run is read from the sources: the launches themselves and where tensor maps live."""
+"""Checks of the sources for what the emulation cannot run: launch attributes and the memory of tensor maps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def arguments(text: str) -> list[str]:
 
 
 def test_every_launch_has_the_shared_memory_attribute_it_needs() -> None:
-    """The kernel was prepared with what it is launched with; prepare_kernel sets the attribute above 48 KB."""
+    """Each kernel is prepared with the size of its launch; prepare_kernel sets the attribute above 48 KB."""
     launches = 0
     for name, text in TEXTS.items():
         for launch in LAUNCH.finditer(text):

@@ -1,4 +1,4 @@
-"""A warp-specialised Hopper kernel is right in every schedule, and each way to break it is caught in each."""
+"""A warp-specialised Hopper kernel is right in every schedule, and each mistake is reported in each."""
 
 import re
 from itertools import product

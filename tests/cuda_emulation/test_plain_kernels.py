@@ -1,4 +1,4 @@
-"""Ordinary kernels run in the emulation, and the reports of what they do wrong."""
+"""Kernels without asynchronous instructions in the emulation, and the reports of their mistakes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each device wrapper is the instruction it should be, operand by operand: what the emulation cannot see."""
+"""Each device wrapper compiles to the expected instruction and operands, which the emulation cannot check."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_a_plain_call_and_one_whose_mask_keeps_everything(
 def test_plain_rows_that_are_not_finite(
     emulated_extension: EmulatedExtension, columns: int, arch: int, dtype: torch.dtype
 ) -> None:
-    """By their elements, or by scores that overflow, upwards and downwards."""
+    """Rows with elements that are not finite, and rows whose scores overflow to +inf or -inf."""
     emulated_extension.configure(arch=arch)
     largest = torch.finfo(dtype).max
     x = torch.randn(10, columns).to(dtype)
@@ -214,7 +214,7 @@ def test_plain_rows_that_are_not_finite(
 
 
 def test_layouts(emulated_extension: EmulatedExtension) -> None:
-    """Permuted, sliced, expanded and five-dimensional inputs, and a gradient in another order than its tensor."""
+    """Permuted, sliced, expanded and five-dimensional inputs, and a gradient in another memory order."""
     base = torch.randn(4, 3, 6, 5)
     wide_mask = torch.rand(2, 1, 3, 1, 7) < 0.7
     cases: list[tuple[Tensor, int, dict[str, Any]]] = [

@@ -1,4 +1,4 @@
-"""Rows in a block and in a cluster with one line broken, which the emulation has to notice; and how kernels divide."""
+"""Row kernels in a block and in a cluster with one line changed, which the emulation reports; kernels' divisions."""
 
 from __future__ import annotations
 

@@ -11,7 +11,14 @@ import transformers as hf
 from torch import nn
 from transformers import masking_utils
 from transformers_models import BATCH, LENGTH, MODELS, VOCAB, padding_mask
-from transformers_rule import assert_model_within_rule, loss_and_grads
+from transformers_rule import (
+    assert_call_within_rule,
+    assert_model_within_rule,
+    assert_results_within_rule,
+    eager_results,
+    float64_throughout,
+    loss_and_grads,
+)
 
 import fastattn
 from fastattn.integrations import transformers as integration
@@ -274,10 +281,12 @@ def test_packed_documents_do_not_see_each_other(calls, pass_as):
     if pass_as == "cu_seq_lens":
         ends = torch.tensor([0, 3, 8, 9], dtype=torch.int32)
         more |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 5, "max_length_k": 5}
-    model.set_attn_implementation("eager")
-    expected = torch.cat([model(part).logits for part in ids.split([3, 5, 1], 1)], 1)
     model.set_attn_implementation("fastattn")
-    torch.testing.assert_close(model(ids, **more).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_call_within_rule(
+        model,
+        lambda model: {"logits": model(ids, **more).logits},
+        lambda model: {"logits": torch.cat([model(part).logits for part in ids.split([3, 5, 1], 1)], 1)},
+    )
     assert [structure(options) for options in calls] == [{"causal", "segment_ids"}] * 2
 
 
@@ -285,22 +294,19 @@ def test_positions_of_padding_are_not_packed(calls):
     """`generate` numbers padding from 0 on the right, too."""
     model, (arguments, _) = MODELS["llama"].make(), MODELS["llama"].inputs("right")
     positions = (arguments["attention_mask"].cumsum(-1) - 1).masked_fill(arguments["attention_mask"] == 0, 0)
-    outs = []
-    for implementation in ("eager", "fastattn"):
-        model.set_attn_implementation(implementation)
-        outs.append(model(**arguments, position_ids=positions).logits)
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    model.set_attn_implementation("fastattn")
+    assert_call_within_rule(
+        model, lambda model: {"logits": model(**arguments, position_ids=positions).logits}
+    )
     assert [structure(options) for options in calls] == [{"causal", "key_lengths"}] * 2
 
 
 def test_positions_that_only_skip_are_not_packed(calls):
     model = MODELS["llama"].make()
     ids, positions = torch.randint(3, VOCAB, (1, 9)), torch.arange(9)[None] * 2
-    outs = []
-    for implementation in ("eager", "fastattn"):
-        model.set_attn_implementation(implementation)
-        outs.append(model(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits)
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    more = {"attention_mask": torch.ones_like(ids), "position_ids": positions}
+    model.set_attn_implementation("fastattn")
+    assert_call_within_rule(model, lambda model: {"logits": model(ids, **more).logits})
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
@@ -309,15 +315,16 @@ def test_prefill_in_chunks_aligns_to_the_last_key(calls, name, padding):
     model = MODELS[name].make()
     arguments, valid = MODELS[name].inputs(padding)
     mask = padding_mask(padding).long()
-    outs = []
-    for implementation in ("eager", "fastattn"):
-        model.set_attn_implementation(implementation)
+
+    def in_two_chunks(model):
         first = model(arguments["input_ids"][:, :5], attention_mask=mask[:, :5], use_cache=True)
         second = model(
             arguments["input_ids"][:, 5:], attention_mask=mask, past_key_values=first.past_key_values
         )
-        outs.append(torch.cat([first.logits, second.logits], 1)[valid])
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+        return {"logits": torch.cat([first.logits, second.logits], 1)[valid]}
+
+    model.set_attn_implementation("fastattn")
+    assert_call_within_rule(model, in_two_chunks)
     assert all("mask" not in structure(options) for options in calls)
     assert {options["causal"] for options in calls} == {"top_left", True}
 
@@ -328,27 +335,31 @@ def test_a_mask_of_the_users_own(calls, name, as_float):
     mask = (torch.rand(BATCH, 1, LENGTH, LENGTH) < 0.5) | torch.eye(LENGTH, dtype=torch.bool)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     model, (arguments, _) = MODELS[name].make(), MODELS[name].inputs()
-    model.set_attn_implementation("eager")
-    expected = model(**arguments, attention_mask=additive).logits
     model.set_attn_implementation("fastattn")
-    actual = model(**arguments, attention_mask=additive if as_float else mask).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert_call_within_rule(
+        model,
+        lambda model: {"logits": model(**arguments, attention_mask=additive if as_float else mask).logits},
+        lambda model: {"logits": model(**arguments, attention_mask=additive.to(model.dtype)).logits},
+    )
     assert structure(calls[0]) == {"bias" if as_float else "mask"}
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gpt_oss", "whisper", "t5"])
 def test_output_attentions_are_the_weights(name):
     model, (arguments, _) = MODELS[name].make(), MODELS[name].inputs()
-    outs = []
-    for implementation in ("eager", "fastattn"):
-        model.set_attn_implementation(implementation)
-        outs.append(model(**arguments, output_attentions=True))
     kinds = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
-    given = [kind for kind in kinds if outs[0].get(kind)]
-    assert given
-    for kind in given:
-        assert len(outs[1][kind]) == len(outs[0][kind])
-        torch.testing.assert_close(outs[1][kind], outs[0][kind], rtol=1e-4, atol=1e-5)
+
+    def weights(model):
+        inputs = {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in arguments.items()}
+        found = model(**inputs, output_attentions=True)
+        return {f"{kind} {i}": w for kind in kinds for i, w in enumerate(found.get(kind) or ())}
+
+    plain, golden = eager_results(model, weights)
+    assert golden
+    model.set_attn_implementation("fastattn")
+    actual = weights(model)
+    assert actual.keys() == golden.keys()
+    assert_results_within_rule(actual, plain, golden)
 
 
 def test_rows_that_see_nothing_are_finite():
@@ -373,11 +384,9 @@ def test_gradient_checkpointing(name, reentrant):
         for module in model.modules():
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
-    plain = loss_and_grads(model, "fastattn", arguments, valid)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    again = loss_and_grads(model, "fastattn", arguments, valid)
-    torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)
+    assert_model_within_rule(model, "fastattn", arguments, valid)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able:FutureWarning")
@@ -396,7 +405,10 @@ def test_gradient_checkpointing_draws_the_same_dropout_again(reentrant):
         torch.manual_seed(len(results) // 2)
         results.append(loss_and_grads(model, "fastattn", arguments, valid))
     plain, again, other_seed = results
-    torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)
+    torch.manual_seed(0)
+    with float64_throughout():
+        golden = loss_and_grads(copy.deepcopy(model).double(), "fastattn", arguments, valid)
+    assert_results_within_rule(again, plain, golden)
     assert not torch.allclose(other_seed["logits"], plain["logits"])
 
 
@@ -415,10 +427,10 @@ def test_compiles_whole(name, padding):
     model, (arguments, valid) = MODELS[name].make(), MODELS[name].inputs(padding)
     model.config.use_cache = False
     model.set_attn_implementation("fastattn")
-    expected = model(**arguments).logits[valid]
+    plain, golden = eager_results(model, lambda model: {"logits": model(**arguments).logits[valid]})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(**arguments).logits[valid], expected, rtol=1e-4, atol=1e-5)
+    assert_results_within_rule({"logits": compiled(**arguments).logits[valid]}, plain, golden)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -578,14 +590,18 @@ def test_the_parts_of_a_model_can_be_chosen_one_by_one(calls):
     model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
     inputs = {"input_ids": torch.randint(3, VOCAB, (2, 5)), "pixel_values": torch.randn(2, 3, 16, 16)}
     inputs["input_ids"][:, -1] = 2
-    model.set_attn_implementation("eager")
-    expected = model(**inputs).logits_per_image
+
+    def similarities(model):
+        pixels = inputs["pixel_values"].to(model.dtype)
+        return {"logits": model(**inputs | {"pixel_values": pixels}).logits_per_image}
+
+    plain, golden = eager_results(model, similarities)
     model.set_attn_implementation({"text_config": "fastattn", "vision_config": "sdpa"})
-    torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=1e-4, atol=1e-5)
+    assert_results_within_rule(similarities(model), plain, golden)
     assert [structure(options) for options in calls] == [{"causal"}]
     report = fastattn.swap_attention(model)
     assert len(report.already) == len(report.swapped) == 1
-    torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=1e-4, atol=1e-5)
+    assert_results_within_rule(similarities(model), plain, golden)
     fastattn.restore_attention(model)
     implementations = (model.config.text_config, model.config.vision_config)
     assert [config._attn_implementation for config in implementations] == ["fastattn", "sdpa"]
@@ -627,7 +643,8 @@ def snapshot(model):
 def test_swap_finds_transformers_models_anywhere():
     model = Mixed().eval()
     ids = torch.randint(3, VOCAB, (2, 7))
-    before, expected = snapshot(model), model(ids)
+    plain, golden = eager_results(model, lambda model: {"out": model(ids)})
+    before = snapshot(model)
     report = fastattn.swap_attention(model)
     assert set(report.swapped) == {
         "text.model.layers.0.self_attn", "text.model.layers.1.self_attn", "other.0",
@@ -635,7 +652,7 @@ def test_swap_finds_transformers_models_anywhere():
         *(f"other.1.decoder.block.{i}.layer.1.EncDecAttention" for i in (0, 1)),
     }  # fmt: skip
     assert report.left == report.already == ()
-    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)
+    assert_results_within_rule({"out": model(ids)}, plain, golden)
     once = snapshot(model)
     assert set(fastattn.swap_attention(model).already) == set(report.swapped)
     assert snapshot(model) == once

@@ -56,7 +56,7 @@ def _collect(function: Any, seen: dict[str, str]) -> None:
     for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
         value = plain.__globals__.get(name)
         owner = getattr(inspect.unwrap(getattr(value, "fn", value)), "__module__", "") or ""
-        if callable(value) and owner.startswith("fastattn.kernels"):
+        if callable(value) and not isinstance(value, type) and owner.startswith("fastattn.kernels"):
             if f"{owner}.{name}" not in seen:
                 _collect(value, seen)
         elif isinstance(value, (int, float, str, tuple)) or type(value).__name__ == "constexpr":

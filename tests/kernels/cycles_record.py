@@ -3,8 +3,9 @@
     python tests/kernels/cycles_record.py --write -j 2       redo what is stale, store the file and the pages
     python tests/kernels/cycles_record.py --stale            list what changed since it was written
 
-A row's key is a hash of what its kernel is compiled from and of the model. A row that would get more than 3 % worse is
-refused, and the exit status is 1, unless it is named: --accept-cycles NAME. CUDA kernels are redone where nvcc is.
+A row's key is a hash of its kernel's code and of the model; of a Triton kernel the compile table, which is written
+first, has the code. A row that would get more than 3 % worse is refused, and the exit status is 1, unless it is named:
+--accept-cycles NAME. CUDA kernels are redone where nvcc is.
 """
 
 from __future__ import annotations
@@ -68,12 +69,29 @@ def jobs() -> list[Job]:
 
 @cache
 def key_of(job: Job) -> str:
-    """What a job's figures follow from."""
+    """What a job's figures follow from: the code and the model."""
+    kind, name = job
+    code = triton_code(name) if kind == "triton" else extension.source_key(sources()[name])
+    return hashlib.sha256((code + model_key()).encode()).hexdigest()[:16]
+
+
+def triton_code(name: str) -> str:
+    """The hash of what Triton's front end makes of a row, from the compile table; what it is made from if that is
+    newer than the table."""
     from compile_matrix import key_of as row_key
 
-    kind, name = job
-    code = row_key(triton_entries()[name]) if kind == "triton" else extension.source_key(sources()[name])
-    return hashlib.sha256((code + model_key()).encode()).hexdigest()[:16]
+    made_from = row_key(triton_entries()[name])
+    row = compiled_rows().get(name, {})
+    return str(row["ir"]) if row.get("key") == made_from else made_from
+
+
+@cache
+def compiled_rows() -> Mapping[str, Mapping[str, Any]]:
+    """The rows of the compile table."""
+    import compile_record
+
+    rows: Mapping[str, Mapping[str, Any]] = compile_record.load()["rows"]
+    return rows
 
 
 def load() -> dict[str, Any]:

@@ -113,6 +113,7 @@ GENERATE_TAKES: dict[str, set[str]] = {
     "seed": OPTIONAL | {"0", "-1"},
     "generator": OPTIONAL,
     "use_cache": {"True", "False"},
+    "batch_invariant": {"True", "False"},
 }
 
 
@@ -201,6 +202,7 @@ FORWARD_TAKES: dict[str, set[str]] = {
     "input_ids": set(),
     "cache": OPTIONAL,
     "logits_to_keep": {"0"},
+    "return_logits": OPTIONAL | {"True", "False"},
 }
 
 

@@ -300,6 +300,26 @@ def test_transforms_match_torch() -> None:
 # As torch ops
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_under_autocast_the_weights_gradient_is_rounded_nowhere(reduction: str, with_bias: bool) -> None:
+    """The weight stays float32 outside the op: its gradient is the sum in float32 of products of 16-bit factors."""
+    hidden, weight, bias = operands(torch.float32)
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    target = targets(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *grads = linear(fastattn.linear_cross_entropy, leaves, target, reduction=reduction)
+        plain = linear(all_logits, leaves, target, reduction=reduction)
+    golden = linear(
+        all_logits, [t.detach().double().requires_grad_() for t in leaves], target, reduction=reduction
+    )
+    for name, *three in zip(("loss", "dhidden", "dweight", "dbias"), (loss, *grads), plain, golden):
+        assert three[0].dtype == torch.float32
+        assert_within_rule(*three, name, dtype=torch.bfloat16)
+    if reduction != "none":
+        assert not torch.equal(grads[1], grads[1].bfloat16().float())
+
+
 REDUCED = {
     "cross_entropy": lambda h, w, t, **o: fastattn.cross_entropy(h @ w.T, t, **o),
     "linear_cross_entropy": fastattn.linear_cross_entropy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -134,6 +135,23 @@ CACHED: dict[str, dict[str, Any]] = {
     "slopes": {"alibi_slopes": torch.rand(4)}, "sinks": {"sinks": torch.randn(4)}, "lse": {"return_lse": True},
     "rotary": {"rotary_cos": torch.rand(32, 4), "rotary_sin": torch.rand(32, 4), "rotary_interleaved": True},
 }  # fmt: skip
+TARGET = torch.arange(24) % 8
+
+
+def loss(tensors: list[Tensor], **options: Any) -> Any:
+    return fastattn.cross_entropy(tensors[0].flatten(0, 1).flatten(0, 1)[:24], TARGET, **options)
+
+
+def linear_loss(tensors: list[Tensor], **options: Any) -> Any:
+    hidden, weight = (t.flatten(0, 1).flatten(0, 1) for t in tensors[:2])
+    return fastattn.linear_cross_entropy(hidden[:24], weight[:16], TARGET, **options)
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "mean": {}, "none": {"reduction": "none"}, "sum": {"reduction": "sum"}, "ignored": {"ignore_index": 3},
+    "smoothed": {"label_smoothing": 0.1}, "z": {"z_loss": 0.01},
+}  # fmt: skip
+WEIGHTED = {"class_weight": torch.linspace(0.5, 2, 8)}
 CASES: dict[str, tuple[Call, dict[str, Any]]] = {
     **{f"attention, {name}": (attended, options) for name, options in OPTIONS.items()},
     **{f"varlen, {name}": (packed, OPTIONS[name]) for name in PACKED},
@@ -141,6 +159,10 @@ CASES: dict[str, tuple[Call, dict[str, Any]]] = {
     "varlen, slopes": (packed, {"alibi_slopes": torch.rand(3, 4)}),
     **{f"kv_cache, {name}": (cached, options) for name, options in CACHED.items()},
     **{f"softmax, {name}": (rows, options) for name, options in ROWS.items()},
+    **{f"cross_entropy, {name}": (loss, options) for name, options in LOSSES.items()},
+    "cross_entropy, weighted": (loss, WEIGHTED),
+    **{f"linear_cross_entropy, {name}": (linear_loss, options) for name, options in LOSSES.items()},
+    "linear_cross_entropy, softcap": (linear_loss, {"softcap": 5.0}),
 }
 SHAPES: dict[str, dict[str, int]] = {
     "few keys": {},
@@ -292,6 +314,8 @@ BY_OP: dict[str, tuple[Call, dict[str, Any]]] = {
     "varlen": (packed, {}),
     "kv_cache": (cached, {}),
     "softmax": (rows, {}),
+    "cross_entropy": (loss, {}),
+    "linear_cross_entropy": (linear_loss, {}),
 }
 
 
@@ -461,7 +485,7 @@ def test_values_and_memory_are_looked_at_in_every_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("op", ["attention", "attention, sinks", "varlen", "softmax"])
+@pytest.mark.parametrize("op", [op for op in BY_OP if op != "kv_cache"])
 def test_second_derivatives_and_transforms_are_those_without(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,41 +585,91 @@ def test_explain_says_what_the_plan_does(name: str) -> None:
     assert planned.spec == said.spec
 
 
-def frames_to(function: str, call: Callable[[], Any]) -> int:
-    """Python frames from the call on, itself counted, to that in which a built-in function of this name is called."""
-    depths: list[int] = []
-    depth = 0
+def functions_until(launch: Callable[[Any, Any], bool], call: Callable[[], Any]) -> list[str]:
+    """Python functions that a call enters up to the launch, which frames or built-in functions tell, in order."""
+    for _ in range(3):
+        call()
+    entered: list[str] = []
+    launched = False
 
     def watch(frame: Any, event: str, arg: Any) -> None:
-        nonlocal depth
+        nonlocal launched
+        if launched or event not in ("call", "c_call"):
+            return
+        launched = launch(frame, arg) if event == "c_call" else launch(frame, None)
         if event == "call":
-            depth += 1
-        elif event == "return":
-            depth -= 1
-        elif event == "c_call" and getattr(arg, "__name__", "") == function:
-            depths.append(depth)
+            entered.append(frame.f_code.co_name)
 
     sys.setprofile(watch)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return max(depths) - 1  # the lambda
+    assert launched
+    return entered[1:]  # but the lambda
 
 
-FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+FEWEST = 14  # docs/architecture.md lists them
 
 
-def test_few_frames_lie_between_the_call_and_the_launch() -> None:
-    q, k, v = heads(torch.float32, kv=4)
-    for _ in range(3):
-        fastattn.attention(q, k, v, causal=True)
-    assert frames_to(FLASH, lambda: fastattn.attention(q, k, v, causal=True)) <= 3
-    for t in (q, k, v):
-        t.requires_grad_()
-    for _ in range(3):
-        fastattn.attention(q, k, v, causal=True)
-    assert frames_to(FLASH, lambda: fastattn.attention(q, k, v, causal=True)) <= 6
+@pytest.mark.parametrize("grad", [False, True])
+def test_few_python_functions_lie_between_the_call_and_the_launch(grad: bool) -> None:
+    tensors = [t.requires_grad_(grad) for t in heads(torch.float32, kv=4)]
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    entered = functions_until(
+        lambda frame, arg: getattr(arg, "__name__", "") == flash,
+        lambda: fastattn.attention(*tensors, causal=True),
+    )
+    assert entered[0] == "attention"
+    assert len(entered) <= FEWEST, entered
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("grad", [False, True])
+def test_few_python_functions_lie_before_a_triton_launch(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.kernels.arguments import Launch
+
+    def run(launch: Any) -> None:
+        pass
+
+    monkeypatch.setattr(Launch, "run", run)
+    tensors = [t.requires_grad_(grad) for t in heads(torch.float32, kv=4)]
+    entered = functions_until(
+        lambda frame, arg: frame.f_code is run.__code__,
+        lambda: fastattn.attention(*tensors, causal=True, backend="triton"),
+    )
+    own = [
+        name for name in entered if name not in ("_replace", "_make", "<lambda>")
+    ]  # a namedtuple's, and our stub
+    assert len(own) <= FEWEST, entered
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("name", ["plain", "causal", "lse", "window", "softcap", "mask", "sinks"])
+def test_triton_launches_the_same_with_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.kernels.arguments import Launch
+
+    launches: list[Any] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launches.append(launch))
+
+    def described(launch: Any) -> Any:
+        flat = [x for arg in launch.args for x in (arg if isinstance(arg, tuple) else (arg,))]
+        args = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in flat]
+        return launch.kernel, launch.grid, args, launch.options
+
+    for tensors in (heads(torch.float16), in_order(heads(torch.bfloat16)), heads(torch.float32, 1, 12)):
+        plan.clear()
+        options = {**OPTIONS[name], "backend": "triton"}
+        if tensors[0].shape[2] == 1:
+            options.pop("mask", None)
+        found = []
+        for _ in range(4):
+            launches.clear()
+            fastattn.attention(*tensors, **options)
+            found.append([described(launch) for launch in launches])
+        assert plan.count() == 1
+        assert found[0] == found[1] == found[2] == found[3]
+        assert found[0]
 
 
 def test_the_environment_is_read_anew_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,10 @@ CALLS: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Any]]] = {
         "cross_entropy_fwd",
         lambda q, k, v: fastattn.cross_entropy(q.flatten(0, 2), TARGET, reduction="none"),
     ),
+    "cross_entropy, mean": (
+        "cross_entropy_",  # _fwd, or _mean where a gradient is wanted
+        lambda q, k, v: fastattn.cross_entropy(q.flatten(0, 2), TARGET),
+    ),
     "linear_cross_entropy": (
         "linear_cross_entropy_",  # _fwd, or _sum where gradients are wanted
         lambda q, k, v: fastattn.linear_cross_entropy(q.flatten(0, 2), k.flatten(0, 2), TARGET),

@@ -9,17 +9,17 @@ from fastattn.backends.torch.attention_weights import attention_weights_bwd, att
 from fastattn.backends.torch.cross_entropy import (
     cross_entropy_bwd,
     cross_entropy_fwd,
-    cross_entropy_fwd_bwd,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
 )
 from fastattn.backends.torch.kv_cache import kv_cache_fwd
 from fastattn.backends.torch.softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd
-from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd_plan
+from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd_plan, kv_cache_fwd_plan
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
+    "MAKES_GRADIENTS",
     "NAME",
     "attention_bwd",
     "attention_bwd_plan",
@@ -29,8 +29,8 @@ __all__ = [
     "attention_weights_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
-    "cross_entropy_fwd_bwd",
     "kv_cache_fwd",
+    "kv_cache_fwd_plan",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "softmax_bwd",
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 NAME = "torch"
+MAKES_GRADIENTS = ("cross_entropy_fwd",)
 
 
 def why_not(spec: AttentionSpec | SoftmaxSpec) -> str | None:

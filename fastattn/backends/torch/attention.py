@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import COL_BLOCK, FUSED_ROW_BLOCK, ROW_BLOCK, log_add_exp, parts, rows_of
@@ -112,7 +112,8 @@ def _few_keys_bwd(call: AttentionCall, dout: Tensor) -> AttentionGrads:
         return AttentionGrads(*(torch.zeros_like(t) for t in (call.query, call.key, call.value)))
     (part,) = parts(call)
     rows, cols = range(call.query.shape[2]), range(call.key.shape[2])
-    return dense_bwd(call, part.hidden(Tile(rows, cols, "masked")), dout)
+    hidden = part.hidden(Tile(rows, cols, "masked"))
+    return dense_bwd(call, additive(hidden, call.group_size, call.query.dtype), dout)
 
 
 def _nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -13,23 +13,24 @@ from fastattn.backends.torch.softmax import block_elements
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 
-def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
+def cross_entropy_fwd(
+    spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """(losses, norms) in the accumulation dtype: those of `reference.cross_entropy`, (N,), 0 where ignored.
 
     norms (N, 2) are the parts of lse, the largest logit and the logarithm of sum(exp(z - largest)): apart they lose
-    nothing to the size of the logits. A target that is no class has loss NaN.
+    nothing to the size of the logits. A target that is no class has loss NaN. With a gradient of the losses also that
+    of the logits: the exponentials of a block make its sum and, while they are in the cache, its gradient.
     """
-    losses, norms, _ = _forward(call, None, None)
-    return losses, norms
+    if dlosses is None:
+        return _forward(call, None, None)[:2]
+    return _with_gradient(spec, call, dlosses)
 
 
-def cross_entropy_fwd_bwd(
+def _with_gradient(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, norms) and the gradient for the given one of the losses, written to `out` if given, in one pass.
-
-    The exponentials of a block make its sum and, while they are in the cache, its gradient. `out` may be the logits.
-    """
+    """(losses, norms, dlogits), the gradient written to `out` if given, which may be the logits."""
     made = torch.empty_like(call.logits, memory_format=torch.contiguous_format) if out is None else out
     losses, norms, _ = _forward(call, dlosses, made)
     return losses, norms, made
@@ -163,7 +164,7 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, LinearGrads | None]:
     """(losses, norms) without all the logits, and the needed gradients of the sum of losses times `scale`."""
     return linear_cross_entropy.forward(
-        spec, call, needs, cross_entropy_fwd, cross_entropy_bwd, scale, cross_entropy_fwd_bwd
+        spec, call, needs, cross_entropy_fwd, cross_entropy_bwd, scale, _with_gradient
     )
 
 

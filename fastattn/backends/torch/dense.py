@@ -17,24 +17,33 @@ def runs_dense(spec: AttentionSpec, call: AttentionCall) -> bool:
     return call.key.shape[2] < FUSED_BWD_MIN_KEYS and not (more or spec.softcap or spec.dropout)
 
 
-def dense_bwd(call: AttentionCall, hidden: Tensor | None, dout: Tensor) -> AttentionGrads:
+def additive(hidden: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor | None:
+    """-inf in the pairs (Sq, Sk) that do not attend, 0 elsewhere, for the rows of a group of heads: (g * Sq, Sk)."""
+    if hidden is None:
+        return None
+    mask = torch.zeros(hidden.shape, dtype=accumulation_dtype(dtype), device=hidden.device)
+    return mask.masked_fill_(hidden, -torch.inf).repeat(group_size, 1)
+
+
+def dense_bwd(call: AttentionCall, mask: Tensor | None, dout: Tensor) -> AttentionGrads:
     """The gradients where every row sees a finite score: the weights come from the scores anew, and so sum to 1.
 
-    hidden: (Sq, Sk) bool, the pairs that do not attend; None = all do.
+    mask: from `additive`; None = all pairs attend.
     """
-    query, key, value = call.query, call.key, call.value
+    query, key, value, scale = call.query, call.key, call.value, call.scale
     dtype = accumulation_dtype(query.dtype)
-    batch, num_heads, seqlen_q, _ = query.shape
-    num_kv_heads, seqlen_k = key.shape[1], key.shape[2]
     operands = [query, dout, key, value]
     if dtype != query.dtype:
         operands = [t.to(dtype) for t in operands]
-    q, do, k, v = [t.reshape(batch * num_kv_heads, -1, t.shape[3]) for t in operands]
-    scores = torch.bmm(q, k.mT).mul_(call.scale)
-    if hidden is not None:
-        scores.view(batch, num_heads, seqlen_q, seqlen_k).masked_fill_(hidden, -torch.inf)
+    rows = query.shape[0] * key.shape[1]
+    q, do, k, v = [t.reshape(rows, -1, t.shape[3]) for t in operands]
+    if mask is None:
+        scores = torch.bmm(q, k.mT).mul_(scale)
+    else:
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)
     probs = torch.softmax(scores, -1)
-    dscores = torch_compat.softmax_gradient(torch.bmm(do, v.mT), probs).mul_(call.scale)
+    dprobs = torch.baddbmm(probs, do, v.mT, beta=0, alpha=scale)
+    dscores = torch_compat.softmax_gradient(dprobs, probs)
     dq, dk, dv = torch.bmm(dscores, k), torch.bmm(dscores.mT, q), torch.bmm(probs.mT, do)
     return AttentionGrads(_like(dq, query), _like(dk, key), _like(dv, value))
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastattn import visibility
 from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
 from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import AttentionCall, accumulation_dtype
@@ -78,9 +79,8 @@ class Part:
 
     def distance(self, tile: Tile) -> Tensor:
         """pos(i) - j over a tile, (rows, cols) int64."""
-        device = self.query.device
-        positions = torch.arange(tile.rows.start, tile.rows.stop, device=device) + self.band.shift
-        return positions[:, None] - torch.arange(tile.cols.start, tile.cols.stop, device=device)
+        rows, cols = ((part.start, part.stop) for part in (tile.rows, tile.cols))
+        return visibility.distances(rows, cols, self.band.shift, self.query.device)
 
     def visible(self, tile: Tile) -> Tensor | None:
         """Which pairs of a tile attend, a bias of -inf aside: bool, broadcastable to (b, H, rows, cols); None = all."""
@@ -107,7 +107,7 @@ class Part:
             device = self.query.device
             ids_q = torch.from_numpy(self.segments.query[tile.rows.start : tile.rows.stop]).to(device)
             ids_k = torch.from_numpy(self.segments.key[tile.cols.start : tile.cols.stop]).to(device)
-            same = (ids_q[:, None] == ids_k) & (ids_q >= 0)[:, None]
+            same = visibility.same_segment(ids_q, ids_k)
             seen = same if seen is None else seen & same
         return seen
 
@@ -117,12 +117,8 @@ class Part:
             return None
         key = (len(tile.rows), len(tile.cols), tile.rows.start + band.shift - tile.cols.start)
         if not self.last_band or self.last_band[0][0] != key:
-            distance = self.distance(tile)
-            seen = torch.ones_like(distance, dtype=torch.bool)
-            if band.left is not None:
-                seen &= distance <= band.left
-            if band.right is not None:
-                seen &= distance >= -band.right
+            seen = visibility.within_band(self.distance(tile), False, band.left, band.right)
+            assert seen is not None  # a band without sides covers every tile
             self.last_band[:] = [(key, seen)]
         return self.last_band[0][1]
 

@@ -61,9 +61,12 @@ def softmax_bwd(
     if out.numel() == 0:
         return dx
     if not spec.log and scale == 1.0 and dtype == out.dtype:
-        order = _memory_order(out)
-        y, dy = out.permute(order), dout.permute(order)
-        torch_compat.softmax_backward(dx.permute(order), dy, y, order.index(dim), log=False)
+        if out.is_contiguous() and dx.is_contiguous():
+            torch_compat.softmax_backward(dx, dout, out, dim, log=False)
+        else:
+            order = _memory_order(out)
+            y, dy = out.permute(order), dout.permute(order)
+            torch_compat.softmax_backward(dx.permute(order), dy, y, order.index(dim), log=False)
         if _finite(dx, dim):  # NaN or inf that meets a constant 0 turns its whole row to NaN
             return dx
     constant = -torch.inf if spec.log else 0.0
@@ -128,6 +131,9 @@ def blocks_of(tensor: Tensor, dim: int, limit: int) -> Iterator[Index]:
 
 def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
     """Torch's kernel on the whole tensor, with dimensions permuted to the memory order of `out`."""
+    if x.is_contiguous() and out.is_contiguous():
+        torch_compat.softmax(out, x, dim, log=log)
+        return
     order = _memory_order(out)
     torch_compat.softmax(out.permute(order), x.permute(order), order.index(dim), log=log)
 
@@ -141,8 +147,11 @@ def _finite(tensor: Tensor, dim: int) -> bool:
 
 
 def _constant_where_hidden(scores: Tensor, result: Tensor, dim: int, log: bool) -> None:
-    """In a row that keeps nothing, or NaN, torch gives NaN to all: what is hidden is the constant 0, -inf in log."""
-    if result.select(dim, 0).isnan().any():
+    """In a row that keeps nothing, or NaN, torch gives NaN to all: what is hidden is the constant 0, -inf in log.
+
+    Told by the sum of first entries: those of other rows are 0 to 1, or -inf to 0.
+    """
+    if math.isnan(result.select(dim, 0).sum().item()):
         result.masked_fill_(scores == -torch.inf, -torch.inf if log else 0.0)
 
 

@@ -11,12 +11,15 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused
 from fastattn.backends.torch.attention import attention_fwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
-from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Cached = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, list[int]], tuple[Tensor, Tensor] | None
+]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], AttentionGrads | None]
 
 
@@ -55,16 +58,15 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         return None
     scale, causal = call.scale, tile.structure == "causal"
     if runs_dense(spec, call):
-        hidden = None
-        if causal:
-            hidden = torch.ones(len(tile.rows), len(tile.cols), dtype=torch.bool).triu_(1)
+        above = torch.ones(len(tile.rows), len(tile.cols), dtype=torch.bool).triu_(1) if causal else None
+        mask = additive(above, spec.group_size, spec.dtype)
 
         def run_dense(
             query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
         ) -> AttentionGrads | None:
             if not lse.min().item() > -torch.inf:  # NaN too
                 return None
-            return dense_bwd(AttentionCall(query, key, value, scale=scale), hidden, dout)
+            return dense_bwd(AttentionCall(query, key, value, scale=scale), mask, dout)
 
         return run_dense
     if (
@@ -81,9 +83,45 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         if not lse.min().item() > -torch.inf:
             return None
         grads = torch_compat.cpu_flash_attention_backward(
-            dout, query, key, value, out, lse, causal, None, scale
+            dout, query, key, value, out, lse.contiguous(), causal, None, scale
         )
         return AttentionGrads(*(in_order(g, t) for g, t in zip(grads, (query, key, value))))
+
+    return run
+
+
+def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, lse_in_order: bool) -> Cached | None:
+    """(query, k_cache, v_cache, key, value, lengths) -> (out, lse) for calls like this one, as `kv_cache_fwd`.
+
+    None where one query does not see all that is in a dense cache; the result is None where lengths differ.
+    """
+    more = call.block_table is not None or call.rotary_cos is not None or call.alibi_slopes is not None
+    banded = call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0)
+    unit = call.k_cache.stride(-1) == call.v_cache.stride(-1) == 1
+    if more or banded or not unit or not spec.single_query or call.causal == "top_left" or not call.capacity:
+        return None
+    one = (call.query, call.k_cache[:, :, :1], call.v_cache[:, :, :1])  # any other number is one tile too
+    attend = attention_fwd_plan(spec, call.attending(*one, None), lse_in_order)
+    if attend is None:
+        return None
+    new_keys = call.new_keys
+
+    def run(
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        lengths: list[int],
+    ) -> tuple[Tensor, Tensor] | None:
+        first = lengths[0]
+        total = first + new_keys
+        if not total or lengths.count(first) != len(lengths):
+            return None
+        if key is not None and value is not None:
+            k_cache.narrow(2, first, new_keys).copy_(key)
+            v_cache.narrow(2, first, new_keys).copy_(value)
+        return attend(query, k_cache.narrow(2, 0, total), v_cache.narrow(2, 0, total))
 
     return run
 

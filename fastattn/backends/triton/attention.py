@@ -132,7 +132,7 @@ def attention_weights_bwd(
 def tiles_that_fit(
     spec: AttentionSpec, call: AttentionCall, packed: bool, dout: Tensor | None = None
 ) -> Tiles:
-    """The tiles of a call: those that load by TMA are exchanged where its operands don't allow it."""
+    """The tiles of a call: those that load by TMA are replaced where it cannot load the operands."""
     from fastattn.kernels.launches import fits_tma
     from fastattn.kernels.tiles import tiles_without_tma
     from fastattn.kernels.tuned import tiles_for
@@ -203,7 +203,7 @@ def _split_key_grads(
     ]
     done = 0
     while done < count:
-        first = min(done, 1)  # where the sum of those before stays
+        first = min(done, 1)  # the first partial holds the sum of the splits done
         some = min(count - done, slots - first)
         parts = [part[first : first + some] for part in partials]
         dkdv_launch(

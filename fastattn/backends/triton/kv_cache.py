@@ -41,9 +41,9 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
 
 
 def decodes(spec: AttentionSpec) -> bool:
-    """Whether a padded call has one query per head and asks for nothing a cache call has not."""
+    """Whether a padded call has one query per head and asks for nothing that a cache call lacks."""
     unknown = spec.mask or spec.bias or spec.segments or spec.dropout
-    # positions count from the last key there is room for, in a cache from the last there is
+    # a padded call counts positions from the end of the padding, a cache call from the last key
     placed = spec.alibi or spec.window_left or spec.window_right or spec.causal == "top_left"
     return spec.single_query and not unknown and not (spec.key_lengths and placed)
 

@@ -27,10 +27,10 @@ def attention_fwd_plan(
     tile = tiles_that_fit(spec, call, packed=False).forward
     out = empty_in_order(call.query, (*call.query.shape[:3], call.value.shape[3]))
     shape, strides, rows = out.shape, out.stride(), call.query.shape[:3]
-    launch = forward_launch(spec, call, out, call.query.new_empty(rows, dtype=torch.float32), None, tile)
-    kernel, grid, args, *options = launch
-    by_tma, rest = not isinstance(args[0], Tensor), args[OPERANDS:]
-    make = type(launch)
+    lse = call.query.new_empty(rows, dtype=torch.float32)
+    launch = forward_launch(spec, call, out, lse, None, tile)
+    by_tma, rest = not isinstance(launch.args[0], Tensor), launch.args[OPERANDS:]
+    launch = launch._replace(args=())  # a plan keeps no tensor
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out = query.new_empty_strided(shape, strides)
@@ -39,7 +39,7 @@ def attention_fwd_plan(
         if by_tma:
             blocks = (tile.block_m, tile.block_n, tile.block_n)
             operands = tuple(descriptor_of(t, block) for t, block in zip((query, key, value), blocks))
-        make(kernel, grid, (*operands, out, lse, *rest), *options).run()
+        launch._replace(args=(*operands, out, lse, *rest)).run()
         return out, lse
 
     return run

@@ -30,7 +30,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall, tile: RowTile | None = Non
     if x.numel() == 0:
         return out
     mask, causal, inner = call.mask, 0, None
-    if call.causal and dim < x.dim() - 2:  # neither queries nor keys lie along a row: the diagonal is a mask
+    if call.causal and dim < x.dim() - 2:  # rows run along neither queries nor keys
         below = _lower_triangle(x)
         mask = below if mask is None else mask & below
     elif call.causal:

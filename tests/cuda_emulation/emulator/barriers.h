@@ -7,7 +7,7 @@ namespace emulator {
 
 void tick(Thread& thread) { thread.clock.raise(thread.component, thread.clock[thread.component] + 1); }
 
-// What the thread has done and seen becomes part of `clock`, what it does next does not.
+// Release: joins the thread's clock into `clock`; its later accesses are not included.
 void release(Thread& thread, Clock& clock) {
   clock.join(thread.clock);
   tick(thread);

@@ -1,4 +1,4 @@
-// Who knows what has happened: vector clocks, and for every two bytes of shared memory its last writer and readers.
+// Happens-before: vector clocks, and for every two bytes of shared memory its last writer and readers.
 //
 // A clock has one component per source of events. Components of a cluster: for each thread its ordinary accesses; for
 // each thread the ordinary accesses that a proxy fence has shown to TMA and the tensor cores; for each warp
@@ -35,7 +35,7 @@ class Clock {
     for (int proxy = 0; proxy < 2; ++proxy) join(global_[proxy], other.global_[proxy]);
   }
 
-  // The last write to global memory by `writer` that is known of through `proxy`.
+  // The last write to global memory by `writer` that is visible through `proxy`.
   uint32_t global(Proxy proxy, uint32_t writer) const {
     const auto& known = global_[static_cast<int>(proxy)];
     return writer < known.size() ? known[writer] : 0;
@@ -83,7 +83,7 @@ struct Event {
   uint32_t tick = 0;
 
   static constexpr uint32_t kNone = 0xffffffff;
-  static constexpr uint32_t kNever = 0xfffffffe;  // nobody can know it has happened
+  static constexpr uint32_t kNever = 0xfffffffe;  // has happened before no other event
   static constexpr uint32_t kFourWarps = 0x80000000;
 
   bool exists() const { return component != kNone; }
@@ -135,7 +135,7 @@ class Shadow {
     lists_[cell.more_reads].push_back(read);
   }
 
-  // The first read of the cell that the clock does not know of.
+  // The first read of the cell that the clock does not cover.
   Event unknown_read(const Cell& cell, const Clock& clock) const {
     if (!cell.read.known_to(clock)) return cell.read;
     if (cell.more_reads >= 0) {

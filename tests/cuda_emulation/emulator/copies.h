@@ -130,7 +130,7 @@ void bulk_load(void* destination, const void* source, uint32_t bytes, void* barr
   machine().preempt();
 }
 
-// Starts a copy from shared memory: `read` fills a buffer, `write` empties it, each at its own time.
+// Starts a copy from shared memory: `read` fills a buffer, `write` stores it, at two independent times.
 void start_store(const void* source, uint32_t bytes, std::function<void(unsigned char*)> read,
                  std::function<void(const unsigned char*)> write) {
   Thread& thread = self();
@@ -238,7 +238,7 @@ void cp_async_16(void* destination, const void* source, int bytes) {
 
 void cp_async_commit() { self().copies.emplace_back(); }
 
-// What has arrived counts from here on as written by the waiting thread.
+// After this wait the arrived bytes count as written by the waiting thread.
 void cp_async_wait(size_t pending) {
   Thread& thread = self();
   Block& block = *thread.block;

@@ -1,4 +1,4 @@
-// How a tensor map is encoded here.
+// The emulator's encoding of a tensor map.
 #pragma once
 
 #include <cstdint>

@@ -40,7 +40,7 @@ emulator_switch:
 
 namespace emulator {
 
-// A stack with a function running on it. The function never returns: its last act is to switch away.
+// A stack with a function running on it. The function never returns: it ends by switching to another fiber.
 class Fiber {
  public:
   static constexpr size_t kStackBytes = 256 * 1024;

@@ -27,7 +27,7 @@ using OperationPointer = std::shared_ptr<Operation>;
 struct Thread;
 struct Cluster;
 
-// Threads asleep until an event.
+// Threads that wait for an event.
 using WaitQueue = std::vector<Thread*>;
 
 struct Barrier {  // block_sync and the named barriers
@@ -198,7 +198,7 @@ class Machine {
   std::unordered_map<uintptr_t, Event> global_writes_;  // the last one of each unit
   std::map<const void*, Clock> semaphores_;
 
-  // Puts the running thread to sleep; wake() lets it go on.
+  // Blocks the running thread until wake().
   void sleep(const char* place, const void* object = nullptr) {
     Thread& thread = *running_;
     thread.place = place;
@@ -222,13 +222,13 @@ class Machine {
     queue.clear();
   }
 
-  // Lets others run first, once.
+  // Yields once to other threads.
   void step_aside() {
     queue_of(*running_).push_front(running_);
     running_->fiber->switch_out();
   }
 
-  // Lets all others run first: the thread polls something that only they can change.
+  // Yields to all other threads: this one polls a value that only they can change.
   void poll(const char* place) {
     polling_.push_back(running_);
     running_->place = place;
@@ -236,7 +236,7 @@ class Machine {
     running_->place = nullptr;
   }
 
-  // Sometimes lets others run first, where the order may matter.
+  // Yields at random, where the order may matter.
   void preempt() {
     if (random_.below(4) == 0) step_aside();
   }
@@ -372,7 +372,7 @@ void Machine::end_thread(Thread& thread) {
 
 Thread* Machine::pick(std::deque<Thread*>& queue) {
   if (queue.empty()) return nullptr;
-  // A third of the seeds each: any thread next, the one woken last, the one woken first.
+  // The next thread, by a third of the seeds each: any ready one, the one woken last, the one woken first.
   Thread* thread;
   if (options_.seed % 3 == 1) {
     thread = queue.back();
@@ -385,7 +385,7 @@ Thread* Machine::pick(std::deque<Thread*>& queue) {
   return thread;
 }
 
-// A starved thread, once nothing else can run and no poll of the others can have another answer than the last.
+// A starved thread, once no other can run and no poll of the others can change its result.
 Thread* Machine::pick_starved() {
   if (starved_.empty()) return nullptr;
   if (!polling_.empty() && progress_ != progress_at_poll_) {
@@ -432,7 +432,7 @@ bool Machine::start_cluster() {
   cluster->components = 2 * cluster->thread_count + (cluster->thread_count + kWarp - 1) / kWarp + 4;
   cluster->alive = launch_.cluster;
   std::vector<Thread*> order;
-  // Aligned to 16 bytes and, on purpose, to no more.
+  // Aligned to 16 bytes and deliberately not more.
   const size_t skew = 16 + 32 * random_.below(31);
   for (int rank = 0; rank < launch_.cluster; ++rank) {
     auto block = std::make_unique<Block>();

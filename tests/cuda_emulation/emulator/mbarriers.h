@@ -77,7 +77,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes) {
   arrive(block, mbarrier_state(block, barrier), bytes);
 }
 
-// TMA and other blocks see an initialisation behind its fence only.
+// TMA and other blocks see an initialisation only after its fence.
 void check_fenced(const MbarrierState& state, const char* what) {
   if (!state.fenced) {
     fail(text("%s at mbarrier %u without fence_barrier_init behind its initialisation", what, state.index));
@@ -101,7 +101,7 @@ void check_parity(uint32_t parity) {
   if (parity > 1) fail(text("waits for parity %u, which is neither 0 nor 1", parity));
 }
 
-// What the phase makes visible to the running thread. A wait of the block's scope orders nothing with other blocks.
+// Acquires what the phase makes visible. A wait at block scope does not synchronise with other blocks.
 void acquire(const MbarrierState& state, bool cluster_scope) {
   if (state.remote_completed && !cluster_scope) {
     fail(text("waits for arrivals of other blocks at mbarrier %u without mbarrier_wait_cluster", state.index));

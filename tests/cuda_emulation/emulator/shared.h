@@ -91,7 +91,7 @@ void note_read(Block& block, const void* pointer, size_t bytes, Event event, boo
   }
 }
 
-// A write likewise.
+// The same for a write.
 void note_write(Block& block, const void* pointer, size_t bytes, Event event, bool async) {
   const size_t offset = checked_offset(block, pointer, bytes);
   if (!machine().options_.check) return;

@@ -5,7 +5,7 @@
 
 namespace emulator {
 
-// What accumulators hold in flight: a signalling NaN, which spreads when read and changes when computed with.
+// The value of accumulators in flight: a signalling NaN, which propagates when read and becomes quiet in arithmetic.
 constexpr uint32_t kInFlight = 0x7fa5a5a5;
 
 // Calls chunk(address, row, k) for the 16-byte pieces of an operand of `rows` rows (of A, columns of B) and 16 values
@@ -104,7 +104,7 @@ InFlight* find_in_flight(Thread& thread, const void* registers) {
   return nullptr;
 }
 
-// Registers a multiply uses must be as they were at the thread's last wgmma_fence.
+// Registers that a multiply uses must be unchanged since the thread's last wgmma_fence.
 void check_fenced(Thread& thread, const void* registers, size_t bytes, const char* what) {
   for (RegisterCopy& copy : thread.register_copies) {
     if (copy.array != registers) continue;

@@ -1,4 +1,4 @@
-// Stands in for cuTensorMapEncodeTiled, with its rules.
+// The emulator's cuTensorMapEncodeTiled, with the driver's checks.
 #pragma once
 
 #include <cuda.h>

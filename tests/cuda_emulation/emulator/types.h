@@ -17,7 +17,7 @@ namespace emulator {
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 
-// A rule of the execution model was broken, or nothing can go on.
+// A rule of the execution model was broken, or no thread can run.
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -36,7 +36,7 @@ void warp_collective(const char* kind, uint32_t mask, Slot& slot, Complete compl
     slots[lane] = static_cast<Slot*>(other.collective_slot);
   }
   if (!all) {
-    machine().sleep(kind);  // the last lane knows whom to wake
+    machine().sleep(kind);  // the last lane to arrive wakes the others
     return;
   }
   complete(slots);
@@ -89,7 +89,7 @@ bool elect_one() {
   return thread.index % kWarp == static_cast<int>(thread.block->elected[thread.index / kWarp]);
 }
 
-// Everything the others did before is known to each.
+// Each lane acquires what the others did before.
 void warp_sync(uint32_t mask) {
   Clock* slot = &self().clock;
   const auto& threads = self().block->threads;

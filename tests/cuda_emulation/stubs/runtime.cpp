@@ -1,4 +1,4 @@
-// The little of the CUDA runtime that host code of csrc calls, where the emulation stands in for a GPU.
+// The functions of the CUDA runtime that the host code of csrc calls, for the emulated GPU.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -9,12 +9,12 @@
 
 namespace {
 
-// The current device's number is its compute capability, so that what is kept of a device stays true.
+// The current device's number is its compute capability, so that values cached per device stay valid.
 int current_device = 90;
 bool capturing = false;
 cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
-// What a call answers that a capture in progress does not permit.
+// The error of a call that a capture in progress does not permit.
 cudaError_t unless_capturing() {
   return capturing && capture_mode != cudaStreamCaptureModeRelaxed ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }

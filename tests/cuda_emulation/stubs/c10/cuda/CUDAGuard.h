@@ -1,4 +1,4 @@
-// A guard of the one device there is.
+// A guard of the only device.
 #pragma once
 
 #include <c10/core/Device.h>

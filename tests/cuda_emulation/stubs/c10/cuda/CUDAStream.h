@@ -1,4 +1,4 @@
-// The one stream there is.
+// The only stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

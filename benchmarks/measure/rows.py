@@ -1,0 +1,71 @@
+"""Products of a few rows with a weight, as decoding makes them: how long each kind takes, and which bits it gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZES = ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))  # (O, I) of GPT-2 small
+COUNTS = (1, 2, 4, 8, 16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDS = 15
+
+Product = Callable[[Tensor], Tensor]
+
+
+def products(weight: Tensor) -> dict[str, Product]:
+    """The ways in which a weight (O, I) can be multiplied with rows of its dtype."""
+    from fastattn import torch_compat
+    from fastattn.nn.rows import rows_of
+
+    made: dict[str, Product] = {"torch": lambda x: F.linear(x, weight), "chosen": rows_of(weight, None)}
+    if weight.dtype == torch.float32:
+        if torch_compat.has_onednn_linear():
+            made["oneDNN"] = lambda x: torch_compat.onednn_linear(x, weight, None)
+        made["int8"] = rows_of(weight, None, "int8")
+    return made
+
+
+def times(product: Product, width: int, dtype: torch.dtype) -> list[float]:
+    """Median microseconds for each number of rows."""
+    found = []
+    for count in COUNTS:
+        x, seconds = torch.randn(count, width).to(dtype), []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            product(x)
+            seconds.append(time.perf_counter() - start)
+        found.append(1e6 * median(seconds))
+    return found
+
+
+def same_at_every_place(product: Product, count: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a row of a block of `count` has the same bits at every place and beside any other rows."""
+    x = torch.randn(count, width).to(dtype)
+    whole = product(x)
+    for shift in range(count):
+        if not torch.equal(product(x.roll(shift, 0)), whole.roll(shift, 0)):
+            return False
+    alone = torch.zeros_like(x)
+    alone[-1] = x[0]
+    return torch.equal(product(alone)[-1], whole[0])
+
+
+@torch.no_grad()
+def table() -> Iterator[str]:
+    """A Markdown table: a line for each size, dtype and product."""
+    yield f"| product | O x I | {' | '.join(f'{count} rows, us' for count in COUNTS)} | bits free of the place |"
+    yield f"|---|---|{'---|' * len(COUNTS)}---|"
+    for dtype in DTYPES:
+        for out, width in SIZES:
+            weight = (torch.randn(out, width) * width**-0.5).to(dtype)
+            for name, product in products(weight).items():
+                cells = [f"{t:.0f}" for t in times(product, width, dtype)]
+                free = [str(n) for n in COUNTS if same_at_every_place(product, n, width, dtype)]
+                kind = f"{name}, {str(dtype).removeprefix('torch.')}"
+                yield f"| {kind} | {out} x {width} | {' | '.join(cells)} | {', '.join(free)} |"

@@ -1,0 +1,20 @@
+"""Values of ids, looked at where that is cheap and means something."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
+    """Ids within [0, size), where asking costs no synchronisation."""
+    if not ids.numel() or not readable(ids):
+        return
+    least, most = (int(n) for n in ids.aminmax())
+    if least < 0 or most >= size:
+        raise ValueError(f"{name}: got {least} to {most}, needs 0 to {size - 1} ({limit} - 1)")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may decide: not in a program that is recorded for other values, nor where that would wait."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]

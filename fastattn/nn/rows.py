@@ -1,0 +1,111 @@
+"""Products of a few rows with a weight, as decoding makes them: packed 16-bit and int8 weights, and fixed blocks.
+
+A product of one row per sequence reads the weight and does little else, so that a narrower weight, in the order in
+which the kernel reads it, is what makes it fast. Packed weights are copies, kept as long as the weight they are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastattn import torch_compat
+from fastattn.nn.linear import linear
+
+# Rows of a block whose products have the same bits wherever in the block a row stands; others one by one.
+INVARIANT_ROWS = {torch.float32: 4, torch.bfloat16: 4}
+INT8_LEVELS = 127  # of weights, and of activations on CPUs that sum products of 8 bits without saturation
+SAFE_LEVELS = 63  # of activations on others: two products of 7 and 8 bits fit into 16
+
+Rows = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
+
+_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version, what was made of it)}
+
+
+def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Rows:
+    """The fastest product of rows with a weight (O, I) on its device: x -> x @ weight.T + bias.
+
+    kind: "int8" for weights of 8 bits; None for the weight's own dtype.
+    """
+    if kind == "int8":
+        return Int8Rows(weight, bias)
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and torch_compat.has_packed_linear():
+        pack = _kept(weight, "packed", torch_compat.pack_linear)
+        return lambda x: torch_compat.packed_linear(x, pack, bias)
+    return lambda x: linear(x, weight, bias)
+
+
+class Int8Rows:
+    """x @ weight.T + bias with both rounded to 8 bits: one scale for each row of x, one for each row of the weight.
+
+    Sums are exact, so a row's result does not depend on the other rows. An element of x is off by at most 1/254 of its
+    row's largest magnitude (1/126 on CPUs without 8-bit dot products), and so is one of the weight.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.bias = bias
+        self.levels = INT8_LEVELS if torch_compat.has_int8_dot_products() else SAFE_LEVELS
+        self.product: Callable[[Tensor], Tensor] = _kept(weight, "int8", _int8_product)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, I) -> (N, O), in x's dtype."""
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, torch.inf, dim=-1, keepdim=True).div_(self.levels)
+        scale.clamp_(min=torch.finfo(torch.float32).tiny)
+        out = self.product(wide / scale).mul_(scale)
+        if self.bias is not None:
+            out.add_(self.bias)
+        return out.to(x.dtype)
+
+
+def _int8_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product of rows of integers, in float32, with a weight that is rounded to 8 bits per output."""
+    wide = weight.detach().float()
+    scale = wide.abs().amax(1).div_(INT8_LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = (wide / scale[:, None]).round_().to(torch.int8)
+    if weight.is_cpu and torch_compat.has_int8_linear():
+        pack = torch_compat.pack_int8_linear(rounded, scale)
+        return lambda x: torch_compat.int8_linear(x, pack)
+    exact = rounded.double()  # sums of products of integers are exact in float64
+    return lambda x: F.linear(x.round().double(), exact).mul_(scale).float()
+
+
+class InBlocks:
+    """A product in blocks of a fixed number of rows, the last filled with zeros.
+
+    A kernel may sum in another order for another number of rows, but not for another place in a block, so that a row's
+    bits do not depend on how many there are: benchmarks/rows.py measures which numbers have that property.
+    """
+
+    def __init__(self, product: Rows) -> None:
+        self.product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, I) -> (N, O)."""
+        count, size = x.shape[0], INVARIANT_ROWS.get(x.dtype, 1)
+        if count == 0:
+            return self.product(x)
+        block = F.pad(x, (0, 0, 0, -count % size))
+        # a copy each: memory begins at the same alignment, which some kernels go by
+        parts = [self.product(part.clone()) for part in block.split(size)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
+
+
+def by_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An elementwise function of one row at a time: whole vectors and what is left over may be rounded differently."""
+    return lambda x: torch.stack([function(row) for row in x]) if len(x) else function(x)
+
+
+def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:
+    """What `make` gives for a weight, kept until that changes or goes."""
+    version = torch_compat.version_of(weight)
+    key = (version, weight.data_ptr(), weight.dtype)
+    made = _packs.setdefault(weight, {})
+    if kind not in made or version is None or made[kind][0] != key:
+        made[kind] = (key, make(weight))
+    return made[kind][1]

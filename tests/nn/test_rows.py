@@ -1,0 +1,142 @@
+"""Products of a few rows: the error rule, the documented error of 8 bits, bits that do not depend on other rows."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import torch_compat
+from fastattn.nn import rows as module
+from fastattn.nn.rows import INT8_LEVELS, InBlocks, Int8Rows, by_row, rows_of
+from numerics import assert_within_rule, plain_in_any_order
+
+SHAPES = [(1, 1), (7, 5), (96, 64), (130, 33)]  # (O, I)
+COUNTS = (0, 1, 2, 7, 8, 9, 17)
+
+
+def operands(out: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(out, width).to(dtype), torch.randn(out).to(dtype)
+
+
+@pytest.fixture(params=[True, False], ids=["fbgemm", "float64"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(torch_compat, "has_int8_linear", lambda: False)
+    elif not torch_compat.has_int8_linear():
+        pytest.skip("this torch has no FBGEMM")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_products_keep_the_error_rule(dtype: torch.dtype, shape: tuple[int, int], in_blocks: bool) -> None:
+    weight, bias = operands(*shape, dtype)
+    product = rows_of(weight, bias)
+    product = InBlocks(product) if in_blocks else product
+    for count in COUNTS:
+        x = torch.randn(count, shape[1]).to(dtype)
+        golden = F.linear(x.double(), weight.double(), bias.double())
+        actual = product(x)
+        assert actual.dtype == dtype
+        plain = F.linear(x, weight, bias)
+        if dtype == torch.float32:
+            plain = plain_in_any_order(lambda x=x: F.linear(x, weight, bias), golden)
+        assert_within_rule(actual, plain, golden, f"{count} rows")
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("levels", [127, 63])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_error_of_8_bits_is_the_documented_one(
+    shape: tuple[int, int], levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each x is off by half a step of its row, each weight by half a step of its output, besides rounding."""
+    monkeypatch.setattr(torch_compat, "has_int8_dot_products", lambda: levels == 127)
+    weight, bias = operands(*shape)
+    x = torch.randn(9, shape[1]) * torch.logspace(-20, 20, 9)[:, None]
+    product = Int8Rows(weight, bias)
+    if not torch_compat.has_int8_dot_products() or levels == 127:
+        assert product.levels == levels
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    of_x = x.double().abs().amax(1, keepdim=True) / (2 * levels)  # (N, 1)
+    of_weight = weight.double().abs().amax(1, keepdim=True) / (2 * INT8_LEVELS)  # (O, 1)
+    bound = of_x * weight.double().abs().sum(1) + (x.double().abs() + of_x).sum(1, keepdim=True) * of_weight.T
+    eps = torch.finfo(torch.float32).eps
+    slack = 4 * eps * (exact.abs() + bound + bias.double().abs())  # three products and a sum in float32
+    steps = (
+        1 + 2 * levels * eps
+    )  # an x / scale that lies between two levels may be rounded to the further one
+    assert bool(((product(x) - exact).abs() <= steps * bound + slack).all())
+
+
+@pytest.mark.usefixtures("engine")
+def test_rows_of_8_bits_have_the_bits_that_each_has_alone() -> None:
+    weight, bias = operands(96, 65)
+    product, x = Int8Rows(weight, bias), torch.randn(17, 65)
+    x[3] = 0
+    together = product(x)
+    assert torch.equal(together[3], bias)
+    for count in (1, 2, 5, 16):
+        for start in range(17 - count):
+            assert torch.equal(product(x[start : start + count]), together[start : start + count])
+    x[5, 7] = torch.nan
+    broken = product(x)
+    assert not broken[5].isfinite().any()
+    assert torch.equal(broken[[*range(5), *range(6, 17)]], together[[*range(5), *range(6, 17)]])
+
+
+def test_both_engines_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch_compat.has_int8_linear():
+        pytest.skip("this torch has no FBGEMM")
+    weight, bias = operands(96, 65)
+    x = torch.randn(9, 65)
+    fast = Int8Rows(weight, bias)(x)
+    monkeypatch.setattr(torch_compat, "has_int8_linear", lambda: False)
+    assert torch.equal(Int8Rows(weight.clone(), bias)(x), fast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(97, 33), (768, 192), (192, 768)], ids=str)
+def test_a_block_gives_a_row_the_same_bits_at_every_place_and_beside_any_other(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """What benchmarks/rows.py measures for the sizes of models, at small ones."""
+    weight, bias = operands(*shape, dtype)
+    product = InBlocks(rows_of(weight, bias))
+    x = torch.randn(19, shape[1]).to(dtype)
+    together = product(x)
+    for row in range(19):
+        assert torch.equal(product(x[row : row + 1])[0], together[row]), row
+    order = torch.randperm(19)
+    assert torch.equal(product(x[order]), together[order])
+    assert torch.equal(product(x[::2]), together[::2])
+
+
+def test_by_row_is_the_function_of_each_row() -> None:
+    x = torch.randn(5, 37)
+    gelu = by_row(F.gelu)
+    assert torch.equal(gelu(x)[3], F.gelu(x[3].clone()))
+    torch.testing.assert_close(gelu(x), F.gelu(x))
+
+
+@pytest.mark.parametrize("kind", ["int8", None])
+def test_a_packed_weight_follows_its_weight_and_goes_with_it(kind: str | None) -> None:
+    dtype = torch.float32 if kind else torch.bfloat16
+    weight, _ = operands(64, 32, dtype)
+    x = torch.randn(3, 32).to(dtype)
+    before = len(module._packs)
+    first = rows_of(weight, None, kind)(x)
+    kept = len(module._packs)
+    assert kept == before + 1 or (kind is None and not torch_compat.has_packed_linear())
+    assert torch.equal(rows_of(weight, None, kind)(x), first)
+    weight.mul_(2)
+    assert torch.equal(rows_of(weight, None, kind)(x), 2 * first)
+    weight.data = torch.zeros_like(weight)
+    assert torch.equal(rows_of(weight, None, kind)(x), torch.zeros_like(first))
+    del weight
+    gc.collect()
+    assert len(module._packs) == before
