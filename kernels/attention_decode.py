@@ -242,7 +242,7 @@ def store_split(result, out, strides, lse, split, places, VARIANT: tl.constexpr)
     tl.store(starts[:, None] + cols, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@kernel(INTEGERS)
+@kernel((*INTEGERS, "num_programs", "per_size", "split_blocks"))
 def attention_decode_kernel(
     q, k_cache, v_cache, out, lse, cached,
     stride_qb, stride_qh, stride_qs,

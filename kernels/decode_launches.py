@@ -108,6 +108,7 @@ def decode_launch(
         split_counts,
     )  # fmt: skip
     *table_strides, rotary_positions = _table_strides(call)
+    cache_variant = CacheVariant.of(call)
     args = (
         query, call.k_cache, call.v_cache, out, lse, tensors,
         *strides_of(query, unit),
@@ -117,7 +118,7 @@ def decode_launch(
         rotary_positions, num_heads, num_kv_heads, splits.programs, splits.per_size, splits.blocks,
         batch * num_heads * seqlen_q, seqlen_q, call.new_keys, capacity, min(call.window_left, longest), right,
         call.scale, call.softcap,
-        variant, CacheVariant.of(call), tile.block_m, tile.block_n, loops(tile),
+        variant, cache_variant, tile.block_m, tile.block_n, loops(tile, not cache_variant.lengths),
     )  # fmt: skip
     grid = batch * num_kv_heads * splits.programs * cdiv(seqlen_q * spec.group_size, tile.block_m)
     return Launch(

@@ -101,22 +101,24 @@ def split_count(blocks: int, splits: Splits) -> int:
     return per_size * doublings + -(-rest // (size << doublings))
 
 
-def loops(tile: Tile) -> bool:
-    """Whether a program takes several splits: small tiles, whose splits are many. Others lack the registers."""
-    return tile.block_m < DECODE_ROWS[-1]
+def loops(tile: Tile, full: bool) -> bool:
+    """Whether a program takes several splits: where there may be many without keys, of small tiles in a cache that is
+    not full. Others need the registers."""
+    return tile.block_m < DECODE_ROWS[-1] and not full
 
 
 @lru_cache(maxsize=1024)
-def programs_for(tile: Tile, tiles: int, count: int, keys: int, num_sms: int) -> int:
+def programs_for(several: bool, tiles: int, count: int, keys: int, num_sms: int) -> int:
     """The programs that share the splits of a query tile out among them.
 
     Args:
+        several: a program may take more than one.
         tiles: query tiles of all heads and sequences.
         count: the most splits of one of them.
         keys: the most keys that one sees.
         num_sms: multiprocessors of the device.
     """
-    if not loops(tile):
+    if not several:
         return count
     wanted = WAVES * PROGRAMS_PER_SM * num_sms // max(1, tiles)
     return max(1, min(count, max(wanted, -(-keys // MOST_PROGRAM_KEYS))))

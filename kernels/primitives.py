@@ -20,7 +20,7 @@ INTEGERS = (
     *("stride_slopes_b", "stride_split_dk", "stride_split_dv", "stride_table", "stride_cos", "stride_sin"),
     *("num_heads", "num_kv_heads", "batch_size", "seqlen_q", "seqlen_k", "shift", "left", "right"),
     *("bias_batch", "bias_heads", "bias_rows", "bias_cols", "keep_threshold", "first_split", "num_splits"),
-    *("num_rows", "new_keys", "capacity", "rotary_positions", "num_programs", "per_size", "split_blocks"),
+    *("num_rows", "new_keys", "capacity", "rotary_positions"),
 )
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

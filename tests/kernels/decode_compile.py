@@ -6,6 +6,8 @@ python tests/kernels/decode_compile.py        the tiles of decoding, and what la
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -35,7 +37,7 @@ FEATURES = {  # of decode, by bits
     ),
     32: ("8 heads", "1 head, pages of 16", "8 heads, pages of 16, all"),
 }
-APPEND, COMBINE = "pages of 16, rotary", "8 heads"
+APPEND, COMBINE = "pages of 16, rotary", "8 heads, sinks"
 
 
 def cache_call(
@@ -86,7 +88,8 @@ def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int =
     split_out = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
     split_lse = lse.new_empty(num_splits, *lse.shape)
     counts = lse.new_empty(lse.shape, dtype=torch.int32)
-    splits = Splits(16, 4, num_splits, programs=max(1, num_splits // 2 if loops(tile) else num_splits))
+    several = loops(tile, full=call.cache_lengths.numel() == 0)
+    splits = Splits(16, 4, num_splits, programs=max(1, num_splits // 2 if several else num_splits))
     if num_splits == 1:
         decode = decode_launch(spec, call, out, lse, splits, tile)
     else:
@@ -180,13 +183,29 @@ def compiled(entry: tuple[str, Row]) -> dict[str, dict[str, Any]]:
     return {f"sm_{arch} {bits}-bit D{head_dim} {kernel} [{features}]": asdict(compile_launch(launch, arch))}
 
 
+def arithmetic(bits: int) -> list[dict[str, int]]:
+    """How often each floating-point instruction stands in the PTX of decoding into the result, into splits' results, and
+    into those of a full cache's."""
+    from compile_inspect import specialise, target_of
+    from triton import compile
+
+    found = []
+    for features, num_splits in (("8 heads", 1), ("8 heads", 8), ("8 heads, full", 8)):
+        launch = launches_of(cache_call(features, 64, bits), 90, num_splits)["decode"]
+        source, options = specialise(launch, target_of("90"))
+        ptx = compile(source, target=target_of("90"), options=options.__dict__).asm["ptx"]
+        found.append(dict(Counter(re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.]*\.(?:f32|bf16)[\w.]*)\s", ptx, re.M))))
+    return found
+
+
 def main() -> None:
     """The command line."""
     reports: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(2) as pool:
         for made in pool.map(compiled, FEW):
             reports |= made
-    print(json.dumps({"compiled": reports, "signatures": signatures()}, indent=1))
+    counts = {bits: arithmetic(bits) for bits in DTYPES}
+    print(json.dumps({"compiled": reports, "signatures": signatures(), "arithmetic": counts}, indent=1))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_the_number_of_programs_changes_no_bit(programs: int, monkeypatch: pytes
     wanted = run(Inputs.of(case).call(), None)
     asked: list[int] = []
 
-    def fixed(tile: Any, tiles: int, count: int, *sizes: int) -> int:
+    def fixed(several: bool, tiles: int, count: int, *sizes: int) -> int:
         asked.append(min(programs, count))
         return asked[-1]
 

@@ -81,14 +81,6 @@ def test_explain_names_the_tile_of_decoding() -> None:
     assert "decode 16x" in fastattn.explain(query, key, key, backend="triton").tiles
 
 
-def test_splits_follow_from_the_keys_alone() -> None:
-    assert single_query_splits(0) == 1
-    assert single_query_splits(SINGLE_QUERY_KEYS) == 1
-    assert single_query_splits(SINGLE_QUERY_KEYS + 1) == 2
-    assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS) == MAX_SPLITS
-    assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS + 1) == MAX_SPLITS
-
-
 def test_a_model_decodes_from_its_cache_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step after the prompt: MultiHeadAttention's cache holds keys as the kernel wants them."""
     from fastattn.backends.triton import kv_cache as triton_kv_cache

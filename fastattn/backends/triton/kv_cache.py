@@ -89,14 +89,15 @@ def _attend_in_splits(
 ) -> None:
     """Fill out and a contiguous lse from partial results."""
     from fastattn.kernels.decode_launches import combine_launch, decode_launch
-    from fastattn.kernels.decode_tiles import programs_for
+    from fastattn.kernels.decode_tiles import loops, programs_for
 
     query, count = call.query, splits.count
     num_sms = 1
     if query.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
     tiles = query.shape[0] * call.k_cache.shape[1] * -(-query.shape[2] * spec.group_size // tile.block_m)
-    programs = programs_for(tile, tiles, count, _keys_seen(call), num_sms)
+    several = loops(tile, full=call.cache_lengths.numel() == 0)
+    programs = programs_for(several, tiles, count, _keys_seen(call), num_sms)
     split_out = query.new_empty((count, *out.shape), dtype=torch.float32)
     split_lse = query.new_empty((count, *lse.shape), dtype=torch.float32)
     split_counts = query.new_empty(lse.shape, dtype=torch.int32)
