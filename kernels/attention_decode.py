@@ -305,11 +305,15 @@ def attention_decode_kernel(
         for turn in tl.range(tl.cdiv(count - program, num_programs), disable_licm=True):
             split = program + turn * num_programs
             share = split_of(blocks, split, per_size, size)
-            result = attend_split(query_tile, keys, values, cached, share, split, places, scoring, VARIANT, CACHE, BLOCK_N)
+            result = attend_split(
+                query_tile, keys, values, cached, share, split, places, scoring, VARIANT, CACHE, BLOCK_N
+            )
             store_split(result, out, (stride_ob, stride_oh, stride_os), lse, split, places, VARIANT)
     else:
         share = split_of(blocks, program, per_size, size)
-        result = attend_split(query_tile, keys, values, cached, share, program, places, scoring, VARIANT, CACHE, BLOCK_N)
+        result = attend_split(
+            query_tile, keys, values, cached, share, program, places, scoring, VARIANT, CACHE, BLOCK_N
+        )
         store_split(result, out, (stride_ob, stride_oh, stride_os), lse, program, places, VARIANT)
 
 

@@ -31,7 +31,9 @@ DECODE_TABLE = {
 }
 
 # Splits hold a fixed number of keys, so that the bits of a sequence's result follow from its own keys.
-SPLIT_KEYS_PER_ROW = 32  # with as many, a partial result is 1/32 of the bytes of the 16-bit keys and values it is of
+SPLIT_KEYS_PER_ROW = (
+    32  # with as many, a partial result is 1/32 of the bytes of the 16-bit keys and values it is of
+)
 FEWEST_SPLIT_KEYS = 256  # of the first splits; less is not worth a combine
 SPLITS_OF_A_SIZE = 16  # then they have twice the keys
 WHOLE_TILES = 16  # query tiles of a key head that fill a device without splits

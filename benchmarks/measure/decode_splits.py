@@ -89,7 +89,10 @@ def row(call: Call, sizes: Sizes) -> str:
         times += times[-programs:] * (call.kv_heads - 1)
     count = call.kv_heads * sum(len(sizes(length)) for length in call.lengths)
     read, partials = call.kv_heads * sum(call.lengths) * per_key, 2 * count * partial
-    end = max(makespan((round(1e12 * time) for time in times), slots) / 1e12, (read + partials / 2) / BYTES_PER_SECOND)
+    end = max(
+        makespan((round(1e12 * time) for time in times), slots) / 1e12,
+        (read + partials / 2) / BYTES_PER_SECOND,
+    )
     total = end + LAUNCH + partials / 2 / BYTES_PER_SECOND
     bound = read / BYTES_PER_SECOND
     return (

@@ -194,7 +194,9 @@ def arithmetic(bits: int) -> list[dict[str, int]]:
         launch = launches_of(cache_call(features, 64, bits), 90, num_splits)["decode"]
         source, options = specialise(launch, target_of("90"))
         ptx = compile(source, target=target_of("90"), options=options.__dict__).asm["ptx"]
-        found.append(dict(Counter(re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.]*\.(?:f32|bf16)[\w.]*)\s", ptx, re.M))))
+        found.append(
+            dict(Counter(re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.]*\.(?:f32|bf16)[\w.]*)\s", ptx, re.M)))
+        )
     return found
 
 

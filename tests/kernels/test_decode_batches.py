@@ -165,7 +165,9 @@ def test_a_small_workspace_changes_no_bit(
     def options(make: Maker) -> Options:
         return {**slopes(make, 4, 6), "sinks": make.normal(6)}
 
-    case = Case("pieces", options, lengths=LENGTHS, capacity=272, page=16, kv_heads=3, kind=kind, num_splits=None)
+    case = Case(
+        "pieces", options, lengths=LENGTHS, capacity=272, page=16, kv_heads=3, kind=kind, num_splits=None
+    )
     wanted = run(Inputs.of(case).call(), None)
     made: list[tuple[int, int]] = []
     attend = triton_kv_cache._attend_in_splits
@@ -204,13 +206,10 @@ def test_padded_calls_with_one_query() -> None:
     whole = fastattn.attention(query, key, value, key_lengths=lengths, backend="triton")
     for b, length in enumerate(lengths.tolist()):
         one = slice(b, b + 1)
-        alone = fastattn.attention(
-            query[one], key[one, :, :length], value[one, :, :length], backend="triton"
-        )
+        alone = fastattn.attention(query[one], key[one, :, :length], value[one, :, :length], backend="triton")
         padded = fastattn.attention(
             query[one], key[one, :, : length + 1], value[one, :, : length + 1], key_lengths=lengths[one],
             backend="triton",
         ) if length < 300 else alone  # fmt: skip
         assert torch.equal(alone[0], whole[b])
         assert torch.equal(padded[0], whole[b])
-

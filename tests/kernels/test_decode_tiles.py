@@ -11,7 +11,6 @@ from fastattn import backends
 from fastattn.backends import triton as backend
 from fastattn.kernels.decode_tiles import (
     DECODE_TABLE,
-    FEWEST_SPLIT_KEYS,
     MOST_PROGRAM_KEYS,
     PROGRAMS_PER_SM,
     SPLITS_OF_A_SIZE,
@@ -108,7 +107,9 @@ def test_splits_double_their_keys() -> None:
         assert split_count(blocks, splits) == wanted
 
 
-@pytest.mark.parametrize(("num_splits", "blocks", "wanted"), [(1, 100, 1), (7, 100, 7), (200, 100, 100), (3, 0, 1)])
+@pytest.mark.parametrize(
+    ("num_splits", "blocks", "wanted"), [(1, 100, 1), (7, 100, 7), (200, 100, 100), (3, 0, 1)]
+)
 def test_a_number_that_is_asked_for_is_of_equal_splits(num_splits: int, blocks: int, wanted: int) -> None:
     assert splits_for(4, SMALL, blocks, num_splits) == Splits(wanted, blocks=0, count=wanted)
 
