@@ -184,8 +184,8 @@ def compiled(entry: tuple[str, Row]) -> dict[str, dict[str, Any]]:
 
 
 def arithmetic(bits: int) -> list[dict[str, int]]:
-    """How often each floating-point instruction stands in the PTX of decoding into the result, into splits' results, and
-    into those of a full cache's."""
+    """How often each floating-point instruction stands in the PTX of decoding: into the result, into splits' results,
+    and into those of a full cache."""
     from compile_inspect import specialise, target_of
     from triton import compile
 
