@@ -68,7 +68,7 @@ class Splits(NamedTuple):
 
     per_size: int = 1
     blocks: int = 0
-    count: int = 1  # the most there can be: partial results have room for as many
+    most: int = 1  # the most there can be: partial results have room for as many
     programs: int = 1  # that share them out: program p has splits p, p + programs ...
 
 
@@ -76,7 +76,7 @@ WHOLE = Splits()
 
 
 def splits_for(rows: int, tile: Tile, blocks: int, num_splits: int = 0) -> Splits:
-    """The splits of a call, for one program. Nothing but `count` depends on the batch, the cache or the device.
+    """The splits of a call, for one program. Nothing but `most` depends on the batch, the cache or the device.
 
     Args:
         rows: queries times the heads that share a key head.
@@ -85,13 +85,13 @@ def splits_for(rows: int, tile: Tile, blocks: int, num_splits: int = 0) -> Split
         num_splits: equal splits that the caller asks for; 0 leaves it to the size.
     """
     if num_splits:  # more than there are blocks would be empty
-        return Splits(max(1, min(num_splits, blocks)), count=max(1, min(num_splits, blocks)))
+        return Splits(max(1, min(num_splits, blocks)), most=max(1, min(num_splits, blocks)))
     if rows > (WHOLE_TILES - 1) * tile.block_m:
         return WHOLE
     rows = 1 << (min(rows, tile.block_m) - 1).bit_length() if rows else 1
     keys = max(FEWEST_SPLIT_KEYS, SPLIT_KEYS_PER_ROW * rows)
     splits = Splits(SPLITS_OF_A_SIZE, max(1, keys // tile.block_n))
-    return splits._replace(count=max(1, split_count(blocks, splits)))
+    return splits._replace(most=max(1, split_count(blocks, splits)))
 
 
 def split_count(blocks: int, splits: Splits) -> int:

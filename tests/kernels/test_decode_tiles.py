@@ -93,7 +93,7 @@ def test_the_cache_chooses_only_how_many_there_may_be(rows: int) -> None:
     tile = decode_tile_for(spec_of(), rows, paged=False)
     chosen = [splits_for(rows, tile, blocks) for blocks in (0, 1, 63, 64, 1000, 2**20)]
     assert len({(splits.per_size, splits.blocks) for splits in chosen}) == 1
-    counts = [splits.count for splits in chosen]
+    counts = [splits.most for splits in chosen]
     assert counts[:2] == [1, 1]
     assert counts == sorted(counts)
     assert counts[-1] > counts[2]
@@ -111,13 +111,13 @@ def test_splits_double_their_keys() -> None:
     ("num_splits", "blocks", "wanted"), [(1, 100, 1), (7, 100, 7), (200, 100, 100), (3, 0, 1)]
 )
 def test_a_number_that_is_asked_for_is_of_equal_splits(num_splits: int, blocks: int, wanted: int) -> None:
-    assert splits_for(4, SMALL, blocks, num_splits) == Splits(wanted, blocks=0, count=wanted)
+    assert splits_for(4, SMALL, blocks, num_splits) == Splits(wanted, blocks=0, most=wanted)
 
 
 def test_long_caches_have_few_splits() -> None:
     """131072 keys: 16 splits of each of 256, 512, 1024, 2048 and 4096 keys, and the 4096 keys left."""
-    assert splits_for(8, SMALL, 131072 // 64).count == 81
-    assert splits_for(8, SMALL, 2**20 // 64).count == 16 * 8 + 1
+    assert splits_for(8, SMALL, 131072 // 64).most == 81
+    assert splits_for(8, SMALL, 2**20 // 64).most == 16 * 8 + 1
 
 
 def test_programs_fill_a_device_and_little_more() -> None:

@@ -72,10 +72,10 @@ def _attend(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> tuple[Tensor,
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     rows = query.shape[2] * spec.group_size
     splits = splits_for(rows, tile, _blocks_seen(call, tile.block_n), call.num_splits)
-    if splits.count == 1:
+    if splits.most == 1:
         decode_launch(spec, call, out, lse, splits, tile).run()
         return out, lse
-    head_bytes = 4 * splits.count * rows * (spec.value_dim + 1)
+    head_bytes = 4 * splits.most * rows * (spec.value_dim + 1)
     for batch, heads in _pieces(query.shape[0], call.k_cache.shape[1], WORKSPACE_BYTES // max(1, head_bytes)):
         part, query_heads = call, slice(heads.start * spec.group_size, heads.stop * spec.group_size)
         if (batch.stop - batch.start, heads.stop - heads.start) != (query.shape[0], call.k_cache.shape[1]):
@@ -91,7 +91,7 @@ def _attend_in_splits(
     from fastattn.kernels.decode_launches import combine_launch, decode_launch
     from fastattn.kernels.decode_tiles import loops, programs_for
 
-    query, count = call.query, splits.count
+    query, count = call.query, splits.most
     num_sms = 1
     if query.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
