@@ -1,6 +1,6 @@
-"""The predicted times of dk and dv by split over queries: the table of docs/hopper.md.
+"""The predicted times of splits: of dk and dv over queries (docs/hopper.md), of decoding over keys (docs/decode.md).
 
-python benchmarks/splits.py              print it
+python benchmarks/splits.py              print both tables
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import argparse
 import sys
 
 import checkout
-from measure import splits
+from measure import decode_splits, splits
 
 
 def main() -> int:
     """The command line."""
-    argparse.ArgumentParser(description="Predicted times of dk and dv by split over queries.").parse_args()
+    argparse.ArgumentParser(description="Predicted times of splits over queries and keys.").parse_args()
     checkout.make_importable()
-    print("\n".join(splits.table()))
+    print("\n".join([*splits.table(), "", *decode_splits.table()]))
     return 0
 
 

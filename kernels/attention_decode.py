@@ -14,6 +14,8 @@ import triton.language as tl
 from .jit import kernel
 from .primitives import (
     INTEGERS,
+    LN2,
+    LOG2E,
     block_at,
     block_count,
     key_blocks,
@@ -130,12 +132,29 @@ def load_rotated(starts, exists, positions, rotary, DIM: tl.constexpr, CACHE: tl
 
 
 @triton.jit
-def split_of(blocks, split, num_splits):
-    """The split-th of num_splits pieces of a range of key blocks, of equal size but for the last ones."""
+def split_sizes(blocks, per_size, split_blocks):
+    """(size, count): the blocks of the first splits of a range of key blocks, and how many splits there are, one at
+    least. There are per_size splits of a size, then of twice the size ...; with 0 split_blocks, per_size equal ones."""
+    num_blocks = blocks[3] - blocks[0]
+    size = tl.where(split_blocks > 0, split_blocks, tl.maximum(tl.cdiv(num_blocks, per_size), 1))
+    size_blocks = per_size * size
+    reached = num_blocks // size_blocks + 1
+    doublings = 0 * size
+    for power in tl.static_range(1, 25):
+        doublings += (reached >= (1 << power)).to(tl.int32)
+    rest = num_blocks - size_blocks * ((1 << doublings) - 1)
+    count = per_size * doublings + tl.cdiv(rest, size << doublings)
+    return size, tl.maximum(count, 1)
+
+
+@triton.jit
+def split_of(blocks, split, per_size, size):
+    """The key blocks of a split, of those that `split_sizes` has counted."""
     first, full_first, full_last, last = blocks
-    size = tl.cdiv(last - first, num_splits)
-    begin = tl.minimum(first + split * size, last)
-    end = tl.minimum(begin + size, last)
+    doublings = split // per_size
+    before = size * (per_size * ((1 << doublings) - 1) + ((split % per_size) << doublings))
+    begin = tl.minimum(first + before, last)
+    end = tl.minimum(begin + (size << doublings), last)
     full_begin = tl.minimum(tl.maximum(full_first, begin), end)
     full_end = tl.maximum(tl.minimum(full_last, end), full_begin)
     return begin, full_begin, full_end, end
@@ -180,26 +199,70 @@ def cache_append_kernel(
     tl.store(rows[:, None] + cache_columns(cache, VARIANT.value_dim, CACHE), values, mask=inside)
 
 
-@kernel(INTEGERS)
+@triton.jit
+def attend_split(
+    query_tile, keys, values, cached, blocks, split, places, scoring, VARIANT: tl.constexpr, CACHE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(acc, row_max, row_sum) of online softmax over the key blocks of one split; the sink is the first split's."""
+    queries = places[0]
+    heads = places[1]
+    batch = places[3]
+    scale = scoring[0]
+    row_max, row_sum = softmax_start(cached.sinks, batch + 0 * heads, heads, query_tile.shape[0], VARIANT)
+    if VARIANT.sinks:
+        row_max = tl.where(split == 0, row_max, float("-inf"))
+        row_sum = tl.where(split == 0, row_sum, 0.0)
+    acc = tl.zeros([query_tile.shape[0], padded(VARIANT.value_dim)], tl.float32)
+    for IS_MASKED in tl.static_range(2):
+        for step in range(block_count(blocks, IS_MASKED)):
+            first_key = block_at(step, blocks, IS_MASKED) * BLOCK_N
+            cols = first_key + tl.arange(0, BLOCK_N)
+            key_tile = load_cached(keys, first_key, VARIANT.head_dim, BLOCK_N, IS_MASKED, VARIANT, CACHE)
+            products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
+            scores, _ = logits(products, queries[:, None], cols[None, :], scoring, IS_MASKED, VARIANT)
+            probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
+            value_tile = load_cached(values, first_key, VARIANT.value_dim, BLOCK_N, IS_MASKED, VARIANT, CACHE)
+            acc = acc * rescale[:, None]
+            acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def store_split(result, out, strides, lse, split, places, VARIANT: tl.constexpr):
+    """out[split] and lse[split] of the rows that exist."""
+    acc, row_max, row_sum = result
+    queries, heads, exists, batch, rows, num_rows = places
+    tl.store(lse + split.to(tl.int64) * num_rows + rows, softmax_lse(row_max, row_sum, VARIANT), mask=exists)
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    starts = packed_rows(out, strides, batch, heads, queries, VARIANT)
+    starts += split.to(tl.int64) * num_rows * VARIANT.value_dim
+    cols = tl.arange(0, padded(VARIANT.value_dim))[None, :]
+    inside = exists[:, None] & (cols < VARIANT.value_dim)
+    tl.store(starts[:, None] + cols, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@kernel((*INTEGERS, "num_programs", "per_size", "split_blocks"))
 def attention_decode_kernel(
     q, k_cache, v_cache, out, lse, cached,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd,
     stride_ob, stride_oh, stride_os, stride_table, stride_cos, stride_sin, stride_slopes_b,
-    rotary_positions, num_heads, num_kv_heads, num_splits, num_rows, seqlen_q, new_keys, capacity, left, right,
-    scale, softcap,
-    VARIANT: tl.constexpr, CACHE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    rotary_positions, num_heads, num_kv_heads, num_programs, per_size, split_blocks, num_rows, seqlen_q, new_keys,
+    capacity, left, right, scale, softcap,
+    VARIANT: tl.constexpr, CACHE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     """out[split] = softmax(logits) @ v and lse[split] = logsumexp(logits), over the split's share of the cached keys.
 
-    One program owns BLOCK_M rows of one key head and one of num_splits equal shares of the key blocks they see, so a
-    key is read once for all the heads that share it. An empty share leaves lse -inf and, but for the first, no out.
+    num_programs programs own BLOCK_M rows of one key head, so a key is read once for all the heads that share it. Each
+    takes every num_programs-th split of the key blocks that the rows see, or without LOOPS the one of its number; the
+    last splits, the longest, start first. How many there are goes to cached.split_counts; others are not written.
     """
     tile, batch, head = program_coordinates(
-        tl.cdiv(seqlen_q * VARIANT.group_size, BLOCK_M), num_kv_heads * num_splits, VARIANT.has_right
+        tl.cdiv(seqlen_q * VARIANT.group_size, BLOCK_M), num_kv_heads * num_programs, VARIANT.has_right
     )
-    kv_head = head // num_splits
-    split = head % num_splits
+    kv_head = head // num_programs
+    program = num_programs - 1 - head % num_programs
     length = capacity
     if CACHE.lengths:
         length = tl.minimum(tl.load(cached.lengths + batch) + new_keys, capacity)
@@ -211,7 +274,13 @@ def attention_decode_kernel(
     first_query = tile * BLOCK_M // VARIANT.group_size
     end_query = tl.minimum(tl.cdiv((tile + 1) * BLOCK_M, VARIANT.group_size), seqlen_q)
     blocks = key_blocks(first_query, end_query, length, shift, left, right, VARIANT, BLOCK_N)
-    blocks = split_of(blocks, split, num_splits)
+    size, count = split_sizes(blocks, per_size, split_blocks)
+    rows = (batch.to(tl.int64) * num_heads + heads) * seqlen_q + queries
+    if cached.split_counts is not None:
+        counted = tl.where(program == 0, seqlen_q, 0)
+        tl.store(cached.split_counts + rows, 0 * queries + count, mask=queries < counted)
+    if program >= count:
+        return
 
     table = 0
     if CACHE.page_size:
@@ -230,57 +299,57 @@ def attention_decode_kernel(
     positions = (seqlen_q, length, shift, left, right)
     scoring = (scale, softcap, slope, nothing, nothing, (0, 0), positions)
 
-    row_max, row_sum = softmax_start(cached.sinks, batch + 0 * heads, heads, BLOCK_M, VARIANT)
-    acc = tl.zeros([BLOCK_M, padded(VARIANT.value_dim)], tl.float32)
-    for IS_MASKED in tl.static_range(2):
-        for step in range(block_count(blocks, IS_MASKED)):
-            first_key = block_at(step, blocks, IS_MASKED) * BLOCK_N
-            cols = first_key + tl.arange(0, BLOCK_N)
-            key_tile = load_cached(keys, first_key, VARIANT.head_dim, BLOCK_N, IS_MASKED, VARIANT, CACHE)
-            products = tl.dot(query_tile, tl.trans(key_tile), input_precision=VARIANT.dot_precision)
-            scores, _ = logits(products, queries[:, None], cols[None, :], scoring, IS_MASKED, VARIANT)
-            probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, scale, VARIANT)
-            value_tile = load_cached(values, first_key, VARIANT.value_dim, BLOCK_N, IS_MASKED, VARIANT, CACHE)
-            acc = acc * rescale[:, None]
-            acc = tl.dot(probs.to(value_tile.dtype), value_tile, acc, input_precision=VARIANT.dot_precision)
-
-    rows = (batch.to(tl.int64) * num_heads + heads) * seqlen_q + queries
-    tl.store(lse + split.to(tl.int64) * num_rows + rows, softmax_lse(row_max, row_sum, VARIANT), mask=exists)
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    starts = packed_rows(out, (stride_ob, stride_oh, stride_os), batch, heads, queries, VARIANT)
-    starts += split.to(tl.int64) * num_rows * VARIANT.value_dim
-    cols = tl.arange(0, padded(VARIANT.value_dim))[None, :]
-    needed = tl.where((split == 0) | (blocks[0] < blocks[3]), seqlen_q, 0)
-    inside = (queries < needed)[:, None] & (cols < VARIANT.value_dim)
-    tl.store(starts[:, None] + cols, acc.to(out.dtype.element_ty), mask=inside)
+    places = (queries, heads, exists, batch, rows, num_rows)
+    if LOOPS:
+        # hoisted, the loops' invariants would stay in registers throughout
+        for turn in tl.range(tl.cdiv(count - program, num_programs), disable_licm=True):
+            split = program + turn * num_programs
+            share = split_of(blocks, split, per_size, size)
+            result = attend_split(
+                query_tile, keys, values, cached, share, split, places, scoring, VARIANT, CACHE, BLOCK_N
+            )
+            store_split(result, out, (stride_ob, stride_oh, stride_os), lse, split, places, VARIANT)
+    else:
+        share = split_of(blocks, program, per_size, size)
+        result = attend_split(
+            query_tile, keys, values, cached, share, program, places, scoring, VARIANT, CACHE, BLOCK_N
+        )
+        store_split(result, out, (stride_ob, stride_oh, stride_os), lse, program, places, VARIANT)
 
 
 @kernel(INTEGERS)
 def attention_combine_kernel(
-    split_out, split_lse, out, lse, sinks, stride_ob, stride_oh, stride_os,
-    num_heads, num_splits, num_rows, seqlen_q, VARIANT: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    split_out, split_lse, split_counts, out, lse, stride_ob, stride_oh, stride_os,
+    num_heads, num_rows, seqlen_q, VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """lse = logsumexp(split_lse, sink) and out = sum(exp(split_lse - lse) * split_out), over the splits in order.
+    """lse = logsumexp(split_lse) and out = sum(exp(split_lse - lse) * split_out), over a row's splits in order.
 
-    One program owns one row: a query of one head. split_out (splits, rows, Dv) is read where a split has keys.
+    One program owns one row: a query of one head. split_out is (splits, rows, Dv). The bits of a row with one split
+    are that split's, its weight being exactly 1, as is that of an infinite sink.
     """
     row = tl.program_id(0)
     query = row % seqlen_q
     head = row // seqlen_q % num_heads
     batch = row // seqlen_q // num_heads
-    cols = tl.arange(0, padded(VARIANT.value_dim))
-    row_max, row_sum = softmax_start(sinks, batch, head, 1, VARIANT)
-    acc = tl.zeros([padded(VARIANT.value_dim)], tl.float32)
-    for first_split in range(0, num_splits, BLOCK_SPLITS):
+    count = tl.load(split_counts + row)
+    cols = tl.arange(0, padded(VALUE_DIM))
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    acc = tl.zeros([padded(VALUE_DIM)], tl.float32)
+    for first_split in range(0, count, BLOCK_SPLITS):
         splits = first_split + tl.arange(0, BLOCK_SPLITS)
         index = splits.to(tl.int64) * num_rows + row
-        scores = tl.load(split_lse + index, mask=splits < num_splits, other=float("-inf"))
-        inside = (scores != float("-inf"))[:, None] & (cols < VARIANT.value_dim)[None, :]
-        tile = tl.load(split_out + index[:, None] * VARIANT.value_dim + cols[None, :], mask=inside, other=0.0)
-        scores = scores[None, :]
-        probs, rescale, row_max, row_sum = softmax_update(scores, row_max, row_sum, 1.0, VARIANT)
-        acc = acc * rescale + tl.sum(tl.trans(probs) * tile, 0)
-    tl.store(lse + row + tl.arange(0, 1), softmax_lse(row_max, row_sum, VARIANT))
+        scores = tl.load(split_lse + index, mask=splits < count, other=float("-inf"))
+        inside = (splits < count)[:, None] & (cols < VALUE_DIM)[None, :]
+        tile = tl.load(split_out + index[:, None] * VALUE_DIM + cols[None, :], mask=inside, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(scores, 0))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.where(scores == safe_max, 1.0, tl.exp2((scores - safe_max) * LOG2E))
+        rescale = tl.where(row_max == safe_max, 1.0, tl.exp2((row_max - safe_max) * LOG2E))
+        acc = acc * rescale + tl.sum(weights[:, None] * tile, 0)
+        row_sum = row_sum * rescale + tl.sum(weights, 0)
+        row_max = new_max
+    tl.store(lse + row + tl.arange(0, 1), row_max + tl.log2(row_sum) * LN2)
     start = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_os
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)
-    tl.store(out + start + cols, acc.to(out.dtype.element_ty), mask=cols < VARIANT.value_dim)
+    tl.store(out + start + cols, acc.to(out.dtype.element_ty), mask=cols < VALUE_DIM)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.kernels import attention_decode
 from fastattn.kernels.arguments import Launch, cdiv, slope_stride_of, strides_of, unit_of
-from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS
+from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS, Splits, loops
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.variants import AttentionVariant, folds_scale
 from fastattn.spec import AttentionSpec, KVCacheCall
@@ -50,6 +50,7 @@ class CacheTensors(NamedTuple):
     rotary_sin: Tensor | None
     slopes: Tensor | None = None  # (1 or B, H)
     sinks: Tensor | None = None  # (H,)
+    split_counts: Tensor | None = None  # (B, H, Sq) int32, written: the splits of each row
 
 
 def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
@@ -75,44 +76,51 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
 
 
 def decode_launch(
-    spec: AttentionSpec, call: KVCacheCall, out: Tensor, lse: Tensor, num_splits: int, tile: Tile
+    spec: AttentionSpec,
+    call: KVCacheCall,
+    out: Tensor,
+    lse: Tensor,
+    splits: Splits,
+    tile: Tile,
+    split_counts: Tensor | None = None,
 ) -> Launch:
     """attention_decode_kernel on a call; out (B, H, Sq, Dv), or (splits, B, H, Sq, Dv) float32 to be combined."""
     query = call.query
     batch, num_heads, seqlen_q, _ = query.shape
     num_kv_heads, capacity = call.k_cache.shape[1], call.capacity
-    first_out = out if num_splits == 1 else out[0]
+    first_out = out if split_counts is None else out[0]
     unit = _cache_unit(call, query, first_out)
     longest = seqlen_q + capacity
     right = 0 if call.causal != "none" else call.window_right
     right = min(right, longest) if right >= 0 else longest
-    sinks = spec.sinks and num_splits == 1  # otherwise the combine adds them
     variant = AttentionVariant.of(
         spec,
         tile,
         unit,
-        fold_scale=folds_scale(spec, call.scale, sinks),
-        sinks=sinks,
+        fold_scale=folds_scale(spec, call.scale, spec.sinks),
+        sinks=spec.sinks,
         int64_offsets=_needs_int64(call, tile.block_n),
     )
     if spec.key_lengths:  # of a padded call with one query: here they are the cache's lengths
         variant = variant._replace(key_lengths=False)
     tensors = CacheTensors(
-        call.cache_lengths, call.block_table, call.rotary_cos, call.rotary_sin, call.alibi_slopes, call.sinks
-    )
+        call.cache_lengths, call.block_table, call.rotary_cos, call.rotary_sin, call.alibi_slopes, call.sinks,
+        split_counts,
+    )  # fmt: skip
     *table_strides, rotary_positions = _table_strides(call)
+    cache_variant = CacheVariant.of(call)
     args = (
         query, call.k_cache, call.v_cache, out, lse, tensors,
         *strides_of(query, unit),
         *_cache_strides(call, unit),
         *strides_of(first_out, unit),
         *table_strides, slope_stride_of(call.alibi_slopes),
-        rotary_positions, num_heads, num_kv_heads, num_splits, batch * num_heads * seqlen_q,
-        seqlen_q, call.new_keys, capacity, min(call.window_left, longest), right,
+        rotary_positions, num_heads, num_kv_heads, splits.programs, splits.per_size, splits.blocks,
+        batch * num_heads * seqlen_q, seqlen_q, call.new_keys, capacity, min(call.window_left, longest), right,
         call.scale, call.softcap,
-        variant, CacheVariant.of(call), tile.block_m, tile.block_n,
+        variant, cache_variant, tile.block_m, tile.block_n, loops(tile, not cache_variant.lengths),
     )  # fmt: skip
-    grid = batch * num_kv_heads * num_splits * cdiv(seqlen_q * spec.group_size, tile.block_m)
+    grid = batch * num_kv_heads * splits.programs * cdiv(seqlen_q * spec.group_size, tile.block_m)
     return Launch(
         attention_decode.attention_decode_kernel,
         (grid,),
@@ -124,16 +132,15 @@ def decode_launch(
 
 
 def combine_launch(
-    spec: AttentionSpec, call: KVCacheCall, split_out: Tensor, split_lse: Tensor, out: Tensor, lse: Tensor
+    split_out: Tensor, split_lse: Tensor, split_counts: Tensor, out: Tensor, lse: Tensor
 ) -> Launch:
     """attention_combine_kernel on the splits' results, contiguous (splits, B, H, Sq, Dv) and (splits, B, H, Sq)."""
-    _, num_heads, seqlen_q, _ = out.shape
+    _, num_heads, seqlen_q, value_dim = out.shape
     num_rows = lse.numel()
     args = (
-        split_out, split_lse, out, lse, call.sinks,
+        split_out, split_lse, split_counts, out, lse,
         *strides_of(out, 1),
-        num_heads, split_lse.shape[0], num_rows, seqlen_q,
-        AttentionVariant(spec.head_dim, spec.value_dim, sinks=spec.sinks), COMBINE_SPLITS,
+        num_heads, num_rows, seqlen_q, value_dim, COMBINE_SPLITS,
     )  # fmt: skip
     return Launch(attention_decode.attention_combine_kernel, (num_rows,), args, num_warps=4, num_stages=1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from fastattn.kernels.tiles import FAMILIES, Tile, key_of, tiles_without_tma
 from fastattn.spec import AttentionSpec
@@ -29,15 +30,19 @@ DECODE_TABLE = {
     **{(family, 32, 256): (16, 8, 2) for family in FAMILIES},
 }
 
-PROGRAMS_PER_SM = 2
-FILLED = 0.8  # of the device: with as many programs there is nothing to gain by splitting
-WAVE_EFFICIENCY = 0.9  # of that of the best number of splits: a smaller number that reaches it is taken
-MAX_SPLITS = 128
-FEWEST_SPLIT_KEYS = 256  # less is not worth a combine
-MOST_SPLIT_KEYS = 16384  # of one program while decoding, so that one long sequence does not delay a batch
-SINGLE_QUERY_KEYS = (
-    512  # of one program of a padded call with one query, whose splits may not depend on the batch
+# Splits hold a fixed number of keys, so that the bits of a sequence's result follow from its own keys.
+SPLIT_KEYS_PER_ROW = (
+    32  # with as many, a partial result is 1/32 of the bytes of the 16-bit keys and values it is of
 )
+FEWEST_SPLIT_KEYS = 256  # of the first splits; less is not worth a combine
+SPLITS_OF_A_SIZE = 16  # then they have twice the keys
+WHOLE_TILES = 16  # query tiles of a key head that fill a device without splits
+WORKSPACE_BYTES = 256 * 2**20  # of partial results at a time
+
+# Programs share splits out among them, which changes no bit: their number follows from the device and the batch.
+PROGRAMS_PER_SM = 2
+WAVES = 8  # of programs, that splits of unlike lengths even out; empty ones take about 2 ns each
+MOST_PROGRAM_KEYS = 16384  # of one program while decoding, so that one long sequence does not delay a batch
 
 
 @lru_cache(maxsize=1024)
@@ -57,29 +62,65 @@ def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     return replace(tile, num_stages=2 * tile.num_stages - 1) if paged else tile
 
 
-@lru_cache(maxsize=1024)
-def splits_for(batch: int, num_kv_heads: int, query_tiles: int, capacity: int, num_sms: int) -> int:
-    """How many pieces to cut the keys of every sequence into.
+class Splits(NamedTuple):
+    """How the key blocks that a query tile sees are cut: `per_size` splits of `blocks` blocks from the first on, as
+    many of twice the blocks, and so on; with 0 blocks, `per_size` equal splits."""
+
+    per_size: int = 1
+    blocks: int = 0
+    most: int = 1  # the most there can be: partial results have room for as many
+    programs: int = 1  # that share them out: program p has splits p, p + programs ...
+
+
+WHOLE = Splits()
+
+
+def splits_for(rows: int, tile: Tile, blocks: int, num_splits: int = 0) -> Splits:
+    """The splits of a call, for one program. Nothing but `most` depends on the batch, the cache or the device.
 
     Args:
-        capacity: keys a query tile may see; not how many there are now, which may change under a CUDA graph.
+        rows: queries times the heads that share a key head.
+        blocks: the most key blocks that a query tile may see; not how many there are now, which may change under a
+            CUDA graph.
+        num_splits: equal splits that the caller asks for; 0 leaves it to the size.
+    """
+    if num_splits:  # more than there are blocks would be empty
+        return Splits(max(1, min(num_splits, blocks)), most=max(1, min(num_splits, blocks)))
+    if rows > (WHOLE_TILES - 1) * tile.block_m:
+        return WHOLE
+    rows = 1 << (min(rows, tile.block_m) - 1).bit_length() if rows else 1
+    keys = max(FEWEST_SPLIT_KEYS, SPLIT_KEYS_PER_ROW * rows)
+    splits = Splits(SPLITS_OF_A_SIZE, max(1, keys // tile.block_n))
+    return splits._replace(most=max(1, split_count(blocks, splits)))
+
+
+def split_count(blocks: int, splits: Splits) -> int:
+    """How many splits that many key blocks fall into, as `split_sizes` of attention_decode.py counts them."""
+    per_size = splits.per_size
+    size = splits.blocks or max(1, -(-blocks // per_size))
+    doublings = (blocks // (per_size * size) + 1).bit_length() - 1
+    rest = blocks - per_size * size * ((1 << doublings) - 1)
+    return per_size * doublings + -(-rest // (size << doublings))
+
+
+def loops(tile: Tile, full: bool) -> bool:
+    """Whether a program takes several splits: where there may be many without keys, of small tiles in a cache that is
+    not full. Others need the registers."""
+    return tile.block_m < DECODE_ROWS[-1] and not full
+
+
+@lru_cache(maxsize=1024)
+def programs_for(several: bool, tiles: int, count: int, keys: int, num_sms: int) -> int:
+    """The programs that share the splits of a query tile out among them.
+
+    Args:
+        several: a program may take more than one.
+        tiles: query tiles of all heads and sequences.
+        count: the most splits of one of them.
+        keys: the most keys that one sees.
         num_sms: multiprocessors of the device.
     """
-    programs, slots = batch * num_kv_heads * query_tiles, PROGRAMS_PER_SM * num_sms
-    most = max(1, min(MAX_SPLITS, capacity // FEWEST_SPLIT_KEYS))
-    least = min(most, -(-capacity // MOST_SPLIT_KEYS)) if query_tiles == 1 else 1
-    if programs >= FILLED * slots or programs == 0:
-        return max(1, least)
-    efficiency = {splits: _efficiency(programs * splits, slots) for splits in range(max(1, least), most + 1)}
-    wanted = WAVE_EFFICIENCY * max(efficiency.values())
-    return next(splits for splits, reached in efficiency.items() if reached >= wanted)
-
-
-def single_query_splits(keys: int) -> int:
-    """The pieces that a padded call with one query cuts the keys it sees into, alone or in a batch."""
-    return min(MAX_SPLITS, max(1, -(-keys // SINGLE_QUERY_KEYS)))
-
-
-def _efficiency(programs: int, slots: int) -> float:
-    """The share of the device's slots that programs of equal length keep busy until the last is done."""
-    return programs / (slots * -(-programs // slots))
+    if not several:
+        return count
+    wanted = WAVES * PROGRAMS_PER_SM * num_sms // max(1, tiles)
+    return max(1, min(count, max(wanted, -(-keys // MOST_PROGRAM_KEYS))))

@@ -83,8 +83,8 @@ def attention_kv_cache(
             the positions they are written at, and of query i to position i + Sk - Sq.
         rotary_interleaved: rotate pairs (0, 1), (2, 3) ... rather than (0, rotary_dim / 2) ...
         causal, window, softcap, alibi_slopes, sinks, scale, backend: as in `attention`; causal is on by default.
-        num_splits: pieces a GPU kernel cuts the keys of each sequence into; None: pieces of a fixed number of keys, so
-            that a sequence has the same bits alone and in any batch. The torch backend reads the keys in one piece.
+        num_splits: equal pieces a GPU kernel cuts the keys into; None: pieces of a fixed number of keys. Either way a
+            sequence's bits do not depend on its batch. The torch backend reads the keys in one piece.
         return_lse: also return the log-sum-exp, (B, H, Sq) float32, natural log.
 
     Returns:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import checkout
-from measure import splits
+from measure import decode_splits, splits
 
 
 def test_the_table_of_the_docs_is_that_of_the_script() -> None:
     lines = (checkout.ROOT / "docs" / "hopper.md").read_text(encoding="utf-8").splitlines()
     start = lines.index(splits.HEADER[0])
     made = splits.table()
+    assert lines[start : start + len(made)] == made, "run: python benchmarks/splits.py"
+    assert lines[start + len(made)] == ""
+
+
+def test_the_table_of_decoding_is_that_of_the_script() -> None:
+    lines = (checkout.ROOT / "docs" / "decode.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(decode_splits.HEADER[0])
+    made = decode_splits.table()
     assert lines[start : start + len(made)] == made, "run: python benchmarks/splits.py"
     assert lines[start + len(made)] == ""
 

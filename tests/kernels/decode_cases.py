@@ -50,7 +50,7 @@ class Case:
     value_dim: int = 16
     num_splits: int | None = 2
     dtype: torch.dtype = torch.float16
-    tile: Tile = SMALL_TILE
+    tile: Tile | None = SMALL_TILE
 
     def __str__(self) -> str:
         return self.name

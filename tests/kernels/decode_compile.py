@@ -6,6 +6,8 @@ python tests/kernels/decode_compile.py        the tiles of decoding, and what la
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -75,6 +77,7 @@ def cache_call(
 def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int = 0) -> dict[str, Any]:
     """The launches of a call on an architecture, by kernel; with its tile's own stages unless others are named."""
     from fastattn.kernels.decode_launches import append_launch, combine_launch, decode_launch
+    from fastattn.kernels.decode_tiles import Splits, loops
 
     tile, spec = tile_of(call, arch), _spec_of(call, arch)
     if num_stages:
@@ -84,11 +87,17 @@ def launches_of(call: KVCacheCall, arch: int, num_splits: int, num_stages: int =
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     split_out = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
     split_lse = lse.new_empty(num_splits, *lse.shape)
-    results = (out, lse) if num_splits == 1 else (split_out, split_lse)
+    counts = lse.new_empty(lse.shape, dtype=torch.int32)
+    several = loops(tile, full=call.cache_lengths.numel() == 0)
+    splits = Splits(16, 4, num_splits, programs=max(1, num_splits // 2 if several else num_splits))
+    if num_splits == 1:
+        decode = decode_launch(spec, call, out, lse, splits, tile)
+    else:
+        decode = decode_launch(spec, call, split_out, split_lse, splits, tile, counts)
     return {
-        "decode": decode_launch(spec, call, *results, num_splits, tile),
+        "decode": decode,
         "cache_append": append_launch(spec, call),
-        "combine": combine_launch(spec, call, split_out, split_lse, out, lse),
+        "combine": combine_launch(split_out, split_lse, counts, out, lse),
     }
 
 
@@ -123,7 +132,7 @@ def entries() -> Iterator[Row]:
 @cache
 def launches(arch: int, bits: int, head_dim: int, features: str, num_stages: int = 0) -> dict[str, Any]:
     """The launches of a row of the compile table, by kernel."""
-    num_splits = 1 if "all" in features else 8  # the sinks are the last split's, or the combine's
+    num_splits = 1 if "all" in features else 8
     return launches_of(cache_call(features, head_dim, bits), arch, num_splits, num_stages)
 
 
@@ -174,13 +183,31 @@ def compiled(entry: tuple[str, Row]) -> dict[str, dict[str, Any]]:
     return {f"sm_{arch} {bits}-bit D{head_dim} {kernel} [{features}]": asdict(compile_launch(launch, arch))}
 
 
+def arithmetic(bits: int) -> list[dict[str, int]]:
+    """How often each floating-point instruction stands in the PTX of decoding: into the result, into splits' results,
+    and into those of a full cache."""
+    from compile_inspect import specialise, target_of
+    from triton import compile
+
+    found = []
+    for features, num_splits in (("8 heads", 1), ("8 heads", 8), ("8 heads, full", 8)):
+        launch = launches_of(cache_call(features, 64, bits), 90, num_splits)["decode"]
+        source, options = specialise(launch, target_of("90"))
+        ptx = compile(source, target=target_of("90"), options=options.__dict__).asm["ptx"]
+        found.append(
+            dict(Counter(re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.]*\.(?:f32|bf16)[\w.]*)\s", ptx, re.M)))
+        )
+    return found
+
+
 def main() -> None:
     """The command line."""
     reports: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(2) as pool:
         for made in pool.map(compiled, FEW):
             reports |= made
-    print(json.dumps({"compiled": reports, "signatures": signatures()}, indent=1))
+    counts = {bits: arithmetic(bits) for bits in DTYPES}
+    print(json.dumps({"compiled": reports, "signatures": signatures(), "arithmetic": counts}, indent=1))
 
 
 if __name__ == "__main__":

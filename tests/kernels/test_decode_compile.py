@@ -30,3 +30,15 @@ def test_caches_batches_heads_and_splits_share_one_variant(report: dict[str, Any
     for name, found in report["signatures"].items():
         assert len(found) == 6, name
         assert len(set(found)) == 1, name
+
+
+def test_a_split_is_computed_as_a_whole_is(report: dict[str, Any]) -> None:
+    """A sequence of one split may stand in a small cache, whose result is written at once, or in a large one."""
+    for bits, (whole, split, full) in report["arithmetic"].items():
+        rounding = "cvt.rn.bf16x2.f32"
+        rounded = whole.pop(rounding, 0) - split.pop(rounding, 0)
+        assert (rounded > 0) == (bits == "16"), bits
+        assert whole == split, bits
+        assert full == split | {rounding: full[rounding]} if rounded else full == split, bits
+        assert any(name.startswith(("mma", "fma")) for name in whole), bits
+        assert any(name.startswith("ex2") for name in whole), bits

@@ -11,19 +11,24 @@ from fastattn import backends
 from fastattn.backends import triton as backend
 from fastattn.kernels.decode_tiles import (
     DECODE_TABLE,
-    FEWEST_SPLIT_KEYS,
-    MAX_SPLITS,
-    MOST_SPLIT_KEYS,
+    MOST_PROGRAM_KEYS,
     PROGRAMS_PER_SM,
+    SPLITS_OF_A_SIZE,
+    WAVES,
+    WHOLE,
+    Splits,
     decode_tile_for,
+    loops,
+    programs_for,
+    split_count,
     splits_for,
 )
 from fastattn.kernels.tiles import FAMILIES, HEAD_DIMS, Tile, table_tiles
 from fastattn.spec import AttentionSpec, KVCacheCall
 
 SMS = 132
-SLOTS = PROGRAMS_PER_SM * SMS
-LONG = 8192
+PROGRAMS = WAVES * PROGRAMS_PER_SM * SMS
+SMALL, LARGE = Tile(16, 64, 4, 4), Tile(128, 64, 8, 2)
 
 
 def call_of(
@@ -65,56 +70,75 @@ def test_pages_take_a_longer_pipeline() -> None:
     assert (dense.block_n, dense.num_warps) == (paged.block_n, paged.num_warps)
 
 
-def test_a_full_device_splits_nothing() -> None:
-    enough = int(0.8 * SLOTS) + 1
-    assert splits_for(enough, 1, 1, LONG, SMS) == 1
-    assert splits_for(1, enough, 1, LONG, SMS) == 1
-    assert splits_for(1, 1, enough, 10 * LONG, SMS) == 1
+@pytest.mark.parametrize(
+    ("rows", "tile", "keys"),
+    [
+        (1, SMALL, 256), (8, SMALL, 256), (9, SMALL, 512), (16, SMALL, 512), (17, Tile(32, 64, 8, 4), 1024),
+        (64, Tile(64, 64, 8, 4), 2048), (65, LARGE, 4096), (128, LARGE, 4096), (15 * 128, LARGE, 4096),
+        (1, Tile(16, 16, 4, 3), 256), (1, Tile(16, 512, 4, 3), 512),
+    ],
+)  # fmt: skip
+def test_rows_choose_the_keys_of_a_split(rows: int, tile: Tile, keys: int) -> None:
+    splits = splits_for(rows, tile, 1000)
+    assert splits.blocks * tile.block_n == keys
+    assert splits.per_size == SPLITS_OF_A_SIZE
 
 
-def test_half_a_device_is_filled() -> None:
-    assert splits_for(SLOTS // 2, 1, 1, LONG, SMS) == 2
-    assert splits_for(1, 8, 1, 64 * LONG, SMS) * 8 in range(int(0.9 * SLOTS), SLOTS + 1)
+def test_many_query_tiles_split_nothing() -> None:
+    assert splits_for(15 * 128 + 1, LARGE, 1000) == WHOLE
 
 
-def test_a_small_device_takes_fewer() -> None:
-    assert splits_for(1, 4, 1, LONG, 4) == 2
-    assert splits_for(1, 4, 1, LONG, 16) == 8
-    assert splits_for(1, 1, 1, LONG, 0 + 1) == 2
+@pytest.mark.parametrize("rows", [1, 8, 24, 200, 1000])
+def test_the_cache_chooses_only_how_many_there_may_be(rows: int) -> None:
+    tile = decode_tile_for(spec_of(), rows, paged=False)
+    chosen = [splits_for(rows, tile, blocks) for blocks in (0, 1, 63, 64, 1000, 2**20)]
+    assert len({(splits.per_size, splits.blocks) for splits in chosen}) == 1
+    counts = [splits.most for splits in chosen]
+    assert counts[:2] == [1, 1]
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[2]
 
 
-def test_a_split_has_keys_enough() -> None:
-    assert splits_for(1, 1, 1, 2 * FEWEST_SPLIT_KEYS - 1, SMS) == 1
-    assert splits_for(1, 1, 1, 2 * FEWEST_SPLIT_KEYS, SMS) == 2
-    assert splits_for(1, 1, 1, 5 * FEWEST_SPLIT_KEYS, SMS) == 5
+def test_splits_double_their_keys() -> None:
+    """Of 2 blocks at first, three of a size: 2 2 2 4 4 4 8 8 8 ..., the last what is left."""
+    splits, sizes = Splits(3, 2), [2] * 3 + [4] * 3 + [8] * 3 + [16] * 3
+    for blocks in range(sum(sizes) + 1):
+        wanted = next(n for n in range(len(sizes) + 1) if sum(sizes[:n]) >= blocks)
+        assert split_count(blocks, splits) == wanted
 
 
-def test_splits_have_a_limit() -> None:
-    assert splits_for(1, 1, 1, FEWEST_SPLIT_KEYS * 2 * MAX_SPLITS, 10 * SMS) in range(
-        MAX_SPLITS - 20, MAX_SPLITS + 1
-    )
+@pytest.mark.parametrize(
+    ("num_splits", "blocks", "wanted"), [(1, 100, 1), (7, 100, 7), (200, 100, 100), (3, 0, 1)]
+)
+def test_a_number_that_is_asked_for_is_of_equal_splits(num_splits: int, blocks: int, wanted: int) -> None:
+    assert splits_for(4, SMALL, blocks, num_splits) == Splits(wanted, blocks=0, most=wanted)
 
 
-def test_one_long_sequence_does_not_hold_up_a_batch() -> None:
-    assert splits_for(64, 8, 1, MOST_SPLIT_KEYS, SMS) == 1
-    assert splits_for(64, 8, 1, MOST_SPLIT_KEYS + 1, SMS) == 2
-    assert splits_for(64, 8, 1, 8 * MOST_SPLIT_KEYS, SMS) == 8
-    assert (
-        splits_for(64, 8, 2, 8 * MOST_SPLIT_KEYS, SMS) == 1
-    )  # chunks of prompts: partial results would be large
+def test_long_caches_have_few_splits() -> None:
+    """131072 keys: 16 splits of each of 256, 512, 1024, 2048 and 4096 keys, and the 4096 keys left."""
+    assert splits_for(8, SMALL, 131072 // 64).most == 81
+    assert splits_for(8, SMALL, 2**20 // 64).most == 16 * 8 + 1
 
 
-def test_no_wave_is_left_nearly_empty() -> None:
-    """Three quarters of the slots: two splits would leave a second wave half empty, so do four and none."""
-    programs = SLOTS * 3 // 4
-    chosen = splits_for(programs, 1, 1, LONG, SMS)
-    waves = programs * chosen / SLOTS
-    assert waves / -(-waves // 1) >= 0.9
+def test_programs_fill_a_device_and_little_more() -> None:
+    assert programs_for(True, 8, 81, 131072, SMS) == 81
+    assert programs_for(True, 512, 81, 4096, SMS) == PROGRAMS // 512
+    assert programs_for(True, 10 * PROGRAMS, 81, 4096, SMS) == 1
+    assert programs_for(True, 8, 3, 600, SMS) == 3
+    assert programs_for(True, 0, 3, 600, SMS) == 3
 
 
-@pytest.mark.parametrize(("batch", "capacity"), [(0, LONG), (1, 0), (0, 0)])
-def test_nothing_is_one_split(batch: int, capacity: int) -> None:
-    assert splits_for(batch, 4, 1, capacity, SMS) == 1
+def test_one_long_sequence_does_not_delay_a_batch() -> None:
+    assert programs_for(True, 10 * PROGRAMS, 81, MOST_PROGRAM_KEYS, SMS) == 1
+    assert programs_for(True, 10 * PROGRAMS, 81, MOST_PROGRAM_KEYS + 1, SMS) == 2
+    assert programs_for(True, 10 * PROGRAMS, 81, 8 * MOST_PROGRAM_KEYS, SMS) == 8
+
+
+def test_large_tiles_and_full_caches_have_a_program_for_each_split() -> None:
+    assert loops(SMALL, full=False)
+    assert not loops(LARGE, full=False)
+    assert not loops(SMALL, full=True)
+    assert programs_for(False, 10 * PROGRAMS, 36, 131072, SMS) == 36
 
 
 @pytest.mark.parametrize(
@@ -127,20 +151,17 @@ def test_nothing_is_one_split(batch: int, capacity: int) -> None:
         ({"window_left": 100}, 32),
     ],
 )
-def test_a_window_is_all_there_is_to_split(
-    options: dict[str, object], seen: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastattn.backends.triton import kv_cache as triton_kv_cache
-    from fastattn.kernels import decode_tiles
+def test_a_window_is_all_there_is_to_split(options: dict[str, object], seen: int) -> None:
+    from fastattn.backends.triton.kv_cache import _blocks_seen, _keys_seen
 
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(decode_tiles, "splits_for", lambda *sizes: asked.append(sizes) or 1)
     call = call_of()
     call = KVCacheCall(
         *(getattr(call, name) for name in ("query", "k_cache", "v_cache", "cache_lengths")), **options
     )
-    triton_kv_cache._num_splits(spec_of(), call, Tile(16, 16, 4, 1))
-    assert [sizes[3] for sizes in asked] == [seen]
+    assert _keys_seen(call) == seen
+    for block_n in (1, 4, 16, 64):
+        ends = [(first // block_n, (first + seen - 1) // block_n) for first in range(32 - seen + 1)]
+        assert _blocks_seen(call, block_n) == max(last - first + 1 for first, last in ends), block_n
 
 
 def test_decoding_on_a_gpu_runs_on_triton() -> None:

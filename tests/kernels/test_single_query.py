@@ -11,12 +11,12 @@ from attention_cases import DEVICE, Maker
 import fastattn
 from fastattn import reference
 from fastattn.backends.triton.kv_cache import decodes
-from fastattn.kernels.decode_tiles import MAX_SPLITS, SINGLE_QUERY_KEYS, single_query_splits
+from fastattn.kernels.decode_tiles import FEWEST_SPLIT_KEYS
 from fastattn.spec import AttentionCall, AttentionSpec
 from numerics import assert_within_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-LENGTH = SINGLE_QUERY_KEYS + 70  # keys, in two splits
+LENGTH = FEWEST_SPLIT_KEYS + 70  # keys, in two splits
 OPTIONS: dict[str, Any] = {
     "plain": lambda make: {},
     "causal": lambda make: {"causal": True},
@@ -79,14 +79,6 @@ def test_what_is_split_over_its_keys() -> None:
 def test_explain_names_the_tile_of_decoding() -> None:
     query, key = torch.empty(1, 2, 1, 16), torch.empty(1, 2, 20, 16)
     assert "decode 16x" in fastattn.explain(query, key, key, backend="triton").tiles
-
-
-def test_splits_follow_from_the_keys_alone() -> None:
-    assert single_query_splits(0) == 1
-    assert single_query_splits(SINGLE_QUERY_KEYS) == 1
-    assert single_query_splits(SINGLE_QUERY_KEYS + 1) == 2
-    assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS) == MAX_SPLITS
-    assert single_query_splits(SINGLE_QUERY_KEYS * MAX_SPLITS + 1) == MAX_SPLITS
 
 
 def test_a_model_decodes_from_its_cache_this_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor
 from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall, empty_in_order, with_unit_last_stride
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastattn.kernels.decode_tiles import Splits
     from fastattn.kernels.tiles import Tile
 
 
@@ -34,7 +37,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
         append_launch(spec, call).run()
     if tile is None:
         tile = decode_tile_for(spec, spec.group_size * call.query.shape[2], call.block_table is not None)
-    return _attend(spec, call, _num_splits(spec, call, tile), tile)
+    return _attend(spec, call, tile)
 
 
 def decodes(spec: AttentionSpec) -> bool:
@@ -47,7 +50,7 @@ def decodes(spec: AttentionSpec) -> bool:
 
 def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """(out, lse) of a padded call that `decodes`: its keys and values are a dense cache that is full."""
-    from fastattn.kernels.decode_tiles import decode_tile_for, single_query_splits
+    from fastattn.kernels.decode_tiles import decode_tile_for
 
     lengths = call.query.new_empty(0, dtype=torch.int32) if call.key_lengths is None else call.key_lengths
     cached = KVCacheCall(
@@ -56,37 +59,86 @@ def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, 
         scale=call.scale,
     )  # fmt: skip
     tile = decode_tile_for(spec, spec.group_size, paged=False)
-    return _attend(spec, cached, single_query_splits(_keys_seen(cached)), tile)
+    return _attend(spec, cached, tile)
 
 
-def _attend(spec: AttentionSpec, call: KVCacheCall, num_splits: int, tile: Tile) -> tuple[Tensor, Tensor]:
+def _attend(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> tuple[Tensor, Tensor]:
     """(out, lse) of the queries over what is in the cache."""
-    from fastattn.kernels.decode_launches import combine_launch, decode_launch
+    from fastattn.kernels.decode_launches import decode_launch
+    from fastattn.kernels.decode_tiles import WORKSPACE_BYTES, splits_for
 
     query = call.query
     out = empty_in_order(query, (*query.shape[:3], spec.value_dim))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if num_splits == 1:
-        decode_launch(spec, call, out, lse, 1, tile).run()
+    rows = query.shape[2] * spec.group_size
+    splits = splits_for(rows, tile, _blocks_seen(call, tile.block_n), call.num_splits)
+    if splits.most == 1:
+        decode_launch(spec, call, out, lse, splits, tile).run()
         return out, lse
-    split_out = query.new_empty((num_splits, *out.shape), dtype=torch.float32)
-    split_lse = query.new_empty((num_splits, *lse.shape), dtype=torch.float32)
-    decode_launch(spec, call, split_out, split_lse, num_splits, tile).run()
-    combine_launch(spec, call, split_out, split_lse, out, lse).run()
+    head_bytes = 4 * splits.most * rows * (spec.value_dim + 1)
+    for batch, heads in _pieces(query.shape[0], call.k_cache.shape[1], WORKSPACE_BYTES // max(1, head_bytes)):
+        part, query_heads = call, slice(heads.start * spec.group_size, heads.stop * spec.group_size)
+        if (batch.stop - batch.start, heads.stop - heads.start) != (query.shape[0], call.k_cache.shape[1]):
+            part = _piece_of(call, batch, heads, query_heads)
+        _attend_in_splits(spec, part, splits, tile, out[batch, query_heads], lse[batch, query_heads])
     return out, lse
 
 
-def _num_splits(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> int:
-    """The splits asked for, at most one per block of keys, or as many as fill the device."""
-    from fastattn.kernels.decode_tiles import splits_for
+def _attend_in_splits(
+    spec: AttentionSpec, call: KVCacheCall, splits: Splits, tile: Tile, out: Tensor, lse: Tensor
+) -> None:
+    """Fill out and a contiguous lse from partial results."""
+    from fastattn.kernels.decode_launches import combine_launch, decode_launch
+    from fastattn.kernels.decode_tiles import loops, programs_for
 
-    if call.num_splits:
-        return max(1, min(call.num_splits, -(-call.capacity // tile.block_n)))
+    query, count = call.query, splits.most
     num_sms = 1
-    if call.query.device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(call.query.device).multi_processor_count
-    query_tiles = -(-call.query.shape[2] * spec.group_size // tile.block_m)
-    return splits_for(call.query.shape[0], call.k_cache.shape[1], query_tiles, _keys_seen(call), num_sms)
+    if query.device.type == "cuda":
+        num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
+    tiles = query.shape[0] * call.k_cache.shape[1] * -(-query.shape[2] * spec.group_size // tile.block_m)
+    several = loops(tile, full=call.cache_lengths.numel() == 0)
+    programs = programs_for(several, tiles, count, _keys_seen(call), num_sms)
+    split_out = query.new_empty((count, *out.shape), dtype=torch.float32)
+    split_lse = query.new_empty((count, *lse.shape), dtype=torch.float32)
+    split_counts = query.new_empty(lse.shape, dtype=torch.int32)
+    splits = splits._replace(programs=programs)
+    decode_launch(spec, call, split_out, split_lse, splits, tile, split_counts).run()
+    combine_launch(split_out, split_lse, split_counts, out, lse).run()
+
+
+def _pieces(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """Sequences and key heads, at most `at_once` key heads in a piece or one, and only one sequence's if not all."""
+    sequences, heads_at_once = max(1, at_once // max(1, heads)), max(1, min(heads, at_once))
+    for first in range(0, batch, sequences):
+        for first_head in range(0, heads, heads_at_once):
+            yield (
+                slice(first, min(first + sequences, batch)),
+                slice(first_head, min(first_head + heads_at_once, heads)),
+            )
+
+
+def _piece_of(call: KVCacheCall, batch: slice, heads: slice, query_heads: slice) -> KVCacheCall:
+    """The call of some sequences and key heads, and of the query heads that share these."""
+    slopes, table, lengths = call.alibi_slopes, call.block_table, call.cache_lengths
+    sequences = batch if table is None else slice(None)  # pages are any sequence's
+    if slopes is not None:
+        slopes = slopes[batch if slopes.shape[0] > 1 else slice(None), query_heads]
+    return replace(
+        call,
+        query=call.query[batch, query_heads],
+        k_cache=call.k_cache[sequences, heads],
+        v_cache=call.v_cache[sequences, heads],
+        cache_lengths=lengths[batch] if lengths.numel() else lengths,
+        block_table=None if table is None else table[batch],
+        alibi_slopes=slopes,
+        sinks=None if call.sinks is None else call.sinks[query_heads],
+    )
+
+
+def _blocks_seen(call: KVCacheCall, block_n: int) -> int:
+    """The most key blocks that a query tile may see, wherever its window begins."""
+    seen = _keys_seen(call)
+    return -(-min(call.capacity, seen + block_n - 1) // block_n) if seen else 0
 
 
 def _keys_seen(call: KVCacheCall) -> int:
