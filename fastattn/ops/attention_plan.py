@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn import backends, torch_compat
 from fastattn.backends import switches
 from fastattn.ops import arguments, padding, plan
+from fastattn.ops.registration import at_positions
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, with_unit_last_stride
 
 NAMES = [field.name for field in fields(AttentionCall)]
@@ -177,8 +178,4 @@ class AttentionPlan:
                 call = self.call(tuple(tensors))
                 rest = (out, lse.contiguous(), dout, dlse, self.needs)
                 grads = backward(self.backward_spec, self.backward, call, *rest)
-        result: list[Tensor | None] = [None] * len(tensors)
-        for position, grad, need in zip(POSITIONS, grads, self.needs):
-            if need:
-                result[position] = grad
-        return result
+        return at_positions(len(tensors), POSITIONS, grads, self.needs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn import backends, torch_compat
 from fastattn.backends import switches
 from fastattn.ops import arguments, plan
+from fastattn.ops.registration import at_positions
 from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall, with_unit_last_stride
 
 NAMES = [field.name for field in fields(VarlenCall)]
@@ -132,11 +133,7 @@ class VarlenPlan:
                 self._needed(),
             )
             grads = [getattr(found, name) for name in DIFFERENTIABLE]
-        result: list[Tensor | None] = [None] * len(tensors)
-        for name, grad, need in zip(DIFFERENTIABLE, grads, self.needs):
-            if need:
-                result[NAMES.index(name)] = grad
-        return result
+        return at_positions(len(tensors), map(NAMES.index, DIFFERENTIABLE), grads, self.needs)
 
     def _needed(self) -> GradsNeeded:
         return GradsNeeded(**dict(zip(DIFFERENTIABLE, self.needs)))

@@ -146,3 +146,23 @@ def test_windows_cut_the_keys(window: tuple[int | None, int | None] | None, caus
     want_out, want_lse = reference.attention(query, k, v, **options)
     torch.testing.assert_close(out, want_out)
     torch.testing.assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf])
+def test_a_neighbour_that_is_not_finite_changes_no_bit(
+    dtype: torch.dtype, fault: float, threads: int
+) -> None:
+    """Also where a plan is replayed, from the third call on."""
+    torch.manual_seed(0)
+    k, v = caches(3, 2, 40, 64, dtype)
+    query = torch.randn(3, 4, 1, 64).to(dtype)
+    k[1, 0, 5] = fault
+    lengths = [40, 40, 40]
+    for _ in range(3):
+        together = attend(query, k, v, lengths)
+        for b in (0, 2):
+            mine = slice(b, b + 1)
+            alone = attend(query[mine], k[mine], v[mine], [40])
+            assert all(torch.equal(x, y[mine]) for x, y in zip(alone, together)), b
+        assert together[0][1, :2].isnan().any()
