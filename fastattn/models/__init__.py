@@ -1,4 +1,4 @@
 """Models on fastattn's attention."""
 
 from fastattn.models.config import GPTConfig as GPTConfig
-from fastattn.models.gpt import GPT as GPT
+from fastattn.models.decoder import GPT as GPT
