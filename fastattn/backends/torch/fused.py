@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -120,9 +121,11 @@ def _with_irregular_rows(
 
 
 def is_regular(lse: Tensor) -> bool:
-    """Whether the fused kernel gave no row the lse 0, +inf or NaN."""
+    """Whether the fused kernel gave no row the lse 0, +inf or NaN: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
-        rows = lse.mT.flatten().tolist()  # in the kernel's memory order, which takes no copy
+        rows = [*chain.from_iterable(lse.tolist())]
+        if lse.dim() == 3:
+            rows = [*chain.from_iterable(rows)]
         total = sum(rows)  # of float32 numbers in float64, so that only what is not finite makes it so
         return total - total == 0.0 and 0.0 not in rows
     lowest, highest = torch.aminmax(lse)  # both NaN if one element is

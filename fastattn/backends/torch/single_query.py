@@ -8,6 +8,8 @@ depend, is that of the thread. One thread runs it where keys are few or shared, 
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -59,14 +61,15 @@ def _results(
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, seqlen, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group_size = num_heads // num_kv_heads
-    few = num_kv_heads * seqlen * head_dim <= FEW_ELEMENTS
-    wide_heads = head_dim >= KEYS_FIRST_MIN_DIM
+    most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, query.dtype, scale)
     apart = False
-    if (few or (group_size > 1 and not wide_heads)) and scale > 0 and _fused_is_invariant(query, value):
+    if seqlen <= most_fused and torch.get_num_threads() == 1:
         rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
         out, lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
         if is_regular(lse):
-            return out.reshape(batch, num_heads, 1, head_dim), lse.reshape(batch, num_heads, 1)
+            if group_size > 1:
+                out = out.reshape(batch, num_heads, 1, head_dim)
+            return out, lse.reshape(batch, num_heads, 1)
         apart = True  # those of the batch that are regular keep their bits
     if batch > 1 and (apart or not (_batch_merges(key) and _batch_merges(value))):
         each = [
@@ -80,8 +83,8 @@ def _results(
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
     dtype = query.dtype
     wide = accumulation_dtype(dtype)
+    keys_first = head_dim >= KEYS_FIRST_MIN_DIM and seqlen * num_kv_heads * head_dim > FEW_ELEMENTS
     if dtype == wide:
-        keys_first = wide_heads and not few
         out, lse = _products(queries, keys, values, scale, keys_first, wants_lse)
     elif not exact_scores and torch_compat.has_fast_products(dtype):
         out, lse = _products(queries, keys, values, scale, True, wants_lse)
@@ -93,7 +96,7 @@ def _results(
                 keys[first : first + step].to(wide),
                 values[first : first + step].to(wide),
                 scale,
-                wide_heads and not few,
+                keys_first,
                 wants_lse,
             )
             for first in range(0, groups, step)
@@ -103,16 +106,21 @@ def _results(
     return out.view(batch, num_heads, 1, value_dim), None if lse is None else lse.view(batch, num_heads, 1)
 
 
-def _fused_is_invariant(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's fused kernel has the same bits in every batch here, and holds the error rule."""
-    dim = query.shape[3]
-    return (
-        torch.get_num_threads() == 1
-        and query.dtype in (torch.float32, torch.float64)
-        and dim == value.shape[3]
-        and dim % 8 == 0
-        and torch_compat.has_cpu_flash_attention(backward=False)
-    )
+def most_fused_keys(
+    num_kv_heads: int, group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, scale: float
+) -> int:
+    """Up to how many keys one thread runs torch's fused kernel, where that keeps the error rule; no number depends on
+    the batch."""
+    if (
+        dtype not in (torch.float32, torch.float64)
+        or head_dim != value_dim
+        or head_dim % 8
+        or not scale > 0
+        or not torch_compat.has_cpu_flash_attention(backward=False)
+    ):
+        return 0
+    shared = group_size > 1 and head_dim < KEYS_FIRST_MIN_DIM
+    return sys.maxsize if shared else FEW_ELEMENTS // (num_kv_heads * head_dim)
 
 
 def _products(
