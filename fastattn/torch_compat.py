@@ -94,7 +94,7 @@ def only_autograd_watches() -> bool:
 
     Fallback: False.
     """
-    return state_of_call(()) is not None
+    return nothing_records() and _keys_of_thread().raw_repr() in _PLAIN_THREAD_KEYS
 
 
 def state_of_call(tensors: Iterable[Any]) -> list[Any] | None:

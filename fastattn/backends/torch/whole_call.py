@@ -73,9 +73,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         def run_dense(
             query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
         ) -> AttentionGrads | None:
-            if not lse.min().item() > -torch.inf:  # NaN too
-                return None
-            return dense_bwd(AttentionCall(query, key, value, scale=scale), mask, dout)
+            return dense_bwd(query, key, value, dout, scale, mask) if fused.is_finite(lse) else None
 
         return run_dense
     if (
@@ -89,7 +87,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
     def run(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
     ) -> AttentionGrads | None:
-        if not lse.min().item() > -torch.inf:
+        if not fused.is_finite(lse):
             return None
         grads = torch_compat.cpu_flash_attention_backward(
             dout, query, key, value, out, lse.contiguous(), causal, None, scale
