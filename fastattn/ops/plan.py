@@ -56,7 +56,10 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     environment = switches.environment()
     outside: tuple[Any, ...] = ()  # what no tensor's shape, strides, dtype and dispatch keys tell
     if first.is_cuda or environment is not switches.UNSET or options[-1] not in _ON_ANY_ADDRESS:
-        alignment = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
+        try:
+            alignment = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
+        except RuntimeError:  # a transform has wrapped one
+            return None, None
         outside = (environment, first.device, float32_precision(first.dtype), *alignment)
     glance = (
         op,
