@@ -56,7 +56,7 @@ class BertConfig:
         classifier_input_dropout: dropout in front of that layer as well.
         classifier_norm, classifier_bias: whether a norm follows it, and whether it has a bias.
         classifier_dropout: in front of classifiers; None for hidden_dropout_prob.
-        token_dropout, qa_dropout: the same for token classification and question answering; None for classifier_dropout.
+        token_dropout, qa_dropout: for token classification and question answering; None for classifier_dropout.
         token_dense: token classification has the dense layer too.
         qa_dense: question answering has the dense layer too.
         lm_activation: of the masked LM head; None for hidden_act.

@@ -176,7 +176,7 @@ class BertForPreTraining(nn.Module):
 
 
 class BertForSequenceClassification(nn.Module):
-    """Classes, or numbers, of whole texts: the first token's state, or the mean, through a dense layer to the labels."""
+    """Classes or numbers of whole texts: the first token, or the mean of all, through a dense layer to the labels."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

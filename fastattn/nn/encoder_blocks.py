@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.blocks import ACTIVATIONS, normalised
