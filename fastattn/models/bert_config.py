@@ -30,7 +30,7 @@ class BertConfig:
         type_vocab_size: token types, 0 for none.
         initializer_range, layer_norm_eps: as named.
         pad_token_id: its embedding gets no gradient; under `position_offset` it has no position.
-        bos_token_id, eos_token_id: kept for tokenizers, not used by the model.
+        bos_token_id, eos_token_id, cls_token_id, sep_token_id: kept for tokenizers, not used by the model.
         tie_word_embeddings: one matrix for the token embedding and the masked LM head.
         model_type: whose format folders are written in: bert, roberta, distilbert, electra or modernbert.
         embedding_size: width of the embeddings, projected to hidden_size where it differs (ELECTRA).
@@ -81,6 +81,8 @@ class BertConfig:
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
+    cls_token_id: int | None = None
+    sep_token_id: int | None = None
     tie_word_embeddings: bool = True
     model_type: str = "bert"
     embedding_size: int | None = None
@@ -212,7 +214,8 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "modernbert": {
         "vocab_size": 50368, "num_hidden_layers": 22, "intermediate_size": 1152, "max_position_embeddings": 8192,
         "type_vocab_size": 0, "layer_norm_eps": 1e-5, "pad_token_id": 50283, "bos_token_id": 50281,
-        "eos_token_id": 50282, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "mlp_dropout": 0.0,
+        "eos_token_id": 50282, "cls_token_id": 50281, "sep_token_id": 50282, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "mlp_dropout": 0.0, "embedding_dropout": 0.0, "attention_output_dropout": 0.0,
         "positions": "rotary", "pre_norm": True, "gated_mlp": True,
         "attention_bias": False, "mlp_bias": False, "norm_bias": False, "pooler": False,
         "classifier_activation": "gelu", "classifier_norm": True, "classifier_bias": False,
@@ -302,7 +305,7 @@ _CHECKS: dict[str, checks.Check] = {  # every field has one
         ),
         checks._flag,
     ),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), checks._or_none(checks._id)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"), checks._or_none(checks._id)),
     "eos_token_id": checks._or_none(checks._ids),
     "model_type": checks._one_of(tuple(FAMILY_FIELDS)),
     "positions": checks._one_of(("learned", "rotary")),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from fastattn.models.bert_config import FULL, SLIDING, BertConfig
 from fastattn.models.checks import check_range
+from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import normalised
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
 from fastattn.nn.linear import Linear
@@ -36,7 +39,7 @@ class Encoded(NamedTuple):
     attentions: tuple[Tensor, ...] | None
 
 
-class Bert(nn.Module):
+class Bert(PretrainedEncoder, nn.Module):
     """Token, position and type embeddings and `num_hidden_layers` blocks of self-attention, without a head.
 
     Padding costs nothing: real tokens are packed in a row, and so go through every layer and head, forward and
@@ -140,6 +143,11 @@ class Bert(nn.Module):
             tuple(tokens.pad(state) for state in states) if output_hidden_states else None,
             tuple(weights) if output_attentions else None,
         )
+
+    @classmethod
+    def _adapted(cls, config: BertConfig, folder: Path, names: set[str]) -> BertConfig:
+        """Without a pooler where the folder has none, as a masked LM's."""
+        return config if "pooler.dense.weight" in names else replace(config, pooler=False)
 
     @torch.no_grad()
     def apply_init(self) -> None:

@@ -16,6 +16,7 @@ from fastattn.models.bert_config import PROBLEM_TYPES, BertConfig
 from fastattn.models.checks import check_range, readable
 from fastattn.models.encoder import Bert, Encoded, initialise
 from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
+from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import ACTIVATIONS, normalised
 from fastattn.nn.linear import Linear, remade
 from fastattn.nn.unpadding import Tokens
@@ -72,7 +73,7 @@ class QuestionAnsweringOutput(NamedTuple):
         return torch.stack((self.start_logits, self.end_logits), dim=-1)
 
 
-class BertForMaskedLM(nn.Module):
+class BertForMaskedLM(PretrainedEncoder, nn.Module):
     """The words behind masks: an encoder, a dense layer with activation and norm, and the token embedding as output."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -121,7 +122,7 @@ class BertForMaskedLM(nn.Module):
             self.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
 
-class BertForPreTraining(nn.Module):
+class BertForPreTraining(PretrainedEncoder, nn.Module):
     """BERT as it was trained: `BertForMaskedLM`'s head, and whether the second sentence follows the first."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -175,7 +176,7 @@ class BertForPreTraining(nn.Module):
     tie_weights = BertForMaskedLM.tie_weights
 
 
-class BertForSequenceClassification(nn.Module):
+class BertForSequenceClassification(PretrainedEncoder, nn.Module):
     """Classes or numbers of whole texts: the first token, or the mean of all, through a dense layer to the labels."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -221,7 +222,7 @@ class BertForSequenceClassification(nn.Module):
         return ClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
-class BertForTokenClassification(nn.Module):
+class BertForTokenClassification(PretrainedEncoder, nn.Module):
     """Classes of tokens, as entities; with one label, whether each token is one (ELECTRA's discriminator)."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -269,7 +270,7 @@ class BertForTokenClassification(nn.Module):
         return ClassifierOutput(loss, tokens.pad(logits), encoded.hidden_states, encoded.attentions)
 
 
-class BertForQuestionAnswering(nn.Module):
+class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
     """Where in a text the answer to a question starts and ends."""
 
     def __init__(self, config: BertConfig) -> None:
