@@ -16,13 +16,14 @@ FAMILIES = DECODERS + ENCODERS
 
 
 def family_for(config: Any, families: tuple[Family, ...]) -> Family:
-    """The first family whose config.json can say all of a config.
+    """The family of config.model_type if its config.json can say all of a config, else the first whose can.
 
     Raises:
         ValueError: none can; the message holds what each lacks.
     """
+    kind = getattr(config, "model_type", None)
     refusals = []
-    for family in families:
+    for family in sorted(families, key=lambda family: family.model_type != kind):
         try:
             family.write_config(config)
         except ValueError as error:
