@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.models.bert_config import FULL, SLIDING, BertConfig
+from fastattn.models.checkpoint import Family
 from fastattn.models.checks import check_range
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import normalised
@@ -54,6 +54,8 @@ class Bert(PretrainedEncoder, nn.Module):
     Devlin et al. 2018; Liu et al. 2019 (RoBERTa); Sanh et al. 2019 (DistilBERT); Clark et al. 2020 (ELECTRA);
     Warner et al. 2024 (ModernBERT).
     """
+
+    with_prefix = False
 
     def __init__(self, config: BertConfig, *, add_pooler: bool = True) -> None:
         super().__init__()
@@ -145,9 +147,11 @@ class Bert(PretrainedEncoder, nn.Module):
         )
 
     @classmethod
-    def _adapted(cls, config: BertConfig, folder: Path, names: set[str]) -> BertConfig:
+    def fitted(cls, config: BertConfig, family: Family, names: frozenset[str]) -> tuple[BertConfig, Family]:
         """Without a pooler where the folder has none, as a masked LM's."""
-        return config if "pooler.dense.weight" in names else replace(config, pooler=False)
+        if config.pooler and "pooler.dense.weight" not in names:
+            config = replace(config, pooler=False)
+        return super().fitted(config, family, names)
 
     @torch.no_grad()
     def apply_init(self) -> None:

@@ -179,6 +179,8 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
 class BertForSequenceClassification(PretrainedEncoder, nn.Module):
     """Classes or numbers of whole texts: the first token, or the mean of all, through a dense layer to the labels."""
 
+    new_heads = ("head.*", "classifier.*")
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
@@ -224,6 +226,8 @@ class BertForSequenceClassification(PretrainedEncoder, nn.Module):
 
 class BertForTokenClassification(PretrainedEncoder, nn.Module):
     """Classes of tokens, as entities; with one label, whether each token is one (ELECTRA's discriminator)."""
+
+    new_heads = ("head.*", "classifier.*")
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -272,6 +276,8 @@ class BertForTokenClassification(PretrainedEncoder, nn.Module):
 
 class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
     """Where in a text the answer to a question starts and ends."""
+
+    new_heads = ("head.*", "qa_outputs.*")
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

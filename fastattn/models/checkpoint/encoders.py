@@ -233,8 +233,12 @@ def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = Fal
 def write_config(kind: str, config: BertConfig, *, discriminator: bool = False) -> dict[str, Any]:
     """What config.json says of a config; ValueError names a field that the family does not have.
 
-    Dropouts of training that the family derives from others are written as those.
+    Dropouts that the family derives from others are written as those.
     """
+    if config.model_type != kind:
+        raise ValueError(f"model_type: got {config.model_type!r}, needs {kind!r}")
+    if discriminator and config.num_labels != 1:
+        raise ValueError(f"num_labels: got {config.num_labels}, a discriminator has 1")
     rows = KINDS[kind]
     names = {**{name: name for name in rows.fields}, **rows.keys}
     said = {*names, "model_type", "pooler", "num_labels", "id2label", "problem_type", *_DERIVED}
@@ -372,19 +376,3 @@ def _families(name: str) -> tuple[Family, ...]:
 # By our class: its families.
 FAMILIES_OF: dict[str, tuple[Family, ...]] = {name: _families(name) for name in HEADS}
 ENCODERS: tuple[Family, ...] = tuple(row for rows in FAMILIES_OF.values() for row in rows)
-
-
-def class_of(entries: dict[str, Any]) -> str:
-    """The name of our class for a config.json of an encoder: that of its first architecture; without one, `Bert`.
-
-    Raises:
-        ValueError: the architecture is none of a family's.
-    """
-    named = entries.get("architectures") or []
-    for architecture in named:
-        for name, rows in FAMILIES_OF.items():
-            if any(architecture in row.architectures for row in rows):
-                return name
-    if named:
-        raise ValueError(f"architectures: got {named!r}, which no class of fastattn.models is")
-    return "Bert"
