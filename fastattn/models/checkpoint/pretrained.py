@@ -104,7 +104,12 @@ class Pretrained:
             tokenizer=tokenizer,
             tokenizer_from=self.loaded_from,
             generation=generation,
+            files=self.extra_files(),
         )
+
+    def extra_files(self) -> Mapping[str, bytes]:
+        """What a class writes besides, by path within the folder."""
+        return {}
 
     def push_to_hub(
         self,
