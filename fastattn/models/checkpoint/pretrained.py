@@ -46,6 +46,14 @@ class Pretrained:
     generation_config: dict[str, Any] | None = None
 
     @classmethod
+    def fitted(cls, config: Any, family: Family, names: frozenset[str]) -> tuple[Any, Family]:
+        """The config and rows for a folder whose tensors have these names, without the prefix.
+
+        For classes with parts that folders of one config.json may have or lack.
+        """
+        return config, family
+
+    @classmethod
     def from_pretrained(
         cls: type[Model],
         path_or_id: str | Path,
@@ -96,7 +104,12 @@ class Pretrained:
             tokenizer=tokenizer,
             tokenizer_from=self.loaded_from,
             generation=generation,
+            files=self.extra_files(),
         )
+
+    def extra_files(self) -> Mapping[str, bytes]:
+        """What a class writes besides, by path within the folder."""
+        return {}
 
     def push_to_hub(
         self,
