@@ -207,7 +207,7 @@ def test_plans_are_found_where_no_guard_can_help(
     can_guard: bool, hits: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where torch has none, and where one tensor is given several times."""
-    monkeypatch.setattr(torch_compat, "_CAN_GUARD", can_guard)
+    monkeypatch.setattr(torch_compat.state, "_CAN_GUARD", can_guard)
     x = heads(torch.float32)[0]
     for _ in range(5):
         fastattn.attention(x, x, x)
