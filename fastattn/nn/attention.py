@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import linear
-from fastattn.nn.masks import MaskError, ShapeError, check_inputs, merge_masks
+from fastattn.nn.masks import MaskError, check_inputs, merge_masks
+from fastattn.nn.nested import forward_nested
 from fastattn.nn.positions import Rotary, RotaryTable, alibi_slopes, apply_rotary
 from fastattn.ops import arguments, spelling
 from fastattn.ops.attention import attention
@@ -286,7 +288,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 x is not None for x in (attn_mask, key_padding_mask, segment_ids, key_lengths, rotary, cache)
             ):
                 raise ValueError("query: a nested tensor goes without masks, lengths, segments and cache")
-            return self._forward_nested(query, key, value, need_weights, average_attn_weights, causal)
+            options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+            return forward_nested(self, query, key, value, causal=causal, **options)
         widths = (self.embed_dim, self.kdim, self.vdim)
         batched = quietly(check_inputs, query, key, value, widths=widths, batch_first=self.batch_first)
         if is_causal and attn_mask is None:
@@ -320,12 +323,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         q, k, v = self._project(query, key, value)  # (B, H, L, D), (B, Hkv, S, D) twice
         q, k = self._place(q, k, rotary, 0 if cache is None else cache.length)
-        if cache is not None:
-            k, v = cache.append(k, v)
         if appended:
             k, v = self._append_keys(k, v)
             masks = masks.padded(appended)
-        results = attention(
+        attend: Callable[..., Any] = attention if cache is None else cache.attention
+        results = attend(
             q,
             k,
             v,
@@ -349,37 +351,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     if TYPE_CHECKING:  # nn.Module says that a call of a module returns anything
         __call__ = forward
-
-    def _forward_nested(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        need_weights: bool,
-        average_attn_weights: bool,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pad, attend within each sequence's length, and cut the output back; the weights stay padded."""
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if not tensor.is_nested or tensor.layout != torch.strided or not self.batch_first:
-                got = f"nested={tensor.is_nested}, layout={tensor.layout}, batch_first={self.batch_first}"
-                raise ShapeError(f"{name}: got {got}, needs all three nested and strided, and batch_first")
-        lengths_q, lengths_k = ([row.shape[0] for row in tensor.unbind()] for tensor in (query, key))
-        if causal and lengths_q != lengths_k:
-            raise ShapeError("key: causal nested attention needs the query's lengths")
-        padded_q = torch.nested.to_padded_tensor(query, 0.0)
-        padded_k = padded_q if key is query else torch.nested.to_padded_tensor(key, 0.0)
-        padded_v = padded_k if value is key else torch.nested.to_padded_tensor(value, 0.0)
-        out, weights = self.forward(
-            padded_q,
-            padded_k,
-            padded_v,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-            causal=causal,
-            key_lengths=torch.tensor(lengths_k, dtype=torch.int32, device=query.device),
-        )
-        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths_q)]), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head; one product of the packed weights where the inputs are one tensor."""
