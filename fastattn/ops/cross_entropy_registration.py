@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference, torch_compat
+from fastattn.backends import layout
 from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import (
     at_positions,
@@ -20,7 +21,9 @@ from fastattn.ops.registration import (
     schema_of,
     wanted_or_empty,
 )
+from fastattn.ops.values import values_are_known
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
+from fastattn.strides import ALIGNMENT
 
 MATERIALISED = "all logits and their probabilities"
 
@@ -48,7 +51,8 @@ def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = CrossEntropyCall(*call_args)
     check_values(call.target, call.logits.shape[1], call.ignore_index)
     spec = SoftmaxSpec.of(call.logits)
-    losses, norms = backends.select(spec, backend, "cross_entropy_fwd").cross_entropy_fwd(spec, call)
+    chosen = backends.select(spec, backend, "cross_entropy_fwd")
+    losses, norms = chosen.cross_entropy_fwd(spec, layout.for_backend(chosen, call))
     return losses, norms
 
 
@@ -59,7 +63,7 @@ def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = SoftmaxSpec.of(call.logits)
     chosen = backends.select(spec, backend, "cross_entropy_fwd")
     dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
-    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, call, dlosses)
+    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, layout.for_backend(chosen, call), dlosses)
     return reduced(losses.sum(), divisor), norms, dlogits
 
 
@@ -99,16 +103,18 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
     *call_args, backend = args
     call = CrossEntropyCall(*call_args)
     spec = SoftmaxSpec.of(call.logits, backward=True)
-    run = backends.select(spec, backend, "cross_entropy_bwd").cross_entropy_bwd
-    dlogits: Tensor = run(spec, call, dlosses, norms)
+    chosen = backends.select(spec, backend, "cross_entropy_bwd")
+    dlosses, norms = (layout.contiguous(chosen, rows) for rows in (dlosses, norms))
+    dlogits: Tensor = chosen.cross_entropy_bwd(spec, layout.for_backend(chosen, call), dlosses, norms)
     return dlogits
 
 
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
-    """The spec of the rows of logits."""
+    """The spec of the rows of logits, which the backends make dense."""
     row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
     spec = SoftmaxSpec.of(row, backward=backward)
-    return spec.replace(unit_columns=True, wide_rows=False, dtype=hidden.dtype)
+    aligned = weight.shape[0] * hidden.element_size() % ALIGNMENT == 0
+    return spec.replace(unit_columns=True, wide_rows=False, dtype=hidden.dtype, aligned=aligned)
 
 
 def _linear_call(*args: Any) -> LinearCrossEntropyCall:
@@ -127,8 +133,8 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=False)
-    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, norms, _ = run(spec, call)
+    chosen = backends.select(spec, backend, "linear_cross_entropy_fwd")
+    losses, norms, _ = chosen.linear_cross_entropy_fwd(spec, layout.for_backend(chosen, call))
     return losses, norms
 
 
@@ -136,8 +142,10 @@ def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...
     *call_args, needs, backend = args
     call = _linear_call(*call_args)
     spec = linear_spec(call.hidden, call.weight, backward=True)
-    run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
-    found = zip(run(spec, call, dlosses, norms, needs), call_args[:3])
+    chosen = backends.select(spec, backend, "linear_cross_entropy_bwd")
+    call = layout.for_backend(chosen, call)
+    dlosses, norms = (layout.contiguous(chosen, rows) for rows in (dlosses, norms))
+    found = zip(chosen.linear_cross_entropy_bwd(spec, call, dlosses, norms, needs), call_args[:3])
     grads = (None if grad is None else grad.to(operand.dtype) for grad, operand in found)
     return wanted_or_empty(grads, needs, call.hidden)
 
@@ -147,9 +155,10 @@ def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=True)
-    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
+    chosen = backends.select(spec, backend, "linear_cross_entropy_fwd")
+    call = layout.for_backend(chosen, call)
     scale = None if divisor is None else _scale(call.hidden, divisor)
-    losses, norms, grads = run(spec, call, needs, scale)
+    losses, norms, grads = chosen.linear_cross_entropy_fwd(spec, call, needs, scale)
     return (reduced(losses.sum(), divisor), norms, *wanted_or_empty(grads, needs, call.hidden))
 
 
@@ -185,7 +194,7 @@ def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
-    if target.device.type != "cpu" or not arguments.values_are_known(target):
+    if target.device.type != "cpu" or not values_are_known(target):
         return
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
     if wrong.numel():
