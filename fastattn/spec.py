@@ -213,7 +213,7 @@ class AttentionSpec:
         rows = min(row_class(query), row_class(key), row_class(value))
         return _attention_spec(
             device=query.device.type,
-            arch=_arch_of(query),
+            arch=arch_of(query) if query.is_cuda else None,
             dtype=query.dtype,
             head_dim=query.shape[3],
             value_dim=value.shape[3],
@@ -347,7 +347,7 @@ class SoftmaxSpec:
         """The spec of rows along `dim` of x. Needs a real tensor."""
         return cls(
             device=x.device.type,
-            arch=_arch_of(x),
+            arch=arch_of(x) if x.is_cuda else None,
             dtype=x.dtype,
             columns=1 << max(x.shape[dim] - 1, 0).bit_length(),
             unit_columns=x.stride(dim) == 1 or x.shape[dim] == 1,
@@ -369,7 +369,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _arch_of(tensor: Tensor) -> int | None:
+def arch_of(tensor: Tensor) -> int | None:
+    """10 * major + minor of a CUDA device, None of any other."""
     if tensor.device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(tensor.device)

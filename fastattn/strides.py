@@ -47,7 +47,9 @@ def has_adjacent_columns(tensor: Tensor) -> bool:
 
 def with_adjacent_columns(tensor: Tensor) -> Tensor:
     """`tensor`, copied in its memory order only if its last dimension is not innermost."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else dense(tensor)
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
 
 
 def is_expanded(tensor: Tensor) -> bool:

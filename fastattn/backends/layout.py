@@ -74,7 +74,7 @@ def operands(call: CallT) -> CallT:
         tensor = getattr(call, name)
         if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
             changed[name] = dense(tensor)
-    return _with(call, changed)
+    return _with(call, changed) if changed else call
 
 
 def for_backend(backend: ModuleType, call: CallT, spec: AttentionSpec | None = None) -> CallT:
@@ -96,7 +96,7 @@ def for_backend(backend: ModuleType, call: CallT, spec: AttentionSpec | None = N
         for name in layout.operands:
             if is_expanded(tensor := getattr(call, name)):
                 changed[name] = dense(tensor)
-    return _with(call, changed)
+    return _with(call, changed) if changed else call
 
 
 def upstream(
@@ -128,7 +128,5 @@ def _as_heads(tensor: Tensor) -> Tensor:
 
 
 def _with(call: CallT, changed: dict[str, Tensor]) -> CallT:
-    if not changed:
-        return call
     made: CallT = replace(call, **changed)  # type: ignore[type-var]
     return made

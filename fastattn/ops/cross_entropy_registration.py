@@ -22,7 +22,7 @@ from fastattn.ops.registration import (
     wanted_or_empty,
 )
 from fastattn.ops.values import values_are_known
-from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype, arch_of
 from fastattn.strides import ALIGNMENT
 
 MATERIALISED = "all logits and their probabilities"
@@ -110,11 +110,18 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
 
 
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
-    """The spec of the rows of logits, which the backends make dense."""
-    row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
-    spec = SoftmaxSpec.of(row, backward=backward)
-    aligned = weight.shape[0] * hidden.element_size() % ALIGNMENT == 0
-    return spec.replace(unit_columns=True, wide_rows=False, dtype=hidden.dtype, aligned=aligned)
+    """The spec of the rows of logits, which backends make dense and a few at a time."""
+    classes = weight.shape[0]
+    return SoftmaxSpec(
+        device=hidden.device.type,
+        arch=arch_of(hidden),
+        dtype=hidden.dtype,
+        columns=1 << max(classes - 1, 0).bit_length(),
+        unit_columns=True,
+        wide_rows=False,
+        backward=backward,
+        aligned=classes * hidden.element_size() % ALIGNMENT == 0,
+    )
 
 
 def _linear_call(*args: Any) -> LinearCrossEntropyCall:
