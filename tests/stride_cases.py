@@ -1,4 +1,4 @@
-"""Every op with each of its tensors laid out oddly in memory, one tensor at a time: results are those of dense tensors."""
+"""Every op with one tensor at a time laid out oddly in memory: results are those of dense tensors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ import fastattn
 B, H, S, D, V, PAGE = 2, 2, 6, 8, 16, 4
 
 Tensors = dict[str, Tensor]
+
+
+def is_constant(t: Tensor, dim: int) -> bool:
+    """Whether a tensor holds the same along a dimension."""
+    return bool((t == t.narrow(dim, 0, 1)).all())
 
 
 def columns_apart(t: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ def misplaced(t: Tensor) -> Tensor:
 
 def expanded(t: Tensor) -> Tensor:
     """Stride 0 along the dimension in which all are equal."""
-    dim = next(d for d in range(t.dim()) if t.shape[d] > 1 and (t == t.narrow(d, 0, 1)).all())
+    dim = next(dim for dim, size in enumerate(t.shape) if size > 1 and is_constant(t, dim))
     return t.narrow(dim, 0, 1).expand(t.shape)
 
 
@@ -67,11 +72,8 @@ class Case:
     def layouts(self, name: str) -> list[str]:
         """The layouts that a tensor can have."""
         tensor = {**self.tensors, **self.upstream}[name]
-        found = [layout for layout in LAYOUTS if layout != "expanded" and tensor.numel() > 1]
-        constant = any(
-            tensor.shape[d] > 1 and bool((tensor == tensor.narrow(d, 0, 1)).all())
-            for d in range(tensor.dim())
-        )
+        found = [layout for layout in LAYOUTS if layout != "expanded"]
+        constant = any(size > 1 and is_constant(tensor, dim) for dim, size in enumerate(tensor.shape))
         return [*found, "expanded"] if constant and name not in self.written else found
 
     def run(self, changed: str | None = None, layout: str | None = None) -> list[Tensor]:
