@@ -221,9 +221,8 @@ def test_packed_is_each_sequence(emulated_extension: EmulatedExtension) -> None:
         alone = AttentionCall(*own, causal="bottom_right", scale=0.125)
         own_out, own_lse = cuda_attention.attention_fwd(spec, alone)
         own_dout = dout[None, rows].transpose(1, 2)
-        own_grads = cuda_attention.attention_bwd(
-            spec, alone, own_out, own_lse, own_dout, dlse[None, :, rows], GradsNeeded()
-        )
+        _, *residuals = layout.upstream(cuda, spec, own_out, own_lse, own_dout, dlse[None, :, rows])
+        own_grads = cuda_attention.attention_bwd(spec, alone, *residuals, GradsNeeded())
         assert torch.equal(lse[:, rows], own_lse[0])
         for packed, single in zip((out, *grads[:3]), (own_out, *own_grads[:3])):
             assert torch.equal(packed[rows], single[0].transpose(0, 1))
