@@ -75,7 +75,8 @@ def makes_gradient(rows: Tensor) -> bool:
     if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
         return False
     try:
-        chosen = backends.select(SoftmaxSpec.of(rows), "auto", "cross_entropy_fwd")
+        # without a look at an address, which code that is traced has none of
+        chosen = backends.select(_dense_spec(rows, rows.shape[1], False), "auto", "cross_entropy_fwd")
     except RuntimeError:  # the call will be refused, by the same reason
         return False
     return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
@@ -110,17 +111,21 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
 
 
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
-    """The spec of the rows of logits, which backends make dense and a few at a time."""
-    classes = weight.shape[0]
+    """The spec of the rows of logits, which backends make a few at a time."""
+    return _dense_spec(hidden, weight.shape[0], backward)
+
+
+def _dense_spec(like: Tensor, classes: int, backward: bool) -> SoftmaxSpec:
+    """The spec of dense logits of the dtype and on the device of a tensor."""
     return SoftmaxSpec(
-        device=hidden.device.type,
-        arch=arch_of(hidden),
-        dtype=hidden.dtype,
+        device=like.device.type,
+        arch=arch_of(like),
+        dtype=like.dtype,
         columns=1 << max(classes - 1, 0).bit_length(),
         unit_columns=True,
         wide_rows=False,
         backward=backward,
-        aligned=classes * hidden.element_size() % ALIGNMENT == 0,
+        aligned=classes * like.element_size() % ALIGNMENT == 0,
     )
 
 
