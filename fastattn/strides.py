@@ -20,8 +20,11 @@ def row_class(tensor: Tensor) -> int:
     The stride of a batch of one counts for DESCRIBABLE, although nothing is stepped over: a sequence cut out of a batch
     is then loaded, and rounded, as in the batch.
     """
-    shape, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
-    width = shape[-1]
+    size, width = tensor.element_size(), tensor.shape[-1]
+    if tensor.is_contiguous() and not (width * size % ALIGNMENT or tensor.data_ptr() % ALIGNMENT):  # most are
+        first = tensor.stride(0)
+        return DESCRIBABLE if first > 0 and not first * size % ALIGNMENT and tensor.numel() else ALIGNED
+    shape, strides = tensor.shape, tensor.stride()
     if strides[-1] != 1 and width != 1:
         if width * size % ALIGNMENT == 0:
             return DESCRIBABLE if tensor.numel() else ALIGNED

@@ -65,16 +65,16 @@ LAYOUTS: dict[type, Layout] = {
     CrossEntropyCall: Layout(tables=("logits",), small=("target", "class_weight")),
     LinearCrossEntropyCall: Layout(small=("target", "class_weight"), strided=("hidden", "weight", "bias")),
 }
+OPERANDS = {kind: layout.operands for kind, layout in LAYOUTS.items()}
 
 
 def operands(call: CallT) -> CallT:
     """The call with adjacent columns in what every backend reads by rows; its spec is made of this one."""
-    changed: dict[str, Tensor] = {}
-    for name in LAYOUTS[type(call)].operands:
-        tensor = getattr(call, name)
-        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-            changed[name] = dense(tensor)
-    return _with(call, changed) if changed else call
+    names = OPERANDS[type(call)]
+    for name in names:
+        if getattr(call, name).stride(-1) != 1:
+            return _with(call, {each: with_adjacent_columns(getattr(call, each)) for each in names})
+    return call
 
 
 def for_backend(backend: ModuleType, call: CallT, spec: AttentionSpec | None = None) -> CallT:
