@@ -36,6 +36,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
     one_query = single_query.can_run(spec)
     out: Tensor | None = None
     for rows, keys, values in _sequences(call, [length + call.new_keys for length in lengths]):
+        # caches have any strides: only what is read of them is copied
         keys, values = with_adjacent_columns(keys), with_adjacent_columns(values)
         results = _of_one_query(call, query[rows], keys, values) if one_query else None
         if results is None:
