@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-LEAST_BYTES = 2**22  # what glibc always maps afresh, and gives back to the system when it is freed
+LEAST_BYTES = 2**22  # smaller memory has often been used before, and has its pages
 _SYSTEM_PAGE = 4096
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
 

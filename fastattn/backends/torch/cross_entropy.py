@@ -49,7 +49,7 @@ def _forward(
     if smoothing:
         spread = logits.new_empty(logits.shape[0], dtype=dtype)
     ignored, wrong, target = _targets(call)
-    chosen = logits.gather(1, target[:, None])[:, 0].to(dtype)  # before their gradient may be written over them
+    chosen = logits.gather(1, target[:, None])[:, 0].to(dtype)  # before the gradient overwrites them
     own, mean = _target_weights(call, target), call.weight_mean()
     blocks = _Blocks(logits, dlogits)
     grads = None
