@@ -23,7 +23,8 @@ from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
 from fastattn.nn.positions import Rotary, RotaryTable, positions_from_mask, positions_in_segments
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
-from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from fastattn.ops.cross_entropy import cross_entropy
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
 
