@@ -45,7 +45,7 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
     The function has to give the same values every time. What else keeps the result keeps it as ever.
     """
     result = function(*sources)
-    if torch.is_grad_enabled() and result.is_cpu and result.requires_grad and _plain(result):
+    if torch.is_grad_enabled() and result.is_cpu and result.requires_grad and watched_by_autograd_alone(result):
         setattr(result, REMAKE, (function, sources))
     return result
 
@@ -92,13 +92,28 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def plainly_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with a weight, or a norm's, may be a kernel of the CPU that only autograd is told of."""
     return (
-        _plain(x)  # first, as a trace would take what is asked of sizes for a condition
+        watched_by_autograd_alone(x)
         and x.is_cpu
         and weight.is_cpu
-        and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
+        and without_transforms(x, weight)
+    )
+
+
+def without_transforms(*tensors: Tensor) -> bool:
+    """Whether neither a torch.func transform nor forward-mode AD is at work on them."""
+    return not torch_compat.transforms_active(tensors) and not (
+        torch.is_grad_enabled() and torch_compat.dual_level_entered()
+    )
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        plainly_on_cpu(x, weight)  # first, as a trace would take what is asked of sizes for a condition
+        and x.dtype == weight.dtype == torch.float32
         and x.dim() >= 2
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
@@ -106,12 +121,10 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
             weight.numel() >= ONEDNN_MIN_WEIGHTS
             or x.numel() * weight.shape[0] >= torch_compat.ONEDNN_MIN_PRODUCTS
         )
-        and not torch_compat.transforms_active((x, weight))
-        and not (torch.is_grad_enabled() and torch_compat.dual_level_entered())
     )
 
 
-def _plain(x: Tensor) -> bool:
+def watched_by_autograd_alone(x: Tensor) -> bool:
     """Whether nothing but autograd sees the calls on a tensor."""
     return (
         not torch.compiler.is_compiling()
