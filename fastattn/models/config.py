@@ -45,8 +45,8 @@ class GPTConfig:
         window: how many keys each query sees, itself included; None for all.
         layer_types: for each layer "full_attention" or "sliding_attention", which alone has the window; every layer has
             it by default.
-        qk_norm: an RMSNorm over each head's queries and keys.
-        qk_norm_epsilon: of those; None for the least that the dtype adds to 1, as torch.nn.RMSNorm has it.
+        qk_norm: an RMSNorm over each head's queries and keys; beside norm="rmsnorm" with its epsilon and offset, else
+            with the least that the dtype adds to 1, as torch.nn.RMSNorm has it.
         query_pre_attn_scalar: scores are multiplied by its -1/2 power; head_dim by default.
         attn_logit_softcapping: scores become cap * tanh(scores / cap).
         final_logit_softcapping: the same of the logits.
@@ -97,7 +97,6 @@ class GPTConfig:
     rope_scaling: Mapping[str, Any] | None = None
     rope_local_base_freq: float | None = None
     layer_types: Sequence[str] | None = None
-    qk_norm_epsilon: float | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -148,7 +147,6 @@ class GPTConfig:
                 "positions='rotary' and layer_types",
             ),
             "norm_unit_offset": (self.norm_unit_offset, self.norm == "rmsnorm", "norm='rmsnorm'"),
-            "qk_norm_epsilon": (self.qk_norm_epsilon is not None, self.qk_norm, "qk_norm=True"),
         }
         for name, (given, fits, condition) in needs.items():
             if given and not fits:
@@ -281,7 +279,9 @@ def _kinds_of_layers(name: str, value: Any) -> list[str]:
     return [_one_of(LAYER_TYPES)(f"{name}[{index}]", kind) for index, kind in enumerate(value)]
 
 
-_NUMBERS_OF_SCALING: dict[str, dict[str, tuple[Check, bool]]] = {  # type -> number -> its check, whether it is needed
+_NUMBERS_OF_SCALING: dict[
+    str, dict[str, tuple[Check, bool]]
+] = {  # type -> number -> its check, whether it is needed
     "default": {},
     "linear": {"factor": (_positive, True)},
     "dynamic": {"factor": (_positive, True)},
@@ -315,7 +315,9 @@ def _rope_scaling(name: str, value: Any) -> dict[str, Any] | None:
             raise ValueError(f"{name}: got no {key!r}, which {kind} scaling needs")
     if kind == "default":
         return None
-    given = {key: check(f"{name}[{key!r}]", value[key]) for key, (check, _) in numbers.items() if key in value}
+    given = {
+        key: check(f"{name}[{key!r}]", value[key]) for key, (check, _) in numbers.items() if key in value
+    }
     return {"rope_type": kind, **given}
 
 
@@ -342,7 +344,6 @@ _CHECKS: dict[str, Check] = {  # every field has one
     **dict.fromkeys(
         (
             "rope_local_base_freq",
-            "qk_norm_epsilon",
             "query_pre_attn_scalar",
             "attn_logit_softcapping",
             "final_logit_softcapping",

@@ -55,7 +55,7 @@ _QWEN = {
     "eos_token_id": 151643,
 }
 _QWEN2 = {**_QWEN, "model_type": "qwen2", "attention_bias": True, "attention_out_bias": False}
-_QWEN3 = {**_QWEN, "model_type": "qwen3", "qk_norm": True, "qk_norm_epsilon": 1e-6}
+_QWEN3 = {**_QWEN, "model_type": "qwen3", "qk_norm": True}
 _GEMMA = {
     **_LLAMA,
     "activation_function": "gelu_pytorch_tanh",
@@ -88,7 +88,6 @@ _GEMMA_3 = {
     "rope_theta": 1000000.0,
     "rope_local_base_freq": 10000.0,
     "qk_norm": True,
-    "qk_norm_epsilon": 1e-6,
 }
 
 

@@ -45,7 +45,12 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
     The function has to give the same values every time. What else keeps the result keeps it as ever.
     """
     result = function(*sources)
-    if torch.is_grad_enabled() and result.is_cpu and result.requires_grad and watched_by_autograd_alone(result):
+    if (
+        torch.is_grad_enabled()
+        and result.is_cpu
+        and result.requires_grad
+        and watched_by_autograd_alone(result)
+    ):
         setattr(result, REMAKE, (function, sources))
     return result
 

@@ -16,7 +16,7 @@ FUSED_DTYPES = (torch.float32, torch.float64)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, or * (1 + weight) with `unit_offset`, as Gemma has it.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; with `unit_offset`, as in Gemma, * (1 + weight).
 
     The weight begins as what multiplies by 1. Arithmetic is in float32 at least, and the result has x's dtype.
     Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
