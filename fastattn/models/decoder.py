@@ -272,20 +272,24 @@ class GPT(nn.Module):
         batch, seqlen = input_ids.shape
         past = cache[0].length if cache else 0
         if cache is not None:
-            shapes = {tuple(layer.keys.shape[:2]) for layer in cache}
-            if len(cache) != len(self.h) or shapes != {(batch, self.config.kv_heads)}:
+            needs = (batch, self.config.kv_heads)
+            shapes = [tuple(layer.keys.shape[:2]) for layer in cache]
+            if len(cache) != len(self.h) or any(shape != needs for shape in shapes):
                 raise ValueError(
-                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(shapes)}, "
-                    f"needs {len(self.h)} of {(batch, self.config.kv_heads)}"
+                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(set(shapes))}, "
+                    f"needs {len(self.h)} of {needs}"
                 )
         if attention_mask is not None and attention_mask.shape != (batch, past + seqlen):
-            needs = f"({batch}, {past + seqlen})"
-            raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {needs}")
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask: got shape {got}, needs {(batch, past + seqlen)}")
         for name, tensor in tensors.items():
-            shapes = {(batch, seqlen), (seqlen,)} if name == "position_ids" else {(batch, seqlen)}
-            if tensor is not None and (
-                tuple(tensor.shape) not in shapes or tensor.dtype not in INTEGER_DTYPES
-            ):
+            if tensor is None:
+                continue
+            # tuples that are compared one by one: a set of them would hash the sizes, and compiled code keep them
+            fits = tuple(tensor.shape) == (batch, seqlen) or (
+                name == "position_ids" and tuple(tensor.shape) == (seqlen,)
+            )
+            if not fits or tensor.dtype not in INTEGER_DTYPES:
                 got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
                 raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
         if tensors["segment_ids"] is not None and past:

@@ -62,7 +62,7 @@ TAKES: dict[str, set[str]] = {
     **dict.fromkeys(
         ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), OPTIONAL | FLOATS
     ),
-    **dict.fromkeys(("scale_embedding", "sandwich_norms", "gated_mlp"), {"True", "False"}),
+    **{key: {"True", "False"} for key in ("scale_embedding", "sandwich_norms", "gated_mlp")},
     "norm_unit_offset": {"False"},
     **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), OPTIONAL | {"True", "False"}),
     "model_type": OPTIONAL | {"text", "number in text"},
@@ -213,7 +213,7 @@ FORWARD_TAKES: dict[str, set[str]] = {
     "cache": OPTIONAL,
     "logits_to_keep": {"0"},
     "return_logits": OPTIONAL | {"True", "False"},
-    **dict.fromkeys(("output_hidden_states", "output_attentions"), {"True", "False"}),
+    **{key: {"True", "False"} for key in ("output_hidden_states", "output_attentions")},
 }
 
 

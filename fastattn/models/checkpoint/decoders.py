@@ -210,12 +210,10 @@ class _Dialect:
             entries |= {"use_sliding_window": config.window is not None, "max_window_layers": config.n_layer}
         if self.windows in ("switched", "layer_types"):
             entries["layer_types"] = list(config.kinds)
-        if "hidden_activation" in self.keys:  # transformers reads the other name nowhere, older versions did
-            entries["hidden_act"] = config.activation_function
         again = self.read({"model_type": model_type, **entries})
         # where two configs differ although every model of them is the same, what is meant counts
-        for name, value in _meaning(config).items():
-            if value != _meaning(again)[name]:
+        for name, value in meaning(config).items():
+            if value != meaning(again)[name]:
                 raise ValueError(f"{name}: got {value!r}, which a {model_type} does not have")
         return entries
 
@@ -225,7 +223,7 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _meaning(config: GPTConfig) -> dict[str, Any]:
+def meaning(config: GPTConfig) -> dict[str, Any]:
     """A config's fields with those that others stand for when they are None."""
     fields = config.to_dict()
     del fields["model_type"]
