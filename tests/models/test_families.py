@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from decoder_families import (
     ORIGINAL,
     in_their_names,
     make_both,
+    make_theirs,
     parameters_of,
     tokens,
 )
