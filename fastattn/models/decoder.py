@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 from fastattn.generation import generate
-from fastattn.models.checkpoint import DECODERS, family_for, load_model, save_model
+from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_range, readable
 from fastattn.models.config import FULL, MAX_SIZE, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
@@ -43,13 +42,11 @@ class CausalLMOutput(NamedTuple):
     loss: Tensor | None  # ()
     logits: Tensor | None  # (B, S, V), or the last logits_to_keep of S; None in training, see GPT.forward
     last_hidden_state: Tensor  # (B, S, E), after the final norm
-    hidden_states: tuple[Tensor, ...] | None = (
-        None  # L + 1 of (B, S, E): each block's input, and last_hidden_state
-    )
-    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S), the weights of attention
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): blocks' inputs, last_hidden_state
+    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
 
 
-class GPT(nn.Module):
+class GPT(Pretrained, nn.Module):
     """A causal language model: embeddings, `n_layer` pre-norm blocks, a final norm and a linear head.
 
     What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps.
@@ -57,6 +54,8 @@ class GPT(nn.Module):
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
+    families = DECODERS
+    generates = True
     quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
@@ -209,17 +208,6 @@ class GPT(nn.Module):
         return self
 
     generate = generate
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, in GPT-2's format where the model has nothing GPT-2 has not."""
-        save_model(self, self.config, family_for(self.config, DECODERS), directory)
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: str | Path) -> GPT:
-        """A model in eval mode from a folder, ours or one of transformers', or from the Hugging Face hub."""
-        model = load_model(cls, DECODERS, path_or_id)
-        assert isinstance(model, GPT)
-        return model
 
     def tie_weights(self) -> None:
         """Tie the head's weight to the token embedding if the config asks for it."""

@@ -121,7 +121,14 @@ GPT2 = Family(
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     parts=_PARTS,
     prefix="transformer.",
-    dropped=("h.*.attn.bias", "h.*.attn.masked_bias"),  # causal masks that old files carry
+    dropped=(
+        "h.*.attn.bias",  # causal masks that old files carry
+        "h.*.attn.masked_bias",
+        "score.weight",  # heads of transformers' other GPT2 classes
+        "classifier.*",
+        "qa_outputs.*",
+        "multiple_choice_head.*",
+    ),
     read_config=_read_gpt2,
     write_config=_write_gpt2,
 )
@@ -132,6 +139,7 @@ OWN = Family(
     prefix="transformer.",
     read_config=_read_own,
     write_config=_write_own,
+    in_transformers=False,
 )
 
 
