@@ -116,7 +116,7 @@ class GPTConfig:
             dropout = _probability("dropout (it sets embd_pdrop, resid_pdrop and attn_pdrop)", dropout)
             self.embd_pdrop = self.resid_pdrop = self.attn_pdrop = dropout
         if isinstance(self.head_dim, Derived):  # of a copy, whose other sizes may have changed
-            self.head_dim = None
+            self.head_dim = None  # type: ignore[assignment]
         for name, check in _CHECKS.items():
             setattr(self, name, check(name, getattr(self, name)))
         if self.head_dim is None:
@@ -195,14 +195,18 @@ class GPTConfig:
             if self.rope_local_base_freq is None
             else Rotary(self.head_dim, self.rope_local_base_freq)
         )
-        return {kind: local if kind == SLIDING else everywhere for kind in sorted(set(self.kinds))}
+        kinds = self.layer_types or [FULL if self.window is None else SLIDING]
+        return {kind: local if kind == SLIDING else everywhere for kind in sorted(set(kinds))}
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
-        """A row of `fastattn.models.presets.DECODERS`, with some fields changed."""
+        """A row of `fastattn.models.presets.DECODERS`, with some fields changed; fewer layers are its first ones."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        row = PRESETS[name]
+        if "layer_types" in row and is_integer(changes.get("n_layer")):
+            row = {**row, "layer_types": row["layer_types"][: max(int(changes["n_layer"]), 0)]}
+        return cls(**{**row, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain types; head_dim is None where n_embd / n_head makes it."""

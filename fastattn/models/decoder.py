@@ -268,8 +268,8 @@ class GPT(Pretrained, nn.Module):
                     f"needs {len(self.h)} of {needs}"
                 )
         if attention_mask is not None and attention_mask.shape != (batch, past + seqlen):
-            got = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask: got shape {got}, needs {(batch, past + seqlen)}")
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask: got shape {shape}, needs {(batch, past + seqlen)}")
         for name, tensor in tensors.items():
             if tensor is None:
                 continue

@@ -265,8 +265,8 @@ class GPTDecoder:
         """As if each token came by a step of its own, whose bits a kernel for several queries need not give."""
         table, outs = self.rotary.get(self.kinds[layer], (None, None)), []
         for i in range(q.shape[2]):
-            one = [x[:, :, i : i + 1] for x in (q, k, v)]
-            outs.append(_append(attn, self.cache[layer], self.lengths + i, *one, table))
+            q_i, k_i, v_i = (x[:, :, i : i + 1] for x in (q, k, v))
+            outs.append(_append(attn, self.cache[layer], self.lengths + i, q_i, k_i, v_i, table))
         return torch.cat(outs, 2)
 
     def _through_blocks(self, x: Tensor, seqlen: int, attend: Attend) -> Tensor:

@@ -137,7 +137,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             assert head_dim is not None
             self.num_heads, self.head_dim = num_heads, head_dim
         if out_bias is False:
-            self.out_proj.bias = None
+            self.out_proj.register_parameter("bias", None)
         elif out_bias and self.out_proj.bias is None:
             self.out_proj.bias = nn.Parameter(self.out_proj.weight.new_zeros(embed_dim))
         self.add_extras(

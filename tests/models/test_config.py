@@ -64,6 +64,17 @@ def test_windows_by_layer():
     assert [block.attn.window for block in GPT(config).h] == [(4, 0), None]
 
 
+def test_a_preset_with_fewer_layers_has_the_first_ones():
+    assert GPTConfig.preset("gemma-3-1b", n_layer=7).kinds == ("sliding_attention",) * 5 + (
+        "full_attention",
+        "sliding_attention",
+    )
+    with pytest.raises(ValueError, match="layer_types: got 26 layers, needs n_layer=30"):
+        GPTConfig.preset("gemma-3-1b", n_layer=30)
+    with pytest.raises(ValueError, match="n_layer: got 0"):
+        GPTConfig.preset("gemma-3-1b", n_layer=0)
+
+
 def test_dropout_sets_all_three_and_is_not_stored():
     config = GPTConfig(dropout=0.25)
     assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == (0.25, 0.25, 0.25)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,32 @@ def test_what_is_not_computed_is_refused_by_name(name: str, changes: dict[str, A
         read(entries_of(name, **changes))
 
 
+HOSTILE: tuple[Any, ...] = (None, True, -1, 0, 1.5, 10**30, "x", [], ["x"], [{}], {}, {"x": 1})
+
+
+def refusal(entries: dict[str, Any]) -> str:
+    """The key that a refusal begins with; empty where the config is taken."""
+    try:
+        read(entries)
+    except ValueError as error:
+        return re.split(r"[:\s\[]", str(error))[0]
+    return ""
+
+
+@pytest.mark.parametrize("name", ["llama", "yarn", "llama3", "mistral", "qwen2, windows", "gemma2", "gemma3"])
+def test_a_value_of_another_kind_is_taken_or_refused_by_its_key(name: str) -> None:
+    whole = entries_of(name)
+    for entries in (whole, {key: value for key, value in whole.items() if key != "layer_types"}):
+        for key in entries.keys() - {"model_type"}:
+            for value in HOSTILE:
+                assert refusal({**entries, key: value}) in {"", *entries}, (key, value)
+    for key in whole["rope_parameters"]:
+        for value in HOSTILE:
+            rope = {**whole["rope_parameters"], key: value}
+            refused = refusal({**whole, "rope_parameters": rope})
+            assert refused.startswith(("rope_", "partial_rotary_factor")) or not refused, (key, value)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma3", "phi3", "mamba"])
 def test_other_model_types_are_refused_before_a_weight_is_read(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
@@ -308,20 +335,12 @@ def test_other_model_types_are_refused_before_a_weight_is_read(kind: str, tmp_pa
     ],
 )  # fmt: skip
 def test_files_of_older_versions_mean_the_same(name: str, old: dict[str, Any], tmp_path: Path) -> None:
-    """What transformers makes of an old config.json and what we do give the same logits."""
+    """As what transformers makes of them, which is how its newest version writes them."""
     entries = entries_of(name, rope_parameters=..., transformers_version="4.40.0", **old)
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
-    config.pad_token_id = None if config.pad_token_id == -1 else config.pad_token_id
-    theirs = type(make_theirs(name))._from_config(config, attn_implementation="eager").double().eval()
-    theirs.save_pretrained(tmp_path / "weights")
-    (tmp_path / "weights" / "config.json").write_text(json.dumps(entries))
-    ours = GPT.from_pretrained(tmp_path / "weights").double()
-    ids = tokens(1, 2 * ORIGINAL)
-    with torch.no_grad(), float64_throughout():
-        expected = theirs(ids).logits
-    # their rotary frequencies are rounded to float32
-    assert (ours(ids).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    newest = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert newest["rope_parameters"]
+    assert meaning(read(entries)) == meaning(read(newest))
 
 
 def test_what_a_file_leaves_out_has_the_value_of_transformers_class() -> None:
@@ -347,3 +366,13 @@ def test_a_model_is_saved_as_the_family_it_names_if_that_can_hold_it(tmp_path: P
         GPT(each).save_pretrained(tmp_path / kind)
         assert json.loads((tmp_path / kind / "config.json").read_text())["model_type"] == kind
         assert meaning(GPT.from_pretrained(tmp_path / kind).config) == meaning(each)
+
+
+def test_the_page_lists_every_preset_with_an_example_that_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \| (.+) \| `(GPT\(.+\))` \|$", page, flags=re.M)
+    assert [row[:3] for row in rows] == [(n, f"{p.parameters:,}", p.source) for n, p in PRESETS.items()]
+    for name, _, _, example in rows:
+        with torch.device("meta"):
+            model = eval(example)
+        assert model.config == GPTConfig.preset(name)

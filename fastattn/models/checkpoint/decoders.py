@@ -9,6 +9,7 @@ from typing import Any
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part
 from fastattn.models.config import FULL, SLIDING, GPTConfig
+from fastattn.ops.arguments import is_integer
 
 # config.json -> GPTConfig, in every family here.
 _SHARED_KEYS = {
@@ -43,6 +44,7 @@ _IGNORED = (
     "cache_implementation",
     "finetuned",
 )
+_MOST_LAYERS = 1 << 16
 _FIXED = {"rope_interleaved": False, "use_mrope": False}
 _OF_OTHER_SCALINGS = frozenset(  # keys of a rope dict that say nothing where their type is another
     (
@@ -147,30 +149,35 @@ class _Dialect:
 
     def _windows(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """window and layer_types; the latter None where all layers are alike."""
-        layers, window = said.get("num_hidden_layers"), said.get("sliding_window")
+        window, kinds = said.get("sliding_window"), said.get("layer_types")
         if self.windows == "none":
             return {}
         if self.windows == "all":
             return {"window": window}
-        kinds = said.get("layer_types")
-        if self.windows == "switched":
-            if not said.get("use_sliding_window"):
-                window = None
-            if kinds is None and isinstance(layers, int) and window is not None:
-                first = said.get("max_window_layers")
-                kinds = [SLIDING if i >= first else FULL for i in range(layers)]
-        elif kinds is None and isinstance(layers, int):
-            every = said.get("sliding_window_pattern", self.full_every)
-            kinds = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
-        if kinds is None or (isinstance(kinds, list) and set(kinds) == {FULL}):
+        if self.windows == "switched" and not said.get("use_sliding_window"):
+            window = None
+        if kinds is None:
+            layers = range(_count("num_hidden_layers", said))
+            if self.windows == "layer_types":
+                every = _count("sliding_window_pattern", {"sliding_window_pattern": self.full_every, **said})
+                kinds = [SLIDING if (i + 1) % every else FULL for i in layers]
+            elif window is not None:
+                first = _count("max_window_layers", said, least=0)
+                kinds = [SLIDING if i >= first else FULL for i in layers]
+        if kinds is not None and not isinstance(kinds, list):
+            return {"window": window, "layer_types": kinds}  # which GPTConfig refuses
+        if kinds is None or kinds == [FULL] * len(kinds):
             return {"window": None, "layer_types": None}
-        if set(kinds) == {SLIDING} and self.local_theta is None:
-            return {"window": window, "layer_types": None} if window is not None else {"layer_types": kinds}
+        if window is not None and self.local_theta is None and kinds == [SLIDING] * len(kinds):
+            return {"window": window, "layer_types": None}
         return {"window": window, "layer_types": kinds}
 
     def _rope(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """rope_theta, rope_scaling and rope_local_base_freq, from either form of config.json."""
-        given = said.get("rope_parameters") or {}
+        given = {} if said.get("rope_parameters") is None else said["rope_parameters"]
+        for name in ("rope_parameters", "rope_scaling"):
+            if not isinstance(said.get(name) or {}, Mapping):
+                raise ValueError(f"{name}: got {said[name]!r}, needs a dict")
         if self.local_theta is None:
             name = "rope_scaling" if said.get("rope_scaling") else "rope_parameters"
             theta, scaling = _one_rope(name, said.get("rope_scaling") or given, said, self.theta)
@@ -218,6 +225,14 @@ class _Dialect:
         return entries
 
 
+def _count(name: str, said: Mapping[str, Any], least: int = 1) -> int:
+    """A number of layers."""
+    number: Any = said.get(name)
+    if not is_integer(number) or not least <= number <= _MOST_LAYERS:
+        raise ValueError(f"{name}: got {number!r}, needs an integer from {least} to {_MOST_LAYERS}")
+    return int(number)
+
+
 def _whole(number: float) -> float:
     """The same as an integer where it is one."""
     return int(number) if number == int(number) else number
@@ -228,6 +243,9 @@ def meaning(config: GPTConfig) -> dict[str, Any]:
     fields = config.to_dict()
     del fields["model_type"]
     attention, out, mlp = config.biases
+    scaling = config.rope_scaling
+    if scaling is not None and scaling["rope_type"] in ("yarn", "llama3"):
+        fields["rope_scaling"] = {"original_max_position_embeddings": config.n_positions, **scaling}
     return {
         **fields,
         "n_inner": config.mlp_dim,
@@ -266,12 +284,13 @@ def _one_rope(
     scaling = {key: given[key] for key in _OF_SCALING[kind] if given.get(key) is not None}
     original = scaling.get("original_max_position_embeddings")
     longest = said.get("max_position_embeddings")
-    if kind == "yarn" and "factor" not in scaling and isinstance(original, int) and isinstance(longest, int):
-        scaling["factor"] = longest / original
+    if kind == "yarn" and "factor" not in scaling and is_integer(original) and is_integer(longest):
+        scaling["factor"] = longest / original if original else 0.0
     return base, {"rope_type": kind, **scaling}
 
 
 def _check_dict(name: str, given: Any, keys: Sequence[str]) -> None:
+    """Refuse what is no dict of these keys."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{name}: got {given!r}, needs a dict")
     for key in given:
