@@ -134,6 +134,8 @@ class _Dialect:
                 values[name] = None
         values |= self.fields
         values |= self._windows(said) | self._rope(said)
+        if values.get("layer_types") is None:  # no layer has positions of its own
+            values["rope_local_base_freq"] = None
         values["model_type"] = entries.get("model_type")
         try:
             return GPTConfig(**values)
@@ -164,7 +166,7 @@ class _Dialect:
             elif window is not None:
                 first = _count("max_window_layers", said, least=0)
                 kinds = [SLIDING if i >= first else FULL for i in layers]
-        if kinds is not None and not isinstance(kinds, list):
+        if kinds is not None and not (isinstance(kinds, list) and kinds):
             return {"window": window, "layer_types": kinds}  # which GPTConfig refuses
         if kinds is None or kinds == [FULL] * len(kinds):
             return {"window": None, "layer_types": None}
