@@ -185,6 +185,9 @@ class _Dialect:
             theta, scaling = _one_rope(name, said.get("rope_scaling") or given, said, self.theta)
             return {"rope_theta": theta, "rope_scaling": scaling}
         _check_dict("rope_parameters", given, (FULL, SLIDING))
+        for kind, numbers in given.items():
+            if numbers is not None and not isinstance(numbers, Mapping):
+                raise ValueError(f"rope_parameters[{kind!r}]: got {numbers!r}, needs a dict")
         everywhere = {**(given.get(FULL) or {}), **(said.get("rope_scaling") or {})}
         theta, scaling = _one_rope(f"rope_parameters[{FULL!r}]", everywhere, said, self.theta)
         base = said.get("rope_local_base_freq", self.local_theta)
