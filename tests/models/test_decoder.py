@@ -474,8 +474,9 @@ def test_compiles_without_breaks():
         torch.testing.assert_close(actual.loss, expected.loss)
 
 
-def test_exports():
-    model = make(dtype=torch.float32)
+@pytest.mark.parametrize("kind", ["learned", "gemma"])
+def test_exports(kind):
+    model = make(dtype=torch.float32, **KINDS[kind])
     tokens = ids(1, 7)
     program = torch.export.export(model, (tokens,))
     torch.testing.assert_close(program.module()(tokens).logits, model(tokens).logits)

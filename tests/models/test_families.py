@@ -28,7 +28,7 @@ from fastattn.models.checkpoint import DECODERS, family_for
 from fastattn.models.checkpoint.decoders import LLAMA_LINE, meaning
 from fastattn.models.presets import DECODERS as PRESETS
 from fastattn.nn import linear as linear_module
-from numerics import assert_each_within_rule
+from numerics import assert_each_within_rule, assert_within_rule
 
 transformers = pytest.importorskip("transformers")
 from transformers_rule import float64_throughout  # noqa: E402  which imports transformers
@@ -64,6 +64,17 @@ def test_logits_are_theirs(name: str, length: int, both: tuple[Any, GPT]) -> Non
             name,
             torch.float32,
         )
+
+
+@every_family
+def test_logits_in_bfloat16_are_within_the_rule(name: str, both: tuple[Any, GPT]) -> None:
+    theirs, ours = both
+    ids = tokens(2, ORIGINAL + 3)
+    half, wide = copy.deepcopy(theirs).bfloat16(), copy.deepcopy(theirs).bfloat16().double()
+    with torch.no_grad():
+        with float64_throughout():
+            golden = wide(ids).logits
+        assert_within_rule(ours.bfloat16()(ids).logits, half(ids).logits, golden, name, torch.bfloat16)
 
 
 @every_family
