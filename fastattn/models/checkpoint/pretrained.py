@@ -46,6 +46,13 @@ class Pretrained:
     generation_config: dict[str, Any] | None = None
 
     @classmethod
+    def names_of(cls, model_type: str) -> tuple[str, ...]:
+        """The "architectures" of a model type that are this class; all of the family's where it has no entry."""
+        if model_type in cls.architectures:
+            return (cls.architectures[model_type],)
+        return next((f.architectures for f in cls.families if f.model_type == model_type), ())
+
+    @classmethod
     def from_pretrained(
         cls: type[Model],
         path_or_id: str | Path,
