@@ -12,8 +12,25 @@ from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.models.decoder import GPT
+from fastattn.models.embedding import MODULES, BertForEmbedding
+from fastattn.models.encoder import Bert
+from fastattn.models.heads import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
-MODELS: tuple[type[Pretrained], ...] = (GPT,)  # of a model_type alone, the first that has its family
+MODELS: tuple[type[Pretrained], ...] = (  # of a model_type alone, the first that has its family
+    GPT,
+    Bert,
+    BertForPreTraining,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertForQuestionAnswering,
+)
 
 
 def load(
@@ -21,7 +38,8 @@ def load(
 ) -> Any:
     """The model of a folder or hub repository, in eval mode: the class that its config.json names.
 
-    "architectures" decides, and where no class of ours is that of any name there, "model_type".
+    "architectures" decides, and where no class of ours is that of any name there, "model_type". A folder in
+    sentence-transformers' layout (modules.json) is a `BertForEmbedding`.
 
     Args:
         path_or_id, dtype, quantize: as in `Pretrained.from_pretrained`.
@@ -31,6 +49,8 @@ def load(
             or the folder does not fit, see `Pretrained.from_pretrained`.
     """
     folder = resolve_folder(path_or_id)
+    if (folder / MODULES).is_file():
+        return BertForEmbedding.from_pretrained(folder, dtype=dtype)
     try:
         cls = class_of(read_json(folder / CONFIG))
     except ValueError as error:
@@ -38,7 +58,7 @@ def load(
         raise ValueError(
             message if str(folder) in message else f"pretrained model: {folder / CONFIG}: {message}"
         ) from None
-    return cls.from_pretrained(folder, dtype=dtype, quantize=quantize)
+    return cls.from_pretrained(folder, dtype=dtype)
 
 
 def class_of(entries: dict[str, Any]) -> type[Pretrained]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastattn.models.checkpoint.encoders import ENCODERS as ENCODERS
 from fastattn.models.checkpoint.gpt2 import GPT2, OWN
 from fastattn.models.checkpoint.names import Family
 
@@ -11,7 +12,6 @@ DECODERS: tuple[Family, ...] = (
     GPT2,
     OWN,
 )  # GPT loads them; it is written as the first that can say its config
-ENCODERS: tuple[Family, ...] = ()
 FAMILIES = DECODERS + ENCODERS
 
 

@@ -53,10 +53,12 @@ def load_model(
         if unknown:
             raise TypeError(f"{unknown[0]}: {type(config).__name__} has no such field")
         config = dataclasses.replace(config, **changes)
+    tensors = open_weights(folder)
+    config, family = cls.fitted(config, family, frozenset(map(family.plain, tensors.names())))
     with torch.device("meta"), _Uninitialised():
         model = cls(config)
     report = load_weights(
-        model, config, family, folder, new=cls.new_heads, fresh=new, dtype=wanted or dtype_of(entries)
+        model, config, family, tensors, new=cls.new_heads, fresh=new, dtype=wanted or dtype_of(entries)
     )
     model.load_report, model.loaded_from, model.generation_config = report, folder, generation
     filled: nn.Module = model.eval()
@@ -66,9 +68,13 @@ def load_model(
 def family_of(entries: dict[str, Any], families: Sequence[Family]) -> Family:
     """The family that config.json's model_type names; ValueError where there is none."""
     kind = entries.get("model_type")
-    for family in families:
-        if family.model_type == kind:
+    of_kind = [family for family in families if family.model_type == kind]
+    written_as = entries.get("architectures")
+    for family in of_kind:  # several formats of one type, by the class that wrote it
+        if isinstance(written_as, list) and any(name in family.architectures for name in written_as):
             return family
+    if of_kind:
+        return of_kind[0]
     names = [repr(family.model_type) for family in families]
     known = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
     raise ValueError(f"model_type: got {kind!r}, needs {known}")
@@ -166,7 +172,7 @@ def load_weights(
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves tensors as they are where a constructor would draw them; on the meta device drawing costs and does nothing."""
+    """Leaves tensors as they are where a constructor would draw them: on the meta device that costs time for nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -47,10 +47,22 @@ class Pretrained:
 
     @classmethod
     def names_of(cls, model_type: str) -> tuple[str, ...]:
-        """The "architectures" of a model type that are this class; all of the family's where it has no entry."""
-        if model_type in cls.architectures:
-            return (cls.architectures[model_type],)
-        return next((f.architectures for f in cls.families if f.model_type == model_type), ())
+        """The names in "architectures" of a model type that are this class."""
+        found = [
+            name
+            for family in cls.families
+            if family.model_type == model_type
+            for name in family.architectures
+        ]
+        return (*found, cls.architectures.get(model_type, found[0])) if found else ()
+
+    @classmethod
+    def fitted(cls, config: Any, family: Family, names: frozenset[str]) -> tuple[Any, Family]:
+        """The config and rows for a folder whose tensors have these names, without the prefix.
+
+        For classes with parts that folders of one config.json may have or lack.
+        """
+        return config, family
 
     @classmethod
     def from_pretrained(
@@ -103,7 +115,12 @@ class Pretrained:
             tokenizer=tokenizer,
             tokenizer_from=self.loaded_from,
             generation=generation,
+            files=self.extra_files(),
         )
+
+    def extra_files(self) -> Mapping[str, bytes]:
+        """What a class writes besides, by path within the folder."""
+        return {}
 
     def push_to_hub(
         self,
