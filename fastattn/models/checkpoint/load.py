@@ -172,7 +172,7 @@ def load_weights(
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves tensors as they are where a constructor would draw them: on the meta device that costs time for nothing."""
+    """Leaves tensors as they are where a constructor would draw them, which costs time on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

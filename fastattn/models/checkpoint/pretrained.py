@@ -99,6 +99,10 @@ class Pretrained:
         Raises:
             TypeError, ValueError: an argument. OSError: what writing met; `directory` is as it was.
         """
+        if any(".lora." in name for name, _ in cast(nn.Module, self).named_parameters()):
+            raise ValueError(
+                "model: has adapters; save those with save_adapter, or merge or detach them first"
+            )
         family = family_for(self.config, self.families)
         generation = None
         if self.generates:
