@@ -91,7 +91,10 @@ def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
 
 
 class GPTDecoder:
-    """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them; see `prefill` and `step`.
+    """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them.
+
+    `prefill` reads the prompts, `step` appends a token to each sequence and `extend` several; `rewind` takes tokens back
+    and `reorder` copies sequences, as beams need.
 
     batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
     of a step are made in blocks of a fixed number of rows, and activations by row.
@@ -112,24 +115,25 @@ class GPTDecoder:
             self.rotary = model.rotary.table(torch.arange(capacity, device=device), dtype)  # (C, D/2) twice
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Read prompts (B, S) into empty caches; logits of the token after each, (B, V).
+    def prefill(self, ids: Tensor, lengths: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
+        """Read prompts (N, S) into the empty caches of the first N sequences; logits of the token after each, (N, V).
 
-        lengths: (B,), the tokens of each row, which stand first; None = all S.
+        Args:
+            ids: (N, S), N at most the batch; `reorder` gives the other sequences theirs.
+            lengths: (N,), the tokens of each row, which stand first; None = all S.
+            chunk_size: most tokens of a row that are read at once, which bounds the memory of activations; None = all.
         """
-        batch, seqlen = ids.shape
+        count, seqlen = ids.shape
         check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
-        self.lengths.copy_(torch.full_like(self.lengths, seqlen) if lengths is None else lengths)
+        own = self.lengths[:count]
+        own.copy_(torch.full_like(own, seqlen) if lengths is None else lengths)
+        size = chunk_size or max(seqlen, 1)
         if self.invariant:
-            ends = self.lengths.tolist()
-            last = torch.cat(
-                [self._read(ids[i : i + 1, :n], slice(i, i + 1))[-1:] for i, n in enumerate(ends)]
-            )
+            ends = own.tolist()
+            last = torch.cat([self._last(ids[i : i + 1, :n], i, None, size) for i, n in enumerate(ends)])
         else:
-            x = self._read(ids, slice(0, batch)).unflatten(0, (batch, seqlen))
-            ends_of = self.lengths.long() - 1
-            last = x[:, -1] if lengths is None else x[torch.arange(batch, device=x.device), ends_of]
-        return self.head(last.contiguous())
+            last = self._last(ids, 0, None if lengths is None else own.long() - 1, size)
+        return self.head(last)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -143,26 +147,82 @@ class GPTDecoder:
         return logits
 
     @torch.no_grad()
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append several tokens to each sequence, (B, n); logits of the token after each of them, (B, n, V).
+
+        With batch_invariant these have the bits of n steps.
+        """
+        model, count = self.model, tokens.shape[1]
+        x = F.embedding(tokens, model.wte.weight)  # (B, n, E)
+        if model.wpe is not None:
+            positions = self.lengths[:, None] + torch.arange(count, device=x.device)
+            x = x + F.embedding(positions, model.wpe.weight)
+        attend = self._to_cache_one_by_one if self.invariant else self._to_cache
+        logits = self.head(self._through_blocks(x.flatten(0, 1), count, attend))
+        self.lengths += count
+        return logits.unflatten(0, tuple(tokens.shape))
+
+    @torch.no_grad()
+    def rewind(self, lengths: Tensor) -> None:
+        """Keep the first tokens of each sequence only, `lengths` (B,) of them."""
+        self.lengths.copy_(lengths)
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i], (B,)."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        if not len(moved):
+            return
+        source = rows[moved]
+        self.lengths[moved] = self.lengths[source]
+        held = int(self.lengths[moved].max())
+        for layer in self.cache:
+            for buffer in layer:
+                buffer[moved, :, :held] = buffer[source, :, :held]  # indexing copies before it writes
+
+    @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
         check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
         self.lengths.fill_(ids.shape[1])
         return self.head(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
 
-    def _read(self, ids: Tensor, rows: slice) -> Tensor:
-        """The final hidden states of whole prompts, (B * S, E), whose keys and values go into these rows' caches."""
+    def _last(self, ids: Tensor, first_row: int, ends: Tensor | None, size: int) -> Tensor:
+        """Read prompts (N, S), so many tokens at a time; the hidden state (N, E) at their ends (N,), or the last."""
+        count, seqlen = ids.shape
+        rows = slice(first_row, first_row + count)
+        last = None
+        for start in range(0, seqlen, size):
+            part = ids[:, start : start + size]
+            x = self._read(part, rows, start).unflatten(0, tuple(part.shape))
+            if ends is None:
+                last = x[:, -1]
+                continue
+            inside = (ends - start).clamp(0, part.shape[1] - 1)
+            here = x[torch.arange(count, device=x.device), inside]
+            last = here if last is None else torch.where((ends >= start)[:, None], here, last)
+        assert last is not None
+        return last.contiguous()
+
+    def _read(self, ids: Tensor, rows: slice, start: int = 0) -> Tensor:
+        """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys
+        and values go into the caches."""
         model, seqlen = self.model, ids.shape[1]
+        held = slice(start, start + seqlen)
         x = F.embedding(ids, model.wte.weight)
         if model.wpe is not None:
-            x = x + model.wpe.weight[:seqlen]
+            x = x + model.wpe.weight[held]
+        before = self.lengths.new_full((ids.shape[0],), start)
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.rotary is not None:
-                table = (self.rotary[0][:seqlen], self.rotary[1][:seqlen])
-                q, k = apply_rotary(q, table), apply_rotary(k, table)
             keys, values = self.cache[layer]
-            keys[rows, :, :seqlen].copy_(k)
-            values[rows, :, :seqlen].copy_(v)
+            if start:
+                return self._attend(attn, layer, (keys[rows], values[rows]), before, q, k, v)
+            if self.rotary is not None:
+                table = (self.rotary[0][held], self.rotary[1][held])
+                q, k = apply_rotary(q, table), apply_rotary(k, table)
+            keys[rows, :, held].copy_(k)
+            values[rows, :, held].copy_(v)
             return attention(
                 q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
                 sinks=attn.sinks, backend=attn.backend,
@@ -171,9 +231,32 @@ class GPTDecoder:
         return self._through_blocks(x.flatten(0, 1), seqlen, attend)
 
     def _to_cache(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(attn, layer, self.cache[layer], self.lengths, q, k, v)
+
+    def _to_cache_one_by_one(
+        self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """As if each token came by a step of its own, whose bits a kernel for several queries need not give."""
+        outs = []
+        for i in range(q.shape[2]):
+            one = [x[:, :, i : i + 1] for x in (q, k, v)]
+            outs.append(self._attend(attn, layer, self.cache[layer], self.lengths + i, *one))
+        return torch.cat(outs, 2)
+
+    def _attend(
+        self,
+        attn: MultiHeadAttention,
+        layer: int,
+        cache: tuple[Tensor, Tensor],
+        lengths: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        """Append keys and values (N, Hkv, S, D) to caches that hold `lengths` (N,) tokens; (N, H, S, D)."""
         cos, sin = (None, None) if self.rotary is None else self.rotary
         return attention_kv_cache(
-            q, *self.cache[layer], self.lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin,
+            q, *cache, lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin,
             window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks,
             backend=attn.backend,
         )  # fmt: skip
