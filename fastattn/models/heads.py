@@ -394,7 +394,7 @@ def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tenso
         problem_type = REGRESSION if num_labels == 1 else SINGLE_LABEL if integers else MULTI_LABEL
     if problem_type == SINGLE_LABEL:
         return mean_loss_of(logits, _checked_classes("labels", labels, (batch,), num_labels))
-    shapes = {(batch, num_labels), (batch,)} if num_labels == 1 else {(batch, num_labels)}
+    shapes = [(batch, num_labels), (batch,)] if num_labels == 1 else [(batch, num_labels)]
     if tuple(labels.shape) not in shapes:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, needs {(batch, num_labels)} for {problem_type}"
