@@ -344,7 +344,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         )
         out, weights = results if isinstance(results, tuple) else (results, None)
         out = self._merge_heads(out, batched)  # (..., H * D)
-        out = linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = self._project_out(out)
         return out, weights if batched or weights is None else weights.squeeze(0)
 
     if TYPE_CHECKING:  # nn.Module says that a call of a module returns anything
@@ -398,6 +398,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             self._split_heads(linear(x, w, b)) for x, w, b in zip((query, key, value), weights, biases)
         )
         return q, k, v
+
+    def _project_out(self, out: Tensor) -> Tensor:
+        """(..., H * D) -> (..., E)."""
+        return linear(out, self.out_proj.weight, self.out_proj.bias)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """A view (B, heads, S, D) of (S, heads * D), (B, S, heads * D) or, sequence first, (S, B, heads * D)."""

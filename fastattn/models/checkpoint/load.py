@@ -6,17 +6,24 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.names import Family, Placed, join, placed, stored
 from fastattn.models.checkpoint.report import LoadReport
+
+_DRAWING = {  # methods of tensors and functions of torch.nn.init that fill their first argument
+    *("normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_"),
+    *("kaiming_normal_", "kaiming_uniform_", "orthogonal_"),
+}
 
 log = logging.getLogger("fastattn")
 
@@ -48,7 +55,7 @@ def load_model(
         config = dataclasses.replace(config, **changes)
     tensors = open_weights(folder)
     config, family = cls.fitted(config, family, frozenset(map(family.plain, tensors.names())))
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = cls(config)
     report = load_weights(
         model, config, family, tensors, new=cls.new_heads, fresh=new, dtype=wanted or dtype_of(entries)
@@ -127,13 +134,19 @@ def load_weights(
     plan.check(str(tensors.origin))
     for names in plan.missing_new:
         _put(model, names, _initialised(names[0], model, config, dtype))
-    damaged = []
-    for names, place, sources in plan.found:
-        pieces = [tensors.get(source) for source in sources]
-        value = join(pieces, place.part, dtype)
-        if not _finite(value):
-            damaged.append(names[0])
+
+    def value_of(found: tuple[list[str], Placed, tuple[str, ...]]) -> tuple[Tensor, bool]:
+        _, place, sources = found
+        value = join([tensors.get(source) for source in sources], place.part, dtype)
+        return value, _finite(value)
+
+    with ThreadPoolExecutor(
+        torch.get_num_threads()
+    ) as pool:  # memory that is new costs more than copying into it
+        values = list(pool.map(value_of, plan.found))
+    for (names, _, _), (value, _) in zip(plan.found, values):
         _put(model, names, value)
+    damaged = [names[0] for (names, _, _), (_, finite) in zip(plan.found, values) if not finite]
     if damaged:
         raise ValueError(
             f"pretrained model: the weights of {tensors.origin} are not finite (NaN or infinity) in "
@@ -156,6 +169,18 @@ def load_weights(
             type(model).__name__,
         )
     return report
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves tensors as they are where a constructor would draw them, which costs time on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWING and (args or "tensor" in kwargs):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _Plan:
