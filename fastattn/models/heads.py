@@ -455,7 +455,9 @@ def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
         name, positions.view(-1) if positions.dim() == 2 else positions, (batch,), None
     )
     outside = (targets < 0) | (targets >= seqlen)
-    return mean_loss_of(logits, targets.masked_fill(outside, IGNORE_INDEX))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # by torch: programs that are recorded for any length have any number of classes here
+    return F.cross_entropy(wide, targets.masked_fill(outside, IGNORE_INDEX), ignore_index=IGNORE_INDEX)
 
 
 def _dropout(config: BertConfig) -> float:

@@ -1,10 +1,10 @@
 """Encoders: what transformers computes, for every family and head, with padding on either side and with gradients."""
 
+import encoder_models as tiny
 import pytest
 import torch
 import torch._dynamo.testing
 
-import encoder_models as tiny
 from fastattn.models import Bert, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from numerics import assert_within_rule
 
@@ -50,7 +50,8 @@ def test_hidden_states_and_attentions_have_the_form_of_transformers(family):
         actual = ours(ids, mask, **asked)
         plain, golden = (model(ids, attention_mask=mask, **asked) for model in (theirs, golden_model))
         bare = ours(ids, mask)
-    assert bare.hidden_states is None and bare.attentions is None
+    assert bare.hidden_states is None
+    assert bare.attentions is None
     torch.testing.assert_close(bare.last_hidden_state, actual.last_hidden_state)
     assert len(actual.hidden_states) == len(plain.hidden_states) == 4
     for index, states in enumerate(zip(actual.hidden_states, plain.hidden_states, golden.hidden_states)):
@@ -206,7 +207,8 @@ BAD = {
     "embeddings of another width": ({"inputs_embeds": torch.zeros(1, 2, 31)}, "inputs_embeds: got shape"),
     "an id too large": ({"input_ids": torch.full((1, 2), 61)}, "input_ids: got 61 to 61, needs 0 to 60"),
     "a mask of another shape": (
-        {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 3)}, "attention_mask: got shape",
+        {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 3)},
+        "attention_mask: got shape",
     ),
     "a type too large": (
         {"input_ids": torch.zeros(1, 2, dtype=torch.long), "token_type_ids": torch.full((1, 2), 2)},

@@ -1,11 +1,11 @@
 """Padding: what it holds changes nothing, and nothing is computed for it, forward and backward, heads included."""
 
+import encoder_models as tiny
 import pytest
 import torch
 import torch._dynamo.testing
 from torch.utils.flop_counter import FlopCounterMode
 
-import encoder_models as tiny
 import fastattn.models as models
 from fastattn.models import Bert, BertConfig
 from fastattn.models.bert_config import FAMILY_FIELDS, alternating_layers
@@ -74,7 +74,8 @@ def test_what_padding_holds_reaches_no_result_and_no_gradient(cls):
     given = embeds.embeddings.word_embeddings(ids).detach().masked_fill((mask == 0)[..., None], torch.nan)
     nan, of_nan = run(model, ids, mask, inputs_embeds=given)
     for first, second, third in zip(results, poisoned, nan, strict=True):
-        assert torch.equal(first, second) and torch.equal(first, third)
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
     for name, grad in grads.items():
         assert torch.equal(grad, others[name])
         if "word_embeddings" not in name:
@@ -161,9 +162,11 @@ def test_a_row_of_padding_alone_gives_zeros_and_leaves_the_others_alone(cls, fam
 def test_batches_of_nothing():
     model = make(Bert)
     empty = model(torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5))
-    assert empty.last_hidden_state.shape == (0, 5, 32) and empty.pooler_output.shape == (0, 32)
+    assert empty.last_hidden_state.shape == (0, 5, 32)
+    assert empty.pooler_output.shape == (0, 32)
     padding = model(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5), output_attentions=True)
-    assert not padding.last_hidden_state.any() and padding.attentions[0].shape == (2, 4, 5, 5)
+    assert not padding.last_hidden_state.any()
+    assert padding.attentions[0].shape == (2, 4, 5, 5)
 
 
 FORMS = {
