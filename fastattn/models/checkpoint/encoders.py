@@ -219,13 +219,13 @@ def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = Fal
             raise ValueError("pad_token_id: got None, which positions of a RoBERTa count from")
         values["position_offset"] = values["pad_token_id"] + 1
     if kind == "distilbert":
-        values["token_dropout"] = values["hidden_dropout_prob"]
+        values["token_dropout"] = values.get("hidden_dropout_prob", BertConfig.hidden_dropout_prob)
     if kind == "modernbert":
         values |= _modernbert_values(values, entries)
     if discriminator:
         values |= {
             "token_dense": True, "num_labels": 1, "id2label": None, "token_dropout": 0.0,
-            "classifier_activation": values["hidden_act"],
+            "classifier_activation": values.get("hidden_act", BertConfig.hidden_act),
         }  # fmt: skip
     return BertConfig(**values)
 

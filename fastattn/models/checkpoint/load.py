@@ -55,7 +55,7 @@ def load_model(
         config = dataclasses.replace(config, **changes)
     tensors = open_weights(folder)
     config, family = cls.fitted(config, family, frozenset(map(family.plain, tensors.names())))
-    with torch.device("meta"), _Uninitialised():
+    with torch.device("meta"), Uninitialised():
         model = cls(config)
     report = load_weights(
         model, config, family, tensors, new=cls.new_heads, fresh=new, dtype=wanted or dtype_of(entries)
@@ -140,9 +140,7 @@ def load_weights(
         value = join([tensors.get(source) for source in sources], place.part, dtype)
         return value, _finite(value)
 
-    with ThreadPoolExecutor(
-        torch.get_num_threads()
-    ) as pool:  # memory that is new costs more than copying into it
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # new memory costs more than copying into it
         values = list(pool.map(value_of, plan.found))
     for (names, _, _), (value, _) in zip(plan.found, values):
         _put(model, names, value)
@@ -171,7 +169,7 @@ def load_weights(
     return report
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """Leaves tensors as they are where a constructor would draw them, which costs time on the meta device."""
 
     def __torch_function__(
@@ -210,19 +208,32 @@ class _Plan:
             by_plain[plain] = name
         groups = stored(model)
         places = placed(family, list(self.state))
+        for pattern in fresh:
+            if not any(fnmatchcase(name, pattern) for name in self.state):
+                raise ValueError(f"new: got {pattern!r}, which names no parameter of {type(model).__name__}")
         used: set[str] = set()
+        replaced: set[str] = set()
         for names in groups.values():
-            self._place(
-                names,
-                places,
-                {family.plain(t): t for n in names for t in places[n].theirs},
-                by_plain,
-                new,
-                used,
-            )
+            wanted = {family.plain(t): t for n in names for t in places[n].theirs}
+            if any(fnmatchcase(name, pattern) for name in names for pattern in fresh):
+                self.missing_new.append(names)
+                replaced |= wanted.keys()
+            else:
+                self._place(names, places, wanted, by_plain, new, used)
+        self._check_whole_layers(fresh)
         left = [(plain, name) for plain, name in by_plain.items() if plain not in used]
-        self.dropped = [name for plain, name in left if family.drops(plain) or family.drops(name)]
-        self.extra = [name for plain, name in left if not (family.drops(plain) or family.drops(name))]
+        known = {p for p, name in left if p in replaced or family.drops(p) or family.drops(name)}
+        self.dropped = [name for plain, name in left if plain in known]
+        self.extra = [name for plain, name in left if plain not in known]
+
+    def _check_whole_layers(self, fresh: Sequence[str]) -> None:
+        """A layer of which the file has a part is not new."""
+        present = {name.rpartition(".")[0] for names, _, _ in self.found for name in names}
+        for names in list(self.missing_new):
+            asked = any(fnmatchcase(name, pattern) for name in names for pattern in fresh)
+            if not asked and any(name.rpartition(".")[0] in present for name in names):
+                self.missing_new.remove(names)
+                self.missing.append(names[0])
 
     def _place(
         self,
