@@ -46,7 +46,7 @@ ARROWS = {
 CONFINED = {
     "triton": ("kernels", "backends/triton", "tune/ahead.py"),
     "transformers": ("integrations",),
-    "tokenizers": ("data",),
+    "tokenizers": ("data", "models/embedding.py"),
     "typer": ("cli",),
     "matplotlib": ("plot.py",),
     "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation

@@ -228,7 +228,7 @@ class Bert(PretrainedEncoder, nn.Module):
                 f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {(batch, seqlen)}"
             )
         for name, shapes in (
-            ("token_type_ids", {(batch, seqlen)}), ("position_ids", {(batch, seqlen), (seqlen,)}),
+            ("token_type_ids", [(batch, seqlen)]), ("position_ids", [(batch, seqlen), (seqlen,)]),
         ):  # fmt: skip
             tensor = given[name]
             if tensor is not None and (
