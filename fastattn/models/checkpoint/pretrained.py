@@ -46,6 +46,17 @@ class Pretrained:
     generation_config: dict[str, Any] | None = None
 
     @classmethod
+    def names_of(cls, model_type: str) -> tuple[str, ...]:
+        """The names in "architectures" of a model type that are this class."""
+        found = [
+            name
+            for family in cls.families
+            if family.model_type == model_type
+            for name in family.architectures
+        ]
+        return (*found, cls.architectures.get(model_type, found[0])) if found else ()
+
+    @classmethod
     def fitted(cls, config: Any, family: Family, names: frozenset[str]) -> tuple[Any, Family]:
         """The config and rows for a folder whose tensors have these names, without the prefix.
 
@@ -88,6 +99,10 @@ class Pretrained:
         Raises:
             TypeError, ValueError: an argument. OSError: what writing met; `directory` is as it was.
         """
+        if any(".lora." in name for name, _ in cast(nn.Module, self).named_parameters()):
+            raise ValueError(
+                "model: has adapters; save those with save_adapter, or merge or detach them first"
+            )
         family = family_for(self.config, self.families)
         generation = None
         if self.generates:
