@@ -159,9 +159,11 @@ class GPTDecoder:
         With batch_invariant these have the bits of n steps.
         """
         count = tokens.shape[1]
-        x = self._embed(
-            tokens, self.lengths[:, None] + torch.arange(count, device=tokens.device)
-        )  # (B, n, E)
+        positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
+        if self.positions is not None:
+            # a token beyond the last position is a wrong guess, whose logits are of no use
+            positions.clamp_(max=self.positions.shape[0] - 1)
+        x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
