@@ -28,7 +28,7 @@ ARROWS = {
     "ops": {"torch_compat", "spec", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
-    "generation": {"ops"},
+    "generation": {"ops", "philox"},
     "models": {"torch_compat", "spec", "nn", "ops", "generation"},
     "data": {"cache"},
     "train": {"cache", "plot", "data", "models", "nn", "ops"},

@@ -93,8 +93,8 @@ def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
 class GPTDecoder:
     """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them.
 
-    `prefill` reads the prompts, `step` appends a token to each sequence and `extend` several; `rewind` takes tokens back
-    and `reorder` copies sequences, as beams need.
+    `prefill` reads the prompts, `step` appends a token to each sequence and `extend` several; `rewind` takes tokens
+    back and `reorder` copies sequences, as beams need.
 
     batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
     of a step are made in blocks of a fixed number of rows, and activations by row.
@@ -156,7 +156,8 @@ class GPTDecoder:
         x = F.embedding(tokens, model.wte.weight)  # (B, n, E)
         if model.wpe is not None:
             positions = self.lengths[:, None] + torch.arange(count, device=x.device)
-            x = x + F.embedding(positions, model.wpe.weight)
+            # a token beyond the last position is a wrong guess, whose logits are of no use
+            x = x + F.embedding(positions.clamp_(max=model.config.n_positions - 1), model.wpe.weight)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
         logits = self.head(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
