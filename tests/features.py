@@ -11,6 +11,8 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "features.md"
 CPU, KERNEL = "tests/backends/test_torch_attention.py", "tests/kernels/test_contract.py"
 KERNELS, OPS, VARLEN = "tests/kernels", "tests/ops/test_attention.py", "tests/ops/test_varlen.py"
+DERIVATIVES, COMPILED = "tests/ops/test_attention_derivatives.py", "tests/ops/test_attention_compiled.py"
+CHOICE = "tests/ops/test_attention_choice.py"
 YES, NO, PART, UNKNOWN = "yes", "no", "in part", "?"
 PEERS = ("flash-attn 2.8", "flash-attn 3", "flash-attn 4 (Hopper)", "SDPA cuDNN", "SDPA mem-efficient",
          "FlexAttention", "xFormers", "FlashInfer")  # fmt: skip
@@ -145,19 +147,19 @@ FEATURES = (
             yes(f"{KERNELS}/test_attention.py::test_a_sequence_alone_gives_the_same_bits_as_in_a_batch"),
             "?|?|?|?|?|?|?|?"),
     Feature("second derivatives",
-            yes(f"{OPS}::test_gradgradcheck"),
+            yes(f"{DERIVATIVES}::test_gradgradcheck"),
             Cell("by the formula", (f"{KERNELS}/test_attention_features.py::test_second_derivatives",)),
             "no|no|no|no|no|no|no|no"),
     Feature("forward-mode derivatives (jvp)",
-            yes(f"{OPS}::test_jvp_matches_the_reference"),
-            Cell("by the formula", (f"{OPS}::test_jvp_matches_the_reference",)),
+            yes(f"{DERIVATIVES}::test_jvp_matches_the_reference"),
+            Cell("by the formula", (f"{DERIVATIVES}::test_jvp_matches_the_reference",)),
             "no|no|no|no|no|no|no|no"),
     Feature("vmap",
-            yes(f"{OPS}::test_vmap_of_grad_matches_the_reference"),
-            Cell("by the formula", (f"{OPS}::test_vmap_of_grad_matches_the_reference",)),
+            yes(f"{DERIVATIVES}::test_vmap_of_grad_matches_the_reference"),
+            Cell("by the formula", (f"{DERIVATIVES}::test_vmap_of_grad_matches_the_reference",)),
             "no|no|no|yes|forward|no|no|no"),
     Feature("torch.compile without breaks",
-            yes(f"{OPS}::test_compile_without_breaks_or_recompiles_across_lengths"),
+            yes(f"{COMPILED}::test_compile_without_breaks_or_recompiles_across_lengths"),
             yes(f"{KERNELS}/test_varlen.py::test_compiles_without_breaks"),
             "yes|yes|no|yes|yes|needed for speed|yes|in part"),
     Feature("CUDA graphs", Cell(NO),
@@ -171,7 +173,7 @@ FEATURES = (
             yes(f"{KERNELS}/test_attention_memory.py::test_offsets_beyond_32_bits[rows]"),
             "no|?|in part|?|?|not backward|?|?"),
     Feature("says what runs and why not the others",
-            *both(f"{OPS}::test_explain_says_what_runs_and_why_not_the_others"),
+            *both(f"{CHOICE}::test_explain_says_what_runs_and_why_not_the_others"),
             "no|no|no|warnings|warnings|no|yes|no"),
     Feature("CPU, with gradients", yes(f"{CPU}::test_contract[everything-torch.float32]"), Cell("tests only"),
             "no|no|no|no|torch has its own|forward|no|no"),

@@ -27,7 +27,7 @@ ALLOWED: dict[str, tuple[int, str]] = {  # by file: how many, and why
     "integrations/test_diffusers.py": (1, MODEL),
     "integrations/test_flash_attn_cache.py": (1, "a cache's rows in 16 bits, rotated in two orders"),
     "integrations/test_swap.py": (2, "a loss after eight float32 steps of training"),
-    "integrations/test_transformers.py": (1, "losses of nine float32 steps of training"),
+    "integrations/test_transformers_restore.py": (1, "losses of nine float32 steps of training"),
     "integrations/test_transformers_flash.py": (1, MODEL),
     "integrations/test_transformers_swap.py": (3, MODEL),
     "kernels/test_decode_memory.py": (1, "one unit in the last place of fp16, of values rounded once"),

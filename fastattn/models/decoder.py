@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 from fastattn.generation import generate
-from fastattn.models.checkpoint import load_gpt, save_gpt
+from fastattn.models.checkpoint import DECODERS, family_for, load_model, save_model
 from fastattn.models.checks import check_range, readable
 from fastattn.models.config import MAX_SIZE, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
@@ -174,28 +174,14 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, in GPT-2's format where the model has nothing GPT-2 has not."""
-        save_gpt(self.config, self.state_dict(), directory)
+        save_model(self, self.config, family_for(self.config, DECODERS), directory)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> GPT:
-        """A model in eval mode from a folder, ours or a transformers GPT-2, or from the Hugging Face hub."""
-        config, state = load_gpt(path_or_id)
-        with torch.device("meta"):
-            model = cls(config)
-        for name, _ in model.named_parameters():
-            if name in state and not state[name].is_floating_point():
-                raise ValueError(
-                    f"pretrained model: the weights of {path_or_id} hold {name} in {state[name].dtype}, "
-                    f"needs a float dtype"
-                )
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"pretrained model: the weights of {path_or_id} do not fit its config: {error}"
-            ) from None
-        model.tie_weights()
-        return model.eval()
+        """A model in eval mode from a folder, ours or one of transformers', or from the Hugging Face hub."""
+        model = load_model(cls, DECODERS, path_or_id)
+        assert isinstance(model, GPT)
+        return model
 
     def tie_weights(self) -> None:
         """Tie the head's weight to the token embedding if the config asks for it."""

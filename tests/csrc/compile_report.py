@@ -23,6 +23,7 @@ from fastattn.extension.info import csrc_folder
 from fastattn.extension.toolkit import Toolkit, Torch, find_toolkit
 
 ARCHS = ("8.0", "9.0a")
+SAMPLE = "attention_(fwd|bwd)_half_128"  # every kind of attention kernel but those of a head dim over 128
 WARPGROUP_THREADS = 128
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"

@@ -243,9 +243,12 @@ class _Code:
         return None
 
 
-def row_kernels() -> list[RowKernel]:
-    """Those of the softmax and of losses, compiled for every architecture of the compile report."""
-    return [each for made in compile_kernels(names=SOURCES)[0] for each in kernels_of(made.path)]
+def row_kernels(names: str = SOURCES) -> list[RowKernel]:
+    """Those of the softmax and of losses, compiled for every architecture of the compile report.
+
+    `names`: a regular expression for the source files.
+    """
+    return [each for made in compile_kernels(names=names)[0] for each in kernels_of(made.path)]
 
 
 def kernels_of(path: Path) -> list[RowKernel]:

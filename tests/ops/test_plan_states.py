@@ -1,0 +1,153 @@
+"""No plan made in one state of torch or the environment runs in another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from plan_cases import BY_OP, assert_same, cached, heads, with_grads
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastattn
+from fastattn import backends, torch_compat
+from fastattn.backends import switches
+from fastattn.integrations.export import plain_torch
+from fastattn.ops import plan
+
+
+class Sees(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def variable(name: str, text: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, text)
+        yield
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "no grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic": deterministic,
+    "precision": precision,
+    "dispatch mode": Sees,
+    "function mode": SeesFunctions,
+    "profiler": torch.autograd.profiler.profile,
+    "plain torch": plain_torch,
+    "forward AD": forward_ad.dual_level,
+    "forced backend": lambda: variable("FASTATTN_BACKEND", "torch"),
+    "a disabled part": lambda: variable("FASTATTN_DISABLE", "cuda.attention_fwd"),
+    "anomaly": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("op", BY_OP)
+def test_a_plan_of_one_state_is_not_that_of_another(
+    op: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In and after the state, whichever came first, results are those of calls without plans."""
+    call, options = BY_OP[op]
+    if (op, state) == ("kv_cache", "forward AD"):
+        options = {}
+    tensors = [t.requires_grad_(call is not cached) for t in heads(torch.float32)]
+
+    def run(inside: bool) -> list[Tensor]:
+        with STATES[state]() if inside else contextlib.nullcontext():
+            return with_grads(call, tensors, options)
+
+    monkeypatch.setattr(plan, "wanted", lambda key: False)
+    expected = {inside: run(inside) for inside in (False, True)}
+    monkeypatch.undo()
+    for order in ((False, True), (True, False)):
+        plan.clear()
+        for inside in (*order, *order):
+            for _ in range(3):
+                assert_same(run(inside), expected[inside])
+                assert [t.is_inference() for t in run(inside)] == [t.is_inference() for t in expected[inside]]
+
+
+def test_a_backend_that_is_forced_or_switched_off_later_is_refused_though_a_plan_exists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors = heads(torch.float64)
+    for _ in range(3):
+        fastattn.attention(*tensors)
+    assert plan.count() == 1
+    monkeypatch.setenv("FASTATTN_DISABLE", "torch")
+    with pytest.raises(RuntimeError, match="no backend can run this call"):
+        fastattn.attention(*tensors)
+    monkeypatch.delenv("FASTATTN_DISABLE")
+    monkeypatch.setenv("FASTATTN_BACKEND", "triton")
+    with (
+        pytest.warns(RuntimeWarning, match="FASTATTN_BACKEND=triton forces"),
+        pytest.raises(RuntimeError, match="backend='triton' cannot run this call"),
+    ):
+        fastattn.attention(*tensors)
+    monkeypatch.delenv("FASTATTN_BACKEND")
+    fastattn.attention(*tensors)
+
+
+def test_a_backward_refused_since_the_forward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [t.requires_grad_() for t in heads(torch.float32)]
+    outs = [fastattn.attention(*tensors) for _ in range(3)]
+    monkeypatch.setenv("FASTATTN_DISABLE", "torch.attention_bwd,triton,cuda")
+    with pytest.raises(RuntimeError, match="no backend can run this call"):
+        outs[-1].sum().backward()
+
+
+def test_the_environment_is_read_anew_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert switches.environment() is switches.UNSET
+    assert backends.runs_every_pass("auto")
+    for name in ("FASTATTN_BACKEND", "FASTATTN_DISABLE", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "torch")
+        told = switches.environment()
+        assert told != switches.UNSET
+        assert backends.runs_every_pass("auto") == (name == "TRITON_INTERPRET")
+        monkeypatch.setenv(name, "cuda")
+        assert switches.environment() not in (told, switches.UNSET)
+        monkeypatch.delenv(name)
+        assert switches.environment() is switches.UNSET
+
+
+def test_where_the_state_cannot_be_told_there_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compat, "_CAN_TELL_STATE", False)
+    tensors = heads(torch.float32)
+    for _ in range(3):
+        fastattn.attention(*tensors)
+    assert plan.count() == 0
