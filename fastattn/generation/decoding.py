@@ -59,8 +59,9 @@ def generate(
         attention_mask: (B, S), nonzero = a real token; None = all are.
         max_new_tokens: most tokens to add, 20 by default; fewer where every row has ended.
         do_sample: draw from the distribution, else take the most likely token.
-        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the likeliest
-            that together reach probability p; then those at least min_p times as likely as the likeliest. Sampling only.
+        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the
+            likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
+            They need do_sample.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or continuation.
         presence_penalty: is subtracted from the logits of tokens in the continuation.
         num_beams: sequences that beam search keeps for each prompt; 1 = no beam search.
@@ -76,12 +77,12 @@ def generate(
         tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores, run after the
             penalties, as in transformers.
-        prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked in
-            one step. Guessing stops where it does not pay. The result is that without it (with batch_invariant bit by
-            bit, else up to the rounding of logits).
+        prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
+            in one step. Guessing stops where it does not pay. The result is that without it: with batch_invariant bit
+            by bit, else where no two logits are closer than rounding.
         prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
-        seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list has
-            a seed for each prompt, whose continuations draw as they do alone with that seed.
+        seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
+            has a seed for each prompt, whose continuations draw as they do alone with that seed.
         generator: draws the seed; at most one of both.
         use_cache: keep keys and values; without, every step recomputes the whole sequence, with the same result.
         batch_invariant: logits, and so tokens, have the bits that their row has alone. Slower: prompts are read one by

@@ -16,11 +16,10 @@ from fastattn.ops.arguments import is_integer, is_number
 MAX_TOKENS = 2**31 - 1  # positions are 32-bit integers
 NEW_TOKENS = 20  # as in transformers
 
-# What generation_config.json may hold: options of ours, and what no result depends on unless it has another value.
+# What generation_config.json may hold beside end and padding tokens, which are read where those are settled.
 HONOURED = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
-    "length_penalty", "early_stopping", "num_return_sequences", "eos_token_id", "pad_token_id", "stop_strings",
-    "prompt_lookup_num_tokens",
+    "length_penalty", "early_stopping", "num_return_sequences", "stop_strings", "prompt_lookup_num_tokens",
 )  # fmt: skip
 NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # by key, the values by which it changes nothing
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (None, 0)),
@@ -87,22 +86,22 @@ class Options:
             max_new_tokens=NEW_TOKENS if given.max_new_tokens is None else int(given.max_new_tokens),
             do_sample=bool(given.do_sample),
             temperature=1.0 if given.temperature is None else float(given.temperature),
-            top_k=given.top_k,
-            top_p=given.top_p,
-            min_p=given.min_p,
+            top_k=None if given.top_k is None else int(given.top_k),
+            top_p=None if given.top_p is None else float(given.top_p),
+            min_p=None if given.min_p is None else float(given.min_p),
             repetition_penalty=1.0 if given.repetition_penalty is None else float(given.repetition_penalty),
             presence_penalty=0.0 if given.presence_penalty is None else float(given.presence_penalty),
-            num_beams=given.num_beams or 1,
+            num_beams=int(given.num_beams or 1),
             length_penalty=1.0 if given.length_penalty is None else float(given.length_penalty),
             early_stopping=given.early_stopping or False,
-            num_return_sequences=given.num_return_sequences or 1,
+            num_return_sequences=int(given.num_return_sequences or 1),
             eos_token_id=given.eos_token_id,
             pad_token_id=given.pad_token_id,
             stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
             tokenizer=given.tokenizer,
             logits_processor=(processors,) if callable(processors) else tuple(processors),
-            prompt_lookup_num_tokens=given.prompt_lookup_num_tokens or 0,
-            prefill_chunk_size=given.prefill_chunk_size,
+            prompt_lookup_num_tokens=int(given.prompt_lookup_num_tokens or 0),
+            prefill_chunk_size=None if given.prefill_chunk_size is None else int(given.prefill_chunk_size),
             seed=given.seed,
             generator=given.generator,
             use_cache=given.use_cache,
@@ -177,7 +176,7 @@ class Settled:
 
 
 def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_len: int) -> Options:
-    """The options with those of a generation_config where they are None; it must ask for nothing that is not computed."""
+    """The options with a generation_config's where they are None; it must ask for nothing that is not computed."""
     if not config:
         return options
     for key, harmless in NOT_COMPUTED.items():
@@ -250,7 +249,7 @@ def _strings(name: str, value: Any) -> None:
 
 
 def _tokenizer(name: str, value: Any) -> None:
-    if not callable(getattr(value, "decode", None)):
+    if isinstance(value, bytes) or not callable(getattr(value, "decode", None)):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a tokenizer, which has decode(ids)")
 
 
@@ -283,7 +282,7 @@ _CHECKS: dict[str, Check] = {
     "repetition_penalty": _real("a positive finite number", lambda x: x > 0),
     "presence_penalty": _real("a finite number", lambda x: True),
     "num_beams": _whole(1),
-    "length_penalty": _real("a finite number", lambda x: True),
+    "length_penalty": _real("-16 to 16, an exponent of a length", lambda x: -16 <= x <= 16),
     "early_stopping": _stopping,
     "num_return_sequences": _whole(1),
     "stop_strings": _strings,

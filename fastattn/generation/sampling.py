@@ -145,7 +145,7 @@ class Draws:
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The tokens (B,) at which the cumulative sums of probs (B, V), not normalised, pass `uniform` (B, 1) of the total."""
+    """The tokens (B,) at which cumulative sums of probs (B, V), not normalised, pass `uniform` (B, 1) of the total."""
     total = probs.double().cumsum(-1)
     goal = torch.minimum(uniform * total[:, -1:], torch.nextafter(total[:, -1:], total.new_zeros(())))
     return torch.searchsorted(total, goal, right=True).squeeze(1)

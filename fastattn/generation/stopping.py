@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -18,12 +19,13 @@ def special_tokens(
 ) -> tuple[list[int], int]:
     """End tokens and the padding token. by_text: rows of several may end at a string, and so need padding.
 
-    Ids that a caller gives must be in the vocabulary. A config may name ids beyond it, as small models with GPT-2's
-    defaults do: such an end token ends nothing, and such a padding token is refused where a row could need it.
+    Ids that a caller does not give are those of the model's generation_config, else of its config. A caller's must be
+    in the vocabulary. Configs may name ids beyond it, as small models with GPT-2's defaults do: such an end token ends
+    nothing, and such a padding token is refused where a row could need it.
     """
-    size = model.config.vocab_size
+    size, config_pad = model.config.vocab_size, _default(model, "pad_token_id")
     if eos_token_id is None:
-        named = model.config.eos_token_id
+        named = _default(model, "eos_token_id")
         ids = [] if named is None else [named] if isinstance(named, int) else list(named)
         ends = [token for token in ids if token < size]
     elif is_integer(eos_token_id):
@@ -36,8 +38,8 @@ def special_tokens(
         ends = [_token_id("eos_token_id", token, size) for token in given]
     if pad_token_id is not None:
         pad = _token_id("pad_token_id", pad_token_id, size)
-    elif model.config.pad_token_id is not None and (ends or by_text):
-        pad = _token_id("pad_token_id of the config", model.config.pad_token_id, size)
+    elif config_pad is not None and (ends or by_text):
+        pad = _token_id("pad_token_id of the config", config_pad, size)
     elif by_text and not ends:
         raise ValueError(
             "pad_token_id: got None, and the config has none; rows that end at a string need one"
@@ -45,6 +47,11 @@ def special_tokens(
     else:
         pad = ends[0] if ends else 0  # without an end token no row is finished early
     return ends, pad
+
+
+def _default(model: CausalLM, name: str) -> Any:
+    found = (getattr(model, "generation_config", None) or {}).get(name)
+    return getattr(model.config, name) if found is None else found
 
 
 def _token_id(name: str, token: object, size: int) -> int:

@@ -34,6 +34,8 @@ def stream_text(
     Raises:
         TypeError, ValueError: as `generate`, before any work.
     """
+    if tokenizer is None:
+        raise TypeError("tokenizer: got NoneType, needs a tokenizer, which has decode(ids)")
     row, steps = _one_row(model, input_ids, attention_mask, {**options, "tokenizer": tokenizer})
 
     def pieces() -> Iterator[str]:
