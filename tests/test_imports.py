@@ -244,7 +244,7 @@ def test_benchmarks_import_fastattn_where_they_use_it(path: Path) -> None:
 # Who may move a finished file or folder into place, and what: all others call the first of their own tree.
 MOVING = {
     "fastattn/cache.py": "a file's content",
-    "fastattn/models/checkpoint/save.py": "the files of a model's folder",
+    "fastattn/models/checkpoint/swap.py": "the files of a model's folder",
     "fastattn/train/checkpoint.py": "folders of checkpoints, flushed to disk",
     "fastattn/extension/build.py": "what a linker wrote",
     "fastattn/extension/compiling.py": "what a compiler wrote",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import inspect
+import importlib
 import os
 import subprocess
 import sys
@@ -22,28 +22,36 @@ import fastattn
 from fastattn import reference, torch_compat
 from fastattn.integrations import sdpa_names
 from fastattn.nn import linear as linear_module
+from fastattn.torch_compat.lookup import find
 
-SOURCE = Path(torch_compat.__file__).read_text(encoding="utf-8")
-SYMBOLS = sorted(
-    node.args[0].value
-    for node in ast.walk(ast.parse(SOURCE))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_find"
-    if isinstance(node.args[0], ast.Constant)
-)
+HOME = Path(torch_compat.__file__).parent
+SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(HOME.glob("*.py"))}
+LOOKUPS = [
+    node
+    for source in SOURCES.values()
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "find"
+]
+SYMBOLS = sorted(node.args[0].value for node in LOOKUPS if isinstance(node.args[0], ast.Constant))
 FUNCTIONS = {
-    name: function
-    for name, function in inspect.getmembers(torch_compat, inspect.isfunction)
-    if not name.startswith("_") and function.__module__ == torch_compat.__name__
+    name: getattr(torch_compat, name)
+    for name in torch_compat.__all__
+    if callable(getattr(torch_compat, name))
 }
 
 
-def without(*symbols: str) -> str:
-    """torch_compat's source for a torch that lacks these."""
-    source = SOURCE
+def without(*symbols: str) -> dict[str, str]:
+    """torch_compat's sources, by file, that change for a torch that lacks these."""
+    changed = {}
     for symbol in symbols:
-        assert f'"{symbol}"' in source
-        source = source.replace(f'"{symbol}"', f'"{symbol}_gone"')
-    return source
+        assert any(f'"{symbol}"' in source for source in SOURCES.values())
+    for name, source in SOURCES.items():
+        text = source
+        for symbol in symbols:
+            text = text.replace(f'"{symbol}"', f'"{symbol}_gone"')
+        if text != source:
+            changed[name] = text
+    return changed
 
 
 @pytest.fixture
@@ -51,11 +59,16 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes torch_compat what it is where torch lacks some symbols."""
 
     def lack(*symbols: str) -> None:
-        module = ModuleType("fastattn.torch_compat")
-        exec(compile(without(*symbols), torch_compat.__file__, "exec"), vars(module))
-        for name, value in vars(module).items():
-            if not name.startswith("__"):
-                monkeypatch.setattr(torch_compat, name, value)
+        for file, source in without(*symbols).items():
+            module = importlib.import_module(f"{torch_compat.__name__}.{Path(file).stem}")
+            changed = ModuleType(module.__name__)
+            changed.__package__ = torch_compat.__name__
+            exec(compile(source, str(HOME / file), "exec"), vars(changed))
+            for name, value in vars(changed).items():
+                if not name.startswith("__"):
+                    monkeypatch.setattr(module, name, value)
+                    if name in torch_compat.__all__:
+                        monkeypatch.setattr(torch_compat, name, value)
 
     return lack
 
@@ -85,18 +98,26 @@ def check_against_reference(dtype: torch.dtype = torch.float64) -> None:
 
 
 def test_every_symbol_is_looked_up_by_its_literal_name() -> None:
-    calls = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
-    lookups = [
-        c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("_find", "getattr", "hasattr")
-    ]
-    assert len(SYMBOLS) == len([c for c in lookups if c.func.id == "_find"])  # type: ignore[attr-defined]
+    assert len(SYMBOLS) == len(LOOKUPS)
+
+
+def test_the_package_exports_every_function_and_nothing_that_is_not_there() -> None:
+    """A module that binds a private name of another would miss its fallback, so none imports another but `lookup`."""
+    public = set()
+    for file, source in SOURCES.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                public.add(node.name)
+            if isinstance(node, ast.ImportFrom) and node.level and file != "__init__.py":
+                assert node.module == "lookup", file
+    assert public - {"find"} == FUNCTIONS.keys()
 
 
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.13"), reason="other releases may lack some: that is the point"
 )
 def test_the_torch_of_ci_has_every_symbol() -> None:
-    assert [s for s in SYMBOLS if torch_compat._find(s) is None] == []
+    assert [s for s in SYMBOLS if find(s) is None] == []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -113,7 +134,7 @@ def test_callers_use_the_module_so_that_nothing_is_bound_before_its_fallback() -
     for path in (*root.rglob("*.py"), *benchmarks.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         assert "from fastattn.torch_compat import" not in source, path
-        for node in ast.parse(source).body if path.name != "torch_compat.py" else ():
+        for node in ast.parse(source).body if path.parent != HOME else ():
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 assert "torch_compat." not in ast.unparse(node), (
                     f"{path} uses torch_compat while it is imported"
@@ -128,13 +149,16 @@ def test_attention_is_right_without(symbol: str, lacking: Callable[..., None]) -
 
 
 def test_without_any_symbol_the_package_imports_and_attention_is_right(tmp_path: Path) -> None:
-    (tmp_path / "torch_compat.py").write_text(without(*SYMBOLS), encoding="utf-8")
+    for name, source in {**SOURCES, **without(*SYMBOLS)}.items():
+        (tmp_path / name).write_text(source, encoding="utf-8")
     script = f"""
 import importlib.util, pkgutil, sys
 class Finder:
     def find_spec(self, name, path, target=None):
         if name == "fastattn.torch_compat":
-            return importlib.util.spec_from_file_location(name, {str(tmp_path / "torch_compat.py")!r})
+            return importlib.util.spec_from_file_location(
+                name, {str(tmp_path / "__init__.py")!r}, submodule_search_locations=[{str(tmp_path)!r}]
+            )
 sys.meta_path.insert(0, Finder())
 import fastattn, fastattn.models, fastattn.train, fastattn.integrations.torch, fastattn.integrations.export
 import fastattn.integrations.flash_attn, fastattn.integrations.diffusers, fastattn.integrations.transformers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 from fastattn.generation import generate
-from fastattn.models.checkpoint import DECODERS, family_for, load_model, save_model
+from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_range, readable
 from fastattn.models.config import MAX_SIZE, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
@@ -37,13 +36,15 @@ class CausalLMOutput(NamedTuple):
     last_hidden_state: Tensor  # (B, S, E), after the final norm
 
 
-class GPT(nn.Module):
+class GPT(Pretrained, nn.Module):
     """A causal language model: embeddings, `n_layer` pre-norm blocks, a final norm and a linear head.
 
     Initialised as GPT-2: normal(0, initializer_range), biases 0, the two projections that add to the residual
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
+    families = DECODERS
+    generates = True
     quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
@@ -171,17 +172,6 @@ class GPT(nn.Module):
         return self
 
     generate = generate
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, in GPT-2's format where the model has nothing GPT-2 has not."""
-        save_model(self, self.config, family_for(self.config, DECODERS), directory)
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: str | Path) -> GPT:
-        """A model in eval mode from a folder, ours or one of transformers', or from the Hugging Face hub."""
-        model = load_model(cls, DECODERS, path_or_id)
-        assert isinstance(model, GPT)
-        return model
 
     def tie_weights(self) -> None:
         """Tie the head's weight to the token embedding if the config asks for it."""

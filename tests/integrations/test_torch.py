@@ -271,7 +271,7 @@ def test_activating_without_cuda_says_so(registry):
 
 def test_activation_overrides_cuda_until_restored(registry, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ours = fastattn.__name__ + "/torch_compat.py"  # where the ops are registered
+    ours = fastattn.__name__ + "/torch_compat/attention.py"  # where the ops are registered
 
     def owner(name):
         return torch._C._dispatch_dump(name)

@@ -89,3 +89,29 @@ def test_uncorrected_rounding_is_wrong(uncorrected: None) -> None:
         pytest.skip("this Triton rounds bfloat16 correctly")
     error = (actual.float() - VALUES).abs()[:60] / VALUES.abs()[:60]
     assert error.max() > 2.0**-9  # more than half a unit in the last place
+
+
+@triton.jit
+def double_kernel(values):
+    """values *= 2, for one int32."""
+    value = tl.load(values)
+    tl.store(values, value + value)
+
+
+def doubled() -> int:
+    values = torch.tensor([2**30 + 5], dtype=torch.int32)
+    double_kernel[(1,)](values)
+    return int(values)
+
+
+def test_integers_wrap_around_as_on_a_gpu() -> None:
+    assert doubled() == 2**31 + 10 - 2**32
+
+
+@pytest.mark.usefixtures("uncorrected")
+def test_triton_checks_integers_for_overflow_and_drops_what_it_found() -> None:
+    """So that leaving the check out changes nothing outside of debug mode."""
+    from triton.runtime import interpreter
+
+    assert interpreter.interpreter_builder.options.sanitize_overflow
+    assert doubled() == 2**31 + 10 - 2**32

@@ -1,13 +1,15 @@
 """Triton's interpreter made to compute what a GPU does with bfloat16, and relieved of work it does in vain.
 
 Without this, `tl.dot` multiplies the 16-bit patterns of bfloat16 operands as integers and a float32 value stored as
-bfloat16 is cut off instead of rounded; every device function called prepares triton.language anew, and every tensor
-is copied onto itself at the end. Triton interprets only where TRITON_INTERPRET=1 was set before its import.
+bfloat16 is cut off instead of rounded; every device function called prepares triton.language anew, every tensor is
+copied onto itself at the end, and every sum and product of integers is computed a second time in 64 bits for an
+assertion that is made in debug mode only, half of a kernel's time. Triton interprets only where TRITON_INTERPRET=1 was set before its import.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,9 @@ class Correction:
         self._replace(self.module.GridExecutor, "__call__", self._launch)
         self._replace(self.module.GridExecutor, "_restore_args_dev", self._leave_in_place)
         self._replace(self.module, "_patch_lang", self._patch_once)
+        self._replace(self.module, "_get_np_dtype", self._remembered)
+        builder = self.module.interpreter_builder
+        self._replace(builder, "options", lambda original: replace(original, sanitize_overflow=original.debug))
 
     def remove(self) -> None:
         """Put Triton's own functions back."""
@@ -104,6 +109,18 @@ class Correction:
     def _leave_in_place(self, original: Any) -> Any:
         """Kernels wrote to the CPU tensors themselves; copying back would write every page of their storages."""
         return lambda *args: None
+
+    def _remembered(self, original: Any) -> Any:
+        """A type's numpy dtype is looked up in a dict; Triton makes that dict in every call."""
+        known: dict[str, Any] = {}
+
+        def get_np_dtype(dtype: Any) -> Any:
+            name = dtype.scalar.name  # a pointer's is its own
+            if name not in known:
+                known[name] = original(dtype)
+            return known[name]
+
+        return get_np_dtype
 
     def _patch_once(self, original: Any) -> Any:
         """A launch patches triton.language anew for every device function called; once per module is enough."""

@@ -305,7 +305,9 @@ def test_saving_over_a_folder_keeps_its_other_files(tmp_path):
     assert GPT.from_pretrained(tmp_path).config == other.config
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
     assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "README.md",
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
     ]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import backends, torch_compat
+from fastattn import backends
 from fastattn.backends import switches
 from fastattn.integrations.export import plain_torch
 from fastattn.ops import plan
@@ -146,7 +146,7 @@ def test_the_environment_is_read_anew_in_every_call(monkeypatch: pytest.MonkeyPa
 
 
 def test_where_the_state_cannot_be_told_there_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_compat, "_CAN_TELL_STATE", False)
+    monkeypatch.setattr("fastattn.torch_compat.state._CAN_TELL_STATE", False)
     tensors = heads(torch.float32)
     for _ in range(3):
         fastattn.attention(*tensors)

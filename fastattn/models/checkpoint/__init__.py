@@ -14,6 +14,7 @@ from fastattn.models.checkpoint.load import load_model as load_model
 from fastattn.models.checkpoint.load import load_weights as load_weights
 from fastattn.models.checkpoint.names import Family as Family
 from fastattn.models.checkpoint.names import Part as Part
+from fastattn.models.checkpoint.pretrained import Pretrained as Pretrained
 from fastattn.models.checkpoint.report import LoadReport as LoadReport
 from fastattn.models.checkpoint.save import save_model as save_model
-from fastattn.models.checkpoint.save import write_folder as write_folder
+from fastattn.models.checkpoint.swap import write_folder as write_folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+INDEX = f"{WEIGHTS}.index.json"
 
 _DTYPES = {  # of a safetensors header
     "F64": torch.float64,
@@ -71,7 +74,7 @@ class Tensors:
     @classmethod
     def of(cls, origin: Path | str, state: dict[str, Tensor]) -> Tensors:
         """Tensors that are in memory."""
-        return cls(origin, {n: (tuple(t.shape), t.dtype, lambda t=t: t) for n, t in state.items()})  # type: ignore[misc]
+        return cls(origin, {n: (tuple(t.shape), t.dtype, partial(_itself, t)) for n, t in state.items()})
 
 
 def open_weights(folder: Path) -> Tensors:
@@ -141,7 +144,7 @@ def open_tensors(path: Path, origin: Path | None = None) -> Tensors:
 
 
 def _safetensors_entries(path: Path) -> dict[str, Any]:
-    file = safetensors.safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+    file = safetensors.safe_open(path, framework="pt")
     entries = {}
     for name in file.keys():  # noqa: SIM118, it is no mapping
         part = file.get_slice(name)
@@ -175,6 +178,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"pretrained model: {path} must hold a JSON object, it holds a {type(entries).__name__}"
         )
     return entries
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _some(names: Iterable[str]) -> str:

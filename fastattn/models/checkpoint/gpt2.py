@@ -100,7 +100,14 @@ GPT2 = Family(
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     parts=_PARTS,
     prefix="transformer.",
-    dropped=("h.*.attn.bias", "h.*.attn.masked_bias"),  # causal masks that old files carry
+    dropped=(
+        "h.*.attn.bias",  # causal masks that old files carry
+        "h.*.attn.masked_bias",
+        "score.weight",  # heads of transformers' other GPT2 classes
+        "classifier.*",
+        "qa_outputs.*",
+        "multiple_choice_head.*",
+    ),
     read_config=_read_gpt2,
     write_config=_write_gpt2,
 )
@@ -111,6 +118,7 @@ OWN = Family(
     prefix="transformer.",
     read_config=_read_own,
     write_config=GPTConfig.to_dict,
+    in_transformers=False,
 )
 
 

@@ -31,3 +31,39 @@ def resolve_folder(path_or_id: str | Path) -> Path:
             f"and could not be fetched from the Hugging Face hub: {error}"
         ) from error
     return found
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Upload a model's folder to a repository on the Hugging Face hub, made if needed; gives its address.
+
+    Weights that the repository holds under other names go, in the same commit; a README.md that it has stays.
+
+    Raises:
+        ValueError: repo_id is not a name, or the hub refused or was not reached; the message names it.
+    """
+    if not isinstance(repo_id, str) or not repo_id or repo_id.count("/") > 1:
+        raise ValueError(f"repo_id: got {repo_id!r}, needs a repository's name, 'user/name'")
+    try:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=getattr(address, "repo_id", repo_id),
+            folder_path=folder,
+            commit_message=commit_message or "Upload a model saved by fastattn",
+            ignore_patterns=["README.md"] if api.file_exists(repo_id, "README.md") else None,
+            delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(
+            f"repo_id: {repo_id!r} could not be uploaded to the Hugging Face hub: {error}"
+        ) from error
+    return str(address)

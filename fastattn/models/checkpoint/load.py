@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.checkpoint.folder import CONFIG, Tensors, open_weights, read_json
+from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.names import Family, Placed, join, placed, stored
 from fastattn.models.checkpoint.report import LoadReport
@@ -21,41 +22,52 @@ log = logging.getLogger("fastattn")
 
 
 def load_model(
-    make: Callable[[Any], nn.Module],
-    families: Sequence[Family],
+    cls: Any,
     path_or_id: str | Path,
     *,
+    dtype: torch.dtype | str | None = None,
     new: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """make(config), filled from a folder or hub repository and in eval mode; its `load_report` is a `LoadReport`.
-
-    Args:
-        make: the model of a config; called under torch.device("meta").
-        families: those that the class loads; config.json's model_type picks one.
-        path_or_id: a folder, or a repository's name on the Hugging Face hub.
-        new, dtype: as in `load_weights`; without dtype, the one that config.json says.
-    """
+    """A `Pretrained` class's model from a folder or hub repository, in eval mode; see `Pretrained.from_pretrained`."""
+    wanted = None if dtype is None else float_dtype(dtype)
     folder = resolve_folder(path_or_id)
     entries = read_json(folder / CONFIG)
     try:
-        family = family_of(entries, families)
+        family = family_of(entries, cls.families)
         config = family.read_config(entries)
+        generation = (
+            read_json(folder / GENERATION) if cls.generates and (folder / GENERATION).exists() else None
+        )
     except ValueError as error:
         raise ValueError(_prefixed(error, folder / CONFIG)) from None
+    if changes:
+        unknown = sorted(changes.keys() - {field.name for field in dataclasses.fields(config) if field.init})
+        if unknown:
+            raise TypeError(f"{unknown[0]}: {type(config).__name__} has no such field")
+        config = dataclasses.replace(config, **changes)
+    tensors = open_weights(folder)
+    config, family = cls.fitted(config, family, frozenset(map(family.plain, tensors.names())))
     with torch.device("meta"):
-        model = make(config)
-    report = load_weights(model, config, family, folder, new=new, dtype=dtype or dtype_of(entries))
-    model.load_report = report  # type: ignore[assignment]
-    return model.eval()
+        model = cls(config)
+    report = load_weights(
+        model, config, family, tensors, new=cls.new_heads, fresh=new, dtype=wanted or dtype_of(entries)
+    )
+    model.load_report, model.loaded_from, model.generation_config = report, folder, generation
+    filled: nn.Module = model.eval()
+    return filled
 
 
 def family_of(entries: dict[str, Any], families: Sequence[Family]) -> Family:
     """The family that config.json's model_type names; ValueError where there is none."""
     kind = entries.get("model_type")
-    for family in families:
-        if family.model_type == kind:
+    of_kind = [family for family in families if family.model_type == kind]
+    written_as = entries.get("architectures")
+    for family in of_kind:  # several formats of one type, by the class that wrote it
+        if isinstance(written_as, list) and any(name in family.architectures for name in written_as):
             return family
+    if of_kind:
+        return of_kind[0]
     names = [repr(family.model_type) for family in families]
     known = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
     raise ValueError(f"model_type: got {kind!r}, needs {known}")
@@ -68,6 +80,20 @@ def dtype_of(entries: dict[str, Any]) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
+def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype, or the one of that name.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if not isinstance(dtype, (torch.dtype, str)):
+        raise TypeError(f"dtype: got {type(dtype).__name__}, needs a torch.dtype or its name")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype: got {dtype!r}, needs float32, bfloat16, float16 or float64")
+    return cast(torch.dtype, found)
+
+
 def load_weights(
     model: nn.Module,
     config: Any,
@@ -75,6 +101,7 @@ def load_weights(
     folder: Path | Tensors,
     *,
     new: Sequence[str] = (),
+    fresh: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> LoadReport:
     """Give every parameter and persistent buffer of a model on the meta device its values.
@@ -89,13 +116,14 @@ def load_weights(
         folder: a folder with weights, or tensors that were opened already.
         new: patterns (fnmatch) of our names that the file may lack. Those are initialised as transformers does:
             matrices normal(0, config.initializer_range), other weights 1, biases 0.
+        fresh: patterns of our names that are initialised so whatever the file holds; each has to name something.
         dtype: of floating-point parameters; None keeps the file's.
 
     Raises:
         ValueError: tensors are missing, left over, of another shape or not finite; the message lists all of them.
     """
     tensors = folder if isinstance(folder, Tensors) else open_weights(folder)
-    plan = _Plan(model, config, family, tensors, new)
+    plan = _Plan(model, config, family, tensors, new, fresh)
     plan.check(str(tensors.origin))
     for names in plan.missing_new:
         _put(model, names, _initialised(names[0], model, config, dtype))
@@ -134,7 +162,13 @@ class _Plan:
     """Which tensors of a file go where, and what does not fit."""
 
     def __init__(
-        self, model: nn.Module, config: Any, family: Family, tensors: Tensors, new: Sequence[str]
+        self,
+        model: nn.Module,
+        config: Any,
+        family: Family,
+        tensors: Tensors,
+        new: Sequence[str],
+        fresh: Sequence[str],
     ) -> None:
         self.found: list[tuple[list[str], Placed, tuple[str, ...]]] = []
         self.missing_new: list[list[str]] = []

@@ -57,6 +57,7 @@ class Family:
         read_config: config.json -> our config; raises ValueError that begins with the key it cannot honour.
         write_config: our config -> what config.json holds besides model_type, architectures and dtype; raises
             ValueError where the config is none of this family.
+        in_transformers: whether transformers reads the format.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class Family:
     prefix: str = ""
     dropped: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    in_transformers: bool = True
 
     def plain(self, name: str) -> str:
         """A name of a file without the prefix and with endings of today."""

@@ -1,0 +1,60 @@
+"""Hooks of modules, versions of tensors, and a GPU that waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lookup import find
+
+_GLOBAL_HOOKS = (
+    find("torch.nn.modules.module._global_forward_hooks"),
+    find("torch.nn.modules.module._global_forward_pre_hooks"),
+    find("torch.nn.modules.module._global_backward_hooks"),
+    find("torch.nn.modules.module._global_backward_pre_hooks"),
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: torch.nn.Module) -> list[Any] | None:
+    """What is called besides a module's forward.
+
+    Fallback: None, where this torch keeps hooks elsewhere.
+    """
+    found = (*(getattr(module, name, None) for name in _HOOKS), *_GLOBAL_HOOKS)
+    if any(hooks is None for hooks in found):
+        return None
+    return [hook for hooks in found for hook in hooks.values()]
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of a module does more than its forward.
+
+    Fallback: True, where this torch keeps hooks elsewhere.
+    """
+    return hooks_of(module) != []
+
+
+_HAS_VERSION = find("torch.Tensor._version") is not None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The number of in-place changes of a tensor.
+
+    Fallback: None, and nothing derived from its values is cached for the next call.
+    """
+    return tensor._version if _HAS_VERSION else None
+
+
+_cuda_sleep = find("torch.cuda._sleep")
+
+
+def cuda_sleep(cycles: int) -> None:
+    """Queue a kernel that spins for so many clock cycles.
+
+    Fallback: nothing is queued, and gaps between launches count in what is timed.
+    """
+    if _cuda_sleep is not None:
+        _cuda_sleep(cycles)

@@ -1,0 +1,165 @@
+"""Matrix products of a CPU by oneDNN and FBGEMM, with weights kept in their order."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lookup import find
+
+_bfloat16_products = find("torch.ops.mkldnn._is_mkldnn_bf16_supported")
+_float16_products = find("torch.ops.mkldnn._is_mkldnn_fp16_supported")
+
+
+@cache
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype by oneDNN.
+
+    Fallback: False, and callers widen their operands.
+    """
+    supported = {torch.bfloat16: _bfloat16_products, torch.float16: _float16_products}.get(dtype)
+    return supported is not None and bool(supported())
+
+
+_onednn_linear: Any = find("torch.ops.mkldnn._linear_pointwise")
+_HAS_ONEDNN = _onednn_linear is not None and torch.backends.mkldnn.is_available()
+
+
+def has_onednn_linear() -> bool:
+    """Whether torch has oneDNN's linear layer, and this CPU oneDNN.
+
+    Fallback: False, and linear layers are torch.nn.functional.linear.
+    """
+    return _HAS_ONEDNN
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by oneDNN."""
+    result: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
+    return result
+
+
+ONEDNN_MIN_PRODUCTS = 1 << 24  # multiplications below which what a oneDNN call costs more than it saves
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of matrices, without a gradient: large float32 ones on a CPU by oneDNN, others as torch does.
+
+    MKL, torch's own choice, does not use the vector instructions of every maker's CPUs.
+
+    Fallback: torch's product.
+    """
+    if (
+        _HAS_ONEDNN
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= ONEDNN_MIN_PRODUCTS
+    ):
+        return onednn_linear(x, weight, None)
+    return x @ weight.mT
+
+
+_reorder_linear: Any = find("torch.ops.mkldnn._reorder_linear_weight")
+
+
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN multiplies with a bfloat16 weight in its own order here: tried once, on first use."""
+    if not _HAS_ONEDNN or _reorder_linear is None:
+        return False
+    try:
+        weight = torch.ones(32, 32, dtype=torch.bfloat16)
+        out = packed_linear(weight, pack_linear(weight), None)
+    except RuntimeError:
+        return False
+    return bool((out == 32).all())
+
+
+@functools.cache
+def has_packed_linear() -> bool:
+    """Whether bfloat16 weights can be kept in the order in which oneDNN reads them.
+
+    Fallback: False, and products read the weight as it is.
+    """
+    return _packs_bfloat16()
+
+
+def pack_linear(weight: Tensor) -> Any:
+    """A weight (O, I) in oneDNN's order for a product of one row.
+
+    Fallback: none is needed, `has_packed_linear` says so.
+    """
+    return _reorder_linear(weight.detach(), 1)
+
+
+def packed_linear(x: Tensor, pack: Any, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias with what `pack_linear` made of the weight.
+
+    Fallback: none is needed, `has_packed_linear` says so.
+    """
+    result: Tensor = _onednn_linear(x, pack, bias, "none", [], "")
+    return result
+
+
+_int8_linear: Any = find("torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32")
+_int8_pack: Any = find("torch.ops.quantized.linear_prepack")
+_per_channel: Any = find("torch._make_per_channel_quantized_tensor")
+_avx512: Any = find("torch.cpu._is_avx512_supported")
+_vnni: Any = find("torch.cpu._is_vnni_supported")
+
+
+@functools.cache
+def has_int8_linear() -> bool:
+    """Whether torch was built with FBGEMM and its product of 8-bit numbers that returns float32.
+
+    Fallback: False, and 8-bit numbers are multiplied in float64.
+    """
+    if _int8_linear is None or _int8_pack is None or _per_channel is None:
+        return False
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    try:
+        weight = torch.full((32, 32), -127, dtype=torch.int8)
+        out = int8_linear(torch.full((1, 32), 3.0), pack_int8_linear(weight, torch.full((32,), 0.5)))
+    except RuntimeError:
+        return False
+    return bool((out == -127 * 0.5 * 3 * 32).all())
+
+
+@functools.cache
+def has_int8_dot_products() -> bool:
+    """Whether 8-bit products are summed in 32 bits, by AVX-512 VNNI, so that none saturates.
+
+    Fallback: False, and activations use 7 bits.
+    """
+    return None not in (_avx512, _vnni) and bool(_avx512() and _vnni())
+
+
+def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:
+    """An int8 weight (O, I) and the float32 scale of each output, in FBGEMM's order.
+
+    Fallback: none is needed, `has_int8_linear` says so.
+    """
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    # FBGEMM packs for the engine that is set; "x86", the usual one, may pack for oneDNN
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.ao's deprecation of quantised tensors
+            return _int8_pack(_per_channel(weight, scale.double(), zeros, 0), None)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def int8_linear(x: Tensor, pack: Any) -> Tensor:
+    """round(x) @ (weight * scale).T, float32, for float32 x of magnitude 127 at most.
+
+    Fallback: none is needed, `has_int8_linear` says so.
+    """
+    result: Tensor = _int8_linear(x, 1.0, 128, pack)
+    return result
