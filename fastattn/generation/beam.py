@@ -70,8 +70,9 @@ def beam_search(model: CausalLM, prompt: Tensor, mask: Tensor | None, options: S
     hopeful = torch.ones(prompts, 1, dtype=torch.bool, device=device)  # a better one may yet be found
     among_first = torch.arange(count, device=device) < beams
 
+    tokens = first.new_zeros(0)  # of the beams
     for length in range(1, room + 1):
-        logits = driver.first() if length == 1 else driver.next(tokens)  # noqa: F821 - set below
+        logits = driver.first() if length == 1 else driver.next(tokens)
         log_probs = scores(logits.float().log_softmax(-1))  # (P * beams, V)
         if not bool(log_probs.amax(-1).isfinite().all()):
             raise ValueError(

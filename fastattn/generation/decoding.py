@@ -153,8 +153,7 @@ def rows_of(
     model: CausalLM, prompt: Tensor, mask: Tensor | None, options: Settled, with_text: bool = False
 ) -> Rows:
     """The continuations that are to be made, without a token yet."""
-    copies = options.num_return_sequences
-    return Rows(model, _repeated(prompt, copies), _repeated(mask, copies), options, with_text)
+    return Rows(model, *_repeated(prompt, mask, options.num_return_sequences), options, with_text)
 
 
 @torch.no_grad()
@@ -165,7 +164,8 @@ def continuations(
     if rows.finished:
         return
     copies, lookup = options.num_return_sequences, options.prompt_lookup_num_tokens
-    chooser = Chooser(options, _repeated(prompt, copies), _repeated(mask, copies), model.config.vocab_size)
+    repeated = _repeated(prompt, mask, copies)
+    chooser = Chooser(options, *repeated, model.config.vocab_size)
     driver = driver_of(
         model, prompt, mask, options.max_new_tokens + lookup, copies, use_cache=options.use_cache,
         batch_invariant=options.batch_invariant, chunk_size=options.prefill_chunk_size,
@@ -173,9 +173,7 @@ def continuations(
     if lookup:
         if not isinstance(driver, DecoderDriver):
             raise ValueError("prompt_lookup_num_tokens: this model has no decoder, which it needs")
-        yield from speculate(
-            driver, rows, chooser, _repeated(prompt, copies), _repeated(mask, copies), lookup
-        )
+        yield from speculate(driver, rows, chooser, *repeated, lookup)
         return
     logits = driver.first()
     for count in range(options.max_new_tokens):
@@ -187,8 +185,11 @@ def continuations(
         logits = driver.next(tokens)
 
 
-def _repeated(tensor: Tensor | None, copies: int) -> Tensor | None:
-    return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, 0)
+def _repeated(prompt: Tensor, mask: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
+    """Prompts and mask with so many copies of each row."""
+    if copies == 1:
+        return prompt, mask
+    return prompt.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
 
 
 @contextmanager

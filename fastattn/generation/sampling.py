@@ -119,7 +119,8 @@ class Draws:
 
     def __init__(self, streams: Sequence[tuple[int, int]], device: torch.device) -> None:
         seeds = [seed % 2**64 for seed, _ in streams]
-        self.key = tuple(torch.tensor([s >> n & 0xFFFFFFFF for s in seeds])[:, None] for n in (0, 32))
+        low, high = (torch.tensor([s >> n & 0xFFFFFFFF for s in seeds])[:, None] for n in (0, 32))
+        self.key = low, high
         self.index = torch.tensor([index for _, index in streams])[:, None]
         self.device = device
         self.numbers = torch.empty(
