@@ -47,3 +47,9 @@ class KVCache:
         self.values[:, :, start:end] = value
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i], (B,), as beams need."""
+        for buffer in (self.keys, self.values):
+            held = buffer[:, :, : self.length]
+            held.copy_(held[rows])

@@ -123,7 +123,9 @@ class Logits:
         for name in ("prefill", "step"):
             run = getattr(GPTDecoder, name)
             monkeypatch.setattr(
-                GPTDecoder, name, lambda *args, run=run: self.seen.append(run(*args)) or self.seen[-1]
+                GPTDecoder,
+                name,
+                lambda *args, run=run, **options: self.seen.append(run(*args, **options)) or self.seen[-1],
             )
 
     def take(self) -> Tensor:
