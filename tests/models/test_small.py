@@ -89,9 +89,9 @@ def test_8_bit_layers_are_for_inference_only():
     with torch.no_grad():
         rounded = layer(x)
         assert not torch.equal(rounded, exact)
-        torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
         layer.weight.mul_(2)  # the rounded copy follows the weight
-        torch.testing.assert_close(layer(x) - layer.bias, 2 * (rounded - layer.bias), rtol=1e-5, atol=1e-5)
+        layer.bias.mul_(2)
+        assert torch.equal(layer(x), 2 * rounded)
     assert quantize_linears(model, None) == 1
     assert type(layer) is Linear
     with pytest.raises(ValueError, match="kind: got 'int4'"):
@@ -120,14 +120,14 @@ def test_what_is_saved_is_not_rounded(bert, tmp_path):
 
 
 def test_perplexity_is_that_of_the_formula(gpt):
-    model, tokens = load(gpt), ids(3, 9)
+    model, tokens = load(gpt, dtype="float64"), ids(3, 9)
     with torch.no_grad():
         logs = model(tokens).logits.double().log_softmax(-1)
     taken = logs[:, :-1].gather(-1, tokens[:, 1:, None])
-    assert perplexity(model, tokens) == pytest.approx(math.exp(-taken.mean()), rel=1e-5)
+    assert perplexity(model, tokens) == pytest.approx(math.exp(-taken.mean()), rel=1e-9)
     padded = torch.cat([torch.full((3, 4), 60), tokens], dim=1)
     mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 9)], dim=1)
-    assert perplexity(model, padded, mask) == pytest.approx(perplexity(model, tokens), rel=1e-6)
+    assert perplexity(model, padded, mask) == pytest.approx(perplexity(model, tokens), rel=1e-9)
     with pytest.raises(ValueError, match="input_ids: holds no sequence of two tokens"):
         perplexity(model, tokens[:, :1])
 
