@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layer -> the layers it may import besides itself. A layer is the first name after `fastattn.`; "" is fastattn itself.
 ARROWS = {
     "torch_compat": set(),
-    "spec": set(),
+    "strides": set(),
+    "spec": {"strides"},
     "philox": {"torch_compat"},
     "rotary": set(),
     "visibility": set(),
@@ -22,10 +23,10 @@ ARROWS = {
     "cache": set(),
     "plot": {"cache"},
     "versions": set(),
-    "kernels": {"spec", "philox", "cache", "versions"},
+    "kernels": {"spec", "strides", "philox", "cache", "versions"},
     "extension": {"cache"},
-    "backends": {"torch_compat", "spec", "philox", "rotary", "visibility", "kernels", "extension"},
-    "ops": {"torch_compat", "spec", "philox", "reference", "backends", "visibility"},
+    "backends": {"torch_compat", "spec", "strides", "philox", "rotary", "visibility", "kernels", "extension"},
+    "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
     "generation": {"ops"},
@@ -45,7 +46,7 @@ ARROWS = {
 CONFINED = {
     "triton": ("kernels", "backends/triton", "tune/ahead.py"),
     "transformers": ("integrations",),
-    "tokenizers": ("data",),
+    "tokenizers": ("data", "models/embedding.py"),
     "typer": ("cli",),
     "matplotlib": ("plot.py",),
     "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation
