@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layer -> the layers it may import besides itself. A layer is the first name after `fastattn.`; "" is fastattn itself.
 ARROWS = {
     "torch_compat": set(),
-    "spec": set(),
+    "strides": set(),
+    "spec": {"strides"},
     "philox": {"torch_compat"},
     "rotary": set(),
     "visibility": set(),
@@ -22,10 +23,10 @@ ARROWS = {
     "cache": set(),
     "plot": {"cache"},
     "versions": set(),
-    "kernels": {"spec", "philox", "cache", "versions"},
+    "kernels": {"spec", "strides", "philox", "cache", "versions"},
     "extension": {"cache"},
-    "backends": {"torch_compat", "spec", "philox", "rotary", "visibility", "kernels", "extension"},
-    "ops": {"torch_compat", "spec", "philox", "reference", "backends", "visibility"},
+    "backends": {"torch_compat", "spec", "strides", "philox", "rotary", "visibility", "kernels", "extension"},
+    "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
     "generation": {"ops"},
@@ -104,12 +105,12 @@ def test_imports_follow_the_arrows(inside: str, path: Path) -> None:
     [
         ("ops/attention.py", "from fastattn.nn import MultiHeadAttention"),
         ("ops/attention.py", "from fastattn import nn"),
-        ("ops/attention.py", "def f():\n    from ..models import gpt"),
+        ("ops/attention.py", "def f():\n    from ..models import decoder"),
         ("nn/attention.py", "import fastattn.kernels"),
         ("backends/torch/__init__.py", "import triton"),
         ("backends/triton/__init__.py", "import kernels.primitives"),
-        ("models/gpt.py", "import transformers.models"),
-        ("data/packing.py", "from fastattn.models.gpt import GPT"),
+        ("models/decoder.py", "import transformers.models"),
+        ("data/packing.py", "from fastattn.models.decoder import GPT"),
     ],
 )
 def test_an_import_against_the_arrows_is_seen(inside: str, source: str) -> None:
@@ -244,7 +245,7 @@ def test_benchmarks_import_fastattn_where_they_use_it(path: Path) -> None:
 # Who may move a finished file or folder into place, and what: all others call the first of their own tree.
 MOVING = {
     "fastattn/cache.py": "a file's content",
-    "fastattn/models/checkpoint.py": "the files of a model's folder",
+    "fastattn/models/checkpoint/swap.py": "the files of a model's folder",
     "fastattn/train/checkpoint.py": "folders of checkpoints, flushed to disk",
     "fastattn/extension/build.py": "what a linker wrote",
     "fastattn/extension/compiling.py": "what a compiler wrote",

@@ -1,217 +1,329 @@
-"""One step of generation for a GPT: the blocks on rows, over caches of a fixed size, each sequence at its own length.
-
-What does not change between steps is settled when a decoder is made: checks, the products with each weight, the table
-of positions. A prompt's padding is moved behind its tokens, so that causality hides it and no mask is needed; the
-tokens that follow overwrite it in the cache.
-"""
+"""GPT: a pre-norm causal language model with learned, rotary or ALiBi positions, a KV cache and packed sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import torch_compat
-from fastattn.models.checks import check_range
-from fastattn.models.config import GPTConfig
-from fastattn.nn.attention import MultiHeadAttention, keep_forward
+from fastattn.generation import generate
+from fastattn.models.checkpoint import DECODERS, Pretrained
+from fastattn.models.checks import check_range, readable
+from fastattn.models.config import MAX_SIZE, GPTConfig
+from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.models.tied import TiedWeight, shares_gradient
+from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
-from fastattn.nn.linear import Linear
-from fastattn.nn.positions import Rotary, apply_rotary
-from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
-from fastattn.ops.attention import attention
-from fastattn.ops.kv_cache import attention_kv_cache
+from fastattn.nn.linear import Linear, linear
+from fastattn.nn.positions import Rotary, RotaryTable, positions_from_mask, positions_in_segments
+from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
+from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
 
-Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
-
-
-class Decodable(Protocol):
-    """The parts of a GPT, which imports this file."""
-
-    config: GPTConfig
-    quantized: str | None
-    wte: nn.Embedding
-    wpe: nn.Embedding | None
-    rotary: Rotary | None
-    h: nn.ModuleList
-    ln_f: nn.LayerNorm
-    lm_head: Linear
-
-    def new_cache(self, batch: int, capacity: int) -> list[KVCache]: ...
+IGNORE_INDEX = -100
 
 
-class _Block(NamedTuple):
-    """A block's parts, its products made ready."""
+class CausalLMOutput(NamedTuple):
+    """The output of a language model; loss is None without labels."""
 
-    module: PreNormBlock
-    qkv: Rows
-    out: Rows
-    c_fc: Rows
-    c_proj: Rows
-    activation: Callable[[Tensor], Tensor]
+    loss: Tensor | None  # ()
+    logits: Tensor | None  # (B, S, V), or the last logits_to_keep of S; None in training, see GPT.forward
+    last_hidden_state: Tensor  # (B, S, E), after the final norm
 
 
-def can_decode(model: Decodable) -> bool:
-    """Whether a decoder computes what the model's forward does: the modules are the usual ones, without hooks, adapters
-    or parametrisations, and autocast is off.
+class GPT(Pretrained, nn.Module):
+    """A causal language model: embeddings, `n_layer` pre-norm blocks, a final norm and a linear head.
+
+    Initialised as GPT-2: normal(0, initializer_range), biases 0, the two projections that add to the residual
+    stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
-    if torch.is_autocast_enabled(model.wte.weight.device.type) or torch.compiler.is_compiling():
-        return False
-    expected: list[tuple[nn.Module, type]] = [(model.wte, nn.Embedding), (model.lm_head, Linear)]
-    expected.append((model.ln_f, nn.LayerNorm))
-    if model.wpe is not None:
-        expected.append((model.wpe, nn.Embedding))
-    for block in model.h:
-        expected.append((block, PreNormBlock))
-        if type(block) is not PreNormBlock or type(block.mlp) is not Mlp:
-            return False
-        if type(block.attn) is not MultiHeadAttention or not _as_gpt_makes(block.attn):
-            return False
-        mlp = block.mlp
-        expected += [(mlp, Mlp), (mlp.c_fc, Linear), (mlp.c_proj, Linear)]
-        expected += [(block.ln_1, nn.LayerNorm), (block.ln_2, nn.LayerNorm)]
-        expected.append((block.attn.out_proj, type(block.attn.out_proj)))
-    return all(type(module) is kind and not torch_compat.has_hooks(module) for module, kind in expected)
+
+    families = DECODERS
+    generates = True
+    quantized: str | None = None  # what `quantize` set
+    shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
+        self.rotary = Rotary(config.head_dim, config.rope_theta) if config.positions == "rotary" else None
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(_block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self._init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: list[KVCache] | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool | None = None,
+    ) -> CausalLMOutput:
+        """Logits of the next token at every position, and the mean cross-entropy of `labels` shifted by one.
+
+        Args:
+            input_ids: (B, S) token ids.
+            attention_mask: (B, S), nonzero = a real token; with a cache (B, length + S). Padding on either side
+                changes nothing for real tokens: positions count real tokens only.
+            labels: (B, S), usually input_ids; the token at s + 1 is the target at s, -100 is ignored.
+            position_ids: (B, S) or (S,), in place of those counted here.
+            segment_ids: (B, S) integers, several documents packed in a row: a token sees its own document only,
+                positions restart with each and no target crosses a boundary. Negative ids are padding.
+            cache: one `KVCache` per block, as `new_cache` makes; holds earlier tokens and is appended to.
+            logits_to_keep: logits of the last so many positions only; 0 for all.
+            return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
+                gradients, which `linear_cross_entropy` does with a few tokens' logits at a time.
+
+        Raises:
+            TypeError: a list or a number stands where a tensor belongs, or the reverse.
+            ValueError: a tensor does not fit, the sequence is longer than learned positions or the cache allow, or
+                an id or a label that counts is out of range (asked on a CPU only, where it costs no synchronisation).
+        """
+        tensors = {"labels": labels, "segment_ids": segment_ids, "position_ids": position_ids}
+        self._check_inputs(input_ids, attention_mask, tensors, cache, logits_to_keep)
+        if return_logits is None:
+            return_logits = labels is None or not (self.training and torch.is_grad_enabled())
+        elif not isinstance(return_logits, bool):
+            raise TypeError(f"return_logits: got {return_logits!r}, needs True, False or None")
+        past = cache[0].length if cache else 0
+        targets = None if labels is None else _next_tokens(labels, segment_ids, self.config.vocab_size)
+        visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
+        if position_ids is None:
+            position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
+
+        plain_head = (
+            targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
+        )
+        tied = TiedWeight(self.wte.weight) if plain_head and shares_gradient(self.wte, self.lm_head) else None
+        x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
+        if self.wpe is not None:
+            x = x + self.wpe(position_ids)  # (B, S, E)
+        table = self._rotary_table(position_ids, x.dtype)
+        x = self.drop(x)
+        for i, block in enumerate(self.h):
+            x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
+        x = self.ln_f(x)  # (B, S, E)
+        head = None if not plain_head else self.lm_head.weight if tied is None else tied.head()  # (V, E)
+        if targets is not None and head is not None and not return_logits:
+            return CausalLMOutput(_mean_loss(x, head, targets), None, x)
+        if targets is None and not return_logits:
+            return CausalLMOutput(None, None, x)
+        kept = x[:, -logits_to_keep:]
+        logits = self.lm_head(kept) if head is None else linear(kept, head)  # (B, S or logits_to_keep, V)
+        loss = None if targets is None else _mean_loss_of(logits, targets)
+        return CausalLMOutput(loss, logits if return_logits else None, x)
+
+    def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
+        """Empty caches for `batch` sequences of up to `capacity` tokens, on the model's device and in its dtype."""
+        config, weight = self.config, self.wte.weight
+        return [
+            KVCache(
+                batch, config.kv_heads, capacity, config.head_dim, dtype=weight.dtype, device=weight.device
+            )
+            for _ in self.h
+        ]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of a sequence: the learned positions there are; None with positions that any length has."""
+        return None if self.wpe is None else self.config.n_positions
+
+    def step(self, ids: Tensor, cache: list[KVCache] | None, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the token after `ids`, (B, V): one step of generation, see `fastattn.generation.CausalLM`."""
+        logits = self(ids, attention_mask, cache=cache, logits_to_keep=1, return_logits=True).logits
+        assert logits is not None
+        return logits[:, -1]
+
+    def decoder(self, batch: int, capacity: int, *, batch_invariant: bool = False) -> GPTDecoder | None:
+        """Steps of generation that check nothing, see `GPTDecoder`; None where modules were replaced or have hooks."""
+        return (
+            GPTDecoder(self, batch, capacity, batch_invariant=batch_invariant) if can_decode(self) else None
+        )
+
+    def quantize(self, kind: str | None = "int8") -> GPT:
+        """Let `generate` and `decoder` multiply with weights rounded to 8 bits, or with None as they are; returns self.
+
+        A weight has a scale for each output and an activation one for each token, so that a sequence's result does not
+        depend on its batch. The error of each is below 1/254 of the largest magnitude under the scale (activations:
+        1/126 on CPUs without AVX-512 VNNI). Weights themselves, `forward` and training stay as they are; the rounded
+        copies are made once and again where a weight has changed.
+        """
+        if kind not in (None, "int8"):
+            raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+        if kind is not None and not can_decode(self):
+            raise ValueError(
+                "kind: a model with replaced modules or hooks does not decode with 8-bit weights"
+            )
+        self.quantized = kind
+        return self
+
+    generate = generate
+
+    def tie_weights(self) -> None:
+        """Tie the head's weight to the token embedding if the config asks for it."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
+
+    def _rotary_table(self, position_ids: Tensor, dtype: torch.dtype) -> RotaryTable | None:
+        """cos and sin for every block, (S, D/2) or (B, S, D/2), in float32 at least."""
+        if self.rotary is None:
+            return None
+        return self.rotary.table(position_ids, torch.promote_types(dtype, torch.float32))
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith(("out_proj.weight", "mlp.c_proj.weight")):
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(0.0, std)
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        tensors: dict[str, Tensor | None],
+        cache: list[KVCache] | None,
+        logits_to_keep: int,
+    ) -> None:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **tensors}
+        for name, tensor in given.items():
+            if tensor is not None:
+                check_tensor(name, tensor)
+        check_tensor("input_ids", input_ids)
+        if cache is not None and not (
+            isinstance(cache, (list, tuple)) and all(isinstance(layer, KVCache) for layer in cache)
+        ):
+            raise TypeError(f"cache: got {type(cache).__name__}, needs a list of KVCache, as new_cache makes")
+        if not is_integer(logits_to_keep):
+            raise TypeError(f"logits_to_keep: got {logits_to_keep!r}, needs an integer")
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            raise ValueError(f"input_ids: got {got}, needs int64 or int32 of shape (batch, length)")
+        batch, seqlen = input_ids.shape
+        past = cache[0].length if cache else 0
+        if cache is not None:
+            shapes = {tuple(layer.keys.shape[:2]) for layer in cache}
+            if len(cache) != len(self.h) or shapes != {(batch, self.config.kv_heads)}:
+                raise ValueError(
+                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(shapes)}, "
+                    f"needs {len(self.h)} of {(batch, self.config.kv_heads)}"
+                )
+        if attention_mask is not None and attention_mask.shape != (batch, past + seqlen):
+            needs = f"({batch}, {past + seqlen})"
+            raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {needs}")
+        for name, tensor in tensors.items():
+            shapes = {(batch, seqlen), (seqlen,)} if name == "position_ids" else {(batch, seqlen)}
+            if tensor is not None and (
+                tuple(tensor.shape) not in shapes or tensor.dtype not in INTEGER_DTYPES
+            ):
+                got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
+        if tensors["segment_ids"] is not None and past:
+            raise ValueError("segment_ids: packed sequences do not go with a cache that holds tokens")
+        if not 0 <= logits_to_keep <= MAX_SIZE or (logits_to_keep and tensors["labels"] is not None):
+            raise ValueError(
+                f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
+            )
+        if self.wpe is not None and past + seqlen > self.config.n_positions:
+            raise ValueError(
+                f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}, "
+                f"the learned positions there are"
+            )
+        check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
+        if self.wpe is not None and tensors["position_ids"] is not None:
+            check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
 
 
-def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
-    hooks = torch_compat.hooks_of(attn)
-    return (
-        hooks is not None
-        and all(hook is keep_forward for hook in hooks)
-        and attn.in_proj_weight is not None
-        and attn.bias_k is None
-        and not attn.add_zero_attn
-        and attn.rotary is None
+def _block(config: GPTConfig) -> PreNormBlock:
+    attn = MultiHeadAttention(
+        config.n_embd,
+        config.n_head,
+        dropout=config.attn_pdrop,
+        bias=config.bias,
+        batch_first=True,
+        num_kv_heads=config.num_kv_heads,
+        window=None if config.window is None else (config.window - 1, 0),
+        alibi=config.positions == "alibi",
+        qk_norm=config.qk_norm,
+    )
+    mlp = Mlp(
+        config.n_embd,
+        config.mlp_dim,
+        activation=config.activation_function,
+        bias=config.bias,
+        dropout=config.resid_pdrop,
+    )
+    return PreNormBlock(
+        attn, mlp, norm_eps=config.layer_norm_epsilon, bias=config.bias, dropout=config.resid_pdrop
     )
 
 
-class GPTDecoder:
-    """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them; see `prefill` and `step`.
-
-    batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
-    of a step are made in blocks of a fixed number of rows, and activations by row.
-    """
-
-    def __init__(self, model: Decodable, batch: int, capacity: int, *, batch_invariant: bool = False) -> None:
-        self.model, self.invariant = model, batch_invariant
-        self.cache = [
-            (layer.keys, layer.values) for layer in model.new_cache(batch, capacity)
-        ]  # (B, Hkv, C, D)
-        device = model.wte.weight.device
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.blocks = [self._parts(block) for block in model.h]
-        self.head = self._rows(model.lm_head.weight, None)
-        self.rotary = None
-        if model.rotary is not None:
-            dtype = torch.promote_types(model.wte.weight.dtype, torch.float32)
-            self.rotary = model.rotary.table(torch.arange(capacity, device=device), dtype)  # (C, D/2) twice
-
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Read prompts (B, S) into empty caches; logits of the token after each, (B, V).
-
-        lengths: (B,), the tokens of each row, which stand first; None = all S.
-        """
-        batch, seqlen = ids.shape
-        check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
-        self.lengths.copy_(torch.full_like(self.lengths, seqlen) if lengths is None else lengths)
-        if self.invariant:
-            ends = self.lengths.tolist()
-            last = torch.cat(
-                [self._read(ids[i : i + 1, :n], slice(i, i + 1))[-1:] for i, n in enumerate(ends)]
-            )
-        else:
-            x = self._read(ids, slice(0, batch)).unflatten(0, (batch, seqlen))
-            ends_of = self.lengths.long() - 1
-            last = x[:, -1] if lengths is None else x[torch.arange(batch, device=x.device), ends_of]
-        return self.head(last.contiguous())
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each sequence, (B,); logits of the token after it, (B, V)."""
-        model = self.model
-        x = F.embedding(tokens, model.wte.weight)  # (B, E)
-        if model.wpe is not None:
-            x = x + F.embedding(self.lengths, model.wpe.weight)
-        logits = self.head(self._through_blocks(x, 1, self._to_cache))
-        self.lengths += 1
-        return logits
-
-    @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
-        check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
-        self.lengths.fill_(ids.shape[1])
-        return self.head(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
-
-    def _read(self, ids: Tensor, rows: slice) -> Tensor:
-        """The final hidden states of whole prompts, (B * S, E), whose keys and values go into these rows' caches."""
-        model, seqlen = self.model, ids.shape[1]
-        x = F.embedding(ids, model.wte.weight)
-        if model.wpe is not None:
-            x = x + model.wpe.weight[:seqlen]
-
-        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.rotary is not None:
-                table = (self.rotary[0][:seqlen], self.rotary[1][:seqlen])
-                q, k = apply_rotary(q, table), apply_rotary(k, table)
-            keys, values = self.cache[layer]
-            keys[rows, :, :seqlen].copy_(k)
-            values[rows, :, :seqlen].copy_(v)
-            return attention(
-                q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
-                sinks=attn.sinks, backend=attn.backend,
-            )  # fmt: skip
-
-        return self._through_blocks(x.flatten(0, 1), seqlen, attend)
-
-    def _to_cache(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cos, sin = (None, None) if self.rotary is None else self.rotary
-        return attention_kv_cache(
-            q, *self.cache[layer], self.lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin,
-            window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks,
-            backend=attn.backend,
-        )  # fmt: skip
-
-    def _through_blocks(self, x: Tensor, seqlen: int, attend: Attend) -> Tensor:
-        """(B * S, E) -> (B * S, E): every block and the final norm, rows of one sequence after the other."""
-        for layer, block in enumerate(self.blocks):
-            attn = block.module.attn
-            heads, kv_heads, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
-            qkv = block.qkv(_norm(block.module.ln_1, x)).view(
-                x.shape[0] // seqlen, seqlen, heads + 2 * kv_heads, dim
-            )
-            q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, heads, S, D)
-            if attn.q_norm is not None and attn.k_norm is not None:
-                q, k = attn.q_norm(q), attn.k_norm(k)
-            out = attend(attn, layer, q, k, v).transpose(1, 2).reshape(x.shape[0], heads * dim)
-            x = x + block.out(out)
-            h = block.activation(block.c_fc(_norm(block.module.ln_2, x)))
-            x = x + block.c_proj(h)
-        return _norm(self.model.ln_f, x)
-
-    def _parts(self, block: Any) -> _Block:
-        attn, mlp = block.attn, block.mlp
-        activation = mlp.activation
-        return _Block(
-            block,
-            self._rows(attn.in_proj_weight, attn.in_proj_bias),
-            self._rows(attn.out_proj.weight, attn.out_proj.bias),
-            self._rows(mlp.c_fc.weight, mlp.c_fc.bias),
-            self._rows(mlp.c_proj.weight, mlp.c_proj.bias),
-            by_row(activation) if self.invariant else activation,
-        )
-
-    def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
-        product = rows_of(weight, bias, self.model.quantized)
-        # sums of integers are exact in any order
-        return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
+def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
+    """The options of attention by which only real tokens of one document see each other."""
+    if attention_mask is None:
+        return {"segment_ids": segment_ids}
+    if segment_ids is None and seqlen == 1:
+        return {"key_padding_mask": attention_mask == 0}  # (B, past + 1): one call decodes the whole batch
+    real = attention_mask != 0
+    if segment_ids is not None:
+        ids = torch.where(real, segment_ids, -1)
+    elif readable(real) and bool(real.all()):
+        return {}  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
+    else:
+        ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
+    return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _count_positions(
+    input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, past: int
+) -> Tensor:
+    """Positions (B, S), or (S,) where all rows agree: the number of earlier tokens of the same document."""
+    if segment_ids is not None:
+        return positions_in_segments(segment_ids)
+    if attention_mask is not None:
+        return positions_from_mask(attention_mask)[:, past:]
+    return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+
+
+def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) -> Tensor:
+    """(B, S) int64: the label that follows each position, IGNORE_INDEX where none counts."""
+    targets = F.pad(labels.long(), (0, 1), value=IGNORE_INDEX)[:, 1:]  # shifting labels copies no logits
+    if segment_ids is not None:
+        following = F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
+        targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
+    if targets.is_cpu and not torch.compiler.is_compiling():
+        counted = targets[targets != IGNORE_INDEX]
+        check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
+    return targets
+
+
+def _mean_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets of -log softmax(x @ head.T)[target], in float32; NaN where there is no target."""
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    # the loss of a 16-bit model is wider than its dtype, as under autocast
+    with torch.autocast(x.device.type, x.dtype) if narrow else nullcontext():
+        return linear_cross_entropy(x, head, targets, ignore_index=IGNORE_INDEX).float()
+
+
+def _mean_loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same of logits that exist."""
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).float()

@@ -69,7 +69,7 @@ class PreNormBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, S, E) -> (B, S, E); the options are those of `MultiHeadAttention.forward`."""
-        h = _normalised(self.ln_1, x)
+        h = normalised(self.ln_1, x)
         h, _ = self.attn(
             h,
             h,
@@ -82,10 +82,10 @@ class PreNormBlock(nn.Module):
             cache=cache,
         )  # (B, S, E)
         x = x + self.dropout(h)
-        return x + self.mlp(_normalised(self.ln_2, x))  # (B, S, E)
+        return x + self.mlp(normalised(self.ln_2, x))  # (B, S, E)
 
 
-def _normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x), which the linear layers behind it make again in their backward."""
     if type(norm) is not nn.LayerNorm or torch_compat.has_hooks(norm):  # what it does is not only the formula
         out: Tensor = norm(x)

@@ -24,6 +24,7 @@ from fastattn.ops.cross_entropy_registration import (
     run_linear,
     run_linear_sum,
 )
+from fastattn.ops.values import may_be_refused
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec
 
 
@@ -208,11 +209,7 @@ def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:
 
 def _refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
     """Raise before anything runs what some pass would raise; a torch.func transform takes no backend's pass."""
-    if (
-        arguments.may_be_refused(tensors, "auto")
-        and composite.transform_in_use(tensors) is None
-        and not plain.wanted()
-    ):
+    if may_be_refused(tensors, "auto") and composite.transform_in_use(tensors) is None and not plain.wanted():
         backends.select_all(passes(), "auto")
 
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.backends import layout
 from fastattn.ops import arguments, composite, flops, plain, plan, spelling, symbolic
 from fastattn.ops.kv_cache_plan import KVCachePlan, check_memory, check_values, spec_of
 from fastattn.ops.registration import define, out_and_lse_fake, schema_of
-from fastattn.spec import (
-    KVCacheCall,
-    with_unit_last_stride,
-)
+from fastattn.spec import KVCacheCall
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -281,12 +279,13 @@ def check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
 
 
 def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    query, *call_args, backend = args
-    call = KVCacheCall(with_unit_last_stride(query), *call_args)
+    *call_args, backend = args
+    call = layout.operands(KVCacheCall(*call_args))
     check_memory(call)
     check_values(call)
     spec = spec_of(call)
-    return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)
+    chosen = backends.select(spec, backend, "kv_cache_fwd")
+    return chosen.kv_cache_fwd(spec, layout.for_backend(chosen, call, spec))
 
 
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")

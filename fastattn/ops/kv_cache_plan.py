@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.backends import layout
 from fastattn.ops import arguments
 from fastattn.ops.overlap import overlap, overlaps_itself
-from fastattn.spec import AttentionSpec, KVCacheCall, with_unit_last_stride
+from fastattn.spec import AttentionSpec, KVCacheCall
 
 TENSORS = [field.name for field in fields(KVCacheCall) if "Tensor" in str(field.type)]  # the first fields
 
@@ -104,8 +105,7 @@ class KVCachePlan:
     __slots__ = ("appends", "chosen", "launch", "options", "reach", "return_lse", "spec")
 
     def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
-        query, *rest = args
-        call = KVCacheCall(with_unit_last_stride(query), *rest)
+        call = layout.operands(KVCacheCall(*args))
         self.return_lse, self.options = return_lse, args[len(TENSORS) :]
         self.spec = spec_of(call)
         self.chosen = backends.select(self.spec, backend, "kv_cache_fwd")
@@ -113,7 +113,7 @@ class KVCachePlan:
         if hasattr(self.chosen, "kv_cache_fwd_plan"):
             self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call)
         self.appends = call.key is not None
-        self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, query, call.key, call.value)))
+        self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, args[0], call.key, call.value)))
 
     def __call__(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, key: Tensor | None,
@@ -126,9 +126,11 @@ class KVCachePlan:
             block_table = arguments.as_int32("block_table", block_table)
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
-        call = KVCacheCall(
-            with_unit_last_stride(query), k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin,
-            slopes, sinks, *self.options,
+        call = layout.operands(
+            KVCacheCall(
+                query, k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin, slopes, sinks,
+                *self.options,
+            )
         )  # fmt: skip
         if self.appends and not self._apart(k_cache, v_cache, query, key, value):
             check_memory(call)
@@ -136,7 +138,7 @@ class KVCachePlan:
         if self.launch is not None and known:
             results = self.launch(call.query, k_cache, v_cache, key, value, known)
         if results is None:
-            results = self.chosen.kv_cache_fwd(self.spec, call)
+            results = self.chosen.kv_cache_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
         return results if self.return_lse else results[0]
 
     def _apart(self, k_cache: Tensor, v_cache: Tensor, *read: Tensor | None) -> bool:

@@ -19,9 +19,9 @@ from fastattn import backends, torch_compat
 from fastattn.backends import switches
 from fastattn.ops import plain
 from fastattn.spec import float32_precision
+from fastattn.strides import ALIGNMENT
 
 MOST = 1024  # plans that are kept; a table that has grown so large is emptied
-ALIGNMENT = 16  # bytes
 
 Key = tuple[Any, ...]
 Plan = Callable[..., Any]

@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.checkpoint import config_from_json, read_weights, write_folder
+from fastattn.models.checkpoint import DECODERS, open_weights, write_folder
+from fastattn.models.checkpoint.load import family_of
 
 SIZES = {
     "vocab_size": 61,
@@ -182,7 +183,7 @@ def test_pickled_state_dicts_load_but_no_code_runs(copied):
 
     torch.save({"wte.weight": Evil()}, folder / "pytorch_model.bin")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        read_weights(folder)
+        open_weights(folder)
 
 
 def test_config_written_by_an_older_transformers(copied):
@@ -210,7 +211,7 @@ def test_config_written_by_an_older_transformers(copied):
 )
 def test_what_cannot_be_honoured_is_refused(entries, name):
     with pytest.raises(ValueError, match=name):
-        config_from_json(entries)
+        family_of(entries, DECODERS).read_config(entries)
 
 
 def test_weights_that_do_not_fit_are_refused(copied):
@@ -304,7 +305,9 @@ def test_saving_over_a_folder_keeps_its_other_files(tmp_path):
     assert GPT.from_pretrained(tmp_path).config == other.config
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
     assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "README.md",
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
     ]

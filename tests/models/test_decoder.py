@@ -1,254 +1,460 @@
-"""GPT's decoder: the forward's logits at each sequence's own length, bits that do not depend on the batch, 8 bits."""
+"""GPT: what transformers' GPT-2 computes, the same with every option, padding, packing and the cache."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
+import math
 
 import pytest
 import torch
-from allocations import Allocations
-from torch import Tensor, nn
+import torch.nn.functional as F
 
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.decoder import GPTDecoder, can_decode
+from fastattn.nn.attention import MultiHeadAttention
+from numerics import assert_within_rule
 
-SIZES: dict[str, Any] = {
+SIZES = {
     "vocab_size": 61,
-    "n_positions": 64,
+    "n_positions": 32,
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
     "initializer_range": 0.3,
 }
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     "learned": {},
     "rotary": {"positions": "rotary"},
     "alibi": {"positions": "alibi"},
     "gqa, window, qk_norm": {"positions": "rotary", "num_kv_heads": 2, "window": 5, "qk_norm": True},
-    "no bias, untied": {"bias": False, "tie_word_embeddings": False, "n_inner": 44},
+    "no bias, untied": {"bias": False, "tie_word_embeddings": False, "n_inner": 40},
 }
-every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-LENGTHS = (9, 4, 1, 7)
+every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 
 
-def make(dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
-    torch.manual_seed(0)
+def make(seed=0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
     return GPT(GPTConfig(**{**SIZES, **options})).to(dtype).eval()
 
 
-def prompts(lengths: tuple[int, ...]) -> Tensor:
-    """Rows that begin with so many tokens; what follows is padding."""
-    return torch.randint(61, (len(lengths), max(lengths)))
+def ids(*shape):
+    return torch.randint(0, SIZES["vocab_size"], shape)
 
 
-@every_kind
-def test_every_step_is_the_forward_of_each_sequence(options: dict[str, Any]) -> None:
-    model, ids = make(**options), prompts(LENGTHS)
-    decoder = model.decoder(4, 20)
-    assert decoder is not None
-    rows = [ids[i, :n] for i, n in enumerate(LENGTHS)]
-    logits = decoder.prefill(ids, torch.tensor(LENGTHS))
-    for _ in range(6):
-        expected = torch.stack([model(row[None]).logits[0, -1] for row in rows])
-        torch.testing.assert_close(logits, expected)
-        tokens = torch.randint(61, (4,))
-        rows = [torch.cat((row, token[None])) for row, token in zip(rows, tokens)]
-        logits = decoder.step(tokens)
+def test_logits_loss_and_gradients_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        **SIZES, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2
+    )
+    theirs = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").double().eval()
+    ours = make()
+    ours.load_state_dict(state_of(theirs))
+    tokens = ids(3, 17)
+    labels = tokens.clone()
+    labels[0, :6] = -100
+    expected, actual = theirs(tokens, labels=labels), ours(tokens, labels=labels)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-6, atol=0)  # theirs is computed in float32
+    hidden = theirs.transformer(tokens).last_hidden_state
+    torch.testing.assert_close(actual.last_hidden_state, hidden)
+    expected.logits.square().mean().backward()
+    actual.logits.square().mean().backward()
+    torch.testing.assert_close(ours.wte.weight.grad, theirs.transformer.wte.weight.grad)
+    torch.testing.assert_close(ours.wpe.weight.grad, theirs.transformer.wpe.weight.grad)
+    for mine, other in zip(ours.h, theirs.transformer.h):
+        torch.testing.assert_close(mine.attn.in_proj_weight.grad, other.attn.c_attn.weight.grad.T)
+        torch.testing.assert_close(mine.mlp.c_proj.weight.grad, other.mlp.c_proj.weight.grad.T)
+        torch.testing.assert_close(mine.ln_1.weight.grad, other.ln_1.weight.grad)
 
 
-@every_kind
-def test_all_logits_and_equal_lengths(options: dict[str, Any]) -> None:
-    model, ids = make(**options), torch.randint(61, (3, 8))
-    whole = model(ids).logits
-    decoder = GPTDecoder(model, 3, 9)
-    torch.testing.assert_close(decoder.logits(ids[:, :7]), whole[:, :7])
-    torch.testing.assert_close(decoder.step(ids[:, 7]), whole[:, 7])
-    torch.testing.assert_close(GPTDecoder(model, 3, 9).prefill(ids), whole[:, -1])
+def state_of(theirs):
+    from fastattn.models.checkpoint import from_gpt2_names
+
+    return from_gpt2_names(theirs.state_dict(), tied=True)
 
 
-class Logits:
-    """The logits of each step of a generation."""
+def by_hand(model, tokens):
+    """The forward pass written out with plain torch operations and explicit scores, float64."""
+    config, w = model.config, model.state_dict()
+    heads, kv_heads, dim = config.n_head, config.kv_heads, config.head_dim
+    length = tokens.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    hidden = (distance < 0) | (distance >= (config.window or length))
+    x = w["wte.weight"][tokens]
+    if config.positions == "learned":
+        x = x + w["wpe.weight"][:length]
 
-    def __init__(self, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[Tensor] = []
-        for name in ("prefill", "step"):
-            run = getattr(GPTDecoder, name)
-            monkeypatch.setattr(
-                GPTDecoder, name, lambda *args, run=run: self.seen.append(run(*args)) or self.seen[-1]
-            )
-
-    def take(self) -> Tensor:
-        seen, self.seen = torch.stack(self.seen, 1), []
-        return seen
-
-
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [None, "int8"])
-def test_batch_invariant_tokens_and_logits_have_the_bits_of_a_sequence_alone(
-    options: dict[str, Any], dtype: torch.dtype, kind: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make(dtype, **options).quantize(kind)
-    logits, ids = Logits(model, monkeypatch), prompts(LENGTHS)
-    mask = torch.arange(ids.shape[1]) < torch.tensor(LENGTHS)[:, None]
-    out = model.generate(ids, mask, max_new_tokens=8, batch_invariant=True)
-    together = logits.take()
-    for members in ([0], [1], [2], [3], [3, 1], [2, 0, 1]):
-        short = max(LENGTHS[i] for i in members)
-        some = model.generate(
-            ids[members, :short], mask[members, :short], max_new_tokens=8, batch_invariant=True
+    def norm(x, name):
+        return F.layer_norm(
+            x, (config.n_embd,), w[f"{name}.weight"], w.get(f"{name}.bias"), config.layer_norm_epsilon
         )
-        assert torch.equal(some[:, short:], out[members, ids.shape[1] :]), members
-        assert torch.equal(logits.take(), together[members]), members
-    padded = model.generate(ids.flip(1), mask.flip(1), max_new_tokens=8, batch_invariant=True)
-    assert padded.shape == out.shape
-    default = model.generate(ids, mask, max_new_tokens=8)
-    assert default.shape == out.shape
+
+    def rotate(t):
+        angles = torch.arange(length)[:, None] * config.rope_theta ** (
+            -torch.arange(0, dim, 2).double() / dim
+        )
+        z = torch.complex(t[..., : dim // 2], t[..., dim // 2 :]) * torch.polar(
+            torch.ones_like(angles), angles
+        )
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    for i in range(config.n_layer):
+        p = f"h.{i}."
+        h = norm(x, p + "ln_1")
+        packed = F.linear(h, w[p + "attn.in_proj_weight"], w.get(p + "attn.in_proj_bias"))
+        q, k, v = packed.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k, v))
+        if config.qk_norm:
+            q, k = (F.rms_norm(t, (dim,), w[p + f"attn.{n}_norm.weight"]) for n, t in (("q", q), ("k", k)))
+        if config.positions == "rotary":
+            q, k = rotate(q), rotate(k)
+        k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
+        scores = q @ k.mT / math.sqrt(dim)
+        if config.positions == "alibi":
+            slopes = torch.tensor([2.0 ** (-8 * (n + 1) / heads) for n in range(heads)], dtype=torch.float64)
+            scores = scores - slopes[:, None, None] * distance
+        h = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        x = x + F.linear(
+            h.transpose(1, 2).flatten(-2), w[p + "attn.out_proj.weight"], w.get(p + "attn.out_proj.bias")
+        )
+        h = F.linear(norm(x, p + "ln_2"), w[p + "mlp.c_fc.weight"], w.get(p + "mlp.c_fc.bias"))
+        h = F.gelu(h, approximate="tanh")
+        x = x + F.linear(h, w[p + "mlp.c_proj.weight"], w.get(p + "mlp.c_proj.bias"))
+    return norm(x, "ln_f") @ w["lm_head.weight"].T
 
 
-def test_a_model_without_a_decoder_cannot_be_batch_invariant() -> None:
+@every_kind
+def test_every_option_computes_what_it_says(options):
+    model = make(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    tokens = ids(2, 13)
+    torch.testing.assert_close(model(tokens).logits, by_hand(model, tokens), rtol=1e-8, atol=1e-9)
+
+
+@every_kind
+def test_padding_on_either_side_changes_no_real_token(options):
+    model = make(**options)
+    tokens = ids(2, 9)
+    expected = model(tokens, labels=tokens)
+    padded, labels = torch.full((2, 14), 3), torch.full((2, 14), -100)
+    mask = torch.zeros(2, 14, dtype=torch.int64)
+    for row, start in ((0, 5), (1, 0)):
+        part = slice(start, start + 9)
+        padded[row, part] = labels[row, part] = tokens[row]
+        labels[row, start] = -100  # a first token is nobody's target; padding would predict this one
+        mask[row, part] = 1
+    out = model(padded, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(torch.stack((out.logits[0, 5:], out.logits[1, :9])), expected.logits)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=0)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(
+        model(padded[:1], attention_mask=mask[:1].bool()).logits[0, 5:], expected.logits[0]
+    )
+
+
+@every_kind
+def test_packed_documents_are_as_if_alone(options):
+    model = make(**options)
+    lengths = (4, 1, 7)
+    documents = [ids(1, n) for n in lengths]
+    packed = torch.cat([*documents, torch.full((1, 2), 3)], dim=1)
+    segments = torch.tensor(
+        [[0] * 4 + [1] + [0] * 7 + [-1] * 2]
+    )  # an id may come back: runs are documents' only use
+    segments[0, 5:12] = 7
+    out = model(packed, labels=packed, segment_ids=segments)
+    alone = [model(d, labels=d) for d in documents]
+    torch.testing.assert_close(out.logits[:, :12], torch.cat([o.logits for o in alone], dim=1))
+    expected = (3 * alone[0].loss + 6 * alone[2].loss) / 9  # 4 tokens have 3 targets, one has none
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    masked = model(packed, labels=packed, segment_ids=segments.clamp(min=0), attention_mask=segments >= 0)
+    torch.testing.assert_close(masked.logits[:, :12], out.logits[:, :12])
+
+
+@every_kind
+def test_the_cache_changes_nothing(options):
+    model = make(**options)
+    tokens = ids(2, 15)
+    whole = model(tokens).logits
+    cache = model.new_cache(2, 15)
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in tokens.split([6, 1, 1, 4, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+@every_kind
+@pytest.mark.parametrize("step", [1, 3])
+def test_the_cache_with_left_padding(options, step):
+    model = make(**options)
+    tokens = ids(2, 15)
+    mask = torch.ones(2, 15, dtype=torch.int64)
+    mask[1, :4] = 0
+    whole = model(tokens, attention_mask=mask).logits
+    cache = model.new_cache(2, 15)
+    with torch.no_grad():
+        parts = [
+            model(tokens[:, start : start + step], attention_mask=mask[:, : start + step], cache=cache).logits
+            for start in range(0, 15, step)
+        ]
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole[real])
+
+
+def test_logits_to_keep_and_position_ids():
     model = make()
-    model.lm_head.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match=r"^batch_invariant: this model has no decoder"):
-        model.generate(prompts((3,)), batch_invariant=True)
-    with pytest.raises(ValueError, match=r"^batch_invariant: got True with use_cache=False"):
-        make().generate(prompts((3,)), batch_invariant=True, use_cache=False)
+    tokens = ids(2, 8)
+    whole = model(tokens)
+    torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, whole.logits[:, -3:])
+    assert whole.loss is None
+    torch.testing.assert_close(model(tokens, position_ids=torch.arange(8)).logits, whole.logits)
+    shifted = model(tokens, position_ids=torch.arange(8) + 5).logits
+    assert not torch.allclose(shifted, whole.logits)
+    rotary = make(positions="rotary")  # sees differences of positions only
+    torch.testing.assert_close(rotary(tokens, position_ids=torch.arange(8) + 5).logits, rotary(tokens).logits)
 
 
-class Adapted(nn.Module):
-    """A layer with something added, as adapters do."""
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
 
-    def __init__(self, layer: nn.Module) -> None:
+
+@every_kind
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_makes_the_loss_and_gradients_of_all_logits_without_them(options, autocast):
+    model = make(dtype=torch.float32 if autocast else torch.float64, **options).train()
+    tokens = ids(3, 9)
+    labels = tokens.clone()
+    labels[1, 4:] = -100
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        lean, whole = (model(tokens, labels=labels, return_logits=keep) for keep in (None, True))
+    assert lean.logits is None
+    assert whole.logits is not None
+    assert lean.loss.dtype == whole.loss.dtype == torch.float32
+    close = {"rtol": 0.05, "atol": 0.02} if autocast else {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(lean.loss, whole.loss, **close)
+    for a, b in zip(gradients(model, lean.loss), gradients(model, whole.loss)):
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_the_loss_of_a_16_bit_model_is_not_rounded_to_its_dtype():
+    model, tokens = make(dtype=torch.bfloat16).train(), ids(2, 9)
+    loss, of_all_logits = (model(tokens, labels=tokens, return_logits=keep).loss for keep in (None, True))
+    assert loss.dtype == torch.float32
+    wide = make().train()
+    wide.load_state_dict(model.state_dict())
+    assert_within_rule(loss, of_all_logits, wide(tokens, labels=tokens).loss, dtype=torch.bfloat16)
+    loss.backward()
+    assert model.wte.weight.grad.dtype == torch.bfloat16
+
+
+def untied(model):
+    """The same model with two weights in the place of the shared one."""
+    twin = GPT(GPTConfig(**{**SIZES, "tie_word_embeddings": False})).double().train(model.training)
+    twin.load_state_dict({**model.state_dict(), "lm_head.weight": model.wte.weight.detach().clone()})
+    return twin
+
+
+WAYS = {  # what is differentiated, of which some leaves the head's or the embedding's gradient out
+    "loss": lambda out: out.loss,
+    "hidden": lambda out: out.last_hidden_state.square().mean(),
+    "both": lambda out: out.loss + out.last_hidden_state.square().mean(),
+}
+
+
+@pytest.mark.parametrize("what", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_tied_weight_has_the_sum_of_both_gradients(what, keep):
+    model, tokens = make().train(), ids(3, 9)
+    twin = untied(model)
+    theirs = what(twin(tokens, labels=tokens, return_logits=keep))
+    pair = torch.autograd.grad(theirs, [twin.wte.weight, twin.lm_head.weight], allow_unused=True)
+    expected = sum(grad for grad in pair if grad is not None)
+    ours = what(model(tokens, labels=tokens, return_logits=keep))
+    weight = model.wte.weight
+    torch.autograd.grad(
+        ours, [model.ln_f.weight], retain_graph=True
+    )  # a run that the embedding has no part in
+    for graph in (False, True, False):
+        (actual,) = torch.autograd.grad(ours, [weight], retain_graph=True, create_graph=graph)
+        torch.testing.assert_close(actual, expected)
+    ours.backward()
+    torch.testing.assert_close(weight.grad, expected)
+    what(model(tokens, labels=tokens, return_logits=keep)).backward()  # added to what is there
+    torch.testing.assert_close(weight.grad, 2 * expected)
+
+
+def test_a_run_after_an_unfinished_one_takes_nothing_of_it():
+    model, tokens = make().train(), ids(3, 9)
+    out = model(tokens, labels=tokens)
+    expected = torch.autograd.grad(WAYS["hidden"](model(tokens)), [model.wte.weight])
+    torch.autograd.grad(out.loss, [model.ln_f.weight], retain_graph=True)
+    actual = torch.autograd.grad(WAYS["hidden"](out), [model.wte.weight])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_training_step_makes_one_gradient_of_the_shared_weight(monkeypatch):
+    sizes = {**SIZES, "vocab_size": 5000, "n_positions": 16, "initializer_range": 0.02}
+    model = GPT(GPTConfig(**sizes)).train()
+    tokens = torch.randint(0, 5000, (1, 8))
+    seen = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_zeros",
+        lambda t, *a, _f=torch.Tensor.new_zeros, **k: seen.append(a) or _f(t, *a, **k),
+    )
+    model(tokens, labels=tokens).loss.backward()
+    assert (model.wte.weight.shape,) not in seen  # the embedding found the head's gradient
+    model(tokens).logits.sum().backward()
+    model(tokens, labels=tokens).last_hidden_state.sum().backward()
+    assert (model.wte.weight.shape,) in seen
+
+
+class Scaled(torch.nn.Module):
+    """A head of another kind, as adapters put one in its place."""
+
+    def __init__(self, head):
         super().__init__()
-        self.layer, self.calls = layer, 0
+        self.head, self.weight = head, head.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        out: Tensor = self.layer(x)
-        return out + 0.1
+    def forward(self, x):
+        return 2 * self.head(x)
 
 
-PARTS = (
-    "ln_f",
-    "wpe",
-    "h.0.ln_1",
-    "h.0.attn.out_proj",
-    "h.0.mlp",
-    "h.0.mlp.c_fc",
-    "h.1.mlp.c_proj",
-    "h.1.attn",
-    "h.1",
-)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_head_that_does_more_than_its_product_is_called(hooked):
+    model, tokens = make().train(), ids(2, 9)
+    if hooked:
+        model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        model.lm_head = Scaled(model.lm_head)
+    out = model(tokens, labels=tokens)
+    logits = model.eval()(tokens).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected, check_dtype=False)
+    assert out.logits is None
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_hook_anywhere_is_called_in_generation(part: str) -> None:
-    model, seen = make(), []
-    assert can_decode(model)
-    handle = model.get_submodule(part).register_forward_hook(lambda *args: seen.append(1))
-    if part == "h.0.attn.out_proj":  # attention reads the weight: no call, with a decoder or without
-        handle.remove()
-        assert can_decode(model)
-        return
-    assert not can_decode(model)
-    model.generate(prompts((3,)), max_new_tokens=2)
-    assert len(seen) == 2
-    handle.remove()
-    assert can_decode(model)
+def test_initialisation_is_gpt2s():
+    model = GPT(GPTConfig(vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=4))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            residual = name.endswith(("out_proj.weight", "mlp.c_proj.weight"))
+            std = 0.02 / (4 if residual else 1)  # sqrt(2 * 8)
+            assert parameter.std().item() == pytest.approx(std, rel=6 / math.sqrt(2 * parameter.numel())), (
+                name
+            )
+            assert abs(parameter.mean().item()) < 6 * std / math.sqrt(parameter.numel()), name
+    assert model.lm_head.weight is model.wte.weight
+    assert (
+        sum(p.numel() for p in GPT(GPTConfig.preset("nano")).parameters())
+        == 4096 * 128 + 256 * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128
+    )
 
 
-@pytest.mark.parametrize("part", ["lm_head", "ln_f", "h.0.ln_1", "h.0.mlp", "h.0.mlp.c_fc", "h.1"])
-def test_a_replaced_module_is_called_in_generation(part: str) -> None:
-    model = make()
-    parent, _, name = part.rpartition(".")
-    owner = model.get_submodule(parent) if parent else model
-    if isinstance(owner, nn.ModuleList):
-        return
-    adapted = Adapted(model.get_submodule(part))
-    setattr(owner, name, adapted)
-    ids = prompts((3,))
-    out = model.generate(ids, max_new_tokens=4)
-    assert adapted.calls == 4
-    expected = ids
-    for _ in range(4):
-        expected = torch.cat((expected, model(expected).logits[:, -1].argmax(-1, keepdim=True)), 1)
-    assert torch.equal(out, expected)
+def test_gpt2_preset_has_gpt2s_parameters():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("gpt2"))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_step_allocates_the_same_whatever_the_length(padded: bool) -> None:
-    """No mask, positions or copies of the cache that grow with what was generated."""
-    model = make(torch.float32)
-    lengths = LENGTHS if padded else (5, 5, 5, 5)
-    decoder = GPTDecoder(model, 4, 60)
-    decoder.prefill(prompts(lengths), torch.tensor(lengths))
-    totals = []
-    for _ in range(40):
-        with Allocations() as allocated:
-            decoder.step(torch.zeros(4, dtype=torch.int64))
-        totals.append(sum(allocated.sizes))
-    assert totals[2] == totals[20] == totals[-1]
+def test_dropout_acts_in_training_only():
+    model = make(dropout=0.4)
+    tokens = ids(2, 9)
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+    model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    torch.manual_seed(3)
+    first = model(tokens).logits
+    torch.manual_seed(3)
+    assert torch.equal(model(tokens).logits, first)
+    for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+        single = make(**{name: 0.4}).train()
+        assert not torch.equal(single(tokens).logits, single(tokens).logits), name
 
 
-def test_generation_looks_at_ids_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    with pytest.raises(ValueError, match="input_ids: got"):
-        model.generate(prompts((3,)) + 61)
-    monkeypatch.setattr(GPT, "_check_inputs", lambda *args: pytest.fail("a step checked its inputs"))
-    model.generate(prompts((3,)), max_new_tokens=5)
-
-
-def test_8_bits_are_those_of_the_weights_at_the_time() -> None:
-    model, ids = make(torch.float32), prompts((5, 5))
-    plain = GPTDecoder(model, 2, 8).logits(ids)
-    rounded = GPTDecoder(model.quantize("int8"), 2, 8).logits(ids)
-    assert not torch.equal(plain, rounded)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.5)
-    halved = GPTDecoder(model, 2, 8).logits(ids)
-    twin = make(torch.float32).quantize("int8")
-    with torch.no_grad():
-        twin.lm_head.weight.mul_(0.5)
-    assert torch.equal(halved, GPTDecoder(twin, 2, 8).logits(ids))
-    assert not torch.equal(GPTDecoder(model.quantize(None), 2, 8).logits(ids), halved)
-
-
-@pytest.mark.parametrize("kind", ["int4", 8, ["int8"], True])
-def test_other_kinds_are_refused(kind: Any) -> None:
-    with pytest.raises(ValueError, match=r"^kind: got"):
-        make().quantize(kind)
-
-
-def test_the_perplexity_of_a_trained_model_rises_by_less_than_a_percent_with_8_bits() -> None:
-    """Text of this project's documentation by the byte, every fortieth row held out."""
-    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
-    data = torch.frombuffer(bytearray(b"".join(page.read_bytes() for page in pages)), dtype=torch.uint8)
-    rows = data[: len(data) // 64 * 64].view(-1, 64).long()
-    held_out = rows[::40]
-    train = rows[torch.arange(len(rows)) % 40 != 0]
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4)).train()
+def test_it_learns():
+    model = make(dtype=torch.float32, initializer_range=0.02).train()
+    tokens = ids(4, 12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(200):
-        batch = train[torch.randint(len(train), (16,))]
+    losses = []
+    for _ in range(60):
+        loss = model(tokens, labels=tokens).loss
         optimizer.zero_grad()
-        model(batch, labels=batch).loss.backward()
+        loss.backward()
         optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(61), rel=0.05)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_bfloat16_and_autocast():
+    reference = make()
+    tokens = ids(2, 9)
+    exact = reference(tokens).logits
+    half = make(dtype=torch.bfloat16)
+    assert half(tokens).logits.dtype == torch.bfloat16
+    assert (half(tokens).logits - exact).abs().mean() < 0.03 * exact.abs().mean()
+    single = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = single(tokens, labels=tokens)
+    assert out.loss.dtype == torch.float32
+    assert (out.logits - exact).abs().mean() < 0.03 * exact.abs().mean()
+
+
+def test_compiles_without_breaks():
+    model = make(dtype=torch.float32, positions="rotary")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    model.train()
+    tokens = ids(2, 9)
+    out = compiled(tokens, labels=tokens)
+    out.loss.backward()
+    grads, model.wte.weight.grad = model.wte.weight.grad, None
+    model(tokens, labels=tokens).loss.backward()
+    torch.testing.assert_close(grads, model.wte.weight.grad)
     model.eval()
+    for length in (7, 12):
+        tokens = ids(2, length)
+        expected, actual = model(tokens, labels=tokens), compiled(tokens, labels=tokens)
+        torch.testing.assert_close(actual.logits, expected.logits)
+        torch.testing.assert_close(actual.loss, expected.loss)
 
-    def perplexity() -> float:
-        logits = GPTDecoder(model, len(held_out), 64).logits(held_out)
-        return (
-            nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()).exp().item()
-        )
 
-    plain = perplexity()
-    shares = torch.bincount(train.flatten(), minlength=256).add(1) / (train.numel() + 256)
-    by_shares_alone = shares.log()[held_out[:, 1:]].mean().neg().exp().item()
-    assert plain < 0.5 * by_shares_alone  # it has learned what follows what
-    assert perplexity() == plain
-    model.quantize("int8")
-    rounded = perplexity()
-    assert rounded != plain
-    assert rounded < 1.01 * plain
+def test_exports():
+    model = make(dtype=torch.float32)
+    tokens = ids(1, 7)
+    program = torch.export.export(model, (tokens,))
+    torch.testing.assert_close(program.module()(tokens).logits, model(tokens).logits)
+
+
+def test_attention_is_the_librarys():
+    assert all(isinstance(block.attn, MultiHeadAttention) for block in make().h)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda m: m(ids(9)), "input_ids"),
+        (lambda m: m(torch.rand(1, 9)), "input_ids"),
+        (lambda m: m(ids(1, 33)), "n_positions"),
+        (lambda m: m(ids(1, 9), attention_mask=torch.ones(1, 8)), "attention_mask"),
+        (lambda m: m(ids(1, 9), labels=ids(1, 8)), "labels"),
+        (lambda m: m(ids(1, 9), segment_ids=ids(9)), "segment_ids"),
+        (lambda m: m(ids(1, 9), labels=ids(1, 9), logits_to_keep=1), "logits_to_keep"),
+        (lambda m: m(ids(1, 9), position_ids=torch.arange(8)), "position_ids"),
+        (lambda m: m(ids(1, 9), logits_to_keep=-1), "logits_to_keep"),
+        (lambda m: m(ids(2, 9), cache=m.new_cache(1, 9)), "cache"),
+        (lambda m: m(ids(1, 9), cache=m.new_cache(1, 9)[:1]), "cache"),
+        (lambda m: m(ids(1, 9), cache=m.new_cache(1, 8)), "cache"),
+        (lambda m: m(ids(1, 9), labels=torch.rand(1, 9)), "labels"),
+        (lambda m: m(ids(1, 9) + 61), "vocab_size"),
+        (lambda m: m(ids(1, 9) - 61), "vocab_size"),
+        (lambda m: m(ids(1, 9), position_ids=torch.arange(9) + 30), "position_ids"),
+        (lambda m: m(ids(1, 9), cache=[]), "cache"),
+    ],
+)
+def test_bad_calls_are_refused_by_name(call, name):
+    model = make()
+    with torch.no_grad(), pytest.raises(ValueError, match=name):
+        call(model)

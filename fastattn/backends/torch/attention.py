@@ -12,7 +12,7 @@ from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
 from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import (
@@ -34,8 +34,8 @@ from fastattn.spec import (
     GradsNeeded,
     KVCacheCall,
     accumulation_dtype,
-    empty_in_order,
 )
+from fastattn.strides import empty_in_order, in_order
 
 
 def tiles(spec: AttentionSpec) -> str:

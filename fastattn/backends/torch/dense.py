@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype, empty_in_order
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype
+from fastattn.strides import in_order
 
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 
@@ -53,11 +54,3 @@ def _like(grad: Tensor, operand: Tensor) -> Tensor:
     if grad.dtype != operand.dtype:
         grad = grad.to(operand.dtype)
     return grad if operand.is_contiguous() else in_order(grad, operand)
-
-
-def in_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the memory order of `like`, copied only where it has another."""
-    if tensor.is_contiguous() and like.is_contiguous():
-        return tensor
-    wanted = empty_in_order(like, tuple(tensor.shape))
-    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)

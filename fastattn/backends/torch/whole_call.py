@@ -12,10 +12,11 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused, single_query
 from fastattn.backends.torch.attention import attention_fwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
+from fastattn.strides import in_order
 from fastattn.visibility import distances
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -1,0 +1,378 @@
+"""Encoders' config.json and tensor names: BERT, RoBERTa, DistilBERT, ELECTRA and ModernBERT, each with every head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple
+
+from fastattn.models.bert_config import FAMILY_FIELDS, BertConfig, alternating_layers
+from fastattn.models.checkpoint.keys import check_keys
+from fastattn.models.checkpoint.names import Family, Part
+
+# Our classes, and what transformers calls each behind the family's name; the first is written.
+HEADS: dict[str, tuple[str, ...]] = {
+    "Bert": ("Model",),
+    "BertForEmbedding": ("Model",),
+    "BertForPreTraining": ("ForPreTraining",),
+    "BertForMaskedLM": ("ForMaskedLM",),
+    "BertForSequenceClassification": ("ForSequenceClassification",),
+    "BertForTokenClassification": ("ForTokenClassification",),
+    "BertForQuestionAnswering": ("ForQuestionAnswering",),
+}
+DISCRIMINATOR = "ElectraForPreTraining"
+
+
+class Kind(NamedTuple):
+    """What a family's files say: names of tensors, of config.json's keys and of classes."""
+
+    classes: str  # in front of "ForMaskedLM"
+    prefix: str
+    trunk: dict[
+        str, tuple[str, ...]
+    ]  # ours, of the trunk -> theirs, behind the prefix; no ".weight" and ".bias"
+    heads: dict[str, dict[str, str]]  # by our class: ours -> theirs, whole or without ".weight" and ".bias"
+    keys: dict[str, str]  # our field -> config.json's key, where the names differ
+    fields: tuple[str, ...]  # our fields that config.json has under the same name
+    ignored: tuple[str, ...]  # keys without influence on a result
+    fixed: dict[str, Any]  # keys that we compute at one value only, transformers' default
+    dropped: tuple[str, ...]  # patterns of heads and buffers, behind the prefix
+
+
+_LAYER = "encoder.layer.{i}."
+_BERT_TRUNK: dict[str, tuple[str, ...]] = {
+    "embeddings.word_embeddings": ("embeddings.word_embeddings",),
+    "embeddings.position_embeddings": ("embeddings.position_embeddings",),
+    "embeddings.token_type_embeddings": ("embeddings.token_type_embeddings",),
+    "embeddings.norm": ("embeddings.LayerNorm",),
+    "embeddings.projection": ("embeddings_project",),
+    "layers.{i}.attn.qkv": tuple(f"{_LAYER}attention.self.{x}" for x in ("query", "key", "value")),
+    "layers.{i}.attn.out_proj": (_LAYER + "attention.output.dense",),
+    "layers.{i}.ln_1": (_LAYER + "attention.output.LayerNorm",),
+    "layers.{i}.mlp.c_fc": (_LAYER + "intermediate.dense",),
+    "layers.{i}.mlp.c_proj": (_LAYER + "output.dense",),
+    "layers.{i}.ln_2": (_LAYER + "output.LayerNorm",),
+    "pooler": ("pooler.dense",),
+}
+_LAYER = "transformer.layer.{i}."
+_DISTILBERT_TRUNK: dict[str, tuple[str, ...]] = {
+    **{name: theirs for name, theirs in _BERT_TRUNK.items() if name.startswith("embeddings.")},
+    "layers.{i}.attn.qkv": tuple(f"{_LAYER}attention.{x}_lin" for x in "qkv"),
+    "layers.{i}.attn.out_proj": (_LAYER + "attention.out_lin",),
+    "layers.{i}.ln_1": (_LAYER + "sa_layer_norm",),
+    "layers.{i}.mlp.c_fc": (_LAYER + "ffn.lin1",),
+    "layers.{i}.mlp.c_proj": (_LAYER + "ffn.lin2",),
+    "layers.{i}.ln_2": (_LAYER + "output_layer_norm",),
+}
+_MODERNBERT_TRUNK: dict[str, tuple[str, ...]] = {
+    "embeddings.word_embeddings": ("embeddings.tok_embeddings",),
+    "embeddings.norm": ("embeddings.norm",),
+    "layers.{i}.ln_1": ("layers.{i}.attn_norm",),
+    "layers.{i}.attn.qkv": ("layers.{i}.attn.Wqkv",),
+    "layers.{i}.attn.out_proj": ("layers.{i}.attn.Wo",),
+    "layers.{i}.ln_2": ("layers.{i}.mlp_norm",),
+    "layers.{i}.mlp.c_fc": ("layers.{i}.mlp.Wi",),
+    "layers.{i}.mlp.c_proj": ("layers.{i}.mlp.Wo",),
+    "final_norm": ("final_norm",),
+}
+
+_SIZES = ("vocab_size", "initializer_range", "max_position_embeddings", "tie_word_embeddings")
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_SHARED = (
+    *_SIZES, *_IDS, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "layer_norm_eps", "classifier_dropout",
+)  # fmt: skip
+_POOLER_OF_TF = (  # of the TensorFlow BERT's pooler, which no model has
+    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+    "pooler_type", "output_past", "mask_token_id", "cls_token_id",
+)  # fmt: skip
+_ABSOLUTE = {"position_embedding_type": "absolute"}
+_BERT_LM = {
+    "head.dense": "cls.predictions.transform.dense",
+    "head.norm": "cls.predictions.transform.LayerNorm",
+    "decoder.weight": "cls.predictions.decoder.weight",
+    "decoder.bias": "cls.predictions.bias",
+}
+_LINEAR = {"classifier": "classifier"}
+_QA = {"qa_outputs": "qa_outputs"}
+_TWO_LAYERS = {"head.dense": "classifier.dense", "classifier": "classifier.out_proj"}
+_BERT_HEADS = ("pooler.*", "cls.*", "classifier.*", "qa_outputs.*", "embeddings.position_ids")
+
+KINDS: dict[str, Kind] = {
+    "bert": Kind(
+        "Bert", "bert.", _BERT_TRUNK,
+        {
+            "BertForPreTraining": {
+                **_BERT_LM, "pooler": "bert.pooler.dense", "seq_relationship": "cls.seq_relationship",
+            },
+            "BertForMaskedLM": _BERT_LM,
+            "BertForSequenceClassification": {"head.dense": "bert.pooler.dense", **_LINEAR},
+            "BertForTokenClassification": _LINEAR,
+            "BertForQuestionAnswering": _QA,
+        },
+        {}, _SHARED, _POOLER_OF_TF, _ABSOLUTE, _BERT_HEADS,
+    ),
+    "roberta": Kind(
+        "Roberta", "roberta.", _BERT_TRUNK,
+        {
+            "BertForMaskedLM": {
+                "head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm",
+                "decoder.weight": "lm_head.decoder.weight", "decoder.bias": "lm_head.bias",
+            },
+            "BertForSequenceClassification": _TWO_LAYERS,
+            "BertForTokenClassification": _LINEAR,
+            "BertForQuestionAnswering": _QA,
+        },
+        {}, _SHARED, _POOLER_OF_TF, _ABSOLUTE, (*_BERT_HEADS, "lm_head.*"),
+    ),
+    "distilbert": Kind(
+        "DistilBert", "distilbert.", _DISTILBERT_TRUNK,
+        {
+            "BertForMaskedLM": {
+                "head.dense": "vocab_transform", "head.norm": "vocab_layer_norm", "decoder": "vocab_projector",
+            },
+            "BertForSequenceClassification": {"head.dense": "pre_classifier", **_LINEAR},
+            "BertForTokenClassification": _LINEAR,
+            "BertForQuestionAnswering": _QA,
+        },
+        {
+            "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim", "hidden_act": "activation", "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout", "classifier_dropout": "seq_classif_dropout",
+        },
+        (*_SIZES, *_IDS, "qa_dropout"),
+        ("sinusoidal_pos_embds", "tie_weights_", "output_past", "mask_token_id"),  # the file has the positions
+        {},
+        ("vocab_*", "pre_classifier.*", "classifier.*", "qa_outputs.*", "embeddings.position_ids"),
+    ),
+    "electra": Kind(
+        "Electra", "electra.", _BERT_TRUNK,
+        {
+            "BertForMaskedLM": {
+                "head.dense": "generator_predictions.dense", "head.norm": "generator_predictions.LayerNorm",
+                "decoder": "generator_lm_head",
+            },
+            "BertForSequenceClassification": _TWO_LAYERS,
+            "BertForTokenClassification": _LINEAR,
+            "BertForQuestionAnswering": _QA,
+            DISCRIMINATOR: {
+                "head.dense": "discriminator_predictions.dense",
+                "classifier": "discriminator_predictions.dense_prediction",
+            },
+        },
+        {}, (*_SHARED, "embedding_size"),
+        (
+            *_POOLER_OF_TF, "summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout",
+        ),
+        _ABSOLUTE,
+        (
+            "generator_predictions.*", "generator_lm_head.*", "discriminator_predictions.*", "classifier.*",
+            "qa_outputs.*", "sequence_summary.*", "embeddings.position_ids",
+        ),
+    ),
+    "modernbert": Kind(
+        "ModernBert", "model.", _MODERNBERT_TRUNK,
+        {
+            "BertForMaskedLM": {"head.dense": "head.dense", "head.norm": "head.norm", "decoder": "decoder"},
+            **{
+                name: {"head.dense": "head.dense", "head.norm": "head.norm", ours: "classifier"}
+                for name, ours in (
+                    ("BertForSequenceClassification", "classifier"), ("BertForTokenClassification", "classifier"),
+                    ("BertForQuestionAnswering", "qa_outputs"),
+                )
+            },
+        },
+        {"hidden_act": "hidden_activation", "layer_norm_eps": "norm_eps"},
+        (
+            *_SIZES, *_IDS, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "attention_bias", "mlp_bias", "norm_bias", "decoder_bias", "layer_types", "local_attention",
+            "embedding_dropout", "mlp_dropout", "classifier_pooling", "classifier_dropout", "classifier_bias",
+            "classifier_activation", "cls_token_id", "sep_token_id",
+        ),
+        (
+            "layer_norm_eps", "position_embedding_type", "reference_compile", "repad_logits_with_grad",
+            "deterministic_flash_attn", "initializer_cutoff_factor", "sparse_prediction",
+            "mask_token_id",
+        ),
+        {"sparse_pred_ignore_index": -100},
+        ("head.*", "decoder.*", "classifier.*"),
+    ),
+}  # fmt: skip
+
+
+def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = False) -> BertConfig:
+    """The config of a config.json; ValueError begins with a key that cannot be honoured."""
+    rows = KINDS[kind]
+    names = {**{name: name for name in rows.fields}, **rows.keys}
+    special = _READ_TOO.get(kind, ())
+    check_keys(entries, honoured={*names.values(), *special}, ignored=rows.ignored, defaults=rows.fixed)
+    values = {"model_type": kind, **TRANSFORMERS_DEFAULTS[kind]}
+    values |= {ours: entries[theirs] for ours, theirs in names.items() if theirs in entries}
+    values["problem_type"] = entries.get("problem_type")
+    if entries.get("id2label") is not None:
+        values["id2label"] = entries["id2label"]
+    else:
+        values["num_labels"] = entries.get("num_labels", entries.get("_num_labels"))
+    if kind == "roberta":
+        if values["pad_token_id"] is None:
+            raise ValueError("pad_token_id: got None, which positions of a RoBERTa count from")
+        values["position_offset"] = values["pad_token_id"] + 1
+    if kind == "distilbert":
+        values["token_dropout"] = values["hidden_dropout_prob"]
+    if kind == "modernbert":
+        values |= _modernbert_values(values, entries)
+    if discriminator:
+        values |= {
+            "token_dense": True, "num_labels": 1, "id2label": None, "token_dropout": 0.0,
+            "classifier_activation": values["hidden_act"],
+        }  # fmt: skip
+    return BertConfig(**values)
+
+
+def write_config(kind: str, config: BertConfig, *, discriminator: bool = False) -> dict[str, Any]:
+    """What config.json says of a config; ValueError names a field that the family does not have.
+
+    Dropouts that the family derives from others are written as those.
+    """
+    if config.model_type != kind:
+        raise ValueError(f"model_type: got {config.model_type!r}, needs {kind!r}")
+    if discriminator and config.num_labels != 1:
+        raise ValueError(f"num_labels: got {config.num_labels}, a discriminator has 1")
+    rows = KINDS[kind]
+    names = {**{name: name for name in rows.fields}, **rows.keys}
+    said = {*names, "model_type", "pooler", "num_labels", "id2label", "problem_type", *_DERIVED}
+    if kind == "modernbert":
+        said |= {"rope_theta", "local_rope_theta"}
+    entries = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+    if "embedding_size" in entries:
+        entries["embedding_size"] = config.embedding_dim
+    if kind == "modernbert":
+        entries |= _modernbert_entries(config)
+    expected = read_config(kind, {**entries, "model_type": kind}, discriminator=discriminator)
+    for field in fields(BertConfig):
+        got, known = getattr(config, field.name), getattr(expected, field.name)
+        if field.name not in said and got != known:
+            raise ValueError(f"{field.name}: got {got!r}, a {kind} folder can only say {known!r}")
+    if discriminator:
+        return entries
+    if config.id2label is not None or config.num_labels != 2:
+        labels = config.labels()
+        entries |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: i for i, name in enumerate(labels)},
+        }
+    if config.problem_type is not None:
+        entries["problem_type"] = config.problem_type
+    return entries
+
+
+_DERIVED = ("token_dropout", "attention_output_dropout")
+# The defaults of transformers' config classes, which files leave out.
+TRANSFORMERS_DEFAULTS: dict[str, dict[str, Any]] = {
+    **FAMILY_FIELDS,
+    "roberta": {
+        **FAMILY_FIELDS["roberta"], "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "type_vocab_size": 2,
+    },
+}  # fmt: skip
+_READ_TOO = {
+    "modernbert": (
+        "rope_parameters", "rope_scaling", "global_rope_theta", "local_rope_theta", "global_attn_every_n_layers",
+        "attention_dropout",
+    ),
+}  # fmt: skip
+
+
+def _modernbert_values(values: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a ModernBERT's config.json says in forms of its own."""
+    if entries.get("rope_scaling") is not None:
+        raise ValueError(f"rope_scaling: got {entries['rope_scaling']!r}, only None is supported")
+    ropes = entries.get("rope_parameters") or {}
+    bases = {}
+    for field, kind, old in (
+        ("rope_theta", "full_attention", "global_rope_theta"),
+        ("local_rope_theta", "sliding_attention", "local_rope_theta"),
+    ):
+        rope = ropes.get(kind) or {}
+        left = {k: v for k, v in rope.items() if k != "rope_theta" and (k, v) != ("rope_type", "default")}
+        if left:
+            raise ValueError(
+                f"rope_parameters: got {left!r} for {kind}, only rope_type 'default' is supported"
+            )
+        if (base := rope.get("rope_theta", entries.get(old))) is not None:
+            bases[field] = base
+    dropout = entries.get("attention_dropout", 0.0)
+    read = {**bases, "attention_probs_dropout_prob": dropout, "attention_output_dropout": dropout}
+    if values.get("layer_types") is None:
+        every = entries.get("global_attn_every_n_layers", 3)
+        read["layer_types"] = alternating_layers(values["num_hidden_layers"], every)
+    read["lm_bias"] = values["classifier_bias"]
+    read["lm_activation"] = values["classifier_activation"]
+    return read
+
+
+def _modernbert_entries(config: BertConfig) -> dict[str, Any]:
+    ropes = {
+        kind: {"rope_type": "default", "rope_theta": base}
+        for kind, base in (
+            ("full_attention", config.rope_theta), ("sliding_attention", config.local_rope_theta),
+        )
+    }  # fmt: skip
+    return {
+        "rope_parameters": ropes,
+        "layer_types": list(config.kinds_of_layers),
+        "attention_dropout": config.attention_probs_dropout_prob,
+        "embedding_dropout": config.embedding_dropout or 0.0,
+    }
+
+
+def _parts(kind: Kind, head: str, trunk: str) -> tuple[Part, ...]:
+    """Rows of a class whose trunk's names begin with `trunk`, and of its head."""
+    parts = []
+    for ours, theirs in kind.trunk.items():
+        for leaf in (".weight", ".bias"):
+            parts.append(Part(trunk + ours + leaf, tuple(kind.prefix + name + leaf for name in theirs)))
+    for ours, name in kind.heads.get(head, {}).items():
+        if ours.endswith((".weight", ".bias")):
+            parts.append(Part(ours, (name,)))
+        else:
+            parts += [Part(ours + leaf, (name + leaf,)) for leaf in (".weight", ".bias")]
+    return tuple(parts)
+
+
+def _family(model_type: str, name: str, architectures: tuple[str, ...], head: str) -> Family:
+    kind = KINDS[model_type]
+    discriminator = head == DISCRIMINATOR
+    read: Callable[[dict[str, Any]], BertConfig] = partial(
+        read_config, model_type, discriminator=discriminator
+    )
+    write: Callable[[BertConfig], dict[str, Any]] = partial(
+        write_config, model_type, discriminator=discriminator
+    )
+    return Family(
+        model_type=model_type,
+        architectures=architectures,
+        parts=_parts(kind, head, "" if name == "Bert" else "bert."),
+        prefix=kind.prefix,
+        dropped=kind.dropped,
+        aliases=((".gamma", ".weight"), (".beta", ".bias")),  # of norms, as TensorFlow called them
+        read_config=read,
+        write_config=write,
+    )
+
+
+def _families(name: str) -> tuple[Family, ...]:
+    """The rows of one of our classes, a family each; ELECTRA's discriminator is a classifier of tokens."""
+    rows = []
+    for model_type, kind in KINDS.items():
+        if name in ("Bert", "BertForEmbedding") or name in kind.heads:
+            architectures = tuple(kind.classes + ending for ending in HEADS[name])
+            rows.append(_family(model_type, name, architectures, name))
+    if name == "BertForTokenClassification":
+        rows.append(_family("electra", name, (DISCRIMINATOR,), DISCRIMINATOR))
+    return tuple(rows)
+
+
+# By our class: its families.
+FAMILIES_OF: dict[str, tuple[Family, ...]] = {name: _families(name) for name in HEADS}
+ENCODERS: tuple[Family, ...] = tuple(row for rows in FAMILIES_OF.values() for row in rows)

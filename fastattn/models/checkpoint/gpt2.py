@@ -1,0 +1,143 @@
+"""GPT-2's config.json and tensor names, and those of folders whose model has what GPT-2 has not."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.models.checkpoint.keys import check_keys
+from fastattn.models.checkpoint.names import Family, Part, join, to_file
+from fastattn.models.config import GPTConfig
+
+# What a GPT may have that GPT-2 has not; with any of it the folder is not a GPT-2.
+_OWN_OPTIONS = {
+    "num_kv_heads": None,
+    "positions": "learned",
+    "rope_theta": 10000.0,
+    "window": None,
+    "qk_norm": False,
+    "bias": True,
+}
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+_FIELDS = frozenset(field.name for field in fields(GPTConfig))
+# What a GPT2Config leaves out of config.json has these values.
+_GPT2_DEFAULTS = {
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1),
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+# Options that we compute at one value only.
+_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+_IGNORED = (
+    "n_ctx",  # n_positions once more
+    "reorder_and_upcast_attn",  # float32 scores, which we always have
+    "summary_type",  # of a head that no language model has
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+)
+
+
+def _read_gpt2(entries: dict[str, Any]) -> GPTConfig:
+    honoured = _FIELDS - _OWN_OPTIONS.keys()
+    check_keys(entries, honoured=honoured, ignored=_IGNORED, defaults=_FIXED)
+    return GPTConfig(**{**_GPT2_DEFAULTS, **{k: v for k, v in entries.items() if k in honoured}})
+
+
+def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
+    entries = config.to_dict()
+    own = [name for name, default in _OWN_OPTIONS.items() if entries[name] != default]
+    if own:
+        raise ValueError(f"{own[0]}: got {entries[own[0]]!r}, which a GPT-2 does not have")
+    return {name: value for name, value in entries.items() if name not in _OWN_OPTIONS}
+
+
+def _read_own(entries: dict[str, Any]) -> GPTConfig:
+    missing = [name for name in _SIZES if name not in entries]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing, needs the size that the model was saved with")
+    check_keys(entries, honoured=_FIELDS, ignored=_IGNORED, defaults=_FIXED)
+    return GPTConfig(**{k: v for k, v in entries.items() if k in _FIELDS})
+
+
+def _block(ours: str, theirs: str | None = None, *, transposed: bool = False) -> Part:
+    return Part(f"h.{{i}}.{ours}", (f"transformer.h.{{i}}.{theirs or ours}",), transposed)
+
+
+_PARTS = (
+    Part("wte.weight", ("transformer.wte.weight",)),
+    Part("wpe.weight", ("transformer.wpe.weight",)),
+    _block("ln_1.weight"),
+    _block("ln_1.bias"),
+    _block("attn.in_proj_weight", "attn.c_attn.weight", transposed=True),
+    _block("attn.in_proj_bias", "attn.c_attn.bias"),
+    _block("attn.out_proj.weight", "attn.c_proj.weight", transposed=True),
+    _block("attn.out_proj.bias", "attn.c_proj.bias"),
+    _block("ln_2.weight"),
+    _block("ln_2.bias"),
+    _block("mlp.c_fc.weight", transposed=True),
+    _block("mlp.c_fc.bias"),
+    _block("mlp.c_proj.weight", transposed=True),
+    _block("mlp.c_proj.bias"),
+    Part("ln_f.weight", ("transformer.ln_f.weight",)),
+    Part("ln_f.bias", ("transformer.ln_f.bias",)),
+    Part("lm_head.weight", ("lm_head.weight",)),
+)
+_OWN_PARTS = (
+    _block("attn.alibi_slopes"),
+    _block("attn.q_norm.weight"),
+    _block("attn.k_norm.weight"),
+)
+
+GPT2 = Family(
+    model_type="gpt2",
+    architectures=("GPT2LMHeadModel", "GPT2Model"),
+    parts=_PARTS,
+    prefix="transformer.",
+    dropped=(
+        "h.*.attn.bias",  # causal masks that old files carry
+        "h.*.attn.masked_bias",
+        "score.weight",  # heads of transformers' other GPT2 classes
+        "classifier.*",
+        "qa_outputs.*",
+        "multiple_choice_head.*",
+    ),
+    read_config=_read_gpt2,
+    write_config=_write_gpt2,
+)
+OWN = Family(
+    model_type="fastattn-gpt",
+    architectures=("GPT",),
+    parts=_PARTS + _OWN_PARTS,
+    prefix="transformer.",
+    read_config=_read_own,
+    write_config=GPTConfig.to_dict,
+    in_transformers=False,
+)
+
+
+def from_gpt2_names(tensors: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
+    """A GPT-2's state_dict, with or without the prefix "transformer.", under our names."""
+    plain = {GPT2.plain(name): tensor for name, tensor in tensors.items()}
+    layers = sum(name.endswith(".ln_1.weight") for name in plain)
+    state = {}
+    for part in GPT2.parts:
+        for i in range(layers if "{i}" in part.ours else 1):
+            name = GPT2.plain(part.theirs[0]).replace("{i}", str(i))
+            if name in plain:
+                state[part.ours.replace("{i}", str(i))] = join([plain[name]], part)
+    if tied:
+        state["lm_head.weight"] = state["wte.weight"]
+    return state
+
+
+def to_gpt2_names(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
+    """Our state_dict under GPT-2's names, Conv1D's transposed."""
+    state = {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+    return to_file(state, None, OWN)

@@ -1,0 +1,140 @@
+"""What every model has for folders and the hub: from_pretrained, save_pretrained, push_to_hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import nn
+
+from fastattn.models.checkpoint.families import family_for
+from fastattn.models.checkpoint.hub import push_folder
+from fastattn.models.checkpoint.load import load_model
+from fastattn.models.checkpoint.names import Family
+from fastattn.models.checkpoint.report import LoadReport
+from fastattn.models.checkpoint.save import generation_entries, save_model
+
+Model = TypeVar("Model", bound="Pretrained")
+
+
+class Pretrained:
+    """A model whose class says which families' folders it reads and writes.
+
+    Attributes:
+        families: those that it loads; it is saved as config.model_type's, or else the first that can say its config.
+        architectures: model_type -> the class name that config.json gets; the family's first where there is no entry.
+        new_heads: patterns of parameters that a file may lack; they are initialised, and `load_report` names them.
+        with_prefix: whether names in its files have the family's prefix; bare models' have not.
+        generates: whether it writes a generation_config.json.
+        load_report: of the folder it was loaded from.
+        loaded_from: that folder; saving copies the tokenizer's files from there.
+        generation_config: what that folder's generation_config.json holds; written again.
+    """
+
+    families: ClassVar[tuple[Family, ...]]
+    architectures: ClassVar[Mapping[str, str]] = {}
+    new_heads: ClassVar[tuple[str, ...]] = ()
+    with_prefix: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
+
+    config: Any
+    load_report: LoadReport | None = None
+    loaded_from: Path | None = None
+    generation_config: dict[str, Any] | None = None
+
+    @classmethod
+    def fitted(cls, config: Any, family: Family, names: frozenset[str]) -> tuple[Any, Family]:
+        """The config and rows for a folder whose tensors have these names, without the prefix.
+
+        For classes with parts that folders of one config.json may have or lack.
+        """
+        return config, family
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        new: Sequence[str] = (),
+        **changes: Any,
+    ) -> Model:
+        """A model in eval mode from a folder, ours or transformers', or from a repository on the Hugging Face hub.
+
+        Args:
+            path_or_id: the folder, or the repository's name.
+            dtype: of the weights, such as torch.bfloat16 or "bfloat16"; None for what config.json says.
+            new: patterns (fnmatch) of parameters to initialise whatever the folder holds, such as "classifier.*".
+            **changes: fields of the config to change, such as num_labels.
+
+        Raises:
+            TypeError, ValueError: an argument; or the folder, with the file and everything in it that does not fit.
+        """
+        return cast(Model, load_model(cls, path_or_id, dtype=dtype, new=new, changes=changes))
+
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None
+    ) -> None:
+        """Write the model's folder in transformers' format where its family has one; all files appear together.
+
+        config.json, model.safetensors (several with an index over max_shard_size), generation_config.json for models
+        that generate, README.md unless the folder has one that was edited, and a tokenizer's files: of `tokenizer`
+        (any object with save_pretrained), else those of the folder the model was loaded from. Other files in
+        `directory` stay.
+
+        Raises:
+            TypeError, ValueError: an argument. OSError: what writing met; `directory` is as it was.
+        """
+        family = family_for(self.config, self.families)
+        generation = None
+        if self.generates:
+            generation = self.generation_config
+            generation = generation_entries(self.config) if generation is None else generation
+        save_model(
+            cast(nn.Module, self),
+            self.config,
+            family,
+            directory,
+            architecture=self.architectures.get(family.model_type),
+            with_prefix=self.with_prefix,
+            max_shard_size=max_shard_size,
+            tokenizer=tokenizer,
+            tokenizer_from=self.loaded_from,
+            generation=generation,
+            files=self.extra_files(),
+        )
+
+    def extra_files(self) -> Mapping[str, bytes]:
+        """What a class writes besides, by path within the folder."""
+        return {}
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        max_shard_size: int | str = "5GB",
+        tokenizer: Any = None,
+    ) -> str:
+        """Save the model and upload the folder to a repository on the Hugging Face hub, made if needed; its address.
+
+        Args:
+            repo_id: "user/name".
+            private: of a repository that is made; None for the account's default.
+            token: of the hub; None for the one that `huggingface-cli login` stored.
+            commit_message: of the upload.
+            max_shard_size, tokenizer: as in `save_pretrained`.
+
+        Raises:
+            ValueError: repo_id is not a name, or the hub refused; the message names it.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "model", max_shard_size=max_shard_size, tokenizer=tokenizer)
+            return push_folder(
+                Path(scratch) / "model", repo_id, private=private, token=token, commit_message=commit_message
+            )

@@ -1,0 +1,290 @@
+"""BertForEmbedding: texts as vectors, in sentence-transformers' folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.models.bert_config import BertConfig
+from fastattn.models.checkpoint import read_json, resolve_folder
+from fastattn.models.encoder import Bert
+from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.nn.unpadding import Tokens
+from fastattn.ops.arguments import is_integer
+
+POOLINGS = ("mean", "cls", "max")
+MODULES, SETTINGS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+_TRANSFORMER, _POOLING, _NORMALIZE = "Transformer", "Pooling", "Normalize"
+Model = TypeVar("Model", bound="BertForEmbedding")
+
+
+class EmbeddingOutput(NamedTuple):
+    """The vectors of texts."""
+
+    embeddings: Tensor  # (B, E)
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E)
+    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+
+
+class BertForEmbedding(PretrainedEncoder, nn.Module):
+    """A vector for each text: an encoder, a pooling over the real tokens, and a scaling to length 1 if `normalize`.
+
+    Folders are sentence-transformers': modules.json says pooling and scaling. One without it, of a bare encoder, gets
+    mean pooling, not scaled, as sentence-transformers has it. Reimers & Gurevych 2019.
+    """
+
+    with_prefix = False
+
+    def __init__(self, config: BertConfig, *, pooling: str = "mean", normalize: bool = True) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: got {pooling!r}, needs one of {', '.join(POOLINGS)}")
+        if not isinstance(normalize, bool):
+            raise ValueError(f"normalize: got {normalize!r}, needs True or False")
+        self.config = config
+        self.bert = Bert(config, add_pooler=False)
+        self.pooling, self.normalize = pooling, normalize
+        self.max_seq_length: int | None = None  # tokens of a text that `encode` reads; None for all positions
+        self.lower_case = False  # whether `encode` puts texts into lower case first
+        self.prompts: dict[str, str] = {}  # by name, what `encode` may put in front of texts
+        self.default_prompt_name: str | None = None
+        self._tokenizer: Any = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EmbeddingOutput:
+        """Vectors (B, E); the arguments are those of `Bert.forward`, which says what is raised."""
+        x, tokens, hidden_states, attentions = self.bert.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        return EmbeddingOutput(self._pooled(x, tokens), hidden_states, attentions)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 32,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> Tensor:
+        """Vectors of texts, (N, E) in their order, or (E,) of a single text; without gradients and dropout.
+
+        Args:
+            texts: are tokenised by the folder's tokenizer.json, cut to `max_seq_length` tokens.
+            batch_size: texts at a time, those of similar lengths together.
+            prompt_name: which of `prompts` to put in front of each text; `default_prompt_name` by default.
+            prompt: what to put in front instead.
+        """
+        single = isinstance(texts, str)
+        listed = [texts] if single else list(texts)
+        for index, text in enumerate(listed):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{index}]: got {type(text).__name__}, needs str")
+        if not is_integer(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size!r}, needs a positive integer")
+        front = self._prompt(prompt_name) if prompt is None else prompt
+        core = self.tokenizer
+        prepared = [front + (text.lower() if self.lower_case else text) for text in cast("list[str]", listed)]
+        ids = [encoding.ids for encoding in core.encode_batch(prepared)]
+        device = self.bert.embeddings.word_embeddings.weight.device
+        dtype = self.bert.embeddings.word_embeddings.weight.dtype
+        out = torch.empty(len(ids), self.config.hidden_size, device=device, dtype=dtype)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch, mask = _padded([ids[i] for i in chosen], self.config.pad_token_id or 0)
+                embeddings = self(batch.to(device), None if mask is None else mask.to(device)).embeddings
+                out[torch.tensor(chosen, device=device)] = embeddings
+        finally:
+            self.train(was_training)
+        return out[0] if single else out
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder's `tokenizers.Tokenizer`, cutting at `max_seq_length` and without padding.
+
+        Raises:
+            ValueError: the model is not from a folder, or that has no tokenizer.json.
+        """
+        if self._tokenizer is None:
+            import tokenizers
+
+            path = None if self.loaded_from is None else self.loaded_from / "tokenizer.json"
+            if path is None or not path.is_file():
+                raise ValueError(f"tokenizer: the model's folder has no tokenizer.json ({path})")
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        longest = self.config.max_position_embeddings - self.config.position_offset
+        if self.max_seq_length is not None:
+            longest = min(longest, self.max_seq_length)
+        self._tokenizer.no_padding()  # those that files ask for
+        self._tokenizer.enable_truncation(longest)
+        return self._tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: str | Path,
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        **options: Any,
+    ) -> Model:
+        """A model in eval mode from a sentence-transformers folder, a bare encoder's, or the Hugging Face hub.
+
+        Args:
+            path_or_id: a folder, or a repository's name on the hub.
+            pooling, normalize: in place of what the folder says.
+            options: as in `Pretrained.from_pretrained`, which says what is raised besides.
+
+        Raises:
+            ValueError: the folder has modules, or a pooling, that are not computed here; the message names them.
+        """
+        folder = resolve_folder(path_or_id)
+        layout = _read_layout(folder)
+        model = super().from_pretrained(folder / layout.encoder, **options)
+        model.pooling = layout.pooling if pooling is None else pooling
+        model.normalize = layout.normalize if normalize is None else normalize
+        if model.pooling not in POOLINGS:
+            raise ValueError(f"pooling: got {model.pooling!r}, needs one of {', '.join(POOLINGS)}")
+        model.max_seq_length, model.lower_case = layout.max_seq_length, layout.lower_case
+        model.prompts, model.default_prompt_name = layout.prompts, layout.default_prompt_name
+        return model
+
+    def extra_files(self) -> Mapping[str, bytes]:
+        """What sentence-transformers reads besides the encoder's files."""
+        paths = {_TRANSFORMER: "", _POOLING: "1_Pooling"}
+        if self.normalize:
+            paths[_NORMALIZE] = "2_Normalize"
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(paths.items())
+        ]
+        pooling = {
+            "word_embedding_dimension": self.config.hidden_size,
+            **{key: name == self.pooling for name, key in _POOLING_KEYS.items()},
+        }
+        settings = {"max_seq_length": self.max_seq_length, "do_lower_case": self.lower_case}
+        prompts = {"prompts": self.prompts, "default_prompt_name": self.default_prompt_name}
+        entries: dict[str, Any] = {
+            MODULES: modules, SETTINGS: settings, PROMPTS: prompts, "1_Pooling/config.json": pooling,
+        }  # fmt: skip
+        if self.normalize:
+            entries["2_Normalize/config.json"] = {}
+        return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in entries.items()}
+
+    def _pooled(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """(T, E) -> (B, E), in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        pooled = {"mean": tokens.mean, "cls": tokens.first, "max": tokens.max}[self.pooling](wide)
+        if self.normalize:
+            pooled = F.normalize(pooled, dim=-1)
+        return pooled.to(x.dtype)
+
+    def _prompt(self, name: str | None) -> str:
+        name = self.default_prompt_name if name is None else name
+        if name is not None and name not in self.prompts:
+            raise ValueError(f"prompt_name: got {name!r}, needs one of {', '.join(self.prompts) or 'none'}")
+        return "" if name is None else self.prompts[name]
+
+
+class _Layout(NamedTuple):
+    """What a sentence-transformers folder says beside its encoder."""
+
+    encoder: str = ""  # its folder within
+    pooling: str = "mean"
+    normalize: bool = False
+    max_seq_length: int | None = None
+    lower_case: bool = False
+    prompts: dict[str, str] = {}  # noqa: RUF012
+    default_prompt_name: str | None = None
+
+
+_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+}
+
+
+def _read_layout(folder: Path) -> _Layout:
+    """The layout of a folder; ValueError names what is not computed here."""
+    path = folder / MODULES
+    if not path.is_file():
+        return _Layout()
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        kinds = [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"pretrained model: {path} is no list of modules: {error!r}") from None
+    found = dict(kinds)
+    names = [kind for kind, _ in kinds]
+    if names not in ([_TRANSFORMER, _POOLING], [_TRANSFORMER, _POOLING, _NORMALIZE]):
+        raise ValueError(
+            f"pretrained model: {path} has the modules {', '.join(names)}, needs Transformer, Pooling and "
+            f"perhaps Normalize"
+        )
+    encoder = found[_TRANSFORMER]
+    settings = _optional(folder / encoder / SETTINGS)
+    prompts = _optional(folder / PROMPTS)
+    longest = settings.get("max_seq_length") or _optional(folder / encoder / "tokenizer_config.json").get(
+        "model_max_length"
+    )
+    return _Layout(
+        encoder,
+        _read_pooling(folder / found[_POOLING] / "config.json"),
+        _NORMALIZE in found,
+        int(longest) if isinstance(longest, (int, float)) and longest < 1e9 else None,
+        bool(settings.get("do_lower_case", False)),
+        prompts.get("prompts") or {},
+        prompts.get("default_prompt_name"),
+    )
+
+
+def _read_pooling(path: Path) -> str:
+    """The pooling of a config, of today's form ("pooling_mode": "mean") or with a flag for each."""
+    entries = read_json(path)
+    modes = entries.get("pooling_mode")
+    if modes is None:
+        modes = [key for key, on in entries.items() if key.startswith("pooling_mode_") and on]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    ours = {**{key: name for name, key in _POOLING_KEYS.items()}, **{name: name for name in POOLINGS}}
+    if len(modes) != 1 or modes[0] not in ours:
+        raise ValueError(
+            f"pretrained model: {path}: got the pooling {modes}, needs one of {', '.join(POOLINGS)}"
+        )
+    if entries.get("include_prompt", True) is not True:
+        raise ValueError(f"pretrained model: {path}: include_prompt: got False, only True is supported")
+    return ours[modes[0]]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, S) and their mask, None where all are of one length."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+    if all(len(row) == longest for row in rows):
+        return ids, None
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(longest) < lengths[:, None]

@@ -1,0 +1,334 @@
+"""Bert: every encoder of the family, from BERT to ModernBERT, computed on real tokens only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.models.bert_config import FULL, SLIDING, BertConfig
+from fastattn.models.checkpoint import Family
+from fastattn.models.checks import check_range
+from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.nn.blocks import normalised
+from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
+from fastattn.nn.linear import Linear
+from fastattn.nn.positions import Rotary, RotaryTable
+from fastattn.nn.unpadding import Tokens
+from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
+
+
+class EncoderOutput(NamedTuple):
+    """The output of an encoder; 0 at padding."""
+
+    last_hidden_state: Tensor  # (B, S, E)
+    pooler_output: Tensor | None = None  # (B, E), where config.pooler
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): embeddings, then behind each layer
+    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+
+
+class Encoded(NamedTuple):
+    """What heads read: tokens in a row, without padding."""
+
+    x: Tensor  # (T, E), the last hidden state
+    tokens: Tokens  # where they stand
+    hidden_states: tuple[Tensor, ...] | None  # padded
+    attentions: tuple[Tensor, ...] | None
+
+
+class Bert(PretrainedEncoder, nn.Module):
+    """Token, position and type embeddings and `num_hidden_layers` blocks of self-attention, without a head.
+
+    Padding costs nothing: real tokens are packed in a row, and so go through every layer and head, forward and
+    backward; outputs are padded back with 0. What padding holds, even NaN, changes nothing. Programs that are recorded
+    before the mask is known (torch.compile, export, CUDA graphs) compute padding too, so that one program serves every
+    length.
+
+    As in transformers, learned positions are columns: padding on the left shifts them, so pad on the right, or give
+    position_ids. "First token" is a sequence's first real one wherever the padding is. A row of padding alone gives 0,
+    its pooled output is the head's answer to 0.
+
+    Devlin et al. 2018; Liu et al. 2019 (RoBERTa); Sanh et al. 2019 (DistilBERT); Clark et al. 2020 (ELECTRA);
+    Warner et al. 2024 (ModernBERT).
+    """
+
+    with_prefix = False
+
+    def __init__(self, config: BertConfig, *, add_pooler: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.rotary = {
+            FULL: Rotary(config.head_dim, config.rope_theta),
+            SLIDING: Rotary(config.head_dim, config.local_rope_theta),
+        }
+        self.layers = nn.ModuleList(_block(config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = _norm(config, config.hidden_size) if config.pre_norm else nn.Identity()
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if config.pooler and add_pooler else None
+        self.apply_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: (B, S) token ids.
+            attention_mask: (B, S), nonzero = a real token; None for no padding.
+            token_type_ids: (B, S), 0 by default; refused where the family has none.
+            position_ids: (B, S) or (S,), in place of those counted here.
+            inputs_embeds: (B, S, embedding_dim) in place of input_ids: what the token embedding would give.
+            output_hidden_states: also return the embeddings and the output of each layer.
+            output_attentions: also return each layer's attention weights, 0 in rows and columns of padding.
+
+        Raises:
+            TypeError: something else than a tensor stands where a tensor belongs.
+            ValueError: a tensor does not fit, the sequence is longer than the learned positions, or an id is out of
+                range (asked on a CPU only, where it costs no synchronisation).
+        """
+        encoded = self.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        x, tokens, hidden_states, attentions = encoded
+        pooled = None if self.pooler is None else torch.tanh(self.pooler(tokens.first(x)))  # (B, E)
+        return EncoderOutput(tokens.pad(x), pooled, hidden_states, attentions)
+
+    def encode_tokens(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> Encoded:
+        """What `forward` pads: the hidden states of real tokens, (T, E), for heads that go on with these."""
+        batch, seqlen = self._check_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        )
+        tokens = Tokens.of(attention_mask, batch, seqlen, gaps=SLIDING not in self.config.kinds_of_layers)
+        if position_ids is None:
+            position_ids = self._positions(
+                input_ids, batch, seqlen, device=_device_of(input_ids, inputs_embeds)
+            )
+        positions = tokens.pack(position_ids.expand(batch, seqlen))  # (T,)
+        ids, types, given = (
+            None if tensor is None else tokens.pack(tensor)
+            for tensor in (input_ids, token_type_ids, inputs_embeds)
+        )
+        self._check_ids(ids, types, positions)
+        x = self.embeddings(ids, positions, types, given)  # (T, E)
+        tables = self._rotary_tables(positions, x.dtype)
+        states, weights = [x], []
+        for layer, kind in zip(self.layers, self.config.kinds_of_layers):
+            x, shown = layer(x, tokens, rotary=tables.get(kind), weights=output_attentions)
+            states.append(x)
+            weights.append(shown)
+        x = states[-1] = normalised(self.final_norm, x)  # (T, E)
+        return Encoded(
+            x,
+            tokens,
+            tuple(tokens.pad(state) for state in states) if output_hidden_states else None,
+            tuple(weights) if output_attentions else None,
+        )
+
+    @classmethod
+    def fitted(cls, config: BertConfig, family: Family, names: frozenset[str]) -> tuple[BertConfig, Family]:
+        """Without a pooler where the folder has none, as a masked LM's."""
+        if config.pooler and "pooler.dense.weight" not in names:
+            config = replace(config, pooler=False)
+        return super().fitted(config, family, names)
+
+    @torch.no_grad()
+    def apply_init(self) -> None:
+        """Weights from normal(0, initializer_range), the pad token's 0, biases 0; under pre_norm, what adds to the
+        stream scaled by 1 / sqrt(2 * num_hidden_layers)."""
+        initialise(self, self.config)
+        if self.config.pre_norm:
+            for layer in self.layers:
+                for linear in (layer.attn.out_proj, layer.mlp.c_proj):
+                    linear.weight.mul_(1 / math.sqrt(2 * self.config.num_hidden_layers))
+
+    def _positions(self, input_ids: Tensor | None, batch: int, seqlen: int, device: torch.device) -> Tensor:
+        """Positions (S,), or (B, S) where they count tokens that are not pad_token_id."""
+        columns = torch.arange(seqlen, device=device)
+        offset, pad = self.config.position_offset, self.config.pad_token_id
+        if not offset:
+            return columns
+        if input_ids is None or pad is None:
+            return columns + offset
+        counted = input_ids != pad
+        return counted.cumsum(1) * counted + (offset - 1)
+
+    def _rotary_tables(self, positions: Tensor, dtype: torch.dtype) -> dict[str, RotaryTable]:
+        """For each kind of layer, cos and sin (T, D/2) in float32 at least; none without rotary positions."""
+        if self.config.positions != "rotary":
+            return {}
+        dtype = torch.promote_types(dtype, torch.float32)
+        return {kind: self.rotary[kind].table(positions, dtype) for kind in set(self.config.kinds_of_layers)}
+
+    def _check_ids(self, ids: Tensor | None, types: Tensor | None, positions: Tensor) -> None:
+        """The ids of real tokens within their tables; padding may hold anything where it is not looked up."""
+        config = self.config
+        if ids is not None:
+            check_range("input_ids", ids, config.vocab_size, "vocab_size")
+        if types is not None:
+            check_range("token_type_ids", types, config.type_vocab_size, "type_vocab_size")
+        if config.positions == "learned":
+            check_range("position_ids", positions, config.max_position_embeddings, "max_position_embeddings")
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[int, int]:
+        """(batch, length), once everything fits."""
+        config = self.config
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        for name, tensor in given.items():
+            if tensor is not None:
+                check_tensor(name, tensor)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: needs either input_ids or inputs_embeds, got both or none")
+        if input_ids is not None:
+            if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+                got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+                raise ValueError(f"input_ids: got {got}, needs int64 or int32 of shape (batch, length)")
+            batch, seqlen = input_ids.shape
+        else:
+            assert inputs_embeds is not None
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.embedding_dim:
+                raise ValueError(
+                    f"inputs_embeds: got shape {tuple(inputs_embeds.shape)}, "
+                    f"needs (batch, length, {config.embedding_dim})"
+                )
+            batch, seqlen = inputs_embeds.shape[:2]
+        if attention_mask is not None and attention_mask.shape != (batch, seqlen):
+            raise ValueError(
+                f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {(batch, seqlen)}"
+            )
+        for name, shapes in (
+            ("token_type_ids", {(batch, seqlen)}), ("position_ids", {(batch, seqlen), (seqlen,)}),
+        ):  # fmt: skip
+            tensor = given[name]
+            if tensor is not None and (
+                tuple(tensor.shape) not in shapes or tensor.dtype not in INTEGER_DTYPES
+            ):
+                got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
+        if token_type_ids is not None and not config.type_vocab_size:
+            raise ValueError(f"token_type_ids: a {config.model_type} model has no token types, needs None")
+        limit = config.max_position_embeddings
+        if config.positions == "learned" and position_ids is None and seqlen + config.position_offset > limit:
+            raise ValueError(
+                f"input_ids: {seqlen} tokens is more than the learned positions allow, "
+                f"{limit - config.position_offset} (max_position_embeddings={limit})"
+            )
+        return batch, seqlen
+
+
+class Embeddings(nn.Module):
+    """norm(token + position + type), then a projection where the embeddings are narrower than the model."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.embedding_dim
+        pad = config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=pad)
+        self.position_embeddings = None
+        if config.positions == "learned":
+            unused = config.position_offset - 1 if config.position_offset else None
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, width, padding_idx=unused)
+        self.token_type_embeddings = (
+            nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        )
+        self.norm = _norm(config, width)
+        self.dropout = nn.Dropout(_either(config.embedding_dropout, config.hidden_dropout_prob))
+        self.projection = Linear(width, config.hidden_size) if width != config.hidden_size else None
+
+    def forward(
+        self, ids: Tensor | None, positions: Tensor, types: Tensor | None, given: Tensor | None
+    ) -> Tensor:
+        """ids, positions and types (T,), or `given` (T, embedding_dim) in place of ids -> (T, E)."""
+        x = self.word_embeddings(ids) if given is None else given
+        if self.token_type_embeddings is not None:
+            first = self.token_type_embeddings.weight[0]
+            x = x + (first if types is None else self.token_type_embeddings(types))
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(positions)
+        x = self.dropout(normalised(self.norm, x))
+        return x if self.projection is None else self.projection(x)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: BertConfig) -> None:
+    """Linear layers and embeddings from normal(0, initializer_range), biases and pad rows 0, norms 1."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.normal_(0.0, config.initializer_range)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+
+def _block(config: BertConfig, index: int) -> EncoderBlock:
+    sliding = config.kinds_of_layers[index] == SLIDING
+    side = config.local_attention // 2
+    attn = SelfAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        bias=config.attention_bias,
+        dropout=config.attention_probs_dropout_prob,
+        window=(side, side) if sliding else None,
+    )
+    mlp = EncoderMlp(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=config.hidden_act,
+        bias=config.mlp_bias,
+        gated=config.gated_mlp,
+        dropout=_either(config.mlp_dropout, 0.0),
+    )
+    embedded = config.pre_norm and index == 0  # the embeddings have just been normalised
+    return EncoderBlock(
+        attn,
+        mlp,
+        nn.Identity() if embedded else _norm(config, config.hidden_size),
+        _norm(config, config.hidden_size),
+        pre_norm=config.pre_norm,
+        attn_dropout=_either(config.attention_output_dropout, config.hidden_dropout_prob),
+        mlp_dropout=config.hidden_dropout_prob if config.mlp_dropout is None else 0.0,
+    )
+
+
+def _norm(config: BertConfig, width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+
+def _either(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _device_of(*tensors: Tensor | None) -> torch.device:
+    return next(tensor.device for tensor in tensors if tensor is not None)

@@ -1,0 +1,462 @@
+"""Heads of encoders: masked words, next sentences, classes of texts and of tokens, and answers.
+
+Every head works on real tokens in a row and pads its results at the end. A loss counts real tokens only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import torch_compat
+from fastattn.models.bert_config import PROBLEM_TYPES, BertConfig
+from fastattn.models.checks import check_range, readable
+from fastattn.models.encoder import Bert, Encoded, initialise
+from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
+from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.nn.blocks import ACTIVATIONS, normalised
+from fastattn.nn.linear import Linear, remade
+from fastattn.nn.unpadding import Tokens
+from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
+
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+
+
+class MaskedLMOutput(NamedTuple):
+    """The output of a masked language model; loss is None without labels."""
+
+    loss: Tensor | None  # ()
+    logits: Tensor | None  # (B, S, V), 0 at padding; None in training, see BertForMaskedLM.forward
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E)
+    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+
+
+class PreTrainingOutput(NamedTuple):
+    """The output of BERT's two heads of pre-training; loss is the sum of those that labels were given for."""
+
+    loss: Tensor | None  # ()
+    prediction_logits: Tensor | None  # (B, S, V), as MaskedLMOutput.logits
+    seq_relationship_logits: Tensor  # (B, 2): the second sentence follows the first; it does not
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """prediction_logits."""
+        return self.prediction_logits
+
+
+class ClassifierOutput(NamedTuple):
+    """The output of a classifier of texts or tokens; loss is None without labels."""
+
+    loss: Tensor | None  # ()
+    logits: Tensor  # (B, num_labels) or (B, S, num_labels), 0 at padding; (B, S) for tokens with one label
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class QuestionAnsweringOutput(NamedTuple):
+    """Where an answer starts and ends; loss is None without positions."""
+
+    loss: Tensor | None  # ()
+    start_logits: Tensor  # (B, S), the lowest finite number at padding, which takes no part in a softmax
+    end_logits: Tensor  # (B, S)
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """Both, (B, S, 2)."""
+        return torch.stack((self.start_logits, self.end_logits), dim=-1)
+
+
+class BertForMaskedLM(PretrainedEncoder, nn.Module):
+    """The words behind masks: an encoder, a dense layer with activation and norm, and the token embedding as output."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, add_pooler=False)
+        self.head = lm_transform(config)
+        self.decoder = Linear(config.embedding_dim, config.vocab_size, bias=config.decoder_bias)
+        initialise(self.head, config)
+        initialise(self.decoder, config)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_logits: bool | None = None,
+    ) -> MaskedLMOutput:
+        """Logits of every token, and the mean cross-entropy at the labels.
+
+        Args:
+            labels: (B, S), the words that were masked, -100 elsewhere; padding is ignored. The loss computes logits of
+                labelled tokens only.
+            return_logits: whether to compute all logits. None = not where a model in training mode makes a loss with
+                gradients.
+            Others: as in `Bert.forward`, which says what is raised.
+        """
+        keep = _wants_logits(self, labels, return_logits)
+        encoded = self.bert.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep)
+        return MaskedLMOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+    def tie_weights(self) -> None:
+        """Tie the output to the token embedding if the config asks for it."""
+        if self.config.tie_word_embeddings:
+            self.decoder.weight = self.bert.embeddings.word_embeddings.weight
+
+
+class BertForPreTraining(PretrainedEncoder, nn.Module):
+    """BERT as it was trained: `BertForMaskedLM`'s head, and whether the second sentence follows the first."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, add_pooler=False)
+        self.pooler = Linear(config.hidden_size, config.hidden_size)
+        self.head = lm_transform(config)
+        self.decoder = Linear(config.embedding_dim, config.vocab_size, bias=config.decoder_bias)
+        self.seq_relationship = Linear(config.hidden_size, 2)
+        for module in (self.pooler, self.head, self.decoder, self.seq_relationship):
+            initialise(module, config)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_logits: bool | None = None,
+    ) -> PreTrainingOutput:
+        """Logits of both heads, and the sum of the losses that there are labels for.
+
+        Args:
+            labels: as in `BertForMaskedLM.forward`.
+            next_sentence_label: (B,), 0 = the second sentence follows the first, 1 = it does not.
+            return_logits: as in `BertForMaskedLM.forward`.
+            Others: as in `Bert.forward`, which says what is raised.
+        """
+        keep = _wants_logits(self, labels, return_logits)
+        encoded = self.bert.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep)
+        first = encoded.tokens.first(encoded.x)  # (B, E)
+        follows = self.seq_relationship(torch.tanh(self.pooler(first)))  # (B, 2)
+        if next_sentence_label is not None:
+            targets = _checked_classes("next_sentence_label", next_sentence_label, (follows.shape[0],), 2)
+            of_next = mean_loss_of(follows, targets)
+            loss = of_next if loss is None else loss + of_next
+        return PreTrainingOutput(loss, logits, follows, encoded.hidden_states, encoded.attentions)
+
+    tie_weights = BertForMaskedLM.tie_weights
+
+
+class BertForSequenceClassification(PretrainedEncoder, nn.Module):
+    """Classes or numbers of whole texts: the first token, or the mean of all, through a dense layer to the labels."""
+
+    new_heads = ("head.*", "classifier.*")
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, add_pooler=False)
+        self.head = class_transform(config)
+        self.input_dropout = nn.Dropout(_dropout(config) if config.classifier_input_dropout else 0.0)
+        self.dropout = nn.Dropout(_dropout(config))
+        self.classifier = Linear(config.hidden_size, config.num_labels or 0)
+        initialise(self.head, config)
+        initialise(self.classifier, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ClassifierOutput:
+        """Logits of each text (B, num_labels), and a loss by `config.problem_type`.
+
+        Args:
+            labels: for a single label, (B,) integers, -100 is ignored: cross-entropy. For several labels,
+                (B, num_labels) of 0 and 1: binary cross-entropy. For regression, (B,) or (B, num_labels) floats: mean
+                squared error. Where problem_type is None: regression if num_labels is 1, else a single label if the
+                labels are integers, else several.
+            Others: as in `Bert.forward`, which says what is raised.
+        """
+        encoded = self.bert.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        x, tokens = encoded.x, encoded.tokens
+        pooled = tokens.first(x) if self.config.classifier_pooling == "cls" else tokens.mean(x)  # (B, E)
+        logits = self.classifier(self.dropout(self.head(self.input_dropout(pooled))))  # (B, num_labels)
+        loss = None if labels is None else text_loss(logits, labels, self.config.problem_type)
+        return ClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+class BertForTokenClassification(PretrainedEncoder, nn.Module):
+    """Classes of tokens, as entities; with one label, whether each token is one (ELECTRA's discriminator)."""
+
+    new_heads = ("head.*", "classifier.*")
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, add_pooler=False)
+        self.head = class_transform(config) if config.token_dense else nn.Identity()
+        self.dropout = nn.Dropout(_dropout(config) if config.token_dropout is None else config.token_dropout)
+        self.classifier = Linear(config.hidden_size, config.num_labels or 0)
+        initialise(self.head, config)
+        initialise(self.classifier, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ClassifierOutput:
+        """Logits of each token (B, S, num_labels), or (B, S) with one label, and a mean loss over real tokens.
+
+        Args:
+            labels: (B, S) classes, cross-entropy; with one label 0 or 1, binary cross-entropy. -100 and padding are
+                ignored.
+            Others: as in `Bert.forward`, which says what is raised.
+        """
+        encoded = self.bert.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        tokens = encoded.tokens
+        logits = self.classifier(self.dropout(self.head(encoded.x)))  # (T, num_labels)
+        binary = self.config.num_labels == 1
+        if binary:
+            logits = logits.squeeze(-1)  # (T,)
+        loss = None
+        if labels is not None:
+            targets = _token_targets("labels", labels, tokens, 2 if binary else logits.shape[-1])
+            loss = _binary_loss(logits, targets) if binary else mean_loss_of(logits, targets)
+        return ClassifierOutput(loss, tokens.pad(logits), encoded.hidden_states, encoded.attentions)
+
+
+class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
+    """Where in a text the answer to a question starts and ends."""
+
+    new_heads = ("head.*", "qa_outputs.*")
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config, add_pooler=False)
+        self.head = class_transform(config) if config.qa_dense else nn.Identity()
+        self.dropout = nn.Dropout(_dropout(config) if config.qa_dropout is None else config.qa_dropout)
+        self.qa_outputs = Linear(config.hidden_size, 2)
+        initialise(self.head, config)
+        initialise(self.qa_outputs, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> QuestionAnsweringOutput:
+        """Logits of each token to start and to end the answer, (B, S) each, and the mean of both cross-entropies.
+
+        Args:
+            start_positions, end_positions: (B,) columns, given together; one outside of 0 .. S - 1 is ignored. The
+                softmax is over real tokens.
+            Others: as in `Bert.forward`, which says what is raised.
+        """
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("start_positions: needs end_positions beside it, got one of them")
+        encoded = self.bert.encode_tokens(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        logits = self.qa_outputs(self.dropout(self.head(encoded.x)))  # (T, 2)
+        padded = encoded.tokens.pad(logits, torch.finfo(logits.dtype).min)  # (B, S, 2)
+        start, end = padded.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            losses = [
+                _position_loss(name, at, given)
+                for name, at, given in (
+                    ("start_positions", start, start_positions), ("end_positions", end, end_positions),
+                )
+            ]  # fmt: skip
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringOutput(loss, start, end, encoded.hidden_states, encoded.attentions)
+
+
+class Transform(nn.Module):
+    """norm(activation(dense(x))): (..., E) -> (..., out), without a norm where there is none."""
+
+    def __init__(self, width: int, out: int, *, activation: str, bias: bool, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.dense = Linear(width, out, bias=bias)
+        self.activation = {**ACTIVATIONS, "tanh": torch.tanh}[activation]
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., out)."""
+        h = remade(self.activation, self.dense(x))
+        return h if self.norm is None else normalised(self.norm, h)
+
+
+def class_transform(config: BertConfig) -> Transform:
+    """The dense layer in front of a classifier."""
+    width = config.hidden_size
+    norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias)
+    return Transform(
+        width, width, activation=config.classifier_activation, bias=config.classifier_bias,
+        norm=norm if config.classifier_norm else None,
+    )  # fmt: skip
+
+
+def lm_transform(config: BertConfig) -> Transform:
+    """The dense layer in front of a masked LM's output."""
+    width = config.embedding_dim
+    return Transform(
+        config.hidden_size, width, activation=config.lm_activation or config.hidden_act, bias=config.lm_bias,
+        norm=nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.norm_bias),
+    )  # fmt: skip
+
+
+def masked_lm(
+    encoded: Encoded, labels: Tensor | None, head: nn.Module, decoder: nn.Module, keep_logits: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(loss, logits (B, S, V)): the loss of labelled tokens only, logits of all where they are kept."""
+    x, tokens = encoded.x, encoded.tokens
+    logits = decoder(head(x)) if keep_logits else None  # (T, V)
+    padded = None if logits is None else tokens.pad(logits)
+    if labels is None:
+        return None, padded
+    targets = _token_targets("labels", labels, tokens, decoder.weight.shape[0])  # (T,)
+    if logits is not None:
+        return mean_loss_of(logits, targets), padded
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+        labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        x, targets = x.index_select(0, labelled), targets.index_select(0, labelled)
+    h = head(x)
+    if type(decoder) is Linear and not torch_compat.has_hooks(decoder):
+        return mean_loss(h, decoder.weight, targets, decoder.bias), None
+    return mean_loss_of(decoder(h), targets), None
+
+
+def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The loss of logits (B, num_labels), see `BertForSequenceClassification.forward`."""
+    check_tensor("labels", labels)
+    batch, num_labels = logits.shape
+    if problem_type is None:
+        integers = labels.dtype in INTEGER_DTYPES
+        problem_type = REGRESSION if num_labels == 1 else SINGLE_LABEL if integers else MULTI_LABEL
+    if problem_type == SINGLE_LABEL:
+        return mean_loss_of(logits, _checked_classes("labels", labels, (batch,), num_labels))
+    shapes = {(batch, num_labels), (batch,)} if num_labels == 1 else {(batch, num_labels)}
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, needs {(batch, num_labels)} for {problem_type}"
+        )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = labels.view(batch, num_labels).to(wide.dtype)
+    if problem_type == REGRESSION:
+        return F.mse_loss(wide, targets)
+    return F.binary_cross_entropy_with_logits(wide, targets)
+
+
+def _wants_logits(model: nn.Module, labels: Tensor | None, return_logits: bool | None) -> bool:
+    if return_logits is None:
+        return labels is None or not (model.training and torch.is_grad_enabled())
+    if not isinstance(return_logits, bool):
+        raise TypeError(f"return_logits: got {return_logits!r}, needs True, False or None")
+    return return_logits
+
+
+def _token_targets(name: str, labels: Tensor, tokens: Tokens, num_classes: int) -> Tensor:
+    """Labels (B, S) of real tokens, (T,) int64; IGNORE_INDEX at padding that is among them."""
+    targets = _checked_classes(name, labels, (tokens.batch, tokens.seqlen), None)
+    if tokens.real is not None and tokens.places is None:
+        targets = targets.masked_fill(~tokens.real, IGNORE_INDEX)
+    targets = tokens.pack(targets)
+    _check_counted(name, targets, num_classes)
+    return targets
+
+
+def _checked_classes(name: str, labels: Tensor, shape: tuple[int, ...], num_classes: int | None) -> Tensor:
+    check_tensor(name, labels)
+    if tuple(labels.shape) != shape or labels.dtype not in INTEGER_DTYPES:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"{name}: got {got}, needs integers of shape {shape}")
+    if num_classes is not None:
+        _check_counted(name, labels, num_classes)
+    return labels.long()
+
+
+def _check_counted(name: str, targets: Tensor, num_classes: int) -> None:
+    if readable(targets):
+        counted = targets[targets != IGNORE_INDEX]
+        check_range(name, counted, num_classes, f"or {IGNORE_INDEX}; the number of classes")
+
+
+def _binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy of logits (T,) over the targets that count; NaN where none does."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = targets != IGNORE_INDEX
+    losses = F.binary_cross_entropy_with_logits(wide, targets.clamp(min=0).to(wide.dtype), reduction="none")
+    return losses.masked_fill(~counted, 0).sum() / counted.sum()
+
+
+def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
+    """Mean cross-entropy over the columns of logits (B, S); positions outside are ignored."""
+    batch, seqlen = logits.shape
+    targets = _checked_classes(
+        name, positions.view(-1) if positions.dim() == 2 else positions, (batch,), None
+    )
+    outside = (targets < 0) | (targets >= seqlen)
+    return mean_loss_of(logits, targets.masked_fill(outside, IGNORE_INDEX))
+
+
+def _dropout(config: BertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

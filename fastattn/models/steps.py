@@ -1,0 +1,300 @@
+"""One step of generation for a GPT: the blocks on rows, over caches of a fixed size, each sequence at its own length.
+
+What does not change between steps is settled when a decoder is made: checks, the products with each weight, the table
+of positions. A prompt's padding is moved behind its tokens, so that causality hides it and no mask is needed; the
+tokens that follow overwrite it in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import torch_compat
+from fastattn.models.checks import check_range
+from fastattn.models.config import GPTConfig
+from fastattn.nn.attention import MultiHeadAttention, keep_forward
+from fastattn.nn.blocks import Mlp, PreNormBlock
+from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.linear import Linear
+from fastattn.nn.positions import Rotary, apply_rotary
+from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
+from fastattn.ops.attention import attention
+from fastattn.ops.kv_cache import attention_kv_cache
+
+Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Decodable(Protocol):
+    """The parts of a GPT, which imports this file."""
+
+    config: GPTConfig
+    quantized: str | None
+    wte: nn.Embedding
+    wpe: nn.Embedding | None
+    rotary: Rotary | None
+    h: nn.ModuleList
+    ln_f: nn.LayerNorm
+    lm_head: Linear
+
+    def new_cache(self, batch: int, capacity: int) -> list[KVCache]: ...
+
+
+class _Block(NamedTuple):
+    """A block's parts, its products made ready."""
+
+    module: PreNormBlock
+    qkv: Rows
+    out: Rows
+    c_fc: Rows
+    c_proj: Rows
+    activation: Callable[[Tensor], Tensor]
+
+
+def can_decode(model: Decodable) -> bool:
+    """Whether a decoder computes what the model's forward does: the modules are the usual ones, without hooks, adapters
+    or parametrisations, and autocast is off.
+    """
+    if torch.is_autocast_enabled(model.wte.weight.device.type) or torch.compiler.is_compiling():
+        return False
+    expected: list[tuple[nn.Module, type]] = [(model.wte, nn.Embedding), (model.lm_head, Linear)]
+    expected.append((model.ln_f, nn.LayerNorm))
+    if model.wpe is not None:
+        expected.append((model.wpe, nn.Embedding))
+    for block in model.h:
+        expected.append((block, PreNormBlock))
+        if type(block) is not PreNormBlock or type(block.mlp) is not Mlp:
+            return False
+        if type(block.attn) is not MultiHeadAttention or not _as_gpt_makes(block.attn):
+            return False
+        mlp = block.mlp
+        expected += [(mlp, Mlp), (mlp.c_fc, Linear), (mlp.c_proj, Linear)]
+        expected += [(block.ln_1, nn.LayerNorm), (block.ln_2, nn.LayerNorm)]
+        expected.append((block.attn.out_proj, type(block.attn.out_proj)))
+    return all(type(module) is kind and not torch_compat.has_hooks(module) for module, kind in expected)
+
+
+def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
+    hooks = torch_compat.hooks_of(attn)
+    return (
+        hooks is not None
+        and all(hook is keep_forward for hook in hooks)
+        and attn.in_proj_weight is not None
+        and attn.bias_k is None
+        and not attn.add_zero_attn
+        and attn.rotary is None
+    )
+
+
+class GPTDecoder:
+    """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them.
+
+    `prefill` reads the prompts, `step` appends a token to each sequence and `extend` several; `rewind` takes tokens back
+    and `reorder` copies sequences, as beams need.
+
+    batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
+    of a step are made in blocks of a fixed number of rows, and activations by row.
+    """
+
+    def __init__(self, model: Decodable, batch: int, capacity: int, *, batch_invariant: bool = False) -> None:
+        self.model, self.invariant = model, batch_invariant
+        self.cache = [
+            (layer.keys, layer.values) for layer in model.new_cache(batch, capacity)
+        ]  # (B, Hkv, C, D)
+        device = model.wte.weight.device
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.blocks = [self._parts(block) for block in model.h]
+        self.head = self._rows(model.lm_head.weight, None)
+        self.rotary = None
+        if model.rotary is not None:
+            dtype = torch.promote_types(model.wte.weight.dtype, torch.float32)
+            self.rotary = model.rotary.table(torch.arange(capacity, device=device), dtype)  # (C, D/2) twice
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, lengths: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
+        """Read prompts (N, S) into the empty caches of the first N sequences; logits of the token after each, (N, V).
+
+        Args:
+            ids: (N, S), N at most the batch; `reorder` gives the other sequences theirs.
+            lengths: (N,), the tokens of each row, which stand first; None = all S.
+            chunk_size: most tokens of a row that are read at once, which bounds the memory of activations; None = all.
+        """
+        count, seqlen = ids.shape
+        check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
+        own = self.lengths[:count]
+        own.copy_(torch.full_like(own, seqlen) if lengths is None else lengths)
+        size = chunk_size or max(seqlen, 1)
+        if self.invariant:
+            ends = own.tolist()
+            last = torch.cat([self._last(ids[i : i + 1, :n], i, None, size) for i, n in enumerate(ends)])
+        else:
+            last = self._last(ids, 0, None if lengths is None else own.long() - 1, size)
+        return self.head(last)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to each sequence, (B,); logits of the token after it, (B, V)."""
+        model = self.model
+        x = F.embedding(tokens, model.wte.weight)  # (B, E)
+        if model.wpe is not None:
+            x = x + F.embedding(self.lengths, model.wpe.weight)
+        logits = self.head(self._through_blocks(x, 1, self._to_cache))
+        self.lengths += 1
+        return logits
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append several tokens to each sequence, (B, n); logits of the token after each of them, (B, n, V).
+
+        With batch_invariant these have the bits of n steps.
+        """
+        model, count = self.model, tokens.shape[1]
+        x = F.embedding(tokens, model.wte.weight)  # (B, n, E)
+        if model.wpe is not None:
+            positions = self.lengths[:, None] + torch.arange(count, device=x.device)
+            x = x + F.embedding(positions, model.wpe.weight)
+        attend = self._to_cache_one_by_one if self.invariant else self._to_cache
+        logits = self.head(self._through_blocks(x.flatten(0, 1), count, attend))
+        self.lengths += count
+        return logits.unflatten(0, tuple(tokens.shape))
+
+    @torch.no_grad()
+    def rewind(self, lengths: Tensor) -> None:
+        """Keep the first tokens of each sequence only, `lengths` (B,) of them."""
+        self.lengths.copy_(lengths)
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i], (B,)."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        if not len(moved):
+            return
+        source = rows[moved]
+        self.lengths[moved] = self.lengths[source]
+        held = int(self.lengths[moved].max())
+        for layer in self.cache:
+            for buffer in layer:
+                buffer[moved, :, :held] = buffer[source, :, :held]  # indexing copies before it writes
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
+        check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
+        self.lengths.fill_(ids.shape[1])
+        return self.head(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
+
+    def _last(self, ids: Tensor, first_row: int, ends: Tensor | None, size: int) -> Tensor:
+        """Read prompts (N, S), so many tokens at a time; the hidden state (N, E) at their ends (N,), or the last."""
+        count, seqlen = ids.shape
+        rows = slice(first_row, first_row + count)
+        last = None
+        for start in range(0, seqlen, size):
+            part = ids[:, start : start + size]
+            x = self._read(part, rows, start).unflatten(0, tuple(part.shape))
+            if ends is None:
+                last = x[:, -1]
+                continue
+            inside = (ends - start).clamp(0, part.shape[1] - 1)
+            here = x[torch.arange(count, device=x.device), inside]
+            last = here if last is None else torch.where((ends >= start)[:, None], here, last)
+        assert last is not None
+        return last.contiguous()
+
+    def _read(self, ids: Tensor, rows: slice, start: int = 0) -> Tensor:
+        """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys
+        and values go into the caches."""
+        model, seqlen = self.model, ids.shape[1]
+        held = slice(start, start + seqlen)
+        x = F.embedding(ids, model.wte.weight)
+        if model.wpe is not None:
+            x = x + model.wpe.weight[held]
+        before = self.lengths.new_full((ids.shape[0],), start)
+
+        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.cache[layer]
+            if start:
+                return self._attend(attn, layer, (keys[rows], values[rows]), before, q, k, v)
+            if self.rotary is not None:
+                table = (self.rotary[0][held], self.rotary[1][held])
+                q, k = apply_rotary(q, table), apply_rotary(k, table)
+            keys[rows, :, held].copy_(k)
+            values[rows, :, held].copy_(v)
+            return attention(
+                q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
+                sinks=attn.sinks, backend=attn.backend,
+            )  # fmt: skip
+
+        return self._through_blocks(x.flatten(0, 1), seqlen, attend)
+
+    def _to_cache(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(attn, layer, self.cache[layer], self.lengths, q, k, v)
+
+    def _to_cache_one_by_one(
+        self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """As if each token came by a step of its own, whose bits a kernel for several queries need not give."""
+        outs = []
+        for i in range(q.shape[2]):
+            one = [x[:, :, i : i + 1] for x in (q, k, v)]
+            outs.append(self._attend(attn, layer, self.cache[layer], self.lengths + i, *one))
+        return torch.cat(outs, 2)
+
+    def _attend(
+        self,
+        attn: MultiHeadAttention,
+        layer: int,
+        cache: tuple[Tensor, Tensor],
+        lengths: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        """Append keys and values (N, Hkv, S, D) to caches that hold `lengths` (N,) tokens; (N, H, S, D)."""
+        cos, sin = (None, None) if self.rotary is None else self.rotary
+        return attention_kv_cache(
+            q, *cache, lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin,
+            window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks,
+            backend=attn.backend,
+        )  # fmt: skip
+
+    def _through_blocks(self, x: Tensor, seqlen: int, attend: Attend) -> Tensor:
+        """(B * S, E) -> (B * S, E): every block and the final norm, rows of one sequence after the other."""
+        for layer, block in enumerate(self.blocks):
+            attn = block.module.attn
+            heads, kv_heads, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
+            qkv = block.qkv(_norm(block.module.ln_1, x)).view(
+                x.shape[0] // seqlen, seqlen, heads + 2 * kv_heads, dim
+            )
+            q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, heads, S, D)
+            if attn.q_norm is not None and attn.k_norm is not None:
+                q, k = attn.q_norm(q), attn.k_norm(k)
+            out = attend(attn, layer, q, k, v).transpose(1, 2).reshape(x.shape[0], heads * dim)
+            x = x + block.out(out)
+            h = block.activation(block.c_fc(_norm(block.module.ln_2, x)))
+            x = x + block.c_proj(h)
+        return _norm(self.model.ln_f, x)
+
+    def _parts(self, block: Any) -> _Block:
+        attn, mlp = block.attn, block.mlp
+        activation = mlp.activation
+        return _Block(
+            block,
+            self._rows(attn.in_proj_weight, attn.in_proj_bias),
+            self._rows(attn.out_proj.weight, attn.out_proj.bias),
+            self._rows(mlp.c_fc.weight, mlp.c_fc.bias),
+            self._rows(mlp.c_proj.weight, mlp.c_proj.bias),
+            by_row(activation) if self.invariant else activation,
+        )
+
+    def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
+        product = rows_of(weight, bias, self.model.quantized)
+        # sums of integers are exact in any order
+        return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

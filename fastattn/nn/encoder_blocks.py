@@ -1,0 +1,95 @@
+"""The encoder's block: self-attention and an MLP over tokens in a row, with norms behind or in front of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from fastattn.nn.blocks import ACTIVATIONS, normalised
+from fastattn.nn.linear import Linear, remade
+from fastattn.nn.positions import RotaryTable, apply_rotary
+from fastattn.nn.unpadding import Tokens, Window
+
+
+class SelfAttention(nn.Module):
+    """out_proj(softmax(q k^T / sqrt(D)) v) with q, k, v from one product; every token sees its own sequence."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        window: Window | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
+        self.dropout, self.window = dropout, window
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias=bias)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, *, rotary: RotaryTable | None = None, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, E) -> (T, E), and the weights (B, H, S, S) if asked for; rotary: cos and sin (T, D/2)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)  # (T, H, D)
+        if rotary is not None:
+            q, k = (apply_rotary(t.transpose(0, 1)[None], rotary)[0].transpose(0, 1) for t in (q, k))
+        out, shown = tokens.attend(
+            q, k, v, window=self.window, weights=weights, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(out.flatten(1)), shown
+
+
+class EncoderMlp(nn.Module):
+    """c_proj(activation(c_fc(x))), or of two halves (a, b) of c_fc(x), c_proj(activation(a) * b): (T, E) -> (T, E)."""
+
+    def __init__(
+        self, embed_dim: int, hidden_dim: int, *, activation: str, bias: bool, gated: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.c_fc = Linear(embed_dim, 2 * hidden_dim if gated else hidden_dim, bias=bias)
+        self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
+        self.activation = partial(_gate, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
+        self.dropout = nn.Dropout(dropout)  # inside; what follows the MLP is its block's
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, E) -> (T, E)."""
+        h = remade(self.activation, self.c_fc(x))
+        return self.c_proj(self.dropout(h))
+
+
+class EncoderBlock(nn.Module):
+    """norm(x + attn(x)), then norm(x + mlp(x)), as BERT; where pre_norm, x + attn(norm(x)), then x + mlp(norm(x)).
+
+    ln_1 belongs to attention and ln_2 to the MLP, whichever side they are on; ln_1 may be `nn.Identity`.
+    """
+
+    def __init__(
+        self, attn: SelfAttention, mlp: EncoderMlp, ln_1: nn.Module, ln_2: nn.Module, *,
+        pre_norm: bool, attn_dropout: float, mlp_dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.attn, self.mlp, self.ln_1, self.ln_2 = attn, mlp, ln_1, ln_2
+        self.pre_norm = pre_norm
+        self.attn_dropout, self.mlp_dropout = nn.Dropout(attn_dropout), nn.Dropout(mlp_dropout)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, *, rotary: RotaryTable | None = None, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, E) -> (T, E), and the attention weights (B, H, S, S) if asked for."""
+        if self.pre_norm:
+            h, shown = self.attn(normalised(self.ln_1, x), tokens, rotary=rotary, weights=weights)
+            x = x + self.attn_dropout(h)
+            return x + self.mlp_dropout(self.mlp(normalised(self.ln_2, x))), shown
+        h, shown = self.attn(x, tokens, rotary=rotary, weights=weights)
+        x = normalised(self.ln_1, x + self.attn_dropout(h))
+        return normalised(self.ln_2, x + self.mlp_dropout(self.mlp(x))), shown
+
+
+def _gate(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return activation(first) * second
