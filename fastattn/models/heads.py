@@ -17,8 +17,9 @@ from fastattn.models.checks import check_range, readable
 from fastattn.models.encoder import Bert, Encoded, initialise
 from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
 from fastattn.models.pretrained import PretrainedEncoder
-from fastattn.nn.blocks import ACTIVATIONS, normalised
+from fastattn.nn.blocks import ACTIVATIONS
 from fastattn.nn.linear import Linear, remade
+from fastattn.nn.norms import normalised
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import torch
@@ -21,6 +24,7 @@ from fastattn.ops.symbolic import any_proxy, record_module
 # What an instance has that torch's has not.
 _EXTRA_ATTRIBUTES = (
     "num_kv_heads",
+    "scale",
     "rotary",
     "window",
     "alibi_slopes",
@@ -44,14 +48,18 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     Keyword Args:
         num_kv_heads: key/value heads, a divisor of num_heads (grouped-query attention); `in_proj_weight` then has
-            embed_dim + 2 * num_kv_heads * head_dim rows.
+            (num_heads + 2 * num_kv_heads) * head_dim rows.
+        head_dim: size of a head, embed_dim / num_heads by default; another goes without kdim and vdim.
+        out_bias: whether the output projection has a bias; as `bias` by default.
+        scale: what scores are multiplied by, head_dim**-0.5 by default.
         rotary: True, or a `Rotary`, turns queries and keys by their positions (after qk_norm); query i stands at key
             position i + S - L, as for window and alibi.
         window: (left, right) keys visible around each query; None or -1 is unbounded.
         alibi: True for the standard slopes, or a (H,) tensor: adds -slope * distance; a buffer `alibi_slopes`.
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: True adds a learnable parameter `sinks` (H,), one logit per head that takes weight and carries no value.
-        qk_norm: True normalises each head of q and k by a learned RMSNorm (`q_norm`, `k_norm`).
+        qk_norm: True normalises each head of q and k by a learned RMSNorm (`q_norm`, `k_norm`); a function of head_dim
+            makes the two norms.
         backend: "auto" or the name of a fastattn backend.
 
     Raises ValueError for options that do not fit together; shapes that torch rejects raise ValueError too (and are
@@ -59,13 +67,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
     """
 
     num_kv_heads: int
+    scale: float | None = None
     rotary: Rotary | None
     window: tuple[int | None, int | None] | None
     alibi_slopes: Tensor | None
     softcap: float | None
     sinks: nn.Parameter | None
-    q_norm: nn.RMSNorm | None
-    k_norm: nn.RMSNorm | None
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
     backend: str
     swapped: bool
 
@@ -85,20 +94,30 @@ class MultiHeadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        out_bias: bool | None = None,
+        scale: float | None = None,
         rotary: bool | Rotary = False,
         window: tuple[int | None, int | None] | None = None,
         alibi: bool | Tensor = False,
         softcap: float | None = None,
         sinks: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | Callable[[int], nn.Module] = False,
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
         if unknown:
             raise spelling.unexpected(MultiHeadAttention, unknown)
+        if head_dim is not None and not (arguments.is_integer(head_dim) and head_dim > 0):
+            raise ValueError(f"head_dim: got {head_dim!r}, needs a positive integer")
+        own_width = head_dim is not None and head_dim * num_heads != embed_dim
+        if own_width and (kdim is not None or vdim is not None or add_bias_kv):
+            raise ValueError(
+                f"head_dim: got {head_dim}, which with kdim, vdim or add_bias_kv must be embed_dim / num_heads"
+            )
         super().__init__(
             embed_dim,
-            num_heads,
+            1 if own_width else num_heads,
             dropout=dropout,
             bias=bias,
             add_bias_kv=add_bias_kv,
@@ -114,8 +133,16 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 "add_bias_kv, add_zero_attn: append keys that have no position, "
                 "which do not go with rotary, alibi or window"
             )
+        if own_width:
+            assert head_dim is not None
+            self.num_heads, self.head_dim = num_heads, head_dim
+        if out_bias is False:
+            self.out_proj.register_parameter("bias", None)
+        elif out_bias and self.out_proj.bias is None:
+            self.out_proj.bias = nn.Parameter(self.out_proj.weight.new_zeros(embed_dim))
         self.add_extras(
             num_kv_heads=num_kv_heads,
+            scale=scale,
             rotary=rotary,
             window=window,
             alibi=alibi,
@@ -129,12 +156,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self,
         *,
         num_kv_heads: int | None = None,
+        scale: float | None = None,
         rotary: bool | Rotary = False,
         window: tuple[int | None, int | None] | None = None,
         alibi: bool | Tensor = False,
         softcap: float | None = None,
         sinks: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | Callable[[int], nn.Module] = False,
         backend: str = "auto",
         swapped: bool = False,
     ) -> None:
@@ -148,8 +176,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             raise ValueError(
                 f"num_kv_heads: got {num_kv_heads}, needs a divisor of num_heads={self.num_heads}"
             )
-        if self.num_kv_heads != self.num_heads:
-            self._narrow_keys_and_values()
+        if self.num_kv_heads != self.num_heads or self.num_heads * self.head_dim != self.embed_dim:
+            self._resize_projections()
+        arguments.score_scale(scale, self.head_dim, dtype)
+        self.scale = scale
         if rotary is True:
             rotary = Rotary(self.head_dim)
         if isinstance(rotary, Rotary) and rotary.head_dim != self.head_dim:
@@ -168,8 +198,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         self.register_buffer("alibi_slopes", slopes if isinstance(slopes, Tensor) else None)
         zeros = torch.zeros(self.num_heads, device=device, dtype=dtype)
         self.register_parameter("sinks", nn.Parameter(zeros) if sinks else None)
-        self.q_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, device=device, dtype=dtype) if qk_norm else None
+        make_norm = partial(nn.RMSNorm, device=device, dtype=dtype) if qk_norm is True else qk_norm
+        self.q_norm = make_norm(self.head_dim) if make_norm else None
+        self.k_norm = make_norm(self.head_dim) if make_norm else None
         self.register_forward_pre_hook(keep_forward)
 
     def __prepare_scriptable__(self) -> None:
@@ -189,11 +220,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
         for key in [key for key, hook in hooks.items() if hook is keep_forward]:
             del hooks[key]
 
-    def _narrow_keys_and_values(self) -> None:
-        """Shrink torch's projections of keys and values to num_kv_heads heads, initialised as torch would."""
-        kv_dim = self.num_kv_heads * self.head_dim
+    def _resize_projections(self) -> None:
+        """Give torch's projections the sizes of num_kv_heads and head_dim, initialised as torch would."""
+        q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         rows = {"k_proj_weight": kv_dim, "v_proj_weight": kv_dim}
-        rows |= {"in_proj_weight": self.embed_dim + 2 * kv_dim, "in_proj_bias": self.embed_dim + 2 * kv_dim}
+        rows |= {"in_proj_weight": q_dim + 2 * kv_dim, "in_proj_bias": q_dim + 2 * kv_dim}
         for name, size in rows.items():
             old = getattr(self, name)
             if old is not None:
@@ -201,6 +232,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         for name in ("bias_k", "bias_v"):
             if (old := getattr(self, name)) is not None:
                 setattr(self, name, nn.Parameter(old.new_empty((1, 1, kv_dim))))
+        if q_dim != self.embed_dim:
+            out = self.out_proj
+            out.in_features, out.weight = q_dim, nn.Parameter(out.weight.new_empty((self.embed_dim, q_dim)))
+            nn.init.kaiming_uniform_(out.weight, a=math.sqrt(5))  # torch.nn.Linear's
         self._initialise()
 
     def _initialise(self) -> None:
@@ -211,6 +246,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 nn.init.xavier_uniform_(weight)
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
+        if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
         for extra in (self.bias_k, self.bias_v):
             if extra is not None:
@@ -339,6 +375,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             softcap=self.softcap,
             sinks=self.sinks,
             dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
             return_weights=("mean" if average_attn_weights else True) if need_weights else False,
             backend=self.backend,
         )
@@ -452,6 +489,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             "embed_dim": self.embed_dim,
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads if self.num_kv_heads != self.num_heads else None,
+            "head_dim": self.head_dim if self.num_heads * self.head_dim != self.embed_dim else None,
+            "scale": self.scale,
             "dropout": self.dropout or None,
             "batch_first": self.batch_first or None,
             "rotary": self.rotary,

@@ -37,7 +37,7 @@ def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Row
     if weight.is_cpu and weight.dtype == torch.bfloat16 and torch_compat.has_packed_linear():
         pack = _kept(weight, "packed", torch_compat.pack_linear)
         return lambda x: torch_compat.packed_linear(x, pack, bias)
-    return lambda x: linear(x, weight, bias)
+    return lambda x: linear(x, weight, bias, repeated=True)
 
 
 class Int8Rows:

@@ -14,6 +14,7 @@ from .attention import (
     override_flash_attention,
     torch_sdpa,
 )
+from .norms import rms_norm_backward
 from .objects import cuda_sleep, has_hooks, hooks_of, version_of
 from .products import (
     ONEDNN_MIN_PRODUCTS,
@@ -84,6 +85,7 @@ __all__ = [
     "pack_linear",
     "packed_linear",
     "product",
+    "rms_norm_backward",
     "softmax",
     "softmax_backward",
     "softmax_gradient",

@@ -51,7 +51,9 @@ class Correction:
         self._replace(self.module, "_patch_lang", self._patch_once)
         self._replace(self.module, "_get_np_dtype", self._remembered)
         builder = self.module.interpreter_builder
-        self._replace(builder, "options", lambda original: replace(original, sanitize_overflow=original.debug))
+        self._replace(
+            builder, "options", lambda original: replace(original, sanitize_overflow=original.debug)
+        )
 
     def remove(self) -> None:
         """Put Triton's own functions back."""

@@ -54,8 +54,18 @@ TAKES: dict[str, set[str]] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), OPTIONAL | {"0"}),
     "eos_token_id": OPTIONAL | {"0", "list"},
     "positions": set(),
+    "norm": set(),
     "activation_function": set(),
     "dropout": OPTIONAL | {"0"},
+    "head_dim": OPTIONAL,
+    **dict.fromkeys(("rope_scaling", "rope_local_base_freq", "layer_types"), OPTIONAL),
+    **dict.fromkeys(
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), OPTIONAL | FLOATS
+    ),
+    **{key: {"True", "False"} for key in ("scale_embedding", "sandwich_norms", "gated_mlp")},
+    "norm_unit_offset": {"False"},
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), OPTIONAL | {"True", "False"}),
+    "model_type": OPTIONAL | {"text", "number in text"},
 }
 
 
@@ -203,6 +213,7 @@ FORWARD_TAKES: dict[str, set[str]] = {
     "cache": OPTIONAL,
     "logits_to_keep": {"0"},
     "return_logits": OPTIONAL | {"True", "False"},
+    **{key: {"True", "False"} for key in ("output_hidden_states", "output_attentions")},
 }
 
 

@@ -1,8 +1,11 @@
 """What MultiHeadAttention can and torch's cannot: windows, positions, sinks, grouped heads, caches."""
 
+from functools import partial
+
 import pytest
 import torch
 from multi_head_pairs import EMBED, HEADS, pair
+from torch import nn
 
 from fastattn import reference
 from fastattn.nn.attention import MultiHeadAttention
@@ -24,7 +27,8 @@ def by_hand(module, x, **options):
         table = module.rotary.table(torch.arange(x.shape[1]), torch.float64)
         q, k = apply_rotary(q, table), apply_rotary(k, table)
     out = reference.attention(q, k, v, **options)
-    return out.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T + module.out_proj.bias
+    out = out.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T
+    return out if module.out_proj.bias is None else out + module.out_proj.bias
 
 
 EXTRAS = {
@@ -35,6 +39,11 @@ EXTRAS = {
     "alibi": ({"alibi": True}, {"alibi_slopes": alibi_slopes(HEADS)}),
     "softcap": ({"softcap": 0.5}, {"softcap": 0.5}),
     "qk_norm": ({"qk_norm": True}, {}),
+    "norms of a function": ({"qk_norm": partial(nn.RMSNorm, dtype=torch.float64)}, {}),
+    "head_dim": ({"head_dim": 10}, {}),
+    "head_dim, grouped": ({"head_dim": 3, "num_kv_heads": 2}, {}),
+    "no output bias": ({"out_bias": False}, {}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
     "all": (
         {"num_kv_heads": 2, "rotary": True, "window": (3, 0), "alibi": True, "softcap": 2.0, "qk_norm": True},
         {"window": (3, 0), "alibi_slopes": alibi_slopes(HEADS), "softcap": 2.0},
@@ -114,6 +123,19 @@ def test_gqa_parameters_are_narrow_and_named_alike():
     assert shapes["in_proj_bias"] == (EMBED + 2 * kv_dim,)
     assert shapes["bias_k"] == (1, 1, kv_dim)
     assert (module.in_proj_bias == 0).all()
+
+
+def test_a_head_dim_of_its_own_is_initialised_as_torch_would():
+    module = MultiHeadAttention(26, 4, head_dim=10, num_kv_heads=2, bias=False, out_bias=True)
+    assert module.in_proj_weight.shape == (80, 26)
+    assert module.out_proj.weight.shape == (26, 40)
+    assert module.out_proj.weight.abs().max() <= 40**-0.5
+    assert module.in_proj_bias is None
+    assert (module.out_proj.bias == 0).all()
+    assert module(*[torch.randn(3, 26)] * 3)[0].shape == (3, 26)
+    assert all(text in repr(module) for text in ("head_dim=10", "num_heads=4"))
+    same = MultiHeadAttention(24, 4, head_dim=6, kdim=5, vdim=7)  # torch's own width
+    assert same.head_dim == 6
 
 
 def test_segments_and_lengths_hide_what_they_should():
