@@ -31,7 +31,8 @@ from fastattn.nn.positions import (
     sinusoids,
 )
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
-from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from fastattn.ops.cross_entropy import cross_entropy
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
 
@@ -56,7 +57,6 @@ class GPT(Pretrained, nn.Module):
 
     families = DECODERS
     generates = True
-    quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
     def __init__(self, config: GPTConfig) -> None:

@@ -125,9 +125,8 @@ def blocks_of(model: nn.Module) -> list[Block]:
     """
     owners: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found = [
         (name, weight) for name, weight in _weights(model) if owners[id(weight)] == 1 and weight.dim() == 2
     ]
@@ -263,7 +262,8 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
     Both are run on an example before a weight changes for good. Merged outputs may differ by what rounding does: the
     largest distance from the same model in a wider dtype (float64; float32 for 16-bit weights) is at most twice the
     adapted model's for each of two roundings, of the weights and of the products, plus eps of the dtype times the
-    largest output.
+    largest output. Of a float64 model, which has no wider one, the adapted outputs count as exact, and their error is
+    taken from float32's, scaled by the ratio of the two eps.
 
     Args:
         model: one with adapters.
@@ -281,38 +281,47 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
     originals = {a.block.ours: model.get_parameter(a.block.ours) for a in adapters}
     try:
         adapted = _outputs(model(*args, **kwargs))
-        narrow = adapted.dtype in (torch.float16, torch.bfloat16)
-        wide = copy.deepcopy(model).to(torch.float32 if narrow else torch.float64)
-        expected = _outputs(wide(*_widened(args, wide), **_widened(kwargs, wide)))
-        del wide
+        expected, error = _exact(model, adapted, args, kwargs)
         kept = {name: weight.detach().clone() for name, weight in originals.items()}
-        for name, weight in originals.items():
-            sums = weight.double()
-            for adapter in adapters:
-                if adapter.block.ours == name:
-                    sums[adapter.block.start : adapter.block.stop] += adapter.weight()
-            weight.copy_(sums)
-        scales = [adapter.scale for adapter in adapters]
-        for adapter in adapters:
-            adapter.scale = 0.0
         try:
-            merged = _outputs(model(*args, **kwargs))
-        finally:
-            for adapter, scale in zip(adapters, scales):
-                adapter.scale = scale
-        eps = torch.finfo(adapted.dtype).eps * float(expected.abs().max())
-        errors = [float((x.to(expected.dtype) - expected).abs().max()) for x in (adapted, merged)]
-        bound = 2 * ROUNDINGS * errors[0] + eps
-        if not errors[1] <= bound:
+            _add(adapters, originals)
+            merged = _outputs(_without(adapters, model, args, kwargs))
+            bound = 2 * ROUNDINGS * error + torch.finfo(adapted.dtype).eps * float(expected.abs().max())
+            distance = float((merged.to(expected.dtype) - expected).abs().max())
+            if not distance <= bound:
+                raise ValueError(
+                    f"merge: merged outputs are {distance:.3g} from exact ones, needs at most {bound:.3g}, which "
+                    f"rounding explains; the model is as it was"
+                )
+        except BaseException:
             for name, weight in originals.items():
                 weight.copy_(kept[name])
-            raise ValueError(
-                f"merge: merged outputs are {errors[1]:.3g} from exact ones, needs at most {bound:.3g}, which "
-                f"rounding explains; the model is as it was"
-            )
+            raise
     finally:
         model.train(was_training)
     return detach(model)
+
+
+def _add(adapters: list[Adapter], weights: Mapping[str, Tensor]) -> None:
+    """Add scale * B A to the rows of each weight, rounded once."""
+    for name, weight in weights.items():
+        sums = weight.double()
+        for adapter in adapters:
+            if adapter.block.ours == name:
+                sums[adapter.block.start : adapter.block.stop] += adapter.weight()
+        weight.copy_(sums)
+
+
+def _without(adapters: list[Adapter], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """model(*args, **kwargs) while adapters add nothing."""
+    scales = [adapter.scale for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.scale = 0.0
+        return model(*args, **kwargs)
+    finally:
+        for adapter, scale in zip(adapters, scales):
+            adapter.scale = scale
 
 
 def _attached(model: nn.Module) -> list[Adapter]:
@@ -384,9 +393,22 @@ def _outputs(result: Any) -> Tensor:
     return result
 
 
-def _widened(given: Any, wide: nn.Module) -> Any:
-    """An example's floating-point tensors in the wider model's dtype."""
-    dtype = next(wide.parameters()).dtype
+def _exact(
+    model: nn.Module, adapted: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, float]:
+    """The outputs that count as exact, and how far the model's own are from those by rounding."""
+    narrow = adapted.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if narrow or adapted.dtype == torch.float64 else torch.float64
+    other = copy.deepcopy(model).to(dtype)
+    outputs = _outputs(other(*_in_dtype(args, dtype), **_in_dtype(kwargs, dtype)))
+    if adapted.dtype != torch.float64:
+        return outputs, float((adapted.to(dtype) - outputs).abs().max())
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return adapted, ratio * float((outputs.double() - adapted).abs().max())
+
+
+def _in_dtype(given: Any, dtype: torch.dtype) -> Any:
+    """An example's floating-point tensors in another dtype."""
 
     def widen(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

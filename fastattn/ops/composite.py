@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, reference, torch_compat
-from fastattn.ops.arguments import own_precision, saturated
+from fastattn.ops.arguments import saturated
+from fastattn.ops.autocast import own_precision
 from fastattn.reference.attention import masked_scores, weights_from_lse, without_padding
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 

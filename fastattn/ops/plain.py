@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import torch_compat, visibility
 from fastattn.backends.torch.kv_cache import append, rotated
-from fastattn.ops.arguments import own_precision
+from fastattn.ops.autocast import own_precision
 from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import AttentionCall, KVCacheCall, VarlenCall, accumulation_dtype
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastattn import backends, torch_compat
 from fastattn.ops import composite
-from fastattn.ops.arguments import autocasts, own_precision
-from fastattn.spec import accumulation_dtype, empty_in_order
+from fastattn.ops.autocast import autocasts, own_precision
+from fastattn.spec import accumulation_dtype
+from fastattn.strides import empty_in_order
 
 Kernel = Callable[..., Any]
 

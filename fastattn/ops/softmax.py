@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -12,6 +13,7 @@ from fastattn import backends, reference, torch_compat
 from fastattn.backends import switches
 from fastattn.ops import arguments, composite, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define
+from fastattn.ops.values import may_be_refused
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
 
@@ -70,7 +72,7 @@ def softmax(
         return composed(*args)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
-    if arguments.may_be_refused(args, backend):
+    if may_be_refused(args, backend):
         backends.select_all(_passes(SoftmaxCall(*args)), backend)
     result: Tensor = _run(*args, backend)
     if plan.wanted(planned):
@@ -82,7 +84,7 @@ class _SoftmaxPlan:
     """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "chosen", "dtype", "environment", "options", "record", "spec",
+        "backend", "backward", "chosen", "dtype", "environment", "options", "record", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str) -> None:
@@ -92,8 +94,10 @@ class _SoftmaxPlan:
         passes = _passes(call)
         self.spec = passes["softmax_fwd"]
         self.chosen = backends.select(self.spec, backend, "softmax_fwd")
-        self.record = None
+        self.record = self.backward = None
         if "softmax_bwd" in passes:
+            spec = passes["softmax_bwd"]
+            self.backward = partial(backends.select(spec, backend, "softmax_bwd").softmax_bwd, spec)
             self.record = torch_compat.apply_function(plan.Recorded)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Any:
@@ -117,10 +121,10 @@ class _SoftmaxPlan:
     ) -> list[Tensor | None]:
         """The gradient of x, and None for the mask."""
         dim, scale, _, log, _ = self.options
-        args = (*upstream_grads, *kept, dim, scale, log, self.dtype, self.backend)
-        if plan.backward_is_watched(self.environment):
-            return [torch.ops.fastattn.softmax_bwd.default(*args), None]
-        return [_softmax_bwd(*args), None]
+        args = (*upstream_grads, *kept, dim, scale)
+        if self.backward is None or plan.backward_is_watched(self.environment):
+            return [torch.ops.fastattn.softmax_bwd.default(*args, log, self.dtype, self.backend), None]
+        return [self.backward(*args, self.dtype), None]
 
 
 @spelling.without_unknown

@@ -12,7 +12,7 @@ from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
 from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import (
@@ -34,8 +34,8 @@ from fastattn.spec import (
     GradsNeeded,
     KVCacheCall,
     accumulation_dtype,
-    empty_in_order,
 )
+from fastattn.strides import empty_in_order, in_order
 
 
 def tiles(spec: AttentionSpec) -> str:
@@ -135,7 +135,8 @@ def _few_keys_bwd(call: AttentionCall, dout: Tensor) -> AttentionGrads:
     (part,) = parts(call)
     rows, cols = range(call.query.shape[2]), range(call.key.shape[2])
     hidden = part.hidden(Tile(rows, cols, "masked"))
-    return dense_bwd(call, additive(hidden, call.group_size, call.query.dtype), dout)
+    mask = additive(hidden, call.group_size, call.query.dtype)
+    return dense_bwd(call.query, call.key, call.value, dout, call.scale, mask)
 
 
 def nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from fastattn.spec import (
     GradsNeeded,
     VarlenCall,
     accumulation_dtype,
-    empty_in_order,
 )
+from fastattn.strides import empty_in_order, in_order
 
 
 def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
@@ -65,9 +65,7 @@ def _one_tile_each(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tenso
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     if not fused.is_regular(lse):
         return None
-    return (
-        out if call.query.is_contiguous() else empty_in_order(call.query, tuple(out.shape)).copy_(out)
-    ), lse
+    return in_order(out, call.query), lse
 
 
 def varlen_bwd(

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from fastattn.backends import layout
 from fastattn.backends.triton.attention import (
     attention_bwd,
     attention_fwd,
@@ -28,6 +29,7 @@ from fastattn.spec import MAX_HEAD_DIM, AttentionSpec, SoftmaxSpec
 
 __all__ = [
     "DTYPES",
+    "LAYOUT",
     "MIN_ARCH",
     "NAME",
     "attention_bwd",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 NAME = "triton"
+LAYOUT = layout.ROWS
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE_SOURCES = {"measured": "measured here", "model": "by the cycle model"}
