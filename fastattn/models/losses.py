@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from fastattn.ops.cross_entropy import cross_entropy
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
-from fastattn.nn.blocks import ACTIVATIONS, normalised
+from fastattn.nn.blocks import ACTIVATIONS, gated_by
 from fastattn.nn.linear import Linear, remade
+from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable, apply_rotary
 from fastattn.nn.unpadding import Tokens, Window
 
@@ -53,7 +53,7 @@ class EncoderMlp(nn.Module):
         super().__init__()
         self.c_fc = Linear(embed_dim, 2 * hidden_dim if gated else hidden_dim, bias=bias)
         self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
-        self.activation = partial(_gate, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
+        self.activation = partial(gated_by, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)  # inside; what follows the MLP is its block's
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,8 +88,3 @@ class EncoderBlock(nn.Module):
         h, shown = self.attn(x, tokens, rotary=rotary, weights=weights)
         x = normalised(self.ln_1, x + self.attn_dropout(h))
         return normalised(self.ln_2, x + self.mlp_dropout(self.mlp(x))), shown
-
-
-def _gate(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return activation(first) * second

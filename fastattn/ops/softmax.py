@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -83,7 +84,7 @@ class _SoftmaxPlan:
     """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "chosen", "dtype", "environment", "options", "record", "spec",
+        "backend", "backward", "chosen", "dtype", "environment", "options", "record", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str) -> None:
@@ -93,8 +94,10 @@ class _SoftmaxPlan:
         passes = _passes(call)
         self.spec = passes["softmax_fwd"]
         self.chosen = backends.select(self.spec, backend, "softmax_fwd")
-        self.record = None
+        self.record = self.backward = None
         if "softmax_bwd" in passes:
+            spec = passes["softmax_bwd"]
+            self.backward = partial(backends.select(spec, backend, "softmax_bwd").softmax_bwd, spec)
             self.record = torch_compat.apply_function(plan.Recorded)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Any:
@@ -118,10 +121,10 @@ class _SoftmaxPlan:
     ) -> list[Tensor | None]:
         """The gradient of x, and None for the mask."""
         dim, scale, _, log, _ = self.options
-        args = (*upstream_grads, *kept, dim, scale, log, self.dtype, self.backend)
-        if plan.backward_is_watched(self.environment):
-            return [torch.ops.fastattn.softmax_bwd.default(*args), None]
-        return [_softmax_bwd(*args), None]
+        args = (*upstream_grads, *kept, dim, scale)
+        if self.backward is None or plan.backward_is_watched(self.environment):
+            return [torch.ops.fastattn.softmax_bwd.default(*args, log, self.dtype, self.backend), None]
+        return [self.backward(*args, self.dtype), None]
 
 
 @spelling.without_unknown

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops import cross_entropy as losses
 from fastattn.ops import spelling
+from fastattn.ops.cross_entropy import cross_entropy
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 Q = torch.zeros(1, 2, 3, 4)
 CU_SEQLENS = torch.tensor([0, 3], dtype=torch.int32)
@@ -31,7 +32,7 @@ CALLS = {
 }
 FUNCTIONS = (
     fastattn.attention, fastattn.attention_varlen, fastattn.attention_kv_cache, fastattn.scaled_dot_product_attention,
-    fastattn.softmax, fastattn.explain_softmax, losses.cross_entropy, losses.linear_cross_entropy,
+    fastattn.softmax, fastattn.explain_softmax, cross_entropy, linear_cross_entropy,
     fastattn.MultiHeadAttention.__init__,
 )  # fmt: skip
 

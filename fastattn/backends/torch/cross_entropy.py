@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastattn import torch_compat
 from fastattn.backends import linear_cross_entropy
+from fastattn.backends.large_pages import in_large_pages
 from fastattn.backends.linear_cross_entropy import LinearGrads
 from fastattn.backends.torch.softmax import block_elements
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
@@ -31,7 +33,7 @@ def _with_gradient(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, norms, dlogits), the gradient written to `out` if given, which may be the logits."""
-    made = torch.empty_like(call.logits, memory_format=torch.contiguous_format) if out is None else out
+    made = _empty_like(call.logits) if out is None else out
     losses, norms, _ = _forward(call, dlosses, made)
     return losses, norms, made
 
@@ -41,42 +43,81 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     logits, smoothing, weight = call.logits, call.label_smoothing, call.class_weight
     dtype = accumulation_dtype(logits.dtype)
-    losses = logits.new_empty(logits.shape[0], dtype=dtype)
-    norms = logits.new_empty(logits.shape[0], 2, dtype=dtype)
+    largest = logits.new_empty(logits.shape[0], 1, dtype=dtype)
+    highest = torch.empty_like(largest)  # the probability of the largest logit, 1 / sum(exp(z - largest))
+    spread = None  # the mean of (weighted) logits less the largest
+    if smoothing:
+        spread = logits.new_empty(logits.shape[0], dtype=dtype)
     ignored, wrong, target = _targets(call)
+    chosen = logits.gather(1, target[:, None])[:, 0].to(dtype)  # before the gradient overwrites them
     own, mean = _target_weights(call, target), call.weight_mean()
+    blocks = _Blocks(logits, dlogits)
     grads = None
     if dlosses is not None and dlogits is not None:
         grads = _BlockGrads(call, dlosses, dlogits, (ignored, wrong, target), own, mean)
-    for rows in _blocks(logits):
-        z = logits[rows]
-        if z.dtype != dtype:
-            z = z.to(dtype)
-        largest = z.amax(1, keepdim=True)
-        shifted = z - largest if grads is None else torch.sub(z, largest, out=grads.block(rows))
-        norms[rows, :1] = largest
-        chosen = shifted.gather(1, target[rows, None])[:, 0]
-        spread = None  # the mean of (weighted) logits
-        if smoothing:
-            spread = shifted.mean(1) if weight is None else shifted @ (weight / weight.shape[0])
-        total = shifted.exp_().sum(1)
-        log_sum = total.log()
-        norms[rows, 1] = log_sum
-        if own is None:
-            if spread is not None:
-                chosen = chosen * (1 - smoothing) + smoothing * spread
-            torch.sub(log_sum, chosen, out=losses[rows])
-        else:
-            torch.mul(own[rows], log_sum - chosen, out=losses[rows])
-            if spread is not None and mean is not None:
-                losses[rows] += smoothing * (mean * log_sum - spread)
-        if call.z_loss:
-            losses[rows] += call.z_loss * (largest[:, 0] + log_sum).square_()
+    for rows in blocks:
+        z, probs = blocks.logits(rows), blocks.probs(rows)
+        torch.amax(z, 1, keepdim=True, out=largest[rows])
+        if spread is not None:
+            torch.sub(z, largest[rows], out=probs)
+            spread[rows] = probs.mean(1) if weight is None else probs @ (weight / weight.shape[0])
+        torch_compat.softmax(probs, z, 1, log=False)
+        torch.amax(probs, 1, keepdim=True, out=highest[rows])
         if grads is not None:
-            lse = largest[:, 0] + log_sum if call.z_loss else None
-            grads.finish(rows, shifted.mul_((grads.factor(rows, lse) / total)[:, None]))
-    losses = losses.masked_fill_(wrong, torch.nan).masked_fill_(ignored, 0)
-    return losses, norms, dlogits
+            lse = largest[rows, 0] - highest[rows, 0].log() if call.z_loss else None
+            grads.finish(rows, probs, lse)
+    if grads is not None:
+        grads.finish_all()
+    log_sum = highest.log_().neg_()[:, 0]
+    chosen.sub_(largest[:, 0])
+    if own is None:
+        if spread is not None:
+            chosen.mul_(1 - smoothing).add_(spread, alpha=smoothing)
+        losses = log_sum - chosen
+    else:
+        losses = own * (log_sum - chosen)
+        if spread is not None and mean is not None:
+            losses += smoothing * (mean * log_sum - spread)
+    if call.z_loss:
+        losses += call.z_loss * (largest[:, 0] + log_sum).square_()
+    losses.masked_fill_(wrong, torch.nan).masked_fill_(ignored, 0)
+    return losses, torch.cat([largest, log_sum[:, None]], 1), dlogits
+
+
+class _Blocks:
+    """Blocks of rows, and memory for what is made of one: the logits in the accumulation dtype, the probabilities.
+
+    Memory of a block's size is kept for the next block, so that it stays in the cache.
+    """
+
+    def __init__(self, logits: Tensor, dlogits: Tensor | None) -> None:
+        self.whole, self.dlogits = logits, dlogits
+        self.dtype = accumulation_dtype(logits.dtype)
+        self.step = max(1, block_elements(logits.device.type) // max(1, logits.shape[1]))
+        # Torch's softmax reads the logits again when it has written to the probabilities.
+        self.in_place = (
+            dlogits is not None and dlogits.dtype == self.dtype and dlogits.data_ptr() != logits.data_ptr()
+        )
+        self.kept: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[slice]:
+        return (slice(start, start + self.step) for start in range(0, self.whole.shape[0], self.step))
+
+    def logits(self, rows: slice) -> Tensor:
+        """The logits of a block."""
+        z = self.whole[rows]
+        return z if z.dtype == self.dtype else self._memory("logits", z).copy_(z)
+
+    def probs(self, rows: slice) -> Tensor:
+        """Where the probabilities of a block go: to their gradient's place, or to memory of their own."""
+        if self.in_place and self.dlogits is not None:
+            return self.dlogits[rows]
+        return self._memory("probs", self.whole[rows])
+
+    def _memory(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.kept:
+            self.kept[name] = torch.empty(like.shape, dtype=self.dtype, device=like.device)
+        return self.kept[name][: like.shape[0]]
 
 
 class _BlockGrads:
@@ -97,30 +138,20 @@ class _BlockGrads:
     ) -> None:
         ignored, wrong, self.target = targets
         self.call, self.own, self.dlogits = call, own, dlogits
-        self.dtype = accumulation_dtype(dlogits.dtype)
-        self.dlosses = dlosses.to(self.dtype).masked_fill(wrong, torch.nan)
-        self.ignored = ignored if bool(ignored.any()) else None
+        self.dlosses = dlosses.to(accumulation_dtype(dlogits.dtype)).masked_fill(wrong, torch.nan)
+        self.ignored = ignored
         self.base = own if own is None or mean is None else own + call.label_smoothing * mean
-        self.scratch: Tensor | None = None
 
-    def block(self, rows: slice) -> Tensor:
-        """Where a block's gradient is made: in its place, or in memory of its own where that has a narrower dtype."""
-        part = self.dlogits[rows]
-        if part.dtype == self.dtype:
-            return part
-        if self.scratch is None:
-            self.scratch = torch.empty_like(part, dtype=self.dtype)
-        return self.scratch[: part.shape[0]]
-
-    def factor(self, rows: slice, lse: Tensor | None) -> Tensor:
+    def _factor(self, rows: slice, lse: Tensor | None) -> Tensor:
         """dloss * f of each row."""
         dlosses = self.dlosses[rows]
         if lse is None:
             return dlosses if self.base is None else dlosses * self.base[rows]
         return dlosses * (2 * self.call.z_loss * lse + (1.0 if self.base is None else self.base[rows]))
 
-    def finish(self, rows: slice, block: Tensor) -> None:
-        """Take what belongs to the target and the smoothing from dloss * f * probability, and write the result."""
+    def finish(self, rows: slice, block: Tensor, lse: Tensor | None) -> None:
+        """Make the gradient of a block's probabilities, in their place, and write it; lse under z_loss."""
+        block.mul_(self._factor(rows, lse)[:, None])
         smoothing, weight, dlosses = (
             self.call.label_smoothing,
             self.call.class_weight,
@@ -131,28 +162,33 @@ class _BlockGrads:
             block.sub_(share if weight is None else share * weight)
         wanted = smoothing - 1 if self.own is None else -self.own[rows, None]
         block.scatter_add_(1, self.target[rows, None], dlosses * wanted)
-        if self.ignored is not None:
-            block[self.ignored[rows]] = 0  # also where their logits are NaN
         part = self.dlogits[rows]
-        if block.dtype != part.dtype:
+        if block.data_ptr() != part.data_ptr():
             part.copy_(block)
+
+    def finish_all(self) -> None:
+        """Write the zeros of ignored rows, also where their logits are NaN; by a mask they would cost a whole pass."""
+        self.dlogits.index_fill_(0, self.ignored.nonzero()[:, 0], 0)
 
 
 def cross_entropy_bwd(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """The gradient of the logits z, with probabilities exp(z - lse), written to `out` if given, which may be z."""
+    """The gradient of the logits, whose softmax is made again, written to `out` if given, which may be the logits.
+
+    norms give the lse of z_loss.
+    """
     logits = call.logits
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    dlogits = _empty_like(logits) if out is None else out
     targets = _targets(call)
     own, mean = _target_weights(call, targets[2]), call.weight_mean()
-    grads = _BlockGrads(call, dlosses, dlogits, targets, own, mean)
+    blocks, grads = _Blocks(logits, dlogits), _BlockGrads(call, dlosses, dlogits, targets, own, mean)
     lse = norms.sum(1) if call.z_loss else None
-    for rows in _blocks(logits):
-        block = grads.block(rows)
-        torch.sub(logits[rows], norms[rows, :1], out=block).sub_(norms[rows, 1:]).exp_()
-        block.mul_(grads.factor(rows, None if lse is None else lse[rows])[:, None])
-        grads.finish(rows, block)
+    for rows in blocks:
+        probs = blocks.probs(rows)
+        torch_compat.softmax(probs, blocks.logits(rows), 1, log=False)
+        grads.finish(rows, probs, None if lse is None else lse[rows])
+    grads.finish_all()
     return dlogits
 
 
@@ -175,6 +211,10 @@ def linear_cross_entropy_bwd(
     return linear_cross_entropy.backward(spec, call, dlosses, norms, needs, cross_entropy_bwd)
 
 
+def _empty_like(logits: Tensor) -> Tensor:
+    return in_large_pages(torch.empty_like(logits, memory_format=torch.contiguous_format))
+
+
 def _targets(call: CrossEntropyCall) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows are ignored, which have a target that is no class (ignored or not), and a class for every row."""
     target = call.target.clamp(0, call.logits.shape[1] - 1)
@@ -184,8 +224,3 @@ def _targets(call: CrossEntropyCall) -> tuple[Tensor, Tensor, Tensor]:
 def _target_weights(call: CrossEntropyCall, target: Tensor) -> Tensor | None:
     """(1 - s) * w[target], if there are class weights."""
     return None if call.class_weight is None else call.class_weight[target] * (1 - call.label_smoothing)
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    step = max(1, block_elements(logits.device.type) // max(1, logits.shape[1]))
-    return (slice(start, start + step) for start in range(0, logits.shape[0], step))

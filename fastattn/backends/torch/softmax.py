@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.backends.large_pages import in_large_pages
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 from fastattn.visibility import distances
 
-BLOCK_ELEMENTS = {"cpu": 2**18}  # a block stays in a core's cache between the passes over it
+BLOCK_ELEMENTS = {"cpu": 2**20}  # a block stays in the last cache between the passes over it
 OTHER_BLOCK_ELEMENTS = 2**26  # elsewhere few launches count more
 
 Index = tuple[slice, ...]
@@ -27,7 +28,7 @@ def softmax_tiles(spec: SoftmaxSpec) -> str:
 def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
     """exp(scale * x) over its sum along a dimension, or the logarithm; constant where masked."""
     x, dim = call.x, call.dim
-    out = torch.empty_like(x, dtype=call.dtype)
+    out = in_large_pages(torch.empty_like(x, dtype=call.dtype))
     if x.numel() == 0:
         return out
     if call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == x.dtype:
@@ -58,7 +59,7 @@ def softmax_bwd(
     spec: SoftmaxSpec, dout: Tensor, out: Tensor, dim: int, scale: float, dtype: torch.dtype
 ) -> Tensor:
     """scale * out * (dout - sum(out * dout)), in log scale * (dout - exp(out) * sum(dout)); 0 where out is constant."""
-    dx = torch.empty_like(out, dtype=dtype)
+    dx = in_large_pages(torch.empty_like(out, dtype=dtype))
     if out.numel() == 0:
         return dx
     if not spec.log and scale == 1.0 and dtype == out.dtype:
