@@ -111,6 +111,12 @@ class KVCache:
             raise ValueError(f"cache: got token {end}, needs {self.capacity} (its capacity) at most")
         return end
 
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i], (B,), as beams need."""
+        for buffer in (self.keys, self.values):
+            held = buffer[:, :, : self.length]
+            held.copy_(held[rows])
+
 
 def _visible_keys(mask: Tensor, query: Tensor) -> Tensor | None:
     """(B,) int32: how many keys the one query of each sequence sees, if these are the first ones of all that `mask`
