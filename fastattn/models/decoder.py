@@ -131,11 +131,7 @@ class GPT(Pretrained, nn.Module):
         plain_head = (
             targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
         )
-        tied = (
-            TiedWeight(self.wte.weight, self.wte.padding_idx)
-            if plain_head and shares_gradient(self.wte, self.lm_head)
-            else None
-        )
+        tied = TiedWeight(self.wte) if plain_head and shares_gradient(self.wte, self.lm_head) else None
         x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
         if config.scale_embedding:
             x = x * math.sqrt(config.n_embd)
