@@ -57,7 +57,6 @@ class GPT(Pretrained, nn.Module):
 
     families = DECODERS
     generates = True
-    quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
     def __init__(self, config: GPTConfig) -> None:

@@ -50,7 +50,7 @@ def load(
     """
     folder = resolve_folder(path_or_id)
     if (folder / MODULES).is_file():
-        return BertForEmbedding.from_pretrained(folder, dtype=dtype)
+        return BertForEmbedding.from_pretrained(folder, dtype=dtype, quantize=quantize)
     try:
         cls = class_of(read_json(folder / CONFIG))
     except ValueError as error:
@@ -58,7 +58,7 @@ def load(
         raise ValueError(
             message if str(folder) in message else f"pretrained model: {folder / CONFIG}: {message}"
         ) from None
-    return cls.from_pretrained(folder, dtype=dtype)
+    return cls.from_pretrained(folder, dtype=dtype, quantize=quantize)
 
 
 def class_of(entries: dict[str, Any]) -> type[Pretrained]:

@@ -125,9 +125,8 @@ def blocks_of(model: nn.Module) -> list[Block]:
     """
     owners: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found = [
         (name, weight) for name, weight in _weights(model) if owners[id(weight)] == 1 and weight.dim() == 2
     ]

@@ -104,7 +104,7 @@ def test_adapters_compute_the_formula_on_every_linear_layer(kind, rslora):
     filled(model)
     assert all(a.scale == (6 / math.sqrt(3) if rslora else 2.0) for a in adapters_of(model))
     expected = run(summed(model, kind, torch.float64))
-    assert (expected - before).abs().max() > 0.01
+    assert (expected - before).abs().max() > 0.3
     torch.testing.assert_close(run(model), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -394,14 +394,14 @@ def test_peft_computes_the_same_from_our_folder_and_we_from_its(kind, rslora, tm
     else:
         theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT))
         targets, cls = ["query", "key", "value", "output.dense"], BertForSequenceClassification
-    theirs.eval().save_pretrained(tmp_path / "base")
+    theirs.double().eval().save_pretrained(tmp_path / "base")
     ours = filled(
         attach(cls.from_pretrained(tmp_path / "base"), r=3, alpha=6, targets=targets, rslora=rslora)
     )
     save_adapter(ours, tmp_path / "ours")
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
-    torch.testing.assert_close(adapted(IDS).logits, run(ours), rtol=1e-5, atol=1e-5)
-    assert (adapted(IDS).logits - theirs(IDS).logits).abs().max() > 0.1
+    torch.testing.assert_close(adapted(IDS).logits, run(ours), rtol=1e-9, atol=1e-9)
+    assert (adapted(IDS).logits - theirs(IDS).logits).abs().max() > 0.3
 
     config = peft.LoraConfig(
         r=4, lora_alpha=3, use_rslora=rslora, target_modules=targets, init_lora_weights=False,
@@ -410,9 +410,9 @@ def test_peft_computes_the_same_from_our_folder_and_we_from_its(kind, rslora, tm
     adapted = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
     adapted.save_pretrained(tmp_path / "theirs")
     ours = load_adapter(cls.from_pretrained(tmp_path / "base"), tmp_path / "theirs")
-    torch.testing.assert_close(run(ours), adapted(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(ours), adapted(IDS).logits, rtol=1e-9, atol=1e-9)
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(run(merge(ours)), merged(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(merge(ours)), merged(IDS).logits, rtol=1e-9, atol=1e-9)
     for dora in ({"use_dora": True}, {"modules_to_save": ["wte"]}, {"bias": "all"}):
         peft.get_peft_model(
             copy.deepcopy(theirs), peft.LoraConfig(target_modules=targets[:1], **dora)
