@@ -68,6 +68,7 @@ def class_of(entries: dict[str, Any]) -> type[Pretrained]:
     if not able:
         known = sorted({family.model_type for cls in MODELS for family in cls.families})
         raise ValueError(f"model_type: got {kind!r}, needs one of {', '.join(known)}")
+    assert isinstance(kind, str)
     names = entries.get("architectures") or []
     for name in names if isinstance(names, list) else []:
         for cls in able:
