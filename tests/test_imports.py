@@ -29,7 +29,7 @@ ARROWS = {
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
-    "generation": {"ops"},
+    "generation": {"ops", "philox"},
     "models": {"torch_compat", "spec", "nn", "ops", "generation"},
     "data": {"cache"},
     "train": {"cache", "plot", "data", "models", "nn", "ops"},

@@ -27,7 +27,9 @@ from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
+from fastattn.ops.varlen import attention_varlen
 
+PACKED_SHARE = 0.9  # of tokens among ids with their padding, up to which prompts are read without it
 Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -140,6 +142,8 @@ class GPTDecoder:
         if self.invariant:
             ends = own.tolist()
             last = torch.cat([self._last(ids[i : i + 1, :n], i, None, size) for i, n in enumerate(ends)])
+        elif size >= seqlen and self._mostly_padding(ids, lengths):
+            last = self._last_of_packed(ids, own.long())
         else:
             last = self._last(ids, 0, None if lengths is None else own.long() - 1, size)
         return self._logits(last)
@@ -159,9 +163,11 @@ class GPTDecoder:
         With batch_invariant these have the bits of n steps.
         """
         count = tokens.shape[1]
-        x = self._embed(
-            tokens, self.lengths[:, None] + torch.arange(count, device=tokens.device)
-        )  # (B, n, E)
+        positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
+        if self.positions is not None:
+            # a token beyond the last position is a wrong guess, whose logits are of no use
+            positions.clamp_(max=self.positions.shape[0] - 1)
+        x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
@@ -222,14 +228,42 @@ class GPTDecoder:
         assert last is not None
         return last.contiguous()
 
+    def _mostly_padding(self, ids: Tensor, lengths: Tensor | None) -> bool:
+        """Whether reading the tokens alone pays; asked on a CPU only, as it waits for the lengths."""
+        return lengths is not None and ids.is_cpu and int(lengths.sum()) <= PACKED_SHARE * ids.numel()
+
+    def _last_of_packed(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Read prompts (N, S) as their T tokens, one prompt behind the other; the hidden state (N, E) at their ends."""
+        seqlen = ids.shape[1]
+        rows, places = (torch.arange(seqlen) < lengths[:, None]).nonzero(as_tuple=True)  # (T,)
+        ends = lengths.cumsum(0)
+        bounds = F.pad(ends, (1, 0)).int()
+        tables = {kind: self._table(kind, places, lengths[rows]) for kind in self.rotary}
+
+        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if (table := tables.get(self.kinds[layer])) is not None:
+                q, k = apply_rotary(q, table), apply_rotary(k, table)
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+            keys, values = self.cache[layer]
+            keys[rows, :, places] = k
+            values[rows, :, places] = v
+            out = attention_varlen(
+                q, k, v, bounds, bounds, seqlen, seqlen, causal=True, window=attn.window, softcap=attn.softcap,
+                alibi_slopes=attn.alibi_slopes, sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
+            )  # fmt: skip
+            return out.transpose(0, 1)[None]  # (1, H, T, D)
+
+        x = self._through_blocks(self._embed(ids[rows, places], places), len(rows), attend)
+        return x[ends - 1]
+
     def _read(self, ids: Tensor, rows: slice, start: int = 0) -> Tensor:
         """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys
         and values go into the caches."""
         seqlen = ids.shape[1]
         held = slice(start, start + seqlen)
-        x = self._embed(ids, torch.arange(start, start + seqlen, device=ids.device))
         before = self.lengths.new_full((ids.shape[0],), start)
-        tables = {kind: self._table_of_prompts(kind, rows, held) for kind in self.rotary}
+        places = torch.arange(start, start + seqlen, device=ids.device)
+        tables = {kind: self._table(kind, places, self.lengths[rows, None]) for kind in self.rotary}
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache[layer]
@@ -244,16 +278,15 @@ class GPTDecoder:
                 sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
             )  # fmt: skip
 
-        return self._through_blocks(x.flatten(0, 1), seqlen, attend)
+        return self._through_blocks(self._embed(ids, places).flatten(0, 1), seqlen, attend)
 
-    def _table_of_prompts(self, kind: str, rows: slice, held: slice) -> RotaryTable:
-        """cos and sin for these positions of prompts, (S, D/2), or (N, S, D/2) where they depend on their lengths."""
+    def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:
+        """cos and sin at positions of prompts, whose lengths count under dynamic scaling."""
         rotary = self.model.rotary[kind]
-        if rotary.scaling is None or rotary.scaling.kind != "dynamic":
-            cos, sin = self.rotary[kind]
-            return cos[held], sin[held]
-        places = torch.arange(held.start, held.stop, device=self.lengths.device)
-        return rotary.table(places, self.wide, self.lengths[rows, None])
+        if rotary.scaling is not None and rotary.scaling.kind == "dynamic":
+            return rotary.table(places, self.wide, lengths)
+        cos, sin = self.rotary[kind]
+        return cos[places], sin[places]
 
     def _to_cache(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         table = self.rotary.get(self.kinds[layer], (None, None))

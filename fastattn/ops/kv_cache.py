@@ -95,23 +95,21 @@ def attention_kv_cache(
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
-    planned, tensors = None, (
-        query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes, sinks,
-    )  # fmt: skip
+    planned = None
+    tensors: tuple[Any, ...] = (query, k_cache, v_cache, cache_lengths, key, value)
+    if not (
+        block_table is None and rotary_cos is None and rotary_sin is None and alibi_slopes is None and sinks is None
+    ):  # fmt: skip
+        tensors += (block_table, rotary_cos, rotary_sin, alibi_slopes, sinks)
     if not unknown:
-        kinds = (type(causal), type(softcap), type(scale), type(num_splits))
-        sides = None if window is None else plan.sides(window)
-        options = (
-            causal,
-            sides,
-            softcap,
-            scale,
-            num_splits,
-            bool(rotary_interleaved),
-            kinds,
-            return_lse,
-            backend,
-        )
+        options: tuple[Any, ...] = (return_lse, backend)
+        if not (
+            causal is True and window is None and softcap is None and scale is None and num_splits is None
+            and rotary_interleaved is False
+        ):  # fmt: skip
+            kinds = (type(causal), type(softcap), type(scale), type(num_splits))
+            sides = None if window is None else plan.sides(window)
+            options = (causal, sides, softcap, scale, num_splits, bool(rotary_interleaved), kinds, *options)
         planned, found = plan.look_up("kv_cache", tensors, options)
         if found is not None:
             return cast(Tensor, found(*tensors))
@@ -137,7 +135,7 @@ def attention_kv_cache(
         )
     out, lse = _run(*args, backend)
     if plan.wanted(planned):
-        plan.keep(planned, KVCachePlan(args, backend, return_lse))
+        plan.keep(planned, KVCachePlan(args, backend, return_lse).runner())
     return (out, lse) if return_lse else out
 
 

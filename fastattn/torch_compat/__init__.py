@@ -45,8 +45,10 @@ from .state import (
     is_exporting,
     is_fake,
     is_wrapped,
+    nothing_records,
     only_autograd_watches,
     state_of_call,
+    tensor_guard,
     transforms_active,
 )
 
@@ -78,6 +80,7 @@ __all__ = [
     "is_exporting",
     "is_fake",
     "is_wrapped",
+    "nothing_records",
     "onednn_linear",
     "only_autograd_watches",
     "override_flash_attention",
@@ -90,6 +93,7 @@ __all__ = [
     "softmax_backward",
     "softmax_gradient",
     "state_of_call",
+    "tensor_guard",
     "torch_sdpa",
     "transforms_active",
     "version_of",

@@ -319,3 +319,13 @@ def _convert_sequence(value: Any, hint: Any, where: str, *, text: bool) -> Any:
         for i, (item, kind) in enumerate(zip(value, arguments, strict=True))
     ]
     return tuple(items) if get_origin(hint) is tuple else items
+
+
+def step_limit(config: TrainConfig, examples: int, world_size: int) -> int | None:
+    """max_steps or what max_epochs comes to, whichever is less; None where time alone ends the run."""
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.max_epochs is not None:
+        limits.append(
+            math.ceil(config.max_epochs * examples / (config.batch_size * config.accumulate * world_size))
+        )
+    return min(limits, default=None)

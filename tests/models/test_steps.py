@@ -76,12 +76,15 @@ def prompts(lengths: tuple[int, ...]) -> Tensor:
 
 
 @every_kind
-def test_every_step_is_the_forward_of_each_sequence(options: dict[str, Any]) -> None:
-    model, ids = make(**options), prompts(LENGTHS)
+@pytest.mark.parametrize("lengths", [LENGTHS, (9, 8, 9, 9)], ids=["packed", "padded"])
+def test_every_step_is_the_forward_of_each_sequence(
+    options: dict[str, Any], lengths: tuple[int, ...]
+) -> None:
+    model, ids = make(**options), prompts(lengths)
     decoder = model.decoder(4, 20)
     assert decoder is not None
-    rows = [ids[i, :n] for i, n in enumerate(LENGTHS)]
-    logits = decoder.prefill(ids, torch.tensor(LENGTHS))
+    rows = [ids[i, :n] for i, n in enumerate(lengths)]
+    logits = decoder.prefill(ids, torch.tensor(lengths))
     for _ in range(6):
         expected = torch.stack([model(row[None]).logits[0, -1] for row in rows])
         torch.testing.assert_close(logits, expected)
@@ -100,6 +103,18 @@ def test_all_logits_and_equal_lengths(options: dict[str, Any]) -> None:
     torch.testing.assert_close(GPTDecoder(model, 3, 9).prefill(ids), whole[:, -1])
 
 
+def test_prompts_are_read_without_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, seen = GPTDecoder(make(), 4, 9), []
+    through = GPTDecoder._through_blocks
+    monkeypatch.setattr(
+        GPTDecoder, "_through_blocks", lambda self, x, *args: seen.append(len(x)) or through(self, x, *args)
+    )
+    decoder.prefill(prompts(LENGTHS), torch.tensor(LENGTHS))
+    assert seen == [sum(LENGTHS)]
+    decoder.prefill(prompts(LENGTHS))
+    assert seen[1:] == [4 * max(LENGTHS)]
+
+
 class Logits:
     """The logits of each step of a generation."""
 
@@ -108,7 +123,9 @@ class Logits:
         for name in ("prefill", "step"):
             run = getattr(GPTDecoder, name)
             monkeypatch.setattr(
-                GPTDecoder, name, lambda *args, run=run: self.seen.append(run(*args)) or self.seen[-1]
+                GPTDecoder,
+                name,
+                lambda *args, run=run, **options: self.seen.append(run(*args, **options)) or self.seen[-1],
             )
 
     def take(self) -> Tensor:

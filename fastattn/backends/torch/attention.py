@@ -135,7 +135,8 @@ def _few_keys_bwd(call: AttentionCall, dout: Tensor) -> AttentionGrads:
     (part,) = parts(call)
     rows, cols = range(call.query.shape[2]), range(call.key.shape[2])
     hidden = part.hidden(Tile(rows, cols, "masked"))
-    return dense_bwd(call, additive(hidden, call.group_size, call.query.dtype), dout)
+    mask = additive(hidden, call.group_size, call.query.dtype)
+    return dense_bwd(call.query, call.key, call.value, dout, call.scale, mask)
 
 
 def nothing_seen(call: AttentionCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

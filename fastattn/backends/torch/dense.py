@@ -26,12 +26,13 @@ def additive(hidden: Tensor | None, group_size: int, dtype: torch.dtype) -> Tens
     return mask.masked_fill_(hidden, -torch.inf).repeat(group_size, 1)
 
 
-def dense_bwd(call: AttentionCall, mask: Tensor | None, dout: Tensor) -> AttentionGrads:
+def dense_bwd(
+    query: Tensor, key: Tensor, value: Tensor, dout: Tensor, scale: float, mask: Tensor | None
+) -> AttentionGrads:
     """The gradients where every row sees a finite score: the weights come from the scores anew, and so sum to 1.
 
     mask: from `additive`; None = all pairs attend.
     """
-    query, key, value, scale = call.query, call.key, call.value, call.scale
     dtype = accumulation_dtype(query.dtype)
     operands = [query, dout, key, value]
     if dtype != query.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -120,14 +121,28 @@ def _with_irregular_rows(
 
 
 def is_regular(lse: Tensor) -> bool:
-    """Whether the fused kernel gave no row the lse 0, +inf or NaN."""
+    """Whether the fused kernel gave no row the lse 0, +inf or NaN: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
-        rows = lse.mT.flatten().tolist()  # in the kernel's memory order, which takes no copy
+        rows = _listed(lse)
         total = sum(rows)  # of float32 numbers in float64, so that only what is not finite makes it so
         return total - total == 0.0 and 0.0 not in rows
     lowest, highest = torch.aminmax(lse)  # both NaN if one element is
     most = highest.item()
     return most < torch.inf and (lowest.item() > 0 or most < 0 or bool(lse.all()))
+
+
+def is_finite(lse: Tensor) -> bool:
+    """Whether every row has a finite lse: (B, H, rows) or (H, rows)."""
+    if lse.numel() <= FEW_ROWS:
+        total = sum(_listed(lse))
+        return total - total == 0.0
+    lowest, highest = torch.aminmax(lse)
+    return bool(lowest.item() > -torch.inf and highest.item() < torch.inf)
+
+
+def _listed(lse: Tensor) -> list[float]:
+    rows = [*chain.from_iterable(lse.tolist())]
+    return [*chain.from_iterable(rows)] if lse.dim() == 3 else rows
 
 
 def _largest_scores(part: Part, tile: Tile) -> Tensor:
