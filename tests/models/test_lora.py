@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastattn import MultiHeadAttention
-from fastattn.models import GPT, Bert, BertConfig, BertForSequenceClassification, GPTConfig
+from fastattn.models import GPT, Bert, BertConfig, BertForSequenceClassification, GPTConfig, load
 from fastattn.models.lora import Adapter, adapters_of, attach, blocks_of, detach, merge
 from fastattn.models.peft import load_adapter, save_adapter
 from fastattn.nn.linear import Linear
@@ -380,6 +380,19 @@ def test_a_bare_encoder_takes_the_adapter_of_a_model_with_a_head(tmp_path):
     bare = Bert(BertConfig(**BERT)).eval()
     load_adapter(bare, tmp_path)
     assert len(list(adapters_of(bare))) == 4
+
+
+def test_a_folder_of_an_adapter_loads_with_the_model_it_names(tmp_path):
+    make("gpt").save_pretrained(tmp_path / "base")
+    model = filled(attach(load(tmp_path / "base"), r=2))
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(run(load(tmp_path / "adapter")), run(model))
+    with pytest.raises(ValueError, match="quantize: got 'int8', which does not go with an adapter"):
+        load(tmp_path / "adapter", quantize="int8")
+    for base in (None, "", str(tmp_path / "adapter")):
+        change(tmp_path / "adapter", base_model_name_or_path=base)
+        with pytest.raises(ValueError, match=r"adapter_config\.json: base_model_name_or_path: got"):
+            load(tmp_path / "adapter")
 
 
 def test_generation_with_adapters_is_that_of_the_merged_model():
