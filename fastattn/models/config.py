@@ -211,11 +211,10 @@ class GPTConfig:
         if self.positions != "rotary":
             return {}
         scaling = None if self.rope_scaling is None else _scaling(self.rope_scaling, self)
-        everywhere = Rotary(self.head_dim, self.rope_theta, scaling=scaling)
+        head_dim = int(self.head_dim)  # not Derived, which a trace of torch 2.9 cannot hand to an operation
+        everywhere = Rotary(head_dim, self.rope_theta, scaling=scaling)
         local = (
-            everywhere
-            if self.rope_local_base_freq is None
-            else Rotary(self.head_dim, self.rope_local_base_freq)
+            everywhere if self.rope_local_base_freq is None else Rotary(head_dim, self.rope_local_base_freq)
         )
         kinds = self.layer_types or [FULL if self.window is None else SLIDING]
         return {kind: local if kind == SLIDING else everywhere for kind in sorted(set(kinds))}
