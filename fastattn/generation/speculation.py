@@ -20,8 +20,8 @@ LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
 # What a step that checks guesses costs more than a single one, in parts of that: a fixed part, and one for each token
 # of a row. Measured on a CPU with GPT-2 small in float32 and int8; on a GPU an assumption.
 COST = {"cpu": (0.3, 0.04), "cuda": (0.05, 0.01)}
-ALLOWANCE = 0.02  # what guesses may lose of each step's time
-START, MOST = 1.0, 4.0  # steps that guesses may lose at first, and at most after they have won some
+ALLOWANCE = 0.01  # what guesses may lose of each step's time
+START, MOST = 0.5, 4.0  # steps that guesses may lose at first, and at most after they have won some
 
 
 class Lookup:
@@ -97,10 +97,12 @@ def speculate(
 
     def take(logits: Tensor, going: list[int]) -> Tensor:
         """Choose a token after logits (R, V) for the rows of these numbers; (R,), what it is elsewhere is of no use."""
-        position = torch.tensor([len(row.ids) for row in rows.rows], device=logits.device)
-        tokens = chooser(logits, position)
+        counts = [len(row.ids) for row in rows.rows]
+        alike = min(counts) == max(counts)
+        tokens = chooser(logits, counts[0] if alike else torch.tensor(counts, device=logits.device))
         accept(tokens.tolist(), going)
-        chooser.scores.add(tokens, torch.tensor(going, device=tokens.device))
+        if chooser.scores.changes:
+            chooser.scores.add(tokens, torch.tensor(going, device=tokens.device))
         return tokens
 
     def accept(tokens: list[int], going: list[int]) -> None:
