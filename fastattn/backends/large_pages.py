@@ -17,7 +17,7 @@ _advise: Callable[..., Any] | None = None
 if sys.platform == "linux":
     try:
         _advise = ctypes.CDLL(None).madvise
-        _advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)  # type: ignore[attr-defined]
+        _advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     except (AttributeError, OSError):  # a C library without it
         _advise = None
 
