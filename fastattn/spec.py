@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.strides import ALIGNED, ALIGNMENT, DESCRIBABLE, passes_32_bits, row_class
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+TMA_ARCH = 90  # the first architecture that has it
 FEW_KV_HEADS = 2  # key/value heads that leave a kernel which owns keys with too few programs
 
 
@@ -195,7 +198,8 @@ class AttentionSpec:
     dropout: bool
     float32_precision: str  # "ieee" (torch's 'highest') | "tf32"; "ieee" for every other dtype
     single_query: bool  # Sq == 1
-    aligned: bool  # data pointers and outer strides of q, k, v are multiples of 16 bytes
+    aligned: bool  # every row of q, k, v begins at a multiple of 16 bytes
+    describable: bool  # and TMA descriptors can describe them: nothing is empty or expanded
     int64_offsets: bool  # some element offset passes 2**31
     few_kv_heads: bool = False  # FEW_KV_HEADS at most
     backward: bool = False
@@ -206,9 +210,10 @@ class AttentionSpec:
     def of(call: AttentionCall, needs: GradsNeeded | None = None) -> AttentionSpec:
         """The spec of a forward call, or of its backward when the needed gradients are given. Needs real tensors."""
         query, key, value = call.query, call.key, call.value
+        rows = min(row_class(query), row_class(key), row_class(value))
         return _attention_spec(
             device=query.device.type,
-            arch=_arch_of(query),
+            arch=arch_of(query) if query.is_cuda else None,
             dtype=query.dtype,
             head_dim=query.shape[3],
             value_dim=value.shape[3],
@@ -226,18 +231,38 @@ class AttentionSpec:
             dropout=call.dropout_p > 0.0,
             float32_precision=float32_precision(query.dtype),
             single_query=query.shape[2] == 1,
-            aligned=_aligned(query) and _aligned(key) and _aligned(value),
-            int64_offsets=_passes_32_bits(query, key, value, call.mask, call.bias),
+            aligned=rows >= ALIGNED,
+            describable=rows == DESCRIBABLE,
+            int64_offsets=passes_32_bits(query, key, value, call.mask, call.bias),
             few_kv_heads=key.shape[1] <= FEW_KV_HEADS,
             backward=needs is not None,
             bias_grad=needs is not None and needs.bias,
             alibi_grad=needs is not None and needs.alibi_slopes,
         )
 
+    @property
+    def unit(self) -> int:
+        """Elements that strides of operands and results count: 16 bytes where all are multiples of it, else one."""
+        unit = ALIGNMENT // self.dtype.itemsize
+        return unit if self.aligned and not (self.head_dim % unit or self.value_dim % unit) else 1
+
+    @property
+    def fits_tma(self) -> bool:
+        """Whether TMA can load the operands: from Hopper on, of 16-bit dtypes, whose products run on wgmma."""
+        return self.describable and self.dtype.itemsize == 2 and (self.arch is None or self.arch >= TMA_ARCH)
+
+    def with_rows(self, *tensors: Tensor) -> AttentionSpec:
+        """The spec of a kernel that reads the rows of these tensors (B, H, S, D) too."""
+        rows = min(map(row_class, tensors))
+        aligned, describable = self.aligned and rows >= ALIGNED, self.describable and rows == DESCRIBABLE
+        if (aligned, describable) == (self.aligned, self.describable):
+            return self
+        return self.replace(aligned=aligned, describable=describable)
+
     def features(self) -> tuple[str, ...]:
         """Names of the features in use, for messages and tables."""
         names = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)]
-        classes = ("single_query", "aligned", "int64_offsets", "few_kv_heads", "backward")
+        classes = ("single_query", "aligned", "describable", "int64_offsets", "few_kv_heads", "backward")
         return tuple(n for n in names if n not in classes)
 
     def replace(self, **changes: Any) -> AttentionSpec:
@@ -306,6 +331,7 @@ class SoftmaxSpec:
     causal: bool = False
     log: bool = False
     backward: bool = False
+    aligned: bool = False  # every row along the last dimension begins at a multiple of 16 bytes
 
     @classmethod
     def of(
@@ -321,15 +347,16 @@ class SoftmaxSpec:
         """The spec of rows along `dim` of x. Needs a real tensor."""
         return cls(
             device=x.device.type,
-            arch=_arch_of(x),
+            arch=arch_of(x) if x.is_cuda else None,
             dtype=x.dtype,
             columns=1 << max(x.shape[dim] - 1, 0).bit_length(),
             unit_columns=x.stride(dim) == 1 or x.shape[dim] == 1,
-            wide_rows=_passes_32_bits(x) or x.numel() >= 2**31,
+            wide_rows=x.numel() >= 2**31 or (not x.is_contiguous() and passes_32_bits(x)),
             mask=mask,
             causal=causal,
             log=log,
             backward=backward,
+            aligned=row_class(x) >= ALIGNED,
         )
 
     def replace(self, **changes: Any) -> SoftmaxSpec:
@@ -342,25 +369,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_in_order(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised dense tensor of `shape` with the memory order of `like`'s dimensions.
-
-    The last dimension stays innermost, so a (B, S, H, D)-backed query gives a (B, S, H, Dv)-backed output.
-    """
-    outer = sorted(range(like.dim() - 1), key=like.stride, reverse=True)
-    order = [*outer, like.dim() - 1]
-    storage = like.new_empty([shape[dim] for dim in order], dtype=dtype)
-    return storage.permute([order.index(dim) for dim in range(like.dim())])
-
-
-def with_unit_last_stride(tensor: Tensor) -> Tensor:
-    """`tensor`, copied in its memory order only if its last dimension is not innermost: kernels rely on that."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
-
-
-def _arch_of(tensor: Tensor) -> int | None:
+def arch_of(tensor: Tensor) -> int | None:
+    """10 * major + minor of a CUDA device, None of any other."""
     if tensor.device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -381,33 +391,3 @@ def float32_precision(dtype: torch.dtype) -> str:
 with warnings.catch_warnings():  # torch 2.9 warns at the first look, not of anything its user did
     warnings.simplefilter("ignore")
     float32_precision(torch.float32)
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether kernels get a tensor at multiples of 16 bytes; without a unit last stride they get a dense copy."""
-    size = tensor.element_size()
-    misplaced = tensor.data_ptr() % 16 != 0
-    if not misplaced and tensor.is_contiguous() and tensor.shape[-1] * size % 16 == 0:
-        return True
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        return tensor.shape[-1] * size % 16 == 0 or tensor.numel() <= tensor.shape[-1]
-    if misplaced:
-        return False
-    return all(
-        stride * size % 16 == 0
-        for stride, length in zip(tensor.stride()[:-1], tensor.shape[:-1])
-        if length > 1
-    )
-
-
-def _passes_32_bits(*tensors: Tensor | None) -> bool:
-    """Whether some element lies 2**31 or more elements from the first of its tensor."""
-    for tensor in tensors:
-        if tensor is None or (tensor.is_contiguous() and tensor.numel() < 2**31):
-            continue
-        # in a smaller storage no element lies that far, whatever the strides
-        if tensor.untyped_storage().nbytes() >= 2**31:
-            steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()) if size > 1)
-            if sum(steps) >= 2**31:
-                return True
-    return False

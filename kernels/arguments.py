@@ -15,6 +15,7 @@ from triton import next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.jit import Kernel
+from fastattn.strides import ALIGNMENT
 
 
 class Launch(NamedTuple):
@@ -80,27 +81,23 @@ Strides = tuple[int, int, int]  # of batch, head and row, in units
 ScoreStrides = tuple[int, int, int, int]  # of batch, head, query and key
 
 
-def unit_of(*tensors: Tensor) -> int:
-    """How many elements make 16 bytes if every row of every tensor starts at a multiple of 16 bytes, else 1."""
-    unit = 16 // tensors[0].element_size()
-    for tensor in tensors:
-        if tensor.data_ptr() % 16:
-            return 1
-        for stride, size in zip(tensor.stride()[:-1], tensor.shape):
-            if size > 1 and stride % unit:
-                return 1
-    return unit
-
-
 def strides_of(tensor: Tensor, unit: int) -> Strides:
     """The three outer strides in units; that of a dimension of size 1 is never used and may be odd."""
     batch, head, row, _ = tensor.stride()
     num_batches, num_heads, num_rows, _ = tensor.shape
     return (
-        batch // unit if num_batches > 1 else 0,
-        head // unit if num_heads > 1 else 0,
-        row // unit if num_rows > 1 else 0,
+        in_units(batch, unit) if num_batches > 1 else 0,
+        in_units(head, unit) if num_heads > 1 else 0,
+        in_units(row, unit) if num_rows > 1 else 0,
     )
+
+
+def in_units(stride: int, unit: int) -> int:
+    """A stride in the spec's units. One that is no multiple, of a tensor that the spec does not describe, would be read
+    from elsewhere: an error."""
+    if stride % unit:
+        raise ValueError(f"stride: got {stride}, needs a multiple of {unit}, as its spec says")
+    return stride // unit
 
 
 def score_strides_of(tensor: Tensor | None) -> ScoreStrides:
@@ -125,7 +122,7 @@ def slope_stride_of(slopes: Tensor | None) -> int:
 def descriptor_of(tensor: Tensor, block: int) -> object:
     """A (B, H, S, D) tensor as TMA sees it, in blocks of `block` rows of one head; the stride of a dimension of size 1
     is never used, but has to be a multiple of 16 bytes."""
-    unit = 16 // tensor.element_size()
+    unit = ALIGNMENT // tensor.element_size()
     strides = [stride if size > 1 else unit for size, stride in zip(tensor.shape[:3], tensor.stride())]
     width = max(16, next_power_of_2(tensor.shape[3]))
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, block, width])

@@ -5,20 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.kernels import cross_entropy
-from fastattn.kernels.arguments import Launch, cdiv
+from fastattn.kernels.arguments import Launch, cdiv, in_units
 from fastattn.kernels.row_tiles import RowTile
-from fastattn.spec import CrossEntropyCall
+from fastattn.spec import CrossEntropyCall, SoftmaxSpec
+from fastattn.strides import ALIGNMENT
 
 NUM_STAGES = 2
 
 
-def forward_launch(call: CrossEntropyCall, losses: Tensor, norms: Tensor, tile: RowTile) -> Launch:
+def forward_launch(
+    spec: SoftmaxSpec, call: CrossEntropyCall, losses: Tensor, norms: Tensor, tile: RowTile
+) -> Launch:
     """cross_entropy_fwd_kernel on logits whose last stride is 1."""
     logits = call.logits
-    unit, column_unit = _units(logits)
+    unit, column_unit = _units(spec, logits)
     args = (
         logits, call.target, call.class_weight, call.weight_mean(), losses, norms,
-        logits.stride(0) // unit, logits.shape[1] // column_unit,
+        _row_stride(logits, unit), logits.shape[1] // column_unit,
         call.ignore_index, call.label_smoothing, call.z_loss,
         unit, column_unit, call.label_smoothing != 0.0, call.z_loss != 0.0, tile.columns,
     )  # fmt: skip
@@ -27,14 +30,14 @@ def forward_launch(call: CrossEntropyCall, losses: Tensor, norms: Tensor, tile: 
 
 
 def backward_launch(
-    call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, dlogits: Tensor, tile: RowTile
+    spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, dlogits: Tensor, tile: RowTile
 ) -> Launch:
     """cross_entropy_bwd_kernel on logits and dlogits whose last stride is 1."""
     logits = call.logits
-    unit, column_unit = _units(logits, dlogits)
+    unit = column_unit = _units(spec, logits)[1]  # dlogits has no gaps between its rows
     args = (
         logits, call.target, call.class_weight, call.weight_mean(), norms, dlosses, dlogits,
-        logits.stride(0) // unit, dlogits.stride(0) // unit, logits.shape[1] // column_unit,
+        _row_stride(logits, unit), _row_stride(dlogits, unit), logits.shape[1] // column_unit,
         call.ignore_index, call.label_smoothing, call.z_loss,
         unit, column_unit, call.label_smoothing != 0.0, call.z_loss != 0.0, tile.columns,
     )  # fmt: skip
@@ -42,10 +45,11 @@ def backward_launch(
     return Launch(cross_entropy.cross_entropy_bwd_kernel, grid, args, tile.num_warps, NUM_STAGES)
 
 
-def _units(*matrices: Tensor) -> tuple[int, int]:
+def _units(spec: SoftmaxSpec, logits: Tensor) -> tuple[int, int]:
     """What strides and the number of classes count: elements of 16 bytes where everything is aligned, else one."""
-    unit = 16 // matrices[0].element_size()
-    for matrix in matrices:
-        if matrix.data_ptr() % 16 or (matrix.shape[0] > 1 and matrix.stride(0) % unit):
-            return 1, 1
-    return unit, unit if matrices[0].shape[1] % unit == 0 else 1
+    unit = ALIGNMENT // logits.element_size() if spec.aligned else 1
+    return unit, unit if logits.shape[1] % unit == 0 else 1
+
+
+def _row_stride(matrix: Tensor, unit: int) -> int:
+    return in_units(matrix.stride(0), unit) if matrix.shape[0] > 1 else 0

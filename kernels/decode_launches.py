@@ -10,11 +10,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastattn.kernels import attention_decode
-from fastattn.kernels.arguments import Launch, cdiv, slope_stride_of, strides_of, unit_of
+from fastattn.kernels.arguments import Launch, cdiv, slope_stride_of, strides_of
 from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS, Splits, loops
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.variants import AttentionVariant, folds_scale
 from fastattn.spec import AttentionSpec, KVCacheCall
+from fastattn.strides import has_adjacent_columns
 
 
 class CacheVariant(NamedTuple):
@@ -58,7 +59,7 @@ def append_launch(spec: AttentionSpec, call: KVCacheCall) -> Launch:
     key, value = call.key, call.value
     assert key is not None
     assert value is not None
-    unit = _cache_unit(call, key, value)
+    unit = _cache_unit(spec, call)
     variant = AttentionVariant(
         spec.head_dim, spec.value_dim, unit=unit, int64_offsets=_needs_int64(call, call.capacity)
     )
@@ -89,7 +90,7 @@ def decode_launch(
     batch, num_heads, seqlen_q, _ = query.shape
     num_kv_heads, capacity = call.k_cache.shape[1], call.capacity
     first_out = out if split_counts is None else out[0]
-    unit = _cache_unit(call, query, first_out)
+    unit = _cache_unit(spec, call)
     longest = seqlen_q + capacity
     right = 0 if call.causal != "none" else call.window_right
     right = min(right, longest) if right >= 0 else longest
@@ -162,16 +163,13 @@ def _table_strides(call: KVCacheCall) -> tuple[int, int, int, int]:
     )
 
 
-def _cache_unit(call: KVCacheCall, *tensors: Tensor) -> int:
-    """How many elements strides count: 16 bytes where every row of caches and tensors starts at a multiple of it."""
-    return unit_of(call.k_cache, call.v_cache, *tensors) if _unit_columns(call) else 1
+def _cache_unit(spec: AttentionSpec, call: KVCacheCall) -> int:
+    """How many elements strides count: the spec's unit, for which it takes the caches' columns to be adjacent."""
+    return spec.unit if _unit_columns(call) else 1
 
 
 def _unit_columns(call: KVCacheCall) -> bool:
-    k_cache, v_cache = call.k_cache, call.v_cache
-    return (k_cache.stride(3) == 1 or k_cache.shape[3] == 1) and (
-        v_cache.stride(3) == 1 or v_cache.shape[3] == 1
-    )
+    return has_adjacent_columns(call.k_cache) and has_adjacent_columns(call.v_cache)
 
 
 def _needs_int64(call: KVCacheCall, rows: int) -> bool:

@@ -5,7 +5,6 @@ Arguments stand in the order of the kernel's signature, a group to a line: kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,14 +31,14 @@ from fastattn.kernels.arguments import (
     score_strides_of,
     slope_stride_of,
     strides_of,
-    unit_of,
 )
 from fastattn.kernels.jit import Kernel
 from fastattn.kernels.splits import SPLIT_ROWS, WHOLE, Split
-from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, TMA_ARCH, Tile
+from fastattn.kernels.tiles import DELTA_ROWS, SEGMENT_CHUNK, SLOT_CHUNK, Tile
 from fastattn.kernels.variants import AttentionVariant, folds_scale
 from fastattn.philox import keep_scale, keep_threshold
 from fastattn.spec import AttentionCall, AttentionSpec
+from fastattn.strides import last_offset
 
 
 class Packing(NamedTuple):
@@ -68,10 +67,6 @@ class UpstreamGrads(NamedTuple):
         """Those that are read for each row or weight."""
         return UpstreamTensors(self.reference, self.lse_correction, self.delta, self.dweights)
 
-    def rows(self) -> tuple[Tensor, ...]:
-        """Those whose rows are loaded as tiles."""
-        return () if self.dout is None else (self.dout,)
-
     def strides(self, unit: int) -> Strides:
         """The outer strides of dout, 0 where there is none."""
         return (0, 0, 0) if self.dout is None else strides_of(self.dout, unit)
@@ -82,15 +77,14 @@ def forward_launch(
     packing: Packing | None = None,
 ) -> Launch:  # fmt: skip
     """attention_fwd_kernel on a call."""
-    query, key, value = call.query, call.key, call.value
-    unit = unit_of(query, key, value, out)
+    query, key, value, unit = call.query, call.key, call.value, spec.unit
     q, k, v, _, tma = _operands(spec, call, tile)
     args = (
         q, k, v, out, lse, _optional_tensors(call, packing, segment_blocks, call.sinks),
         *strides_of(query, unit), *strides_of(key, unit), *strides_of(value, unit), *strides_of(out, unit),
         *_all_score_strides(call),
         *_sizes(call, packing), keep_threshold(call.dropout_p), call.scale, call.softcap, keep_scale(call.dropout_p),
-        tma, _variant(spec, call, tile, unit, packing, sinks=spec.sinks), tile.block_m, tile.block_n,
+        tma, _variant(spec, call, tile, packing, sinks=spec.sinks), tile.block_m, tile.block_n,
     )  # fmt: skip
     grid = (num_tiles(query, tile.block_m, packing),)
     return _launch(attention_fwd.attention_fwd_kernel, grid, args, tile)
@@ -110,7 +104,7 @@ def delta_launch(
     batch, num_heads, seqlen_q = lse.shape
     unit, out_strides, dout_strides = 1, (0, 0, 0), (0, 0, 0)
     if out is not None and dout is not None:
-        unit = unit_of(out, dout)
+        unit = spec.unit
         out_strides, dout_strides = strides_of(out, unit), strides_of(dout, unit)
     fold_scale = folds_scale(spec, call.scale, spec.sinks)
     variant = AttentionVariant(
@@ -130,15 +124,14 @@ def lse_correction_launch(
     spec: AttentionSpec, call: AttentionCall, lse: Tensor, lse_correction: Tensor, tile: Tile
 ) -> Launch:
     """attention_lse_correction_kernel on a call."""
-    query, key = call.query, call.key
-    unit = unit_of(query, key)
+    query, key, unit = call.query, call.key, spec.unit
     optional = _optional_tensors(call, sinks=call.sinks)._replace(seed=None)
     args = (
         query, key, lse, lse_correction, optional,
         *strides_of(query, unit), *strides_of(key, unit),
         *_all_score_strides(call),
         *_sizes(call), call.scale, call.softcap,
-        _variant(spec, call, tile, unit, sinks=spec.sinks), tile.block_m, tile.block_n,
+        _variant(spec, call, tile, sinks=spec.sinks), tile.block_m, tile.block_n,
     )  # fmt: skip
     grid = (num_tiles(query, tile.block_m, None),)
     return _launch(attention_lse_correction.attention_lse_correction_kernel, grid, args, tile)
@@ -160,7 +153,7 @@ def dkdv_launch(
 
     With a split, dkey and dvalue are (splits, B, Hkv, Sk, D) float32 and take the splits from `first_split` on.
     """
-    query, key, value = call.query, call.key, call.value
+    query, key, value, unit = call.query, call.key, call.value, spec.unit
     dvalue = dkey if dvalue is None else dvalue
     grid: tuple[int, ...] = (num_tiles(key, tile.block_n, packing),)
     if split == WHOLE:
@@ -168,7 +161,6 @@ def dkdv_launch(
     else:
         grid += (dkey.shape[0],)
         first_dkey, first_dvalue, split_strides = dkey[0], dvalue[0], (dkey.stride(0), dvalue.stride(0))
-    unit = unit_of(query, key, value, first_dkey, first_dvalue, *upstream_grads.rows())
     q, k, v, dout, tma = _operands(spec, call, tile, upstream_grads.dout)
     args = (
         q, k, v, dout, upstream_grads.tensors(), dkey, dvalue, _optional_tensors(call, packing, segment_blocks),
@@ -178,7 +170,7 @@ def dkdv_launch(
         *_sizes(call, packing), keep_threshold(call.dropout_p), call.scale, call.softcap,
         keep_scale(call.dropout_p) * upstream_grads.dweights_factor,
         first_split, *split_strides, split.heads, split.queries,
-        tma, _variant(spec, call, tile, unit, packing, upstream_grads.dweights), tile.block_m, tile.block_n,
+        tma, _variant(spec, call, tile, packing, upstream_grads.dweights), tile.block_m, tile.block_n,
     )  # fmt: skip
     return _launch(attention_bwd.attention_dkdv_kernel, grid, args, tile)
 
@@ -208,10 +200,9 @@ def dq_launch(
     packing: Packing | None = None,
 ) -> Launch:
     """attention_dq_kernel on a call, writing the gradients of the query and the sums over its keys: slopes and lse."""
-    query, key, value = call.query, call.key, call.value
-    unit = unit_of(query, key, value, dquery, *upstream_grads.rows())
+    query, key, value, unit = call.query, call.key, call.value, spec.unit
     q, k, v, dout, tma = _operands(spec, call, tile, upstream_grads.dout)
-    variant = _variant(spec, call, tile, unit, packing, upstream_grads.dweights)
+    variant = _variant(spec, call, tile, packing, upstream_grads.dweights)
     if dslope_tiles is not None:
         variant = variant._replace(alibi_grad=True)
     args = (
@@ -245,10 +236,9 @@ def dbias_launch(
     spec: AttentionSpec, call: AttentionCall, upstream_grads: UpstreamGrads, dbias: Tensor, tile: Tile
 ) -> Launch:
     """attention_dbias_kernel on a call, writing the gradient of the bias in the bias's own shape, contiguous."""
-    query, key, value = call.query, call.key, call.value
+    query, key, value, unit = call.query, call.key, call.value, spec.unit
     bias_batch, bias_heads, bias_rows, bias_cols = dbias.shape
-    unit = unit_of(query, key, value, *upstream_grads.rows())
-    variant = _variant(spec, call, tile, unit, None, upstream_grads.dweights)
+    variant = _variant(spec, call, tile, None, upstream_grads.dweights)
     variant = variant._replace(bias_one_row=bias_rows == 1, bias_one_col=bias_cols == 1)
     args = (
         query, key, value, upstream_grads.dout, upstream_grads.tensors(), dbias, _optional_tensors(call),
@@ -273,15 +263,14 @@ def weights_launch(
     tile: Tile,
 ) -> Launch:
     """attention_weights_kernel on a call: (B, H, Sq, Sk), or (B, Sq, Sk) for the mean over heads, contiguous."""
-    query, key = call.query, call.key
+    query, key, unit = call.query, call.key, spec.unit
     seqlen_q, seqlen_k = weights.shape[-2:]
-    unit = unit_of(query, key)
     args = (
         query, key, lse, lse_correction, weights, _optional_tensors(call),
         *strides_of(query, unit), *strides_of(key, unit),
         *_all_score_strides(call),
         *_sizes(call), keep_threshold(call.dropout_p), call.scale, call.softcap, keep_scale(call.dropout_p),
-        mean, _variant(spec, call, tile, unit, sinks=spec.sinks), tile.block_m, tile.block_n,
+        mean, _variant(spec, call, tile, sinks=spec.sinks), tile.block_m, tile.block_n,
     )  # fmt: skip
     batch_heads = weights.shape[:-2].numel()
     grid = batch_heads * cdiv(seqlen_q, tile.block_m) * cdiv(seqlen_k, tile.block_n)
@@ -309,34 +298,12 @@ def num_tiles(tensor: Tensor, block: int, packing: Packing | None) -> int:
     return batch * num_heads * cdiv(length, block)
 
 
-def fits_tma(spec: AttentionSpec, operands: Iterable[Tensor]) -> bool:
-    """Whether descriptors can stand for the operands of a call: everything at multiples of 16 bytes, nothing empty or
-    broadcast; with 16-bit dtypes, whose products run on wgmma, from Hopper on.
-
-    The stride of a batch of one counts too, although nothing is stepped over: a sequence cut out of a batch is then
-    loaded, and rounded, as in the batch.
-    """
-    tensors = list(operands)
-    unit = unit_of(*tensors)
-    if spec.dtype.itemsize != 2 or unit == 1 or (spec.arch is not None and spec.arch < TMA_ARCH):
-        return False
-    for tensor in tensors:
-        sizes, strides = tensor.shape, tensor.stride()
-        if strides[0] % unit or strides[0] <= 0:
-            return False
-        for size, stride in zip(sizes, strides):
-            if size == 0 or (size > 1 and stride <= 0):
-                return False
-    return True
-
-
 def _operands(
     spec: AttentionSpec, call: AttentionCall, tile: Tile, dout: Tensor | None = None
 ) -> tuple[object, object, object, object, bool]:
     """(q, k, v, dout, TMA): the tensors, or their descriptors where the tile loads by TMA and they allow it."""
     query, key, value = call.query, call.key, call.value
-    tensors = (query, key, value) if dout is None else (query, key, value, dout)
-    if not (tile.tma and fits_tma(spec, tensors)):
+    if not (tile.tma and spec.fits_tma):
         return query, key, value, dout, False
     return (
         descriptor_of(query, tile.block_m),
@@ -397,7 +364,6 @@ def _variant(
     spec: AttentionSpec,
     call: AttentionCall,
     tile: Tile,
-    unit: int,
     packing: Packing | None = None,
     dweights: Tensor | None = None,
     sinks: bool = False,
@@ -406,7 +372,7 @@ def _variant(
     variant = AttentionVariant.of(
         spec,
         tile,
-        unit,
+        spec.unit,
         fold_scale=folds_scale(spec, call.scale, spec.sinks),
         sinks=sinks,
         int64_offsets=spec.int64_offsets,
@@ -419,9 +385,5 @@ def _variant(
     return variant._replace(
         dweights=True,
         unit_dweights=has_unit_columns(dweights),
-        int64_offsets=spec.int64_offsets or _last_offset(dweights) >= 2**31,
+        int64_offsets=spec.int64_offsets or last_offset(dweights) >= 2**31,
     )
-
-
-def _last_offset(tensor: Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1)

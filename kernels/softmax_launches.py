@@ -16,6 +16,7 @@ from fastattn.kernels.arguments import Launch, cdiv
 from fastattn.kernels.jit import Kernel
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import SoftmaxSpec
+from fastattn.strides import ALIGNMENT
 
 MAX_ROW_DIMS = 3
 
@@ -132,9 +133,9 @@ def _variant(
     aligned = rows.strides[-len(tensors) :]
     unit_columns = all(strides[3] == 1 for strides in aligned) or columns == 1
     unit_inner = not unit_columns and all(strides[2] == 1 for strides in aligned)
-    unit = 16 // min(tensor.element_size() for tensor in tensors)
+    unit = ALIGNMENT // min(tensor.element_size() for tensor in tensors)
     fixed = 3 if unit_columns else 2  # the dimension of stride 1
-    if not (unit_columns or unit_inner) or any(tensor.data_ptr() % 16 for tensor in tensors):
+    if not (unit_columns or unit_inner) or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
         unit = 1
     for strides in aligned:
         for place, (stride, size) in enumerate(zip(strides, rows.sizes)):

@@ -55,7 +55,6 @@ class Key(NamedTuple):
     has_score_mods: bool  # something in SCORE_MODS is in use: more registers per score
 
 
-TMA_ARCH = 90  # the first architecture that has it
 DELTA_ROWS = 64  # queries per program of the row-wise preparation of backward
 SEGMENT_CHUNK = 2048  # ids that the prepass of segments compares at a time
 SLOT_CHUNK = 32  # tiles of a packed sequence whose numbers are added at a time

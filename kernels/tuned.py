@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cache import cache_dir, write_atomically
-from fastattn.kernels.tiles import Tile, Tiles, table_tiles
+from fastattn.kernels.tiles import Tile, Tiles, table_tiles, tiles_without_tma
 from fastattn.spec import AttentionSpec
 from fastattn.versions import version
 
@@ -33,8 +33,14 @@ MEASURED, MODEL = "measured", "model"  # where a winner comes from
 
 @cache
 def tiles_for(spec: AttentionSpec, packed: bool = False) -> Tiles:
-    """The tiles of attention on a spec: those measured on this machine where there are any, else the table's."""
-    return replace(table_tiles(spec), **winners_for(spec, packed))
+    """The tiles of attention on a spec: those measured on this machine where there are any, else the table's. Where TMA
+    cannot load the operands, the table's others replace those that load by TMA."""
+    tiles = replace(table_tiles(spec), **winners_for(spec, packed))
+    if spec.fits_tma:
+        return tiles
+    others = tiles_without_tma(spec)
+    by_tma = [name for name in TMA_KERNELS if getattr(tiles, name).tma]
+    return replace(tiles, **{name: getattr(others, name) for name in by_tma})
 
 
 @dataclass(frozen=True)

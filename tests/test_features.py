@@ -38,7 +38,7 @@ def pytest_of(tests: list[str], *options: str, **environment: str) -> subprocess
 def test_every_named_test_exists_and_fails_without_its_feature(tmp_path: Path) -> None:
     outcomes = tmp_path / "outcomes.json"
     done = pytest_of(CLAIMS, "-p", "feature_mutations", **{feature_mutations.VARIABLE: str(outcomes)})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]  # 4 where a test does not exist
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]  # pytest has 4 for an unknown name
     found = json.loads(outcomes.read_text(encoding="utf-8"))
     for feature in FEATURES:
         if feature.name not in feature_mutations.ABSENT:
@@ -57,12 +57,6 @@ def test_every_row_that_claims_something_has_a_mutation() -> None:
     claiming = {f.name for f in FEATURES if f.torch.tests or f.triton.tests}
     assert claiming - feature_mutations.ABSENT.keys() == {"AMD GPUs"}
     assert feature_mutations.ABSENT.keys() <= claiming
-
-
-def test_a_test_that_does_not_exist_is_noticed() -> None:
-    done = pytest_of(["tests/test_features.py::test_of_nothing"], "--collect-only")
-    assert done.returncode != 0
-    assert "not found" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("cell", [c for f in FEATURES for c in (f.torch, f.triton)])

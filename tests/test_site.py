@@ -31,7 +31,9 @@ MODULES = (
     "fastattn.nn.blocks",
     "fastattn.nn.kv_cache",
     "fastattn.nn.linear",
+    "fastattn.nn.norms",
     "fastattn.nn.positions",
+    "fastattn.nn.rotary_scaling",
     "fastattn.train",
 )
 # What else DESIGN promises by name.
@@ -46,8 +48,15 @@ ALSO = (
 # Public in their module for the modules beside it, of no use to a caller.
 INTERNAL = (
     "fastattn.nn.attention.keep_forward",
+    "fastattn.nn.blocks.gated_by",
     "fastattn.nn.linear.linear",
+    "fastattn.nn.linear.plainly_on_cpu",
     "fastattn.nn.linear.remade",
+    "fastattn.nn.linear.watched_by_autograd_alone",
+    "fastattn.nn.linear.without_transforms",
+    "fastattn.nn.norms.normalised",
+    "fastattn.nn.norms.rms_norm",
+    "fastattn.nn.rotary_scaling.frequencies",
 )
 DOCUMENTED = [
     name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M)

@@ -22,6 +22,7 @@ import fastattn
 from fastattn import reference, torch_compat
 from fastattn.integrations import sdpa_names
 from fastattn.nn import linear as linear_module
+from fastattn.nn.norms import rms_norm
 from fastattn.torch_compat.lookup import find
 
 HOME = Path(torch_compat.__file__).parent
@@ -348,6 +349,18 @@ def test_without_onednn_linear_layers_are_torchs(lacking: Callable[..., None]) -
     assert weight.numel() >= linear_module.ONEDNN_MIN_WEIGHTS
     with torch.no_grad():
         assert torch.equal(linear_module.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_without_layer_norms_kernel_the_gradient_of_rms_norm_is_the_formula(
+    lacking: Callable[..., None],
+) -> None:
+    x, weight = torch.randn(5, 16, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
+    x.requires_grad_(), weight.requires_grad_()
+    expected = torch.autograd.grad(rms_norm(x, weight, 1e-6).sin().sum(), [x, weight])
+    lacking("torch.ops.aten.native_layer_norm_backward")
+    torch.testing.assert_close(
+        torch.autograd.grad(rms_norm(x, weight, 1e-6).sin().sum(), [x, weight]), expected
+    )
 
 
 def test_without_versions_none_is_known(lacking: Callable[..., None]) -> None:

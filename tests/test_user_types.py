@@ -66,7 +66,7 @@ WRONG = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_users_type_checker(tmp_path: Path) -> None:
     """Every line of USER has the type it states, and every line of WRONG is an error."""
     (tmp_path / "user.py").write_text(USER)

@@ -264,7 +264,7 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick:
     steps["copy"] = lambda: {"copy": copy.copy_(source)}
     for step in steps.values():
         step()
-    budget = Budget(seconds=0.5 if quick else 3.0 if cuda else 1.0, least_rounds=3, most_rounds=30)
+    budget = Budget(seconds=0.1 if quick else 3.0 if cuda else 1.0, least_rounds=3, most_rounds=30)
     median = {name: statistics.median(s) for name, s in time_interleaved(steps, device, budget).items()}
     rates = {
         name: round(2 * size**3 / seconds / 1e12, 4) for name, seconds in median.items() if name != "copy"

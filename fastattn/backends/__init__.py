@@ -2,6 +2,7 @@
 
 A backend is a module with
     NAME                                what users call it
+    LAYOUT                              what it relies on in the layouts of tensors, a level of fastattn.backends.layout
     why_not(spec) -> str | None         why it cannot run this spec
     why_not_auto(spec) -> str | None    why "auto" should not choose it although it can run (optional)
     MAKES_GRADIENTS                     names of forwards that take a gradient of their results and also return those of

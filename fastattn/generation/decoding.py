@@ -1,21 +1,22 @@
-"""Continue prompts token by token: greedy or sampled, with a KV cache, for batches padded on either side."""
+"""Continue prompts token by token: greedy, sampled or by beams, with a KV cache, for batches padded on either side."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.generation.protocol import CausalLM, Decoder
-from fastattn.generation.sampling import check_generator, check_sampling, sample
-from fastattn.generation.stopping import special_tokens
-from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
-
-MAX_TOKENS = 2**31 - 1  # positions are 32-bit integers
+from fastattn.generation.beam import beam_search
+from fastattn.generation.choosing import Chooser
+from fastattn.generation.drivers import DecoderDriver, driver_of
+from fastattn.generation.options import Options, Settled
+from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.rows import Rows
+from fastattn.generation.sampling import LogitsProcessor
+from fastattn.generation.speculation import speculate
+from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
 
 @torch.no_grad()
@@ -24,148 +25,171 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int = 20,
-    do_sample: bool = False,
-    temperature: float = 1.0,
+    max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    early_stopping: bool | str | None = None,
+    num_return_sequences: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
-    seed: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Decodes | None = None,
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    prefill_chunk_size: int | None = None,
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """Prompt and continuation ids, (B, S + n) with n <= max_new_tokens; runs in eval mode and restores the mode.
+    """Prompt and continuation ids, (B * num_return_sequences, S + n) with n <= max_new_tokens.
+
+    Runs in eval mode and restores the mode. An argument that is None takes its value from the model's
+    `generation_config` (a checkpoint's generation_config.json), else it has no effect.
 
     Args:
         input_ids: (B, S) prompts, padded on either side where lengths differ.
         attention_mask: (B, S), nonzero = a real token; None = all are.
-        max_new_tokens: most tokens to add; fewer where every row has met an end token.
+        max_new_tokens: most tokens to add, 20 by default; fewer where every row has ended.
         do_sample: draw from the distribution, else take the most likely token.
-        temperature, top_k, top_p: divide the logits; keep the k likeliest tokens; then keep the likeliest tokens that
-            together reach probability p. They need do_sample.
+        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the
+            likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
+            They need do_sample.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or continuation.
+        presence_penalty: is subtracted from the logits of tokens in the continuation.
+        num_beams: sequences that beam search keeps for each prompt; 1 = no beam search.
+        length_penalty: a beam's score is its log-probability / (its new tokens ** length_penalty), 1.0 by default.
+        early_stopping: True ends when num_beams sequences have ended; False (default) when no better one is likely;
+            "never" when none can be better.
+        num_return_sequences: continuations of each prompt, sampled ones or the best beams; rows of one prompt are
+            neighbours.
         eos_token_id: token or tokens of the vocabulary that end a row; None = the config's, an empty sequence = none.
-        pad_token_id: what follows the end token of a finished row; None = the config's, else the first end token.
-        seed, generator: make sampling reproducible; at most one of them.
+        pad_token_id: what follows the end of a finished row; None = the config's, else the first end token.
+        stop_strings: texts of which the first to be complete in a continuation ends it. Tokens that hold a character of
+            it are not returned. They need tokenizer, which turns ids into text.
+        tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
+        logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores, run after the
+            penalties, as in transformers.
+        prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
+            in one step. Guessing stops where it does not pay. The result is that without it: with batch_invariant bit
+            by bit, else where no two logits are closer than rounding.
+        prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
+        seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
+            has a seed for each prompt, whose continuations draw as they do alone with that seed.
+        generator: draws the seed; at most one of both.
         use_cache: keep keys and values; without, every step recomputes the whole sequence, with the same result.
-        batch_invariant: logits, and so the tokens of a greedy continuation, have the bits that their row has alone.
-            Slower: prompts are read one by one, and a step's products made in blocks of a fixed number of rows.
+        batch_invariant: logits, and so tokens, have the bits that their row has alone. Slower: prompts are read one by
+            one, and a step's products made in blocks of a fixed number of rows.
 
     Raises:
         TypeError: an argument is of another type than it needs.
-        ValueError: an argument is out of range, or the model's logits are not finite.
+        ValueError: an argument is out of range, options do not go together, or the model's logits are not finite.
     """
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        num_return_sequences=num_return_sequences,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        logits_processor=logits_processor,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        prefill_chunk_size=prefill_chunk_size,
+        seed=seed,
+        generator=generator,
+        use_cache=use_cache,
+        batch_invariant=batch_invariant,
+    )
+    settled, mask = prepared(model, input_ids, attention_mask, options)
+    copies = settled.num_return_sequences
+    if settled.num_beams > 1:
+        with evaluating(model):
+            return beam_search(model, input_ids, mask, settled)
+    rows = rows_of(model, input_ids, mask, settled)
+    with evaluating(model):
+        for _ in continuations(model, input_ids, mask, settled, rows):
+            pass
+    prompt = input_ids if copies == 1 else input_ids.repeat_interleave(copies, 0)
+    return torch.cat((prompt, rows.tensor(input_ids)), dim=1)
+
+
+def prepared(
+    model: CausalLM, input_ids: Tensor, attention_mask: Tensor | None, options: Options
+) -> tuple[Settled, Tensor | None]:
+    """The options with every value decided, and the bool mask of real tokens, None where there is no padding."""
     check_tensor("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in INTEGER_DTYPES:
         got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
         raise ValueError(f"input_ids: got {got}, needs integers of shape (batch, length), a token at least")
-    for name, flag in (("use_cache", use_cache), ("batch_invariant", batch_invariant)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: got {flag!r}, needs True or False")
-    if batch_invariant and not use_cache:
-        raise ValueError("batch_invariant: got True with use_cache=False, needs a cache")
-    if not is_integer(max_new_tokens):
-        raise TypeError(f"max_new_tokens: got {max_new_tokens!r}, needs an integer")
-    if not 0 <= max_new_tokens <= MAX_TOKENS:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 0 or more, at most {MAX_TOKENS}")
-    check_sampling(do_sample, temperature, top_k, top_p)
-    check_generator(seed, generator)
     batch, prompt_len = input_ids.shape
-    capacity = prompt_len + max_new_tokens
-    if model.max_positions is not None and capacity - 1 > model.max_positions:
+    settled = options.settled(model, prompt_len, batch)
+    longest = prompt_len + settled.max_new_tokens - 1  # the last token is never fed back
+    if model.max_positions is not None and longest > model.max_positions:
         raise ValueError(
-            f"max_new_tokens: a prompt of {prompt_len} and {max_new_tokens} more tokens do not fit into "
+            f"max_new_tokens: a prompt of {prompt_len} and {settled.max_new_tokens} more tokens do not fit into "
             f"n_positions={model.max_positions} learned positions"
         )
-    ends, pad = special_tokens(model, eos_token_id, pad_token_id, input_ids.device)
-    if seed is not None:
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
-    mask = _mask_of(input_ids, attention_mask)
-    made = input_ids.new_full((batch, max_new_tokens), pad)
-    unfinished = torch.ones(batch, dtype=torch.bool, device=made.device)
-    count = 0
-    with evaluating(model):
-        next_logits = _steps(model, input_ids, mask, capacity, use_cache, batch_invariant)
-        token = None
-        while count < max_new_tokens:
-            logits = next_logits(token)  # (B, V)
-            most, token = logits.max(-1)
-            if not all(map(math.isfinite, most.tolist())):  # a NaN is the greatest of its row
-                raise ValueError(
-                    f"model: its logits for token {count} after the prompt are not finite, "
-                    f"so no token can be chosen; look for NaN or infinite weights"
-                )
-            if do_sample:
-                token = sample(logits, temperature, top_k, top_p, generator)
-            if ends is not None:
-                token = torch.where(unfinished, token, pad)
-            made[:, count] = token
-            count += 1
-            if ends is not None:
-                unfinished &= ~torch.isin(token, ends)
-                if not unfinished.any():
-                    break
-    return torch.cat((input_ids, made[:, :count]), dim=1)
+    return settled, _mask_of(input_ids, attention_mask)
 
 
-def _steps(
-    model: CausalLM,
-    input_ids: Tensor,
-    mask: Tensor | None,
-    capacity: int,
-    use_cache: bool,
-    batch_invariant: bool,
-) -> Callable[[Tensor | None], Tensor]:
-    """The function from the tokens chosen last, None at first, to the logits of the next ones, (B, V)."""
-    make = getattr(model, "decoder", None)
-    decoder = make(len(input_ids), capacity, batch_invariant=batch_invariant) if make and use_cache else None
-    if decoder is not None:
-        return _decoder_steps(decoder, input_ids, mask)
-    if batch_invariant:
-        raise ValueError("batch_invariant: this model has no decoder, which it needs")
-    return _model_steps(model, input_ids, mask, capacity, use_cache)
+def rows_of(
+    model: CausalLM, prompt: Tensor, mask: Tensor | None, options: Settled, with_text: bool = False
+) -> Rows:
+    """The continuations that are to be made, without a token yet."""
+    return Rows(model, *_repeated(prompt, mask, options.num_return_sequences), options, with_text)
 
 
-def _decoder_steps(
-    decoder: Decoder, prompt: Tensor, mask: Tensor | None
-) -> Callable[[Tensor | None], Tensor]:
-    lengths = None
-    if mask is not None:
-        lengths = mask.sum(1)
-        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # tokens first, in their order
-        prompt = prompt.gather(1, order)[:, : int(lengths.max())]
+@torch.no_grad()
+def continuations(
+    model: CausalLM, prompt: Tensor, mask: Tensor | None, options: Settled, rows: Rows
+) -> Iterator[None]:
+    """Make the rows' tokens, a step at a time."""
+    if rows.finished:
+        return
+    copies, lookup = options.num_return_sequences, options.prompt_lookup_num_tokens
+    repeated = _repeated(prompt, mask, copies)
+    chooser = Chooser(options, *repeated, model.config.vocab_size)
+    driver = driver_of(
+        model, prompt, mask, options.max_new_tokens + lookup, copies, use_cache=options.use_cache,
+        batch_invariant=options.batch_invariant, chunk_size=options.prefill_chunk_size,
+    )  # fmt: skip
+    if lookup:
+        if not isinstance(driver, DecoderDriver):
+            raise ValueError("prompt_lookup_num_tokens: this model has no decoder, which it needs")
+        yield from speculate(driver, rows, chooser, *repeated, lookup)
+        return
+    logits = driver.first()
+    for count in range(options.max_new_tokens):
+        tokens = rows.append(chooser(logits, count))
+        yield
+        if rows.finished:
+            return
+        chooser.scores.add(tokens)
+        logits = driver.next(tokens)
 
-    def steps(tokens: Tensor | None) -> Tensor:
-        return decoder.prefill(prompt, lengths) if tokens is None else decoder.step(tokens)
 
-    return steps
-
-
-def _model_steps(
-    model: CausalLM, prompt: Tensor, mask: Tensor | None, capacity: int, use_cache: bool
-) -> Callable[[Tensor | None], Tensor]:
-    batch, length = prompt.shape
-    if mask is not None:
-        order = mask.to(torch.uint8).argsort(
-            dim=1, stable=True
-        )  # padding first, tokens behind in their order
-        prompt = prompt.gather(1, order)
-        mask = F.pad(mask.gather(1, order), (0, capacity - length), value=True)
-    ids = F.pad(prompt, (0, capacity - length))
-    cache = model.new_cache(batch, capacity) if use_cache else None
-
-    def steps(tokens: Tensor | None) -> Tensor:
-        nonlocal length
-        first = 0
-        if tokens is not None:
-            ids[:, length] = tokens
-            first = 0 if cache is None else length
-            length += 1
-        seen = None if mask is None else mask[:, :length]
-        return model.step(ids[:, first:length], cache, seen)
-
-    return steps
+def _repeated(prompt: Tensor, mask: Tensor | None, copies: int) -> tuple[Tensor, Tensor | None]:
+    """Prompts and mask with so many copies of each row."""
+    if copies == 1:
+        return prompt, mask
+    return prompt.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
 
 
 @contextmanager

@@ -22,20 +22,39 @@ class GenerationDefaults(Protocol):
 
 
 class Decoder(Protocol):
-    """The steps of one batch of sequences, which keeps their tokens' keys and values."""
+    """The steps of a batch of B sequences, which keeps their tokens' keys and values.
 
-    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits of the token after each prompt, (B, V), of ids (B, S) whose rows begin with `lengths` (B,) tokens."""
+    An encoder-decoder's decoder keeps the encoder's keys and values besides, which `reorder` copies with the rest.
+    """
+
+    def prefill(self, ids: Tensor, lengths: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
+        """Logits of the token after each prompt, (N, V), of ids (N, S) whose rows begin with `lengths` (N,) tokens.
+
+        They are the first N sequences, N <= B; `reorder` gives the others theirs. chunk_size: most tokens of a row that
+        are read at once.
+        """
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits of the token after these, (B, V), one token (B,) being appended to each sequence."""
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after each of these, (B, n, V), n tokens (B, n) being appended to each sequence."""
+
+    def rewind(self, lengths: Tensor) -> None:
+        """Keep the first `lengths` (B,) tokens of each sequence."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i], (B,)."""
 
 
 class CausalLM(Protocol):
     """A causal language model that is driven token by token.
 
-    Optional: decoder(batch, capacity, *, batch_invariant=False) -> Decoder | None, which `generate` takes in the place
-    of a cache and its steps where there is one.
+    Optional:
+        decoder(batch, capacity, *, batch_invariant=False) -> Decoder | None, which `generate` takes in the place of a
+            cache and its steps where there is one.
+        generation_config: a mapping in the names of transformers' generation_config.json, whose values stand in for
+            arguments of `generate` that are None.
     """
 
     @property
@@ -46,7 +65,10 @@ class CausalLM(Protocol):
         """Most tokens of a sequence; None where nothing limits them."""
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """An empty cache for `batch` sequences of up to `capacity` tokens each."""
+        """An empty cache for `batch` sequences of up to `capacity` tokens each.
+
+        Beam search needs a list of layers with a method `reorder(rows)`, as `fastattn.nn.kv_cache.KVCache` has.
+        """
 
     def step(self, ids: Tensor, cache: Any | None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token after `ids`, (B, V).
@@ -56,3 +78,10 @@ class CausalLM(Protocol):
             cache: what `new_cache` made, appended to; None = `ids` are the whole sequences.
             attention_mask: (B, S and the tokens in the cache), nonzero = a real token; None = all are.
         """
+
+
+class Decodes(Protocol):
+    """A tokenizer: `fastattn.data.Tokenizer`, tokenizers' or transformers'."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""

@@ -1,10 +1,10 @@
-"""Which tokens end a row, and what stands behind them."""
+"""Which tokens and which strings end a row, and what stands behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.generation.protocol import CausalLM
@@ -15,16 +15,17 @@ def special_tokens(
     model: CausalLM,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
-    device: torch.device,
-) -> tuple[Tensor | None, int]:
-    """End tokens as a tensor (None for none) and the padding token.
+    by_text: bool = False,
+) -> tuple[list[int], int]:
+    """End tokens and the padding token. by_text: rows of several may end at a string, and so need padding.
 
-    Ids that a caller gives must be in the vocabulary. A config may name ids beyond it, as small models with GPT-2's
-    defaults do: such an end token ends nothing, and such a padding token is refused where a row could need it.
+    Ids that a caller does not give are those of the model's generation_config, else of its config. A caller's must be
+    in the vocabulary. Configs may name ids beyond it, as small models with GPT-2's defaults do: such an end token ends
+    nothing, and such a padding token is refused where a row could need it.
     """
-    size = model.config.vocab_size
+    size, config_pad = model.config.vocab_size, _default(model, "pad_token_id")
     if eos_token_id is None:
-        named = model.config.eos_token_id
+        named = _default(model, "eos_token_id")
         ids = [] if named is None else [named] if isinstance(named, int) else list(named)
         ends = [token for token in ids if token < size]
     elif is_integer(eos_token_id):
@@ -37,11 +38,20 @@ def special_tokens(
         ends = [_token_id("eos_token_id", token, size) for token in given]
     if pad_token_id is not None:
         pad = _token_id("pad_token_id", pad_token_id, size)
-    elif model.config.pad_token_id is not None and ends:
-        pad = _token_id("pad_token_id of the config", model.config.pad_token_id, size)
+    elif config_pad is not None and (ends or by_text):
+        pad = _token_id("pad_token_id of the config", config_pad, size)
+    elif by_text and not ends:
+        raise ValueError(
+            "pad_token_id: got None, and the config has none; rows that end at a string need one"
+        )
     else:
         pad = ends[0] if ends else 0  # without an end token no row is finished early
-    return (torch.tensor(ends, device=device) if ends else None), pad
+    return ends, pad
+
+
+def _default(model: CausalLM, name: str) -> Any:
+    found = (getattr(model, "generation_config", None) or {}).get(name)
+    return getattr(model.config, name) if found is None else found
 
 
 def _token_id(name: str, token: object, size: int) -> int:
@@ -53,3 +63,44 @@ def _token_id(name: str, token: object, size: int) -> int:
     if not 0 <= number < size:
         raise ValueError(f"{name}: got {number}, needs 0 to {size - 1} (vocab_size - 1)")
     return int(number)
+
+
+class StopStrings:
+    """Text that comes in pieces, up to the first stop string in it, of which nothing is let through.
+
+    The first is the one that ends first; of those that end together, the longest. So the cut does not depend on the
+    pieces. What may be the beginning of a stop string is held back until that is decided.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = tuple(sorted(strings, key=len, reverse=True))
+        self.held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What may be let through after these characters; sets `found` where a stop string is complete."""
+        if self.found or not text:
+            return ""
+        start = len(self.held)
+        whole = self.held + text
+        for end in range(start + 1, len(whole) + 1):
+            for string in self.strings:
+                if whole.endswith(string, 0, end):
+                    self.found, self.held = True, ""
+                    return whole[: end - len(string)]
+        kept = next(
+            (n for n in range(min(len(whole), self._longest() - 1), 0, -1) if self._begins(whole[-n:])), 0
+        )
+        self.held = whole[len(whole) - kept :]
+        return whole[: len(whole) - kept]
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        text, self.held = self.held, ""
+        return text
+
+    def _longest(self) -> int:
+        return len(self.strings[0]) if self.strings else 1
+
+    def _begins(self, text: str) -> bool:
+        return any(string.startswith(text) for string in self.strings)

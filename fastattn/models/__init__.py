@@ -5,6 +5,7 @@ from fastattn.models.config import GPTConfig as GPTConfig
 from fastattn.models.decoder import GPT as GPT
 from fastattn.models.embedding import BertForEmbedding as BertForEmbedding
 from fastattn.models.encoder import Bert as Bert
+from fastattn.models.families import load as load
 from fastattn.models.heads import BertForMaskedLM as BertForMaskedLM
 from fastattn.models.heads import BertForPreTraining as BertForPreTraining
 from fastattn.models.heads import BertForQuestionAnswering as BertForQuestionAnswering

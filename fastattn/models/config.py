@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import InitVar, asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
+from fastattn.models.fields import (
+    MAX_SIZE as MAX_SIZE,
+)
+from fastattn.models.fields import (
+    Check,
+    flag,
+    one_of,
+    or_none,
+    positive,
+    probability,
+    size,
+    text,
+    token_id,
+    token_ids,
+)
+from fastattn.models.presets import DECODERS
 from fastattn.nn.blocks import ACTIVATIONS
-from fastattn.ops.arguments import is_integer, is_number
+from fastattn.nn.positions import Rotary
+from fastattn.nn.rotary_scaling import RotaryScaling
+from fastattn.ops.arguments import is_integer
 from fastattn.spec import MAX_HEAD_DIM
 
-POSITIONS = ("learned", "rotary", "alibi")
-MAX_SIZE = 2**31 - 1  # of a dimension: ids and positions are 32-bit integers in the kernels
+POSITIONS = ("learned", "rotary", "alibi", "sinusoidal")
+NORMS = ("layernorm", "rmsnorm")
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class Derived(int):
+    """A size that was computed from others, and is again where those change."""
 
 
 @dataclass
 class GPTConfig:
-    """A GPT's sizes and options; names and meanings are transformers' `GPT2Config` where it has them.
+    """A decoder's sizes and options; names and meanings are those of transformers' configs where they have them.
+
+    The defaults are GPT-2's. Llama, Mistral, Qwen and Gemma are rows of `fastattn.models.presets.DECODERS`.
 
     Args:
         vocab_size: tokens.
@@ -25,17 +49,38 @@ class GPTConfig:
         n_embd, n_layer, n_head: model width, blocks, query heads.
         n_inner: width of the MLP, 4 * n_embd by default.
         num_kv_heads: key/value heads, n_head by default; fewer is grouped-query attention.
-        positions: "learned" (GPT-2), "rotary" or "alibi".
+        head_dim: size of a head, n_embd / n_head by default.
+        positions: "learned" (GPT-2), "rotary", "alibi" or "sinusoidal" ("Attention Is All You Need").
         rope_theta: base of the rotary angles.
+        rope_scaling: how rotary angles are stretched, a dict with "rope_type" ("default", "linear", "dynamic", "yarn"
+            or "llama3") and that type's numbers, "factor" first, as in transformers' config.json.
+        rope_local_base_freq: base of the rotary angles of sliding layers, unscaled; rope_theta's by default.
         window: how many keys each query sees, itself included; None for all.
-        qk_norm: normalise queries and keys per head.
-        bias: whether linear layers and norms have a bias.
+        layer_types: for each layer "full_attention" or "sliding_attention", which alone has the window; every layer has
+            it by default.
+        qk_norm: an RMSNorm over each head's queries and keys; beside norm="rmsnorm" with its epsilon and offset, else
+            with the least that the dtype adds to 1, as torch.nn.RMSNorm has it.
+        query_pre_attn_scalar: scores are multiplied by its -1/2 power; head_dim by default.
+        attn_logit_softcapping: scores become cap * tanh(scores / cap).
+        final_logit_softcapping: the same of the logits.
+        scale_embedding: token embeddings are multiplied by sqrt(n_embd).
+        norm: "layernorm" or "rmsnorm".
+        norm_unit_offset: RMSNorms multiply by 1 + weight, as in Gemma.
+        sandwich_norms: norms after attention and MLP as well as before, as in Gemma 2.
+        bias: whether linear layers and LayerNorms have a bias.
+        attention_bias: whether the projections of queries, keys and values have one; as bias by default.
+        attention_out_bias: the same of attention's output projection; as attention_bias by default.
+        mlp_bias: the same of the MLP; as bias by default.
+        gated_mlp: the MLP is activation(gate) * rest, as in SwiGLU and GeGLU.
         activation_function: one of `fastattn.nn.blocks.ACTIVATIONS`.
         embd_pdrop, resid_pdrop, attn_pdrop: dropout of embeddings, of what blocks add, of attention weights.
         dropout: sets all three; not stored.
         tie_word_embeddings: one matrix for the token embedding and the output.
-        layer_norm_epsilon, initializer_range: as named.
+        layer_norm_epsilon, initializer_range: as named, for either norm.
         bos_token_id, eos_token_id, pad_token_id: ids `generate` uses by default, None for none.
+        train_pad_embedding: whether the embedding of pad_token_id has a gradient where that token is read, which it
+            has not in transformers' Llama, Mistral, Qwen and Gemma.
+        model_type: the family in whose format it is saved if that can hold it; None for the first that can.
 
     Raises:
         ValueError: a field has the wrong type or is out of range, or fields do not fit each other.
@@ -63,32 +108,73 @@ class GPTConfig:
     bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # an int once the config is made
+    rope_scaling: Mapping[str, Any] | None = None
+    rope_local_base_freq: float | None = None
+    layer_types: Sequence[str] | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    scale_embedding: bool = False
+    norm: str = "layernorm"
+    norm_unit_offset: bool = False
+    sandwich_norms: bool = False
+    attention_bias: bool | None = None
+    attention_out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    gated_mlp: bool = False
+    train_pad_embedding: bool = True
+    model_type: str | None = field(default=None, compare=False)
     dropout: InitVar[float | None] = None
 
     def __post_init__(self, dropout: float | None) -> None:
         if dropout is not None:
-            dropout = _probability("dropout (it sets embd_pdrop, resid_pdrop and attn_pdrop)", dropout)
+            dropout = probability("dropout (it sets embd_pdrop, resid_pdrop and attn_pdrop)", dropout)
             self.embd_pdrop = self.resid_pdrop = self.attn_pdrop = dropout
+        if isinstance(self.head_dim, Derived):  # of a copy, whose other sizes may have changed
+            self.head_dim = None  # type: ignore[assignment]
         for name, check in _CHECKS.items():
             setattr(self, name, check(name, getattr(self, name)))
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_head: got {self.n_head}, which does not divide n_embd={self.n_embd}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_head: got {self.n_head}, which does not divide n_embd={self.n_embd}")
+            self.head_dim = Derived(self.n_embd // self.n_head)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Fields that do not go together, refused by the one that is out of place."""
         if self.n_head % self.kv_heads:
             raise ValueError(f"num_kv_heads: got {self.kv_heads}, which does not divide n_head={self.n_head}")
+        derived = isinstance(self.head_dim, Derived)
         if self.head_dim > MAX_HEAD_DIM:
+            got = f"n_head: got {self.n_head}, which makes n_embd / n_head = {self.head_dim}"
             raise ValueError(
-                f"n_head: got {self.n_head}, which makes n_embd / n_head = {self.head_dim}, "
+                f"{got if derived else f'head_dim: got {self.head_dim}'}, "
                 f"needs a head dim of at most {MAX_HEAD_DIM}"
             )
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(
-                f"positions: rotary needs an even head dim, got n_embd / n_head = {self.head_dim}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.n_embd // self.n_head
+            origin = "n_embd / n_head = " if derived else "head_dim="
+            raise ValueError(f"positions: rotary needs an even head dim, got {origin}{self.head_dim}")
+        needs = {  # a field that means something only beside another
+            "rope_scaling": (self.rope_scaling is not None, self.positions == "rotary", "positions='rotary'"),
+            "rope_local_base_freq": (
+                self.rope_local_base_freq is not None,
+                self.positions == "rotary" and self.layer_types is not None,
+                "positions='rotary' and layer_types",
+            ),
+            "norm_unit_offset": (self.norm_unit_offset, self.norm == "rmsnorm", "norm='rmsnorm'"),
+        }
+        for name, (given, fits, condition) in needs.items():
+            if given and not fits:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, needs {condition}")
+        if self.layer_types is not None:
+            if len(self.layer_types) != self.n_layer:
+                raise ValueError(
+                    f"layer_types: got {len(self.layer_types)} layers, needs n_layer={self.n_layer}"
+                )
+            if SLIDING in self.layer_types and self.window is None:
+                raise ValueError("layer_types: sliding attention needs a window, got window=None")
+        self.rotary()  # refuses a scaling that does not fit
 
     @property
     def kv_heads(self) -> int:
@@ -100,89 +186,157 @@ class GPTConfig:
         """Hidden width of the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def biases(self) -> tuple[bool, bool, bool]:
+        """Whether queries, keys and values have a bias, whether attention's output has, whether the MLP has."""
+        attention = self.bias if self.attention_bias is None else self.attention_bias
+        out = attention if self.attention_out_bias is None else self.attention_out_bias
+        return attention, out, self.bias if self.mlp_bias is None else self.mlp_bias
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The row of the token embedding that lookups give no gradient."""
+        pad = self.pad_token_id
+        return None if self.train_pad_embedding or pad is None or pad >= self.vocab_size else pad
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Each layer's kind, one of `LAYER_TYPES`."""
+        if self.layer_types is not None:
+            return tuple(self.layer_types)
+        return (FULL if self.window is None else SLIDING,) * self.n_layer
+
+    def rotary(self) -> dict[str, Rotary]:
+        """The rotary embedding of each kind of layer; empty with other positions."""
+        if self.positions != "rotary":
+            return {}
+        scaling = None if self.rope_scaling is None else _scaling(self.rope_scaling, self)
+        head_dim = int(self.head_dim)  # not Derived, which a trace of torch 2.9 cannot hand to an operation
+        everywhere = Rotary(head_dim, self.rope_theta, scaling=scaling)
+        local = (
+            everywhere if self.rope_local_base_freq is None else Rotary(head_dim, self.rope_local_base_freq)
+        )
+        kinds = self.layer_types or [FULL if self.window is None else SLIDING]
+        return {kind: local if kind == SLIDING else everywhere for kind in sorted(set(kinds))}
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
-        """A row of `PRESETS`, with some fields changed."""
+        """A row of `fastattn.models.presets.DECODERS`, with some fields changed; fewer layers are its first ones."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        row = PRESETS[name]
+        if "layer_types" in row and is_integer(changes.get("n_layer")):
+            row = {**row, "layer_types": row["layer_types"][: max(int(changes["n_layer"]), 0)]}
+        return cls(**{**row, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain types."""
-        return asdict(self)
+        """The fields as plain types; head_dim is None where n_embd / n_head makes it."""
+        fields = asdict(self)
+        if isinstance(self.head_dim, Derived):
+            fields["head_dim"] = None
+        return fields
 
 
-_GPT2 = {"bos_token_id": 50256, "eos_token_id": 50256}
-PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"vocab_size": 4096, "n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4},
-    "micro": {"vocab_size": 8192, "n_positions": 512, "n_embd": 256, "n_layer": 6, "n_head": 4},
-    "gpt2": {**_GPT2, "n_embd": 768, "n_layer": 12, "n_head": 12},
-    "gpt2-medium": {**_GPT2, "n_embd": 1024, "n_layer": 24, "n_head": 16},
-    "gpt2-large": {**_GPT2, "n_embd": 1280, "n_layer": 36, "n_head": 20},
-    "gpt2-xl": {**_GPT2, "n_embd": 1600, "n_layer": 48, "n_head": 25},
+PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in DECODERS.items()}
+
+
+def _kinds_of_layers(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name}: got {value!r}, needs a list of {' or '.join(LAYER_TYPES)}, one a layer")
+    return [one_of(LAYER_TYPES)(f"{name}[{index}]", kind) for index, kind in enumerate(value)]
+
+
+_NUMBERS_OF_SCALING: dict[
+    str, dict[str, tuple[Check, bool]]
+] = {  # type -> number -> its check, whether it is needed
+    "default": {},
+    "linear": {"factor": (positive, True)},
+    "dynamic": {"factor": (positive, True)},
+    "yarn": {
+        "factor": (positive, True),
+        "original_max_position_embeddings": (size, False),
+        **dict.fromkeys(
+            ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+            (or_none(positive), False),
+        ),
+        "truncate": (flag, False),
+    },
+    "llama3": {
+        **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (positive, True)),
+        "original_max_position_embeddings": (size, False),
+    },
 }
 
 
-Check = Callable[[str, Any], Any]  # given a field's name and value; returns the value as a plain type
+def _rope_scaling(name: str, value: Any) -> dict[str, Any] | None:
+    """The dict with plain numbers; None for the default type."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: got {value!r}, needs a dict with a rope_type, or None")
+    kind = one_of(tuple(_NUMBERS_OF_SCALING))(f"{name}['rope_type']", value.get("rope_type"))
+    numbers = _NUMBERS_OF_SCALING[kind]
+    for key in value:
+        if key != "rope_type" and key not in numbers:
+            raise ValueError(f"{name}: got {key!r}, which {kind} scaling has not")
+    for key, (_, needed) in numbers.items():
+        if needed and key not in value:
+            raise ValueError(f"{name}: got no {key!r}, which {kind} scaling needs")
+    if kind == "default":
+        return None
+    given = {
+        key: check(f"{name}[{key!r}]", value[key]) for key, (check, _) in numbers.items() if key in value
+    }
+    return {"rope_type": kind, **given}
 
 
-def _size(name: str, number: Any) -> int:
-    if not is_integer(number) or not 1 <= number <= MAX_SIZE:
-        raise ValueError(f"{name}: got {number!r}, needs a positive integer, at most {MAX_SIZE}")
-    return int(number)
-
-
-def _probability(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not is_number(number) or not 0.0 <= number < 1.0:
-        raise ValueError(f"{name}: got {number!r}, needs a number with 0 <= p < 1")
-    return float(number)
-
-
-def _positive(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not is_number(number) or not 0.0 < number < math.inf:
-        raise ValueError(f"{name}: got {number!r}, needs a positive finite number")
-    return float(number)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: got {value!r}, needs True or False")
-    return value
-
-
-def _id(name: str, number: Any) -> int:
-    if not is_integer(number) or not 0 <= number <= MAX_SIZE:
-        raise ValueError(f"{name}: got {number!r}, needs a token id, an integer of 0 or more")
-    return int(number)
-
-
-def _ids(name: str, value: Any) -> int | Sequence[int]:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_id(f"{name}[{index}]", number) for index, number in enumerate(value))
-    return _id(name, value)
-
-
-def _one_of(choices: Sequence[str]) -> Check:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(choices)}")
-        return value
-
-    return check
-
-
-def _or_none(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
+def _scaling(values: Mapping[str, Any], config: GPTConfig) -> RotaryScaling:
+    given = {key: value for key, value in values.items() if value is not None and key != "rope_type"}
+    kind = values["rope_type"]
+    original = given.pop("original_max_position_embeddings", config.n_positions)
+    if kind == "dynamic" and config.head_dim <= 2:
+        raise ValueError(f"rope_scaling: dynamic scaling needs a head dim above 2, got {config.head_dim}")
+    scaling = RotaryScaling(kind, original_length=original, **given)
+    if kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ValueError(
+            f"rope_scaling['high_freq_factor']: got {scaling.high_freq_factor}, "
+            f"needs more than low_freq_factor={scaling.low_freq_factor}"
+        )
+    return scaling
 
 
 _CHECKS: dict[str, Check] = {  # every field has one
-    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), _size),
-    **dict.fromkeys(("n_inner", "num_kv_heads", "window"), _or_none(_size)),
-    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), _probability),
-    **dict.fromkeys(("rope_theta", "layer_norm_epsilon", "initializer_range"), _positive),
-    **dict.fromkeys(("qk_norm", "bias", "tie_word_embeddings"), _flag),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), _or_none(_id)),
-    "eos_token_id": _or_none(_ids),
-    "positions": _one_of(POSITIONS),
-    "activation_function": _one_of(tuple(ACTIVATIONS)),
+    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), size),
+    **dict.fromkeys(("n_inner", "num_kv_heads", "window", "head_dim"), or_none(size)),
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), probability),
+    **dict.fromkeys(("rope_theta", "layer_norm_epsilon", "initializer_range"), positive),
+    **dict.fromkeys(
+        (
+            "rope_local_base_freq",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ),
+        or_none(positive),
+    ),
+    **dict.fromkeys(
+        (
+            "qk_norm",
+            "bias",
+            "tie_word_embeddings",
+            "scale_embedding",
+            "norm_unit_offset",
+            "sandwich_norms",
+            "gated_mlp",
+            "train_pad_embedding",
+        ),
+        flag,
+    ),
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), or_none(flag)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), or_none(token_id)),
+    "eos_token_id": or_none(token_ids),
+    "positions": one_of(POSITIONS),
+    "model_type": or_none(text),
+    "norm": one_of(NORMS),
+    "activation_function": one_of(tuple(ACTIVATIONS)),
+    "layer_types": or_none(_kinds_of_layers),
+    "rope_scaling": or_none(_rope_scaling),
 }

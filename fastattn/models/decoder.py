@@ -1,9 +1,10 @@
-"""GPT: a pre-norm causal language model with learned, rotary or ALiBi positions, a KV cache and packed sequences."""
+"""GPT: every decoder, from GPT-2 to Llama and Gemma, as options of one forward pass."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,21 @@ from fastattn import torch_compat
 from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_range, readable
-from fastattn.models.config import MAX_SIZE, GPTConfig
+from fastattn.models.config import FULL, MAX_SIZE, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
-from fastattn.nn.positions import Rotary, RotaryTable, positions_from_mask, positions_in_segments
+from fastattn.nn.norms import RMSNorm
+from fastattn.nn.positions import (
+    RotaryTable,
+    lengths_of_segments,
+    positions_from_mask,
+    positions_in_segments,
+    sinusoids,
+)
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
@@ -35,29 +43,31 @@ class CausalLMOutput(NamedTuple):
     loss: Tensor | None  # ()
     logits: Tensor | None  # (B, S, V), or the last logits_to_keep of S; None in training, see GPT.forward
     last_hidden_state: Tensor  # (B, S, E), after the final norm
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): blocks' inputs, last_hidden_state
+    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
 
 
 class GPT(Pretrained, nn.Module):
     """A causal language model: embeddings, `n_layer` pre-norm blocks, a final norm and a linear head.
 
+    What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps.
     Initialised as GPT-2: normal(0, initializer_range), biases 0, the two projections that add to the residual
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
     families = DECODERS
     generates = True
-    quantized: str | None = None  # what `quantize` set
     shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, config.padding_idx)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
-        self.rotary = Rotary(config.head_dim, config.rope_theta) if config.positions == "rotary" else None
+        self.rotary = config.rotary()  # by kind of layer; empty with other positions
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(_block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.h = nn.ModuleList(_block(config, kind) for kind in config.kinds)
+        self.ln_f = _norm(config, config.n_embd)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self._init_weights()
@@ -73,6 +83,8 @@ class GPT(Pretrained, nn.Module):
         cache: list[KVCache] | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> CausalLMOutput:
         """Logits of the next token at every position, and the mean cross-entropy of `labels` shifted by one.
 
@@ -88,6 +100,8 @@ class GPT(Pretrained, nn.Module):
             logits_to_keep: logits of the last so many positions only; 0 for all.
             return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
                 gradients, which `linear_cross_entropy` does with a few tokens' logits at a time.
+            output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
+                memory that grows with S * S.
 
         Raises:
             TypeError: a list or a number stands where a tensor belongs, or the reverse.
@@ -100,8 +114,15 @@ class GPT(Pretrained, nn.Module):
             return_logits = labels is None or not (self.training and torch.is_grad_enabled())
         elif not isinstance(return_logits, bool):
             raise TypeError(f"return_logits: got {return_logits!r}, needs True, False or None")
+        for name, flag in (
+            ("output_hidden_states", output_hidden_states),
+            ("output_attentions", output_attentions),
+        ):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: got {flag!r}, needs True or False")
+        config = self.config
         past = cache[0].length if cache else 0
-        targets = None if labels is None else _next_tokens(labels, segment_ids, self.config.vocab_size)
+        targets = None if labels is None else _next_tokens(labels, segment_ids, config.vocab_size)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
@@ -109,24 +130,38 @@ class GPT(Pretrained, nn.Module):
         plain_head = (
             targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
         )
-        tied = TiedWeight(self.wte.weight) if plain_head and shares_gradient(self.wte, self.lm_head) else None
+        tied = TiedWeight(self.wte) if plain_head and shares_gradient(self.wte, self.lm_head) else None
         x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
+        if config.scale_embedding:
+            x = x * math.sqrt(config.n_embd)
         if self.wpe is not None:
             x = x + self.wpe(position_ids)  # (B, S, E)
-        table = self._rotary_table(position_ids, x.dtype)
+        elif config.positions == "sinusoidal":
+            x = x + sinusoids(position_ids, config.n_embd, x.dtype)  # (B, S, E)
+        tables = self._rotary_tables(position_ids, segment_ids, x.dtype)
         x = self.drop(x)
-        for i, block in enumerate(self.h):
-            x = block(x, **visible, rotary=table, cache=None if cache is None else cache[i])
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        weights: list[Tensor] | None = [] if output_attentions else None
+        for i, (block, kind) in enumerate(zip(self.h, config.kinds)):
+            if hidden is not None:
+                hidden.append(x)
+            past_keys = None if cache is None else cache[i]
+            x = block(x, **visible, rotary=tables.get(kind), cache=past_keys, weights=weights)
         x = self.ln_f(x)  # (B, S, E)
+        inside = (None if hidden is None else (*hidden, x), None if weights is None else tuple(weights))
+
         head = None if not plain_head else self.lm_head.weight if tied is None else tied.head()  # (V, E)
+        cap = config.final_logit_softcapping
         if targets is not None and head is not None and not return_logits:
-            return CausalLMOutput(_mean_loss(x, head, targets), None, x)
+            return CausalLMOutput(_mean_loss(x, head, targets, cap), None, x, *inside)
         if targets is None and not return_logits:
-            return CausalLMOutput(None, None, x)
+            return CausalLMOutput(None, None, x, *inside)
         kept = x[:, -logits_to_keep:]
         logits = self.lm_head(kept) if head is None else linear(kept, head)  # (B, S or logits_to_keep, V)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None if targets is None else _mean_loss_of(logits, targets)
-        return CausalLMOutput(loss, logits if return_logits else None, x)
+        return CausalLMOutput(loss, logits if return_logits else None, x, *inside)
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty caches for `batch` sequences of up to `capacity` tokens, on the model's device and in its dtype."""
@@ -179,11 +214,15 @@ class GPT(Pretrained, nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
 
-    def _rotary_table(self, position_ids: Tensor, dtype: torch.dtype) -> RotaryTable | None:
-        """cos and sin for every block, (S, D/2) or (B, S, D/2), in float32 at least."""
-        if self.rotary is None:
-            return None
-        return self.rotary.table(position_ids, torch.promote_types(dtype, torch.float32))
+    def _rotary_tables(
+        self, position_ids: Tensor, segment_ids: Tensor | None, dtype: torch.dtype
+    ) -> dict[str, RotaryTable]:
+        """For each kind of layer cos and sin, (S, D/2) or (B, S, D/2), in float32 at least; empty without rotary."""
+        if not self.rotary:
+            return {}
+        wide = torch.promote_types(dtype, torch.float32)
+        lengths = None if segment_ids is None else lengths_of_segments(segment_ids)
+        return {kind: rotary.table(position_ids, wide, lengths) for kind, rotary in self.rotary.items()}
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -194,7 +233,9 @@ class GPT(Pretrained, nn.Module):
             elif name.endswith(("out_proj.weight", "mlp.c_proj.weight")):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                parameter.normal_(0.0, std)
+                parameter.normal_(0.0, std)  # a norm's weights are what they were made as
+        if self.config.padding_idx is not None:
+            self.wte.weight[self.config.padding_idx].zero_()
 
     def _check_inputs(
         self,
@@ -221,20 +262,24 @@ class GPT(Pretrained, nn.Module):
         batch, seqlen = input_ids.shape
         past = cache[0].length if cache else 0
         if cache is not None:
-            shapes = {tuple(layer.keys.shape[:2]) for layer in cache}
-            if len(cache) != len(self.h) or shapes != {(batch, self.config.kv_heads)}:
+            needs = (batch, self.config.kv_heads)
+            shapes = [tuple(layer.keys.shape[:2]) for layer in cache]
+            if len(cache) != len(self.h) or any(shape != needs for shape in shapes):
                 raise ValueError(
-                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(shapes)}, "
-                    f"needs {len(self.h)} of {(batch, self.config.kv_heads)}"
+                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(set(shapes))}, "
+                    f"needs {len(self.h)} of {needs}"
                 )
         if attention_mask is not None and attention_mask.shape != (batch, past + seqlen):
-            needs = f"({batch}, {past + seqlen})"
-            raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {needs}")
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask: got shape {shape}, needs {(batch, past + seqlen)}")
         for name, tensor in tensors.items():
-            shapes = {(batch, seqlen), (seqlen,)} if name == "position_ids" else {(batch, seqlen)}
-            if tensor is not None and (
-                tuple(tensor.shape) not in shapes or tensor.dtype not in INTEGER_DTYPES
-            ):
+            if tensor is None:
+                continue
+            # tuples that are compared one by one: a set of them would hash the sizes, and compiled code keep them
+            fits = tuple(tensor.shape) == (batch, seqlen) or (
+                name == "position_ids" and tuple(tensor.shape) == (seqlen,)
+            )
+            if not fits or tensor.dtype not in INTEGER_DTYPES:
                 got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
                 raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
         if tensors["segment_ids"] is not None and past:
@@ -253,28 +298,40 @@ class GPT(Pretrained, nn.Module):
             check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")
 
 
-def _block(config: GPTConfig) -> PreNormBlock:
+def _norm(config: GPTConfig, dim: int) -> nn.Module:
+    if config.norm == "layernorm":
+        return nn.LayerNorm(dim, eps=config.layer_norm_epsilon, bias=config.bias)
+    return RMSNorm(dim, config.layer_norm_epsilon, unit_offset=config.norm_unit_offset)
+
+
+def _block(config: GPTConfig, kind: str) -> PreNormBlock:
+    attention_bias, out_bias, mlp_bias = config.biases
+    norm = partial(_norm, config)
+    scalar = config.query_pre_attn_scalar
     attn = MultiHeadAttention(
         config.n_embd,
         config.n_head,
         dropout=config.attn_pdrop,
-        bias=config.bias,
+        bias=attention_bias,
         batch_first=True,
         num_kv_heads=config.num_kv_heads,
-        window=None if config.window is None else (config.window - 1, 0),
+        head_dim=config.head_dim,
+        out_bias=out_bias,
+        scale=None if scalar is None else scalar**-0.5,
+        window=None if config.window is None or kind == FULL else (config.window - 1, 0),
         alibi=config.positions == "alibi",
-        qk_norm=config.qk_norm,
+        softcap=config.attn_logit_softcapping,
+        qk_norm=norm if config.qk_norm and config.norm == "rmsnorm" else config.qk_norm,
     )
     mlp = Mlp(
         config.n_embd,
         config.mlp_dim,
         activation=config.activation_function,
-        bias=config.bias,
+        bias=mlp_bias,
         dropout=config.resid_pdrop,
+        gated=config.gated_mlp,
     )
-    return PreNormBlock(
-        attn, mlp, norm_eps=config.layer_norm_epsilon, bias=config.bias, dropout=config.resid_pdrop
-    )
+    return PreNormBlock(attn, mlp, norm=norm, sandwich=config.sandwich_norms, dropout=config.resid_pdrop)
 
 
 def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
@@ -316,12 +373,12 @@ def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) ->
     return targets
 
 
-def _mean_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Mean over targets of -log softmax(x @ head.T)[target], in float32; NaN where there is no target."""
+def _mean_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Mean over targets of -log softmax(capped x @ head.T)[target], in float32; NaN where there is no target."""
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     # the loss of a 16-bit model is wider than its dtype, as under autocast
     with torch.autocast(x.device.type, x.dtype) if narrow else nullcontext():
-        return linear_cross_entropy(x, head, targets, ignore_index=IGNORE_INDEX).float()
+        return linear_cross_entropy(x, head, targets, ignore_index=IGNORE_INDEX, softcap=softcap).float()
 
 
 def _mean_loss_of(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.bert_config import FULL, SLIDING, BertConfig
+from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
 from fastattn.models.checks import check_range
+from fastattn.models.config import FULL, SLIDING
 from fastattn.models.pretrained import PretrainedEncoder
-from fastattn.nn.blocks import normalised
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
 from fastattn.nn.linear import Linear
+from fastattn.nn.norms import normalised
 from fastattn.nn.positions import Rotary, RotaryTable
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
@@ -228,7 +229,7 @@ class Bert(PretrainedEncoder, nn.Module):
                 f"attention_mask: got shape {tuple(attention_mask.shape)}, needs {(batch, seqlen)}"
             )
         for name, shapes in (
-            ("token_type_ids", {(batch, seqlen)}), ("position_ids", {(batch, seqlen), (seqlen,)}),
+            ("token_type_ids", [(batch, seqlen)]), ("position_ids", [(batch, seqlen), (seqlen,)]),
         ):  # fmt: skip
             tensor = given[name]
             if tensor is not None and (

@@ -17,8 +17,9 @@ from fastattn.models.checks import check_range, readable
 from fastattn.models.encoder import Bert, Encoded, initialise
 from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
 from fastattn.models.pretrained import PretrainedEncoder
-from fastattn.nn.blocks import ACTIVATIONS, normalised
+from fastattn.nn.blocks import ACTIVATIONS
 from fastattn.nn.linear import Linear, remade
+from fastattn.nn.norms import normalised
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
@@ -394,7 +395,7 @@ def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tenso
         problem_type = REGRESSION if num_labels == 1 else SINGLE_LABEL if integers else MULTI_LABEL
     if problem_type == SINGLE_LABEL:
         return mean_loss_of(logits, _checked_classes("labels", labels, (batch,), num_labels))
-    shapes = {(batch, num_labels), (batch,)} if num_labels == 1 else {(batch, num_labels)}
+    shapes = [(batch, num_labels), (batch,)] if num_labels == 1 else [(batch, num_labels)]
     if tuple(labels.shape) not in shapes:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, needs {(batch, num_labels)} for {problem_type}"
@@ -455,7 +456,9 @@ def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
         name, positions.view(-1) if positions.dim() == 2 else positions, (batch,), None
     )
     outside = (targets < 0) | (targets >= seqlen)
-    return mean_loss_of(logits, targets.masked_fill(outside, IGNORE_INDEX))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # by torch: programs that are recorded for any length have any number of classes here
+    return F.cross_entropy(wide, targets.masked_fill(outside, IGNORE_INDEX), ignore_index=IGNORE_INDEX)
 
 
 def _dropout(config: BertConfig) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastattn.models.bert_config import BertConfig
-from fastattn.models.checkpoint import Family, Part
+from fastattn.models.checkpoint import Family
 from fastattn.models.checkpoint.encoders import DISCRIMINATOR, FAMILIES_OF
 from fastattn.models.checkpoint.pretrained import Pretrained
 
@@ -35,19 +35,14 @@ class PretrainedEncoder(Pretrained):
 
     @classmethod
     def fitted(cls, config: BertConfig, family: Family, names: frozenset[str]) -> tuple[BertConfig, Family]:
-        """With the bias that the masked LM's output uses, where a file holds it twice."""
-        for part in family.parts:
-            if part.ours != "decoder.bias" or part.theirs[0].endswith("decoder.bias"):
-                continue
-            own = part.theirs[0].removesuffix("bias") + "decoder.bias"
-            if own in names and (not config.tie_word_embeddings or part.theirs[0] not in names):
-                family = _with_part(family, part, own)
+        """With the row for the bias that the masked LM's output uses, where a file may hold two."""
+        for row in cls.families:
+            biases = [part.theirs[0] for part in row.parts if part.ours == "decoder.bias"]
+            if row.model_type == family.model_type and biases and row is not family:  # the untied one's
+                tied = next(part.theirs[0] for part in family.parts if part.ours == "decoder.bias")
+                if biases[0] in names and (not config.tie_word_embeddings or tied not in names):
+                    return config, row
         if DISCRIMINATOR in family.architectures and config.num_labels != 1:  # an encoder for another task
             plain = next(row for row in cls.families if row.model_type == family.model_type)
             return replace(config, token_dense=False, token_dropout=None, classifier_activation="gelu"), plain
         return config, family
-
-
-def _with_part(family: Family, part: Part, theirs: str) -> Family:
-    parts = tuple(replace(row, theirs=(theirs,)) if row is part else row for row in family.parts)
-    return replace(family, parts=parts)

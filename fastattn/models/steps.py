@@ -7,6 +7,7 @@ tokens that follow overwrite it in the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -21,11 +22,14 @@ from fastattn.nn.attention import MultiHeadAttention, keep_forward
 from fastattn.nn.blocks import Mlp, PreNormBlock
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear
-from fastattn.nn.positions import Rotary, apply_rotary
+from fastattn.nn.norms import RMSNorm, rms_norm
+from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
+from fastattn.ops.varlen import attention_varlen
 
+PACKED_SHARE = 0.9  # of tokens among ids with their padding, up to which prompts are read without it
 Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -36,9 +40,9 @@ class Decodable(Protocol):
     quantized: str | None
     wte: nn.Embedding
     wpe: nn.Embedding | None
-    rotary: Rotary | None
+    rotary: dict[str, Rotary]
     h: nn.ModuleList
-    ln_f: nn.LayerNorm
+    ln_f: nn.Module
     lm_head: Linear
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]: ...
@@ -62,7 +66,8 @@ def can_decode(model: Decodable) -> bool:
     if torch.is_autocast_enabled(model.wte.weight.device.type) or torch.compiler.is_compiling():
         return False
     expected: list[tuple[nn.Module, type]] = [(model.wte, nn.Embedding), (model.lm_head, Linear)]
-    expected.append((model.ln_f, nn.LayerNorm))
+    norm = nn.LayerNorm if model.config.norm == "layernorm" else RMSNorm
+    expected.append((model.ln_f, norm))
     if model.wpe is not None:
         expected.append((model.wpe, nn.Embedding))
     for block in model.h:
@@ -73,7 +78,8 @@ def can_decode(model: Decodable) -> bool:
             return False
         mlp = block.mlp
         expected += [(mlp, Mlp), (mlp.c_fc, Linear), (mlp.c_proj, Linear)]
-        expected += [(block.ln_1, nn.LayerNorm), (block.ln_2, nn.LayerNorm)]
+        norms = (block.ln_1, block.ln_1_out, block.ln_2, block.ln_2_out)
+        expected += [(module, norm) for module in norms if module is not None]
         expected.append((block.attn.out_proj, type(block.attn.out_proj)))
     return all(type(module) is kind and not torch_compat.has_hooks(module) for module, kind in expected)
 
@@ -93,8 +99,8 @@ def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
 class GPTDecoder:
     """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them.
 
-    `prefill` reads the prompts, `step` appends a token to each sequence and `extend` several; `rewind` takes tokens back
-    and `reorder` copies sequences, as beams need.
+    `prefill` reads the prompts, `step` appends a token to each sequence and `extend` several; `rewind` takes tokens
+    back and `reorder` copies sequences, as beams need.
 
     batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
     of a step are made in blocks of a fixed number of rows, and activations by row.
@@ -109,10 +115,15 @@ class GPTDecoder:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.blocks = [self._parts(block) for block in model.h]
         self.head = self._rows(model.lm_head.weight, None)
-        self.rotary = None
-        if model.rotary is not None:
-            dtype = torch.promote_types(model.wte.weight.dtype, torch.float32)
-            self.rotary = model.rotary.table(torch.arange(capacity, device=device), dtype)  # (C, D/2) twice
+        self.kinds = model.config.kinds
+        places = torch.arange(capacity, device=device)
+        self.positions = None if model.wpe is None else model.wpe.weight  # (C or more, E)
+        if model.config.positions == "sinusoidal":
+            self.positions = sinusoids(places, model.config.n_embd, model.wte.weight.dtype)
+        self.wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
+        self.rotary = {  # by kind of layer, (C, D/2) twice; each token is the last of its sequence when it comes
+            kind: rotary.table(places, self.wide, places + 1) for kind, rotary in model.rotary.items()
+        }
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
@@ -131,18 +142,17 @@ class GPTDecoder:
         if self.invariant:
             ends = own.tolist()
             last = torch.cat([self._last(ids[i : i + 1, :n], i, None, size) for i, n in enumerate(ends)])
+        elif size >= seqlen and self._mostly_padding(ids, lengths):
+            last = self._last_of_packed(ids, own.long())
         else:
             last = self._last(ids, 0, None if lengths is None else own.long() - 1, size)
-        return self.head(last)
+        return self._logits(last)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each sequence, (B,); logits of the token after it, (B, V)."""
-        model = self.model
-        x = F.embedding(tokens, model.wte.weight)  # (B, E)
-        if model.wpe is not None:
-            x = x + F.embedding(self.lengths, model.wpe.weight)
-        logits = self.head(self._through_blocks(x, 1, self._to_cache))
+        x = self._embed(tokens, self.lengths)  # (B, E)
+        logits = self._logits(self._through_blocks(x, 1, self._to_cache))
         self.lengths += 1
         return logits
 
@@ -152,13 +162,14 @@ class GPTDecoder:
 
         With batch_invariant these have the bits of n steps.
         """
-        model, count = self.model, tokens.shape[1]
-        x = F.embedding(tokens, model.wte.weight)  # (B, n, E)
-        if model.wpe is not None:
-            positions = self.lengths[:, None] + torch.arange(count, device=x.device)
-            x = x + F.embedding(positions, model.wpe.weight)
+        count = tokens.shape[1]
+        positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
+        if self.positions is not None:
+            # a token beyond the last position is a wrong guess, whose logits are of no use
+            positions.clamp_(max=self.positions.shape[0] - 1)
+        x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
-        logits = self.head(self._through_blocks(x.flatten(0, 1), count, attend))
+        logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
         return logits.unflatten(0, tuple(tokens.shape))
 
@@ -185,7 +196,20 @@ class GPTDecoder:
         """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
         check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
         self.lengths.fill_(ids.shape[1])
-        return self.head(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
+        return self._logits(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Tokens and their positions, of any shape that goes together, (..., E)."""
+        config = self.model.config
+        x = F.embedding(ids, self.model.wte.weight)
+        if config.scale_embedding:
+            x = x * math.sqrt(config.n_embd)
+        return x if self.positions is None else x + F.embedding(positions, self.positions)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(N, E) -> (N, V)."""
+        logits, cap = self.head(x), self.model.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _last(self, ids: Tensor, first_row: int, ends: Tensor | None, size: int) -> Tensor:
         """Read prompts (N, S), so many tokens at a time; the hidden state (N, E) at their ends (N,), or the last."""
@@ -204,62 +228,79 @@ class GPTDecoder:
         assert last is not None
         return last.contiguous()
 
+    def _mostly_padding(self, ids: Tensor, lengths: Tensor | None) -> bool:
+        """Whether reading the tokens alone pays; asked on a CPU only, as it waits for the lengths."""
+        return lengths is not None and ids.is_cpu and int(lengths.sum()) <= PACKED_SHARE * ids.numel()
+
+    def _last_of_packed(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Read prompts (N, S) as their T tokens, one prompt behind the other; the hidden state (N, E) at their ends."""
+        seqlen = ids.shape[1]
+        rows, places = (torch.arange(seqlen) < lengths[:, None]).nonzero(as_tuple=True)  # (T,)
+        ends = lengths.cumsum(0)
+        bounds = F.pad(ends, (1, 0)).int()
+        tables = {kind: self._table(kind, places, lengths[rows]) for kind in self.rotary}
+
+        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if (table := tables.get(self.kinds[layer])) is not None:
+                q, k = apply_rotary(q, table), apply_rotary(k, table)
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+            keys, values = self.cache[layer]
+            keys[rows, :, places] = k
+            values[rows, :, places] = v
+            out = attention_varlen(
+                q, k, v, bounds, bounds, seqlen, seqlen, causal=True, window=attn.window, softcap=attn.softcap,
+                alibi_slopes=attn.alibi_slopes, sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
+            )  # fmt: skip
+            return out.transpose(0, 1)[None]  # (1, H, T, D)
+
+        x = self._through_blocks(self._embed(ids[rows, places], places), len(rows), attend)
+        return x[ends - 1]
+
     def _read(self, ids: Tensor, rows: slice, start: int = 0) -> Tensor:
         """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys
         and values go into the caches."""
-        model, seqlen = self.model, ids.shape[1]
+        seqlen = ids.shape[1]
         held = slice(start, start + seqlen)
-        x = F.embedding(ids, model.wte.weight)
-        if model.wpe is not None:
-            x = x + model.wpe.weight[held]
         before = self.lengths.new_full((ids.shape[0],), start)
+        places = torch.arange(start, start + seqlen, device=ids.device)
+        tables = {kind: self._table(kind, places, self.lengths[rows, None]) for kind in self.rotary}
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache[layer]
-            if start:
-                return self._attend(attn, layer, (keys[rows], values[rows]), before, q, k, v)
-            if self.rotary is not None:
-                table = (self.rotary[0][held], self.rotary[1][held])
+            if (table := tables.get(self.kinds[layer])) is not None:
                 q, k = apply_rotary(q, table), apply_rotary(k, table)
+            if start:
+                return _append(attn, (keys[rows], values[rows]), before, q, k, v, (None, None))
             keys[rows, :, held].copy_(k)
             values[rows, :, held].copy_(v)
             return attention(
                 q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
-                sinks=attn.sinks, backend=attn.backend,
+                sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
             )  # fmt: skip
 
-        return self._through_blocks(x.flatten(0, 1), seqlen, attend)
+        return self._through_blocks(self._embed(ids, places).flatten(0, 1), seqlen, attend)
+
+    def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:
+        """cos and sin at positions of prompts, whose lengths count under dynamic scaling."""
+        rotary = self.model.rotary[kind]
+        if rotary.scaling is not None and rotary.scaling.kind == "dynamic":
+            return rotary.table(places, self.wide, lengths)
+        cos, sin = self.rotary[kind]
+        return cos[places], sin[places]
 
     def _to_cache(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(attn, layer, self.cache[layer], self.lengths, q, k, v)
+        table = self.rotary.get(self.kinds[layer], (None, None))
+        return _append(attn, self.cache[layer], self.lengths, q, k, v, table)
 
     def _to_cache_one_by_one(
         self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """As if each token came by a step of its own, whose bits a kernel for several queries need not give."""
-        outs = []
+        table, outs = self.rotary.get(self.kinds[layer], (None, None)), []
         for i in range(q.shape[2]):
-            one = [x[:, :, i : i + 1] for x in (q, k, v)]
-            outs.append(self._attend(attn, layer, self.cache[layer], self.lengths + i, *one))
+            q_i, k_i, v_i = (x[:, :, i : i + 1] for x in (q, k, v))
+            outs.append(_append(attn, self.cache[layer], self.lengths + i, q_i, k_i, v_i, table))
         return torch.cat(outs, 2)
-
-    def _attend(
-        self,
-        attn: MultiHeadAttention,
-        layer: int,
-        cache: tuple[Tensor, Tensor],
-        lengths: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> Tensor:
-        """Append keys and values (N, Hkv, S, D) to caches that hold `lengths` (N,) tokens; (N, H, S, D)."""
-        cos, sin = (None, None) if self.rotary is None else self.rotary
-        return attention_kv_cache(
-            q, *cache, lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin,
-            window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks,
-            backend=attn.backend,
-        )  # fmt: skip
 
     def _through_blocks(self, x: Tensor, seqlen: int, attend: Attend) -> Tensor:
         """(B * S, E) -> (B * S, E): every block and the final norm, rows of one sequence after the other."""
@@ -273,9 +314,9 @@ class GPTDecoder:
             if attn.q_norm is not None and attn.k_norm is not None:
                 q, k = attn.q_norm(q), attn.k_norm(k)
             out = attend(attn, layer, q, k, v).transpose(1, 2).reshape(x.shape[0], heads * dim)
-            x = x + block.out(out)
+            x = x + _norm(block.module.ln_1_out, block.out(out))
             h = block.activation(block.c_fc(_norm(block.module.ln_2, x)))
-            x = x + block.c_proj(h)
+            x = x + _norm(block.module.ln_2_out, block.c_proj(h))
         return _norm(self.model.ln_f, x)
 
     def _parts(self, block: Any) -> _Block:
@@ -296,5 +337,26 @@ class GPTDecoder:
         return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _append(
+    attn: MultiHeadAttention,
+    cache: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """Append keys and values (N, Hkv, S, D) to caches that hold `lengths` (N,) tokens; (N, H, S, D)."""
+    return attention_kv_cache(
+        q, *cache, lengths, key=k, value=v, rotary_cos=table[0], rotary_sin=table[1], window=attn.window,
+        softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks, scale=attn.scale,
+        backend=attn.backend,
+    )  # fmt: skip
+
+
+def _norm(norm: nn.Module | None, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):  # without the module's call, which looks for hooks
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    if isinstance(norm, RMSNorm):
+        return rms_norm(x, norm.weight, norm.eps, unit_offset=norm.unit_offset)
+    return x

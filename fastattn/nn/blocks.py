@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import torch_compat
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.kv_cache import KVCache
-from fastattn.nn.linear import Linear, remade
+from fastattn.nn.linear import Linear, remade, watched_by_autograd_alone, without_transforms
+from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -24,15 +28,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(nn.Module):
-    """c_proj(activation(c_fc(x))), then dropout: (..., E) -> (..., hidden_dim) -> (..., E)."""
+    """c_proj(activation(c_fc(x))), then dropout: (..., E) -> (..., hidden_dim) -> (..., E).
+
+    gated: c_fc makes 2 * hidden_dim outputs, a gate and what it lets through, and c_proj takes
+    activation(gate) * rest: SwiGLU with "silu", GeGLU with a gelu. Shazeer 2020, "GLU Variants Improve Transformer".
+    """
 
     def __init__(
-        self, embed_dim: int, hidden_dim: int, *, activation: str, bias: bool = True, dropout: float = 0.0
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        *,
+        activation: str,
+        bias: bool = True,
+        dropout: float = 0.0,
+        gated: bool = False,
     ) -> None:
         super().__init__()
-        self.c_fc = Linear(embed_dim, hidden_dim, bias=bias)
+        self.c_fc = Linear(embed_dim, 2 * hidden_dim if gated else hidden_dim, bias=bias)
         self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = partial(gated_by, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,23 +55,61 @@ class Mlp(nn.Module):
         return self.dropout(self.c_proj(remade(self.activation, self.c_fc(x))))
 
 
+def gated_by(activation: Activation, x: Tensor) -> Tensor:
+    """activation(gate) * rest of a gate and a rest side by side: (..., 2 * I) -> (..., I)."""
+    tracked = x.requires_grad and torch.is_grad_enabled()
+    if tracked and watched_by_autograd_alone(x) and without_transforms(x):
+        out: Tensor = _Gated.apply(x, activation)
+        return out
+    gate, rest = x.chunk(2, dim=-1)
+    return activation(gate) * rest
+
+
+class _Gated(torch.autograd.Function):
+    """activation(gate) * rest, whose backward makes activation(gate) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.activation = activation
+        gate, rest = x.chunk(2, dim=-1)
+        return activation(gate).mul_(rest)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        gate, rest = x.chunk(2, dim=-1)
+        again = torch.is_grad_enabled()  # a graph of the gradient is wanted
+        with torch.enable_grad():
+            of_gate = gate if again else gate.detach().requires_grad_()
+            active = ctx.activation(of_gate)
+            (dgate,) = torch.autograd.grad(active, of_gate, dout * rest, create_graph=again)
+        return torch.cat((dgate, dout * (active if again else active.detach())), dim=-1), None
+
+
 class PreNormBlock(nn.Module):
-    """x + dropout(attn(ln_1(x))), then x + mlp(ln_2(x)); causal self-attention over (B, S, E)."""
+    """x + dropout(attn(ln_1(x))), then x + mlp(ln_2(x)); causal self-attention over (B, S, E).
+
+    norm makes a norm of a width, LayerNorm by default. sandwich: what attention and MLP give goes through norms of its
+    own, `ln_1_out` and `ln_2_out`, before it is added, as in Gemma 2.
+    """
 
     def __init__(
         self,
         attn: MultiHeadAttention,
         mlp: Mlp,
         *,
-        norm_eps: float = 1e-5,
-        bias: bool = True,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        sandwich: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(attn.embed_dim, eps=norm_eps, bias=bias)
+        self.ln_1 = norm(attn.embed_dim)
         self.attn = attn
-        self.ln_2 = nn.LayerNorm(attn.embed_dim, eps=norm_eps, bias=bias)
+        self.ln_1_out = norm(attn.embed_dim) if sandwich else None
+        self.ln_2 = norm(attn.embed_dim)
         self.mlp = mlp
+        self.ln_2_out = norm(attn.embed_dim) if sandwich else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -67,33 +120,29 @@ class PreNormBlock(nn.Module):
         segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
         rotary: RotaryTable | None = None,
         cache: KVCache | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """(B, S, E) -> (B, S, E); the options are those of `MultiHeadAttention.forward`."""
+        """(B, S, E) -> (B, S, E); the options are those of `MultiHeadAttention.forward`.
+
+        weights: a list to which the attention weights are added, (B, H, S, S); they are not made without it.
+        """
         h = normalised(self.ln_1, x)
-        h, _ = self.attn(
+        h, probs = self.attn(
             h,
             h,
             h,
             key_padding_mask,
-            need_weights=False,
+            need_weights=weights is not None,
+            average_attn_weights=False,
             causal=True,
             segment_ids=segment_ids,
             rotary=rotary,
             cache=cache,
-        )  # (B, S, E)
+        )  # (B, S, E), (B, H, S, S) or None
+        if weights is not None and probs is not None:
+            weights.append(probs)
+        if self.ln_1_out is not None:
+            h = self.ln_1_out(h)
         x = x + self.dropout(h)
-        return x + self.mlp(normalised(self.ln_2, x))  # (B, S, E)
-
-
-def normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x), which the linear layers behind it make again in their backward."""
-    if type(norm) is not nn.LayerNorm or torch_compat.has_hooks(norm):  # what it does is not only the formula
-        out: Tensor = norm(x)
-        return out
-    return remade(partial(_layer_norm, norm.normalized_shape, norm.eps), x, norm.weight, norm.bias)
-
-
-def _layer_norm(
-    shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    return F.layer_norm(x, shape, weight, bias, eps)
+        h = self.mlp(normalised(self.ln_2, x))
+        return x + (h if self.ln_2_out is None else self.ln_2_out(h))  # (B, S, E)

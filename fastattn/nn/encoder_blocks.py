@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor, nn
 
-from fastattn.nn.blocks import ACTIVATIONS, normalised
+from fastattn.nn.blocks import Mlp
 from fastattn.nn.linear import Linear, remade
+from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable, apply_rotary
 from fastattn.nn.unpadding import Tokens, Window
 
@@ -44,22 +42,13 @@ class SelfAttention(nn.Module):
         return self.out_proj(out.flatten(1)), shown
 
 
-class EncoderMlp(nn.Module):
-    """c_proj(activation(c_fc(x))), or of two halves (a, b) of c_fc(x), c_proj(activation(a) * b): (T, E) -> (T, E)."""
-
-    def __init__(
-        self, embed_dim: int, hidden_dim: int, *, activation: str, bias: bool, gated: bool, dropout: float
-    ) -> None:
-        super().__init__()
-        self.c_fc = Linear(embed_dim, 2 * hidden_dim if gated else hidden_dim, bias=bias)
-        self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
-        self.activation = partial(_gate, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
-        self.dropout = nn.Dropout(dropout)  # inside; what follows the MLP is its block's
+class EncoderMlp(Mlp):
+    """An `Mlp` with its dropout in front of c_proj; what follows the MLP is its block's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) -> (T, E)."""
-        h = remade(self.activation, self.c_fc(x))
-        return self.c_proj(self.dropout(h))
+        out: Tensor = self.c_proj(self.dropout(remade(self.activation, self.c_fc(x))))
+        return out
 
 
 class EncoderBlock(nn.Module):
@@ -88,8 +77,3 @@ class EncoderBlock(nn.Module):
         h, shown = self.attn(x, tokens, rotary=rotary, weights=weights)
         x = normalised(self.ln_1, x + self.attn_dropout(h))
         return normalised(self.ln_2, x + self.mlp_dropout(self.mlp(x))), shown
-
-
-def _gate(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return activation(first) * second

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastattn import torch_compat
+from fastattn.ops.attention import attention
+from fastattn.ops.kv_cache import attention_kv_cache
 
 
 class KVCache:
@@ -34,16 +40,97 @@ class KVCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, Hkv, S, D) keys and values behind those held; returns views of all of them, (B, Hkv, length, D)."""
+        start = self.length
+        end = self._end_of(key, value)
+        self.keys[:, :, start:end] = key
+        self.values[:, :, start:end] = value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        causal: bool | str,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        segment_ids: Tensor | tuple[Tensor, Tensor] | None,
+        key_lengths: Tensor | None,
+        dropout_p: float,
+        return_weights: Any,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`fastattn.attention` of a query to all tokens held, once `key` and `value` are appended; its arguments.
+
+        A step behind earlier tokens goes to `attention_kv_cache` where that says the same: without gradients, dropout,
+        weights and a bias, and with no mask but one that hides the ends of sequences from a single query.
+        """
+        more = (bias, segment_ids, key_lengths)
+        is_step = (
+            self.length > 0
+            and all(x is None for x in more)
+            and not (dropout_p or return_weights or torch.is_grad_enabled())
+            and query.dtype == key.dtype == value.dtype == self.keys.dtype
+            and not torch.is_autocast_enabled(query.device.type)
+        )
+        lengths = None
+        if is_step and mask is not None:
+            placed = (
+                options.get("window"),
+                options.get("alibi_slopes"),
+            )  # from the last key, or each one's own last
+            lengths = _visible_keys(mask, query) if all(x is None for x in placed) else None
+        if is_step and mask is None:
+            end = self._end_of(key, value)
+            held = torch.full(query.shape[:1], self.length, dtype=torch.int32, device=query.device)
+            out = attention_kv_cache(
+                query, self.keys, self.values, held, key=key, value=value, causal=causal, **options
+            )
+            self.length = end
+            return out
+        keys, values = self.append(key, value)
+        if lengths is not None:
+            return attention_kv_cache(query, self.keys, self.values, lengths, causal=False, **options)
+        options |= {"segment_ids": segment_ids, "key_lengths": key_lengths, "return_weights": return_weights}
+        return attention(
+            query, keys, values, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p, **options
+        )
+
+    def _end_of(self, key: Tensor, value: Tensor) -> int:
+        """How many tokens are held once these are appended; ValueError if they cannot be."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise ValueError("cache: carries no gradient, call under torch.no_grad()")
         needs = (*self.keys.shape[:2], key.shape[2], self.keys.shape[3])
         if tuple(key.shape) != needs or value.shape != key.shape:
             got = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
             raise ValueError(f"cache: got {got}, needs {needs}")
-        start, end = self.length, self.length + key.shape[2]
+        end = self.length + key.shape[2]
         if end > self.capacity:
             raise ValueError(f"cache: got token {end}, needs {self.capacity} (its capacity) at most")
-        self.keys[:, :, start:end] = key
-        self.values[:, :, start:end] = value
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return end
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i], (B,), as beams need."""
+        for buffer in (self.keys, self.values):
+            held = buffer[:, :, : self.length]
+            held.copy_(held[rows])
+
+
+def _visible_keys(mask: Tensor, query: Tensor) -> Tensor | None:
+    """(B,) int32: how many keys the one query of each sequence sees, if these are the first ones of all that `mask`
+    (B, 1, 1, Sk) covers; None where they are others, or where looking would make a GPU wait."""
+    batch, _, seqlen_q, _ = query.shape
+    if (
+        torch.compiler.is_compiling()
+        or not mask.is_cpu
+        or torch_compat.is_fake(mask)
+        or seqlen_q != 1
+        or mask.shape[:3] != (batch, 1, 1)
+    ):
+        return None
+    seen = mask.view(batch, -1)
+    if bool((seen[:, 1:] > seen[:, :-1]).any()):
+        return None
+    return seen.sum(1, dtype=torch.int32)

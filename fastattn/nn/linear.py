@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 
 ONEDNN_MIN_WEIGHTS = 1 << 20  # below, what a oneDNN call of one row costs more than it saves
+# The same where a number of rows comes again and again, as in steps of generation, so that making a kernel for it pays.
+REPEATED_MIN_ROWS, REPEATED_MIN_PRODUCTS = 4, 1 << 20
 REMAKE = "_fastattn_remake"  # the attribute of a tensor that says how to make it again
 
 
@@ -23,14 +25,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, (..., I) x (O, I) -> (..., O).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: bool = False) -> Tensor:
+    """x @ weight.T + bias, (..., I) x (O, I) -> (..., O); repeated: the same shapes come many times.
 
     float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies one row per sequence,
     where BLAS libraries use a single thread or slow kernels, and not every CPU's vector instructions. So do the three
     products of training, whose backward makes x again from what `remade` names instead of keeping it.
     """
-    if torch_compat.has_onednn_linear() and _suits_onednn(x, weight):
+    if torch_compat.has_onednn_linear() and _suits_onednn(x, weight, repeated):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
             function, sources = getattr(x, REMAKE, (None, (x,)))
             out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
@@ -45,7 +47,12 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
     The function has to give the same values every time. What else keeps the result keeps it as ever.
     """
     result = function(*sources)
-    if torch.is_grad_enabled() and result.is_cpu and result.requires_grad and _plain(result):
+    if (
+        torch.is_grad_enabled()
+        and result.is_cpu
+        and result.requires_grad
+        and watched_by_autograd_alone(result)
+    ):
         setattr(result, REMAKE, (function, sources))
     return result
 
@@ -92,26 +99,44 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def plainly_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with a weight, or a norm's, may be a kernel of the CPU that only autograd is told of."""
     return (
-        _plain(x)  # first, as a trace would take what is asked of sizes for a condition
+        watched_by_autograd_alone(x)
         and x.is_cpu
         and weight.is_cpu
-        and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
+        and without_transforms(x, weight)
+    )
+
+
+def without_transforms(*tensors: Tensor) -> bool:
+    """Whether neither a torch.func transform nor forward-mode AD is at work on them."""
+    return not torch_compat.transforms_active(tensors) and not (
+        torch.is_grad_enabled() and torch_compat.dual_level_entered()
+    )
+
+
+def _suits_onednn(x: Tensor, weight: Tensor, repeated: bool) -> bool:
+    return (
+        plainly_on_cpu(x, weight)  # first, as a trace would take what is asked of sizes for a condition
+        and x.dtype == weight.dtype == torch.float32
         and x.dim() >= 2
         and x.numel() > 0
         and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
         and (
             weight.numel() >= ONEDNN_MIN_WEIGHTS
-            or x.numel() * weight.shape[0] >= torch_compat.ONEDNN_MIN_PRODUCTS
+            or (products := x.numel() * weight.shape[0]) >= torch_compat.ONEDNN_MIN_PRODUCTS
+            or (
+                repeated
+                and products >= REPEATED_MIN_PRODUCTS
+                and x.numel() >= REPEATED_MIN_ROWS * weight.shape[1]
+            )
         )
-        and not torch_compat.transforms_active((x, weight))
-        and not (torch.is_grad_enabled() and torch_compat.dual_level_entered())
     )
 
 
-def _plain(x: Tensor) -> bool:
+def watched_by_autograd_alone(x: Tensor) -> bool:
     """Whether nothing but autograd sees the calls on a tensor."""
     return (
         not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""Positions: rotary embeddings, ALiBi slopes, and positions read off padding masks and packed segments."""
+"""Positions: rotary and sinusoidal embeddings, ALiBi slopes, positions read off padding masks and packed segments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.nn.rotary_scaling import RotaryScaling, frequencies
 from fastattn.rotary import RotaryTable as RotaryTable
 from fastattn.rotary import apply_rotary as apply_rotary
 
@@ -16,14 +17,15 @@ class Rotary:
     """Rotary position embedding: pair m of a head is turned by position * base**(-2m / rotary_dim) radians.
 
     The first `rotary_dim` dimensions of each head turn (all of them by default) and the rest stay. Pairs are
-    (m, m + rotary_dim/2), as in Llama and GPT-NeoX, or (2m, 2m + 1) where `interleaved`, as in GPT-J.
-    Su et al. 2021, "RoFormer".
+    (m, m + rotary_dim/2), as in Llama and GPT-NeoX, or (2m, 2m + 1) where `interleaved`, as in GPT-J. `scaling`
+    stretches the angles to longer sequences. Su et al. 2021, "RoFormer".
     """
 
     head_dim: int
     base: float = 10000.0
     rotary_dim: int | None = None
     interleaved: bool = False
+    scaling: RotaryScaling | None = None
 
     def __post_init__(self) -> None:
         if self.dim % 2 or not 0 < self.dim <= self.head_dim:
@@ -36,15 +38,40 @@ class Rotary:
         """How many dimensions of a head turn."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
-    def table(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> RotaryTable:
-        """cos and sin of every angle, (..., rotary_dim/2), for integer positions of any shape."""
-        exponents = torch.arange(0, self.dim, 2, device=positions.device, dtype=dtype) / self.dim
-        angles = positions[..., None].to(dtype) / self.base**exponents
-        return angles.cos(), angles.sin()
+    def table(
+        self, positions: Tensor, dtype: torch.dtype = torch.float32, lengths: Tensor | None = None
+    ) -> RotaryTable:
+        """cos and sin of every angle, (..., rotary_dim/2), for integer positions of any shape.
+
+        lengths: the tokens of each position's sequence, of a shape that goes with that of positions; by default one
+            more than a row's largest position. Only dynamic scaling depends on them.
+        """
+        if self.scaling is not None and self.scaling.kind == "dynamic" and lengths is None:
+            last = positions.amax(-1, keepdim=True) if positions.shape[-1] else positions[..., :0]
+            lengths = last + 1
+        lengths = None if lengths is None else lengths[..., None]
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        angles = positions[..., None].to(dtype) * frequencies(
+            self.base, self.dim, self.scaling, lengths, like
+        )
+        cos, sin = angles.cos(), angles.sin()
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 
     def apply(self, x: Tensor, table: RotaryTable) -> Tensor:
         """Turn x (B, H, S, D) by a table made from positions (S,) or (B, S); computed in the table's dtype."""
         return apply_rotary(x, table, interleaved=self.interleaved)
+
+
+def sinusoids(positions: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., dim): sin(position / 10000**(2i/dim)) in dimension 2i, the cosine of the same in 2i + 1.
+
+    Computed in float32 at least. Vaswani et al. 2017, "Attention Is All You Need".
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, dim, 2, device=positions.device).to(wide) / dim
+    angles = positions[..., None].to(wide) / 10000.0**exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :dim].to(dtype)
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
@@ -74,3 +101,9 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def lengths_of_segments(segment_ids: Tensor) -> Tensor:
+    """(B, S) int64: the number of tokens of the run of equal ids that each token is in."""
+    behind = positions_in_segments(segment_ids.flip(1)).flip(1)
+    return positions_in_segments(segment_ids) + behind + 1

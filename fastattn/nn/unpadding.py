@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -128,7 +127,7 @@ class Tokens:
         padded = self.pad(x, empty)
         return padded.sum(1) if how == "sum" else padded.amax(1)
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """(B,) int64, the tokens of each sequence."""
         if self.cu_seqlens is not None:

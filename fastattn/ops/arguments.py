@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from fastattn import backends, torch_compat
+from fastattn import backends
+from fastattn.ops.autocast import autocast_qkv
+from fastattn.ops.values import readable
 from fastattn.philox import draw_seed
 from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM, accumulation_dtype
 
@@ -97,31 +96,6 @@ def call_arguments(
         query, key, value, mask, bias, query_segments, key_segments, key_lengths, alibi_slopes, sinks, seed, causal,
         window_left, window_right, softcap, dropout_p, scale,
     )  # fmt: skip
-
-
-def autocast_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Operands in autocast's dtype where autocast is on, as it does for matmul; float64 is left alone."""
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if not autocasts(device):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(query), cast(key), cast(value)
-
-
-def own_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off for a tensor's device: operands are cast before an op, what follows chooses its own precision."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def segment_pair(
@@ -243,54 +217,16 @@ def as_int32(name: str, tensor: Tensor) -> Tensor:
     """Checked integers as contiguous int32; on a CPU values that do not fit are refused."""
     if tensor.dtype == torch.int32:
         return tensor.contiguous()
-    if tensor.dtype == torch.int64 and tensor.device.type == "cpu" and tensor.numel() and _readable(tensor):
+    if tensor.dtype == torch.int64 and tensor.device.type == "cpu" and tensor.numel() and readable(tensor):
         lowest, highest = (int(n) for n in torch.aminmax(tensor))
         if not (lowest >= INT32.min and highest <= INT32.max):
             raise ValueError(f"{name}: got values from {lowest} to {highest}, needs 32-bit integers")
     return tensor.to(torch.int32).contiguous()
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: not while code is traced or transformed."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch_compat.transforms_active((tensor,))
-        or torch_compat.dispatch_mode_active()
-    )
-
-
-def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> bool:
-    """Whether a call may be refused after something has run, and specs of its passes can be made to see that first.
-
-    A forward alone refuses before it runs, so there must be a backward or `more`, as a seed to draw. A trace has no
-    specs; there the fakes of the ops refuse what the backend never runs.
-    """
-    return (
-        not torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
-        and (more or (torch.is_grad_enabled() and torch_compat.any_requires_grad(args)))
-        and not backends.runs_every_pass(backend)
-        and all(map(_has_memory, args))
-    )
-
-
-def can_be_read(args: Iterable[Any]) -> bool:
-    """Whether the values of the tensors among the arguments can be looked at."""
-    return all(_readable(arg) and _has_memory(arg) for arg in args if isinstance(arg, Tensor))
-
-
-def _has_memory(arg: Any) -> bool:
-    """False for a tensor of a subclass, such as a fake one: its address and strides may mean nothing."""
-    return type(arg) is Tensor or type(arg) is Parameter or not isinstance(arg, Tensor)
-
-
 def requires_grad(tensor: Tensor | None) -> bool:
     """Whether a tensor that may not be given requires grad."""
     return tensor is not None and tensor.requires_grad
-
-
-def values_are_known(tensor: Tensor) -> bool:
-    """Whether a tensor has its plain values, although a transform or a trace may be active."""
-    return not (torch_compat.is_wrapped(tensor) or torch.compiler.is_compiling())
 
 
 def broadcastable_4d(name: str, tensor: Tensor, full: tuple[int, ...], query: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.backends import layout
 from fastattn.ops import arguments, composite, flops, padding, plain, plan, spelling, symbolic
 from fastattn.ops.attention_plan import NAMES, AttentionPlan, backward, check_values, forward, kernel_call
 from fastattn.ops.registration import (
@@ -18,6 +19,7 @@ from fastattn.ops.registration import (
     schema_of,
     wanted_or_empty,
 )
+from fastattn.ops.values import can_be_read, may_be_refused
 from fastattn.spec import (
     AttentionCall,
     AttentionSpec,
@@ -171,10 +173,10 @@ def attention(
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
         check_values(AttentionCall(*args))
-    elif arguments.may_be_refused(args, backend, more=bool(return_weights) or dropout_p > 0.0):
+    elif may_be_refused(args, backend, more=bool(return_weights) or dropout_p > 0.0):
         backends.select_all(_passes(AttentionCall(*args), bool(return_weights)), backend)
     if dropout_p > 0.0 and args[_SEED] is None:
-        if arguments.can_be_read(args):
+        if can_be_read(args):
             check_values(AttentionCall(*args))
         args = arguments.with_drawn_seed(args, _SEED)
     if transform is not None:
@@ -259,7 +261,8 @@ def _attention_weights(lse: Tensor, *args: Any) -> Tensor:
     call = kernel_call(call_args)
     chosen = backends.select(AttentionSpec.of(call), backend, "attention_weights_fwd")
     call, _ = padding.cleaned(chosen, call, call.query, call.key)
-    weights: Tensor = chosen.attention_weights_fwd(AttentionSpec.of(call), call, lse, mean)
+    spec, lse = AttentionSpec.of(call), layout.contiguous(chosen, lse)
+    weights: Tensor = chosen.attention_weights_fwd(spec, layout.for_backend(chosen, call, spec), lse, mean)
     return weights
 
 
@@ -276,7 +279,8 @@ def _attention_weights_bwd(dweights: Tensor, lse: Tensor, *args: Any) -> tuple[T
     of_scores = GradsNeeded(bias=needed.bias, alibi_slopes=needed.alibi_slopes)
     chosen = backends.select(AttentionSpec.of(call, of_scores), backend, "attention_weights_bwd")
     call, hidden = padding.cleaned(chosen, call, call.query, call.key)
-    spec = AttentionSpec.of(call, of_scores)
+    spec, lse = AttentionSpec.of(call, of_scores), layout.contiguous(chosen, lse)
+    call = layout.for_backend(chosen, call, spec)
     dquery, dkey, *others = chosen.attention_weights_bwd(spec, call, lse, dweights, mean, needed)
     padding.zero_hidden((dkey,), hidden)
     return wanted_or_empty((dquery, dkey, *others), needed, call.query)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, torch_compat
-from fastattn.backends import switches
+from fastattn.backends import layout, switches
 from fastattn.ops import arguments, padding, plan
 from fastattn.ops.registration import at_positions
-from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, with_unit_last_stride
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded
+from fastattn.strides import with_adjacent_columns
 
 NAMES = [field.name for field in fields(AttentionCall)]
 TENSORS = [field.name for field in fields(AttentionCall) if "Tensor" in str(field.type)]  # the first fields
@@ -22,12 +23,10 @@ POSITIONS = [NAMES.index(name) for name in GradsNeeded._fields]
 
 
 def kernel_call(call_args: tuple[Any, ...] | list[Any]) -> AttentionCall:
-    """The call as backends get it: operands whose last stride is 1, a bias within the range of the scores."""
+    """The call that a spec is made of: operands of adjacent columns, a bias within the range of the scores."""
     query, key, value, mask, bias, *rest = call_args
-    return AttentionCall(
-        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), mask,
-        None if bias is None else arguments.saturated(bias, query.dtype), *rest,
-    )  # fmt: skip
+    bias = None if bias is None else arguments.saturated(bias, query.dtype)
+    return layout.operands(AttentionCall(query, key, value, mask, bias, *rest))
 
 
 def check_values(call: AttentionCall) -> None:
@@ -53,7 +52,7 @@ def forward(spec: AttentionSpec, chosen: ModuleType, call: AttentionCall) -> tup
                 return out, lse
         call = padding.without_hidden_keys(call, padding.hidden_keys(call))
         spec = AttentionSpec.of(call)
-    out, lse = chosen.attention_fwd(spec, call)
+    out, lse = chosen.attention_fwd(spec, layout.for_backend(chosen, call, spec))
     return out, lse
 
 
@@ -65,9 +64,9 @@ def backward(
     call, hidden = padding.cleaned(chosen, call, call.query, call.key, call.value, dout)
     if hidden is not None:
         spec = AttentionSpec.of(call, needs)
-    grads: AttentionGrads = chosen.attention_bwd(
-        spec, call, out, lse, with_unit_last_stride(dout), dlse, needs
-    )
+    spec, *residuals = layout.upstream(chosen, spec, out, lse, dout, dlse)
+    call = layout.for_backend(chosen, call, spec)
+    grads: AttentionGrads = chosen.attention_bwd(spec, call, *residuals, needs)
     padding.zero_hidden((grads.key, grads.value), hidden)
     return grads
 
@@ -86,6 +85,7 @@ class AttentionPlan:
         self.options, self.dtype = args[len(TENSORS) :], call.query.dtype
         self.spec = AttentionSpec.of(call)
         self.chosen = backends.select(self.spec, backend)
+        call = layout.for_backend(self.chosen, call, self.spec)
         self.bare = bare  # no tensor but query, key and value, and no seed to look at
         self.needs = GradsNeeded(*(arguments.requires_grad(args[position]) for position in POSITIONS))
         self.records = torch.is_grad_enabled() and any(self.needs)
@@ -171,11 +171,10 @@ class AttentionPlan:
             op = torch.ops.fastattn.attention_bwd.default
             grads = op(dout, dlse, out, lse, *self.arguments(tuple(tensors)), list(self.needs), self.backend)
         else:
-            dout = with_unit_last_stride(dout)
             if self.backward_launch is not None and dlse is None:
-                grads = self.backward_launch(*tensors, out, lse, dout)
+                grads = self.backward_launch(*tensors, out, lse, with_adjacent_columns(dout))
             if grads is None:
                 call = self.call(tuple(tensors))
-                rest = (out, lse.contiguous(), dout, dlse, self.needs)
+                rest = (out, lse, dout, dlse, self.needs)
                 grads = backward(self.backward_spec, self.backward, call, *rest)
         return at_positions(len(tensors), POSITIONS, grads, self.needs)

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends, reference, torch_compat
-from fastattn.ops.arguments import own_precision, saturated
+from fastattn.ops.arguments import saturated
+from fastattn.ops.autocast import own_precision
 from fastattn.reference.attention import masked_scores, weights_from_lse, without_padding
 from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
 def transform_in_use(args: tuple[Any, ...]) -> str | None:
-    """The transform that the fused op would miss, if one is active: it would lose tangents without a word."""
+    """The transform that the fused op would miss, if one is active: the op would drop its tangents silently."""
     if torch_compat.transforms_active(args):
         return "a torch.func transform"
     if torch_compat.dual_level_entered():

@@ -20,6 +20,7 @@ from fastattn.ops.cross_entropy_registration import (
     run_cross_entropy,
     run_cross_entropy_mean,
 )
+from fastattn.ops.values import may_be_refused
 from fastattn.spec import CrossEntropyCall, SoftmaxSpec
 
 
@@ -204,9 +205,5 @@ def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:
 
 def refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
     """Raise before anything runs what some pass would raise; a torch.func transform takes no backend's pass."""
-    if (
-        arguments.may_be_refused(tensors, "auto")
-        and composite.transform_in_use(tensors) is None
-        and not plain.wanted()
-    ):
+    if may_be_refused(tensors, "auto") and composite.transform_in_use(tensors) is None and not plain.wanted():
         backends.select_all(passes(), "auto")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference, torch_compat
+from fastattn.backends import layout
 from fastattn.ops import arguments, composite, flops
 from fastattn.ops.registration import (
     at_positions,
@@ -20,7 +21,9 @@ from fastattn.ops.registration import (
     schema_of,
     wanted_or_empty,
 )
-from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
+from fastattn.ops.values import values_are_known
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype, arch_of
+from fastattn.strides import ALIGNMENT
 
 MATERIALISED = "all logits and their probabilities"
 
@@ -48,7 +51,8 @@ def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = CrossEntropyCall(*call_args)
     check_values(call.target, call.logits.shape[1], call.ignore_index)
     spec = SoftmaxSpec.of(call.logits)
-    losses, norms = backends.select(spec, backend, "cross_entropy_fwd").cross_entropy_fwd(spec, call)
+    chosen = backends.select(spec, backend, "cross_entropy_fwd")
+    losses, norms = chosen.cross_entropy_fwd(spec, layout.for_backend(chosen, call))
     return losses, norms
 
 
@@ -59,7 +63,7 @@ def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     spec = SoftmaxSpec.of(call.logits)
     chosen = backends.select(spec, backend, "cross_entropy_fwd")
     dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
-    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, call, dlosses)
+    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, layout.for_backend(chosen, call), dlosses)
     return reduced(losses.sum(), divisor), norms, dlogits
 
 
@@ -71,7 +75,8 @@ def makes_gradient(rows: Tensor) -> bool:
     if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
         return False
     try:
-        chosen = backends.select(SoftmaxSpec.of(rows), "auto", "cross_entropy_fwd")
+        # without a look at an address, which code that is traced has none of
+        chosen = backends.select(_dense_spec(rows, rows.shape[1], False), "auto", "cross_entropy_fwd")
     except RuntimeError:  # the call will be refused, by the same reason
         return False
     return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
@@ -99,16 +104,29 @@ def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
     *call_args, backend = args
     call = CrossEntropyCall(*call_args)
     spec = SoftmaxSpec.of(call.logits, backward=True)
-    run = backends.select(spec, backend, "cross_entropy_bwd").cross_entropy_bwd
-    dlogits: Tensor = run(spec, call, dlosses, norms)
+    chosen = backends.select(spec, backend, "cross_entropy_bwd")
+    dlosses, norms = (layout.contiguous(chosen, rows) for rows in (dlosses, norms))
+    dlogits: Tensor = chosen.cross_entropy_bwd(spec, layout.for_backend(chosen, call), dlosses, norms)
     return dlogits
 
 
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
-    """The spec of the rows of logits."""
-    row = hidden.new_empty(0).expand(1, 0) if weight.shape[0] == 0 else weight[:, :1].mT
-    spec = SoftmaxSpec.of(row, backward=backward)
-    return spec.replace(unit_columns=True, wide_rows=False, dtype=hidden.dtype)
+    """The spec of the rows of logits, which backends make a few at a time."""
+    return _dense_spec(hidden, weight.shape[0], backward)
+
+
+def _dense_spec(like: Tensor, classes: int, backward: bool) -> SoftmaxSpec:
+    """The spec of dense logits of the dtype and on the device of a tensor."""
+    return SoftmaxSpec(
+        device=like.device.type,
+        arch=arch_of(like),
+        dtype=like.dtype,
+        columns=1 << max(classes - 1, 0).bit_length(),
+        unit_columns=True,
+        wide_rows=False,
+        backward=backward,
+        aligned=classes * like.element_size() % ALIGNMENT == 0,
+    )
 
 
 def _linear_call(*args: Any) -> LinearCrossEntropyCall:
@@ -127,8 +145,8 @@ def _linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=False)
-    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
-    losses, norms, _ = run(spec, call)
+    chosen = backends.select(spec, backend, "linear_cross_entropy_fwd")
+    losses, norms, _ = chosen.linear_cross_entropy_fwd(spec, layout.for_backend(chosen, call))
     return losses, norms
 
 
@@ -136,8 +154,10 @@ def _linear_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...
     *call_args, needs, backend = args
     call = _linear_call(*call_args)
     spec = linear_spec(call.hidden, call.weight, backward=True)
-    run = backends.select(spec, backend, "linear_cross_entropy_bwd").linear_cross_entropy_bwd
-    found = zip(run(spec, call, dlosses, norms, needs), call_args[:3])
+    chosen = backends.select(spec, backend, "linear_cross_entropy_bwd")
+    call = layout.for_backend(chosen, call)
+    dlosses, norms = (layout.contiguous(chosen, rows) for rows in (dlosses, norms))
+    found = zip(chosen.linear_cross_entropy_bwd(spec, call, dlosses, norms, needs), call_args[:3])
     grads = (None if grad is None else grad.to(operand.dtype) for grad, operand in found)
     return wanted_or_empty(grads, needs, call.hidden)
 
@@ -147,9 +167,10 @@ def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     call = _linear_call(*call_args)
     check_values(call.target, call.weight.shape[0], call.ignore_index)
     spec = linear_spec(call.hidden, call.weight, backward=True)
-    run = backends.select(spec, backend, "linear_cross_entropy_fwd").linear_cross_entropy_fwd
+    chosen = backends.select(spec, backend, "linear_cross_entropy_fwd")
+    call = layout.for_backend(chosen, call)
     scale = None if divisor is None else _scale(call.hidden, divisor)
-    losses, norms, grads = run(spec, call, needs, scale)
+    losses, norms, grads = chosen.linear_cross_entropy_fwd(spec, call, needs, scale)
     return (reduced(losses.sum(), divisor), norms, *wanted_or_empty(grads, needs, call.hidden))
 
 
@@ -185,7 +206,7 @@ def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
-    if target.device.type != "cpu" or not arguments.values_are_known(target):
+    if target.device.type != "cpu" or not values_are_known(target):
         return
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
     if wrong.numel():

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.backends import layout
 from fastattn.ops import arguments, composite, flops, plain, plan, spelling, symbolic
 from fastattn.ops.kv_cache_plan import KVCachePlan, check_memory, check_values, spec_of
 from fastattn.ops.registration import define, out_and_lse_fake, schema_of
-from fastattn.spec import (
-    KVCacheCall,
-    with_unit_last_stride,
-)
+from fastattn.spec import KVCacheCall
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,23 +95,21 @@ def attention_kv_cache(
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
-    planned, tensors = None, (
-        query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes, sinks,
-    )  # fmt: skip
+    planned = None
+    tensors: tuple[Any, ...] = (query, k_cache, v_cache, cache_lengths, key, value)
+    if not (
+        block_table is None and rotary_cos is None and rotary_sin is None and alibi_slopes is None and sinks is None
+    ):  # fmt: skip
+        tensors += (block_table, rotary_cos, rotary_sin, alibi_slopes, sinks)
     if not unknown:
-        kinds = (type(causal), type(softcap), type(scale), type(num_splits))
-        sides = None if window is None else plan.sides(window)
-        options = (
-            causal,
-            sides,
-            softcap,
-            scale,
-            num_splits,
-            bool(rotary_interleaved),
-            kinds,
-            return_lse,
-            backend,
-        )
+        options: tuple[Any, ...] = (return_lse, backend)
+        if not (
+            causal is True and window is None and softcap is None and scale is None and num_splits is None
+            and rotary_interleaved is False
+        ):  # fmt: skip
+            kinds = (type(causal), type(softcap), type(scale), type(num_splits))
+            sides = None if window is None else plan.sides(window)
+            options = (causal, sides, softcap, scale, num_splits, bool(rotary_interleaved), kinds, *options)
         planned, found = plan.look_up("kv_cache", tensors, options)
         if found is not None:
             return cast(Tensor, found(*tensors))
@@ -139,7 +135,7 @@ def attention_kv_cache(
         )
     out, lse = _run(*args, backend)
     if plan.wanted(planned):
-        plan.keep(planned, KVCachePlan(args, backend, return_lse))
+        plan.keep(planned, KVCachePlan(args, backend, return_lse).runner())
     return (out, lse) if return_lse else out
 
 
@@ -281,12 +277,13 @@ def check_rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
 
 
 def _kv_cache_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    query, *call_args, backend = args
-    call = KVCacheCall(with_unit_last_stride(query), *call_args)
+    *call_args, backend = args
+    call = layout.operands(KVCacheCall(*call_args))
     check_memory(call)
     check_values(call)
     spec = spec_of(call)
-    return backends.select(spec, backend, "kv_cache_fwd").kv_cache_fwd(spec, call)
+    chosen = backends.select(spec, backend, "kv_cache_fwd")
+    return chosen.kv_cache_fwd(spec, layout.for_backend(chosen, call, spec))
 
 
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")

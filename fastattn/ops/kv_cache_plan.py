@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.backends import layout
 from fastattn.ops import arguments
 from fastattn.ops.overlap import overlap, overlaps_itself
-from fastattn.spec import AttentionSpec, KVCacheCall, with_unit_last_stride
+from fastattn.spec import AttentionSpec, KVCacheCall
 
 TENSORS = [field.name for field in fields(KVCacheCall) if "Tensor" in str(field.type)]  # the first fields
 
@@ -39,11 +41,10 @@ def check_memory(call: KVCacheCall) -> None:
                 )
 
 
-def check_values(call: KVCacheCall) -> list[int] | None:
-    """The lengths, after values are checked before anything is written; on a CPU, where it costs no synchronisation,
-    elsewhere None."""
+def check_values(call: KVCacheCall) -> None:
+    """Check values before anything is written; on a CPU, where it costs no synchronisation."""
     if call.query.device.type != "cpu" or call.cache_lengths.numel() == 0:
-        return None
+        return
     lengths = call.cache_lengths.tolist()
     shortest, longest = min(lengths), max(lengths)
     if shortest < 0 or longest + call.new_keys > call.capacity:
@@ -70,7 +71,6 @@ def check_values(call: KVCacheCall) -> list[int] | None:
                 )
         if call.new_keys:
             _check_pages_written(call, blocks, used)
-    return lengths
 
 
 def _check_pages_written(call: KVCacheCall, blocks: Tensor, used: Tensor) -> None:
@@ -101,56 +101,74 @@ def _reach(tensor: Tensor | None) -> int:
 class KVCachePlan:
     """One kind of call of `attention_kv_cache`: its spec, backend and options, without any tensor."""
 
-    __slots__ = ("appends", "chosen", "launch", "options", "reach", "return_lse", "spec")
+    __slots__ = ("chosen", "last_start", "launch", "options", "reach", "return_lse", "spec")
 
     def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
-        query, *rest = args
-        call = KVCacheCall(with_unit_last_stride(query), *rest)
+        call = layout.operands(KVCacheCall(*args))
         self.return_lse, self.options = return_lse, args[len(TENSORS) :]
         self.spec = spec_of(call)
         self.chosen = backends.select(self.spec, backend, "kv_cache_fwd")
         self.launch: Any = None
-        if hasattr(self.chosen, "kv_cache_fwd_plan"):
-            self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call)
-        self.appends = call.key is not None
-        self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, query, call.key, call.value)))
+        if call.query is args[0] and hasattr(self.chosen, "kv_cache_fwd_plan"):
+            self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call, return_lse)
+        self.last_start = call.capacity - call.new_keys
+        self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, args[0], call.key, call.value)))
 
-    def __call__(
+    def runner(self) -> Callable[..., Any]:
+        """The results of `attention_kv_cache` for calls of this kind from their tensors, by the shortest way."""
+        return self._any_call if self.launch is None else self._of_equal_lengths
+
+    def _of_equal_lengths(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, key: Tensor | None,
-        value: Tensor | None, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-        alibi_slopes: Tensor | None, sinks: Tensor | None,
+        value: Tensor | None,
     ) -> Any:  # fmt: skip
-        """The results of `attention_kv_cache` for a call of this kind."""
+        lengths = cache_lengths.tolist()
+        start = lengths[0]
+        if (
+            0 <= start <= self.last_start
+            and lengths.count(start) == len(lengths)
+            and (key is None or value is None or self._apart(k_cache, v_cache, query, key, value))
+        ):
+            results = self.launch(query, k_cache, v_cache, key, value, start)
+            if results is not None:
+                return results
+        return self._any_call(query, k_cache, v_cache, cache_lengths, key, value)
+
+    def _any_call(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, key: Tensor | None,
+        value: Tensor | None, block_table: Tensor | None = None, rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         lengths = arguments.as_int32("cache_lengths", cache_lengths)
         if block_table is not None:
             block_table = arguments.as_int32("block_table", block_table)
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
-        call = KVCacheCall(
-            with_unit_last_stride(query), k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin,
-            slopes, sinks, *self.options,
+        call = layout.operands(
+            KVCacheCall(
+                query, k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin, slopes, sinks,
+                *self.options,
+            )
         )  # fmt: skip
-        if self.appends and not self._apart(k_cache, v_cache, query, key, value):
+        if key is not None and value is not None and not self._apart(k_cache, v_cache, query, key, value):
             check_memory(call)
-        known, results = check_values(call), None
-        if self.launch is not None and known:
-            results = self.launch(call.query, k_cache, v_cache, key, value, known)
-        if results is None:
-            results = self.chosen.kv_cache_fwd(self.spec, call)
+        check_values(call)
+        results = self.chosen.kv_cache_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
         return results if self.return_lse else results[0]
 
-    def _apart(self, k_cache: Tensor, v_cache: Tensor, *read: Tensor | None) -> bool:
+    def _apart(self, k_cache: Tensor, v_cache: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the bytes from first to last element of the caches meet neither each other nor those that are
         read, and so no element of one is one of another. That no cache overlaps itself is known by its strides."""
-        of_k, of_v, *of_read = self.reach
-        k_start, v_start = k_cache.data_ptr(), v_cache.data_ptr()
-        k_stop, v_stop = k_start + of_k, v_start + of_v
-        if k_start < v_stop and v_start < k_stop:
+        of_k_cache, of_v_cache, of_query, of_key, of_value = self.reach
+        k, v = k_cache.data_ptr(), v_cache.data_ptr()
+        k_stop, v_stop = k + of_k_cache, v + of_v_cache
+        if k < v_stop and v < k_stop:
             return False
-        for tensor, reach in zip(read, of_read):
-            if tensor is not None:
-                start = tensor.data_ptr()
-                stop = start + reach
-                if (start < k_stop and k_start < stop) or (start < v_stop and v_start < stop):
-                    return False
-        return True
+        start = query.data_ptr()
+        if (start < k_stop and k < start + of_query) or (start < v_stop and v < start + of_query):
+            return False
+        start = key.data_ptr()
+        if (start < k_stop and k < start + of_key) or (start < v_stop and v < start + of_key):
+            return False
+        start = value.data_ptr()
+        return not ((start < k_stop and k < start + of_value) or (start < v_stop and v < start + of_value))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import arguments
+from fastattn.ops.autocast import autocasts
 from fastattn.spec import accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -88,7 +89,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def autocast(tensor: Tensor) -> Tensor:
     """An operand of a matrix product in autocast's dtype where autocast is on; float64 is left alone."""
-    if tensor.dtype == torch.float64 or not arguments.autocasts(tensor.device.type):
+    if tensor.dtype == torch.float64 or not autocasts(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -98,12 +99,12 @@ def stays_wide(operand: Tensor, hidden: Tensor) -> bool:
     which is summed in float32, is then rounded to a narrower dtype nowhere.
     """
     narrow = hidden.dtype in (torch.float16, torch.bfloat16)
-    return narrow and operand.dtype == torch.float32 and arguments.autocasts(hidden.device.type)
+    return narrow and operand.dtype == torch.float32 and autocasts(hidden.device.type)
 
 
 def loss_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of the losses: that of the logits, wider under autocast."""
-    return accumulation_dtype(logits.dtype) if arguments.autocasts(logits.device.type) else logits.dtype
+    return accumulation_dtype(logits.dtype) if autocasts(logits.device.type) else logits.dtype
 
 
 def mean_of(
@@ -118,7 +119,7 @@ def mean_of(
     count = kept.sum()
     if class_weight is None:
         return None, count
-    classes = torch.where(kept, target, 0).clamp(0, class_weight.shape[0] - 1)  # what is none is found later
+    classes = torch.where(kept, target, 0).clamp(0, class_weight.shape[0] - 1)  # others are refused later
     total = torch.where(kept, class_weight[classes], 0).sum()
     if not z_loss:
         return class_weight, total

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastattn.backends import layout
 from fastattn.spec import AttentionCall
 
 
@@ -57,8 +58,10 @@ def without_hidden_keys(call: AttentionCall, hidden: Tensor) -> AttentionCall:
     query = call.query
     if call.query_segments is not None:
         query = query.masked_fill((call.query_segments < 0)[:, None, :, None], 0)
-    return replace(
-        call, query=query, key=call.key.masked_fill(of_keys, 0), value=call.value.masked_fill(of_keys, 0)
+    return layout.operands(
+        replace(
+            call, query=query, key=call.key.masked_fill(of_keys, 0), value=call.value.masked_fill(of_keys, 0)
+        )
     )
 
 

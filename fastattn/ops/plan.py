@@ -9,50 +9,100 @@ makes the plan.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastattn import backends, torch_compat
 from fastattn.backends import switches
 from fastattn.ops import plain
 from fastattn.spec import float32_precision
+from fastattn.strides import ALIGNMENT
 
 MOST = 1024  # plans that are kept; a table that has grown so large is emptied
-ALIGNMENT = 16  # bytes
+
+MOST_GUARDS = 4  # that are tried before a key is made
 
 Key = tuple[Any, ...]
 Plan = Callable[..., Any]
 
+Guarded = tuple[Callable[..., bool], Plan]
+
 _plans: dict[Key, Plan] = {}
+_guarded: dict[
+    Key, tuple[Guarded, ...]
+] = {}  # by what is cheap to see of a call: plans, and which tensors are theirs
 _seen: set[int] = set()  # hashes of keys that came once: shapes that never come again need no plan
 _lock = threading.Lock()
+_NONE = type(None)
+_PLAIN = frozenset({Tensor, Parameter, _NONE})
 
 
 def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Key | None, Plan | None]:
     """(the key of a call, its plan if there is one). No key where the call must take the full path: something but
-    autograd watches it, autocast may cast its tensors, or an option has no hash.
+    autograd watches it, autocast may cast its tensors, or an option has no hash; nor where a guard found the plan.
 
     options: what the call depends on besides, the name of a backend last; with the types of numbers, as True equals 1.
     """
-    state = torch_compat.state_of_call(tensors)
-    if state is None or plain.chosen:
+    if not torch_compat.nothing_records() or plain.chosen:
         return None, None
+    kinds = tuple(map(type, tensors))
+    if not _PLAIN.issuperset(kinds):
+        return None, None
+    first, second = tensors[0], tensors[1]
     environment = switches.environment()
-    state += (op, options, environment)
-    first = tensors[0]
+    outside: tuple[Any, ...] = ()  # what no tensor's shape, strides, dtype and dispatch keys tell
     if first.is_cuda or environment is not switches.UNSET or options[-1] not in _ON_ANY_ADDRESS:
-        state += (first.device, float32_precision(first.dtype))
-        for tensor in tensors:
-            if tensor is not None:
-                state.append(tensor.data_ptr() % ALIGNMENT)
-    key = tuple(state)
+        try:
+            alignment = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
+        except RuntimeError:  # a transform has wrapped one
+            return None, None
+        outside = (environment, first.device, float32_precision(first.dtype), *alignment)
+    glance = (
+        op,
+        options,
+        kinds,
+        outside,
+        first.shape,
+        None if second is None else second.shape,
+        torch.is_grad_enabled(),
+    )
     try:
-        return key, _plans.get(key)
-    except TypeError:
+        guarded = _guarded.get(glance)
+    except TypeError:  # an option without a hash
         return None, None
+    if guarded is not None:
+        given = _given(tensors) if _NONE in kinds else tensors
+        for guard, found in guarded:
+            if guard(*given):
+                return None, found
+    state = torch_compat.state_of_call(tensors)
+    if state is None:
+        return None, None
+    key = (op, options, outside, *state)
+    planned = _plans.get(key)
+    if planned is not None:
+        _guard(glance, tensors, planned)
+    return key, planned
+
+
+def _given(tensors: tuple[Any, ...]) -> Sequence[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _guard(glance: Key, tensors: tuple[Any, ...], planned: Plan) -> None:
+    """Let the next call with these tensors find its plan by a guard, the first of a few."""
+    given = _given(tensors)
+    guard = torch_compat.tensor_guard(given)
+    if guard is None or not guard(*given):  # a tensor is there twice
+        return
+    with _lock:
+        if len(_guarded) >= MOST:
+            _guarded.clear()
+        _guarded[glance] = ((guard, planned), *_guarded.get(glance, ())[: MOST_GUARDS - 1])
 
 
 # Names by which a call on a CPU comes to the torch backend, to which addresses and precisions are all the same.
@@ -89,6 +139,7 @@ def keep(key: Key | None, plan: Plan) -> None:
     with _lock:
         if len(_plans) >= MOST:
             _plans.clear()
+            _guarded.clear()
         _plans[key] = plan
 
 
@@ -96,6 +147,7 @@ def clear() -> None:
     """Forget all plans, as after tiles were measured."""
     with _lock:
         _plans.clear()
+        _guarded.clear()
         _seen.clear()
 
 

@@ -13,6 +13,7 @@ from fastattn import backends, reference, torch_compat
 from fastattn.backends import switches
 from fastattn.ops import arguments, composite, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define
+from fastattn.ops.values import may_be_refused
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 
 
@@ -71,7 +72,7 @@ def softmax(
         return composed(*args)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, log=log, backend=backend)[0]
-    if arguments.may_be_refused(args, backend):
+    if may_be_refused(args, backend):
         backends.select_all(_passes(SoftmaxCall(*args)), backend)
     result: Tensor = _run(*args, backend)
     if plan.wanted(planned):

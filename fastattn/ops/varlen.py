@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference
+from fastattn.backends import layout
 from fastattn.ops import arguments, composite, flops, plain, plan, spelling, symbolic
+from fastattn.ops.autocast import autocast_qkv
 from fastattn.ops.registration import define_with_gradient, schema_of, wanted_or_empty
-from fastattn.ops.varlen_plan import DIFFERENTIABLE, NAMES, VarlenPlan, check_values, kernel_call
+from fastattn.ops.values import can_be_read, may_be_refused
+from fastattn.ops.varlen_plan import DIFFERENTIABLE, NAMES, VarlenPlan, backward, check_values, kernel_call
 from fastattn.philox import keep_mask
 from fastattn.spec import (
-    AttentionGrads,
     AttentionSpec,
     GradsNeeded,
     VarlenCall,
     accumulation_dtype,
-    empty_in_order,
-    with_unit_last_stride,
 )
+from fastattn.strides import empty_in_order
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -124,10 +125,10 @@ def attention_varlen(
         return result
     if (transform := composite.transform_in_use(args)) is not None:
         composite.refuse_named(backend, transform)
-    elif arguments.may_be_refused(args, backend, more=dropout_p > 0.0):
+    elif may_be_refused(args, backend, more=dropout_p > 0.0):
         backends.select_all(_passes(VarlenCall(*args)), backend)
     if dropout_p > 0.0 and args[_SEED] is None:
-        if arguments.can_be_read(args):
+        if can_be_read(args):
             check_values(VarlenCall(*args))
         args = arguments.with_drawn_seed(args, _SEED)
     out, lse = _run(*args, backend) if transform is None else _composite(VarlenCall(*args))
@@ -216,7 +217,7 @@ def _call_arguments(
     slopes = None
     if alibi_slopes is not None:
         slopes = arguments.per_head_slopes(alibi_slopes, batch, num_heads, query)
-    query, key, value = arguments.autocast_qkv(query, key, value)
+    query, key, value = autocast_qkv(query, key, value)
     as_padded = (t.transpose(0, 1)[None] for t in (query, key, value))
     *_, sinks, seed, causal, left, right, softcap, dropout_p, scale = arguments.call_arguments(
         *as_padded, **options
@@ -250,7 +251,8 @@ def _varlen_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     call = kernel_call(call_args)
     check_values(call)
     spec = AttentionSpec.of(call.as_one_sequence())
-    return backends.select(spec, backend, "varlen_fwd").varlen_fwd(spec, call)
+    chosen = backends.select(spec, backend, "varlen_fwd")
+    return chosen.varlen_fwd(spec, layout.for_backend(chosen, call, spec))
 
 
 def _varlen_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -267,8 +269,8 @@ def _varlen_bwd(
     call = kernel_call(call_args)
     needed = GradsNeeded(**dict(zip(DIFFERENTIABLE, needs)))
     spec = AttentionSpec.of(call.as_one_sequence(), needed)
-    run = backends.select(spec, backend, "varlen_bwd").varlen_bwd
-    grads: AttentionGrads = run(spec, call, out, lse, with_unit_last_stride(dout), dlse, needed)
+    chosen = backends.select(spec, backend, "varlen_bwd")
+    grads = backward(spec, chosen, call, out, lse, dout, dlse, needed)
     return wanted_or_empty((getattr(grads, name) for name in DIFFERENTIABLE), needs, call.query)
 
 

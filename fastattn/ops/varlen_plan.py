@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import backends, torch_compat
-from fastattn.backends import switches
+from fastattn.backends import layout, switches
 from fastattn.ops import arguments, plan
 from fastattn.ops.registration import at_positions
-from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall, with_unit_last_stride
+from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall
 
 NAMES = [field.name for field in fields(VarlenCall)]
 TENSORS = [field.name for field in fields(VarlenCall) if "Tensor" in str(field.type)]  # the first fields
@@ -22,12 +23,9 @@ DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
 
 
 def kernel_call(call_args: Sequence[Any]) -> VarlenCall:
-    """The call as backends get it: operands whose last stride is 1."""
-    query, key, value, *rest = call_args
-    call = VarlenCall(
-        with_unit_last_stride(query), with_unit_last_stride(key), with_unit_last_stride(value), *rest
-    )
-    capturing = query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """The call that a spec is made of: operands of adjacent columns."""
+    call = layout.operands(VarlenCall(*call_args))
+    capturing = call.query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
         raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
     return call
@@ -41,11 +39,11 @@ def check_values(call: VarlenCall) -> None:
         ("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q),
         ("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k),
     ):
-        edges = cu_seqlens.tolist()
-        lengths = [stop - start for start, stop in pairwise(edges)]
-        first, last = edges[0], edges[-1]
+        offsets = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in pairwise(offsets)]
+        first, last = offsets[0], offsets[-1]
         if first != 0 or min(lengths, default=0) < 0 or last > tokens:
-            got = f"{edges}" if len(edges) <= 9 else f"values from {first} to {last}"
+            got = f"{offsets}" if len(offsets) <= 9 else f"values from {first} to {last}"
             raise ValueError(
                 f"{name}: got {got}, needs ascending values from 0 to at most {tokens} (the tokens)"
             )
@@ -54,6 +52,16 @@ def check_values(call: VarlenCall) -> None:
             raise ValueError(
                 f"max_seqlen_{name[-1]}: got {bound}, needs at least {longest} (the longest sequence)"
             )
+
+
+def backward(
+    spec: AttentionSpec, chosen: ModuleType, call: VarlenCall, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None, needs: GradsNeeded,
+) -> AttentionGrads:  # fmt: skip
+    """The gradients of a call on the backend chosen for its backward."""
+    spec, *residuals = layout.upstream(chosen, spec, out, lse, dout, dlse)
+    grads: AttentionGrads = chosen.varlen_bwd(spec, layout.for_backend(chosen, call, spec), *residuals, needs)
+    return grads
 
 
 class VarlenPlan:
@@ -85,8 +93,8 @@ class VarlenPlan:
         """The results of `attention_varlen` for a call of this kind."""
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
-        edges_q, edges_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        tensors: tuple[Tensor | None, ...] = (query, key, value, edges_q, edges_k, slopes, sinks)
+        offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        tensors: tuple[Tensor | None, ...] = (query, key, value, *offsets, slopes, sinks)
         if self.spec.dropout:
             check_values(self.call((*tensors, None)))  # a refused call draws no seed
             tensors = (*tensors, arguments.seed_tensor(dropout_seed, query))
@@ -104,7 +112,7 @@ class VarlenPlan:
         """(out, lse)."""
         call = self.call(tensors)
         check_values(call)
-        out, lse = self.chosen.varlen_fwd(self.spec, call)
+        out, lse = self.chosen.varlen_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
         return out, lse
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
@@ -123,14 +131,8 @@ class VarlenPlan:
             op = torch.ops.fastattn.varlen_bwd.default
             grads = op(dout, dlse, out, lse, *tensors, *self.options, self.needs, self.backend)
         else:
-            found: AttentionGrads = self.backward.varlen_bwd(
-                self.backward_spec,
-                self.call(tensors),
-                out,
-                lse,
-                with_unit_last_stride(dout),
-                dlse,
-                self._needed(),
+            found = backward(
+                self.backward_spec, self.backward, self.call(tensors), out, lse, dout, dlse, self._needed()
             )
             grads = [getattr(found, name) for name in DIFFERENTIABLE]
         return at_positions(len(tensors), map(NAMES.index, DIFFERENTIABLE), grads, self.needs)

@@ -14,6 +14,7 @@ from .attention import (
     override_flash_attention,
     torch_sdpa,
 )
+from .norms import rms_norm_backward
 from .objects import cuda_sleep, has_hooks, hooks_of, version_of
 from .products import (
     ONEDNN_MIN_PRODUCTS,
@@ -45,8 +46,10 @@ from .state import (
     is_exporting,
     is_fake,
     is_wrapped,
+    nothing_records,
     only_autograd_watches,
     state_of_call,
+    tensor_guard,
     transforms_active,
 )
 
@@ -79,6 +82,7 @@ __all__ = [
     "is_exporting",
     "is_fake",
     "is_wrapped",
+    "nothing_records",
     "onednn_linear",
     "only_autograd_watches",
     "override_flash_attention",
@@ -86,10 +90,12 @@ __all__ = [
     "pack_linear",
     "packed_linear",
     "product",
+    "rms_norm_backward",
     "softmax",
     "softmax_backward",
     "softmax_gradient",
     "state_of_call",
+    "tensor_guard",
     "torch_sdpa",
     "transforms_active",
     "version_of",

@@ -86,3 +86,25 @@ def training_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
     finally:
         for parameter, grad in held:
             parameter.grad = grad
+
+
+def figures_of(
+    window: Mapping[str, float], peak: float | None, flops_per_token: float | None
+) -> dict[str, float]:
+    """What the log says of some steps: mean loss, the last rate and norm, tokens/s, and the share of the peak used.
+
+    Args:
+        window: sums over the steps of "steps", "loss", "tokens" and "seconds"; the last "lr" and "grad_norm".
+        peak: FLOP/s of all devices together; without it or `flops_per_token` there is no "mfu".
+        flops_per_token: floating-point operations of a training step for a token.
+    """
+    tokens_per_second = window["tokens"] / max(window["seconds"], 1e-9)  # a coarse clock may stand still
+    figures = {
+        "loss": window["loss"] / window["steps"],
+        "lr": window["lr"],
+        "grad_norm": window["grad_norm"],
+        "tokens_per_second": tokens_per_second,
+    }
+    if peak and flops_per_token:
+        figures["mfu"] = tokens_per_second * flops_per_token / peak
+    return figures

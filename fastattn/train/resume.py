@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastattn.train.config import ConfigError
+from fastattn.train.config import ConfigError, TrainConfig
 from fastattn.train.metrics import Evaluation
 from fastattn.train.state import TrainState
 
@@ -84,6 +84,19 @@ def read_checkpoint(folder: Path) -> Saved:
             f"for {world_size} process(es)"
         )
     return Saved(state, sampler, scaler, options, world_size, optimizer, generators)
+
+
+def check_data_order(saved: Saved, config: TrainConfig, world_size: int, folder: Path) -> None:
+    """Refuse a run that would not read the examples in the order of its checkpoint.
+
+    Raises:
+        ConfigError: an option that decides the order, or the number of processes, differs; the message names it.
+    """
+    here = {**asdict(config), "world_size": world_size}
+    before = {**saved.options, "world_size": saved.world_size}
+    for name in (*DATA_ORDER, "world_size"):
+        if before[name] != here[name]:
+            raise ConfigError(f"{name}: {folder} was trained with {before[name]}, this run has {here[name]}")
 
 
 def check_weights(folder: Path, model: nn.Module | None) -> None:

@@ -5,31 +5,33 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import default_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
 from fastattn.train.arguments import check_arguments
+from fastattn.train.batches import Batch, Batches, Examples
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory, read_model, write_model
-from fastattn.train.config import ConfigError, TrainConfig, save_config
-from fastattn.train.distributed import Distributed, gradient_sync, usable_device, usable_dtype
+from fastattn.train.config import TrainConfig, save_config, step_limit
+from fastattn.train.distributed import Distributed, usable_device, usable_dtype
 from fastattn.train.log import Record, RunLog
-from fastattn.train.metrics import Evaluation, count_targets, count_tokens, peak_flops, training_flops
+from fastattn.train.metrics import Evaluation, count_tokens, figures_of, peak_flops, training_flops
+from fastattn.train.objective import Objective
 from fastattn.train.optim import build_optimizer, learning_rate
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
 from fastattn.train.resume import (
-    DATA_ORDER,
     GENERATORS,
     OPTIMIZER,
     STATE,
     DamagedCheckpoint,
+    check_data_order,
     check_optimizer,
     read_checkpoint,
 )
@@ -43,16 +45,6 @@ from fastattn.train.rng import (
 )
 from fastattn.train.signals import StopRequest
 from fastattn.train.state import FitResult, TrainState
-
-Batch = dict[str, Tensor]
-
-
-class Examples(Protocol):
-    """Training or validation data: items by index, which `collate` makes into a batch with "labels"."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class TrainingDiverged(RuntimeError):
@@ -120,21 +112,23 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.train_data, self.dev_data = train_data, dev_data
         self.tokenizer = tokenizer
-        self.collate = collate
+        self.batches = Batches(collate, self.device)
         self.distributed = Distributed(self.device)
         rank, world_size = self.distributed.rank, self.distributed.world_size
         self.sampler = IndexSampler(len(train_data), config.seed, rank=rank, world_size=world_size)
-        self.max_steps = _step_limit(config, len(train_data), world_size)
+        self.max_steps = step_limit(config, len(train_data), world_size)
         self.display = (display or default_display()) if self.distributed.is_main else NoDisplay()
         self.on_record = on_record
         self.log = RunLog(None, resume_step=None)
         self.state = TrainState()
         self._compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-        self._parallel = self.distributed.wrap(self._compiled, self.device)
-        self._peak_flops = _peak_flops(config, self.device, self.dtype)
+        parallel = self.distributed.wrap(self._compiled, self.device)
+        self.objective = Objective(model, parallel, self.device, self.dtype, self.distributed, self._warn)
+        self._peak_flops = (
+            peak_flops(self.device, self.dtype) if config.peak_tflops is None else config.peak_tflops * 1e12
+        )
         self._flops_per_token: float | None = None
         self._shown: dict[str, float] = {}
         self._started = time.monotonic()
@@ -199,11 +193,14 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         loss_sum, targets = 0.0, 0
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        size, number = self.config.batch_size, self.config.eval_batches
+        batches = self.batches.in_order(data, size, number, rank, world_size)
         try:
             with seeded(self.config.seed, self.device):
-                for batch in self._evaluation_batches(data):
-                    if count := self._count_targets(batch):
-                        loss_sum += float(self._loss(self._compiled, batch)) * count
+                for batch in batches:
+                    if count := self.objective.count_targets(batch):
+                        loss_sum += float(self.objective.loss(self._compiled, batch)) * count
                         targets += count
         finally:
             self.model.train(was_training)
@@ -279,14 +276,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = [
-            self._batch(self.train_data, self.sampler.next_batch(config.batch_size))
+            self.batches.of(self.train_data, self.sampler.next_batch(config.batch_size))
             for _ in range(config.accumulate)
         ]
         if self._peak_flops and self._flops_per_token is None:
             self._flops_per_token = training_flops(self.model, batches[0]) / count_tokens(batches[0])
-        loss, tokens = self._accumulate(batches)
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clip_gradients()
+        loss, tokens = self.objective.accumulate(batches)
+        self.objective.scaler.unscale_(self.optimizer)
+        norm = self.objective.clip_gradients(config.grad_clip)
         self._apply(loss, norm, rate)
         state.step += 1
         state.tokens += tokens
@@ -295,61 +292,17 @@ class Trainer:
             state.window[name] = state.window.get(name, 0.0) + value
         state.window.update(lr=rate, grad_norm=norm)
 
-    def _accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Leave in .grad the gradient of the mean loss over all targets; returns that loss and the tokens read."""
-        counts = [self._count_targets(batch) for batch in batches]
-        tokens = sum(count_tokens(batch) for batch in batches)
-        targets, all_tokens = self.distributed.sum([sum(counts), tokens], self.device)
-        if not targets:
-            self._warn("all labels are -100, so the gradient is zero")
-        loss_sum = torch.zeros((), device=self.device)
-        for i, (batch, count) in enumerate(zip(batches, counts)):
-            with gradient_sync(self._parallel, wanted=i == len(batches) - 1):
-                loss = self._weighted_loss(batch, count / max(targets, 1.0))
-                # DistributedDataParallel divides the sum over processes by their number.
-                self.scaler.scale(loss * self.distributed.world_size).backward()
-            loss_sum += loss.detach().float()
-        return self.distributed.sum([float(loss_sum)], self.device)[0], int(all_tokens)
-
-    def _weighted_loss(self, batch: Batch, weight: float) -> Tensor:
-        """The batch's mean loss times its share of all targets; a zero with zero gradients if it has no target."""
-        if weight == 0.0:  # its mean is 0/0, but in parallel this process must still take part
-            if self.distributed.active:
-                self._parallel(**batch)
-            return (
-                sum(
-                    (p.sum() for p in self.model.parameters() if p.requires_grad),
-                    torch.zeros((), device=self.device),
-                )
-                * 0.0
-            )
-        return self._loss(self._parallel, batch) * weight
-
-    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = model(**batch).loss
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"model: its output's loss is {loss!r}, need a tensor: the mean over the labels")
-        return loss
-
-    def _clip_gradients(self) -> float:
-        """Scale gradients down to the clip norm, if they are finite; returns the norm they had."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.grad_clip is not None and math.isfinite(norm):
-            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
-        return float(norm)
-
     def _apply(self, loss: float, norm: float, rate: float) -> None:
         """Take the optimiser step, unless the loss or a gradient is not finite."""
         finite = math.isfinite(loss) and math.isfinite(norm)
-        overflow = math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        scaler = self.objective.scaler
+        overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
         if finite or overflow:  # the scaler skips a step that overflowed, and lowers its scale
-            self.scaler.step(self.optimizer)
+            scaler.step(self.optimizer)
             self.state.nonfinite_in_a_row = 0
         else:
             self._reject(loss, norm, rate)
-        self.scaler.update()
+        scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _reject(self, loss: float, norm: float, rate: float) -> None:
@@ -360,7 +313,7 @@ class Trainer:
         if config.on_nonfinite == "skip" and state.nonfinite_in_a_row <= config.max_nonfinite:
             self._warn(f"{what}: step skipped, {state.nonfinite_in_a_row} in a row")
             return
-        culprit = next((name for name, p in self.model.named_parameters() if not _finite(p.grad)), None)
+        culprit = self.objective.first_gradient_not_finite()
         self.log.add("diverged", state.step, loss=loss, grad_norm=norm, lr=rate, parameter=culprit)
         kept = self.directory.checkpoints()
         raise TrainingDiverged(
@@ -393,18 +346,8 @@ class Trainer:
 
     def _figures(self) -> dict[str, float]:
         """Loss, speed and the rest over the steps since the last "train" record."""
-        window = self.state.window
-        tokens_per_second = window["tokens"] / max(window["seconds"], 1e-9)  # a coarse clock may stand still
-        figures = {
-            "loss": window["loss"] / window["steps"],
-            "lr": window["lr"],
-            "grad_norm": window["grad_norm"],
-            "tokens_per_second": tokens_per_second,
-        }
-        if self._peak_flops and self._flops_per_token:
-            peak = self._peak_flops * self.distributed.world_size
-            figures["mfu"] = tokens_per_second * self._flops_per_token / peak
-        return figures
+        peak = self._peak_flops and self._peak_flops * self.distributed.world_size
+        return figures_of(self.state.window, peak, self._flops_per_token)
 
     def _log_window(self) -> None:
         self._shown = self._figures()
@@ -451,7 +394,7 @@ class Trainer:
         state = {
             "state": asdict(self.state),
             "sampler": self.sampler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.objective.scaler.state_dict(),
             "config": asdict(self.config),
             "world_size": self.distributed.world_size,
         }
@@ -460,54 +403,14 @@ class Trainer:
     def _load(self, folder: Path) -> None:
         """Take over everything `_write` wrote, after checking that it is from the same order of data."""
         saved = read_checkpoint(folder)
-        here = {**asdict(self.config), "world_size": self.distributed.world_size}
-        before = {**saved.options, "world_size": saved.world_size}
-        for name in (*DATA_ORDER, "world_size"):
-            if before[name] != here[name]:
-                raise ConfigError(
-                    f"{name}: {folder} was trained with {before[name]}, this run has {here[name]}"
-                )
+        check_data_order(saved, self.config, self.distributed.world_size, folder)
         self.sampler.load_state_dict(saved.sampler)
         check_optimizer(saved.optimizer, self.optimizer, folder / OPTIMIZER)
         read_model(self.model, folder)
         try:
             self.optimizer.load_state_dict(saved.optimizer)
-            self.scaler.load_state_dict(saved.scaler)
+            self.objective.scaler.load_state_dict(saved.scaler)
             restore_random_state(saved.generators[self.distributed.rank], self.device)
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{folder}: its state cannot be restored ({error})") from None
         self.state = saved.state
-
-    def _batch(self, data: Examples, indices: Sequence[int]) -> Batch:
-        batch = self.collate([data[index] for index in indices])
-        if not isinstance(batch, dict) or "labels" not in batch:
-            raise TypeError('train_data, dev_data: a collated batch must be a dict of tensors with "labels"')
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-
-    def _evaluation_batches(self, data: Examples) -> Iterator[Batch]:
-        """This process's share of the first eval_batches batches (default: all)."""
-        size, number = self.config.batch_size, self.config.eval_batches
-        starts = range(0, len(data), size)[:number]
-        for start in starts[self.distributed.rank :: self.distributed.world_size]:
-            yield self._batch(data, range(start, min(start + size, len(data))))
-
-    def _count_targets(self, batch: Batch) -> int:
-        return count_targets(batch["labels"], shifted=getattr(self.model, "shifts_labels", False))
-
-
-def _step_limit(config: TrainConfig, examples: int, world_size: int) -> int | None:
-    """max_steps or what max_epochs comes to, whichever is less."""
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.max_epochs is not None:
-        limits.append(
-            math.ceil(config.max_epochs * examples / (config.batch_size * config.accumulate * world_size))
-        )
-    return min(limits, default=None)
-
-
-def _peak_flops(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> float | None:
-    return peak_flops(device, dtype) if config.peak_tflops is None else config.peak_tflops * 1e12
-
-
-def _finite(gradient: Tensor | None) -> bool:
-    return gradient is None or bool(torch.isfinite(gradient).all())

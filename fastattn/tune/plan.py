@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fastattn.kernels.tiles import FAMILIES, TMA_ARCH, Tile, family_of, table_tiles
+from fastattn.kernels.tiles import FAMILIES, Tile, family_of, table_tiles
 from fastattn.kernels.tuned import KERNELS, REGISTER_CAPS, TMA_KERNELS, signature
-from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
+from fastattn.spec import TMA_ARCH, AttentionCall, AttentionSpec, GradsNeeded
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FEATURES = (
@@ -62,10 +62,10 @@ class Work:
         spec = AttentionSpec.of(AttentionCall(query, query, value), needs)
         has = self.features.__contains__
         return spec.replace(
-            device="cuda", arch=arch, aligned=True, causal="bottom_right" if has("causal") else "none",
-            window_left=has("window"), mask=has("mask"), bias=has("bias"), segments=has("segments"),
-            key_lengths=has("lengths"), alibi=has("alibi"), softcap=has("softcap"), sinks=has("sinks"),
-            dropout=has("dropout"),
+            device="cuda", arch=arch, aligned=True, describable=True,
+            causal="bottom_right" if has("causal") else "none", window_left=has("window"), mask=has("mask"),
+            bias=has("bias"), segments=has("segments"), key_lengths=has("lengths"), alibi=has("alibi"),
+            softcap=has("softcap"), sinks=has("sinks"), dropout=has("dropout"),
         )  # fmt: skip
 
     def signature(self, arch: int) -> str:

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from fastattn import extension
+from fastattn.backends import cuda, layout
 from fastattn.backends.cuda import attention as cuda_attention
 from fastattn.ops.arguments import call_arguments
 from fastattn.reference import attention as reference_attention
 from fastattn.spec import AttentionCall, AttentionSpec, VarlenCall
+from fastattn.strides import is_expanded
 
 HEADS = torch.empty(1, 2, 32, 64, dtype=torch.float16)
 HOPPER = AttentionSpec.of(AttentionCall(HEADS, HEADS, HEADS)).replace(device="cuda", arch=90)
 BUILT = ("8.0+PTX", "9.0a")
+
+
+def normalised(call: AttentionCall) -> AttentionCall:
+    """The call as it reaches the CUDA backend."""
+    return layout.for_backend(cuda, layout.operands(call))
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
@@ -106,7 +113,7 @@ def test_calls(monkeypatch: pytest.MonkeyPatch, scale: float, options: dict) -> 
         )
     )
     arguments = {**defaults, "causal": False, "dropout_p": 0.0, "scale": scale, **options}
-    call = AttentionCall(*call_arguments(query, key.expand(1, 1, 13, 8), value, **arguments))
+    call = normalised(AttentionCall(*call_arguments(query, key.expand(1, 1, 13, 8), value, **arguments)))
     out, lse = cuda_attention.attention_fwd(AttentionSpec.of(call), call)
     wanted = reference_attention(query, key, value, scale=scale, return_lse=True, **options)
     torch.testing.assert_close((out, lse), wanted)
@@ -116,7 +123,8 @@ def test_expanded_heads_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "module", lambda: SimpleNamespace(attention_forward=_stand_in))
     query = torch.randn(1, 2, 9, 8)
     key = torch.randn(1, 1, 9, 8).expand(1, 2, 9, 8)
-    call = AttentionCall(query, key, key)
+    call = normalised(AttentionCall(query, key, key))
+    assert not any(map(is_expanded, (call.query, call.key, call.value)))
     out, _ = cuda_attention.attention_fwd(AttentionSpec.of(call), call)
     torch.testing.assert_close(out, reference_attention(query, key, key, scale=1.0))
 

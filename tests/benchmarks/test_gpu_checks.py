@@ -54,7 +54,7 @@ def test_a_wrong_backend_is_found(only_torch: None, monkeypatch: pytest.MonkeyPa
         return out * 1.01, lse
 
     monkeypatch.setattr(fastattn, "attention", wrong)
-    findings = list(checks.CHECKS["random"](torch.device("cpu"), 4.0, 0))
+    findings = list(checks.CHECKS["random"](torch.device("cpu"), 1.0, 0))
     assert findings[-1]["status"] == "failed"
     assert "of what is allowed" in findings[0]["detail"]
 
@@ -221,7 +221,7 @@ def _triton_errors() -> list[Exception]:
     ]
 
 
-RAISED = [ValueError("a"), AssertionError(), OSError("disk"), KeyError("x"), RuntimeError("out of resource")]
+RAISED = [AssertionError(), KeyError("x"), RuntimeError("out of resource")]
 RAISED += _triton_errors()
 
 

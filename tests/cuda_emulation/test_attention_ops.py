@@ -11,6 +11,7 @@ from cuda_emulation.extension import EmulatedExtension
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.backends import cuda, layout
 from fastattn.backends.cuda import attention as cuda_attention
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, VarlenCall
 from numerics import assert_within_rule
@@ -80,8 +81,9 @@ def test_only_what_is_needed(emulated_extension: EmulatedExtension, needs: Grads
     spec = AttentionSpec.of(call)
     out, lse = cuda_attention.attention_fwd(spec, call)
     expanded = dout[:, :, :1].expand_as(out)  # as from a sum: its rows have no strides
-    every = cuda_attention.attention_bwd(spec, call, out, lse, expanded, None, GradsNeeded())
-    some = cuda_attention.attention_bwd(spec, call, out, lse, expanded, None, needs)
+    spec, *residuals = layout.upstream(cuda, spec, out, lse, expanded, None)
+    every = cuda_attention.attention_bwd(spec, call, *residuals, GradsNeeded())
+    some = cuda_attention.attention_bwd(spec, call, *residuals, needs)
     for needed, one, all_of_them in zip(needs[:3], some[:3], every[:3]):
         assert (one is not None) == needed
         if needed:
@@ -219,9 +221,8 @@ def test_packed_is_each_sequence(emulated_extension: EmulatedExtension) -> None:
         alone = AttentionCall(*own, causal="bottom_right", scale=0.125)
         own_out, own_lse = cuda_attention.attention_fwd(spec, alone)
         own_dout = dout[None, rows].transpose(1, 2)
-        own_grads = cuda_attention.attention_bwd(
-            spec, alone, own_out, own_lse, own_dout, dlse[None, :, rows], GradsNeeded()
-        )
+        _, *residuals = layout.upstream(cuda, spec, own_out, own_lse, own_dout, dlse[None, :, rows])
+        own_grads = cuda_attention.attention_bwd(spec, alone, *residuals, GradsNeeded())
         assert torch.equal(lse[:, rows], own_lse[0])
         for packed, single in zip((out, *grads[:3]), (own_out, *own_grads[:3])):
             assert torch.equal(packed[rows], single[0].transpose(0, 1))

@@ -199,7 +199,7 @@ def test_saved_programs_and_traces_run_where_fastattn_is_not(tmp_path: Any) -> N
     loaded_elsewhere(tmp_path, "export", "trace")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_aotinductor_package_runs_where_fastattn_is_not(tmp_path: Any) -> None:
     torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "aoti.pt2"))

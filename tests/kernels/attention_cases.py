@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.backends import layout
 from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tile, Tiles
 from fastattn.ops.arguments import call_arguments
@@ -108,9 +109,8 @@ class Inputs:
 
     def call(self) -> AttentionCall:
         """The normalised call a backend gets."""
-        return AttentionCall(
-            *call_arguments(self.query, self.key, self.value, **{**DEFAULTS, **self.options})
-        )
+        args = call_arguments(self.query, self.key, self.value, **{**DEFAULTS, **self.options})
+        return layout.for_backend(backend, layout.operands(AttentionCall(*args)))
 
     def differentiable(self) -> dict[str, Tensor]:
         """Every tensor of the call that has a gradient."""
@@ -126,7 +126,8 @@ def run_triton(inputs: Inputs, tiles: Tiles) -> dict[str, Tensor]:
     assert reason is None, reason
     out, lse = backend.attention_fwd(AttentionSpec.of(call), call, tiles)
     spec = AttentionSpec.of(call, needs)
-    grads = backend.attention_bwd(spec, call, out, lse, inputs.dout, inputs.dlse, needs, tiles)
+    spec, *residuals = layout.upstream(backend, spec, out, lse, inputs.dout, inputs.dlse)
+    grads = backend.attention_bwd(spec, call, *residuals, needs, tiles)
     results = {"out": out, "lse": lse}
     for name in inputs.differentiable():
         grad = getattr(grads, name)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -343,9 +343,9 @@ def write(table: dict[str, Any], made: dict[Entry, Made], wrong: set[Entry]) -> 
     compile_record.store(triton.__version__, rows, current)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(arguments)
     import triton
 
     table = compile_record.load()

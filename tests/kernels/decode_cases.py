@@ -12,6 +12,7 @@ from attention_cases import DEVICE, SMALL_TILE, Maker
 from kv_caches import Cache, Options, expected, rotary_tables
 from torch import Tensor
 
+from fastattn.backends import layout
 from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tile
 from fastattn.ops.kv_cache import _call_arguments
@@ -101,9 +102,10 @@ class Inputs:
 
 def run(call: KVCacheCall, tile: Tile | None = SMALL_TILE) -> tuple[Tensor, Tensor]:
     """(out, lse) of the Triton backend."""
+    call = layout.operands(call)
     spec = AttentionSpec.of(call.attending(call.query, call.k_cache, call.v_cache, call.alibi_slopes))
     assert backend.why_not(spec) is None
-    return backend.kv_cache_fwd(spec, call, tile)
+    return backend.kv_cache_fwd(spec, layout.for_backend(backend, call, spec), tile)
 
 
 def check(case: Case, **changes: Any) -> tuple[Tensor, Tensor]:

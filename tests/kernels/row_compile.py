@@ -69,10 +69,11 @@ def loss_launches(classes: int, dtype: torch.dtype, features: str) -> dict[str, 
     logits, (smoothing, weighted) = torch.empty(4, classes, dtype=dtype), LOSSES[features]
     extras = (torch.empty(classes), 1e-4) if weighted else ()
     call = CrossEntropyCall(logits, torch.zeros(4, dtype=torch.int64), -100, smoothing, *extras)
-    losses, norms, tile = torch.empty(4), torch.empty(4, 2), loss_tile_for(SoftmaxSpec.of(logits))
+    spec, losses, norms = SoftmaxSpec.of(logits), torch.empty(4), torch.empty(4, 2)
+    tile = loss_tile_for(spec)
     return {
-        "cross_entropy_fwd": forward_launch(call, losses, norms, tile),
-        "cross_entropy_bwd": backward_launch(call, losses, norms, logits, tile),
+        "cross_entropy_fwd": forward_launch(spec, call, losses, norms, tile),
+        "cross_entropy_bwd": backward_launch(spec, call, losses, norms, logits, tile),
     }
 
 

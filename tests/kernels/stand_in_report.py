@@ -147,7 +147,6 @@ def held() -> None:
 
 CALLS: dict[str, Callable[[], None]] = {
     "causal D64": lambda: attention(64, BF16, causal="bottom_right"),
-    "full D128": lambda: attention(128, BF16),
     "full D128 by TMA": lambda: attention(128, BF16, tma=True),
     "softcap D80 float16": lambda: attention(80, torch.float16, softcap=5.0, window_left=100),
     "few key heads D128": lambda: attention(128, BF16, group=6, causal="bottom_right"),
@@ -155,7 +154,6 @@ CALLS: dict[str, Callable[[], None]] = {
     "rows of 1000": lambda: rows(1000),
     "cache D128": lambda: kv_cache(128, "8 heads, pages of 16, rotary"),
     "one query D64": lambda: one_query(64),
-    "bias, dropout D64": lambda: featured(64, "bias, dropout"),
     "held": held,
 }
 

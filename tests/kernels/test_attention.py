@@ -10,7 +10,8 @@ from attention_cases import DEVICE, SMALL_TILES, UNEVEN_TILES, Case, Inputs, che
 
 from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tile, Tiles
-from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, empty_in_order
+from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
+from fastattn.strides import empty_in_order
 from numerics import assert_within_rule
 
 BFLOAT = torch.bfloat16

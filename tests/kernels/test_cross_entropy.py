@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from attention_cases import DEVICE
 from torch import Tensor
 
+from fastattn.backends import layout, triton
 from fastattn.backends import linear_cross_entropy as chunked
 from fastattn.backends.torch import cross_entropy as other
 from fastattn.backends.triton import cross_entropy as backend
 from fastattn.kernels import row_tiles
 from fastattn.kernels.row_tiles import RowTile
+from fastattn.ops.cross_entropy_registration import linear_spec
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec
 from numerics import assert_within_rule, plain_in_any_order
 
@@ -97,12 +99,11 @@ def test_gradient_in_place_of_the_logits_and_other_layouts() -> None:
     call, spec = CrossEntropyCall(logits, target, -100, 0.0), SoftmaxSpec.of(logits)
     losses, norms = backend.cross_entropy_fwd(spec, call)
     expected = backend.cross_entropy_bwd(spec, call, upstream, norms)
-    for layout in (logits.T.contiguous().T, torch.cat([logits, logits], 1)[:, :33]):
-        moved = CrossEntropyCall(layout, target, -100, 0.0)
-        assert torch.equal(backend.cross_entropy_fwd(SoftmaxSpec.of(layout), moved)[0], losses)
-        assert torch.equal(
-            backend.cross_entropy_bwd(SoftmaxSpec.of(layout), moved, upstream, norms), expected
-        )
+    for strided in (logits.T.contiguous().T, torch.cat([logits, logits], 1)[:, :33]):
+        spec_of_it, moved = SoftmaxSpec.of(strided), CrossEntropyCall(strided, target, -100, 0.0)
+        moved = layout.for_backend(triton, moved)
+        assert torch.equal(backend.cross_entropy_fwd(spec_of_it, moved)[0], losses)
+        assert torch.equal(backend.cross_entropy_bwd(spec_of_it, moved, upstream, norms), expected)
     assert backend.cross_entropy_bwd(spec, call, upstream, norms, logits) is logits
     assert torch.equal(logits, expected)
 
@@ -130,7 +131,7 @@ def test_under_a_linear_layer(softcap: float, weighted: bool, monkeypatch: pytes
     target[4] = -100
     extras = (torch.rand(37, device=DEVICE), 0.01) if weighted else (None, 0.0)
     call = LinearCrossEntropyCall(hidden, weight, bias, target, -100, 0.1, softcap, *extras)
-    spec, needs = SoftmaxSpec.of(weight.mT[:1]), (True, True, True)
+    spec, needs = linear_spec(hidden, weight, backward=False), (True, True, True)
     losses, norms, kept = backend.linear_cross_entropy_fwd(spec, call, needs)
     expected, _, expected_grads = other.linear_cross_entropy_fwd(spec, call, needs)
     torch.testing.assert_close(losses, expected)

@@ -12,7 +12,7 @@ import fastattn
 from fastattn import reference
 from fastattn.backends.triton.kv_cache import decodes
 from fastattn.kernels.decode_tiles import FEWEST_SPLIT_KEYS
-from fastattn.spec import AttentionCall, AttentionSpec
+from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall
 from numerics import assert_within_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
@@ -87,13 +87,13 @@ def test_a_model_decodes_from_its_cache_this_way(monkeypatch: pytest.MonkeyPatch
     from fastattn.nn.kv_cache import KVCache
 
     lengths: list[int] = []
-    split = triton_kv_cache.single_query_fwd
+    split = triton_kv_cache._attend
 
-    def counted(spec: AttentionSpec, call: AttentionCall) -> Any:
-        lengths.append(call.key.shape[2])
-        return split(spec, call)
+    def counted(spec: AttentionSpec, call: KVCacheCall, *more: Any) -> Any:
+        lengths.extend(call.cache_lengths.tolist())
+        return split(spec, call, *more)
 
-    monkeypatch.setattr(triton_kv_cache, "single_query_fwd", counted)
+    monkeypatch.setattr(triton_kv_cache, "_attend", counted)
     x = torch.randn(2, 5, 32, device=DEVICE)
     outs = []
     for backend in ("triton", "torch"):
@@ -107,4 +107,4 @@ def test_a_model_decodes_from_its_cache_this_way(monkeypatch: pytest.MonkeyPatch
                      for step in (x[:, :3], x[:, 3:4], x[:, 4:])]  # fmt: skip
         outs.append(torch.cat(steps, dim=1))
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
-    assert lengths == [4, 5]
+    assert lengths == [3, 3, 4, 4]  # before each append

@@ -16,6 +16,7 @@ from varlen_cases import Case as PackedCase
 from varlen_cases import Inputs as PackedInputs
 from varlen_cases import run_triton as run_packed
 
+from fastattn.backends import layout
 from fastattn.backends import triton as backend
 from fastattn.kernels import launches
 from fastattn.kernels.launches import forward_launch
@@ -135,7 +136,8 @@ def on_hopper(inputs: Inputs) -> tuple[dict[str, torch.Tensor], list[bool]]:
         patch.setattr(launches.Launch, "run", run)
         out, lse = backend.attention_fwd(AttentionSpec.of(call).replace(arch=90), call)
         spec = AttentionSpec.of(call, needs).replace(arch=90)
-        grads = backend.attention_bwd(spec, call, out, lse, inputs.dout, inputs.dlse, needs)
+        spec, *residuals = layout.upstream(backend, spec, out, lse, inputs.dout, inputs.dlse)
+        grads = backend.attention_bwd(spec, call, *residuals, needs)
     results = {"out": out, "lse": lse, "dquery": grads.query, "dkey": grads.key, "dvalue": grads.value}
     return results, used
 

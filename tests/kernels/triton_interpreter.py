@@ -3,7 +3,8 @@
 Without this, `tl.dot` multiplies the 16-bit patterns of bfloat16 operands as integers and a float32 value stored as
 bfloat16 is cut off instead of rounded; every device function called prepares triton.language anew, every tensor is
 copied onto itself at the end, and every sum and product of integers is computed a second time in 64 bits for an
-assertion that is made in debug mode only, half of a kernel's time. Triton interprets only where TRITON_INTERPRET=1 was set before its import.
+assertion that is made in debug mode only, half of a kernel's time. Triton interprets only where TRITON_INTERPRET=1 was
+set before its import.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Correction:
         self._replace(self.module, "_patch_lang", self._patch_once)
         self._replace(self.module, "_get_np_dtype", self._remembered)
         builder = self.module.interpreter_builder
-        self._replace(builder, "options", lambda original: replace(original, sanitize_overflow=original.debug))
+        self._replace(
+            builder, "options", lambda original: replace(original, sanitize_overflow=original.debug)
+        )
 
     def remove(self) -> None:
         """Put Triton's own functions back."""

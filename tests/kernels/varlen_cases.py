@@ -12,6 +12,7 @@ from attention_cases import DEVICE, SMALL_TILES, Maker, Options
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.backends import layout
 from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tiles
 from fastattn.ops.varlen import _call_arguments
@@ -82,7 +83,8 @@ class Inputs:
             "causal": False, "window": None, "alibi_slopes": None, "softcap": None, "sinks": None, "dropout_p": 0.0,
             "dropout_seed": None, "scale": None,
         }  # fmt: skip
-        return VarlenCall(*_call_arguments(*tensors, **{**defaults, **self.options}))
+        args = _call_arguments(*tensors, **{**defaults, **self.options})
+        return layout.for_backend(backend, layout.operands(VarlenCall(*args)))
 
     def differentiable(self) -> dict[str, Tensor]:
         """Every tensor of the call that has a gradient."""
@@ -123,7 +125,8 @@ def run_triton(inputs: Inputs, tiles: Tiles) -> dict[str, Tensor]:
     reason = backend.why_not(spec)
     assert reason is None, reason
     out, lse = backend.varlen_fwd(AttentionSpec.of(call.as_one_sequence()), call, tiles)
-    grads = backend.varlen_bwd(spec, call, out, lse, inputs.dout, inputs.dlse, needs, tiles)
+    spec, *residuals = layout.upstream(backend, spec, out, lse, inputs.dout, inputs.dlse)
+    grads = backend.varlen_bwd(spec, call, *residuals, needs, tiles)
     return {"out": out, "lse": lse, **gradients(inputs, grads)}
 
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastattn.generation.sampling import sample
+from fastattn.generation.sampling import draw, shares
 from fastattn.models import GPT, GPTConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 11, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -54,8 +54,21 @@ TAKES: dict[str, set[str]] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), OPTIONAL | {"0"}),
     "eos_token_id": OPTIONAL | {"0", "list"},
     "positions": set(),
+    "norm": set(),
     "activation_function": set(),
     "dropout": OPTIONAL | {"0"},
+    "head_dim": OPTIONAL,
+    **dict.fromkeys(("rope_scaling", "rope_local_base_freq", "layer_types"), OPTIONAL),
+    **dict.fromkeys(
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), OPTIONAL | FLOATS
+    ),
+    **{
+        key: {"True", "False"}
+        for key in ("scale_embedding", "sandwich_norms", "gated_mlp", "train_pad_embedding")
+    },
+    "norm_unit_offset": {"False"},
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), OPTIONAL | {"True", "False"}),
+    "model_type": OPTIONAL | {"text", "number in text"},
 }
 
 
@@ -103,11 +116,22 @@ PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
 GENERATE_TAKES: dict[str, set[str]] = {
     "input_ids": set(),
     "attention_mask": OPTIONAL,
-    "max_new_tokens": {"0"},
-    "do_sample": {"True", "False"},
-    "temperature": {"1.5", "huge"},
-    "top_k": OPTIONAL | {"huge"},
-    "top_p": OPTIONAL,
+    "max_new_tokens": {"0"},  # 20 tokens, the default, are too many here
+    "do_sample": OPTIONAL | {"True", "False"},
+    "temperature": OPTIONAL | {"1.5", "huge"},
+    **dict.fromkeys(("top_k", "top_p"), OPTIONAL),
+    "min_p": OPTIONAL | {"0"},
+    "repetition_penalty": OPTIONAL | {"1.5", "huge"},
+    "presence_penalty": OPTIONAL | {"0", "-1", "1.5", "-0.5", "huge"},
+    "num_beams": OPTIONAL,
+    "length_penalty": OPTIONAL | {"0", "-1", "1.5", "-0.5"},
+    "early_stopping": OPTIONAL | {"True", "False"},
+    "num_return_sequences": OPTIONAL,
+    "stop_strings": OPTIONAL | {"text", "number in text", "list of text"},
+    "tokenizer": OPTIONAL,
+    "logits_processor": OPTIONAL | {"list"},
+    "prompt_lookup_num_tokens": OPTIONAL,
+    "prefill_chunk_size": OPTIONAL,
     "eos_token_id": OPTIONAL | {"0", "list"},
     "pad_token_id": OPTIONAL | {"0"},
     "seed": OPTIONAL | {"0", "-1"},
@@ -117,14 +141,27 @@ GENERATE_TAKES: dict[str, set[str]] = {
 }
 
 
+class Letters:
+    """Decodes an id to a letter."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
 @pytest.mark.parametrize(
     "argument", [n for n in inspect.signature(GPT.generate).parameters if n not in ("model", "self")]
 )
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_generate_refuses_by_name_what_means_nothing(argument: str, kind: str) -> None:
     model = make()
-    sampling = {} if argument in ("do_sample", "max_new_tokens") else {"do_sample": True}
-    options = {"input_ids": PROMPT, "max_new_tokens": 2, **sampling, argument: HOSTILE[kind]}
+    needs: dict[str, Any] = {"do_sample": True}
+    if argument in ("do_sample", "max_new_tokens", "num_beams"):
+        needs = {}
+    elif argument in ("length_penalty", "early_stopping"):
+        needs = {"num_beams": 2}
+    elif argument == "stop_strings":
+        needs = {"tokenizer": Letters(), "pad_token_id": 0}
+    options = {"input_ids": PROMPT, "max_new_tokens": 2, **needs, argument: HOSTILE[kind]}
     if kind in GENERATE_TAKES[argument]:
         out = model.generate(**options)
         assert out.shape[0] == 2
@@ -192,8 +229,8 @@ def test_weights_that_are_not_finite_are_named_and_no_token_is_drawn(value: floa
 @pytest.mark.parametrize("options", [{"temperature": 5e-324}, {"temperature": 1e-40}, {"top_p": 5e-324}])
 def test_the_coldest_and_narrowest_sampling_is_greedy(options: dict[str, float]) -> None:
     logits = 30 * torch.randn(50, 61)
-    settings: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    assert torch.equal(sample(logits, generator=None, **settings), logits.argmax(-1))
+    settings: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, **options}
+    assert torch.equal(draw(shares(logits, **settings), torch.rand(50, 1).double()), logits.argmax(-1))
 
 
 # Argument of GPT.forward -> hostile values that it takes.
@@ -203,6 +240,7 @@ FORWARD_TAKES: dict[str, set[str]] = {
     "cache": OPTIONAL,
     "logits_to_keep": {"0"},
     "return_logits": OPTIONAL | {"True", "False"},
+    **{key: {"True", "False"} for key in ("output_hidden_states", "output_attentions")},
 }
 
 

@@ -201,7 +201,7 @@ def test_config_written_by_an_older_transformers(copied):
 @pytest.mark.parametrize(
     ("entries", "name"),
     [
-        ({"model_type": "llama"}, "model_type"),
+        ({"model_type": "mamba"}, "model_type"),
         ({}, "model_type"),
         ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),

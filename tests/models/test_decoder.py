@@ -24,6 +24,39 @@ KINDS = {
     "alibi": {"positions": "alibi"},
     "gqa, window, qk_norm": {"positions": "rotary", "num_kv_heads": 2, "window": 5, "qk_norm": True},
     "no bias, untied": {"bias": False, "tie_word_embeddings": False, "n_inner": 40},
+    "sinusoidal": {"positions": "sinusoidal", "scale_embedding": True},
+    "llama": {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "gated_mlp": True,
+        "activation_function": "silu",
+        "bias": False,
+        "num_kv_heads": 2,
+        "n_inner": 44,
+        "tie_word_embeddings": False,
+    },
+    "gemma": {
+        "positions": "rotary",
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rope_local_base_freq": 100.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "window": 5,
+        "norm": "rmsnorm",
+        "norm_unit_offset": True,
+        "sandwich_norms": True,
+        "qk_norm": True,
+        "head_dim": 12,
+        "num_kv_heads": 1,
+        "query_pre_attn_scalar": 20.0,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 6.0,
+        "scale_embedding": True,
+        "gated_mlp": True,
+        "activation_function": "gelu_pytorch_tanh",
+        "bias": False,
+        "attention_bias": True,
+        "attention_out_bias": False,
+    },
 }
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 
@@ -72,51 +105,71 @@ def state_of(theirs):
 def by_hand(model, tokens):
     """The forward pass written out with plain torch operations and explicit scores, float64."""
     config, w = model.config, model.state_dict()
-    heads, kv_heads, dim = config.n_head, config.kv_heads, config.head_dim
+    heads, kv_heads, dim, width = config.n_head, config.kv_heads, config.head_dim, config.n_embd
     length = tokens.shape[1]
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    hidden = (distance < 0) | (distance >= (config.window or length))
-    x = w["wte.weight"][tokens]
-    if config.positions == "learned":
-        x = x + w["wpe.weight"][:length]
 
     def norm(x, name):
-        return F.layer_norm(
-            x, (config.n_embd,), w[f"{name}.weight"], w.get(f"{name}.bias"), config.layer_norm_epsilon
-        )
+        weight = w[f"{name}.weight"]
+        if config.norm == "layernorm":
+            return F.layer_norm(x, (width,), weight, w.get(f"{name}.bias"), config.layer_norm_epsilon)
+        x = x * (x.square().mean(-1, keepdim=True) + config.layer_norm_epsilon) ** -0.5
+        return x * (weight + 1 if config.norm_unit_offset else weight)
 
-    def rotate(t):
-        angles = torch.arange(length)[:, None] * config.rope_theta ** (
-            -torch.arange(0, dim, 2).double() / dim
-        )
+    def head_norm(x, name):
+        return norm(x, name) if config.norm == "rmsnorm" else F.rms_norm(x, (dim,), w[f"{name}.weight"])
+
+    def project(x, name):
+        return F.linear(x, w[f"{name}weight"], w.get(f"{name}bias"))
+
+    def rotate(t, local):
+        base = config.rope_local_base_freq if local else config.rope_theta
+        stretch = config.rope_scaling["factor"] if config.rope_scaling and not local else 1
+        angles = torch.arange(length)[:, None] / stretch * base ** (-torch.arange(0, dim, 2).double() / dim)
         z = torch.complex(t[..., : dim // 2], t[..., dim // 2 :]) * torch.polar(
             torch.ones_like(angles), angles
         )
         return torch.cat((z.real, z.imag), dim=-1)
 
+    def cap(x, limit):
+        return x if limit is None else limit * torch.tanh(x / limit)
+
+    x = w["wte.weight"][tokens]
+    if config.scale_embedding:
+        x = x * width**0.5
+    if config.positions == "learned":
+        x = x + w["wpe.weight"][:length]
+    if config.positions == "sinusoidal":
+        for p in range(length):
+            for d in range(width):
+                angle = p / 10000 ** (d // 2 * 2 / width)
+                x[:, p, d] += math.cos(angle) if d % 2 else math.sin(angle)
     for i in range(config.n_layer):
         p = f"h.{i}."
-        h = norm(x, p + "ln_1")
-        packed = F.linear(h, w[p + "attn.in_proj_weight"], w.get(p + "attn.in_proj_bias"))
+        sliding = config.window and (config.layer_types is None or "sliding" in config.layer_types[i])
+        hidden = (distance < 0) | (distance >= (config.window if sliding else length))
+        packed = project(norm(x, p + "ln_1"), p + "attn.in_proj_")
         q, k, v = packed.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
         q, k, v = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k, v))
         if config.qk_norm:
-            q, k = (F.rms_norm(t, (dim,), w[p + f"attn.{n}_norm.weight"]) for n, t in (("q", q), ("k", k)))
+            q, k = head_norm(q, p + "attn.q_norm"), head_norm(k, p + "attn.k_norm")
         if config.positions == "rotary":
-            q, k = rotate(q), rotate(k)
+            local = sliding and config.rope_local_base_freq is not None
+            q, k = rotate(q, local), rotate(k, local)
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
-        scores = q @ k.mT / math.sqrt(dim)
+        scores = cap(q @ k.mT / math.sqrt(config.query_pre_attn_scalar or dim), config.attn_logit_softcapping)
         if config.positions == "alibi":
             slopes = torch.tensor([2.0 ** (-8 * (n + 1) / heads) for n in range(heads)], dtype=torch.float64)
             scores = scores - slopes[:, None, None] * distance
         h = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
-        x = x + F.linear(
-            h.transpose(1, 2).flatten(-2), w[p + "attn.out_proj.weight"], w.get(p + "attn.out_proj.bias")
-        )
-        h = F.linear(norm(x, p + "ln_2"), w[p + "mlp.c_fc.weight"], w.get(p + "mlp.c_fc.bias"))
-        h = F.gelu(h, approximate="tanh")
-        x = x + F.linear(h, w[p + "mlp.c_proj.weight"], w.get(p + "mlp.c_proj.bias"))
-    return norm(x, "ln_f") @ w["lm_head.weight"].T
+        h = project(h.transpose(1, 2).flatten(-2), p + "attn.out_proj.")
+        x = x + (norm(h, p + "ln_1_out") if config.sandwich_norms else h)
+        h = project(norm(x, p + "ln_2"), p + "mlp.c_fc.")
+        gate, rest = h.chunk(2, dim=-1) if config.gated_mlp else (h, 1)
+        h = F.silu(gate) if config.activation_function == "silu" else F.gelu(gate, approximate="tanh")
+        h = project(h * rest, p + "mlp.c_proj.")
+        x = x + (norm(h, p + "ln_2_out") if config.sandwich_norms else h)
+    return cap(norm(x, "ln_f") @ w["lm_head.weight"].T, config.final_logit_softcapping)
 
 
 @every_kind
@@ -281,6 +334,25 @@ def test_a_tied_weight_has_the_sum_of_both_gradients(what, keep):
     torch.testing.assert_close(weight.grad, 2 * expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padding_token_that_is_read_trains_its_embedding_or_not(tied):
+    options = {"pad_token_id": 5, "tie_word_embeddings": tied}
+    tokens = ids(2, 9).clamp(min=6)
+    tokens[:, 3:5] = 5
+    grads = []
+    for trains in (True, False):
+        model = make(**options, train_pad_embedding=trains).train()
+        assert (model.wte.weight[5] == 0).all() != trains
+        torch.nn.init.normal_(model.wte.weight, generator=torch.Generator().manual_seed(0))
+        model(tokens, labels=tokens).loss.backward()
+        grads.append(model.wte.weight.grad)
+    others = torch.arange(SIZES["vocab_size"]) != 5
+    torch.testing.assert_close(grads[1][others], grads[0][others])
+    assert not torch.equal(grads[1][5], grads[0][5])
+    if not tied:
+        assert (grads[1][5] == 0).all()
+
+
 def test_a_run_after_an_unfinished_one_takes_nothing_of_it():
     model, tokens = make().train(), ids(3, 9)
     out = model(tokens, labels=tokens)
@@ -421,8 +493,9 @@ def test_compiles_without_breaks():
         torch.testing.assert_close(actual.loss, expected.loss)
 
 
-def test_exports():
-    model = make(dtype=torch.float32)
+@pytest.mark.parametrize("kind", ["learned", "gemma"])
+def test_exports(kind):
+    model = make(dtype=torch.float32, **KINDS[kind])
     tokens = ids(1, 7)
     program = torch.export.export(model, (tokens,))
     torch.testing.assert_close(program.module()(tokens).logits, model(tokens).logits)

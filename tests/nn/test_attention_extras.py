@@ -1,8 +1,11 @@
 """What MultiHeadAttention can and torch's cannot: windows, positions, sinks, grouped heads, caches."""
 
+from functools import partial
+
 import pytest
 import torch
 from multi_head_pairs import EMBED, HEADS, pair
+from torch import nn
 
 from fastattn import reference
 from fastattn.nn.attention import MultiHeadAttention
@@ -24,7 +27,8 @@ def by_hand(module, x, **options):
         table = module.rotary.table(torch.arange(x.shape[1]), torch.float64)
         q, k = apply_rotary(q, table), apply_rotary(k, table)
     out = reference.attention(q, k, v, **options)
-    return out.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T + module.out_proj.bias
+    out = out.transpose(1, 2).flatten(-2) @ module.out_proj.weight.T
+    return out if module.out_proj.bias is None else out + module.out_proj.bias
 
 
 EXTRAS = {
@@ -35,6 +39,11 @@ EXTRAS = {
     "alibi": ({"alibi": True}, {"alibi_slopes": alibi_slopes(HEADS)}),
     "softcap": ({"softcap": 0.5}, {"softcap": 0.5}),
     "qk_norm": ({"qk_norm": True}, {}),
+    "norms of a function": ({"qk_norm": partial(nn.RMSNorm, dtype=torch.float64)}, {}),
+    "head_dim": ({"head_dim": 10}, {}),
+    "head_dim, grouped": ({"head_dim": 3, "num_kv_heads": 2}, {}),
+    "no output bias": ({"out_bias": False}, {}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
     "all": (
         {"num_kv_heads": 2, "rotary": True, "window": (3, 0), "alibi": True, "softcap": 2.0, "qk_norm": True},
         {"window": (3, 0), "alibi_slopes": alibi_slopes(HEADS), "softcap": 2.0},
@@ -116,6 +125,19 @@ def test_gqa_parameters_are_narrow_and_named_alike():
     assert (module.in_proj_bias == 0).all()
 
 
+def test_a_head_dim_of_its_own_is_initialised_as_torch_would():
+    module = MultiHeadAttention(26, 4, head_dim=10, num_kv_heads=2, bias=False, out_bias=True)
+    assert module.in_proj_weight.shape == (80, 26)
+    assert module.out_proj.weight.shape == (26, 40)
+    assert module.out_proj.weight.abs().max() <= 40**-0.5
+    assert module.in_proj_bias is None
+    assert (module.out_proj.bias == 0).all()
+    assert module(*[torch.randn(3, 26)] * 3)[0].shape == (3, 26)
+    assert all(text in repr(module) for text in ("head_dim=10", "num_heads=4"))
+    same = MultiHeadAttention(24, 4, head_dim=6, kdim=5, vdim=7)  # torch's own width
+    assert same.head_dim == 6
+
+
 def test_segments_and_lengths_hide_what_they_should():
     _, ours = pair(batch_first=True)
     x = torch.randn(1, 8, EMBED, dtype=torch.float64)
@@ -149,3 +171,91 @@ def test_cache_decodes_what_the_whole_sequence_gives(options):
     assert cache.length == cache.capacity == 9
     with torch.no_grad(), pytest.raises(ValueError, match="cache"):
         module(x[:, :1], x[:, :1], x[:, :1], causal=True, cache=cache)
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, object]]:
+    """The options of each call that a cache makes of a function."""
+    from fastattn.nn import kv_cache
+
+    seen: list[dict[str, object]] = []
+    function = getattr(kv_cache, name)
+
+    def noting(*tensors: object, **options: object) -> object:
+        seen.append(options)
+        return function(*tensors, **options)
+
+    monkeypatch.setattr(kv_cache, name, noting)
+    return seen
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rotary": True, "num_kv_heads": 2, "qk_norm": True}, {"alibi": True, "window": (4, 0)},
+     {"sinks": True, "softcap": 5.0}],
+)  # fmt: skip
+def test_steps_behind_a_prompt_go_to_the_cache_op(options, batch_first, monkeypatch):
+    torch.manual_seed(0)
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=batch_first, dtype=torch.float64, **options)
+    x = torch.randn(2, 9, EMBED, dtype=torch.float64)
+    if not batch_first:
+        x = x.transpose(0, 1)
+    whole = module(x, x, x, causal=True, need_weights=False)[0]
+    cache = KVCache(2, module.num_kv_heads, 12, module.head_dim, dtype=torch.float64)
+    steps = calls_of(monkeypatch, "attention_kv_cache")
+    with torch.no_grad():
+        parts = [
+            module(part, part, part, causal=True, need_weights=False, cache=cache)[0]
+            for part in x.split([3, 1, 4, 1], dim=int(batch_first))
+        ]
+    torch.testing.assert_close(torch.cat(parts, dim=int(batch_first)), whole)
+    assert len(steps) == 3
+    assert cache.length == 9
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"window": (3, 0)}, {"alibi": True}, {"num_kv_heads": 2, "sinks": True}]
+)
+@pytest.mark.parametrize(
+    ("hidden", "at_the_end"),
+    [([0, 0], True), ([3, 1], True), ([8, 0], True), ([-3, -1], False), ([-2, 2], False)],
+    ids=str,
+)
+def test_steps_of_padded_batches(extra, hidden, at_the_end, monkeypatch):
+    """A padding mask over all keys held hides the last ones of each sequence, or (below 0) the first ones."""
+    torch.manual_seed(0)
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64, **extra)
+    x = torch.randn(2, 8, EMBED, dtype=torch.float64)
+    places = torch.arange(8)
+    padding = torch.stack([places >= 8 - n if n >= 0 else places < -n for n in hidden])
+    step = x[:, 7:]
+    with torch.no_grad():
+        expected = module(step, x, x, padding, causal=True, need_weights=False)[0]
+    cache = KVCache(2, module.num_kv_heads, 10, module.head_dim, dtype=torch.float64)
+    steps = calls_of(monkeypatch, "attention_kv_cache")
+    with torch.no_grad():
+        module(x[:, :7], x[:, :7], x[:, :7], causal=True, need_weights=False, cache=cache)
+        out = module(step, step, step, padding, causal=True, need_weights=False, cache=cache)[0]
+    torch.testing.assert_close(out, expected)
+    assert cache.length == 8
+    placed = "window" in extra or "alibi" in extra
+    assert len(steps) == (at_the_end and not placed)
+
+
+def test_what_the_cache_op_cannot_say_goes_to_attention(monkeypatch):
+    """Weights, a bias, segments, lengths, dropout and grad mode, with the results of keys given at once."""
+    torch.manual_seed(0)
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64).requires_grad_(False)
+    x = torch.randn(2, 8, EMBED, dtype=torch.float64)
+    steps = calls_of(monkeypatch, "attention_kv_cache")
+    ids = torch.tensor([[0] * 4 + [1] * 4] * 2)
+    for options in (
+        {"need_weights": True}, {"attn_mask": torch.randn(1, 8, dtype=torch.float64), "need_weights": False},
+        {"segment_ids": (ids[:, 7:], ids), "need_weights": False},
+        {"key_lengths": torch.tensor([5, 8]), "need_weights": False}, {"need_weights": False},
+    ):  # fmt: skip
+        cache = KVCache(2, HEADS, 10, module.head_dim, dtype=torch.float64)
+        module(x[:, :7], x[:, :7], x[:, :7], causal=True, need_weights=False, cache=cache)
+        out = module(x[:, 7:], x[:, 7:], x[:, 7:], causal=True, cache=cache, **options)[0]
+        torch.testing.assert_close(out, module(x[:, 7:], x, x, causal=True, **options)[0])
+    assert not steps

@@ -62,6 +62,10 @@ def test_constructor_errors_are_torchs():
     [
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"rotary": Rotary(8)}, "rotary"),
+        ({"head_dim": 0}, "head_dim: got 0"),
+        ({"head_dim": 2.5}, "head_dim: got 2.5"),
+        ({"head_dim": 5, "kdim": 7}, "head_dim: got 5, which with kdim"),
+        ({"scale": float("nan")}, "scale: got nan"),
         ({"alibi": torch.ones(3)}, "alibi"),
         ({"add_bias_kv": True, "rotary": True}, "add_bias_kv"),
         ({"add_zero_attn": True, "window": (1, 1)}, "add_zero_attn"),

@@ -146,3 +146,20 @@ def test_what_a_layer_needs_of_a_changed_source_is_refused(calls):
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+@needs_onednn
+def test_a_shape_that_comes_again_goes_to_onednn_earlier(monkeypatch):
+    rows, products = module.REPEATED_MIN_ROWS, module.REPEATED_MIN_PRODUCTS
+    seen = []
+    product = torch_compat.onednn_linear
+    monkeypatch.setattr(torch_compat, "onednn_linear", lambda *args: seen.append(1) or product(*args))
+    weight = torch.randn(products // rows // 256, 256)
+    assert weight.numel() < module.ONEDNN_MIN_WEIGHTS
+    for count, repeated, expected in ((rows, True, 1), (rows - 1, True, 0), (rows, False, 0)):
+        x = torch.randn(count, 256)
+        torch.testing.assert_close(linear(x, weight, repeated=repeated), F.linear(x, weight))
+        assert len(seen) == expected, (count, repeated)
+        seen.clear()
+    linear(torch.randn(rows, 255), weight[:, :255], repeated=True)  # fewer products
+    assert not seen

@@ -1,5 +1,7 @@
 """Rotary tables against transformers and complex numbers, ALiBi slopes, positions from masks and segments."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,9 +9,12 @@ from fastattn.nn.positions import (
     Rotary,
     alibi_slopes,
     apply_rotary,
+    lengths_of_segments,
     positions_from_mask,
     positions_in_segments,
+    sinusoids,
 )
+from fastattn.nn.rotary_scaling import RotaryScaling
 
 
 def test_rotary_is_llamas():
@@ -108,3 +113,76 @@ def test_positions_in_segments():
     expected = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 0, 1, 2, 0]])
     assert torch.equal(positions_in_segments(ids), expected)
     assert positions_in_segments(ids[:, :0]).shape == (2, 0)
+
+
+SCALINGS = {
+    "default": (None, {}),
+    "linear": (RotaryScaling("linear", 2.5, 16), {"factor": 2.5}),
+    "dynamic": (RotaryScaling("dynamic", 2.0, 16), {"factor": 2.0}),
+    "yarn": (RotaryScaling("yarn", 4.0, 16), {"factor": 4.0, "original_max_position_embeddings": 16}),
+    "yarn, its own numbers": (
+        RotaryScaling(
+            "yarn", 3.0, 64, beta_fast=9.0, beta_slow=0.3, mscale=0.7, mscale_all_dim=0.9, truncate=False
+        ),
+        {
+            "factor": 3.0, "original_max_position_embeddings": 64, "beta_fast": 9.0, "beta_slow": 0.3,
+            "mscale": 0.7, "mscale_all_dim": 0.9, "truncate": False,
+        },
+    ),
+    "yarn, a magnitude given": (
+        RotaryScaling("yarn", 4.0, 16, attention_factor=1.3),
+        {"factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.3},
+    ),
+    "llama3": (
+        RotaryScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0),
+        {"factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("length", [9, 40])
+def test_tables_have_the_bits_of_transformers(name, length):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling, numbers = SCALINGS[name]
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=16,
+        rope_parameters={"rope_type": name.split(",")[0], "rope_theta": 500.0, **numbers},
+    )  # fmt: skip
+    positions = torch.arange(length)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
+    ours = Rotary(32, base=500.0, scaling=scaling).table(positions)
+    assert torch.equal(ours[0], cos[0, :, :16])
+    assert torch.equal(ours[1], sin[0, :, :16])
+
+
+def test_dynamic_scaling_goes_by_each_sequences_length():
+    rotary = Rotary(8, scaling=RotaryScaling("dynamic", 2.0, 4))
+    long, short = rotary.table(torch.arange(9)), rotary.table(torch.arange(3))
+    batch = rotary.table(torch.stack((torch.arange(9), torch.arange(9).clamp(max=2))))
+    for part in (0, 1):
+        assert torch.equal(batch[part][0], long[part])
+        assert torch.equal(batch[part][1, :3], short[part])
+        assert torch.equal(short[part], Rotary(8).table(torch.arange(3))[part])
+    steps = rotary.table(torch.arange(9), lengths=torch.arange(9) + 1)
+    assert torch.equal(steps[0][8], long[0][8])
+    assert torch.equal(steps[0][:4], Rotary(8).table(torch.arange(4))[0])
+    assert rotary.table(torch.arange(0))[0].shape == (0, 4)
+
+
+def test_sinusoids_are_the_papers_formula():
+    table = sinusoids(torch.tensor([[0, 1, 7]]), 6, torch.float64)
+    for row, position in enumerate((0, 1, 7)):
+        for i in range(3):
+            angle = position / 10000 ** (2 * i / 6)
+            assert table[0, row, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-15)
+            assert table[0, row, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-15)
+    assert sinusoids(torch.arange(3), 5).shape == (3, 5)
+    assert sinusoids(torch.arange(3), 4, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_lengths_of_segments():
+    segments = torch.tensor([[3, 3, 3, 1, 2, 2], [0, 0, 0, 0, 0, -1]])
+    assert lengths_of_segments(segments).tolist() == [[3, 3, 3, 1, 2, 2], [5, 5, 5, 5, 5, 1]]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn import torch_compat
 from fastattn.ops import plan
 
 OFF = "plan"
@@ -175,3 +176,64 @@ def test_explain_says_what_the_plan_does(name: str) -> None:
     said = fastattn.explain(*tensors, **{k: v for k, v in options.items() if k != "return_lse"})
     assert (said.backend, said.backward) == (planned.chosen.NAME, planned.backward.NAME)
     assert planned.spec == said.spec
+
+
+def no_key(tensors: object) -> None:
+    raise AssertionError("a guard was to find the plan")
+
+
+def test_a_guard_finds_a_plan_that_a_key_found_once(
+    hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = heads(torch.float32)
+    lengths, slopes = torch.tensor([3, 4], dtype=torch.int32), torch.rand(4)
+    kinds: list[dict[str, object]] = [
+        {}, {"causal": True}, {"key_lengths": lengths}, {"alibi_slopes": slopes}, {"sinks": slopes},
+        {"alibi_slopes": slopes, "sinks": -slopes}, {"key_lengths": lengths, "dropout_p": 0.5, "dropout_seed": 3},
+    ]  # fmt: skip
+    expected = [fastattn.attention(*tensors, **options) for options in kinds]
+    for _ in range(2):
+        for options in kinds:
+            fastattn.attention(*tensors, **options)
+    monkeypatch.setattr(torch_compat, "state_of_call", no_key)
+    hits.clear()
+    for options, out in zip(kinds, expected):
+        assert torch.equal(fastattn.attention(*tensors, **options), out)
+    assert hits == [True] * len(kinds)
+
+
+@pytest.mark.parametrize("can_guard", [False, True])
+def test_plans_are_found_where_no_guard_can_help(
+    can_guard: bool, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has none, and where one tensor is given several times."""
+    monkeypatch.setattr(torch_compat.state, "_CAN_GUARD", can_guard)
+    x = heads(torch.float32)[0]
+    for _ in range(5):
+        fastattn.attention(x, x, x)
+    assert hits == [False, False, True, True, True]
+    assert not plan._guarded
+
+
+def test_a_guard_keeps_no_tensor_and_guards_are_few(hits: list[bool]) -> None:
+    """Calls that look alike at a glance: the same shapes in several memory orders and dtypes."""
+    import gc
+    import weakref
+
+    made = [
+        tensors
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for tensors in (heads(dtype), in_order(heads(dtype)))
+    ]
+    for _ in range(2):
+        for tensors in made:
+            for _ in range(3):
+                fastattn.attention(*tensors)
+    assert hits[18:] == [True] * 18
+    (guarded,) = plan._guarded.values()
+    assert len(guarded) == plan.MOST_GUARDS
+    kept = weakref.ref(made[-1][0])
+    made.clear()
+    del tensors
+    gc.collect()
+    assert kept() is None

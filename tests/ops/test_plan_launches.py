@@ -101,3 +101,32 @@ def test_triton_launches_the_same_with_a_plan(name: str, monkeypatch: pytest.Mon
         assert plan.count() == 1
         assert found[0] == found[1] == found[2] == found[3]
         assert found[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_plans_know_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one shape with one set of strides, aligned or one element later; and gradients may come from anywhere."""
+    from fastattn.kernels.arguments import Launch
+    from fastattn.kernels.variants import AttentionVariant
+
+    launches: list[Any] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launches.append(launch))
+
+    def units() -> set[int]:
+        found = {arg.unit for launch in launches for arg in launch.args if isinstance(arg, AttentionVariant)}
+        launches.clear()
+        return found
+
+    def moved(t: Tensor) -> Tensor:
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    aligned = [t.requires_grad_() for t in heads(torch.float16)]
+    later = [moved(t.detach()).requires_grad_() for t in aligned]
+    for _ in range(4):
+        for tensors, unit in ((aligned, 8), (later, 1), ([aligned[0], later[1], aligned[2]], 1)):
+            out = fastattn.attention(*tensors, backend="triton")
+            assert units() == {unit}
+            for dout in (torch.ones_like(out), moved(torch.ones_like(out))):
+                torch.autograd.grad(out, tensors, dout, retain_graph=True)
+                assert units() == {unit if dout.data_ptr() % 16 == 0 else 1}
+    assert plan.count() == 3

@@ -36,7 +36,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
 def stand_in(real: ModuleType, found: Ran) -> Any:
     module: Any = ModuleType(real.NAME)
-    module.NAME = real.NAME
+    module.NAME, module.LAYOUT = real.NAME, real.LAYOUT
     module.why_not = lambda spec: real.why_not(spec.replace(device="cuda", arch=90))
     if hasattr(real, "why_not_auto"):
         module.why_not_auto = lambda spec: real.why_not_auto(spec.replace(device="cuda", arch=90))

@@ -78,7 +78,9 @@ def test_plain_labels_weigh_by_the_targets_there_are(make_trainer):
     model(**whole).loss.backward()
     expected = model.wte.weight.grad.clone()
     model.zero_grad()
-    make_trainer(model=model)._accumulate([{k: v[i : i + 1] for k, v in whole.items()} for i in range(4)])
+    make_trainer(model=model).objective.accumulate(
+        [{k: v[i : i + 1] for k, v in whole.items()} for i in range(4)]
+    )
     torch.testing.assert_close(model.wte.weight.grad, expected, rtol=1e-6, atol=1e-9)
 
 

@@ -82,11 +82,11 @@ def half_precision(monkeypatch):
 
 def test_loss_scaling_trains_and_resumes_bit_by_bit(make_trainer, half_precision):
     straight = make_trainer(out="straight", max_steps=12)
-    assert straight.scaler.is_enabled()
-    straight.scaler._growth_interval = 5
+    assert straight.objective.scaler.is_enabled()
+    straight.objective.scaler._growth_interval = 5
     losses = [r["loss"] for r in straight.fit().log if r["event"] == "train"]
     assert losses[-1] < losses[0]
-    assert straight.scaler.get_scale() == 4 * 2.0**16
+    assert straight.objective.scaler.get_scale() == 4 * 2.0**16
 
     def interrupt(record):
         if record["event"] == "train" and record["step"] == 7:
@@ -94,21 +94,21 @@ def test_loss_scaling_trains_and_resumes_bit_by_bit(make_trainer, half_precision
 
     parts = {"out": "parts", "max_steps": 12, "log_every": 7}
     first = make_trainer(**parts, keywords={"on_record": interrupt})
-    first.scaler._growth_interval = 5
+    first.objective.scaler._growth_interval = 5
     first.fit()
     second = make_trainer(**parts, resume="auto", model=make_model(seed=3))
     second.fit()
-    assert second.scaler.state_dict() == straight.scaler.state_dict()
+    assert second.objective.scaler.state_dict() == straight.objective.scaler.state_dict()
     assert torch.equal(second.model.head.weight, straight.model.head.weight)
 
 
 def test_an_overflow_under_loss_scaling_is_no_divergence(make_trainer, half_precision):
     trainer = make_trainer(max_steps=6)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    trainer.objective.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     before = trainer.model.head.weight.detach().clone()
     trainer._train_step()
     assert torch.equal(before, trainer.model.head.weight)
-    assert trainer.scaler.get_scale() == 2.0**119
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert trainer.objective.scaler.get_scale() == 2.0**119
+    trainer.objective.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     trainer._train_step()
     assert not torch.equal(before, trainer.model.head.weight)

@@ -45,7 +45,7 @@ def test_accumulated_gradient_is_that_of_one_big_batch(make_trainer, parts):
     trainer = make_trainer(model=model)
     size = 8 // parts
     batches = [{k: v[i : i + size] for k, v in whole.items()} for i in range(0, 8, size)]
-    loss, tokens = trainer._accumulate(batches)
+    loss, tokens = trainer.objective.accumulate(batches)
     assert tokens == whole["input_ids"].numel()
     assert loss == pytest.approx(expected_loss.item(), rel=1e-6)
     for name, gradient in gradients(model).items():
@@ -68,9 +68,12 @@ def test_a_model_that_shifts_labels_itself_is_counted_by_its_targets(make_traine
     model = make_model()
     model.shifts_labels = True
     ids = torch.randint(0, VOCAB, (2, 9))
-    assert make_trainer(model=model)._count_targets({"input_ids": ids, "labels": ids}) == 16
+    assert make_trainer(model=model).objective.count_targets({"input_ids": ids, "labels": ids}) == 16
     model.shifts_labels = False
-    assert make_trainer(model=model, out="other")._count_targets({"input_ids": ids, "labels": ids}) == 18
+    assert (
+        make_trainer(model=model, out="other").objective.count_targets({"input_ids": ids, "labels": ids})
+        == 18
+    )
 
 
 def test_batch_size_and_accumulation_are_interchangeable(make_trainer):
@@ -214,9 +217,9 @@ def test_a_second_ctrl_c_does_not_wait(make_trainer):
 
 def test_gradients_are_clipped_to_the_norm_and_the_log_has_the_norm_before(make_trainer):
     trainer = make_trainer(grad_clip=0.01)
-    trainer._accumulate([ragged_batch(8)])
+    trainer.objective.accumulate([ragged_batch(8)])
     before = math.sqrt(sum(float(p.grad.square().sum()) for p in trainer.model.parameters()))
-    assert trainer._clip_gradients() == pytest.approx(before, rel=1e-5)
+    assert trainer.objective.clip_gradients(trainer.config.grad_clip) == pytest.approx(before, rel=1e-5)
     after = math.sqrt(sum(float(p.grad.square().sum()) for p in trainer.model.parameters()))
     assert after == pytest.approx(0.01, rel=1e-3)
 

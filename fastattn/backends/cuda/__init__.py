@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn import extension
+from fastattn.backends import layout
 from fastattn.backends.cuda import attention as cuda_attention
 from fastattn.backends.cuda.attention import attention_bwd, attention_fwd, varlen_bwd, varlen_fwd
 from fastattn.backends.cuda.attention import attention_tiles as tiles
@@ -24,6 +25,7 @@ from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
     "DTYPES",
+    "LAYOUT",
     "MEASURED_ROWS",
     "MIN_ARCH",
     "NAME",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 NAME = "cuda"
+LAYOUT = layout.UNEXPANDED
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -17,8 +17,6 @@ from fastattn.spec import (
     AttentionSpec,
     GradsNeeded,
     VarlenCall,
-    empty_in_order,
-    with_unit_last_stride,
 )
 
 ARCH = 90  # whose wgmma and TMA the kernels are written for
@@ -99,10 +97,10 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Ten
     """(out, lse) of a call."""
     query, scale = _with_positive_scale(call.query, call.scale)
     out, lse = extension.module().attention_forward(
-        _with_plain_strides(query),
-        _with_plain_strides(call.key),
-        _with_plain_strides(call.value),
-        None if call.key_lengths is None else call.key_lengths.contiguous(),
+        query,
+        call.key,
+        call.value,
+        call.key_lengths,
         *_mask_options(call),
         call.softcap,
         scale,
@@ -123,14 +121,14 @@ def attention_bwd(
     """The gradients a call needs, bitwise the same on every run."""
     query, scale = _with_positive_scale(call.query, call.scale)
     grads = extension.module().attention_backward(
-        _with_aligned_rows(dout),
-        _with_plain_strides(query),
-        _with_plain_strides(call.key),
-        _with_plain_strides(call.value),
-        _with_aligned_rows(out),
-        lse.contiguous(),
-        None if dlse is None else dlse.contiguous(),
-        None if call.key_lengths is None else call.key_lengths.contiguous(),
+        dout,
+        query,
+        call.key,
+        call.value,
+        out,
+        lse,
+        dlse,
+        call.key_lengths,
         *_mask_options(call),
         call.softcap,
         scale,
@@ -145,11 +143,11 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), lse (H, T)); tokens of no sequence get 0 and -inf. Never waits for the device."""
     query, scale = _with_positive_scale(call.query, call.scale)
     out, lse = extension.module().varlen_forward(
-        _with_plain_strides(query),
-        _with_plain_strides(call.key),
-        _with_plain_strides(call.value),
-        call.cu_seqlens_q.contiguous(),
-        call.cu_seqlens_k.contiguous(),
+        query,
+        call.key,
+        call.value,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
         *_mask_options(call),
         call.softcap,
         scale,
@@ -169,15 +167,15 @@ def varlen_bwd(
     """Gradients of (out, lse) of packed sequences; tokens of no sequence get 0. Never waits for the device."""
     query, scale = _with_positive_scale(call.query, call.scale)
     grads = extension.module().varlen_backward(
-        _with_aligned_rows(dout),
-        _with_plain_strides(query),
-        _with_plain_strides(call.key),
-        _with_plain_strides(call.value),
-        _with_aligned_rows(out),
-        lse.contiguous(),
-        None if dlse is None else dlse.contiguous(),
-        call.cu_seqlens_q.contiguous(),
-        call.cu_seqlens_k.contiguous(),
+        dout,
+        query,
+        call.key,
+        call.value,
+        out,
+        lse,
+        dlse,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
         *_mask_options(call),
         call.softcap,
         scale,
@@ -221,19 +219,3 @@ def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale > 0.0:
         return query, scale
     return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
-
-
-def _with_plain_strides(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only where columns are apart or a dimension is expanded: TMA needs real strides."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
-        return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
-    return with_unit_last_stride(tensor)
-
-
-def _with_aligned_rows(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only where some 8 columns do not begin at a multiple of 16 bytes."""
-    tensor = _with_plain_strides(tensor)
-    steps = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1]
-    if tensor.data_ptr() % 16 == 0 and all(step % HEAD_DIM_MULTIPLE == 0 for step in steps):
-        return tensor
-    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)

@@ -13,7 +13,6 @@ from fastattn.spec import (
     LinearCrossEntropyCall,
     SoftmaxCall,
     SoftmaxSpec,
-    with_unit_last_stride,
 )
 
 CLUSTER_ARCH = 90  # the first compute capability with thread block clusters
@@ -47,8 +46,7 @@ def softmax_bwd(
 def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
     """(losses, norms), float32: (N,), 0 where ignored, and the parts of lse, (N, 2)."""
     losses, norms = extension.module().cross_entropy_forward(
-        with_unit_last_stride(call.logits), call.target.contiguous(), call.ignore_index, call.label_smoothing,
-        call.class_weight, call.z_loss,
+        call.logits, call.target, call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss
     )  # fmt: skip
     return losses, norms
 
@@ -57,10 +55,9 @@ def cross_entropy_bwd(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """The gradient of the logits, as `torch_cross_entropy` states it, written to `out` if given, which may be z."""
-    logits = with_unit_last_stride(call.logits)
     dlogits: Tensor = extension.module().cross_entropy_backward(
-        dlosses.float().contiguous(), norms.contiguous(), logits, call.target.contiguous(),
-        call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss, out,
+        dlosses.float(), norms, call.logits, call.target, call.ignore_index, call.label_smoothing,
+        call.class_weight, call.z_loss, out,
     )  # fmt: skip
     return dlogits
 

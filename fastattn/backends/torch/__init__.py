@@ -1,5 +1,6 @@
 """The backend for every device: torch operations, in O(S) memory, forward and backward."""
 
+from fastattn.backends import layout
 from fastattn.backends.torch.attention import (
     attention_bwd,
     attention_fwd,
@@ -19,6 +20,7 @@ from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
+    "LAYOUT",
     "MAKES_GRADIENTS",
     "NAME",
     "attention_bwd",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 NAME = "torch"
+LAYOUT = layout.STRIDED
 MAKES_GRADIENTS = ("cross_entropy_fwd",)
 
 

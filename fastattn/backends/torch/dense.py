@@ -1,4 +1,4 @@
-"""The backward of calls with few keys in dense products, in as many operations as the formula has."""
+"""The backward of calls with few keys: dense matrix products, one torch operation for each of the formula."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype, empty_in_order
+from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype
+from fastattn.strides import in_order
 
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
 
@@ -25,12 +26,13 @@ def additive(hidden: Tensor | None, group_size: int, dtype: torch.dtype) -> Tens
     return mask.masked_fill_(hidden, -torch.inf).repeat(group_size, 1)
 
 
-def dense_bwd(call: AttentionCall, mask: Tensor | None, dout: Tensor) -> AttentionGrads:
+def dense_bwd(
+    query: Tensor, key: Tensor, value: Tensor, dout: Tensor, scale: float, mask: Tensor | None
+) -> AttentionGrads:
     """The gradients where every row sees a finite score: the weights come from the scores anew, and so sum to 1.
 
     mask: from `additive`; None = all pairs attend.
     """
-    query, key, value, scale = call.query, call.key, call.value, call.scale
     dtype = accumulation_dtype(query.dtype)
     operands = [query, dout, key, value]
     if dtype != query.dtype:
@@ -53,11 +55,3 @@ def _like(grad: Tensor, operand: Tensor) -> Tensor:
     if grad.dtype != operand.dtype:
         grad = grad.to(operand.dtype)
     return grad if operand.is_contiguous() else in_order(grad, operand)
-
-
-def in_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the memory order of `like`, copied only where it has another."""
-    if tensor.is_contiguous() and like.is_contiguous():
-        return tensor
-    wanted = empty_in_order(like, tuple(tensor.shape))
-    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)

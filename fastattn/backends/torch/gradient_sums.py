@@ -1,4 +1,4 @@
-"""The gradients of one call while tiles add to them."""
+"""The accumulators of one call's gradients, to which tiles add."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastattn.backends.torch.parts import Part, cols_of, grouped, rows_of
 from fastattn.backends.torch.schedule import Tile
-from fastattn.spec import AttentionCall, accumulation_dtype, empty_in_order
+from fastattn.spec import AttentionCall, accumulation_dtype
+from fastattn.strides import empty_in_order
 
 
 class GradientSums:

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.attention import attention_fwd, with_sinks
-from fastattn.backends.torch.dense import in_order
 from fastattn.rotary import apply_rotary
 from fastattn.spec import (
     AttentionSpec,
     KVCacheCall,
     accumulation_dtype,
-    empty_in_order,
-    with_unit_last_stride,
 )
+from fastattn.strides import empty_in_order, in_order, with_adjacent_columns
 
 
 def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor]:
@@ -38,7 +36,8 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
     one_query = single_query.can_run(spec)
     out: Tensor | None = None
     for rows, keys, values in _sequences(call, [length + call.new_keys for length in lengths]):
-        keys, values = with_unit_last_stride(keys), with_unit_last_stride(values)
+        # caches have any strides: only what is read of them is copied
+        keys, values = with_adjacent_columns(keys), with_adjacent_columns(values)
         results = _of_one_query(call, query[rows], keys, values) if one_query else None
         if results is None:
             slopes = call.alibi_slopes

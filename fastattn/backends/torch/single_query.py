@@ -1,11 +1,14 @@
 """One query per sequence and head: products of all keys with the queries that share them, for every key/value head.
 
-With several threads the bits of torch's fused kernel depend on a sequence's place in its batch, and in 16 bits it is
-several times slower than these products. A product of the keys with the queries, not of the queries with the keys, has
-the same bits in every batch. One thread runs the fused kernel in float32, which starts fewer operations.
+A batch of matrix products has the same bits for a matrix wherever it stands in the batch, alone excepted: one matrix
+by itself is multiplied by other code, and so goes twice. torch's fused kernel has no such bits with several threads:
+each has a scratch buffer behind that of the one before, so that their alignment, on which products of few rows
+depend, is that of the thread. One thread runs it where keys are few or shared, as it starts fewer operations.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -15,6 +18,11 @@ from fastattn.backends.torch.fused import is_regular
 from fastattn.spec import AttentionSpec, accumulation_dtype
 
 WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a core's cache
+FEW_ELEMENTS = 2**17  # of the keys of one sequence, up to which it matters what starting an operation costs
+KEYS_FIRST_MIN_DIM = 128  # head dim from which MKL reads long float32 keys faster as the first operand
+_NOTHING = {
+    dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)
+}  # is added to products
 
 
 def can_run(spec: AttentionSpec) -> bool:
@@ -37,71 +45,135 @@ def single_query(
     Returns:
         out (B, H, 1, Dv) and lse (B, H, 1), contiguous.
     """
+    out, lse = _results(query, key, value, scale, exact_scores, wants_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def single_query_out(query: Tensor, key: Tensor, value: Tensor, scale: float, exact_scores: bool) -> Tensor:
+    """The first result of `single_query`, with the same bits."""
+    return _results(query, key, value, scale, exact_scores, wants_lse=False)[0]
+
+
+def _results(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, exact_scores: bool, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     batch, num_heads, _, head_dim = query.shape
-    if _fused_is_invariant(query, value) and scale > 0:
-        rows = query.reshape(batch, key.shape[1], num_heads // key.shape[1], head_dim)
-        out, lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
-        if is_regular(lse):
-            return out.reshape(batch, num_heads, 1, head_dim), lse.reshape(batch, num_heads, 1)
-        apart = True  # those of the batch that are regular keep their bits
-    else:
-        apart = not (_batch_merges(key) and _batch_merges(value))
-    if batch > 1 and apart:
-        each = [
-            single_query(query[b : b + 1], key[b : b + 1], value[b : b + 1], scale, exact_scores)
-            for b in range(batch)
-        ]
-        return torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])
-    groups = batch * key.shape[1]  # one for each key/value head of each sequence
-    queries = query.reshape(groups, num_heads // key.shape[1], head_dim)
-    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    num_kv_heads, seqlen, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    group_size = num_heads // num_kv_heads
     dtype = query.dtype
     wide = accumulation_dtype(dtype)
-    if dtype == wide or (not exact_scores and torch_compat.has_fast_products(dtype)):
-        out, lse = _products(queries, keys, values, scale, wide)
+    elements = num_kv_heads * seqlen * head_dim
+    out: Tensor
+    lse: Tensor | None
+    if dtype != wide and elements <= FEW_ELEMENTS:
+        # a product in 16 bits takes longer to start than to widen so few
+        count = max(1, WIDENED_ELEMENTS // elements)
+        few = [
+            _results(
+                *(t[first : first + count].to(wide) for t in (query, key, value)),
+                scale, exact_scores, wants_lse,
+            )
+            for first in range(0, batch, count)
+        ]  # fmt: skip
+        out, lse = few[0] if len(few) == 1 else _joined(few)
+        return out.to(dtype), lse
+    most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, query.dtype, scale)
+    apart = False
+    if seqlen <= most_fused and torch.get_num_threads() == 1:
+        rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
+        out, row_lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
+        if is_regular(row_lse):
+            if group_size > 1:
+                out = out.reshape(batch, num_heads, 1, head_dim)
+            return out, row_lse.reshape(batch, num_heads, 1)
+        apart = True  # those of the batch that are regular keep their bits
+    if batch > 1 and (apart or not (_batch_merges(key) and _batch_merges(value))):
+        each = [
+            _results(query[b : b + 1], key[b : b + 1], value[b : b + 1], scale, exact_scores, wants_lse)
+            for b in range(batch)
+        ]
+        return _joined(each)
+    groups = batch * num_kv_heads  # one for each key/value head of each sequence
+    queries = query.reshape(groups, group_size, head_dim)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    keys_first = head_dim >= KEYS_FIRST_MIN_DIM and elements > FEW_ELEMENTS
+    if dtype == wide:
+        out, lse = _products(queries, keys, values, scale, keys_first, wants_lse)
+    elif not exact_scores and torch_compat.has_fast_products(dtype):
+        out, lse = _products(queries, keys, values, scale, True, wants_lse)
     else:
-        step = max(1, WIDENED_ELEMENTS // (keys.shape[1] * max(head_dim, values.shape[2])))
+        step = max(1, WIDENED_ELEMENTS // (seqlen * max(head_dim, value_dim)))
         parts = [
             _products(
                 queries[first : first + step].to(wide),
                 keys[first : first + step].to(wide),
                 values[first : first + step].to(wide),
                 scale,
-                wide,
+                keys_first,
+                wants_lse,
             )
             for first in range(0, groups, step)
         ]
-        out, lse = parts[0] if len(parts) == 1 else (torch.cat(results) for results in zip(*parts))
+        out, lse = _joined(parts)
         out = out.to(dtype)
-    return out.view(batch, num_heads, 1, values.shape[2]), lse.view(batch, num_heads, 1)
+    return out.view(batch, num_heads, 1, value_dim), None if lse is None else lse.view(batch, num_heads, 1)
 
 
-def _fused_is_invariant(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's fused kernel has the same bits in every batch here, and holds the error rule."""
-    dim = query.shape[3]
-    return (
-        torch.get_num_threads() == 1
-        and query.dtype in (torch.float32, torch.float64)
-        and dim == value.shape[3]
-        and dim % 8 == 0
-        and torch_compat.has_cpu_flash_attention(backward=False)
-    )
+def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    lses = [lse for _, lse in results if lse is not None]
+    return torch.cat([out for out, _ in results]), torch.cat(lses) if lses else None
+
+
+def most_fused_keys(
+    num_kv_heads: int, group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, scale: float
+) -> int:
+    """Up to how many keys one thread runs torch's fused kernel, where that keeps the error rule; no number depends on
+    the batch."""
+    if (
+        dtype not in (torch.float32, torch.float64)
+        or head_dim != value_dim
+        or head_dim % 8
+        or not scale > 0
+        or not torch_compat.has_cpu_flash_attention(backward=False)
+    ):
+        return 0
+    shared = group_size > 1 and head_dim < KEYS_FIRST_MIN_DIM
+    return sys.maxsize if shared else FEW_ELEMENTS // (num_kv_heads * head_dim)
 
 
 def _products(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, keys_first: bool, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """(out (n, group, Dv), lse (n, group)) of queries (n, group, D), keys (n, S, D) and values (n, S, Dv)."""
-    scores = torch.bmm(keys, queries.mT).mT.to(wide, memory_format=torch.contiguous_format)
-    scores = scores.contiguous().mul_(scale)
-    largest = scores.amax(-1)
+    if queries.shape[0] == 1:  # two threads take no longer for two
+        queries, keys, values = (t.expand(2, -1, -1) for t in (queries, keys, values))
+        out, lse = _products(queries, keys, values, scale, keys_first, wants_lse)
+        return out[:1], None if lse is None else lse[:1]
+    wide = accumulation_dtype(queries.dtype)
+    first, second = (keys, queries.mT) if keys_first else (queries, keys.mT)
+    if scale == 0 or queries.dtype != wide:
+        scores = torch.bmm(first, second)
+    else:
+        scores = torch.baddbmm(_NOTHING[wide], first, second, beta=0, alpha=scale)
+    if keys_first:
+        scores = scores.mT.to(wide, memory_format=torch.contiguous_format).contiguous()
+    if scale == 0 or queries.dtype != wide:
+        scores = scores.mul_(scale)
     probs = torch.softmax(scores, -1)
-    lse = largest - probs.amax(-1).log_()  # the largest weight is exp(0) / sum
     out = torch.bmm(probs.to(values.dtype), values)
-    lowest = lse.min().item()
-    if lowest != lowest:  # NaN: a score was NaN or +inf, or a row has only scores of -inf and so no weight
+    largest = lse = None
+    if wants_lse:
+        largest = scores.amax(-1)
+        lse = largest - probs.amax(-1).log_()  # the largest weight is exp(0) / sum
+    one_of_each = probs.select(-1, 0).sum().item()
+    if (
+        one_of_each != one_of_each
+    ):  # NaN: a score was NaN or +inf, or a row has only scores of -inf and so no weight
+        largest = scores.amax(-1) if largest is None else largest
         unseen = largest == -torch.inf
-        out, lse = out.masked_fill(unseen[..., None], 0), lse.masked_fill(unseen, -torch.inf)
+        out = out.masked_fill(unseen[..., None], 0)
+        lse = None if lse is None else lse.masked_fill(unseen, -torch.inf)
     return out, lse
 
 

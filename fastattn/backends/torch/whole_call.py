@@ -12,16 +12,15 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused, single_query
 from fastattn.backends.torch.attention import attention_fwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, in_order, runs_dense
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
+from fastattn.strides import in_order
 from fastattn.visibility import distances
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Cached = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, list[int]], tuple[Tensor, Tensor] | None
-]
+Cached = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int], Any]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], AttentionGrads | None]
 
 
@@ -75,9 +74,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         def run_dense(
             query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
         ) -> AttentionGrads | None:
-            if not lse.min().item() > -torch.inf:  # NaN too
-                return None
-            return dense_bwd(AttentionCall(query, key, value, scale=scale), mask, dout)
+            return dense_bwd(query, key, value, dout, scale, mask) if fused.is_finite(lse) else None
 
         return run_dense
     if (
@@ -91,7 +88,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
     def run(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
     ) -> AttentionGrads | None:
-        if not lse.min().item() > -torch.inf:
+        if not fused.is_finite(lse):
             return None
         grads = torch_compat.cpu_flash_attention_backward(
             dout, query, key, value, out, lse.contiguous(), causal, None, scale
@@ -101,10 +98,11 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
     return run
 
 
-def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall) -> Cached | None:
-    """(query, k_cache, v_cache, key, value, lengths) -> (out, lse) for calls like this one, as `kv_cache_fwd`.
+def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) -> Cached | None:
+    """(query, k_cache, v_cache, key, value, start) -> what `kv_cache_fwd` gives for calls like this one whose sequences
+    all hold `start` tokens: (out, lse), or out alone.
 
-    None where one query does not see all that is in a dense cache; the result is None where lengths differ.
+    None where one query does not see all that is in a dense cache; the result is None where there is nothing to see.
     """
     more = call.block_table is not None or call.rotary_cos is not None or call.alibi_slopes is not None
     banded = call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0)
@@ -114,25 +112,42 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall) -> Cached | None:
     one = (call.query, call.k_cache[:, :, :1], call.v_cache[:, :, :1])  # any other number is one tile too
     if _only_tile(spec, call.attending(*one, None)) is None or not single_query.can_run(spec):
         return None
-    attend = partial(_single_query, call.scale, False)  # no gradient is computed from lse
-    new_keys = call.new_keys
+    scale, new_keys, group_size = call.scale, call.new_keys, spec.group_size
+    batch, num_heads, _, _ = call.query.shape
+    num_kv_heads = num_heads // group_size
+    dim = spec.head_dim  # the values' too
+    most_fused = single_query.most_fused_keys(num_kv_heads, group_size, dim, dim, spec.dtype, scale)
+    flash = torch_compat.cpu_flash_kernel()
+    k_strides, v_strides = call.k_cache.stride(), call.v_cache.stride()
+    k_step, v_step = k_strides[2], v_strides[2]
+    rows, shape = (batch, num_kv_heads, group_size, dim), (batch, num_heads, 1, dim)
+    added, contiguous = (batch, num_kv_heads, new_keys, dim), call.query.is_contiguous()
 
     def run(
-        query: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        lengths: list[int],
-    ) -> tuple[Tensor, Tensor] | None:
-        first = lengths[0]
-        total = first + new_keys
-        if not total or lengths.count(first) != len(lengths):
+        query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None, start: int
+    ) -> Any:
+        total = start + new_keys
+        if not total:
             return None
+        # as_strided takes half the time of narrow
         if key is not None and value is not None:
-            k_cache.narrow(2, first, new_keys).copy_(key)
-            v_cache.narrow(2, first, new_keys).copy_(value)
-        return attend(query, k_cache.narrow(2, 0, total), v_cache.narrow(2, 0, total))
+            k_cache.as_strided(added, k_strides, k_cache.storage_offset() + start * k_step).copy_(key)
+            v_cache.as_strided(added, v_strides, v_cache.storage_offset() + start * v_step).copy_(value)
+        keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
+        values = v_cache.as_strided((batch, num_kv_heads, total, dim), v_strides)
+        if total <= most_fused and torch.get_num_threads() == 1:
+            folded = query if group_size == 1 else query.reshape(rows)
+            out, lse = flash(folded, keys, values, 0.0, False, scale=scale)
+            if fused.is_regular(lse):
+                if group_size > 1:
+                    out = out.reshape(shape)
+                if not contiguous:  # as out is, of one query
+                    out = in_order(out, query)
+                return (out, lse.reshape(batch, num_heads, 1)) if return_lse else out
+        # no gradient is computed from lse
+        if return_lse:
+            return _single_query(scale, False, query, keys, values)
+        return in_order(single_query.single_query_out(query, keys, values, scale, exact_scores=False), query)
 
     return run
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 
+from fastattn.backends import layout
 from fastattn.backends.triton.attention import (
     attention_bwd,
     attention_fwd,
@@ -28,6 +28,7 @@ from fastattn.spec import MAX_HEAD_DIM, AttentionSpec, SoftmaxSpec
 
 __all__ = [
     "DTYPES",
+    "LAYOUT",
     "MIN_ARCH",
     "NAME",
     "attention_bwd",
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 NAME = "triton"
+LAYOUT = layout.ROWS
+INSTALLED = importlib.util.find_spec("triton") is not None  # a trace of torch 2.9 cannot look for it
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE_SOURCES = {"measured": "measured here", "model": "by the cycle model"}
@@ -109,9 +112,8 @@ def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     return f"forward {chosen.forward}{source}"
 
 
-@cache
 def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return INSTALLED
 
 
 def _interpreting() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +13,8 @@ from fastattn.spec import (
     AttentionSpec,
     GradsNeeded,
     WeightsGradsNeeded,
-    empty_in_order,
 )
+from fastattn.strides import empty_in_order
 
 if TYPE_CHECKING:
     from fastattn.kernels.launches import Packing, UpstreamGrads
@@ -29,12 +28,12 @@ def attention_fwd(
     """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
     from fastattn.backends.triton.kv_cache import decodes, single_query_fwd
     from fastattn.kernels.launches import forward_launch
+    from fastattn.kernels.tuned import tiles_for
 
-    call = with_plain_layouts(call)
     if tiles is None and packing is None and decodes(spec):
         return single_query_fwd(spec, call)
     query, value = call.query, call.value
-    tile = (tiles or tiles_that_fit(spec, call, packing is not None)).forward
+    tile = (tiles or tiles_for(spec, packing is not None)).forward
     out = empty_in_order(query, (*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     forward_launch(spec, call, out, lse, _key_blocks(call, tile), tile, packing).run()
@@ -54,11 +53,9 @@ def attention_bwd(
 ) -> AttentionGrads:
     """The gradients a call, or packed sequences, need, bitwise the same on every run."""
     from fastattn.kernels.launches import UpstreamGrads, delta_launch
+    from fastattn.kernels.tuned import tiles_for
 
-    call = with_plain_layouts(call)
-    out, dout, lse = _unit_stride(out), _unit_stride(dout), lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    tiles = tiles or tiles_that_fit(spec, call, packing is not None, dout)
+    tiles = tiles or tiles_for(spec, packing is not None)
     delta, reference = torch.empty_like(lse), torch.empty_like(lse)
     delta_launch(spec, call, lse, reference, out, dout, dlse, delta).run()
     lse_correction = _lse_correction(spec, call, lse, tiles.dq)
@@ -84,12 +81,10 @@ def attention_weights_fwd(
     from fastattn.kernels.launches import weights_launch
     from fastattn.kernels.tiles import table_tiles
 
-    call = with_plain_layouts(call)
     batch, num_heads, seqlen_q, _ = call.query.shape
     heads = () if mean else (num_heads,)
     weights = call.query.new_empty((batch, *heads, seqlen_q, call.key.shape[2]))
     tile = (tiles or table_tiles(spec)).dbias
-    lse = lse.contiguous()
     weights_launch(spec, call, lse, _lse_correction(spec, call, lse, tile), weights, mean, tile).run()
     return weights
 
@@ -107,7 +102,6 @@ def attention_weights_bwd(
     from fastattn.kernels.launches import UpstreamGrads, delta_launch
     from fastattn.kernels.tiles import tiles_without_tma
 
-    call, lse = with_plain_layouts(call), lse.contiguous()
     num_heads = call.query.shape[1]
     tiles = tiles or tiles_without_tma(spec)
     lse_correction = _lse_correction(spec, call, lse, tiles.dq)
@@ -127,23 +121,6 @@ def attention_weights_bwd(
     )
     dbias = _bias_grad(spec, call, upstream_grads, tiles.dbias) if needs.bias else None
     return dquery if needs.query else None, dkey, dlse if needs.lse else None, dbias, dslopes
-
-
-def tiles_that_fit(
-    spec: AttentionSpec, call: AttentionCall, packed: bool, dout: Tensor | None = None
-) -> Tiles:
-    """The tiles of a call: those that load by TMA are replaced where it cannot load the operands."""
-    from fastattn.kernels.launches import fits_tma
-    from fastattn.kernels.tiles import tiles_without_tma
-    from fastattn.kernels.tuned import tiles_for
-
-    tiles = tiles_for(spec, packed)
-    with_tma = [name for name in ("forward", "dkdv", "dq") if getattr(tiles, name).tma]
-    operands = [call.query, call.key, call.value, *([] if dout is None else [dout])]
-    if not with_tma or fits_tma(spec, operands):
-        return tiles
-    others = tiles_without_tma(spec)
-    return replace(tiles, **{name: getattr(others, name) for name in with_tma})
 
 
 def _lse_correction(spec: AttentionSpec, call: AttentionCall, lse: Tensor, tile: Tile) -> Tensor | None:
@@ -307,26 +284,3 @@ def _segment_blocks(ids: Tensor, other_ids: Tensor, block: int, other_block: int
     blocks = ids.new_empty((ids.shape[0], -(-ids.shape[1] // block), 4), dtype=torch.int32)
     segment_blocks_launch(ids, other_ids, blocks, block, other_block).run()
     return blocks
-
-
-def with_plain_layouts(call: AttentionCall) -> AttentionCall:
-    """The call with the layouts kernels rely on: adjacent columns in q, k, v, and small tensors contiguous."""
-
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.contiguous()
-
-    return replace(
-        call,
-        query=_unit_stride(call.query),
-        key=_unit_stride(call.key),
-        value=_unit_stride(call.value),
-        query_segments=contiguous(call.query_segments),
-        key_segments=contiguous(call.key_segments),
-        key_lengths=contiguous(call.key_lengths),
-        alibi_slopes=contiguous(call.alibi_slopes),
-        sinks=contiguous(call.sinks),
-    )
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fastattn.backends import linear_cross_entropy
 from fastattn.backends.linear_cross_entropy import LinearGrads
-from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, with_unit_last_stride
+from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec
 
 if TYPE_CHECKING:
     from fastattn.kernels.row_tiles import RowTile
@@ -23,10 +22,9 @@ def cross_entropy_fwd(
     from fastattn.kernels.cross_entropy_launches import forward_launch
     from fastattn.kernels.row_tiles import loss_tile_for
 
-    call = _with_plain_layouts(call)
     losses = call.logits.new_empty(call.logits.shape[0], dtype=torch.float32)
     norms = losses.new_empty(losses.shape[0], 2)
-    forward_launch(call, losses, norms, tile or loss_tile_for(spec)).run()
+    forward_launch(spec, call, losses, norms, tile or loss_tile_for(spec)).run()
     return losses, norms
 
 
@@ -42,11 +40,8 @@ def cross_entropy_bwd(
     from fastattn.kernels.cross_entropy_launches import backward_launch
     from fastattn.kernels.row_tiles import loss_tile_for
 
-    call = _with_plain_layouts(call)
     dlogits = torch.empty_like(call.logits, memory_format=torch.contiguous_format) if out is None else out
-    backward_launch(
-        call, dlosses.contiguous(), norms.contiguous(), dlogits, tile or loss_tile_for(spec)
-    ).run()
+    backward_launch(spec, call, dlosses, norms, dlogits, tile or loss_tile_for(spec)).run()
     return dlogits
 
 
@@ -65,7 +60,3 @@ def linear_cross_entropy_bwd(
 ) -> LinearGrads:
     """The gradients of hidden, weight and bias that are needed, from logits computed again."""
     return linear_cross_entropy.backward(spec, call, dlosses, norms, needs, cross_entropy_bwd)
-
-
-def _with_plain_layouts(call: CrossEntropyCall) -> CrossEntropyCall:
-    return replace(call, logits=with_unit_last_stride(call.logits), target=call.target.contiguous())

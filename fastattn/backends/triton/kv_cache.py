@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall, empty_in_order, with_unit_last_stride
+from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall
+from fastattn.strides import empty_in_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,6 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
     from fastattn.kernels.decode_launches import append_launch
     from fastattn.kernels.decode_tiles import decode_tile_for
 
-    call = _with_plain_layouts(call)
     if call.key is not None:
         append_launch(spec, call).run()
     if tile is None:
@@ -147,15 +147,3 @@ def _keys_seen(call: KVCacheCall) -> int:
     if call.window_left < 0 or right < 0:
         return call.capacity
     return min(call.capacity, call.window_left + call.query.shape[2] + right)
-
-
-def _with_plain_layouts(call: KVCacheCall) -> KVCacheCall:
-    """The call with the layouts kernels rely on; the caches stay as they are."""
-    changed: dict[str, Any] = {}
-    for name in ("query", "key", "value", "block_table", "rotary_cos", "rotary_sin"):
-        if (tensor := getattr(call, name)) is not None and tensor.stride(-1) != 1:
-            changed[name] = with_unit_last_stride(tensor)
-    for name in ("cache_lengths", "alibi_slopes", "sinks"):
-        if (tensor := getattr(call, name)) is not None and not tensor.is_contiguous():
-            changed[name] = tensor.contiguous()
-    return replace(call, **changed) if changed else call

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn.backends.triton.attention import tiles_that_fit
 from fastattn.backends.triton.kv_cache import decodes
-from fastattn.spec import AttentionCall, AttentionSpec, empty_in_order
+from fastattn.spec import AttentionCall, AttentionSpec
+from fastattn.strides import empty_in_order
 
 OPERANDS = 5  # query, key, value, out and lse come first in the forward kernel's parameters
 
@@ -21,10 +21,11 @@ def attention_fwd_plan(
     launches take more than these tensors. lse always is contiguous."""
     from fastattn.kernels.arguments import descriptor_of
     from fastattn.kernels.launches import forward_launch
+    from fastattn.kernels.tuned import tiles_for
 
     if decodes(spec):
         return None
-    tile = tiles_that_fit(spec, call, packed=False).forward
+    tile = tiles_for(spec).forward
     out = empty_in_order(call.query, (*call.query.shape[:3], call.value.shape[3]))
     shape, strides, rows = out.shape, out.stride(), call.query.shape[:3]
     lse = call.query.new_empty(rows, dtype=torch.float32)

@@ -7,9 +7,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from fastattn.models.bert_config import FAMILY_FIELDS, BertConfig, alternating_layers
+from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part
+from fastattn.models.presets import FAMILY_FIELDS, alternating_layers
 
 # Our classes, and what transformers calls each behind the family's name; the first is written.
 HEADS: dict[str, tuple[str, ...]] = {
@@ -219,18 +220,20 @@ def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = Fal
             raise ValueError("pad_token_id: got None, which positions of a RoBERTa count from")
         values["position_offset"] = values["pad_token_id"] + 1
     if kind == "distilbert":
-        values["token_dropout"] = values["hidden_dropout_prob"]
+        values["token_dropout"] = values.get("hidden_dropout_prob", BertConfig.hidden_dropout_prob)
     if kind == "modernbert":
         values |= _modernbert_values(values, entries)
     if discriminator:
         values |= {
             "token_dense": True, "num_labels": 1, "id2label": None, "token_dropout": 0.0,
-            "classifier_activation": values["hidden_act"],
+            "classifier_activation": values.get("hidden_act", BertConfig.hidden_act),
         }  # fmt: skip
     return BertConfig(**values)
 
 
-def write_config(kind: str, config: BertConfig, *, discriminator: bool = False) -> dict[str, Any]:
+def write_config(
+    kind: str, config: BertConfig, *, discriminator: bool = False, tied: bool | None = None
+) -> dict[str, Any]:
     """What config.json says of a config; ValueError names a field that the family does not have.
 
     Dropouts that the family derives from others are written as those.
@@ -239,6 +242,8 @@ def write_config(kind: str, config: BertConfig, *, discriminator: bool = False) 
         raise ValueError(f"model_type: got {config.model_type!r}, needs {kind!r}")
     if discriminator and config.num_labels != 1:
         raise ValueError(f"num_labels: got {config.num_labels}, a discriminator has 1")
+    if tied not in (None, config.tie_word_embeddings):
+        raise ValueError(f"tie_word_embeddings: got {config.tie_word_embeddings}, needs {tied}")
     rows = KINDS[kind]
     names = {**{name: name for name in rows.fields}, **rows.keys}
     said = {*names, "model_type", "pooler", "num_labels", "id2label", "problem_type", *_DERIVED}
@@ -340,14 +345,18 @@ def _parts(kind: Kind, head: str, trunk: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _family(model_type: str, name: str, architectures: tuple[str, ...], head: str) -> Family:
+def _family(
+    model_type: str, name: str, architectures: tuple[str, ...], head: str, tied: bool | None = None
+) -> Family:
     kind = KINDS[model_type]
+    if tied is False:
+        kind = kind._replace(heads={**kind.heads, head: {**kind.heads[head], **_own_bias(kind.heads[head])}})
     discriminator = head == DISCRIMINATOR
     read: Callable[[dict[str, Any]], BertConfig] = partial(
         read_config, model_type, discriminator=discriminator
     )
     write: Callable[[BertConfig], dict[str, Any]] = partial(
-        write_config, model_type, discriminator=discriminator
+        write_config, model_type, discriminator=discriminator, tied=tied
     )
     return Family(
         model_type=model_type,
@@ -361,13 +370,23 @@ def _family(model_type: str, name: str, architectures: tuple[str, ...], head: st
     )
 
 
+def _own_bias(head: dict[str, str]) -> dict[str, str]:
+    """The bias that an untied output uses, where files hold it beside the one of tied outputs."""
+    tied = head.get("decoder.bias")
+    return {} if tied is None else {"decoder.bias": head["decoder.weight"].removesuffix("weight") + "bias"}
+
+
 def _families(name: str) -> tuple[Family, ...]:
-    """The rows of one of our classes, a family each; ELECTRA's discriminator is a classifier of tokens."""
+    """The rows of one of our classes: a family each, two where an untied output has a bias of its own.
+
+    ELECTRA's discriminator is a classifier of tokens.
+    """
     rows = []
     for model_type, kind in KINDS.items():
         if name in ("Bert", "BertForEmbedding") or name in kind.heads:
             architectures = tuple(kind.classes + ending for ending in HEADS[name])
-            rows.append(_family(model_type, name, architectures, name))
+            both = (True, False) if _own_bias(kind.heads.get(name, {})) else (None,)
+            rows += [_family(model_type, name, architectures, name, tied) for tied in both]
     if name == "BertForTokenClassification":
         rows.append(_family("electra", name, (DISCRIMINATOR,), DISCRIMINATOR))
     return tuple(rows)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastattn.models.checkpoint.decoders import LLAMA_LINE
 from fastattn.models.checkpoint.encoders import ENCODERS as ENCODERS
 from fastattn.models.checkpoint.gpt2 import GPT2, OWN
 from fastattn.models.checkpoint.names import Family
 
-DECODERS: tuple[Family, ...] = (
-    GPT2,
-    OWN,
-)  # GPT loads them; it is written as the first that can say its config
+DECODERS: tuple[Family, ...] = (GPT2, *LLAMA_LINE, OWN)  # GPT loads them
 FAMILIES = DECODERS + ENCODERS
 
 

@@ -11,15 +11,29 @@ from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part, join, to_file
 from fastattn.models.config import GPTConfig
 
-# What a GPT may have that GPT-2 has not; with any of it the folder is not a GPT-2.
-_OWN_OPTIONS = {
-    "num_kv_heads": None,
-    "positions": "learned",
-    "rope_theta": 10000.0,
-    "window": None,
-    "qk_norm": False,
-    "bias": True,
-}
+# What a GPT2Config has; with anything else of a GPTConfig at another value than its default the model is no GPT-2.
+_OF_GPT2 = frozenset(
+    (
+        "model_type",
+        "vocab_size",
+        "n_positions",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "activation_function",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+        "layer_norm_epsilon",
+        "initializer_range",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+)
+_OWN_OPTIONS = {field.name: field.default for field in fields(GPTConfig) if field.name not in _OF_GPT2}
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _FIELDS = frozenset(field.name for field in fields(GPTConfig))
 # What a GPT2Config leaves out of config.json has these values.
@@ -45,17 +59,20 @@ _IGNORED = (
 
 
 def _read_gpt2(entries: dict[str, Any]) -> GPTConfig:
-    honoured = _FIELDS - _OWN_OPTIONS.keys()
-    check_keys(entries, honoured=honoured, ignored=_IGNORED, defaults=_FIXED)
-    return GPTConfig(**{**_GPT2_DEFAULTS, **{k: v for k, v in entries.items() if k in honoured}})
+    check_keys(entries, honoured=_OF_GPT2, ignored=_IGNORED, defaults=_FIXED)
+    return GPTConfig(**{**_GPT2_DEFAULTS, **{k: v for k, v in entries.items() if k in _OF_GPT2}})
 
 
 def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
-    entries = config.to_dict()
+    entries = _write_own(config)
     own = [name for name, default in _OWN_OPTIONS.items() if entries[name] != default]
     if own:
         raise ValueError(f"{own[0]}: got {entries[own[0]]!r}, which a GPT-2 does not have")
     return {name: value for name, value in entries.items() if name not in _OWN_OPTIONS}
+
+
+def _write_own(config: GPTConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
 
 
 def _read_own(entries: dict[str, Any]) -> GPTConfig:
@@ -90,6 +107,10 @@ _PARTS = (
     Part("lm_head.weight", ("lm_head.weight",)),
 )
 _OWN_PARTS = (
+    _block("ln_1_out.weight"),
+    _block("ln_1_out.bias"),
+    _block("ln_2_out.weight"),
+    _block("ln_2_out.bias"),
     _block("attn.alibi_slopes"),
     _block("attn.q_norm.weight"),
     _block("attn.k_norm.weight"),
@@ -117,7 +138,7 @@ OWN = Family(
     parts=_PARTS + _OWN_PARTS,
     prefix="transformer.",
     read_config=_read_own,
-    write_config=GPTConfig.to_dict,
+    write_config=_write_own,
     in_transformers=False,
 )
 

@@ -6,17 +6,24 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.names import Family, Placed, join, placed, stored
 from fastattn.models.checkpoint.report import LoadReport
+
+_DRAWING = {  # methods of tensors and functions of torch.nn.init that fill their first argument
+    *("normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_"),
+    *("kaiming_normal_", "kaiming_uniform_", "orthogonal_"),
+}
 
 log = logging.getLogger("fastattn")
 
@@ -48,7 +55,7 @@ def load_model(
         config = dataclasses.replace(config, **changes)
     tensors = open_weights(folder)
     config, family = cls.fitted(config, family, frozenset(map(family.plain, tensors.names())))
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = cls(config)
     report = load_weights(
         model, config, family, tensors, new=cls.new_heads, fresh=new, dtype=wanted or dtype_of(entries)
@@ -127,13 +134,17 @@ def load_weights(
     plan.check(str(tensors.origin))
     for names in plan.missing_new:
         _put(model, names, _initialised(names[0], model, config, dtype))
-    damaged = []
-    for names, place, sources in plan.found:
-        pieces = [tensors.get(source) for source in sources]
-        value = join(pieces, place.part, dtype)
-        if not _finite(value):
-            damaged.append(names[0])
+
+    def value_of(found: tuple[list[str], Placed, tuple[str, ...]]) -> tuple[Tensor, bool]:
+        _, place, sources = found
+        value = join([tensors.get(source) for source in sources], place.part, dtype)
+        return value, _finite(value)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # new memory costs more than copying into it
+        values = list(pool.map(value_of, plan.found))
+    for (names, _, _), (value, _) in zip(plan.found, values):
         _put(model, names, value)
+    damaged = [names[0] for (names, _, _), (_, finite) in zip(plan.found, values) if not finite]
     if damaged:
         raise ValueError(
             f"pretrained model: the weights of {tensors.origin} are not finite (NaN or infinity) in "
@@ -156,6 +167,18 @@ def load_weights(
             type(model).__name__,
         )
     return report
+
+
+class Uninitialised(TorchFunctionMode):
+    """Leaves tensors as they are where a constructor would draw them, which costs time on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWING and (args or "tensor" in kwargs):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _Plan:
@@ -185,19 +208,32 @@ class _Plan:
             by_plain[plain] = name
         groups = stored(model)
         places = placed(family, list(self.state))
+        for pattern in fresh:
+            if not any(fnmatchcase(name, pattern) for name in self.state):
+                raise ValueError(f"new: got {pattern!r}, which names no parameter of {type(model).__name__}")
         used: set[str] = set()
+        replaced: set[str] = set()
         for names in groups.values():
-            self._place(
-                names,
-                places,
-                {family.plain(t): t for n in names for t in places[n].theirs},
-                by_plain,
-                new,
-                used,
-            )
+            wanted = {family.plain(t): t for n in names for t in places[n].theirs}
+            if any(fnmatchcase(name, pattern) for name in names for pattern in fresh):
+                self.missing_new.append(names)
+                replaced |= wanted.keys()
+            else:
+                self._place(names, places, wanted, by_plain, new, used)
+        self._check_whole_layers(fresh)
         left = [(plain, name) for plain, name in by_plain.items() if plain not in used]
-        self.dropped = [name for plain, name in left if family.drops(plain) or family.drops(name)]
-        self.extra = [name for plain, name in left if not (family.drops(plain) or family.drops(name))]
+        known = {p for p, name in left if p in replaced or family.drops(p) or family.drops(name)}
+        self.dropped = [name for plain, name in left if plain in known]
+        self.extra = [name for plain, name in left if plain not in known]
+
+    def _check_whole_layers(self, fresh: Sequence[str]) -> None:
+        """A layer of which the file has a part is not new."""
+        present = {name.rpartition(".")[0] for names, _, _ in self.found for name in names}
+        for names in list(self.missing_new):
+            asked = any(fnmatchcase(name, pattern) for name in names for pattern in fresh)
+            if not asked and any(name.rpartition(".")[0] in present for name in names):
+                self.missing_new.remove(names)
+                self.missing.append(names[0])
 
     def _place(
         self,

@@ -16,6 +16,7 @@ from fastattn.models.checkpoint.load import load_model
 from fastattn.models.checkpoint.names import Family
 from fastattn.models.checkpoint.report import LoadReport
 from fastattn.models.checkpoint.save import generation_entries, save_model
+from fastattn.nn.int8 import quantize_linears
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -41,9 +42,21 @@ class Pretrained:
     generates: ClassVar[bool] = False
 
     config: Any
+    quantized: str | None = None  # what `quantize` set
     load_report: LoadReport | None = None
     loaded_from: Path | None = None
     generation_config: dict[str, Any] | None = None
+
+    @classmethod
+    def names_of(cls, model_type: str) -> tuple[str, ...]:
+        """The names in "architectures" of a model type that are this class."""
+        found = [
+            name
+            for family in cls.families
+            if family.model_type == model_type
+            for name in family.architectures
+        ]
+        return (*found, cls.architectures.get(model_type, found[0])) if found else ()
 
     @classmethod
     def fitted(cls, config: Any, family: Family, names: frozenset[str]) -> tuple[Any, Family]:
@@ -59,6 +72,7 @@ class Pretrained:
         path_or_id: str | Path,
         *,
         dtype: torch.dtype | str | None = None,
+        quantize: str | None = None,
         new: Sequence[str] = (),
         **changes: Any,
     ) -> Model:
@@ -67,13 +81,29 @@ class Pretrained:
         Args:
             path_or_id: the folder, or the repository's name.
             dtype: of the weights, such as torch.bfloat16 or "bfloat16"; None for what config.json says.
+            quantize: "int8" for inference with 8-bit weights, see `quantize`.
             new: patterns (fnmatch) of parameters to initialise whatever the folder holds, such as "classifier.*".
             **changes: fields of the config to change, such as num_labels.
 
         Raises:
             TypeError, ValueError: an argument; or the folder, with the file and everything in it that does not fit.
         """
-        return cast(Model, load_model(cls, path_or_id, dtype=dtype, new=new, changes=changes))
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize: got {quantize!r}, needs 'int8' or None")
+        model = cast(Model, load_model(cls, path_or_id, dtype=dtype, new=new, changes=changes))
+        if quantize is not None:
+            model.quantize(quantize)
+        return model
+
+    def quantize(self: Model, kind: str | None = "int8") -> Model:
+        """Let inference multiply with weights rounded to 8 bits in the numbered layers, or with None as they are; self.
+
+        A weight has a scale for each output and an activation one for each token. The weights themselves stay, for
+        training, gradients and `save_pretrained`; the rounded copies are made once and again where a weight changed.
+        """
+        quantize_linears(cast(nn.Module, self), kind)
+        self.quantized = kind
+        return self
 
     def save_pretrained(
         self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None
@@ -88,6 +118,10 @@ class Pretrained:
         Raises:
             TypeError, ValueError: an argument. OSError: what writing met; `directory` is as it was.
         """
+        if any(".lora." in name for name, _ in cast(nn.Module, self).named_parameters()):
+            raise ValueError(
+                "model: has adapters; save those with save_adapter, or merge or detach them first"
+            )
         family = family_for(self.config, self.families)
         generation = None
         if self.generates:

@@ -1,0 +1,111 @@
+"""The choice of the next tokens: penalties, the caller's processors, then the likeliest token or a drawn one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.generation.options import Settled
+from fastattn.generation.sampling import Draws, Penalties, draw, shares
+from fastattn.philox import draw_seed
+
+NOT_FINITE = -1  # in place of a token
+
+
+class Scores:
+    """What is done to logits before tokens are compared, of R sequences, and the tokens that it depends on."""
+
+    def __init__(self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int) -> None:
+        """prompt: (R, S); mask: (R, S) bool, None = all are real."""
+        self.processors = options.logits_processor
+        self.penalties = Penalties(
+            prompt, mask, vocab_size, options.repetition_penalty, options.presence_penalty
+        )
+        self.changes = bool(self.processors or options.repetition_penalty != 1.0 or options.presence_penalty)
+        self.length = prompt.shape[1]
+        self.ids: Tensor | None = None  # (R, S + new) for processors
+        if self.processors:
+            self.ids = torch.nn.functional.pad(prompt, (0, options.max_new_tokens))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(R, V) -> (R, V) float32."""
+        scores = self.penalties(logits.float())
+        for processor in self.processors:
+            assert self.ids is not None
+            made = processor(self.ids[:, : self.length], scores)
+            if not isinstance(made, Tensor) or made.shape != scores.shape:
+                got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+                raise ValueError(
+                    f"logits_processor: returned {got}, needs scores of shape {tuple(scores.shape)}"
+                )
+            scores = made
+        return scores
+
+    def add(self, tokens: Tensor, rows: Tensor | None = None) -> None:
+        """Tokens (R,) joined the sequences; rows: only those of these numbers did."""
+        if not self.changes:
+            return
+        self.penalties.add(tokens, rows)
+        if self.ids is not None:
+            self.ids[:, self.length] = tokens
+            self.length += 1
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of sequence rows[i]."""
+        self.penalties.reorder(rows)
+        if self.ids is not None:
+            self.ids = self.ids[rows]
+
+
+class Chooser:
+    """Chooses tokens for R sequences, of which each N-th is of the next of R / N prompts."""
+
+    def __init__(self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int) -> None:
+        self.options = options
+        self.scores = Scores(options, prompt, mask, vocab_size)
+        self.greedy = not options.do_sample
+        self.draws: Draws | None = None
+        if options.do_sample:
+            self.draws = Draws(_streams(options, len(prompt), prompt.device), prompt.device)
+
+    @property
+    def independent(self) -> bool:
+        """Whether a choice depends on its logits alone."""
+        return self.greedy and not self.scores.changes
+
+    def __call__(self, logits: Tensor, position: int | Tensor) -> Tensor:
+        """Tokens (R,) after logits (R, V), NOT_FINITE where none can be chosen.
+
+        position: tokens that each sequence has behind its prompt, one number or (R,).
+        """
+        if self.scores.changes:
+            logits = self.scores(logits)
+        if self.draws is None:
+            return greedy(logits)
+        o = self.options
+        probs = shares(logits, o.temperature, o.top_k, o.top_p, o.min_p)
+        tokens = draw(probs, self.draws.at(position))
+        return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest tokens (...) of logits (..., V), NOT_FINITE where the greatest logit is not: NaN counts as that."""
+    most, tokens = logits.max(-1)
+    return torch.where(most.isfinite(), tokens, NOT_FINITE)
+
+
+def _streams(options: Settled, count: int, device: torch.device) -> list[tuple[int, int]]:
+    """The seed and the stream of each sequence: a list of seeds has streams of its own for each prompt."""
+    seed, generator = options.seed, options.generator
+    if isinstance(seed, Sequence):
+        return [(int(each), copy) for each in seed for copy in range(options.num_return_sequences)]
+    if generator is not None:
+        drawn = torch.randint(
+            -(2**63), 2**63 - 1, (1,), dtype=torch.int64, generator=generator, device=generator.device
+        )
+        seed = int(drawn)
+    elif seed is None:
+        seed = int(draw_seed(device))
+    return [(int(seed), row) for row in range(count)]

@@ -1,0 +1,100 @@
+"""The tokens that were generated, kept on the host: which rows are finished, and what of each may be given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.generation.choosing import NOT_FINITE
+from fastattn.generation.options import Settled
+from fastattn.generation.protocol import CausalLM
+from fastattn.generation.stopping import special_tokens
+from fastattn.generation.text import RowText
+
+
+class Row:
+    """The continuation of one prompt."""
+
+    def __init__(self, ends: frozenset[int], limit: int, text: RowText | None) -> None:
+        self.ids: list[int] = []
+        self.done = limit == 0
+        self.ends, self.limit, self.text = ends, limit, text
+
+    def append(self, token: int) -> None:
+        """A token was chosen; of one that completes a stop string, only what is before the string stays."""
+        if token == NOT_FINITE:
+            raise ValueError(
+                f"model: its logits for token {len(self.ids)} after the prompt are not finite, "
+                f"so no token can be chosen; look for NaN or infinite weights"
+            )
+        self.ids.append(token)
+        self.done = token in self.ends or len(self.ids) == self.limit
+        if self.text is None:
+            return
+        self.text.push(token)
+        if self.text.found:
+            self.done = True
+            del self.ids[self.text.safe :]
+        elif self.done:
+            self.text.finish()
+
+    @property
+    def given(self) -> int:
+        """How many of the tokens can be no part of a stop string."""
+        if self.text is None or not self.text.stops.strings:
+            return len(self.ids)
+        return self.text.safe
+
+
+class Rows:
+    """The continuations of a batch."""
+
+    def __init__(
+        self, model: CausalLM, prompt: Tensor, mask: Tensor | None, options: Settled, with_text: bool = False
+    ) -> None:
+        """prompt: (R, S), a row for each continuation; with_text: make the text, also without stop strings."""
+        by_text = bool(options.stop_strings)
+        several = by_text and len(prompt) > 1
+        ends, self.pad = special_tokens(model, options.eos_token_id, options.pad_token_id, several)
+        texts: list[RowText | None] = [None] * len(prompt)
+        if by_text or with_text:
+            assert options.tokenizer is not None
+            made = [
+                RowText(options.tokenizer, row, options.stop_strings) for row in real_tokens(prompt, mask)
+            ]
+            texts = list(made)
+        self.rows = [Row(frozenset(ends), options.max_new_tokens, text) for text in texts]
+        self.unfinished = torch.tensor([not row.done for row in self.rows], device=prompt.device)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no row needs a token."""
+        return all(row.done for row in self.rows)
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Tokens (R,) were chosen; returns them, with padding in finished rows."""
+        ended = False
+        padded = not all(not row.done for row in self.rows)
+        for row, token in zip(self.rows, tokens.tolist()):
+            if not row.done:
+                row.append(token)
+                ended |= row.done
+        if padded:
+            tokens = torch.where(self.unfinished, tokens, self.pad)
+        if ended:
+            self.unfinished = torch.tensor([not row.done for row in self.rows], device=tokens.device)
+        return tokens
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The continuations (R, longest), with padding behind the shorter ones."""
+        longest = max((len(row.ids) for row in self.rows), default=0)
+        ids = [row.ids + [self.pad] * (longest - len(row.ids)) for row in self.rows]
+        return torch.tensor(ids, dtype=like.dtype, device=like.device).view(len(self.rows), longest)
+
+
+def real_tokens(prompt: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The ids of each row of (R, S) without padding."""
+    rows: list[list[int]] = prompt.tolist()
+    if mask is None:
+        return rows
+    return [[token for token, real in zip(*pair) if real] for pair in zip(rows, mask.tolist())]

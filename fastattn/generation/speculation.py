@@ -1,0 +1,149 @@
+"""Prompt lookup: guess the next tokens from an earlier occurrence of the last ones, and check them in one step.
+
+A guess counts where it is the token that would have been chosen without it, with the same penalties and the same draw,
+so that the continuation is that of single steps. Saxena 2023, "Prompt lookup decoding"; Leviathan et al. 2023 for the
+check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.generation.choosing import Chooser, greedy
+from fastattn.generation.drivers import DecoderDriver
+from fastattn.generation.rows import Rows, real_tokens
+
+LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
+ROW_COST = {
+    "cpu": 0.1,
+    "cuda": 0.01,
+}  # of a token that a step reads, in parts of what reading the weights costs
+ALLOWANCE = 0.02  # what guesses may lose of each step's time
+START, MOST = 1.0, 4.0  # steps that guesses may lose at first, and at most after they have won some
+
+
+class Lookup:
+    """Tokens of a sequence, and where its last ones stood before."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids: list[int] = []
+        self.places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]  # the place behind those tokens
+        self.found: list[int | None] = [None] * len(LENGTHS)
+        for token in ids:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Append a token."""
+        ids = self.ids
+        ids.append(token)
+        for i, length in enumerate(LENGTHS):
+            if len(ids) >= length:
+                key = tuple(ids[-length:])
+                self.found[i] = self.places[i].get(key)
+                self.places[i][key] = len(ids)
+
+    def guess(self, count: int) -> list[int]:
+        """The tokens that followed the longest earlier occurrence of the last ones, the latest of its length.
+
+        They go on in a circle where that reaches the end, as repeated text does.
+        """
+        place = next((place for place in self.found if place is not None), None)
+        if place is None or count < 1:
+            return []
+        following = self.ids[place : place + count]
+        return (following * -(-count // len(following)))[:count]
+
+
+class Account:
+    """What guesses have won and lost, in single steps; they stop where a loss is no longer covered.
+
+    Counted, not timed: the same call guesses the same tokens every time.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        share = ROW_COST.get(device.type, ROW_COST["cpu"])
+        self.cost = rows * share / (1 + rows * share)  # of one more token in each row, in steps
+        self.balance = START
+        self.length = 2  # of the next guess
+
+    def allowed(self, most: int) -> int:
+        """How many tokens may be guessed now."""
+        return min(most, self.length, int(self.balance / self.cost))
+
+    def step(self) -> None:
+        """A step was made."""
+        self.balance = min(self.balance + ALLOWANCE, MOST)
+
+    def settle(self, guessed: int, right: float) -> None:
+        """So many tokens were guessed in each row, and so many were right in the mean of those that go on."""
+        self.balance = min(self.balance + right - guessed * self.cost, MOST)
+        self.length = 2 * guessed if right >= guessed else max(int(right) + 1, 1)
+
+
+def speculate(
+    driver: DecoderDriver, rows: Rows, chooser: Chooser, prompt: Tensor, mask: Tensor | None, most: int
+) -> Iterator[None]:
+    """Make the rows' tokens, at most `most` guessed ones in a step."""
+    prompts = real_tokens(prompt, mask)
+    lookups = [Lookup(ids) for ids in prompts]
+    held = [len(ids) for ids in prompts]  # tokens in the cache
+    account = Account(len(prompts), prompt.device)
+
+    def take(logits: Tensor, going: list[int]) -> Tensor:
+        """Choose a token after logits (R, V) for the rows of these numbers; (R,), what it is elsewhere is of no use."""
+        position = torch.tensor([len(row.ids) for row in rows.rows], device=logits.device)
+        tokens = chooser(logits, position)
+        accept(tokens.tolist(), going)
+        chooser.scores.add(tokens, torch.tensor(going, device=tokens.device))
+        return tokens
+
+    def accept(tokens: list[int], going: list[int]) -> None:
+        for row in going:
+            rows.rows[row].append(tokens[row])
+            lookups[row].add(tokens[row])
+
+    logits = driver.first()
+    going = [r for r, row in enumerate(rows.rows) if not row.done]
+    take(logits, going)
+    while True:
+        yield
+        going = [r for r, row in enumerate(rows.rows) if not row.done]
+        if not going:
+            return
+        account.step()
+        allowed = account.allowed(most)
+        guesses = {
+            r: lookups[r].guess(allowed)[: rows.rows[r].limit - len(rows.rows[r].ids) - 1] for r in going
+        }
+        width = max(map(len, guesses.values()))
+        last = [lookup.ids[-1] for lookup in lookups]
+        fed = [[last[r], *guesses.get(r, ())] for r in range(len(last))]
+        ids = torch.tensor([row + [0] * (1 + width - len(row)) for row in fed], device=prompt.device)
+        if not width:
+            take(driver.next(ids[:, 0]), going)
+            for r in range(len(held)):
+                held[r] += 1
+            continue
+        before = {r: len(lookups[r].ids) for r in going}
+        logits = driver.extend(ids)
+        right = going
+        best = greedy(logits).tolist() if chooser.independent else None
+        for place in range(1 + width):
+            if best is None:
+                take(logits[:, place], right)
+            else:
+                accept([row[place] for row in best], right)
+            right = [
+                r for r in right
+                if place < len(guesses[r]) and lookups[r].ids[-1] == guesses[r][place] and not rows.rows[r].done
+            ]  # fmt: skip
+            if not right:
+                break
+        made = {r: len(lookups[r].ids) - before[r] for r in going}
+        account.settle(width, sum(made.values()) / len(going) - 1)
+        # the last token is not in the cache yet; finished rows need nothing there
+        held = [held[r] + made[r] if r in made else 0 for r in range(len(held))]
+        driver.rewind(torch.tensor(held, dtype=torch.int32, device=prompt.device))

@@ -1,0 +1,91 @@
+"""Continuations as they grow: pieces of text, or ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.generation.decoding import continuations, evaluating, prepared, rows_of
+from fastattn.generation.options import Options
+from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.rows import Row
+
+
+def stream_text(
+    model: CausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    tokenizer: Decodes,
+    **options: Any,
+) -> Iterator[str]:
+    """The text of a prompt's continuation in pieces, none of them empty; together they are the whole text.
+
+    A piece never ends within a character, and nothing of a stop string is given: what may be the beginning of one is
+    held back until that is decided. Bytes at the very end that are no whole character are left out.
+
+    Args:
+        input_ids: (1, S) the prompt; attention_mask (1, S) where it is padded.
+        tokenizer: has decode(ids, skip_special_tokens=True).
+        options: those of `generate`, but for beams and several sequences.
+
+    Raises:
+        TypeError, ValueError: as `generate`, before any work.
+    """
+    if tokenizer is None:
+        raise TypeError("tokenizer: got NoneType, needs a tokenizer, which has decode(ids)")
+    row, steps = _one_row(model, input_ids, attention_mask, {**options, "tokenizer": tokenizer})
+
+    def pieces() -> Iterator[str]:
+        for _ in steps:
+            assert row.text is not None
+            piece = row.text.take()
+            if piece:
+                yield piece
+
+    return pieces()
+
+
+def stream_ids(
+    model: CausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Iterator[list[int]]:
+    """The ids of a prompt's continuation, some at a time: one each step, more where guesses were right.
+
+    With stop strings an id is given once none of its characters can belong to one. Arguments and errors are those of
+    `stream_text`; tokenizer is needed for stop strings only.
+    """
+    row, steps = _one_row(model, input_ids, attention_mask, options)
+
+    def pieces() -> Iterator[list[int]]:
+        taken = 0
+        for _ in steps:
+            if row.given > taken:
+                yield row.ids[taken : row.given]
+                taken = row.given
+
+    return pieces()
+
+
+def _one_row(
+    model: CausalLM, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Row, Iterator[None]]:
+    """The continuation of one prompt, and its steps: the model is in eval mode while one is made, and only then."""
+    settled, mask = prepared(model, input_ids, attention_mask, Options(**options))
+    if len(input_ids) != 1:
+        raise ValueError(f"input_ids: got {len(input_ids)} prompts, needs one to stream its continuation")
+    for name in ("num_beams", "num_return_sequences"):
+        if getattr(settled, name) > 1:
+            raise ValueError(f"{name}: got {getattr(settled, name)}, needs 1 to stream a continuation")
+    rows = rows_of(model, input_ids, mask, settled, with_text=settled.tokenizer is not None)
+
+    def steps() -> Iterator[None]:
+        made = continuations(model, input_ids, mask, settled, rows)
+        while True:
+            with evaluating(model):
+                if next(made, made) is made:
+                    return
+            yield
+
+    return rows.rows[0], steps()

@@ -1,0 +1,99 @@
+"""The model of any folder: config.json says which class."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.models.checkpoint.folder import CONFIG, read_json
+from fastattn.models.checkpoint.hub import resolve_folder
+from fastattn.models.checkpoint.pretrained import Pretrained
+from fastattn.models.decoder import GPT
+from fastattn.models.embedding import MODULES, BertForEmbedding
+from fastattn.models.encoder import Bert
+from fastattn.models.heads import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from fastattn.models.peft import ADAPTER_CONFIG, load_adapter
+
+MODELS: tuple[type[Pretrained], ...] = (  # of a model_type alone, the first that has its family
+    GPT,
+    Bert,
+    BertForPreTraining,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertForQuestionAnswering,
+)
+
+
+def load(
+    path_or_id: str | Path, *, dtype: torch.dtype | str | None = None, quantize: str | None = None
+) -> Any:
+    """The model of a folder or hub repository, in eval mode: the class that its config.json names.
+
+    "architectures" decides, and where no class of ours is that of any name there, "model_type". A folder in
+    sentence-transformers' layout (modules.json) is a `BertForEmbedding`. One that holds an adapter in PEFT's format and
+    no model is the model that its adapter_config.json names, with the adapter attached.
+
+    Args:
+        path_or_id, dtype, quantize: as in `Pretrained.from_pretrained`.
+
+    Raises:
+        ValueError: no class of ours computes the model_type (mixtures of experts among them), before a weight is read;
+            or the folder does not fit, see `Pretrained.from_pretrained`.
+    """
+    folder = resolve_folder(path_or_id)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        return _adapted(folder, dtype=dtype, quantize=quantize)
+    if (folder / MODULES).is_file():
+        return BertForEmbedding.from_pretrained(folder, dtype=dtype, quantize=quantize)
+    try:
+        cls = class_of(read_json(folder / CONFIG))
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(
+            message if str(folder) in message else f"pretrained model: {folder / CONFIG}: {message}"
+        ) from None
+    return cls.from_pretrained(folder, dtype=dtype, quantize=quantize)
+
+
+def _adapted(folder: Path, *, dtype: torch.dtype | str | None, quantize: str | None) -> Any:
+    """The base model of an adapter's folder with the adapter."""
+    if quantize is not None:
+        raise ValueError(f"quantize: got {quantize!r}, which does not go with an adapter; merge it first")
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or Path(base).resolve() == folder.resolve():
+        raise ValueError(
+            f"pretrained model: {folder / ADAPTER_CONFIG}: base_model_name_or_path: got {base!r}, needs a model"
+        )
+    return load_adapter(load(base, dtype=dtype), folder)
+
+
+def class_of(entries: dict[str, Any]) -> type[Pretrained]:
+    """The class that config.json's architectures or else its model_type name; ValueError where there is none."""
+    kind = entries.get("model_type")
+    able = [cls for cls in MODELS if any(family.model_type == kind for family in cls.families)]
+    if not able:
+        known = sorted({family.model_type for cls in MODELS for family in cls.families})
+        raise ValueError(f"model_type: got {kind!r}, needs one of {', '.join(known)}")
+    assert isinstance(kind, str)
+    names = entries.get("architectures") or []
+    for name in names if isinstance(names, list) else []:
+        for cls in able:
+            if name in cls.names_of(kind):
+                return cls
+    if names:
+        warnings.warn(
+            f"architectures: no class of fastattn is {names!r}; loading the {kind} as {able[0].__name__}, without "
+            f"what that class has more",
+            stacklevel=3,
+        )
+    return able[0]

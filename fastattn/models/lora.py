@@ -1,0 +1,418 @@
+"""LoRA: low-rank adapters on linear layers, y = W x + b + scale * B A x, attached, detached and merged.
+
+Hu et al. 2021; scale is alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rsLoRA"). Folders are in peft.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.models.checkpoint.families import family_for
+from fastattn.models.checkpoint.names import placed
+from fastattn.models.checkpoint.pretrained import Pretrained
+from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.linear import Linear, linear
+from fastattn.ops.arguments import is_integer, is_number
+
+ALL_LINEAR = "all-linear"
+ROUNDINGS = 2  # that part merged outputs from the adapter's: of the weights, and of the products with them
+_SAMPLE = (2, 32)  # sequences and tokens of each that a merge is compared on
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a weight that are a linear layer of its own in transformers' model, such as the keys' of a packed one."""
+
+    name: str  # of that layer in transformers' model; in a model of no family, of ours
+    ours: str  # of our weight
+    start: int
+    stop: int
+    transposed: bool  # the layer keeps its weight as (in, out)
+
+
+class Adapter(nn.Module):
+    """scale * B A dropout(x): (..., in) -> (..., rows); A (r, in) drawn as torch's linear layers, B (rows, r) zeros."""
+
+    def __init__(
+        self, block: Block, weight: Tensor, *, r: int, alpha: float, dropout: float, rslora: bool
+    ) -> None:
+        super().__init__()
+        self.block, self.r, self.alpha, self.rslora = block, r, alpha, rslora
+        self.scale = alpha / math.sqrt(r) if rslora else alpha / r
+        # trained in float32 where the weights are narrower
+        options: dict[str, Any] = {
+            "device": weight.device,
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
+        self.lora_A = nn.Parameter(torch.empty(r, weight.shape[1], **options))
+        self.lora_B = nn.Parameter(torch.zeros(block.stop - block.start, r, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., rows), in x's dtype."""
+        low = linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)
+        return (linear(low, self.lora_B) * self.scale).to(x.dtype)
+
+    def weight(self) -> Tensor:
+        """scale * B A, (rows, in), in float64."""
+        return self.scale * (self.lora_B.detach().double() @ self.lora_A.detach().double())
+
+
+class LoraLinear(Linear):
+    """A linear layer with adapters; its own weight stays where it was."""
+
+    lora: nn.ModuleDict
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(input, self.weight, self.bias) + _deltas(input, self.lora, self.out_features)
+
+
+class LoraAttention(MultiHeadAttention):
+    """Multi-head attention with adapters on rows of the packed input projection and on the output projection."""
+
+    lora: nn.ModuleDict
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plain = super()._project(query, key, value)
+        adapters = _of(self.lora, "in_proj_weight")
+        if not adapters:
+            return plain
+        total = self.in_proj_weight.shape[0]
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        same = query is key and key is value
+        wholes = [_deltas(x, adapters, total) for x in ((query,) if same else (query, key, value))]
+        split = [self._split_heads(whole).split(heads, dim=1) for whole in wholes]
+        q, k, v = (p + split[0 if same else i][i] for i, p in enumerate(plain))
+        return q, k, v
+
+    def _project_out(self, out: Tensor) -> Tensor:
+        plain = super()._project_out(out)
+        adapters = _of(self.lora, "out_proj.weight")
+        return plain + _deltas(out, adapters, self.embed_dim) if adapters else plain
+
+
+def _of(lora: nn.ModuleDict, weight: str) -> dict[str, nn.Module]:
+    return {n: a for n, a in lora.items() if isinstance(a, Adapter) and a.block.ours.endswith(weight)}
+
+
+def _deltas(x: Tensor, adapters: Mapping[str, nn.Module] | nn.ModuleDict, total: int) -> Tensor:
+    """What adapters add to the `total` outputs of one weight, 0 where no adapter is."""
+    pieces, end = [], 0
+    for adapter in sorted(adapters.values(), key=lambda a: a.block.start):  # type: ignore[union-attr, arg-type, return-value]
+        assert isinstance(adapter, Adapter)
+        delta = adapter(x)
+        pieces.append(F.pad(delta, (adapter.block.start - end, 0)))
+        end = adapter.block.stop
+    pieces[-1] = F.pad(pieces[-1], (0, total - end))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """Every linear layer of a model that an adapter can stand on, under transformers' names where it is a `Pretrained`.
+
+    Left out are weights that other modules share, as a head tied to the embedding: merging would change those too.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = [
+        (name, weight) for name, weight in _weights(model) if owners[id(weight)] == 1 and weight.dim() == 2
+    ]
+    rows: dict[str, list[Block]] = {}
+    if isinstance(model, Pretrained):
+        family = family_for(model.config, model.families)
+        for name, place in placed(family, [name for name, _ in found]).items():
+            total = dict(found)[name].shape[0]
+            rows[name] = _consecutive(
+                name,
+                [
+                    (t.removesuffix(".weight"), n)
+                    for t, n in zip(place.theirs, place.part.rows(model.config, total))
+                ],
+                place.part.transposed,
+            )
+    else:
+        for name, weight in found:
+            path, _, leaf = name.rpartition(".")
+            attn = model.get_submodule(path)
+            if leaf == "in_proj_weight" and isinstance(attn, MultiHeadAttention):
+                kv_rows = attn.num_kv_heads * attn.head_dim
+                sizes = zip(("q_proj", "k_proj", "v_proj"), (weight.shape[0] - 2 * kv_rows, kv_rows, kv_rows))
+                parts = [(f"{path}.{n}".lstrip("."), size) for n, size in sizes]
+            else:
+                parts = [(path, weight.shape[0])]
+            rows[name] = _consecutive(name, parts, False)
+    return [block for name, _ in found for block in rows[name]]
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of linear layers with their names."""
+    inner = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for path, module in model.named_modules():
+        front = f"{path}." if path else ""
+        if type(module) in (MultiHeadAttention, LoraAttention):
+            assert isinstance(module, MultiHeadAttention)
+            if module.in_proj_weight is not None:
+                yield front + "in_proj_weight", module.in_proj_weight
+            yield front + "out_proj.weight", module.out_proj.weight
+        elif type(module) in (nn.Linear, Linear, LoraLinear) and id(module) not in inner:
+            yield front + "weight", module.weight
+
+
+def _consecutive(ours: str, parts: Iterable[tuple[str, int]], transposed: bool) -> list[Block]:
+    blocks, start = [], 0
+    for name, size in parts:
+        blocks.append(Block(name, ours, start, start + size, transposed))
+        start += size
+    return blocks
+
+
+def attach(
+    model: Model,
+    r: int = 8,
+    alpha: float = 16,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    dropout: float = 0.0,
+    *,
+    rslora: bool = False,
+) -> Model:
+    """Put adapters on a model's linear layers and freeze everything else; the model, whose outputs are as before.
+
+    Args:
+        model: one of ours, or any module with `nn.Linear`, `fastattn.nn.Linear` or `MultiHeadAttention`.
+        r: the rank.
+        alpha: outputs of B A are multiplied by alpha / r, or alpha / sqrt(r) with `rslora`.
+        targets: names of layers or their endings, transformers' ("q_proj", "c_attn", "query") or ours ("attn.qkv",
+            "mlp.c_fc", "in_proj_weight"); "all-linear" is every one in the model's numbered layers, heads left out.
+        dropout: of the adapters' inputs in training.
+        rslora: see alpha.
+
+    Raises:
+        TypeError, ValueError: an argument, a target that names no linear layer, or a model that has adapters.
+    """
+    _check_numbers(r, alpha, dropout)
+    chosen = _chosen(blocks_of(model), targets)
+    add_adapters(model, dict.fromkeys(chosen, (r, alpha)), dropout=dropout, rslora=rslora)
+    return model
+
+
+def add_adapters(
+    model: nn.Module, ranks: Mapping[Block, tuple[int, float]], *, dropout: float, rslora: bool
+) -> dict[Block, Adapter]:
+    """Freeze a model and put an adapter of the given rank and alpha on each block."""
+    if any(True for _ in adapters_of(model)):
+        raise ValueError("model: has adapters already; merge or detach them first")
+    made = {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for block, (r, alpha) in ranks.items():
+        path, _, leaf = block.ours.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf == "weight" and path.endswith(
+            "out_proj"
+        ):  # attention reads the weight, it does not call the module
+            outer = model.get_submodule(path.rpartition(".")[0])
+            module = outer if isinstance(outer, MultiHeadAttention) else module
+        if not isinstance(module, (LoraLinear, LoraAttention)):
+            module.__dict__["_without_lora"] = type(module)
+            module.__class__ = LoraAttention if isinstance(module, MultiHeadAttention) else LoraLinear
+            module.lora = nn.ModuleDict()
+        lora = module.lora
+        assert isinstance(lora, nn.ModuleDict)
+        weight = model.get_parameter(block.ours)
+        adapter = Adapter(block, weight, r=r, alpha=alpha, dropout=dropout, rslora=rslora)
+        lora[block.name.rpartition(".")[2]] = adapter.train(model.training)
+        made[block] = adapter
+    return made
+
+
+def adapters_of(model: nn.Module) -> Iterator[Adapter]:
+    """The adapters of a model."""
+    return (module for module in model.modules() if isinstance(module, Adapter))
+
+
+def detach(model: Model) -> Model:
+    """Take the adapters away: the model as it was before `attach`, its weights bitwise; they train again."""
+    _attached(model)
+    for module in list(model.modules()):
+        if isinstance(module, (LoraLinear, LoraAttention)):
+            module.__class__ = module.__dict__.pop("_without_lora")
+            del module.lora
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+@torch.no_grad()
+def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
+    """Add the adapters to the weights and take them away, if the merged model gives what the adapted one gave.
+
+    Both are run on an example before a weight changes for good. Merged outputs may differ by what rounding does: the
+    largest distance from the same model in a wider dtype (float64; float32 for 16-bit weights) is at most twice the
+    adapted model's for each of two roundings, of the weights and of the products, plus eps of the dtype times the
+    largest output. Of a float64 model, which has no wider one, the adapted outputs count as exact, and their error is
+    taken from float32's, scaled by the ratio of the two eps.
+
+    Args:
+        model: one with adapters.
+        args, kwargs: the example, what model(*args, **kwargs) takes; seeded random tokens by default, for models that
+            take token ids.
+
+    Raises:
+        ValueError: outputs differ by more, are not finite, or an example is needed; the model is as it was.
+    """
+    adapters = _attached(model)
+    if not args and not kwargs:
+        args = (_example(model),)
+    was_training = model.training
+    model.eval()
+    originals = {a.block.ours: model.get_parameter(a.block.ours) for a in adapters}
+    try:
+        adapted = _outputs(model(*args, **kwargs))
+        expected, error = _exact(model, adapted, args, kwargs)
+        kept = {name: weight.detach().clone() for name, weight in originals.items()}
+        try:
+            _add(adapters, originals)
+            merged = _outputs(_without(adapters, model, args, kwargs))
+            bound = 2 * ROUNDINGS * error + torch.finfo(adapted.dtype).eps * float(expected.abs().max())
+            distance = float((merged.to(expected.dtype) - expected).abs().max())
+            if not distance <= bound:
+                raise ValueError(
+                    f"merge: merged outputs are {distance:.3g} from exact ones, needs at most {bound:.3g}, which "
+                    f"rounding explains; the model is as it was"
+                )
+        except BaseException:
+            for name, weight in originals.items():
+                weight.copy_(kept[name])
+            raise
+    finally:
+        model.train(was_training)
+    return detach(model)
+
+
+def _add(adapters: list[Adapter], weights: Mapping[str, Tensor]) -> None:
+    """Add scale * B A to the rows of each weight, rounded once."""
+    for name, weight in weights.items():
+        sums = weight.double()
+        for adapter in adapters:
+            if adapter.block.ours == name:
+                sums[adapter.block.start : adapter.block.stop] += adapter.weight()
+        weight.copy_(sums)
+
+
+def _without(adapters: list[Adapter], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """model(*args, **kwargs) while adapters add nothing."""
+    scales = [adapter.scale for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.scale = 0.0
+        return model(*args, **kwargs)
+    finally:
+        for adapter, scale in zip(adapters, scales):
+            adapter.scale = scale
+
+
+def _attached(model: nn.Module) -> list[Adapter]:
+    adapters = list(adapters_of(model))
+    if not adapters:
+        raise ValueError("model: has no adapters")
+    return adapters
+
+
+def _chosen(blocks: list[Block], targets: str | Sequence[str]) -> list[Block]:
+    """The blocks that targets name."""
+    if targets == ALL_LINEAR:
+        layered = [b for b in blocks if any(part.isdigit() for part in b.ours.split("."))]
+        if not (layered or blocks):
+            raise ValueError("targets: the model has no linear layer")
+        return layered or blocks
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"targets: got {targets!r}, needs names of layers or {ALL_LINEAR!r}")
+    chosen: dict[Block, None] = {}
+    for target in names:
+        matches = [b for b in blocks if any(_ends(n, target) for n in (b.name, b.ours, _module_of(b.ours)))]
+        if not matches:
+            known = sorted({b.name.rpartition(".")[2] for b in blocks})
+            raise ValueError(f"targets: {target!r} names no linear layer; there are {', '.join(known)}")
+        chosen.update(dict.fromkeys(matches))
+    return list(chosen)
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _module_of(weight: str) -> str:
+    return weight.removesuffix(".weight").removesuffix("_weight")
+
+
+def _check_numbers(r: int, alpha: float, dropout: float) -> None:
+    if not is_integer(r) or r < 1:
+        raise ValueError(f"r: got {r!r}, needs a positive integer")
+    if isinstance(alpha, bool) or not is_number(alpha) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: got {alpha!r}, needs a positive finite number")
+    if isinstance(dropout, bool) or not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout!r}, needs a number with 0 <= p < 1")
+
+
+def _example(model: nn.Module) -> Tensor:
+    """Token ids to compare on, the same every time."""
+    config = getattr(model, "config", None)
+    vocab = getattr(config, "vocab_size", None)
+    if vocab is None:
+        raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
+    longest = min(getattr(config, name, _SAMPLE[1]) for name in ("n_positions", "max_position_embeddings"))
+    shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(config, "position_offset", 0))))
+    ids = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
+    return ids.to(next(model.parameters()).device)
+
+
+def _outputs(result: Any) -> Tensor:
+    """What of a model's result is compared."""
+    for name in ("logits", "embeddings", "last_hidden_state", "start_logits"):
+        if isinstance(found := getattr(result, name, None), Tensor):
+            result = found
+            break
+    else:
+        result = result[0] if isinstance(result, (tuple, list)) else result
+    if not isinstance(result, Tensor):
+        raise ValueError(f"merge: cannot compare a result of type {type(result).__name__}")
+    return result
+
+
+def _exact(
+    model: nn.Module, adapted: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, float]:
+    """The outputs that count as exact, and how far the model's own are from those by rounding."""
+    narrow = adapted.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if narrow or adapted.dtype == torch.float64 else torch.float64
+    other = copy.deepcopy(model).to(dtype)
+    outputs = _outputs(other(*_in_dtype(args, dtype), **_in_dtype(kwargs, dtype)))
+    if adapted.dtype != torch.float64:
+        return outputs, float((adapted.to(dtype) - outputs).abs().max())
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return adapted, ratio * float((outputs.double() - adapted).abs().max())
+
+
+def _in_dtype(given: Any, dtype: torch.dtype) -> Any:
+    """An example's floating-point tensors in another dtype."""
+
+    def widen(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    if isinstance(given, dict):
+        return {name: widen(value) for name, value in given.items()}
+    return tuple(widen(value) for value in given)

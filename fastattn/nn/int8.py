@@ -1,0 +1,48 @@
+"""Linear layers whose inference multiplies weights and activations of 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.nn.linear import Linear
+from fastattn.nn.rows import rows_of
+
+
+class Int8Linear(Linear):
+    """A linear layer that multiplies 8-bit numbers where nothing needs a gradient, see `Int8Rows`.
+
+    Its weight stays as it is, for gradients and for saving; the rounded copy is made at the first use and again where
+    the weight has changed.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if (
+            self.training
+            or torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad))
+        ):
+            return super().forward(input)
+        rows = input.reshape(-1, self.in_features)
+        out = rows_of(self.weight, self.bias, "int8")(rows)
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+def quantize_linears(model: nn.Module, kind: str | None) -> int:
+    """Make the `Linear` layers in a model's numbered layers `Int8Linear`, or with None what they were; how many.
+
+    Raises:
+        ValueError: kind is neither "int8" nor None.
+    """
+    if kind not in (None, "int8"):
+        raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+    before, after = (Linear, Int8Linear) if kind else (Int8Linear, Linear)
+    chosen = [
+        module
+        for name, module in model.named_modules()
+        if type(module) is before and any(part.isdigit() for part in name.split("."))
+    ]
+    for module in chosen:
+        module.__class__ = after
+    return len(chosen)

@@ -1,0 +1,50 @@
+"""What of a call's tensors can be looked at before it runs: values, addresses and strides, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastattn import backends, torch_compat
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: not while code is traced or transformed."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch_compat.transforms_active((tensor,))
+        or torch_compat.dispatch_mode_active()
+    )
+
+
+def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> bool:
+    """Whether a call may be refused after something has run, and specs of its passes can be made to see that first.
+
+    A forward alone refuses before it runs, so there must be a backward or `more`, as a seed to draw. A trace has no
+    specs; there the fakes of the ops refuse what the backend never runs.
+    """
+    return (
+        not torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
+        and (more or (torch.is_grad_enabled() and torch_compat.any_requires_grad(args)))
+        and not backends.runs_every_pass(backend)
+        and all(map(_has_memory, args))
+    )
+
+
+def can_be_read(args: Iterable[Any]) -> bool:
+    """Whether the values of the tensors among the arguments can be looked at."""
+    return all(readable(arg) and _has_memory(arg) for arg in args if isinstance(arg, Tensor))
+
+
+def _has_memory(arg: Any) -> bool:
+    """False for a tensor of a subclass, such as a fake one: its address and strides may mean nothing."""
+    return type(arg) is Tensor or type(arg) is Parameter or not isinstance(arg, Tensor)
+
+
+def values_are_known(tensor: Tensor) -> bool:
+    """Whether a tensor has its plain values, although a transform or a trace may be active."""
+    return not (torch_compat.is_wrapped(tensor) or torch.compiler.is_compiling())

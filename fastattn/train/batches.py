@@ -1,0 +1,51 @@
+"""Examples by index, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+class Examples(Protocol):
+    """Training or validation data: items by index, which `collate` makes into a batch with "labels"."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Batches:
+    """Makes batches on a device.
+
+    Args:
+        collate: makes a dict of tensors of a list of items.
+        device: where its tensors go.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Batch], device: torch.device) -> None:
+        self.collate = collate
+        self.device = device
+
+    def of(self, data: Examples, indices: Sequence[int]) -> Batch:
+        """The batch of these items.
+
+        Raises:
+            TypeError: collated, they are no dict with "labels".
+        """
+        batch = self.collate([data[index] for index in indices])
+        if not isinstance(batch, dict) or "labels" not in batch:
+            raise TypeError('train_data, dev_data: a collated batch must be a dict of tensors with "labels"')
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def in_order(
+        self, data: Examples, size: int, limit: int | None, rank: int, world_size: int
+    ) -> Iterator[Batch]:
+        """One process's share of the data in batches of `size`, of all of them or of the first `limit`."""
+        starts = range(0, len(data), size)[:limit]
+        for start in starts[rank::world_size]:
+            yield self.of(data, range(start, min(start + size, len(data))))

@@ -1,0 +1,108 @@
+"""What a training step minimises: the mean loss over the targets of all its micro-batches on all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.train.batches import Batch
+from fastattn.train.distributed import Distributed, gradient_sync
+from fastattn.train.metrics import count_targets, count_tokens
+
+
+class Objective:
+    """The mean loss of batches, and its gradient in the parameters' .grad.
+
+    Args:
+        model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
+        parallel: the model, wrapped for this process's part in data-parallel training.
+        device: of the model and the batches.
+        dtype: of autocast; float32 means none.
+        distributed: the processes that train together.
+        warn: called with a line for the log.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        distributed: Distributed,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.parallel = parallel
+        self.device = device
+        self.dtype = dtype
+        self.distributed = distributed
+        self.warn = warn
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Leave in .grad the gradient of the mean loss over all targets; returns that loss and the tokens read."""
+        counts = [self.count_targets(batch) for batch in batches]
+        tokens = sum(count_tokens(batch) for batch in batches)
+        targets, all_tokens = self.distributed.sum([sum(counts), tokens], self.device)
+        if not targets:
+            self.warn("all labels are -100, so the gradient is zero")
+        loss_sum = torch.zeros((), device=self.device)
+        for i, (batch, count) in enumerate(zip(batches, counts)):
+            with gradient_sync(self.parallel, wanted=i == len(batches) - 1):
+                loss = self._weighted_loss(batch, count / max(targets, 1.0))
+                # DistributedDataParallel divides the sum over processes by their number.
+                self.scaler.scale(loss * self.distributed.world_size).backward()
+            loss_sum += loss.detach().float()
+        return self.distributed.sum([float(loss_sum)], self.device)[0], int(all_tokens)
+
+    def _weighted_loss(self, batch: Batch, weight: float) -> Tensor:
+        """The batch's mean loss times its share of all targets; a zero with zero gradients if it has no target."""
+        if weight == 0.0:  # its mean is 0/0, but in parallel this process must still take part
+            if self.distributed.active:
+                self.parallel(**batch)
+            return (
+                sum(
+                    (p.sum() for p in self.model.parameters() if p.requires_grad),
+                    torch.zeros((), device=self.device),
+                )
+                * 0.0
+            )
+        return self.loss(self.parallel, batch) * weight
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss that `model`, the plain, compiled or parallel one, gives for a batch.
+
+        Raises:
+            TypeError: the model's output has no tensor as its loss.
+        """
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = model(**batch).loss
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"model: its output's loss is {loss!r}, need a tensor: the mean over the labels")
+        return loss
+
+    def count_targets(self, batch: Batch) -> int:
+        """Labels of a batch that count in its mean."""
+        return count_targets(batch["labels"], shifted=getattr(self.model, "shifts_labels", False))
+
+    def clip_gradients(self, limit: float | None) -> float:
+        """Scale finite gradients down to a total norm of `limit`; returns the norm they had."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit is not None and math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    def first_gradient_not_finite(self) -> str | None:
+        """The name of the first parameter whose gradient holds an inf or NaN."""
+        return next(
+            (
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            ),
+            None,
+        )

@@ -1,0 +1,234 @@
+"""Prompt lookup changes no token, and its guesses stop where they do not pay; prompts read in chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generation_cases import make, prompts, tokenizer
+from torch import Tensor
+
+from fastattn.generation.speculation import ALLOWANCE, MOST, START, Account, Lookup
+from fastattn.models import GPT
+from fastattn.models.steps import GPTDecoder
+from numerics import assert_within_rule
+
+KINDS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "rotary, gqa, window": {"positions": "rotary", "num_kv_heads": 2, "window": 5},
+    "alibi": {"positions": "alibi"},
+}
+every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+
+
+def repetitive(count: int) -> tuple[Tensor, Tensor]:
+    """Prompts in which the last tokens stood before, of unequal lengths."""
+    ids, mask = prompts(tuple(range(6, 6 + 3 * count, 3)))
+    ids[:, -3:] = ids[:, -6:-3]
+    return ids, mask
+
+
+class Counts:
+    """How often a decoder was stepped and extended, by how many tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps, self.guessed = 0, 0
+        step, extend = GPTDecoder.step, GPTDecoder.extend
+
+        def counted_step(decoder: GPTDecoder, tokens: Tensor) -> Tensor:
+            self.steps += 1
+            return step(decoder, tokens)
+
+        def counted_extend(decoder: GPTDecoder, tokens: Tensor) -> Tensor:
+            self.steps += 1
+            self.guessed += tokens.shape[1] - 1
+            return extend(decoder, tokens)
+
+        monkeypatch.setattr(GPTDecoder, "step", counted_step)
+        monkeypatch.setattr(GPTDecoder, "extend", counted_extend)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"eos_token_id": [7, 9, 11], "pad_token_id": 5},
+    {"repetition_penalty": 1.05, "presence_penalty": 0.1},
+    {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "seed": 3},
+    {"do_sample": True, "temperature": 0.5, "seed": [1, 2, 3], "num_return_sequences": 2},
+]
+
+
+@every_kind
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_tokens_are_those_of_single_steps(
+    options: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(torch.float64, **options)
+    ids, mask = repetitive(3)
+    expected = model.generate(ids, mask, max_new_tokens=60, **settings)
+    counts = Counts(monkeypatch)
+    for most in (1, 3, 16):
+        found = model.generate(ids, mask, max_new_tokens=60, prompt_lookup_num_tokens=most, **settings)
+        assert torch.equal(found, expected)
+    assert counts.guessed
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_invariant_logits_of_guesses_have_the_bits_of_single_steps(
+    options: dict[str, Any], dtype: torch.dtype, kind: str | None
+) -> None:
+    model = make(dtype, **options).quantize(kind)
+    ids, mask = repetitive(3)
+    lengths, new = mask.sum(1), torch.randint(61, (3, 6))
+    one, several = (model.decoder(3, 40, batch_invariant=True) for _ in range(2))
+    assert one is not None
+    assert several is not None
+    for decoder in (one, several):
+        decoder.prefill(ids.flip(1), lengths)
+    singly = torch.stack([one.step(new[:, i]) for i in range(6)], 1)
+    several.extend(new[:, [5, 4]])  # wrong guesses leave nothing behind
+    several.rewind(lengths)
+    assert torch.equal(several.extend(new), singly)
+    plain = model.generate(ids, mask, max_new_tokens=40, batch_invariant=True)
+    guessed = model.generate(ids, mask, max_new_tokens=40, batch_invariant=True, prompt_lookup_num_tokens=5)
+    assert torch.equal(guessed, plain)
+
+
+def test_repeated_text_takes_fewer_steps_and_other_text_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(torch.float64, positions="rotary", n_positions=700)
+    counts = Counts(monkeypatch)
+    ids, mask = repetitive(1)
+    model.generate(
+        ids, mask, max_new_tokens=200, prompt_lookup_num_tokens=8
+    )  # a greedy model goes in circles
+    assert counts.steps < 100
+    counts.steps = counts.guessed = 0
+    hot = {"do_sample": True, "temperature": 50.0, "seed": 0}
+    model.generate(ids, mask, max_new_tokens=600, prompt_lookup_num_tokens=8, **hot)
+    cost = Account(1, torch.device("cpu")).cost
+    assert counts.steps + cost * counts.guessed <= 600 * (1 + ALLOWANCE) + START + 1
+
+
+def test_guesses_never_lose_more_than_is_allowed() -> None:
+    for rows in (1, 4, 32):
+        for right in (0, 1):
+            account = Account(rows, torch.device("cpu"))
+            lost = 0.0
+            for step in range(1, 500):
+                account.step()
+                guessed = account.allowed(10)
+                if guessed:
+                    account.settle(guessed, min(right, guessed) * (step % 3 == 0))
+                    lost += guessed * account.cost - min(right, guessed) * (step % 3 == 0)
+                assert lost <= START + ALLOWANCE * step + 1e-9
+    account = Account(1, torch.device("cpu"))
+    for _ in range(50):
+        account.settle(8, 8.0)
+    assert account.balance == MOST
+    assert account.allowed(10) == 10
+
+
+def test_a_guess_is_what_followed_the_longest_latest_occurrence_and_goes_on_in_circles() -> None:
+    def guess(text: str, count: int) -> str:
+        return "".join(map(chr, Lookup(list(map(ord, text))).guess(count)))
+
+    assert guess("the cat and the", 4) == " cat"
+    assert guess("xab1 yab2 ab", 2) == "2 "  # the latest
+    assert guess("xab1 yab2 xab", 2) == "1 "  # the longest
+    assert guess("abcabc", 8) == "abcabcab"
+    assert guess("zzz", 5) == "zzzzz"
+    assert guess("abcdef", 3) == ""
+    assert guess("", 3) == guess("a", 3) == guess("abab", 0) == ""
+
+
+def test_guesses_go_up_to_the_last_position() -> None:
+    model = make(torch.float64)  # 96 learned positions
+    ids, mask = repetitive(2)
+    room = 96 - ids.shape[1] + 1
+    expected = model.generate(ids, mask, max_new_tokens=room)
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=room, prompt_lookup_num_tokens=20), expected)
+
+
+def test_a_stop_string_within_right_guesses_ends_the_row() -> None:
+    model = make(torch.float64, vocab_size=tokenizer().vocab_size)
+    ids, mask = repetitive(2)
+    free = model.generate(ids, mask, max_new_tokens=60)
+    text = tokenizer().decode(free[0, -30:].tolist())
+    options: dict[str, Any] = {"stop_strings": text[5:8], "tokenizer": tokenizer(), "pad_token_id": 1}
+    expected = model.generate(ids, mask, max_new_tokens=60, **options)
+    found = model.generate(ids, mask, max_new_tokens=60, prompt_lookup_num_tokens=9, **options)
+    assert torch.equal(found, expected)
+
+
+def test_a_model_without_a_decoder_is_refused() -> None:
+    model = make()
+    model.ln_f.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"^prompt_lookup_num_tokens: this model has no decoder"):
+        model.generate(prompts((3,))[0], prompt_lookup_num_tokens=3)
+
+
+@every_kind
+@pytest.mark.parametrize("size", [1, 4, 9, 100])
+def test_prompts_in_chunks_give_the_same_tokens(options: dict[str, Any], size: int) -> None:
+    model = make(torch.float64, **options)
+    ids, mask = prompts((9, 4, 1, 7))
+    expected = model.generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=12, prefill_chunk_size=size), expected)
+    model.ln_f.register_forward_hook(lambda *args: None)  # by the model's step instead of a decoder
+    assert torch.equal(model.generate(ids, mask, max_new_tokens=12, prefill_chunk_size=size), expected)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_behind_chunks_are_within_the_error_rule(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = make(dtype, **options)
+    ids, mask = prompts((40, 33, 1), "right")
+    lengths = mask.sum(1)
+    golden = _last_logits(make(torch.float64, **options).eval(), model, ids, lengths)
+    plain = torch.stack([_plain(model, ids[r : r + 1, :n]) for r, n in enumerate(lengths.tolist())])
+    for chunk_size in (None, 7):
+        for invariant in (False, True):
+            decoder = GPTDecoder(model, 3, 41, batch_invariant=invariant)
+            found = decoder.prefill(ids, lengths, chunk_size=chunk_size)
+            assert_within_rule(found.double(), plain.double(), golden, dtype=dtype)
+
+
+def _last_logits(wide: GPT, model: GPT, ids: Tensor, lengths: Tensor) -> Tensor:
+    """float64 logits of the model's own, rounded weights."""
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    return torch.stack([_plain(wide, ids[r : r + 1, :n]) for r, n in enumerate(lengths.tolist())])
+
+
+@torch.no_grad()
+def _plain(model: GPT, ids: Tensor) -> Tensor:
+    """Logits after the last token, (V,), by a model in the same dtype that reads one prompt at once."""
+    logits = model(ids).logits
+    assert logits is not None
+    return logits[0, -1]
+
+
+def test_chunks_bound_what_is_allocated() -> None:
+    from allocations import Allocations
+
+    model = make(positions="rotary", n_positions=600)
+    ids = prompts((512,))[0]
+    most = []
+    for size in (None, 32):
+        decoder = GPTDecoder(model, 1, 520)
+        with Allocations() as allocated:
+            decoder.prefill(ids, chunk_size=size)
+        most.append(max(allocated.sizes))
+    assert most[1] < most[0] / 4
+
+
+def test_an_invariant_prompt_in_chunks_has_the_bits_that_it_has_alone() -> None:
+    model = make(torch.bfloat16, positions="rotary")
+    ids, mask = prompts((30, 11, 4), "right")
+    together = GPTDecoder(model, 3, 40, batch_invariant=True).prefill(ids, mask.sum(1), chunk_size=6)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        alone = GPTDecoder(model, 1, 60, batch_invariant=True).prefill(
+            ids[row : row + 1, :length], chunk_size=6
+        )
+        assert torch.equal(alone[0], together[row])

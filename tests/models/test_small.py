@@ -1,0 +1,167 @@
+"""Smaller weights: 8-bit layers within their bound, bfloat16, and the figures of what they change."""
+
+import math
+
+import pytest
+import torch
+
+from fastattn.models import GPT, BertConfig, BertForEmbedding, BertForMaskedLM, GPTConfig, load
+from fastattn.models.small import compare, perplexity, weight_bytes
+from fastattn.nn.int8 import Int8Linear, quantize_linears
+from fastattn.nn.linear import Linear
+from fastattn.nn.rows import INT8_ROWS, Int8Rows
+
+GPT2 = {
+    "vocab_size": 61,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.3,
+}
+BERT = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+def saved(cls, config, folder):
+    torch.manual_seed(0)
+    cls(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def gpt(tmp_path):
+    return saved(GPT, GPTConfig(**GPT2), tmp_path / "gpt")
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return saved(BertForEmbedding, BertConfig(**BERT), tmp_path / "bert")
+
+
+def ids(*shape):
+    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("count", [0, 1, INT8_ROWS, 2 * INT8_ROWS + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bit_products_are_within_their_bound_and_of_each_row_alone(count, dtype):
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(count, 48).to(dtype),
+        torch.randn(40, 48).to(dtype),
+        torch.randn(40).to(dtype),
+    )
+    rows = Int8Rows(weight, bias)
+    out = rows(x)
+    assert out.shape == (count, 40)
+    assert out.dtype == dtype
+    assert all(torch.equal(rows(x[i : i + 1])[0], out[i]) for i in range(0, count, 100))
+    wide, w = x.double(), weight.double()
+    exact = wide @ w.T + bias.double()
+    # half a level of each factor, times the largest of the other, for each of 48 products
+    steps_x = wide.abs().amax(1, keepdim=True) / rows.levels / 2 if count else wide.new_zeros(0, 1)
+    steps_w = w.abs().amax(1) / 127 / 2
+    bound = 48 * (
+        steps_x * w.abs().amax(1) + steps_w * (wide.abs().amax(1, keepdim=True) if count else steps_x)
+    )
+    bound = bound + 48 * steps_x * steps_w + torch.finfo(dtype).eps * exact.abs()
+    assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+def test_8_bit_layers_are_for_inference_only():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"0": Linear(48, 40), "head": Linear(48, 40)})
+    layer, x = model["0"], torch.randn(3, 5, 48)
+    exact = layer(x)
+    assert quantize_linears(model, "int8") == 1
+    assert type(model["head"]) is Linear
+    assert torch.equal(layer(x), exact)  # in training mode
+    model.eval()
+    assert torch.equal(layer(x), exact)  # a gradient may be asked for
+    with torch.no_grad():
+        rounded = layer(x)
+        assert not torch.equal(rounded, exact)
+        layer.weight.mul_(2)  # the rounded copy follows the weight
+        layer.bias.mul_(2)
+        assert torch.equal(layer(x), 2 * rounded)
+    assert quantize_linears(model, None) == 1
+    assert type(layer) is Linear
+    with pytest.raises(ValueError, match="kind: got 'int4'"):
+        quantize_linears(model, "int4")
+
+
+def test_loading_with_smaller_weights(gpt, bert):
+    assert load(gpt, quantize="int8").quantized == "int8"
+    model = load(bert, quantize="int8")
+    assert isinstance(model, BertForEmbedding)
+    assert sum(type(m) is Int8Linear for m in model.modules()) == 8
+    assert not any(type(m) is Int8Linear for m in model.quantize(None).modules())
+    assert load(bert, dtype="bfloat16").bert.layers[0].attn.qkv.weight.dtype == torch.bfloat16
+    for call in (load, GPT.from_pretrained):
+        with pytest.raises(ValueError, match="quantize: got 'int4', needs 'int8' or None"):
+            call(gpt, quantize="int4")
+
+
+def test_what_is_saved_is_not_rounded(bert, tmp_path):
+    model = load(bert, quantize="int8")
+    with torch.no_grad():
+        model(ids(2, 7))
+    model.save_pretrained(tmp_path / "again")
+    state = load(bert).state_dict()
+    assert all(torch.equal(state[name], t) for name, t in load(tmp_path / "again").state_dict().items())
+
+
+def test_perplexity_is_that_of_the_formula(gpt):
+    model, tokens = load(gpt, dtype="float64"), ids(3, 9)
+    with torch.no_grad():
+        logs = model(tokens).logits.double().log_softmax(-1)
+    taken = logs[:, :-1].gather(-1, tokens[:, 1:, None])
+    assert perplexity(model, tokens) == pytest.approx(math.exp(-taken.mean()), rel=1e-9)
+    padded = torch.cat([torch.full((3, 4), 60), tokens], dim=1)
+    mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 9)], dim=1)
+    assert perplexity(model, padded, mask) == pytest.approx(perplexity(model, tokens), rel=1e-9)
+    with pytest.raises(ValueError, match="input_ids: holds no sequence of two tokens"):
+        perplexity(model, tokens[:, :1])
+
+
+@pytest.mark.parametrize(("options", "largest"), [({"quantize": "int8"}, 0.2), ({"dtype": "bfloat16"}, 0.1)])
+def test_perplexity_before_and_after_is_printed(gpt, options, largest, capsys):
+    change = compare(gpt, ids(4, 32), **options)
+    before, after = change.perplexities
+    assert before != after
+    assert abs(after / before - 1) < largest
+    name = next(iter(options.values()))
+    assert capsys.readouterr().out == f"{change}\n"
+    assert f"{name}: " in str(change)
+    assert f"perplexity {before:.4f} -> {after:.4f}" in str(change)
+    assert change.bytes_after < 0.7 * change.bytes_before
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"dtype": torch.bfloat16}])
+def test_cosines_before_and_after_are_printed(bert, options, tmp_path, capsys):
+    mask = (torch.arange(20) < torch.tensor([[20], [7], [1], [13]])).long()
+    change = compare(bert, ids(4, 20), mask, **options)
+    mean, least = change.cosines
+    assert 0.99 < least <= mean < 1.0
+    assert f"mean {mean:.6f}, least {least:.6f}" in capsys.readouterr().out
+    lm = compare(saved(BertForMaskedLM, BertConfig(**BERT), tmp_path / "lm"), ids(4, 20), mask, **options)
+    assert 0.99 < lm.cosines[1] < 1.0
+
+
+def test_bytes_and_bad_options(gpt):
+    model = load(gpt)
+    whole = sum(p.numel() for p in model.parameters()) * 4
+    assert weight_bytes(model) == whole
+    rounded = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("h."))
+    outputs = sum(p.shape[0] for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("h."))
+    assert weight_bytes(model.quantize("int8")) == whole - 3 * rounded + 4 * outputs
+    with pytest.raises(ValueError, match="dtype, quantize: needs one"):
+        compare(gpt, ids(1, 4))
