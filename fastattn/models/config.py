@@ -65,6 +65,8 @@ class GPTConfig:
         tie_word_embeddings: one matrix for the token embedding and the output.
         layer_norm_epsilon, initializer_range: as named, for either norm.
         bos_token_id, eos_token_id, pad_token_id: ids `generate` uses by default, None for none.
+        train_pad_embedding: whether the embedding of pad_token_id has a gradient where that token is read, which it
+            has not in transformers' Llama, Mistral, Qwen and Gemma.
         model_type: the family in whose format it is saved if that can hold it; None for the first that can.
 
     Raises:
@@ -108,6 +110,7 @@ class GPTConfig:
     attention_out_bias: bool | None = None
     mlp_bias: bool | None = None
     gated_mlp: bool = False
+    train_pad_embedding: bool = True
     model_type: str | None = field(default=None, compare=False)
     dropout: InitVar[float | None] = None
 
@@ -176,6 +179,12 @@ class GPTConfig:
         attention = self.bias if self.attention_bias is None else self.attention_bias
         out = attention if self.attention_out_bias is None else self.attention_out_bias
         return attention, out, self.bias if self.mlp_bias is None else self.mlp_bias
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The row of the token embedding that lookups give no gradient."""
+        pad = self.pad_token_id
+        return None if self.train_pad_embedding or pad is None or pad >= self.vocab_size else pad
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -363,6 +372,7 @@ _CHECKS: dict[str, Check] = {  # every field has one
             "norm_unit_offset",
             "sandwich_norms",
             "gated_mlp",
+            "train_pad_embedding",
         ),
         _flag,
     ),
