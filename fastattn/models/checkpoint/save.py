@@ -44,7 +44,7 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def save_model(
