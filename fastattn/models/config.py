@@ -78,6 +78,8 @@ class GPTConfig:
         tie_word_embeddings: one matrix for the token embedding and the output.
         layer_norm_epsilon, initializer_range: as named, for either norm.
         bos_token_id, eos_token_id, pad_token_id: ids `generate` uses by default, None for none.
+        train_pad_embedding: whether the embedding of pad_token_id has a gradient where that token is read, which it
+            has not in transformers' Llama, Mistral, Qwen and Gemma.
         model_type: the family in whose format it is saved if that can hold it; None for the first that can.
 
     Raises:
@@ -121,6 +123,7 @@ class GPTConfig:
     attention_out_bias: bool | None = None
     mlp_bias: bool | None = None
     gated_mlp: bool = False
+    train_pad_embedding: bool = True
     model_type: str | None = field(default=None, compare=False)
     dropout: InitVar[float | None] = None
 
@@ -191,6 +194,12 @@ class GPTConfig:
         return attention, out, self.bias if self.mlp_bias is None else self.mlp_bias
 
     @property
+    def padding_idx(self) -> int | None:
+        """The row of the token embedding that lookups give no gradient."""
+        pad = self.pad_token_id
+        return None if self.train_pad_embedding or pad is None or pad >= self.vocab_size else pad
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Each layer's kind, one of `LAYER_TYPES`."""
         if self.layer_types is not None:
@@ -202,11 +211,10 @@ class GPTConfig:
         if self.positions != "rotary":
             return {}
         scaling = None if self.rope_scaling is None else _scaling(self.rope_scaling, self)
-        everywhere = Rotary(self.head_dim, self.rope_theta, scaling=scaling)
+        head_dim = int(self.head_dim)  # not Derived, which a trace of torch 2.9 cannot hand to an operation
+        everywhere = Rotary(head_dim, self.rope_theta, scaling=scaling)
         local = (
-            everywhere
-            if self.rope_local_base_freq is None
-            else Rotary(self.head_dim, self.rope_local_base_freq)
+            everywhere if self.rope_local_base_freq is None else Rotary(head_dim, self.rope_local_base_freq)
         )
         kinds = self.layer_types or [FULL if self.window is None else SLIDING]
         return {kind: local if kind == SLIDING else everywhere for kind in sorted(set(kinds))}
@@ -318,6 +326,7 @@ _CHECKS: dict[str, Check] = {  # every field has one
             "norm_unit_offset",
             "sandwich_norms",
             "gated_mlp",
+            "train_pad_embedding",
         ),
         flag,
     ),

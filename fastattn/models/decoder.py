@@ -62,7 +62,7 @@ class GPT(Pretrained, nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, config.padding_idx)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
         self.rotary = config.rotary()  # by kind of layer; empty with other positions
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -130,7 +130,7 @@ class GPT(Pretrained, nn.Module):
         plain_head = (
             targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
         )
-        tied = TiedWeight(self.wte.weight) if plain_head and shares_gradient(self.wte, self.lm_head) else None
+        tied = TiedWeight(self.wte) if plain_head and shares_gradient(self.wte, self.lm_head) else None
         x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
         if config.scale_embedding:
             x = x * math.sqrt(config.n_embd)
@@ -234,6 +234,8 @@ class GPT(Pretrained, nn.Module):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, std)  # a norm's weights are what they were made as
+        if self.config.padding_idx is not None:
+            self.wte.weight[self.config.padding_idx].zero_()
 
     def _check_inputs(
         self,

@@ -20,6 +20,7 @@ _LLAMA: dict[str, Any] = {  # what every model of the line has
     "positions": "rotary",
     "norm": "rmsnorm",
     "gated_mlp": True,
+    "train_pad_embedding": False,
     "activation_function": "silu",
     "bias": False,
     "layer_norm_epsilon": 1e-5,

@@ -21,7 +21,6 @@ def shares_gradient(embedding: nn.Embedding, head: nn.Linear) -> bool:
         weight is head.weight
         and type(embedding) is nn.Embedding
         and not torch_compat.has_hooks(embedding)
-        and embedding.padding_idx is None
         and torch.is_grad_enabled()
         and weight.requires_grad
         and type(weight) is nn.Parameter
@@ -41,8 +40,9 @@ class TiedWeight:
     to the embedding after all. A head that comes too late keeps its gradient, and the engine adds the two.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight  # (V, E)
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.weight = embedding.weight  # (V, E)
+        self.padding_idx = embedding.padding_idx  # the row that lookups give no gradient
         self.task: int | None = None  # the engine's run that `grad` is of
         self.grad: Tensor | None = None
         self.taken: int | None = None  # the last run in which the embedding came by
@@ -99,6 +99,8 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
         rows = dout.reshape(-1, dout.shape[-1])
+        if ctx.tied.padding_idx is not None:
+            rows = rows.masked_fill((ids == ctx.tied.padding_idx).reshape(-1, 1), 0.0)
         if torch.is_grad_enabled():
             return None, dout.new_zeros(ctx.shape).index_add(0, ids.flatten(), rows), None
         grad = ctx.tied.take()

@@ -62,7 +62,10 @@ TAKES: dict[str, set[str]] = {
     **dict.fromkeys(
         ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), OPTIONAL | FLOATS
     ),
-    **{key: {"True", "False"} for key in ("scale_embedding", "sandwich_norms", "gated_mlp")},
+    **{
+        key: {"True", "False"}
+        for key in ("scale_embedding", "sandwich_norms", "gated_mlp", "train_pad_embedding")
+    },
     "norm_unit_offset": {"False"},
     **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), OPTIONAL | {"True", "False"}),
     "model_type": OPTIONAL | {"text", "number in text"},

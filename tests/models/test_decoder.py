@@ -334,6 +334,25 @@ def test_a_tied_weight_has_the_sum_of_both_gradients(what, keep):
     torch.testing.assert_close(weight.grad, 2 * expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padding_token_that_is_read_trains_its_embedding_or_not(tied):
+    options = {"pad_token_id": 5, "tie_word_embeddings": tied}
+    tokens = ids(2, 9).clamp(min=6)
+    tokens[:, 3:5] = 5
+    grads = []
+    for trains in (True, False):
+        model = make(**options, train_pad_embedding=trains).train()
+        assert (model.wte.weight[5] == 0).all() != trains
+        torch.nn.init.normal_(model.wte.weight, generator=torch.Generator().manual_seed(0))
+        model(tokens, labels=tokens).loss.backward()
+        grads.append(model.wte.weight.grad)
+    others = torch.arange(SIZES["vocab_size"]) != 5
+    torch.testing.assert_close(grads[1][others], grads[0][others])
+    assert not torch.equal(grads[1][5], grads[0][5])
+    if not tied:
+        assert (grads[1][5] == 0).all()
+
+
 def test_a_run_after_an_unfinished_one_takes_nothing_of_it():
     model, tokens = make().train(), ids(3, 9)
     out = model(tokens, labels=tokens)

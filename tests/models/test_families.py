@@ -23,7 +23,7 @@ from decoder_families import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastattn.models import GPT, GPTConfig
+from fastattn.models import GPT, GPTConfig, load
 from fastattn.models.checkpoint import DECODERS, family_for
 from fastattn.models.checkpoint.decoders import LLAMA_LINE, meaning
 from fastattn.models.presets import DECODERS as PRESETS
@@ -112,6 +112,7 @@ def test_one_step_of_training_is_theirs(
     """fused: products by oneDNN, whose backward makes norms and activations again."""
     theirs, ours = both
     ids = tokens(2, ORIGINAL + 3)
+    ids[:, 4:7] = theirs.config.pad_token_id  # read as a token, which trains its embedding in GPT-2 alone
     with float64_throughout():
         golden = gradients(double(theirs).train(), ids)
     ours.train()
@@ -200,6 +201,9 @@ def test_a_folder_goes_both_ways_value_by_value(name: str, both: tuple[Any, GPT]
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values()))
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(auto) is type(theirs)
+    by_load = load(tmp_path / "ours")
+    assert type(by_load) is GPT
+    assert by_load.config == ours.config
 
 
 @pytest.mark.parametrize(
@@ -354,6 +358,11 @@ def test_files_of_older_versions_mean_the_same(name: str, old: dict[str, Any], t
     newest = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
     assert newest["rope_parameters"]
     assert meaning(read(entries)) == meaning(read(newest))
+
+
+def test_dropout_of_a_file_is_that_of_attention_in_training() -> None:
+    config = read(entries_of("llama", attention_dropout=0.25))
+    assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0.25, 0.0, 0.0)
 
 
 def test_what_a_file_leaves_out_has_the_value_of_transformers_class() -> None:

@@ -34,6 +34,7 @@ _SHARED_FIELDS: dict[str, Any] = {
     "norm": "rmsnorm",
     "gated_mlp": True,
     "bias": False,
+    "train_pad_embedding": False,
 }
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 _IGNORED = (
@@ -246,7 +247,7 @@ def _whole(number: float) -> float:
 def meaning(config: GPTConfig) -> dict[str, Any]:
     """A config's fields with those that others stand for when they are None."""
     fields = config.to_dict()
-    del fields["model_type"]
+    del fields["model_type"], fields["train_pad_embedding"]  # which change no output
     attention, out, mlp = config.biases
     scaling = config.rope_scaling
     if scaling is not None and scaling["rope_type"] in ("yarn", "llama3"):
