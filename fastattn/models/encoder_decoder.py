@@ -103,12 +103,12 @@ class EncoderDecoder(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: a tensor does not fit, as `Bert.forward` and `GPT.forward` say.
         """
+        self.encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids, made = self._shifted(labels)
             decoder_attention_mask = made if decoder_attention_mask is None else decoder_attention_mask
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids: got None, needs them or labels to make them of")
-        check_tensor("input_ids", input_ids)
         self._check_target("decoder_input_ids", decoder_input_ids, input_ids.shape[:1])
         shape = tuple(decoder_input_ids.shape)
         for name, tensor in (("decoder_attention_mask", decoder_attention_mask), ("labels", labels)):
@@ -166,7 +166,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: as `forward` and `fastattn.generation.generate`.
         """
-        check_tensor("input_ids", input_ids)
+        self.encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
         batch = input_ids.shape[:1]
         if decoder_input_ids is None:
             decoder_input_ids = input_ids.new_full((*batch, 1), self._start(), dtype=torch.int64)
@@ -266,7 +266,7 @@ class EncoderDecoder(Pretrained, nn.Module):
     ) -> Encoded:
         """The encoder's output of each source as if it came alone, without its padding."""
         encoder = self.encoder
-        batch, seqlen = encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
+        batch, seqlen = input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         positions = encoder._positions(input_ids, batch, seqlen, input_ids.device).expand(batch, seqlen)
         given = (input_ids, real, token_type_ids, positions)
