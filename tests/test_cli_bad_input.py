@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fastattn import bench, cli, demo
+from fastattn import bench, cli, demo, text_generation
 from fastattn.extension import build
 from fastattn.tune import command as tuning
 
@@ -22,6 +22,19 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("demo", "--seed"): NUMBERS,
     ("demo", "--steps"): (*NUMBERS, "0"),
     ("build", "--arch"): ("x", "Hopper", "9", "9.0b", "nan", "-1", "1" + "0" * 5000, "9.0;x"),
+    ("generate", "--prompt"): ("", "\0", "a\0b"),
+    ("generate", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
+    ("generate", "--max-new-tokens"): NUMBERS,
+    ("generate", "--temperature"): ("x", "", "-1", "nan", "inf", "1e400", "None"),
+    ("generate", "--top-k"): (*NUMBERS, "0"),
+    ("generate", "--top-p"): ("x", "", "-1", "0", "1.5", "nan", "inf", "None"),
+    ("generate", "--min-p"): ("x", "", "-1", "1.5", "nan", "inf", "None"),
+    ("generate", "--repetition-penalty"): ("x", "", "-1", "0", "nan", "inf", "1e400", "None"),
+    ("generate", "--presence-penalty"): ("x", "", "nan", "inf", "-inf", "1e400", "None"),
+    ("generate", "--num-beams"): (*NUMBERS, "0", "100000"),
+    ("generate", "--stop"): ("",),
+    ("generate", "--prompt-lookup"): (*NUMBERS, "0", "100000"),
+    ("generate", "--seed"): NUMBERS,
     ("bench tune", "--dtype"): ("", "x", "float64", "int8", LONG),
     ("bench tune", "--head-dim"): (
         "",
@@ -51,8 +64,9 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("bench model", "--rows"): (*NUMBERS, "0", "15", "16", "1025"),
 }
 ALWAYS: dict[str, tuple[str, ...]] = {
-    "bench tune": ("--dry-run",)
-}  # what makes the command list, not measure
+    "bench tune": ("--dry-run",),  # what makes the command list, not measure
+    "generate": ("folder", "--prompt=text"),
+}
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -80,6 +94,7 @@ def test_every_option_has_its_hostile_values() -> None:
         "doctor",
         "demo",
         "build",
+        "generate",
         "bench tune",
         "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),
@@ -98,6 +113,8 @@ def test_a_value_that_means_nothing_is_named(
     monkeypatch.setattr(demo, "_show_grid", work)
     monkeypatch.setattr(build, "build", work, raising=False)
     monkeypatch.setattr(tuning, "tune", work)
+    monkeypatch.setattr(text_generation, "check_folder", lambda folder: None)
+    monkeypatch.setattr(text_generation, "load_folder", work)
     for value in HOSTILE[name, option]:
         words = [*name.split(), *ALWAYS.get(name, ()), f"{option}={value}"]
         result = CliRunner().invoke(cli.app, words)

@@ -39,7 +39,19 @@ ARROWS = {
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
-    "cli": {"", "__version__", "console", "doctor", "demo", "bench", "cache", "extension", "tune"},
+    "text_generation": {"console", "data", "generation", "models"},
+    "cli": {
+        "",
+        "__version__",
+        "console",
+        "doctor",
+        "demo",
+        "bench",
+        "cache",
+        "extension",
+        "tune",
+        "text_generation",
+    },
     "__main__": {"cli"},
 }
 # Packages that are loaded only where they are the point of the file.

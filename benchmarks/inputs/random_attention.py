@@ -128,7 +128,9 @@ class RandomCall:
         if "sinks" in few:
             of_sink = torch.exp(few["sinks"].double()[:, None] - lse)
             terms["dsinks"] = (of_sink * (delta[..., 0] + self.dlse.double().abs())).sum((0, 2))
-            if self.dtype != torch.float32:  # plain torch rounds out, too: independent errors, so squares add
+            # In 16 bits out is rounded, by plain torch too, and delta = dout . out carries that: the errors are
+            # independent, so their squares add. Plain torch's own error in one number may be small by chance.
+            if self.dtype != torch.float32:
                 rounded = (of_sink[..., None] * out * dout).square().sum((0, 2, 3)).sqrt()
                 of_float32 = torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps
                 terms["dsinks"] = terms["dsinks"].maximum(of_float32 * rounded)

@@ -65,7 +65,7 @@ def _python_calls() -> dict[str, Call]:
 
     q, k, v = (_normal(1, 2, 16, 16) for _ in range(3))
     packed_q, packed_k, packed_v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    edges, target = torch.tensor([0, 8, 16], dtype=torch.int32), torch.arange(16)
+    cu_seqlens, target = torch.tensor([0, 8, 16], dtype=torch.int32), torch.arange(16)
     new, lengths = _normal(1, 2, 1, 16), torch.tensor([15], dtype=torch.int32)
     mask = torch.ones(16, 16, dtype=torch.bool).tril()
     rows, weight = _normal(16, 32), _normal(64, 32)
@@ -75,7 +75,7 @@ def _python_calls() -> dict[str, Call]:
         "attention": lambda: fastattn.attention(q, k, v, causal=True),
         "attention, gradients": lambda: fastattn.attention(*leaves, causal=True).sum().backward(),
         "attention, mask": lambda: fastattn.attention(q, k, v, mask=mask),
-        "varlen": lambda: fastattn.attention_varlen(packed_q, packed_k, packed_v, edges, edges),
+        "varlen": lambda: fastattn.attention_varlen(packed_q, packed_k, packed_v, cu_seqlens, cu_seqlens),
         "kv_cache": lambda: fastattn.attention_kv_cache(new, k, v, lengths, key=new, value=new),
         "softmax": lambda: fastattn.softmax(rows),
         "softmax, gradients": lambda: fastattn.softmax(leaf).backward(rows),

@@ -20,6 +20,7 @@ BENCHES = (
     "cross-entropy",
     "train",
     "generate",
+    "models",
     "swap",
     "overhead",
 )

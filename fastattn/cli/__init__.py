@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastattn.cli import bench, build, demo, doctor
+from fastattn.cli import bench, build, demo, doctor, generate
 from fastattn.cli.command import command
 
 __all__ = ["app", "main"]
@@ -50,4 +50,5 @@ def _options(
 command(doctor.doctor, app)
 command(demo.demo, app)
 command(build.build, app)
+command(generate.generate, app)
 app.add_typer(bench.app, name="bench")

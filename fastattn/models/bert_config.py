@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastattn.models import config as checks
+from fastattn.models import fields as checks
+from fastattn.models.config import FULL, LAYER_TYPES, SLIDING
+from fastattn.models.presets import ENCODERS, FAMILY_FIELDS
 from fastattn.nn.blocks import ACTIVATIONS
+from fastattn.ops.arguments import is_integer
 from fastattn.spec import MAX_HEAD_DIM
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-FULL, SLIDING = "full_attention", "sliding_attention"
 HEAD_ACTIVATIONS = (*ACTIVATIONS, "tanh")
 
 
@@ -190,70 +192,11 @@ class BertConfig:
         return asdict(self)
 
 
-def alternating_layers(num_layers: int, every: int) -> tuple[str, ...]:
-    """Layer types where every `every`-th layer, from the first on, is full and the others are local."""
-    return tuple(SLIDING if i % every else FULL for i in range(num_layers))
-
-
-# What makes a family, besides sizes: the fields in which it differs from BERT.
-FAMILY_FIELDS: dict[str, dict[str, Any]] = {
-    "bert": {},
-    "roberta": {
-        "vocab_size": 50265, "layer_norm_eps": 1e-5, "max_position_embeddings": 514, "type_vocab_size": 1,
-        "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "position_offset": 2,
-        "classifier_input_dropout": True, "lm_activation": "gelu",
-    },
-    "distilbert": {
-        "num_hidden_layers": 6, "type_vocab_size": 0, "pooler": False, "classifier_activation": "relu",
-        "classifier_dropout": 0.2, "token_dropout": 0.1, "qa_dropout": 0.1,
-    },
-    "electra": {
-        "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
-        "pooler": False, "classifier_activation": "gelu", "classifier_input_dropout": True, "lm_activation": "gelu",
-    },
-    "modernbert": {
-        "vocab_size": 50368, "num_hidden_layers": 22, "intermediate_size": 1152, "max_position_embeddings": 8192,
-        "type_vocab_size": 0, "layer_norm_eps": 1e-5, "pad_token_id": 50283, "bos_token_id": 50281,
-        "eos_token_id": 50282, "cls_token_id": 50281, "sep_token_id": 50282, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "mlp_dropout": 0.0, "embedding_dropout": 0.0,
-        "attention_output_dropout": 0.0, "positions": "rotary", "pre_norm": True, "gated_mlp": True,
-        "attention_bias": False, "mlp_bias": False, "norm_bias": False, "pooler": False,
-        "classifier_activation": "gelu", "classifier_norm": True, "classifier_bias": False,
-        "classifier_dropout": 0.0, "qa_dropout": None, "token_dense": True, "qa_dense": True, "lm_activation": "gelu",
-        "lm_bias": False,
-    },
-}  # fmt: skip
-
-_MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
-_LARGE = {
-    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-}  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "bert-base-uncased": {},
-    "bert-base-cased": {"vocab_size": 28996},
-    "bert-large-uncased": {**_LARGE},
-    "minilm-l6": {**_MINILM, "num_hidden_layers": 6},
-    "minilm-l12": {**_MINILM},
-    "roberta-base": {"model_type": "roberta", **FAMILY_FIELDS["roberta"]},
-    "roberta-large": {"model_type": "roberta", **FAMILY_FIELDS["roberta"], **_LARGE},
-    "distilbert-base-uncased": {"model_type": "distilbert", **FAMILY_FIELDS["distilbert"]},
-    "electra-small": {"model_type": "electra", **FAMILY_FIELDS["electra"]},
-    "electra-base": {
-        "model_type": "electra", **FAMILY_FIELDS["electra"], "embedding_size": 768, "hidden_size": 768,
-        "num_attention_heads": 12, "intermediate_size": 3072,
-    },
-    "modernbert-base": {
-        "model_type": "modernbert", **FAMILY_FIELDS["modernbert"], "layer_types": alternating_layers(22, 3),
-    },
-    "modernbert-large": {
-        "model_type": "modernbert", **FAMILY_FIELDS["modernbert"], "layer_types": alternating_layers(28, 3),
-        "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 2624,
-    },
-}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in ENCODERS.items()}
 
 
 def _number_of_types(name: str, number: Any) -> int:
-    return 0 if checks.is_integer(number) and number == 0 else checks._size(name, number)
+    return 0 if is_integer(number) and number == 0 else checks.size(name, number)
 
 
 def _label_names(name: str, value: Any) -> dict[int, str]:
@@ -273,7 +216,7 @@ def _label_names(name: str, value: Any) -> dict[int, str]:
 def _kinds(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name}: got {value!r}, needs a list of {FULL} and {SLIDING}")
-    return tuple(checks._one_of((FULL, SLIDING))(f"{name}[{i}]", kind) for i, kind in enumerate(value))
+    return tuple(checks.one_of(LAYER_TYPES)(f"{name}[{i}]", kind) for i, kind in enumerate(value))
 
 
 _CHECKS: dict[str, checks.Check] = {  # every field has one
@@ -282,20 +225,20 @@ _CHECKS: dict[str, checks.Check] = {  # every field has one
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "max_position_embeddings", "local_attention",
         ),
-        checks._size,
+        checks.size,
     ),
-    **dict.fromkeys(("embedding_size", "num_labels"), checks._or_none(checks._size)),
+    **dict.fromkeys(("embedding_size", "num_labels"), checks.or_none(checks.size)),
     **dict.fromkeys(("type_vocab_size", "position_offset"), _number_of_types),
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), checks._probability),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), checks.probability),
     **dict.fromkeys(
         (
             "embedding_dropout", "attention_output_dropout", "mlp_dropout", "classifier_dropout", "token_dropout",
             "qa_dropout",
         ),
-        checks._or_none(checks._probability),
+        checks.or_none(checks.probability),
     ),
     **dict.fromkeys(
-        ("rope_theta", "local_rope_theta", "layer_norm_eps", "initializer_range"), checks._positive
+        ("rope_theta", "local_rope_theta", "layer_norm_eps", "initializer_range"), checks.positive
     ),
     **dict.fromkeys(
         (
@@ -303,17 +246,17 @@ _CHECKS: dict[str, checks.Check] = {  # every field has one
             "classifier_input_dropout", "classifier_norm", "classifier_bias", "token_dense", "qa_dense", "lm_bias",
             "decoder_bias",
         ),
-        checks._flag,
+        checks.flag,
     ),
-    **dict.fromkeys(("bos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"), checks._or_none(checks._id)),
-    "eos_token_id": checks._or_none(checks._ids),
-    "model_type": checks._one_of(tuple(FAMILY_FIELDS)),
-    "positions": checks._one_of(("learned", "rotary")),
-    "layer_types": checks._or_none(_kinds),
-    "hidden_act": checks._one_of(tuple(ACTIVATIONS)),
-    "id2label": checks._or_none(_label_names),
-    "problem_type": checks._or_none(checks._one_of(PROBLEM_TYPES)),
-    "classifier_pooling": checks._one_of(("cls", "mean")),
-    "classifier_activation": checks._one_of(HEAD_ACTIVATIONS),
-    "lm_activation": checks._or_none(checks._one_of(HEAD_ACTIVATIONS)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"), checks.or_none(checks.token_id)),
+    "eos_token_id": checks.or_none(checks.token_ids),
+    "model_type": checks.one_of(tuple(FAMILY_FIELDS)),
+    "positions": checks.one_of(("learned", "rotary")),
+    "layer_types": checks.or_none(_kinds),
+    "hidden_act": checks.one_of(tuple(ACTIVATIONS)),
+    "id2label": checks.or_none(_label_names),
+    "problem_type": checks.or_none(checks.one_of(PROBLEM_TYPES)),
+    "classifier_pooling": checks.one_of(("cls", "mean")),
+    "classifier_activation": checks.one_of(HEAD_ACTIVATIONS),
+    "lm_activation": checks.or_none(checks.one_of(HEAD_ACTIVATIONS)),
 }  # fmt: skip

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
+from fastattn.models.fields import (
+    MAX_SIZE as MAX_SIZE,
+)
+from fastattn.models.fields import (
+    Check,
+    flag,
+    one_of,
+    or_none,
+    positive,
+    probability,
+    size,
+    text,
+    token_id,
+    token_ids,
+)
 from fastattn.models.presets import DECODERS
 from fastattn.nn.blocks import ACTIVATIONS
 from fastattn.nn.positions import Rotary
 from fastattn.nn.rotary_scaling import RotaryScaling
-from fastattn.ops.arguments import is_integer, is_number
+from fastattn.ops.arguments import is_integer
 from fastattn.spec import MAX_HEAD_DIM
 
 POSITIONS = ("learned", "rotary", "alibi", "sinusoidal")
 NORMS = ("layernorm", "rmsnorm")
 FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
-MAX_SIZE = 2**31 - 1  # of a dimension: ids and positions are 32-bit integers in the kernels
 
 
 class Derived(int):
@@ -124,7 +137,7 @@ class GPTConfig:
 
     def __post_init__(self, dropout: float | None) -> None:
         if dropout is not None:
-            dropout = _probability("dropout (it sets embd_pdrop, resid_pdrop and attn_pdrop)", dropout)
+            dropout = probability("dropout (it sets embd_pdrop, resid_pdrop and attn_pdrop)", dropout)
             self.embd_pdrop = self.resid_pdrop = self.attn_pdrop = dropout
         if isinstance(self.head_dim, Derived):  # of a copy, whose other sizes may have changed
             self.head_dim = None  # type: ignore[assignment]
@@ -213,11 +226,10 @@ class GPTConfig:
         if self.positions != "rotary":
             return {}
         scaling = None if self.rope_scaling is None else _scaling(self.rope_scaling, self)
-        everywhere = Rotary(self.head_dim, self.rope_theta, scaling=scaling)
+        head_dim = int(self.head_dim)  # not Derived, which a trace of torch 2.9 cannot hand to an operation
+        everywhere = Rotary(head_dim, self.rope_theta, scaling=scaling)
         local = (
-            everywhere
-            if self.rope_local_base_freq is None
-            else Rotary(self.head_dim, self.rope_local_base_freq)
+            everywhere if self.rope_local_base_freq is None else Rotary(head_dim, self.rope_local_base_freq)
         )
         kinds = self.layer_types or [FULL if self.window is None else SLIDING]
         return {kind: local if kind == SLIDING else everywhere for kind in sorted(set(kinds))}
@@ -243,92 +255,34 @@ class GPTConfig:
 PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in DECODERS.items()}
 
 
-Check = Callable[[str, Any], Any]  # given a field's name and value; returns the value as a plain type
-
-
-def _size(name: str, number: Any) -> int:
-    if not is_integer(number) or not 1 <= number <= MAX_SIZE:
-        raise ValueError(f"{name}: got {number!r}, needs a positive integer, at most {MAX_SIZE}")
-    return int(number)
-
-
 def _size_or_0(name: str, number: Any) -> int:
-    return 0 if is_integer(number) and number == 0 else _size(name, number)
-
-
-def _probability(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not is_number(number) or not 0.0 <= number < 1.0:
-        raise ValueError(f"{name}: got {number!r}, needs a number with 0 <= p < 1")
-    return float(number)
-
-
-def _positive(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not is_number(number) or not 0.0 < number < math.inf:
-        raise ValueError(f"{name}: got {number!r}, needs a positive finite number")
-    return float(number)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: got {value!r}, needs True or False")
-    return value
-
-
-def _id(name: str, number: Any) -> int:
-    if not is_integer(number) or not 0 <= number <= MAX_SIZE:
-        raise ValueError(f"{name}: got {number!r}, needs a token id, an integer of 0 or more")
-    return int(number)
-
-
-def _ids(name: str, value: Any) -> int | Sequence[int]:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_id(f"{name}[{index}]", number) for index, number in enumerate(value))
-    return _id(name, value)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: got {value!r}, needs a name")
-    return value
-
-
-def _one_of(choices: Sequence[str]) -> Check:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(choices)}")
-        return value
-
-    return check
-
-
-def _or_none(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
+    return 0 if is_integer(number) and number == 0 else size(name, number)
 
 
 def _kinds_of_layers(name: str, value: Any) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{name}: got {value!r}, needs a list of {' or '.join(LAYER_TYPES)}, one a layer")
-    return [_one_of(LAYER_TYPES)(f"{name}[{index}]", kind) for index, kind in enumerate(value)]
+    return [one_of(LAYER_TYPES)(f"{name}[{index}]", kind) for index, kind in enumerate(value)]
 
 
 _NUMBERS_OF_SCALING: dict[
     str, dict[str, tuple[Check, bool]]
 ] = {  # type -> number -> its check, whether it is needed
     "default": {},
-    "linear": {"factor": (_positive, True)},
-    "dynamic": {"factor": (_positive, True)},
+    "linear": {"factor": (positive, True)},
+    "dynamic": {"factor": (positive, True)},
     "yarn": {
-        "factor": (_positive, True),
-        "original_max_position_embeddings": (_size, False),
+        "factor": (positive, True),
+        "original_max_position_embeddings": (size, False),
         **dict.fromkeys(
             ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
-            (_or_none(_positive), False),
+            (or_none(positive), False),
         ),
-        "truncate": (_flag, False),
+        "truncate": (flag, False),
     },
     "llama3": {
-        **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (_positive, True)),
-        "original_max_position_embeddings": (_size, False),
+        **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (positive, True)),
+        "original_max_position_embeddings": (size, False),
     },
 }
 
@@ -337,7 +291,7 @@ def _rope_scaling(name: str, value: Any) -> dict[str, Any] | None:
     """The dict with plain numbers; None for the default type."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}: got {value!r}, needs a dict with a rope_type, or None")
-    kind = _one_of(tuple(_NUMBERS_OF_SCALING))(f"{name}['rope_type']", value.get("rope_type"))
+    kind = one_of(tuple(_NUMBERS_OF_SCALING))(f"{name}['rope_type']", value.get("rope_type"))
     numbers = _NUMBERS_OF_SCALING[kind]
     for key in value:
         if key != "rope_type" and key not in numbers:
@@ -369,10 +323,10 @@ def _scaling(values: Mapping[str, Any], config: GPTConfig) -> RotaryScaling:
 
 
 _CHECKS: dict[str, Check] = {  # every field has one
-    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), _size),
-    **dict.fromkeys(("n_inner", "num_kv_heads", "window", "head_dim"), _or_none(_size)),
-    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), _probability),
-    **dict.fromkeys(("rope_theta", "layer_norm_epsilon", "initializer_range"), _positive),
+    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), size),
+    **dict.fromkeys(("n_inner", "num_kv_heads", "window", "head_dim"), or_none(size)),
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), probability),
+    **dict.fromkeys(("rope_theta", "layer_norm_epsilon", "initializer_range"), positive),
     **dict.fromkeys(
         (
             "rope_local_base_freq",
@@ -380,7 +334,7 @@ _CHECKS: dict[str, Check] = {  # every field has one
             "attn_logit_softcapping",
             "final_logit_softcapping",
         ),
-        _or_none(_positive),
+        or_none(positive),
     ),
     **dict.fromkeys(
         (
@@ -396,16 +350,16 @@ _CHECKS: dict[str, Check] = {  # every field has one
             "lm_transform",
             "add_cross_attention",
         ),
-        _flag,
+        flag,
     ),
-    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), _or_none(_flag)),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), _or_none(_id)),
-    "eos_token_id": _or_none(_ids),
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), or_none(flag)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), or_none(token_id)),
+    "eos_token_id": or_none(token_ids),
+    "positions": one_of(POSITIONS),
+    "model_type": or_none(text),
+    "norm": one_of(NORMS),
+    "activation_function": one_of(tuple(ACTIVATIONS)),
+    "layer_types": or_none(_kinds_of_layers),
+    "rope_scaling": or_none(_rope_scaling),
     "type_vocab_size": _size_or_0,
-    "positions": _one_of(POSITIONS),
-    "model_type": _or_none(_text),
-    "norm": _one_of(NORMS),
-    "activation_function": _one_of(tuple(ACTIVATIONS)),
-    "layer_types": _or_none(_kinds_of_layers),
-    "rope_scaling": _or_none(_rope_scaling),
 }

@@ -146,11 +146,7 @@ class GPT(Pretrained, nn.Module):
         plain_head = (
             targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
         )
-        tied = (
-            TiedWeight(self.wte.weight, self.wte.padding_idx)
-            if plain_head and shares_gradient(self.wte, self.lm_head)
-            else None
-        )
+        tied = TiedWeight(self.wte) if plain_head and shares_gradient(self.wte, self.lm_head) else None
         x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
         if config.scale_embedding:
             x = x * math.sqrt(config.n_embd)
@@ -185,8 +181,7 @@ class GPT(Pretrained, nn.Module):
         cap = config.final_logit_softcapping
         if targets is not None and head is not None and not return_logits:
             h = x if self.lm_transform is None else self.lm_transform(x)
-            loss = _mean_loss(h, head, targets, cap, self.lm_head.bias)
-            return CausalLMOutput(loss, None, x, *inside)
+            return CausalLMOutput(_mean_loss(h, head, targets, cap, self.lm_head.bias), None, x, *inside)
         if targets is None and not return_logits:
             return CausalLMOutput(None, None, x, *inside)
         kept = x[:, -logits_to_keep:]

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.models.bert_config import FULL, SLIDING, BertConfig
+from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
 from fastattn.models.checks import check_range
+from fastattn.models.config import FULL, SLIDING
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
 from fastattn.nn.linear import Linear
@@ -160,6 +161,7 @@ class Bert(PretrainedEncoder, nn.Module):
         initialise(self, self.config)
         if self.config.pre_norm:
             for layer in self.layers:
+                assert isinstance(layer, EncoderBlock)
                 for linear in (layer.attn.out_proj, layer.mlp.c_proj):
                     linear.weight.mul_(1 / math.sqrt(2 * self.config.num_hidden_layers))
 

@@ -22,6 +22,7 @@ from fastattn.models.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from fastattn.models.peft import ADAPTER_CONFIG, load_adapter
 
 MODELS: tuple[type[Pretrained], ...] = (  # of a model_type alone, the first that has its family
     GPT,
@@ -41,7 +42,8 @@ def load(
     """The model of a folder or hub repository, in eval mode: the class that its config.json names.
 
     "architectures" decides, and where no class of ours is that of any name there, "model_type". A folder in
-    sentence-transformers' layout (modules.json) is a `BertForEmbedding`.
+    sentence-transformers' layout (modules.json) is a `BertForEmbedding`. One that holds an adapter in PEFT's format and
+    no model is the model that its adapter_config.json names, with the adapter attached.
 
     Args:
         path_or_id, dtype, quantize: as in `Pretrained.from_pretrained`.
@@ -51,6 +53,8 @@ def load(
             or the folder does not fit, see `Pretrained.from_pretrained`.
     """
     folder = resolve_folder(path_or_id)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        return _adapted(folder, dtype=dtype, quantize=quantize)
     if (folder / MODULES).is_file():
         return BertForEmbedding.from_pretrained(folder, dtype=dtype, quantize=quantize)
     try:
@@ -63,6 +67,18 @@ def load(
     return cls.from_pretrained(folder, dtype=dtype, quantize=quantize)
 
 
+def _adapted(folder: Path, *, dtype: torch.dtype | str | None, quantize: str | None) -> Any:
+    """The base model of an adapter's folder with the adapter."""
+    if quantize is not None:
+        raise ValueError(f"quantize: got {quantize!r}, which does not go with an adapter; merge it first")
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or Path(base).resolve() == folder.resolve():
+        raise ValueError(
+            f"pretrained model: {folder / ADAPTER_CONFIG}: base_model_name_or_path: got {base!r}, needs a model"
+        )
+    return load_adapter(load(base, dtype=dtype), folder)
+
+
 def class_of(entries: dict[str, Any]) -> type[Pretrained]:
     """The class that config.json's architectures or else its model_type name; ValueError where there is none."""
     kind = entries.get("model_type")
@@ -70,6 +86,7 @@ def class_of(entries: dict[str, Any]) -> type[Pretrained]:
     if not able:
         known = sorted({family.model_type for cls in MODELS for family in cls.families})
         raise ValueError(f"model_type: got {kind!r}, needs one of {', '.join(known)}")
+    assert isinstance(kind, str)
     names = entries.get("architectures") or []
     for name in names if isinstance(names, list) else []:
         for cls in able:

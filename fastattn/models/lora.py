@@ -168,7 +168,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield front + "in_proj_weight", module.in_proj_weight
             yield front + "out_proj.weight", module.out_proj.weight
         elif type(module) in (nn.Linear, Linear, LoraLinear) and id(module) not in inner:
-            yield front + "weight", module.weight  # type: ignore[misc]
+            yield front + "weight", module.weight
 
 
 def _consecutive(ours: str, parts: Iterable[tuple[str, int]], transposed: bool) -> list[Block]:
@@ -226,7 +226,7 @@ def add_adapters(
             outer = model.get_submodule(path.rpartition(".")[0])
             module = outer if isinstance(outer, MultiHeadAttention) else module
         if not isinstance(module, (LoraLinear, LoraAttention)):
-            module._without_lora = type(module)  # type: ignore[assignment]
+            module.__dict__["_without_lora"] = type(module)
             module.__class__ = LoraAttention if isinstance(module, MultiHeadAttention) else LoraLinear
             module.lora = nn.ModuleDict()
         lora = module.lora

@@ -243,3 +243,79 @@ DECODERS: dict[str, Preset] = {
         "Gemma Team 2025, Gemma 3 Technical Report",
     ),
 }
+
+
+def alternating_layers(num_layers: int, every: int) -> tuple[str, ...]:
+    """Layer types where every `every`-th layer, from the first on, is full and the others are local."""
+    return tuple(_SLIDING if i % every else _FULL for i in range(num_layers))
+
+
+# What makes a family, besides sizes: the fields in which it differs from BERT.
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {
+        "vocab_size": 50265, "layer_norm_eps": 1e-5, "max_position_embeddings": 514, "type_vocab_size": 1,
+        "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "position_offset": 2,
+        "classifier_input_dropout": True, "lm_activation": "gelu",
+    },
+    "distilbert": {
+        "num_hidden_layers": 6, "type_vocab_size": 0, "pooler": False, "classifier_activation": "relu",
+        "classifier_dropout": 0.2, "token_dropout": 0.1, "qa_dropout": 0.1,
+    },
+    "electra": {
+        "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
+        "pooler": False, "classifier_activation": "gelu", "classifier_input_dropout": True, "lm_activation": "gelu",
+    },
+    "modernbert": {
+        "vocab_size": 50368, "num_hidden_layers": 22, "intermediate_size": 1152, "max_position_embeddings": 8192,
+        "type_vocab_size": 0, "layer_norm_eps": 1e-5, "pad_token_id": 50283, "bos_token_id": 50281,
+        "eos_token_id": 50282, "cls_token_id": 50281, "sep_token_id": 50282, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "mlp_dropout": 0.0, "embedding_dropout": 0.0,
+        "attention_output_dropout": 0.0, "positions": "rotary", "pre_norm": True, "gated_mlp": True,
+        "attention_bias": False, "mlp_bias": False, "norm_bias": False, "pooler": False,
+        "classifier_activation": "gelu", "classifier_norm": True, "classifier_bias": False,
+        "classifier_dropout": 0.0, "qa_dropout": None, "token_dense": True, "qa_dense": True, "lm_activation": "gelu",
+        "lm_bias": False,
+    },
+}  # fmt: skip
+
+_MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_LARGE = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+}  # fmt: skip
+
+
+def _encoder(model_type: str, parameters: int, source: str, **sizes: Any) -> Preset:
+    return Preset({"model_type": model_type, **FAMILY_FIELDS[model_type], **sizes}, parameters, source)
+
+
+_BERT = "Devlin et al. 2018, BERT: Pre-training of Deep Bidirectional Transformers"
+_ROBERTA = "Liu et al. 2019, RoBERTa: A Robustly Optimized BERT Pretraining Approach"
+_ELECTRA = "Clark et al. 2020, ELECTRA: Pre-training Text Encoders as Discriminators"
+_MODERNBERT = "Warner et al. 2024, Smarter, Better, Faster, Longer (ModernBERT)"
+ENCODERS: dict[str, Preset] = {
+    "bert-base-uncased": _encoder("bert", 109_482_240, _BERT),
+    "bert-base-cased": _encoder("bert", 108_310_272, _BERT, vocab_size=28996),
+    "bert-large-uncased": _encoder("bert", 335_141_888, _BERT, **_LARGE),
+    "minilm-l6": _encoder(
+        "bert", 22_713_216, "config.json of sentence-transformers/all-MiniLM-L6-v2", **_MINILM, num_hidden_layers=6
+    ),
+    "minilm-l12": _encoder(
+        "bert", 33_360_000, "Wang et al. 2020, MiniLM: Deep Self-Attention Distillation", **_MINILM
+    ),
+    "roberta-base": _encoder("roberta", 124_645_632, _ROBERTA),
+    "roberta-large": _encoder("roberta", 355_359_744, _ROBERTA, **_LARGE),
+    "distilbert-base-uncased": _encoder(
+        "distilbert", 66_362_880, "Sanh et al. 2019, DistilBERT, a distilled version of BERT"
+    ),
+    "electra-small": _encoder("electra", 13_483_008, _ELECTRA),
+    "electra-base": _encoder(
+        "electra", 108_891_648, _ELECTRA, embedding_size=768, hidden_size=768, num_attention_heads=12,
+        intermediate_size=3072,
+    ),
+    "modernbert-base": _encoder("modernbert", 149_014_272, _MODERNBERT, layer_types=alternating_layers(22, 3)),
+    "modernbert-large": _encoder(
+        "modernbert", 394_781_696, _MODERNBERT, layer_types=alternating_layers(28, 3), hidden_size=1024,
+        num_hidden_layers=28, num_attention_heads=16, intermediate_size=2624,
+    ),
+}  # fmt: skip

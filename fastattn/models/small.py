@@ -66,14 +66,14 @@ def compare(
         raise ValueError("dtype, quantize: needs one of them at least, got neither")
     before, after = load(path_or_id), load(path_or_id, dtype=dtype, quantize=quantize)
     names = [str(name).removeprefix("torch.") for name in (dtype, quantize) if name is not None]
-    sizes = {"bytes_before": weight_bytes(before), "bytes_after": weight_bytes(after)}
+    sizes = weight_bytes(before), weight_bytes(after)
     if isinstance(before, GPT):
         values = [perplexity(model, input_ids, attention_mask) for model in (before, after)]
-        change = Change(" ".join(names), **sizes, perplexities=(values[0], values[1]))
+        change = Change(" ".join(names), *sizes, perplexities=(values[0], values[1]))
     else:
         a, b = (embeddings(model, input_ids, attention_mask) for model in (before, after))
         cosine = F.cosine_similarity(a.double(), b.double(), dim=-1)
-        change = Change(" ".join(names), **sizes, cosines=(float(cosine.mean()), float(cosine.min())))
+        change = Change(" ".join(names), *sizes, cosines=(float(cosine.mean()), float(cosine.min())))
     print(change)
     return change
 

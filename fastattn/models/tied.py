@@ -40,9 +40,9 @@ class TiedWeight:
     to the embedding after all. A head that comes too late keeps its gradient, and the engine adds the two.
     """
 
-    def __init__(self, weight: Tensor, padding_idx: int | None = None) -> None:
-        self.weight = weight  # (V, E)
-        self.padding_idx = padding_idx  # the row that lookups give no gradient
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.weight = embedding.weight  # (V, E)
+        self.padding_idx = embedding.padding_idx  # the row that lookups give no gradient
         self.task: int | None = None  # the engine's run that `grad` is of
         self.grad: Tensor | None = None
         self.taken: int | None = None  # the last run in which the embedding came by

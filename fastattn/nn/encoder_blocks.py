@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
-from fastattn.nn.blocks import ACTIVATIONS, gated_by
+from fastattn.nn.blocks import Mlp
 from fastattn.nn.linear import Linear, remade
 from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable, apply_rotary
@@ -44,22 +42,13 @@ class SelfAttention(nn.Module):
         return self.out_proj(out.flatten(1)), shown
 
 
-class EncoderMlp(nn.Module):
-    """c_proj(activation(c_fc(x))), or of two halves (a, b) of c_fc(x), c_proj(activation(a) * b): (T, E) -> (T, E)."""
-
-    def __init__(
-        self, embed_dim: int, hidden_dim: int, *, activation: str, bias: bool, gated: bool, dropout: float
-    ) -> None:
-        super().__init__()
-        self.c_fc = Linear(embed_dim, 2 * hidden_dim if gated else hidden_dim, bias=bias)
-        self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
-        self.activation = partial(gated_by, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
-        self.dropout = nn.Dropout(dropout)  # inside; what follows the MLP is its block's
+class EncoderMlp(Mlp):
+    """An `Mlp` with its dropout in front of c_proj; what follows the MLP is its block's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) -> (T, E)."""
-        h = remade(self.activation, self.c_fc(x))
-        return self.c_proj(self.dropout(h))
+        out: Tensor = self.c_proj(self.dropout(remade(self.activation, self.c_fc(x))))
+        return out
 
 
 class EncoderBlock(nn.Module):

@@ -59,7 +59,7 @@ class KVCache:
         segment_ids: Tensor | tuple[Tensor, Tensor] | None,
         key_lengths: Tensor | None,
         dropout_p: float,
-        return_weights: bool | str,
+        return_weights: Any,
         **options: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         """`fastattn.attention` of a query to all tokens held, once `key` and `value` are appended; its arguments.
@@ -93,10 +93,10 @@ class KVCache:
         keys, values = self.append(key, value)
         if lengths is not None:
             return attention_kv_cache(query, self.keys, self.values, lengths, causal=False, **options)
+        options |= {"segment_ids": segment_ids, "key_lengths": key_lengths, "return_weights": return_weights}
         return attention(
-            query, keys, values, causal=causal, mask=mask, bias=bias, segment_ids=segment_ids,
-            key_lengths=key_lengths, dropout_p=dropout_p, return_weights=return_weights, **options,
-        )  # fmt: skip
+            query, keys, values, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p, **options
+        )
 
     def _end_of(self, key: Tensor, value: Tensor) -> int:
         """How many tokens are held once these are appended; ValueError if they cannot be."""

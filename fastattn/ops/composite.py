@@ -20,7 +20,7 @@ from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
 def transform_in_use(args: tuple[Any, ...]) -> str | None:
-    """The transform that the fused op would miss, if one is active: it would lose tangents without a word."""
+    """The transform that the fused op would miss, if one is active: the op would drop its tangents silently."""
     if torch_compat.transforms_active(args):
         return "a torch.func transform"
     if torch_compat.dual_level_entered():

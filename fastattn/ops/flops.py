@@ -46,7 +46,7 @@ def cache_flops(
     query: Any, k_cache: Any, v_cache: Any, cache_lengths: Any, key: Any, value: Any, block_table: Any,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """2 * (D + Dv) per query and place for a key, filled or not: how many are is known on the device alone."""
+    """2 * (D + Dv) per query and place for a key, filled or not: only the device knows how many are filled."""
     batch, num_heads, seqlen_q, head_dim = query
     capacity = k_cache[2] * (1 if block_table is None else block_table[1])
     return 2 * batch * num_heads * seqlen_q * capacity * (head_dim + v_cache[3])
@@ -127,7 +127,7 @@ class _WhenImported(MetaPathFinder):
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)  # whoever only looks for the module must not use the hook up
+            sys.meta_path.insert(0, self)  # find_spec alone, without an import, leaves the hook in place
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

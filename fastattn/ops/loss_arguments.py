@@ -119,7 +119,7 @@ def mean_of(
     count = kept.sum()
     if class_weight is None:
         return None, count
-    classes = torch.where(kept, target, 0).clamp(0, class_weight.shape[0] - 1)  # what is none is found later
+    classes = torch.where(kept, target, 0).clamp(0, class_weight.shape[0] - 1)  # others are refused later
     total = torch.where(kept, class_weight[classes], 0).sum()
     if not z_loss:
         return class_weight, total

@@ -22,7 +22,7 @@ chosen: list[bool] = []  # what `fastattn.integrations.export.plain_torch` asks 
 
 
 def wanted() -> bool:
-    """Whether calls compute with torch's own operations: while `torch.export` or `torch.jit.trace` records them, unless
+    """Whether calls compute with torch's own operations: under `torch.export` and `torch.jit.trace`, unless
     chosen otherwise."""
     if chosen:
         return chosen[-1]
@@ -147,7 +147,7 @@ def _attend(
     if slopes is not None and distance is not None:
         alibi = -slopes * distance.abs()
         additive = alibi if additive is None else additive + alibi
-    # a row that sees nothing looks at everything instead, and what it gets is dropped: a row of -inf alone is NaN
+    # a fully masked row, whose softmax is NaN, attends to every key instead; its result is then set to 0
     rows = None if visible is None else visible.any(-1, keepdim=True)
     exact = query.dtype in (torch.float32, torch.float64)
     if (

@@ -28,8 +28,8 @@ def define(
 ) -> Kernel:
     """Register an op, its fake implementation and its gradient; return the function that calls it.
 
-    That calls the kernel itself where it can bypass the dispatcher, which costs as much as attention of one query, and
-    its autograd several times that.
+    The function calls the kernel directly where it can bypass the dispatcher. Dispatch costs as much as attention of
+    one query, and the dispatcher's autograd several times that.
 
     gradient: keep(ctx, inputs, output), and backward(ctx, *grads) -> a gradient or None for every input.
     function: of backends that runs the op, where that has another name.

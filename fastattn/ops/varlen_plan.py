@@ -39,11 +39,11 @@ def check_values(call: VarlenCall) -> None:
         ("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[0], call.max_seqlen_q),
         ("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[0], call.max_seqlen_k),
     ):
-        edges = cu_seqlens.tolist()
-        lengths = [stop - start for start, stop in pairwise(edges)]
-        first, last = edges[0], edges[-1]
+        offsets = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in pairwise(offsets)]
+        first, last = offsets[0], offsets[-1]
         if first != 0 or min(lengths, default=0) < 0 or last > tokens:
-            got = f"{edges}" if len(edges) <= 9 else f"values from {first} to {last}"
+            got = f"{offsets}" if len(offsets) <= 9 else f"values from {first} to {last}"
             raise ValueError(
                 f"{name}: got {got}, needs ascending values from 0 to at most {tokens} (the tokens)"
             )
@@ -93,8 +93,8 @@ class VarlenPlan:
         """The results of `attention_varlen` for a call of this kind."""
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
-        edges_q, edges_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        tensors: tuple[Tensor | None, ...] = (query, key, value, edges_q, edges_k, slopes, sinks)
+        offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        tensors: tuple[Tensor | None, ...] = (query, key, value, *offsets, slopes, sinks)
         if self.spec.dropout:
             check_values(self.call((*tensors, None)))  # a refused call draws no seed
             tensors = (*tensors, arguments.seed_tensor(dropout_seed, query))

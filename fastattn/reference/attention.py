@@ -205,7 +205,7 @@ def attention_varlen(
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"))
     outs, lses = list(out.split(1)), list(lse.split(1, dim=1))  # the results of tokens outside every sequence
     # one by one: under torch 2.9's transforms tolist() cannot read a tensor
-    bounds_q, bounds_k = ([int(edge) for edge in edges.unbind()] for edges in (cu_seqlens_q, cu_seqlens_k))
+    bounds_q, bounds_k = ([int(offset) for offset in each.unbind()] for each in (cu_seqlens_q, cu_seqlens_k))
     for b, (start, stop) in enumerate(pairwise(bounds_q)):
         if start == stop:
             continue

@@ -42,7 +42,7 @@ class RunDirectory:
 
     Raises:
         ConfigError: the directory cannot be written, it holds a run and neither resume nor overwrite was asked for,
-            both were, or the checkpoint to resume from is none or is damaged; with "auto", all of them are. Nothing
+            both were, or what to resume from is not a checkpoint or is damaged; with "auto", all of them are. Nothing
             has been written then.
     """
 

@@ -31,7 +31,7 @@ class TrainConfig:
         output_dir: where the run writes.
         max_steps, max_epochs, max_seconds: the run ends at the first of these: optimiser steps, passes over the
             training data, wall time with evaluations. With max_seconds the learning rate follows time where that is
-            further on than steps, so that it has risen and come down when time is up; such a run is not reproducible.
+            further on than steps, so that the schedule is complete when time is up; such a run is not reproducible.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
         lr, warmup_steps, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then falls along a
@@ -188,7 +188,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or an impossible date
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if content is None:
         return {}

@@ -73,7 +73,7 @@ class Distributed:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group if it was made here; otherwise that is left to whoever made it.
+        """Leave the process group if it was made here; one that the caller made is left alone.
 
         Under gloo all processes leave together: torch may abort one whose peer has exited already. A peer that does not
         come within LEAVING is not waited for.

@@ -47,7 +47,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log file up to the first line that is none, such as a last one cut short by a crash."""
+    """The records of a log file up to the first line that is not one, such as a last line cut short by a crash."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference, torch_compat
+from fastattn.backends.torch import ragged_query
 from fastattn.backends.torch.single_query import single_query, single_query_out
+from fastattn.ops import arguments
+from fastattn.spec import AttentionCall
 from numerics import assert_within_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -203,3 +208,82 @@ def test_a_neighbour_that_is_not_finite_changes_no_bit(
             alone = attend(query[mine], k[mine], v[mine], [40])
             assert all(torch.equal(x, y[mine]) for x, y in zip(alone, together)), b
         assert together[0][1, :2].isnan().any()
+
+
+def ragged_cases() -> dict[str, dict[str, Any]]:
+    """Options under which each sequence's one query sees a range of the 40 keys, none, or (the last) other keys."""
+    places = torch.arange(40)
+    lengths = torch.tensor([40, 0, 17, 40])
+    left = torch.where(places >= torch.tensor([0, 5, 39, 40])[:, None], 0, -1)
+    packed = torch.stack([places // 10, places // 40, (places - 8) // 8, 3 - places // 10])
+    torn = torch.stack([places % 3, places // 10, places // 10, places // 10])
+    one = torch.tensor([[0], [0], [0], [0]])
+    return {
+        "lengths": {"key_lengths": lengths},
+        "lengths, causal window": {"key_lengths": lengths, "causal": True, "window": (30, 0)},
+        "top left": {"key_lengths": lengths, "causal": "top_left"},
+        "left padding": {"segment_ids": (one, left), "causal": True},
+        "left padding, window": {"segment_ids": (one, left), "causal": True, "window": (9, 0)},
+        "left padding, lengths, sinks": {
+            "segment_ids": (one, left), "key_lengths": lengths, "sinks": torch.linspace(-1, 1, 4).double(),
+        },
+        "documents": {"segment_ids": (torch.tensor([[3], [0], [2], [-1]]), packed)},
+        "no range": {"segment_ids": (one, torn)},
+    }  # fmt: skip
+
+
+RAGGED = ragged_cases()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RAGGED)
+def test_ranges_of_keys_by_sequence(name: str, dtype: torch.dtype) -> None:
+    """The error rule for results and gradients, and the bits of a sequence alone."""
+    torch.manual_seed(0)
+    options = RAGGED[name]
+    tensors = [torch.randn(4, heads, n, 16).to(dtype) for heads, n in ((4, 1), (2, 40), (2, 40))]
+    dout, dlse = torch.randn(4, 4, 1, 16).to(dtype), torch.randn(4, 4, 1)
+
+    def results(attention: Callable[..., Any], to: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(to).requires_grad_() for t in tensors]
+        out, lse = attention(*leaves, **options, return_lse=True)
+        upstream = torch.where(lse.isinf(), 0.0, dlse.to(lse.dtype))
+        grads = torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), upstream))
+        return [out.detach(), lse.detach(), *grads]
+
+    actual = results(partial(fastattn.attention, backend="torch"), dtype)
+    for part, a, p, g in zip(
+        ("out", "lse", "dq", "dk", "dv"), actual, results(reference.attention, dtype),
+        results(reference.attention, torch.float64),
+    ):  # fmt: skip
+        seen = ~g.isinf()
+        assert torch.equal(a[~seen].double(), g[~seen])
+        assert_within_rule(a[seen], p[seen], g[seen], f"{name}: {part}", dtype)
+    for b in range(4):
+        mine = slice(b, b + 1)
+        own = {
+            key: tuple(t[mine] for t in value) if isinstance(value, tuple) and key == "segment_ids" else
+            value[mine] if key == "key_lengths" else value
+            for key, value in options.items()
+        }  # fmt: skip
+        out, lse = fastattn.attention(*(t[mine] for t in tensors), **own, return_lse=True, backend="torch")
+        assert torch.equal(out, actual[0][mine])
+        assert torch.equal(lse, actual[1][mine])
+
+
+def test_what_a_query_sees_as_a_range() -> None:
+    tensors = [torch.randn(4, 2, n, 16) for n in (1, 40, 40)]
+    found = {
+        name: ragged_query.ranges(AttentionCall(*arguments.call_arguments(*tensors, **{**options, "sinks": None})))
+        for name, options in RAGGED.items()
+    }  # fmt: skip
+    assert found == {
+        "lengths": [(0, 40), (0, 0), (0, 17), (0, 40)],
+        "lengths, causal window": [(9, 40), (0, 0), (9, 17), (9, 40)],
+        "top left": [(0, 1), (0, 0), (0, 1), (0, 1)],
+        "left padding": [(0, 40), (5, 40), (39, 40), (0, 0)],
+        "left padding, window": [(30, 40), (30, 40), (39, 40), (0, 0)],
+        "left padding, lengths, sinks": [(0, 40), (0, 0), (0, 0), (0, 0)],
+        "documents": [(30, 40), (0, 40), (24, 32), (0, 0)],
+        "no range": [None, (0, 10), (0, 10), (0, 10)],
+    }

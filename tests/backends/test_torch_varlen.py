@@ -48,8 +48,10 @@ def test_bits_of_the_short_way(
 
     def attend() -> tuple[torch.Tensor, torch.Tensor]:
         options = {**SHORT, **LONG}[name]
-        edges = ends(LENGTHS)
-        return fastattn.attention_varlen(q, k, v, edges, edges, **options, return_lse=True, backend="torch")
+        cu_seqlens = ends(LENGTHS)
+        return fastattn.attention_varlen(
+            q, k, v, cu_seqlens, cu_seqlens, **options, return_lse=True, backend="torch"
+        )
 
     monkeypatch.setattr(varlen, "_one_tile_each", seen)
     results = attend()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cases import generate as bench_generate
+from cases import models as bench_models
 from cases import train as bench_train
 from numerics import assert_within_rule
 from report import figures
@@ -42,6 +43,18 @@ def test_generated_tokens_agree(case: Any) -> None:
     ours, *others = (workload.step(name)()["ids"] for name in names)
     for theirs in others:
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", bench_models.cases_for(CPU), ids=lambda case: case.name)
+def test_encoders_agree(case: Any) -> None:
+    pytest.importorskip("transformers")
+    if case.group == "embedding":
+        pytest.importorskip("sentence_transformers")
+    workload = case.small().open(CPU)
+    ours, *others = (workload.step(name)() for name in case.providers(CPU))
+    for theirs in others:
+        for key, result in ours.items():
+            torch.testing.assert_close(result, theirs[key])
 
 
 def test_a_step_updates_the_providers_own_weights_only() -> None:

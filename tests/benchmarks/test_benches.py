@@ -63,10 +63,10 @@ def test_providers_keep_to_the_error_rule(name: str, case: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["varlen", "decode", "train", "generate", "swap", "overhead", "cross-entropy"]
+    "name", ["varlen", "decode", "train", "generate", "models", "swap", "overhead", "cross-entropy"]
 )
 def test_the_command_stores_a_result(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if name in ("train", "generate", "swap"):
+    if name in ("train", "generate", "models", "swap"):
         pytest.importorskip("transformers")
     case = MODULES[name].cases_for(CPU)[0].name
     options = ["--device", "cpu", "--quick", "--only", f"^{case.replace('+', '.')}$", "--out", str(tmp_path)]

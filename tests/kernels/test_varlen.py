@@ -340,7 +340,7 @@ def test_no_length_leaves_the_device(bound: int | None, monkeypatch: pytest.Monk
     assert first == second
 
 
-def test_edges_that_lie_touch_nothing_outside() -> None:
+def test_cu_seqlens_that_lie_touch_nothing_outside() -> None:
     """A GPU cannot check cu_seqlens without waiting for it, so whatever they hold, reads and writes stay inside."""
     inputs = Inputs.of(Case("lies", lengths=((20, 20), (20, 20)), rest=(0, 0)))
     call = inputs.call()

@@ -1,6 +1,10 @@
 """Folders of encoders: read and written value by value, with everything that does not fit refused or named."""
 
+import dataclasses
 import json
+import math
+import re
+from pathlib import Path
 
 import encoder_models as tiny
 import pytest
@@ -9,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import fastattn.models as models
 from fastattn.models import Bert, BertConfig, BertForMaskedLM, BertForSequenceClassification
-from fastattn.models.bert_config import FAMILY_FIELDS, PRESETS
 from fastattn.models.checkpoint.encoders import ENCODERS, FAMILIES_OF, KINDS
+from fastattn.models.presets import ENCODERS as PRESETS
+from fastattn.models.presets import FAMILY_FIELDS
 
 transformers = pytest.importorskip("transformers")
 every_pair = pytest.mark.parametrize(("family", "head"), tiny.PAIRS, ids=["-".join(p) for p in tiny.PAIRS])
@@ -210,8 +215,10 @@ def test_what_a_family_cannot_say_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_families_that_can_be_written(name):
+def test_presets_have_their_parameters_and_can_be_written(name):
     config = BertConfig.preset(name)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Bert(config).parameters()) == PRESETS[name].parameters
     rows = [row for row in FAMILIES_OF["BertForMaskedLM"] if row.model_type == config.model_type]
     entries = rows[0].write_config(config)
     read = rows[0].read_config(json.loads(json.dumps({"model_type": config.model_type, **entries})))
@@ -253,3 +260,33 @@ def test_bad_configs_are_refused_by_name(changes, message):
         BertConfig(**{**tiny.SIZES, **changes})
     with pytest.raises(ValueError, match="preset: got 'bert-huge'"):
         BertConfig.preset("bert-huge")
+
+
+def test_the_page_lists_every_preset_with_an_example_that_runs():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| (.+?) \| `(Bert.*)` \|$", page, re.MULTILINE)
+    assert [row[:3] for row in rows] == [(n, f"{p.parameters:,}", p.source) for n, p in PRESETS.items()]
+    for name, _, _, example in rows:
+        with torch.device("meta"):
+            model = eval(example, {"Bert": Bert, "BertConfig": BertConfig})
+        assert model.config == BertConfig.preset(name)
+
+
+HOSTILE = (
+    None, True, False, -1, 0, 1.5, -0.5, math.nan, math.inf, -math.inf, 10**30, "x", "3", b"3", [], ["3"], [True],
+    {}, torch.ones(2), object(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(BertConfig)])
+def test_a_config_refuses_by_name_what_means_nothing_and_keeps_plain_types(field):
+    refused = []
+    for value in HOSTILE:
+        try:
+            config = BertConfig(**{**tiny.SIZES, field: value})
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            json.dumps(config.to_dict(), allow_nan=False)
+    assert [message for message in refused if not re.match(rf"{field}\b.*(got|needs)", message)] == []
+    assert len(refused) >= 13  # a flag takes two of them, an optional number four at most

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn.models as models
 from fastattn.models import Bert, BertConfig
-from fastattn.models.bert_config import FAMILY_FIELDS, alternating_layers
+from fastattn.models.presets import FAMILY_FIELDS, alternating_layers
 from fastattn.nn.unpadding import Tokens
 
 LENGTHS = (11, 4, 7)

@@ -47,7 +47,7 @@ def test_a_row_whose_lse_is_0_is_left_alone() -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_packed_sequences(value: float) -> None:
     query, key, values = (torch.randn(15, 2, 8) for _ in range(3))
-    edges = torch.tensor([0, 4, 4, 12], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 4, 4, 12], dtype=torch.int32)
     query[5, 0, 0] = value
     key[2, 1] = value
     for tensor in (query, key, values):
@@ -56,9 +56,11 @@ def test_packed_sequences(value: float) -> None:
 
         def formula(dtype: torch.dtype, options: dict[str, Any] = options) -> Any:
             operands = (t.to(dtype) for t in (query, key, values))
-            return reference.attention_varlen(*operands, edges, edges, **options, return_lse=True)
+            return reference.attention_varlen(*operands, cu_seqlens, cu_seqlens, **options, return_lse=True)
 
-        actual = fastattn.attention_varlen(query, key, values, edges, edges, **options, return_lse=True)
+        actual = fastattn.attention_varlen(
+            query, key, values, cu_seqlens, cu_seqlens, **options, return_lse=True
+        )
         assert_as_the_formula(actual, formula, torch.float32)
         assert bool(actual[1].isnan().any()) or "softcap" in options
         assert not actual[0][12:].any()
@@ -204,8 +206,8 @@ def _padded(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _packed(dtype: torch.dtype) -> tuple[Any, ...]:
-    edges = torch.tensor([0, 4], dtype=torch.int32)
-    return *(t[0].transpose(0, 1) for t in _padded(dtype)), edges, edges
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    return *(t[0].transpose(0, 1) for t in _padded(dtype)), cu_seqlens, cu_seqlens
 
 
 def _cached(dtype: torch.dtype) -> tuple[Any, ...]:

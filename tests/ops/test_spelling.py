@@ -12,15 +12,15 @@ from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 Q = torch.zeros(1, 2, 3, 4)
-EDGES = torch.tensor([0, 3], dtype=torch.int32)
+CU_SEQLENS = torch.tensor([0, 3], dtype=torch.int32)
 LENGTHS = torch.tensor([3], dtype=torch.int32)
 PACKED = (Q[0].transpose(0, 1),) * 3
 TARGET = torch.zeros(3, dtype=torch.long)
 CALLS = {
     "attention": lambda **o: fastattn.attention(Q, Q, Q, **o),
     "explain": lambda **o: fastattn.explain(Q, Q, Q, **o),
-    "attention_varlen": lambda **o: fastattn.attention_varlen(*PACKED, EDGES, EDGES, **o),
-    "explain_varlen": lambda **o: fastattn.explain_varlen(*PACKED, EDGES, EDGES, **o),
+    "attention_varlen": lambda **o: fastattn.attention_varlen(*PACKED, CU_SEQLENS, CU_SEQLENS, **o),
+    "explain_varlen": lambda **o: fastattn.explain_varlen(*PACKED, CU_SEQLENS, CU_SEQLENS, **o),
     "attention_kv_cache": lambda **o: fastattn.attention_kv_cache(Q, Q.clone(), Q.clone(), LENGTHS, **o),
     "explain_kv_cache": lambda **o: fastattn.explain_kv_cache(Q, Q.clone(), Q.clone(), LENGTHS, **o),
     "scaled_dot_product_attention": lambda **o: fastattn.scaled_dot_product_attention(Q, Q, Q, **o),

@@ -5,12 +5,14 @@ Forward and backward need O(S) memory: tiles come from `schedule`, what no query
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
-from fastattn.backends.torch import single_query
+from fastattn.backends.torch import ragged_query, single_query
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
 from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
@@ -40,7 +42,7 @@ from fastattn.strides import empty_in_order, in_order
 
 def tiles(spec: AttentionSpec) -> str:
     """The implementation of a tile, and its rows and columns."""
-    if single_query.can_run(spec):
+    if ragged_query.can_run(spec):
         return "one query: matrix products with all keys"
     if torch_kernel.can_run(spec):
         return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
@@ -49,6 +51,16 @@ def tiles(spec: AttentionSpec) -> str:
 
 def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call whose batch starts at `first_sequence` of the dropout stream."""
+    if (spec.segments or spec.key_lengths) and ragged_query.can_run(spec):
+        out, lse = ragged_query.ragged_query(call, partial(_by_tiles, spec))
+        out = in_order(out, call.query)
+    else:
+        out, lse = _by_tiles(spec, call, first_sequence)
+    return with_sinks(call, out, lse)
+
+
+def _by_tiles(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
+    """(out, lse) without sinks."""
     fused = torch_kernel.can_run(spec) and call.scale > 0
     run = fused_rows if fused else blockwise_rows
     if single_query.can_run(spec):
@@ -60,14 +72,14 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
             out_rows, lse_rows = run(part, row_tiles)
             if out is None:
                 if out_rows.shape == shape:  # these rows are the whole result
-                    return with_sinks(call, in_order(out_rows, call.query), lse_rows.contiguous())
+                    return in_order(out_rows, call.query), lse_rows.contiguous()
                 out, lse = nothing_seen(call, shape)
             tile = row_tiles[0]
             rows_of(part.of(out), tile).copy_(out_rows)
             rows_of(part.of(lse), tile).copy_(lse_rows)
     if out is None:
-        out, lse = nothing_seen(call, shape)
-    return with_sinks(call, out, lse)
+        return nothing_seen(call, shape)
+    return out, lse
 
 
 def attention_bwd(
@@ -86,7 +98,7 @@ def attention_bwd(
     if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
         return _few_keys_bwd(call, dout)
     forward_fused = torch_kernel.can_run(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
-    forward_fused = forward_fused or single_query.can_run(spec)
+    forward_fused = forward_fused or ragged_query.can_run(spec)
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
     fused = fused and not spec.single_query and call.key.shape[2] >= FUSED_BWD_MIN_KEYS
     fused = fused and torch_compat.has_cpu_flash_attention(backward=True)

@@ -1,4 +1,4 @@
-"""The backward of calls with few keys in dense products, in as many operations as the formula has."""
+"""The backward of calls with few keys: dense matrix products, one torch operation for each of the formula."""
 
 from __future__ import annotations
 

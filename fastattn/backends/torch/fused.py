@@ -14,7 +14,7 @@ from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, l
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionSpec
 
-FEW_ROWS = 64  # are looked at in Python, which starts no kernel
+FEW_ROWS = 64  # are checked in Python, without a kernel
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
 
@@ -104,7 +104,7 @@ def _with_irregular_rows(
 
     The kernel gives out 0 and lse 0 where it finds no largest score: in a row that sees nothing, one whose scores are
     all -inf and, depending on their number, one whose scores are NaN. A largest score of +inf becomes its lse. All
-    other rows with a NaN have NaN in both. So a look at lse, rarely 0 otherwise, tells that there is nothing to do.
+    other rows with a NaN have NaN in both. An lse without 0, +inf and NaN therefore needs no correction.
     """
     if not lse.numel() or is_regular(lse):
         return out, lse
@@ -124,7 +124,7 @@ def is_regular(lse: Tensor) -> bool:
     """Whether the fused kernel gave no row the lse 0, +inf or NaN: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
         rows = _listed(lse)
-        total = sum(rows)  # of float32 numbers in float64, so that only what is not finite makes it so
+        total = sum(rows)  # float32 is summed in float64, which finite numbers cannot overflow
         return total - total == 0.0 and 0.0 not in rows
     lowest, highest = torch.aminmax(lse)  # both NaN if one element is
     most = highest.item()

@@ -1,4 +1,4 @@
-"""The gradients of one call while tiles add to them."""
+"""The accumulators of one call's gradients, to which tiles add."""
 
 from __future__ import annotations
 

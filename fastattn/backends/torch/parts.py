@@ -15,13 +15,13 @@ from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, 
 from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import AttentionCall, accumulation_dtype
 
-FUSED_ROW_BLOCK = 64  # rows cut at once along a window for torch's fused kernel
-FUSED_DENSE_ROW_BLOCK = 128  # and at least along a dense mask or bias, whose tiles are as wide as the keys
-FUSED_DENSE_ELEMENTS = 2**20  # where nothing else bounds a row, as many rows as keep the mask's tile so small
+FUSED_ROW_BLOCK = 64  # rows of a tile along a window, for torch's fused kernel
+FUSED_DENSE_ROW_BLOCK = 128  # the fewest along a dense mask or bias, whose tiles span all keys
+FUSED_DENSE_ELEMENTS = 2**20  # of a mask's tile, which sets the rows where no band bounds the columns
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
 
 
-@dataclass(slots=True)  # frozen ones take twice as long to make, which a single query notices
+@dataclass(slots=True)  # not frozen: construction would take twice as long, a cost to one-query calls
 class Part:
     """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
 
@@ -118,7 +118,7 @@ class Part:
         key = (len(tile.rows), len(tile.cols), tile.rows.start + band.shift - tile.cols.start)
         if not self.last_band or self.last_band[0][0] != key:
             seen = visibility.within_band(self.distance(tile), False, band.left, band.right)
-            assert seen is not None  # a band without sides covers every tile
+            assert seen is not None  # an unbounded band covers every tile and does not come here
             self.last_band[:] = [(key, seen)]
         return self.last_band[0][1]
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fastattn.spec import AttentionCall, GradsNeeded
 
-EXTREME_LSE = 1e4  # beyond it lse has no digits left for the number of keys it sums over
+EXTREME_LSE = 1e4  # a larger lse has too few digits to tell how many keys it sums over
 
 
 def references(lse: Tensor) -> tuple[Tensor, bool]:
-    """(what to subtract from scores: lse, +inf in rows that see nothing so that their weights are 0; if one is NaN)."""
+    """(lse to subtract from scores, +inf in fully masked rows so that their weights are 0; whether one is NaN)."""
     lowest = lse.min().item() if lse.numel() else 0.0  # NaN if one element is
     if lowest > -torch.inf:
         return lse, False
@@ -19,7 +19,7 @@ def references(lse: Tensor) -> tuple[Tensor, bool]:
 
 
 def is_extreme(call: AttentionCall, lse: Tensor) -> bool:
-    """Whether some row's scores are so large, by its bias, that exp(score - lse) no longer gives its weights."""
+    """Whether a bias makes some row's scores so large that exp(score - lse) loses its weights to rounding."""
     return call.bias is not None and bool(((lse.abs() > EXTREME_LSE) & lse.isfinite()).any())
 
 

@@ -86,7 +86,7 @@ def intervals(segments: Segments | None, len_q: int, len_k: int) -> Iterator[tup
 def whole_tiles(
     band: Band, segments: Segments | None, len_q: int, len_k: int, row_block: int, dense: bool
 ) -> Iterator[list[Tile]]:
-    """Tiles for a kernel that is itself blockwise: as large as their structure stays simple.
+    """Tiles for a kernel that is blockwise itself: as large as each can be full, causal or one range of a band.
 
     Yields the tiles of one row range at a time; their rows agree and their columns do not overlap. With `dense`, a
     mask or bias must be cut along, so rows come in blocks of `row_block`.
@@ -105,7 +105,7 @@ def whole_tiles(
 def block_tiles(
     band: Band, segments: Segments | None, len_q: int, len_k: int, row_block: int, col_block: int
 ) -> Iterator[list[Tile]]:
-    """Tiles of at most row_block x col_block, row block by row block, invisible ones left out."""
+    """Tiles of at most row_block x col_block, row block by row block, without those that are fully masked."""
     for rows, cols, exact in intervals(segments, len_q, len_k):
         for block in _blocks(rows, row_block):
             tiles = []
@@ -117,7 +117,7 @@ def block_tiles(
 
 
 def _square_tiles(band: Band, rows: range, cols: range) -> Iterator[list[Tile]]:
-    """A full or causal rectangle as at most two tiles: all keys before the diagonal's corner, and the diagonal."""
+    """A full or causal rectangle as at most two tiles: the keys that every row sees, and the diagonal."""
     if band.right is None:
         yield [Tile(rows, cols, "full")]
         return

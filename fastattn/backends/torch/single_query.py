@@ -18,7 +18,7 @@ from fastattn.backends.torch.fused import is_regular
 from fastattn.spec import AttentionSpec, accumulation_dtype
 
 WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a core's cache
-FEW_ELEMENTS = 2**17  # of the keys of one sequence, up to which starting an operation matters
+FEW_ELEMENTS = 2**17  # of the keys of one sequence, up to which it matters what starting an operation costs
 KEYS_FIRST_MIN_DIM = 128  # head dim from which MKL reads long float32 keys faster as the first operand
 _NOTHING = {
     dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)
@@ -61,29 +61,40 @@ def _results(
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, seqlen, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group_size = num_heads // num_kv_heads
+    dtype = query.dtype
+    wide = accumulation_dtype(dtype)
+    elements = num_kv_heads * seqlen * head_dim
+    out: Tensor
+    lse: Tensor | None
+    if dtype != wide and elements <= FEW_ELEMENTS:
+        # a product in 16 bits takes longer to start than to widen so few
+        count = max(1, WIDENED_ELEMENTS // elements)
+        few = []
+        for first in range(0, batch, count):
+            q, k, v = (t[first : first + count].to(wide) for t in (query, key, value))
+            few.append(_results(q, k, v, scale, exact_scores, wants_lse))
+        out, lse = few[0] if len(few) == 1 else _joined(few)
+        return out.to(dtype), lse
     most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, query.dtype, scale)
     apart = False
     if seqlen <= most_fused and torch.get_num_threads() == 1:
         rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
-        out, lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
-        if is_regular(lse):
+        out, row_lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
+        if is_regular(row_lse):
             if group_size > 1:
                 out = out.reshape(batch, num_heads, 1, head_dim)
-            return out, lse.reshape(batch, num_heads, 1)
+            return out, row_lse.reshape(batch, num_heads, 1)
         apart = True  # those of the batch that are regular keep their bits
     if batch > 1 and (apart or not (_batch_merges(key) and _batch_merges(value))):
         each = [
             _results(query[b : b + 1], key[b : b + 1], value[b : b + 1], scale, exact_scores, wants_lse)
             for b in range(batch)
         ]
-        lses = [lse for _, lse in each if lse is not None]
-        return torch.cat([out for out, _ in each]), torch.cat(lses) if wants_lse else None
+        return _joined(each)
     groups = batch * num_kv_heads  # one for each key/value head of each sequence
     queries = query.reshape(groups, group_size, head_dim)
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
-    dtype = query.dtype
-    wide = accumulation_dtype(dtype)
-    keys_first = head_dim >= KEYS_FIRST_MIN_DIM and seqlen * num_kv_heads * head_dim > FEW_ELEMENTS
+    keys_first = head_dim >= KEYS_FIRST_MIN_DIM and elements > FEW_ELEMENTS
     if dtype == wide:
         out, lse = _products(queries, keys, values, scale, keys_first, wants_lse)
     elif not exact_scores and torch_compat.has_fast_products(dtype):
@@ -101,9 +112,14 @@ def _results(
             )
             for first in range(0, groups, step)
         ]
-        out = torch.cat([out for out, _ in parts]).to(dtype)
-        lse = torch.cat([lse for _, lse in parts if lse is not None]) if wants_lse else None
+        out, lse = _joined(parts)
+        out = out.to(dtype)
     return out.view(batch, num_heads, 1, value_dim), None if lse is None else lse.view(batch, num_heads, 1)
+
+
+def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    lses = [lse for _, lse in results if lse is not None]
+    return torch.cat([out for out, _ in results]), torch.cat(lses) if lses else None
 
 
 def most_fused_keys(

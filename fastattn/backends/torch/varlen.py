@@ -44,13 +44,15 @@ def _one_tile_each(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tenso
     more = spec.alibi or spec.sinks or spec.window_left or spec.window_right
     if more or not fused.can_run(spec) or not call.scale > 0 or single_query.can_run(spec):
         return None
-    edges_q, edges_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
-    if edges_q[-1] != call.query.shape[0] or edges_q[-1] == 0:
+    cu_seqlens_q, cu_seqlens_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    if cu_seqlens_q[-1] != call.query.shape[0] or cu_seqlens_q[-1] == 0:
         return None
     causal = call.causal != "none"
     query, key, value = (t.transpose(0, 1)[None] for t in (call.query, call.key, call.value))  # (1, H, T, D)
     outs, lses = [], []
-    for start_q, stop_q, start_k, stop_k in zip(edges_q, edges_q[1:], edges_k, edges_k[1:]):
+    for start_q, stop_q, start_k, stop_k in zip(
+        cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:]
+    ):
         rows, cols = stop_q - start_q, stop_k - start_k
         if not rows:
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 
@@ -56,6 +55,7 @@ __all__ = [
 
 NAME = "triton"
 LAYOUT = layout.ROWS
+INSTALLED = importlib.util.find_spec("triton") is not None  # a trace of torch 2.9 cannot look for it
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE_SOURCES = {"measured": "measured here", "model": "by the cycle model"}
@@ -112,9 +112,8 @@ def _tiles(spec: AttentionSpec, packed: bool) -> str | None:
     return f"forward {chosen.forward}{source}"
 
 
-@cache
 def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return INSTALLED
 
 
 def _interpreting() -> bool:

@@ -7,9 +7,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from fastattn.models.bert_config import FAMILY_FIELDS, BertConfig, alternating_layers
+from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part
+from fastattn.models.presets import FAMILY_FIELDS, alternating_layers
 
 # Our classes, and what transformers calls each behind the family's name; the first is written.
 HEADS: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,83 @@
+"""`fastattn generate`: text continued by a model of a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastattn.cli.command import JsonFlag, print_json
+
+MAX_SEED, MAX_COUNT = 2**63 - 1, 2**31 - 1
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder with its tokenizer.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; by default what stands on standard input.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='JSONL file with a text under "prompt" in each line, instead.')
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, max=MAX_COUNT, help="Most tokens to add.")] = 128,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=1e6, help="Divides the logits; this or the next three sample. 0: greedy."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Keep the k likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=1e-9, max=1, help="Keep the likeliest tokens that reach this probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Keep tokens at least so many times as likely as the likeliest."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(min=1e-3, max=1e3, help="Over 1: tokens that stood before are less likely."),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(min=-1e3, max=1e3, help="Is taken from the logits of tokens that were added."),
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, max=1024, help="Beams of beam search.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Most tokens that are guessed from earlier text in a step."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Multiply with 8-bit weights, on a CPU.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue text with the model of a folder, its text printed as it is made.
+
+    What is not given is taken from the folder's generation_config.json. Exits with 2 on bad input.
+    """
+    from fastattn import text_generation as work
+
+    options = work.options_of(
+        temperature, top_k, top_p, min_p, stop, max_new_tokens=max_new_tokens, num_beams=num_beams, seed=seed,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        prompt_lookup_num_tokens=prompt_lookup,
+    )  # fmt: skip
+    work.check_folder(folder)
+    standard = sys.stdin.read() if prompt is None and data is None else None
+    prompts = work.prompts_of(prompt, data, standard)
+    model, tokenizer = work.load_folder(folder, "int8" if int8 else None)
+    texts = [""] * len(prompts)
+    current = 0
+    for number, piece in work.continuations(model, tokenizer, prompts, options):
+        texts[number] += piece
+        if not as_json:
+            typer.echo("\n" * (number - current) + piece, nl=False)
+            current = number
+    if as_json:
+        print_json({"continuations": [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]})
+    else:
+        typer.echo()

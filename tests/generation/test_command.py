@@ -1,0 +1,149 @@
+"""`fastattn generate`: the continuation of the folder's model, streamed or as JSON; bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generation_cases import make, tokenizer
+from typer.testing import CliRunner
+
+from fastattn import cli
+from fastattn.generation.text import UNKNOWN, Detokenizer
+from fastattn.models import GPT
+
+PROMPT = "stop the end"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    make(vocab_size=tokenizer().vocab_size).save_pretrained(made)
+    tokenizer().save_pretrained(made)
+    return made
+
+
+def invoke(*words: Any, given: str | None = None) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, ["generate", *map(str, words)], input=given)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def expected(folder: Path, prompt: str, kind: str | None = None, **options: Any) -> str:
+    """The text of the model's continuation, but for bytes at its end that are no character."""
+    model = GPT.from_pretrained(folder).quantize(kind)
+    ids = torch.tensor([tokenizer().encode(prompt)])
+    made = model.generate(ids, **{"max_new_tokens": 12, **options})[0, ids.shape[1] :].tolist()
+    if options.get("num_beams"):
+        return tokenizer().decode(made)
+    detokenizer = Detokenizer(tokenizer(), ids[0].tolist())
+    text = "".join(map(detokenizer.push, made))
+    # how many marks stand for bytes that are no character depends on how they are cut
+    shown, whole = (re.sub(UNKNOWN + "+", UNKNOWN, t) for t in (text, tokenizer().decode(made)))
+    assert shown.rstrip(UNKNOWN) == whole.rstrip(UNKNOWN)
+    return text
+
+
+WAYS: list[tuple[list[str], dict[str, Any]]] = [
+    ([], {}),
+    (["--temperature=0"], {}),
+    (
+        ["--temperature=2.5", "--top-k=30", "--top-p=0.9", "--min-p=0.01", "--seed=3"],
+        {"do_sample": True, "temperature": 2.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 3},
+    ),
+    (
+        ["--repetition-penalty=1.4", "--presence-penalty=0.5"],
+        {"repetition_penalty": 1.4, "presence_penalty": 0.5},
+    ),
+    (["--num-beams=3"], {"num_beams": 3}),
+    (["--prompt-lookup=5"], {}),
+]
+
+
+@pytest.mark.parametrize(("words", "options"), WAYS, ids=[" ".join(words) for words, _ in WAYS])
+def test_the_text_is_that_of_generate(folder: Path, words: list[str], options: dict[str, Any]) -> None:
+    text = expected(folder, PROMPT, **options)
+    assert invoke(folder, f"--prompt={PROMPT}", "--max-new-tokens=12", *words) == (0, text + "\n", "")
+
+
+def test_standard_input_lines_of_a_file_and_json(folder: Path, tmp_path: Path) -> None:
+    text = expected(folder, PROMPT)
+    assert invoke(folder, "--max-new-tokens=12", given=PROMPT + "\n") == (0, text + "\n", "")
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "stop"}\n\n{"prompt": "你好", "more": 1}\n', encoding="utf-8")
+    code, out, _ = invoke(folder, f"--data={data}", "--max-new-tokens=12", "--json")
+    assert code == 0
+    assert json.loads(out)["continuations"] == [
+        {"prompt": prompt, "text": expected(folder, prompt)} for prompt in ("stop", "你好")
+    ]
+    code, out, _ = invoke(folder, f"--data={data}", "--max-new-tokens=12")
+    assert out == "\n".join(expected(folder, prompt) for prompt in ("stop", "你好")) + "\n"
+    stop = text[3:5]
+    code, out, _ = invoke(folder, f"--prompt={PROMPT}", "--max-new-tokens=12", f"--stop={stop}", "--stop=zzz")
+    assert out == text[: text.index(stop)] + "\n"
+
+
+def test_8_bit_weights(folder: Path) -> None:
+    _, out, _ = invoke(folder, f"--prompt={PROMPT}", "--max-new-tokens=12", "--int8", "--json")
+    assert json.loads(out)["continuations"][0]["text"] == expected(folder, PROMPT, "int8")
+
+
+def damaged(kind: str, folder: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    {
+        "no config": lambda: (broken / "config.json").unlink(),
+        "no tokenizer": lambda: (broken / "tokenizer.json").unlink(),
+        "no weights": lambda: (broken / "model.safetensors").unlink(),
+        "other model": lambda: (broken / "config.json").write_text('{"model_type": "mixtral"}'),
+        "no json": lambda: (broken / "config.json").write_text("{"),
+    }[kind]()
+    return broken
+
+
+@pytest.mark.parametrize("kind", ["no config", "no tokenizer", "no weights", "other model", "no json"])
+def test_a_folder_that_cannot_be_used_is_named_in_one_line(kind: str, folder: Path, tmp_path: Path) -> None:
+    code, out, err = invoke(damaged(kind, folder, tmp_path), "--prompt=x")
+    assert code in (1, 2)
+    assert out == ""
+    assert err.startswith("fastattn: ")
+    assert err.count("\n") == 1
+    assert "broken" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--prompt=x", "--data=tests"], "--data tests: no such file"),
+        (
+            ["--prompt=x", "--temperature=0", "--top-k=3"],
+            "--temperature 0 takes the likeliest token, so --top-k",
+        ),
+        (["--prompt=x", "--num-beams=2", "--stop=x"], "stop_strings, num_beams: do not go together"),
+        (["--prompt=x", "--max-new-tokens=1000"], "max_new_tokens: a prompt of 1 and 1000 more tokens"),
+        ([], "--prompt: got no text, nor any on standard input"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named_in_one_line(
+    folder: Path, words: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(folder, *words, given="")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"fastattn: {complaint}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"prompt": 3}', '{"prompt": ""}', '{"text": "x"}', ""])
+def test_a_line_of_data_without_a_prompt_is_named(folder: Path, line: str, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(line)
+    code, out, err = invoke(folder, f"--data={data}")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"fastattn: --data {data}: ")

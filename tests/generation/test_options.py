@@ -1,0 +1,126 @@
+"""A folder's generation_config stands in for what is not given; options that do not go together are refused first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from generation_cases import make, prompts, theirs_and_ours, tokenizer
+
+from fastattn.generation.options import NOT_COMPUTED, Options
+from fastattn.models import GPT
+
+IDS, MASK = prompts((6, 3))
+
+
+def with_config(**entries: Any) -> GPT:
+    model = make(torch.float64)
+    model.generation_config = entries
+    return model
+
+
+CONFIGS: list[
+    tuple[dict[str, Any], dict[str, Any]]
+] = [  # what a folder says, and the arguments that are as good
+    ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+    ({"max_length": 10}, {"max_new_tokens": 4}),
+    (
+        {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 5},
+        {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 5},
+    ),
+    ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+    ({"num_beams": 3, "length_penalty": 2.0}, {"num_beams": 3, "length_penalty": 2.0}),
+    (
+        {"do_sample": True, "temperature": 2.0, "top_k": 20, "top_p": 0.9},
+        {"do_sample": True, "temperature": 2.0, "top_k": 20, "top_p": 0.9},
+    ),
+    ({"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0}, {}),  # they wait for do_sample and num_beams
+    ({"do_sample": True, "top_k": 0}, {"do_sample": True}),
+    ({"eos_token_id": 50256, "transformers_version": "5.0", "_from_model_config": True}, {}),
+]
+
+
+@pytest.mark.parametrize(("entries", "arguments"), CONFIGS, ids=lambda value: str(value))
+def test_a_config_is_as_good_as_arguments(entries: dict[str, Any], arguments: dict[str, Any]) -> None:
+    sampling = {"seed": 0} if arguments.get("do_sample") else {}
+    expected = make(torch.float64).generate(IDS, MASK, **arguments, **sampling)
+    assert torch.equal(with_config(**entries).generate(IDS, MASK, **sampling), expected)
+
+
+def test_arguments_come_before_a_config() -> None:
+    model = with_config(do_sample=True, temperature=9.0, max_new_tokens=3, eos_token_id=list(range(61)))
+    plain = make(torch.float64).generate(IDS, MASK, max_new_tokens=8)
+    assert torch.equal(model.generate(IDS, MASK, max_new_tokens=8, do_sample=False, eos_token_id=[]), plain)
+
+
+@pytest.mark.parametrize("key", NOT_COMPUTED)
+def test_a_config_that_asks_for_what_is_not_computed_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^generation_config: {key}=3 is not computed here"):
+        with_config(**{key: 3}).generate(IDS, MASK)
+    plain = make(torch.float64).generate(IDS, MASK, max_new_tokens=2)
+    for harmless in NOT_COMPUTED[key]:
+        assert torch.equal(with_config(**{key: harmless}).generate(IDS, MASK, max_new_tokens=2), plain)
+
+
+def test_a_config_is_checked_as_arguments_are() -> None:
+    with pytest.raises(ValueError, match=r"^generation_config: top_p: got 7, needs 0 < top_p <= 1"):
+        with_config(do_sample=True, top_p=7).generate(IDS, MASK)
+
+
+def test_a_folder_s_defaults_are_those_of_transformers(tmp_path: Any) -> None:
+    pytest.importorskip("transformers")
+    theirs, _ = theirs_and_ours(eos_token_id=None, pad_token_id=5)
+    theirs.generation_config.eos_token_id = [7, 11, 30]
+    theirs.generation_config.max_new_tokens = 17
+    theirs.generation_config.repetition_penalty = 1.1
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert torch.equal(ours.generate(IDS, MASK), theirs.generate(IDS, attention_mask=MASK))
+
+
+SAMPLE: dict[str, Any] = {"do_sample": True}
+TEXT: dict[str, Any] = {"stop_strings": "x", "tokenizer": tokenizer(), "pad_token_id": 1}
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    ({"top_k": 3, "min_p": 0.1}, "top_k, min_p: shapes sampling"),
+    ({"temperature": 0.5}, "temperature: shapes sampling"),
+    ({"num_beams": 2, **SAMPLE}, "do_sample, num_beams: do not go together"),
+    ({"num_beams": 2, **TEXT}, "stop_strings, num_beams: do not go together"),
+    ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens, num_beams: do not"),
+    ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences: got 3, needs num_beams=2 at most"),
+    ({"length_penalty": 2.0}, "length_penalty: scores beams"),
+    ({"early_stopping": True}, "early_stopping: scores beams"),
+    ({"num_return_sequences": 2}, "num_return_sequences: got 2, needs do_sample=True or num_beams"),
+    ({"stop_strings": "x"}, "stop_strings: needs tokenizer="),
+    ({"seed": [1, 2, 3], **SAMPLE}, "seed: got 3 seeds, needs one, or one for each of 2 prompts"),
+    ({"seed": 1, "generator": torch.Generator(), **SAMPLE}, "seed: give a seed or a generator"),
+    ({"prompt_lookup_num_tokens": 3, "use_cache": False}, "prompt_lookup_num_tokens: got use_cache=False"),
+    ({"prefill_chunk_size": 3, "use_cache": False}, "prefill_chunk_size: got use_cache=False"),
+    ({"batch_invariant": True, "use_cache": False}, "batch_invariant: got True with use_cache=False"),
+    (
+        {"prompt_lookup_num_tokens": 3, "logits_processor": lambda ids, scores: scores},
+        "prompt_lookup_num_tokens, logits_processor: do not go together",
+    ),
+    ({"early_stopping": "ever", "num_beams": 2}, "early_stopping: got 'ever'"),
+    ({"length_penalty": 100.0, "num_beams": 2}, "length_penalty: got 100.0, needs -16 to 16"),
+]
+
+
+@pytest.mark.parametrize(("options", "complaint"), CONFLICTS, ids=[complaint for _, complaint in CONFLICTS])
+def test_options_that_do_not_go_together_are_refused_by_name_before_any_work(
+    options: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT, "decoder", lambda *args, **options: pytest.fail("worked"))
+    monkeypatch.setattr(GPT, "forward", lambda *args, **options: pytest.fail("worked"))
+    with pytest.raises((TypeError, ValueError), match=f"^{complaint}"):
+        make().generate(IDS, MASK, **options)
+
+
+def test_every_option_of_generate_is_one_of_options() -> None:
+    import inspect
+    from dataclasses import fields
+
+    from fastattn.generation import generate
+
+    arguments = list(inspect.signature(generate).parameters)[3:]
+    assert arguments == [field.name for field in fields(Options)]
