@@ -134,6 +134,8 @@ class GPT(Pretrained, nn.Module):
                 raise TypeError(f"{name}: got {flag!r}, needs True or False")
         config = self.config
         past = cache[0].length if cache else 0
+        if memory is not None and not isinstance(memory, Memory):
+            raise TypeError(f"memory: got {type(memory).__name__}, needs a Memory, as EncoderDecoder makes")
         if memory is not None and not config.add_cross_attention:
             raise ValueError("memory: this model has no cross-attention, needs config.add_cross_attention")
         targets = None

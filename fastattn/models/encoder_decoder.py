@@ -176,8 +176,9 @@ class EncoderDecoder(Pretrained, nn.Module):
             read = self._read_one_by_one if invariant else self.encoder.encode_tokens
             return replace(self._memory(read(input_ids, attention_mask, token_type_ids)), kept={})
 
+        behind = Continuation(self.decoder, self.config, self.generation_config, encode)
         with torch.no_grad(), evaluating(self):
-            return generate(Continuation(self, encode), decoder_input_ids, **options)
+            return generate(behind, decoder_input_ids, **options)
 
     @classmethod
     def from_encoder_decoder(
