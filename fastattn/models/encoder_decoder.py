@@ -22,7 +22,7 @@ from fastattn.models.checkpoint import (
     resolve_folder,
 )
 from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_family, read_decoder
-from fastattn.models.checkpoint.load import Uninitialised, dtype_of, float_dtype
+from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range, readable
 from fastattn.models.continuation import Continuation
 from fastattn.models.decoder import GPT, IGNORE_INDEX
@@ -197,13 +197,14 @@ class EncoderDecoder(Pretrained, nn.Module):
         Args:
             encoder: a folder or hub repository that `Bert.from_pretrained` reads.
             decoder: one of BERT, as a masked LM, or of GPT-2.
-            dtype: of the weights; None for what each config.json says.
+            dtype: of the weights; None for what the encoder's config.json says.
             tokens: decoder_start_token_id, pad_token_id, bos_token_id, eos_token_id of `EncoderDecoderConfig`.
 
         Raises:
             TypeError, ValueError: an argument; or a folder, with everything in it that does not fit.
         """
-        wanted = None if dtype is None else float_dtype(dtype)
+        if dtype is not None:
+            dtype = float_dtype(dtype)
         folder = resolve_folder(decoder)
         entries = read_json(folder / "config.json")
         try:
@@ -217,7 +218,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             writer = GPT(config.decoder)
         report = load_weights(
             writer, config.decoder, family, open_weights(folder),
-            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=wanted or dtype_of(entries),
+            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=reader.embeddings.word_embeddings.weight.dtype,
         )  # fmt: skip
         with torch.device("meta"), Uninitialised():
             model = cls(config)
