@@ -42,7 +42,9 @@ def save_tokenizer(folder: Path) -> Any:
     import transformers
 
     names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core(), **names)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core(), model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -35,10 +35,16 @@ class InputTokenizer:
         core: does the work, with its own special tokens; truncation and padding that it asks for are taken off.
         mask_token: stands for a missing word; None where there is none.
         max_length: most tokens that the folder says a model reads; None for no limit.
+        typed: whether the second text of a pair has token type 1; if not, all types are 0.
     """
 
     def __init__(
-        self, core: tokenizers.Tokenizer, *, mask_token: str | None = None, max_length: int | None = None
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        mask_token: str | None = None,
+        max_length: int | None = None,
+        typed: bool = True,
     ) -> None:
         self.core = core
         self.core.no_padding()
@@ -46,6 +52,7 @@ class InputTokenizer:
         self.mask_token = mask_token
         self.mask_id = None if mask_token is None else core.token_to_id(mask_token)
         self.max_length = max_length
+        self.typed = typed
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> InputTokenizer:
@@ -61,7 +68,8 @@ class InputTokenizer:
         mask = next((t for t in (known, *MASK_SPELLINGS) if t and core.token_to_id(t) is not None), None)
         longest = settings.get("model_max_length")
         limited = isinstance(longest, (int, float)) and 0 < longest < UNLIMITED
-        return cls(core, mask_token=mask, max_length=int(longest) if limited else None)  # type: ignore[arg-type]
+        typed = "token_type_ids" in settings.get("model_input_names", ["token_type_ids"])  # type: ignore[operator]
+        return cls(core, mask_token=mask, max_length=int(longest) if limited else None, typed=typed)  # type: ignore[arg-type]
 
     @property
     def lowest(self) -> tuple[int, int]:
@@ -95,7 +103,18 @@ class InputTokenizer:
             if encoding.overflowing and not whole:
                 uncut = self.core.encode(*text) if isinstance(text, tuple) else self.core.encode(text)
                 cut = len(uncut.ids) - len(encoding.ids)
-            rows.append([Row(p.ids, p.type_ids, p.offsets, list(p.sequence_ids), cut) for p in parts])
+            rows.append(
+                [
+                    Row(
+                        p.ids,
+                        p.type_ids if self.typed else [0] * len(p.ids),
+                        p.offsets,
+                        list(p.sequence_ids),
+                        cut,
+                    )
+                    for p in parts
+                ]
+            )
         return rows
 
 

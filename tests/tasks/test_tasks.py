@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_classes_are_those_of_the_pipeline(family: str, changes: dict[str, Any],
     pipe = pipeline("text-classification", model, tokenizer, top_k=None)
     found = classify.predict(ours, own, texts(*TEXTS), batch_size=2)
     for text, each in zip(TEXTS, found):
-        golden = {one["label"]: one["score"] for one in pipe(text)}
+        golden = {one["label"]: one["score"] for one in pipe([text])[0]}
         assert {one["label"]: one["score"] for one in each["labels"]} == pytest.approx(
             golden, rel=CLOSE, abs=CLOSE
         )
@@ -73,6 +74,20 @@ def test_pairs_of_texts_are_classified(tmp_path: Path) -> None:
         golden = golden[0] if isinstance(golden, list) else golden
         assert [one["label"] for one in each["labels"]] == [golden["label"]]
         assert each["labels"][0]["score"] == pytest.approx(golden["score"], rel=CLOSE)
+
+
+def test_token_types_are_given_where_the_folder_wants_them(tmp_path: Path) -> None:
+    assert InputTokenizer(task_cases.core()).typed
+    task_cases.save_tokenizer(tmp_path)
+    assert InputTokenizer.from_pretrained(tmp_path).typed
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    untyped = InputTokenizer.from_pretrained(tmp_path)
+    (row,) = untyped.encode([("a", "b")])
+    assert set(row.types) == {0}
+    (row,) = InputTokenizer(task_cases.core()).encode([("a", "b")])
+    assert set(row.types) == {0, 1}
 
 
 def test_entities_are_those_of_the_pipeline(tmp_path: Path) -> None:
@@ -196,7 +211,7 @@ def test_no_answer_competes_where_it_may(tmp_path: Path) -> None:
 def test_a_long_context_is_read_in_windows(tmp_path: Path) -> None:
     """Every token of the context is in a window, and the answer is the best of all windows' answers."""
     _, _, ours, own = folder_of(tmp_path, "ForQuestionAnswering", max_position_embeddings=24)
-    question, context = "who lives in Paris?", " ".join(TEXTS[3] for _ in range(4))
+    question, context = "who lives in Paris?", " ".join((*TEXTS, *TEXTS[4::-1]))
     example = {"question": question, "context": context}
     stride = qa.check_questions(ours, own, [example])
     (windows,) = own.encode_windows([(question, context)], 24, stride)
