@@ -79,8 +79,8 @@ def plot_attention(
 ) -> Path:
     """Draw attention weights as maps over the tokens: a row of maps per layer, a map per head.
 
-    Queries go down, keys across. The lightest colour is weight 0 and the darkest 1 in every map, so that maps compare. Returns the
-    path.
+    Queries go down, keys across. The lightest colour is weight 0 and the darkest 1 in every map, so that maps compare.
+    Returns the path.
 
     Args:
         attentions: per layer (H, Sq, Sk) or (1, H, Sq, Sk), as models give under output_attentions=True; or what

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_models import batch, ours_of, theirs
+from pages import all_blocks
 from torch import Tensor
 
 from fastattn.models import BertForMaskedLM, BertForSequenceClassification
@@ -82,6 +83,14 @@ def test_the_model_is_left_as_it_was() -> None:
     attribute(model, ids, mask, target=1, n_steps=4)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.downloads
+def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("captum")
+    (block,) = [block for block in all_blocks() if "import attribute" in block.code]
+    exec(compile(block.code, block.name, "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize(
