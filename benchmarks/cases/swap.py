@@ -37,8 +37,8 @@ class SwapCase:
 
     @property
     def target(self) -> schema.Result | None:
-        """Nothing may be slower after a swap."""
-        return None if self.tiny else {"provider": "fastattn", "against": BEFORE, "speed": 1.0}
+        """Nothing may be slower after a swap, but for the noise of a measurement."""
+        return None if self.tiny else {"provider": "fastattn", "against": BEFORE, "speed": 0.97}
 
     @property
     def params(self) -> schema.Result:

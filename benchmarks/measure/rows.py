@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -15,7 +17,10 @@ COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
 
+WORTH = 0.95  # of the time of the product for all rows: what is not faster than that is noise
+
 Product = Callable[[Tensor], Tensor]
+Choice = tuple[tuple[int | None, str], ...]
 
 
 def products(weight: Tensor) -> dict[str, Product]:
@@ -69,3 +74,48 @@ def table() -> Iterator[str]:
                 free = [str(n) for n in COUNTS if same_at_every_place(product, n, width, dtype)]
                 kind = f"{name}, {str(dtype).removeprefix('torch.')}"
                 yield f"| {kind} | {out} x {width} | {' | '.join(cells)} | {', '.join(free)} |"
+
+
+@torch.no_grad()
+def fastest(dtype: torch.dtype) -> Choice:
+    """Up to how many rows which of `fastattn.nn.rows.PRODUCTS` is the fastest over all sizes."""
+    from fastattn.nn.rows import PRODUCTS
+
+    totals = {name: [0.0] * len(COUNTS) for name in PRODUCTS}
+    for out, width in SIZES:
+        weight = (torch.randn(out, width) * width**-0.5).to(dtype)
+        for name, make in PRODUCTS.items():
+            if name == "packed" and dtype != torch.bfloat16:
+                continue
+            found = times(make(weight, None), width, dtype)
+            totals[name] = [total + one for total, one in zip(totals[name], found)]
+    return chosen({name: found for name, found in totals.items() if any(found)})
+
+
+def chosen(totals: dict[str, list[float]]) -> Choice:
+    """The choice for times of each product at COUNTS: that of the most rows, and others where they are faster."""
+    last = min(totals, key=lambda name: totals[name][-1])
+    line: list[tuple[int | None, str]] = [(None, last)]
+    for place in reversed(range(len(COUNTS) - 1)):
+        best = min(totals, key=lambda name: totals[name][place])
+        current = line[0][1]
+        if totals[best][place] < WORTH * totals[current][place]:
+            line.insert(0, (COUNTS[place], best))
+    return tuple(line)
+
+
+def write(path: Path, instructions: str, choices: dict[str, Choice]) -> None:
+    """Put one CPU's choices into the table, in place of those that it had."""
+    from fastattn.nn.rows_table import FASTEST
+
+    table = dict(sorted({**FASTEST, instructions: choices}.items()))
+    lines = ["FASTEST: dict[str, dict[str, tuple[tuple[int | None, str], ...]]] = {"]
+    for key, of_dtypes in table.items():
+        lines.append(f'    "{key}": {{')
+        for dtype, choice in of_dtypes.items():
+            parts = ", ".join(f'({most}, "{name}")' for most, name in choice)
+            lines.append(f'        "{dtype}": ({parts}{"," if len(choice) == 1 else ""}),')
+        lines.append("    },")
+    source = path.read_text(encoding="utf-8")
+    kept = re.split(r"^FASTEST: ", source, flags=re.MULTILINE)[0]
+    path.write_text(kept + "\n".join([*lines, "}"]) + "\n", encoding="utf-8")

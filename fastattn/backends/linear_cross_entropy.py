@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.large_pages import in_large_pages
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
@@ -107,7 +106,7 @@ class _Grads:
         dtype = accumulation_dtype(call.hidden.dtype)
         self.call = call
         self.hidden = torch.empty_like(call.hidden) if hidden else None
-        self.weight = in_large_pages(torch.zeros_like(call.weight, dtype=dtype)) if weight else None
+        self.weight = torch.zeros_like(call.weight, dtype=dtype) if weight else None
         self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
 
     def place(self, chunk: CrossEntropyCall) -> Tensor | None:

@@ -17,12 +17,11 @@ from fastattn.generation.drivers import DecoderDriver
 from fastattn.generation.rows import Rows, real_tokens
 
 LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
-ROW_COST = {
-    "cpu": 0.1,
-    "cuda": 0.01,
-}  # of a token that a step reads, in parts of what reading the weights costs
-ALLOWANCE = 0.02  # what guesses may lose of each step's time
-START, MOST = 1.0, 4.0  # steps that guesses may lose at first, and at most after they have won some
+# What a step that checks guesses costs more than a single one, in parts of that: a fixed part, and one for each token
+# of a row. Measured on a CPU with GPT-2 small in float32 and int8; on a GPU an assumption.
+COST = {"cpu": (0.3, 0.04), "cuda": (0.05, 0.01)}
+ALLOWANCE = 0.01  # what guesses may lose of each step's time
+START, MOST = 0.5, 4.0  # steps that guesses may lose at first, and at most after they have won some
 
 
 class Lookup:
@@ -64,14 +63,18 @@ class Account:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        share = ROW_COST.get(device.type, ROW_COST["cpu"])
-        self.cost = rows * share / (1 + rows * share)  # of one more token in each row, in steps
+        self.fixed, share = COST.get(device.type, COST["cpu"])
+        self.each = rows * share / (1 + rows * share)  # of one more token in each row, in steps
         self.balance = START
-        self.length = 2  # of the next guess
+        self.length = 4  # of the next guess
+
+    def cost(self, guessed: int) -> float:
+        """Steps that it costs to check so many tokens in each row."""
+        return self.fixed + guessed * self.each
 
     def allowed(self, most: int) -> int:
         """How many tokens may be guessed now."""
-        return min(most, self.length, int(self.balance / self.cost))
+        return max(min(most, self.length, int((self.balance - self.fixed) / self.each)), 0)
 
     def step(self) -> None:
         """A step was made."""
@@ -79,8 +82,8 @@ class Account:
 
     def settle(self, guessed: int, right: float) -> None:
         """So many tokens were guessed in each row, and so many were right in the mean of those that go on."""
-        self.balance = min(self.balance + right - guessed * self.cost, MOST)
-        self.length = 2 * guessed if right >= guessed else max(int(right) + 1, 1)
+        self.balance = min(self.balance + right - self.cost(guessed), MOST)
+        self.length = 2 * guessed if right >= guessed else max(int(right) + 1, 2)
 
 
 def speculate(
@@ -94,10 +97,12 @@ def speculate(
 
     def take(logits: Tensor, going: list[int]) -> Tensor:
         """Choose a token after logits (R, V) for the rows of these numbers; (R,), what it is elsewhere is of no use."""
-        position = torch.tensor([len(row.ids) for row in rows.rows], device=logits.device)
-        tokens = chooser(logits, position)
+        counts = [len(row.ids) for row in rows.rows]
+        alike = min(counts) == max(counts)
+        tokens = chooser(logits, counts[0] if alike else torch.tensor(counts, device=logits.device))
         accept(tokens.tolist(), going)
-        chooser.scores.add(tokens, torch.tensor(going, device=tokens.device))
+        if chooser.scores.changes:
+            chooser.scores.add(tokens, torch.tensor(going, device=tokens.device))
         return tokens
 
     def accept(tokens: list[int], going: list[int]) -> None:
@@ -110,9 +115,13 @@ def speculate(
     take(logits, going)
     while True:
         yield
-        going = [r for r, row in enumerate(rows.rows) if not row.done]
+        ended = [r for r in going if rows.rows[r].done]
+        going = [r for r in going if not rows.rows[r].done]
         if not going:
             return
+        if ended:  # the steps of the others would run past the end of their caches
+            held = [0 if rows.rows[r].done else held[r] for r in range(len(held))]
+            driver.rewind(torch.tensor(held, dtype=torch.int32, device=prompt.device))
         account.step()
         allowed = account.allowed(most)
         guesses = {
@@ -144,6 +153,6 @@ def speculate(
                 break
         made = {r: len(lookups[r].ids) - before[r] for r in going}
         account.settle(width, sum(made.values()) / len(going) - 1)
-        # the last token is not in the cache yet; finished rows need nothing there
+        # the last token is not in the cache yet
         held = [held[r] + made[r] if r in made else 0 for r in range(len(held))]
         driver.rewind(torch.tensor(held, dtype=torch.int32, device=prompt.device))

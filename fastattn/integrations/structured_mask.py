@@ -27,6 +27,7 @@ class StructuredMask:
         window: tuple[int, int] | None = None,
         segment_ids: tuple[Tensor, Tensor] | None = None,
         key_lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
     ) -> None:
         self.shape = shape
         self.device = device
@@ -34,6 +35,7 @@ class StructuredMask:
         self.window = window
         self.segment_ids = segment_ids
         self.key_lengths = key_lengths
+        self.key_mask = key_mask  # (B, Sk), the keys that any query may see
 
     def options(self, batch: int, seqlen_q: int) -> dict[str, Any]:
         """Options of `attention` for a batch of this size and this many queries, to which one row may be broadcast."""
@@ -45,6 +47,8 @@ class StructuredMask:
             options["segment_ids"] = (of_query.expand(batch, seqlen_q), of_key.expand(batch, -1))
         if self.key_lengths is not None:
             options["key_lengths"] = self.key_lengths.expand(batch)
+        if self.key_mask is not None:
+            options["mask"] = self.key_mask.expand(batch, -1)[:, None, None]
         return options
 
     def dense(self) -> Tensor:
@@ -60,6 +64,8 @@ class StructuredMask:
             seen = seen & visibility.same_segment(*self.segment_ids)
         if self.key_lengths is not None:
             seen = seen & visibility.within_lengths(self.key_lengths, seqlen_k)[:, None, :]
+        if self.key_mask is not None:
+            seen = seen & self.key_mask[:, None, :]
         return seen[:, None]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +80,8 @@ class StructuredMask:
             return None if ids is None else ids.to(device)
 
         pair = self.segment_ids and (self.segment_ids[0].to(device), self.segment_ids[1].to(device))
-        return StructuredMask(self.shape, device, self.causal, self.window, pair, move(self.key_lengths))
+        lengths, keys = move(self.key_lengths), move(self.key_mask)
+        return StructuredMask(self.shape, device, self.causal, self.window, pair, lengths, keys)
 
     def contiguous(self) -> StructuredMask:
         """The mask itself, which has no memory layout."""

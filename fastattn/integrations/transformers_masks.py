@@ -97,7 +97,8 @@ def structured_mask(
     skip = pattern is not None and (allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip)
     # without a mask, attention counts from the first key, and a single query sees everything
     implied = not mask.causal or mask.causal == "top_left"
-    if skip and implied and mask.window is None and mask.segment_ids is None and mask.key_lengths is None:
+    hidden = (mask.window, mask.segment_ids, mask.key_lengths, mask.key_mask)
+    if skip and implied and all(part is None for part in hidden):
         return None
     return mask
 
@@ -249,7 +250,10 @@ def _aligned(
 
 
 def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
-    """Hide padded keys: by lengths where they lie at the end, else as keys of no document."""
+    """Hide padded keys: by lengths where they lie at the end, else as keys of no document.
+
+    One query on a CPU takes a mask of its keys: as many bytes as keys, and nothing to look for in every layer.
+    """
     batch, _, seqlen_q, seqlen_k = mask.shape
     if not compat.is_tracing(padding):
         lengths = padding.sum(-1, dtype=torch.int32)
@@ -262,6 +266,9 @@ def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
                 lengths if mask.key_lengths is None else torch.minimum(lengths, mask.key_lengths)
             )
             return
+    if seqlen_q == 1 and mask.segment_ids is None and padding.is_cpu and not compat.is_tracing(padding):
+        mask.key_mask = padding
+        return
     of_query, of_key = mask.segment_ids or (
         torch.zeros(batch, seqlen_q, dtype=torch.int32, device=padding.device),
         torch.zeros(batch, seqlen_k, dtype=torch.int32, device=padding.device),

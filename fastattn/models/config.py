@@ -67,6 +67,10 @@ class GPTConfig:
         norm: "layernorm" or "rmsnorm".
         norm_unit_offset: RMSNorms multiply by 1 + weight, as in Gemma.
         sandwich_norms: norms after attention and MLP as well as before, as in Gemma 2.
+        post_norm: norms behind each sum and behind the embeddings, none at the end, as in BERT.
+        type_vocab_size: token types, all tokens being of the first; 0 for none.
+        lm_transform: a dense layer, activation and norm before the head, which then has a bias, as in BERT.
+        add_cross_attention: blocks also read an encoder's output, where one is given, behind self-attention.
         bias: whether linear layers and LayerNorms have a bias.
         attention_bias: whether the projections of queries, keys and values have one; as bias by default.
         attention_out_bias: the same of attention's output projection; as attention_bias by default.
@@ -124,6 +128,10 @@ class GPTConfig:
     mlp_bias: bool | None = None
     gated_mlp: bool = False
     train_pad_embedding: bool = True
+    post_norm: bool = False
+    type_vocab_size: int = 0
+    lm_transform: bool = False
+    add_cross_attention: bool = False
     model_type: str | None = field(default=None, compare=False)
     dropout: InitVar[float | None] = None
 
@@ -163,6 +171,13 @@ class GPTConfig:
                 "positions='rotary' and layer_types",
             ),
             "norm_unit_offset": (self.norm_unit_offset, self.norm == "rmsnorm", "norm='rmsnorm'"),
+            "post_norm": (self.post_norm, not self.sandwich_norms, "sandwich_norms=False"),
+            "lm_transform": (self.lm_transform, self.norm == "layernorm", "norm='layernorm'"),
+            "add_cross_attention": (
+                self.add_cross_attention,
+                self.head_dim * self.n_head == self.n_embd,
+                "head_dim = n_embd / n_head",
+            ),
         }
         for name, (given, fits, condition) in needs.items():
             if given and not fits:
@@ -238,6 +253,10 @@ class GPTConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in DECODERS.items()}
+
+
+def _size_or_0(name: str, number: Any) -> int:
+    return 0 if is_integer(number) and number == 0 else size(name, number)
 
 
 def _kinds_of_layers(name: str, value: Any) -> list[str]:
@@ -327,6 +346,9 @@ _CHECKS: dict[str, Check] = {  # every field has one
             "sandwich_norms",
             "gated_mlp",
             "train_pad_embedding",
+            "post_norm",
+            "lm_transform",
+            "add_cross_attention",
         ),
         flag,
     ),
@@ -339,4 +361,5 @@ _CHECKS: dict[str, Check] = {  # every field has one
     "activation_function": one_of(tuple(ACTIVATIONS)),
     "layer_types": or_none(_kinds_of_layers),
     "rope_scaling": or_none(_rope_scaling),
+    "type_vocab_size": _size_or_0,
 }

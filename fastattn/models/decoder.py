@@ -16,13 +16,15 @@ from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_range, readable
 from fastattn.models.config import FULL, MAX_SIZE, GPTConfig
+from fastattn.models.heads import Transform
 from fastattn.models.steps import GPTDecoder, can_decode
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
-from fastattn.nn.blocks import Mlp, PreNormBlock
+from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock
+from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
-from fastattn.nn.norms import RMSNorm
+from fastattn.nn.norms import RMSNorm, normalised
 from fastattn.nn.positions import (
     RotaryTable,
     lengths_of_segments,
@@ -45,12 +47,14 @@ class CausalLMOutput(NamedTuple):
     last_hidden_state: Tensor  # (B, S, E), after the final norm
     hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): blocks' inputs, last_hidden_state
     attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+    cross_attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, Sk), with a memory
 
 
 class GPT(Pretrained, nn.Module):
     """A causal language model: embeddings, `n_layer` pre-norm blocks, a final norm and a linear head.
 
-    What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps.
+    What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps,
+    BERT's order of norms and its head, cross-attention to an encoder.
     Initialised as GPT-2: normal(0, initializer_range), biases 0, the two projections that add to the residual
     stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
@@ -64,11 +68,14 @@ class GPT(Pretrained, nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, config.padding_idx)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
+        self.wtt = nn.Embedding(config.type_vocab_size, config.n_embd) if config.type_vocab_size else None
+        self.ln_emb = _norm(config, config.n_embd) if config.post_norm else None
         self.rotary = config.rotary()  # by kind of layer; empty with other positions
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(_block(config, kind) for kind in config.kinds)
-        self.ln_f = _norm(config, config.n_embd)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.ln_f = nn.Identity() if config.post_norm else _norm(config, config.n_embd)
+        self.lm_transform = _transform(config) if config.lm_transform else None
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.lm_transform)
         self.tie_weights()
         self._init_weights()
 
@@ -85,6 +92,8 @@ class GPT(Pretrained, nn.Module):
         return_logits: bool | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        memory: Memory | None = None,
+        labels_aligned: bool = False,
     ) -> CausalLMOutput:
         """Logits of the next token at every position, and the mean cross-entropy of `labels` shifted by one.
 
@@ -102,6 +111,8 @@ class GPT(Pretrained, nn.Module):
                 gradients, which `linear_cross_entropy` does with a few tokens' logits at a time.
             output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
                 memory that grows with S * S.
+            memory: an encoder's output, which a model with config.add_cross_attention reads; it does without, too.
+            labels_aligned: labels stand at the positions that predict them, as an `EncoderDecoder`'s do.
 
         Raises:
             TypeError: a list or a number stands where a tensor belongs, or the reverse.
@@ -117,12 +128,17 @@ class GPT(Pretrained, nn.Module):
         for name, flag in (
             ("output_hidden_states", output_hidden_states),
             ("output_attentions", output_attentions),
+            ("labels_aligned", labels_aligned),
         ):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: got {flag!r}, needs True or False")
         config = self.config
         past = cache[0].length if cache else 0
-        targets = None if labels is None else _next_tokens(labels, segment_ids, config.vocab_size)
+        if memory is not None and not config.add_cross_attention:
+            raise ValueError("memory: this model has no cross-attention, needs config.add_cross_attention")
+        targets = None
+        if labels is not None:
+            targets = _next_tokens(labels, segment_ids, config.vocab_size, aligned=labels_aligned)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
@@ -138,26 +154,42 @@ class GPT(Pretrained, nn.Module):
             x = x + self.wpe(position_ids)  # (B, S, E)
         elif config.positions == "sinusoidal":
             x = x + sinusoids(position_ids, config.n_embd, x.dtype)  # (B, S, E)
+        if self.wtt is not None:
+            x = x + self.wtt.weight[0]
+        if self.ln_emb is not None:
+            x = normalised(self.ln_emb, x)
         tables = self._rotary_tables(position_ids, segment_ids, x.dtype)
         x = self.drop(x)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
+        crossed: list[Tensor] | None = [] if output_attentions and memory is not None else None
         for i, (block, kind) in enumerate(zip(self.h, config.kinds)):
             if hidden is not None:
                 hidden.append(x)
             past_keys = None if cache is None else cache[i]
-            x = block(x, **visible, rotary=tables.get(kind), cache=past_keys, weights=weights)
+            x = block(
+                x, **visible, rotary=tables.get(kind), cache=past_keys, weights=weights,
+                memory=memory, cross_weights=crossed,
+            )  # fmt: skip
         x = self.ln_f(x)  # (B, S, E)
-        inside = (None if hidden is None else (*hidden, x), None if weights is None else tuple(weights))
+        inside = (
+            None if hidden is None else (*hidden, x), None if weights is None else tuple(weights),
+            None if crossed is None else tuple(crossed),
+        )  # fmt: skip
 
         head = None if not plain_head else self.lm_head.weight if tied is None else tied.head()  # (V, E)
         cap = config.final_logit_softcapping
         if targets is not None and head is not None and not return_logits:
-            return CausalLMOutput(_mean_loss(x, head, targets, cap), None, x, *inside)
+            h = x if self.lm_transform is None else self.lm_transform(x)
+            loss = _mean_loss(h, head, targets, cap, self.lm_head.bias)
+            return CausalLMOutput(loss, None, x, *inside)
         if targets is None and not return_logits:
             return CausalLMOutput(None, None, x, *inside)
         kept = x[:, -logits_to_keep:]
-        logits = self.lm_head(kept) if head is None else linear(kept, head)  # (B, S or logits_to_keep, V)
+        if self.lm_transform is not None:
+            kept = self.lm_transform(kept)
+        logits = self.lm_head(kept) if head is None else linear(kept, head, self.lm_head.bias)
+        # (B, S or logits_to_keep, V)
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         loss = None if targets is None else _mean_loss_of(logits, targets)
@@ -304,6 +336,13 @@ def _norm(config: GPTConfig, dim: int) -> nn.Module:
     return RMSNorm(dim, config.layer_norm_epsilon, unit_offset=config.norm_unit_offset)
 
 
+def _transform(config: GPTConfig) -> Transform:
+    return Transform(
+        config.n_embd, config.n_embd, activation=config.activation_function, bias=True,
+        norm=_norm(config, config.n_embd),
+    )  # fmt: skip
+
+
 def _block(config: GPTConfig, kind: str) -> PreNormBlock:
     attention_bias, out_bias, mlp_bias = config.biases
     norm = partial(_norm, config)
@@ -331,7 +370,13 @@ def _block(config: GPTConfig, kind: str) -> PreNormBlock:
         dropout=config.resid_pdrop,
         gated=config.gated_mlp,
     )
-    return PreNormBlock(attn, mlp, norm=norm, sandwich=config.sandwich_norms, dropout=config.resid_pdrop)
+    cross = None
+    if config.add_cross_attention:
+        cross = CrossAttention(config.n_embd, config.n_head, bias=attention_bias, dropout=config.attn_pdrop)
+    make = PostNormBlock if config.post_norm else PreNormBlock
+    return make(
+        attn, mlp, norm=norm, sandwich=config.sandwich_norms, dropout=config.resid_pdrop, cross_attn=cross
+    )
 
 
 def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
@@ -361,11 +406,15 @@ def _count_positions(
     return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
 
 
-def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) -> Tensor:
-    """(B, S) int64: the label that follows each position, IGNORE_INDEX where none counts."""
-    targets = F.pad(labels.long(), (0, 1), value=IGNORE_INDEX)[:, 1:]  # shifting labels copies no logits
+def _next_tokens(
+    labels: Tensor, segment_ids: Tensor | None, vocab_size: int, *, aligned: bool = False
+) -> Tensor:
+    """(B, S) int64: the label that follows each position, or stands at it, IGNORE_INDEX where none counts."""
+    targets = labels.long()
+    if not aligned:
+        targets = F.pad(targets, (0, 1), value=IGNORE_INDEX)[:, 1:]  # shifting labels copies no logits
     if segment_ids is not None:
-        following = F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
+        following = segment_ids if aligned else F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
     if targets.is_cpu and not torch.compiler.is_compiling():
         counted = targets[targets != IGNORE_INDEX]
@@ -373,12 +422,16 @@ def _next_tokens(labels: Tensor, segment_ids: Tensor | None, vocab_size: int) ->
     return targets
 
 
-def _mean_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """Mean over targets of -log softmax(capped x @ head.T)[target], in float32; NaN where there is no target."""
+def _mean_loss(
+    x: Tensor, head: Tensor, targets: Tensor, softcap: float | None, bias: Tensor | None = None
+) -> Tensor:
+    """Mean over targets of -log softmax(capped x @ head.T + bias)[target], in float32; NaN where there is no target."""
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     # the loss of a 16-bit model is wider than its dtype, as under autocast
     with torch.autocast(x.device.type, x.dtype) if narrow else nullcontext():
-        return linear_cross_entropy(x, head, targets, ignore_index=IGNORE_INDEX, softcap=softcap).float()
+        return linear_cross_entropy(
+            x, head, targets, bias=bias, ignore_index=IGNORE_INDEX, softcap=softcap
+        ).float()
 
 
 def _mean_loss_of(logits: Tensor, targets: Tensor) -> Tensor:

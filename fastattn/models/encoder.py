@@ -161,6 +161,7 @@ class Bert(PretrainedEncoder, nn.Module):
         initialise(self, self.config)
         if self.config.pre_norm:
             for layer in self.layers:
+                assert isinstance(layer, EncoderBlock)
                 for linear in (layer.attn.out_proj, layer.mlp.c_proj):
                     linear.weight.mul_(1 / math.sqrt(2 * self.config.num_hidden_layers))
 

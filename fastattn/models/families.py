@@ -14,6 +14,7 @@ from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.models.decoder import GPT
 from fastattn.models.embedding import MODULES, BertForEmbedding
 from fastattn.models.encoder import Bert
+from fastattn.models.encoder_decoder import EncoderDecoder
 from fastattn.models.heads import (
     BertForMaskedLM,
     BertForPreTraining,
@@ -31,6 +32,7 @@ MODELS: tuple[type[Pretrained], ...] = (  # of a model_type alone, the first tha
     BertForSequenceClassification,
     BertForTokenClassification,
     BertForQuestionAnswering,
+    EncoderDecoder,
 )
 
 

@@ -114,13 +114,12 @@ class BertForMaskedLM(PretrainedEncoder, nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep)
+        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep, self.config.vocab_size)
         return MaskedLMOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
     def tie_weights(self) -> None:
         """Tie the output to the token embedding if the config asks for it."""
-        if self.config.tie_word_embeddings:
-            self.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        _tie(self)
 
 
 class BertForPreTraining(PretrainedEncoder, nn.Module):
@@ -165,7 +164,7 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep)
+        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep, self.config.vocab_size)
         first = encoded.tokens.first(encoded.x)  # (B, E)
         follows = self.seq_relationship(torch.tanh(self.pooler(first)))  # (B, 2)
         if next_sentence_label is not None:
@@ -174,7 +173,9 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
             loss = of_next if loss is None else loss + of_next
         return PreTrainingOutput(loss, logits, follows, encoded.hidden_states, encoded.attentions)
 
-    tie_weights = BertForMaskedLM.tie_weights
+    def tie_weights(self) -> None:
+        """Tie the output to the token embedding if the config asks for it."""
+        _tie(self)
 
 
 class BertForSequenceClassification(PretrainedEncoder, nn.Module):
@@ -366,7 +367,12 @@ def lm_transform(config: BertConfig) -> Transform:
 
 
 def masked_lm(
-    encoded: Encoded, labels: Tensor | None, head: nn.Module, decoder: nn.Module, keep_logits: bool
+    encoded: Encoded,
+    labels: Tensor | None,
+    head: nn.Module,
+    decoder: nn.Module,
+    keep_logits: bool,
+    vocab_size: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(loss, logits (B, S, V)): the loss of labelled tokens only, logits of all where they are kept."""
     x, tokens = encoded.x, encoded.tokens
@@ -374,7 +380,7 @@ def masked_lm(
     padded = None if logits is None else tokens.pad(logits)
     if labels is None:
         return None, padded
-    targets = _token_targets("labels", labels, tokens, decoder.weight.shape[0])  # (T,)
+    targets = _token_targets("labels", labels, tokens, vocab_size)  # (T,)
     if logits is not None:
         return mean_loss_of(logits, targets), padded
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -405,6 +411,11 @@ def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tenso
     if problem_type == REGRESSION:
         return F.mse_loss(wide, targets)
     return F.binary_cross_entropy_with_logits(wide, targets)
+
+
+def _tie(model: BertForMaskedLM | BertForPreTraining) -> None:
+    if model.config.tie_word_embeddings:
+        model.decoder.weight = model.bert.embeddings.word_embeddings.weight
 
 
 def _wants_logits(model: nn.Module, labels: Tensor | None, return_logits: bool | None) -> bool:

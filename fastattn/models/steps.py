@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 from fastattn.models.checks import check_range
 from fastattn.models.config import GPTConfig
+from fastattn.models.heads import Transform
+from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention, keep_forward
-from fastattn.nn.blocks import Mlp, PreNormBlock
+from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock
+from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear
 from fastattn.nn.norms import RMSNorm, rms_norm
@@ -40,9 +43,12 @@ class Decodable(Protocol):
     quantized: str | None
     wte: nn.Embedding
     wpe: nn.Embedding | None
+    wtt: nn.Embedding | None
+    ln_emb: nn.Module | None
     rotary: dict[str, Rotary]
     h: nn.ModuleList
     ln_f: nn.Module
+    lm_transform: Transform | None
     lm_head: Linear
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]: ...
@@ -57,6 +63,8 @@ class _Block(NamedTuple):
     c_fc: Rows
     c_proj: Rows
     activation: Callable[[Tensor], Tensor]
+    cross_q: Rows | None = None
+    cross_out: Rows | None = None
 
 
 def can_decode(model: Decodable) -> bool:
@@ -67,13 +75,20 @@ def can_decode(model: Decodable) -> bool:
         return False
     expected: list[tuple[nn.Module, type]] = [(model.wte, nn.Embedding), (model.lm_head, Linear)]
     norm = nn.LayerNorm if model.config.norm == "layernorm" else RMSNorm
-    expected.append((model.ln_f, norm))
-    if model.wpe is not None:
-        expected.append((model.wpe, nn.Embedding))
+    expected.append((model.ln_f, nn.Identity if model.config.post_norm else norm))
+    expected += [(table, nn.Embedding) for table in (model.wpe, model.wtt) if table is not None]
+    if model.ln_emb is not None:
+        expected.append((model.ln_emb, norm))
+    if (head := model.lm_transform) is not None:
+        expected += [(head, Transform), (head.dense, Linear), (head.norm or nn.Identity(), norm)]
+    kind = PostNormBlock if model.config.post_norm else PreNormBlock
     for block in model.h:
-        expected.append((block, PreNormBlock))
-        if type(block) is not PreNormBlock or type(block.mlp) is not Mlp:
+        expected.append((block, kind))
+        if type(block) is not kind or type(block.mlp) is not Mlp:
             return False
+        if (cross := block.cross_attn) is not None:
+            expected += [(cross, CrossAttention), (block.ln_cross, norm)]
+            expected += [(product, Linear) for product in (cross.q, cross.kv, cross.out_proj)]
         if type(block.attn) is not MultiHeadAttention or not _as_gpt_makes(block.attn):
             return False
         mlp = block.mlp
@@ -81,7 +96,7 @@ def can_decode(model: Decodable) -> bool:
         norms = (block.ln_1, block.ln_1_out, block.ln_2, block.ln_2_out)
         expected += [(module, norm) for module in norms if module is not None]
         expected.append((block.attn.out_proj, type(block.attn.out_proj)))
-    return all(type(module) is kind and not torch_compat.has_hooks(module) for module, kind in expected)
+    return all(type(module) is usual and not torch_compat.has_hooks(module) for module, usual in expected)
 
 
 def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
@@ -104,9 +119,19 @@ class GPTDecoder:
 
     batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
     of a step are made in blocks of a fixed number of rows, and activations by row.
+    memory: what an encoder made of the first sequences' sources; `reorder` gives the other sequences theirs. Keys and
+    values are made of it once.
     """
 
-    def __init__(self, model: Decodable, batch: int, capacity: int, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decodable,
+        batch: int,
+        capacity: int,
+        *,
+        batch_invariant: bool = False,
+        memory: Memory | None = None,
+    ) -> None:
         self.model, self.invariant = model, batch_invariant
         self.cache = [
             (layer.keys, layer.values) for layer in model.new_cache(batch, capacity)
@@ -114,7 +139,14 @@ class GPTDecoder:
         device = model.wte.weight.device
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.blocks = [self._parts(block) for block in model.h]
-        self.head = self._rows(model.lm_head.weight, None)
+        self.head = self._rows(model.lm_head.weight, model.lm_head.bias)
+        self.transform: tuple[Rows, Callable[[Tensor], Tensor]] | None = None
+        if (head := model.lm_transform) is not None:
+            activation = by_row(head.activation) if batch_invariant else head.activation
+            self.transform = (self._rows(head.dense.weight, head.dense.bias), activation)
+        self.sources = (
+            None if memory is None else Sources(model.h, memory, batch, self._rows, invariant=batch_invariant)
+        )
         self.kinds = model.config.kinds
         places = torch.arange(capacity, device=device)
         self.positions = None if model.wpe is None else model.wpe.weight  # (C or more, E)
@@ -184,6 +216,8 @@ class GPTDecoder:
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         if not len(moved):
             return
+        if self.sources is not None:
+            self.sources.reorder(rows)
         source = rows[moved]
         self.lengths[moved] = self.lengths[source]
         held = int(self.lengths[moved].max())
@@ -204,10 +238,17 @@ class GPTDecoder:
         x = F.embedding(ids, self.model.wte.weight)
         if config.scale_embedding:
             x = x * math.sqrt(config.n_embd)
-        return x if self.positions is None else x + F.embedding(positions, self.positions)
+        if self.positions is not None:
+            x = x + F.embedding(positions, self.positions)
+        if self.model.wtt is not None:
+            x = x + self.model.wtt.weight[0]
+        return _norm(self.model.ln_emb, x)
 
     def _logits(self, x: Tensor) -> Tensor:
         """(N, E) -> (N, V)."""
+        if self.transform is not None and self.model.lm_transform is not None:
+            dense, activation = self.transform
+            x = _norm(self.model.lm_transform.norm, activation(dense(x)))
         logits, cap = self.head(x), self.model.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -230,6 +271,8 @@ class GPTDecoder:
 
     def _mostly_padding(self, ids: Tensor, lengths: Tensor | None) -> bool:
         """Whether reading the tokens alone pays; asked on a CPU only, as it waits for the lengths."""
+        if self.sources is not None:  # which go by rows
+            return False
         return lengths is not None and ids.is_cpu and int(lengths.sum()) <= PACKED_SHARE * ids.numel()
 
     def _last_of_packed(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -278,7 +321,7 @@ class GPTDecoder:
                 sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
             )  # fmt: skip
 
-        return self._through_blocks(self._embed(ids, places).flatten(0, 1), seqlen, attend)
+        return self._through_blocks(self._embed(ids, places).flatten(0, 1), seqlen, attend, rows)
 
     def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:
         """cos and sin at positions of prompts, whose lengths count under dynamic scaling."""
@@ -302,25 +345,39 @@ class GPTDecoder:
             outs.append(_append(attn, self.cache[layer], self.lengths + i, q_i, k_i, v_i, table))
         return torch.cat(outs, 2)
 
-    def _through_blocks(self, x: Tensor, seqlen: int, attend: Attend) -> Tensor:
+    def _through_blocks(
+        self, x: Tensor, seqlen: int, attend: Attend, sequences: slice = slice(None)
+    ) -> Tensor:
         """(B * S, E) -> (B * S, E): every block and the final norm, rows of one sequence after the other."""
+        post_norm = self.model.config.post_norm
+
+        def before(norm: nn.Module, x: Tensor) -> Tensor:
+            return x if post_norm else _norm(norm, x)
+
+        def added(norm: nn.Module, out_norm: nn.Module | None, x: Tensor, h: Tensor) -> Tensor:
+            return _norm(norm, x + h) if post_norm else x + _norm(out_norm, h)
+
         for layer, block in enumerate(self.blocks):
-            attn = block.module.attn
+            module, attn = block.module, block.module.attn
             heads, kv_heads, dim = attn.num_heads, attn.num_kv_heads, attn.head_dim
-            qkv = block.qkv(_norm(block.module.ln_1, x)).view(
+            qkv = block.qkv(before(module.ln_1, x)).view(
                 x.shape[0] // seqlen, seqlen, heads + 2 * kv_heads, dim
             )
             q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, heads, S, D)
             if attn.q_norm is not None and attn.k_norm is not None:
                 q, k = attn.q_norm(q), attn.k_norm(k)
             out = attend(attn, layer, q, k, v).transpose(1, 2).reshape(x.shape[0], heads * dim)
-            x = x + _norm(block.module.ln_1_out, block.out(out))
-            h = block.activation(block.c_fc(_norm(block.module.ln_2, x)))
-            x = x + _norm(block.module.ln_2_out, block.c_proj(h))
+            x = added(module.ln_1, module.ln_1_out, x, block.out(out))
+            if self.sources is not None and block.cross_q is not None and block.cross_out is not None:
+                assert module.ln_cross is not None
+                out = self.sources.attend(layer, block.cross_q(before(module.ln_cross, x)), seqlen, sequences)
+                x = added(module.ln_cross, None, x, block.cross_out(out))
+            h = block.activation(block.c_fc(before(module.ln_2, x)))
+            x = added(module.ln_2, module.ln_2_out, x, block.c_proj(h))
         return _norm(self.model.ln_f, x)
 
     def _parts(self, block: Any) -> _Block:
-        attn, mlp = block.attn, block.mlp
+        attn, mlp, cross = block.attn, block.mlp, block.cross_attn
         activation = mlp.activation
         return _Block(
             block,
@@ -329,9 +386,12 @@ class GPTDecoder:
             self._rows(mlp.c_fc.weight, mlp.c_fc.bias),
             self._rows(mlp.c_proj.weight, mlp.c_proj.bias),
             by_row(activation) if self.invariant else activation,
+            None if cross is None else self._rows(cross.q.weight, cross.q.bias),
+            None if cross is None else self._rows(cross.out_proj.weight, cross.out_proj.bias),
         )
 
     def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
+        """The product with a weight as this decoder makes it."""
         product = rows_of(weight, bias, self.model.quantized)
         # sums of integers are exact in any order
         return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product

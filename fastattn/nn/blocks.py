@@ -1,4 +1,4 @@
-"""The pre-norm transformer block: attention and an MLP, each behind a norm and added to the stream."""
+"""The decoder's block: attention, cross-attention and an MLP, each added to the stream, with norms before or behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, remade, watched_by_autograd_alone, without_transforms
 from fastattn.nn.norms import normalised
@@ -91,7 +92,8 @@ class PreNormBlock(nn.Module):
     """x + dropout(attn(ln_1(x))), then x + mlp(ln_2(x)); causal self-attention over (B, S, E).
 
     norm makes a norm of a width, LayerNorm by default. sandwich: what attention and MLP give goes through norms of its
-    own, `ln_1_out` and `ln_2_out`, before it is added, as in Gemma 2.
+    own, `ln_1_out` and `ln_2_out`, before it is added, as in Gemma 2. cross_attn: between the two,
+    x + dropout(cross_attn(ln_cross(x), memory)) where there is a memory.
     """
 
     def __init__(
@@ -102,11 +104,14 @@ class PreNormBlock(nn.Module):
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         sandwich: bool = False,
         dropout: float = 0.0,
+        cross_attn: CrossAttention | None = None,
     ) -> None:
         super().__init__()
         self.ln_1 = norm(attn.embed_dim)
         self.attn = attn
         self.ln_1_out = norm(attn.embed_dim) if sandwich else None
+        self.ln_cross = None if cross_attn is None else norm(attn.embed_dim)
+        self.cross_attn = cross_attn
         self.ln_2 = norm(attn.embed_dim)
         self.mlp = mlp
         self.ln_2_out = norm(attn.embed_dim) if sandwich else None
@@ -116,17 +121,37 @@ class PreNormBlock(nn.Module):
         self,
         x: Tensor,
         *,
+        weights: list[Tensor] | None = None,
+        memory: Memory | None = None,
+        cross_weights: list[Tensor] | None = None,
+        **visible: Any,
+    ) -> Tensor:
+        """(B, S, E) -> (B, S, E).
+
+        weights, cross_weights: lists to which the attention weights are added, (B, H, S, S) and (B, H, S, Sk); they are
+            not made without.
+        memory: what cross-attention reads.
+        visible: key_padding_mask, segment_ids, rotary and cache, as in `MultiHeadAttention.forward`.
+        """
+        h = self._attend(normalised(self.ln_1, x), weights, **visible)
+        if self.ln_1_out is not None:
+            h = self.ln_1_out(h)
+        x = x + self.dropout(h)
+        if self.cross_attn is not None and self.ln_cross is not None and memory is not None:
+            x = x + self.dropout(self.cross_attn(normalised(self.ln_cross, x), memory, cross_weights))
+        h = self.mlp(normalised(self.ln_2, x))
+        return x + (h if self.ln_2_out is None else self.ln_2_out(h))  # (B, S, E)
+
+    def _attend(
+        self,
+        h: Tensor,
+        weights: list[Tensor] | None,
+        *,
         key_padding_mask: Tensor | None = None,
         segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
         rotary: RotaryTable | None = None,
         cache: KVCache | None = None,
-        weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """(B, S, E) -> (B, S, E); the options are those of `MultiHeadAttention.forward`.
-
-        weights: a list to which the attention weights are added, (B, H, S, S); they are not made without it.
-        """
-        h = normalised(self.ln_1, x)
         h, probs = self.attn(
             h,
             h,
@@ -141,8 +166,23 @@ class PreNormBlock(nn.Module):
         )  # (B, S, E), (B, H, S, S) or None
         if weights is not None and probs is not None:
             weights.append(probs)
-        if self.ln_1_out is not None:
-            h = self.ln_1_out(h)
-        x = x + self.dropout(h)
-        h = self.mlp(normalised(self.ln_2, x))
-        return x + (h if self.ln_2_out is None else self.ln_2_out(h))  # (B, S, E)
+        return h
+
+
+class PostNormBlock(PreNormBlock):
+    """ln_1(x + dropout(attn(x))), then ln_cross and ln_2 likewise behind cross-attention and MLP, as in BERT."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        weights: list[Tensor] | None = None,
+        memory: Memory | None = None,
+        cross_weights: list[Tensor] | None = None,
+        **visible: Any,
+    ) -> Tensor:
+        """(B, S, E) -> (B, S, E), with the arguments of `PreNormBlock.forward`."""
+        x = normalised(self.ln_1, x + self.dropout(self._attend(x, weights, **visible)))
+        if self.cross_attn is not None and self.ln_cross is not None and memory is not None:
+            x = normalised(self.ln_cross, x + self.dropout(self.cross_attn(x, memory, cross_weights)))
+        return normalised(self.ln_2, x + self.mlp(x))

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastattn import torch_compat
 from fastattn.nn.linear import linear
+from fastattn.nn.rows_table import FASTEST
 
 # Rows of a block whose products have the same bits wherever in the block a row stands; others one by one.
 INVARIANT_ROWS = {torch.float32: 4, torch.bfloat16: 4}
@@ -24,6 +25,7 @@ INT8_ROWS = 256  # at a time, so that what a product keeps besides stays in the 
 SAFE_LEVELS = 63  # of activations on others: two products of 7 and 8 bits fit into 16
 
 Rows = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
+Choice = tuple[tuple["int | None", str], ...]  # up to how many rows which of PRODUCTS; None is any number
 
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version, what was made of it)}
 
@@ -31,14 +33,55 @@ _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version
 def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Rows:
     """The fastest product of rows with a weight (O, I) on its device: x -> x @ weight.T + bias.
 
-    kind: "int8" for weights of 8 bits; None for the weight's own dtype.
+    kind: "int8" for weights of 8 bits; None for the weight's own dtype. Which is the fastest for how many rows is
+    measured and kept in `rows_table.py`.
     """
     if kind == "int8":
         return Int8Rows(weight, bias)
-    if weight.is_cpu and weight.dtype == torch.bfloat16 and torch_compat.has_packed_linear():
-        pack = _kept(weight, "packed", torch_compat.pack_linear)
-        return lambda x: torch_compat.packed_linear(x, pack, bias)
+    if not weight.is_cpu:
+        return lambda x: linear(x, weight, bias, repeated=True)
+    choice = choice_for(torch_compat.instructions(), weight.dtype)
+    if len(choice) == 1:
+        return PRODUCTS[choice[0][1]](weight, bias)
+    made = [(most, PRODUCTS[name](weight, bias)) for most, name in choice]
+    return lambda x: next(product for most, product in made if most is None or x.shape[0] <= most)(x)
+
+
+def choice_for(instructions: str, dtype: torch.dtype) -> Choice:
+    """The line of the table for a CPU and a dtype; for a CPU that was not measured, packed bfloat16 and torch's own
+    products of other dtypes."""
+    measured = FASTEST.get(instructions, {}).get(str(dtype).removeprefix("torch."))
+    if measured is not None:
+        return measured
+    return ((None, "packed" if dtype == torch.bfloat16 else "linear"),)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Rows:
     return lambda x: linear(x, weight, bias, repeated=True)
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> Rows:
+    """By a weight in oneDNN's order, where it has one of this dtype."""
+    if weight.dtype != torch.bfloat16 or not torch_compat.has_packed_linear():
+        return _linear(weight, bias)
+    pack = _kept(weight, "packed", torch_compat.pack_linear)
+    return lambda x: torch_compat.packed_linear(x, pack, bias)
+
+
+def _one_by_one(weight: Tensor, bias: Tensor | None) -> Rows:
+    """A product of each row: float16 has a fast one of one row only."""
+    return lambda x: (
+        torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
+        if len(x)
+        else F.linear(x, weight, bias)
+    )
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor | None], Rows]] = {
+    "linear": _linear,  # torch's, or oneDNN's where that is faster
+    "packed": _packed,
+    "one by one": _one_by_one,
+}
 
 
 class Int8Rows:

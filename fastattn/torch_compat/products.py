@@ -139,6 +139,16 @@ def has_int8_dot_products() -> bool:
     return None not in (_avx512, _vnni) and bool(_avx512() and _vnni())
 
 
+@functools.cache
+def instructions() -> str:
+    """What this CPU has for products, as torch names it: "AVX2", "AVX512", "AVX512+VNNI".
+
+    Fallback: the name alone.
+    """
+    name = str(torch.backends.cpu.get_cpu_capability())
+    return f"{name}+VNNI" if has_int8_dot_products() else name
+
+
 def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:
     """An int8 weight (O, I) and the float32 scale of each output, in FBGEMM's order.
 

@@ -225,7 +225,7 @@ def ragged_cases() -> dict[str, dict[str, Any]]:
         "left padding": {"segment_ids": (one, left), "causal": True},
         "left padding, window": {"segment_ids": (one, left), "causal": True, "window": (9, 0)},
         "left padding, lengths, sinks": {
-            "segment_ids": (one, left), "key_lengths": lengths, "sinks": torch.randn(4, dtype=torch.float64),
+            "segment_ids": (one, left), "key_lengths": lengths, "sinks": torch.linspace(-1, 1, 4).double(),
         },
         "documents": {"segment_ids": (torch.tensor([[3], [0], [2], [-1]]), packed)},
         "no range": {"segment_ids": (one, torn)},

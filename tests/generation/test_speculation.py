@@ -33,7 +33,7 @@ class Counts:
     """How often a decoder was stepped and extended, by how many tokens."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps, self.guessed = 0, 0
+        self.steps = self.guessed = self.extended = 0
         step, extend = GPTDecoder.step, GPTDecoder.extend
 
         def counted_step(decoder: GPTDecoder, tokens: Tensor) -> Tensor:
@@ -43,6 +43,7 @@ class Counts:
         def counted_extend(decoder: GPTDecoder, tokens: Tensor) -> Tensor:
             self.steps += 1
             self.guessed += tokens.shape[1] - 1
+            self.extended += 1
             return extend(decoder, tokens)
 
         monkeypatch.setattr(GPTDecoder, "step", counted_step)
@@ -104,11 +105,12 @@ def test_repeated_text_takes_fewer_steps_and_other_text_hardly_more(monkeypatch:
         ids, mask, max_new_tokens=200, prompt_lookup_num_tokens=8
     )  # a greedy model goes in circles
     assert counts.steps < 100
-    counts.steps = counts.guessed = 0
+    counts.steps = counts.guessed = counts.extended = 0
     hot = {"do_sample": True, "temperature": 50.0, "seed": 0}
     model.generate(ids, mask, max_new_tokens=600, prompt_lookup_num_tokens=8, **hot)
-    cost = Account(1, torch.device("cpu")).cost
-    assert counts.steps + cost * counts.guessed <= 600 * (1 + ALLOWANCE) + START + 1
+    account = Account(1, torch.device("cpu"))
+    lost = account.fixed * counts.extended + account.each * counts.guessed
+    assert counts.steps + lost <= 600 * (1 + ALLOWANCE) + START + 1
 
 
 def test_guesses_never_lose_more_than_is_allowed() -> None:
@@ -121,7 +123,7 @@ def test_guesses_never_lose_more_than_is_allowed() -> None:
                 guessed = account.allowed(10)
                 if guessed:
                     account.settle(guessed, min(right, guessed) * (step % 3 == 0))
-                    lost += guessed * account.cost - min(right, guessed) * (step % 3 == 0)
+                    lost += account.cost(guessed) - min(right, guessed) * (step % 3 == 0)
                 assert lost <= START + ALLOWANCE * step + 1e-9
     account = Account(1, torch.device("cpu"))
     for _ in range(50):

@@ -13,6 +13,7 @@ from transformers_rule import (
     assert_call_within_rule,
 )
 
+import fastattn
 from fastattn.integrations.structured_mask import StructuredMask
 from fastattn.integrations.transformers_masks import structured_mask
 
@@ -86,6 +87,26 @@ def test_a_structured_mask_is_transformers_mask(name):
         if extra == 0:
             assert isinstance(ours, StructuredMask)
     assert StructuredMask in kinds
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "side", "expected"),
+    [(1, "left", {"mask"}), (1, "right", {"key_lengths"}), (4, "left", {"causal", "segment_ids"})],
+)
+def test_one_query_after_padding_on_the_left_takes_a_mask_of_keys(seqlen_q, side, expected):
+    padding = padding_mask(side)
+    length = padding.shape[1]
+    ours, dense = masks_of(PATTERNS["causal"], seqlen_q, length - seqlen_q, length, padding)
+    options = ours.options(BATCH, seqlen_q)
+    assert structure(options) == expected
+    q, k, v = (torch.randn(BATCH, 2, n, 8) for n in (seqlen_q, length, length))
+    k.masked_fill_(~padding.bool()[:, None, :, None], torch.nan)
+    actual = fastattn.attention(q, k, v, **options)
+    expected_out = fastattn.attention(q, k, v, mask=dense)
+    seen = dense.any(-1)[..., None]
+    torch.testing.assert_close(actual.masked_fill(~seen, 0), expected_out.masked_fill(~seen, 0))
+    moved = ours.to("meta")
+    assert moved.dense().device.type == "meta"
 
 
 def test_packed_documents_are_segments():

@@ -1,6 +1,8 @@
 """Folders of encoders: read and written value by value, with everything that does not fit refused or named."""
 
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -268,3 +270,23 @@ def test_the_page_lists_every_preset_with_an_example_that_runs():
         with torch.device("meta"):
             model = eval(example, {"Bert": Bert, "BertConfig": BertConfig})
         assert model.config == BertConfig.preset(name)
+
+
+HOSTILE = (
+    None, True, False, -1, 0, 1.5, -0.5, math.nan, math.inf, -math.inf, 10**30, "x", "3", b"3", [], ["3"], [True],
+    {}, torch.ones(2), object(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(BertConfig)])
+def test_a_config_refuses_by_name_what_means_nothing_and_keeps_plain_types(field):
+    refused = []
+    for value in HOSTILE:
+        try:
+            config = BertConfig(**{**tiny.SIZES, field: value})
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            json.dumps(config.to_dict(), allow_nan=False)
+    assert [message for message in refused if not re.match(rf"{field}\b.*(got|needs)", message)] == []
+    assert len(refused) >= 13  # a flag takes two of them, an optional number four at most

@@ -1,8 +1,10 @@
 """Smaller weights: 8-bit layers within their bound, bfloat16, and the figures of what they change."""
 
+import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 
 from fastattn.models import GPT, BertConfig, BertForEmbedding, BertForMaskedLM, GPTConfig, load
@@ -117,6 +119,68 @@ def test_what_is_saved_is_not_rounded(bert, tmp_path):
     model.save_pretrained(tmp_path / "again")
     state = load(bert).state_dict()
     assert all(torch.equal(state[name], t) for name, t in load(tmp_path / "again").state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["gpt", "own", "llama", "bert"])
+def test_8_bit_folders(kind, tmp_path, gpt, bert):
+    if kind == "own":
+        saved(GPT, GPTConfig(**GPT2, positions="rotary", num_kv_heads=2), tmp_path / "own")
+    elif kind == "llama":
+        entries = {**BERT, "num_key_value_heads": 2, "head_dim": 16, "model_type": "llama"}
+        family = next(f for f in GPT.families if f.model_type == "llama")
+        saved(GPT, family.read_config(entries), tmp_path / "llama")
+    model = load(tmp_path / kind)
+    model.save_pretrained(tmp_path / "small", quantize="int8")
+    loaded = load(tmp_path / "small")
+    assert (type(loaded), loaded.config, loaded.quantized) == (type(model), model.config, "int8")
+    rounded = dict(loaded.named_parameters())
+    layered = [
+        n for n, p in model.named_parameters() if p.dim() == 2 and any(x.isdigit() for x in n.split("."))
+    ]
+    assert len(layered) == 8
+    for name, parameter in model.named_parameters():
+        steps = parameter.abs().amax(-1, keepdim=True) / 127
+        if name in layered:
+            assert bool(((rounded[name] - parameter).abs() <= steps * 0.501).all())
+        else:
+            assert torch.equal(rounded[name], parameter)
+    before, after = ((tmp_path / k / "model.safetensors").stat().st_size for k in (kind, "small"))
+    matrices = sum(rounded[name].numel() for name in layered)
+    assert after < before - 2.5 * matrices
+    loaded.save_pretrained(tmp_path / "again", quantize="int8")  # rounding what is rounded changes nothing
+    first, second = (
+        safetensors.torch.load_file(tmp_path / k / "model.safetensors") for k in ("small", "again")
+    )
+    assert all(torch.equal(first[n], t) for n, t in second.items() if t.dtype == torch.int8)
+    tokens = ids(2, 9)
+    if kind != "bert":
+        assert torch.equal(
+            loaded.generate(tokens, max_new_tokens=5), model.quantize().generate(tokens, max_new_tokens=5)
+        )
+
+
+def test_8_bit_folders_that_do_not_fit(gpt, tmp_path):
+    load(gpt).save_pretrained(tmp_path / "small", quantize="int8")
+    path = tmp_path / "small" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    other = {**tensors, "transformer.ln_f.weight_scale": torch.ones(1)}
+    for changed, message in (
+        ({n: t for n, t in tensors.items() if n != f"{name}_scale"}, rf"{name} has no scale that fits it"),
+        ({**tensors, f"{name}_scale": torch.ones(3, 1)}, rf"{name} has no scale that fits it"),
+        (other, r"ln_f\.weight_scale belongs to no 8-bit tensor"),
+    ):
+        safetensors.torch.save_file(changed, path)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "small")
+    entries = json.loads((gpt / "config.json").read_text())
+    (gpt / "config.json").write_text(
+        json.dumps({**entries, "quantization_config": {"quant_method": "other"}})
+    )
+    with pytest.raises(ValueError, match="quantization_config: got"):
+        load(gpt)
+    with pytest.raises(ValueError, match="quantize: got 'int4'"):
+        GPT(GPTConfig(**GPT2)).save_pretrained(tmp_path / "never", quantize="int4")
 
 
 def test_perplexity_is_that_of_the_formula(gpt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.nn import rows as module
-from fastattn.nn.rows import INT8_LEVELS, InBlocks, Int8Rows, by_row, rows_of
+from fastattn.nn import rows_table
+from fastattn.nn.rows import INT8_LEVELS, InBlocks, Int8Rows, Rows, by_row, rows_of
 from numerics import assert_within_rule, plain_in_any_order
 
 SHAPES = [(1, 1), (7, 5), (96, 64), (130, 33)]  # (O, I)
@@ -140,3 +142,49 @@ def test_a_packed_weight_follows_its_weight_and_goes_with_it(kind: str | None) -
     del weight
     gc.collect()
     assert len(module._packs) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_table_is_what_chooses(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows goes to the product that the line of this CPU and dtype names for it."""
+    used: list[str] = []
+
+    def named(name: str) -> Callable[..., Rows]:
+        return lambda weight, bias: lambda x: used.append(name) or F.linear(x, weight, bias)
+
+    monkeypatch.setattr(module, "PRODUCTS", {name: named(name) for name in module.PRODUCTS})
+    line = ((1, "one by one"), (4, "packed"), (None, "linear"))
+    table = {torch_compat.instructions(): {str(dtype).removeprefix("torch."): line}}
+    monkeypatch.setattr(module, "FASTEST", table)
+    product = rows_of(*operands(7, 5, dtype))
+    for count in (0, 1, 2, 4, 5, 17):
+        product(torch.randn(count, 5).to(dtype))
+    assert used == ["one by one"] * 2 + ["packed"] * 2 + ["linear"] * 2
+    monkeypatch.setattr(module, "FASTEST", {})
+    used.clear()
+    rows_of(*operands(7, 5, dtype))(torch.randn(3, 5).to(dtype))
+    assert used == ["packed" if dtype == torch.bfloat16 else "linear"]
+
+
+def test_every_line_of_the_table_covers_any_number_of_rows() -> None:
+    for of_dtypes in rows_table.FASTEST.values():
+        assert set(of_dtypes) == {"float32", "bfloat16", "float16"}
+        for line in of_dtypes.values():
+            most = [count for count, _ in line]
+            assert most[-1] is None
+            assert most[:-1] == sorted({count for count in most[:-1] if count is not None})
+            assert {name for _, name in line} <= set(module.PRODUCTS)
+
+
+@pytest.mark.parametrize("name", sorted(module.PRODUCTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_product_of_the_table_keeps_the_error_rule(name: str, dtype: torch.dtype) -> None:
+    """Also where the table names it for no dtype here: on another CPU it may."""
+    weight, bias = operands(33, 20, dtype)
+    for count in (0, 1, 3, 9):
+        x = torch.randn(count, 20).to(dtype)
+        golden = F.linear(x.double(), weight.double(), bias.double())
+        plain = F.linear(x, weight, bias)
+        if dtype == torch.float32:
+            plain = plain_in_any_order(lambda x=x: F.linear(x, weight, bias), golden)
+        assert_within_rule(module.PRODUCTS[name](weight, bias)(x), plain, golden, f"{name}, {count} rows")

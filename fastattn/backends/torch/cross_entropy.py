@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends import linear_cross_entropy
-from fastattn.backends.large_pages import in_large_pages
 from fastattn.backends.linear_cross_entropy import LinearGrads
 from fastattn.backends.torch.softmax import block_elements
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
@@ -212,7 +211,7 @@ def linear_cross_entropy_bwd(
 
 
 def _empty_like(logits: Tensor) -> Tensor:
-    return in_large_pages(torch.empty_like(logits, memory_format=torch.contiguous_format))
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _targets(call: CrossEntropyCall) -> tuple[Tensor, Tensor, Tensor]:

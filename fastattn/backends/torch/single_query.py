@@ -69,13 +69,10 @@ def _results(
     if dtype != wide and elements <= FEW_ELEMENTS:
         # a product in 16 bits takes longer to start than to widen so few
         count = max(1, WIDENED_ELEMENTS // elements)
-        few = [
-            _results(
-                *(t[first : first + count].to(wide) for t in (query, key, value)),
-                scale, exact_scores, wants_lse,
-            )
-            for first in range(0, batch, count)
-        ]  # fmt: skip
+        few = []
+        for first in range(0, batch, count):
+            q, k, v = (t[first : first + count].to(wide) for t in (query, key, value))
+            few.append(_results(q, k, v, scale, exact_scores, wants_lse))
         out, lse = few[0] if len(few) == 1 else _joined(few)
         return out.to(dtype), lse
     most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, query.dtype, scale)

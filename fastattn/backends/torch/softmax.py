@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.large_pages import in_large_pages
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 from fastattn.visibility import distances
 
@@ -28,7 +27,7 @@ def softmax_tiles(spec: SoftmaxSpec) -> str:
 def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
     """exp(scale * x) over its sum along a dimension, or the logarithm; constant where masked."""
     x, dim = call.x, call.dim
-    out = in_large_pages(torch.empty_like(x, dtype=call.dtype))
+    out = torch.empty_like(x, dtype=call.dtype)
     if x.numel() == 0:
         return out
     if call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == x.dtype:
@@ -59,7 +58,7 @@ def softmax_bwd(
     spec: SoftmaxSpec, dout: Tensor, out: Tensor, dim: int, scale: float, dtype: torch.dtype
 ) -> Tensor:
     """scale * out * (dout - sum(out * dout)), in log scale * (dout - exp(out) * sum(dout)); 0 where out is constant."""
-    dx = in_large_pages(torch.empty_like(out, dtype=dtype))
+    dx = torch.empty_like(out, dtype=dtype)
     if out.numel() == 0:
         return dx
     if not spec.log and scale == 1.0 and dtype == out.dtype:

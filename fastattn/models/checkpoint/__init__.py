@@ -1,6 +1,7 @@
 """Checkpoints: folders in transformers' formats and repositories on the Hugging Face hub, both ways."""
 
 from fastattn.models.checkpoint.families import DECODERS as DECODERS
+from fastattn.models.checkpoint.families import ENCODER_DECODERS as ENCODER_DECODERS
 from fastattn.models.checkpoint.families import ENCODERS as ENCODERS
 from fastattn.models.checkpoint.families import FAMILIES as FAMILIES
 from fastattn.models.checkpoint.families import family_for as family_for

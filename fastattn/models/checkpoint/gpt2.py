@@ -114,7 +114,23 @@ _OWN_PARTS = (
     _block("attn.alibi_slopes"),
     _block("attn.q_norm.weight"),
     _block("attn.k_norm.weight"),
-)
+    *(
+        _block(f"{module}.{leaf}")
+        for module in ("ln_cross", "cross_attn.q", "cross_attn.kv", "cross_attn.out_proj")
+        for leaf in ("weight", "bias")
+    ),
+    *(
+        Part(name, (f"transformer.{name}",))
+        for name in ("wtt.weight", "ln_emb.weight", "ln_emb.bias")
+    ),
+    *(
+        Part(name, (name,))
+        for name in (
+            "lm_transform.dense.weight", "lm_transform.dense.bias", "lm_transform.norm.weight",
+            "lm_transform.norm.bias", "lm_head.bias",
+        )
+    ),
+)  # fmt: skip
 
 GPT2 = Family(
     model_type="gpt2",

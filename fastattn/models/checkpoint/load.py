@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
+from fastattn.models.checkpoint.int8 import is_int8, widened
 from fastattn.models.checkpoint.names import Family, Placed, join, placed, stored
 from fastattn.models.checkpoint.report import LoadReport
 
@@ -40,6 +41,9 @@ def load_model(
     wanted = None if dtype is None else float_dtype(dtype)
     folder = resolve_folder(path_or_id)
     entries = read_json(folder / CONFIG)
+    small = is_int8(entries)
+    if small:
+        del entries["quantization_config"]
     try:
         family = family_of(entries, cls.families)
         config = family.read_config(entries)
@@ -53,7 +57,7 @@ def load_model(
         if unknown:
             raise TypeError(f"{unknown[0]}: {type(config).__name__} has no such field")
         config = dataclasses.replace(config, **changes)
-    tensors = open_weights(folder)
+    tensors = widened(open_weights(folder)) if small else open_weights(folder)
     config, family = cls.fitted(config, family, frozenset(map(family.plain, tensors.names())))
     with torch.device("meta"), Uninitialised():
         model = cls(config)
@@ -62,6 +66,8 @@ def load_model(
     )
     model.load_report, model.loaded_from, model.generation_config = report, folder, generation
     filled: nn.Module = model.eval()
+    if small:
+        model.quantize("int8")
     return filled
 
 

@@ -106,7 +106,12 @@ class Pretrained:
         return self
 
     def save_pretrained(
-        self, directory: str | Path, *, max_shard_size: int | str = "5GB", tokenizer: Any = None
+        self,
+        directory: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        tokenizer: Any = None,
+        quantize: str | None = None,
     ) -> None:
         """Write the model's folder in transformers' format where its family has one; all files appear together.
 
@@ -114,6 +119,9 @@ class Pretrained:
         that generate, README.md unless the folder has one that was edited, and a tokenizer's files: of `tokenizer`
         (any object with save_pretrained), else those of the folder the model was loaded from. Other files in
         `directory` stay.
+
+        quantize="int8" writes the matrices of the numbered layers as 8-bit numbers with a scale for each output, a
+        quarter of their bytes; only this package reads such a folder, as weights rounded so and with `quantize`.
 
         Raises:
             TypeError, ValueError: an argument. OSError: what writing met; `directory` is as it was.
@@ -138,6 +146,7 @@ class Pretrained:
             tokenizer=tokenizer,
             tokenizer_from=self.loaded_from,
             generation=generation,
+            quantize=quantize,
             files=self.extra_files(),
         )
 

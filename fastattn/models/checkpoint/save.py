@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastattn.models.checkpoint.card import is_generated, model_card
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, INDEX, WEIGHTS
+from fastattn.models.checkpoint.int8 import METHOD, round_layers, with_scales
 from fastattn.models.checkpoint.names import Family, stored, to_file
 from fastattn.models.checkpoint.swap import write_folder
 
@@ -43,7 +44,7 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def save_model(
@@ -59,6 +60,7 @@ def save_model(
     tokenizer_from: Path | None = None,
     generation: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Write a model's folder, all files together or none, see `write_folder`; other files of an old folder stay.
 
@@ -73,12 +75,15 @@ def save_model(
         tokenizer_from: a folder to copy a tokenizer's files from where neither `tokenizer` nor an old folder has any.
         generation: generation_config.json; None for none.
         files: other files, by a path within the folder.
+        quantize: "int8" rounds the matrices of numbered layers, see int8.py.
 
     Raises:
         ValueError, TypeError: an argument; `folder` is as it was.
         OSError: what writing met, such as a full disk; `folder` is as it was.
     """
     limit = shard_bytes(max_shard_size)
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize: got {quantize!r}, needs 'int8' or None")
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise TypeError(
             f"tokenizer: got {type(tokenizer).__name__}, needs an object that has save_pretrained, or None"
@@ -96,11 +101,14 @@ def save_model(
         "dtype": str(dtype).removeprefix("torch."),
         **family.write_config(config),
     }
-    tensors = {
-        name if with_prefix else name.removeprefix(family.prefix): tensor
-        for name, tensor in to_file(state, config, family).items()
-    }
-    card = model_card(model, entries, loads_in_transformers=family.in_transformers)
+    scales: dict[str, Tensor] = {}
+    if quantize is not None:
+        entries["quantization_config"] = METHOD
+        state, scales = round_layers(state)
+    tensors = with_scales(to_file(state, config, family), to_file(scales, config, family))
+    if not with_prefix:
+        tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    card = model_card(model, entries, loads_in_transformers=family.in_transformers and quantize is None)
 
     def write(scratch: Path) -> None:
         _write_weights(scratch, tensors, limit)

@@ -1,0 +1,53 @@
+"""The target of an encoder-decoder in `fastattn.generation`'s protocol: a causal model that has read a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.nn.cross_attention import Memory
+from fastattn.nn.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from fastattn.models.encoder_decoder import EncoderDecoder
+
+
+class Continuation:
+    """The decoder of a model behind sources, which are encoded when its first token is asked for.
+
+    encode: given whether results may not depend on the batch, the sources' `Memory`.
+    """
+
+    def __init__(self, model: EncoderDecoder, encode: Callable[[bool], Memory]) -> None:
+        self.model, self.encode = model.decoder, encode
+        self.config, self.generation_config = model.config, model.generation_config
+        self.memory: Memory | None = None  # of the sequences that step sees
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens of a target."""
+        return self.model.max_positions
+
+    def decoder(self, batch: int, capacity: int, *, batch_invariant: bool = False) -> GPTDecoder | None:
+        """Steps that check nothing; None where modules were replaced or have hooks."""
+        if not can_decode(self.model):
+            return None
+        memory = self.encode(batch_invariant)
+        return GPTDecoder(self.model, batch, capacity, batch_invariant=batch_invariant, memory=memory)
+
+    def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
+        """Empty caches of self-attention; keys of the source are kept with its memory."""
+        return self.model.new_cache(batch, capacity)
+
+    def step(self, ids: Tensor, cache: Any | None, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the token after `ids`, (B, V); beams of a prompt are neighbours, and read the same source."""
+        if self.memory is None:
+            memory = self.encode(False)
+            self.memory = memory.repeated(len(ids) // max(memory.tokens.batch, 1))
+        out = self.model(
+            ids, attention_mask, cache=cache, logits_to_keep=1, return_logits=True, memory=self.memory
+        )
+        return out.logits[:, -1]

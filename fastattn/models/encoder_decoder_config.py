@@ -1,0 +1,115 @@
+"""The configuration of an encoder-decoder: those of its two parts, and the tokens of generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fastattn.models.bert_config import BertConfig
+from fastattn.models.config import GPTConfig
+from fastattn.ops.arguments import is_integer
+
+MODEL_TYPE = "encoder-decoder"
+
+
+@dataclass
+class EncoderDecoderConfig:
+    """An encoder, a decoder that reads it by cross-attention, and special tokens; names are transformers'.
+
+    Args:
+        encoder: a `BertConfig`, of any family.
+        decoder: a `GPTConfig`; add_cross_attention is set. `bert_decoder` makes BERT's.
+        decoder_start_token_id: the token that every target begins with; None for bos_token_id in generation.
+        pad_token_id, bos_token_id, eos_token_id: of targets; the decoder's by default.
+
+    Raises:
+        TypeError: encoder or decoder is no config.
+        ValueError: a token is none of the decoder's vocabulary.
+    """
+
+    encoder: BertConfig
+    decoder: GPTConfig
+    decoder_start_token_id: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, needed in (("encoder", BertConfig), ("decoder", GPTConfig)):
+            if not isinstance(getattr(self, name), needed):
+                raise TypeError(
+                    f"{name}: got {type(getattr(self, name)).__name__}, needs a {needed.__name__}"
+                )
+        self.decoder = replace(self.decoder, add_cross_attention=True)
+        for name in ("decoder_start_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+            given = getattr(self, name)
+            for token in given if isinstance(given, (list, tuple)) else [given]:
+                if token is not None and not (is_integer(token) and 0 <= token < self.vocab_size):
+                    raise ValueError(
+                        f"{name}: got {given!r}, needs a token of the decoder, 0 to {self.vocab_size - 1}"
+                    )
+            if given is None and name != "decoder_start_token_id":
+                setattr(self, name, self._of_decoder(name))
+
+    def _of_decoder(self, name: str) -> Any:
+        """The decoder's token; none where that is beyond the vocabulary, as in small models with GPT-2's defaults."""
+        value = getattr(self.decoder, name)
+        tokens = value if isinstance(value, (list, tuple)) else [value]
+        return value if all(token is not None and token < self.vocab_size for token in tokens) else None
+
+    @property
+    def model_type(self) -> str:
+        """Of config.json."""
+        return MODEL_TYPE
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the decoder."""
+        return self.decoder.vocab_size
+
+    @property
+    def initializer_range(self) -> float:
+        """Of weights that a folder does not have."""
+        return self.decoder.initializer_range
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain types."""
+        return {**asdict(self), "encoder": self.encoder.to_dict(), "decoder": self.decoder.to_dict()}
+
+
+def bert_decoder(config: BertConfig) -> GPTConfig:
+    """BERT as a decoder: the same sizes and head, causal, with the norms where BERT has them.
+
+    Raises:
+        ValueError: the config is none of BERT; the message begins with the field.
+    """
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_position_embeddings,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.intermediate_size,
+        "type_vocab_size": config.type_vocab_size,
+    }
+    if config.model_type != "bert":
+        raise ValueError(f"model_type: got {config.model_type!r}, a decoder needs 'bert'")
+    return GPTConfig(
+        **sizes,
+        activation_function=config.hidden_act,
+        embd_pdrop=config.hidden_dropout_prob,
+        resid_pdrop=config.hidden_dropout_prob,
+        attn_pdrop=config.attention_probs_dropout_prob,
+        layer_norm_epsilon=config.layer_norm_eps,
+        initializer_range=config.initializer_range,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        post_norm=True,
+        lm_transform=True,
+        train_pad_embedding=config.pad_token_id is None,
+        add_cross_attention=True,
+        model_type="bert",
+    )

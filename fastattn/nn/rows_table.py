@@ -1,0 +1,12 @@
+"""The fastest products of a few rows on CPUs that were measured; `python benchmarks/rows.py --write` writes it.
+
+FASTEST[instructions of the CPU][dtype]: up to how many rows (None: any number) which of `rows.PRODUCTS`.
+"""
+
+FASTEST: dict[str, dict[str, tuple[tuple[int | None, str], ...]]] = {
+    "AVX512+VNNI": {
+        "float32": ((None, "linear"),),
+        "bfloat16": ((1, "one by one"), (None, "packed")),
+        "float16": ((None, "linear"),),
+    },
+}
