@@ -164,15 +164,15 @@ def _chosen(name: str, wanted: int | Sequence[int] | None, count: int) -> list[i
     """The numbers of layers or heads, from 0."""
     if wanted is None:
         return list(range(count))
-    numbers = list(wanted) if isinstance(wanted, (list, tuple, range)) else [wanted]
-    for number in numbers:
+    given: list[Any] = list(wanted) if isinstance(wanted, (list, tuple, range)) else [wanted]
+    for number in given:
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name}: got {number!r}, needs an integer or a list of integers")
         if not -count <= number < count:
             raise ValueError(f"{name}: got {number}, needs {-count} to {count - 1}")
-    if not numbers:
+    if not given:
         raise ValueError(f"{name}: got none")
-    return [number % count for number in numbers]
+    return [number % count for number in given]
 
 
 def _visible(token: str) -> str:

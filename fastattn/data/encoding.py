@@ -67,9 +67,10 @@ class InputTokenizer:
         known = token_text(settings.get("mask_token"))
         mask = next((t for t in (known, *MASK_SPELLINGS) if t and core.token_to_id(t) is not None), None)
         longest = settings.get("model_max_length")
-        limited = isinstance(longest, (int, float)) and 0 < longest < UNLIMITED
-        typed = "token_type_ids" in settings.get("model_input_names", ["token_type_ids"])  # type: ignore[operator]
-        return cls(core, mask_token=mask, max_length=int(longest) if limited else None, typed=typed)  # type: ignore[arg-type]
+        limit = int(longest) if isinstance(longest, (int, float)) and 0 < longest < UNLIMITED else None
+        inputs = settings.get("model_input_names")
+        typed = not isinstance(inputs, list) or "token_type_ids" in inputs
+        return cls(core, mask_token=mask, max_length=limit, typed=typed)
 
     @property
     def lowest(self) -> tuple[int, int]:
@@ -144,10 +145,10 @@ def _word_pieces(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     )
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece()
-    ends = [(special[name], core.token_to_id(special[name])) for name in ("sep", "cls")]
-    if any(number is None for _, number in ends):
-        raise ValueError(f"{path.name} lacks {' or '.join(token for token, _ in ends)}")
-    core.post_processor = processors.BertProcessing(*ends)
+    sep, cls = (core.token_to_id(special[name]) for name in ("sep", "cls"))
+    if sep is None or cls is None:
+        raise ValueError(f"{path.name} lacks {special['sep']} or {special['cls']}")
+    core.post_processor = processors.BertProcessing((special["sep"], sep), (special["cls"], cls))
     known = [token for token in special.values() if core.token_to_id(token) is not None]
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
     return core

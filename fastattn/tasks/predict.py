@@ -33,7 +33,7 @@ def task_of(folder: Path) -> ModuleType:
     for task in TASKS:
         if cls in task.MODELS:
             return task
-    raise InputError(f"{folder}: holds a {cls.__name__}; text is continued by fastattn generate")
+    raise InputError(f"{folder}: holds a {cls.__name__}, which fastattn generate takes")
 
 
 def load_folder(folder: Path, task: ModuleType) -> tuple[Any, InputTokenizer]:

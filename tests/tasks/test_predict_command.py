@@ -97,7 +97,7 @@ def test_a_text_that_is_cut_is_named(folders: dict[str, Path]) -> None:
         ("qa", [], "who?", "standard input: line 1 needs question and context with a tab between them"),
         ("qa", [], "who? " * 50 + "\tx", "question 1: has 102 tokens of the 40 that the model reads"),
         ("fill", [], "a [MASK]\nb", "text 2: holds no [MASK]"),
-        ("causal", [], "a", "{folder}: holds a GPT; text is continued by fastattn generate"),
+        ("causal", [], "a", "{folder}: holds a GPT, which fastattn generate takes"),
     ],
 )
 def test_bad_input_is_named_in_one_line(
