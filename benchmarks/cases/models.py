@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cases.decoders import TRANSFORMERS, DecoderCase
 from measure.harness import Budget
 from measure.protocols import CannotRun, Judgement, Step, Tensors
 from peers.encoders import EncoderPair, embedding_folder, in_groups, sentences
@@ -203,7 +204,7 @@ class SentenceWorkload:
         return None
 
 
-def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase]:
+def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase | DecoderCase]:
     """Every case of a device, the most important first."""
 
     def faster(speed: float, against: str) -> schema.Result:
@@ -223,8 +224,13 @@ def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase]:
                 "bert-base-2-layers-training", "encoder-training", "bert-base-uncased", 2, peers=(PADDED,),
             ),
             SentenceCase("minilm-1000-sentences", "minilm-l6", 1000, target=faster(1.1, SENTENCES)),
+            DecoderCase(
+                "llama-decode-ragged", "smollm-135m", {"vocab_size": 32000},
+                target=faster(1.5, TRANSFORMERS),
+            ),
         ]  # fmt: skip
     return [
         EncoderCase("bert-base-64x16-512", "encoder", "bert-base-uncased", 12, 64, 16, 512, torch.bfloat16),
         SentenceCase("minilm-1000-sentences", "minilm-l6", 1000),
+        DecoderCase("llama-decode-ragged-bf16", "smollm-135m", longest=512, dtype=torch.bfloat16),
     ]
