@@ -114,7 +114,7 @@ def test_the_table_of_overhead_is_in_microseconds_of_the_host(results: Path) -> 
 
 
 def test_the_table_of_swaps_ends_with_the_median_and_what_is_missing(results: Path) -> None:
-    ran = [_case(f"c{n}", "swap", [_row("fastattn", 1.0), _row("as it was", n)]) for n in (2, 3, 4)]
+    ran = [_case(f"c{n}", "swap", [_row("fastattn", 1.0), _row("as it was", float(n))]) for n in (2, 3, 4)]
     gone = _case("gone", "swap", [{"provider": "fastattn", "status": "unavailable", "reason": "no"}])
     _store(results, "cpu", [*ran, gone], "swap")
     assert tables.table_of("swap-cpu").splitlines()[7] == (
