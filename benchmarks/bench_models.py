@@ -17,7 +17,10 @@ from cases.first_token import first_token_case, first_token_loaded_case
 from cases.models import BUDGET, cases_for
 from measure import command
 
-EXTRAS = {"first-token": first_token_case, "first-token-no-imports": first_token_loaded_case}
+EXTRAS: dict[str, command.ExtraCase] = {
+    "first-token": first_token_case,
+    "first-token-no-imports": first_token_loaded_case,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

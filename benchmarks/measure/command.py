@@ -108,7 +108,7 @@ def _run_bench(
     _raise_ceilings(result, harness.measure_ceilings(device, _dtypes(chosen), options.quick))
     if path is not None:
         schema.save(_merged(result, path) if options.merge else result, path)
-    if median := figures.median_line(result):
+    if not options.quick and (median := figures.median_line(result)):
         print(median)
     _write_outputs(bench, result, path, options)
     if problems:

@@ -112,7 +112,7 @@ class MedianSpeed(NamedTuple):
     """Of all cases of a result that could be measured."""
 
     ratio: float
-    count: int
+    measured: int
     target: float
     missing: list[str]  # names of the cases that could not run
 
@@ -135,7 +135,7 @@ def median_line(result: Result) -> str:
         return ""
     said = "met" if found.ratio >= found.target else "missed"
     missing = f"; not measured: {', '.join(found.missing)}" if found.missing else ""
-    return f"median of {found.count} cases  {found.ratio:.2f}x  target ≥ {found.target}×: {said}{missing}"
+    return f"median of {found.measured} cases  {found.ratio:.2f}x  target ≥ {found.target}×: {said}{missing}"
 
 
 def case_lines(case: Result) -> list[str]:

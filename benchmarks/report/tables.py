@@ -170,7 +170,7 @@ def _median_lines(result: Result, words: Words) -> list[str]:
         return []
     names = ", ".join(f"`{name}`" for name in found.missing) or "–"
     line = words["median"].format(
-        count=found.count, speed=f"**{found.ratio:.2f}×**", target=found.target, missing=names
+        count=found.measured, speed=f"**{found.ratio:.2f}×**", target=found.target, missing=names
     )
     return [line, ""]
 
