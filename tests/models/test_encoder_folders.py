@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fastattn.models as models
 from fastattn.models import Bert, BertConfig, BertForMaskedLM, BertForSequenceClassification
-from fastattn.models.checkpoint.encoders import ENCODERS, FAMILIES_OF, KINDS
+from fastattn.models.checkpoint.encoders import ENCODERS, FAMILIES_OF, KINDS, read_config
 from fastattn.models.presets import ENCODERS as PRESETS
 from fastattn.models.presets import FAMILY_FIELDS
 
@@ -169,6 +169,12 @@ REFUSED = {
         {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}},
         "rope_parameters: got",
     ),
+    "positions of all layers at once": (
+        "modernbert", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters: got",
+    ),
+    "positions of unknown layers": (
+        "modernbert", {"rope_parameters": {"chunked_attention": {"rope_theta": 1e4}}}, "got 'chunked_attention'",
+    ),
     "another type": ("bert", {"model_type": "deberta"}, "model_type: got 'deberta'"),
     "code": ("bert", {"auto_map": {"AutoModel": "x.py--Model"}}, "auto_map: got"),
 }  # fmt: skip
@@ -184,6 +190,48 @@ def test_a_config_that_would_change_the_result_is_refused_before_weights_are_rea
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=message):
         BertForMaskedLM.from_pretrained(tmp_path)
+
+
+OTHER_KINDS = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    math.nan,
+    "x",
+    [],
+    ["x"],
+    [{}],
+    {},
+    {"x": 1},
+    {"full_attention": {"x": 1}},
+)
+
+
+def refusal(family, entries):
+    """The key that a refusal begins with; empty where the config is taken."""
+    try:
+        read_config(family, entries)
+    except ValueError as error:
+        return re.split(r"[:\s\[]", str(error))[0]
+    return ""
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_value_of_another_kind_is_taken_or_refused_by_its_key(family):
+    whole = tiny.theirs(family, "Model").config.to_dict()
+    whole |= {"problem_type": None, "num_labels": 2}
+    wholes = [whole]
+    if family == "modernbert":
+        old = {"global_attn_every_n_layers": 3, "global_rope_theta": 1e4, "local_rope_theta": 1e4}
+        wholes += [{k: v for k, v in whole.items() if k not in ("layer_types", "rope_parameters")} | old]
+    ours = {"rope_theta", "local_rope_theta"}  # within rope_parameters
+    for entries in wholes:
+        for key in entries.keys() - {"model_type"}:
+            for value in OTHER_KINDS:
+                assert refusal(family, {**entries, key: value}) in {"", *entries, *ours}, (key, value)
 
 
 def test_missing_and_left_over_tensors_are_all_listed(tmp_path):

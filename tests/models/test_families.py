@@ -288,6 +288,7 @@ def read(entries: dict[str, Any]) -> GPTConfig:
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "^layer_types: got 2 layers, needs"),
         ("qwen3", {"layer_types": "full_attention"}, "^layer_types: got 'full_attention', needs a list"),
         ("gemma2", {"use_bidirectional_attention": True}, "^use_bidirectional_attention: got True"),
+        ("gemma2", {"sliding_window_pattern": 3}, "^sliding_window_pattern: got 3, only 2"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "^attn_logit_softcapping: got 50.0, only None"),
         (
             "gemma3",

@@ -244,6 +244,21 @@ def test_what_others_add_during_a_save_stays(old, monkeypatch):
     assert (old / "checkpoint-1" / "late.pt").read_bytes() == b"late"
 
 
+def test_two_processes_save_into_the_same_new_folder(tmp_path, monkeypatch):
+    real = swap._umask
+
+    def umask():  # asked for where the folder was found not to exist
+        monkeypatch.setattr(swap, "_umask", real)
+        make(seed=2).save_pretrained(tmp_path / "model")
+        return real()
+
+    monkeypatch.setattr(swap, "_umask", umask)
+    make(seed=1).save_pretrained(tmp_path / "model")
+    make(seed=1).save_pretrained(tmp_path / "alone")
+    assert contents(tmp_path / "model") == contents(tmp_path / "alone")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "model"]
+
+
 def test_links_permissions_and_open_files_survive(old):
     old.chmod(0o750)
     (old.parent / "alias").symlink_to(old)

@@ -322,6 +322,9 @@ def test_keys_of_config_json_are_sorted():
     check_keys({"a": 1, "use_cache": True, "_name_or_path": "x", "b": 2}, honoured=["a"], defaults={"b": 2})
     with pytest.raises(ValueError, match=r"b: got 3, only 2 is supported; c: got None, which is no key"):
         check_keys({"a": 1, "b": 3, "c": None}, honoured=["a"], defaults={"b": 2})
+    notes = {"language": "english", "name": "Roberta", "unsloth_fixed": True, "unsloth_version": "2025.1"}
+    notes |= {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
+    check_keys({**notes, "sentence_transformers": {"version": "4.1.0"}}, honoured=[])
     for key, value in (("is_decoder", True), ("quantization_config", {}), ("auto_map", {"AutoModel": "x"})):
         with pytest.raises(ValueError, match=key):
             check_keys({key: value}, honoured=[])

@@ -121,7 +121,7 @@ class _Dialect:
             "layer_types": ("sliding_window", "sliding_window_pattern", "layer_types"),
         }[self.windows]
         local = ("rope_local_base_freq",) if self.local_theta is not None else ()
-        honoured = {*keys, *_ROPE_KEYS, *window_keys, *local}
+        honoured = {*keys, *_ROPE_KEYS, *window_keys, *local} - self.fixed.keys()
         check_keys(
             {key: value for key, value in entries.items() if value is not None or key in honoured},
             honoured=honoured,
@@ -460,7 +460,10 @@ _GEMMA2 = _Dialect(
     },
     windows="layer_types",
     full_every=2,
-    fixed={"use_bidirectional_attention": False},
+    fixed={
+        "use_bidirectional_attention": False,
+        "sliding_window_pattern": 2,  # transformers' model reads layer_types only
+    },
     ignored=("hidden_act",),
 )
 _GEMMA3 = _Dialect(

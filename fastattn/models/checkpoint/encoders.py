@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part
+from fastattn.models.config import LAYER_TYPES
+from fastattn.models.fields import size, token_id
 from fastattn.models.presets import FAMILY_FIELDS, alternating_layers
 
 # Our classes, and what transformers calls each behind the family's name; the first is written.
@@ -218,7 +220,7 @@ def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = Fal
     if kind == "roberta":
         if values["pad_token_id"] is None:
             raise ValueError("pad_token_id: got None, which positions of a RoBERTa count from")
-        values["position_offset"] = values["pad_token_id"] + 1
+        values["position_offset"] = token_id("pad_token_id", values["pad_token_id"]) + 1
     if kind == "distilbert":
         values["token_dropout"] = values.get("hidden_dropout_prob", BertConfig.hidden_dropout_prob)
     if kind == "modernbert":
@@ -228,7 +230,13 @@ def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = Fal
             "token_dense": True, "num_labels": 1, "id2label": None, "token_dropout": 0.0,
             "classifier_activation": values.get("hidden_act", BertConfig.hidden_act),
         }  # fmt: skip
-    return BertConfig(**values)
+    try:
+        return BertConfig(**values)
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        # ModernBERT's one dropout of attention is two of our fields
+        theirs = {"attention_probs_dropout_prob": "attention_dropout", **names}.get(name, name)
+        raise ValueError(f"{theirs} ({name}){colon}{rest}" if theirs != name else str(error)) from None
 
 
 def write_config(
@@ -293,6 +301,10 @@ def _modernbert_values(values: dict[str, Any], entries: dict[str, Any]) -> dict[
     if entries.get("rope_scaling") is not None:
         raise ValueError(f"rope_scaling: got {entries['rope_scaling']!r}, only None is supported")
     ropes = entries.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping) or not all(isinstance(r or {}, Mapping) for r in ropes.values()):
+        raise ValueError(f"rope_parameters: got {ropes!r}, needs a dict of a dict for each kind of layer")
+    if unknown := [kind for kind in ropes if kind not in LAYER_TYPES]:
+        raise ValueError(f"rope_parameters: got {unknown[0]!r}, which is no kind of layer")
     bases = {}
     for field, kind, old in (
         ("rope_theta", "full_attention", "global_rope_theta"),
@@ -309,8 +321,9 @@ def _modernbert_values(values: dict[str, Any], entries: dict[str, Any]) -> dict[
     dropout = entries.get("attention_dropout", 0.0)
     read = {**bases, "attention_probs_dropout_prob": dropout, "attention_output_dropout": dropout}
     if values.get("layer_types") is None:
-        every = entries.get("global_attn_every_n_layers", 3)
-        read["layer_types"] = alternating_layers(values["num_hidden_layers"], every)
+        every = size("global_attn_every_n_layers", entries.get("global_attn_every_n_layers", 3))
+        layers = size("num_hidden_layers", values["num_hidden_layers"])
+        read["layer_types"] = alternating_layers(layers, every)
     read["lm_bias"] = values["classifier_bias"]
     read["lm_activation"] = values["classifier_activation"]
     return read

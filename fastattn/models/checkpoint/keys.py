@@ -38,6 +38,13 @@ WITHOUT_INFLUENCE = frozenset(
         "cross_attention_hidden_size",
         "decoder_start_token_id",
         "sep_token_id",
+        # notes of the programs that trained or uploaded a model: FARM, sentence-transformers' CrossEncoder, Unsloth
+        "language",
+        "name",
+        "sbert_ce_default_activation_function",
+        "sentence_transformers",
+        "unsloth_fixed",
+        "unsloth_version",
         # defaults of generation that config.json held before generation_config.json did
         "max_length",
         "min_length",

@@ -46,9 +46,9 @@ def write_folder(
         if not directory.exists():
             scratch.chmod(0o777 & ~_umask())
             sync(scratch)
-            scratch.rename(directory)
-            sync(directory.parent)
-            return
+            if _renamed(scratch, directory):
+                sync(directory.parent)
+                return
         written = {entry.name for entry in scratch.iterdir()}
         gone = {n for n in (e.name for e in directory.iterdir()) if superseded(n) and n not in written}
         if not _changed_places(scratch, directory, written | gone):
@@ -66,6 +66,17 @@ def _scratch_for(directory: Path) -> Path:
         if not directory.is_dir():
             raise
         return Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=directory))
+
+
+def _renamed(scratch: Path, directory: Path) -> bool:
+    """Make `scratch` the directory; False where another process made one of that name meanwhile."""
+    try:
+        scratch.rename(directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        return False
+    return True
 
 
 def _changed_places(scratch: Path, directory: Path, replaced: set[str]) -> bool:
