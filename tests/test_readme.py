@@ -67,7 +67,7 @@ def test_every_example_runs_and_prints_what_is_shown(example: str, output: str, 
         assert done.stdout == output
 
 
-@pytest.mark.parametrize(("language", "count"), [("python", 3), ("bash", 2), ("text", 2)])
+@pytest.mark.parametrize(("language", "count"), [("python", 3), ("bash", 3), ("text", 2)])
 def test_both_readmes_show_the_same_code(language: str, count: int) -> None:
     first, second = (blocks(name, language) for name in READMES)
     assert len(first) == count
