@@ -1,4 +1,5 @@
-"""Whole encoders beside transformers and sentence-transformers, on the same weights and on texts of unequal length.
+"""Whole models beside transformers and sentence-transformers, on the same weights: encoders on texts of unequal length,
+a Llama-style decoder on prompts of unequal length, and the time that a new process takes to its first token.
 
 python benchmarks/bench_models.py               every case of this machine's device, results stored
 python benchmarks/bench_models.py --list        the cases
@@ -12,13 +13,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cases.first_token import first_token_case, first_token_loaded_case
 from cases.models import BUDGET, cases_for
 from measure import command
+
+EXTRAS: dict[str, command.ExtraCase] = {
+    "first-token": first_token_case,
+    "first-token-no-imports": first_token_loaded_case,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see --help."""
-    return command.main("models", Path(__file__).resolve(), cases_for, {}, argv, BUDGET)
+    return command.main("models", Path(__file__).resolve(), cases_for, EXTRAS, argv, BUDGET)
 
 
 if __name__ == "__main__":

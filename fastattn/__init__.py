@@ -29,6 +29,7 @@ __all__ = [
     "explain_softmax",
     "explain_varlen",
     "linear_cross_entropy",
+    "plot_attention",
     "reference",
     "restore_attention",
     "scaled_dot_product_attention",
@@ -44,6 +45,11 @@ _ON_FIRST_USE = ("integrations", "models", "train")
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return import_module(f"fastattn.{name}")
+    if name == "plot_attention":
+        from fastattn import plot
+
+        globals()[name] = plot.plot_attention
+        return globals()[name]
     if name == "__version__":
         from fastattn import versions
 
@@ -53,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE, "__version__"})
+    return sorted({*globals(), *__all__, *_ON_FIRST_USE, "__version__"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,14 @@ STYLE: Any = {
 }
 METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 MARKS = ".ox+#"  # markers of a text chart's series, in order
+
+MAX_FIGURE = 60.0  # inches of a side of attention maps
+SHOWN_TOKENS = 64  # of longer sequences only some are named
+GAPS = {
+    " ": "\N{OPEN BOX}",
+    "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
+    "\t": "\N{RIGHTWARDS ARROW TO BAR}",
+}
 
 Point = tuple[float, float]
 
@@ -58,6 +67,118 @@ def save(figure: Any, path: Path, *, dpi: float = 150) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, metadata=METADATA[kind], dpi=dpi)
     write_atomically(path, drawn.getvalue())
+
+
+def plot_attention(
+    attentions: Any,
+    tokens: Sequence[str],
+    *,
+    layer: int | Sequence[int] | None = None,
+    head: int | Sequence[int] | None = None,
+    path: str | os.PathLike[str] = "attention.png",
+) -> Path:
+    """Draw attention weights as maps over the tokens: a row of maps per layer, a map per head.
+
+    Queries go down, keys across. The lightest colour is weight 0 and the darkest 1 in every map, so that maps compare.
+    Returns the path.
+
+    Args:
+        attentions: per layer (H, Sq, Sk) or (1, H, Sq, Sk), as models give under output_attentions=True; or what
+            `attention(..., return_weights=True)` gives of one layer.
+        tokens: Sk texts of the keys; queries are the last Sq of them.
+        layer, head: which to draw, counted from 0, from the end where negative; all by default.
+        path: the file, its format by the ending, .png or .svg.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    target = Path(path)
+    if target.suffix.removeprefix(".") not in METADATA:
+        raise ValueError(f"path: got {target.name!r}, needs a name that ends with .{' or .'.join(METADATA)}")
+    maps = _maps(attentions)
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise TypeError("tokens: needs a list of texts, one for each key")
+    names = [_visible(token) for token in tokens]
+    _, seqlen_q, seqlen_k = maps[0].shape
+    if len(names) != seqlen_k or not seqlen_q or seqlen_q > seqlen_k:
+        raise ValueError(
+            f"tokens: got {len(names)}, needs one for each of the {seqlen_k} keys, and as many queries or fewer"
+        )
+    layers = _chosen("layer", layer, len(maps))
+    heads = _chosen("head", head, min(len(each) for each in maps))
+    if not is_available():
+        raise ImportError(f"plot_attention needs matplotlib: {INSTALL}")
+    side = min(0.16 * max(seqlen_k, 9), 6.0, 0.9 * MAX_FIGURE / max(len(heads), len(layers)))
+    margin = 0.075 * min(max(map(len, names)), 24) + 0.2  # names of tokens, on the left and below
+    with style():
+        figure = new_figure(
+            len(heads) * (side + 0.15) + margin + 0.7, len(layers) * (side + 0.25) + margin + 0.2
+        )
+        figure.set_layout_engine("compressed")  # for maps whose sides have a fixed proportion
+        grid = figure.subplots(len(layers), len(heads), squeeze=False, sharex=True, sharey=True)
+        step = -(-seqlen_k // max(1, min(SHOWN_TOKENS, int(side / 0.12))))
+        for row, number in enumerate(layers):
+            for column, which in enumerate(heads):
+                axes = grid[row, column]
+                drawn = axes.imshow(
+                    maps[number][which], vmin=0.0, vmax=1.0, cmap="Blues", interpolation="nearest"
+                )
+                axes.set_title(f"layer {number}, head {which}", fontsize=8, pad=3)
+                axes.tick_params(length=0, labelsize=7)
+                axes.tick_params(axis="x", labelrotation=90)
+                axes.spines[:].set(visible=True, color="0.7", linewidth=0.6)
+        first = seqlen_k - seqlen_q
+        grid[0, 0].set_xticks(range(0, seqlen_k, step), names[::step])
+        grid[0, 0].set_yticks(range(0, seqlen_q, step), names[first::step])
+        bar = figure.colorbar(
+            drawn, ax=grid, fraction=0.03, pad=0.01, aspect=30, shrink=min(1.0, 4.0 / (len(layers) * side))
+        )
+        bar.set_label("attention weight", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+        save(figure, target)
+    return target
+
+
+def _maps(attentions: Any) -> list[Any]:
+    """Per layer an array (H, Sq, Sk) in float32."""
+    layers = [attentions] if hasattr(attentions, "shape") else list(attentions or ())
+    if not layers or not all(hasattr(each, "shape") for each in layers):
+        raise TypeError(
+            "attentions: needs a tensor for each layer; models give them under output_attentions=True"
+        )
+    maps = []
+    for number, each in enumerate(layers):
+        shape = tuple(each.shape)
+        if len(shape) == 4 and shape[0] == 1:
+            each = each[0]
+        if len(each.shape) != 3 or shape[-2:] != tuple(layers[0].shape)[-2:] or 0 in shape:
+            raise ValueError(
+                f"attentions[{number}]: got shape {shape}, needs (heads, queries, keys) of one sequence, as all layers"
+            )
+        maps.append(each.detach().float().cpu().numpy() if hasattr(each, "detach") else each)
+    return maps
+
+
+def _chosen(name: str, wanted: int | Sequence[int] | None, count: int) -> list[int]:
+    """The numbers of layers or heads, from 0."""
+    if wanted is None:
+        return list(range(count))
+    given: list[Any] = list(wanted) if isinstance(wanted, (list, tuple, range)) else [wanted]
+    for number in given:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: got {number!r}, needs an integer or a list of integers")
+        if not -count <= number < count:
+            raise ValueError(f"{name}: got {number}, needs {-count} to {count - 1}")
+    if not given:
+        raise ValueError(f"{name}: got none")
+    return [number % count for number in given]
+
+
+def _visible(token: str) -> str:
+    """A token whose white space shows, and which matplotlib does not read as a formula."""
+    shown = token.replace("$", r"\$")
+    return "".join(GAPS.get(character, character) for character in shown)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

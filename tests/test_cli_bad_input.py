@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fastattn import bench, cli, demo, text_generation
 from fastattn.extension import build
+from fastattn.tasks import classify, predict
 from fastattn.tune import command as tuning
 
 NUMBERS = ("x", "", "-1", "1.5", "nan", "inf", "1" + "0" * 20, "1" + "0" * 5000, "True", "None")
@@ -35,6 +36,9 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("generate", "--stop"): ("",),
     ("generate", "--prompt-lookup"): (*NUMBERS, "0", "100000"),
     ("generate", "--seed"): NUMBERS,
+    ("predict", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
+    ("predict", "--batch-size"): (*NUMBERS, "0"),
+    ("predict", "--top-k"): (*NUMBERS, "0"),
     ("bench tune", "--dtype"): ("", "x", "float64", "int8", LONG),
     ("bench tune", "--head-dim"): (
         "",
@@ -66,6 +70,7 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
 ALWAYS: dict[str, tuple[str, ...]] = {
     "bench tune": ("--dry-run",),  # what makes the command list, not measure
     "generate": ("folder", "--prompt=text"),
+    "predict": ("folder",),
 }
 
 
@@ -95,6 +100,7 @@ def test_every_option_has_its_hostile_values() -> None:
         "demo",
         "build",
         "generate",
+        "predict",
         "bench tune",
         "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),
@@ -115,6 +121,8 @@ def test_a_value_that_means_nothing_is_named(
     monkeypatch.setattr(tuning, "tune", work)
     monkeypatch.setattr(text_generation, "check_folder", lambda folder: None)
     monkeypatch.setattr(text_generation, "load_folder", work)
+    monkeypatch.setattr(predict, "task_of", lambda folder: classify)
+    monkeypatch.setattr(predict, "load_folder", work)
     for value in HOSTILE[name, option]:
         words = [*name.split(), *ALWAYS.get(name, ()), f"{option}={value}"]
         result = CliRunner().invoke(cli.app, words)

@@ -39,6 +39,7 @@ ARROWS = {
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
+    "tasks": {"console", "data", "models"},
     "text_generation": {"console", "data", "generation", "models"},
     "cli": {
         "",
@@ -50,6 +51,7 @@ ARROWS = {
         "cache",
         "extension",
         "tune",
+        "tasks",
         "text_generation",
     },
     "__main__": {"cli"},

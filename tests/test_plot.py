@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastattn
 from fastattn import plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,3 +100,105 @@ def test_a_text_chart_shows_every_series_its_bounds_and_names() -> None:
 @pytest.mark.parametrize("points", [[(3.0, 2.5)], [(1.0, 2.0), (2.0, 2.0)]])
 def test_a_text_chart_of_one_value_has_its_mark(points: list[tuple[float, float]]) -> None:
     assert plot.text_chart({"a": points, "b": []}, "x").count(".") >= len(points)
+
+
+TOKENS = ["[CLS]", "a b", "$x$", "\n", "[SEP]"]
+
+
+def weights(layers: int = 2, heads: int = 3, queries: int = 5, keys: int = 5) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(1, heads, queries, keys).softmax(-1) for _ in range(layers))
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, *given: Any, **options: Any) -> Any:
+    """The figure that plot_attention saves."""
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+    fastattn.plot_attention(*given, **options)
+    return figures[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "titles"),
+    [
+        ({}, [(i, j) for i in range(2) for j in range(3)]),
+        ({"layer": 1}, [(1, 0), (1, 1), (1, 2)]),
+        ({"layer": -1, "head": 2}, [(1, 2)]),
+        ({"layer": [1, 0], "head": (0, -1)}, [(1, 0), (1, 2), (0, 0), (0, 2)]),
+    ],
+)
+def test_attention_maps_show_the_weights_over_the_tokens(
+    options: dict[str, Any], titles: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attentions = weights()
+    figure = drawn(monkeypatch, attentions, TOKENS, **options)
+    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in maps] == [f"layer {i}, head {j}" for i, j in titles]
+    for axes, (i, j) in zip(maps, titles):
+        assert (torch.from_numpy(axes.images[0].get_array().data) == attentions[i][0, j]).all()
+        assert axes.images[0].get_clim() == (0, 1)
+    shown = ["[CLS]", "a\N{OPEN BOX}b", r"\$x\$", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "[SEP]"]
+    assert [text.get_text() for text in maps[-1].get_xticklabels()] == shown
+    assert [text.get_text() for text in maps[0].get_yticklabels()] == shown
+
+
+def test_queries_of_a_step_are_the_last_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawn(monkeypatch, weights(1, 1, queries=2), TOKENS)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()][-1] == "[SEP]"
+    assert len(figure.axes[0].get_yticklabels()) == 2
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_attention_maps_are_written_and_no_label_is_cut_off(tmp_path: Path, kind: str) -> None:
+    path = fastattn.plot_attention(weights(1, 2)[0], [*TOKENS[:4], "x" * 20], path=tmp_path / f"maps.{kind}")
+    assert path.read_bytes().startswith(b"<?xml" if kind == "svg" else b"\x89PNG")
+
+
+def test_labels_stand_within_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in (TOKENS, ["x" * 20] * 5):
+        figure = drawn(monkeypatch, weights(), names)
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        assert min(box.x0, box.y0) >= 0, names
+        assert box.x1 <= figure.get_figwidth(), names
+        assert box.y1 <= figure.get_figheight(), names
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "complaint"),
+    [
+        ((weights(), TOKENS[:4]), {}, ValueError, "tokens: got 4, needs one for each of the 5 keys"),
+        ((weights(), "abcde"), {}, TypeError, "tokens: needs a list of texts"),
+        ((weights(), TOKENS), {"layer": 2}, ValueError, "layer: got 2, needs -2 to 1"),
+        ((weights(), TOKENS), {"head": -4}, ValueError, "head: got -4, needs -3 to 2"),
+        ((weights(), TOKENS), {"head": "1"}, TypeError, "head: got '1', needs an integer or a list"),
+        ((weights(), TOKENS), {"layer": []}, ValueError, "layer: got none"),
+        ((weights(), TOKENS), {"path": "maps.pdf"}, ValueError, "path: got 'maps.pdf', needs a name"),
+        ((None, TOKENS), {}, TypeError, "attentions: needs a tensor for each layer"),
+        (((torch.ones(2, 3, 5, 5),), TOKENS), {}, ValueError, r"attentions\[0\]: got shape \(2, 3, 5, 5\)"),
+        ((weights(1, 1, 6, 5), TOKENS), {}, ValueError, "tokens: .* as many queries or fewer"),
+    ],
+)
+def test_maps_that_cannot_be_drawn_are_named(
+    given: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=complaint):
+        fastattn.plot_attention(*given, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'fastattn\[plot\]'"):
+        fastattn.plot_attention(weights(), TOKENS)
+
+
+def test_naming_plot_attention_imports_no_matplotlib() -> None:
+    script = "import sys, fastattn; fastattn.plot_attention; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

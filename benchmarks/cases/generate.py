@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cases.lookup import LOOKUP, WITHOUT, LookupCase
 from measure.harness import Budget
 from measure.protocols import Judgement, Step, Tensors
 from peers.gpt import GPTPair, product_weights
@@ -138,11 +139,14 @@ class GenerateWorkload:
         return step
 
 
-def cases_for(device: torch.device) -> list[GenerateCase]:
+def cases_for(device: torch.device) -> list[GenerateCase | LookupCase]:
     """Every case of a device, the most important first."""
 
     def faster(speed: float, provider: str = "fastattn") -> schema.Result:
         return {"provider": provider, "against": "transformers-sdpa", "speed": speed}
+
+    def against_without(speed: float) -> schema.Result:
+        return {"provider": LOOKUP, "against": WITHOUT, "speed": speed}
 
     both: tuple[str, ...] = ("fastattn", INVARIANT)
     if device.type == "cpu":
@@ -153,6 +157,10 @@ def cases_for(device: torch.device) -> list[GenerateCase]:
             ),
             GenerateCase("1x32-int8", "int8", 1, 32, 24, target=faster(3.5, INT8), ours=(INT8,)),
             GenerateCase("4x32-ragged", "ragged", 4, 32, 16, ours=(*both, INT8)),
+            LookupCase("lookup-code-int8", "code", "int8", target=against_without(1.15)),
+            LookupCase("lookup-prose-int8", "prose", "int8", target=against_without(0.97)),
+            LookupCase("lookup-code", "code", target=against_without(0.97)),
+            LookupCase("lookup-prose", "prose", target=against_without(0.97)),
         ]
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "ours": both}
     return [

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
+from cases.decoders import TRANSFORMERS, DecoderCase
 from measure.harness import Budget
 from measure.protocols import CannotRun, Judgement, Step, Tensors
-from peers.encoders import EncoderPair, embedding_folder, in_groups, sentences
+from peers.encoders import EncoderPair, embedding_folder, in_groups, padded_sentences, sentences
 from report import figures, schema
 
 BUDGET = Budget(seconds=60.0, least_rounds=15, memory=False)
 PADDED, SORTED, SENTENCES = "transformers-padded", "transformers-sorted-8", "sentence-transformers"
+INT8 = "fastattn-int8"
+LEAST_COSINE = 0.995  # mean, of vectors made with 8-bit weights and with float32's
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class SentenceCase:
     dtype: torch.dtype = torch.float32
     target: schema.Result | None = None
     peers: tuple[str, ...] = (SENTENCES,)
+    ours: str = "fastattn"
 
     direction = "forward"
     flops = bytes = axis = None
@@ -158,11 +162,12 @@ class SentenceCase:
     def label(self) -> str:
         """The case in words."""
         words = f"{self.preset}, {self.count} sentences, tokenisation included"
+        words += ", 8-bit weights" if self.ours == INT8 else ""
         return ", ".join([words, *figures.unusual(self.dtype, "forward")])
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
-        return ["fastattn", *self.peers]
+        return [self.ours, *self.peers]
 
     def open(self, device: torch.device) -> SentenceWorkload:
         """A folder that both read, and the sentences."""
@@ -193,9 +198,17 @@ class SentenceWorkload:
             return lambda: {
                 "out": theirs.encode(self.texts, convert_to_tensor=True, show_progress_bar=False).cpu()
             }
+        if provider == PADDED:
+            return padded_sentences(self.folder, self.texts, self.device)
         from fastattn.models import BertForEmbedding
 
         ours = BertForEmbedding.from_pretrained(self.folder).to(self.device, self.case.dtype)
+        if provider == INT8:
+            plain = ours.encode(self.texts).cpu()
+            ours.quantize("int8")
+            cosine = torch.cosine_similarity(plain, ours.encode(self.texts).cpu()).mean().item()
+            if cosine < LEAST_COSINE:
+                raise ValueError(f"a mean cosine of {cosine:.5f} to float32, needs {LEAST_COSINE}")
         return lambda: {"out": ours.encode(self.texts).cpu()}
 
     def judge(self, provider: str) -> Judgement | None:
@@ -203,11 +216,11 @@ class SentenceWorkload:
         return None
 
 
-def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase]:
+def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase | DecoderCase]:
     """Every case of a device, the most important first."""
 
-    def faster(speed: float, against: str) -> schema.Result:
-        return {"provider": "fastattn", "against": against, "speed": speed}
+    def faster(speed: float, against: str, provider: str = "fastattn") -> schema.Result:
+        return {"provider": provider, "against": against, "speed": speed}
 
     if device.type == "cpu":
         return [
@@ -223,8 +236,17 @@ def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase]:
                 "bert-base-2-layers-training", "encoder-training", "bert-base-uncased", 2, peers=(PADDED,),
             ),
             SentenceCase("minilm-1000-sentences", "minilm-l6", 1000, target=faster(1.1, SENTENCES)),
+            SentenceCase(
+                "minilm-1000-sentences-int8", "minilm-l6", 1000, ours=INT8, peers=(PADDED,),
+                target=faster(3.5, PADDED, INT8),
+            ),
+            DecoderCase(
+                "llama-decode-ragged", "smollm-135m", {"vocab_size": 32000},
+                target=faster(1.5, TRANSFORMERS),
+            ),
         ]  # fmt: skip
     return [
         EncoderCase("bert-base-64x16-512", "encoder", "bert-base-uncased", 12, 64, 16, 512, torch.bfloat16),
         SentenceCase("minilm-1000-sentences", "minilm-l6", 1000),
+        DecoderCase("llama-decode-ragged-bf16", "smollm-135m", longest=512, dtype=torch.bfloat16),
     ]

@@ -284,6 +284,7 @@ THEN = (
     Section("flex-varlen", 110, _bench("varlen", ANY, "^forward-encoder$", "fastattn|flex", 0.6)),
     Section("overhead", 40, _bench("overhead", ANY, "^softmax-forward$", ANY, 0.3)),
     Section("generate", 60, _model_bench("generate", ANY, "^1x128$", 2.0)),
+    Section("models", 90, _model_bench("models", "^bert", "^bert-base-64x16-512$", 2.0)),
     Section("swap", 90, _model_bench("swap", ANY, "^encoder$", 2.0)),
     Section(
         "compiled-rows",

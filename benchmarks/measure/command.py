@@ -108,6 +108,8 @@ def _run_bench(
     _raise_ceilings(result, harness.measure_ceilings(device, _dtypes(chosen), options.quick))
     if path is not None:
         schema.save(_merged(result, path) if options.merge else result, path)
+    if not options.quick and (median := figures.median_line(result)):
+        print(median)
     _write_outputs(bench, result, path, options)
     if problems:
         print(f"{len(problems)} wrong: " + "; ".join(problems))
@@ -231,6 +233,8 @@ def _run(
     budget = replace(budget, memory=memory_wanted, errors=not options.no_errors)
     if options.seconds:
         budget = replace(budget, seconds=options.seconds)
+    elif case.target is not None:  # no small form has one
+        budget = harness.for_target(budget)
     memory_script = None if options.quick else script
     entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.providers)
     if isinstance(case, SmallForm) and case.of != case.name:

@@ -13,7 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,14 +32,22 @@ class Budget:
     """How long one case is measured: rounds until `seconds` are used, within the two bounds."""
 
     seconds: float = 20.0
-    least_rounds: int = 5  # 3 where five would take four times `seconds`
+    least_rounds: int = 5  # 3 where they would take four times `seconds`, unless `patient`
     most_rounds: int = 30
     least_sample_seconds: float = 0.002  # shorter calls are repeated within a sample
     memory: bool = True
     errors: bool = True
+    patient: bool = False  # `least_rounds` however long they take
 
 
 QUICK = Budget(seconds=1.0, least_rounds=2, most_rounds=5, least_sample_seconds=0.001)
+TARGET_ROUNDS = 15  # that a figure held against a target has at least
+
+
+def for_target(budget: Budget) -> Budget:
+    """The budget of a case with a target: at least TARGET_ROUNDS samples, however long they take."""
+    least = max(budget.least_rounds, TARGET_ROUNDS + 1)  # the first round of short calls does not count
+    return replace(budget, least_rounds=least, most_rounds=max(budget.most_rounds, least), patient=True)
 
 
 def run_case(
@@ -183,7 +191,8 @@ def time_interleaved(
                 if number > 0 or repeats[name] == 1 or budget.most_rounds == 1:
                     samples[name].append(seconds)
             used = time.perf_counter() - started
-            enough = budget.least_rounds if used <= 4 * budget.seconds else min(budget.least_rounds, 3)
+            hurried = used > 4 * budget.seconds and not budget.patient
+            enough = min(budget.least_rounds, 3) if hurried else budget.least_rounds
             if number + 1 >= max(enough, 2) and used > budget.seconds:
                 break
     finally:
@@ -234,6 +243,13 @@ class _CudaSampler:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def timed_row(provider: str, seconds: list[float]) -> Result:
+    """The row of a provider of which the time alone was measured."""
+    row: Result = {"provider": provider, "status": "ok", "time_ms": spread(seconds)}
+    unknown = ("error", "within_rule", "tflops", "gbps", "ceiling_share", "host_ms", "peak_memory_mib")
+    return row | dict.fromkeys(unknown)
 
 
 def spread(seconds: list[float]) -> Result:

@@ -75,7 +75,7 @@ class Case(Protocol):
 
     @property
     def target(self) -> Result | None:
-        """{"provider", "against", "speed": least ratio, "memory": greatest ratio}, or None."""
+        """{"provider", "against", "speed": least ratio, "time", "memory": greatest ratios}, or None."""
         ...
 
     def providers(self, device: torch.device) -> Sequence[str]: ...

@@ -45,14 +45,17 @@ def fastattn(work: AttentionInputs, backend: str) -> Attention:
 def sdpa(work: AttentionInputs, backend: str) -> Attention:
     """torch.nn.functional.scaled_dot_product_attention, pinned to a backend where one is named.
 
-    What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built beforehand.
+    What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built beforehand; as
+    "dense" everything does.
     """
     from torch.nn.attention import sdpa_kernel
 
     case = work.case
     if case.softcap:
         raise CannotRun("it has no softcap")
-    if case.causal and not work.needs_dense_mask and case.seqlen_q != case.seqlen_k:
+    dense, backend = backend == "dense", "" if backend == "dense" else backend
+    oblong = case.causal and case.seqlen_q != case.seqlen_k
+    if (dense or oblong) and not (work.needs_dense_mask or case.alibi or case.bias):
         mask: Tensor | None = work.dense_mask()
     else:
         mask = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pydoc_data.topics
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure.protocols import CannotRun
+from measure.protocols import CannotRun, Step, Tensors
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 500,
@@ -66,6 +67,30 @@ def sentences(count: int) -> list[str]:
     parts = (re.sub(r"\s+", " ", part).strip() for part in re.split(r"(?<=[.!?])\s+", text))
     found = [part for part in parts if 20 < len(part) < 600]
     return found[:count]
+
+
+def padded_sentences(folder: Path, texts: Sequence[str], device: torch.device, batch: int = 32) -> Step:
+    """transformers' model on batches in the texts' order, each padded to its longest; means of length 1."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
+    longest = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"]
+
+    def step() -> Tensors:
+        made = []
+        with torch.no_grad():
+            for start in range(0, len(texts), batch):
+                part = list(texts[start : start + batch])
+                encoded = tokenizer(
+                    part, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+                )
+                states = model(**encoded.to(device)).last_hidden_state
+                mask = encoded["attention_mask"][..., None].to(states.dtype)
+                made.append((states * mask).sum(1) / mask.sum(1))
+        return {"out": torch.nn.functional.normalize(torch.cat(made), dim=-1).cpu()}
+
+    return step
 
 
 def embedding_folder(preset: str, scratch: Path, texts: Sequence[str]) -> Path:

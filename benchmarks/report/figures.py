@@ -3,12 +3,16 @@
 # ruff: noqa: RUF001 - labels are typeset
 from __future__ import annotations
 
+import statistics
+from typing import NamedTuple
+
 import torch
 
 from report.schema import Result, dtype_name
 
 MOST_BARS = 60
 FLOOR = "floor-"  # prefix of rows that are lower bounds, not providers
+MEDIAN_SPEED = {"swap": 1.0}  # by bench: the least median of the speeds of all its cases
 
 
 def row_of(case: Result, provider: str) -> Result | None:
@@ -79,6 +83,12 @@ def verdict(case: Result) -> str:
             return ""
         if ratio < target["speed"]:
             missed.append(f"{ratio:.2f}x of {target['speed']}x")
+    if "time" in target:
+        ratio = speed_ratio(peer, ours)
+        if ratio is None:
+            return ""
+        if ratio > target["time"]:
+            missed.append(f"{ratio:.2f}x of {target['time']}x the time")
     if "memory" in target:
         ratio = memory_ratio(ours, peer)
         if ratio is not None and ratio > target["memory"]:
@@ -91,9 +101,49 @@ def verdict(case: Result) -> str:
     return f"missed ({', '.join(missed)})" if missed else "met"
 
 
+def goals(case: Result) -> list[str]:
+    """What the case's target asks for, part by part."""
+    target = case["target"] or {}
+    words = {"speed": "≥ {}×", "time": "≤ {}× time", "memory": "≤ {} mem", "extra_ms": "≤ {:.0f} ms"}
+    return [text.format(target[name]) for name, text in words.items() if name in target]
+
+
+class MedianSpeed(NamedTuple):
+    """Of all cases of a result that could be measured."""
+
+    ratio: float
+    measured: int
+    target: float
+    missing: list[str]  # names of the cases that could not run
+
+
+def median_speed(result: Result) -> MedianSpeed | None:
+    """The median of the cases' speeds; None for a bench without a target for it, or where nothing ran."""
+    target = MEDIAN_SPEED.get(result["bench"])
+    if target is None:
+        return None
+    speeds = {case["name"]: speed_ratio(ours_of(case), peer_of(case)) for case in result["cases"]}
+    ran = [ratio for ratio in speeds.values() if ratio is not None]
+    missing = [name for name, ratio in speeds.items() if ratio is None]
+    return MedianSpeed(statistics.median(ran), len(ran), target, missing) if ran else None
+
+
+def median_line(result: Result) -> str:
+    """`median_speed` as a line of the terminal; empty where there is none."""
+    found = median_speed(result)
+    if found is None:
+        return ""
+    said = "met" if found.ratio >= found.target else "missed"
+    missing = f"; not measured: {', '.join(found.missing)}" if found.missing else ""
+    return f"median of {found.measured} cases  {found.ratio:.2f}x  target ≥ {found.target}×: {said}{missing}"
+
+
 def case_lines(case: Result) -> list[str]:
     """The case as lines of a terminal table, one per provider."""
-    lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]  {verdict(case)}".rstrip()]
+    lines = [f"{case['name']}  [{case['direction']}, {case['dtype']}]"]
+    if case["target"] is not None:
+        against = f" against {case['target']['against']}" if case["target"]["against"] else ""
+        lines[0] += f"  target {', '.join(goals(case))}{against}: {verdict(case) or 'not measured'}"
     if "small_form_of" in case:
         lines[0] += f"  (the small form of {case['small_form_of']}: {case['label']})"
     peer = peer_of(case)
@@ -154,6 +204,12 @@ def describe_attention(params: Result, dtype: str, direction: str) -> str:
     return f"{shape} " + ", ".join(parts or ["full"])
 
 
+def least_speed(case: Result) -> float | None:
+    """The speed that the case's target asks for."""
+    target = case["target"] or {}
+    return 1 / target["time"] if "time" in target else target.get("speed")
+
+
 def chart_names(result: Result) -> list[str]:
     """The charts a result has cases for: the grids of attention, speed over size, ratios to the peer."""
     names = [
@@ -191,5 +247,5 @@ def ratios_of(result: Result) -> list[tuple[str, float, float | None]]:
         ratio = speed_ratio(ours, peer)
         if ratio and peer:
             label = f"{case['label']}  (peer: {peer['provider']})"
-            found.append((label, ratio, (case["target"] or {}).get("speed")))
+            found.append((label, ratio, least_speed(case)))
     return found[:MOST_BARS]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastattn.cli import bench, build, demo, doctor, generate
+from fastattn.cli import bench, build, demo, doctor, generate, predict
 from fastattn.cli.command import command
 
 __all__ = ["app", "main"]
@@ -51,4 +51,5 @@ command(doctor.doctor, app)
 command(demo.demo, app)
 command(build.build, app)
 command(generate.generate, app)
+command(predict.predict, app)
 app.add_typer(bench.app, name="bench")

@@ -55,6 +55,14 @@ def output(as_json: bool) -> Output:
     return standard_output()
 
 
+def standard_input() -> str:
+    """The text on standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: is not text ({error})") from None
+
+
 def print_json(report: object) -> None:
     """One JSON object on standard output."""
     typer.echo(json.dumps(report, indent=2))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastattn.cli.command import JsonFlag, print_json
+from fastattn.cli.command import JsonFlag, print_json, standard_input
 
 MAX_SEED, MAX_COUNT = 2**63 - 1, 2**31 - 1
 
@@ -67,7 +66,7 @@ def generate(
         prompt_lookup_num_tokens=prompt_lookup,
     )  # fmt: skip
     work.check_folder(folder)
-    standard = sys.stdin.read() if prompt is None and data is None else None
+    standard = standard_input() if prompt is None and data is None else None
     prompts = work.prompts_of(prompt, data, standard)
     model, tokenizer = work.load_folder(folder, "int8" if int8 else None)
     texts = [""] * len(prompts)

@@ -97,9 +97,9 @@ class Tokenizer:
             DataError: the folder holds neither, a file cannot be parsed, or no end-of-text token is named.
         """
         folder = Path(directory)
-        settings = _read_settings(folder / "tokenizer_config.json")
+        settings = read_settings(folder / "tokenizer_config.json")
         core = _read_core(folder)
-        eos = _token(settings.get("eos_token")) or _token(settings.get("sep_token"))
+        eos = token_text(settings.get("eos_token")) or token_text(settings.get("sep_token"))
         if eos is None and core.token_to_id(END_OF_TEXT) is not None:
             eos = END_OF_TEXT
         if eos is None:
@@ -107,7 +107,7 @@ class Tokenizer:
                 f"{folder}: tokenizer_config.json names no eos_token and {END_OF_TEXT} is not a token"
             )
         try:
-            return cls(core, eos_token=eos, pad_token=_token(settings.get("pad_token")))
+            return cls(core, eos_token=eos, pad_token=token_text(settings.get("pad_token")))
         except ValueError as error:
             raise DataError(f"{folder}: {error}") from None
 
@@ -187,7 +187,7 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
     raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.json with merges.txt")
 
 
-def _read_settings(path: Path) -> dict[str, object]:
+def read_settings(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
@@ -199,7 +199,7 @@ def _read_settings(path: Path) -> dict[str, object]:
     return settings
 
 
-def _token(value: object) -> str | None:
+def token_text(value: object) -> str | None:
     """A token as tokenizer_config.json spells it: a string, or an object with its text under "content"."""
     if isinstance(value, dict):
         value = value.get("content")

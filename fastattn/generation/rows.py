@@ -64,6 +64,7 @@ class Rows:
             ]
             texts = list(made)
         self.rows = [Row(frozenset(ends), options.max_new_tokens, text) for text in texts]
+        self.room = options.max_new_tokens
         self.unfinished = torch.tensor([not row.done for row in self.rows], device=prompt.device)
 
     @property
@@ -86,8 +87,8 @@ class Rows:
         return tokens
 
     def tensor(self, like: Tensor) -> Tensor:
-        """The continuations (R, longest), with padding behind the shorter ones."""
-        longest = max((len(row.ids) for row in self.rows), default=0)
+        """The continuations (R, longest), with padding behind the shorter ones; of no rows (0, max_new_tokens)."""
+        longest = max((len(row.ids) for row in self.rows), default=self.room)
         ids = [row.ids + [self.pad] * (longest - len(row.ids)) for row in self.rows]
         return torch.tensor(ids, dtype=like.dtype, device=like.device).view(len(self.rows), longest)
 

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from fastattn.models.decoder import GPT
+from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.steps import GPTDecoder, can_decode
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import KVCache
 
-if TYPE_CHECKING:
-    from fastattn.models.encoder_decoder import EncoderDecoder
-
 
 class Continuation:
-    """The decoder of a model behind sources, which are encoded when its first token is asked for.
+    """A decoder behind sources, which are encoded when its first token is asked for.
 
     encode: given whether results may not depend on the batch, the sources' `Memory`.
     """
 
-    def __init__(self, model: EncoderDecoder, encode: Callable[[bool], Memory]) -> None:
-        self.model, self.encode = model.decoder, encode
-        self.config, self.generation_config = model.config, model.generation_config
+    def __init__(
+        self,
+        model: GPT,
+        config: EncoderDecoderConfig,
+        generation_config: dict[str, Any] | None,
+        encode: Callable[[bool], Memory],
+    ) -> None:
+        self.model, self.encode = model, encode
+        self.config, self.generation_config = config, generation_config
         self.memory: Memory | None = None  # of the sequences that step sees
 
     @property
@@ -50,4 +55,5 @@ class Continuation:
         out = self.model(
             ids, attention_mask, cache=cache, logits_to_keep=1, return_logits=True, memory=self.memory
         )
+        assert out.logits is not None
         return out.logits[:, -1]

@@ -134,6 +134,8 @@ class GPT(Pretrained, nn.Module):
                 raise TypeError(f"{name}: got {flag!r}, needs True or False")
         config = self.config
         past = cache[0].length if cache else 0
+        if memory is not None and not isinstance(memory, Memory):
+            raise TypeError(f"memory: got {type(memory).__name__}, needs a Memory, as EncoderDecoder makes")
         if memory is not None and not config.add_cross_attention:
             raise ValueError("memory: this model has no cross-attention, needs config.add_cross_attention")
         targets = None
@@ -181,8 +183,7 @@ class GPT(Pretrained, nn.Module):
         cap = config.final_logit_softcapping
         if targets is not None and head is not None and not return_logits:
             h = x if self.lm_transform is None else self.lm_transform(x)
-            loss = _mean_loss(h, head, targets, cap, self.lm_head.bias)
-            return CausalLMOutput(loss, None, x, *inside)
+            return CausalLMOutput(_mean_loss(h, head, targets, cap, self.lm_head.bias), None, x, *inside)
         if targets is None and not return_logits:
             return CausalLMOutput(None, None, x, *inside)
         kept = x[:, -logits_to_keep:]

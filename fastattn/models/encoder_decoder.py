@@ -22,7 +22,7 @@ from fastattn.models.checkpoint import (
     resolve_folder,
 )
 from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_family, read_decoder
-from fastattn.models.checkpoint.load import Uninitialised, dtype_of, float_dtype
+from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range, readable
 from fastattn.models.continuation import Continuation
 from fastattn.models.decoder import GPT, IGNORE_INDEX
@@ -103,12 +103,12 @@ class EncoderDecoder(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: a tensor does not fit, as `Bert.forward` and `GPT.forward` say.
         """
+        self.encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids, made = self._shifted(labels)
             decoder_attention_mask = made if decoder_attention_mask is None else decoder_attention_mask
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids: got None, needs them or labels to make them of")
-        check_tensor("input_ids", input_ids)
         self._check_target("decoder_input_ids", decoder_input_ids, input_ids.shape[:1])
         shape = tuple(decoder_input_ids.shape)
         for name, tensor in (("decoder_attention_mask", decoder_attention_mask), ("labels", labels)):
@@ -166,7 +166,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: as `forward` and `fastattn.generation.generate`.
         """
-        check_tensor("input_ids", input_ids)
+        self.encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
         batch = input_ids.shape[:1]
         if decoder_input_ids is None:
             decoder_input_ids = input_ids.new_full((*batch, 1), self._start(), dtype=torch.int64)
@@ -176,8 +176,9 @@ class EncoderDecoder(Pretrained, nn.Module):
             read = self._read_one_by_one if invariant else self.encoder.encode_tokens
             return replace(self._memory(read(input_ids, attention_mask, token_type_ids)), kept={})
 
+        behind = Continuation(self.decoder, self.config, self.generation_config, encode)
         with torch.no_grad(), evaluating(self):
-            return generate(Continuation(self, encode), decoder_input_ids, **options)
+            return generate(behind, decoder_input_ids, **options)
 
     @classmethod
     def from_encoder_decoder(
@@ -196,13 +197,14 @@ class EncoderDecoder(Pretrained, nn.Module):
         Args:
             encoder: a folder or hub repository that `Bert.from_pretrained` reads.
             decoder: one of BERT, as a masked LM, or of GPT-2.
-            dtype: of the weights; None for what each config.json says.
+            dtype: of the weights; None for what the encoder's config.json says.
             tokens: decoder_start_token_id, pad_token_id, bos_token_id, eos_token_id of `EncoderDecoderConfig`.
 
         Raises:
             TypeError, ValueError: an argument; or a folder, with everything in it that does not fit.
         """
-        wanted = None if dtype is None else float_dtype(dtype)
+        if dtype is not None:
+            dtype = float_dtype(dtype)
         folder = resolve_folder(decoder)
         entries = read_json(folder / "config.json")
         try:
@@ -216,7 +218,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             writer = GPT(config.decoder)
         report = load_weights(
             writer, config.decoder, family, open_weights(folder),
-            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=wanted or dtype_of(entries),
+            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=reader.embeddings.word_embeddings.weight.dtype,
         )  # fmt: skip
         with torch.device("meta"), Uninitialised():
             model = cls(config)
@@ -266,7 +268,7 @@ class EncoderDecoder(Pretrained, nn.Module):
     ) -> Encoded:
         """The encoder's output of each source as if it came alone, without its padding."""
         encoder = self.encoder
-        batch, seqlen = encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
+        batch, seqlen = input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         positions = encoder._positions(input_ids, batch, seqlen, input_ids.device).expand(batch, seqlen)
         given = (input_ids, real, token_type_ids, positions)

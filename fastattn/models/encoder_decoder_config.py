@@ -84,19 +84,16 @@ def bert_decoder(config: BertConfig) -> GPTConfig:
     Raises:
         ValueError: the config is none of BERT; the message begins with the field.
     """
-    sizes = {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_position_embeddings,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_inner": config.intermediate_size,
-        "type_vocab_size": config.type_vocab_size,
-    }
     if config.model_type != "bert":
         raise ValueError(f"model_type: got {config.model_type!r}, a decoder needs 'bert'")
     return GPTConfig(
-        **sizes,
+        vocab_size=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_inner=config.intermediate_size,
+        type_vocab_size=config.type_vocab_size,
         activation_function=config.hidden_act,
         embd_pdrop=config.hidden_dropout_prob,
         resid_pdrop=config.hidden_dropout_prob,

@@ -53,30 +53,41 @@ def load(
             or the folder does not fit, see `Pretrained.from_pretrained`.
     """
     folder = resolve_folder(path_or_id)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
-        return _adapted(folder, dtype=dtype, quantize=quantize)
+    if _holds_adapter(folder):
+        if quantize is not None:
+            raise ValueError(f"quantize: got {quantize!r}, which does not go with an adapter; merge it first")
+        return load_adapter(load(_base_of(folder), dtype=dtype), folder)
+    return class_for(folder).from_pretrained(folder, dtype=dtype, quantize=quantize)
+
+
+def class_for(path_or_id: str | Path) -> type[Pretrained]:
+    """The class that `load` makes of a folder or hub repository; no weight is read. Raises as `load` does."""
+    folder = resolve_folder(path_or_id)
+    if _holds_adapter(folder):
+        return class_for(_base_of(folder))
     if (folder / MODULES).is_file():
-        return BertForEmbedding.from_pretrained(folder, dtype=dtype, quantize=quantize)
+        return BertForEmbedding
     try:
-        cls = class_of(read_json(folder / CONFIG))
+        return class_of(read_json(folder / CONFIG))
     except ValueError as error:
         message = str(error)
         raise ValueError(
             message if str(folder) in message else f"pretrained model: {folder / CONFIG}: {message}"
         ) from None
-    return cls.from_pretrained(folder, dtype=dtype, quantize=quantize)
 
 
-def _adapted(folder: Path, *, dtype: torch.dtype | str | None, quantize: str | None) -> Any:
-    """The base model of an adapter's folder with the adapter."""
-    if quantize is not None:
-        raise ValueError(f"quantize: got {quantize!r}, which does not go with an adapter; merge it first")
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file()
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter's folder names."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or Path(base).resolve() == folder.resolve():
         raise ValueError(
             f"pretrained model: {folder / ADAPTER_CONFIG}: base_model_name_or_path: got {base!r}, needs a model"
         )
-    return load_adapter(load(base, dtype=dtype), folder)
+    return base
 
 
 def class_of(entries: dict[str, Any]) -> type[Pretrained]:

@@ -87,7 +87,7 @@ def can_decode(model: Decodable) -> bool:
         if type(block) is not kind or type(block.mlp) is not Mlp:
             return False
         if (cross := block.cross_attn) is not None:
-            expected += [(cross, CrossAttention), (block.ln_cross, norm)]
+            expected += [(cross, CrossAttention), (block.ln_cross or cross, norm)]
             expected += [(product, Linear) for product in (cross.q, cross.kv, cross.out_proj)]
         if type(block.attn) is not MultiHeadAttention or not _as_gpt_makes(block.attn):
             return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ class CrossAttention(nn.Module):
                 tokens.longest,
                 dropout_p=dropout_p,
             )
-            return self.out_proj(cast(Tensor, packed).reshape(x.shape))
+            return self.out_proj(packed.reshape(x.shape))
         k, v = (tokens.pad(t).transpose(1, 2) for t in (k, v))  # (B, H, Sk, D)
         seen = None if tokens.real is None else tokens.real[:, None, None]
         out = attention(

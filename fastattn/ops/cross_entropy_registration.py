@@ -75,8 +75,9 @@ def makes_gradient(rows: Tensor) -> bool:
     if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
         return False
     try:
-        # without a look at an address, which code that is traced has none of
-        chosen = backends.select(_dense_spec(rows, rows.shape[1], False), "auto", "cross_entropy_fwd")
+        # on a CPU no choice depends on addresses or the number of classes; traced code has no
+        # addresses, and one program serves every number
+        chosen = backends.select(_dense_spec(rows, 1, False), "auto", "cross_entropy_fwd")
     except RuntimeError:  # the call will be refused, by the same reason
         return False
     return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())

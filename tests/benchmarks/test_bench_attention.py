@@ -67,6 +67,21 @@ def test_a_peer_with_its_own_dropout_mask_is_not_judged() -> None:
     assert judged == {"fastattn": True, "sdpa": None, "composite": None}
 
 
+@pytest.mark.parametrize("name", ["full", "causal", "causal, fewer queries", "alibi", "documents"])
+def test_a_peer_that_is_given_the_dense_mask_computes_the_same(name: str) -> None:
+    case = replace(_case(name, **FEATURES[name]), peers=("sdpa-dense",))
+    entry = harness.run_case(case, CPU, BRIEF, CEILINGS)
+    assert [(row["status"], row["within_rule"]) for row in entry["rows"]] == [("ok", True)] * 2
+
+
+def test_what_a_dense_mask_could_say_is_to_be_as_fast_in_no_more_memory() -> None:
+    targets = {case.name: case.target for case in cases_for(CPU)}
+    for name in ("alibi-causal-2048", "random-mask-2048", "gqa-causal-2048", "bias-grad-1024"):
+        assert (targets[name]["speed"], targets[name]["memory"]) == (1.0, 1.0)
+    speeds = [targets[n]["speed"] for n in ("dense-causal-2048", "window-255-8192", "packed-causal-8192")]
+    assert speeds == [0.98, 13.8, 10.0]
+
+
 @pytest.mark.parametrize("name", [name for name in FEATURES if name not in ("mask", "bf16")])
 def test_permitted_pairs_count_the_mask(name: str) -> None:
     case = _case(name, **FEATURES[name])
@@ -122,7 +137,7 @@ def test_a_quick_run_prints_stores_and_exports(tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert "dense-causal-160  [forward+backward, float32]" in printed
     assert "the small form of dense-causal-512" in printed
-    again = ["--device", "cpu", "--only", "^gqa-causal-2048$", "--providers", "sdpa", "--quick", "--merge"]
+    again = ["--device", "cpu", "--only", "^gqa-causal-2048$", "--providers", "sdpa$", "--quick", "--merge"]
     assert bench_attention.main([*again, "--out", str(stored), "--revision", str(result["revision"])]) == 0
     assert [len(case["rows"]) for case in schema.load(stored)["cases"]] == [2, 1]
 

@@ -48,13 +48,17 @@ def test_generated_tokens_agree(case: Any) -> None:
 @pytest.mark.parametrize("case", bench_models.cases_for(CPU), ids=lambda case: case.name)
 def test_encoders_agree(case: Any) -> None:
     pytest.importorskip("transformers")
-    if case.group == "embedding":
+    if bench_models.SENTENCES in case.providers(CPU):
         pytest.importorskip("sentence_transformers")
     workload = case.small().open(CPU)
     ours, *others = (workload.step(name)() for name in case.providers(CPU))
+    int8 = bench_models.INT8 in case.providers(CPU)
     for theirs in others:
         for key, result in ours.items():
-            torch.testing.assert_close(result, theirs[key])
+            if int8:  # its weights are rounded
+                assert torch.cosine_similarity(result, theirs[key]).mean() > bench_models.LEAST_COSINE
+            else:
+                torch.testing.assert_close(result, theirs[key])
 
 
 def test_a_step_updates_the_providers_own_weights_only() -> None:

@@ -75,6 +75,15 @@ def test_slow_calls_take_fewer_rounds() -> None:
     assert len(samples["slow"]) == 3
 
 
+def test_what_is_held_against_a_target_takes_all_its_rounds() -> None:
+    brief = Budget(seconds=0.001, least_rounds=5, most_rounds=9, least_sample_seconds=0.002)
+    steps = {"slow": lambda: time.sleep(0.003), "short": lambda: None}
+    samples = harness.time_interleaved(steps, CPU, harness.for_target(brief))
+    assert {name: len(times) for name, times in samples.items()} == {"slow": 16, "short": 15}
+    longer = Budget(least_rounds=20, most_rounds=40)
+    assert (harness.for_target(longer).least_rounds, harness.for_target(longer).most_rounds) == (20, 40)
+
+
 def test_short_calls_are_repeated_within_a_sample() -> None:
     calls = []
     budget = Budget(seconds=0, least_rounds=3, most_rounds=3, least_sample_seconds=0.002)
@@ -208,6 +217,35 @@ def test_verdict_compares_with_the_target(ours: float, memory: float | None, ver
     target = {"provider": "fastattn", "against": "sdpa", "speed": 8.0, "memory": 0.25}
     case = {"target": target, "rows": [_row("fastattn", ours, memory), _row("sdpa", 100.0, 100.0)]}
     assert figures.verdict(case) == verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"), [(59.0, "met"), (61.0, "missed (0.61x of 0.6x the time)"), (None, "not measured")]
+)
+def test_the_line_of_a_case_gives_its_target(ours: float | None, said: str) -> None:
+    target = {"provider": "fastattn", "against": "transformers", "time": 0.6}
+    failed = {"provider": "fastattn", "status": "failed", "reason": "no"}
+    rows = [failed if ours is None else harness.timed_row("fastattn", [ours / 1e3])]
+    rows.append(harness.timed_row("transformers", [0.1]))
+    case = {"name": "start", "direction": "forward", "dtype": "float32", "target": target, "rows": rows}
+    first = figures.case_lines(case)[0]
+    assert first == f"start  [forward, float32]  target ≤ 0.6× time against transformers: {said}"  # noqa: RUF001
+    assert figures.least_speed(case) == pytest.approx(1 / 0.6)
+
+
+@pytest.mark.parametrize(("times", "said"), [((90.0, 110.0, 100.0), "met"), ((90.0, 110.0, 101.0), "missed")])
+def test_the_median_of_a_bench_is_over_what_ran(times: tuple[float, ...], said: str) -> None:
+    target = {"provider": "fastattn", "against": "as it was", "speed": 0.97}
+    rows = [[_row("fastattn", time, None), _row("as it was", 100.0, None)] for time in times]
+    rows.append(
+        [{"provider": name, "status": "unavailable", "reason": "no"} for name in ("fastattn", "as it was")]
+    )
+    cases = [{"name": f"case{n}", "target": target, "rows": made} for n, made in enumerate(rows)]
+    speed = 100 / sorted(times)[1]
+    expected = f"median of 3 cases  {speed:.2f}x  target ≥ 1.0×: {said}; not measured: case3"  # noqa: RUF001
+    assert figures.median_line({"bench": "swap", "cases": cases}) == expected
+    assert figures.median_line({"bench": "swap", "cases": cases[3:]}) == ""
+    assert figures.median_line({"bench": "train", "cases": cases}) == ""
 
 
 def test_best_peer_is_the_fastest_that_is_not_ours() -> None:

@@ -113,6 +113,15 @@ def test_the_table_of_overhead_is_in_microseconds_of_the_host(results: Path) -> 
     ]
 
 
+def test_the_table_of_swaps_ends_with_the_median_and_what_is_missing(results: Path) -> None:
+    ran = [_case(f"c{n}", "swap", [_row("fastattn", 1.0), _row("as it was", float(n))]) for n in (2, 3, 4)]
+    gone = _case("gone", "swap", [{"provider": "fastattn", "status": "unavailable", "reason": "no"}])
+    _store(results, "cpu", [*ran, gone], "swap")
+    assert tables.table_of("swap-cpu").splitlines()[7] == (
+        "Median speed of the 3 cases measured: **3.00×** (target ≥ 1.0×). Not measured: `gone`."
+    )
+
+
 def test_the_gpu_table_gives_the_grid_with_ratios(results: Path) -> None:
     rows = [_row("fastattn-triton", 2.0, tflops=400.0), _row("sdpa-cudnn", 1.0), _row("sdpa-flash", 4.0)]
     cases = [

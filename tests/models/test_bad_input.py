@@ -66,6 +66,8 @@ TAKES: dict[str, set[str]] = {
         key: {"True", "False"}
         for key in ("scale_embedding", "sandwich_norms", "gated_mlp", "train_pad_embedding")
     },
+    **{key: {"True", "False"} for key in ("post_norm", "lm_transform", "add_cross_attention")},
+    "type_vocab_size": {"0"},
     "norm_unit_offset": {"False"},
     **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), OPTIONAL | {"True", "False"}),
     "model_type": OPTIONAL | {"text", "number in text"},
@@ -240,7 +242,8 @@ FORWARD_TAKES: dict[str, set[str]] = {
     "cache": OPTIONAL,
     "logits_to_keep": {"0"},
     "return_logits": OPTIONAL | {"True", "False"},
-    **{key: {"True", "False"} for key in ("output_hidden_states", "output_attentions")},
+    **{key: {"True", "False"} for key in ("output_hidden_states", "output_attentions", "labels_aligned")},
+    "memory": OPTIONAL,
 }
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from fastattn.models import GPT, Bert, BertForEmbedding, BertForSequenceClassification, GPTConfig, load
-from fastattn.models.checkpoint import FAMILIES, Family, Part, Tensors, family_for, load_weights
+from fastattn.models.checkpoint import (
+    ENCODER_DECODERS,
+    FAMILIES,
+    Family,
+    Part,
+    Tensors,
+    family_for,
+    load_weights,
+)
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.load import Uninitialised
 from fastattn.models.checkpoint.names import join, placed, to_file
@@ -43,10 +51,20 @@ PAIRS = [
 
 def tiny(cls, family):
     """A small model of a class in the format of a family."""
-    entries = {"model_type": family.model_type, "architectures": list(family.architectures)}
-    entries |= TINY.get(family.model_type, LLAMA_LIKE)
     torch.manual_seed(0)
-    return cls(family.read_config(entries)).eval()
+    return cls(family.read_config(tiny_entries(family))).eval()
+
+
+def tiny_entries(family):
+    entries = {"model_type": family.model_type, "architectures": list(family.architectures)}
+    if family not in ENCODER_DECODERS:
+        return entries | TINY.get(family.model_type, LLAMA_LIKE)
+    rows = family.write_config.keywords
+    parts = {name: tiny_entries(rows[name]) for name in ("encoder", "decoder")}
+    parts["decoder"] |= {"is_decoder": True, "add_cross_attention": True}
+    if rows["decoder"].model_type == "bert":
+        parts["decoder"]["tie_word_embeddings"] = rows["decoder"].write_config.keywords["tied"]
+    return entries | parts
 
 
 def distinct(folder):
@@ -278,8 +296,12 @@ def test_one_tensor_in_our_order_and_dtype_is_not_copied():
 
 
 def test_names_of_families_are_unique():
+    def parts_of(family):  # an encoder-decoder has a row for each pair of types
+        rows = family.write_config.keywords.values() if family in ENCODER_DECODERS else ()
+        return tuple((row.model_type, row.parts) for row in rows)
+
     rows = [  # an encoder's untied output has a row of its own beside the tied one's
-        (cls.__name__, f.model_type, name, f.parts)
+        (cls.__name__, f.model_type, name, f.parts, parts_of(f))
         for cls in MODELS
         for f in cls.families
         for name in f.architectures

@@ -416,6 +416,28 @@ def test_compile_without_breaks_or_recompiles_across_lengths(reduction: str) -> 
     assert counter.frame_count == 0
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_one_program_serves_every_number_of_classes_in_any_layout(name: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def losses(logits: Tensor, target: Tensor) -> Tensor:
+        if name == "cross_entropy":
+            return fastattn.cross_entropy(logits, target)
+        return fastattn.linear_cross_entropy(torch.ones(5, 2), logits.T[:, :2], target)
+
+    compiled = torch.compile(losses, fullgraph=True, backend=counter)
+    for step, classes in enumerate((10, 11, 12, 40)):
+        logits = torch.randn(5, classes, 2, requires_grad=True)
+        target = torch.randint(2 if name == "linear_cross_entropy" else classes, (5,))
+        results = [losses_and_grads(f(logits[..., 0], target), [logits]) for f in (compiled, losses)]
+        for a, e in zip(*results):
+            torch.testing.assert_close(a, e)
+        if step == 1:
+            counter.frame_count = 0
+    assert counter.frame_count == 0
+
+
 LOGITS, HIDDEN, WEIGHT = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4, 2)
 TARGET = torch.zeros(3, dtype=torch.long)
 BAD = {

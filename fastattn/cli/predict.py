@@ -1,0 +1,56 @@
+"""`fastattn predict`: classes, entities, answers, missing words or vectors of texts, by the head of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastattn.cli.command import JsonFlag, print_json, standard_input
+
+MAX_BATCH, MAX_COUNT = 2**16, 2**16
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder with its tokenizer.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL file with "text" in each line, or "question" and "context"; else standard input.'
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time.")] = 32,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_COUNT, help="Most classes, answers or words; all, 1 and 5 by default."),
+    ] = None,
+    no_answer: Annotated[
+        bool, typer.Option("--no-answer", help="Let 'no answer' compete with answers.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict with an encoder's folder, a line for each text of standard input, in its order.
+
+    The folder's head says what: classes with scores, entities, answers (question, tab, context), the words behind
+    [MASK], or vectors. A text that is longer than the model reads is cut, and a line on standard error says so.
+    Exits with 2 on bad input.
+    """
+    from fastattn.tasks import predict as work
+
+    task = work.task_of(folder)
+    given = {"batch_size": batch_size, "top_k": top_k, "no_answer": no_answer or None}
+    options = work.check_options(task, given)
+    examples = work.examples_of(task, data, standard_input() if data is None else None)
+    model, tokenizer = work.load_folder(folder, task)
+    predictions = work.predictions_of(task, model, tokenizer, examples, options)
+    for number, prediction in enumerate(predictions, 1):
+        if prediction["cut"]:
+            typer.echo(
+                f"fastattn: text {number}: its last {prediction['cut']} tokens were not read", err=True
+            )
+    if as_json:
+        print_json({"task": task.NAME, "predictions": predictions})
+    else:
+        for prediction in predictions:
+            typer.echo(task.line(prediction))

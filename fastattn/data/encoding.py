@@ -1,0 +1,154 @@
+"""Texts and pairs of texts as encoders read them: special tokens, types, offsets, and what did not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from fastattn.data.corpora import DataError
+from fastattn.data.tokenization import read_settings, token_text
+
+UNLIMITED = 10**9  # model_max_length from here on means none
+MASK_SPELLINGS = ("[MASK]", "<mask>")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of a text or a pair; every field has one entry per token."""
+
+    ids: list[int]
+    types: list[int]
+    offsets: list[tuple[int, int]]  # characters of the text that the token belongs to
+    sequences: list[int | None]  # 0 or 1, the text of a pair it belongs to; None for special tokens
+    cut: int = 0  # tokens of the text that did not fit and are not here
+
+
+class InputTokenizer:
+    """The tokenizer of an encoder's folder: tokenizer.json, or BERT's vocab.txt.
+
+    Args:
+        core: does the work, with its own special tokens; truncation and padding that it asks for are taken off.
+        mask_token: stands for a missing word; None where there is none.
+        max_length: most tokens that the folder says a model reads; None for no limit.
+        typed: whether the second text of a pair has token type 1; if not, all types are 0.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        mask_token: str | None = None,
+        max_length: int | None = None,
+        typed: bool = True,
+    ) -> None:
+        self.core = core
+        self.core.no_padding()
+        self.core.no_truncation()
+        self.mask_token = mask_token
+        self.mask_id = None if mask_token is None else core.token_to_id(mask_token)
+        self.max_length = max_length
+        self.typed = typed
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> InputTokenizer:
+        """The tokenizer of a folder.
+
+        Raises:
+            DataError: the folder holds neither file, or one cannot be parsed.
+        """
+        folder = Path(directory)
+        settings = read_settings(folder / "tokenizer_config.json")
+        core = _read_core(folder, settings)
+        known = token_text(settings.get("mask_token"))
+        mask = next((t for t in (known, *MASK_SPELLINGS) if t and core.token_to_id(t) is not None), None)
+        longest = settings.get("model_max_length")
+        limit = int(longest) if isinstance(longest, (int, float)) and 0 < longest < UNLIMITED else None
+        inputs = settings.get("model_input_names")
+        typed = not isinstance(inputs, list) or "token_type_ids" in inputs
+        return cls(core, mask_token=mask, max_length=limit, typed=typed)
+
+    @property
+    def lowest(self) -> tuple[int, int]:
+        """Special tokens around a text, and around a pair."""
+        return self.core.num_special_tokens_to_add(False), self.core.num_special_tokens_to_add(True)
+
+    def encode(self, texts: Sequence[str | tuple[str, str]], max_length: int | None = None) -> list[Row]:
+        """The tokens of each text or pair, the longer text of a pair first cut to `max_length` tokens in all."""
+        return [rows[0] for rows in self._encode(texts, max_length, 0, "longest_first")]
+
+    def encode_windows(
+        self, pairs: Sequence[tuple[str, str]], max_length: int | None, stride: int
+    ) -> list[list[Row]]:
+        """The tokens of each pair, the second text in windows that share `stride` tokens, so that nothing is cut."""
+        return self._encode(pairs, max_length, stride, "only_second")
+
+    def _encode(
+        self, texts: Sequence[Any], max_length: int | None, stride: int, strategy: str
+    ) -> list[list[Row]]:
+        if max_length is not None:
+            self.core.enable_truncation(max_length, stride=stride, strategy=strategy)
+        try:
+            found = self.core.encode_batch(list(texts))
+        finally:
+            self.core.no_truncation()
+        whole = strategy == "only_second"  # windows hold all of it
+        rows = []
+        for text, encoding in zip(texts, found):
+            parts = [encoding, *encoding.overflowing] if whole else [encoding]
+            cut = 0
+            if encoding.overflowing and not whole:
+                uncut = self.core.encode(*text) if isinstance(text, tuple) else self.core.encode(text)
+                cut = len(uncut.ids) - len(encoding.ids)
+            rows.append(
+                [
+                    Row(
+                        p.ids,
+                        p.type_ids if self.typed else [0] * len(p.ids),
+                        p.offsets,
+                        list(p.sequence_ids),
+                        cut,
+                    )
+                    for p in parts
+                ]
+            )
+        return rows
+
+
+def _read_core(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    whole, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+    try:
+        if whole.is_file():
+            return tokenizers.Tokenizer.from_file(str(whole))
+        if vocabulary.is_file():
+            return _word_pieces(vocabulary, settings)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise DataError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.txt")
+
+
+def _word_pieces(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer of a vocabulary."""
+    special = {
+        name: token_text(settings.get(f"{name}_token")) or f"[{name.upper()}]"
+        for name in ("unk", "cls", "sep", "pad", "mask")
+    }
+    core = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token=special["unk"]))
+    core.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(settings.get("do_lower_case", True)),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    sep, cls = (core.token_to_id(special[name]) for name in ("sep", "cls"))
+    if sep is None or cls is None:
+        raise ValueError(f"{path.name} lacks {special['sep']} or {special['cls']}")
+    core.post_processor = processors.BertProcessing((special["sep"], sep), (special["cls"], cls))
+    known = [token for token in special.values() if core.token_to_id(token) is not None]
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+    return core

@@ -1,0 +1,66 @@
+"""Tokens in batches of similar lengths, through a model, and the results back in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn.data.encoding import InputTokenizer, Row
+
+Result = TypeVar("Result")
+BATCH_SIZE = 32
+
+
+def max_tokens(model: Any, tokenizer: InputTokenizer) -> int:
+    """Most tokens of a text: what the model has positions for, or less where the tokenizer's files say so."""
+    config = model.config
+    limits = [config.max_position_embeddings - config.position_offset, tokenizer.max_length]
+    return min(limit for limit in limits if limit is not None)
+
+
+@torch.no_grad()
+def run(
+    model: Any, rows: Sequence[Row], batch_size: int, take: Callable[[Any, int, int], Result]
+) -> list[Result]:
+    """What `take(outputs, i, row)` makes of the i-th sequence of a batch, for each row in the order of `rows`.
+
+    Batches hold rows of similar lengths, the longest first; the model runs in eval mode on its device.
+    """
+    results: list[Any] = [None] * len(rows)
+    device = next(model.parameters()).device
+    typed = model.config.type_vocab_size > 1
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids = _padded([rows[i].ids for i in chosen], model.config.pad_token_id or 0, device)
+            lengths = torch.tensor([len(rows[i].ids) for i in chosen], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            types = _padded([rows[i].types for i in chosen], 0, device) if typed else None
+            outputs = model(ids, mask, types)
+            for place, index in enumerate(chosen):
+                results[index] = take(outputs, place, index)
+    finally:
+        model.train(was_training)
+    return results
+
+
+def label_name(config: Any, number: int) -> str:
+    """The name of a label, LABEL_0 and so on where the config has none."""
+    names = config.id2label
+    return names[number] if names else f"LABEL_{number}"
+
+
+def on_one_line(text: str) -> str:
+    """A text without tabs and line ends."""
+    return " ".join(text.split())
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)

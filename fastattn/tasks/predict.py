@@ -1,0 +1,134 @@
+"""Predictions with a model's folder: its head says the task. The work of `fastattn predict`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fastattn.console import InputError
+from fastattn.data import DataError
+from fastattn.data.encoding import InputTokenizer
+from fastattn.models import BertForEmbedding, families
+from fastattn.tasks import classify, embed, fill, qa, tag
+
+TASKS: tuple[ModuleType, ...] = (classify, tag, qa, fill, embed)
+MAX_DATA_BYTES = 2**30
+
+
+def task_of(folder: Path) -> ModuleType:
+    """The task of a folder's head, no weight read; InputError for what is no such folder."""
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # a name too long
+        is_folder = False
+    if not is_folder:
+        raise InputError(f"{str(folder)[:200]}: no such folder, needs one with config.json and weights")
+    try:
+        cls = families.class_for(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    for task in TASKS:
+        if cls in task.MODELS:
+            return task
+    raise InputError(f"{folder}: holds a {cls.__name__}, which fastattn generate takes")
+
+
+def load_folder(folder: Path, task: ModuleType) -> tuple[Any, InputTokenizer]:
+    """The model, on a GPU where there is one, and its tokenizer, which is read first."""
+    import torch
+
+    try:
+        tokenizer = _tokenizer_of(folder)
+        model: Any = BertForEmbedding.from_pretrained(folder) if task is embed else families.load(folder)
+        tokenizer = tokenizer or InputTokenizer.from_pretrained(model.loaded_from)
+    except (DataError, ValueError) as error:
+        raise InputError(str(error)) from None
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model, tokenizer
+
+
+def check_options(task: ModuleType, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, for `task.predict`; InputError for one that the task has no use for."""
+    given = {name: value for name, value in options.items() if value is not None}
+    known = task.predict.__kwdefaults__
+    for name in given:
+        if name not in known:
+            able = " or ".join(t.NAME for t in TASKS if name in t.predict.__kwdefaults__)
+            raise InputError(
+                f"--{name.replace('_', '-')}: has no use for the task {task.NAME}, needs a folder for {able}"
+            )
+    return given
+
+
+def examples_of(task: ModuleType, data: Path | None, standard_input: str | None) -> list[dict[str, str]]:
+    """The examples: of a JSONL file with the task's fields, or one a line, its fields separated by a tab."""
+    examples = list(_lines(task, standard_input or "") if data is None else _entries(task, data))
+    if not examples:
+        raise InputError("standard input: got no text" if data is None else f"--data {data}: holds no line")
+    return examples
+
+
+def predictions_of(
+    task: ModuleType,
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[dict[str, str]],
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """What `task.predict` finds; InputError for an example that it refuses."""
+    try:
+        found: list[dict[str, Any]] = task.predict(model, tokenizer, examples, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return found
+
+
+def _tokenizer_of(folder: Path) -> InputTokenizer | None:
+    """The tokenizer beside the model; None where it must be in the folder that the model comes from."""
+    if not (folder / "config.json").is_file():
+        return None
+    return InputTokenizer.from_pretrained(folder)
+
+
+def _lines(task: ModuleType, text: str) -> Iterator[dict[str, str]]:
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        where = f"standard input: line {number}"
+        fields = line.removesuffix("\r").split("\t") if len(task.FIELDS) > 1 else [line.removesuffix("\r")]
+        if len(fields) != len(task.FIELDS):
+            raise InputError(f"{where} needs {' and '.join(task.FIELDS)} with a tab between them")
+        yield {name: _checked(where, name, value) for name, value in zip(task.FIELDS, fields)}
+
+
+def _entries(task: ModuleType, path: Path) -> Iterator[dict[str, str]]:
+    try:
+        if not path.is_file():
+            raise InputError(f"--data {str(path)[:200]}: no such file")
+        if path.stat().st_size > MAX_DATA_BYTES:
+            raise InputError(f"--data {path}: holds over {MAX_DATA_BYTES} bytes")
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {str(path)[:200]}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--data {path}: line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where} is not JSON") from None
+        if not isinstance(entry, dict):
+            raise InputError(f"{where} is no JSON object")
+        wanted = [*task.FIELDS, *(name for name in task.OPTIONAL if name in entry)]
+        yield {name: _checked(where, name, entry.get(name)) for name in wanted}
+
+
+def _checked(where: str, name: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f'{where} has no text under "{name}"')
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(f'{where} has characters under "{name}" that are no text')
+    return value
