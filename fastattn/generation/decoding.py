@@ -16,7 +16,9 @@ from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.generation.rows import Rows
 from fastattn.generation.sampling import LogitsProcessor
 from fastattn.generation.speculation import speculate
-from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
+from fastattn.ops.arguments import check_tensor
+
+ID_DTYPES = (torch.int64, torch.int32)  # that embeddings take
 
 
 @torch.no_grad()
@@ -135,9 +137,11 @@ def prepared(
 ) -> tuple[Settled, Tensor | None]:
     """The options with every value decided, and the bool mask of real tokens, None where there is no padding."""
     check_tensor("input_ids", input_ids)
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in INTEGER_DTYPES:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in ID_DTYPES:
         got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-        raise ValueError(f"input_ids: got {got}, needs integers of shape (batch, length), a token at least")
+        raise ValueError(
+            f"input_ids: got {got}, needs int64 or int32 of shape (batch, length), a token at least"
+        )
     batch, prompt_len = input_ids.shape
     settled = options.settled(model, prompt_len, batch)
     longest = prompt_len + settled.max_new_tokens - 1  # the last token is never fed back

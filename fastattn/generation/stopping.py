@@ -51,7 +51,12 @@ def special_tokens(
 
 def _default(model: CausalLM, name: str) -> Any:
     found = (getattr(model, "generation_config", None) or {}).get(name)
-    return getattr(model.config, name) if found is None else found
+    if found is None:
+        return getattr(model.config, name)
+    several = isinstance(found, (list, tuple)) and name == "eos_token_id"
+    if not all(map(is_integer, found if several else [found])):
+        raise ValueError(f"generation_config: {name}: got {found!r}, needs a token id")
+    return found
 
 
 def _token_id(name: str, token: object, size: int) -> int:

@@ -116,6 +116,23 @@ def test_options_that_do_not_go_together_are_refused_by_name_before_any_work(
         make().generate(IDS, MASK, **options)
 
 
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["abc", 1.5, {}, ["x"], [[1]]], ids=str)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_token_ids_of_a_folder_are_checked(name: str, value: Any, beams: int) -> None:
+    model = make()
+    model.generation_config = {name: value, **({"eos_token_id": 1} if name == "pad_token_id" else {})}
+    with pytest.raises(ValueError, match=f"^generation_config: {name}: got "):
+        model.generate(IDS, MASK, num_beams=beams)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_ids_of_a_dtype_that_embeddings_do_not_take_are_refused(dtype: torch.dtype, beams: int) -> None:
+    with pytest.raises(ValueError, match=rf"^input_ids: got {dtype} of shape .*, needs int64 or int32"):
+        make().generate(IDS.to(dtype), MASK, num_beams=beams)
+
+
 def test_every_option_of_generate_is_one_of_options() -> None:
     import inspect
     from dataclasses import fields

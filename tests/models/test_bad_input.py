@@ -177,7 +177,7 @@ def test_generate_refuses_by_name_what_means_nothing(argument: str, kind: str) -
     ("options", "complaint"),
     [
         ({"input_ids": PROMPT.tolist()}, "input_ids: got list, needs a torch.Tensor"),
-        ({"input_ids": PROMPT.float()}, "input_ids: got torch.float32 of shape .*, needs integers"),
+        ({"input_ids": PROMPT.float()}, "input_ids: got torch.float32 of shape .*, needs int64 or int32"),
         ({"input_ids": PROMPT.bool()}, "input_ids: got torch.bool"),
         ({"input_ids": PROMPT.float(), "max_new_tokens": 0}, "input_ids: got torch.float32"),
         ({"input_ids": PROMPT + 9}, r"input_ids: got 10 to 15, needs 0 to 10"),
