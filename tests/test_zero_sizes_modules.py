@@ -12,7 +12,8 @@ from torch import nn
 from zero_sizes import DIM, EMBED, HEADS, KV_HEADS, backward, by_sizes, randn, run, same
 
 import fastattn
-from fastattn.models import GPT, GPTConfig
+from fastattn import models
+from fastattn.models import GPT, BertConfig, GPTConfig
 
 CONSTRUCTIONS = {
     "plain": {},
@@ -195,3 +196,30 @@ def test_the_attention_function_of_transformers(sizes):
     ):
         out, _ = attention_forward(nn.Module(), q, k, v, mask, is_causal=False)
         same((out,), (expected,))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("preset", ["bert-base-uncased", "modernbert-base"])
+@pytest.mark.parametrize("name", sorted(n for n in dir(models) if n.startswith("Bert") and n != "BertConfig"))
+def test_encoders(name, preset, batch, length, mask):
+    changes = {
+        "num_hidden_layers": 1,
+        "pad_token_id": 0,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
+    if preset == "modernbert-base":
+        changes["layer_types"] = ["full_attention"]
+    config = BertConfig.preset(preset, vocab_size=11, num_labels=3, **changes)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    poolings = ("mean", "cls", "max") if name == "BertForEmbedding" else ("",)
+    for pooling in poolings:
+        model = getattr(models, name)(config, **({"pooling": pooling} if pooling else {}))
+        out = model(ids, attention_mask=torch.ones_like(ids) if mask else None)
+        results = [value for value in out if isinstance(value, torch.Tensor)]
+        assert results
+        assert all(value.shape[0] == batch and value.isfinite().all() for value in results)
+        if any(value.requires_grad for value in results):
+            sum(value.sum() for value in results).backward()

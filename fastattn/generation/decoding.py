@@ -86,7 +86,8 @@ def generate(
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.
         generator: draws the seed; at most one of both.
-        use_cache: keep keys and values; without, every step recomputes the whole sequence, with the same result.
+        use_cache: keep keys and values; without, every step recomputes the whole sequence, with the same result
+            (but for "dynamic" rotary scaling past the original length, where cached keys keep the angles they had).
         batch_invariant: logits, and so tokens, have the bits that their row has alone. Slower: prompts are read one by
             one, and a step's products made in blocks of a fixed number of rows.
 

@@ -32,6 +32,7 @@ from fastattn.nn.positions import (
     positions_in_segments,
     sinusoids,
 )
+from fastattn.nn.rows import forget
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
@@ -229,7 +230,8 @@ class GPT(Pretrained, nn.Module):
         A weight has a scale for each output and an activation one for each token, so that a sequence's result does not
         depend on its batch. The error of each is below 1/254 of the largest magnitude under the scale (activations:
         1/126 on CPUs without AVX-512 VNNI). Weights themselves, `forward` and training stay as they are; the rounded
-        copies are made once and again where a weight has changed.
+        copies are made once and again where a weight has changed. A change through `weight.data` leaves no trace, so
+        call this again after one.
         """
         if kind not in (None, "int8"):
             raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
@@ -237,6 +239,7 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(
                 "kind: a model with replaced modules or hooks does not decode with 8-bit weights"
             )
+        forget(self)
         self.quantized = kind
         return self
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.nn.linear import Linear
-from fastattn.nn.rows import rows_of
+from fastattn.nn.rows import forget, rows_of
 
 
 class Int8Linear(Linear):
@@ -37,6 +37,7 @@ def quantize_linears(model: nn.Module, kind: str | None) -> int:
     """
     if kind not in (None, "int8"):
         raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+    forget(model)
     before, after = (Linear, Int8Linear) if kind else (Int8Linear, Linear)
     chosen = [
         module

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastattn import torch_compat
@@ -163,3 +163,9 @@ def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:
     if kind not in made or version is None or made[kind][0] != key:
         made[kind] = (key, make(weight))
     return made[kind][1]
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was made of a module's weights: a change through `weight.data` leaves no trace by which it would be."""
+    for weight in module.parameters():
+        _packs.pop(weight, None)

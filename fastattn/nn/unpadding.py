@@ -102,6 +102,8 @@ class Tokens:
             starts = self.cu_seqlens[:-1].clamp(max=x.shape[0] - 1)
             rows = x.index_select(0, starts)
             return rows.masked_fill(self.lengths[:, None] == 0, 0)
+        if self.seqlen == 0:
+            return x.new_zeros(self.batch, x.shape[-1])
         padded = x.view(self.batch, self.seqlen, x.shape[-1])
         if self.real is None:
             return padded[:, 0]
@@ -122,6 +124,8 @@ class Tokens:
         return largest.masked_fill(self.lengths[:, None] == 0, 0)
 
     def _reduced(self, x: Tensor, how: str, empty: float) -> Tensor:
+        if self.seqlen == 0:
+            return x.new_full((self.batch, x.shape[-1]), empty)
         if self.cu_seqlens is not None:
             return torch.segment_reduce(x, how, offsets=self.cu_seqlens.long(), initial=empty)
         padded = self.pad(x, empty)

@@ -264,6 +264,18 @@ def test_8_bits_are_those_of_the_weights_at_the_time() -> None:
     assert not torch.equal(GPTDecoder(model.quantize(None), 2, 8).logits(ids), halved)
 
 
+def test_8_bits_follow_a_change_without_a_trace_once_asked_again() -> None:
+    model, ids = make(torch.float32).quantize("int8"), prompts((5, 5))
+    before = GPTDecoder(model, 2, 8).logits(ids)
+    model.h[0].mlp.c_fc.weight.data.mul_(0.5)
+    after = GPTDecoder(model.quantize("int8"), 2, 8).logits(ids)
+    twin = make(torch.float32)
+    with torch.no_grad():
+        twin.h[0].mlp.c_fc.weight.mul_(0.5)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, GPTDecoder(twin.quantize("int8"), 2, 8).logits(ids))
+
+
 @pytest.mark.parametrize("kind", ["int4", 8, ["int8"], True])
 def test_other_kinds_are_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match=r"^kind: got"):

@@ -100,6 +100,7 @@ class Pretrained:
 
         A weight has a scale for each output and an activation one for each token. The weights themselves stay, for
         training, gradients and `save_pretrained`; the rounded copies are made once and again where a weight changed.
+        A change through `weight.data` leaves no trace, so call this again after one.
         """
         quantize_linears(cast(nn.Module, self), kind)
         self.quantized = kind
