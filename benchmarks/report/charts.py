@@ -155,7 +155,8 @@ def _ratio_figure(result: Result) -> Any:
     axis.axvline(1.0, color="0.3", linewidth=0.8)
     axis.set_yticks(list(places), [label for label, _, _ in ratios], fontsize=7)
     _label_log(axis.xaxis, "×")
-    axis.set_xlabel("times the peer's speed" + (" (red: the target)" if targets else ""))
+    # at the right end: beside long labels the axis is narrower than these words
+    axis.set_xlabel("times the peer's speed" + (" (red: the target)" if targets else ""), loc="right")
     return figure
 
 

@@ -60,7 +60,7 @@ class Scores:
 
 
 class Chooser:
-    """Chooses tokens for R sequences, of which each N-th is of the next of R / N prompts."""
+    """Chooses tokens for R sequences, N consecutive rows for each of R / N prompts."""
 
     def __init__(self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int) -> None:
         self.options = options

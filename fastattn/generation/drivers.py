@@ -12,7 +12,7 @@ from fastattn.generation.protocol import CausalLM, Decoder
 
 
 class Driver(Protocol):
-    """A model at work on R sequences, of which each N-th begins with the next of R / N prompts."""
+    """A model at work on R sequences, N consecutive rows for each of R / N prompts."""
 
     def first(self) -> Tensor:
         """Logits of the token after each prompt, (R, V)."""

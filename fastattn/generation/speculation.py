@@ -47,7 +47,7 @@ class Lookup:
     def guess(self, count: int) -> list[int]:
         """The tokens that followed the longest earlier occurrence of the last ones, the latest of its length.
 
-        They go on in a circle where that reaches the end, as repeated text does.
+        On reaching the end they repeat from the match, as repeated text does.
         """
         place = next((place for place in self.found if place is not None), None)
         if place is None or count < 1:
@@ -96,7 +96,7 @@ def speculate(
     account = Account(len(prompts), prompt.device)
 
     def take(logits: Tensor, going: list[int]) -> Tensor:
-        """Choose a token after logits (R, V) for the rows of these numbers; (R,), what it is elsewhere is of no use."""
+        """Choose a token after logits (R, V) for the rows of these numbers; (R,), other entries are undefined."""
         counts = [len(row.ids) for row in rows.rows]
         alike = min(counts) == max(counts)
         tokens = chooser(logits, counts[0] if alike else torch.tensor(counts, device=logits.device))

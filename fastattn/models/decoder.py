@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_range, readable
 from fastattn.models.config import FULL, MAX_SIZE, GPTConfig
 from fastattn.models.heads import Transform
+from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder, can_decode
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
@@ -34,10 +34,6 @@ from fastattn.nn.positions import (
 )
 from fastattn.nn.rows import forget
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
-from fastattn.ops.cross_entropy import cross_entropy
-from fastattn.ops.linear_cross_entropy import linear_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 class CausalLMOutput(NamedTuple):
@@ -112,7 +108,7 @@ class GPT(Pretrained, nn.Module):
                 gradients, which `linear_cross_entropy` does with a few tokens' logits at a time.
             output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
                 memory that grows with S * S.
-            memory: an encoder's output, which a model with config.add_cross_attention reads; it does without, too.
+            memory: an encoder's output, which a model with config.add_cross_attention reads; optional.
             labels_aligned: labels stand at the positions that predict them, as an `EncoderDecoder`'s do.
 
         Raises:
@@ -184,7 +180,9 @@ class GPT(Pretrained, nn.Module):
         cap = config.final_logit_softcapping
         if targets is not None and head is not None and not return_logits:
             h = x if self.lm_transform is None else self.lm_transform(x)
-            return CausalLMOutput(_mean_loss(h, head, targets, cap, self.lm_head.bias), None, x, *inside)
+            return CausalLMOutput(
+                mean_loss(h, head, targets, self.lm_head.bias, cap).float(), None, x, *inside
+            )
         if targets is None and not return_logits:
             return CausalLMOutput(None, None, x, *inside)
         kept = x[:, -logits_to_keep:]
@@ -194,7 +192,7 @@ class GPT(Pretrained, nn.Module):
         # (B, S or logits_to_keep, V)
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
-        loss = None if targets is None else _mean_loss_of(logits, targets)
+        loss = None if targets is None else mean_loss_of(logits, targets).float()
         return CausalLMOutput(loss, logits if return_logits else None, x, *inside)
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
@@ -269,7 +267,7 @@ class GPT(Pretrained, nn.Module):
             elif name.endswith(("out_proj.weight", "mlp.c_proj.weight")):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                parameter.normal_(0.0, std)  # a norm's weights are what they were made as
+                parameter.normal_(0.0, std)  # norm weights keep their initial values
         if self.config.padding_idx is not None:
             self.wte.weight[self.config.padding_idx].zero_()
 
@@ -311,7 +309,7 @@ class GPT(Pretrained, nn.Module):
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            # tuples that are compared one by one: a set of them would hash the sizes, and compiled code keep them
+            # compared one by one: hashing the sizes, as a set does, would specialise compiled code to them
             fits = tuple(tensor.shape) == (batch, seqlen) or (
                 name == "position_ids" and tuple(tensor.shape) == (seqlen,)
             )
@@ -424,21 +422,3 @@ def _next_tokens(
         counted = targets[targets != IGNORE_INDEX]
         check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
     return targets
-
-
-def _mean_loss(
-    x: Tensor, head: Tensor, targets: Tensor, softcap: float | None, bias: Tensor | None = None
-) -> Tensor:
-    """Mean over targets of -log softmax(capped x @ head.T + bias)[target], in float32; NaN where there is no target."""
-    narrow = x.dtype in (torch.float16, torch.bfloat16)
-    # the loss of a 16-bit model is wider than its dtype, as under autocast
-    with torch.autocast(x.device.type, x.dtype) if narrow else nullcontext():
-        return linear_cross_entropy(
-            x, head, targets, bias=bias, ignore_index=IGNORE_INDEX, softcap=softcap
-        ).float()
-
-
-def _mean_loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same of logits that exist."""
-    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).float()

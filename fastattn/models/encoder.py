@@ -50,7 +50,7 @@ class Bert(PretrainedEncoder, nn.Module):
 
     As in transformers, learned positions are columns: padding on the left shifts them, so pad on the right, or give
     position_ids. "First token" is a sequence's first real one wherever the padding is. A row of padding alone gives 0,
-    its pooled output is the head's answer to 0.
+    its pooled output is the pooler applied to zeros.
 
     Devlin et al. 2018; Liu et al. 2019 (RoBERTa); Sanh et al. 2019 (DistilBERT); Clark et al. 2020 (ELECTRA);
     Warner et al. 2024 (ModernBERT).

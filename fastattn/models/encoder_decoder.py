@@ -25,9 +25,10 @@ from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_f
 from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range, readable
 from fastattn.models.continuation import Continuation
-from fastattn.models.decoder import GPT, IGNORE_INDEX
+from fastattn.models.decoder import GPT
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
+from fastattn.models.losses import IGNORE_INDEX
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.linear import Linear
 from fastattn.nn.unpadding import Tokens
@@ -90,7 +91,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             input_ids: (B, Ss) the source's token ids.
             attention_mask: (B, Ss), nonzero = a real token of the source.
             decoder_input_ids: (B, S) the target's ids that are read, positions being the columns; by default the
-                labels one to the right behind config.decoder_start_token_id, -100 as config.pad_token_id.
+                labels shifted right by one behind config.decoder_start_token_id, -100 as config.pad_token_id.
             decoder_attention_mask: (B, S), nonzero = a real token of the target; by default all, or with
                 decoder_input_ids made of labels those that are no padding, and the first.
             labels: (B, S), the token that is to be written at each position, -100 is ignored, as are those where the

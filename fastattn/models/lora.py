@@ -23,7 +23,7 @@ from fastattn.nn.linear import Linear, linear
 from fastattn.ops.arguments import is_integer, is_number
 
 ALL_LINEAR = "all-linear"
-ROUNDINGS = 2  # that part merged outputs from the adapter's: of the weights, and of the products with them
+ROUNDINGS = 2  # by which merged and adapted outputs may differ: of the weights, and of the products with them
 _SAMPLE = (2, 32)  # sequences and tokens of each that a merge is compared on
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -64,7 +64,7 @@ class KVCache:
     ) -> Tensor | tuple[Tensor, ...]:
         """`fastattn.attention` of a query to all tokens held, once `key` and `value` are appended; its arguments.
 
-        A step behind earlier tokens goes to `attention_kv_cache` where that says the same: without gradients, dropout,
+        With cached tokens, `attention_kv_cache` is used where it gives the same result: without gradients, dropout,
         weights and a bias, and with no mask but one that hides the ends of sequences from a single query.
         """
         more = (bias, segment_ids, key_lengths)
@@ -119,8 +119,8 @@ class KVCache:
 
 
 def _visible_keys(mask: Tensor, query: Tensor) -> Tensor | None:
-    """(B,) int32: how many keys the one query of each sequence sees, if these are the first ones of all that `mask`
-    (B, 1, 1, Sk) covers; None where they are others, or where looking would make a GPU wait."""
+    """(B,) int32: visible keys of each sequence, if `mask` (B, 1, 1, Sk) hides only the ends of sequences from one
+    query; None for any other mask, and where reading it would synchronise a GPU."""
     batch, _, seqlen_q, _ = query.shape
     if (
         torch.compiler.is_compiling()

@@ -42,9 +42,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
 
 
 def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
-    """function(*sources), an input of linear layers whose backward may compute it again: that keeps only the sources.
+    """function(*sources) as the input of linear layers, which save only the sources and recompute it in their backward.
 
-    The function has to give the same values every time. What else keeps the result keeps it as ever.
+    The function has to give the same values every time. Other users of the result still save it.
     """
     result = function(*sources)
     if (
@@ -119,7 +119,7 @@ def without_transforms(*tensors: Tensor) -> bool:
 
 def _suits_onednn(x: Tensor, weight: Tensor, repeated: bool) -> bool:
     return (
-        plainly_on_cpu(x, weight)  # first, as a trace would take what is asked of sizes for a condition
+        plainly_on_cpu(x, weight)  # first: under tracing, comparing sizes adds a guard
         and x.dtype == weight.dtype == torch.float32
         and x.dim() >= 2
         and x.numel() > 0

@@ -151,12 +151,12 @@ class InBlocks:
 
 
 def by_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An elementwise function of one row at a time: whole vectors and what is left over may be rounded differently."""
+    """An elementwise function, one row at a time: the vectorised loop and its remainder may round differently."""
     return lambda x: torch.stack([function(row) for row in x]) if len(x) else function(x)
 
 
 def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:
-    """What `make` gives for a weight, kept until that changes or goes."""
+    """make(weight), cached until the weight changes or is freed."""
     version = torch_compat.version_of(weight)
     key = (version, weight.data_ptr(), weight.dtype)
     made = _packs.setdefault(weight, {})
@@ -166,6 +166,6 @@ def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop what was made of a module's weights: a change through `weight.data` leaves no trace by which it would be."""
+    """Drop the copies of a module's weights, which a write through `weight.data` makes stale without a new version."""
     for weight in module.parameters():
         _packs.pop(weight, None)

@@ -42,8 +42,8 @@ _PLAIN = frozenset({Tensor, Parameter, _NONE})
 
 
 def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Key | None, Plan | None]:
-    """(the key of a call, its plan if there is one). No key where the call must take the full path: something but
-    autograd watches it, autocast may cast its tensors, or an option has no hash; nor where a guard found the plan.
+    """(the key of a call, its plan if there is one). There is no key where the call must take the full path, as a mode
+    or transform is active, autocast may cast its tensors or an option is unhashable, and where a guard found the plan.
 
     options: what the call depends on besides, the name of a backend last; with the types of numbers, as True equals 1.
     """
@@ -105,7 +105,7 @@ def _guard(glance: Key, tensors: tuple[Any, ...], planned: Plan) -> None:
         _guarded[glance] = ((guard, planned), *_guarded.get(glance, ())[: MOST_GUARDS - 1])
 
 
-# Names by which a call on a CPU comes to the torch backend, to which addresses and precisions are all the same.
+# Names by which a call on a CPU reaches the torch backend, which ignores addresses and precision settings.
 _ON_ANY_ADDRESS = ("auto", backends.torch_backend.NAME)
 
 

@@ -143,9 +143,8 @@ def _plain_number(number: Any) -> Any:
 
 def _causal_bias(attn_mask: Any) -> bool | str | None:
     """The alignment of one of torch's causal mask objects; None for other masks."""
-    bias = sys.modules.get(
-        "torch.nn.attention.bias"
-    )  # slow to import, and imported by whoever made such an object
+    # slow to import, and already loaded where such a mask exists
+    bias = sys.modules.get("torch.nn.attention.bias")
     if attn_mask is None or bias is None or not isinstance(attn_mask, bias.CausalBias):
         return None
     return True if attn_mask.variant == bias.CausalVariant.LOWER_RIGHT else "top_left"

@@ -44,7 +44,7 @@ def learning_rate(
     r is min_lr_ratio and x runs from 0 to 1 over what follows the warmup.
 
     Args:
-        step: optimiser steps already taken, or where time has taken the place of steps, as many as it stands for.
+        step: optimiser steps already taken, or on a schedule by time, the equivalent number.
         progress: how much of the whole run is done, from 0 to 1, warmup included.
         lr, warmup_steps, min_lr_ratio: as in TrainConfig.
     """

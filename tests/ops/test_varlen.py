@@ -17,10 +17,10 @@ import fastattn
 from fastattn.ops.varlen import _call_arguments
 from numerics import assert_within_rule, plain_in_any_order
 
-EDGES_Q = torch.tensor(
+CU_SEQLENS_Q = torch.tensor(
     [0, 3, 3, 70, 150], dtype=torch.int32
 )  # an empty sequence, and two tokens of no sequence
-EDGES_K = torch.tensor([0, 40, 49, 49, 130], dtype=torch.int32)  # the third has queries but no keys
+CU_SEQLENS_K = torch.tensor([0, 40, 49, 49, 130], dtype=torch.int32)  # the third has queries but no keys
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
@@ -59,7 +59,7 @@ def run(attend: Any, name: str, dtype: torch.dtype, seed: int = 0, **extra: Any)
     for leaf in leaves.values():
         leaf.requires_grad_()
     out, lse = attend(
-        leaves["q"], leaves["k"], leaves["v"], EDGES_Q, EDGES_K, **options, **extra, return_lse=True
+        leaves["q"], leaves["k"], leaves["v"], CU_SEQLENS_Q, CU_SEQLENS_K, **options, **extra, return_lse=True
     )
     torch.manual_seed(seed + 2)
     upstream_grads = (torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape).to(lse.dtype))
@@ -95,7 +95,7 @@ def test_float64_agrees_to_rounding(name: str) -> None:
 def test_equals_the_padded_call() -> None:
     """One sequence at a time by `attention`, the sequence's place in the batch in the dropout stream included."""
     q, k, v = packed(torch.float64)
-    out = fastattn.attention_varlen(q, k, v, EDGES_Q, EDGES_K, causal=True)
+    out = fastattn.attention_varlen(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, causal=True)
     for (start, stop), (first, last) in zip([(0, 3), (70, 150)], [(0, 40), (49, 130)]):
         one = fastattn.attention(
             q[start:stop].transpose(0, 1)[None], k[first:last].transpose(0, 1)[None],
@@ -113,7 +113,7 @@ def test_equals_the_padded_call() -> None:
 
 def test_what_belongs_to_no_sequence_or_sees_no_key() -> None:
     q, k, v = (t.requires_grad_() for t in packed(torch.float32))
-    out, lse = fastattn.attention_varlen(q, k, v, EDGES_Q, EDGES_K, return_lse=True)
+    out, lse = fastattn.attention_varlen(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, return_lse=True)
     for tokens in (slice(3, 70), slice(150, 152)):
         assert not out[tokens].any()
         assert bool((lse[:, tokens] == -math.inf).all())
@@ -125,7 +125,7 @@ def test_what_belongs_to_no_sequence_or_sees_no_key() -> None:
 
 def test_a_batch_changes_nothing_bitwise() -> None:
     q, k, v = packed(torch.float32)
-    whole = fastattn.attention_varlen(q, k, v, EDGES_Q, EDGES_K, causal=True)
+    whole = fastattn.attention_varlen(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, causal=True)
     cu_seqlens = (torch.tensor([0, 80], dtype=torch.int32), torch.tensor([0, 81], dtype=torch.int32))
     alone = fastattn.attention_varlen(q[70:150], k[49:130], v[49:130], *cu_seqlens, causal=True)
     assert torch.equal(alone, whole[70:150])
@@ -147,7 +147,7 @@ def test_opcheck(name: str) -> None:
     for option in ("alibi_slopes", "sinks"):
         if option in options:
             options[option] = torch.rand(options[option]).requires_grad_()
-    args = _call_arguments(q, k, v, EDGES_Q, EDGES_K, 100, 100, **{"alibi_slopes": None, **options})
+    args = _call_arguments(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, 100, 100, **{"alibi_slopes": None, **options})
     opcheck(torch.ops.fastattn.varlen_fwd.default, (*args, "auto"))
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
     out, lse = torch.ops.fastattn.varlen_fwd(*detached, "auto")
@@ -181,10 +181,12 @@ def test_derivatives_by_finite_differences() -> None:
 def test_jvp_matches_the_reference() -> None:
     q, k, v = packed(torch.float64)
     expected = torch.func.jvp(
-        lambda q: fastattn.reference.attention_varlen(q, k, v, EDGES_Q, EDGES_K), (q,), (q,)
+        lambda q: fastattn.reference.attention_varlen(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K), (q,), (q,)
     )
     with pytest.warns(RuntimeWarning, match=r"torch\.func transform"):
-        actual = torch.func.jvp(lambda q: fastattn.attention_varlen(q, k, v, EDGES_Q, EDGES_K), (q,), (q,))
+        actual = torch.func.jvp(
+            lambda q: fastattn.attention_varlen(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K), (q,), (q,)
+        )
     for a, e in zip(actual, expected):
         torch.testing.assert_close(a, e)
 
@@ -216,32 +218,32 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"query: got shape \(1, 152, 4, 16\), needs 3 dimensions",
     ),
     "int64 cu_seqlens": (
-        {"cu_seqlens_q": EDGES_Q.long()},
+        {"cu_seqlens_q": CU_SEQLENS_Q.long()},
         TypeError,
         "cu_seqlens_q: got torch.int64, needs int32",
     ),
     "cu_seqlens shape": (
-        {"cu_seqlens_k": EDGES_K[:3]},
+        {"cu_seqlens_k": CU_SEQLENS_K[:3]},
         ValueError,
         r"cu_seqlens_k: got shape \(3,\), needs that of cu_se",
     ),
     "cu_seqlens rank": (
-        {"cu_seqlens_q": EDGES_Q[None]},
+        {"cu_seqlens_q": CU_SEQLENS_Q[None]},
         ValueError,
         r"cu_seqlens_q: got shape \(1, 5\), needs \(batch",
     ),
     "descending": (
-        {"cu_seqlens_q": EDGES_Q.flip(0)},
+        {"cu_seqlens_q": CU_SEQLENS_Q.flip(0)},
         ValueError,
         "cu_seqlens_q: got .150, .*needs ascending",
     ),
     "not from 0": (
-        {"cu_seqlens_k": EDGES_K + 1},
+        {"cu_seqlens_k": CU_SEQLENS_K + 1},
         ValueError,
         "cu_seqlens_k: got .1, .*needs ascending values from 0",
     ),
     "too many": (
-        {"cu_seqlens_q": EDGES_Q * 2},
+        {"cu_seqlens_q": CU_SEQLENS_Q * 2},
         ValueError,
         r"cu_seqlens_q: got .* to at most 152 \(the tokens\)",
     ),
@@ -263,5 +265,12 @@ def test_bad_input_is_refused_by_name(change: str) -> None:
     wrong, error, message = BAD[change]
     with pytest.raises(error, match=message):
         fastattn.attention_varlen(
-            **{"query": Q, "key": K, "value": V, "cu_seqlens_q": EDGES_Q, "cu_seqlens_k": EDGES_K, **wrong}
+            **{
+                "query": Q,
+                "key": K,
+                "value": V,
+                "cu_seqlens_q": CU_SEQLENS_Q,
+                "cu_seqlens_k": CU_SEQLENS_K,
+                **wrong,
+            }
         )

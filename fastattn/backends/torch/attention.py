@@ -122,7 +122,7 @@ def attention_bwd(
                     for kv_heads in kv_head_chunks(part, tile):
                         shares = fused_tile_bwd(part, tile, out, lse_safe, dout, kv_heads)
                         sums.add(part, tile, kv_heads, *shares)
-                        del shares  # or they would live on beside the next ones
+                        del shares  # free these before the next are allocated
                 else:
                     sums = sums or GradientSums(call, needs.bias, needs.alibi_slopes)
                     alone = len(row_tiles) == 1

@@ -1,9 +1,9 @@
 """One query per sequence and head: products of all keys with the queries that share them, for every key/value head.
 
-A batch of matrix products has the same bits for a matrix wherever it stands in the batch, alone excepted: one matrix
-by itself is multiplied by other code, and so goes twice. torch's fused kernel has no such bits with several threads:
-each has a scratch buffer behind that of the one before, so that their alignment, on which products of few rows
-depend, is that of the thread. One thread runs it where keys are few or shared, as it starts fewer operations.
+A batched matrix product gives a matrix the same bits at any place of the batch, except in a batch of one, which uses
+other code; a single matrix is therefore given twice. torch's fused kernel does not have this property with several
+threads: each thread's scratch buffer follows the previous one's, so the alignment, on which products of few rows
+depend, differs between threads. With one thread it is used where keys are few or shared, as it starts fewer operations.
 """
 
 from __future__ import annotations

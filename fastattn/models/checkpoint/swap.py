@@ -21,7 +21,7 @@ def write_folder(
 
     Files that `directory` holds besides stay, by hard links in the new folder. The two folders change places in one
     step of the file system (Linux, macOS), so that what raises or crashes leaves the old one whole. Where that is not
-    to be had (Windows, network file systems, a mount point, links refused), files move one by one, config.json away
+    available (Windows, network file systems, a mount point, links refused), files move one by one, config.json away
     first and into place last: a crash of the machine then leaves a folder without config.json, which nothing
     loads, and an exception puts the old files back.
 
