@@ -10,7 +10,6 @@ from fastattn.models import fields as checks
 from fastattn.models.config import FULL, LAYER_TYPES, SLIDING
 from fastattn.models.presets import ENCODERS, FAMILY_FIELDS
 from fastattn.nn.blocks import ACTIVATIONS
-from fastattn.ops.arguments import is_integer
 from fastattn.spec import MAX_HEAD_DIM
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -195,10 +194,6 @@ class BertConfig:
 PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in ENCODERS.items()}
 
 
-def _number_of_types(name: str, number: Any) -> int:
-    return 0 if is_integer(number) and number == 0 else checks.size(name, number)
-
-
 def _label_names(name: str, value: Any) -> dict[int, str]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f"{name}: got {value!r}, needs a dict from each label's number to its name")
@@ -228,7 +223,7 @@ _CHECKS: dict[str, checks.Check] = {  # every field has one
         checks.size,
     ),
     **dict.fromkeys(("embedding_size", "num_labels"), checks.or_none(checks.size)),
-    **dict.fromkeys(("type_vocab_size", "position_offset"), _number_of_types),
+    **dict.fromkeys(("type_vocab_size", "position_offset"), checks.size_or_0),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), checks.probability),
     **dict.fromkeys(
         (

@@ -1,9 +1,16 @@
-"""Values of ids, looked at where that is cheap and means something."""
+"""Checks of ids: dtype and shape, and values where reading them is cheap."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def check_ids(name: str, ids: Tensor) -> None:
+    """Ids of a dtype that embeddings take, of two dimensions."""
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}"
+        raise ValueError(f"{name}: got {got}, needs int64 or int32 of shape (batch, length)")
 
 
 def check_range(name: str, ids: Tensor, size: int, limit: str) -> None:

@@ -17,6 +17,7 @@ from fastattn.models.fields import (
     positive,
     probability,
     size,
+    size_or_0,
     text,
     token_id,
     token_ids,
@@ -255,10 +256,6 @@ class GPTConfig:
 PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in DECODERS.items()}
 
 
-def _size_or_0(name: str, number: Any) -> int:
-    return 0 if is_integer(number) and number == 0 else size(name, number)
-
-
 def _kinds_of_layers(name: str, value: Any) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{name}: got {value!r}, needs a list of {' or '.join(LAYER_TYPES)}, one a layer")
@@ -361,5 +358,5 @@ _CHECKS: dict[str, Check] = {  # every field has one
     "activation_function": one_of(tuple(ACTIVATIONS)),
     "layer_types": or_none(_kinds_of_layers),
     "rope_scaling": or_none(_rope_scaling),
-    "type_vocab_size": _size_or_0,
+    "type_vocab_size": size_or_0,
 }

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
-from fastattn.models.checks import check_range, readable
+from fastattn.models.checks import check_ids, check_range, readable
 from fastattn.models.config import FULL, MAX_SIZE, GPTConfig
-from fastattn.models.heads import Transform
-from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
+from fastattn.models.losses import IGNORE_INDEX, check_targets, mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder, can_decode
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
-from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock
+from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
 from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
@@ -290,9 +289,7 @@ class GPT(Pretrained, nn.Module):
             raise TypeError(f"cache: got {type(cache).__name__}, needs a list of KVCache, as new_cache makes")
         if not is_integer(logits_to_keep):
             raise TypeError(f"logits_to_keep: got {logits_to_keep!r}, needs an integer")
-        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids: got {got}, needs int64 or int32 of shape (batch, length)")
+        check_ids("input_ids", input_ids)
         batch, seqlen = input_ids.shape
         past = cache[0].length if cache else 0
         if cache is not None:
@@ -418,7 +415,5 @@ def _next_tokens(
     if segment_ids is not None:
         following = segment_ids if aligned else F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
         targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
-    if targets.is_cpu and not torch.compiler.is_compiling():
-        counted = targets[targets != IGNORE_INDEX]
-        check_range("labels", counted, vocab_size, f"or {IGNORE_INDEX}; vocab_size")
+    check_targets("labels", targets, vocab_size, "vocab_size")
     return targets

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import read_json, resolve_folder
 from fastattn.models.encoder import Bert
+from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import is_integer
@@ -193,7 +194,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
 
     def _pooled(self, x: Tensor, tokens: Tokens) -> Tensor:
         """(T, E) -> (B, E), in float32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         pooled = {"mean": tokens.mean, "cls": tokens.first, "max": tokens.max}[self.pooling](wide)
         if self.normalize:
             pooled = F.normalize(pooled, dim=-1)

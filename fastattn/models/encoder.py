@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
-from fastattn.models.checks import check_range
+from fastattn.models.checks import check_ids, check_range
 from fastattn.models.config import FULL, SLIDING
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
@@ -213,9 +213,7 @@ class Bert(PretrainedEncoder, nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: needs either input_ids or inputs_embeds, got both or none")
         if input_ids is not None:
-            if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-                got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-                raise ValueError(f"input_ids: got {got}, needs int64 or int32 of shape (batch, length)")
+            check_ids("input_ids", input_ids)
             batch, seqlen = input_ids.shape
         else:
             assert inputs_embeds is not None

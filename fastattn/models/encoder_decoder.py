@@ -23,12 +23,12 @@ from fastattn.models.checkpoint import (
 )
 from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_family, read_decoder
 from fastattn.models.checkpoint.load import Uninitialised, float_dtype
-from fastattn.models.checks import check_range, readable
+from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
 from fastattn.models.decoder import GPT
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
-from fastattn.models.losses import IGNORE_INDEX
+from fastattn.models.losses import IGNORE_INDEX, check_targets
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.linear import Linear
 from fastattn.nn.unpadding import Tokens
@@ -68,9 +68,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         self.enc_to_dec_proj = None
         if config.encoder.hidden_size != config.decoder.n_embd:
             self.enc_to_dec_proj = Linear(config.encoder.hidden_size, config.decoder.n_embd)
-            with torch.no_grad():
-                self.enc_to_dec_proj.weight.normal_(0.0, config.initializer_range)
-                self.enc_to_dec_proj.bias.zero_()
+            _initialise(self.enc_to_dec_proj, config)
 
     def forward(
         self,
@@ -227,9 +225,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         new = [f"decoder.{name}" for name in report.new]
         if model.enc_to_dec_proj is not None:
             model.enc_to_dec_proj.to_empty(device="cpu").to(writer.wte.weight.dtype)
-            with torch.no_grad():
-                model.enc_to_dec_proj.weight.normal_(0.0, config.initializer_range)
-                model.enc_to_dec_proj.bias.zero_()
+            _initialise(model.enc_to_dec_proj, config)
             new += ["enc_to_dec_proj.weight", "enc_to_dec_proj.bias"]
         of_encoder = reader.load_report or LoadReport()
         dropped = [f"encoder.{name}" for name in of_encoder.dropped]
@@ -307,9 +303,7 @@ class EncoderDecoder(Pretrained, nn.Module):
                 )
         assert start is not None
         assert pad is not None
-        if readable(labels):
-            counted = labels[labels != IGNORE_INDEX]
-            check_range("labels", counted, self.config.vocab_size, f"or {IGNORE_INDEX}; vocab_size")
+        check_targets("labels", labels, self.config.vocab_size, "vocab_size")
         first = labels.new_full((len(labels), 1), start, dtype=torch.int64)
         ids = torch.cat((first, labels.long()), 1)[:, :-1]  # of no labels, none
         ids = ids.masked_fill(ids == IGNORE_INDEX, pad)
@@ -330,3 +324,9 @@ class EncoderDecoder(Pretrained, nn.Module):
                 f"{name}: {ids.shape[1]} tokens is more than the decoder's learned positions, {limit}"
             )
         check_range(name, ids, self.config.vocab_size, "the decoder's vocab_size")
+
+
+@torch.no_grad()
+def _initialise(projection: Linear, config: EncoderDecoderConfig) -> None:
+    projection.weight.normal_(0.0, config.initializer_range)
+    projection.bias.zero_()

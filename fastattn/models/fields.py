@@ -19,6 +19,11 @@ def size(name: str, number: Any) -> int:
     return int(number)
 
 
+def size_or_0(name: str, number: Any) -> int:
+    """A positive integer or 0."""
+    return 0 if is_integer(number) and number == 0 else size(name, number)
+
+
 def probability(name: str, number: Any) -> float:
     """A number with 0 <= p < 1."""
     if isinstance(number, bool) or not is_number(number) or not 0.0 <= number < 1.0:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 from fastattn.models.bert_config import PROBLEM_TYPES, BertConfig
-from fastattn.models.checks import check_range, readable
 from fastattn.models.encoder import Bert, Encoded, initialise
-from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
+from fastattn.models.losses import IGNORE_INDEX, check_targets, mean_loss, mean_loss_of, widened
 from fastattn.models.pretrained import PretrainedEncoder
-from fastattn.nn.blocks import ACTIVATIONS
-from fastattn.nn.linear import Linear, remade
-from fastattn.nn.norms import normalised
+from fastattn.nn.blocks import Transform
+from fastattn.nn.linear import Linear
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
@@ -307,8 +305,8 @@ class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
         """Logits of each token to start and to end the answer, (B, S) each, and the mean of both cross-entropies.
 
         Args:
-            start_positions, end_positions: (B,) columns, given together; one outside of 0 .. S - 1 is ignored. The
-                softmax is over real tokens.
+            start_positions, end_positions: (B,) or (B, 1) columns, given together; one outside of 0 .. S - 1 is
+                ignored. The softmax is over real tokens.
             Others: as in `Bert.forward`, which says what is raised.
         """
         if (start_positions is None) != (end_positions is None):
@@ -330,21 +328,6 @@ class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
             ]  # fmt: skip
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, start, end, encoded.hidden_states, encoded.attentions)
-
-
-class Transform(nn.Module):
-    """norm(activation(dense(x))): (..., E) -> (..., out), without a norm where there is none."""
-
-    def __init__(self, width: int, out: int, *, activation: str, bias: bool, norm: nn.Module | None) -> None:
-        super().__init__()
-        self.dense = Linear(width, out, bias=bias)
-        self.activation = {**ACTIVATIONS, "tanh": torch.tanh}[activation]
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., E) -> (..., out)."""
-        h = remade(self.activation, self.dense(x))
-        return h if self.norm is None else normalised(self.norm, h)
 
 
 def class_transform(config: BertConfig) -> Transform:
@@ -406,7 +389,7 @@ def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tenso
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, needs {(batch, num_labels)} for {problem_type}"
         )
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widened(logits)
     targets = labels.view(batch, num_labels).to(wide.dtype)
     if problem_type == REGRESSION:
         return F.mse_loss(wide, targets)
@@ -432,7 +415,7 @@ def _token_targets(name: str, labels: Tensor, tokens: Tokens, num_classes: int) 
     if tokens.real is not None and tokens.places is None:
         targets = targets.masked_fill(~tokens.real, IGNORE_INDEX)
     targets = tokens.pack(targets)
-    _check_counted(name, targets, num_classes)
+    check_targets(name, targets, num_classes, "the number of classes")
     return targets
 
 
@@ -442,19 +425,13 @@ def _checked_classes(name: str, labels: Tensor, shape: tuple[int, ...], num_clas
         got = f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise ValueError(f"{name}: got {got}, needs integers of shape {shape}")
     if num_classes is not None:
-        _check_counted(name, labels, num_classes)
+        check_targets(name, labels, num_classes, "the number of classes")
     return labels.long()
-
-
-def _check_counted(name: str, targets: Tensor, num_classes: int) -> None:
-    if readable(targets):
-        counted = targets[targets != IGNORE_INDEX]
-        check_range(name, counted, num_classes, f"or {IGNORE_INDEX}; the number of classes")
 
 
 def _binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross-entropy of logits (T,) over the targets that count; NaN where none does."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widened(logits)
     counted = targets != IGNORE_INDEX
     losses = F.binary_cross_entropy_with_logits(wide, targets.clamp(min=0).to(wide.dtype), reduction="none")
     return losses.masked_fill(~counted, 0).sum() / counted.sum()
@@ -463,11 +440,12 @@ def _binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
     """Mean cross-entropy over the columns of logits (B, S); positions outside are ignored."""
     batch, seqlen = logits.shape
-    targets = _checked_classes(
-        name, positions.view(-1) if positions.dim() == 2 else positions, (batch,), None
-    )
+    check_tensor(name, positions)
+    if tuple(positions.shape) == (batch, 1):
+        positions = positions.squeeze(1)
+    targets = _checked_classes(name, positions, (batch,), None)
     outside = (targets < 0) | (targets >= seqlen)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = widened(logits)
     # by torch: programs that are recorded for any length have any number of classes here
     return F.cross_entropy(wide, targets.masked_fill(outside, IGNORE_INDEX), ignore_index=IGNORE_INDEX)
 

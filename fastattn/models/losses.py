@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from fastattn.models.checks import check_range, readable
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -25,10 +26,20 @@ def mean_loss(
     # the loss of a 16-bit model is wider than its dtype, as under autocast
     with torch.autocast(x.device.type, x.dtype) if narrow else nullcontext():
         loss = linear_cross_entropy(x, head, targets, bias=bias, ignore_index=IGNORE_INDEX, softcap=softcap)
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))
+    return widened(loss)
 
 
 def mean_loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of materialised logits (..., V)."""
-    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+    return cross_entropy(widened(logits.flatten(0, -2)), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_targets(name: str, targets: Tensor, size: int, limit: str) -> None:
+    """Targets within [0, size) but for those that are ignored, where asking costs no synchronisation."""
+    if readable(targets):
+        check_range(name, targets[targets != IGNORE_INDEX], size, f"or {IGNORE_INDEX}; {limit}")

@@ -24,7 +24,7 @@ class Sources:
         tokens, x = memory.tokens, memory.x
         if tokens.real is not None and tokens.places is None:  # the padding among them goes
             x = x[tokens.real.flatten()]
-        lengths = tokens.lengths.to(x.device)
+        lengths = tokens.lengths(x.device)
         self.invariant = invariant
         self.of = torch.arange(batch, device=x.device)  # whose source each sequence has
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=x.device)

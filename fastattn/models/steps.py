@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 from fastattn.models.checks import check_range
 from fastattn.models.config import GPTConfig
-from fastattn.models.heads import Transform
 from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention, keep_forward
-from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock
+from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
 from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear

@@ -88,6 +88,21 @@ class _Gated(torch.autograd.Function):
         return torch.cat((dgate, dout * (active if again else active.detach())), dim=-1), None
 
 
+class Transform(nn.Module):
+    """norm(activation(dense(x))): (..., E) -> (..., out), without a norm where there is none."""
+
+    def __init__(self, width: int, out: int, *, activation: str, bias: bool, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.dense = Linear(width, out, bias=bias)
+        self.activation = {**ACTIVATIONS, "tanh": torch.tanh}[activation]
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., out)."""
+        h = remade(self.activation, self.dense(x))
+        return h if self.norm is None else normalised(self.norm, h)
+
+
 class PreNormBlock(nn.Module):
     """x + dropout(attn(ln_1(x))), then x + mlp(ln_2(x)); causal self-attention over (B, S, E).
 

@@ -101,18 +101,18 @@ class Tokens:
                 return x.new_zeros(self.batch, x.shape[1])
             starts = self.cu_seqlens[:-1].clamp(max=x.shape[0] - 1)
             rows = x.index_select(0, starts)
-            return rows.masked_fill(self.lengths[:, None] == 0, 0)
+            return rows.masked_fill(self.lengths(x.device)[:, None] == 0, 0)
         if self.seqlen == 0:
             return x.new_zeros(self.batch, x.shape[-1])
         padded = x.view(self.batch, self.seqlen, x.shape[-1])
         if self.real is None:
             return padded[:, 0]
         at = self.real.to(torch.uint8).argmax(1)[:, None, None].expand(-1, 1, x.shape[-1])
-        return padded.gather(1, at).squeeze(1).masked_fill(self.lengths[:, None] == 0, 0)
+        return padded.gather(1, at).squeeze(1).masked_fill(self.lengths(x.device)[:, None] == 0, 0)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over every sequence's tokens, (T, E) -> (B, E); 0 where there is none."""
-        return self.sum(x) / self.lengths.clamp(min=1)[:, None].to(x.dtype)
+        return self.sum(x) / self.lengths(x.device).clamp(min=1)[:, None].to(x.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over every sequence's tokens, (T, E) -> (B, E)."""
@@ -121,7 +121,7 @@ class Tokens:
     def max(self, x: Tensor) -> Tensor:
         """The largest value of every sequence's tokens, (T, E) -> (B, E); 0 where there is none."""
         largest = self._reduced(x, "max", -torch.inf)
-        return largest.masked_fill(self.lengths[:, None] == 0, 0)
+        return largest.masked_fill(self.lengths(x.device)[:, None] == 0, 0)
 
     def _reduced(self, x: Tensor, how: str, empty: float) -> Tensor:
         if self.seqlen == 0:
@@ -131,14 +131,13 @@ class Tokens:
         padded = self.pad(x, empty)
         return padded.sum(1) if how == "sum" else padded.amax(1)
 
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) int64, the tokens of each sequence."""
+    def lengths(self, device: torch.device) -> Tensor:
+        """(B,) int64, the tokens of each sequence, on the device of the tokens: without a mask nothing else says it."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
         if self.real is not None:
             return self.real.sum(1)
-        return torch.full((self.batch,), self.seqlen)
+        return torch.full((self.batch,), self.seqlen, device=device)
 
 
 def _may_read(tensor: Tensor) -> bool:

@@ -5,7 +5,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from fastattn.models import Bert, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from fastattn.models import (
+    Bert,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+)
 from numerics import assert_within_rule
 
 pytest.importorskip("transformers")
@@ -241,3 +247,19 @@ def test_a_family_without_token_types_refuses_them():
         model(ids, token_type_ids=ids)
     with pytest.raises(TypeError, match="input_ids"):
         model([[1, 2]])
+
+
+def test_positions_of_answers_are_a_column_for_each_text():
+    """As (B,) or (B, 1), which give the same loss; anything else is refused by name before it is used."""
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(BertConfig(**tiny.SIZES)).eval()
+    ids, at = torch.randint(2, 61, (2, 4)), torch.tensor([1, 3])
+    loss = model(ids, start_positions=at, end_positions=at).loss
+    assert torch.equal(model(ids, start_positions=at[:, None], end_positions=at[:, None]).loss, loss)
+    for name in ("start_positions", "end_positions"):
+        good = dict.fromkeys(("start_positions", "end_positions"), at)
+        with pytest.raises(TypeError, match=f"{name}: got list"):
+            model(ids, **{**good, name: [1, 3]})
+        for bad in (at[:1], at[None], at.double()):
+            with pytest.raises(ValueError, match=f"{name}: got torch"):
+                model(ids, **{**good, name: bad})

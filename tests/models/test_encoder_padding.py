@@ -187,7 +187,7 @@ def test_tokens_pack_pad_and_pool(form):
     packed = tokens.pack(x)
     assert packed.shape == (int(real.sum()) if form != "masked" else 20, 3)
     assert torch.equal(tokens.pad(packed), x.masked_fill(~real[..., None], 0))
-    assert torch.equal(tokens.lengths, real.sum(1))
+    assert torch.equal(tokens.lengths(x.device), real.sum(1))
     rows = [row[keep] for row, keep in zip(x, real)]
     zero = torch.zeros(3, dtype=torch.float64)
     expected = {
@@ -200,3 +200,11 @@ def test_tokens_pack_pad_and_pool(form):
         torch.testing.assert_close(got, want)
         grads = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (got, want)]
         torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("how", ["first", "sum", "mean", "max"])
+def test_pooling_without_a_mask_stays_on_the_device_of_the_tokens(how):
+    """Without a mask no tensor says where the tokens are; the meta device refuses operands on a CPU, as a GPU does."""
+    pooled = getattr(Tokens.of(None, 2, 3), how)(torch.empty(6, 4, device="meta"))
+    assert pooled.device.type == "meta"
+    assert pooled.shape == (2, 4)
