@@ -6,29 +6,21 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from small_models import GPT2, VOCAB, make_gpt
 
-from fastattn.models import GPT, GPTConfig
+from fastattn.models import GPT
 from fastattn.models.checkpoint import DECODERS, open_weights, write_folder
 from fastattn.models.checkpoint.load import family_of
 
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def make(**options):
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**{**SIZES, **options})).eval()
+    return make_gpt(torch.float32, **options)
 
 
 def ids(*shape):
-    return torch.randint(3, SIZES["vocab_size"], shape)
+    return torch.randint(3, VOCAB, shape)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def gpt2(tmp_path_factory):
     """A random transformers GPT-2 and the folder it saved itself to."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, **SPECIAL)).eval()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, **SPECIAL)).eval()
     folder = tmp_path_factory.mktemp("gpt2")
     model.save_pretrained(folder)
     return model, folder

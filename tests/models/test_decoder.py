@@ -5,75 +5,24 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import GPT2, KINDS, VOCAB
+from small_models import make_gpt as make
 
 from fastattn.models import GPT, GPTConfig
 from fastattn.nn.attention import MultiHeadAttention
 from numerics import assert_within_rule
 
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 32,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
-KINDS = {
-    "learned": {},
-    "rotary": {"positions": "rotary"},
-    "alibi": {"positions": "alibi"},
-    "gqa, window, qk_norm": {"positions": "rotary", "num_kv_heads": 2, "window": 5, "qk_norm": True},
-    "no bias, untied": {"bias": False, "tie_word_embeddings": False, "n_inner": 40},
-    "sinusoidal": {"positions": "sinusoidal", "scale_embedding": True},
-    "llama": {
-        "positions": "rotary",
-        "norm": "rmsnorm",
-        "gated_mlp": True,
-        "activation_function": "silu",
-        "bias": False,
-        "num_kv_heads": 2,
-        "n_inner": 44,
-        "tie_word_embeddings": False,
-    },
-    "gemma": {
-        "positions": "rotary",
-        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-        "rope_local_base_freq": 100.0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "window": 5,
-        "norm": "rmsnorm",
-        "norm_unit_offset": True,
-        "sandwich_norms": True,
-        "qk_norm": True,
-        "head_dim": 12,
-        "num_kv_heads": 1,
-        "query_pre_attn_scalar": 20.0,
-        "attn_logit_softcapping": 4.0,
-        "final_logit_softcapping": 6.0,
-        "scale_embedding": True,
-        "gated_mlp": True,
-        "activation_function": "gelu_pytorch_tanh",
-        "bias": False,
-        "attention_bias": True,
-        "attention_out_bias": False,
-    },
-}
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 
 
-def make(seed=0, dtype=torch.float64, **options):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**SIZES, **options})).to(dtype).eval()
-
-
 def ids(*shape):
-    return torch.randint(0, SIZES["vocab_size"], shape)
+    return torch.randint(0, VOCAB, shape)
 
 
 def test_logits_loss_and_gradients_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        **SIZES, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2
+        **GPT2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2
     )
     theirs = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").double().eval()
     ours = make()
@@ -272,7 +221,7 @@ def gradients(model, loss):
 @every_kind
 @pytest.mark.parametrize("autocast", [False, True])
 def test_training_makes_the_loss_and_gradients_of_all_logits_without_them(options, autocast):
-    model = make(dtype=torch.float32 if autocast else torch.float64, **options).train()
+    model = make(torch.float32 if autocast else torch.float64, **options).train()
     tokens = ids(3, 9)
     labels = tokens.clone()
     labels[1, 4:] = -100
@@ -288,7 +237,7 @@ def test_training_makes_the_loss_and_gradients_of_all_logits_without_them(option
 
 
 def test_the_loss_of_a_16_bit_model_is_not_rounded_to_its_dtype():
-    model, tokens = make(dtype=torch.bfloat16).train(), ids(2, 9)
+    model, tokens = make(torch.bfloat16).train(), ids(2, 9)
     loss, of_all_logits = (model(tokens, labels=tokens, return_logits=keep).loss for keep in (None, True))
     assert loss.dtype == torch.float32
     wide = make().train()
@@ -300,7 +249,7 @@ def test_the_loss_of_a_16_bit_model_is_not_rounded_to_its_dtype():
 
 def untied(model):
     """The same model with two weights in the place of the shared one."""
-    twin = GPT(GPTConfig(**{**SIZES, "tie_word_embeddings": False})).double().train(model.training)
+    twin = GPT(GPTConfig(**{**GPT2, "tie_word_embeddings": False})).double().train(model.training)
     twin.load_state_dict({**model.state_dict(), "lm_head.weight": model.wte.weight.detach().clone()})
     return twin
 
@@ -346,7 +295,7 @@ def test_a_padding_token_that_is_read_trains_its_embedding_or_not(tied):
         torch.nn.init.normal_(model.wte.weight, generator=torch.Generator().manual_seed(0))
         model(tokens, labels=tokens).loss.backward()
         grads.append(model.wte.weight.grad)
-    others = torch.arange(SIZES["vocab_size"]) != 5
+    others = torch.arange(VOCAB) != 5
     torch.testing.assert_close(grads[1][others], grads[0][others])
     assert not torch.equal(grads[1][5], grads[0][5])
     if not tied:
@@ -363,7 +312,7 @@ def test_a_run_after_an_unfinished_one_takes_nothing_of_it():
 
 
 def test_a_training_step_makes_one_gradient_of_the_shared_weight(monkeypatch):
-    sizes = {**SIZES, "vocab_size": 5000, "n_positions": 16, "initializer_range": 0.02}
+    sizes = {**GPT2, "vocab_size": 5000, "n_positions": 16, "initializer_range": 0.02}
     model = GPT(GPTConfig(**sizes)).train()
     tokens = torch.randint(0, 5000, (1, 8))
     seen = []
@@ -447,7 +396,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_it_learns():
-    model = make(dtype=torch.float32, initializer_range=0.02).train()
+    model = make(torch.float32, initializer_range=0.02).train()
     tokens = ids(4, 12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -465,10 +414,10 @@ def test_bfloat16_and_autocast():
     reference = make()
     tokens = ids(2, 9)
     exact = reference(tokens).logits
-    half = make(dtype=torch.bfloat16)
+    half = make(torch.bfloat16)
     assert half(tokens).logits.dtype == torch.bfloat16
     assert (half(tokens).logits - exact).abs().mean() < 0.03 * exact.abs().mean()
-    single = make(dtype=torch.float32)
+    single = make(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = single(tokens, labels=tokens)
     assert out.loss.dtype == torch.float32
@@ -476,7 +425,7 @@ def test_bfloat16_and_autocast():
 
 
 def test_compiles_without_breaks():
-    model = make(dtype=torch.float32, positions="rotary")
+    model = make(torch.float32, positions="rotary")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     model.train()
     tokens = ids(2, 9)
@@ -495,7 +444,7 @@ def test_compiles_without_breaks():
 
 @pytest.mark.parametrize("kind", ["learned", "gemma"])
 def test_exports(kind):
-    model = make(dtype=torch.float32, **KINDS[kind])
+    model = make(torch.float32, **KINDS[kind])
     tokens = ids(1, 7)
     program = torch.export.export(model, (tokens,))
     torch.testing.assert_close(program.module()(tokens).logits, model(tokens).logits)
@@ -510,7 +459,7 @@ def test_attention_is_the_librarys():
     [
         (lambda m: m(ids(9)), "input_ids"),
         (lambda m: m(torch.rand(1, 9)), "input_ids"),
-        (lambda m: m(ids(1, 33)), "n_positions"),
+        (lambda m: m(ids(1, 65)), "n_positions"),
         (lambda m: m(ids(1, 9), attention_mask=torch.ones(1, 8)), "attention_mask"),
         (lambda m: m(ids(1, 9), labels=ids(1, 8)), "labels"),
         (lambda m: m(ids(1, 9), segment_ids=ids(9)), "segment_ids"),
@@ -523,7 +472,7 @@ def test_attention_is_the_librarys():
         (lambda m: m(ids(1, 9), labels=torch.rand(1, 9)), "labels"),
         (lambda m: m(ids(1, 9) + 61), "vocab_size"),
         (lambda m: m(ids(1, 9) - 61), "vocab_size"),
-        (lambda m: m(ids(1, 9), position_ids=torch.arange(9) + 30), "position_ids"),
+        (lambda m: m(ids(1, 9), position_ids=torch.arange(9) + 60), "position_ids"),
         (lambda m: m(ids(1, 9), cache=[]), "cache"),
     ],
 )

@@ -9,26 +9,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from small_models import make_gpt
 
-from fastattn.models import GPT, GPTConfig, load
+from fastattn.models import GPT, load
 from fastattn.models.checkpoint import resolve_folder
 from fastattn.models.checkpoint.hub import push_folder
 from fastattn.models.checkpoint.load import dtype_of, float_dtype
 
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
-
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    GPT(GPTConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    make_gpt(torch.float32).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

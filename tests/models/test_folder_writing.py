@@ -14,17 +14,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from small_models import make_gpt
 
-from fastattn.models import GPT, GPTConfig
+from fastattn.models import GPT
 from fastattn.models.checkpoint import save, swap
 from fastattn.models.checkpoint.card import is_generated
 
-SIZES = {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-
 
 def make(**options):
-    torch.manual_seed(options.pop("seed", 0))
-    return GPT(GPTConfig(**{**SIZES, **options})).eval()
+    return make_gpt(torch.float32, **options)
 
 
 def contents(folder):

@@ -2,18 +2,11 @@
 
 import pytest
 import torch
+from small_models import GPT2, VOCAB
+from small_models import make_gpt as make
 
 from fastattn.generation.decoding import evaluating
-from fastattn.models import GPT, GPTConfig
 
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 KINDS = {
     "learned": {},
     "rotary, gqa": {"positions": "rotary", "num_kv_heads": 2},
@@ -21,13 +14,8 @@ KINDS = {
 }
 
 
-def make(seed=0, **options):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**SIZES, **options})).double().eval()
-
-
 def ids(*shape):
-    return torch.randint(3, SIZES["vocab_size"], shape)
+    return torch.randint(3, VOCAB, shape)
 
 
 def ragged(lengths, side, width=None):
@@ -46,7 +34,7 @@ def test_greedy_tokens_are_those_of_transformers(padded, eos):
     transformers = pytest.importorskip("transformers")
     from fastattn.models.checkpoint import from_gpt2_names
 
-    config = transformers.GPT2Config(**SIZES, bos_token_id=1, eos_token_id=eos, pad_token_id=0)
+    config = transformers.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=eos, pad_token_id=0)
     torch.manual_seed(4)
     theirs = transformers.GPT2LMHeadModel(config).double().eval()
     ours = make(eos_token_id=eos, pad_token_id=0)

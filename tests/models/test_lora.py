@@ -7,6 +7,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from small_models import BERT, GPT2
 from torch import nn
 
 from fastattn import MultiHeadAttention
@@ -15,23 +16,6 @@ from fastattn.models.lora import Adapter, adapters_of, attach, blocks_of, detach
 from fastattn.models.peft import load_adapter, save_adapter
 from fastattn.nn.linear import Linear
 
-GPT2 = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
-BERT = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
 LLAMA = {**BERT, "num_key_value_heads": 2, "head_dim": 8}
 IDS = torch.arange(18).view(2, 9) * 3
 

@@ -6,6 +6,8 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from small_models import BERT as SIZES
+from small_models import GPT2
 
 from fastattn.models import GPT, BertConfig, BertForEmbedding, BertForMaskedLM, GPTConfig, load
 from fastattn.models.small import compare, perplexity, weight_bytes
@@ -13,23 +15,7 @@ from fastattn.nn.int8 import Int8Linear, quantize_linears
 from fastattn.nn.linear import Linear
 from fastattn.nn.rows import INT8_ROWS, Int8Rows
 
-GPT2 = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
-BERT = {
-    "vocab_size": 61,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
+BERT = {**SIZES, "hidden_size": 64, "initializer_range": 0.1}
 
 
 def saved(cls, config, folder):

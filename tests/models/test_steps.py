@@ -8,66 +8,15 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
+from small_models import KINDS
+from small_models import make_gpt as make
 from torch import Tensor, nn
 
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "learned": {},
-    "rotary": {"positions": "rotary"},
-    "alibi": {"positions": "alibi"},
-    "gqa, window, qk_norm": {"positions": "rotary", "num_kv_heads": 2, "window": 5, "qk_norm": True},
-    "no bias, untied": {"bias": False, "tie_word_embeddings": False, "n_inner": 44},
-    "sinusoidal": {"positions": "sinusoidal", "scale_embedding": True},
-    "llama": {
-        "positions": "rotary",
-        "norm": "rmsnorm",
-        "gated_mlp": True,
-        "activation_function": "silu",
-        "bias": False,
-        "num_kv_heads": 2,
-        "n_inner": 44,
-        "tie_word_embeddings": False,
-    },
-    "gemma": {
-        "positions": "rotary",
-        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-        "rope_local_base_freq": 100.0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "window": 5,
-        "norm": "rmsnorm",
-        "norm_unit_offset": True,
-        "sandwich_norms": True,
-        "qk_norm": True,
-        "head_dim": 12,
-        "num_kv_heads": 1,
-        "query_pre_attn_scalar": 20.0,
-        "attn_logit_softcapping": 4.0,
-        "final_logit_softcapping": 6.0,
-        "scale_embedding": True,
-        "gated_mlp": True,
-        "activation_function": "gelu_pytorch_tanh",
-        "bias": False,
-        "attention_bias": True,
-        "attention_out_bias": False,
-    },
-}
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 LENGTHS = (9, 4, 1, 7)
-
-
-def make(dtype: torch.dtype = torch.float64, **options: Any) -> GPT:
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**{**SIZES, **options})).to(dtype).eval()
 
 
 def prompts(lengths: tuple[int, ...]) -> Tensor:
