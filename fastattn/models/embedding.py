@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.generation.decoding import evaluating
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import read_json, resolve_folder
 from fastattn.models.encoder import Bert
+from fastattn.models.fields import flag, one_of, or_none
 from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.unpadding import Tokens
@@ -44,10 +46,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
 
     def __init__(self, config: BertConfig, *, pooling: str = "mean", normalize: bool = True) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling: got {pooling!r}, needs one of {', '.join(POOLINGS)}")
-        if not isinstance(normalize, bool):
-            raise ValueError(f"normalize: got {normalize!r}, needs True or False")
+        one_of(POOLINGS)("pooling", pooling)
+        flag("normalize", normalize)
         self.config = config
         self.bert = Bert(config, add_pooler=False)
         self.pooling, self.normalize = pooling, normalize
@@ -99,6 +99,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
                 raise TypeError(f"texts[{index}]: got {type(text).__name__}, needs str")
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size!r}, needs a positive integer")
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
         front = self._prompt(prompt_name) if prompt is None else prompt
         core = self.tokenizer
         prepared = [front + (text.lower() if self.lower_case else text) for text in cast("list[str]", listed)]
@@ -107,16 +109,12 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         dtype = self.bert.embeddings.word_embeddings.weight.dtype
         out = torch.empty(len(ids), self.config.hidden_size, device=device, dtype=dtype)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch, mask = _padded([ids[i] for i in chosen], self.config.pad_token_id or 0)
                 embeddings = self(batch.to(device), None if mask is None else mask.to(device)).embeddings
                 out[torch.tensor(chosen, device=device)] = embeddings
-        finally:
-            self.train(was_training)
         return out[0] if single else out
 
     @property
@@ -159,13 +157,13 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         Raises:
             ValueError: the folder has modules, or a pooling, that are not computed here; the message names them.
         """
+        or_none(one_of(POOLINGS))("pooling", pooling)
+        or_none(flag)("normalize", normalize)
         folder = resolve_folder(path_or_id)
         layout = _read_layout(folder)
         model = super().from_pretrained(folder / layout.encoder, **options)
         model.pooling = layout.pooling if pooling is None else pooling
         model.normalize = layout.normalize if normalize is None else normalize
-        if model.pooling not in POOLINGS:
-            raise ValueError(f"pooling: got {model.pooling!r}, needs one of {', '.join(POOLINGS)}")
         model.max_seq_length, model.lower_case = layout.max_seq_length, layout.lower_case
         model.prompts, model.default_prompt_name = layout.prompts, layout.default_prompt_name
         return model

@@ -134,16 +134,17 @@ class Bert(PretrainedEncoder, nn.Module):
         self._check_ids(ids, types, positions)
         x = self.embeddings(ids, positions, types, given)  # (T, E)
         tables = self._rotary_tables(positions, x.dtype)
-        states, weights = [x], []
+        states, weights = [], []
         for layer, kind in zip(self.layers, self.config.kinds_of_layers):
+            if output_hidden_states:  # kept, each is memory that the next layer could have
+                states.append(x)
             x, shown = layer(x, tokens, rotary=tables.get(kind), weights=output_attentions)
-            states.append(x)
             weights.append(shown)
-        x = states[-1] = normalised(self.final_norm, x)  # (T, E)
+        x = normalised(self.final_norm, x)  # (T, E)
         return Encoded(
             x,
             tokens,
-            tuple(tokens.pad(state) for state in states) if output_hidden_states else None,
+            tuple(tokens.pad(state) for state in (*states, x)) if output_hidden_states else None,
             tuple(weights) if output_attentions else None,
         )
 

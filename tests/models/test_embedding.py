@@ -149,7 +149,15 @@ def test_bad_arguments(tmp_path):
         model.encode(["w1"], batch_size=0)
     with pytest.raises(ValueError, match="prompt_name: got 'passage', needs one of search"):
         model.encode(["w1"], prompt_name="passage")
-    with pytest.raises(ValueError, match="pooling: got 'last'"):
-        make(pooling="last")
-    with pytest.raises(ValueError, match="pooling: got 'last'"):
-        BertForEmbedding.from_pretrained(tmp_path, pooling="last")
+    with pytest.raises(TypeError, match="prompt: got int"):
+        model.encode(["w1"], prompt=3)
+    for options, message in (
+        ({"pooling": "last"}, "pooling: got 'last'"),
+        ({"normalize": 1}, "normalize: got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+        with pytest.raises(ValueError, match=message):
+            BertForEmbedding.from_pretrained(
+                tmp_path / "nowhere", **options
+            )  # before the folder is looked for

@@ -1,5 +1,8 @@
 """Padding: what it holds changes nothing, and nothing is computed for it, forward and backward, heads included."""
 
+import inspect
+import weakref
+
 import encoder_models as tiny
 import pytest
 import torch
@@ -208,3 +211,24 @@ def test_pooling_without_a_mask_stays_on_the_device_of_the_tokens(how):
     pooled = getattr(Tokens.of(None, 2, 3), how)(torch.empty(6, 4, device="meta"))
     assert pooled.device.type == "meta"
     assert pooled.shape == (2, 4)
+
+
+def test_hidden_states_that_nobody_asked_for_are_not_kept():
+    model = make(Bert)
+    first, alive = [], []
+    model.layers[0].register_forward_hook(lambda module, args, out: first.append(weakref.ref(out[0])))
+    model.layers[2].register_forward_hook(lambda module, args, out: alive.append(first[-1]() is not None))
+    ids, mask = tiny.batch(1, LENGTHS)
+    with torch.no_grad():
+        model(ids, mask)
+        model(ids, mask, output_hidden_states=True)
+    assert alive == [False, True]
+
+
+@every_head
+def test_every_head_has_the_arguments_of_the_encoder(cls):
+    """Written out in each, as a signature is what torch and trainers read."""
+    wanted, found = (inspect.signature(part.forward).parameters for part in (Bert, cls))
+    assert list(found)[:6] == list(wanted)[:6]
+    assert {name: str(found[name]) for name in wanted} == {name: str(p) for name, p in wanted.items()}
+    assert all(found[name].kind == p.kind for name, p in wanted.items())
