@@ -50,9 +50,7 @@ def has_adjacent_columns(tensor: Tensor) -> bool:
 
 def with_adjacent_columns(tensor: Tensor) -> Tensor:
     """`tensor`, copied in its memory order only if its last dimension is not innermost."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
+    return tensor if has_adjacent_columns(tensor) else dense(tensor)
 
 
 def is_expanded(tensor: Tensor) -> bool:

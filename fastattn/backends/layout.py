@@ -65,12 +65,11 @@ LAYOUTS: dict[type, Layout] = {
     CrossEntropyCall: Layout(tables=("logits",), small=("target", "class_weight")),
     LinearCrossEntropyCall: Layout(small=("target", "class_weight"), strided=("hidden", "weight", "bias")),
 }
-OPERANDS = {kind: layout.operands for kind, layout in LAYOUTS.items()}
 
 
 def operands(call: CallT) -> CallT:
     """The call with adjacent columns in what every backend reads by rows; its spec is made of this one."""
-    names = OPERANDS[type(call)]
+    names = LAYOUTS[type(call)].operands
     for name in names:
         if getattr(call, name).stride(-1) != 1:
             return _with(call, {each: with_adjacent_columns(getattr(call, each)) for each in names})

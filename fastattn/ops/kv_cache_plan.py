@@ -14,6 +14,7 @@ from fastattn.backends import layout
 from fastattn.ops import arguments
 from fastattn.ops.overlap import overlap, overlaps_itself
 from fastattn.spec import AttentionSpec, KVCacheCall
+from fastattn.strides import last_offset
 
 TENSORS = [field.name for field in fields(KVCacheCall) if "Tensor" in str(field.type)]  # the first fields
 
@@ -95,7 +96,7 @@ def _reach(tensor: Tensor | None) -> int:
     """Bytes from the first element of a tensor to the end of its last one."""
     if tensor is None or not tensor.numel():
         return 0
-    return tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
+    return tensor.element_size() * (1 + last_offset(tensor))
 
 
 class KVCachePlan:
