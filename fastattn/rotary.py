@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.spec import accumulation_dtype
-
 RotaryTable = tuple[Tensor, Tensor]  # cos, sin: (S, R/2) or (B, S, R/2), R = rotary_dim
 
 
 def rotated(x: Tensor, table: RotaryTable, positions: Tensor, *, interleaved: bool) -> Tensor:
     """x (B, heads, S, D) by `apply_rotary` at its positions (B, S), which are rows of the table; 16 bits in float32."""
-    dtype = accumulation_dtype(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t[positions].to(dtype) for t in table)  # (B, S, R/2)
     return apply_rotary(x, (cos, sin), interleaved=interleaved)
 

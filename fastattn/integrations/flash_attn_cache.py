@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import rotary
 from fastattn.integrations.flash_attn_arguments import (
     batch_integers,
     check_between,
     check_int32,
     value_range,
 )
+from fastattn.nn import positions as rotary
 from fastattn.ops import arguments
 from fastattn.ops.errors import ArgumentError
 from fastattn.ops.kv_cache import check_rotary
