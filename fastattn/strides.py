@@ -8,7 +8,7 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes: the widest load of a thread, and what TMA needs of addresses and strides
 
 # How the rows of a tensor lie, from the most general on.
-UNALIGNED = 0  # anyhow
+UNALIGNED = 0  # no more is known
 ALIGNED = 1  # each begins at a multiple of 16 bytes
 DESCRIBABLE = 2  # and a TMA descriptor can describe them: nothing is empty or expanded
 

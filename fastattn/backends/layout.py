@@ -1,4 +1,4 @@
-"""Layouts, normalised once for each call before a backend sees it: what a backend may rely on without a look.
+"""Layouts, normalised once for each call before a backend sees it: what a backend may rely on without checking.
 
 Every backend relies on adjacent columns in q, k, v, dout (`operands`, `upstream`). How much more, it states as its
 LAYOUT, a level that includes those before it:
@@ -103,8 +103,8 @@ def upstream(
 ) -> tuple[AttentionSpec, Tensor, Tensor, Tensor, Tensor | None]:
     """(spec, out, lse, dout, dlse) of a backward as the backend chosen for it needs them; lse is contiguous.
 
-    out and dout (B, H, Sq, Dv) or (T, H, Dv) may come from anywhere. At the level of ROWS the spec becomes that of the
-    rows of all of them, at UNEXPANDED they are copied where they need it.
+    out and dout (B, H, Sq, Dv) or (T, H, Dv) may have any strides and addresses. At the level of ROWS the spec becomes
+    that of their rows too, at UNEXPANDED they are copied where they need it.
     """
     dout, lse = with_adjacent_columns(dout), lse.contiguous()
     if backend.LAYOUT == STRIDED:

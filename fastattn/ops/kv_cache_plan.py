@@ -1,4 +1,4 @@
-"""What `attention_kv_cache` looks at in every call, its memory and its values, and plans of it."""
+"""The checks of memory and values that `attention_kv_cache` makes in every call, and plans of it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class KVCachePlan:
         self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, args[0], call.key, call.value)))
 
     def runner(self) -> Callable[..., Any]:
-        """The results of `attention_kv_cache` for calls of this kind from their tensors, by the shortest way."""
+        """The function of a call's tensors that gives its results: a short one where the backend has a launch."""
         return self._any_call if self.launch is None else self._of_equal_lengths
 
     def _of_equal_lengths(
