@@ -8,8 +8,8 @@ from torch import Tensor
 RotaryTable = tuple[Tensor, Tensor]  # cos, sin: (S, R/2) or (B, S, R/2), R = rotary_dim
 
 
-def rotated(x: Tensor, table: RotaryTable, positions: Tensor, *, interleaved: bool) -> Tensor:
-    """x (B, heads, S, D) by `apply_rotary` at its positions (B, S), which are rows of the table; 16 bits in float32."""
+def rotated_at(x: Tensor, table: RotaryTable, positions: Tensor, *, interleaved: bool) -> Tensor:
+    """`apply_rotary` of x (B, heads, S, D) with the table rows of its positions (B, S), in float32 for 16-bit dtypes."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t[positions].to(dtype) for t in table)  # (B, S, R/2)
     return apply_rotary(x, (cos, sin), interleaved=interleaved)

@@ -13,7 +13,7 @@ from fastattn.integrations.flash_attn_arguments import (
     check_int32,
     value_range,
 )
-from fastattn.nn import positions as rotary
+from fastattn.nn.positions import rotated_at
 from fastattn.ops import arguments
 from fastattn.ops.errors import ArgumentError
 from fastattn.ops.kv_cache import check_rotary
@@ -153,5 +153,5 @@ def rotated(
     for tensor, advances in ((query, query_advances), (key, True)):
         steps = torch.arange(tensor.shape[2], device=query.device)
         positions = starts + (steps if advances else torch.zeros_like(steps))
-        turned.append(rotary.rotated(tensor, (cos, sin), positions, interleaved=interleaved))
+        turned.append(rotated_at(tensor, (cos, sin), positions, interleaved=interleaved))
     return turned[0], turned[1]

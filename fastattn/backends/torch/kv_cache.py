@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastattn import rotary
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.attention import attention_fwd, with_sinks
+from fastattn.rotary import rotated_at
 from fastattn.spec import (
     AttentionSpec,
     KVCacheCall,
@@ -115,4 +115,4 @@ def rotated(call: KVCacheCall, tensor: Tensor, positions: Tensor) -> Tensor:
     assert call.rotary_cos is not None
     assert call.rotary_sin is not None
     table = (call.rotary_cos, call.rotary_sin)
-    return rotary.rotated(tensor, table, positions, interleaved=call.rotary_interleaved)
+    return rotated_at(tensor, table, positions, interleaved=call.rotary_interleaved)
