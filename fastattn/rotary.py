@@ -9,7 +9,7 @@ RotaryTable = tuple[Tensor, Tensor]  # cos, sin: (S, R/2) or (B, S, R/2), R = ro
 
 
 def rotated_at(x: Tensor, table: RotaryTable, positions: Tensor, *, interleaved: bool) -> Tensor:
-    """`apply_rotary` of x (B, heads, S, D) with the table rows of its positions (B, S), in float32 for 16-bit dtypes."""
+    """`apply_rotary` of x (B, heads, S, D) with the table's rows at positions (B, S), in float32 for 16-bit dtypes."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t[positions].to(dtype) for t in table)  # (B, S, R/2)
     return apply_rotary(x, (cos, sin), interleaved=interleaved)
