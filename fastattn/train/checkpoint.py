@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,14 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
 from fastattn.data.tokenization import Tokenizer
+from fastattn.models.checkpoint.pretrained import Pretrained
+from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
 from fastattn.train.config import ConfigError
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weights, read_checkpoint
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = ".unfinished-"  # a crash may leave such a file; it is never read as a checkpoint or a model
 _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
 
 
@@ -159,7 +161,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in list(self.path.iterdir()):
             if entry.name.startswith(UNFINISHED) or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
-                _delete(entry)
+                delete(entry)
         if self.overwrite:
             for name in (
                 LOG,
@@ -175,34 +177,42 @@ class RunDirectory:
         """Write checkpoint-`step` through `write(folder)`, then delete all but the newest `keep`."""
         final = self.path / f"checkpoint-{step}"
         folder = self.path / f"{UNFINISHED}{final.name}"
-        _delete(folder)
+        delete(folder)
         folder.mkdir()
         try:
             write(folder)
             publish(folder, final)
             self.passed_over.pop(final.name, None)
         except BaseException:
-            _delete(folder)
+            delete(folder)
             raise
         for old in self.checkpoints()[:-keep]:
             if old != final:
-                _delete(old)
+                delete(old)
         return final
 
     def save_model(self, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        """Put the model's files at the directory's top, each replaced in one move."""
+        """Put the model's files at the directory's top, each replaced in one move, the weights last.
+
+        The directory itself stays, as processes may work in it, so this does not call `write_folder`.
+        """
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.path) as scratch:
             write_model(model, Path(scratch), tokenizer)
-            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == WEIGHTS):
-                _sync(file)
-                file.replace(self.path / file.name)
-        _sync(self.path)
+            files = [file for file in Path(scratch).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == WEIGHTS):
+                sync(file)
+                final = self.path / file.relative_to(scratch)
+                final.parent.mkdir(exist_ok=True, parents=True)
+                file.replace(final)
+        sync(self.path)
 
 
 def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
     """model.safetensors, config.json where the model has one, and the tokeniser's files."""
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
-    if save is not None:
+    if isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
+        model.save_pretrained(folder, max_shard_size=sys.maxsize)
+    elif save is not None:
         save(folder)
     else:
         save_safetensors(model, str(folder / WEIGHTS))
@@ -233,17 +243,17 @@ def read_model(model: nn.Module, folder: Path) -> None:
 def publish(folder: Path, final: Path) -> None:
     """Rename a written folder to its final name once all of it is on disk, replacing what is there."""
     for entry in folder.rglob("*"):
-        _sync(entry)
-    _sync(folder)
+        sync(entry)
+    sync(folder)
     if final.exists():
         doomed = final.with_name(f"{_ASIDE}{final.name}")
-        _delete(doomed)
+        delete(doomed)
         final.rename(doomed)
         folder.rename(final)
-        _delete(doomed)
+        delete(doomed)
     else:
         folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _check_writable(path: Path) -> None:
@@ -261,19 +271,3 @@ def _check_writable(path: Path) -> None:
 def _existing(path: Path) -> Path:
     """`path`, or the nearest place above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
-def _sync(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # Windows refuses to open a directory
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from tiny_lm import VOCAB, make_data
 
 from fastattn.data import Tokenizer, default_corpus, train_bpe
 from fastattn.models import GPT, GPTConfig
-from fastattn.train.checkpoint import read_model
+from fastattn.train.checkpoint import UNFINISHED, RunDirectory, read_model
 
 
 def make_gpt(seed=0, **options):
@@ -36,6 +36,35 @@ def test_gpt_learns_and_resumes_bit_by_bit(make_trainer):
     wanted, found = straight.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert again.last == result.last
+
+
+def test_models_beyond_the_size_of_a_shard_are_one_file_and_resume(make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setitem(GPT.save_pretrained.__kwdefaults__, "max_shard_size", 1000)
+    make_gpt().save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    model = make_gpt()
+    make_trainer(model=model, dev=make_data(seed=1), max_steps=2).fit()
+    resumed = make_trainer(model=make_gpt(seed=4), max_steps=3, resume="auto")
+    assert resumed.directory.resume_from.name == "checkpoint-2"
+    resumed.fit()
+    assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_files_in_subfolders_are_replaced_too(tmp_path):
+    class WithFiles(GPT):
+        number = 0
+
+        def extra_files(self):
+            self.number += 1
+            return {"part/config.json": str(self.number).encode()}
+
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare()
+    model = WithFiles(make_gpt().config)
+    for number in (1, 2):
+        directory.save_model(model, None)
+        assert (tmp_path / "run" / "part" / "config.json").read_text() == str(number)
+    assert not list((tmp_path / "run").glob(f"{UNFINISHED}*"))
 
 
 def test_output_directory_loads_as_a_model_and_in_transformers(make_trainer, tmp_path):
