@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn.models.decoder import GPT
 from fastattn.models.families import load
 from fastattn.models.lora import blocks_of
-from fastattn.nn.int8 import Int8Linear
+from fastattn.nn.int8 import Int8Linear, in_numbered_layer
 
 _CHUNK = 8  # sequences at a time
 
@@ -122,9 +122,7 @@ def weight_bytes(model: Any) -> int:
     """Bytes of the weights as inference multiplies them, and of the other parameters."""
     small = {id(module.weight) for module in model.modules() if type(module) is Int8Linear}
     if isinstance(model, GPT) and model.quantized:  # its decoder rounds what the blocks multiply with
-        layers = [
-            block for block in blocks_of(model) if any(part.isdigit() for part in block.ours.split("."))
-        ]
+        layers = [block for block in blocks_of(model) if in_numbered_layer(block.ours)]
         small = {id(model.get_parameter(block.ours)) for block in layers}
     total = 0
     for parameter in model.parameters():

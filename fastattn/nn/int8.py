@@ -29,6 +29,11 @@ class Int8Linear(Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
 
+def in_numbered_layer(name: str) -> bool:
+    """Whether a module or parameter is in one of a model's stacked layers, which have numbers: "h.3.mlp.c_fc"."""
+    return any(part.isdigit() for part in name.split("."))
+
+
 def quantize_linears(model: nn.Module, kind: str | None) -> int:
     """Make the `Linear` layers in a model's numbered layers `Int8Linear`, or with None what they were; how many.
 
@@ -40,9 +45,7 @@ def quantize_linears(model: nn.Module, kind: str | None) -> int:
     forget(model)
     before, after = (Linear, Int8Linear) if kind else (Int8Linear, Linear)
     chosen = [
-        module
-        for name, module in model.named_modules()
-        if type(module) is before and any(part.isdigit() for part in name.split("."))
+        module for name, module in model.named_modules() if type(module) is before and in_numbered_layer(name)
     ]
     for module in chosen:
         module.__class__ = after
