@@ -341,7 +341,7 @@ def _chosen(blocks: list[Block], targets: str | Sequence[str]) -> list[Block]:
         if not (layered or blocks):
             raise ValueError("targets: the model has no linear layer")
         return layered or blocks
-    names = [targets] if isinstance(targets, str) else list(targets)
+    names = [targets] if isinstance(targets, str) else list(targets) if isinstance(targets, Iterable) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"targets: got {targets!r}, needs names of layers or {ALL_LINEAR!r}")
     chosen: dict[Block, None] = {}
