@@ -23,6 +23,7 @@ from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock
 from fastattn.nn.cross_attention import CrossAttention, Memory
+from fastattn.nn.int8 import check_kind
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
 from fastattn.nn.norms import RMSNorm, normalised
@@ -232,8 +233,7 @@ class GPT(Pretrained, nn.Module):
         copies are made once and again where a weight has changed. A change through `weight.data` leaves no trace, so
         call this again after one.
         """
-        if kind not in (None, "int8"):
-            raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+        check_kind("kind", kind)
         if kind is not None and not can_decode(self):
             raise ValueError(
                 "kind: a model with replaced modules or hooks does not decode with 8-bit weights"

@@ -223,9 +223,8 @@ def add_adapters(
     for block, (r, alpha) in ranks.items():
         path, _, leaf = block.ours.rpartition(".")
         module = model.get_submodule(path)
-        if leaf == "weight" and path.endswith(
-            "out_proj"
-        ):  # attention reads the weight, it does not call the module
+        if leaf == "weight" and path.endswith("out_proj"):
+            # attention reads the weight, it does not call the module
             outer = model.get_submodule(path.rpartition(".")[0])
             module = outer if isinstance(outer, MultiHeadAttention) else module
         if not isinstance(module, (LoraLinear, LoraAttention)):

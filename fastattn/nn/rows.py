@@ -48,8 +48,10 @@ def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Row
 
 
 def choice_for(instructions: str, dtype: torch.dtype) -> Choice:
-    """The line of the table for a CPU and a dtype; for a CPU that was not measured, packed bfloat16 and torch's own
-    products of other dtypes."""
+    """The line of the table for a CPU and a dtype.
+
+    For a CPU that was not measured: packed weights in bfloat16, torch's own products in other dtypes.
+    """
     measured = FASTEST.get(instructions, {}).get(str(dtype).removeprefix("torch."))
     if measured is not None:
         return measured
@@ -107,9 +109,7 @@ class Int8Rows:
 
     def _product(self, x: Tensor) -> Tensor:
         wide = x.float()
-        scale = (
-            wide.abs().amax(-1, keepdim=True).div_(self.levels)
-        )  # vector_norm's maximum is ten times as slow
+        scale = wide.abs().amax(-1, keepdim=True).div_(self.levels)  # faster than vector_norm of order inf
         scale.clamp_(min=torch.finfo(torch.float32).tiny)
         out = self.product(wide / scale).mul_(scale)
         if self.bias is not None:

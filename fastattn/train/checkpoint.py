@@ -20,6 +20,8 @@ from torch import nn
 from fastattn.data.tokenization import Tokenizer
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
+from fastattn.models.lora import adapters_of
+from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.config import ConfigError
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weights, read_checkpoint
 
@@ -33,7 +35,8 @@ class RunDirectory:
     """The folder of a run.
 
     DIR/ holds the model with the lowest validation loss so far (the newest when nothing is held out), loadable by
-    `from_pretrained`, with log.jsonl and train_config.yaml; DIR/checkpoint-STEP/ holds everything to go on from STEP.
+    `from_pretrained` (with adapters: by `fastattn.models.load`), with log.jsonl and train_config.yaml;
+    DIR/checkpoint-STEP/ holds everything to go on from STEP.
 
     Args:
         path: the directory; made when the run starts.
@@ -170,6 +173,8 @@ class RunDirectory:
                 RESOLVED_CONFIG,
                 "tokenizer.json",
                 "tokenizer_config.json",
+                ADAPTER_CONFIG,
+                ADAPTER_WEIGHTS,
             ):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -208,9 +213,16 @@ class RunDirectory:
 
 
 def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
-    """model.safetensors, config.json where the model has one, and the tokeniser's files."""
+    """model.safetensors, config.json where the model has one, and the tokeniser's files.
+
+    Of a model with adapters, model.safetensors is for resuming, and an adapter's folder in PEFT's format is written
+    beside it, which `fastattn.models.load` puts onto the model that it names.
+    """
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
-    if isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
+    if _has_adapters(model):
+        save_safetensors(model, str(folder / WEIGHTS))
+        save_adapter(model, folder)
+    elif isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
     elif save is not None:
         save(folder)
@@ -228,16 +240,18 @@ def read_model(model: nn.Module, folder: Path) -> None:
     """Load the weights that `write_model` wrote into `model`, every one of them."""
     load: Callable[[Path], nn.Module] | None = getattr(type(model), "from_pretrained", None)
     try:
-        if load is not None:
+        if load is not None and not _has_adapters(model):
             model.load_state_dict(load(folder).state_dict())
         else:
             device = str(next(model.parameters()).device)
             load_safetensors(model, folder / WEIGHTS, strict=True, device=device)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # raised by torch and safetensors for tensors of other shapes or names
+    except (RuntimeError, ValueError) as error:  # of tensors of other shapes or names
         raise DamagedCheckpoint(f"{folder / WEIGHTS}: does not fit this model ({error})") from None
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Whether it is one of our models with adapters, which `save_pretrained` refuses."""
+    return isinstance(model, Pretrained) and any(True for _ in adapters_of(model))
 
 
 def publish(folder: Path, final: Path) -> None:

@@ -1,11 +1,15 @@
 """The trainer with the library's own GPT: it learns, resumes bit by bit, and leaves a folder that others load."""
 
+import os
+import signal
+
 import pytest
 import torch
 from tiny_lm import VOCAB, make_data
 
 from fastattn.data import Tokenizer, default_corpus, train_bpe
-from fastattn.models import GPT, GPTConfig
+from fastattn.models import GPT, GPTConfig, load
+from fastattn.models.lora import attach
 from fastattn.train.checkpoint import UNFINISHED, RunDirectory, read_model
 
 
@@ -13,6 +17,16 @@ def make_gpt(seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "dropout": 0.1}
     return GPT(GPTConfig(**{**sizes, **options}))
+
+
+def stop_after(step):
+    """A callback that asks the run to stop once it has taken this many steps."""
+
+    def interrupt(record):
+        if record["event"] == "train" and record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return interrupt
 
 
 def test_gpt_learns_and_resumes_bit_by_bit(make_trainer):
@@ -48,6 +62,30 @@ def test_models_beyond_the_size_of_a_shard_are_one_file_and_resume(make_trainer,
     assert resumed.directory.resume_from.name == "checkpoint-2"
     resumed.fit()
     assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_adapters_train_resume_and_load(make_trainer, tmp_path):
+    make_gpt().save_pretrained(tmp_path / "base")
+
+    def adapted(seed):
+        torch.manual_seed(seed)
+        return attach(load(tmp_path / "base"), r=2)
+
+    options = {"save_every": 2, "log_every": 2, "dev": make_data(seed=1)}
+    straight = make_trainer(model=adapted(1), out="straight", max_steps=4, **options)
+    straight.fit()
+    make_trainer(model=adapted(1), max_steps=4, **options, keywords={"on_record": stop_after(2)}).fit()
+    resumed = make_trainer(model=adapted(2), max_steps=4, resume="auto", **options)
+    assert resumed.directory.resume_from.name == "checkpoint-2"
+    resumed.fit()
+    wanted, found = straight.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    best = load(tmp_path / "run")
+    ids = torch.arange(10)[None] % VOCAB
+    kept = adapted(3)
+    read_model(kept, tmp_path / "run")
+    assert torch.equal(best(ids).logits, kept.eval()(ids).logits)
+    assert not torch.equal(best(ids).logits, load(tmp_path / "base")(ids).logits)
 
 
 def test_files_in_subfolders_are_replaced_too(tmp_path):
