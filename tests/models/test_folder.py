@@ -9,20 +9,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tiny_gpt import SIZES
 
 from fastattn.models import GPT, GPTConfig, load
 from fastattn.models.checkpoint import resolve_folder
 from fastattn.models.checkpoint.hub import push_folder
 from fastattn.models.checkpoint.load import dtype_of, float_dtype
-
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from tiny_gpt import SIZES as GPT2
 from torch import nn
 
 from fastattn import MultiHeadAttention
@@ -15,14 +16,6 @@ from fastattn.models.lora import Adapter, adapters_of, attach, blocks_of, detach
 from fastattn.models.peft import load_adapter, save_adapter
 from fastattn.nn.linear import Linear
 
-GPT2 = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 BERT = {
     "vocab_size": 61,
     "hidden_size": 32,

@@ -6,6 +6,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from tiny_gpt import SIZES as GPT2
 
 from fastattn.models import GPT, BertConfig, BertForEmbedding, BertForMaskedLM, GPTConfig, load
 from fastattn.models.small import compare, perplexity, weight_bytes
@@ -13,14 +14,6 @@ from fastattn.nn.int8 import Int8Linear, quantize_linears
 from fastattn.nn.linear import Linear
 from fastattn.nn.rows import INT8_ROWS, Int8Rows
 
-GPT2 = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 BERT = {
     "vocab_size": 61,
     "hidden_size": 64,
