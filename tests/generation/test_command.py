@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def invoke(*words: Any, given: str | None = None) -> tuple[int, str, str]:
     result = CliRunner().invoke(cli.app, ["generate", *map(str, words)], input=given)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
+    # not result.stdout, which turns \r\n into \n
+    return result.exit_code, result.stdout_bytes.decode(), result.stderr
 
 
 def expected(folder: Path, prompt: str, kind: str | None = None, **options: Any) -> str:
