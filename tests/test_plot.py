@@ -51,7 +51,7 @@ def test_a_figure_has_the_same_bytes_each_time_and_no_date(tmp_path: Path, kind:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"path: got loss.pdf, needs a name that ends with .svg or .png"):
+    with pytest.raises(ValueError, match=r"path: got 'loss.pdf', needs a name that ends with .svg or .png"):
         plot.save(None, tmp_path / "loss.pdf")
 
 
