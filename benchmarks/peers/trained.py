@@ -12,7 +12,6 @@ from torch import Tensor
 
 from measure.training import train_gpt
 
-KINDS = ("prose", "code")
 LENGTH, BATCH, STEPS, CODE_FILES = 256, 8, 110, 90
 MODEL: dict[str, Any] = {"vocab_size": 2048, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4}
 SMALL: dict[str, Any] = {"vocab_size": 64, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
