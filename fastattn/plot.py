@@ -23,8 +23,8 @@ STYLE: Any = {
 METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 MARKS = ".ox+#"  # markers of a text chart's series, in order
 
-MAX_FIGURE = 60.0  # inches of a side of attention maps
-SHOWN_TOKENS = 64  # of longer sequences only some are named
+MAX_FIGURE = 60.0  # inches, of the longer side of a figure of attention maps
+SHOWN_TOKENS = 64  # most tokens that are named along an axis
 GAPS = {
     " ": "\N{OPEN BOX}",
     "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",

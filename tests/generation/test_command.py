@@ -12,7 +12,7 @@ import torch
 from generation_cases import make, tokenizer
 from typer.testing import CliRunner
 
-from fastattn import cli
+from fastattn import cli, console
 from fastattn.generation.text import UNKNOWN, Detokenizer
 from fastattn.models import GPT
 
@@ -94,6 +94,16 @@ def test_line_separators_within_a_json_string_end_no_line(folder: Path, tmp_path
     data.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False), encoding="utf-8")
     code, out, _ = invoke(folder, f"--data={data}", "--max-new-tokens=12", "--json")
     assert (code, json.loads(out)["continuations"][0]["prompt"]) == (0, prompt)
+
+
+def test_a_file_that_is_too_long_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "x"}')
+    monkeypatch.setattr(console, "MAX_DATA_BYTES", 14)
+    code, out, err = invoke(folder, f"--data={data}")
+    assert (code, out, err) == (2, "", f"fastattn: --data {data}: holds over 14 bytes\n")
 
 
 def test_what_is_not_given_is_taken_from_the_folder(folder: Path, tmp_path: Path) -> None:
