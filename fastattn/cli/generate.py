@@ -57,7 +57,8 @@ def generate(
 ) -> None:
     """Continue text with the model of a folder, its text printed as it is made.
 
-    What is not given is taken from the folder's generation_config.json. Exits with 2 on bad input.
+    What is not given is taken from the folder's generation_config.json, but for --max-new-tokens.
+    Exits with 2 on bad input.
     """
     from fastattn import text_generation as work
 
