@@ -23,8 +23,8 @@ STYLE: Any = {
 METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 MARKS = ".ox+#"  # markers of a text chart's series, in order
 
-MAX_FIGURE = 60.0  # inches of a side of attention maps
-SHOWN_TOKENS = 64  # of longer sequences only some are named
+MAX_FIGURE = 60.0  # inches, of the longer side of a figure of attention maps
+SHOWN_TOKENS = 64  # most tokens that are named along an axis
 GAPS = {
     " ": "\N{OPEN BOX}",
     "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
@@ -61,12 +61,18 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Any, path: Path, *, dpi: float = 150) -> None:
     """Write a figure in the format that the file's name ends with, .svg or .png."""
-    kind = path.suffix.removeprefix(".")
-    if kind not in METADATA:
-        raise ValueError(f"path: got {path.name}, needs a name that ends with .{' or .'.join(METADATA)}")
+    kind = _format_of(path)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, metadata=METADATA[kind], dpi=dpi)
     write_atomically(path, drawn.getvalue())
+
+
+def _format_of(path: Path) -> str:
+    """The format that a file's name ends with; ValueError for one that is not drawn."""
+    kind = path.suffix.removeprefix(".")
+    if kind not in METADATA:
+        raise ValueError(f"path: got {path.name!r}, needs a name that ends with .{' or .'.join(METADATA)}")
+    return kind
 
 
 def plot_attention(
@@ -94,8 +100,7 @@ def plot_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     target = Path(path)
-    if target.suffix.removeprefix(".") not in METADATA:
-        raise ValueError(f"path: got {target.name!r}, needs a name that ends with .{' or .'.join(METADATA)}")
+    _format_of(target)
     maps = _maps(attentions)
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise TypeError("tokens: needs a list of texts, one for each key")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastattn.console import InputError
+from fastattn import console
+from fastattn.console import InputError, data_entries, is_unicode
 
 if TYPE_CHECKING:
     from fastattn.data import Tokenizer
 
-MAX_DATA_BYTES = 2**30
-
 
 def check_folder(folder: Path) -> None:
     """Refuse what is no folder with a model and a tokenizer."""
-    if not folder.is_dir():
-        raise InputError(f"{str(folder)[:200]}: no such folder, needs one with config.json and weights")
+    console.check_folder(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, needs a model's folder")
 
@@ -35,6 +32,10 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
         model: Any = load(folder)
         if not hasattr(model, "generate"):
             raise InputError(f"{folder}: holds a {type(model).__name__}, which generates no text")
+        if not hasattr(model, "max_positions"):  # no CausalLM: an encoder-decoder
+            raise InputError(
+                f"{folder}: holds an {type(model).__name__}, which continues no prompt; call its generate"
+            )
         if kind is not None:
             model = model.quantize(kind)
         elif torch.cuda.is_available():
@@ -81,7 +82,7 @@ def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None
     text = (standard_input or "").removesuffix("\n") if prompt is None else prompt
     if not text:
         raise InputError("--prompt: got no text, nor any on standard input")
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if "\0" in text or not is_unicode(text):
         raise InputError("--prompt: holds characters that are no text")
     return [text]
 
@@ -93,18 +94,23 @@ def continuations(
     import torch
 
     from fastattn.generation import stream_text
+    from fastattn.generation.decoding import prepared
+    from fastattn.generation.options import Options
 
     device = next(model.parameters()).device
+    # one continuation of each prompt is printed, whatever the folder's generation_config asks for
+    arguments = {**options, "tokenizer": tokenizer, "num_return_sequences": 1}
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
         if not ids.numel():
             raise InputError("--prompt: the tokenizer makes no token of it")
         try:
-            if options.get("num_beams", 1) > 1:
-                made = model.generate(ids, tokenizer=tokenizer, **options)[0, ids.shape[1] :].tolist()
+            settled, _ = prepared(model, ids, None, Options(**arguments))
+            if settled.num_beams > 1:
+                made = model.generate(ids, **arguments)[0, ids.shape[1] :].tolist()
                 yield number, tokenizer.decode(made)
                 continue
-            for piece in stream_text(model, ids, tokenizer=tokenizer, **options):
+            for piece in stream_text(model, ids, **arguments):
                 yield number, piece
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from None
@@ -115,27 +121,10 @@ def _flags(names: dict[str, Any], without: str) -> str:
 
 
 def _read_data(path: Path) -> Iterator[str]:
-    try:
-        if not path.is_file():
-            raise InputError(f"--data {str(path)[:200]}: no such file")
-        if path.stat().st_size > MAX_DATA_BYTES:
-            raise InputError(f"--data {path}: holds over {MAX_DATA_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {str(path)[:200]}: cannot be read ({error})") from None
-    found = False
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--data {path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where} is not JSON") from None
-        text = entry.get("prompt") if isinstance(entry, dict) else None
+    for where, entry in data_entries(path):
+        text = entry.get("prompt")
         if not isinstance(text, str) or not text:
             raise InputError(f'{where} has no text under "prompt"')
-        found = True
+        if not is_unicode(text):
+            raise InputError(f'{where} has characters under "prompt" that are no text')
         yield text
-    if not found:
-        raise InputError(f"--data {path}: holds no line")

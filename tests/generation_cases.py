@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -65,6 +66,13 @@ TEXT = "Stop here: 你好, 世界! Ünïcode 😀👍 and 👩\u200d👩\u200d�
 def tokenizer() -> Tokenizer:
     """A byte-level BPE that knows few of these characters, so that most span several tokens."""
     return train_bpe(["stop the end, stop here and there"] * 3, vocab_size=280)
+
+
+class Letters:
+    """A tokenizer with a character for each id."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("0") + i) for i in ids)
 
 
 class Script:

@@ -13,6 +13,7 @@ from measure import calls
 from measure.harness import Budget
 from measure.protocols import Judgement, Step, Tensors
 from peers.decode import find
+from report import schema
 
 BUDGET = Budget(seconds=2.0, memory=False)
 
@@ -92,13 +93,19 @@ def cpu_cases() -> list[DecodeCase]:
     """A small model's decoding: one sequence or a few, short and long caches."""
     mha = {"heads": 12, "kv_heads": 12, "head_dim": 64, "peers": ("sdpa",)}
     gqa = {**mha, "heads": 16, "kv_heads": 2}
+
+    def faster(speed: float) -> schema.Result:
+        return {"provider": "fastattn", "against": "sdpa", "speed": speed}
+
+    of_groups = {**gqa, "peers": ("sdpa", "flex"), "target": faster(1.3)}
+    of_halves = {**mha, "dtype": torch.bfloat16, "target": faster(2.5)}
     cases = [
         DecodeCase("mha-1x2048", "equal", 1, 2048, **mha),  # type: ignore[arg-type]
-        DecodeCase("gqa-1x2048", "equal", 1, 2048, **{**gqa, "peers": ("sdpa", "flex")}),  # type: ignore[arg-type]
+        DecodeCase("gqa-1x2048", "equal", 1, 2048, **of_groups),  # type: ignore[arg-type]
         DecodeCase("mha-8x1024", "equal", 8, 1024, **mha),  # type: ignore[arg-type]
         DecodeCase("mha-8x1024-ragged", "ragged", 8, 1024, **mha),  # type: ignore[arg-type]
         DecodeCase("gqa-8x1024-paged", "paged", 8, 1024, page=64, **gqa),  # type: ignore[arg-type]
-        DecodeCase("mha-1x2048-bf16", "equal", 1, 2048, dtype=torch.bfloat16, **mha),  # type: ignore[arg-type]
+        DecodeCase("mha-1x2048-bf16", "equal", 1, 2048, **of_halves),  # type: ignore[arg-type]
     ]
     return cases + [DecodeCase(f"mha-1x{n}", "equal", 1, n, **mha) for n in (128, 512, 8192)]  # type: ignore[arg-type]
 

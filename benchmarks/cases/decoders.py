@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from inputs.varlen import spread_lengths
 from measure.protocols import Judgement, Step, Tensors
 from peers.llama import LlamaPair
 from report import figures, schema
@@ -35,8 +36,8 @@ class DecoderCase:
     @property
     def params(self) -> schema.Result:
         """The sizes, for the result."""
-        kept = ("preset", "batch", "shortest", "longest", "new_tokens")
-        return {**{k: v for k, v in asdict(self).items() if k in kept and v}, **self.changes}
+        kept = figures.sizes(self, "preset", "batch", "shortest", "longest", "new_tokens")
+        return {**kept, **self.changes}
 
     @property
     def label(self) -> str:
@@ -44,11 +45,6 @@ class DecoderCase:
         words = f"{self.preset or 'a small Llama'}, {self.new_tokens} tokens after {self.batch} left-padded prompts"
         words += f" of {self.shortest} to {self.longest} tokens"
         return ", ".join([words, *figures.unusual(self.dtype, "forward+backward")])
-
-    def lengths(self) -> torch.Tensor:
-        """Evenly spaced lengths, in a fixed random order."""
-        spaced = torch.linspace(self.shortest, self.longest, self.batch).round().long()
-        return spaced[torch.randperm(self.batch, generator=torch.Generator().manual_seed(1))]
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
@@ -70,7 +66,8 @@ class DecoderWorkload:
         self.case, self.device = case, device
         self.pair = LlamaPair(case.preset, **case.changes)
         generator = torch.Generator().manual_seed(2)
-        self.mask = (torch.arange(case.longest) >= case.longest - case.lengths()[:, None]).long().to(device)
+        lengths = spread_lengths(case.shortest, case.longest, case.batch, seed=1)
+        self.mask = (torch.arange(case.longest) >= case.longest - lengths[:, None]).long().to(device)
         self.ids = torch.randint(3, 500, (case.batch, case.longest), generator=generator).to(device)
         self.ids *= self.mask
 

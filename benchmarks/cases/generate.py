@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,7 @@ class GenerateCase:
     @property
     def params(self) -> schema.Result:
         """The sizes, for the result."""
-        kept = ("batch", "prompt", "new_tokens", "preset")
-        return {k: v for k, v in asdict(self).items() if k in kept and v}
+        return figures.sizes(self, "batch", "prompt", "new_tokens", "preset")
 
     @property
     def label(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,8 +36,7 @@ class LookupCase:
     @property
     def params(self) -> schema.Result:
         """The sizes, for the result."""
-        kept = ("text", "quantized", "prompt", "new_tokens", "count")
-        return {k: v for k, v in asdict(self).items() if k in kept and v}
+        return figures.sizes(self, "text", "quantized", "prompt", "new_tokens", "count")
 
     @property
     def label(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from cases.decoders import TRANSFORMERS, DecoderCase
+from inputs.varlen import spread_lengths
 from measure.harness import Budget
 from measure.protocols import CannotRun, Judgement, Step, Tensors
 from peers.encoders import EncoderPair, embedding_folder, in_groups, padded_sentences, sentences
@@ -45,8 +46,7 @@ class EncoderCase:
     @property
     def params(self) -> schema.Result:
         """The sizes, for the result."""
-        kept = ("preset", "layers", "batch", "shortest", "longest")
-        return {k: v for k, v in asdict(self).items() if k in kept and v}
+        return figures.sizes(self, "preset", "layers", "batch", "shortest", "longest")
 
     @property
     def label(self) -> str:
@@ -66,11 +66,6 @@ class EncoderCase:
     def flops(self) -> float | None:
         """None: what padding costs is what is measured."""
         return None
-
-    def lengths(self) -> torch.Tensor:
-        """Evenly spaced lengths, in a fixed random order."""
-        spaced = torch.linspace(self.shortest, self.longest, self.batch).round().long()
-        return spaced[torch.randperm(self.batch, generator=torch.Generator().manual_seed(1))]
 
     def providers(self, device: torch.device) -> list[str]:
         """Ours first."""
@@ -92,7 +87,7 @@ class EncoderWorkload:
         self.case = case
         self.training = case.group == "encoder-training"
         self.pair = EncoderPair(case.preset, case.layers, device, training=self.training)
-        lengths = case.lengths()
+        lengths = spread_lengths(case.shortest, case.longest, case.batch, seed=1)
         self.mask = (torch.arange(case.longest) < lengths[:, None]).long().to(device)
         generator = torch.Generator().manual_seed(2)
         size = (case.batch, case.longest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -38,8 +38,7 @@ class TrainCase:
     @property
     def params(self) -> schema.Result:
         """The sizes, for the result."""
-        kept = ("batch", "seqlen", "preset", "update", "dropout")
-        return {k: v for k, v in asdict(self).items() if k in kept and v}
+        return figures.sizes(self, "batch", "seqlen", "preset", "update", "dropout")
 
     @property
     def label(self) -> str:

@@ -13,6 +13,12 @@ from measure import calls
 from report import figures, schema
 
 
+def spread_lengths(shortest: int, longest: int, batch: int, seed: int) -> Tensor:
+    """Lengths (batch,) int64 spread evenly from `shortest` to `longest`, in a random order that the seed fixes."""
+    spread = torch.linspace(shortest, longest, batch).round().to(torch.int64)
+    return spread[torch.randperm(batch, generator=torch.Generator().manual_seed(seed))]
+
+
 @dataclass(frozen=True)
 class VarlenCall:
     """A batch of sequences whose lengths are spread evenly from `shortest` to `longest`, in a fixed random order."""
@@ -34,9 +40,7 @@ class VarlenCall:
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        spread = torch.linspace(self.shortest, self.longest, self.batch).round().to(torch.int64)
-        order = torch.randperm(self.batch, generator=torch.Generator().manual_seed(7))
-        return [int(length) for length in spread[order]]
+        return [int(length) for length in spread_lengths(self.shortest, self.longest, self.batch, seed=7)]
 
     @property
     def params(self) -> schema.Result:

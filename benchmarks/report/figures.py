@@ -68,7 +68,7 @@ def memory_ratio(row: Result | None, peer: Result | None) -> float | None:
 
 
 def verdict(case: Result) -> str:
-    """ "met", "missed (what)" or "" for a case without a target or whose target could not be measured."""
+    """ "met", "missed (what)" or "" for a case without a target or where a part of it was not measured."""
     target = case["target"]
     if target is None:
         return ""
@@ -91,6 +91,8 @@ def verdict(case: Result) -> str:
             missed.append(f"{ratio:.2f}x of {target['time']}x the time")
     if "memory" in target:
         ratio = memory_ratio(ours, peer)
+        if ratio is None and not missed:
+            return ""
         if ratio is not None and ratio > target["memory"]:
             missed.append(f"{ratio:.2f} of {target['memory']} of the memory")
     if "extra_ms" in target:
@@ -166,6 +168,11 @@ def case_lines(case: Result) -> list[str]:
         ]
         lines.append(f"  {row['provider']:<18} " + "  ".join(part for part in parts if part))
     return lines
+
+
+def sizes(case: object, *names: str) -> Result:
+    """These fields of a case, but for those that are zero, empty or None: the params of its result."""
+    return {name: value for name in names if (value := getattr(case, name))}
 
 
 def unusual(dtype: torch.dtype, direction: str) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.generation.choosing import Scores
+from fastattn.generation.choosing import Scores, refuse_not_finite
 from fastattn.generation.drivers import driver_of
 from fastattn.generation.options import Settled
 from fastattn.generation.protocol import CausalLM
@@ -75,10 +75,7 @@ def beam_search(model: CausalLM, prompt: Tensor, mask: Tensor | None, options: S
         logits = driver.first() if length == 1 else driver.next(tokens)
         log_probs = scores(logits.float().log_softmax(-1))  # (P * beams, V)
         if not bool(log_probs.amax(-1).isfinite().all()):
-            raise ValueError(
-                f"model: its logits for token {length - 1} after the prompt are not finite, "
-                f"so no token can be chosen; look for NaN or infinite weights"
-            )
+            refuse_not_finite(length - 1)
         vocab_size = log_probs.shape[-1]
         totals = (log_probs.view(prompts, beams, -1) + running[:, :, None]).flatten(1)
         best = totals.topk(min(count, totals.shape[1]), dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -88,6 +89,14 @@ class Chooser:
         probs = shares(logits, o.temperature, o.top_k, o.top_p, o.min_p)
         tokens = draw(probs, self.draws.at(position))
         return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)
+
+
+def refuse_not_finite(place: int) -> NoReturn:
+    """place: how many tokens behind the prompt the logits are that no token can be chosen by."""
+    raise ValueError(
+        f"model: its logits for token {place} after the prompt are not finite, "
+        f"so no token can be chosen; look for NaN or infinite weights"
+    )
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def driver_of(
 
 
 class DecoderDriver:
-    """By a decoder, which reads each prompt once however many sequences begin with it."""
+    """Runs a model's decoder, which reads each prompt once however many sequences begin with it."""
 
     def __init__(
         self, decoder: Decoder, prompt: Tensor, mask: Tensor | None, copies: int, chunk_size: int | None
@@ -93,7 +93,7 @@ class DecoderDriver:
 
 
 class ModelDriver:
-    """By the model's step: padding stands in front, and the mask of all positions is made once."""
+    """Runs a model's step. Padding is moved to the front, and the mask of all positions is made once."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.generation.choosing import NOT_FINITE
+from fastattn.generation.choosing import NOT_FINITE, refuse_not_finite
 from fastattn.generation.options import Settled
 from fastattn.generation.protocol import CausalLM
 from fastattn.generation.stopping import special_tokens
@@ -23,10 +23,7 @@ class Row:
     def append(self, token: int) -> None:
         """A token was chosen; of one that completes a stop string, only what is before the string stays."""
         if token == NOT_FINITE:
-            raise ValueError(
-                f"model: its logits for token {len(self.ids)} after the prompt are not finite, "
-                f"so no token can be chosen; look for NaN or infinite weights"
-            )
+            refuse_not_finite(len(self.ids))
         self.ids.append(token)
         self.done = token in self.ends or len(self.ids) == self.limit
         if self.text is None:
@@ -75,7 +72,7 @@ class Rows:
     def append(self, tokens: Tensor) -> Tensor:
         """Tokens (R,) were chosen; returns them, with padding in finished rows."""
         ended = False
-        padded = not all(not row.done for row in self.rows)
+        padded = any(row.done for row in self.rows)
         for row, token in zip(self.rows, tokens.tolist()):
             if not row.done:
                 row.append(token)

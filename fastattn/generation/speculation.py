@@ -57,9 +57,9 @@ class Lookup:
 
 
 class Account:
-    """What guesses have won and lost, in single steps; they stop where a loss is no longer covered.
+    """What guesses have won and lost, in the cost of single steps; guessing stops while the balance is too low.
 
-    Counted, not timed: the same call guesses the same tokens every time.
+    The cost is counted, not timed, so that the same call guesses the same tokens every time.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens and which strings end a row, and what stands behind them."""
+"""The tokens and the strings that end a row, and the padding behind the end."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def _token_id(name: str, token: object, size: int) -> int:
 
 
 class StopStrings:
-    """Text that comes in pieces, up to the first stop string in it, of which nothing is let through.
+    """Lets text through that comes in pieces, up to the first stop string in it.
 
     The first is the one that ends first; of those that end together, the longest. So the cut does not depend on the
-    pieces. What may be the beginning of a stop string is held back until that is decided.
+    pieces. Characters that may begin a stop string are held back until that is decided.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

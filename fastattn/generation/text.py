@@ -15,9 +15,9 @@ UNFINISHED = 3  # most tokens of a character that is not complete: it has four b
 class Detokenizer:
     """Text of tokens that come one by one.
 
-    A token's text may depend on those before it, and a character may span several tokens. So the tokens behind the
-    last ones that gave text are decoded together with those, and what is new is given when it does not end within a
-    character.
+    A token's text may depend on the tokens before it, and a character may span several tokens. So pending tokens are
+    decoded together with the tokens whose text was given last, and the new text is given once it does not end within
+    a character.
     """
 
     def __init__(self, tokenizer: Decodes, prompt: Sequence[int]) -> None:
@@ -49,7 +49,7 @@ class Detokenizer:
 class RowText:
     """The text of a row's continuation, and which of its tokens may be given with it.
 
-    A token may be given once all its characters may: those that a stop string holds a character of never are.
+    A token may be given once all its characters may. A token that holds a character of a stop string is never given.
     """
 
     def __init__(self, tokenizer: Decodes, prompt: Sequence[int], stop_strings: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import torch_compat
+from fastattn.constants import IGNORE_INDEX
 from fastattn.models.bert_config import PROBLEM_TYPES, BertConfig
 from fastattn.models.encoder import Bert, Encoded, initialise
-from fastattn.models.losses import IGNORE_INDEX, check_targets, mean_loss, mean_loss_of, widened
+from fastattn.models.losses import check_targets, mean_loss, mean_loss_of, widened
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import Transform
 from fastattn.nn.linear import Linear

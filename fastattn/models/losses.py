@@ -7,11 +7,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from fastattn.constants import IGNORE_INDEX
 from fastattn.models.checks import check_range, readable
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 def mean_loss(

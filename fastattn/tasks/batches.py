@@ -50,6 +50,11 @@ def run(
     return results
 
 
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are that: 16 bits are too few for a softmax."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def label_name(config: Any, number: int) -> str:
     """The name of a label, LABEL_0 and so on where the config has none."""
     names = config.id2label

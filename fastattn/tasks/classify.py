@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.data.encoding import InputTokenizer
 from fastattn.models import BertForSequenceClassification
-from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, run
+from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, run, wide
 
 NAME = "classify"
 MODELS = (BertForSequenceClassification,)
@@ -21,12 +20,12 @@ OPTIONAL = ("text_pair",)
 def scores_of(logits: Tensor, config: Any) -> Tensor:
     """Scores (..., num_labels) of logits: their softmax; with several labels at once or a single one, their sigmoid;
     for a regression, the logits themselves."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     if config.problem_type == "regression":
-        return wide
+        return logits
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return wide.sigmoid()
-    return wide.softmax(-1)
+        return logits.sigmoid()
+    return logits.softmax(-1)
 
 
 def decode(logits: Tensor, config: Any, top_k: int | None = None) -> list[dict[str, Any]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.data.encoding import MASK_SPELLINGS, InputTokenizer, Row
 from fastattn.models import BertForMaskedLM, BertForPreTraining
-from fastattn.tasks.batches import BATCH_SIZE, max_tokens, run
+from fastattn.tasks.batches import BATCH_SIZE, max_tokens, run, wide
 
 NAME = "fill"
 MODELS = (BertForMaskedLM, BertForPreTraining)
@@ -21,8 +20,7 @@ TOP_K = 5
 
 def decode(logits: Tensor, tokenizer: InputTokenizer, top_k: int = TOP_K) -> list[dict[str, Any]]:
     """The likeliest tokens of a mask's logits (V,)."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores, numbers = wide.softmax(-1).topk(min(top_k, wide.shape[-1]))
+    scores, numbers = wide(logits).softmax(-1).topk(min(top_k, logits.shape[-1]))
     return [
         {"token": number, "text": tokenizer.core.decode([number], skip_special_tokens=False), "score": score}
         for number, score in zip(numbers.tolist(), scores.tolist())

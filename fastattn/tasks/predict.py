@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastattn.console import InputError
+from fastattn.console import InputError, check_folder, data_entries, is_unicode
 from fastattn.data import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.models import BertForEmbedding, families
 from fastattn.tasks import classify, embed, fill, qa, tag
 
 TASKS: tuple[ModuleType, ...] = (classify, tag, qa, fill, embed)
-MAX_DATA_BYTES = 2**30
 
 
 def task_of(folder: Path) -> ModuleType:
     """The task of a folder's head, no weight read; InputError for what is no such folder."""
-    try:
-        is_folder = folder.is_dir()
-    except OSError:  # a name too long
-        is_folder = False
-    if not is_folder:
-        raise InputError(f"{str(folder)[:200]}: no such folder, needs one with config.json and weights")
+    check_folder(folder)
     try:
         cls = families.class_for(folder)
     except ValueError as error:
@@ -66,9 +59,11 @@ def check_options(task: ModuleType, options: dict[str, Any]) -> dict[str, Any]:
 
 def examples_of(task: ModuleType, data: Path | None, standard_input: str | None) -> list[dict[str, str]]:
     """The examples: of a JSONL file with the task's fields, or one a line, its fields separated by a tab."""
-    examples = list(_lines(task, standard_input or "") if data is None else _entries(task, data))
+    if data is not None:
+        return list(_entries(task, data))
+    examples = list(_lines(task, standard_input or ""))
     if not examples:
-        raise InputError("standard input: got no text" if data is None else f"--data {data}: holds no line")
+        raise InputError("standard input: got no text")
     return examples
 
 
@@ -104,24 +99,7 @@ def _lines(task: ModuleType, text: str) -> Iterator[dict[str, str]]:
 
 
 def _entries(task: ModuleType, path: Path) -> Iterator[dict[str, str]]:
-    try:
-        if not path.is_file():
-            raise InputError(f"--data {str(path)[:200]}: no such file")
-        if path.stat().st_size > MAX_DATA_BYTES:
-            raise InputError(f"--data {path}: holds over {MAX_DATA_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {str(path)[:200]}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--data {path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where} is not JSON") from None
-        if not isinstance(entry, dict):
-            raise InputError(f"{where} is no JSON object")
+    for where, entry in data_entries(path):
         wanted = [*task.FIELDS, *(name for name in task.OPTIONAL if name in entry)]
         yield {name: _checked(where, name, entry.get(name)) for name in wanted}
 
@@ -129,6 +107,6 @@ def _entries(task: ModuleType, path: Path) -> Iterator[dict[str, str]]:
 def _checked(where: str, name: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f'{where} has no text under "{name}"')
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if not is_unicode(value):
         raise InputError(f'{where} has characters under "{name}" that are no text')
     return value

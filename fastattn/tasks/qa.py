@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.models import BertForQuestionAnswering
-from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run
+from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, wide
 
 NAME = "qa"
 MODELS = (BertForQuestionAnswering,)
@@ -31,11 +31,11 @@ def decode(
     score = P(start) P(end), each a softmax over the context and the first token, which stands for no answer; a span
     starts no later than it ends and holds at most `max_answer_tokens`.
     """
-    wide = torch.stack((start, end)).to(torch.promote_types(start.dtype, torch.float32)).cpu()
+    logits = wide(torch.stack((start, end))).cpu()
     inside = torch.tensor([sequence == CONTEXT for sequence in row.sequences])
     first = torch.zeros_like(inside)
     first[0] = True
-    first_p, last_p = wide.masked_fill(~(inside | first), -torch.inf).softmax(-1)
+    first_p, last_p = logits.masked_fill(~(inside | first), -torch.inf).softmax(-1)
     none = float(first_p[0] * last_p[0])
     places = inside.nonzero().squeeze(1)
     if not len(places):
@@ -108,7 +108,7 @@ def predict(
 def check_questions(model: Any, tokenizer: InputTokenizer, examples: Sequence[dict[str, str]]) -> int:
     """The tokens that windows may share; ValueError for a question that leaves a context less than one token."""
     longest = max_tokens(model, tokenizer)
-    around = tokenizer.lowest[1] - tokenizer.lowest[0]
+    around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
     stride = STRIDE
     for number, row in enumerate(tokenizer.encode([e["question"] for e in examples]), 1):
         room = longest - len(row.ids) - around

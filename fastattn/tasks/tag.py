@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.models import BertForTokenClassification
-from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run
+from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, wide
 
 NAME = "tag"
 MODELS = (BertForTokenClassification,)
@@ -24,11 +23,11 @@ def labels_of(logits: Tensor, config: Any) -> list[tuple[str, float]]:
 
     Of logits (S,), a model's with one label: that label where its probability is over 0.5, else O.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if wide.dim() == 1:
-        each = wide.sigmoid().tolist()
+    logits = wide(logits)
+    if logits.dim() == 1:
+        each = logits.sigmoid().tolist()
         return [(label_name(config, 0), p) if p > 0.5 else (OUTSIDE, 1 - p) for p in each]
-    scores, numbers = wide.softmax(-1).max(-1)
+    scores, numbers = logits.softmax(-1).max(-1)
     return [(label_name(config, n), p) for n, p in zip(numbers.tolist(), scores.tolist())]
 
 

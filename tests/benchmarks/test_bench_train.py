@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from cases import generate as bench_generate
+from cases import lookup
 from cases import models as bench_models
 from cases import train as bench_train
 from numerics import assert_within_rule
+from peers import trained
 from report import figures
 
 CPU = torch.device("cpu")
@@ -59,6 +61,26 @@ def test_encoders_agree(case: Any) -> None:
                 assert torch.cosine_similarity(result, theirs[key]).mean() > bench_models.LEAST_COSINE
             else:
                 torch.testing.assert_close(result, theirs[key])
+
+
+@pytest.mark.parametrize("text", ["code", "prose"])
+def test_lookup_is_measured_on_held_out_text_of_a_trained_model(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In small: the trained form of a case makes the same tokens with prompt lookup and without."""
+    for name, value in {
+        "STEPS": 1,
+        "BATCH": 2,
+        "CODE_FILES": 3,
+        "MODEL": {**trained.SMALL, "vocab_size": 300},
+    }.items():
+        monkeypatch.setattr(trained, name, value)
+    monkeypatch.setattr(lookup, "trained", trained.trained.__wrapped__)
+    case = lookup.LookupCase("x", text, new_tokens=8)
+    workload = case.open(CPU)
+    assert workload.prompts.shape == (case.count, case.prompt)
+    ours, without = (workload.step(name)()["ids"] for name in case.providers(CPU))
+    assert torch.equal(ours, without)
 
 
 def test_a_step_updates_the_providers_own_weights_only() -> None:

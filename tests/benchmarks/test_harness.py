@@ -210,7 +210,8 @@ def _row(provider: str, median: float, memory: float | None = None) -> dict[str,
         (10.0, 20.0, "met"),
         (12.6, 20.0, "missed (7.94x of 8.0x)"),
         (10.0, 30.0, "missed (0.30 of 0.25 of the memory)"),
-        (10.0, None, "met"),
+        (10.0, None, ""),
+        (12.6, None, "missed (7.94x of 8.0x)"),
     ],
 )
 def test_verdict_compares_with_the_target(ours: float, memory: float | None, verdict: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from generation_cases import make, tokenizer
 from typer.testing import CliRunner
 
-from fastattn import cli
+from fastattn import cli, console
 from fastattn.generation.text import UNKNOWN, Detokenizer
 from fastattn.models import GPT
 
@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def invoke(*words: Any, given: str | None = None) -> tuple[int, str, str]:
     result = CliRunner().invoke(cli.app, ["generate", *map(str, words)], input=given)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
+    # not result.stdout, which turns \r\n into \n
+    return result.exit_code, result.stdout_bytes.decode(), result.stderr
 
 
 def expected(folder: Path, prompt: str, kind: str | None = None, **options: Any) -> str:
@@ -87,6 +88,58 @@ def test_standard_input_lines_of_a_file_and_json(folder: Path, tmp_path: Path) -
     assert out == text[: text.index(stop)] + "\n"
 
 
+def test_line_separators_within_a_json_string_end_no_line(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    prompt = "a\N{LINE SEPARATOR}b\x85c"
+    data.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False), encoding="utf-8")
+    code, out, _ = invoke(folder, f"--data={data}", "--max-new-tokens=12", "--json")
+    assert (code, json.loads(out)["continuations"][0]["prompt"]) == (0, prompt)
+
+
+def test_a_file_that_is_too_long_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "x"}')
+    monkeypatch.setattr(console, "MAX_DATA_BYTES", 14)
+    code, out, err = invoke(folder, f"--data={data}")
+    assert (code, out, err) == (2, "", f"fastattn: --data {data}: holds over 14 bytes\n")
+
+
+def test_what_is_not_given_is_taken_from_the_folder(folder: Path, tmp_path: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    model.generation_config = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 3}
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    beams = expected(folder, PROMPT, num_beams=3)
+    assert beams != expected(folder, PROMPT)
+    assert invoke(tmp_path, f"--prompt={PROMPT}", "--max-new-tokens=12") == (0, beams + "\n", "")
+    plain = invoke(tmp_path, f"--prompt={PROMPT}", "--max-new-tokens=12", "--num-beams=1")
+    assert plain == (0, expected(folder, PROMPT) + "\n", "")
+
+
+def test_a_folder_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    from fastattn.models import (
+        BertConfig,
+        BertForMaskedLM,
+        EncoderDecoder,
+        EncoderDecoderConfig,
+        bert_decoder,
+    )
+
+    encoder = BertConfig(vocab_size=280, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    decoder = bert_decoder(encoder)
+    config = EncoderDecoderConfig(encoder=encoder, decoder=decoder, decoder_start_token_id=1)
+    for model, complaint in (
+        (BertForMaskedLM(encoder), "holds a BertForMaskedLM, which generates no text"),
+        (EncoderDecoder(config), "holds an EncoderDecoder, which continues no prompt; call its generate"),
+    ):
+        made = tmp_path / type(model).__name__
+        model.save_pretrained(made)
+        tokenizer().save_pretrained(made)
+        assert invoke(made, "--prompt=x") == (2, "", f"fastattn: {made}: {complaint}\n")
+
+
 def test_8_bit_weights(folder: Path) -> None:
     _, out, _ = invoke(folder, f"--prompt={PROMPT}", "--max-new-tokens=12", "--int8", "--json")
     assert json.loads(out)["continuations"][0]["text"] == expected(folder, PROMPT, "int8")
@@ -117,6 +170,13 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(kind: str, folder: Pa
     assert "broken" in err
 
 
+def test_a_name_that_no_folder_can_have_is_named() -> None:
+    code, out, err = invoke("x" * 5000, "--prompt=x")
+    assert (code, out) == (2, "")
+    assert err.startswith("fastattn: xxx")
+    assert err.endswith(": no such folder, needs one with config.json and weights\n")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -140,7 +200,10 @@ def test_options_that_cannot_be_used_are_named_in_one_line(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"prompt": 3}', '{"prompt": ""}', '{"text": "x"}', ""])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "3", '{"prompt": 3}', '{"prompt": ""}', '{"prompt": "\\ud800"}', '{"text": "x"}', ""],
+)
 def test_a_line_of_data_without_a_prompt_is_named(folder: Path, line: str, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(line)

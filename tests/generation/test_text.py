@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import TEXT, Script, make, prompts, tokenizer
+from generation_cases import TEXT, Letters, Script, make, prompts, tokenizer
 
 from fastattn.generation import generate, stream_ids, stream_text
 from fastattn.generation.stopping import StopStrings
@@ -106,11 +106,6 @@ def test_any_cut_of_any_text_is_that_of_the_definition() -> None:
 
 def test_rows_of_a_batch_stop_by_themselves() -> None:
     model = make(torch.float64)
-
-    class Letters:
-        def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-            return "".join(chr(ord("0") + i) for i in ids)
-
     ids, mask = prompts((8, 3, 5))
     free = model.generate(ids, mask, max_new_tokens=20)[:, 8:].tolist()
     stop = Letters().decode(free[1][4:6])

@@ -1,0 +1,28 @@
+"""Small GPTs trained on the spot, for figures that random weights do not show."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def train_gpt(
+    corpus: Sequence[str], sizes: dict[str, Any], *, length: int, batch: int, steps: int
+) -> tuple[Any, Any]:
+    """A GPT of these sizes, trained for so many steps on rows of `length` ids, and the held-out rows, a dataset."""
+    from fastattn.data import PackedDataset, TokenStream, split, train_bpe
+    from fastattn.models import GPT, GPTConfig
+    from fastattn.train import TrainConfig, Trainer
+
+    tokenizer = train_bpe(corpus, vocab_size=sizes["vocab_size"])
+    stream = TokenStream.build(corpus, tokenizer)
+    train, held_out = (PackedDataset(part, length) for part in split(stream, validation_fraction=0.1))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**sizes))
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(output_dir=folder, overwrite=True, max_steps=steps, batch_size=batch, lr=2e-3)
+        Trainer(model, config, train, held_out, tokenizer=tokenizer).fit()
+    return model.eval(), held_out
