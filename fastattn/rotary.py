@@ -8,6 +8,13 @@ from torch import Tensor
 RotaryTable = tuple[Tensor, Tensor]  # cos, sin: (S, R/2) or (B, S, R/2), R = rotary_dim
 
 
+def rotated_at(x: Tensor, table: RotaryTable, positions: Tensor, *, interleaved: bool) -> Tensor:
+    """`apply_rotary` of x (B, heads, S, D) with the table's rows at positions (B, S), in float32 for 16-bit dtypes."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (t[positions].to(dtype) for t in table)  # (B, S, R/2)
+    return apply_rotary(x, (cos, sin), interleaved=interleaved)
+
+
 def apply_rotary(x: Tensor, table: RotaryTable, *, interleaved: bool = False) -> Tensor:
     """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) on the pairs of the first 2 * cos.shape[-1] dimensions.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes: the widest load of a thread, and what TMA needs of addresses and strides
 
 # How the rows of a tensor lie, from the most general on.
-UNALIGNED = 0  # anyhow
+UNALIGNED = 0  # no more is known
 ALIGNED = 1  # each begins at a multiple of 16 bytes
 DESCRIBABLE = 2  # and a TMA descriptor can describe them: nothing is empty or expanded
 
@@ -50,9 +50,7 @@ def has_adjacent_columns(tensor: Tensor) -> bool:
 
 def with_adjacent_columns(tensor: Tensor) -> Tensor:
     """`tensor`, copied in its memory order only if its last dimension is not innermost."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return empty_in_order(tensor, tuple(tensor.shape)).copy_(tensor)
+    return tensor if has_adjacent_columns(tensor) else dense(tensor)
 
 
 def is_expanded(tensor: Tensor) -> bool:

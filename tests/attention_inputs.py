@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch._dynamo.testing
 from torch import Tensor
 
 

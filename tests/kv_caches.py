@@ -78,7 +78,7 @@ def rotary_tables(positions: int, half: int) -> dict[str, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int, interleaved: bool) -> Tensor:
-    """x (H, S, D), each pair of its leading columns a vector of the matrix that is turned by its position's angle."""
+    """x (H, S, D), each pair of its leading columns rotated by the angle of its position."""
     half = cos.shape[1]
     cos, sin = (table[start : start + x.shape[1]].to(x) for table in (cos, sin))
     turned = x[..., : 2 * half]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ class Case:
     exact: bool = (
         True  # on Triton the same bits; False: torch's products run too, whose bits depend on strides
     )
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """What dense tensors give."""
+        return self.run()
 
     def layouts(self, name: str) -> list[str]:
         """The layouts that a tensor can have."""

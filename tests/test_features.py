@@ -38,7 +38,7 @@ def pytest_of(tests: list[str], *options: str, **environment: str) -> subprocess
 def test_every_named_test_exists_and_fails_without_its_feature(tmp_path: Path) -> None:
     outcomes = tmp_path / "outcomes.json"
     done = pytest_of(CLAIMS, "-p", "feature_mutations", **{feature_mutations.VARIABLE: str(outcomes)})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]  # pytest has 4 for an unknown name
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]  # 4 where a test does not exist
     found = json.loads(outcomes.read_text(encoding="utf-8"))
     for feature in FEATURES:
         if feature.name not in feature_mutations.ABSENT:

@@ -101,7 +101,10 @@ def save(result: Result, path: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file atomically; its folder is made if needed."""
+    """Write a file atomically; its folder is made if needed.
+
+    `fastattn.cache` has the same, but evidence is also stored of machines where fastattn cannot be imported.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -1,4 +1,4 @@
-"""Layouts, normalised once for each call before a backend sees it: what a backend may rely on without a look.
+"""Layouts, normalised once for each call before a backend sees it: what a backend may rely on without checking.
 
 Every backend relies on adjacent columns in q, k, v, dout (`operands`, `upstream`). How much more, it states as its
 LAYOUT, a level that includes those before it:
@@ -65,12 +65,11 @@ LAYOUTS: dict[type, Layout] = {
     CrossEntropyCall: Layout(tables=("logits",), small=("target", "class_weight")),
     LinearCrossEntropyCall: Layout(small=("target", "class_weight"), strided=("hidden", "weight", "bias")),
 }
-OPERANDS = {kind: layout.operands for kind, layout in LAYOUTS.items()}
 
 
 def operands(call: CallT) -> CallT:
     """The call with adjacent columns in what every backend reads by rows; its spec is made of this one."""
-    names = OPERANDS[type(call)]
+    names = LAYOUTS[type(call)].operands
     for name in names:
         if getattr(call, name).stride(-1) != 1:
             return _with(call, {each: with_adjacent_columns(getattr(call, each)) for each in names})
@@ -104,8 +103,8 @@ def upstream(
 ) -> tuple[AttentionSpec, Tensor, Tensor, Tensor, Tensor | None]:
     """(spec, out, lse, dout, dlse) of a backward as the backend chosen for it needs them; lse is contiguous.
 
-    out and dout (B, H, Sq, Dv) or (T, H, Dv) may come from anywhere. At the level of ROWS the spec becomes that of the
-    rows of all of them, at UNEXPANDED they are copied where they need it.
+    out and dout (B, H, Sq, Dv) or (T, H, Dv) may have any strides and addresses. At the level of ROWS the spec becomes
+    that of their rows too, at UNEXPANDED they are copied where they need it.
     """
     dout, lse = with_adjacent_columns(dout), lse.contiguous()
     if backend.LAYOUT == STRIDED:

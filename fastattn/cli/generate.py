@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import JsonFlag, print_json, standard_input
+from fastattn.constants import MAX_INT32
 
-MAX_SEED, MAX_COUNT = 2**63 - 1, 2**31 - 1
+MAX_SEED = 2**63 - 1
 
 
 def generate(
@@ -20,13 +21,13 @@ def generate(
     data: Annotated[
         Path | None, typer.Option(help='JSONL file with a text under "prompt" in each line, instead.')
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, max=MAX_COUNT, help="Most tokens to add.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=0, max=MAX_INT32, help="Most tokens to add.")] = 128,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, max=1e6, help="Divides the logits; this or the next three sample. 0: greedy."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, max=MAX_COUNT, help="Keep the k likeliest tokens.")
+        int | None, typer.Option(min=1, max=MAX_INT32, help="Keep the k likeliest tokens.")
     ] = None,
     top_p: Annotated[
         float | None,

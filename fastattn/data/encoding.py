@@ -73,8 +73,8 @@ class InputTokenizer:
         return cls(core, mask_token=mask, max_length=limit, typed=typed)
 
     @property
-    def lowest(self) -> tuple[int, int]:
-        """Special tokens around a text, and around a pair."""
+    def special_counts(self) -> tuple[int, int]:
+        """How many special tokens stand around a text, and around a pair."""
         return self.core.num_special_tokens_to_add(False), self.core.num_special_tokens_to_add(True)
 
     def encode(self, texts: Sequence[str | tuple[str, str]], max_length: int | None = None) -> list[Row]:

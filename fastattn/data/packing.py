@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastattn.cache import write_atomically
+from fastattn.constants import IGNORE_INDEX, MAX_INT32
 from fastattn.data.checks import check_flag, check_integer, check_text, check_texts
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 
-IGNORED = -100  # the label that losses ignore, as in torch.nn.functional.cross_entropy
 PADDING_SEGMENT = -1  # attends nothing
 ENCODE_CHARACTERS = 1 << 20  # text tokenised at once
 
@@ -183,9 +183,9 @@ class PackedDataset:
 
     Block i holds tokens `i*(T-1)` to `i*(T-1)+T-1`: neighbours share one token, so that every token but the stream's
     first is a target exactly once. The last block is padded. Each item is a dict of (T,) int64 tensors:
-    `input_ids`; `labels`, equal to input_ids with IGNORED at the first token and at padding; and, with `segments`,
+    `input_ids`; `labels`, equal to input_ids with IGNORE_INDEX at the first token and at padding; and, with `segments`,
     `segment_ids`: 0, 1, ... per document in the block and PADDING_SEGMENT at padding, each document's first label
-    being IGNORED then because nothing that token may see predicts it.
+    being IGNORE_INDEX then because nothing that token may see predicts it.
 
     Args:
         stream: the tokens.
@@ -209,7 +209,7 @@ class PackedDataset:
     ) -> None:
         if not isinstance(stream, TokenStream):
             raise TypeError(f"stream: got a {type(stream).__name__}, need a TokenStream")
-        block_size = check_integer("block_size", block_size, 2, 2**31 - 1)
+        block_size = check_integer("block_size", block_size, 2, MAX_INT32)
         pad_id = check_integer("pad_id", pad_id, 0)
         check_flag("segments", segments)
         check_flag("drop_last", drop_last)
@@ -233,12 +233,12 @@ class PackedDataset:
         length = len(tokens)
         input_ids = np.full(self.block_size, self.pad_id, np.int64)
         input_ids[:length] = tokens
-        labels = np.full(self.block_size, IGNORED, np.int64)
+        labels = np.full(self.block_size, IGNORE_INDEX, np.int64)
         labels[1:length] = tokens[1:]
         item = {"input_ids": input_ids, "labels": labels}
         if self.segments:
             begins = self._document_starts(first, length)
-            labels[begins] = IGNORED
+            labels[begins] = IGNORE_INDEX
             item["segment_ids"] = _segments(begins, length, self.block_size)
         return {name: torch.from_numpy(values) for name, values in item.items()}
 

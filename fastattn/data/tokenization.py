@@ -11,12 +11,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from fastattn.cache import write_atomically
+from fastattn.constants import MAX_INT32
 from fastattn.data.checks import check_flag, check_integer, check_text, check_texts
 from fastattn.data.corpora import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
-MAX_VOCABULARY, MAX_ID = 2**31 - 1, 2**32 - 1
+MAX_ID = 2**32 - 1
 BYTES = 256  # the alphabet of a byte-level tokeniser: every text can be encoded, so there is no unknown token
 
 
@@ -139,8 +140,8 @@ def train_bpe(
     for token in special_tokens:
         check_text("special_tokens", token)
     special = [END_OF_TEXT, PADDING, *special_tokens]
-    check_integer("vocab_size", vocab_size, -(2**63), MAX_VOCABULARY)
-    check_integer("min_frequency", min_frequency, -(2**63), MAX_VOCABULARY)
+    check_integer("vocab_size", vocab_size, -(2**63), MAX_INT32)
+    check_integer("min_frequency", min_frequency, -(2**63), MAX_INT32)
     if vocab_size < BYTES + len(special):
         raise ValueError(
             f"vocab_size: got {vocab_size}, need at least {BYTES + len(special)} "

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from fastattn.constants import MAX_INT32
 from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.generation.sampling import LogitsProcessor
 from fastattn.ops.arguments import is_integer, is_number
 
-MAX_TOKENS = 2**31 - 1  # positions are 32-bit integers
 NEW_TOKENS = 20  # as in transformers
 
 # What generation_config.json may hold beside end and padding tokens, which are read where those are settled.
@@ -210,7 +210,7 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
 Check = Callable[[str, Any], None]
 
 
-def _whole(least: int, most: int = MAX_TOKENS) -> Check:
+def _whole(least: int, most: int = MAX_INT32) -> Check:
     def check(name: str, value: Any) -> None:
         if not is_integer(value):
             raise TypeError(f"{name}: got {value!r}, needs an integer")

@@ -13,11 +13,10 @@ from fastattn.integrations.flash_attn_arguments import (
     check_int32,
     value_range,
 )
-from fastattn.nn.positions import apply_rotary
+from fastattn.nn.positions import rotated_at
 from fastattn.ops import arguments
 from fastattn.ops.errors import ArgumentError
 from fastattn.ops.kv_cache import check_rotary
-from fastattn.spec import accumulation_dtype
 
 
 class Cache(NamedTuple):
@@ -150,11 +149,9 @@ def rotated(
     if (found := value_range(starts)) is not None and (found[0] < 0 or found[1] + last >= cos.shape[0]):
         needs = f"positions {found[0]} to {found[1] + last}"
         raise ArgumentError(f"rotary_cos: got {cos.shape[0]} positions, needs {needs}")
-    tables = [table.to(accumulation_dtype(query.dtype)) for table in (cos, sin)]
     turned = []
     for tensor, advances in ((query, query_advances), (key, True)):
         steps = torch.arange(tensor.shape[2], device=query.device)
         positions = starts + (steps if advances else torch.zeros_like(steps))
-        at = (tables[0][positions], tables[1][positions])
-        turned.append(apply_rotary(tensor, at, interleaved=interleaved))
+        turned.append(rotated_at(tensor, (cos, sin), positions, interleaved=interleaved))
     return turned[0], turned[1]

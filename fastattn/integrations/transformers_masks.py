@@ -252,7 +252,7 @@ def _aligned(
 def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
     """Hide padded keys: by lengths where they lie at the end, else as keys of no document.
 
-    One query on a CPU takes a mask of its keys: as many bytes as keys, and nothing to look for in every layer.
+    For one query on a CPU they become a mask of the keys: a byte for each, and no layer has to find ranges of segments.
     """
     batch, _, seqlen_q, seqlen_k = mask.shape
     if not compat.is_tracing(padding):

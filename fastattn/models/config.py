@@ -7,9 +7,6 @@ from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
 from fastattn.models.fields import (
-    MAX_SIZE as MAX_SIZE,
-)
-from fastattn.models.fields import (
     Check,
     flag,
     one_of,

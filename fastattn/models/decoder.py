@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import torch_compat
+from fastattn.constants import IGNORE_INDEX, MAX_INT32
 from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_range, readable
-from fastattn.models.config import FULL, MAX_SIZE, GPTConfig
+from fastattn.models.config import FULL, GPTConfig
 from fastattn.models.heads import Transform
-from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
+from fastattn.models.losses import mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder, can_decode
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock
 from fastattn.nn.cross_attention import CrossAttention, Memory
+from fastattn.nn.int8 import check_kind
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
 from fastattn.nn.norms import RMSNorm, normalised
@@ -231,8 +233,7 @@ class GPT(Pretrained, nn.Module):
         copies are made once and again where a weight has changed. A change through `weight.data` leaves no trace, so
         call this again after one.
         """
-        if kind not in (None, "int8"):
-            raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+        check_kind("kind", kind)
         if kind is not None and not can_decode(self):
             raise ValueError(
                 "kind: a model with replaced modules or hooks does not decode with 8-bit weights"
@@ -318,7 +319,7 @@ class GPT(Pretrained, nn.Module):
                 raise ValueError(f"{name}: got {got}, needs integers of shape {(batch, seqlen)}")
         if tensors["segment_ids"] is not None and past:
             raise ValueError("segment_ids: packed sequences do not go with a cache that holds tokens")
-        if not 0 <= logits_to_keep <= MAX_SIZE or (logits_to_keep and tensors["labels"] is not None):
+        if not 0 <= logits_to_keep <= MAX_INT32 or (logits_to_keep and tensors["labels"] is not None):
             raise ValueError(
                 f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
             )

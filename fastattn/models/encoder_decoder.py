@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastattn.constants import IGNORE_INDEX
 from fastattn.generation import generate
 from fastattn.generation.decoding import evaluating
 from fastattn.models.checkpoint import (
@@ -28,7 +29,6 @@ from fastattn.models.continuation import Continuation
 from fastattn.models.decoder import GPT
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
-from fastattn.models.losses import IGNORE_INDEX
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.linear import Linear
 from fastattn.nn.unpadding import Tokens

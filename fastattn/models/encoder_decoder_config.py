@@ -78,6 +78,27 @@ class EncoderDecoderConfig:
         return {**asdict(self), "encoder": self.encoder.to_dict(), "decoder": self.decoder.to_dict()}
 
 
+# BertConfig -> GPTConfig, of what a BERT says as a decoder.
+BERT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "type_vocab_size": "type_vocab_size",
+    "hidden_act": "activation_function",
+    "hidden_dropout_prob": "resid_pdrop",
+    "attention_probs_dropout_prob": "attn_pdrop",
+    "layer_norm_eps": "layer_norm_epsilon",
+    "initializer_range": "initializer_range",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+
+
 def bert_decoder(config: BertConfig) -> GPTConfig:
     """BERT as a decoder: the same sizes and head, causal, with the norms where BERT has them.
 
@@ -87,23 +108,8 @@ def bert_decoder(config: BertConfig) -> GPTConfig:
     if config.model_type != "bert":
         raise ValueError(f"model_type: got {config.model_type!r}, a decoder needs 'bert'")
     return GPTConfig(
-        vocab_size=config.vocab_size,
-        n_positions=config.max_position_embeddings,
-        n_embd=config.hidden_size,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_inner=config.intermediate_size,
-        type_vocab_size=config.type_vocab_size,
-        activation_function=config.hidden_act,
+        **{ours: getattr(config, theirs) for theirs, ours in BERT_FIELDS.items()},
         embd_pdrop=config.hidden_dropout_prob,
-        resid_pdrop=config.hidden_dropout_prob,
-        attn_pdrop=config.attention_probs_dropout_prob,
-        layer_norm_epsilon=config.layer_norm_eps,
-        initializer_range=config.initializer_range,
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
         post_norm=True,
         lm_transform=True,
         train_pad_embedding=config.pad_token_id is None,

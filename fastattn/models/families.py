@@ -10,6 +10,7 @@ import torch
 
 from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
+from fastattn.models.checkpoint.load import naming_file
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.models.decoder import GPT
 from fastattn.models.embedding import MODULES, BertForEmbedding
@@ -70,10 +71,7 @@ def class_for(path_or_id: str | Path) -> type[Pretrained]:
     try:
         return class_of(read_json(folder / CONFIG))
     except ValueError as error:
-        message = str(error)
-        raise ValueError(
-            message if str(folder) in message else f"pretrained model: {folder / CONFIG}: {message}"
-        ) from None
+        raise ValueError(naming_file(error, folder / CONFIG)) from None
 
 
 def _holds_adapter(folder: Path) -> bool:

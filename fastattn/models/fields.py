@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastattn.constants import MAX_INT32
 from fastattn.ops.arguments import is_integer, is_number
 
-MAX_SIZE = 2**31 - 1  # of a dimension: ids and positions are 32-bit integers in the kernels
 Check = Callable[[str, Any], Any]  # given a field's name and value; returns the value as a plain type
 
 
 def size(name: str, number: Any) -> int:
     """A positive integer."""
-    if not is_integer(number) or not 1 <= number <= MAX_SIZE:
-        raise ValueError(f"{name}: got {number!r}, needs a positive integer, at most {MAX_SIZE}")
+    if not is_integer(number) or not 1 <= number <= MAX_INT32:
+        raise ValueError(f"{name}: got {number!r}, needs a positive integer, at most {MAX_INT32}")
     return int(number)
 
 
@@ -42,7 +42,7 @@ def flag(name: str, value: Any) -> bool:
 
 def token_id(name: str, number: Any) -> int:
     """The id of a token."""
-    if not is_integer(number) or not 0 <= number <= MAX_SIZE:
+    if not is_integer(number) or not 0 <= number <= MAX_INT32:
         raise ValueError(f"{name}: got {number!r}, needs a token id, an integer of 0 or more")
     return int(number)
 

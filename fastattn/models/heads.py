@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import torch_compat
+from fastattn.constants import IGNORE_INDEX
 from fastattn.models.bert_config import PROBLEM_TYPES, BertConfig
 from fastattn.models.checks import check_range, readable
 from fastattn.models.encoder import Bert, Encoded, initialise
-from fastattn.models.losses import IGNORE_INDEX, mean_loss, mean_loss_of
+from fastattn.models.losses import mean_loss, mean_loss_of
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import ACTIVATIONS
 from fastattn.nn.linear import Linear, remade

@@ -19,6 +19,7 @@ from fastattn.models.checkpoint.families import family_for
 from fastattn.models.checkpoint.names import placed
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.int8 import in_numbered_layer
 from fastattn.nn.linear import Linear, linear
 from fastattn.ops.arguments import is_integer, is_number
 
@@ -75,7 +76,9 @@ class LoraLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return linear(input, self.weight, self.bias) + _deltas(input, self.lora, self.out_features)
+        return linear(input, self.weight, self.bias) + _deltas(
+            input, _of(self.lora, "weight"), self.out_features
+        )
 
 
 class LoraAttention(MultiHeadAttention):
@@ -102,17 +105,17 @@ class LoraAttention(MultiHeadAttention):
         return plain + _deltas(out, adapters, self.embed_dim) if adapters else plain
 
 
-def _of(lora: nn.ModuleDict, weight: str) -> dict[str, nn.Module]:
-    return {n: a for n, a in lora.items() if isinstance(a, Adapter) and a.block.ours.endswith(weight)}
+def _of(lora: nn.ModuleDict, weight: str) -> list[Adapter]:
+    """The adapters on the weight whose name ends so, in the order of its rows."""
+    found = [a for a in lora.values() if isinstance(a, Adapter) and a.block.ours.endswith(weight)]
+    return sorted(found, key=lambda adapter: adapter.block.start)
 
 
-def _deltas(x: Tensor, adapters: Mapping[str, nn.Module] | nn.ModuleDict, total: int) -> Tensor:
+def _deltas(x: Tensor, adapters: Sequence[Adapter], total: int) -> Tensor:
     """What adapters add to the `total` outputs of one weight, 0 where no adapter is."""
     pieces, end = [], 0
-    for adapter in sorted(adapters.values(), key=lambda a: a.block.start):  # type: ignore[union-attr, arg-type, return-value]
-        assert isinstance(adapter, Adapter)
-        delta = adapter(x)
-        pieces.append(F.pad(delta, (adapter.block.start - end, 0)))
+    for adapter in adapters:
+        pieces.append(F.pad(adapter(x), (adapter.block.start - end, 0)))
         end = adapter.block.stop
     pieces[-1] = F.pad(pieces[-1], (0, total - end))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
@@ -220,9 +223,8 @@ def add_adapters(
     for block, (r, alpha) in ranks.items():
         path, _, leaf = block.ours.rpartition(".")
         module = model.get_submodule(path)
-        if leaf == "weight" and path.endswith(
-            "out_proj"
-        ):  # attention reads the weight, it does not call the module
+        if leaf == "weight" and path.endswith("out_proj"):
+            # attention reads the weight, it does not call the module
             outer = model.get_submodule(path.rpartition(".")[0])
             module = outer if isinstance(outer, MultiHeadAttention) else module
         if not isinstance(module, (LoraLinear, LoraAttention)):
@@ -334,11 +336,11 @@ def _attached(model: nn.Module) -> list[Adapter]:
 def _chosen(blocks: list[Block], targets: str | Sequence[str]) -> list[Block]:
     """The blocks that targets name."""
     if targets == ALL_LINEAR:
-        layered = [b for b in blocks if any(part.isdigit() for part in b.ours.split("."))]
+        layered = [b for b in blocks if in_numbered_layer(b.ours)]
         if not (layered or blocks):
             raise ValueError("targets: the model has no linear layer")
         return layered or blocks
-    names = [targets] if isinstance(targets, str) else list(targets)
+    names = [targets] if isinstance(targets, str) else list(targets) if isinstance(targets, Iterable) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"targets: got {targets!r}, needs names of layers or {ALL_LINEAR!r}")
     chosen: dict[Block, None] = {}

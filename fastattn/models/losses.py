@@ -7,10 +7,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from fastattn.constants import IGNORE_INDEX
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 def mean_loss(

@@ -177,13 +177,16 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def _read_options(config: dict[str, Any]) -> tuple[int, float, float, bool]:
-    """r, alpha, dropout, rslora; ValueError names what is not computed here."""
+    """r, alpha, dropout, rslora; ValueError names what is not computed here.
+
+    An unknown option that is null is not set: newer versions of PEFT write more of those.
+    """
     wrong = []
     for key, value in config.items():
         if key in _FIXED:
             if not any(value == known and type(value) is type(known) for known in _FIXED[key]):
                 wrong.append(f"{key}: got {value!r}, only {_FIXED[key][0]!r} is supported")
-        elif key not in _HONOURED and key not in _IGNORED:
+        elif value is not None and key not in (*_HONOURED, *_IGNORED):
             wrong.append(f"{key}: got {value!r}, which is no option of LoRA that is known here")
     if "peft_type" not in config:
         wrong.append("peft_type: missing, needs 'LORA'")

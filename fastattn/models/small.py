@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.models.decoder import GPT
-from fastattn.models.families import load
+from fastattn.models.encoder_decoder import EncoderDecoder
+from fastattn.models.families import class_for, load
 from fastattn.models.lora import blocks_of
-from fastattn.nn.int8 import Int8Linear
+from fastattn.nn.int8 import Int8Linear, in_numbered_layer
 
 _CHUNK = 8  # sequences at a time
 
@@ -60,10 +61,12 @@ def compare(
         dtype, quantize: as in `load`; one of them at least.
 
     Raises:
-        ValueError: neither was given, or what `load` and the model raise.
+        ValueError: neither was given, the model is an encoder-decoder, or what `load` and the model raise.
     """
     if dtype is None and quantize is None:
         raise ValueError("dtype, quantize: needs one of them at least, got neither")
+    if class_for(path_or_id) is EncoderDecoder:
+        raise ValueError(f"path_or_id: {path_or_id} is an encoder-decoder, needs a decoder or an encoder")
     before, after = load(path_or_id), load(path_or_id, dtype=dtype, quantize=quantize)
     names = [str(name).removeprefix("torch.") for name in (dtype, quantize) if name is not None]
     sizes = weight_bytes(before), weight_bytes(after)
@@ -122,9 +125,7 @@ def weight_bytes(model: Any) -> int:
     """Bytes of the weights as inference multiplies them, and of the other parameters."""
     small = {id(module.weight) for module in model.modules() if type(module) is Int8Linear}
     if isinstance(model, GPT) and model.quantized:  # its decoder rounds what the blocks multiply with
-        layers = [
-            block for block in blocks_of(model) if any(part.isdigit() for part in block.ours.split("."))
-        ]
+        layers = [block for block in blocks_of(model) if in_numbered_layer(block.ours)]
         small = {id(model.get_parameter(block.ours)) for block in layers}
     total = 0
     for parameter in model.parameters():

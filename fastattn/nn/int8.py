@@ -29,20 +29,28 @@ class Int8Linear(Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
 
+def check_kind(name: str, kind: str | None) -> None:
+    """Raise ValueError, which begins with the argument's name, unless kind is "int8" or None."""
+    if kind not in (None, "int8"):
+        raise ValueError(f"{name}: got {kind!r}, needs 'int8' or None")
+
+
+def in_numbered_layer(name: str) -> bool:
+    """Whether a module or parameter is in one of a model's stacked layers, which have numbers: "h.3.mlp.c_fc"."""
+    return any(part.isdigit() for part in name.split("."))
+
+
 def quantize_linears(model: nn.Module, kind: str | None) -> int:
     """Make the `Linear` layers in a model's numbered layers `Int8Linear`, or with None what they were; how many.
 
     Raises:
         ValueError: kind is neither "int8" nor None.
     """
-    if kind not in (None, "int8"):
-        raise ValueError(f"kind: got {kind!r}, needs 'int8' or None")
+    check_kind("kind", kind)
     forget(model)
     before, after = (Linear, Int8Linear) if kind else (Int8Linear, Linear)
     chosen = [
-        module
-        for name, module in model.named_modules()
-        if type(module) is before and any(part.isdigit() for part in name.split("."))
+        module for name, module in model.named_modules() if type(module) is before and in_numbered_layer(name)
     ]
     for module in chosen:
         module.__class__ = after

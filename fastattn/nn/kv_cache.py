@@ -77,11 +77,9 @@ class KVCache:
         )
         lengths = None
         if is_step and mask is not None:
-            placed = (
-                options.get("window"),
-                options.get("alibi_slopes"),
-            )  # from the last key, or each one's own last
-            lengths = _visible_keys(mask, query) if all(x is None for x in placed) else None
+            # a window and slopes count from the last key here, in `attention_kv_cache` from each sequence's own
+            positional = options.get("window") is not None or options.get("alibi_slopes") is not None
+            lengths = None if positional or causal == "top_left" else _visible_keys(mask, query)
         if is_step and mask is None:
             end = self._end_of(key, value)
             held = torch.full(query.shape[:1], self.length, dtype=torch.int32, device=query.device)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 
-ONEDNN_MIN_WEIGHTS = 1 << 20  # below, what a oneDNN call of one row costs more than it saves
-# The same where a number of rows comes again and again, as in steps of generation, so that making a kernel for it pays.
+ONEDNN_MIN_WEIGHTS = 1 << 20  # below, a oneDNN call of one row costs more than it saves
+# The least for shapes that repeat, as in steps of generation: the kernel that oneDNN makes for a shape is used again.
 REPEATED_MIN_ROWS, REPEATED_MIN_PRODUCTS = 4, 1 << 20
 REMAKE = "_fastattn_remake"  # the attribute of a tensor that says how to make it again
 

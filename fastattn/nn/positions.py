@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.nn.rotary_scaling import RotaryScaling, frequencies
 from fastattn.rotary import RotaryTable as RotaryTable
 from fastattn.rotary import apply_rotary as apply_rotary
+from fastattn.rotary import rotated_at as rotated_at
 
 
 @dataclass(frozen=True)

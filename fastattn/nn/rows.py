@@ -48,8 +48,10 @@ def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Row
 
 
 def choice_for(instructions: str, dtype: torch.dtype) -> Choice:
-    """The line of the table for a CPU and a dtype; for a CPU that was not measured, packed bfloat16 and torch's own
-    products of other dtypes."""
+    """The line of the table for a CPU and a dtype.
+
+    For a CPU that was not measured: packed weights in bfloat16, torch's own products in other dtypes.
+    """
     measured = FASTEST.get(instructions, {}).get(str(dtype).removeprefix("torch."))
     if measured is not None:
         return measured
@@ -107,9 +109,7 @@ class Int8Rows:
 
     def _product(self, x: Tensor) -> Tensor:
         wide = x.float()
-        scale = (
-            wide.abs().amax(-1, keepdim=True).div_(self.levels)
-        )  # vector_norm's maximum is ten times as slow
+        scale = wide.abs().amax(-1, keepdim=True).div_(self.levels)  # faster than vector_norm of order inf
         scale.clamp_(min=torch.finfo(torch.float32).tiny)
         out = self.product(wide / scale).mul_(scale)
         if self.bias is not None:
@@ -117,11 +117,17 @@ class Int8Rows:
         return out.to(x.dtype)
 
 
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (O, I) as numbers of 8 bits (O, I) and a float32 scale for each output (O, 1)."""
+    wide = weight.detach().float()
+    scale = wide.abs().amax(1, keepdim=True).div_(INT8_LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (wide / scale).round_().to(torch.int8), scale
+
+
 def _int8_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The product of rows of integers, in float32, with a weight that is rounded to 8 bits per output."""
-    wide = weight.detach().float()
-    scale = wide.abs().amax(1).div_(INT8_LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (wide / scale[:, None]).round_().to(torch.int8)
+    rounded, scales = round_to_int8(weight)
+    scale = scales[:, 0]
     if weight.is_cpu and torch_compat.has_int8_linear():
         pack = torch_compat.pack_int8_linear(rounded, scale)
         return lambda x: torch_compat.int8_linear(x, pack)

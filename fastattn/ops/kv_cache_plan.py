@@ -1,4 +1,4 @@
-"""What `attention_kv_cache` looks at in every call, its memory and its values, and plans of it."""
+"""The checks of memory and values that `attention_kv_cache` makes in every call, and plans of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastattn.backends import layout
 from fastattn.ops import arguments
 from fastattn.ops.overlap import overlap, overlaps_itself
 from fastattn.spec import AttentionSpec, KVCacheCall
+from fastattn.strides import last_offset
 
 TENSORS = [field.name for field in fields(KVCacheCall) if "Tensor" in str(field.type)]  # the first fields
 
@@ -95,7 +96,7 @@ def _reach(tensor: Tensor | None) -> int:
     """Bytes from the first element of a tensor to the end of its last one."""
     if tensor is None or not tensor.numel():
         return 0
-    return tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
+    return tensor.element_size() * (1 + last_offset(tensor))
 
 
 class KVCachePlan:
@@ -115,7 +116,7 @@ class KVCachePlan:
         self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, args[0], call.key, call.value)))
 
     def runner(self) -> Callable[..., Any]:
-        """The results of `attention_kv_cache` for calls of this kind from their tensors, by the shortest way."""
+        """The function of a call's tensors that gives its results: a short one where the backend has a launch."""
         return self._any_call if self.launch is None else self._of_equal_lengths
 
     def _of_equal_lengths(

@@ -75,20 +75,10 @@ def linear_cross_entropy(
         return cast(Tensor, symbolic.record(linear_cross_entropy, locals()))
     if unknown:
         raise spelling.unexpected(linear_cross_entropy, unknown)
-    rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss, shape = (
-        _linear_arguments(
-            hidden,
-            weight,
-            target,
-            bias,
-            ignore_index,
-            label_smoothing,
-            reduction,
-            softcap,
-            class_weight,
-            z_loss,
-        )
+    checked = _linear_arguments(
+        hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, class_weight, z_loss
     )
+    rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss, shape = checked
     result_dtype, needs = loss_arguments.loss_dtype(hidden), _needs(rows, weight, bias)
     refuse_early(
         lambda: _linear_passes(rows, weight, needs, reduction), (rows, weight, bias, flat, class_weight)
@@ -195,10 +185,8 @@ def _linear_arguments(
     shape = tuple(hidden.shape[:-1])
     target = loss_arguments.checked_targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = loss_arguments.checked_options(ignore_index, label_smoothing, reduction)
-    cap, z_loss = (
-        arguments.positive_or_zero("softcap", softcap, hidden.dtype),
-        loss_arguments.checked_z_loss(z_loss),
-    )
+    cap = arguments.positive_or_zero("softcap", softcap, hidden.dtype)
+    z_loss = loss_arguments.checked_z_loss(z_loss)
     class_weight = loss_arguments.checked_class_weight(class_weight, weight.shape[0], hidden, "hidden")
     rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()
     return rows, weight, bias, flat, ignore_index, label_smoothing, cap, class_weight, z_loss, shape

@@ -12,6 +12,8 @@ from math import gcd
 
 from torch import Tensor
 
+from fastattn.strides import last_offset
+
 MAX_CANDIDATES = 10_000  # of strides that are not nested; beyond, sharing is assumed
 
 Terms = tuple[
@@ -80,10 +82,7 @@ def _meet(
 
 def _ranges_meet(one: Tensor, other: Tensor, distance: int, size: int) -> bool:
     """Whether the bytes from first to last element meet: of elements that are not aligned to each other."""
-    first, second = (
-        size * (1 + sum((length - 1) * step for length, step in zip(t.shape, t.stride())))
-        for t in (one, other)
-    )
+    first, second = (size * (1 + last_offset(t)) for t in (one, other))
     return bool(one.numel() and other.numel()) and distance < first and -distance < second
 
 

@@ -23,18 +23,15 @@ from fastattn.spec import float32_precision
 from fastattn.strides import ALIGNMENT
 
 MOST = 1024  # plans that are kept; a table that has grown so large is emptied
-
 MOST_GUARDS = 4  # that are tried before a key is made
 
 Key = tuple[Any, ...]
 Plan = Callable[..., Any]
-
 Guarded = tuple[Callable[..., bool], Plan]
 
 _plans: dict[Key, Plan] = {}
-_guarded: dict[
-    Key, tuple[Guarded, ...]
-] = {}  # by what is cheap to see of a call: plans, and which tensors are theirs
+# by what is cheap to see of a call: guards, which tell whether tensors are those of a plan, and that plan
+_guarded: dict[Key, tuple[Guarded, ...]] = {}
 _seen: set[int] = set()  # hashes of keys that came once: shapes that never come again need no plan
 _lock = threading.Lock()
 _NONE = type(None)
@@ -61,15 +58,8 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
         except RuntimeError:  # a transform has wrapped one
             return None, None
         outside = (environment, first.device, float32_precision(first.dtype), *alignment)
-    glance = (
-        op,
-        options,
-        kinds,
-        outside,
-        first.shape,
-        None if second is None else second.shape,
-        torch.is_grad_enabled(),
-    )
+    second_shape = None if second is None else second.shape
+    glance = (op, options, kinds, outside, first.shape, second_shape, torch.is_grad_enabled())
     try:
         guarded = _guarded.get(glance)
     except TypeError:  # an option without a hash

@@ -28,7 +28,7 @@ def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> boo
     specs; there the fakes of the ops refuse what the backend never runs.
     """
     return (
-        not torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
+        not torch.compiler.is_compiling()  # first, as a trace cannot follow the others
         and (more or (torch.is_grad_enabled() and torch_compat.any_requires_grad(args)))
         and not backends.runs_every_pass(backend)
         and all(map(_has_memory, args))

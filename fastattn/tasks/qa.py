@@ -108,7 +108,7 @@ def predict(
 def check_questions(model: Any, tokenizer: InputTokenizer, examples: Sequence[dict[str, str]]) -> int:
     """The tokens that windows may share; ValueError for a question that leaves a context less than one token."""
     longest = max_tokens(model, tokenizer)
-    around = tokenizer.lowest[1] - tokenizer.lowest[0]
+    around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
     stride = STRIDE
     for number, row in enumerate(tokenizer.encode([e["question"] for e in examples]), 1):
         room = longest - len(row.ids) - around

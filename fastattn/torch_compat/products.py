@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ _bfloat16_products = find("torch.ops.mkldnn._is_mkldnn_bf16_supported")
 _float16_products = find("torch.ops.mkldnn._is_mkldnn_fp16_supported")
 
 
-@cache
+@functools.cache
 def has_fast_products(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a 16-bit dtype by oneDNN.
 
@@ -44,7 +43,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-ONEDNN_MIN_PRODUCTS = 1 << 24  # multiplications below which what a oneDNN call costs more than it saves
+ONEDNN_MIN_PRODUCTS = 1 << 24  # multiplications below which a oneDNN call costs more than it saves
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -67,8 +66,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 _reorder_linear: Any = find("torch.ops.mkldnn._reorder_linear_weight")
 
 
-def _packs_bfloat16() -> bool:
-    """Whether oneDNN multiplies with a bfloat16 weight in its own order here: tried once, on first use."""
+@functools.cache
+def has_packed_linear() -> bool:
+    """Whether bfloat16 weights can be kept in the order in which oneDNN reads them: tried once, on first use.
+
+    Fallback: False, and products read the weight as it is.
+    """
     if not _HAS_ONEDNN or _reorder_linear is None:
         return False
     try:
@@ -77,15 +80,6 @@ def _packs_bfloat16() -> bool:
     except RuntimeError:
         return False
     return bool((out == 32).all())
-
-
-@functools.cache
-def has_packed_linear() -> bool:
-    """Whether bfloat16 weights can be kept in the order in which oneDNN reads them.
-
-    Fallback: False, and products read the weight as it is.
-    """
-    return _packs_bfloat16()
 
 
 def pack_linear(weight: Tensor) -> Any:

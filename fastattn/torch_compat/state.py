@@ -59,7 +59,7 @@ def nothing_records() -> bool:
     Fallback: False.
     """
     return not (
-        torch.compiler.is_compiling()  # first: a trace cannot follow what comes next
+        torch.compiler.is_compiling()  # first, as a trace cannot follow the others
         or not _CAN_TELL_STATE
         or _autocast_anywhere()
         or forward_ad._current_level >= 0

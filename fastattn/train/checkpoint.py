@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,16 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
 from fastattn.data.tokenization import Tokenizer
+from fastattn.models.checkpoint.pretrained import Pretrained
+from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
+from fastattn.models.lora import adapters_of
+from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.config import ConfigError
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weights, read_checkpoint
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = ".unfinished-"  # a crash may leave such a file; it is never read as a checkpoint or a model
 _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
 
 
@@ -31,7 +35,8 @@ class RunDirectory:
     """The folder of a run.
 
     DIR/ holds the model with the lowest validation loss so far (the newest when nothing is held out), loadable by
-    `from_pretrained`, with log.jsonl and train_config.yaml; DIR/checkpoint-STEP/ holds everything to go on from STEP.
+    `from_pretrained` (with adapters: by `fastattn.models.load`), with log.jsonl and train_config.yaml;
+    DIR/checkpoint-STEP/ holds everything to go on from STEP.
 
     Args:
         path: the directory; made when the run starts.
@@ -159,7 +164,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in list(self.path.iterdir()):
             if entry.name.startswith(UNFINISHED) or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
-                _delete(entry)
+                delete(entry)
         if self.overwrite:
             for name in (
                 LOG,
@@ -168,6 +173,8 @@ class RunDirectory:
                 RESOLVED_CONFIG,
                 "tokenizer.json",
                 "tokenizer_config.json",
+                ADAPTER_CONFIG,
+                ADAPTER_WEIGHTS,
             ):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -175,34 +182,49 @@ class RunDirectory:
         """Write checkpoint-`step` through `write(folder)`, then delete all but the newest `keep`."""
         final = self.path / f"checkpoint-{step}"
         folder = self.path / f"{UNFINISHED}{final.name}"
-        _delete(folder)
+        delete(folder)
         folder.mkdir()
         try:
             write(folder)
             publish(folder, final)
             self.passed_over.pop(final.name, None)
         except BaseException:
-            _delete(folder)
+            delete(folder)
             raise
         for old in self.checkpoints()[:-keep]:
             if old != final:
-                _delete(old)
+                delete(old)
         return final
 
     def save_model(self, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        """Put the model's files at the directory's top, each replaced in one move."""
+        """Put the model's files at the directory's top, each replaced in one move, the weights last.
+
+        The directory itself stays, as processes may work in it, so this does not call `write_folder`.
+        """
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.path) as scratch:
             write_model(model, Path(scratch), tokenizer)
-            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == WEIGHTS):
-                _sync(file)
-                file.replace(self.path / file.name)
-        _sync(self.path)
+            files = [file for file in Path(scratch).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == WEIGHTS):
+                sync(file)
+                final = self.path / file.relative_to(scratch)
+                final.parent.mkdir(exist_ok=True, parents=True)
+                file.replace(final)
+        sync(self.path)
 
 
 def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
-    """model.safetensors, config.json where the model has one, and the tokeniser's files."""
+    """model.safetensors, config.json where the model has one, and the tokeniser's files.
+
+    Of a model with adapters, model.safetensors is for resuming, and an adapter's folder in PEFT's format is written
+    beside it, which `fastattn.models.load` puts onto the model that it names.
+    """
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
-    if save is not None:
+    if _has_adapters(model):
+        save_safetensors(model, str(folder / WEIGHTS))
+        save_adapter(model, folder)
+    elif isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
+        model.save_pretrained(folder, max_shard_size=sys.maxsize)
+    elif save is not None:
         save(folder)
     else:
         save_safetensors(model, str(folder / WEIGHTS))
@@ -218,32 +240,34 @@ def read_model(model: nn.Module, folder: Path) -> None:
     """Load the weights that `write_model` wrote into `model`, every one of them."""
     load: Callable[[Path], nn.Module] | None = getattr(type(model), "from_pretrained", None)
     try:
-        if load is not None:
+        if load is not None and not _has_adapters(model):
             model.load_state_dict(load(folder).state_dict())
         else:
             device = str(next(model.parameters()).device)
             load_safetensors(model, folder / WEIGHTS, strict=True, device=device)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # raised by torch and safetensors for tensors of other shapes or names
+    except (RuntimeError, ValueError) as error:  # of tensors of other shapes or names
         raise DamagedCheckpoint(f"{folder / WEIGHTS}: does not fit this model ({error})") from None
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Whether it is one of our models with adapters, which `save_pretrained` refuses."""
+    return isinstance(model, Pretrained) and any(True for _ in adapters_of(model))
 
 
 def publish(folder: Path, final: Path) -> None:
     """Rename a written folder to its final name once all of it is on disk, replacing what is there."""
     for entry in folder.rglob("*"):
-        _sync(entry)
-    _sync(folder)
+        sync(entry)
+    sync(folder)
     if final.exists():
         doomed = final.with_name(f"{_ASIDE}{final.name}")
-        _delete(doomed)
+        delete(doomed)
         final.rename(doomed)
         folder.rename(final)
-        _delete(doomed)
+        delete(doomed)
     else:
         folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _check_writable(path: Path) -> None:
@@ -261,19 +285,3 @@ def _check_writable(path: Path) -> None:
 def _existing(path: Path) -> Path:
     """`path`, or the nearest place above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
-def _sync(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # Windows refuses to open a directory
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastattn.data.packing import IGNORED
+from fastattn.constants import IGNORE_INDEX
 
 MAX_EXPONENT = 700.0  # exp of more overflows a float
 
@@ -50,12 +50,12 @@ def perplexity(loss: float) -> float:
 
 
 def count_targets(labels: Tensor, *, shifted: bool) -> int:
-    """Labels that count in the loss: those not IGNORED, without each row's first when the model shifts them."""
+    """Labels that count in the loss: those not IGNORE_INDEX, without each row's first when the model shifts them."""
     if shifted and labels.dim() > 1:
         labels = labels[:, 1:]
     if labels.is_floating_point():
         return labels.shape[0]
-    return int((labels != IGNORED).sum())
+    return int((labels != IGNORE_INDEX).sum())
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> int:

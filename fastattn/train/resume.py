@@ -21,14 +21,8 @@ STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 GENERATORS = "generators.pt"
 FILES = (STATE, OPTIMIZER, GENERATORS, WEIGHTS)
-WINDOW = {
-    "steps",
-    "loss",
-    "tokens",
-    "seconds",
-    "lr",
-    "grad_norm",
-}  # of TrainState.window, where it is not empty
+# The keys of TrainState.window, where it is not empty.
+WINDOW = {"steps", "loss", "tokens", "seconds", "lr", "grad_norm"}
 DATA_ORDER = ("seed", "batch_size", "accumulate")  # options that a resumed run must share with its checkpoint
 
 

@@ -75,6 +75,18 @@ def test_tile_sizes_change_nothing(name: str, rows: int, monkeypatch: pytest.Mon
     check(case, torch.float32, ("out",), backend="torch", samples=SAMPLES)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dim", [8, 7], ids=["fused", "blockwise"])
+def test_the_share_of_a_sink_has_no_rounding_of_large_logits(dim: int, rows: int) -> None:
+    """Score and sink are both 1000, where a float32 has 14 bits for the fraction of 1000 + log(2)."""
+    query, value = torch.ones(1, 2, rows, dim), torch.randn(1, 2, 1, dim)
+    key = torch.zeros(1, 2, 1, dim)
+    key[..., 0] = 1000
+    sinks = torch.full((2,), 1000.0)
+    out = fastattn.attention(query, key, value, sinks=sinks, scale=1.0, backend="torch")
+    assert torch.equal(out, (value / 2).expand_as(out))
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors made under it were alive with at one time."""
 

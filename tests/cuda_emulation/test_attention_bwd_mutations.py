@@ -20,9 +20,9 @@ from cuda_emulation.mutations import (
 )
 from cuda_emulation.test_attention_bwd import check
 
-pytestmark = (
-    pytest.mark.exhaustive
-)  # a forward's mutations show in every run that the emulation reports such lines
+# the mutations of the forward show in every run that the emulation reports such faults
+pytestmark = pytest.mark.exhaustive
+
 KERNELS = {
     "kernels/attention_bwd_dkdv_sm90.cuh": [
         Mutation("queries read before they are there", "queries.wait_full(next);", occurrence=1),

@@ -152,7 +152,8 @@ def test_non_finite_rows_are_torchs(emulated_extension: EmulatedExtension, colum
     x = torch.randn(4, columns)
     x[0, 1], x[1, 2], x[2] = float("nan"), torch.inf, -1000.0
     x[3, 3:] = -torch.inf
-    torch.testing.assert_close(forward(x, -1), x.softmax(-1), equal_nan=True, rtol=1e-5, atol=1e-7)
+    assert forward(x, -1)[:2].isnan().all()
+    check(x[2:], torch.randn(2, columns), -1)
 
 
 @pytest.mark.parametrize("columns", [5, 900, 33000])
@@ -231,9 +232,7 @@ def test_layouts(emulated_extension: EmulatedExtension) -> None:
     ]
     for x, dim, options in cases:
         dout = torch.randn(x.shape[::-1]).permute(*range(x.dim() - 1, -1, -1))
-        actual = both(x, dout, dim, **options)
-        for a, e in zip(actual, reference(x.double(), dout.double(), dim, **options)):
-            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-6)
+        actual = check(x, dout, dim, **options)
         assert actual[0].stride() == torch.empty_like(x).stride()
 
 

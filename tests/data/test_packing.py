@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
-from fastattn.data.packing import IGNORED, PADDING_SEGMENT, IndexSampler, PackedDataset, TokenStream, split
+from fastattn.data.packing import PADDING_SEGMENT, IndexSampler, PackedDataset, TokenStream, split
 from fastattn.data.tokenization import train_bpe
 
 DOCUMENTS = ["the first one\n", "a second, longer document\n", "", "third\n"]
@@ -118,7 +119,7 @@ def test_every_token_but_the_first_is_a_target_once(length, block_size):
     for item in data:
         ids, labels = item["input_ids"], item["labels"]
         assert ids.shape == labels.shape == (block_size,)
-        counted = labels != IGNORED
+        counted = labels != IGNORE_INDEX
         assert not counted[0]
         assert torch.equal(ids[counted], labels[counted])
         targets += labels[counted].tolist()
@@ -137,7 +138,7 @@ def test_iteration_ends_and_negative_indices_work():
 def test_last_block_is_padded_or_dropped():
     last = PackedDataset(stream_of([8]), 5, pad_id=77)[1]
     assert last["input_ids"].tolist() == [4, 5, 6, 7, 77]
-    assert last["labels"].tolist() == [IGNORED, 5, 6, 7, IGNORED]
+    assert last["labels"].tolist() == [IGNORE_INDEX, 5, 6, 7, IGNORE_INDEX]
     assert len(PackedDataset(stream_of([8]), 5, drop_last=True)) == 1
 
 
@@ -145,10 +146,10 @@ def test_segments_keep_documents_apart():
     data = PackedDataset(stream_of([3, 4, 4]), 8, segments=True)
     first, last = data[0], data[1]
     assert first["segment_ids"].tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
-    assert first["labels"].tolist() == [IGNORED, 1, 2, IGNORED, 4, 5, 6, IGNORED]
+    assert first["labels"].tolist() == [IGNORE_INDEX, 1, 2, IGNORE_INDEX, 4, 5, 6, IGNORE_INDEX]
     assert last["segment_ids"].tolist() == [0] * 4 + [PADDING_SEGMENT] * 4
-    assert last["labels"].tolist() == [IGNORED, 8, 9, 10] + [IGNORED] * 4
-    assert data.num_targets() == sum(int((item["labels"] != IGNORED).sum()) for item in data)
+    assert last["labels"].tolist() == [IGNORE_INDEX, 8, 9, 10] + [IGNORE_INDEX] * 4
+    assert data.num_targets() == sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in data)
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,7 +164,7 @@ def test_segments_follow_the_documents(lengths, block_size):
         real = item["segment_ids"] >= 0
         owners = owner[item["input_ids"][real].numpy()]
         assert (item["segment_ids"][real].numpy() == owners - owners[0]).all()
-    assert data.num_targets() == sum(int((item["labels"] != IGNORED).sum()) for item in data)
+    assert data.num_targets() == sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in data)
 
 
 def test_blocks_that_cannot_be_made_are_refused():

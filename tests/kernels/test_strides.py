@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import stride_cases
 import torch
 from attention_cases import DEVICE
-from stride_cases import Case
-from torch import Tensor
 
-
-@cache
-def cases() -> dict[str, Case]:
-    return stride_cases.cases(torch.float16, "triton")
-
-
-@cache
-def expected(case: str) -> list[Tensor]:
-    return cases()[case].run()
+CASES = stride_cases.cases(torch.float16, "triton")
 
 
 # What each tensor is read by differs little between cases, and the interpreter is slow.
@@ -35,7 +23,7 @@ ELSEWHERE = {
 
 def chosen() -> list[tuple[str, str]]:
     """(case, tensor), without what another case has."""
-    return [(case, name) for case, name in stride_cases.names(cases()) if name not in ELSEWHERE.get(case, ())]
+    return [(case, name) for case, name in stride_cases.names(CASES) if name not in ELSEWHERE.get(case, ())]
 
 
 @pytest.mark.filterwarnings("ignore:FASTATTN_BACKEND")
@@ -44,11 +32,11 @@ def chosen() -> list[tuple[str, str]]:
 def test_bits_are_those_of_dense_tensors(case: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTATTN_BACKEND", "triton")  # the losses take no backend
     more = name in READ_BY_ROWS and case not in ONCE
-    for layout in cases()[case].layouts(name):
+    for layout in CASES[case].layouts(name):
         if layout not in (MORE if more else FEW):
             continue
-        for actual, dense in zip(cases()[case].run(name, layout), expected(case), strict=True):
-            if cases()[case].exact:
+        for actual, dense in zip(CASES[case].run(name, layout), CASES[case].expected, strict=True):
+            if CASES[case].exact:
                 assert torch.equal(actual, dense), layout
             else:
                 torch.testing.assert_close(actual, dense, msg=lambda text, layout=layout: f"{layout}: {text}")

@@ -6,19 +6,12 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from tiny_gpt import SIZES
 
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.checkpoint import DECODERS, open_weights, write_folder
 from fastattn.models.checkpoint.load import family_of
 
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
 
 

@@ -95,6 +95,16 @@ def test_files_of_the_user_stay_and_ours_are_replaced(old, way):
     assert (old.stat().st_ino == inode) == (way != "exchange")
 
 
+@pytest.mark.parametrize("where", [".", "checkpoint-1/deep"])
+def test_a_folder_that_this_process_works_in_stays_its_working_directory(old, monkeypatch, where):
+    monkeypatch.chdir(old / where)
+    new = make(n_layer=1)
+    new.save_pretrained(old)
+    assert Path.cwd() == (old / where).resolve()
+    assert GPT.from_pretrained(old).config == new.config
+    assert [p.name for p in old.parent.iterdir()] == ["model"]
+
+
 def steps(monkeypatch, fail: Callable[[int, str], None]) -> list[str]:
     """Call `fail` with a number and a name before each step of a save that writes; the names so far."""
     done: list[str] = []

@@ -2,18 +2,11 @@
 
 import pytest
 import torch
+from tiny_gpt import SIZES
 
 from fastattn.generation.decoding import evaluating
 from fastattn.models import GPT, GPTConfig
 
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 KINDS = {
     "learned": {},
     "rotary, gqa": {"positions": "rotary", "num_kv_heads": 2},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from typing import Any
 
@@ -12,7 +14,7 @@ from encoder_models import batch, ours_of, theirs
 from pages import all_blocks
 from torch import Tensor
 
-from fastattn.models import BertForMaskedLM, BertForSequenceClassification
+from fastattn.models import GPT, Bert, BertForMaskedLM, BertForSequenceClassification, GPTConfig
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.inspect import attribute
 
@@ -117,3 +119,18 @@ def test_without_captum_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(ImportError, match=r"needs captum: pip install 'fastattn\[inspect\]'"):
         attribute(BertForSequenceClassification(SMALL), torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.downloads
+@pytest.mark.parametrize("view", ["head_view", "model_view"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_bertviz_takes_attentions_as_they_are(kind: str, view: str) -> None:
+    bertviz = pytest.importorskip("bertviz")
+    torch.manual_seed(0)
+    small = GPT(GPTConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=4))
+    model = (small if kind == "decoder" else Bert(SMALL)).eval()
+    output = model(torch.randint(1, 20, (1, 3)), output_attentions=True)
+    page = getattr(bertviz, view)(output.attentions, ["the", "cat", "sat"], html_action="return").data
+    shown = json.loads(re.search(r'"attn": (\[\[\[\[.*?\]\]\]\])', page).group(1))
+    drawn = torch.stack([layer[0] for layer in output.attentions])  # (L, H, S, S)
+    assert torch.equal(torch.tensor(shown), drawn)

@@ -7,6 +7,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from tiny_gpt import SIZES as GPT2
 from torch import nn
 
 from fastattn import MultiHeadAttention
@@ -15,14 +16,6 @@ from fastattn.models.lora import Adapter, adapters_of, attach, blocks_of, detach
 from fastattn.models.peft import load_adapter, save_adapter
 from fastattn.nn.linear import Linear
 
-GPT2 = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 BERT = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -68,7 +61,7 @@ def make(kind, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
-def run(model, dtype=None):
+def run(model):
     if isinstance(model, Mixed):
         torch.manual_seed(5)
         return model(torch.randn(2, 9, 8).to(next(model.parameters()).dtype))
@@ -84,7 +77,7 @@ def filled(model, std=0.2):
     return model
 
 
-def summed(model, kind, dtype):
+def summed(model, kind):
     """The model with scale * B A added to its weights by hand, in float64."""
     plain = make(kind).to(torch.float64)
     with torch.no_grad():
@@ -107,7 +100,7 @@ def test_adapters_compute_the_formula_on_every_linear_layer(kind, rslora):
     torch.testing.assert_close(run(model), before, rtol=1e-12, atol=1e-12)  # B is zero
     filled(model)
     assert all(a.scale == (6 / math.sqrt(3) if rslora else 2.0) for a in adapters_of(model))
-    expected = run(summed(model, kind, torch.float64))
+    expected = run(summed(model, kind))
     assert (expected - before).abs().max() > 0.3
     torch.testing.assert_close(run(model), expected, rtol=1e-10, atol=1e-10)
 
@@ -116,6 +109,7 @@ def test_adapters_compute_the_formula_on_every_linear_layer(kind, rslora):
 def test_training_moves_adapters_only_and_detaching_leaves_every_bit(kind):
     model = make(kind)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kinds = [type(module) for module in model.modules()]
     out = run(model)
     attach(model, r=2, alpha=4, dropout=0.1)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -133,10 +127,7 @@ def test_training_moves_adapters_only_and_detaching_leaves_every_bit(kind):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(run(model), out)
-    assert type(model.get_submodule("h.0.attn" if kind in ("gpt", "own", "llama") else "")) in (
-        MultiHeadAttention,
-        type(model),
-    )
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def test_gradients_are_those_of_the_formula():
@@ -198,7 +189,7 @@ def test_what_cannot_be_attached_is_refused():
         with pytest.raises(ValueError, match=message):
             attach(make("gpt"), **options)
     for targets in ([], [3], 3):
-        with pytest.raises(TypeError, match=r"targets: got|not iterable"):
+        with pytest.raises(TypeError, match="targets: got"):
             attach(make("gpt"), targets=targets)
     model = attach(make("gpt"))
     with pytest.raises(ValueError, match="model: has adapters already"):
@@ -341,6 +332,17 @@ def test_options_that_are_not_computed_are_refused_by_name(option, tmp_path):
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {option}: got"):
         load_adapter(model, tmp_path)
     assert list(adapters_of(model)) == []
+
+
+def test_options_of_newer_versions_that_are_not_set_are_passed_over(tmp_path):
+    save_adapter(filled(attach(make("gpt"))), tmp_path)
+    expected = run(load_adapter(make("gpt"), tmp_path))
+    change(tmp_path, an_option_to_come=None)
+    assert torch.equal(run(load_adapter(make("gpt"), tmp_path)), expected)
+    for value in (False, 0, {}, "x"):
+        change(tmp_path, an_option_to_come=value)
+        with pytest.raises(ValueError, match=r"an_option_to_come: got .*, which is no option of LoRA"):
+            load_adapter(make("gpt"), tmp_path)
 
 
 def test_adapter_tensors_that_do_not_fit_are_listed(tmp_path):

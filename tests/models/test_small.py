@@ -6,21 +6,24 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from tiny_gpt import SIZES as GPT2
 
-from fastattn.models import GPT, BertConfig, BertForEmbedding, BertForMaskedLM, GPTConfig, load
+from fastattn.models import (
+    GPT,
+    BertConfig,
+    BertForEmbedding,
+    BertForMaskedLM,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    GPTConfig,
+    load,
+)
+from fastattn.models.encoder_decoder_config import bert_decoder
 from fastattn.models.small import compare, perplexity, weight_bytes
 from fastattn.nn.int8 import Int8Linear, quantize_linears
 from fastattn.nn.linear import Linear
 from fastattn.nn.rows import INT8_ROWS, Int8Rows
 
-GPT2 = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 BERT = {
     "vocab_size": 61,
     "hidden_size": 64,
@@ -220,7 +223,7 @@ def test_cosines_before_and_after_are_printed(bert, options, tmp_path, capsys):
     assert 0.99 < lm.cosines[1] < 1.0
 
 
-def test_bytes_and_bad_options(gpt):
+def test_bytes_and_bad_options(gpt, tmp_path):
     model = load(gpt)
     whole = sum(p.numel() for p in model.parameters()) * 4
     assert weight_bytes(model) == whole
@@ -229,3 +232,8 @@ def test_bytes_and_bad_options(gpt):
     assert weight_bytes(model.quantize("int8")) == whole - 3 * rounded + 4 * outputs
     with pytest.raises(ValueError, match="dtype, quantize: needs one"):
         compare(gpt, ids(1, 4))
+    encoder = BertConfig(**BERT)
+    both = EncoderDecoderConfig(encoder, bert_decoder(encoder), decoder_start_token_id=1)
+    folder = saved(EncoderDecoder, both, tmp_path / "both")
+    with pytest.raises(ValueError, match=r"path_or_id: .* is an encoder-decoder"):
+        compare(folder, ids(1, 4), dtype="bfloat16")

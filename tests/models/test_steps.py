@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
+from tiny_gpt import SIZES
 from torch import Tensor, nn
 
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "n_positions": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "initializer_range": 0.3,
-}
 KINDS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rotary": {"positions": "rotary"},

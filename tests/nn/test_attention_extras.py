@@ -259,3 +259,19 @@ def test_what_the_cache_op_cannot_say_goes_to_attention(monkeypatch):
         out = module(x[:, 7:], x[:, 7:], x[:, 7:], causal=True, cache=cache, **options)[0]
         torch.testing.assert_close(out, module(x[:, 7:], x, x, causal=True, **options)[0])
     assert not steps
+
+
+@pytest.mark.parametrize("causal", [True, False, "top_left"])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_a_step_of_a_cache_is_attention_to_all_it_holds(causal, masked):
+    query, new_key, new_value = torch.randn(3, 2, 4, 1, 8, dtype=torch.float64).unbind()
+    cache = KVCache(2, 4, 6, 8, dtype=torch.float64)
+    cache.append(*torch.randn(2, 2, 4, 5, 8, dtype=torch.float64).unbind())
+    mask = torch.arange(6) < torch.tensor([6, 3])[:, None] if masked else None
+    mask = None if mask is None else mask[:, None, None]
+    more = {"bias": None, "segment_ids": None, "key_lengths": None, "dropout_p": 0.0, "return_weights": False}
+    out = cache.attention(query, new_key, new_value, causal=causal, mask=mask, **more)
+    torch.testing.assert_close(
+        out, reference.attention(query, cache.keys, cache.values, causal=causal, mask=mask)
+    )

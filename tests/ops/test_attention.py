@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 from attention_inputs import qkv
 from contract import CASES, Case, Inputs
 from torch import Tensor

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 from attention_inputs import qkv
 
 import fastattn

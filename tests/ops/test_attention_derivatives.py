@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch._dynamo.testing
 from attention_inputs import qkv
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck

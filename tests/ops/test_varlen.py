@@ -17,9 +17,8 @@ import fastattn
 from fastattn.ops.varlen import _call_arguments
 from numerics import assert_within_rule, plain_in_any_order
 
-CU_SEQLENS_Q = torch.tensor(
-    [0, 3, 3, 70, 150], dtype=torch.int32
-)  # an empty sequence, and two tokens of no sequence
+# an empty sequence, and two tokens of no sequence
+CU_SEQLENS_Q = torch.tensor([0, 3, 3, 70, 150], dtype=torch.int32)
 CU_SEQLENS_K = torch.tensor([0, 40, 49, 49, 130], dtype=torch.int32)  # the third has queries but no keys
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

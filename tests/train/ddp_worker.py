@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_lm import make_data, make_model
 
-from fastattn.data.packing import IGNORED
+from fastattn.constants import IGNORE_INDEX
 from fastattn.train import TrainConfig, Trainer
 from fastattn.train.progress import NoDisplay
 
@@ -32,9 +32,9 @@ class Ragged:
     def __getitem__(self, index):
         item = self.blocks[index]
         if index % 3 == 0:
-            item["labels"][:] = IGNORED
+            item["labels"][:] = IGNORE_INDEX
         else:
-            item["labels"][1 + (5 * index) % 9 :] = IGNORED
+            item["labels"][1 + (5 * index) % 9 :] = IGNORE_INDEX
         return item
 
 

@@ -1,18 +1,32 @@
 """The trainer with the library's own GPT: it learns, resumes bit by bit, and leaves a folder that others load."""
 
+import os
+import signal
+
 import pytest
 import torch
 from tiny_lm import VOCAB, make_data
 
 from fastattn.data import Tokenizer, default_corpus, train_bpe
-from fastattn.models import GPT, GPTConfig
-from fastattn.train.checkpoint import read_model
+from fastattn.models import GPT, GPTConfig, load
+from fastattn.models.lora import attach
+from fastattn.train.checkpoint import UNFINISHED, RunDirectory, read_model
 
 
 def make_gpt(seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "dropout": 0.1}
     return GPT(GPTConfig(**{**sizes, **options}))
+
+
+def stop_after(step):
+    """A callback that asks the run to stop once it has taken this many steps."""
+
+    def interrupt(record):
+        if record["event"] == "train" and record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return interrupt
 
 
 def test_gpt_learns_and_resumes_bit_by_bit(make_trainer):
@@ -36,6 +50,59 @@ def test_gpt_learns_and_resumes_bit_by_bit(make_trainer):
     wanted, found = straight.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert again.last == result.last
+
+
+def test_models_beyond_the_size_of_a_shard_are_one_file_and_resume(make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setitem(GPT.save_pretrained.__kwdefaults__, "max_shard_size", 1000)
+    make_gpt().save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    model = make_gpt()
+    make_trainer(model=model, dev=make_data(seed=1), max_steps=2).fit()
+    resumed = make_trainer(model=make_gpt(seed=4), max_steps=3, resume="auto")
+    assert resumed.directory.resume_from.name == "checkpoint-2"
+    resumed.fit()
+    assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_adapters_train_resume_and_load(make_trainer, tmp_path):
+    make_gpt().save_pretrained(tmp_path / "base")
+
+    def adapted(seed):
+        torch.manual_seed(seed)
+        return attach(load(tmp_path / "base"), r=2)
+
+    options = {"save_every": 2, "log_every": 2, "dev": make_data(seed=1)}
+    straight = make_trainer(model=adapted(1), out="straight", max_steps=4, **options)
+    straight.fit()
+    make_trainer(model=adapted(1), max_steps=4, **options, keywords={"on_record": stop_after(2)}).fit()
+    resumed = make_trainer(model=adapted(2), max_steps=4, resume="auto", **options)
+    assert resumed.directory.resume_from.name == "checkpoint-2"
+    resumed.fit()
+    wanted, found = straight.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    best = load(tmp_path / "run")
+    ids = torch.arange(10)[None] % VOCAB
+    kept = adapted(3)
+    read_model(kept, tmp_path / "run")
+    assert torch.equal(best(ids).logits, kept.eval()(ids).logits)
+    assert not torch.equal(best(ids).logits, load(tmp_path / "base")(ids).logits)
+
+
+def test_files_in_subfolders_are_replaced_too(tmp_path):
+    class WithFiles(GPT):
+        number = 0
+
+        def extra_files(self):
+            self.number += 1
+            return {"part/config.json": str(self.number).encode()}
+
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare()
+    model = WithFiles(make_gpt().config)
+    for number in (1, 2):
+        directory.save_model(model, None)
+        assert (tmp_path / "run" / "part" / "config.json").read_text() == str(number)
+    assert not list((tmp_path / "run").glob(f"{UNFINISHED}*"))
 
 
 def test_output_directory_loads_as_a_model_and_in_transformers(make_trainer, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_lm import VOCAB, make_data, make_model
 from torch import nn
 
-from fastattn.data.packing import IGNORED
+from fastattn.constants import IGNORE_INDEX
 from fastattn.train import ConfigError
 
 
@@ -25,17 +25,17 @@ def ragged_batch(rows, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (rows, 9), generator=generator)
     labels = ids.clone()
-    labels[:, 0] = IGNORED
+    labels[:, 0] = IGNORE_INDEX
     for row in range(rows):
-        labels[row, 1 + (row * 5) % 9 :] = IGNORED
+        labels[row, 1 + (row * 5) % 9 :] = IGNORE_INDEX
     return {"input_ids": ids, "labels": labels}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_accumulated_gradient_is_that_of_one_big_batch(make_trainer, parts):
     whole = ragged_batch(8)
-    assert len({int((row != IGNORED).sum()) for row in whole["labels"]}) > 4
-    assert any((row == IGNORED).all() for row in whole["labels"])
+    assert len({int((row != IGNORE_INDEX).sum()) for row in whole["labels"]}) > 4
+    assert any((row == IGNORE_INDEX).all() for row in whole["labels"])
     model = make_model(dropout=0.0).double()
     expected_loss = model(**whole).loss
     expected_loss.backward()
@@ -137,7 +137,7 @@ def test_evaluation_can_be_cut_short_and_needs_data(make_trainer):
     assert trainer.evaluate(make_data()).targets == 2 * 4 * 8
     with pytest.raises(ValueError, match="no dev_data"):
         trainer.evaluate()
-    unlabelled = [{"input_ids": torch.zeros(9, dtype=torch.long), "labels": torch.full((9,), IGNORED)}]
+    unlabelled = [{"input_ids": torch.zeros(9, dtype=torch.long), "labels": torch.full((9,), IGNORE_INDEX)}]
     with pytest.raises(ValueError, match="all labels are -100"):
         trainer.evaluate(unlabelled)
 
@@ -225,7 +225,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_log_has_the_norm_before(make_
 
 
 def test_a_step_without_any_label_is_reported(make_trainer):
-    blank = [{"input_ids": torch.zeros(9, dtype=torch.long), "labels": torch.full((9,), IGNORED)}]
+    blank = [{"input_ids": torch.zeros(9, dtype=torch.long), "labels": torch.full((9,), IGNORE_INDEX)}]
     result = make_trainer(train=blank, max_steps=1).fit()
     assert any("all labels are -100" in r.get("text", "") for r in result.log)
 

@@ -23,7 +23,7 @@ from fastattn.backends.torch.parts import (
     ROW_BLOCK,
     Part,
     cols_of,
-    log_add_exp,
+    merged,
     parts,
     rows_of,
 )
@@ -161,6 +161,5 @@ def with_sinks(call: AttentionCall | KVCacheCall, out: Tensor, lse: Tensor) -> t
     """(out, lse) once each head's sink joins the softmax."""
     if call.sinks is None:
         return out, lse
-    total = log_add_exp(lse, call.sinks[:, None])
-    share = torch.exp(lse - total.masked_fill(total == -torch.inf, 0))  # a sink of -inf is no sink
+    total, share, _ = merged(lse, call.sinks[:, None])
     return out.mul_(share[..., None]), total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch.gradient_sums import query_heads
-from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, log_add_exp, rows_of
+from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, merged, rows_of
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionSpec
 
@@ -24,9 +24,8 @@ def can_run(spec: AttentionSpec) -> bool:
         return False
     if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
         return False
-    if (
-        spec.head_dim != spec.value_dim or spec.head_dim % 8
-    ):  # odd dims: its products round worse than the rule
+    # in dims that are no multiple of 8 its products round worse than the rule
+    if spec.head_dim != spec.value_dim or spec.head_dim % 8:
         return False
     exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype
     return exact or not (spec.bias or spec.alibi)
@@ -45,10 +44,8 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
         if out is None:
             out, lse = tile_out, tile_lse
         else:
-            total = log_add_exp(lse, tile_lse)
-            base = total.masked_fill(total == -torch.inf, 0)[..., None]
-            out = out * torch.exp(lse[..., None] - base) + tile_out * torch.exp(tile_lse[..., None] - base)
-            lse = total
+            lse, share, tile_share = merged(lse, tile_lse)
+            out = out * share[..., None] + tile_out * tile_share[..., None]
     assert out is not None
     return (out if out.dtype == part.query.dtype else out.to(part.query.dtype)), lse
 

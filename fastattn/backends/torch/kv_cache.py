@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.attention import attention_fwd, with_sinks
-from fastattn.rotary import apply_rotary
+from fastattn.rotary import rotated_at
 from fastattn.spec import (
     AttentionSpec,
     KVCacheCall,
@@ -114,6 +114,5 @@ def rotated(call: KVCacheCall, tensor: Tensor, positions: Tensor) -> Tensor:
     """`tensor` (B, heads, S, D) with its first rotary_dim dimensions rotated to `positions` (B, S)."""
     assert call.rotary_cos is not None
     assert call.rotary_sin is not None
-    dtype = accumulation_dtype(tensor.dtype)
-    cos, sin = (table[positions].to(dtype) for table in (call.rotary_cos, call.rotary_sin))  # (B, S, R/2)
-    return apply_rotary(tensor, (cos, sin), interleaved=call.rotary_interleaved)
+    table = (call.rotary_cos, call.rotary_sin)
+    return rotated_at(tensor, table, positions, interleaved=call.rotary_interleaved)

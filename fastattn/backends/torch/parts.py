@@ -233,12 +233,16 @@ def grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:
     return tensor.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, width)
 
 
-def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp(a) + exp(b)), of infinities too.
+def merged(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log(exp(a) + exp(b)), exp(a) and exp(b) as shares of that sum), of infinities too; no share of a sum of 0.
 
-    torch.logaddexp rounds the last elements of a tensor in another way than the rest: a row's result would depend on
-    the batch it is in.
+    The shares are ratios of exponentials: exp(a - total) would be wrong by the rounding of a large total. Nor is total
+    by torch.logaddexp, which rounds the last elements of a tensor in another way than the rest: a row's result would
+    depend on the batch it is in.
     """
     largest = torch.finfo(a.dtype).max
     base = torch.maximum(a, b).clamp(-largest, largest)
-    return base + torch.log(torch.exp(a - base) + torch.exp(b - base))
+    of_a, of_b = torch.exp(a - base), torch.exp(b - base)
+    both = of_a + of_b
+    divisor = both.masked_fill(both == 0, 1)
+    return base + torch.log(both), of_a / divisor, of_b / divisor

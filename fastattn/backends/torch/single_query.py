@@ -8,6 +8,7 @@ depend, differs between threads. With one thread it is used where keys are few o
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -20,9 +21,8 @@ from fastattn.spec import AttentionSpec, accumulation_dtype
 WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a core's cache
 FEW_ELEMENTS = 2**17  # of the keys of one sequence, up to which it matters what starting an operation costs
 KEYS_FIRST_MIN_DIM = 128  # head dim from which MKL reads long float32 keys faster as the first operand
-_NOTHING = {
-    dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)
-}  # is added to products
+# the operand of baddbmm that a beta of 0 leaves unread
+_NOTHING = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def can_run(spec: AttentionSpec) -> bool:
@@ -73,7 +73,7 @@ def _results(
         for first in range(0, batch, count):
             q, k, v = (t[first : first + count].to(wide) for t in (query, key, value))
             few.append(_results(q, k, v, scale, exact_scores, wants_lse))
-        out, lse = few[0] if len(few) == 1 else _joined(few)
+        out, lse = _joined(few)
         return out.to(dtype), lse
     most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, query.dtype, scale)
     apart = False
@@ -118,6 +118,8 @@ def _results(
 
 
 def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    if len(results) == 1:
+        return results[0]
     lses = [lse for _, lse in results if lse is not None]
     return torch.cat([out for out, _ in results]), torch.cat(lses) if lses else None
 
@@ -163,10 +165,8 @@ def _products(
     if wants_lse:
         largest = scores.amax(-1)
         lse = largest - probs.amax(-1).log_()  # the largest weight is exp(0) / sum
-    one_of_each = probs.select(-1, 0).sum().item()
-    if (
-        one_of_each != one_of_each
-    ):  # NaN: a score was NaN or +inf, or a row has only scores of -inf and so no weight
+    # a row with a NaN, a score of +inf, or scores of -inf alone, which has no weight, is NaN in every column
+    if math.isnan(probs.select(-1, 0).sum().item()):
         largest = scores.amax(-1) if largest is None else largest
         unseen = largest == -torch.inf
         out = out.masked_fill(unseen[..., None], 0)

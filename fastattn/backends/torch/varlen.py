@@ -39,7 +39,7 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
 def _one_tile_each(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor] | None:
     """(out, lse) where each sequence is one tile to torch's fused kernel and no token is outside; None elsewhere.
 
-    The tiles are those of `attention_fwd`, without a call, a schedule and a look at the results for each sequence.
+    The tiles are those of `attention_fwd`, without a call, a schedule and a check of the results for each sequence.
     """
     more = spec.alibi or spec.sinks or spec.window_left or spec.window_right
     if more or not fused.can_run(spec) or not call.scale > 0 or single_query.can_run(spec):

@@ -47,22 +47,7 @@ _IGNORED = (
 )
 _MOST_LAYERS = 1 << 16
 _FIXED = {"rope_interleaved": False, "use_mrope": False}
-_OF_OTHER_SCALINGS = frozenset(  # keys of a rope dict that say nothing where their type is another
-    (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "low_freq_factor",
-        "high_freq_factor",
-        "finetuned",
-    )
-)
-_OF_SCALING = {
+_OF_SCALING: dict[str, tuple[str, ...]] = {  # rope_type -> keys of its dict
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -78,6 +63,8 @@ _OF_SCALING = {
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
+# Keys that may be in any rope dict: those of other types say nothing there, nor does "finetuned".
+_OF_ANY_SCALING = ("finetuned", *(key for keys in _OF_SCALING.values() for key in keys))
 
 
 @dataclass(frozen=True)
@@ -273,9 +260,7 @@ def _one_rope(
     name: str, given: Any, said: Mapping[str, Any], theta: float
 ) -> tuple[Any, dict[str, Any] | None]:
     """The base and our rope_scaling of one dict of rotary parameters."""
-    _check_dict(
-        name, given, ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_OF_OTHER_SCALINGS)
-    )
+    _check_dict(name, given, ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_OF_ANY_SCALING))
     for where in (given, said):
         share = where.get("partial_rotary_factor")
         if share is not None and share != 1:

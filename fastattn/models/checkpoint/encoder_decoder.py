@@ -11,9 +11,9 @@ from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import encoders
 from fastattn.models.checkpoint.gpt2 import GPT2
 from fastattn.models.checkpoint.keys import check_keys
-from fastattn.models.checkpoint.names import Family, Part
+from fastattn.models.checkpoint.names import Family, Part, family_for
 from fastattn.models.config import GPTConfig
-from fastattn.models.encoder_decoder_config import MODEL_TYPE, EncoderDecoderConfig, bert_decoder
+from fastattn.models.encoder_decoder_config import BERT_FIELDS, MODEL_TYPE, EncoderDecoderConfig, bert_decoder
 
 ARCHITECTURE = "EncoderDecoderModel"
 # Of a decoder that was no decoder of an encoder-decoder before.
@@ -82,27 +82,8 @@ def _read_bert(entries: dict[str, Any]) -> GPTConfig:
 def _write_bert(config: GPTConfig, *, tied: bool) -> dict[str, Any]:
     if config.tie_word_embeddings != tied:
         raise ValueError(f"tie_word_embeddings: got {config.tie_word_embeddings}, needs {tied}")
-    entries = encoders.write_config(
-        "bert",
-        BertConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.n_positions,
-            hidden_size=config.n_embd,
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            intermediate_size=config.mlp_dim,
-            hidden_act=config.activation_function,
-            hidden_dropout_prob=config.resid_pdrop,
-            attention_probs_dropout_prob=config.attn_pdrop,
-            type_vocab_size=config.type_vocab_size,
-            initializer_range=config.initializer_range,
-            layer_norm_eps=config.layer_norm_epsilon,
-            pad_token_id=config.pad_token_id,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            tie_word_embeddings=tied,
-        ),
-    )
+    values = {theirs: getattr(config, ours) for theirs, ours in BERT_FIELDS.items()}
+    entries = encoders.write_config("bert", BertConfig(**{**values, "intermediate_size": config.mlp_dim}))
     again = _read_bert(entries)
     for field in fields(GPTConfig):
         got, known = getattr(config, field.name), getattr(again, field.name)
@@ -145,15 +126,7 @@ CROSS_DECODERS: tuple[Family, ...] = (
 
 def decoder_family(config: GPTConfig) -> Family:
     """The rows of a decoder's folder; ValueError where no family of `CROSS_DECODERS` is such a decoder."""
-    refusals = []
-    for family in sorted(CROSS_DECODERS, key=lambda family: family.model_type != config.model_type):
-        try:
-            family.write_config(config)
-        except ValueError as error:
-            refusals.append(f"{family.model_type}: {error}")
-        else:
-            return family
-    raise ValueError(f"decoder: no model type can say it: {'; '.join(refusals)}")
+    return family_for(config, CROSS_DECODERS, "decoder")
 
 
 def read_decoder(entries: dict[str, Any]) -> GPTConfig:

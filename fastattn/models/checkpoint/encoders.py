@@ -43,30 +43,30 @@ class Kind(NamedTuple):
     dropped: tuple[str, ...]  # patterns of heads and buffers, behind the prefix
 
 
-_LAYER = "encoder.layer.{i}."
+_BERT_LAYER = "encoder.layer.{i}."
 _BERT_TRUNK: dict[str, tuple[str, ...]] = {
     "embeddings.word_embeddings": ("embeddings.word_embeddings",),
     "embeddings.position_embeddings": ("embeddings.position_embeddings",),
     "embeddings.token_type_embeddings": ("embeddings.token_type_embeddings",),
     "embeddings.norm": ("embeddings.LayerNorm",),
     "embeddings.projection": ("embeddings_project",),
-    "layers.{i}.attn.qkv": tuple(f"{_LAYER}attention.self.{x}" for x in ("query", "key", "value")),
-    "layers.{i}.attn.out_proj": (_LAYER + "attention.output.dense",),
-    "layers.{i}.ln_1": (_LAYER + "attention.output.LayerNorm",),
-    "layers.{i}.mlp.c_fc": (_LAYER + "intermediate.dense",),
-    "layers.{i}.mlp.c_proj": (_LAYER + "output.dense",),
-    "layers.{i}.ln_2": (_LAYER + "output.LayerNorm",),
+    "layers.{i}.attn.qkv": tuple(f"{_BERT_LAYER}attention.self.{x}" for x in ("query", "key", "value")),
+    "layers.{i}.attn.out_proj": (_BERT_LAYER + "attention.output.dense",),
+    "layers.{i}.ln_1": (_BERT_LAYER + "attention.output.LayerNorm",),
+    "layers.{i}.mlp.c_fc": (_BERT_LAYER + "intermediate.dense",),
+    "layers.{i}.mlp.c_proj": (_BERT_LAYER + "output.dense",),
+    "layers.{i}.ln_2": (_BERT_LAYER + "output.LayerNorm",),
     "pooler": ("pooler.dense",),
 }
-_LAYER = "transformer.layer.{i}."
+_DISTILBERT_LAYER = "transformer.layer.{i}."
 _DISTILBERT_TRUNK: dict[str, tuple[str, ...]] = {
     **{name: theirs for name, theirs in _BERT_TRUNK.items() if name.startswith("embeddings.")},
-    "layers.{i}.attn.qkv": tuple(f"{_LAYER}attention.{x}_lin" for x in "qkv"),
-    "layers.{i}.attn.out_proj": (_LAYER + "attention.out_lin",),
-    "layers.{i}.ln_1": (_LAYER + "sa_layer_norm",),
-    "layers.{i}.mlp.c_fc": (_LAYER + "ffn.lin1",),
-    "layers.{i}.mlp.c_proj": (_LAYER + "ffn.lin2",),
-    "layers.{i}.ln_2": (_LAYER + "output_layer_norm",),
+    "layers.{i}.attn.qkv": tuple(f"{_DISTILBERT_LAYER}attention.{x}_lin" for x in "qkv"),
+    "layers.{i}.attn.out_proj": (_DISTILBERT_LAYER + "attention.out_lin",),
+    "layers.{i}.ln_1": (_DISTILBERT_LAYER + "sa_layer_norm",),
+    "layers.{i}.mlp.c_fc": (_DISTILBERT_LAYER + "ffn.lin1",),
+    "layers.{i}.mlp.c_proj": (_DISTILBERT_LAYER + "ffn.lin2",),
+    "layers.{i}.ln_2": (_DISTILBERT_LAYER + "output_layer_norm",),
 }
 _MODERNBERT_TRUNK: dict[str, tuple[str, ...]] = {
     "embeddings.word_embeddings": ("embeddings.tok_embeddings",),

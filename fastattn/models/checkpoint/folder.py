@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,6 @@ class Tensors:
         """A tensor on the CPU: of safetensors, a view of the file's pages that are copied when written to."""
         return self._entries[name][2]()
 
-    def under(self, prefix: str) -> Tensors:
-        """The tensors whose names begin with a prefix, without it: one model's of several in a folder."""
-        return Tensors(
-            self.origin,
-            {n.removeprefix(prefix): e for n, e in self._entries.items() if n.startswith(prefix)},
-        )
-
     @classmethod
     def of(cls, origin: Path | str, state: dict[str, Tensor]) -> Tensors:
         """Tensors that are in memory."""
@@ -100,13 +93,15 @@ def _open_shards(folder: Path, index: Path) -> Tensors:
         found = open_tensors(folder / shard, folder)._entries
         twice = sorted(entries.keys() & found.keys())
         if twice:
-            raise ValueError(f"pretrained model: {folder} holds {_some(twice)} twice, in {shard} and before")
+            raise ValueError(
+                f"pretrained model: {folder} holds {', '.join(twice)} twice, in {shard} and before"
+            )
         entries |= found
     lacking = sorted(where.keys() - entries.keys())
     beyond = sorted(entries.keys() - where.keys())
     if lacking or beyond:
-        said = [f"its shards lack {_some(lacking)}"] if lacking else []
-        said += [f"it does not name {_some(beyond)}"] if beyond else []
+        said = [f"its shards lack {', '.join(lacking)}"] if lacking else []
+        said += [f"it does not name {', '.join(beyond)}"] if beyond else []
         raise ValueError(f"pretrained model: {index} does not fit its shards: {'; '.join(said)}")
     return Tensors(folder, entries)
 
@@ -182,7 +177,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -25,7 +25,9 @@ def resolve_folder(path_or_id: str | Path) -> Path:
         found = Path(snapshot_download(name, allow_patterns=_PATTERNS))
         if not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
-    except (ImportError, OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # those of the client library too, of no common type, as where nothing was reached
         raise ValueError(
             f"pretrained model: got {name!r}, which is not a folder "
             f"and could not be fetched from the Hugging Face hub: {error}"
@@ -62,7 +64,9 @@ def push_folder(
             ignore_patterns=["README.md"] if api.file_exists(repo_id, "README.md") else None,
             delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
         )
-    except (ImportError, OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # those of the client library too, of no common type, as where nothing was reached
         raise ValueError(
             f"repo_id: {repo_id!r} could not be uploaded to the Hugging Face hub: {error}"
         ) from error

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn.models.checkpoint.folder import Tensors
-from fastattn.nn.rows import INT8_LEVELS
+from fastattn.nn.int8 import in_numbered_layer
+from fastattn.nn.rows import round_to_int8
 
 METHOD = {"quant_method": "fastattn-int8"}  # config.json's quantization_config
 _SCALE = "_scale"  # behind the name of a tensor
@@ -20,13 +21,8 @@ def round_layers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """A state with the matrices of numbered layers in int8, and their scales (outputs, 1) in float32 by name."""
     out, scales = dict(state), {}
     for name, weight in state.items():
-        layered = any(part.isdigit() for part in name.split("."))
-        if weight.dim() != 2 or not weight.is_floating_point() or not layered:
-            continue
-        wide = weight.float()
-        scale = wide.abs().amax(1, keepdim=True).div_(INT8_LEVELS)
-        scale.clamp_(min=torch.finfo(torch.float32).tiny)
-        out[name], scales[name] = (wide / scale).round_().to(torch.int8), scale
+        if weight.dim() == 2 and weight.is_floating_point() and in_numbered_layer(name):
+            out[name], scales[name] = round_to_int8(weight)
     return out, scales
 
 

@@ -51,7 +51,7 @@ def load_model(
             read_json(folder / GENERATION) if cls.generates and (folder / GENERATION).exists() else None
         )
     except ValueError as error:
-        raise ValueError(_prefixed(error, folder / CONFIG)) from None
+        raise ValueError(naming_file(error, folder / CONFIG)) from None
     if changes:
         unknown = sorted(changes.keys() - {field.name for field in dataclasses.fields(config) if field.init})
         if unknown:
@@ -346,6 +346,6 @@ def _put(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
             setattr(module, leaf, value)
 
 
-def _prefixed(error: ValueError, path: Path) -> str:
-    """The message, which names the file in any case."""
+def naming_file(error: ValueError, path: Path) -> str:
+    """The message of an error about a folder's file, which names the file in any case."""
     return str(error) if str(path.parent) in str(error) else f"pretrained model: {path}: {error}"

@@ -83,6 +83,24 @@ class Family:
         return any(fnmatchcase(name, pattern) for pattern in self.dropped)
 
 
+def family_for(config: Any, families: Sequence[Family], name: str = "config") -> Family:
+    """The family of config.model_type if its config.json can say all of a config, else the first whose can.
+
+    Raises:
+        ValueError: none can; the message begins with `name` and holds what each lacks.
+    """
+    kind = getattr(config, "model_type", None)
+    refusals = []
+    for family in sorted(families, key=lambda family: family.model_type != kind):
+        try:
+            family.write_config(config)
+        except ValueError as error:
+            refusals.append(f"{family.model_type}: {error}")
+        else:
+            return family
+    raise ValueError(f"{name}: no model type can say it: {'; '.join(refusals)}")
+
+
 @dataclass(frozen=True)
 class Placed:
     """One of our names with the names of the tensors that it is made of in a file, the layer's number filled in."""

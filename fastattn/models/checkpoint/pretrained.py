@@ -16,7 +16,7 @@ from fastattn.models.checkpoint.load import load_model
 from fastattn.models.checkpoint.names import Family
 from fastattn.models.checkpoint.report import LoadReport
 from fastattn.models.checkpoint.save import generation_entries, save_model
-from fastattn.nn.int8 import quantize_linears
+from fastattn.nn.int8 import check_kind, quantize_linears
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -88,8 +88,7 @@ class Pretrained:
         Raises:
             TypeError, ValueError: an argument; or the folder, with the file and everything in it that does not fit.
         """
-        if quantize not in (None, "int8"):
-            raise ValueError(f"quantize: got {quantize!r}, needs 'int8' or None")
+        check_kind("quantize", quantize)
         model = cast(Model, load_model(cls, path_or_id, dtype=dtype, new=new, changes=changes))
         if quantize is not None:
             model.quantize(quantize)

@@ -17,6 +17,7 @@ from fastattn.models.checkpoint.folder import CONFIG, GENERATION, INDEX, WEIGHTS
 from fastattn.models.checkpoint.int8 import METHOD, round_layers, with_scales
 from fastattn.models.checkpoint.names import Family, stored, to_file
 from fastattn.models.checkpoint.swap import write_folder
+from fastattn.nn.int8 import check_kind
 
 CARD = "README.md"
 TOKENIZER_FILES = (
@@ -82,8 +83,7 @@ def save_model(
         OSError: what writing met, such as a full disk; `folder` is as it was.
     """
     limit = shard_bytes(max_shard_size)
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize: got {quantize!r}, needs 'int8' or None")
+    check_kind("quantize", quantize)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise TypeError(
             f"tokenizer: got {type(tokenizer).__name__}, needs an object that has save_pretrained, or None"

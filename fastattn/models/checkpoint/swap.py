@@ -21,9 +21,9 @@ def write_folder(
 
     Files that `directory` holds besides stay, by hard links in the new folder. The two folders change places in one
     step of the file system (Linux, macOS), so that what raises or crashes leaves the old one whole. Where that is not
-    available (Windows, network file systems, a mount point, links refused), files move one by one, config.json away
-    first and into place last: a crash of the machine then leaves a folder without config.json, which nothing
-    loads, and an exception puts the old files back.
+    available (Windows, network file systems, a mount point, links refused), or this process works in `directory`, files
+    move one by one, config.json away first and into place last: a crash of the machine then leaves a folder without
+    config.json, which nothing loads, and an exception puts the old files back.
 
     Args:
         directory: made where it does not exist; a link to a folder stays one.
@@ -81,8 +81,8 @@ def _renamed(scratch: Path, directory: Path) -> bool:
 
 def _changed_places(scratch: Path, directory: Path, replaced: set[str]) -> bool:
     """Make `scratch` the directory in one step, with the other files of it; False where the system cannot."""
-    if scratch.parent == directory:
-        return False
+    if scratch.parent == directory or _works_in(directory):
+        return False  # a working directory that changed places would be deleted with the old files
     kept = [entry for entry in directory.iterdir() if entry.name not in replaced]
     try:
         for entry in kept:
@@ -92,13 +92,22 @@ def _changed_places(scratch: Path, directory: Path, replaced: set[str]) -> bool:
         _exchange(scratch, directory)
     except OSError:
         for entry in kept:
-            _delete(scratch / entry.name)
+            delete(scratch / entry.name)
         return False
     for path in list(scratch.rglob("*")):  # what others put there meanwhile comes along
         inside = path.relative_to(scratch)
         if inside.parts[0] not in replaced and not os.path.lexists(directory / inside):
             path.rename(directory / inside)
     return True
+
+
+def _works_in(directory: Path) -> bool:
+    """Whether this process's working directory is `directory` or within it."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was deleted
+        return False
+    return directory in (here, *here.parents)
 
 
 def _move_files(scratch: Path, directory: Path, written: set[str], gone: set[str]) -> None:
@@ -165,7 +174,8 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
