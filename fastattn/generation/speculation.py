@@ -112,7 +112,7 @@ def speculate(
 
     logits = driver.first()
     going = [r for r, row in enumerate(rows.rows) if not row.done]
-    take(logits, going)
+    tokens: Tensor | None = take(logits, going)  # the last ones; None after guesses
     while True:
         yield
         ended = [r for r in going if rows.rows[r].done]
@@ -129,13 +129,16 @@ def speculate(
         }
         width = max(map(len, guesses.values()))
         last = [lookup.ids[-1] for lookup in lookups]
-        fed = [[last[r], *guesses.get(r, ())] for r in range(len(last))]
-        ids = torch.tensor([row + [0] * (1 + width - len(row)) for row in fed], device=prompt.device)
         if not width:
-            take(driver.next(ids[:, 0]), going)
+            if tokens is None or len(going) < len(last):  # a finished row's entry may be no token
+                tokens = torch.tensor(last, device=prompt.device)
+            tokens = take(driver.next(tokens), going)
             for r in range(len(held)):
                 held[r] += 1
             continue
+        tokens = None
+        fed = [[last[r], *guesses.get(r, ())] for r in range(len(last))]
+        ids = torch.tensor([row + [0] * (1 + width - len(row)) for row in fed], device=prompt.device)
         before = {r: len(lookups[r].ids) for r in going}
         logits = driver.extend(ids)
         right = going
