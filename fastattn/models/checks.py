@@ -25,3 +25,10 @@ def check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
 def readable(tensor: Tensor) -> bool:
     """Whether values may decide: not in a program that is recorded for other values, nor where that would wait."""
     return tensor.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def check_flags(**flags: object) -> None:
+    """Arguments by name, each True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, needs True or False")

@@ -14,7 +14,7 @@ from fastattn import torch_compat
 from fastattn.constants import IGNORE_INDEX, MAX_INT32
 from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
-from fastattn.models.checks import check_ids, check_range, readable
+from fastattn.models.checks import check_flags, check_ids, check_range, readable
 from fastattn.models.config import FULL, GPTConfig
 from fastattn.models.losses import check_targets, mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder, can_decode
@@ -123,13 +123,11 @@ class GPT(Pretrained, nn.Module):
             return_logits = labels is None or not (self.training and torch.is_grad_enabled())
         elif not isinstance(return_logits, bool):
             raise TypeError(f"return_logits: got {return_logits!r}, needs True, False or None")
-        for name, flag in (
-            ("output_hidden_states", output_hidden_states),
-            ("output_attentions", output_attentions),
-            ("labels_aligned", labels_aligned),
-        ):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: got {flag!r}, needs True or False")
+        check_flags(
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            labels_aligned=labels_aligned,
+        )
         config = self.config
         past = cache[0].length if cache else 0
         if memory is not None and not isinstance(memory, Memory):

@@ -234,6 +234,11 @@ def _read_layout(folder: Path) -> _Layout:
         kinds = [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"pretrained model: {path} is no list of modules: {error!r}") from None
+    for _, inside in kinds:
+        if not isinstance(inside, str) or Path(inside).is_absolute() or ".." in Path(inside).parts:
+            raise ValueError(
+                f"pretrained model: {path} names the module {inside!r}, needs a path inside the folder"
+            )
     found = dict(kinds)
     names = [kind for kind, _ in kinds]
     if names not in ([_TRANSFORMER, _POOLING], [_TRANSFORMER, _POOLING, _NORMALIZE]):

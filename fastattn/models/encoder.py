@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
-from fastattn.models.checks import check_ids, check_range
+from fastattn.models.checks import check_flags, check_ids, check_range
 from fastattn.models.config import FULL, SLIDING
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
@@ -118,6 +118,7 @@ class Bert(PretrainedEncoder, nn.Module):
         output_attentions: bool = False,
     ) -> Encoded:
         """What `forward` pads: the hidden states of real tokens, (T, E), for heads that go on with these."""
+        check_flags(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         batch, seqlen = self._check_inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         )

@@ -124,6 +124,14 @@ REFUSED = {
         "modules Transformer, Pooling, Dense",
     ),
     "no modules": ("modules.json", {"a": 1}, "is no list of modules"),
+    **{
+        f"a module at {path}": (
+            "modules.json",
+            [{"path": "", "type": "a.Transformer"}, {"path": path, "type": "a.Pooling"}],
+            "needs a path inside the folder",
+        )
+        for path in ("../1_Pooling", "/1_Pooling", "a/../../b", 3)
+    },
     "two poolings": ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "got the pooling"),
     "another pooling": ("1_Pooling/config.json", {"pooling_mode_weightedmean_tokens": True}, "got the pooling"),
     "prompts left out": (

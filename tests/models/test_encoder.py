@@ -4,6 +4,7 @@ import encoder_models as tiny
 import pytest
 import torch
 import torch._dynamo.testing
+from small_models import BERT
 
 from fastattn.models import (
     Bert,
@@ -263,3 +264,10 @@ def test_positions_of_answers_are_a_column_for_each_text():
         for bad in (at[:1], at[None], at.double()):
             with pytest.raises(ValueError, match=f"{name}: got torch"):
                 model(ids, **{**good, name: bad})
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
+def test_flags_that_are_none_are_refused_by_name(flag):
+    model = Bert(BertConfig(**BERT))
+    with pytest.raises(TypeError, match=rf"^{flag}: got 1, needs True or False"):
+        model(torch.ones(1, 3, dtype=torch.long), **{flag: 1})
