@@ -74,7 +74,7 @@ double one_pass_end(const AttentionParams& params, int multiprocessors, double h
     for (int member = 0; member < group_size; ++member) {
       const int head = tile.kv_head * group_size + member;
       std::vector<Sums>& sums = sums_of[int64_t{tile.sequence.index} * params.num_heads + head];
-      sums.resize((tile.sequence.seen.num_queries + Shape::kBlockM - 1) / Shape::kBlockM);
+      sums.resize(ceil_div(tile.sequence.seen.num_queries, Shape::kBlockM));
       int block = walk.first;
       for (int left = blocks.end - blocks.begin; left > 0; --left, block = walk.after(block)) {
         Sums& sum = sums.at(block);

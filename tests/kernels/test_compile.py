@@ -193,7 +193,7 @@ def test_a_change_of_tile_constant_or_architecture_makes_a_row_stale() -> None:
 
 def test_a_change_of_a_device_function_makes_its_kernels_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else does: not a comment, not a docstring, not a function that the kernel doesn't reach."""
-    from fastattn.kernels import attention_weights, primitives
+    from fastattn.kernels import attention_weights, scores
 
     def sources(edit: tuple[str, str] | None = None) -> tuple[str, str]:
         fingerprint.cache_clear()
@@ -215,7 +215,7 @@ def test_a_change_of_a_device_function_makes_its_kernels_stale(monkeypatch: pyte
     assert sources(("One step of online softmax", "A step")) == plain
     assert sources(("# of the row", "# row")) == plain
     with monkeypatch.context() as patch:
-        patch.setattr(primitives, "LOG2E", type(primitives.LOG2E)(1.5))
+        patch.setattr(scores, "LOG2E", type(scores.LOG2E)(1.5))
         assert sources()[0] != plain[0]
     fingerprint.cache_clear()
 
