@@ -41,7 +41,9 @@ def attention_dbias_kernel(
     """
     row_tiles = tl.cdiv(bias_rows, BLOCK_M)
     col_tiles = tl.cdiv(bias_cols, BLOCK_N)
-    row_tile, col_tile, bias_sequence, bias_head = score_tile_coordinates(row_tiles, col_tiles, bias_heads)
+    row_tile, col_tile, matrix = score_tile_coordinates(row_tiles, col_tiles)
+    bias_head = matrix % bias_heads
+    bias_sequence = matrix // bias_heads
     score_strides = (
         stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
         stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,

@@ -39,14 +39,16 @@ def attention_weights_kernel(
     """
     row_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     col_tiles = tl.cdiv(seqlen_k, BLOCK_N)
-    heads = num_heads  # that the program adds up
-    matrices = 1  # of a sequence
+    row_tile, col_tile, matrix = score_tile_coordinates(row_tiles, col_tiles)
+    first_key = col_tile * BLOCK_N
+    first_query = row_tile * BLOCK_M
+    heads = num_heads
+    batch = matrix
+    first_head = 0
     if not MEAN:
         heads = 1
-        matrices = num_heads
-    row_tile, col_tile, batch, first_head = score_tile_coordinates(row_tiles, col_tiles, matrices)
-    first_query = row_tile * BLOCK_M
-    first_key = col_tile * BLOCK_N
+        batch = matrix // num_heads
+        first_head = matrix % num_heads
     seq_key_end = load_seq_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
     tile_query_end = tl.minimum(first_query + BLOCK_M, seqlen_q)
     score_strides = (
@@ -94,8 +96,6 @@ def attention_weights_kernel(
 
     if MEAN:
         total = total / num_heads
-    offsets = ((batch * matrices + first_head).to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[
-        None, :
-    ]
+    offsets = (matrix.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
     inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
     tl.store(weights + offsets, total.to(weights.dtype.element_ty), mask=inside)

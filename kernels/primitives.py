@@ -46,10 +46,12 @@ def program_coordinates(num_tiles, num_heads, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def score_tile_coordinates(row_tiles, col_tiles, num_heads):
-    """(row tile, column tile, batch, head) of a program that owns a tile of a score matrix; columns run fastest."""
-    tile, batch, head = program_coordinates(row_tiles * col_tiles, num_heads, False)
-    return tile // col_tiles, tile % col_tiles, batch, head
+def score_tile_coordinates(row_tiles, col_tiles):
+    """(row tile, column tile, matrix) of a program that owns a tile of a score matrix; columns run fastest."""
+    program = tl.program_id(0)
+    col_tile = program % col_tiles
+    row_tile = program // col_tiles % row_tiles
+    return row_tile, col_tile, program // col_tiles // row_tiles
 
 
 @triton.jit
