@@ -122,7 +122,7 @@ class _SoftmaxPlan:
         """The gradient of x, and None for the mask."""
         dim, scale, _, log, _ = self.options
         args = (*upstream_grads, *kept, dim, scale)
-        if self.backward is None or plan.backward_is_watched(self.environment):
+        if self.backward is None or plan.backward_needs_op(self.environment):
             return [torch.ops.fastattn.softmax_bwd.default(*args, log, self.dtype, self.backend), None]
         return [self.backward(*args, self.dtype), None]
 

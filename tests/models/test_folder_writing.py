@@ -258,7 +258,7 @@ def test_a_model_saves_over_the_folder_it_is_mapped_from(old):
         assert all(torch.equal(tensors(old)[name], expected[name]) for name in expected)
 
 
-def test_the_exchange_is_to_be_had_here(tmp_path):
+def test_the_exchange_is_available_here(tmp_path):
     """Without it the tests above would only look at the way that moves files."""
     if not hasattr(ctypes.CDLL(None), "renameat2"):
         pytest.skip("no renameat2")

@@ -100,7 +100,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_call_nobody_watches_is_the_op_without_the_dispatcher(
+def test_a_call_that_nothing_records_is_the_op_without_the_dispatcher(
     direct: list[bool], mode: Callable[[], Any], name: str
 ) -> None:
     _, call = CALLS[name]

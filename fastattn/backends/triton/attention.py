@@ -27,11 +27,11 @@ def attention_fwd(
     spec: AttentionSpec, call: AttentionCall, tiles: Tiles | None = None, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
-    from fastattn.backends.triton.kv_cache import decodes, single_query_fwd
+    from fastattn.backends.triton.kv_cache import is_decode_call, single_query_fwd
     from fastattn.kernels.launches import forward_launch
     from fastattn.kernels.tuned import tiles_for
 
-    if tiles is None and packing is None and decodes(spec):
+    if tiles is None and packing is None and is_decode_call(spec):
         return single_query_fwd(spec, call)
     query, value = call.query, call.value
     tile = (tiles or tiles_for(spec, packing is not None)).forward

@@ -41,7 +41,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
     return _attend(spec, call, tile)
 
 
-def decodes(spec: AttentionSpec) -> bool:
+def is_decode_call(spec: AttentionSpec) -> bool:
     """Whether a padded call has one query per head and asks for nothing that a cache call lacks."""
     unknown = spec.mask or spec.bias or spec.segments or spec.dropout
     # a padded call counts positions from the end of the padding, a cache call from the last key
@@ -50,7 +50,7 @@ def decodes(spec: AttentionSpec) -> bool:
 
 
 def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a padded call that `decodes`: its keys and values are a dense cache that is full."""
+    """(out, lse) of a padded call for which `is_decode_call`: its keys and values are a dense cache that is full."""
     from fastattn.kernels.decode_tiles import decode_tile_for
 
     lengths = call.query.new_empty(0, dtype=torch.int32) if call.key_lengths is None else call.key_lengths
