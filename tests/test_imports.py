@@ -50,7 +50,7 @@ ARROWS = {
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "tune": {"integers", "console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
+    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
     "tasks": {"console", "data", "models"},
     "text_generation": {"console", "data", "generation", "models"},
     "cli": {
