@@ -149,7 +149,7 @@ def prepared(
     if model.max_positions is not None and longest > model.max_positions:
         raise ValueError(
             f"max_new_tokens: a prompt of {prompt_len} and {settled.max_new_tokens} more tokens do not fit into "
-            f"n_positions={model.max_positions} learned positions"
+            f"the model's {model.max_positions} learned positions"
         )
     return settled, _mask_of(input_ids, attention_mask)
 

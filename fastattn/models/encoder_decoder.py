@@ -26,7 +26,7 @@ from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_f
 from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
-from fastattn.models.decoder import GPT
+from fastattn.models.decoder import GPT, count_positions
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.losses import check_targets
@@ -131,7 +131,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             decoder_input_ids,
             decoder_attention_mask,
             labels,
-            position_ids=torch.arange(shape[1], device=decoder_input_ids.device),
+            position_ids=count_positions(decoder_input_ids, None, None, 0, self.config.decoder),
             return_logits=return_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
