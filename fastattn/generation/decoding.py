@@ -12,7 +12,7 @@ from fastattn.generation.beam import beam_search
 from fastattn.generation.choosing import Chooser
 from fastattn.generation.drivers import DecoderDriver, driver_of
 from fastattn.generation.options import Options, Settled
-from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.protocol import CausalLM, Decodes, GenerationError
 from fastattn.generation.rows import Rows
 from fastattn.generation.sampling import LogitsProcessor
 from fastattn.generation.speculation import speculate
@@ -177,7 +177,7 @@ def continuations(
     )  # fmt: skip
     if lookup:
         if not isinstance(driver, DecoderDriver):
-            raise ValueError("prompt_lookup_num_tokens: this model has no decoder, which it needs")
+            raise GenerationError("prompt_lookup_num_tokens: this model has no decoder, which it needs")
         yield from speculate(driver, rows, chooser, *repeated, lookup)
         return
     logits = driver.first()

@@ -49,8 +49,8 @@ class GPTConfig:
         num_kv_heads: key/value heads, n_head by default; fewer is grouped-query attention.
         head_dim: size of a head, n_embd / n_head by default.
         positions: "learned" (GPT-2), "rotary", "alibi" or "sinusoidal" ("Attention Is All You Need").
-        position_offset: row of the learned positions that a sequence's first token reads. Above 0, positions count tokens
-            other than pad_token_id, which reads the row before (RoBERTa: pad_token_id + 1).
+        position_offset: row of the learned positions for a sequence's first token. Above 0, positions count tokens
+            other than pad_token_id, which has the row before (RoBERTa: pad_token_id + 1).
         rope_theta: base of the rotary angles.
         rope_scaling: how rotary angles are stretched, a dict with "rope_type" ("default", "linear", "dynamic", "yarn"
             or "llama3") and that type's numbers, "factor" first, as in transformers' config.json.

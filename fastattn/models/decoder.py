@@ -424,7 +424,9 @@ def count_positions(
         return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
     if not offset:
         return positions
-    return positions + offset if pad is None else torch.where(input_ids == pad, offset - 1, positions + offset)
+    return (
+        positions + offset if pad is None else torch.where(input_ids == pad, offset - 1, positions + offset)
+    )
 
 
 def _next_tokens(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_decoder_models import PAD, PAIRS, START, VOCAB, batch, make_both, make_theirs
+from encoder_decoder_models import PAD, PAIRS, VOCAB, batch, make_both, make_theirs
 from safetensors.torch import load_file
 from torch import Tensor
 
