@@ -40,7 +40,8 @@ ARROWS = {
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
-    "tasks": {"console", "data", "models"},
+    "evaluation": {"plot"},
+    "tasks": {"console", "constants", "data", "evaluation", "generation", "models"},
     "text_generation": {"console", "data", "generation", "models"},
     "cli": {
         "",
