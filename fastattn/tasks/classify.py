@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.data.records import Record, required, text_of
+from fastattn.evaluation.classification import multi_label, single_label
+from fastattn.evaluation.regression import regression
+from fastattn.evaluation.report import Report
 from fastattn.models import BertForSequenceClassification
 from fastattn.models.bert_config import PROBLEM_TYPES
 from fastattn.models.fields import one_of, or_none, positive, size, text
@@ -138,6 +141,12 @@ def check_examples(examples: Sequence[Example]) -> None:
         raise DataError(f"data: all {len(examples)} examples have the same number, needs two")
 
 
+def settled(options: Options, examples: Sequence[Example]) -> Options:
+    """The options with the kind of labels that training examples have, for the examples that are held out."""
+    kinds = {SINGLE: "single", SEVERAL: "several", REGRESSION: "regression"}
+    return replace(options, kind=kinds[kind_of(examples)])
+
+
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
     """The figure that picks the best model, and whether more of it is better."""
     return {SINGLE: ("accuracy", True), SEVERAL: ("micro_f1", True), REGRESSION: ("mse", False)}[
@@ -221,6 +230,49 @@ def targets_of(model: Any, examples: Sequence[Example]) -> list[Any]:
             row[place[str(name)]] = 1.0
         rows.append(row)
     return rows
+
+
+def evaluate(
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """Figures of a model's classes or numbers, see `fastattn.evaluation`.
+
+    Raises:
+        DataError: an example has a label that the model lacks, or of another kind than it gives.
+    """
+    check_labels(model, examples)
+    rows = rows_of(model, tokenizer, examples, options or Options())
+    logits = run(model, rows, batch_size, lambda out, i, _: wide(out.logits[i]).cpu())
+    kind, targets = kind_of(examples), targets_of(model, examples)
+    if kind == REGRESSION:
+        return regression([n for row in targets for n in row], torch.cat(logits).tolist())
+    if kind == SINGLE:
+        return single_label(targets, torch.stack(logits).softmax(-1).tolist(), model.config.labels())
+    return multi_label(targets, torch.stack(logits).sigmoid().tolist(), model.config.labels())
+
+
+def check_labels(model: Any, examples: Sequence[Example]) -> None:
+    """Refuse examples whose labels are not the model's; the message names the first."""
+    known = set(model.config.labels())
+    numbers = kind_of(examples) == REGRESSION
+    if numbers != (model.config.problem_type == REGRESSION) and model.config.problem_type is not None:
+        raise DataError(f"{examples[0].where}: label is no {model.config.problem_type}, which the model gives")
+    for example in examples:
+        if numbers:
+            if len(example.label) != model.config.num_labels:
+                raise DataError(
+                    f"{example.where}: label has {len(example.label)} numbers, the model gives {model.config.num_labels}"
+                )
+            continue
+        for name in (example.label,) if isinstance(example.label, str) else example.label:
+            if name not in known:
+                listed = ", ".join(sorted(known)[:8])
+                raise DataError(f"{example.where}: label {name!r} is none of the model's: {listed}")
 
 
 def teacher_logits(
