@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.language import language
 from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.config import PRESETS
 from fastattn.models.fields import flag, or_none, size
 from fastattn.tasks.options import CheckedOptions
 
@@ -78,16 +77,13 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: Tokenizer, **fields: Any
+    source: Path | str | GPTConfig, examples: Sequence[Example], options: Options, tokenizer: Tokenizer
 ) -> GPT:
-    """The folder's model, or a preset's with random weights and the tokenizer's vocabulary.
-
-    fields: of a preset's `GPTConfig`, in place of its own.
-    """
-    if str(source) in PRESETS and not Path(source).is_dir():
+    """The folder's model, or one of a config with random weights and the tokenizer's vocabulary."""
+    if isinstance(source, GPTConfig):
         eos = tokenizer.eos_id
-        sized = {"vocab_size": tokenizer.vocab_size, "eos_token_id": eos, "bos_token_id": eos, **fields}
-        return GPT(GPTConfig.preset(str(source), **sized)).train()
+        sized = {"vocab_size": tokenizer.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
+        return GPT(replace(source, pad_token_id=None, **sized)).train()
     return GPT.from_pretrained(source, dtype=torch.float32).train()
 
 
@@ -102,7 +98,11 @@ def block_length(model: Any, options: Options) -> int:
 
 
 def training_set(
-    model: Any, tokenizer: Tokenizer, examples: Iterable[Example], options: Options, folder: Path | None = None
+    model: Any,
+    tokenizer: Tokenizer,
+    examples: Iterable[Example],
+    options: Options,
+    folder: Path | None = None,
 ) -> PackedDataset:
     """The examples as blocks of tokens; with a folder they are in files there, memory-mapped.
 
