@@ -59,9 +59,8 @@ def test_the_loss_falls_and_the_report_says_so(task: str, runs: Any) -> None:
     assert report["flops"] > 0
     assert report["peak_memory"] > 0
     figure = report["best"]["figure"]
-    assert report["metrics"][figure] == pytest.approx(
-        report["best"]["loss"] if figure == "loss" else report["best"]["figures"][figure], rel=0.5
-    )
+    if figure != "loss":  # whose masks are drawn anew
+        assert report["metrics"][figure] == pytest.approx(report["best"]["figures"][figure])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +251,7 @@ def test_causal_lm_trains_from_a_preset_and_its_folder(tmp_path: Path) -> None:
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["best"]["loss"] < report["first"]["loss"]
-    assert report["metrics"]["loss"] == pytest.approx(report["best"]["loss"], rel=1e-4)
+    assert report["metrics"]["loss"] == pytest.approx(report["best"]["loss"])
     code, text, err = invoke(*words, "--model", tmp_path / "out", "--out", tmp_path / "more", "--lora.r", 2)
     assert code == 0, err
     code, text, err = invoke("generate", tmp_path / "more", "--prompt=anna", "--max-new-tokens=3")
