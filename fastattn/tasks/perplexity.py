@@ -27,13 +27,19 @@ def bos_of(model: Any, tokenizer: Tokenizer) -> int | None:
 
     It is what the tokenizer's template puts there, else config.bos_token_id where the tokenizer has it.
     """
-    core = tokenizer.core
-    plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
-    if plain and plain[0] in whole and (front := whole[: whole.index(plain[0])]):
-        return int(front[-1])
+    front = template_front(tokenizer)
+    if front:
+        return front[-1]
     named = getattr(model.config, "bos_token_id", None)
     vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
     return int(named) if isinstance(named, int) and 0 <= named < vocab_size else None
+
+
+def template_front(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer's template puts in front of a text."""
+    core = tokenizer.core
+    plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
 
 def windows_of(ids: Sequence[int], bos_id: int | None, length: int, stride: int) -> Iterator[Window]:
@@ -100,7 +106,9 @@ def evaluate_documents(
             longest = len(chosen[0].ids)
             ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
             labels = torch.full_like(ids, IGNORE_INDEX)
-            for row, window in enumerate(chosen):  # padding is on the right, where nothing that counts sees it
+            for row, window in enumerate(
+                chosen
+            ):  # padding is on the right, where nothing that counts sees it
                 ids[row, : len(window.ids)] = torch.tensor(window.ids)
                 labels[row, window.scored : len(window.ids)] = ids[row, window.scored : len(window.ids)]
             count = int((labels != IGNORE_INDEX).sum())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +18,11 @@ from fastattn.evaluation.report import Report
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
-from fastattn.models.fields import or_none, size, text
+from fastattn.models.fields import or_none, size
+from fastattn.models.fields import text as text_field
 from fastattn.tasks.batches import max_tokens
 from fastattn.tasks.options import CheckedOptions
-from fastattn.tasks.training import is_preset, padded
+from fastattn.tasks.training import padded
 
 NAME = "seq2seq"
 MODELS = (EncoderDecoder,)
@@ -63,7 +63,7 @@ class Options(CheckedOptions):
         "max_length": or_none(size),
         "max_target_length": or_none(size),
         "num_beams": size,
-        "bleu_tokenizer": or_none(text),
+        "bleu_tokenizer": or_none(text_field),
     }
 
 
@@ -98,19 +98,19 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
     """The figure that picks the best model, and whether more of it is better."""
-    return "chrf", True
+    return "loss", False
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer
+    source: Path | str | BertConfig, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer
 ) -> EncoderDecoder:
-    """The folder's model; of an encoder's folder, a model whose two parts begin as it; of a preset, random weights.
+    """The folder's model; of an encoder's folder, a model whose two parts begin as it; of a config, random weights.
 
     A decoder begun as an encoder has new cross-attention. Targets begin with [CLS] and end with [SEP].
     """
     tokens = special_tokens(tokenizer)
-    if is_preset(source):
-        config = BertConfig.preset(str(source), vocab_size=tokenizer.core.get_vocab_size(), pad_token_id=tokens["pad"])
+    if isinstance(source, BertConfig):
+        config = replace(source, vocab_size=tokenizer.core.get_vocab_size(), pad_token_id=tokens["pad"])
         return EncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))).train()
     if issubclass(class_for(source), EncoderDecoder):
         model = EncoderDecoder.from_pretrained(source, dtype=torch.float32)
@@ -204,7 +204,9 @@ def source_rows(
         config = model.config.encoder
         positions = config.max_position_embeddings - config.position_offset
         if options.max_length > positions:
-            raise DataError(f"task.max_length: got {options.max_length}, the encoder has {positions} positions")
+            raise DataError(
+                f"task.max_length: got {options.max_length}, the encoder has {positions} positions"
+            )
         limit = options.max_length
     return tokenizer.encode([example.source for example in examples], limit)
 
@@ -272,7 +274,11 @@ def predict(
             )
             batch = {name: value.to(device) for name, value in batch.items()}
             made = model.generate(
-                **batch, max_new_tokens=room, num_beams=options.num_beams, do_sample=False, num_return_sequences=1
+                **batch,
+                max_new_tokens=room,
+                num_beams=options.num_beams,
+                do_sample=False,
+                num_return_sequences=1,
             )
             for index, ids in zip(chosen, made[:, 1:].tolist()):
                 written[index] = tokenizer.core.decode(ids, skip_special_tokens=True)

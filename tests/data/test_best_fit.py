@@ -80,7 +80,9 @@ def test_the_loss_of_rows_is_that_of_their_pieces(kind: str) -> None:
             loss = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(labels)[None]).loss
             total, count = total + loss.item() * (len(ids) - 1), count + len(ids) - 1
     assert count == data.num_targets()
-    assert packed.item() == pytest.approx(total / count, rel=torch.finfo(torch.float32).eps)  # each loss is a float32
+    assert packed.item() == pytest.approx(
+        total / count, rel=torch.finfo(torch.float32).eps
+    )  # each loss is a float32
 
 
 def test_marked_tokens_count_alone() -> None:
