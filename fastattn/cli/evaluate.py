@@ -14,9 +14,9 @@ from fastattn.cli.predict import MAX_BATCH
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder with its tokenizer.")],
     data: Annotated[
-        list[str],
-        typer.Option(help="File, folder or data set with labelled examples; may be repeated."),
-    ],
+        list[str] | None,
+        typer.Option(help="File, folder or data set with labelled examples; needed, may be repeated."),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="What to evaluate; by default what the folder's head is for.")
     ] = None,
@@ -52,7 +52,7 @@ def evaluate(
     from fastattn.tasks import evaluate as work
 
     found = work.evaluate(
-        folder, data, task=task, baseline=baseline or (), train=train or (), columns=column or (),
+        folder, data or (), task=task, baseline=baseline or (), train=train or (), columns=column or (),
         options=option or (), batch_size=batch_size, plots=plots,
     )  # fmt: skip
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,25 +86,30 @@ def evaluate(
     """
     begun = time.monotonic()
     module = task_of(folder, task)
+    if not data:
+        raise InputError("--data: got none, needs a file with labelled examples")
     settings = options_of(module, options)
     methods = {name: method_of(module, name, bool(train)) for name in dict.fromkeys(baseline)}
-    if plots is not None and module is not classify:
-        raise InputError(f"--plots: the task {module.NAME} has none, needs a folder for classify")
+    mapping = columns_of(module, columns)
+    if train and not methods:
+        raise InputError("--train: has no use without --baseline")
+    if plots is not None:
+        check_plots(module, plots)
     try:
-        mapping = columns_of(columns)
-        records = read_records(list(data), columns=mapping)
         training = read_records(list(train), columns=mapping) if train else []
+        records = read_records(list(data), columns=mapping)
+        examples, given = (module.examples_of(each, settings) for each in (records, training))
         model, tokenizer = load_folder(folder, module)
-        settings = settled(module, settings, model)
-        examples = module.examples_of(records, settings)
-        given = module.examples_of(training, settings)
+        if (changed := settled(module, settings, model)) != settings:
+            settings = changed
+            examples, given = (module.examples_of(each, settings) for each in (records, training))
         found = {name: method(model, examples, given) for name, method in methods.items()}
         size = {} if batch_size is None else {"batch_size": batch_size}
         report = module.evaluate(model, tokenizer, examples, options=settings, **size)
         if plots is not None:
             draw(report, plots)
     except (DataError, ValueError, MissingPackage) as error:
-        raise InputError(str(error)) from None
+        raise InputError(" ".join(str(error).split())) from None
     return Evaluation(module.NAME, str(folder), report, found, round(time.monotonic() - begun, 3))
 
 
@@ -145,13 +151,34 @@ def options_of(task: ModuleType, words: Sequence[str]) -> Any:
         raise InputError(f"--option {error}") from None
 
 
-def columns_of(words: Sequence[str]) -> dict[str, str]:
+def columns_of(task: ModuleType, words: Sequence[str]) -> dict[str, str]:
     """The task's field -> the file's column, of words as FIELD=COLUMN."""
-    pairs = [word.partition("=") for word in words]
-    for (field, equals, column), word in zip(pairs, words):
-        if not (field and equals and column):
-            raise InputError(f"--column {word[:100]!r}: needs FIELD=COLUMN, as label=topic")
-    return {field: column for field, _, column in pairs}
+    known = {*task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ())}
+    found = {}
+    for word in words:
+        field, equals, column = word.partition("=")
+        if field not in known or not (equals and column):
+            fields = ", ".join(sorted(known))
+            raise InputError(
+                f"--column {word[:100]!r}: needs FIELD=COLUMN with a field of {task.NAME}: {fields}"
+            )
+        found[field] = column
+    return found
+
+
+def check_plots(task: ModuleType, folder: Path) -> None:
+    """Refuse plots of a task that has none, and a folder that cannot be made."""
+    from fastattn import plot
+
+    if task is not classify:
+        raise InputError(f"--plots: the task {task.NAME} has none, needs a folder for classify")
+    if not plot.is_available():
+        raise InputError(f"--plots: needs matplotlib: {plot.INSTALL}")
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--plots {str(folder)[:200]}: is no folder that can be made")
 
 
 def load_folder(folder: Path, task: ModuleType) -> tuple[Any, Any]:

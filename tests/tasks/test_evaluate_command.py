@@ -234,6 +234,7 @@ def bad_words(
     return {
         "no folder": ([tmp_path / "nowhere", *classes], "no such folder"),
         "no model": ([empty, *classes], "config.json"),
+        "no data": ([folder], "--data: got none"),
         "no file": ([folder, "--data", tmp_path / "nowhere.jsonl"], "no such file"),
         "an empty file": ([folder, "--data", file("empty.jsonl", "")], "holds no example"),
         "not UTF-8": ([folder, "--data", file("latin.jsonl", b'{"text": "\xe9"}')], "line 1 is not UTF-8"),
@@ -247,6 +248,7 @@ def bad_words(
         "no column": ([folder, *classes, "--column", "label=topic"], "line 1 has no column 'topic'"),
         "an unknown method": ([folder, *classes, "--baseline", "best"], "--baseline: got 'best'"),
         "another's method": ([folder, *classes, "--baseline", "lead"], "--baseline lead: is no method for classify"),
+        "no method": ([folder, *classes, "--train", data["classify"]], "--train: has no use without --baseline"),
         "no training data": ([folder, *classes, "--baseline", "tfidf"], "needs --train"),
         "plots of texts": (
             [folders["causal-lm"], "--data", data["causal-lm"], "--plots", tmp_path / "plots"],
