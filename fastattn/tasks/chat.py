@@ -31,6 +31,7 @@ OPTIONAL = ("prompt", "completion")
 LABELS: tuple[str, ...] = ()
 NEW_PARTS: tuple[str, ...] = ()
 EDITABLE = False  # messages are no single text that could be cleaned
+CHANGES_TOKENIZER = True  # one without a chat template gets one
 DEFAULTS = {"max_epochs": 3.0, "batch_size": 8, "lr": 1e-4, "min_lr_ratio": 0.0, "weight_decay": 0.01}
 BATCH_SIZE = 8
 
