@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +16,8 @@ from torch.utils.data import default_collate
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
 from fastattn.train.arguments import check_arguments, check_evaluation
-from fastattn.train.averaging import Averaged
 from fastattn.train.batches import Batch, Batches, Examples
-from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory, read_model, write_model
+from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
 from fastattn.train.config import ConfigError, TrainConfig, save_config, step_limit
 from fastattn.train.distributed import Distributed, usable_device, usable_dtype
 from fastattn.train.evaluating import Evaluator, is_gain
@@ -35,36 +32,19 @@ from fastattn.train.metrics import (
     training_flops,
 )
 from fastattn.train.objective import Objective
-from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
-from fastattn.train.recompute import recomputing
-from fastattn.train.resume import (
-    AVERAGE,
-    GENERATORS,
-    OPTIMIZER,
-    STATE,
-    DamagedCheckpoint,
-    check_optimizer,
-    check_options,
-    read_checkpoint,
-)
+from fastattn.train.recompute import blocks_of, recomputing
 from fastattn.train.rng import (
     allow_deterministic_cublas,
     deterministic_algorithms,
-    random_state,
-    restore_random_state,
     seed_all,
     seeded,
 )
 from fastattn.train.signals import StopRequest
+from fastattn.train.snapshot import Snapshot
 from fastattn.train.state import FitResult, TrainState
 from fastattn.train.trackers import Trackers, missing
-
-SHOWN_EXAMPLES = 16  # of a batch, in a message
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient stopped being finite, and on_nonfinite says not to go on."""
+from fastattn.train.updates import TrainingDiverged, Update, Updates, listed
 
 
 class Trainer:
@@ -123,6 +103,8 @@ class Trainer:
         self.config = config
         if config.deterministic:
             allow_deterministic_cublas()  # before the device's first matrix product
+        if config.activation_checkpointing and not blocks_of(model):
+            raise ValueError("activation_checkpointing: the model has no blocks in an nn.ModuleList")
         if lacking := missing(config.trackers):
             raise ConfigError(f"trackers: {lacking} is not installed")
         self.device = usable_device(config.device)
@@ -130,18 +112,8 @@ class Trainer:
         self.directory = RunDirectory(
             config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
         )
-        self.directory.check_space(model, config.keep_checkpoints)
+        self.directory.check_space(model, config.keep_checkpoints, averaged=config.ema_decay is not None)
         self.model = model.to(self.device)
-        self.optimizer = build_optimizer(
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            name=config.optimizer,
-            muon_momentum=config.muon_momentum,
-        )
-        self.averaged = None if config.ema_decay is None else Averaged(model, config.ema_decay)
         self.train_data, self.dev_data = train_data, dev_data
         self.tokenizer = tokenizer
         self.batches = Batches(collate, self.device)
@@ -160,13 +132,25 @@ class Trainer:
         self.evaluator = Evaluator(
             model, self._compiled, config, self.objective, self.batches, self.distributed, evaluate_with
         )
+        self.updates = Updates(model, config, self.objective)
+        self.optimizer, self.averaged = self.updates.optimizer, self.updates.averaged
+        self.snapshot = Snapshot(
+            config,
+            model,
+            tokenizer,
+            self.optimizer,
+            self.averaged,
+            self.objective.scaler,
+            self.sampler,
+            self.distributed,
+            self.device,
+        )
         self._peak_flops = (
             peak_flops(self.device, self.dtype) if config.peak_tflops is None else config.peak_tflops * 1e12
         )
         self._counted_flops: float | None = None  # per token
         self._shown: dict[str, float] = {}
         self._trackers: Trackers | None = None
-        self._indices: list[list[int]] = []  # of the micro-batches of a step
         self._started = time.monotonic()
         self._used = False
 
@@ -181,6 +165,13 @@ class Trainer:
         if self._used:
             raise RuntimeError('fit: a trainer runs once; make another, with resume="auto" to go on')
         self._used = True
+        try:
+            return self._fit()
+        finally:
+            if self._trackers is not None:
+                self._trackers.close()
+
+    def _fit(self) -> FitResult:
         config = self.config
         with StopRequest() as stop, deterministic_algorithms(config.deterministic, self.device):
             self._begin()
@@ -197,10 +188,8 @@ class Trainer:
                 checkpoint = self._finish(evaluate=reason is not None)
             finally:
                 self.display.stop()
-                if self._trackers is not None:
-                    self._trackers.close()
         state, memory = self.state, peak_memory(self.device)
-        flops = self._flops()
+        flops = self._flops(interrupted=reason is None)
         stopped = (
             reason
             or f"stopped by {stop.signal_name or 'a signal to another process'}, {state.step} steps done"
@@ -210,7 +199,8 @@ class Trainer:
         )
         self.display.note(
             f"{stopped}: {self._seconds():.0f} s"
-            f", {flops:.3g} FLOPs, {memory / 1e9:.2f} GB at the peak; checkpoint: {checkpoint}"
+            + ("" if flops is None else f", {flops:.3g} FLOPs")
+            + f", {memory / 1e9:.2f} GB at the peak; checkpoint: {checkpoint}"
         )
         return FitResult(
             stopped=stopped,
@@ -253,13 +243,13 @@ class Trainer:
             self._counted_flops = counted / max(count_tokens(batch), 1)
         return self._counted_flops
 
-    def _flops(self) -> float:
-        """Floating-point operations of all training steps so far."""
-        if self._counted_flops is None:  # after the run, so that a model that keeps count of its calls sees no other
+    def _flops(self, *, interrupted: bool) -> float | None:
+        """Floating-point operations of all training steps; None where a signal came before any were counted."""
+        if self._counted_flops is None and not interrupted:
             size = min(self.config.batch_size, len(self.train_data))
             with seeded(self.config.seed, self.device):  # collate may draw
                 self._flops_per_token(self.batches.of(self.train_data, range(size)))
-        return (self._counted_flops or 0.0) * self.state.tokens
+        return None if self._counted_flops is None else self._counted_flops * self.state.tokens
 
     def _begin(self) -> None:
         """Make the output directory, then start afresh or from the checkpoint."""
@@ -268,7 +258,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         if source is not None:
-            self._load(source)
+            self.state = self.snapshot.load(source)
         if self.distributed.is_main:
             self.directory.prepare()
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
@@ -324,74 +314,44 @@ class Trainer:
         config, state = self.config, self.state
         begun = time.monotonic()
         progress = self._progress()
-        rate = learning_rate(
-            max(state.step, progress * self.max_steps)
-            if self.max_steps and config.max_seconds
-            else state.step,
-            progress,
-            lr=config.lr,
-            warmup_steps=config.warmup_steps,
-            min_lr_ratio=config.min_lr_ratio,
-            schedule=config.schedule,
-            decay_ratio=config.decay_ratio,
-        )
-        set_learning_rate(self.optimizer, rate, (config.muon_lr or config.lr) / config.lr)
-        self._indices = [self.sampler.next_batch(config.batch_size) for _ in range(config.accumulate)]
-        batches = [self.batches.of(self.train_data, indices) for indices in self._indices]
+        by_time = self.max_steps and config.max_seconds
+        step = max(state.step, progress * self.max_steps) if by_time and self.max_steps else state.step
+        indices = [self.sampler.next_batch(config.batch_size) for _ in range(config.accumulate)]
+        batches = [self.batches.of(self.train_data, part) for part in indices]
         if self._peak_flops:
             self._flops_per_token(batches[0])
-        loss, tokens = self.objective.accumulate(batches)
-        self.objective.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
-        norm = self.objective.clip_gradients(config.grad_clip)
-        self._apply(loss, norm, rate)
+        update = self.updates.take(batches, step, progress)
+        if update.taken:
+            state.nonfinite_in_a_row = 0
+        else:
+            self._reject(update, indices)
         state.step += 1
-        state.tokens += tokens
-        sums = {"steps": 1, "loss": loss, "tokens": tokens, "seconds": time.monotonic() - begun}
+        state.tokens += update.tokens
+        sums = {"steps": 1, "loss": update.loss, "tokens": update.tokens, "seconds": time.monotonic() - begun}
         for name, value in sums.items():
             state.window[name] = state.window.get(name, 0.0) + value
-        state.window.update(lr=rate, grad_norm=norm)
+        state.window.update(lr=update.rate, grad_norm=update.norm)
 
-    def _apply(self, loss: float, norm: float, rate: float) -> None:
-        """Take the optimiser step, unless the loss or a gradient is not finite."""
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        scaler = self.objective.scaler
-        overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
-        if finite or overflow:  # the scaler skips a step that overflowed, and lowers its scale
-            scaler.step(self.optimizer)  # type: ignore[arg-type]  # it takes whatever has groups and a step
-            self.state.nonfinite_in_a_row = 0
-        else:
-            self._reject(loss, norm, rate)
-        scaler.update()
-        if self.averaged is not None:
-            self.averaged.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _reject(self, loss: float, norm: float, rate: float) -> None:
-        """Skip the step with a warning, or raise TrainingDiverged."""
+    def _reject(self, update: Update, indices: list[list[int]]) -> None:
+        """Leave the step out with a warning, or raise TrainingDiverged."""
         state, config = self.state, self.config
         state.nonfinite_in_a_row += 1
-        what = f"loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
         if config.on_nonfinite == "skip" and state.nonfinite_in_a_row <= config.max_nonfinite:
-            self._warn(f"{what}: step skipped, {state.nonfinite_in_a_row} in a row")
+            self._warn(f"{update}: step skipped, {state.nonfinite_in_a_row} in a row")
+            self.updates.discard()
             return
+        figures = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
         culprit = self.objective.first_gradient_not_finite()
-        examples = self._culprits()
-        self.log.add(
-            "diverged", state.step, loss=loss, grad_norm=norm, lr=rate, parameter=culprit, examples=examples
-        )
+        examples = self.updates.examples_not_finite(indices)
+        self.log.add("diverged", state.step, **figures, parameter=culprit, examples=examples)
         kept = self.directory.checkpoints()
         raise TrainingDiverged(
-            f"step {state.step}: {what}"
+            f"step {state.step}: {update}"
             + (f"; first in the gradient of {culprit}" if culprit else "")
-            + f"; in the batch of training examples {_some(examples)}"
+            + f"; in the batch of training examples {listed(examples)}"
             + (f"; the newest checkpoint is {kept[-1]}" if kept else "; there is no checkpoint yet")
             + "; try a lower lr or more warmup_steps"
         )
-
-    def _culprits(self) -> list[int]:
-        """This process's examples in the micro-batches whose loss is not finite, or if there is none, in all."""
-        batches = [i for i, loss in zip(self._indices, self.objective.losses) if not torch.isfinite(loss)]
-        return [index for batch in batches or self._indices for index in batch]
 
     def _after_step(self) -> None:
         """Log, evaluate and save where that is due."""
@@ -461,50 +421,15 @@ class Trainer:
     def _save(self) -> Path:
         """Write a checkpoint; without dev_data the newest model is also the one at the directory's top."""
         self.state.seconds = self._seconds()
-        generators = self.distributed.gather(random_state(self.device))
+        generators = self.snapshot.generators()
         step, path = self.state.step, self.directory.path
         if self.distributed.is_main:
             self.directory.save_checkpoint(
-                step, lambda folder: self._write(folder, generators), self.config.keep_checkpoints
+                step,
+                lambda folder: self.snapshot.write(folder, self.state, generators),
+                self.config.keep_checkpoints,
             )
         if self.dev_data is None:
             self._save_model()
         self.distributed.barrier()
         return path / f"checkpoint-{step}"
-
-    def _write(self, folder: Path, generators: list[dict[str, Any]]) -> None:
-        write_model(self.model, folder, self.tokenizer)
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
-        torch.save(generators, folder / GENERATORS)
-        if self.averaged is not None:
-            torch.save(self.averaged.values, folder / AVERAGE)
-        state = {
-            "state": asdict(self.state),
-            "sampler": self.sampler.state_dict(),
-            "scaler": self.objective.scaler.state_dict(),
-            "config": asdict(self.config),
-            "world_size": self.distributed.world_size,
-        }
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-    def _load(self, folder: Path) -> None:
-        """Take over everything `_write` wrote, after checking that it is of a run with the same order of data."""
-        saved = read_checkpoint(folder)
-        check_options(saved, self.config, self.distributed.world_size, folder)
-        self.sampler.load_state_dict(saved.sampler)
-        check_optimizer(saved.optimizer, self.optimizer, folder / OPTIMIZER)
-        read_model(self.model, folder)
-        try:
-            self.optimizer.load_state_dict(saved.optimizer)
-            self.objective.scaler.load_state_dict(saved.scaler)
-            if self.averaged is not None:
-                self.averaged.load(saved.average)
-            restore_random_state(saved.generators[self.distributed.rank], self.device)
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise DamagedCheckpoint(f"{folder}: its state cannot be restored ({error})") from None
-        self.state = saved.state
-
-
-def _some(examples: list[int]) -> str:
-    """The first examples of a list."""
-    return ", ".join(map(str, examples[:SHOWN_EXAMPLES])) + (" ..." if len(examples) > SHOWN_EXAMPLES else "")
