@@ -372,7 +372,7 @@ def _check_numbers(r: int, alpha: float, dropout: float) -> None:
 
 def _example(model: nn.Module) -> dict[str, Tensor]:
     """Token ids to compare on, the same every time, by the names that the model's forward has for them."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     parts = {"input_ids": config}
     if hasattr(config, "encoder"):
         parts = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}

@@ -98,7 +98,7 @@ def new_model(
     """The folder's model, or one of a config with random weights and the tokenizer's vocabulary."""
     if isinstance(source, GPTConfig):
         eos = tokenizer.eos_id
-        sized = {"vocab_size": tokenizer.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
+        sized: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "eos_token_id": eos, "bos_token_id": eos}
         return Student(replace(source, pad_token_id=None, **sized)).train()
     return Student.from_pretrained(source, dtype=torch.float32).train()
 

@@ -42,7 +42,7 @@ class Student(GPT):
         self.teachers = (teacher.eval().requires_grad_(False),)
         self.distill_weight, self.temperature = weight, temperature
 
-    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
         """As `GPT.forward`."""
         output = super().forward(*args, **kwargs)
         if not (self.training and self.teachers and self.distill_weight) or output.loss is None:
