@@ -18,7 +18,7 @@ CHUNK = 512  # tokens whose logits exist at a time
 
 
 class Student(GPT):
-    """A `GPT` that may have a teacher; its loss in training mode is (1 - w) * the tokens' + w * T^2 KL(teacher || model).
+    """A `GPT` that may have a teacher: its loss in training is then (1 - w) the labels' + w T^2 KL(teacher || model).
 
     The divergence is the mean over the targets that count, both distributions softened by the temperature T. Hinton et
     al. 2015, Distilling the Knowledge in a Neural Network. The teacher is none of the model's parameters.

@@ -96,6 +96,10 @@ def evaluate(
     if plots is not None:
         check_plots(module, plots)
     try:
+        if module is seq2seq:
+            generation.check_installed()
+        if "tfidf" in methods:
+            baselines.sklearn_package()
         training = read_records(list(train), columns=mapping) if train else []
         records = read_records(list(data), columns=mapping)
         examples, given = (module.examples_of(each, settings) for each in (records, training))

@@ -13,8 +13,8 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.data.records import Record, text_of
-from fastattn.evaluation.generation import texts
-from fastattn.evaluation.report import Report
+from fastattn.evaluation.generation import check_installed, texts
+from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
@@ -93,7 +93,11 @@ def labels_in(examples: Sequence[Example]) -> None:
 
 
 def check_examples(examples: Sequence[Example]) -> None:
-    """Nothing to refuse: any pair will do."""
+    """Refuse a run that could not be evaluated; DataError where sacrebleu is not installed."""
+    try:
+        check_installed()
+    except MissingPackage as error:
+        raise DataError(f"seq2seq: {error}") from None
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:

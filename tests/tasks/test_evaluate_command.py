@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,27 @@ def bad_words(
             "task.max_length: got 1000, the model has 64 positions",
         ),
     }  # fmt: skip
+
+
+def test_a_missing_package_is_named_before_any_work(
+    folders: dict[str, Path], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastattn.tasks.evaluate.load_folder", None)
+    for package in ("sacrebleu.metrics", "sklearn.svm", "sklearn.feature_extraction"):
+        monkeypatch.setitem(sys.modules, package, None)
+    words = [
+        folders["classify"],
+        "--data",
+        data["classify"],
+        "--train",
+        data["classify"],
+        "--baseline",
+        "tfidf",
+    ]
+    for given in ([folders["seq2seq"], "--data", data["seq2seq"]], words):
+        code, out, err = invoke(*given)
+        assert (code, out) == (2, "")
+        assert err.endswith("pip install 'fastattn[evaluate]'\n")
 
 
 def test_bad_input_is_one_line(folders: dict[str, Path], data: dict[str, Path], tmp_path: Path) -> None:
