@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from fastattn import bench, cli, demo, text_generation
 from fastattn.extension import build
-from fastattn.tasks import classify, predict
+from fastattn.models import BertForSequenceClassification
+from fastattn.tasks import classify, evaluate, predict
 from fastattn.tune import command as tuning
 
 NUMBERS = ("x", "", "-1", "1.5", "nan", "inf", "1" + "0" * 20, "1" + "0" * 5000, "True", "None")
@@ -46,6 +47,23 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("train", "--teacher"): ("", LONG, "/nowhere/at/all", "/dev/null"),
     ("train", "--resume"): ("", LONG, "/nowhere/at/all", "/dev/null"),
     ("train", "--config"): ("", LONG, "/nowhere/at/all", "/dev", "/proc/self/mem"),
+    ("evaluate", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
+    ("evaluate", "--task"): ("", "x", "classify,tag", LONG),
+    ("evaluate", "--baseline"): ("", "x", "lead", "tfidf", LONG),  # the last two without --train
+    ("evaluate", "--train"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
+    ("evaluate", "--column"): ("", "x", "=x", "label=", LONG),
+    ("evaluate", "--option"): (
+        "",
+        "x",
+        "x=1",
+        "max_length=-1",
+        "max_length=",
+        "max_length=nan",
+        "kind=x",
+        LONG,
+    ),
+    ("evaluate", "--batch-size"): (*NUMBERS, "0"),
+    ("evaluate", "--plots"): ("/dev/null", "/dev/null/x", LONG),
     ("bench tune", "--dtype"): ("", "x", "float64", "int8", LONG),
     ("bench tune", "--head-dim"): (
         "",
@@ -79,6 +97,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "generate": ("folder", "--prompt=text"),
     "predict": ("folder",),
     "train": ("classify", "--train=data.jsonl", "--model=minilm-l6", "--out=out"),
+    "evaluate": ("folder", "--data=data.jsonl"),
 }
 
 
@@ -110,6 +129,7 @@ def test_every_option_has_its_hostile_values() -> None:
         "generate",
         "predict",
         "train",
+        "evaluate",
         "bench tune",
         "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),
@@ -132,6 +152,9 @@ def test_a_value_that_means_nothing_is_named(
     monkeypatch.setattr(text_generation, "load_folder", work)
     monkeypatch.setattr(predict, "task_of", lambda folder: classify)
     monkeypatch.setattr(predict, "load_folder", work)
+    monkeypatch.setattr(evaluate, "check_folder", lambda folder: None)
+    monkeypatch.setattr(evaluate.families, "class_for", lambda folder: BertForSequenceClassification)
+    monkeypatch.setattr(evaluate, "load_folder", work)
     for value in HOSTILE[name, option]:
         words = [*name.split(), *ALWAYS.get(name, ()), f"{option}={value}"]
         result = CliRunner().invoke(cli.app, words)

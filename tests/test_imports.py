@@ -41,7 +41,7 @@ ARROWS = {
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
     "evaluation": {"plot"},
-    "tasks": {"console", "constants", "data", "evaluation", "generation", "models"},
+    "tasks": {"console", "constants", "data", "evaluation", "models", "nn", "ops", "plot"},
     "text_generation": {"console", "data", "generation", "models"},
     "cli": {
         "",

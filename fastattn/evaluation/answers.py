@@ -46,7 +46,8 @@ def answers(references: Sequence[Sequence[str]], predictions: Sequence[str | Non
     """exact_match and f1 of answers, each the best over the answers that are right; shares within [0, 1].
 
     A question without a right answer, or with none that has a token, is right where the prediction is None or has no
-    token. Where questions have no right answer, has_answer_exact_match, has_answer_f1 and no_answer_accuracy are there too.
+    token. Where there are questions without a right answer, so are no_answer_accuracy, has_answer_exact_match and
+    has_answer_f1.
 
     Args:
         references: for each question the answers that are right; none where the context holds none.

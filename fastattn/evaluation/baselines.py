@@ -44,7 +44,7 @@ def tfidf_classifier(
     Raises:
         MissingPackage: scikit-learn is not installed.
     """
-    svm = _sklearn().svm
+    svm = sklearn_package().svm
     vectors = _vectors(texts)
     classifier = svm.LinearSVC(random_state=0).fit(vectors.fit_transform(texts), list(labels))
     found = classifier.predict(vectors.transform(evaluated))
@@ -67,13 +67,14 @@ def lead(text: str) -> str:
 
 def _vectors(texts: Sequence[str]) -> Any:
     unspaced = 2 * sum(map(is_unspaced, texts)) > len(texts)
-    make = _sklearn().feature_extraction.text.TfidfVectorizer
+    make = sklearn_package().feature_extraction.text.TfidfVectorizer
     if unspaced:
         return make(analyzer="char", ngram_range=(1, 3), sublinear_tf=True)
     return make(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
 
 
-def _sklearn() -> Any:
+def sklearn_package() -> Any:
+    """scikit-learn with what is used of it; MissingPackage where it cannot be imported."""
     try:
         import sklearn.feature_extraction.text
         import sklearn.svm

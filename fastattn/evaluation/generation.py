@@ -32,14 +32,21 @@ def texts(
     return Report(metrics=metrics, count=count, signatures=signatures)
 
 
+def check_installed() -> None:
+    """Raise MissingPackage where sacrebleu cannot be imported."""
+    try:
+        import sacrebleu.metrics  # noqa: F401
+    except ImportError:
+        raise MissingPackage("BLEU and chrF", "sacrebleu") from None
+
+
 def machine_translation(
     references: Sequence[Sequence[str]], predictions: Sequence[str], *, tokenize: str | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
     """bleu and chrf of a whole set by sacrebleu, within [0, 100], and their signatures; see `texts`."""
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise MissingPackage("BLEU and chrF", "sacrebleu") from None
+    check_installed()
+    from sacrebleu.metrics import BLEU, CHRF
+
     check_texts(references, predictions)
     most = max(map(len, references))
     # one list for each place among the references; sacrebleu reads None as none there

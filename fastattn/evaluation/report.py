@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class MissingPackage(ImportError):
         super().__init__(f"{what} needs {package}: pip install 'fastattn[evaluate]'")
 
 
-def check_pairs(references: Sequence[Any], predictions: Sequence[Any], name: str = "predictions") -> int:
+def check_pairs(references: Sized, predictions: Sized, name: str = "predictions") -> int:
     """Their number; ValueError where there is none, or not one prediction for each reference."""
     if len(references) != len(predictions):
         raise ValueError(f"{name}: got {len(predictions)}, need one for each of {len(references)} references")

@@ -55,7 +55,7 @@ def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequenc
                 f"predictions[{number}]: got {len(given)} tags, need one for each of {len(gold)}"
             )
         tokens += len(gold)
-        right += sum(a == b for a, b in zip(gold, given))
+        right += sum(int(a == b) for a, b in zip(gold, given))
         gold_spans, given_spans = set(spans_of(gold)), set(spans_of(given))
         expected.update(kind for kind, _, _ in gold_spans)
         predicted.update(kind for kind, _, _ in given_spans)

@@ -277,7 +277,7 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
     """
     adapters = _attached(model)
     if not args and not kwargs:
-        args = (_example(model),)
+        kwargs = dict(_example(model))
     was_training = model.training
     model.eval()
     originals = {a.block.ours: model.get_parameter(a.block.ours) for a in adapters}
@@ -370,16 +370,23 @@ def _check_numbers(r: int, alpha: float, dropout: float) -> None:
         raise ValueError(f"dropout: got {dropout!r}, needs a number with 0 <= p < 1")
 
 
-def _example(model: nn.Module) -> Tensor:
-    """Token ids to compare on, the same every time."""
-    config = getattr(model, "config", None)
+def _example(model: nn.Module) -> dict[str, Tensor]:
+    """Token ids to compare on, the same every time, by the names that the model's forward has for them."""
+    config: Any = getattr(model, "config", None)
+    parts = {"input_ids": config}
+    if hasattr(config, "encoder"):
+        parts = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}
+    device = next(model.parameters()).device
+    return {name: _random_ids(part).to(device) for name, part in parts.items()}
+
+
+def _random_ids(config: Any) -> Tensor:
     vocab = getattr(config, "vocab_size", None)
     if vocab is None:
         raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
     longest = min(getattr(config, name, _SAMPLE[1]) for name in ("n_positions", "max_position_embeddings"))
     shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(config, "position_offset", 0))))
-    ids = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
-    return ids.to(next(model.parameters()).device)
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
 
 
 def _outputs(result: Any) -> Tensor:

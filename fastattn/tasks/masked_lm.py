@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
@@ -253,8 +253,9 @@ def evaluate(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
+            masked = [data.collate([data[i]]) for i in range(len(data))]  # one by one: batches change no mask
             for start in range(0, len(data), batch_size):
-                batch = data.collate([data[i] for i in range(start, min(start + batch_size, len(data)))])
+                batch = joined(masked[start : start + batch_size], data.pad_id)
                 batch = {name: value.to(device) for name, value in batch.items()}
                 nexts, labels = batch.pop("next_sentence_label", None), batch.pop("labels")
                 x, tokens, _, _ = model.bert.encode_tokens(**batch)
@@ -274,6 +275,23 @@ def evaluate(
     if (options or Options()).next_sentence:
         metrics["next_sentence_accuracy"] = follows / len(data)
     return Report(metrics=metrics, count=int(count))
+
+
+def joined(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """Batches of single passages as one."""
+    fill = {"input_ids": pad_id, "labels": IGNORE_INDEX}
+    longest = max(each["input_ids"].shape[1] for each in batches)
+    return {
+        name: torch.cat(
+            [
+                pad(each[name], (0, longest - each[name].shape[1]), value=fill.get(name, 0))
+                if each[name].dim() == 2
+                else each[name]
+                for each in batches
+            ]
+        )
+        for name in batches[0]
+    }
 
 
 class Around(NamedTuple):
