@@ -57,6 +57,13 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("evaluate", "--batch-size"): (*NUMBERS, "0"),
     ("evaluate", "--plots"): ("/dev/null", "/dev/null/x", LONG),
+    ("train", "--train"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
+    ("train", "--dev"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
+    ("train", "--model"): ("", LONG, "/nowhere/at/all", "/dev/null", "a\0b"),
+    ("train", "--out"): ("", LONG, "/dev/null", "/dev/null/x", "a\0b"),
+    ("train", "--teacher"): ("", LONG, "/nowhere/at/all", "/dev/null"),
+    ("train", "--resume"): ("", LONG, "/nowhere/at/all", "/dev/null"),
+    ("train", "--config"): ("", LONG, "/nowhere/at/all", "/dev", "/proc/self/mem"),
     ("bench tune", "--dtype"): ("", "x", "float64", "int8", LONG),
     ("bench tune", "--head-dim"): (
         "",
@@ -90,6 +97,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "generate": ("folder", "--prompt=text"),
     "predict": ("folder",),
     "evaluate": ("folder", "--data=data.jsonl"),
+    "train": ("classify", "--train=data.jsonl", "--model=minilm-l6", "--out=out"),
 }
 
 
@@ -121,6 +129,7 @@ def test_every_option_has_its_hostile_values() -> None:
         "generate",
         "predict",
         "evaluate",
+        "train",
         "bench tune",
         "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),

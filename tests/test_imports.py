@@ -33,7 +33,7 @@ ARROWS = {
     "generation": {"constants", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},
     "data": {"cache", "constants"},
-    "train": {"cache", "constants", "plot", "data", "models", "nn", "ops"},
+    "train": {"cache", "constants", "plot", "data", "models", "nn", "ops", "tasks"},
     "console": set(),
     "doctor": {"", "backends", "extension", "versions"},
     "demo_grid": {"", "reference"},
@@ -56,6 +56,7 @@ ARROWS = {
         "tune",
         "tasks",
         "text_generation",
+        "train",
     },
     "__main__": {"cli"},
 }

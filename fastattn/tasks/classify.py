@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,12 @@ from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
     Encoded,
+    Source,
     chosen_head,
     layout_of,
     load_encoder,
     longest_of,
+    saved_labels,
     soft_cross_entropy,
 )
 
@@ -174,7 +175,7 @@ class Classifier(BertForSequenceClassification):
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> Classifier:
     """The folder's or preset's encoder with a head for the labels, the saved one where options say so."""
     labels = labels_in(examples)
@@ -261,13 +262,14 @@ def check_labels(model: Any, examples: Sequence[Example]) -> None:
     known = set(model.config.labels())
     numbers = kind_of(examples) == REGRESSION
     if numbers != (model.config.problem_type == REGRESSION) and model.config.problem_type is not None:
-        raise DataError(f"{examples[0].where}: label is no {model.config.problem_type}, which the model gives")
+        raise DataError(
+            f"{examples[0].where}: label is no {model.config.problem_type}, which the model gives"
+        )
     for example in examples:
         if numbers:
             if len(example.label) != model.config.num_labels:
-                raise DataError(
-                    f"{example.where}: label has {len(example.label)} numbers, the model gives {model.config.num_labels}"
-                )
+                got, need = len(example.label), model.config.num_labels
+                raise DataError(f"{example.where}: label has {got} numbers, the model gives {need}")
             continue
         for name in (example.label,) if isinstance(example.label, str) else example.label:
             if name not in known:
@@ -293,9 +295,7 @@ def teacher_logits(
     return run(teacher, rows, BATCH_SIZE, lambda out, i, _: out.logits[i].float().cpu()[order].tolist())
 
 
-def _new_parts(source: Path | str, options: Options, labels: Sequence[str]) -> tuple[str, ...]:
-    from fastattn.tasks.training import saved_labels
-
+def _new_parts(source: Source, options: Options, labels: Sequence[str]) -> tuple[str, ...]:
     saved = saved_labels(source, BertForSequenceClassification)
     keep = options.head != "new" and saved is not None and list(saved) == list(labels)
     return () if keep else ("classifier.*",)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.data.records import Record, text_of
 from fastattn.evaluation.regression import regression, similarities
 from fastattn.evaluation.report import Report
-from fastattn.models import Bert, BertForEmbedding
+from fastattn.models import Bert, BertConfig, BertForEmbedding
 from fastattn.models.embedding import POOLINGS
 from fastattn.models.families import class_for
 from fastattn.models.fields import one_of, or_none, positive, size
@@ -27,7 +26,7 @@ from fastattn.tasks.options import CheckedOptions
 from fastattn.tasks.training import (
     FINE_TUNING,
     Batch,
-    is_preset,
+    Source,
     layout_of,
     load_encoder,
     longest_of,
@@ -39,6 +38,7 @@ MODELS = (BertForEmbedding, Bert)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("positive",)
+EXTRA = ("negative", "score")
 NEW_PARTS: tuple[str, ...] = ()
 DEFAULTS = {**FINE_TUNING, "max_epochs": 1.0, "batch_size": 64, "lr": 2e-5}
 
@@ -111,7 +111,9 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
                 f"{record.where}: has {len(made[-1].negatives)} negatives, {made[0].where} has {len(made[0].negatives)}"
             )
         if (made[-1].score is None) != (made[0].score is None):
-            raise DataError(f"{record.where}: has {'a' if made[0].score is None else 'no'} score, unlike the others")
+            raise DataError(
+                f"{record.where}: has {'a' if made[0].score is None else 'no'} score, unlike the others"
+            )
     return made
 
 
@@ -122,7 +124,9 @@ def labels_in(examples: Sequence[Example]) -> None:
 def check_examples(examples: Sequence[Example]) -> None:
     """Refuse training data from which nothing can be learnt."""
     if examples[0].score is not None:
-        raise DataError(f"{examples[0].where}: has a score, but training needs pairs that mean the same, without one")
+        raise DataError(
+            f"{examples[0].where}: has a score, but training needs pairs that mean the same, without one"
+        )
     if len({example.positive for example in examples}) < 2:
         raise DataError(f"data: all {len(examples)} examples have the same positive, needs two")
 
@@ -159,7 +163,9 @@ class ContrastiveEmbedding(BertForEmbedding):
 class Pairs:
     """Rows of tokens of each example's texts as items, and the batches that `ContrastiveEmbedding` takes."""
 
-    def __init__(self, rows: Sequence[Sequence[Row]], texts: Sequence[Sequence[str]], *, pad_id: int, typed: bool):
+    def __init__(
+        self, rows: Sequence[Sequence[Row]], texts: Sequence[Sequence[str]], *, pad_id: int, typed: bool
+    ):
         self.rows = [[(row.ids, row.types) for row in each] for each in rows]
         numbers: dict[str, int] = {}
         self.texts = [[numbers.setdefault(text, len(numbers)) for text in each] for each in texts]
@@ -186,10 +192,10 @@ class Pairs:
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> ContrastiveEmbedding:
     """The folder's model, or a preset's; another head than one of vectors is left out."""
-    if is_preset(source):
+    if isinstance(source, BertConfig):
         model = load_encoder(ContrastiveEmbedding, source, tokenizer)
         model.pooling = options.pooling or "mean"
     else:
@@ -205,7 +211,9 @@ def new_model(
     return model
 
 
-def training_set(model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options) -> Pairs:
+def training_set(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> Pairs:
     """The examples as items: the tokens of text, positive and negatives."""
     texts = [[e.text, e.positive, *e.negatives] for e in examples]
     flat = rows_of(model, tokenizer, [text for each in texts for text in each], options)
@@ -289,5 +297,7 @@ def _negatives(record: Record) -> tuple[str, ...]:
     if given is None or isinstance(given, str):
         return () if given is None else (text_of(record, "negative"),)
     if not isinstance(given, list):
-        raise DataError(f"{record.where}: negative is a {type(given).__name__}, needs a text or a list of texts")
+        raise DataError(
+            f"{record.where}: negative is a {type(given).__name__}, needs a text or a list of texts"
+        )
     return tuple(text_of(Record(record.where, {"negative": each}), "negative") for each in given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,18 +17,19 @@ from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record, text_of
 from fastattn.evaluation.report import Report
-from fastattn.models import BertForMaskedLM, BertForPreTraining
+from fastattn.models import BertConfig, BertForMaskedLM, BertForPreTraining
+from fastattn.models.families import class_for
 from fastattn.models.fields import flag, or_none, size
 from fastattn.tasks.batches import BATCH_SIZE, wide
 from fastattn.tasks.options import CheckedOptions, share
-from fastattn.tasks.training import Batch, layout_of, load_encoder, longest_of, padded
+from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
 
 NAME = "masked-lm"
 MODELS = (BertForMaskedLM, BertForPreTraining)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS: tuple[str, ...] = ()
-NEW_PARTS = ("head.*", "decoder.bias", "pooler.*", "seq_relationship.*")
+NEW_PARTS: tuple[str, ...] = ()  # heads are trained beside adapters only where they are new
 DEFAULTS = {
     "max_epochs": 3.0,
     "batch_size": 32,
@@ -40,7 +40,7 @@ DEFAULTS = {
 }
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are. Devlin et al. 2019
 SHORTER = 0.1  # share of passages of a random length, where there are two
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")  # ASCII's and Chinese
 SEED = 0  # of the passages and of the masks of an evaluation
 
 
@@ -80,7 +80,7 @@ class Example:
 
 
 class Passage(NamedTuple):
-    """Tokens to be masked. words: the number of each token's word, -1 for special tokens; follows: None without pairs."""
+    """Tokens to be masked. words: each token's word by number, -1 for special tokens; follows: None without pairs."""
 
     ids: list[int]
     types: list[int]
@@ -111,11 +111,26 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> BertForMaskedLM | BertForPreTraining:
     """The folder's or preset's encoder with its masked LM head, or a new one."""
     cls: Any = BertForPreTraining if options.next_sentence else BertForMaskedLM
-    return load_encoder(cls, source, tokenizer, new=())
+    return load_encoder(cls, source, tokenizer, new=_new_parts(source, options))
+
+
+def _new_parts(source: Source, options: Options) -> tuple[str, ...]:
+    """The parts of the heads that a folder lacks, by the class that wrote it."""
+    if isinstance(source, BertConfig):
+        return ()
+    cls = class_for(source)
+    config, _ = config_of(source, cls)
+    new = []
+    if not issubclass(cls, (BertForMaskedLM, BertForPreTraining)):
+        new += ["head.*", *(["decoder.bias"] if config.decoder_bias else [])]
+        new += [] if config.tie_word_embeddings else ["decoder.weight"]
+    if options.next_sentence and not issubclass(cls, BertForPreTraining):
+        new += ["pooler.*", "seq_relationship.*"]
+    return tuple(new)
 
 
 class Passages:
@@ -147,7 +162,9 @@ class Passages:
 
     def collate(self, items: Sequence[Passage]) -> Batch:
         """input_ids with masks, attention_mask, token_type_ids, labels, and next_sentence_label for pairs."""
-        batch = padded([item.ids for item in items], self.pad_id, [item.types for item in items], typed=self.typed)
+        batch = padded(
+            [item.ids for item in items], self.pad_id, [item.types for item in items], typed=self.typed
+        )
         ids = batch["input_ids"]
         words = torch.full_like(ids, -1)
         for row, item in enumerate(items):
@@ -190,7 +207,9 @@ def mask_tokens(
     return masked, labels
 
 
-def training_set(model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options) -> Passages:
+def training_set(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> Passages:
     """The examples' text in passages as items.
 
     Raises:

@@ -1,10 +1,9 @@
-"""Answers to questions: the likeliest spans of a context, or that it holds none; trained from questions with answers."""
+"""Answers to questions: the likeliest spans of a context, or that it holds none; trained from such answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
     Encoded,
+    Source,
     chosen_head,
     layout_of,
     load_encoder,
@@ -35,8 +35,10 @@ MODELS = (BertForQuestionAnswering,)
 FIELDS = ("question", "context")
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("answers",)
+EXTRA = ("title", "id", "is_impossible")
+EDITABLE = False  # its labels are places in the text
 NEW_PARTS = ("head.*", "qa_outputs.*")
-DEFAULTS = {**FINE_TUNING, "batch_size": 16, "lr": 5e-5}
+DEFAULTS = FINE_TUNING
 MAX_LENGTH = 384  # tokens of a window in training
 STRIDE = 128  # tokens that two windows of a context share
 MAX_ANSWER_TOKENS = 30
@@ -127,7 +129,7 @@ class Answerer(BertForQuestionAnswering):
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> Answerer:
     """The folder's or preset's encoder with its head for answers, or a new one."""
     if options.head == "saved":
@@ -152,7 +154,9 @@ def training_set(
         places = [positions_of(row, example) for row in of_example]
         if example.answers and not any(place != (0, 0) for place in places):
             text = on_one_line(example.answers[0][0])
-            raise DataError(f"{example.where}: the answer {text!r:.60} is in no window, as it has no token or too many")
+            raise DataError(
+                f"{example.where}: the answer {text!r:.60} is in no window, as it has no token or too many"
+            )
         rows += of_example
         labels += [list(place) for place in places]
     return Encoded(rows, labels, **layout_of(model))
@@ -166,7 +170,9 @@ def windows_of(
     Raises:
         DataError: a question leaves no room for its context; with file and line.
     """
-    limit = min(max_tokens(model, tokenizer), MAX_LENGTH) if options.max_length is None else options.max_length
+    limit = (
+        min(max_tokens(model, tokenizer), MAX_LENGTH) if options.max_length is None else options.max_length
+    )
     longest = longest_of(model, tokenizer, limit)
     around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
     stride = options.stride
@@ -358,7 +364,9 @@ def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
             raise DataError(f"{record.where}: answer {number} has no text")
         start = answer.get("answer_start", context.find(text))
         if not isinstance(start, int) or isinstance(start, bool):
-            raise DataError(f"{record.where}: answer {number} has the start {start!r:.40}, needs a number of characters")
+            raise DataError(
+                f"{record.where}: answer {number} has the start {start!r:.40}, needs a number of characters"
+            )
         if start < 0 or context[start : start + len(text)] != text:
             at = context[max(start, 0) : max(start, 0) + len(text)]
             raise DataError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +24,7 @@ from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
     EncodedTokens,
+    Source,
     chosen_head,
     layout_of,
     load_encoder,
@@ -37,8 +37,9 @@ MODELS = (BertForTokenClassification,)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("tokens", "tags")
+EDITABLE = False  # its labels are those of places in the text
 NEW_PARTS = ("head.*", "classifier.*")
-DEFAULTS = {**FINE_TUNING, "batch_size": 16}
+DEFAULTS = FINE_TUNING
 OUTSIDE = "O"
 PIECES = ("all", "first")
 
@@ -84,7 +85,9 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     for record in records:
         tokens, tags = (_texts(record, name) for name in ("tokens", "tags"))
         if len(tokens) != len(tags):
-            raise DataError(f"{record.where}: has {len(tokens)} tokens and {len(tags)} tags, needs one for each")
+            raise DataError(
+                f"{record.where}: has {len(tokens)} tokens and {len(tags)} tags, needs one for each"
+            )
         made.append(Example(record.where, tokens, tags))
     if any(_is_bio(tag) and tag != OUTSIDE for example in made for tag in example.tags):
         for example in made:
@@ -119,7 +122,7 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 
 
 def new_model(
-    source: Path | str, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> BertForTokenClassification:
     """The folder's or preset's encoder with a head for the tags, the saved one where options say so."""
     labels = chosen_head(source, BertForTokenClassification, labels_in(examples), options.head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.models import BertConfig
-from fastattn.models.bert_config import PRESETS
+from fastattn.models.checkpoint.folder import CONFIG, read_json
+from fastattn.models.checkpoint.load import family_of, naming_file
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
 from fastattn.models.pretrained import PretrainedEncoder
@@ -21,15 +23,22 @@ from fastattn.tasks.batches import max_tokens
 
 Encoder = TypeVar("Encoder", bound=PretrainedEncoder)
 Batch = dict[str, Tensor]
-FINE_TUNING: Mapping[str, Any] = {  # of TrainConfig, where a task says nothing else
+Source = Path | str | BertConfig  # of a model: its folder, or a config for random weights
+FINE_TUNING: Mapping[
+    str, Any
+] = {  # of TrainConfig, where a task says nothing else; the rate goes by the width
     "max_epochs": 3.0,
-    "batch_size": 32,
-    "lr": 1e-4,
+    "batch_size": 16,
     "min_lr_ratio": 0.0,
     "weight_decay": 0.01,
     "beta2": 0.999,
 }
 HEADS = ("auto", "new", "saved")
+
+
+def learning_rate(width: int) -> float:
+    """The peak rate of fine-tuning a model of this width: 2e-4 at 384, 5e-5 at 768, falling with the square."""
+    return min(3e-4, 30.0 / width**2)
 
 
 class Encoded:
@@ -52,7 +61,9 @@ class Encoded:
         typed: bool,
         others: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        self.rows = [(row.ids, row.types) for row in rows]  # without offsets, which are most of a row's memory
+        self.rows = [
+            (row.ids, row.types) for row in rows
+        ]  # without offsets, which are most of a row's memory
         self.labels = labels
         self.pad_id, self.typed = pad_id, typed
         self.others = others or {}
@@ -62,15 +73,18 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (*self.rows[index], self.labels[index], *(values[index] for values in self.others.values()))
+    def __getitem__(self, index: int) -> tuple[list[int], list[int], Any, dict[str, Any]]:
+        others = {name: values[index] for name, values in self.others.items()}
+        return (*self.rows[index], self.labels[index], others)
 
-    def collate(self, items: Sequence[tuple[Any, ...]]) -> Batch:
+    def collate(self, items: Sequence[tuple[list[int], list[int], Any, dict[str, Any]]]) -> Batch:
         """input_ids, attention_mask, token_type_ids where the model has them, labels and the others."""
-        batch = padded([item[0] for item in items], self.pad_id, [item[1] for item in items], typed=self.typed)
+        batch = padded(
+            [item[0] for item in items], self.pad_id, [item[1] for item in items], typed=self.typed
+        )
         batch["labels"] = self.label_tensor([item[2] for item in items], batch["input_ids"].shape[1])
-        for number, name in enumerate(self.others, 3):
-            batch[name] = torch.as_tensor([item[number] for item in items])
+        for name in items[0][3]:
+            batch[name] = torch.tensor([item[3][name] for item in items])
         return batch
 
     def label_tensor(self, labels: Sequence[Any], longest: int) -> Tensor:
@@ -121,56 +135,57 @@ def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) ->
     return max_length
 
 
-def check_tokenizer(model: Any, tokenizer: InputTokenizer) -> None:
+def check_tokenizer(config: BertConfig, tokenizer: InputTokenizer) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for."""
     ids = tokenizer.core.get_vocab(with_added_tokens=True).values()
     largest = max(ids, default=-1)
-    if largest >= model.config.vocab_size:
+    if largest >= config.vocab_size:
         raise DataError(
-            f"tokenizer: has ids up to {largest}, the model's vocab_size is {model.config.vocab_size}: "
+            f"tokenizer: has ids up to {largest}, the model's vocab_size is {config.vocab_size}: "
             f"it is another model's"
         )
 
 
 def load_encoder(
-    cls: type[Encoder], source: Path | str, tokenizer: InputTokenizer | None = None, **options: Any
+    cls: type[Encoder], source: Source, tokenizer: InputTokenizer | None = None, **options: Any
 ) -> Encoder:
     """A model of a class, its weights in float32 and in training mode, from a folder or as a new one of a preset.
 
     Args:
         cls: the class.
-        source: a folder, or the name of a preset, whose weights are random.
-        tokenizer: sizes a preset's vocabulary.
+        source: a folder, or a config for a model with random weights.
+        tokenizer: sizes the vocabulary of that one.
         options: fields of the config; `new`, parameters that are initialised whatever the folder holds.
 
     Raises:
         ValueError: the folder does not fit.
     """
-    if is_preset(source):
+    if isinstance(source, BertConfig):
         options.pop("new", None)
         assert tokenizer is not None
         core = tokenizer.core
-        ids = {f"{name}_token_id": core.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
-        fields = {"vocab_size": core.get_vocab_size(), **ids, **options}
-        return cls(BertConfig.preset(str(source), **fields)).train()  # type: ignore[call-arg]
+        ids = {
+            f"{name}_token_id": core.token_to_id(f"[{name.upper()}]")
+            for name in ("pad", "cls", "sep")
+            if getattr(source, f"{name}_token_id") is not None  # some families' folders cannot say them
+        }
+        if source.position_offset:  # RoBERTa's positions begin behind the pad token's
+            ids["position_offset"] = (ids["pad_token_id"] or 0) + 1
+        config = replace(source, vocab_size=core.get_vocab_size(), **{"num_labels": None, **ids, **options})
+        return cls(config).train()  # type: ignore[call-arg]
     model = cls.from_pretrained(encoder_folder(source), dtype=torch.float32, **options)
     return model.train()  # type: ignore[attr-defined]
 
 
-def is_preset(source: Path | str) -> bool:
-    """Whether a source is the name of an encoder's preset and no folder."""
-    return str(source) in PRESETS and not Path(source).is_dir()
-
-
-def saved_labels(source: Path | str, cls: type[PretrainedEncoder]) -> tuple[str, ...] | None:
+def saved_labels(source: Source, cls: type[PretrainedEncoder]) -> tuple[str, ...] | None:
     """The labels of a folder's head, where it is of the class and names them; no weight is read."""
-    if is_preset(source) or not issubclass(class_for(source), cls):
+    if isinstance(source, BertConfig) or not issubclass(class_for(source), cls):
         return None
     config, _ = config_of(source, cls)
     return None if config.id2label is None else tuple(config.labels())
 
 
-def chosen_head(source: Path | str, cls: type[PretrainedEncoder], labels: Sequence[str], head: str) -> list[str]:
+def chosen_head(source: Source, cls: type[PretrainedEncoder], labels: Sequence[str], head: str) -> list[str]:
     """The labels of the model to make: the saved head's where it has all that are asked for, else `labels`.
 
     head: "new" for a new head in any case, "saved" to refuse where the saved one cannot be kept, or "auto".
@@ -184,16 +199,13 @@ def chosen_head(source: Path | str, cls: type[PretrainedEncoder], labels: Sequen
         return list(saved)
     if head == "saved":
         lacks = "has no head of this task" if saved is None else f"has a head without {missing[0]!r}"
-        raise DataError(f"task.head: got 'saved', but {source} {lacks}")
+        raise DataError(f"task.head: got 'saved', but the model {lacks}")
     return list(labels)
 
 
 def config_of(source: Path | str, cls: type[PretrainedEncoder]) -> tuple[BertConfig, Path]:
     """The configuration of a folder's encoder, and the folder within that holds it."""
     folder = encoder_folder(source)
-    from fastattn.models.checkpoint.folder import CONFIG, read_json
-    from fastattn.models.checkpoint.load import family_of, naming_file
-
     try:
         entries = read_json(folder / CONFIG)
         return family_of(entries, cls.families).read_config(entries), folder
