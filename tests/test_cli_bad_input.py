@@ -40,13 +40,6 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("predict", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("predict", "--batch-size"): (*NUMBERS, "0"),
     ("predict", "--top-k"): (*NUMBERS, "0"),
-    ("train", "--train"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
-    ("train", "--dev"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
-    ("train", "--model"): ("", LONG, "/nowhere/at/all", "/dev/null", "a\0b"),
-    ("train", "--out"): ("", LONG, "/dev/null", "/dev/null/x", "a\0b"),
-    ("train", "--teacher"): ("", LONG, "/nowhere/at/all", "/dev/null"),
-    ("train", "--resume"): ("", LONG, "/nowhere/at/all", "/dev/null"),
-    ("train", "--config"): ("", LONG, "/nowhere/at/all", "/dev", "/proc/self/mem"),
     ("evaluate", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("evaluate", "--task"): ("", "x", "classify,tag", LONG),
     ("evaluate", "--baseline"): ("", "x", "lead", "tfidf", LONG),  # the last two without --train
@@ -64,6 +57,13 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("evaluate", "--batch-size"): (*NUMBERS, "0"),
     ("evaluate", "--plots"): ("/dev/null", "/dev/null/x", LONG),
+    ("train", "--train"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
+    ("train", "--dev"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
+    ("train", "--model"): ("", LONG, "/nowhere/at/all", "/dev/null", "a\0b"),
+    ("train", "--out"): ("", LONG, "/dev/null", "/dev/null/x", "a\0b"),
+    ("train", "--teacher"): ("", LONG, "/nowhere/at/all", "/dev/null"),
+    ("train", "--resume"): ("", LONG, "/nowhere/at/all", "/dev/null"),
+    ("train", "--config"): ("", LONG, "/nowhere/at/all", "/dev", "/proc/self/mem"),
     ("bench tune", "--dtype"): ("", "x", "float64", "int8", LONG),
     ("bench tune", "--head-dim"): (
         "",
@@ -96,8 +96,8 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "bench tune": ("--dry-run",),  # what makes the command list, not measure
     "generate": ("folder", "--prompt=text"),
     "predict": ("folder",),
-    "train": ("classify", "--train=data.jsonl", "--model=minilm-l6", "--out=out"),
     "evaluate": ("folder", "--data=data.jsonl"),
+    "train": ("classify", "--train=data.jsonl", "--model=minilm-l6", "--out=out"),
 }
 
 
@@ -128,8 +128,8 @@ def test_every_option_has_its_hostile_values() -> None:
         "build",
         "generate",
         "predict",
-        "train",
         "evaluate",
+        "train",
         "bench tune",
         "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),

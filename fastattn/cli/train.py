@@ -18,8 +18,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="TASK [--SECTION.KEY=VALUE]...",
-            help="causal-lm, masked-lm, classify, tag, qa or embed; options of the sections train, task, data, clean, "
-            "lora and, for a preset, model.",
+            help="causal-lm, masked-lm, classify, tag, qa, seq2seq, embed, chat or dpo; options of the sections train, "
+            "task, data, clean, lora and, for a preset, model.",
         ),
     ] = None,
     train_data: Annotated[

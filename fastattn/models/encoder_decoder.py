@@ -218,7 +218,9 @@ class EncoderDecoder(Pretrained, nn.Module):
             writer = GPT(config.decoder)
         weights = open_weights(folder)
         # of a BERT without a head only the tied weight is there, and the head's bias is as new as its transform
-        headless = config.decoder.lm_transform and not any(".predictions." in name for name in weights.names())
+        headless = config.decoder.lm_transform and not any(
+            ".predictions." in name for name in weights.names()
+        )
         report = load_weights(
             writer, config.decoder, family, weights, new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"),
             fresh=("lm_head.bias",) if headless else (), dtype=reader.embeddings.word_embeddings.weight.dtype,

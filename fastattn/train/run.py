@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +18,16 @@ import torch
 from torch import nn
 
 from fastattn.cache import write_atomically
-from fastattn.data import DataError, Tokenizer, train_bpe
+from fastattn.data import DataError, Tokenizer, train_bpe, train_characters
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.input_tokenizers import train_input_tokenizer
-from fastattn.models import GPT, families
+from fastattn.models import GPT, EncoderDecoder, families
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.lora import attach, merge
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.models.pretrained import PretrainedEncoder
-from fastattn.tasks import causal_lm, classify, embed, masked_lm, qa, tag
+from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import check_tokenizer, config_of, learning_rate
 from fastattn.train.checkpoint import RunDirectory, read_model
 from fastattn.train.config import ConfigError, step_limit
@@ -36,7 +37,9 @@ from fastattn.train.task_config import Sections, presets_of, read_sections
 from fastattn.train.task_data import TaskData, read_data
 from fastattn.train.trainer import Trainer
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, embed)}
+TASKS: dict[str, ModuleType] = {
+    task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
+}
 REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"
 WARMUP = 0.1  # of the steps, where no number is given
 
@@ -156,9 +159,9 @@ def task_named(name: str) -> ModuleType:
 
 def _prepare(inputs: Inputs) -> Prepared:
     task = task_named(inputs.task)
-    if inputs.teacher is not None and not hasattr(task, "teacher_logits"):
-        able = ", ".join(name for name, each in TASKS.items() if hasattr(each, "teacher_logits"))
-        raise ConfigError(f"--teacher: the task {task.NAME} learns from no teacher yet, {able} does")
+    if inputs.teacher is not None and not learns_from_teachers(task):
+        able = ", ".join(name for name, each in TASKS.items() if learns_from_teachers(each))
+        raise ConfigError(f"--teacher: the task {task.NAME} learns from no teacher; {able} do")
     preset = _preset_of(inputs.model, task)
     sections = _sections(inputs, task, preset)
     RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
@@ -176,6 +179,8 @@ def _prepare(inputs: Inputs) -> Prepared:
         _check_fits(inputs.model, task, tokenizer)
     torch.manual_seed(sections.train.seed)
     model = task.new_model(source, data.train, data.options, tokenizer)
+    if getattr(task, "CHANGES_TOKENIZER", False):
+        saved_tokenizer = tokenizer
     if sections.lora.r is not None:
         _attach(model, task, sections)
     extra = {} if teacher is None else {"teacher": teacher}
@@ -183,6 +188,11 @@ def _prepare(inputs: Inputs) -> Prepared:
     dev_set = task.training_set(model, tokenizer, data.dev, data.options)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
     return Prepared(task, inputs, sections, data, model, tokenizer, saved_tokenizer, train_set, dev_set)
+
+
+def learns_from_teachers(task: ModuleType) -> bool:
+    """Whether the task's training data may have a teacher."""
+    return "teacher" in signature(task.training_set).parameters
 
 
 def _sections(
@@ -228,7 +238,8 @@ def _check_class(model: str, task: ModuleType) -> None:
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"--model: {model} holds an adapter; merge it into its model first")
     cls = families.class_for(folder)
-    if issubclass(cls, GPT) != (GPT in task.MODELS) or not issubclass(cls, (GPT, PretrainedEncoder)):
+    able: tuple[type, ...] = (GPT,) if GPT in task.MODELS else (PretrainedEncoder, *task.MODELS)
+    if not issubclass(cls, able):
         need = "a decoder" if GPT in task.MODELS else "an encoder"
         raise ConfigError(f"--model: {model} holds a {cls.__name__}, {task.NAME} needs {need}")
 
@@ -254,8 +265,12 @@ def _learnt(task: ModuleType, sections: Sections, preset: str | None, data: Task
         )
     texts = [text for example in data.train for text in _texts(example)]
     if GPT in task.MODELS:
+        if options.tokenizer == "characters":
+            return train_characters(texts, options.vocab_size)
         if options.tokenizer not in (None, "bpe"):
-            raise ConfigError(f"data.tokenizer: got {options.tokenizer!r}, {task.NAME} needs bpe or a folder")
+            raise ConfigError(
+                f"data.tokenizer: got {options.tokenizer!r}, {task.NAME} needs bpe, characters or a folder"
+            )
         return train_bpe(texts, options.vocab_size)
     return train_input_tokenizer(
         options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=options.lowercase
@@ -268,7 +283,9 @@ def _texts(example: Any) -> list[str]:
     for name, value in vars(example).items():
         if name in ("where", "label", "tags", "answers"):
             continue
-        found += [value] if isinstance(value, str) else [v for v in value or () if isinstance(v, str)]
+        for each in [value] if isinstance(value, str) else value or ():
+            text = each.get("content") if isinstance(each, dict) else each  # a message
+            found += [text] if isinstance(text, str) else []
     return found
 
 
@@ -283,15 +300,18 @@ def _check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
                 f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocab_size is {size}: it is another model's"
             )
         return
+    if issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
+        return  # its task asks both parts
     config, _ = config_of(model, families.class_for(encoder_folder(model)))
     check_tokenizer(config, tokenizer)
 
 
-def _teacher(folder: str, task: ModuleType) -> tuple[Any, InputTokenizer]:
+def _teacher(folder: str, task: ModuleType) -> tuple[Any, Any]:
     cls = families.class_for(folder)
     if not issubclass(cls, task.MODELS):
         raise ConfigError(f"--teacher: {folder} holds a {cls.__name__}, needs a {task.MODELS[0].__name__}")
-    return task.MODELS[0].from_pretrained(folder), InputTokenizer.from_pretrained(folder)
+    kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
+    return task.MODELS[0].from_pretrained(folder), kind.from_pretrained(folder)
 
 
 def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
