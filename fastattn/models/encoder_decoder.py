@@ -213,7 +213,7 @@ class EncoderDecoder(Pretrained, nn.Module):
 
         Args:
             encoder: a folder or hub repository that `Bert.from_pretrained` reads.
-            decoder: one of BERT, as a masked LM, or of GPT-2.
+            decoder: one of BERT, whose head is new where the folder has none, or of GPT-2.
             dtype: of the weights; None for what the encoder's config.json says.
             tokens: decoder_start_token_id, pad_token_id, bos_token_id, eos_token_id of `EncoderDecoderConfig`.
 
@@ -233,9 +233,14 @@ class EncoderDecoder(Pretrained, nn.Module):
         config = EncoderDecoderConfig(reader.config, decoder_config, **tokens)
         with torch.device("meta"), Uninitialised():
             writer = GPT(config.decoder)
+        weights = open_weights(folder)
+        # of a BERT without a head only the tied weight is there, and the head's bias is as new as its transform
+        headless = config.decoder.lm_transform and not any(
+            ".predictions." in name for name in weights.names()
+        )
         report = load_weights(
-            writer, config.decoder, family, open_weights(folder),
-            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=reader.embeddings.word_embeddings.weight.dtype,
+            writer, config.decoder, family, weights, new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"),
+            fresh=("lm_head.bias",) if headless else (), dtype=reader.embeddings.word_embeddings.weight.dtype,
         )  # fmt: skip
         with torch.device("meta"), Uninitialised():
             model = cls(config)
