@@ -132,7 +132,7 @@ def launches(call: Call) -> Counts:
     with _through_triton_unexecuted():
         allocated = operators(call)["allocated"]
     made: list[str] = []
-    with _through_triton(), _replaced(Launch, "run", lambda launch: made.append(_named(launch))):
+    with _through_triton(), _replaced(Launch, "start", lambda launch: made.append(_named(launch))):
         call()
     return {"launches": made, "allocated": allocated}
 
@@ -271,7 +271,7 @@ def _triton_calls() -> dict[str, Call]:
 def _through_triton_unexecuted() -> Iterator[None]:
     from fastattn.kernels.arguments import Launch
 
-    with _through_triton(), _replaced(Launch, "run", lambda launch: None):
+    with _through_triton(), _replaced(Launch, "start", lambda launch: None):
         yield
 
 

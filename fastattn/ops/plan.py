@@ -18,12 +18,14 @@ from torch.nn import Parameter
 
 from fastattn import backends, torch_compat
 from fastattn.backends import switches
+from fastattn.backends.replay import Replay
 from fastattn.ops import plain
 from fastattn.spec import float32_precision
 from fastattn.strides import ALIGNMENT
 
 MOST = 1024  # plans that are kept; a table that has grown so large is emptied
 MOST_GUARDS = 4  # that are tried before a key is made
+MOST_BACKWARDS = 8  # kinds of backward passes of one plan that are replayed
 
 Key = tuple[Any, ...]
 Plan = Callable[..., Any]
@@ -177,6 +179,32 @@ class Recorded(torch.autograd.Function):
         else:
             return (None,) * (1 + ctx.count)
         return (None, *ctx.planned.gradients(ctx.saved_tensors, upstream_grads))
+
+
+class BackwardReplays:
+    """The replays of a backward pass. Its tensors are not those of the plan's key: gradients that arrive have any
+    strides and address, and what was saved for it may have been moved meanwhile."""
+
+    __slots__ = ("_by_kind", "_function")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._by_kind: dict[Key, Replay] = {}
+
+    def find(self, *tensors: Tensor | None) -> Callable[..., Any] | None:
+        """What gives the gradients for tensors of these classes; None where only the op can."""
+        state = torch_compat.state_of_call(tensors)
+        first = tensors[0]
+        if state is None or first is None:
+            return None
+        addresses = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
+        kind = (first.device, float32_precision(first.dtype), *addresses, *state)
+        found = self._by_kind.get(kind)
+        if found is None:
+            if len(self._by_kind) >= MOST_BACKWARDS:
+                return self._function
+            found = self._by_kind.setdefault(kind, Replay(self._function))
+        return found
 
 
 def backward_is_watched(environment: Any) -> bool:
