@@ -73,7 +73,7 @@ class Recorder:
         results = op(*args, **kwargs)
         if self._paused or self.refusal is not None:
             return results
-        if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
+        if _depends_on_values(op, args):
             self.refusal = f"{op} depends on values"
         elif op.overloadpacket in _ALLOCATIONS:
             self._note(_Event(EMPTY, _memory_like(results), ()), results)
@@ -111,6 +111,10 @@ class Recorder:
             return None
         returned = [None if part is None else self.numbers[id(part)] for part in parts]
         return Program(self, returned, type(result) if isinstance(result, tuple) else None)
+
+    def forget(self) -> None:
+        """Keep no tensor any more."""
+        self.tensors.clear()
 
     def _unseen(self, function: Callable[..., Any], *args: Any) -> Any:
         self._paused = True
@@ -302,6 +306,13 @@ class Program:
     def _is_large(self, number: int) -> bool:
         tensor = self._tensors[number]
         return tensor is not None and tensor.untyped_storage().nbytes() >= LARGE
+
+
+def _depends_on_values(op: Any, args: Sequence[Any]) -> bool:
+    """Whether what an operation gives has no shape known beforehand, or is a number."""
+    if torch.Tag.dynamic_output_shape in op.tags and op.overloadpacket is torch.ops.aten.index:
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return torch.Tag.dynamic_output_shape in op.tags or torch.Tag.data_dependent_output in op.tags
 
 
 def _key(constant: Any) -> Any:

@@ -66,9 +66,10 @@ class Replay:
         try:
             with torch_compat.dispatch_mode(recorder.operation):
                 result = self._function(*inputs)
+            program = recorder.program(result)
         finally:
             watched.by = None
-        program = recorder.program(result)
+            recorder.forget()
         if program is None:
             self.refusal = recorder.refusal
         else:

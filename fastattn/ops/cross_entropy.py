@@ -95,7 +95,7 @@ def cross_entropy(
     settled: Any = (ignore_index, label_smoothing, z_loss, reduction, shape, result_dtype)
     result = _losses(*settled, *call, fused=fused)
     if plan.wanted(planned):
-        replayed = CrossEntropyPlan.serves(rows)
+        replayed = CrossEntropyPlan.serves(logits, rows)
         plan.keep(planned, CrossEntropyPlan(*settled, rows) if replayed else partial(_planned, *settled))
     return result
 

@@ -37,8 +37,11 @@ class CrossEntropyPlan:
         self.record = torch_compat.apply_function(plan.Recorded) if wants_grad else None
 
     @staticmethod
-    def serves(rows: Tensor) -> bool:
-        """Whether the passes of a call with these logits (N, V) can be replayed."""
+    def serves(logits: Tensor, rows: Tensor) -> bool:
+        """Whether the passes of a call can be replayed. Not where `rows`, (N, V), may be a copy of the logits, which
+        the backward would have to make again."""
+        if logits.dim() > 2:
+            return False
         passes = {"cross_entropy_fwd": False}
         if torch.is_grad_enabled() and rows.requires_grad:
             passes["cross_entropy_bwd"] = True
@@ -50,7 +53,7 @@ class CrossEntropyPlan:
     def __call__(self, logits: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
         """The result of `cross_entropy` for a call of this kind."""
         if target.is_cpu:
-            check_values(target, logits.shape[min(logits.dim() - 1, 1)], self.ignore_index)
+            check_values(target, logits.shape[-1], self.ignore_index)
         if self.record is None:
             result: Tensor = self.replay(logits, target, class_weight)[0]
         else:
@@ -112,6 +115,4 @@ class CrossEntropyPlan:
         dlogits = run(
             dlosses, norms, rows, target, self.ignore_index, self.label_smoothing, weight, self.z_loss, "auto"
         )
-        classes_dim = min(logits.dim() - 1, 1)
-        moved = logits.movedim(classes_dim, -1).shape
-        return dlogits.view(moved).movedim(-1, classes_dim)
+        return dlogits.view(logits.shape)
