@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
+import torch
 import triton
 
 
@@ -33,8 +34,8 @@ def kernel(integers: Sequence[str]) -> Callable[[Callable[..., None]], Kernel]:
 
 
 def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | None:
-    """What launches a compiled kernel on a grid of the current device, given all parameters, constants included; None
-    where this Triton has another interface, or nothing is compiled as Triton interprets.
+    """What launches a compiled kernel on a grid of the device that is current now, given all parameters, constants
+    included; None where this Triton has another interface, or nothing is compiled as Triton interprets.
 
     Triton's own launcher finds the compiled kernel anew in each launch, by the classes of all arguments: dtypes and
     16-byte alignment of pointers, widths of integers, constants. Those have to be as in the launch that compiled it.
@@ -43,10 +44,10 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | No
         return None
     from triton import knobs
 
-    grid = (*grid, 1, 1)[:3]
-    runtime, run, stream_of = knobs.runtime, compiled.run, triton.runtime.driver.active.get_current_stream
-    device = triton.runtime.driver.active.get_current_device()
-    x, y, z = grid
+    x, y, z = grid = (*grid, 1, 1)[:3]
+    driver = triton.runtime.driver.active
+    device, stream_of = driver.get_current_device(), driver.get_current_stream
+    runtime, run = knobs.runtime, compiled.run
     function, metadata = compiled.function, compiled.packed_metadata
 
     def launch(*args: object) -> None:
@@ -56,7 +57,14 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | No
         else:
             run(x, y, z, stream_of(device), function, metadata, None, None, None, *args)
 
-    return launch
+    if torch.cuda.device_count() <= 1:
+        return launch
+
+    def launch_there(*args: object) -> None:
+        with torch.cuda.device(device):
+            launch(*args)
+
+    return launch_there
 
 
 @cache

@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.recording import EMPTY, GROUP, NOTHING, ONE, Program, Recorder
-from fastattn.kernels.watching import watched
+from fastattn.watching import watched
 
 
 def can_replay(backend: ModuleType) -> bool:
@@ -32,27 +31,33 @@ class Replay:
     """A function of tensors, or None in their places, whose work is recorded in its first call and done again in later
     ones. Where some operation cannot be recorded, every call remains one of the function."""
 
-    __slots__ = ("_function", "_program", "refusal")
+    __slots__ = ("_function", "program", "refusal")
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._program: tuple[Program, int | None] | None = None  # and the device to select
+        self.program: Program | None = None  # what later calls do
         self.refusal: str | None = None  # why nothing is recorded
 
     def __call__(self, *tensors: Tensor | None) -> Any:
         """What the function gives for these tensors."""
-        if self._program is None:
+        program = self.program
+        if program is None:
             return self._record(tensors)
-        program, device = self._program
-        if device is None:
-            return run(program, tensors)
-        with torch.cuda.device(device):
-            return run(program, tensors)
-
-    @property
-    def program(self) -> Program | None:
-        """What later calls do."""
-        return None if self._program is None else self._program[0]
+        values = [*program.constants, *tensors]
+        for kind, function, operands, released in program.steps:
+            if kind == NOTHING:
+                function(*operands(values))
+            elif kind == EMPTY:
+                values.append(function())
+            elif kind == GROUP:
+                values.append(function(operands(values)))
+            elif kind == ONE:
+                values.append(function(*operands(values)))
+            else:
+                values.extend(function(*operands(values)))
+            for place in released:
+                values[place] = None
+        return program.result(values)
 
     def _record(self, tensors: tuple[Tensor | None, ...]) -> Any:
         if self.refusal is not None or watched.by is not None:
@@ -70,39 +75,9 @@ class Replay:
         finally:
             watched.by = None
             recorder.forget()
-        if program is None:
-            self.refusal = recorder.refusal
-        else:
-            self._program = program, _device_to_select(tensors)
+        self.program, self.refusal = program, recorder.refusal
         return result
-
-
-def run(program: Program, tensors: tuple[Tensor | None, ...]) -> Any:
-    """The results of a program on these tensors."""
-    values = [*program.constants, *tensors]
-    for kind, function, operands, released in program.steps:
-        if kind == NOTHING:
-            function(*operands(values))
-        elif kind == EMPTY:
-            values.append(function())
-        elif kind == GROUP:
-            values.append(function(operands(values)))
-        elif kind == ONE:
-            values.append(function(*operands(values)))
-        else:
-            values.extend(function(*operands(values)))
-        for place in released:
-            values[place] = None
-    return program.result(values)
 
 
 def _is_in(tensor: Tensor, others: Sequence[Tensor | None]) -> bool:
     return any(tensor is other for other in others)
-
-
-def _device_to_select(tensors: Sequence[Tensor | None]) -> int | None:
-    """The CUDA device that has to be current; None where there is no other."""
-    first = next((t for t in tensors if t is not None), None)
-    if first is None or not first.is_cuda or torch.cuda.device_count() == 1:
-        return None
-    return first.get_device()

@@ -26,14 +26,14 @@ DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
 def kernel_call(call_args: Sequence[Any]) -> VarlenCall:
     """The call that a spec is made of: operands of adjacent columns."""
     call = layout.operands(VarlenCall(*call_args))
-    if min(call.max_seqlen_q, call.max_seqlen_k) < 0:
-        check_not_captured(call.query)
+    if call.query.is_cuda and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
+        check_not_captured()
     return call
 
 
-def check_not_captured(query: Tensor) -> None:
+def check_not_captured() -> None:
     """Refuse a call without bounds of its lengths while a CUDA graph is captured."""
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
 
 
@@ -121,22 +121,22 @@ class VarlenPlan:
 
     def forward(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
-        if self.replay is None or tensors[0].is_cpu:
+        if self.replay is None:
             call = self.call(tensors)
             check_values(call)
-        if self.replay is None:
-            return self._run(call)
-        if not self.has_bounds:
-            check_not_captured(tensors[0])
+            out, lse = self.chosen.varlen_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
+            return out, lse
+        if tensors[0].is_cpu:
+            check_values(self.call(tensors))
+        elif not self.has_bounds and tensors[0].is_cuda:
+            check_not_captured()
         out, lse = self.replay(*tensors)
         return out, lse
 
     def _forward(self, *tensors: Any) -> tuple[Tensor, Tensor]:
         """The same of values that were checked."""
-        return self._run(self.call(tensors))
-
-    def _run(self, call: VarlenCall) -> tuple[Tensor, Tensor]:
-        out, lse = self.chosen.varlen_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
+        call = layout.for_backend(self.chosen, self.call(tensors), self.spec)
+        out, lse = self.chosen.varlen_fwd(self.spec, call)
         return out, lse
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:

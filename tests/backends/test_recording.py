@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends import recording
 from fastattn.backends.replay import Replay, can_replay
-from fastattn.kernels.watching import watched
+from fastattn.watching import watched
 
 ELSEWHERE = torch.ones(3)
 

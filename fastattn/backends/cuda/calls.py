@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn import extension
-from fastattn.kernels.watching import watched
+from fastattn.watching import watched
 
 
 def run(name: str, *args: Any) -> Any:

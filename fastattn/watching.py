@@ -1,4 +1,4 @@
-"""Who watches the launches of a thread: a recorder of `fastattn.backends.replay`, or nobody."""
+"""Who watches the launches of a thread: a recorder of `fastattn.backends.recording`, or nobody."""
 
 from __future__ import annotations
 
