@@ -13,12 +13,11 @@ import torch
 from plan_cases import BY_OP, OPTIONS, attended, linear_loss, loss, packed, with_grads
 from plan_cases import assert_same as assert_same_bits
 from plan_cases import heads as more_heads
-from replay_calls import described, noted
-from test_replay_classes import OPS, graded, launched, requiring, without_plan
+from replay_calls import OPS, described, graded, launched, noted, requiring, without_plan
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import replay, switches
+from fastattn.backends import replay
 from fastattn.kernels import arguments, decode_tiles, jit
 from fastattn.ops import plan
 
@@ -38,7 +37,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[replay.Replay]:
 
     monkeypatch.setattr(replay.Replay, "_record", noting)
     monkeypatch.setenv("FASTATTN_BACKEND", "triton")
-    monkeypatch.setattr(plan, "wanted", lambda key: key is not None and not switches.plans_are_off())
+    monkeypatch.setattr(plan, "wanted", lambda key: key is not None)
     return made
 
 
@@ -85,20 +84,17 @@ NOT_REPLAYED = ("linear_cross_entropy",)
 
 @INTERPRETED
 @pytest.mark.parametrize("name", CASES)
-def test_bits_of_a_replay_are_those_without(
-    name: str, replays: list[replay.Replay], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_of_a_replay_are_those_without(name: str, replays: list[replay.Replay]) -> None:
     call, options = CASES[name]
     grad, whole = not name.startswith(ONLY_FORWARD), call in (loss, linear_loss, packed)
     made = [more_heads(torch.float32) for _ in range(2)]
     if not whole:
         made, options = [small(tensors) for tensors in made], cut(options)
     made = [[t.clone().requires_grad_(grad) for t in tensors] for tensors in made]
-    monkeypatch.setenv("FASTATTN_DISABLE", "plan")
-    expected = [with_grads(call, tensors, options) for tensors in made]
-    monkeypatch.delenv("FASTATTN_DISABLE")
-    for tensors, results in zip((made[0], made[0], made[1]), (expected[0], expected[0], expected[1])):
-        assert_same_bits(with_grads(call, tensors, options), results)
+    expected = with_grads(call, made[0], options)  # without a plan: this call makes it
+    assert not replays
+    with_grads(call, made[1], options)  # recorded
+    assert_same_bits(with_grads(call, made[0], options), expected)
     if name.startswith(NOT_REPLAYED):
         return
     assert len(replays) == 1 + grad

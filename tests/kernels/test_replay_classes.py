@@ -5,23 +5,37 @@ Launches are noted, not made: what a call through a plan launches, on which memo
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from replay_calls import Noted, noted
+from replay_calls import (
+    BIAS,
+    CLASSES,
+    IDS,
+    OPS,
+    SLOPES,
+    Call,
+    Noted,
+    Tensors,
+    attend,
+    heads,
+    launched,
+    noted,
+    requiring,
+    rows,
+    wider,
+    without_plan,
+)
 from torch import Tensor
 
 import fastattn
 from fastattn.ops import arguments, plan
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded, SoftmaxSpec
 
-Tensors = dict[str, Tensor]
-Call = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:FASTATTN_BACKEND:RuntimeWarning")
 
 
@@ -29,34 +43,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:FASTATTN_BACKEND:RuntimeWarning"
 def triton() -> Iterator[Noted]:
     with noted() as found:
         yield found
-
-
-def graded(call: Call, tensors: Tensors, upstream: Callable[[Tensor], Tensor] = torch.ones_like) -> Tensors:
-    """A call, and its backward where something requires grad; the gradients that arrived, by name."""
-    results = call(tensors)
-    results = results if isinstance(results, tuple) else (results,)
-    given = {f"upstream {n}": upstream(r) for n, r in enumerate(results) if r.requires_grad}
-    leaves = [t for t in tensors.values() if t.requires_grad]
-    if given:
-        of = [r for r in results if r.requires_grad]
-        torch.autograd.grad(of, leaves, list(given.values()), allow_unused=True)
-    return given
-
-
-def launched(found: Noted, call: Call, tensors: Tensors, **options: Any) -> Any:
-    """What a call launches, or the error it raises."""
-    try:
-        given = graded(call, tensors, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        found.take({})
-        return type(error), str(error)
-    return found.take({**tensors, **given})
-
-
-def without_plan(found: Noted, call: Call, tensors: Tensors, **options: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTATTN_DISABLE", "plan")
-        return launched(found, call, tensors, **options)
 
 
 def check_apart(found: Noted, one: tuple[Call, Tensors], other: tuple[Call, Tensors]) -> None:
@@ -69,35 +55,6 @@ def check_apart(found: Noted, one: tuple[Call, Tensors], other: tuple[Call, Tens
                 assert launched(found, *(one, other)[number]) == expected[number]
     refused = sum(isinstance(each[0], type) for each in expected)
     assert plan.count() == 2 - refused
-
-
-def heads(dtype: torch.dtype = torch.float16, kv: int = 2, seqlen: int = 12, **dims: int) -> Tensors:
-    dim, value_dim = dims.get("dim", 16), dims.get("value_dim", dims.get("dim", 16))
-    return {
-        "query": torch.zeros(2, 4, seqlen, dim, dtype=dtype),
-        "key": torch.zeros(2, kv, 12, dim, dtype=dtype),
-        "value": torch.zeros(2, kv, 12, value_dim, dtype=dtype),
-    }
-
-
-def attend(tensors: Tensors, precision: str | None = None, **options: Any) -> Any:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision or before)
-    ids = (tensors["query_ids"], tensors["key_ids"]) if "key_ids" in tensors else None
-    rest = {name: t for name, t in tensors.items() if not name.endswith("_ids")}
-    try:
-        return fastattn.attention(**rest, segment_ids=ids, return_lse=True, **options)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def requiring(tensors: Tensors, *names: str) -> Tensors:
-    return {name: t.requires_grad_(name in names) for name, t in tensors.items()}
-
-
-IDS = {"query_ids": torch.zeros(2, 12, dtype=torch.int32), "key_ids": torch.ones(2, 12, dtype=torch.int32)}
-BIAS, SLOPES = torch.zeros(2, 4, 12, 12, dtype=torch.float16), torch.ones(2, 4)
-EXACT = heads(torch.float32)
 
 
 def _far_apart() -> Tensors:
@@ -167,9 +124,10 @@ def test_calls_that_differ_in_a_field_of_the_spec(triton: Noted, field: str) -> 
 
 
 def test_calls_that_differ_in_the_precision_of_products(triton: Noted) -> None:
+    tensors = heads(torch.float32)
     exact, fast = (partial(attend, precision=precision) for precision in ("highest", "high"))
-    assert without_plan(triton, exact, EXACT) != without_plan(triton, fast, EXACT)
-    check_apart(triton, (exact, EXACT), (fast, EXACT))
+    assert without_plan(triton, exact, tensors) != without_plan(triton, fast, tensors)
+    check_apart(triton, (exact, tensors), (fast, tensors))
 
 
 @pytest.mark.parametrize(
@@ -180,88 +138,6 @@ def test_calls_that_differ_in_a_number(triton: Noted, options: dict[str, Any]) -
     check_apart(triton, (partial(attend, **first), heads()), (partial(attend, **options), heads()))
 
 
-def _wider(tensor: Tensor, every: int, first: int = 0) -> Tensor:
-    """The same shape with its last stride `every`, from the `first` element of other memory on."""
-    memory = torch.zeros(tensor.numel() * every + first, dtype=tensor.dtype)
-    strides = [stride * every for stride in torch.empty(tensor.shape, device="meta").stride()]
-    return memory.as_strided(tensor.shape, strides, first).copy_(tensor)
-
-
-# Memory of any tensor, by what differs from a contiguous one at a multiple of 16 bytes.
-CLASSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "one element on": lambda t: _wider(t, 1, 1),
-    "columns apart": lambda t: _wider(t, 2),
-    "dims in another order": lambda t: t.transpose(0, -2).contiguous().transpose(0, -2) if t.dim() > 1 else t,
-    "columns outermost": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
-    "rows of a longer row": lambda t: torch.cat((t, t[..., :3]), -1)[..., : t.shape[-1]],
-    "repeated": lambda t: t[:1].expand_as(t),
-}  # fmt: skip
-
-
-def everything() -> Tensors:
-    """A call with every tensor that attention takes."""
-    return {
-        **heads(), "mask": torch.ones(2, 4, 12, 12, dtype=torch.bool), "bias": BIAS.clone(), **IDS,
-        "key_lengths": torch.tensor([3, 4], dtype=torch.int32), "alibi_slopes": SLOPES.clone(),
-        "sinks": torch.zeros(4), "dropout_seed": torch.tensor([3]),
-    }  # fmt: skip
-
-
-def packed(tensors: Tensors) -> Any:
-    return fastattn.attention_varlen(**tensors, causal=True, return_lse=True)
-
-
-def packed_tensors() -> Tensors:
-    offsets = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
-    shapes = {"query": (24, 4, 16), "key": (24, 2, 16), "value": (24, 2, 16)}
-    made = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
-    slopes = {"alibi_slopes": torch.ones(3, 4), "sinks": torch.zeros(4)}
-    return {**made, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets.clone(), **slopes}
-
-
-def decode(tensors: Tensors) -> Any:
-    return fastattn.attention_kv_cache(**tensors, return_lse=True, num_splits=2)
-
-
-def cache_tensors() -> Tensors:
-    shapes = {"query": (2, 4, 1, 16), "k_cache": (8, 2, 16, 16), "v_cache": (8, 2, 16, 16), "key": (2, 2, 1, 16),
-              "value": (2, 2, 1, 16)}  # fmt: skip
-    made = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
-    table = torch.arange(8, dtype=torch.int32).view(2, 4)
-    rotary = {name: torch.ones(64, 8, dtype=torch.float16) for name in ("rotary_cos", "rotary_sin")}
-    lengths = torch.tensor([17, 40], dtype=torch.int32)
-    return {
-        **made,
-        "cache_lengths": lengths,
-        "block_table": table,
-        **rotary,
-        "alibi_slopes": torch.ones(2, 4),
-    }
-
-
-def rows(tensors: Tensors) -> Any:
-    return fastattn.softmax(**tensors, dim=1)
-
-
-def loss(tensors: Tensors, reduction: str = "mean") -> Any:
-    return fastattn.cross_entropy(**tensors, reduction=reduction, label_smoothing=0.1)
-
-
-def loss_tensors() -> Tensors:
-    return {
-        "logits": torch.zeros(12, 32, dtype=torch.float16), "target": torch.zeros(12, dtype=torch.int64),
-        "class_weight": torch.ones(32),
-    }  # fmt: skip
-
-
-OPS: dict[str, tuple[Call, Callable[[], Tensors], tuple[str, ...]]] = {
-    "attention": (partial(attend, dropout_p=0.5), everything, GradsNeeded._fields),
-    "varlen": (packed, packed_tensors, ("query", "key", "value", "alibi_slopes", "sinks")),
-    "kv_cache": (decode, cache_tensors, ()),
-    "softmax": (rows, lambda: {"x": torch.zeros(3, 32, 5), "mask": torch.ones(3, 32, 5, dtype=torch.bool)}, ("x",)),
-    "cross_entropy": (loss, loss_tensors, ("logits",)),
-    "cross_entropy, none": (partial(loss, reduction="none"), loss_tensors, ("logits",)),
-}  # fmt: skip
 LAID_OUT = [(op, name) for op, (_, make, _) in OPS.items() for name in make()]
 
 
@@ -301,7 +177,7 @@ def test_saved_tensors_that_come_back_elsewhere(triton: Noted, op: str) -> None:
     tensors = requiring(make(), *leaves)
 
     def moved(t: Tensor) -> Tensor:
-        return _wider(t.detach(), 1, 1) if t.dim() and t.numel() else t
+        return wider(t.detach(), 1, 1) if t.dim() and t.numel() else t
 
     def shape_of(found: Any) -> Any:  # whose memory it is changes
         return [(name, grid, options) for name, grid, _, options in found]
@@ -386,84 +262,3 @@ def test_rows_that_differ_in_a_field_of_the_spec(triton: Noted, field: str) -> N
         return fastattn.softmax(**given, **more)
 
     check_apart(triton, (soft, {"x": torch.zeros(3, 32)}), (partial(soft, **options), tensors))
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def variable(name: str, text: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name, text)
-        yield
-
-
-@contextlib.contextmanager
-def other_tiles() -> Iterator[None]:
-    """Tiles that were measured meanwhile, as `fastattn bench tune` stores them before it forgets look-ups and plans."""
-    from fastattn.kernels import tuned
-    from fastattn.kernels.tiles import table_tiles
-    from fastattn.tune.command import forget_lookups
-
-    def measured(spec: AttentionSpec, packed: bool = False) -> dict[str, Any]:
-        table = table_tiles(spec)
-        return {name: replace(getattr(table, name), num_warps=2) for name in ("forward", "dkdv", "dq")}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuned, "winners_for", measured)
-        forget_lookups()
-        yield
-    forget_lookups()
-
-
-STATES: dict[str, Callable[[], Any]] = {
-    "no grad": torch.no_grad,
-    "inference": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "deterministic": deterministic,
-    "another backend": lambda: variable("FASTATTN_BACKEND", "torch"),
-    "a disabled part": lambda: variable("FASTATTN_DISABLE", "cuda.attention_fwd"),
-    "a part disabled that is used": lambda: variable(
-        "FASTATTN_DISABLE", "triton.attention_bwd,triton.softmax_bwd"
-    ),
-    "measured tiles": other_tiles,
-}
-
-
-# By op, the states in which something else is launched, or nothing.
-CHANGING = {
-    "attention": {"autocast", "a part disabled that is used", "measured tiles"},
-    "varlen": {"autocast", "measured tiles"},
-    "softmax": {"a part disabled that is used"},
-    "cross_entropy": set(),
-}
-ALWAYS = {"no grad", "inference", "another backend"}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("op", CHANGING)
-def test_a_replay_of_one_state_is_not_that_of_another(triton: Noted, op: str, state: str) -> None:
-    """In and after the state, whichever came first, what is launched is that of calls without plans."""
-    call, make, leaves = OPS[op]
-    tensors = requiring(make(), *leaves)
-
-    def run(inside: bool) -> Any:
-        with STATES[state]() if inside else contextlib.nullcontext():
-            return launched(triton, call, tensors)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "wanted", lambda key: False)
-        expected = {inside: run(inside) for inside in (False, True)}
-    assert (expected[False] != expected[True]) == (state in CHANGING[op] | ALWAYS)
-    for order in ((False, True), (True, False)):
-        plan.clear()
-        for inside in (*order, *order):
-            for _ in range(3):
-                assert run(inside) == expected[inside]
