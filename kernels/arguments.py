@@ -16,8 +16,8 @@ from triton import next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.jit import Kernel, launcher
-from fastattn.watching import watched
 from fastattn.strides import ALIGNMENT
+from fastattn.watching import watched
 
 
 class Launch(NamedTuple):

@@ -40,7 +40,7 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | No
     Triton's own launcher finds the compiled kernel anew in each launch, by the classes of all arguments: dtypes and
     16-byte alignment of pointers, widths of integers, constants. Those have to be as in the launch that compiled it.
     """
-    if compiled is None or not _interface_is_known():
+    if not hasattr(compiled, "packed_metadata") or not _interface_is_known():
         return None
     from triton import knobs
 

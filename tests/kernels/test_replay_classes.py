@@ -232,33 +232,37 @@ def test_a_tensor_given_twice_is_two_in_the_next_call(triton: Noted, same: tuple
         assert launched(triton, attend, apart) == check_shared[1]
 
 
-def test_specs_of_rows_have_no_more_fields_than_these() -> None:
-    """What the layouts above tell apart: a new field needs a change of its own."""
-    assert {field.name for field in fields(SoftmaxSpec)} == {
-        "device", "arch", "dtype", "columns", "unit_columns", "wide_rows", "mask", "causal", "log", "backward",
-        "aligned",
-    }  # fmt: skip
-
-
-ROW_CHANGES: dict[str, tuple[Tensors, dict[str, Any]]] = {
-    "dtype": ({"x": torch.zeros(3, 32, dtype=torch.bfloat16)}, {}),
-    "columns": ({"x": torch.zeros(3, 40)}, {}),
-    "unit_columns": ({"x": torch.zeros(32, 3).mT}, {}),
-    "mask": ({"x": torch.zeros(3, 32), "mask": torch.ones(3, 32, dtype=torch.bool)}, {}),
-    "causal": ({"x": torch.zeros(3, 32)}, {"causal": True}),
-    "log": ({"x": torch.zeros(3, 32)}, {"log": True}),
-    "backward": ({"x": torch.zeros(3, 32, requires_grad=True)}, {}),
-    "aligned": ({"x": torch.zeros(97)[1:].view(3, 32)}, {}),
-    "number of rows": ({"x": torch.zeros(4, 32)}, {}),
-    "scale": ({"x": torch.zeros(3, 32)}, {"scale": 2.0}),
+ROW_CHANGES: dict[str, tuple[Callable[[], Tensors], dict[str, Any]]] = {
+    "dtype": (lambda: {"x": torch.zeros(3, 32, dtype=torch.bfloat16)}, {}),
+    "columns": (lambda: {"x": torch.zeros(3, 40)}, {}),
+    "unit_columns": (lambda: {"x": torch.zeros(32, 3).mT}, {}),
+    "wide_rows": (
+        lambda: {"x": torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((3, 32), (2**30, 1))},
+        {},
+    ),
+    "mask": (lambda: {"x": torch.zeros(3, 32), "mask": torch.ones(3, 32, dtype=torch.bool)}, {}),
+    "causal": (lambda: {"x": torch.zeros(3, 32)}, {"causal": True}),
+    "log": (lambda: {"x": torch.zeros(3, 32)}, {"log": True}),
+    "backward": (lambda: {"x": torch.zeros(3, 32, requires_grad=True)}, {}),
+    "aligned": (lambda: {"x": torch.zeros(97)[1:].view(3, 32)}, {}),
+    "number of rows": (lambda: {"x": torch.zeros(4, 32)}, {}),
+    "scale": (lambda: {"x": torch.zeros(3, 32)}, {"scale": 2.0}),
 }
+
+
+def test_every_field_of_a_spec_of_rows_has_a_change() -> None:
+    plain = SoftmaxSpec.of(torch.zeros(3, 32))
+    names = {field.name for field in fields(SoftmaxSpec)}
+    assert names - {"device", "arch"} == names & set(ROW_CHANGES)
+    for name in names & set(ROW_CHANGES) - {"mask", "causal", "log", "backward"}:
+        assert getattr(SoftmaxSpec.of(ROW_CHANGES[name][0]()["x"]), name) != getattr(plain, name), name
 
 
 @pytest.mark.parametrize("field", ROW_CHANGES)
 def test_rows_that_differ_in_a_field_of_the_spec(triton: Noted, field: str) -> None:
-    tensors, options = ROW_CHANGES[field]
+    make, options = ROW_CHANGES[field]
 
     def soft(given: Tensors, **more: Any) -> Any:
         return fastattn.softmax(**given, **more)
 
-    check_apart(triton, (soft, {"x": torch.zeros(3, 32)}), (partial(soft, **options), tensors))
+    check_apart(triton, (soft, {"x": torch.zeros(3, 32)}), (partial(soft, **options), make()))
