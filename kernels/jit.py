@@ -76,7 +76,7 @@ def _interface_is_known() -> bool:
         from triton import knobs
         from triton.compiler import CompiledKernel
 
-        class Probe(CompiledKernel):  # type: ignore[misc]
+        class Probe(CompiledKernel):
             module, function, packed_metadata = None, "function", "packed"
             run = staticmethod(lambda *args: passed.append(args))
             launch_metadata = staticmethod(lambda *args: "metadata")

@@ -102,7 +102,8 @@ def _launching_calls() -> dict[str, Call]:
     rows = _normal(16, 32, dtype=half, grad=True)
 
     def varlen(*x: Tensor) -> Any:
-        return fastattn.attention_varlen(*x, cu_seqlens, cu_seqlens, 8, 8, causal=True)  # type: ignore[arg-type]
+        query, key, value = x
+        return fastattn.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, 8, 8, causal=True)
 
     return {
         "attention": lambda: fastattn.attention(q, k, v, causal=True),

@@ -168,7 +168,9 @@ class Recorder:
         if isinstance(value, (tuple, list)):
             parts = tuple(map(self._operand, value))
             if any(isinstance(part, (_Number, _Group)) for part in parts):
-                return _Group(list if type(value) is list else partial(tuple.__new__, type(value)), parts)
+                return _Group(
+                    partial(tuple.__new__, type(value)) if isinstance(value, tuple) else list, parts
+                )
             return value
         base = getattr(value, "base", None)
         if isinstance(base, Tensor):  # a descriptor for TMA
@@ -337,7 +339,7 @@ def _all_numbers_of(event: _Event) -> list[int]:
 
 def _replaced(operands: tuple[Any, ...], instead: Callable[[int], int]) -> tuple[Any, ...]:
     """The operands with other tensors."""
-    made = []
+    made: list[Any] = []
     for operand in operands:
         if isinstance(operand, _Number):
             operand = _Number(instead(operand.number))

@@ -96,7 +96,7 @@ def cross_entropy(
     result = _losses(*settled, *call, fused=fused)
     if plan.wanted(planned):
         replayed = CrossEntropyPlan.serves(logits, rows)
-        plan.keep(planned, CrossEntropyPlan(*settled, rows) if replayed else partial(_planned, *settled))
+        plan.keep(planned, CrossEntropyPlan(rows, *settled) if replayed else partial(_planned, *settled))
     return result
 
 

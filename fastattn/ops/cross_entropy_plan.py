@@ -25,8 +25,8 @@ class CrossEntropyPlan:
     )  # fmt: skip
 
     def __init__(
-        self, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str, shape: tuple[int, ...],
-        dtype: torch.dtype, rows: Tensor,
+        self, rows: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str,
+        shape: tuple[int, ...], dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.environment = switches.environment()
         self.ignore_index, self.label_smoothing, self.z_loss = ignore_index, label_smoothing, z_loss
