@@ -427,7 +427,7 @@ def differences(stored: Counts, counts: Counts, torch_version: str = torch.__ver
     return lines
 
 
-TORCH_DECIDES = ("torch backend", "models", "python calls")
+TORCH_DECIDES = ("torch backend", "models", "python calls", "python calls before triton")
 
 
 def _flat(cases: Counts) -> dict[str, Any]:
