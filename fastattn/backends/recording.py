@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,31 @@ _ALLOCATIONS = {
 
 Getter = Callable[[list[Any]], Any]
 Step = tuple[int, Callable[..., Any], Getter, tuple[int, ...]]  # kind, function, operands, places to release
+
+
+class _Seen(NamedTuple):
+    """A tensor that came up, which may be gone when the program is made."""
+
+    tensor: weakref.ref[Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    strides: tuple[int, ...]
+    address: int
+    storage: int  # where its memory begins
+    storage_bytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        storage = tensor.untyped_storage()
+        return cls(
+            weakref.ref(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr(),
+            storage.data_ptr(), storage.nbytes(),
+        )  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,9 +86,11 @@ class Recorder:
     """Sees all that a function of `inputs` does while it does it."""
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
-        self.tensors: list[Tensor | None] = list(inputs)  # by number; kept, so that no id is given twice
+        self.seen = [None if t is None else _Seen.of(t) for t in inputs]  # by number
         self.num_inputs = len(inputs)
-        self.numbers = {id(t): n for n, t in enumerate(inputs) if t is not None}
+        self._numbers = {
+            id(t): n for n, t in enumerate(inputs) if t is not None
+        }  # of tensors, some of them gone
         self.origins = list(range(len(inputs)))  # by number, that of the tensor whose memory it is
         self.events: list[_Event] = []
         self.refusal: str | None = None  # why there will be no program
@@ -76,7 +104,7 @@ class Recorder:
         if _depends_on_values(op, args):
             self.refusal = f"{op} depends on values"
         elif op.overloadpacket in _ALLOCATIONS:
-            self._note(_Event(EMPTY, _memory_like(results), ()), results)
+            self._note(_Event(EMPTY, _memory_like(_Seen.of(results)), ()), results)
         else:
             operands, function = tuple(map(self._operand, args)), op
             named = {name: self._operand(value) for name, value in kwargs.items()}
@@ -105,16 +133,18 @@ class Recorder:
     def program(self, result: Any) -> Program | None:
         """What was done, once the function has returned `result`: a tensor or a tuple of tensors and None."""
         parts = result if isinstance(result, tuple) else (result,)
-        if not all(part is None or id(part) in self.numbers for part in parts):
+        returned = [None if part is None else self._number_of(part) for part in parts]
+        if any(number is None and part is not None for number, part in zip(returned, parts)):
             self.refusal = self.refusal or "a result comes from elsewhere"
         if self.refusal is not None:
             return None
-        returned = [None if part is None else self.numbers[id(part)] for part in parts]
         return Program(self, returned, type(result) if isinstance(result, tuple) else None)
 
-    def forget(self) -> None:
-        """Keep no tensor any more."""
-        self.tensors.clear()
+    def _number_of(self, tensor: Tensor) -> int | None:
+        """None for a tensor that did not come up."""
+        number = self._numbers.get(id(tensor))
+        seen = None if number is None else self.seen[number]
+        return number if seen is not None and seen.tensor() is tensor else None
 
     def _unseen(self, function: Callable[..., Any], *args: Any) -> Any:
         self._paused = True
@@ -133,34 +163,31 @@ class Recorder:
             if result is not None and not isinstance(result, Tensor):
                 self.refusal = f"{event.run} gives a {type(result).__name__}"
                 return
-            known = None if result is None else self.numbers.get(id(result))
-            event.results.append(len(self.tensors) if known is None else known)
+            known = None if result is None else self._number_of(result)
+            event.results.append(len(self.seen) if known is None else known)
             if known is None:
-                self.origins.append(self._origin(result, given))
-                self.tensors.append(result)
+                seen = None if result is None else _Seen.of(result)
+                self.origins.append(self._origin(seen, given))
+                self.seen.append(seen)
                 if result is not None:
-                    self.numbers[id(result)] = event.results[-1]
+                    self._numbers[id(result)] = event.results[-1]
         event.view = bool(event.results) and not any(
             n in given or n < self.num_inputs or self.origins[n] == n for n in event.results
         )
         self.events.append(event)
 
-    def _origin(self, result: Tensor | None, given: Sequence[int]) -> int:
+    def _origin(self, result: _Seen | None, given: Sequence[int]) -> int:
         """The tensor whose memory a new one is: its own, or that of an operand."""
-        own = len(self.tensors)
-        if result is None or not result.numel():
+        own = len(self.seen)
+        if result is None or not result.bytes:
             return own
-        place = result.untyped_storage().data_ptr()
-        shared = set()
-        for number in given:
-            tensor = self.tensors[number]
-            if tensor is not None and tensor.untyped_storage().data_ptr() == place:
-                shared.add(self.origins[number])
+        operands = ((self.origins[number], self.seen[number]) for number in given)
+        shared = {origin for origin, seen in operands if seen is not None and seen.storage == result.storage}
         return shared.pop() if len(shared) == 1 else own
 
     def _operand(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            number = self.numbers.get(id(value))
+            number = self._number_of(value)
             if number is None:
                 self.refusal = "an operand comes from elsewhere"
                 return None
@@ -187,7 +214,7 @@ class Program:
     """
 
     def __init__(self, recorder: Recorder, returned: Sequence[int | None], kind: type | None) -> None:
-        self._tensors, self._origins = recorder.tensors, list(recorder.origins)
+        self._seen, self._origins = recorder.seen, list(recorder.origins)
         self._num_inputs = recorder.num_inputs
         self._instead: dict[int, int] = {}  # of memory, the result as which it is allocated
         needed = {number for number in returned if number is not None}
@@ -208,7 +235,7 @@ class Program:
         nothing = self._constant_places[_key(None)]
         places = [nothing if number is None else self._places[number] for number in returned]
         self.result: Getter = itemgetter(places[0]) if kind is None else _tuple_getter(kind, places)
-        self._tensors = []
+        del self._seen, self._origins, self._instead, self._places, self._constant_places
 
     def _with_memory_of_results(self, events: Sequence[_Event], needed: set[int]) -> list[_Event]:
         """Memory of which only launches use anything but one result is allocated as that result."""
@@ -225,18 +252,22 @@ class Program:
                 (view,), (number,) = views, event.results
                 if view != number and self._is_all_of(view, number):
                     self._instead[number] = view
-                    event = _Event(EMPTY, _memory_like(self._tensors[view]), (), [view])
+                    event = _Event(EMPTY, _memory_like(self._seen[view]), (), [view])
             elif event.view and self._instead.get(self._origins[event.results[0]]) in event.results:
                 continue
             kept.append(event)
         return kept
 
     def _is_all_of(self, view: int, number: int) -> bool:
-        one, whole = self._tensors[view], self._tensors[number]
-        assert one is not None
-        assert whole is not None
-        same = one.dtype == whole.dtype and one.data_ptr() == whole.data_ptr()
-        return same and one.numel() * one.element_size() == whole.untyped_storage().nbytes()
+        one = self._seen[view]
+        return one is not None and one.bytes == one.storage_bytes and self._are_one_place(view, number)
+
+    def _are_one_place(self, view: int, number: int) -> bool:
+        """Whether a launch would see no difference."""
+        one, whole = self._seen[view], self._seen[number]
+        if one is None or whole is None or not one.bytes:
+            return False
+        return one.dtype == whole.dtype and one.address == whole.address
 
     def _without_unused(self, events: Sequence[_Event], returned: set[int]) -> list[_Event]:
         """The events that have effects or of which a result is used."""
@@ -258,12 +289,7 @@ class Program:
     def _for_launch(self, number: int) -> int:
         """The tensor that a launch gets instead of a view of the same address and dtype."""
         origin = self._origins[number]
-        view, whole = self._tensors[number], self._tensors[origin]
-        assert view is not None
-        assert whole is not None
-        if view.numel() and view.dtype == whole.dtype and view.data_ptr() == whole.data_ptr():
-            number = self._instead.get(origin, origin)
-        return number
+        return self._instead.get(origin, origin) if self._are_one_place(number, origin) else number
 
     def _collect(self, operands: Iterable[Any]) -> None:
         """Give every constant among operands a place."""
@@ -306,8 +332,8 @@ class Program:
         return self._length - 1
 
     def _is_large(self, number: int) -> bool:
-        tensor = self._tensors[number]
-        return tensor is not None and tensor.untyped_storage().nbytes() >= LARGE
+        seen = self._seen[number]
+        return seen is not None and seen.storage_bytes >= LARGE
 
 
 def _depends_on_values(op: Any, args: Sequence[Any]) -> bool:
@@ -361,9 +387,10 @@ def _tuple_getter(kind: type, places: Sequence[int]) -> Getter:
     return lambda values: tuple.__new__(kind, get(values))
 
 
-def _memory_like(made: Any) -> Callable[[], Tensor]:
+def _memory_like(made: _Seen | None) -> Callable[[], Tensor]:
     """What allocates memory like a tensor's."""
-    return partial(torch.empty_strided, made.shape, made.stride(), dtype=made.dtype, device=made.device)
+    assert made is not None
+    return partial(torch.empty_strided, made.shape, made.strides, dtype=made.dtype, device=made.device)
 
 
 def _by_name(

@@ -74,7 +74,6 @@ class Replay:
             program = recorder.program(result)
         finally:
             watched.by = None
-            recorder.forget()
         self.program, self.refusal = program, recorder.refusal
         return result
 

@@ -114,12 +114,33 @@ def test_an_error_leaves_nothing_behind() -> None:
 
 def test_neither_a_recording_nor_a_replay_keeps_tensors() -> None:
     replay = Replay(views)
-    for _ in range(2):
+    for _ in range(3):
         x, y = torch.ones(2, 3), torch.ones(2, 3)
         found = replay(x, y)
         kept = [weakref.ref(t) for t in (x, y, *found)]
         del x, y, found
         assert all(ref() is None for ref in kept)
+
+
+def test_what_a_function_lets_go_is_let_go_while_it_is_recorded() -> None:
+    """And an id that is given again is another tensor."""
+    left: list[weakref.ref[Tensor]] = []
+
+    def function(x: Tensor) -> Tensor:
+        for number in range(5):
+            part = x + number
+            left.append(weakref.ref(part))
+            x = x + part.sum()
+            del part
+            assert left[-1]() is None
+        return x
+
+    replay = Replay(function)
+    expected = function(torch.ones(2))
+    for _ in range(2):
+        assert torch.equal(replay(torch.ones(2)), expected)
+    assert replay.program is not None
+    assert len(left) == 10
 
 
 def test_large_temporaries_are_released_after_their_last_use(monkeypatch: pytest.MonkeyPatch) -> None:

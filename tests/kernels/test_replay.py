@@ -20,6 +20,7 @@ import fastattn
 from fastattn.backends import replay
 from fastattn.kernels import arguments, decode_tiles, jit
 from fastattn.ops import plan
+from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:FASTATTN_BACKEND:RuntimeWarning")
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of these tests are on the CPU")
@@ -258,3 +259,31 @@ def test_direct_launches_have_the_arguments_of_the_others(
     assert [args[: len(grid)] for args, (_, grid, _, _) in zip(launcher, expected)] == [
         grid for _, grid, _, _ in expected
     ]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_descriptors_for_tma_are_of_the_tensors_of_the_call(backward: bool) -> None:
+    from fastattn.backends import triton as backend
+
+    needs = GradsNeeded() if backward else None
+
+    def run(query: Tensor, out: Tensor, lse: Tensor) -> Any:
+        call = AttentionCall(query, query, query, scale=0.125)
+        spec = AttentionSpec.of(call, needs).replace(arch=90)
+        if needs is None:
+            return backend.attention_fwd(spec, call)
+        return backend.attention_bwd(spec, call, out, lse, out, None, needs)
+
+    again = replay.Replay(run)
+    with noted() as found:
+        for _ in range(3):
+            query, out = (torch.zeros(1, 4, 128, 128, dtype=torch.bfloat16) for _ in range(2))
+            given = {"query": query, "out": out, "lse": torch.zeros(1, 4, 128)}
+            launches = []
+            for function in (run, again):
+                function(*given.values())
+                launches.append(found.take(given))
+            assert launches[0] == launches[1]
+            tensors = [arg for _, _, args, _ in launches[0] for arg in args if isinstance(arg[0], tuple)]
+            assert len(tensors) == (8 if backward else 3)
+    assert again.program is not None
