@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.recording import EMPTY, GROUP, NOTHING, ONE, Program, Recorder
+from fastattn.backends.programs import EMPTY, GROUP, NOTHING, ONE, Program
+from fastattn.backends.recording import Recorder
 from fastattn.watching import watched
 
 

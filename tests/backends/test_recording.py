@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends import recording
+from fastattn.backends import programs
 from fastattn.backends.replay import Replay, can_replay
 from fastattn.watching import watched
 
@@ -152,7 +152,7 @@ def test_large_temporaries_are_released_after_their_last_use(monkeypatch: pytest
         return third.sum()
 
     for large, alive in ((1, 1), (2**20, 4)):
-        monkeypatch.setattr(recording, "LARGE", large)
+        monkeypatch.setattr(programs, "LARGE", large)
         replay = Replay(long)
         replay(torch.ones(4))
         program = replay.program
@@ -190,7 +190,7 @@ def test_memory_is_allocated_as_the_result_that_it_becomes() -> None:
         assert x.eq(7).all()
     program = replay.program
     assert program is not None
-    assert [kind for kind, *_ in program.steps] == [recording.EMPTY, recording.NOTHING]
+    assert [kind for kind, *_ in program.steps] == [programs.EMPTY, programs.NOTHING]
 
 
 def test_only_backends_that_say_so_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
