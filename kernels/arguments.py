@@ -16,8 +16,8 @@ from triton import next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.jit import Kernel, launcher
+from fastattn.recorders import this_thread
 from fastattn.strides import ALIGNMENT
-from fastattn.watching import watched
 
 
 class Launch(NamedTuple):
@@ -42,13 +42,13 @@ class Launch(NamedTuple):
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
-        """Launch, unless there is nothing to do, or leave that to who watches this thread."""
+        """Launch, unless there is nothing to do, or leave that to the recorder of this thread."""
         if 0 in self.grid:
             return
-        if watched.by is None:
+        if this_thread.recorder is None:
             self.start()
         else:
-            watched.by.launch(self)
+            this_thread.recorder.launch(self)
 
     def start(self) -> object:
         """Launch on the device of the first tensor; the compiled kernel, or None where Triton interprets."""
@@ -149,8 +149,3 @@ def descriptor_of(tensor: Tensor, block: int) -> object:
 def has_unit_columns(tensor: Tensor | None) -> bool:
     """Whether neighbouring keys of a (B, H, Sq, Sk) tensor are neighbours in memory."""
     return tensor is not None and tensor.shape[3] > 1 and tensor.stride(3) == 1
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)

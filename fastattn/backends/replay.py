@@ -20,7 +20,7 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.programs import EMPTY, GROUP, NOTHING, ONE, Program
 from fastattn.backends.recording import Recorder
-from fastattn.watching import watched
+from fastattn.recorders import this_thread
 
 
 def can_replay(backend: ModuleType) -> bool:
@@ -61,20 +61,20 @@ class Replay:
         return program.result(values)
 
     def _record(self, tensors: tuple[Tensor | None, ...]) -> Any:
-        if self.refusal is not None or watched.by is not None:
+        if self.refusal is not None or this_thread.recorder is not None:
             return self._function(*tensors)
         # a tensor given twice is two inputs, which may differ in a later call
         inputs = [
             t.detach() if t is not None and _is_in(t, tensors[:i]) else t for i, t in enumerate(tensors)
         ]
         recorder = Recorder(inputs)
-        watched.by = recorder
+        this_thread.recorder = recorder
         try:
             with torch_compat.dispatch_mode(recorder.operation):
                 result = self._function(*inputs)
             program = recorder.program(result)
         finally:
-            watched.by = None
+            this_thread.recorder = None
         self.program, self.refusal = program, recorder.refusal
         return result
 

@@ -180,13 +180,13 @@ class AttentionPlan:
         dout, dlse = upstream_grads
         dout = torch.zeros_like(out) if dout is None else dout
         grads: Any = None
-        watched = plan.backward_is_watched(self.environment)
-        if not watched and self.backward_replays is not None:
+        needs_op = plan.backward_needs_op(self.environment)
+        if not needs_op and self.backward_replays is not None:
             run = self.backward_replays.find(dout, dlse, *kept)
-            watched = run is None
+            needs_op = run is None
             if run is not None:
                 grads = run(dout, dlse, *kept)
-        if watched:
+        if needs_op:
             op = torch.ops.fastattn.attention_bwd.default
             grads = op(dout, dlse, out, lse, *self.arguments(tuple(tensors)), list(self.needs), self.backend)
         elif grads is None:

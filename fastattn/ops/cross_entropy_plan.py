@@ -71,7 +71,7 @@ class CrossEntropyPlan:
         """The gradient of the logits, and None for the others."""
         tensors = (*upstream_grads, *kept)
         run = None
-        if not plan.backward_is_watched(self.environment):
+        if not plan.backward_needs_op(self.environment):
             run = self.backward_replays.find(*tensors)
         if run is None:
             return [self._gradient_by(torch.ops.fastattn.cross_entropy_bwd.default, *tensors), None, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference, torch_compat
-from fastattn.backends import switches
+from fastattn.backends import layout, switches
 from fastattn.backends.replay import Replay, can_replay
 from fastattn.ops import arguments, composite, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define
@@ -85,8 +85,8 @@ class _SoftmaxPlan:
     """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "backward_replays", "chosen", "dtype", "environment", "forward", "options", "record",
-        "spec",
+        "backend", "backward", "backward_replays", "chosen", "dtype", "environment", "forward", "masks_diagonal",
+        "options", "record", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str) -> None:
@@ -96,6 +96,7 @@ class _SoftmaxPlan:
         passes = _passes(call)
         self.spec = passes["softmax_fwd"]
         self.chosen = backends.select(self.spec, backend, "softmax_fwd")
+        self.masks_diagonal = layout.masks_diagonal(self.chosen, call)
         self.forward = Replay(self._forward) if can_replay(self.chosen) else self._forward
         self.record = self.backward = None
         self.backward_replays: plan.BackwardReplays | None = None
@@ -115,7 +116,10 @@ class _SoftmaxPlan:
 
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The probabilities, or their logarithms."""
-        out: Tensor = self.chosen.softmax_fwd(self.spec, SoftmaxCall(x, mask, *self.options))
+        call = SoftmaxCall(x, mask, *self.options)
+        if self.masks_diagonal:
+            call = layout.with_diagonal_as_mask(call)
+        out: Tensor = self.chosen.softmax_fwd(self.spec, call)
         return out
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor]]:
@@ -129,13 +133,13 @@ class _SoftmaxPlan:
         """The gradient of x, and None for the mask."""
         dim, scale, _, log, _ = self.options
         args = (*upstream_grads, *kept, dim, scale)
-        watched = self.backward is None or plan.backward_is_watched(self.environment)
-        if not watched and self.backward_replays is not None:
+        needs_op = self.backward is None or plan.backward_needs_op(self.environment)
+        if not needs_op and self.backward_replays is not None:
             run = self.backward_replays.find(*upstream_grads, *kept)
             if run is not None:
                 return [run(*upstream_grads, *kept), None]
-            watched = True
-        if watched or self.backward is None:
+            needs_op = True
+        if needs_op or self.backward is None:
             return [torch.ops.fastattn.softmax_bwd.default(*args, log, self.dtype, self.backend), None]
         return [self.backward(*args, self.dtype), None]
 
@@ -234,7 +238,10 @@ def _softmax_fwd(*args: Any) -> Tensor:
     *call_args, backend = args
     call = SoftmaxCall(*call_args)
     spec = _spec(call)
-    result: Tensor = backends.select(spec, backend, "softmax_fwd").softmax_fwd(spec, call)
+    chosen = backends.select(spec, backend, "softmax_fwd")
+    if call.causal and layout.masks_diagonal(chosen, call):
+        call = layout.with_diagonal_as_mask(call)
+    result: Tensor = chosen.softmax_fwd(spec, call)
     return result
 
 

@@ -151,13 +151,13 @@ class VarlenPlan:
         *tensors, out, lse = kept
         dout, dlse = upstream_grads
         dout = torch.zeros_like(out) if dout is None else dout
-        watched, run = plan.backward_is_watched(self.environment), None
-        if not watched and self.backward_replays is not None:
+        needs_op, run = plan.backward_needs_op(self.environment), None
+        if not needs_op and self.backward_replays is not None:
             run = self.backward_replays.find(dout, dlse, *kept)
-            watched = run is None
+            needs_op = run is None
         if run is not None:
             grads = run(dout, dlse, *kept)
-        elif watched:
+        elif needs_op:
             op = torch.ops.fastattn.varlen_bwd.default
             grads = op(dout, dlse, out, lse, *tensors, *self.options, self.needs, self.backend)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends import programs
 from fastattn.backends.replay import Replay, can_replay
-from fastattn.watching import watched
+from fastattn.recorders import this_thread
 
 ELSEWHERE = torch.ones(3)
 
@@ -108,7 +108,7 @@ def test_an_error_leaves_nothing_behind() -> None:
     replay = Replay(refusing)
     with pytest.raises(ValueError, match="x"):
         replay(torch.ones(2))
-    assert watched.by is None
+    assert this_thread.recorder is None
     assert replay.program is None
 
 
@@ -178,7 +178,7 @@ def test_memory_is_allocated_as_the_result_that_it_becomes() -> None:
     def function(x: Tensor) -> Tensor:
         memory = x.new_empty((3, 2))
         launch = Launch(memory.view(6), x.view(2, 3).t())
-        launch.start() if watched.by is None else watched.by.launch(launch)
+        launch.start() if this_thread.recorder is None else this_thread.recorder.launch(launch)
         return memory.t()
 
     replay = Replay(function)

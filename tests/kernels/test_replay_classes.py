@@ -236,7 +236,7 @@ ROW_CHANGES: dict[str, tuple[Callable[[], Tensors], dict[str, Any]]] = {
     "dtype": (lambda: {"x": torch.zeros(3, 32, dtype=torch.bfloat16)}, {}),
     "columns": (lambda: {"x": torch.zeros(3, 40)}, {}),
     "unit_columns": (lambda: {"x": torch.zeros(32, 3).mT}, {}),
-    "wide_rows": (
+    "int64_offsets": (
         lambda: {"x": torch.empty(2**31 + 32, dtype=torch.bfloat16).as_strided((3, 32), (2**30, 1))},
         {},
     ),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn import extension
-from fastattn.watching import watched
+from fastattn.recorders import this_thread
 
 
 def run(name: str, *args: Any) -> Any:
-    """What a function of the extension gives; who watches this thread calls it."""
+    """What a function of the extension gives; the recorder of this thread calls it."""
     function = getattr(extension.module(), name)
-    return function(*args) if watched.by is None else watched.by.call(function, args)
+    return function(*args) if this_thread.recorder is None else this_thread.recorder.call(function, args)

@@ -1,4 +1,4 @@
-"""Who watches the launches of a thread: a recorder of `fastattn.backends.recording`, or nobody."""
+"""Who records what a thread launches: a recorder of `fastattn.backends.recording`, or nobody."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 
-class Watcher(Protocol):
-    """What makes the launches of a thread while it watches."""
+class Recorder(Protocol):
+    """What makes the launches of a thread while it records them."""
 
     def launch(self, launch: Any) -> None:
         """Make a Triton launch."""
@@ -17,8 +17,8 @@ class Watcher(Protocol):
         """Call a function that launches by itself, and return what it does."""
 
 
-class _Watched(threading.local):
-    by: Watcher | None = None
+class _ThisThread(threading.local):
+    recorder: Recorder | None = None
 
 
-watched = _Watched()
+this_thread = _ThisThread()
