@@ -208,7 +208,7 @@ class BackwardReplays:
 
 
 def backward_needs_op(environment: Any) -> bool:
-    """Whether a backward has to go through the op: a second derivative may follow, something but autograd watches, or
+    """Whether a backward has to go through the op: a second derivative may follow, something but autograd records, or
     the environment is not that of the forward any more."""
     return (
         torch.is_grad_enabled()
