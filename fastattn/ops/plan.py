@@ -185,25 +185,39 @@ class BackwardReplays:
     """The replays of a backward pass. Its tensors are not those of the plan's key: gradients that arrive have any
     strides and address, and what was saved for it may have been moved meanwhile."""
 
-    __slots__ = ("_by_kind", "_function")
+    __slots__ = ("_by_kind", "_function", "_guarded")
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._by_kind: dict[Key, Replay] = {}
+        self._guarded: tuple[tuple[Callable[..., bool], Key, Replay], ...] = ()
 
     def find(self, *tensors: Tensor | None) -> Callable[..., Any] | None:
-        """What gives the gradients for tensors of these classes; None where only the op can."""
-        state = torch_compat.state_of_call(tensors)
+        """What gives the gradients for tensors of these classes; None where only the op can. Not where a backward
+        `backward_needs_op`."""
         first = tensors[0]
-        if state is None or first is None:
+        if first is None:
             return None
-        addresses = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
-        kind = (first.device, float32_precision(first.dtype), *addresses, *state)
-        found = self._by_kind.get(kind)
+        try:
+            addresses = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
+        except RuntimeError:  # one has no memory of its own
+            return None
+        outside = (first.device, float32_precision(first.dtype), *addresses)
+        given = _given(tensors)
+        for guard, known, replay in self._guarded:
+            if known == outside and guard(*given):
+                return replay
+        state = torch_compat.state_of_call(tensors)
+        if state is None:
+            return None
+        found = self._by_kind.get((*outside, *state))
         if found is None:
             if len(self._by_kind) >= MOST_BACKWARDS:
                 return self._function
-            found = self._by_kind.setdefault(kind, Replay(self._function))
+            found = self._by_kind.setdefault((*outside, *state), Replay(self._function))
+        guard = torch_compat.tensor_guard(given)
+        if guard is not None and guard(*given):
+            self._guarded = ((guard, outside, found), *self._guarded[: MOST_GUARDS - 1])
         return found
 
 
