@@ -168,6 +168,6 @@ def _by_name(
 
 def _described(kind: type, fields: dict[str, Any], parts: Sequence[Any]) -> Any:
     """A descriptor that differs from one that was checked in its tensor alone."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(fields, base=parts[0])
     return made

@@ -87,14 +87,21 @@ def _given(tensors: tuple[Any, ...]) -> Sequence[Tensor]:
 
 def _guard(glance: Key, tensors: tuple[Any, ...], planned: Plan) -> None:
     """Let the next call with these tensors find its plan by a guard, the first of a few."""
-    given = _given(tensors)
-    guard = torch_compat.tensor_guard(given)
-    if guard is None or not guard(*given):  # a tensor is there twice
+    guard = _guard_of(_given(tensors))
+    if guard is None:
         return
     with _lock:
         if len(_guarded) >= MOST:
             _guarded.clear()
         _guarded[glance] = ((guard, planned), *_guarded.get(glance, ())[: MOST_GUARDS - 1])
+
+
+def _guard_of(given: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """A guard of these tensors; None where torch has none, or one would not pass as a tensor is there twice."""
+    if len(set(map(id, given))) < len(given):
+        return None
+    guard = torch_compat.tensor_guard(given)
+    return guard if guard is not None and guard(*given) else None
 
 
 # Names by which a call on a CPU reaches the torch backend, which ignores addresses and precision settings.
@@ -215,8 +222,8 @@ class BackwardReplays:
             if len(self._by_kind) >= MOST_BACKWARDS:
                 return self._function
             found = self._by_kind.setdefault((*outside, *state), Replay(self._function))
-        guard = torch_compat.tensor_guard(given)
-        if guard is not None and guard(*given):
+        guard = _guard_of(given)
+        if guard is not None:
             self._guarded = ((guard, outside, found), *self._guarded[: MOST_GUARDS - 1])
         return found
 
