@@ -222,9 +222,8 @@ class BackwardReplays:
             if len(self._by_kind) >= MOST_BACKWARDS:
                 return self._function
             found = self._by_kind.setdefault((*outside, *state), Replay(self._function))
-        guard = _guard_of(given)
-        if guard is not None:
-            self._guarded = ((guard, outside, found), *self._guarded[: MOST_GUARDS - 1])
+        if (made := _guard_of(given)) is not None:
+            self._guarded = ((made, outside, found), *self._guarded[: MOST_GUARDS - 1])
         return found
 
 
