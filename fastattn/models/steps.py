@@ -25,7 +25,7 @@ from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear
 from fastattn.nn.norms import RMSNorm, rms_norm
-from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, sinusoids
+from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, positions_of_tokens, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
@@ -198,7 +198,7 @@ class GPTDecoder:
         positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
         if self.positions is not None:
             # a token beyond the last position is a wrong guess, whose logits are of no use
-            positions.clamp_(max=self.positions.shape[0] - 1)
+            positions.clamp_(max=self.positions.shape[0] - 1 - self.model.config.position_offset)
         x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
@@ -235,6 +235,10 @@ class GPTDecoder:
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens and their positions, of any shape that goes together, (..., E)."""
         config = self.model.config
+        if offset := config.position_offset:
+            positions = positions + offset
+            if config.pad_token_id is not None:
+                positions = torch.where(ids == config.pad_token_id, offset - 1, positions)
         x = F.embedding(ids, self.model.wte.weight)
         if config.scale_embedding:
             x = x * math.sqrt(config.n_embd)
@@ -321,7 +325,10 @@ class GPTDecoder:
                 sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
             )  # fmt: skip
 
-        return self._through_blocks(self._embed(ids, places).flatten(0, 1), seqlen, attend, rows)
+        config, positions = self.model.config, places
+        if config.position_offset:
+            positions = positions_of_tokens(ids, config.pad_token_id, 0, start)
+        return self._through_blocks(self._embed(ids, positions).flatten(0, 1), seqlen, attend, rows)
 
     def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:
         """cos and sin at positions of prompts, whose lengths count under dynamic scaling."""

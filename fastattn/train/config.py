@@ -201,6 +201,10 @@ def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     values = {name: dataclasses.asdict(section) for name, section in sections.items()}
     for options in values.values():
         options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
+        # a config's kind of int, as of a size that follows from others, is written as the number
+        options.update(
+            {key: int(v) for key, v in options.items() if isinstance(v, int) and not isinstance(v, bool)}
+        )
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # PyYAML writes some line separators as they are and folds them when it reads.
     if yaml.safe_load(text) != values:
