@@ -173,10 +173,10 @@ def test_what_guesses_cost_is_measured(cost: tuple[float, float]) -> None:
     assert account.worth([0.5, 0.0, 0.0], 8) == 0  # three rows wait for the guess of one
     assert account.worth([0.05], 8) == 0
     assert account.worth([0.0], 8) == 0
-    for _ in range(9):
-        account.checked(8, 8.0, 0.01 * (1 + cost[0] + 8 * cost[1]))
+    for guessed in (1, 8) * 9:
+        account.checked(guessed, guessed, 0.01 * (1 + cost[0] + guessed * cost[1]))
     assert account.balance == MOST
-    assert account.worth([0.4], 8) == (0 if cost[0] > 0.5 else 4)
+    assert bool(account.worth([0.4], 8)) == (cost[0] < 0.4)
 
 
 def test_a_guess_is_as_likely_as_those_before_were_right() -> None:
