@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -43,12 +44,13 @@ def train_input_tokenizer(
     check_integer("min_frequency", min_frequency, 1, MAX_INT32)
     check_flag("lowercase", lowercase)
     core = _untrained(kind, lowercase)
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "min_frequency": min_frequency,
         "special_tokens": list(SPECIAL),
         "show_progress": False,
     }
+    trainer: Any
     if kind == "wordpiece":
         trainer = trainers.WordPieceTrainer(**options)
     elif kind == "bpe":
@@ -56,8 +58,8 @@ def train_input_tokenizer(
     else:
         trainer = trainers.WordLevelTrainer(**options)
     core.train_from_iterator(documents, trainer=trainer)
-    sep, cls = core.token_to_id("[SEP]"), core.token_to_id("[CLS]")
-    core.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    special = {token: number for number, token in enumerate(SPECIAL)}
+    core.post_processor = processors.BertProcessing(("[SEP]", special["[SEP]"]), ("[CLS]", special["[CLS]"]))
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return InputTokenizer(core, mask_token="[MASK]")
 

@@ -164,7 +164,7 @@ class Classifier(BertForSequenceClassification):
     distill_weight = 0.0
     temperature = 1.0
 
-    def forward(self, *args: Any, teacher_logits: Tensor | None = None, **kwargs: Any) -> ClassifierOutput:  # type: ignore[override]
+    def forward(self, *args: Any, teacher_logits: Tensor | None = None, **kwargs: Any) -> ClassifierOutput:
         """As `BertForSequenceClassification.forward`."""
         output = super().forward(*args, **kwargs)
         if teacher_logits is None or output.loss is None:

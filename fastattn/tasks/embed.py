@@ -146,7 +146,7 @@ class ContrastiveEmbedding(BertForEmbedding):
 
     scale = 20.0
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, *args: Any, labels: Tensor | None = None, same: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """labels (N,): the column of each anchor's positive; same: (N, (1 + k) N) bool, columns that take no part."""
@@ -252,7 +252,7 @@ def evaluate(
     first = torch.stack([of_text[e.text] for e in examples])
     if examples[0].score is not None:
         second = torch.stack([of_text[e.positive] for e in examples])
-        found = regression([e.score for e in examples], similarities(first.numpy(), second.numpy()))
+        found = regression([e.score or 0.0 for e in examples], similarities(first.numpy(), second.numpy()))
         return Report({name: found.metrics[name] for name in ("spearman", "pearson")}, found.count)
     positives = list(dict.fromkeys(e.positive for e in examples))
     place = {text: number for number, text in enumerate(positives)}

@@ -121,7 +121,7 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 class Answerer(BertForQuestionAnswering):
     """`BertForQuestionAnswering` with both positions as `labels` (B, 2): the first and the last token of the answer."""
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> QuestionAnsweringOutput:  # type: ignore[override]
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> QuestionAnsweringOutput:
         """As `BertForQuestionAnswering.forward`."""
         if labels is not None:
             kwargs.update(start_positions=labels[:, 0], end_positions=labels[:, 1])

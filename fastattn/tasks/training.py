@@ -14,6 +14,7 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.models import BertConfig
+from fastattn.models.checkpoint import Pretrained
 from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.load import family_of, naming_file
 from fastattn.models.embedding import encoder_folder
@@ -172,9 +173,12 @@ def load_encoder(
         if source.position_offset:  # RoBERTa's positions begin behind the pad token's
             ids["position_offset"] = (ids["pad_token_id"] or 0) + 1
         config = replace(source, vocab_size=core.get_vocab_size(), **{"num_labels": None, **ids, **options})
-        return cls(config).train()  # type: ignore[call-arg]
-    model = cls.from_pretrained(encoder_folder(source), dtype=torch.float32, **options)
-    return model.train()  # type: ignore[attr-defined]
+        fresh: Any = cls
+        made: Encoder = fresh(config).train()
+        return made
+    model: Any = cls.from_pretrained(encoder_folder(source), dtype=torch.float32, **options)
+    trained: Encoder = model.train()
+    return trained
 
 
 def saved_labels(source: Source, cls: type[PretrainedEncoder]) -> tuple[str, ...] | None:
@@ -203,7 +207,7 @@ def chosen_head(source: Source, cls: type[PretrainedEncoder], labels: Sequence[s
     return list(labels)
 
 
-def config_of(source: Path | str, cls: type[PretrainedEncoder]) -> tuple[BertConfig, Path]:
+def config_of(source: Path | str, cls: type[Pretrained]) -> tuple[BertConfig, Path]:
     """The configuration of a folder's encoder, and the folder within that holds it."""
     folder = encoder_folder(source)
     try:

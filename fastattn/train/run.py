@@ -246,7 +246,7 @@ def _check_class(model: str, task: ModuleType) -> None:
 
 def _tokenizer(inputs: Inputs, sections: Sections, task: ModuleType) -> Any:
     kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
-    folder = sections.data.tokenizer
+    folder: Any = sections.data.tokenizer
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(
             f"data.tokenizer: got {folder!r}, needs a folder, or with a preset wordpiece, bpe or characters"

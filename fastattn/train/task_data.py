@@ -65,8 +65,8 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         check_known(task, examples, dev_examples)
         return TaskData(examples, dev_examples, options, None, counts)
     # a label that only held-out examples have is needed more for training
-    known = set(task.labels_in(examples) or ())
-    needed = [e for e in dev_examples if not set(task.labels_in([e]) or ()) <= known]
+    labels = set(task.labels_in(examples) or ())
+    needed = [e for e in dev_examples if not set(task.labels_in([e]) or ()) <= labels]
     dev_examples = [e for e in dev_examples if e not in needed]
     if not dev_examples:
         raise DataError("data: too few examples of each label to hold some out, needs --dev")

@@ -232,6 +232,7 @@ def test_chats_are_messages_or_a_prompt() -> None:
         conversation_of(Record("x", {"text": "a"}))
 
 
+@pytest.mark.downloads
 def test_datasets_are_read_where_the_library_is(tmp_path: Path) -> None:
     datasets: Any = pytest.importorskip("datasets")
     features = datasets.Features(
