@@ -175,7 +175,7 @@ class BestFitDataset:
         return sums[spans[:, 1]] - sums[np.minimum(first, spans[:, 1])]
 
 
-def _check_array(name: str, value: Any, kind: type[np.generic], shape: tuple[int | None, ...]) -> None:
+def _check_array(name: str, value: Any, kind: Any, shape: tuple[int | None, ...]) -> None:
     """TypeError or ValueError unless `value` is an array of a kind of numbers; None in `shape` is any size."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: got a {type(value).__name__}, need a NumPy array")
