@@ -76,6 +76,7 @@ class BestFitDataset:
     Attributes:
         dropped: tokens that are in no row: the caller's, and those of pieces without any that counts.
         padding: share of the rows' places that is padding.
+        cut, cut_rows: `dropped`, and of how many texts that were longer than a row, as the maker of those says.
 
     Raises:
         ValueError: a piece is empty or longer than the block with its BOS, or no piece has a token that counts.
@@ -106,6 +107,7 @@ class BestFitDataset:
             raise ValueError(f"spans: need a first token below the last, within {len(tokens)} tokens")
         useful = self._targets(spans) > 0
         self.dropped = dropped + int((spans[~useful, 1] - spans[~useful, 0]).sum())
+        self.cut, self.cut_rows = self.dropped, 0  # as other training sets call them
         self.spans = spans[useful]
         if not len(self.spans):
             raise ValueError("spans: no piece has a token that counts, need at least one")
