@@ -61,7 +61,7 @@ def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequenc
         expected.update(kind for kind, _, _ in gold_spans)
         predicted.update(kind for kind, _, _ in given_spans)
         correct.update(kind for kind, _, _ in gold_spans & given_spans)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in sorted(expected | predicted):
         precision, recall, f1 = f1_of(correct[kind], predicted[kind], expected[kind])
         row: dict[str, Any] = {"type": kind, "precision": precision, "recall": recall, "f1": f1}
