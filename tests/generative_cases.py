@@ -10,6 +10,7 @@ import torch
 from fastattn.data.records import Record
 from fastattn.data.tokenization import Tokenizer, train_bpe
 from fastattn.models import GPT, GPTConfig
+from fastattn.models.lora import attach
 
 TEXTS = (
     "A cat sat.",
@@ -52,3 +53,17 @@ def loss_by_hand(model: Any, ids: list[int], counted: list[bool]) -> tuple[float
     logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     places = [i for i in range(1, len(ids)) if counted[i]]
     return -sum(float(logprobs[i - 1, ids[i]].detach()) for i in places), len(places)
+
+
+def assert_adapters_alone_change(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """A training step with adapters on every layer: the weights under them keep their bits, and the adapters do not."""
+    attach(model.train(), 2, 4.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model(**batch).loss.backward()
+    torch.optim.AdamW(trained, 1e-2).step()
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed
+    assert all(".lora." in name for name in changed)

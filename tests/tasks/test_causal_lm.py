@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from generative_cases import EPS, TEXTS, batch_of, loss_by_hand, make_tokenizer, model_of, records
+from generative_cases import (
+    EPS,
+    TEXTS,
+    assert_adapters_alone_change,
+    batch_of,
+    loss_by_hand,
+    make_tokenizer,
+    model_of,
+    records,
+)
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
@@ -126,6 +135,16 @@ def test_a_students_loss_is_the_formula(tokenizer: Tokenizer, kind: str) -> None
         list(teacher.parameters())
     )  # the teacher's are not among them
     assert student.eval()(**batch).loss.item() == pytest.approx(float(hard), rel=64 * EPS)
+
+
+def test_adapters_of_a_student_alone_change(tokenizer: Tokenizer) -> None:
+    student = model_of(tokenizer, Student)
+    student.learn_from(model_of(tokenizer), weight=0.5, temperature=1.0)
+    options = causal_lm.Options()
+    examples = causal_lm.examples_of(records(*({"text": text} for text in TEXTS)), options)
+    assert_adapters_alone_change(
+        student, batch_of(causal_lm.training_set(student, tokenizer, examples, options))
+    )
 
 
 def test_losses_of_tokens_are_those_of_their_logits(tokenizer: Tokenizer) -> None:

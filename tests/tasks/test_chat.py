@@ -74,6 +74,14 @@ def test_rendering_is_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None
             for prompt in (False, True):
                 expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
                 assert ours.render(messages, add_generation_prompt=prompt) == expected
+        if ours.marks_generation:
+            masks = [
+                theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+                for messages in CHATS
+            ]
+            found = [encode_dialogue(tokenizer, ours, messages, ()) for messages in CHATS]
+            assert [mask["input_ids"] for mask in masks] == [dialogue.ids for dialogue in found]
+            assert [mask["assistant_masks"] for mask in masks] == [list(map(int, d.said)) for d in found]
 
 
 def chat_data(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from generative_cases import EPS, loss_by_hand, make_tokenizer, model_of, records
+from generative_cases import (
+    EPS,
+    assert_adapters_alone_change,
+    loss_by_hand,
+    make_tokenizer,
+    model_of,
+    records,
+)
 
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
@@ -81,6 +88,13 @@ def test_preferences_begin_at_ln_2_and_are_followed(tokenizer: Tokenizer, tmp_pa
     assert (model.eval()(**batch).margins > 0.5).all()  # every chosen answer gained on its rejected one
     assert after.metrics["margin"] > before.metrics["margin"] + 1
     assert after.metrics["accuracy"] >= before.metrics["accuracy"]
+
+
+def test_adapters_alone_follow_preferences(tokenizer: Tokenizer) -> None:
+    model = model_of(tokenizer, dpo.PreferenceGPT)
+    examples = dpo.examples_of(records(*PAIRS), dpo.Options())
+    data = dpo.training_set(model, tokenizer, examples, dpo.Options())
+    assert_adapters_alone_change(model, data.collate([data[0], data[1]]))
 
 
 def test_bad_preferences_are_named(tokenizer: Tokenizer) -> None:
