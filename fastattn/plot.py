@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cache import write_atomically
+from fastattn.integers import cdiv
 
 INSTALL = "pip install 'fastattn[plot]'"
 STYLE: Any = {
@@ -122,7 +123,7 @@ def plot_attention(
         )
         figure.set_layout_engine("compressed")  # for maps whose sides have a fixed proportion
         grid = figure.subplots(len(layers), len(heads), squeeze=False, sharex=True, sharey=True)
-        step = -(-seqlen_k // max(1, min(SHOWN_TOKENS, int(side / 0.12))))
+        step = cdiv(seqlen_k, max(1, min(SHOWN_TOKENS, int(side / 0.12))))
         for row, number in enumerate(layers):
             for column, which in enumerate(heads):
                 axes = grid[row, column]
@@ -197,7 +198,7 @@ def log_ticks(low: float, high: float) -> list[float]:
             break
     if len(ticks) < 3:
         ticks = _even_ticks(low, high)
-    return ticks[:: -(-len(ticks) // 8)]
+    return ticks[:: cdiv(len(ticks), 8)]
 
 
 def _even_ticks(low: float, high: float) -> list[float]:

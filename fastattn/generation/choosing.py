@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.generation.options import Settled
+from fastattn.generation.protocol import GenerationError
 from fastattn.generation.sampling import Draws, Penalties, draw, shares
 from fastattn.philox import draw_seed
 
@@ -93,7 +94,7 @@ class Chooser:
 
 def refuse_not_finite(place: int) -> NoReturn:
     """place: how many tokens behind the prompt the logits are that no token can be chosen by."""
-    raise ValueError(
+    raise GenerationError(
         f"model: its logits for token {place} after the prompt are not finite, "
         f"so no token can be chosen; look for NaN or infinite weights"
     )
