@@ -23,7 +23,7 @@ def test_examples_run(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "validation perplexity" in done.stdout
-    assert done.stdout.endswith("0.002 2\n")
+    assert done.stdout.endswith("0.002 2\n' Hello!<|endoftext|>'\n")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "log.jsonl", "train_config.yaml"} <= names
     assert {"checkpoint-3", "loss.png"} <= names

@@ -113,23 +113,21 @@ def test_several_labels_come_from_a_mapped_table(encoder: Path, tmp_path: Path) 
     """CSV with other names of columns, labels separated by a bar; the folder gives each label by itself."""
     lines = ["body,topics"]
     for row in rows("classify"):
-        mark, thing = row["text"].split()[:2]
-        lines.append(f'"{row["text"]}",{mark}|{thing}')
+        lines.append(f'"{row["text"]}",{"good|nice" if row["label"] == "good!" else "bad"}')
     (tmp_path / "train.csv").write_text("\n".join(lines))
     words = ("train", "classify", "--train", tmp_path / "train.csv", "--dev", tmp_path / "train.csv")
-    words = (*words, "--model", encoder, "--out", tmp_path / "out", *QUICK, "--train.max_epochs=25")
+    words = (*words, "--model", encoder, "--out", tmp_path / "out", *QUICK, "--train.max_epochs=12")
     code, out, err = invoke(*words, "--data.columns=text=body,label=topics", "--task.separator=|", "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert report["labels"] == ["a", "bad", "film", "good", "river", "tower"]
+    assert report["labels"] == ["bad", "good", "nice"]
     assert report["best"]["figure"] == "micro_f1"
     assert report["best"]["loss"] < report["first"]["loss"]
     result = CliRunner().invoke(
         cli.app, ["predict", str(tmp_path / "out"), "--json"], input="good tower so\n"
     )
     found = {each["label"]: each["score"] for each in json.loads(result.stdout)["predictions"][0]["labels"]}
-    assert found["good"] > 0.5 > found["bad"]
-    assert max(("a", "film", "river", "tower"), key=lambda name: found[name]) == "tower"
+    assert {name for name, score in found.items() if score > 0.5} == {"good", "nice"}
 
 
 def test_numbers_are_learnt(encoder: Path, tmp_path: Path) -> None:
