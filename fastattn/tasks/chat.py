@@ -124,6 +124,18 @@ def training_set(
     return data
 
 
+def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options) -> str:
+    """The first conversation up to where the assistant first speaks, and what the model says there, greedily."""
+    messages = examples[0].messages
+    first = next(number for number, message in enumerate(messages) if message["role"] == ASSISTANT)
+    prompt = ChatTemplate.of(tokenizer).render(messages[:first], add_generation_prompt=True)
+    front = template_front(tokenizer)
+    ids = tokenizer.encode(prompt)
+    ids = ids if ids[: len(front)] == front else [*front, *ids]
+    asked = messages[first - 1]["content"] if first else ""
+    return f"{asked} -> {causal_lm.written(model, tokenizer, ids, prompt=False).strip()}"
+
+
 def packed(
     model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options, ends: Sequence[int]
 ) -> BestFitDataset:
