@@ -30,7 +30,7 @@ ARROWS = {
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
-    "generation": {"constants", "ops", "philox"},
+    "generation": {"constants", "nn", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},
     "data": {"cache", "constants"},
     "train": {"cache", "constants", "plot", "data", "models", "nn", "ops"},
@@ -40,7 +40,7 @@ ARROWS = {
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
     "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
-    "tasks": {"console", "data", "models"},
+    "tasks": {"console", "data", "models", "nn"},
     "text_generation": {"console", "data", "generation", "models"},
     "cli": {
         "",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastattn.generation.beam import beam_search
 from fastattn.generation.choosing import Chooser
@@ -16,6 +15,7 @@ from fastattn.generation.protocol import CausalLM, Decodes, GenerationError
 from fastattn.generation.rows import Rows
 from fastattn.generation.sampling import LogitsProcessor
 from fastattn.generation.speculation import speculate
+from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import check_tensor
 
 ID_DTYPES = (torch.int64, torch.int32)  # that embeddings take
@@ -195,19 +195,6 @@ def _repeated(prompt: Tensor, mask: Tensor | None, copies: int) -> tuple[Tensor,
     if copies == 1:
         return prompt, mask
     return prompt.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
-
-
-@contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in. What is no module has no mode."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fastattn.generation.decoding import continuations, evaluating, prepared, rows_of
+from fastattn.generation.decoding import continuations, prepared, rows_of
 from fastattn.generation.options import Options
 from fastattn.generation.protocol import CausalLM, Decodes, Seq2SeqLM
 from fastattn.generation.rows import Row
+from fastattn.nn.modes import evaluating
 
 SOURCE_OPTIONS = ("decoder_input_ids", "token_type_ids")  # of an encoder-decoder's `continuation`
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.generation.decoding import evaluating
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import read_json, resolve_folder
 from fastattn.models.encoder import Bert
 from fastattn.models.fields import flag, one_of, or_none
 from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.nn.modes import evaluating
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import is_integer
 
@@ -99,12 +99,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
                 raise TypeError(f"texts[{index}]: got {type(text).__name__}, needs str")
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size!r}, needs a positive integer")
-        if prompt is not None and not isinstance(prompt, str):
-            raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
-        front = self._prompt(prompt_name) if prompt is None else prompt
-        core = self.tokenizer
-        prepared = [front + (text.lower() if self.lower_case else text) for text in cast("list[str]", listed)]
-        ids = [encoding.ids for encoding in core.encode_batch(prepared)]
+        prepared = self.prepared(cast("list[str]", listed), prompt_name=prompt_name, prompt=prompt)
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(prepared)]
         device = self.bert.embeddings.word_embeddings.weight.device
         dtype = self.bert.embeddings.word_embeddings.weight.dtype
         out = torch.empty(len(ids), self.config.hidden_size, device=device, dtype=dtype)
@@ -116,6 +112,15 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
                 embeddings = self(batch.to(device), None if mask is None else mask.to(device)).embeddings
                 out[torch.tensor(chosen, device=device)] = embeddings
         return out[0] if single else out
+
+    def prepared(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None
+    ) -> list[str]:
+        """Texts as they are tokenised: in lower case where the folder asks for that, behind the prompt of `encode`."""
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
+        front = self._prompt(prompt_name) if prompt is None else prompt
+        return [front + (text.lower() if self.lower_case else text) for text in texts]
 
     @property
     def tokenizer(self) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.generation import generate
-from fastattn.generation.decoding import evaluating
 from fastattn.models.checkpoint import (
     ENCODER_DECODERS,
     Family,
@@ -32,6 +31,7 @@ from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.losses import check_targets
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.linear import Linear
+from fastattn.nn.modes import evaluating
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 

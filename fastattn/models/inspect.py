@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 
 INSTALL = "pip install 'fastattn[inspect]'"
@@ -56,9 +57,7 @@ def attribute(
     for name, number in (("n_steps", n_steps), ("batch_size", batch_size)):
         if not is_integer(number) or number < 1:
             raise ValueError(f"{name}: got {number!r}, needs a positive integer")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with torch.no_grad():
             logits = model(input_ids, attention_mask, token_type_ids).logits  # (B, num_labels)
         classes = _classes(target, logits)
@@ -85,8 +84,6 @@ def attribute(
             )
         with torch.no_grad():
             without = forward(torch.zeros_like(embeds), real, token_type_ids, positions)
-    finally:
-        model.train(was_training)
     rows = torch.arange(len(classes), device=classes.device)
     summed = scores.sum(-1).masked_fill(real == 0, 0).to(logits.dtype)
     return Attribution(summed, classes, logits[rows, classes], without[rows, classes])

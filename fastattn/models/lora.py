@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastattn.models.checkpoint.families import family_for
 from fastattn.models.checkpoint.names import placed
 from fastattn.models.checkpoint.pretrained import Pretrained
-from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.int8 import in_numbered_layer
 from fastattn.nn.linear import Linear, linear
+from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import is_integer, is_number
 
 ALL_LINEAR = "all-linear"
@@ -278,11 +278,9 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
     """
     adapters = _attached(model)
     if not args and not kwargs:
-        kwargs = _example(model)
-    was_training = model.training
-    model.eval()
+        kwargs = dict(_example(model))
     originals = {a.block.ours: model.get_parameter(a.block.ours) for a in adapters}
-    try:
+    with evaluating(model):
         adapted = _outputs(model(*args, **kwargs))
         expected, error = _exact(model, adapted, args, kwargs)
         kept = {name: weight.detach().clone() for name, weight in originals.items()}
@@ -300,8 +298,6 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
             for name, weight in originals.items():
                 weight.copy_(kept[name])
             raise
-    finally:
-        model.train(was_training)
     return detach(model)
 
 
@@ -372,21 +368,22 @@ def _check_numbers(r: int, alpha: float, dropout: float) -> None:
 
 
 def _example(model: nn.Module) -> dict[str, Tensor]:
-    """Token ids to compare on, the same every time."""
-    config = getattr(model, "config", None)
-    configs = {"input_ids": config}
-    if isinstance(config, EncoderDecoderConfig):
-        configs = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}
-    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-    example = {}
-    for name, sizes in configs.items():
-        vocab = getattr(sizes, "vocab_size", None)
-        if vocab is None:
-            raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
-        longest = min(getattr(sizes, key, _SAMPLE[1]) for key in ("n_positions", "max_position_embeddings"))
-        shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(sizes, "position_offset", 0))))
-        example[name] = torch.randint(0, vocab, shape, generator=generator).to(device)
-    return example
+    """Token ids to compare on, the same every time, by the names that the model's forward has for them."""
+    config: Any = getattr(model, "config", None)
+    parts = {"input_ids": config}
+    if hasattr(config, "encoder"):
+        parts = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}
+    device = next(model.parameters()).device
+    return {name: _random_ids(part).to(device) for name, part in parts.items()}
+
+
+def _random_ids(config: Any) -> Tensor:
+    vocab = getattr(config, "vocab_size", None)
+    if vocab is None:
+        raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
+    longest = min(getattr(config, name, _SAMPLE[1]) for name in ("n_positions", "max_position_embeddings"))
+    shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(config, "position_offset", 0))))
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
 
 
 def _outputs(result: Any) -> Tensor:

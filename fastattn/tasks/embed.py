@@ -30,9 +30,7 @@ def predict(
     longest = max_tokens(model, tokenizer)
     if model.max_seq_length is not None:
         longest = min(longest, model.max_seq_length)
-    front = model.prompts[model.default_prompt_name] if model.default_prompt_name is not None else ""
-    texts = [e["text"].lower() if model.lower_case else e["text"] for e in examples]
-    rows = tokenizer.encode([front + text for text in texts], longest)
+    rows = tokenizer.encode(model.prepared([example["text"] for example in examples]), longest)
     found = run(model, rows, batch_size, lambda out, i, _: out.embeddings[i].tolist())
     return [{"embedding": vector, "cut": row.cut} for vector, row in zip(found, rows)]
 

@@ -110,10 +110,7 @@ class _Dialect:
         local = ("rope_local_base_freq",) if self.local_theta is not None else ()
         honoured = {*keys, *_ROPE_KEYS, *window_keys, *local} - self.fixed.keys()
         check_keys(
-            {key: value for key, value in entries.items() if value is not None or key in honoured},
-            honoured=honoured,
-            ignored=(*_IGNORED, *self.ignored),
-            defaults={**_FIXED, **self.fixed},
+            entries, honoured=honoured, ignored=(*_IGNORED, *self.ignored), defaults={**_FIXED, **self.fixed}
         )
         said = {**self.defaults, **entries}
         values = {ours: said[theirs] for theirs, ours in keys.items() if theirs in said}
