@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastattn.models.decodable import can_decode
 from fastattn.models.decoder import GPT
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
-from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.models.steps import GPTDecoder
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import KVCache
 

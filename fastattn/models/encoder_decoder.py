@@ -25,7 +25,8 @@ from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_f
 from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
-from fastattn.models.decoder import GPT, count_positions
+from fastattn.models.decoder import GPT
+from fastattn.models.decoder_inputs import count_positions
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.losses import check_targets

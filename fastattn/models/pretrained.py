@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
-from fastattn.models.checkpoint.encoders import DISCRIMINATOR, FAMILIES_OF
+from fastattn.models.checkpoint.encoder_names import DISCRIMINATOR
+from fastattn.models.checkpoint.encoders import FAMILIES_OF
 from fastattn.models.checkpoint.pretrained import Pretrained
 
 Model = TypeVar("Model", bound="PretrainedEncoder")

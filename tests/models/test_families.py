@@ -25,7 +25,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastattn.models import GPT, GPTConfig, load
 from fastattn.models.checkpoint import DECODERS, family_for
-from fastattn.models.checkpoint.decoders import LLAMA_LINE, meaning
+from fastattn.models.checkpoint.decoders import LLAMA_LINE
+from fastattn.models.checkpoint.dialects import meaning
 from fastattn.models.presets import DECODERS as PRESETS
 from fastattn.nn import linear as linear_module
 from numerics import assert_each_within_rule, assert_within_rule

@@ -13,7 +13,8 @@ from small_models import make_gpt as make
 from torch import Tensor, nn
 
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.models.decodable import can_decode
+from fastattn.models.steps import GPTDecoder
 
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 LENGTHS = (9, 4, 1, 7)
