@@ -131,8 +131,3 @@ def descriptor_of(tensor: Tensor, block: int) -> object:
 def has_unit_columns(tensor: Tensor | None) -> bool:
     """Whether neighbouring keys of a (B, H, Sq, Sk) tensor are neighbours in memory."""
     return tensor is not None and tensor.shape[3] > 1 and tensor.stride(3) == 1
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)

@@ -214,7 +214,7 @@ class EncoderDecoder(Pretrained, nn.Module):
 
         Args:
             encoder: a folder or hub repository that `Bert.from_pretrained` reads.
-            decoder: one of BERT, as a masked LM, or of GPT-2.
+            decoder: one of BERT or RoBERTa, whose head is new where the folder has none, or of GPT-2.
             dtype: of the weights; None for what the encoder's config.json says.
             tokens: decoder_start_token_id, pad_token_id, bos_token_id, eos_token_id of `EncoderDecoderConfig`.
 
@@ -234,9 +234,13 @@ class EncoderDecoder(Pretrained, nn.Module):
         config = EncoderDecoderConfig(reader.config, decoder_config, **tokens)
         with torch.device("meta"), Uninitialised():
             writer = GPT(config.decoder)
+        weights = open_weights(folder)
+        transform = [part.theirs[0] for part in family.parts if part.ours == "lm_transform.dense.weight"]
+        # without a head the folder may still hold the tied weight, but the head's bias is as new as its transform
+        headless = bool(transform) and transform[0] not in set(map(family.plain, weights.names()))
         report = load_weights(
-            writer, config.decoder, family, open_weights(folder),
-            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=reader.embeddings.word_embeddings.weight.dtype,
+            writer, config.decoder, family, weights, new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"),
+            fresh=("lm_head.bias",) if headless else (), dtype=reader.embeddings.word_embeddings.weight.dtype,
         )  # fmt: skip
         with torch.device("meta"), Uninitialised():
             model = cls(config)

@@ -72,12 +72,9 @@ class GPTDecoder:
         ]  # (B, Hkv, C, D)
         device = model.wte.weight.device
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.blocks = [self._parts(block) for block in model.h]
-        self.head = self._rows(model.lm_head.weight, model.lm_head.bias)
-        self.transform: tuple[Rows, Callable[[Tensor], Tensor]] | None = None
-        if (head := model.lm_transform) is not None:
-            activation = by_row(head.activation) if batch_invariant else head.activation
-            self.transform = (self._rows(head.dense.weight, head.dense.bias), activation)
+        self._make_products(
+            once=not batch_invariant
+        )  # whose results are to be the same in prompts and in steps
         self.sources = (
             None if memory is None else Sources(model.h, memory, batch, self._rows, invariant=batch_invariant)
         )
@@ -117,6 +114,8 @@ class GPTDecoder:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each sequence, (B,); logits of the token after it, (B, V)."""
+        if self.once:
+            self._make_products(once=False)
         x = self._embed(tokens, self.lengths)  # (B, E)
         logits = self._logits(self._through_blocks(x, 1, self._to_cache))
         self.lengths += 1
@@ -128,6 +127,8 @@ class GPTDecoder:
 
         With batch_invariant these have the bits of n steps.
         """
+        if self.once:
+            self._make_products(once=False)
         count = tokens.shape[1]
         positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
         if self.positions is not None:
@@ -317,6 +318,16 @@ class GPTDecoder:
             x = added(module.ln_2, module.ln_2_out, x, block.c_proj(h))
         return _norm(self.model.ln_f, x)
 
+    def _make_products(self, *, once: bool) -> None:
+        """The products with every weight: for a prompt, which may be all that is asked for, or for the steps after."""
+        self.once = once
+        self.blocks = [self._parts(block) for block in self.model.h]
+        self.head = self._rows(self.model.lm_head.weight, self.model.lm_head.bias)
+        self.transform: tuple[Rows, Callable[[Tensor], Tensor]] | None = None
+        if (head := self.model.lm_transform) is not None:
+            activation = by_row(head.activation) if self.invariant else head.activation
+            self.transform = (self._rows(head.dense.weight, head.dense.bias), activation)
+
     def _parts(self, block: Any) -> _Block:
         attn, mlp, cross = block.attn, block.mlp, block.cross_attn
         activation = mlp.activation
@@ -333,7 +344,7 @@ class GPTDecoder:
 
     def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         """The product with a weight as this decoder makes it."""
-        product = rows_of(weight, bias, self.model.quantized)
+        product = rows_of(weight, bias, self.model.quantized, once=self.once)
         # sums of integers are exact in any order
         return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
 

@@ -167,7 +167,7 @@ class AttentionPlan:
         dout, dlse = upstream_grads
         dout = torch.zeros_like(out) if dout is None else dout
         grads: Any = None
-        if plan.backward_is_watched(self.environment):
+        if plan.backward_needs_op(self.environment):
             op = torch.ops.fastattn.attention_bwd.default
             grads = op(dout, dlse, out, lse, *self.arguments(tuple(tensors)), list(self.needs), self.backend)
         else:

@@ -124,7 +124,7 @@ def _dense_spec(like: Tensor, classes: int, backward: bool) -> SoftmaxSpec:
         dtype=like.dtype,
         columns=1 << max(classes - 1, 0).bit_length(),
         unit_columns=True,
-        wide_rows=False,
+        int64_offsets=False,
         backward=backward,
         aligned=classes * like.element_size() % ALIGNMENT == 0,
     )

@@ -179,11 +179,11 @@ class Recorded(torch.autograd.Function):
         return (None, *ctx.planned.gradients(ctx.saved_tensors, upstream_grads))
 
 
-def backward_is_watched(environment: Any) -> bool:
+def backward_needs_op(environment: Any) -> bool:
     """Whether a backward has to go through the op: a second derivative may follow, something but autograd watches, or
     the environment is not that of the forward any more."""
     return (
         torch.is_grad_enabled()
-        or not torch_compat.only_autograd_watches()
+        or not torch_compat.only_autograd_records()
         or switches.environment() != environment
     )

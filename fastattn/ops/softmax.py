@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, reference, torch_compat
-from fastattn.backends import switches
+from fastattn.backends import layout, switches
 from fastattn.ops import arguments, composite, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define
 from fastattn.ops.values import may_be_refused
@@ -84,7 +84,7 @@ class _SoftmaxPlan:
     """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "chosen", "dtype", "environment", "options", "record", "spec",
+        "backend", "backward", "chosen", "dtype", "environment", "masks_diagonal", "options", "record", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str) -> None:
@@ -94,6 +94,7 @@ class _SoftmaxPlan:
         passes = _passes(call)
         self.spec = passes["softmax_fwd"]
         self.chosen = backends.select(self.spec, backend, "softmax_fwd")
+        self.masks_diagonal = layout.masks_diagonal(self.chosen, call)
         self.record = self.backward = None
         if "softmax_bwd" in passes:
             spec = passes["softmax_bwd"]
@@ -108,7 +109,10 @@ class _SoftmaxPlan:
 
     def forward(self, tensors: tuple[Any, ...]) -> Tensor:
         """The probabilities, or their logarithms."""
-        out: Tensor = self.chosen.softmax_fwd(self.spec, SoftmaxCall(*tensors, *self.options))
+        call = SoftmaxCall(*tensors, *self.options)
+        if self.masks_diagonal:
+            call = layout.with_diagonal_as_mask(call)
+        out: Tensor = self.chosen.softmax_fwd(self.spec, call)
         return out
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor]]:
@@ -122,7 +126,7 @@ class _SoftmaxPlan:
         """The gradient of x, and None for the mask."""
         dim, scale, _, log, _ = self.options
         args = (*upstream_grads, *kept, dim, scale)
-        if self.backward is None or plan.backward_is_watched(self.environment):
+        if self.backward is None or plan.backward_needs_op(self.environment):
             return [torch.ops.fastattn.softmax_bwd.default(*args, log, self.dtype, self.backend), None]
         return [self.backward(*args, self.dtype), None]
 
@@ -216,7 +220,10 @@ def _softmax_fwd(*args: Any) -> Tensor:
     *call_args, backend = args
     call = SoftmaxCall(*call_args)
     spec = _spec(call)
-    result: Tensor = backends.select(spec, backend, "softmax_fwd").softmax_fwd(spec, call)
+    chosen = backends.select(spec, backend, "softmax_fwd")
+    if call.causal and layout.masks_diagonal(chosen, call):
+        call = layout.with_diagonal_as_mask(call)
+    result: Tensor = chosen.softmax_fwd(spec, call)
     return result
 
 

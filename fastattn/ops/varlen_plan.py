@@ -127,7 +127,7 @@ class VarlenPlan:
         *tensors, out, lse = kept
         dout, dlse = upstream_grads
         dout = torch.zeros_like(out) if dout is None else dout
-        if plan.backward_is_watched(self.environment):
+        if plan.backward_needs_op(self.environment):
             op = torch.ops.fastattn.varlen_bwd.default
             grads = op(dout, dlse, out, lse, *tensors, *self.options, self.needs, self.backend)
         else:

@@ -48,7 +48,7 @@ def test_cases_can_be_told_apart_and_stored(name: str, device: str) -> None:
     ("name", "case"), [pytest.param(n, c, id=f"{n}-{c.label}") for n in JUDGED for c in _forms(n)]
 )
 def test_providers_keep_to_the_error_rule(name: str, case: Any) -> None:
-    """Ours keeps the rule; peers that run on a CPU are near the truth, so that all compute the same thing."""
+    """Ours keeps the rule; peers that run on a CPU are near it, so that all compute the same thing."""
     only = f"^(?!.*({SLOW_TO_COMPILE}))(fastattn-torch|fastattn$|sdpa|torch)"
     entry = harness.run_case(case, CPU, BRIEF, CEILINGS, only=only)
     ran = [row for row in entry["rows"] if row["status"] == "ok"]

@@ -13,6 +13,7 @@ from softmax_cases import (
     DTYPES,
     SCALES,
     assert_hidden_as_in_the_reference,
+    call_for_kernels,
     call_of,
     inputs,
     non_finite,
@@ -33,7 +34,7 @@ WIDE = NARROW[:-1]  # and those for floats and the backward
 
 
 def forward(x: Tensor, dim: int, **options: Any) -> Tensor:
-    call = call_of(x, dim, **options)
+    call = call_for_kernels(x, dim, **options)
     spec = SoftmaxSpec.of(x, call.dim, mask=call.mask is not None, causal=call.causal, log=call.log)
     return backend.softmax_fwd(spec, call)
 
@@ -287,6 +288,10 @@ X = torch.zeros(2, 3)
         ((X, None, 2, 1.0, False, False, torch.float32), "dim: got 2, needs 0 to 1"),
         ((X, X, 1, 1.0, False, False, torch.float32), "mask: got Float, needs Bool"),
         ((X[0], None, 0, 1.0, True, False, torch.float32), "causal: got True for shape"),
+        (
+            (X[None], None, 0, 1.0, True, False, torch.float32),
+            "causal: got True for dim 0 of 3",
+        ),
         ((X.double(), None, 1, 1.0, False, False, torch.float64), "dtype: got Double, needs float16"),
         ((X, None, 1, 1.0, False, False, torch.float16), "dtype: got Half for Float"),
     ],

@@ -1,4 +1,4 @@
-"""What the kernels on caches are compiled with, for compile_matrix.py; run by itself, compiles a few and prints JSON.
+"""What the kernels on caches are compiled with, for compile_entries.py; run by itself, compiles a few and prints JSON.
 
 python tests/kernels/decode_compile.py        the tiles of decoding, and what launches of many sizes are looked up by
 """

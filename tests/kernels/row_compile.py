@@ -1,4 +1,4 @@
-"""What the kernels on rows are compiled with, for compile_matrix.py; run by itself, compiles a few and prints JSON.
+"""What the kernels on rows are compiled with, for compile_entries.py; run by itself, compiles a few and prints JSON.
 
 python tests/kernels/row_compile.py        the hardest rows, and what launches of many lengths are looked up by
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compile_matrix import FEATURES, call_with
+from compile_entries import FEATURES, call_with
 from decode_compile import FEATURES as CACHE_FEATURES
 from decode_compile import cache_call
 from stand_in_driver import Driver, active

@@ -13,8 +13,9 @@ import compile_record
 import pytest
 from attention_cases import SMALL_TILE, UNEVEN_TILE
 from attention_launches import launches_of
+from compile_entries import Entry, call_with, entries, key_of
 from compile_inspect import Report
-from compile_matrix import Entry, Made, call_with, entries, key_of, problem, stale, write
+from compile_matrix import Made, problem, stale, write
 from compile_record import DOCUMENT, REGENERATE, fingerprint, load, render, report_of, row_key
 
 from fastattn.kernels.attention_fwd import attention_fwd_kernel
@@ -193,7 +194,7 @@ def test_a_change_of_tile_constant_or_architecture_makes_a_row_stale() -> None:
 
 def test_a_change_of_a_device_function_makes_its_kernels_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else does: not a comment, not a docstring, not a function that the kernel doesn't reach."""
-    from fastattn.kernels import attention_weights, primitives
+    from fastattn.kernels import attention_weights, scores
 
     def sources(edit: tuple[str, str] | None = None) -> tuple[str, str]:
         fingerprint.cache_clear()
@@ -215,14 +216,15 @@ def test_a_change_of_a_device_function_makes_its_kernels_stale(monkeypatch: pyte
     assert sources(("One step of online softmax", "A step")) == plain
     assert sources(("# of the row", "# row")) == plain
     with monkeypatch.context() as patch:
-        patch.setattr(primitives, "LOG2E", type(primitives.LOG2E)(1.5))
+        patch.setattr(scores, "LOG2E", type(scores.LOG2E)(1.5))
         assert sources()[0] != plain[0]
     fingerprint.cache_clear()
 
 
 def test_a_row_from_the_same_code_is_not_compiled_again() -> None:
     done = compiling("-c", """
-from compile_matrix import entries, launch_of, make_entry
+from compile_entries import entries, launch_of
+from compile_matrix import make_entry
 from compile_inspect import intermediate
 entry = next(entry for entry in entries(["90"]) if entry.kernel == "weights")
 ir = intermediate(launch_of(entry), "90")

@@ -101,7 +101,7 @@ def recompiled(loaded: Counter[str]) -> dict[str, int]:
 def test_a_hopper_gpu_takes_every_row_of_the_tables(dim: int, tmp_path: Path) -> None:
     """With each set of features that a row serves, by TMA where it says so, and no variant too many over lengths."""
     sys.path.append(str(REPORT.parent))
-    from compile_matrix import FEATURES
+    from compile_entries import FEATURES
     from decode_compile import FEATURES as CACHE_FEATURES
 
     sets = [features for features in (*FEATURES[False], *FEATURES[True]) if "packed" not in features]

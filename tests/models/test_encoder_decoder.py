@@ -267,6 +267,16 @@ def test_two_checkpoints_make_a_start_with_new_cross_attention_named(
     real = inputs["labels"] != -100
     with torch.no_grad():
         torch.testing.assert_close(ours(**inputs).logits[real], theirs(**inputs).logits[real])
+    if hasattr(decoder, "lm_head") and name != "bert to gpt2":  # the bare model's folder has no head
+        decoder.roberta.save_pretrained(tmp_path / "bare")
+        bare = EncoderDecoder.from_encoder_decoder(
+            tmp_path / "encoder", tmp_path / "bare", decoder_start_token_id=config.bos_token_id
+        )
+        of_head = {
+            "lm_head.bias",
+            *(f"lm_transform.{n}.{leaf}" for n in ("dense", "norm") for leaf in ("weight", "bias")),
+        }
+        assert set(bare.load_report.new) == of_cross | {f"decoder.{n}" for n in of_head}
     narrow = make_theirs("roberta to bert")
     narrow.encoder.save_pretrained(tmp_path / "narrow")
     projected = EncoderDecoder.from_encoder_decoder(

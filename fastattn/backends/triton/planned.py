@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn.backends.triton.kv_cache import decodes
+from fastattn.backends.triton.kv_cache import is_decode_call
 from fastattn.spec import AttentionCall, AttentionSpec
 from fastattn.strides import empty_in_order
 
@@ -23,7 +23,7 @@ def attention_fwd_plan(
     from fastattn.kernels.launches import forward_launch
     from fastattn.kernels.tuned import tiles_for
 
-    if decodes(spec):
+    if is_decode_call(spec):
         return None
     tile = tiles_for(spec).forward
     out = empty_in_order(call.query, (*call.query.shape[:3], call.value.shape[3]))
