@@ -160,8 +160,8 @@ def test_keys_of_the_source_are_made_once(
     of_keys = {id(block.cross_attn.kv.weight): i for i, block in enumerate(ours.decoder.h)}
     usual = steps_module.rows_of
 
-    def counting(weight: Tensor, *others: Any) -> Any:
-        product = usual(weight, *others)
+    def counting(weight: Tensor, *others: Any, **options: Any) -> Any:
+        product = usual(weight, *others, **options)
 
         def call(x: Tensor) -> Tensor:
             rows.setdefault(of_keys.get(id(weight)), []).append(len(x))
