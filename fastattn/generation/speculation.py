@@ -17,15 +17,15 @@ from fastattn.generation.drivers import DecoderDriver
 from fastattn.generation.rows import Rows, real_tokens
 
 LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
-# What a step that checks guesses costs more than a single one, in parts of that: a fixed part, and one for each token
-# of a row. Measured on a CPU with GPT-2 small in float32 and int8; on a GPU an assumption.
+# The extra cost of a step that checks guesses, as a fraction of a single step: a fixed part, and one for each guessed
+# token of a row. Measured on a CPU with GPT-2 small in float32 and int8; on a GPU an assumption.
 COST = {"cpu": (0.3, 0.04), "cuda": (0.05, 0.01)}
-ALLOWANCE = 0.01  # what guesses may lose of each step's time
+ALLOWANCE = 0.01  # the fraction of each step's time that guesses may lose
 START, MOST = 0.5, 4.0  # steps that guesses may lose at first, and at most after they have won some
 
 
 class Lookup:
-    """Tokens of a sequence, and where its last ones stood before."""
+    """The tokens of a sequence, and the earlier occurrences of its last ones."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids: list[int] = []
@@ -57,7 +57,7 @@ class Lookup:
 
 
 class Account:
-    """What guesses have won and lost, in the cost of single steps; guessing stops while the balance is too low.
+    """The balance of steps saved and steps lost by guesses; guessing stops while it is too low.
 
     The cost is counted, not timed, so that the same call guesses the same tokens every time.
     """
@@ -69,7 +69,7 @@ class Account:
         self.length = 4  # of the next guess
 
     def cost(self, guessed: int) -> float:
-        """Steps that it costs to check so many tokens in each row."""
+        """The cost, in single steps, of checking so many tokens in each row."""
         return self.fixed + guessed * self.each
 
     def allowed(self, most: int) -> int:
@@ -81,7 +81,7 @@ class Account:
         self.balance = min(self.balance + ALLOWANCE, MOST)
 
     def settle(self, guessed: int, right: float) -> None:
-        """So many tokens were guessed in each row, and so many were right in the mean of those that go on."""
+        """Book a check of `guessed` tokens in each row, of which `right` were right on average over unfinished rows."""
         self.balance = min(self.balance + right - self.cost(guessed), MOST)
         self.length = 2 * guessed if right >= guessed else max(int(right) + 1, 2)
 

@@ -1,4 +1,4 @@
-"""The target of an encoder-decoder in `fastattn.generation`'s protocol: a causal model that has read a source."""
+"""An encoder-decoder's decoder as a causal model in `fastattn.generation`'s protocol."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fastattn.nn.kv_cache import KVCache
 
 
 class Continuation:
-    """A decoder behind sources, which are encoded when its first token is asked for.
+    """A decoder that reads encoded sources; they are encoded when the first token is asked for.
 
-    encode: given whether results may not depend on the batch, the sources' `Memory`.
+    encode: encode(batch_invariant) returns the `Memory` of the sources.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class GPT(Pretrained, nn.Module):
 
     families = DECODERS
     generates = True
-    shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
+    shifts_labels = True  # a row's first label is never a target; code that counts targets reads this
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class GPT(Pretrained, nn.Module):
             output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
                 memory that grows with S * S.
             memory: an encoder's output, which a model with config.add_cross_attention reads; optional.
-            labels_aligned: labels stand at the positions that predict them, as an `EncoderDecoder`'s do.
+            labels_aligned: labels[:, s] is the target at position s, as in an `EncoderDecoder`.
 
         Raises:
             TypeError: a list or a number stands where a tensor belongs, or the reverse.
@@ -211,7 +211,7 @@ class GPT(Pretrained, nn.Module):
         return logits[:, -1]
 
     def decoder(self, batch: int, capacity: int, *, batch_invariant: bool = False) -> GPTDecoder | None:
-        """Steps of generation that check nothing, see `GPTDecoder`; None where modules were replaced or have hooks."""
+        """A `GPTDecoder`, whose steps skip the checks of forward; None where modules were replaced or have hooks."""
         return (
             GPTDecoder(self, batch, capacity, batch_invariant=batch_invariant) if can_decode(self) else None
         )

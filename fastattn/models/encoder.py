@@ -117,7 +117,7 @@ class Bert(PretrainedEncoder, nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Encoded:
-        """What `forward` pads: the hidden states of real tokens, (T, E), for heads that go on with these."""
+        """The hidden states of real tokens, (T, E), which heads take and `forward` pads to (B, S, E)."""
         check_flags(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         batch, seqlen = self._check_inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
@@ -137,7 +137,7 @@ class Bert(PretrainedEncoder, nn.Module):
         tables = self._rotary_tables(positions, x.dtype)
         states, weights = [], []
         for layer, kind in zip(self.layers, self.config.kinds_of_layers):
-            if output_hidden_states:  # kept, each is memory that the next layer could have
+            if output_hidden_states:  # otherwise the next layer can reuse the memory
                 states.append(x)
             x, shown = layer(x, tokens, rotary=tables.get(kind), weights=output_attentions)
             weights.append(shown)
@@ -151,7 +151,7 @@ class Bert(PretrainedEncoder, nn.Module):
 
     @classmethod
     def fitted(cls, config: BertConfig, family: Family, names: frozenset[str]) -> tuple[BertConfig, Family]:
-        """Without a pooler where the folder has none, as a masked LM's."""
+        """The config without a pooler if the folder has none, as that of a masked LM."""
         if config.pooler and "pooler.dense.weight" not in names:
             config = replace(config, pooler=False)
         return super().fitted(config, family, names)

@@ -23,8 +23,8 @@ from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import is_integer, is_number
 
 ALL_LINEAR = "all-linear"
-ROUNDINGS = 2  # by which merged and adapted outputs may differ: of the weights, and of the products with them
-_SAMPLE = (2, 32)  # sequences and tokens of each that a merge is compared on
+ROUNDINGS = 2  # that merged and adapted outputs may differ by: rounding of the weights, and of their products
+_SAMPLE = (2, 32)  # (sequences, tokens) of the default example of a merge
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -37,7 +37,7 @@ def attach(
     *,
     rslora: bool = False,
 ) -> Model:
-    """Put adapters on a model's linear layers and freeze everything else; the model, whose outputs are as before.
+    """Put adapters on a model's linear layers and freeze everything else; returns the model, its outputs unchanged.
 
     Args:
         model: one of ours, or any module with `nn.Linear`, `fastattn.nn.Linear` or `MultiHeadAttention`.
@@ -92,7 +92,7 @@ def adapters_of(model: nn.Module) -> Iterator[Adapter]:
 
 
 def detach(model: Model) -> Model:
-    """Take the adapters away: the model as it was before `attach`, its weights bitwise; they train again."""
+    """Remove the adapters; returns the model with the weights, bitwise, of before `attach`, which train again."""
     _attached(model)
     for module in list(model.modules()):
         if isinstance(module, (LoraLinear, LoraAttention)):
@@ -105,9 +105,9 @@ def detach(model: Model) -> Model:
 
 @torch.no_grad()
 def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
-    """Add the adapters to the weights and take them away, if the merged model gives what the adapted one gave.
+    """Add the adapters to the weights and remove them, if the merged model's outputs equal the adapted model's.
 
-    Both are run on an example before a weight changes for good. Merged outputs may differ by what rounding does: the
+    Both are run on an example first; if they disagree the weights are restored. The outputs may differ by rounding: the
     largest distance from the same model in a wider dtype (float64; float32 for 16-bit weights) is at most twice the
     adapted model's for each of two roundings, of the weights and of the products, plus eps of the dtype times the
     largest output. Of a float64 model, which has no wider one, the adapted outputs count as exact, and their error is

@@ -20,7 +20,7 @@ from fastattn.nn.linear import Linear, linear
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a weight that are a linear layer of its own in transformers' model, such as the keys' of a packed one."""
+    """Rows of a weight that form one linear layer in transformers' model, such as the keys' rows of a packed weight."""
 
     name: str  # of that layer in transformers' model; in a model of no family, of ours
     ours: str  # of our weight
@@ -59,7 +59,7 @@ class Adapter(nn.Module):
 
 
 class LoraLinear(Linear):
-    """A linear layer with adapters; its own weight stays where it was."""
+    """A linear layer with adapters; its own weight keeps its name."""
 
     lora: nn.ModuleDict
 
@@ -101,7 +101,7 @@ def _of(lora: nn.ModuleDict, weight: str) -> list[Adapter]:
 
 
 def _deltas(x: Tensor, adapters: Sequence[Adapter], total: int) -> Tensor:
-    """What adapters add to the `total` outputs of one weight, 0 where no adapter is."""
+    """The sum that adapters add to the `total` outputs of one weight; 0 for rows without an adapter."""
     pieces, end = [], 0
     for adapter in adapters:
         pieces.append(F.pad(adapter(x), (adapter.block.start - end, 0)))
@@ -111,9 +111,9 @@ def _deltas(x: Tensor, adapters: Sequence[Adapter], total: int) -> Tensor:
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
-    """Every linear layer of a model that an adapter can stand on, under transformers' names where it is a `Pretrained`.
+    """Every linear layer of a model that can have an adapter, in transformers' names if the model is a `Pretrained`.
 
-    Left out are weights that other modules share, as a head tied to the embedding: merging would change those too.
+    Weights that other modules share, such as a head tied to the embedding, are left out: merging would change both.
     """
     owners: dict[int, int] = {}
     for module in model.modules():

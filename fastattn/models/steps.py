@@ -28,7 +28,7 @@ from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
 from fastattn.ops.varlen import attention_varlen
 
-PACKED_SHARE = 0.9  # of tokens among ids with their padding, up to which prompts are read without it
+PACKED_SHARE = 0.9  # prompts are packed without padding if at most this share of their ids are real tokens
 Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -53,8 +53,8 @@ class GPTDecoder:
 
     batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
     of a step are made in blocks of a fixed number of rows, and activations by row.
-    memory: what an encoder made of the first sequences' sources; `reorder` gives the other sequences theirs. Keys and
-    values are made of it once.
+    memory: the encoder's output for the sources of the first sequences; `reorder` copies it to the others. Its keys and
+    values are computed once.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class GPTDecoder:
         """Read prompts (N, S) into the empty caches of the first N sequences; logits of the token after each, (N, V).
 
         Args:
-            ids: (N, S), N at most the batch; `reorder` gives the other sequences theirs.
-            lengths: (N,), the tokens of each row, which stand first; None = all S.
+            ids: (N, S), N at most the batch; `reorder` copies prompts to the other sequences.
+            lengths: (N,), how many of each row's ids are tokens; they come first. None = all S.
             chunk_size: most tokens of a row that are read at once, which bounds the memory of activations; None = all.
         """
         count, seqlen = ids.shape
@@ -132,7 +132,7 @@ class GPTDecoder:
         count = tokens.shape[1]
         positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
         if self.positions is not None:
-            # a token beyond the last position is a wrong guess, whose logits are of no use
+            # a token beyond the last position is a guess that will be discarded
             positions.clamp_(max=self.positions.shape[0] - 1 - self.model.config.position_offset)
         x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
@@ -210,7 +210,7 @@ class GPTDecoder:
 
     def _mostly_padding(self, ids: Tensor, lengths: Tensor | None) -> bool:
         """Whether reading the tokens alone pays; asked on a CPU only, as it waits for the lengths."""
-        if self.sources is not None:  # which go by rows
+        if self.sources is not None:  # cross-attention needs a row for each sequence
             return False
         return lengths is not None and ids.is_cpu and int(lengths.sum()) <= PACKED_SHARE * ids.numel()
 

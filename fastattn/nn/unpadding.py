@@ -1,4 +1,4 @@
-"""Padded batches without their padding: real tokens in a row, attention within each sequence, results padded back."""
+"""Padded batches computed without padding: tokens are packed, attend within their sequence and are padded back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Window = tuple[int, int]
 
 @dataclass
 class Tokens:
-    """Where the T tokens of a batch (B, S) stand; `of` makes it of a mask.
+    """The places of the T tokens of a batch (B, S); `Tokens.of` makes it from a mask.
 
     Three forms, by what is known of the mask:
         dense: no padding, T = B * S.

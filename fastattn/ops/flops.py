@@ -115,7 +115,7 @@ def register(**formulas: Callable[..., int]) -> None:
 
 def _register_with(counter: ModuleType, formulas: dict[str, Callable[..., int]]) -> None:
     for op, formula in formulas.items():
-        raw = formula in (packed_forward_flops, packed_backward_flops)  # they want tensors, not shapes
+        raw = formula in (packed_forward_flops, packed_backward_flops)  # they read values of cu_seqlens
         counter.register_flop_formula(getattr(torch.ops.fastattn, op), get_raw=raw)(formula)
 
 

@@ -24,7 +24,7 @@ from fastattn.models.encoder_decoder_config import (
 from fastattn.models.presets import FAMILY_FIELDS
 
 ARCHITECTURE = "EncoderDecoderModel"
-# Of a decoder that was no decoder of an encoder-decoder before.
+# New parameters of a decoder from a checkpoint without cross-attention.
 NEW_IN_DECODER = ("h.*.cross_attn.*", "h.*.ln_cross.*")
 _TOKENS = ("decoder_start_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 _MARKS = {"is_decoder": True, "add_cross_attention": True}
@@ -125,7 +125,7 @@ _ARCHITECTURES = {
     "bert": ("BertLMHeadModel", "BertForMaskedLM", "BertForPreTraining", "BertModel"),
     "roberta": ("RobertaForCausalLM", "RobertaForMaskedLM", "RobertaModel"),
 }
-# Decoders with cross-attention; of a model type, the first whose config fits.
+# Decoders with cross-attention; of those with one model type, the first that can hold a config is used.
 CROSS_DECODERS: tuple[Family, ...] = (
     *(_bert(kind, tied=tied) for kind in BERT_DECODERS for tied in (True, False)),
     replace(
@@ -144,7 +144,7 @@ def decoder_family(config: GPTConfig) -> Family:
 
 
 def read_decoder(entries: dict[str, Any]) -> GPTConfig:
-    """A decoder with cross-attention of a config.json, whether that has it yet or not."""
+    """The config of a decoder from its config.json, with cross-attention added."""
     kind = entries.get("model_type")
     for family in CROSS_DECODERS:
         if family.model_type == kind:

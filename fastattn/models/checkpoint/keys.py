@@ -1,11 +1,11 @@
-"""The keys of config.json, sorted: those that are honoured, those without influence on the result, and the others."""
+"""Which keys of config.json are honoured, which have no influence on the result, and refusal of all others."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# What transformers writes for every model and what changes no output of a forward pass.
+# Keys that transformers writes for every model and that change no output of a forward pass.
 WITHOUT_INFLUENCE = frozenset(
     (
         "model_type",
@@ -72,7 +72,7 @@ WITHOUT_INFLUENCE = frozenset(
         "begin_suppress_tokens",
     )
 )
-# What transformers gives every config and what would change the result at another value.
+# Keys of every transformers config that would change the result at another value.
 SHARED_DEFAULTS: dict[str, Any] = {
     "is_encoder_decoder": False,
     "is_decoder": False,
