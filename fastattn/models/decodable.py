@@ -1,4 +1,4 @@
-"""The parts of a GPT that its decoder uses, and whether they are as the decoder computes them."""
+"""The parts of a GPT that `GPTDecoder` uses, and the check that it computes the same as the model's forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPT makes of its inputs before the first block: visibility, positions and targets."""
+"""Attention options, positions and targets that a GPT computes from its inputs before the first block."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def count_positions(
 def next_tokens(
     labels: Tensor, segment_ids: Tensor | None, vocab_size: int, *, aligned: bool = False
 ) -> Tensor:
-    """(B, S) int64: the label that follows each position, or stands at it, IGNORE_INDEX where none counts."""
+    """Targets (B, S) int64: labels shifted left by one, or as they are if aligned; IGNORE_INDEX where none counts."""
     targets = labels.long()
     if not aligned:
         targets = F.pad(targets, (0, 1), value=IGNORE_INDEX)[:, 1:]  # shifting labels copies no logits

@@ -38,8 +38,8 @@ class EmbeddingOutput(NamedTuple):
 class BertForEmbedding(PretrainedEncoder, nn.Module):
     """A vector for each text: an encoder, a pooling over the real tokens, and a scaling to length 1 if `normalize`.
 
-    Folders are sentence-transformers': modules.json says pooling and scaling. One without it, of a bare encoder, gets
-    mean pooling, not scaled, as sentence-transformers has it. Reimers & Gurevych 2019.
+    Folders are sentence-transformers': modules.json has the pooling and the scaling. A folder without it, of a bare
+    encoder, gets mean pooling without scaling, as in sentence-transformers. Reimers & Gurevych 2019.
     """
 
     with_prefix = False
@@ -68,7 +68,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> EmbeddingOutput:
-        """Vectors (B, E); the arguments are those of `Bert.forward`, which says what is raised."""
+        """Vectors (B, E); arguments and errors are those of `Bert.forward`."""
         x, tokens, hidden_states, attentions = self.bert.encode_tokens(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
@@ -156,8 +156,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
 
         Args:
             path_or_id: a folder, or a repository's name on the hub.
-            pooling, normalize: in place of what the folder says.
-            options: as in `Pretrained.from_pretrained`, which says what is raised besides.
+            pooling, normalize: override the folder's.
+            options: those of `Pretrained.from_pretrained`, whose errors apply too.
 
         Raises:
             ValueError: the folder has modules, or a pooling, that are not computed here; the message names them.
@@ -217,7 +217,7 @@ def encoder_folder(path_or_id: str | Path) -> Path:
 
 
 class _Layout(NamedTuple):
-    """What a sentence-transformers folder says beside its encoder."""
+    """The settings of a sentence-transformers folder besides its encoder."""
 
     encoder: str = ""  # its folder within
     pooling: str = "mean"
