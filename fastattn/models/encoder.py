@@ -32,7 +32,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What heads read: tokens in a row, without padding."""
+    """The input of heads: packed tokens, without padding."""
 
     x: Tensor  # (T, E), the last hidden state
     tokens: Tokens  # where they stand
@@ -43,10 +43,9 @@ class Encoded(NamedTuple):
 class Bert(PretrainedEncoder, nn.Module):
     """Token, position and type embeddings and `num_hidden_layers` blocks of self-attention, without a head.
 
-    Padding costs nothing: real tokens are packed in a row, and so go through every layer and head, forward and
-    backward; outputs are padded back with 0. What padding holds, even NaN, changes nothing. Programs that are recorded
-    before the mask is known (torch.compile, export, CUDA graphs) compute padding too, so that one program serves every
-    length.
+    Padding costs nothing: real tokens are packed for every layer and head, forward and backward, and outputs are padded
+    back with 0. Values at padding, even NaN, change nothing. Programs that are recorded before the mask is known
+    (torch.compile, export, CUDA graphs) compute padding too, so that one program serves every length.
 
     As in transformers, learned positions are columns: padding on the left shifts them, so pad on the right, or give
     position_ids. "First token" is a sequence's first real one wherever the padding is. A row of padding alone gives 0,

@@ -1,4 +1,4 @@
-"""Labels of encoders' heads, checked and brought to real tokens, and the losses that they give."""
+"""The losses of encoders' heads, and the checks of their labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def masked_lm(
     keep_logits: bool,
     vocab_size: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(loss, logits (B, S, V)): the loss of labelled tokens only, logits of all where they are kept."""
+    """(loss, logits (B, S, V)): the loss is over labelled tokens; logits are None unless `keep_logits`."""
     x, tokens = encoded.x, encoded.tokens
     logits = decoder(head(x)) if keep_logits else None  # (T, V)
     padded = None if logits is None else tokens.pad(logits)

@@ -36,7 +36,7 @@ class MaskedLMOutput(NamedTuple):
 
 
 class PreTrainingOutput(NamedTuple):
-    """The output of BERT's two heads of pre-training; loss is the sum of those that labels were given for."""
+    """The output of BERT's two pre-training heads; loss is the sum over the heads that have labels."""
 
     loss: Tensor | None  # ()
     prediction_logits: Tensor | None  # (B, S, V), as MaskedLMOutput.logits
@@ -75,7 +75,7 @@ class QuestionAnsweringOutput(NamedTuple):
 
 
 class BertForMaskedLM(PretrainedEncoder, nn.Module):
-    """The words behind masks: an encoder, a dense layer with activation and norm, and the token embedding as output."""
+    """A masked language model: an encoder, a dense layer with activation and norm, and a linear output layer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class BertForMaskedLM(PretrainedEncoder, nn.Module):
 
 
 class BertForPreTraining(PretrainedEncoder, nn.Module):
-    """BERT as it was trained: `BertForMaskedLM`'s head, and whether the second sentence follows the first."""
+    """BERT with both pre-training heads: `BertForMaskedLM`'s, and next sentence prediction."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
         output_attentions: bool = False,
         return_logits: bool | None = None,
     ) -> PreTrainingOutput:
-        """Logits of both heads, and the sum of the losses that there are labels for.
+        """Logits of both heads, and the sum of the losses of heads that have labels.
 
         Args:
             labels: as in `BertForMaskedLM.forward`.
@@ -179,7 +179,7 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
 
 
 class BertForSequenceClassification(PretrainedEncoder, nn.Module):
-    """Classes or numbers of whole texts: the first token, or the mean of all, through a dense layer to the labels."""
+    """Classification or regression of texts: the first token or the mean of all, a dense layer, a linear layer."""
 
     new_heads = ("head.*", "classifier.*")
 
@@ -227,7 +227,7 @@ class BertForSequenceClassification(PretrainedEncoder, nn.Module):
 
 
 class BertForTokenClassification(PretrainedEncoder, nn.Module):
-    """Classes of tokens, as entities; with one label, whether each token is one (ELECTRA's discriminator)."""
+    """Classification of tokens, such as entities; with one label a binary decision (ELECTRA's discriminator)."""
 
     new_heads = ("head.*", "classifier.*")
 
@@ -277,7 +277,7 @@ class BertForTokenClassification(PretrainedEncoder, nn.Module):
 
 
 class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
-    """Where in a text the answer to a question starts and ends."""
+    """Extractive question answering: logits of each token to be the first and the last of the answer."""
 
     new_heads = ("head.*", "qa_outputs.*")
 

@@ -1,4 +1,4 @@
-"""Which tokens a classifier's answer comes from: integrated gradients along the embeddings, through captum."""
+"""Attribution of a classifier's logit to tokens: integrated gradients of the embeddings, with captum."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _classes(target: int | Tensor | None, logits: Tensor) -> Tensor:
 
 
 def _positions(model: Any, input_ids: Tensor, real: Tensor) -> Tensor:
-    """Positions (B, S) that the model would count from the ids, which the embeddings do not show it."""
+    """Positions (B, S) that the model would compute from the ids, as it gets embeddings instead of ids."""
     batch, seqlen = input_ids.shape
     pad = model.config.pad_token_id or 0
     found: Tensor = model.bert._positions(

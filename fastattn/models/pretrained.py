@@ -1,4 +1,4 @@
-"""Encoders from folders and back: the class's rows of each family, and what folders may lack."""
+"""Reading and writing encoders' folders: the rows of each family for a class, and parameters a folder may lack."""
 
 from __future__ import annotations
 

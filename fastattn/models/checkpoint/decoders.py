@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen and Gemma: their config.json and tensor names beside ours."""
+"""The families Llama, Mistral, Qwen and Gemma: their tensor names and the defaults of their config.json."""
 
 from __future__ import annotations
 

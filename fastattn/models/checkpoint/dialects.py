@@ -61,7 +61,7 @@ _OF_ANY_SCALING = ("finetuned", *(key for keys in _OF_SCALING.values() for key i
 
 @dataclass(frozen=True)
 class Dialect:
-    """What a family's config.json says in its own way.
+    """How a family's config.json differs from the others.
 
     Args:
         keys: config.json -> GPTConfig, besides the shared ones.
@@ -120,7 +120,7 @@ class Dialect:
             raise ValueError(self._in_their_words(str(error))) from None
 
     def _in_their_words(self, message: str) -> str:
-        """A message that begins with our name of a field, with config.json's name for it."""
+        """A message that begins with a field of GPTConfig, with config.json's name in its place."""
         names = {ours: theirs for theirs, ours in self.all_keys.items()}
         names |= {"window": "sliding_window"}
         name, colon, rest = message.partition(":")
@@ -216,12 +216,12 @@ def _count(name: str, said: Mapping[str, Any], least: int = 1) -> int:
 
 
 def _whole(number: float) -> float:
-    """The same as an integer where it is one."""
+    """The number as an int if it is a whole one."""
     return int(number) if number == int(number) else number
 
 
 def meaning(config: GPTConfig) -> dict[str, Any]:
-    """A config's fields with those that others stand for when they are None."""
+    """A config's fields, with the values that None stands for filled in."""
     fields = config.to_dict()
     del fields["model_type"], fields["train_pad_embedding"]  # which change no output
     attention, out, mlp = config.biases

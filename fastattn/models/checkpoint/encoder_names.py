@@ -1,4 +1,4 @@
-"""What the files of BERT, RoBERTa, DistilBERT, ELECTRA and ModernBERT call tensors, keys of config.json and classes."""
+"""Names in the files of BERT, RoBERTa, DistilBERT, ELECTRA and ModernBERT: tensors, keys of config.json, classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DISCRIMINATOR = "ElectraForPreTraining"
 
 
 class Kind(NamedTuple):
-    """What a family's files say: names of tensors, of config.json's keys and of classes."""
+    """The names in a family's files: of tensors, of config.json's keys and of classes."""
 
     classes: str  # in front of "ForMaskedLM"
     prefix: str

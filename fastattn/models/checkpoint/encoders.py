@@ -15,7 +15,7 @@ from fastattn.models.config import LAYER_TYPES
 from fastattn.models.fields import size, token_id
 from fastattn.models.presets import FAMILY_FIELDS, alternating_layers
 
-# Our classes, and what transformers calls each behind the family's name; the first is written.
+# Our class -> endings of transformers' class names after the family's name; the first is written.
 HEADS: dict[str, tuple[str, ...]] = {
     "Bert": ("Model",),
     "BertForEmbedding": ("Model",),
@@ -66,7 +66,7 @@ def read_config(kind: str, entries: dict[str, Any], *, discriminator: bool = Fal
 def write_config(
     kind: str, config: BertConfig, *, discriminator: bool = False, tied: bool | None = None
 ) -> dict[str, Any]:
-    """What config.json says of a config; ValueError names a field that the family does not have.
+    """The entries of config.json for a config; ValueError names a field that the family does not have.
 
     Dropouts that the family derives from others are written as those.
     """
@@ -208,7 +208,7 @@ def _family(
 
 
 def own_bias(head: dict[str, str]) -> dict[str, str]:
-    """The bias that an untied output uses, where files hold it beside the one of tied outputs."""
+    """The output bias of an untied model, where files also hold the one of a tied model."""
     tied = head.get("decoder.bias")
     return {} if tied is None else {"decoder.bias": head["decoder.weight"].removesuffix("weight") + "bias"}
 
