@@ -24,10 +24,11 @@ MODULES = {name: import_module(bench.script(name).stem) for name in bench.NAMES}
 
 
 def _forms(name: str) -> list[Any]:
-    """The cases of a CPU, and of the GPU's one of each group and direction, in their small forms."""
+    """The cases of a CPU, and of the GPU's one of each group and direction, in their small forms, each once."""
     cases = list(MODULES[name].cases_for(CPU))
     kinds = {(c.group, c.direction, c.dtype): c for c in MODULES[name].cases_for(torch.device("cuda"))}
-    return [case.small() for case in [*cases, *kinds.values()]]
+    forms = [case.small() for case in [*cases, *kinds.values()]]
+    return list({(f.label, f.group, f.direction, tuple(f.providers(CPU))): f for f in forms}.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
