@@ -40,7 +40,7 @@ class EncoderCase:
 
     @property
     def direction(self) -> str:
-        """Of what is timed."""
+        """The passes that are timed."""
         return "forward+backward" if self.group == "encoder-training" else "forward"
 
     @property
