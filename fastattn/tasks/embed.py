@@ -227,8 +227,7 @@ def rows_of(model: Any, tokenizer: InputTokenizer, texts: Sequence[str], options
     longest = longest_of(model, tokenizer, options.max_length)
     if model.max_seq_length is not None:
         longest = min(longest, model.max_seq_length)
-    front = model.prompts[model.default_prompt_name] if model.default_prompt_name is not None else ""
-    return tokenizer.encode([front + (text.lower() if model.lower_case else text) for text in texts], longest)
+    return tokenizer.encode(model.prepared(texts), longest)
 
 
 def evaluate(
