@@ -66,9 +66,9 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         return TaskData(examples, dev_examples, options, None, counts)
     # a label that only held-out examples have is needed more for training
     labels = set(task.labels_in(examples) or ())
-    known = [set(task.labels_in([example]) or ()) <= labels for example in dev_examples]
-    needed = [example for example, is_known in zip(dev_examples, known) if not is_known]
-    dev_examples = [example for example, is_known in zip(dev_examples, known) if is_known]
+    fits = [set(task.labels_in([example]) or ()) <= labels for example in dev_examples]
+    needed = [example for example, fit in zip(dev_examples, fits) if not fit]
+    dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
     if not dev_examples:
         raise DataError("data: too few examples of each label to hold some out, needs --dev")
     return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)

@@ -185,13 +185,12 @@ def test_a_stopped_run_goes_on(runs: Any, encoder: Path, tmp_path: Path) -> None
     """Two parts end with the bits of one run."""
     out, report = runs["classify"]
     data = out.parent / "train.jsonl"
-    words = ("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out", *QUICK)
+    words = ("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out")
+    options = (*QUICK, "--dev", data, "--train.schedule=constant", "--train.warmup_steps=2")
     steps = report["steps"]
-    constant = ("--train.schedule=constant", "--train.warmup_steps=2")
-    whole = (*words[: -len(QUICK) - 1], tmp_path / "whole", *QUICK, *constant)
-    assert invoke(*whole)[0] == 0
-    assert invoke(*words, *constant, "--train.max_steps=4")[0] == 0
-    code, text, err = invoke(*words, *constant, "--resume=auto")
+    assert invoke(*words[:-1], tmp_path / "whole", *options)[0] == 0
+    assert invoke(*words, *options, "--train.max_steps=4")[0] == 0
+    code, text, err = invoke(*words, *options, "--resume=auto")
     assert code == 0, err
     assert "resumed at step 4" in text
     ends = (tmp_path / name / f"checkpoint-{steps}" for name in ("whole", "out"))
