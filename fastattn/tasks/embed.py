@@ -39,6 +39,7 @@ FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("positive",)
 EXTRA = ("negative", "score")
+TEXTS = ("text", "positive", "negative")  # what cleaning reads
 NEW_PARTS: tuple[str, ...] = ()
 DEFAULTS = {**FINE_TUNING, "max_epochs": 1.0, "batch_size": 64, "lr": 2e-5}
 
