@@ -148,7 +148,6 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
         if key is not None and value is not None:
             k_cache.as_strided(k_added, k_strides, k_cache.storage_offset() + start * k_step).copy_(key)
             v_cache.as_strided(v_added, v_strides, v_cache.storage_offset() + start * v_step).copy_(value)
-        elements = num_kv_heads * total * dim
         lse: Tensor | None
         if total <= most_fused and torch.get_num_threads() == 1:
             folded = query if group_size == 1 else query.reshape(folded_shape)
@@ -163,7 +162,7 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
                 return (out, lse.reshape(batch, num_heads, 1)) if return_lse else out
         elif (
             one
-            and (elements > single_query.FEW_ELEMENTS or not widened)
+            and ((elements := num_kv_heads * total * dim) > single_query.FEW_ELEMENTS or not widened)
             and (batch == 1 or not single_query.halves(num_kv_heads, elements))
         ):
             out, lse = single_query.products(
