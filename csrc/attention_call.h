@@ -154,7 +154,7 @@ inline bool wants_tile_counter(const AttentionParams& p, int multiprocessors) {
   const bool windowed = p.window_left < kUnbounded || p.window_right < kUnbounded;
   if (!packed && !windowed && p.key_lengths == nullptr) return false;
   const int64_t rows = forward_tile(padded_head_dim(p.head_dim), windowed, p.softcap != 0.0f).queries;
-  const int64_t query_blocks = (p.total_q + rows - 1) / rows;
+  const int64_t query_blocks = ceil_div(p.total_q, rows);
   return query_blocks * p.num_heads * (packed ? 1 : p.batch) > multiprocessors;
 }
 

@@ -74,7 +74,7 @@ constexpr int kSemaphoreRows = 64;
 // Blocks of rows of a head, those of all packed sequences together.
 FASTATTN_HOST_DEVICE int query_row_blocks(const AttentionParams& call) {
   if (call.cu_seqlens_q != nullptr) return static_cast<int>(packed_blocks<kRowBlock>(call.total_q, call.batch));
-  return (call.seqlen_q + kRowBlock - 1) / kRowBlock;
+  return ceil_div(call.seqlen_q, kRowBlock);
 }
 
 // Parameters that only the backward needs. Each gradient has the shape of its tensor.

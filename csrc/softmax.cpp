@@ -1,7 +1,6 @@
 // Softmax and cross-entropy ops: convert tensors to rows and rows to parameters, then launch.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -17,16 +16,6 @@ namespace {
 
 cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-// True where column <= row + columns - rows of the last two dims, in the rank of x.
-at::Tensor lower_triangle(const at::Tensor& x) {
-  const int64_t rows = x.size(-2);
-  const int64_t columns = x.size(-1);
-  std::vector<int64_t> shape(x.dim(), 1);
-  shape[x.dim() - 2] = rows;
-  shape[x.dim() - 1] = columns;
-  return at::ones({rows, columns}, x.options().dtype(at::kBool)).tril(columns - rows).view(shape);
-}
-
 int64_t checked_dim(const at::Tensor& x, int64_t dim) {
   TORCH_CHECK_VALUE(dim >= 0 && dim < x.dim(), "dim: got ", dim, ", needs 0 to ", x.dim() - 1);
   return dim;
@@ -39,6 +28,8 @@ at::Tensor softmax_forward(const at::Tensor& x, const std::optional<at::Tensor>&
   check_cuda("x", x);
   checked_dim(x, dim);
   TORCH_CHECK_VALUE(!causal || x.dim() >= 2, "causal: got True for shape ", x.sizes(), ", needs 2 dimensions");
+  TORCH_CHECK_VALUE(!causal || dim >= x.dim() - 2, "causal: got True for dim ", dim, " of ", x.dim(),
+                    ", needs one of the last two, or a mask instead");
   at::Tensor keep;
   if (mask.has_value()) {
     check_dtype("mask", *mask, at::kBool);
@@ -52,9 +43,7 @@ at::Tensor softmax_forward(const at::Tensor& x, const std::optional<at::Tensor>&
   }
   const int64_t rank = x.dim();
   Causal kind = Causal::kNone;
-  if (causal && dim < rank - 2) {  // neither queries nor keys lie along a row: the diagonal is a mask
-    keep = keep.defined() ? keep.logical_and(lower_triangle(x)) : lower_triangle(x).expand(x.sizes());
-  } else if (causal) {
+  if (causal) {
     kind = dim == rank - 1 ? Causal::kColumnsAreKeys : Causal::kColumnsAreQueries;
   }
   std::array<at::Tensor, 3> tensors = {keep.defined() ? keep : x, x, out};  // mask (if any), x, y

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.integers import cdiv
 
 KEYS_PER_CALL = 8  # one Philox call yields four 32-bit words, so eight 16-bit halves
 _LOW32 = 0xFFFFFFFF
@@ -74,7 +75,7 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
     """
     device = heads.device
     seed = seed.reshape(()).to(device)
-    first_call, last_call = cols.start // KEYS_PER_CALL, -(-cols.stop // KEYS_PER_CALL)
+    first_call, last_call = cols.start // KEYS_PER_CALL, cdiv(cols.stop, KEYS_PER_CALL)
     calls = torch.arange(first_call, max(last_call, first_call), device=device)
     queries = torch.arange(rows.start, rows.stop, device=device)[:, None]
     heads = heads.to(torch.int64)[..., None, None]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cache import write_atomically
+from fastattn.integers import cdiv
 
 INSTALL = "pip install 'fastattn[plot]'"
 STYLE: Any = {
@@ -61,13 +62,13 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Any, path: Path, *, dpi: float = 150) -> None:
     """Write a figure in the format that the file's name ends with, .svg or .png."""
-    kind = _format_of(path)
+    kind = check_format(path)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, metadata=METADATA[kind], dpi=dpi)
     write_atomically(path, drawn.getvalue())
 
 
-def _format_of(path: Path) -> str:
+def check_format(path: Path) -> str:
     """The format that a file's name ends with; ValueError for one that is not drawn."""
     kind = path.suffix.removeprefix(".")
     if kind not in METADATA:
@@ -100,11 +101,11 @@ def plot_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     target = Path(path)
-    _format_of(target)
+    check_format(target)
     maps = _maps(attentions)
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise TypeError("tokens: needs a list of texts, one for each key")
-    names = [_visible(token) for token in tokens]
+    names = [visible(token) for token in tokens]
     _, seqlen_q, seqlen_k = maps[0].shape
     if len(names) != seqlen_k or not seqlen_q or seqlen_q > seqlen_k:
         raise ValueError(
@@ -122,7 +123,7 @@ def plot_attention(
         )
         figure.set_layout_engine("compressed")  # for maps whose sides have a fixed proportion
         grid = figure.subplots(len(layers), len(heads), squeeze=False, sharex=True, sharey=True)
-        step = -(-seqlen_k // max(1, min(SHOWN_TOKENS, int(side / 0.12))))
+        step = cdiv(seqlen_k, max(1, min(SHOWN_TOKENS, int(side / 0.12))))
         for row, number in enumerate(layers):
             for column, which in enumerate(heads):
                 axes = grid[row, column]
@@ -180,7 +181,7 @@ def _chosen(name: str, wanted: int | Sequence[int] | None, count: int) -> list[i
     return [number % count for number in given]
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """A token whose white space shows, and which matplotlib does not read as a formula."""
     shown = token.replace("$", r"\$")
     return "".join(GAPS.get(character, character) for character in shown)
@@ -197,7 +198,7 @@ def log_ticks(low: float, high: float) -> list[float]:
             break
     if len(ticks) < 3:
         ticks = _even_ticks(low, high)
-    return ticks[:: -(-len(ticks) // 8)]
+    return ticks[:: cdiv(len(ticks), 8)]
 
 
 def _even_ticks(low: float, high: float) -> list[float]:

@@ -326,7 +326,7 @@ class SoftmaxSpec:
     dtype: torch.dtype  # of the input
     columns: int  # the row length rounded up to a power of two
     unit_columns: bool  # neighbours in a row are neighbours in memory
-    wide_rows: bool  # some offset within a row, or across a tile of rows, may pass 2**31
+    int64_offsets: bool  # some offset within a row, or across a tile of rows, may pass 2**31
     mask: bool = False
     causal: bool = False
     log: bool = False
@@ -351,7 +351,7 @@ class SoftmaxSpec:
             dtype=x.dtype,
             columns=1 << max(x.shape[dim] - 1, 0).bit_length(),
             unit_columns=x.stride(dim) == 1 or x.shape[dim] == 1,
-            wide_rows=x.numel() >= 2**31 or (not x.is_contiguous() and passes_32_bits(x)),
+            int64_offsets=x.numel() >= 2**31 or (not x.is_contiguous() and passes_32_bits(x)),
             mask=mask,
             causal=causal,
             log=log,

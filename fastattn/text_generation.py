@@ -1,4 +1,4 @@
-"""Continue text with a model's folder: the work of `fastattn generate`."""
+"""Continue text, or write an encoder-decoder's targets, with a model's folder: the work of `fastattn generate`."""
 
 from __future__ import annotations
 
@@ -32,17 +32,33 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
         model: Any = load(folder)
         if not hasattr(model, "generate"):
             raise InputError(f"{folder}: holds a {type(model).__name__}, which generates no text")
-        if not hasattr(model, "max_positions"):  # no CausalLM: an encoder-decoder
-            raise InputError(
-                f"{folder}: holds an {type(model).__name__}, which continues no prompt; call its generate"
-            )
         if kind is not None:
             model = model.quantize(kind)
-        elif torch.cuda.is_available():
-            model = model.to("cuda")
     except (DataError, ValueError) as error:
         raise InputError(str(error)) from None
+    sizes = vocabularies(model)
+    if len(set(sizes.values())) > 1:
+        raise InputError(
+            f"{folder}: its one tokenizer cannot serve both parts, the encoder has {sizes['encoder']} tokens and "
+            f"the decoder {sizes['decoder']}"
+        )
+    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
+    for part, size in sizes.items():
+        if largest >= size:
+            raise InputError(
+                f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
+            )
+    if kind is None and torch.cuda.is_available():
+        model = model.to("cuda")
     return model, tokenizer
+
+
+def vocabularies(model: Any) -> dict[str, int]:
+    """How many tokens each part of a model has: {"model": V}, or of an encoder-decoder encoder and decoder."""
+    parts = ("encoder", "decoder") if hasattr(model, "continuation") else ()
+    return {part: getattr(model.config, part).vocab_size for part in parts} or {
+        "model": model.config.vocab_size
+    }
 
 
 def options_of(
@@ -90,12 +106,20 @@ def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None
 def continuations(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[str], options: dict[str, Any]
 ) -> Iterator[tuple[int, str]]:
-    """Pieces of text, each with the number of its prompt, as they are made."""
+    """Pieces of text, each with the number of its prompt, as they are made; of an encoder-decoder the targets' text.
+
+    Raises:
+        InputError: a prompt or an option that the model does not take, or logits that are not finite. Other errors
+            are mistakes of this package, and come through as they are.
+    """
     import torch
 
     from fastattn.generation import stream_text
     from fastattn.generation.decoding import prepared
     from fastattn.generation.options import Options
+    from fastattn.generation.protocol import GenerationError
+    from fastattn.generation.stopping import special_tokens
+    from fastattn.generation.streaming import behind_source
 
     device = next(model.parameters()).device
     # one continuation of each prompt is printed, whatever the folder's generation_config asks for
@@ -104,15 +128,21 @@ def continuations(
         ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
         if not ids.numel():
             raise InputError("--prompt: the tokenizer makes no token of it")
-        try:
-            settled, _ = prepared(model, ids, None, Options(**arguments))
-            if settled.num_beams > 1:
-                made = model.generate(ids, **arguments)[0, ids.shape[1] :].tolist()
-                yield number, tokenizer.decode(made)
-                continue
-            for piece in stream_text(model, ids, **arguments):
-                yield number, piece
+        try:  # arguments are checked here, before any work
+            causal, start, _, _ = behind_source(model, ids, None, {})
+            beams = prepared(causal, start, None, Options(**arguments))[0].num_beams > 1
+            special_tokens(causal, None, None)
+            pieces = iter(()) if beams else stream_text(model, ids, **arguments)
         except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from None
+        try:
+            if beams:
+                pieces = iter(
+                    [tokenizer.decode(model.generate(ids, **arguments)[0, start.shape[1] :].tolist())]
+                )
+            for piece in pieces:
+                yield number, piece
+        except GenerationError as error:
             raise InputError(str(error)) from None
 
 

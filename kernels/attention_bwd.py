@@ -17,23 +17,25 @@ from .primitives import (
     INTEGERS,
     block_at,
     block_count,
-    distance,
     head_matrix,
     head_operand,
     head_rows,
-    head_scoring,
     key_blocks,
-    load_lse,
     load_operand,
     load_rows,
+    load_seq_key_end,
     load_tile,
     padded,
     query_blocks,
     score_matrix,
-    sequence_key_end,
     store_tile,
     within_segments,
     zero_beyond,
+)
+from .scores import (
+    distance,
+    head_scoring,
+    load_lse,
 )
 from .sequences import program_tile
 
@@ -102,7 +104,7 @@ def attention_dkdv_kernel(
         if tile < 0:
             return
     first_key = tile * BLOCK_N
-    seq_key_end = sequence_key_end(optional.key_lengths, batch, num_keys, VARIANT)
+    seq_key_end = load_seq_key_end(optional.key_lengths, batch, num_keys, VARIANT)
     tile_key_end = tl.minimum(first_key + BLOCK_N, seq_key_end)
     keys = head_operand(
         k, (stride_kb, stride_kh, stride_ks), batch, kv_head, key_base, seq_key_end, TMA, VARIANT
@@ -232,8 +234,8 @@ def attention_dq_kernel(
             return
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
-    end_query = tl.minimum(first_query + BLOCK_M, num_queries)
-    seq_key_end = sequence_key_end(optional.key_lengths, batch, num_keys, VARIANT)
+    tile_query_end = tl.minimum(first_query + BLOCK_M, num_queries)
+    seq_key_end = load_seq_key_end(optional.key_lengths, batch, num_keys, VARIANT)
     queries = head_operand(
         q, (stride_qb, stride_qh, stride_qs), batch, head, query_base, num_queries, TMA, VARIANT
     )
@@ -254,7 +256,7 @@ def attention_dq_kernel(
     dropout = (optional.seed, batch * num_heads + head, keep_threshold, keep_scale)
     dweights_strides = (stride_dweights_b, stride_dweights_h, stride_dweights_q, stride_dweights_k)
     head_dweights = score_matrix(upstream.dweights, dweights_strides, batch, head)
-    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, tile_query_end, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     blocks = within_segments(
         blocks, optional.segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT
     )

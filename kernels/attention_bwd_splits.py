@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .jit import kernel
-from .primitives import padded
+from .primitives import padded, program_coordinates
 
 
 @triton.jit
@@ -49,17 +49,14 @@ def sum_splits_kernel(
     One program owns BLOCK keys of one head. `out` may be the first of the partials.
     """
     tiles = tl.cdiv(seqlen_k, BLOCK)
-    tile = tl.program_id(0) % tiles
-    batch_head = tl.program_id(0) // tiles
+    tile, batch, head = program_coordinates(tiles, num_kv_heads, False)
     rows = tile * BLOCK + tl.arange(0, BLOCK)[:, None]
     cols = tl.arange(0, padded(DIM))[None, :]
     exists = (rows < seqlen_k) & (cols < DIM)
-    source = partials + (batch_head.to(tl.int64) * seqlen_k + rows) * ROW + cols
+    source = partials + ((batch * num_kv_heads + head).to(tl.int64) * seqlen_k + rows) * ROW + cols
     total = tl.zeros([BLOCK, padded(DIM)], tl.float32)
     for _ in range(num_splits):
         total += tl.load(source, mask=exists, other=0.0)
         source += stride_split
-    batch = (batch_head // num_kv_heads).to(tl.int64)
-    head = (batch_head % num_kv_heads).to(tl.int64)
-    target = out + batch * stride_b + head * stride_h + rows.to(tl.int64) * stride_s + cols
-    tl.store(target, total.to(out.dtype.element_ty), mask=exists)
+    offsets = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + rows.to(tl.int64) * stride_s
+    tl.store(out + offsets + cols, total.to(out.dtype.element_ty), mask=exists)

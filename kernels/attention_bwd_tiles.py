@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    score_pointers,
+)
+from .scores import (
     dropout_keep,
     exponents,
     logits,
-    score_pointers,
 )
 
 

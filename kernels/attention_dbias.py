@@ -10,12 +10,15 @@ from .primitives import (
     INTEGERS,
     head_matrix,
     head_rows,
-    head_scoring,
     key_blocks,
     load_rows,
+    load_seq_key_end,
     load_tile,
     score_matrix,
-    sequence_key_end,
+    score_tile_coordinates,
+)
+from .scores import (
+    head_scoring,
 )
 
 
@@ -38,11 +41,9 @@ def attention_dbias_kernel(
     """
     row_tiles = tl.cdiv(bias_rows, BLOCK_M)
     col_tiles = tl.cdiv(bias_cols, BLOCK_N)
-    program = tl.program_id(0)
-    col_tile = program % col_tiles
-    row_tile = program // col_tiles % row_tiles
-    bias_head = program // col_tiles // row_tiles % bias_heads
-    bias_sequence = program // col_tiles // row_tiles // bias_heads
+    row_tile, col_tile, matrix = score_tile_coordinates(row_tiles, col_tiles)
+    bias_head = matrix % bias_heads
+    bias_sequence = matrix // bias_heads
     score_strides = (
         stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
         stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
@@ -63,9 +64,9 @@ def attention_dbias_kernel(
         first_query = (row_tile + step // key_tiles % query_tiles) * BLOCK_M
         head = bias_head + step // key_tiles // query_tiles % repeats_h
         batch = bias_sequence + step // key_tiles // query_tiles // repeats_h
-        seq_key_end = sequence_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
-        end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-        blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
+        seq_key_end = load_seq_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
+        tile_query_end = tl.minimum(first_query + BLOCK_M, seqlen_q)
+        blocks = key_blocks(first_query, tile_query_end, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
         if (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N):
             kv_head = head // VARIANT.group_size
             queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)

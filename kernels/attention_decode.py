@@ -14,15 +14,17 @@ import triton.language as tl
 from .jit import kernel
 from .primitives import (
     INTEGERS,
-    LN2,
-    LOG2E,
     block_at,
     block_count,
     key_blocks,
     load_tile,
-    logits,
     padded,
     program_coordinates,
+)
+from .scores import (
+    LN2,
+    LOG2E,
+    logits,
     softmax_lse,
     softmax_start,
     softmax_update,
@@ -272,8 +274,8 @@ def attention_decode_kernel(
     heads = kv_head * VARIANT.group_size + packed % VARIANT.group_size
     exists = queries < seqlen_q
     first_query = tile * BLOCK_M // VARIANT.group_size
-    end_query = tl.minimum(tl.cdiv((tile + 1) * BLOCK_M, VARIANT.group_size), seqlen_q)
-    blocks = key_blocks(first_query, end_query, length, shift, left, right, VARIANT, BLOCK_N)
+    tile_query_end = tl.minimum(tl.cdiv((tile + 1) * BLOCK_M, VARIANT.group_size), seqlen_q)
+    blocks = key_blocks(first_query, tile_query_end, length, shift, left, right, VARIANT, BLOCK_N)
     size, count = split_sizes(blocks, per_size, split_blocks)
     rows = (batch.to(tl.int64) * num_heads + heads) * seqlen_q + queries
     if cached.split_counts is not None:
@@ -328,9 +330,7 @@ def attention_combine_kernel(
     are that split's, its weight being exactly 1, as is that of an infinite sink.
     """
     row = tl.program_id(0)
-    query = row % seqlen_q
-    head = row // seqlen_q % num_heads
-    batch = row // seqlen_q // num_heads
+    query, batch, head = program_coordinates(seqlen_q, num_heads, False)
     count = tl.load(split_counts + row)
     cols = tl.arange(0, padded(VALUE_DIM))
     row_max = tl.full([1], float("-inf"), tl.float32)

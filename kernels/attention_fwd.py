@@ -9,22 +9,24 @@ from .primitives import (
     INTEGERS,
     block_at,
     block_count,
-    dropout_keep,
     head_matrix,
     head_operand,
     head_rows,
-    head_scoring,
     key_blocks,
     load_operand,
-    logits,
+    load_seq_key_end,
     padded,
-    sequence_key_end,
-    softmax_lse,
-    softmax_start,
-    softmax_update,
     store_tile,
     within_segments,
     zero_beyond,
+)
+from .scores import (
+    dropout_keep,
+    head_scoring,
+    logits,
+    softmax_lse,
+    softmax_start,
+    softmax_update,
 )
 from .sequences import program_tile
 
@@ -56,8 +58,8 @@ def attention_fwd_kernel(
             return
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
-    end_query = tl.minimum(first_query + BLOCK_M, num_queries)
-    seq_key_end = sequence_key_end(optional.key_lengths, batch, num_keys, VARIANT)
+    tile_query_end = tl.minimum(first_query + BLOCK_M, num_queries)
+    seq_key_end = load_seq_key_end(optional.key_lengths, batch, num_keys, VARIANT)
     strides = (stride_qb, stride_qh, stride_qs)
     queries = head_operand(q, strides, batch, head, query_base, num_queries, TMA, VARIANT)
     strides = (stride_kb, stride_kh, stride_ks)
@@ -73,7 +75,7 @@ def attention_fwd_kernel(
     scoring = head_scoring(
         batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
     )
-    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, tile_query_end, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     blocks = within_segments(
         blocks, optional.segment_blocks, batch * tl.cdiv(seqlen_q, BLOCK_M) + tile, VARIANT
     )

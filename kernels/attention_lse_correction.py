@@ -7,16 +7,18 @@ import triton.language as tl
 from .jit import kernel
 from .primitives import (
     INTEGERS,
-    LOG2E,
-    exponents,
     head_matrix,
     head_rows,
-    head_scoring,
     key_blocks,
-    load_lse,
+    load_seq_key_end,
     load_tile,
+)
+from .scores import (
+    LOG2E,
+    exponents,
+    head_scoring,
+    load_lse,
     logits,
-    sequence_key_end,
 )
 from .sequences import program_tile
 
@@ -42,8 +44,8 @@ def attention_lse_correction_kernel(
     batch = sequence[0]
     kv_head = head // VARIANT.group_size
     first_query = tile * BLOCK_M
-    end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
-    seq_key_end = sequence_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
+    tile_query_end = tl.minimum(first_query + BLOCK_M, seqlen_q)
+    seq_key_end = load_seq_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
     queries = head_matrix(q, (stride_qb, stride_qh, stride_qs), batch, head, 0, seqlen_q, VARIANT)
     keys = head_matrix(k, (stride_kb, stride_kh, stride_ks), batch, kv_head, 0, seq_key_end, VARIANT)
     score_strides = (
@@ -54,7 +56,7 @@ def attention_lse_correction_kernel(
     scoring = head_scoring(
         batch, head, seq_key_end, optional, score_strides, positions, scale, softcap, VARIANT
     )
-    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, tile_query_end, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     rows = first_query + tl.arange(0, BLOCK_M)
 
     lse_base = head_rows(lse, batch, head, num_heads, 0, seqlen_q, VARIANT)

@@ -7,17 +7,20 @@ import triton.language as tl
 from .jit import kernel
 from .primitives import (
     INTEGERS,
-    dropout_keep,
-    exponents,
     head_matrix,
     head_rows,
-    head_scoring,
     key_blocks,
-    load_lse,
     load_rows,
+    load_seq_key_end,
     load_tile,
+    score_tile_coordinates,
+)
+from .scores import (
+    dropout_keep,
+    exponents,
+    head_scoring,
+    load_lse,
     logits,
-    sequence_key_end,
 )
 
 
@@ -36,25 +39,24 @@ def attention_weights_kernel(
     """
     row_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     col_tiles = tl.cdiv(seqlen_k, BLOCK_N)
-    program = tl.program_id(0)
-    first_key = program % col_tiles * BLOCK_N
-    first_query = program // col_tiles % row_tiles * BLOCK_M
-    batch_head = program // col_tiles // row_tiles
+    row_tile, col_tile, matrix = score_tile_coordinates(row_tiles, col_tiles)
+    first_key = col_tile * BLOCK_N
+    first_query = row_tile * BLOCK_M
     heads = num_heads
-    batch = batch_head
+    batch = matrix
     first_head = 0
     if not MEAN:
         heads = 1
-        batch = batch_head // num_heads
-        first_head = batch_head % num_heads
-    seq_key_end = sequence_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
-    end_query = tl.minimum(first_query + BLOCK_M, seqlen_q)
+        batch = matrix // num_heads
+        first_head = matrix % num_heads
+    seq_key_end = load_seq_key_end(optional.key_lengths, batch, seqlen_k, VARIANT)
+    tile_query_end = tl.minimum(first_query + BLOCK_M, seqlen_q)
     score_strides = (
         stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
         stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k, stride_slopes_b,
     )  # fmt: skip
     positions = (seqlen_q, seqlen_k, shift, left, right)
-    blocks = key_blocks(first_query, end_query, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
+    blocks = key_blocks(first_query, tile_query_end, seq_key_end, shift, left, right, VARIANT, BLOCK_N)
     seen = (first_key >= blocks[0] * BLOCK_N) & (first_key < blocks[3] * BLOCK_N)
     rows = first_query + tl.arange(0, BLOCK_M)
     cols = first_key + tl.arange(0, BLOCK_N)
@@ -94,6 +96,6 @@ def attention_weights_kernel(
 
     if MEAN:
         total = total / num_heads
-    offsets = (batch_head.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
+    offsets = (matrix.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
     inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
     tl.store(weights + offsets, total.to(weights.dtype.element_ty), mask=inside)

@@ -5,6 +5,7 @@
 import triton.language as tl
 
 from .jit import kernel
+from .primitives import program_coordinates
 from .softmax import finite_max
 
 INTEGERS = ("num_classes", "ignore_index", "stride_logits", "stride_dlogits")
@@ -78,9 +79,9 @@ def cross_entropy_bwd_kernel(
     """
     num_classes = num_classes * COLUMN_UNIT
     parts = tl.cdiv(num_classes, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // parts
-    cols = (program % parts).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    part, row, _ = program_coordinates(parts, 1, False)
+    row = row.to(tl.int64)
+    cols = part * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(target + row)
     kept = chosen != ignore_index
     end = tl.where(kept, num_classes, 0)

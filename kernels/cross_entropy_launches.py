@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastattn.integers import cdiv
 from fastattn.kernels import cross_entropy
-from fastattn.kernels.arguments import Launch, cdiv, in_units
+from fastattn.kernels.arguments import Launch, in_units
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import CrossEntropyCall, SoftmaxSpec
 from fastattn.strides import ALIGNMENT

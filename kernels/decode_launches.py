@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastattn.integers import cdiv
 from fastattn.kernels import attention_decode
-from fastattn.kernels.arguments import Launch, cdiv, slope_stride_of, strides_of
+from fastattn.kernels.arguments import Launch, slope_stride_of, strides_of
 from fastattn.kernels.decode_tiles import APPEND_ROWS, COMBINE_SPLITS, Splits, loops
 from fastattn.kernels.tiles import Tile
 from fastattn.kernels.variants import AttentionVariant, folds_scale

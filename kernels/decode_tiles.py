@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from fastattn.integers import cdiv
 from fastattn.kernels.tiles import FAMILIES, Tile, key_of, tiles_without_tma
 from fastattn.spec import AttentionSpec
 
@@ -97,10 +98,10 @@ def splits_for(rows: int, tile: Tile, blocks: int, num_splits: int = 0) -> Split
 def split_count(blocks: int, splits: Splits) -> int:
     """How many splits that many key blocks fall into, as `split_sizes` of attention_decode.py counts them."""
     per_size = splits.per_size
-    size = splits.blocks or max(1, -(-blocks // per_size))
+    size = splits.blocks or max(1, cdiv(blocks, per_size))
     doublings = (blocks // (per_size * size) + 1).bit_length() - 1
     rest = blocks - per_size * size * ((1 << doublings) - 1)
-    return per_size * doublings + -(-rest // (size << doublings))
+    return per_size * doublings + cdiv(rest, size << doublings)
 
 
 def loops(tile: Tile, full: bool) -> bool:
@@ -123,4 +124,4 @@ def programs_for(several: bool, tiles: int, count: int, keys: int, num_sms: int)
     if not several:
         return count
     wanted = WAVES * PROGRAMS_PER_SM * num_sms // max(1, tiles)
-    return max(1, min(count, max(wanted, -(-keys // MOST_PROGRAM_KEYS))))
+    return max(1, min(count, max(wanted, cdiv(keys, MOST_PROGRAM_KEYS))))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.integers import cdiv
 from fastattn.kernels import (
     attention_bwd,
     attention_bwd_splits,
@@ -25,7 +26,6 @@ from fastattn.kernels.arguments import (
     OptionalTensors,
     Strides,
     UpstreamTensors,
-    cdiv,
     descriptor_of,
     has_unit_columns,
     score_strides_of,

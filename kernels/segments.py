@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .jit import kernel
+from .primitives import program_coordinates
 
 NO_ID = tl.constexpr(2**31 - 1)
 
@@ -32,8 +33,7 @@ def segment_blocks_kernel(
     One program owns a tile of BLOCK ids of one sequence and reads the other side CHUNK blocks at a time.
     """
     num_tiles = tl.cdiv(seqlen, BLOCK)
-    tile = tl.program_id(0) % num_tiles
-    batch = tl.program_id(0) // num_tiles
+    tile, batch, _ = program_coordinates(num_tiles, 1, False)
     ids += batch.to(tl.int64) * seqlen
     other_ids += batch.to(tl.int64) * other_seqlen
     lowest, highest, smallest = id_range(ids, tile * BLOCK + tl.arange(0, BLOCK), seqlen, 0)

@@ -74,8 +74,7 @@ def program_tile(
             cu_seqlens = cu_seqlens_k
             num_tokens = seqlen_k
         slots = num_slots(num_tokens, batch_size, BLOCK)
-        slot = tl.program_id(0) % slots
-        head = tl.program_id(0) // slots
+        slot, head, _ = program_coordinates(slots, 1, False)  # one row of slots holds all sequences
         batch = sequence_at(slot, cu_seqlens, batch_size, BLOCK)
         first_query, num_queries = token_range(cu_seqlens_q, batch, batch_size, seqlen_q)
         first_key, num_keys = token_range(cu_seqlens_k, batch, batch_size, seqlen_k)
@@ -110,8 +109,7 @@ def sequence_sums_kernel(
     One program owns one sequence of one head and adds CHUNK slots at a time, so that nothing depends on where in the
     batch a sequence stands.
     """
-    sequence = tl.program_id(0) // num_heads
-    head = tl.program_id(0) % num_heads
+    _, sequence, head = program_coordinates(1, num_heads, False)
     slots = num_slots(num_tokens, batch_size, BLOCK)
     _, length = token_range(cu_seqlens, sequence, batch_size, num_tokens)
     begin = first_slot(tl.load(cu_seqlens + sequence), sequence, BLOCK)

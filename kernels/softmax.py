@@ -20,7 +20,7 @@ INTEGERS = (*SIZES, *STRIDES)
 def row_coordinates(num_outer, num_mid, num_inner, VARIANT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """(outer, mid, inner, inside) of the rows of this program: neighbours in `inner` if they are so in memory."""
     program = tl.program_id(0)
-    if VARIANT.wide_rows:  # else all offsets, and so all row numbers, fit in 32 bits
+    if VARIANT.int64_offsets:  # else all offsets, and so all row numbers, fit in 32 bits
         program = program.to(tl.int64)
     lanes = tl.arange(0, BLOCK_ROWS)
     if VARIANT.unit_columns:
@@ -58,7 +58,7 @@ def row_pointers(tensor, strides, rows, VARIANT: tl.constexpr):
 @triton.jit
 def column_offsets(cols, step, VARIANT: tl.constexpr):
     """Offsets [1, columns] within a row."""
-    if VARIANT.wide_rows:
+    if VARIANT.int64_offsets:
         cols = cols.to(tl.int64)
     return cols[None, :] * step
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.integers import cdiv
 from fastattn.kernels import softmax
-from fastattn.kernels.arguments import Launch, cdiv
+from fastattn.kernels.arguments import Launch
 from fastattn.kernels.jit import Kernel
 from fastattn.kernels.row_tiles import RowTile
 from fastattn.spec import SoftmaxSpec
@@ -33,7 +34,7 @@ class RowVariant(NamedTuple):
         0  # 1: columns are keys, column <= inner + shift; 2: columns are queries, inner <= column + shift
     )
     log: bool = False
-    wide_rows: bool = False  # offsets within a row need 64 bits
+    int64_offsets: bool = False  # offsets within a row need 64 bits
 
 
 class Rows(NamedTuple):
@@ -149,11 +150,11 @@ def _variant(
         mask=mask,
         causal=causal,
         log=spec.log,
-        wide_rows=_wide(spec, rows),
+        int64_offsets=_wide(spec, rows),
     )
 
 
 def _wide(spec: SoftmaxSpec, rows: Rows) -> bool:
     """Whether some element of some tensor, or some row, has a number that 32 bits do not hold."""
     last = (sum((size - 1) * stride for size, stride in zip(rows.sizes, strides)) for strides in rows.strides)
-    return spec.wide_rows or max(last) >= 2**31
+    return spec.int64_offsets or max(last) >= 2**31

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec
 
 SPLIT_ROWS = 32  # keys that a program of sum_splits_kernel adds up
@@ -38,8 +39,8 @@ def split_of(spec: AttentionSpec, packed: bool) -> Split:
 
 def split_count(split: Split, group_size: int, seqlen_q: int) -> int:
     """How many splits there are; with 1 the result of the kernel is that of the whole."""
-    heads = -(-group_size // split.heads) if split.heads else 1
-    return heads * max(1, -(-seqlen_q // split.queries)) if split.queries else heads
+    heads = cdiv(group_size, split.heads) if split.heads else 1
+    return heads * max(1, cdiv(seqlen_q, split.queries)) if split.queries else heads
 
 
 def splits_at_once(count: int, bytes_of_one: int) -> int:

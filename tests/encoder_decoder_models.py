@@ -15,6 +15,8 @@ PAIRS: dict[str, tuple[str, str, int]] = {  # encoder, decoder, width of the enc
     "bert to bert": ("Bert", "Bert", 32),
     "roberta to bert": ("Roberta", "Bert", 24),
     "bert to gpt2": ("Bert", "GPT2", 32),
+    "roberta to roberta": ("Roberta", "Roberta", 32),
+    "bert to roberta": ("Bert", "Roberta", 24),
 }
 _DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _BERT_SIZES = {
@@ -25,6 +27,7 @@ _BERT_SIZES = {
 }
 _DECODERS: dict[str, dict[str, Any]] = {
     "Bert": {"hidden_size": 32, **_BERT_SIZES, **_DROPLESS},
+    "Roberta": {"hidden_size": 32, **_BERT_SIZES, **_DROPLESS, "bos_token_id": 0, "pad_token_id": 1},
     "GPT2": {
         "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
@@ -45,12 +48,14 @@ def make_theirs(name: str, **decoder: Any) -> Any:
         **_DROPLESS,
     )
     decoder_config = getattr(transformers, f"{writer}Config")(
-        vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=START, eos_token_id=END, is_decoder=True,
-        add_cross_attention=True, **{**_DECODERS[writer], **decoder},
+        **{
+            "vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END, "is_decoder": True,
+            "add_cross_attention": True, **_DECODERS[writer], **decoder,
+        }
     )  # fmt: skip
     config = transformers.EncoderDecoderConfig(
-        encoder=encoder_config.to_dict(), decoder=decoder_config.to_dict(), decoder_start_token_id=START,
-        pad_token_id=PAD, eos_token_id=END,
+        encoder=encoder_config.to_dict(), decoder=decoder_config.to_dict(), eos_token_id=END,
+        decoder_start_token_id=decoder_config.bos_token_id, pad_token_id=decoder_config.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(sorted(PAIRS).index(name))
     model = transformers.EncoderDecoderModel(config=config)

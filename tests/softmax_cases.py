@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends import layout, triton
 from fastattn.reference import softmax
 from fastattn.spec import SoftmaxCall
 from numerics import assert_within_rule, plain_in_any_order
@@ -32,6 +33,12 @@ def call_of(x: Tensor, dim: int, **options: Any) -> SoftmaxCall:
     mask = None if mask is None else mask[(None,) * (x.dim() - mask.dim())]
     scale, causal, log = options.get("scale", 1.0), options.get("causal", False), options.get("log", False)
     return SoftmaxCall(x, mask, dim % x.dim(), scale, causal, log, x.dtype)
+
+
+def call_for_kernels(x: Tensor, dim: int, **options: Any) -> SoftmaxCall:
+    """The same as the op gives it to a backend with kernels."""
+    call = call_of(x, dim, **options)
+    return layout.with_diagonal_as_mask(call) if layout.masks_diagonal(triton, call) else call
 
 
 def inputs(name: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, int, dict[str, Any]]:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from fastattn import bench, cli, demo, text_generation
 from fastattn.extension import build
-from fastattn.tasks import classify, predict
+from fastattn.models import BertForSequenceClassification
+from fastattn.tasks import classify, evaluate, predict
 from fastattn.tune import command as tuning
 
 NUMBERS = ("x", "", "-1", "1.5", "nan", "inf", "1" + "0" * 20, "1" + "0" * 5000, "True", "None")
@@ -39,6 +40,30 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("predict", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("predict", "--batch-size"): (*NUMBERS, "0"),
     ("predict", "--top-k"): (*NUMBERS, "0"),
+    ("evaluate", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
+    ("evaluate", "--task"): ("", "x", "classify,tag", LONG),
+    ("evaluate", "--baseline"): ("", "x", "lead", "tfidf", LONG),  # the last two without --train
+    ("evaluate", "--train"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
+    ("evaluate", "--column"): ("", "x", "=x", "label=", LONG),
+    ("evaluate", "--option"): (
+        "",
+        "x",
+        "x=1",
+        "max_length=-1",
+        "max_length=",
+        "max_length=nan",
+        "kind=x",
+        LONG,
+    ),
+    ("evaluate", "--batch-size"): (*NUMBERS, "0"),
+    ("evaluate", "--plots"): ("/dev/null", "/dev/null/x", LONG),
+    ("train", "--train"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
+    ("train", "--dev"): ("", LONG, "/nowhere.jsonl", "/dev/null", "/proc/self/mem", "hf:", "a\0.jsonl"),
+    ("train", "--model"): ("", LONG, "/nowhere/at/all", "/dev/null", "a\0b"),
+    ("train", "--out"): ("", LONG, "/dev/null", "/dev/null/x", "a\0b"),
+    ("train", "--teacher"): ("", LONG, "/nowhere/at/all", "/dev/null"),
+    ("train", "--resume"): ("", LONG, "/nowhere/at/all", "/dev/null"),
+    ("train", "--config"): ("", LONG, "/nowhere/at/all", "/dev", "/proc/self/mem"),
     ("bench tune", "--dtype"): ("", "x", "float64", "int8", LONG),
     ("bench tune", "--head-dim"): (
         "",
@@ -71,6 +96,8 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "bench tune": ("--dry-run",),  # what makes the command list, not measure
     "generate": ("folder", "--prompt=text"),
     "predict": ("folder",),
+    "evaluate": ("folder", "--data=data.jsonl"),
+    "train": ("classify", "--train=data.jsonl", "--model=minilm-l6", "--out=out"),
 }
 
 
@@ -101,6 +128,8 @@ def test_every_option_has_its_hostile_values() -> None:
         "build",
         "generate",
         "predict",
+        "evaluate",
+        "train",
         "bench tune",
         "bench model",
         *(f"bench {n}" for n in [*bench.NAMES, "all"]),
@@ -123,6 +152,9 @@ def test_a_value_that_means_nothing_is_named(
     monkeypatch.setattr(text_generation, "load_folder", work)
     monkeypatch.setattr(predict, "task_of", lambda folder: classify)
     monkeypatch.setattr(predict, "load_folder", work)
+    monkeypatch.setattr(evaluate, "check_folder", lambda folder: None)
+    monkeypatch.setattr(evaluate.families, "class_for", lambda folder: BertForSequenceClassification)
+    monkeypatch.setattr(evaluate, "load_folder", work)
     for value in HOSTILE[name, option]:
         words = [*name.split(), *ALWAYS.get(name, ()), f"{option}={value}"]
         result = CliRunner().invoke(cli.app, words)

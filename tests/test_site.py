@@ -52,7 +52,7 @@ INTERNAL = (
     "fastattn.nn.linear.linear",
     "fastattn.nn.linear.plainly_on_cpu",
     "fastattn.nn.linear.remade",
-    "fastattn.nn.linear.watched_by_autograd_alone",
+    "fastattn.nn.linear.recorded_by_autograd_alone",
     "fastattn.nn.linear.without_transforms",
     "fastattn.nn.norms.normalised",
     "fastattn.nn.norms.rms_norm",

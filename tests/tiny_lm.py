@@ -28,6 +28,33 @@ class TinyLM(nn.Module):
         return SimpleNamespace(loss=loss, logits=logits)
 
 
+class TinyBlocks(TinyLM):
+    """The same with blocks in a list, whose matrices Muon takes, and with its head tied to the embedding."""
+
+    def __init__(self, width: int = 12, dropout: float = 0.1) -> None:
+        super().__init__(width, dropout)
+        self.head.weight = self.embed.weight
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, input_ids, labels):
+        h = self.embed(input_ids)
+        for block in self.blocks:
+            h = h + block(h)
+        logits = self.head(self.norm(h))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def make_blocks(seed: int = 0, **options) -> TinyBlocks:
+    torch.manual_seed(seed)
+    return TinyBlocks(**options)
+
+
 def make_model(seed: int = 0, **options) -> TinyLM:
     torch.manual_seed(seed)
     return TinyLM(**options)

@@ -95,10 +95,10 @@ def run_all(
         if left < 5:
             yield finding(CHECK, "not run", f"{step.title}: no time left", step=name)
             continue
-        yield from _watched(name, command, min(START_SECONDS + step.limit, left))
+        yield from _findings_of(name, command, min(START_SECONDS + step.limit, left))
 
 
-def _watched(name: str, command: Sequence[str], limit: float) -> Iterator[Finding]:
+def _findings_of(name: str, command: Sequence[str], limit: float) -> Iterator[Finding]:
     step, last, found = STEPS[name], "", 0
     events: processes.Events = SimpleQueue()
     tool = name.startswith("8")

@@ -44,7 +44,7 @@ def run_section(section: Section, run: Run) -> Report:
     running = {**entry, "status": "running"}
     run.report["sections"].append(running)
     last, ended = "", None
-    # what is within has watched its own processes; here the section's limit counts, as under compute-sanitizer
+    # the section limits its own processes; here only its own limit counts, as under compute-sanitizer
     process = processes.Process(command, section_environment(section, run), ROOT, limit, heed=False)
     try:
         for _, event in processes.follow(process):

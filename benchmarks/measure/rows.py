@@ -79,13 +79,14 @@ def table() -> Iterator[str]:
 @torch.no_grad()
 def fastest(dtype: torch.dtype) -> Choice:
     """Up to how many rows which of `fastattn.nn.rows.PRODUCTS` is the fastest over all sizes."""
+    from fastattn import torch_compat
     from fastattn.nn.rows import PRODUCTS
 
     totals = {name: [0.0] * len(COUNTS) for name in PRODUCTS}
     for out, width in SIZES:
         weight = (torch.randn(out, width) * width**-0.5).to(dtype)
         for name, make in PRODUCTS.items():
-            if name == "packed" and dtype != torch.bfloat16:
+            if name == "packed" and not torch_compat.has_packed_linear(dtype):
                 continue
             found = times(make(weight, None), width, dtype)
             totals[name] = [total + one for total, one in zip(totals[name], found)]

@@ -47,6 +47,12 @@ using half_t = __half;
 using bfloat16_t = __nv_bfloat16;
 #endif
 
+// a / b rounded up, a >= 0 and b > 0.
+template <class A, class B>
+FASTATTN_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
 
 // This thread's index in its block, 0 .. block_threads() - 1.

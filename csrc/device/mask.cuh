@@ -15,15 +15,16 @@ struct Visibility {
   int left;  // kUnbounded at most, like right
   int right;
 
-  // Query i sees the keys first_key(i) .. end_key(i) - 1, none where the end comes first.
-  FASTATTN_DEVICE int first_key(int query) const { return query + shift - left > 0 ? query + shift - left : 0; }
-  FASTATTN_DEVICE int end_key(int query) const {
+  // Query i sees the keys first_visible_key(i) .. visible_key_end(i) - 1, none where the end comes first.
+  FASTATTN_DEVICE int first_visible_key(int query) const { return query + shift - left > 0 ? query + shift - left : 0; }
+  FASTATTN_DEVICE int visible_key_end(int query) const {
     return query + shift + right + 1 < num_keys ? query + shift + right + 1 : num_keys;
   }
 
-  // Key j, j < num_keys, is seen by the queries first_query(j) .. end_query(j) - 1, none where the end comes first.
-  FASTATTN_DEVICE int first_query(int key) const { return key - shift - right > 0 ? key - shift - right : 0; }
-  FASTATTN_DEVICE int end_query(int key) const {
+  // Key j, j < num_keys, is seen by the queries first_visible_query(j) .. visible_query_end(j) - 1, none where the end
+  // comes first.
+  FASTATTN_DEVICE int first_visible_query(int key) const { return key - shift - right > 0 ? key - shift - right : 0; }
+  FASTATTN_DEVICE int visible_query_end(int key) const {
     return key - shift + left + 1 < num_queries ? key - shift + left + 1 : num_queries;
   }
 };
@@ -44,8 +45,8 @@ template <int kBlock>
 FASTATTN_DEVICE BlockRange block_range(int first, int last_end, int whole_first, int whole_last_end) {
   if (last_end <= first) return {0, 0, 0, 0};
   const int begin = first / kBlock;
-  const int end = (last_end + kBlock - 1) / kBlock;
-  int whole_begin = (whole_first + kBlock - 1) / kBlock;
+  const int end = ceil_div(last_end, kBlock);
+  int whole_begin = ceil_div(whole_first, kBlock);
   whole_begin = whole_begin < begin ? begin : whole_begin > end ? end : whole_begin;
   int whole_end = whole_last_end > 0 ? whole_last_end / kBlock : 0;
   whole_end = whole_end < whole_begin ? whole_begin : whole_end > end ? end : whole_end;
@@ -56,10 +57,10 @@ FASTATTN_DEVICE BlockRange block_range(int first, int last_end, int whole_first,
 // query are ignored: their results are not stored.
 template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange key_blocks(const Visibility& seen, int first_query) {
-  const int end_query = first_query + kBlockM < seen.num_queries ? first_query + kBlockM : seen.num_queries;
-  if (end_query <= first_query) return {0, 0, 0, 0};
-  return block_range<kBlockN>(seen.first_key(first_query), seen.end_key(end_query - 1), seen.first_key(end_query - 1),
-                              seen.end_key(first_query));
+  const int tile_query_end = first_query + kBlockM < seen.num_queries ? first_query + kBlockM : seen.num_queries;
+  if (tile_query_end <= first_query) return {0, 0, 0, 0};
+  return block_range<kBlockN>(seen.first_visible_key(first_query), seen.visible_key_end(tile_query_end - 1),
+                              seen.first_visible_key(tile_query_end - 1), seen.visible_key_end(first_query));
 }
 
 // The blocks of kBlockM queries that see any of the at most kBlockN keys from first_key on. No block is whole for a
@@ -68,9 +69,9 @@ template <int kBlockM, int kBlockN>
 FASTATTN_DEVICE BlockRange query_blocks(const Visibility& seen, int first_key) {
   const int tile_key_end = first_key + kBlockN < seen.num_keys ? first_key + kBlockN : seen.num_keys;
   if (tile_key_end <= first_key) return {0, 0, 0, 0};
-  const int whole_end = first_key + kBlockN <= seen.num_keys ? seen.end_query(first_key) : 0;
-  return block_range<kBlockM>(seen.first_query(first_key), seen.end_query(tile_key_end - 1),
-                              seen.first_query(tile_key_end - 1), whole_end);
+  const int whole_end = first_key + kBlockN <= seen.num_keys ? seen.visible_query_end(first_key) : 0;
+  return block_range<kBlockM>(seen.first_visible_query(first_key), seen.visible_query_end(tile_key_end - 1),
+                              seen.first_visible_query(tile_key_end - 1), whole_end);
 }
 
 // Sets to -inf the scores outside columns first[h] .. end[h] - 1, h = 0 and 1 for a thread's two rows. Columns count
@@ -101,15 +102,15 @@ FASTATTN_DEVICE void mask_scores(float (&scores)[N], const Visibility& seen, int
   const int row = query + fragment_row(thread);
   if constexpr (kMask == Mask::kEnd) {
     const int column = key + fragment_column(thread);
-    const int end[2] = {seen.end_key(row) - column, seen.end_key(row + 8) - column};
+    const int end[2] = {seen.visible_key_end(row) - column, seen.visible_key_end(row + 8) - column};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (fragment_offset(i) >= end[fragment_half(i)]) scores[i] = negative_infinity();
     }
     return;
   }
-  const int first[2] = {seen.first_key(row) - key, seen.first_key(row + 8) - key};
-  const int end[2] = {seen.end_key(row) - key, seen.end_key(row + 8) - key};
+  const int first[2] = {seen.first_visible_key(row) - key, seen.first_visible_key(row + 8) - key};
+  const int end[2] = {seen.visible_key_end(row) - key, seen.visible_key_end(row + 8) - key};
   mask_columns(scores, thread, first, end);
 }
 
@@ -119,9 +120,9 @@ template <int N>
 FASTATTN_DEVICE void mask_transposed_scores(float (&scores)[N], const Visibility& seen, int thread, int key,
                                             int query) {
   const int row = key + fragment_row(thread);
-  const int first[2] = {seen.first_query(row) - query, seen.first_query(row + 8) - query};
-  const int end[2] = {row < seen.num_keys ? seen.end_query(row) - query : 0,
-                      row + 8 < seen.num_keys ? seen.end_query(row + 8) - query : 0};
+  const int first[2] = {seen.first_visible_query(row) - query, seen.first_visible_query(row + 8) - query};
+  const int end[2] = {row < seen.num_keys ? seen.visible_query_end(row) - query : 0,
+                      row + 8 < seen.num_keys ? seen.visible_query_end(row + 8) - query : 0};
   mask_columns(scores, thread, first, end);
 }
 

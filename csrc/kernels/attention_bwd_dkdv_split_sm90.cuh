@@ -5,7 +5,7 @@
 // computes dp meanwhile. The scores are thus computed once, where one pass per gradient would compute them twice.
 #pragma once
 
-#include "attention_bwd_dkdv_sm90.cuh"
+#include "attention_bwd_dkdv_common.cuh"
 
 namespace fastattn {
 

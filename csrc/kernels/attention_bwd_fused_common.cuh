@@ -2,7 +2,7 @@
 // memory.
 #pragma once
 
-#include "attention_bwd_dkdv_sm90.cuh"
+#include "attention_bwd_dkdv_common.cuh"
 
 namespace fastattn {
 

@@ -42,7 +42,7 @@ TileSchedule key_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_k != nullptr;
   const int64_t batch_heads = packed ? p.num_kv_heads : int64_t{p.batch} * p.num_kv_heads;
   const int64_t blocks =
-      packed ? packed_blocks<Shape::kBlockN>(p.total_k, p.batch) : (p.total_k + Shape::kBlockN - 1) / Shape::kBlockN;
+      packed ? packed_blocks<Shape::kBlockN>(p.total_k, p.batch) : ceil_div(p.total_k, Shape::kBlockN);
   const int64_t head_bytes = p.total_q * (4 * p.head_dim + (Shape::kSumsOverKeys ? 4 * Shape::kHeadDim : 0));
   return schedule_tiles(batch_heads, blocks, 1, head_bytes * (p.num_heads / p.num_kv_heads));
 }
@@ -54,7 +54,7 @@ template <class Shape>
 OnePassSchedule one_pass_schedule(const AttentionParams& p) {
   constexpr int kOneLateIn = Shape::kHeadDim == 64 ? 4 : 2;
   const TileSchedule all = key_schedule<Shape>(p);
-  const int late_heads = p.window_right < kUnbounded ? (p.num_kv_heads + kOneLateIn - 1) / kOneLateIn : 0;
+  const int late_heads = p.window_right < kUnbounded ? ceil_div(p.num_kv_heads, kOneLateIn) : 0;
   const int early_heads = p.num_kv_heads - late_heads;
   if (all.num_tiles < 0) return {-1, early_heads, all, all};
   const auto part = [&](int heads) {
@@ -72,7 +72,7 @@ TileSchedule query_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t batch_heads = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
   const int64_t blocks =
-      packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
+      packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : ceil_div(p.total_q, Shape::kBlockM);
   const int group_size = p.num_heads / p.num_kv_heads;
   return with_even_sections(schedule_tiles(batch_heads, blocks, group_size, 4 * p.total_k * p.head_dim), group_size);
 }

@@ -112,7 +112,7 @@ FASTATTN_DEVICE QueryTile forward_tile_at(const AttentionParams& params, const T
     return query_tile<Shape::kBlockM>(params, place.query_block, place.batch_head);
   } else {
     const Tile place = tile_at(schedule, number, TileOrder::kEven);
-    const int head_blocks = (params.seqlen_q + Shape::kBlockM - 1) / Shape::kBlockM;
+    const int head_blocks = ceil_div(params.seqlen_q, Shape::kBlockM);
     const int group_size = params.num_heads / params.num_kv_heads;
     const int block = place.query_block * Shape::kCluster + rank;
     const int head = block / head_blocks < group_size ? block / head_blocks : group_size - 1;

@@ -36,8 +36,8 @@ CUresult encode_forward_maps(TensorMapEncoder encode, const AttentionParams& p, 
 inline TileSchedule with_edges(TileSchedule schedule, const AttentionParams& p, int rows) {
   if (p.cu_seqlens_q != nullptr || p.key_lengths != nullptr || p.total_q != p.total_k) return schedule;
   if (p.window_left == kUnbounded || p.window_right == kUnbounded) return schedule;
-  const int first_edge = static_cast<int>(rounds(p.window_left, rows));
-  const int last_edge = static_cast<int>(rounds(p.window_right, rows));
+  const int first_edge = static_cast<int>(ceil_div(int64_t{p.window_left}, rows));
+  const int last_edge = static_cast<int>(ceil_div(int64_t{p.window_right}, rows));
   if (first_edge + last_edge >= schedule.query_blocks) return schedule;
   schedule.first_edge = first_edge;
   schedule.last_edge = last_edge;
@@ -49,11 +49,11 @@ TileSchedule forward_schedule(const AttentionParams& p) {
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t batch_heads = packed ? p.num_heads : int64_t{p.batch} * p.num_heads;
   const int64_t query_blocks =
-      packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : (p.total_q + Shape::kBlockM - 1) / Shape::kBlockM;
+      packed ? packed_blocks<Shape::kBlockM>(p.total_q, p.batch) : ceil_div(p.total_q, Shape::kBlockM);
   const int group_size = p.num_heads / p.num_kv_heads;
   const int64_t kv_bytes = 4 * p.total_k * p.head_dim;
   if (Shape::kCluster > 1) {  // numbers of the tiles of a key head: see forward_tile_at
-    const int64_t numbers = rounds(group_size * query_blocks, Shape::kCluster);
+    const int64_t numbers = ceil_div(group_size * query_blocks, Shape::kCluster);
     return with_even_sections(schedule_tiles(batch_heads / group_size, numbers, 1, kv_bytes), 1);
   }
   const TileSchedule schedule =
@@ -78,7 +78,7 @@ bool runs_in_clusters(const AttentionParams& p, int multiprocessors, int cluster
   if (forward_cluster(kHeadDim) == 1 || !p.clusters) return false;
   if (p.cu_seqlens_q != nullptr || p.key_lengths != nullptr || is_windowed(p) || p.softcap != 0.0f) return false;
   using Shape = ClusterShapeFor<Element, kHeadDim>;
-  const int64_t head_tiles = rounds(p.total_q, Shape::kBlockM) * (p.num_heads / p.num_kv_heads);
+  const int64_t head_tiles = ceil_div(p.total_q, Shape::kBlockM) * (p.num_heads / p.num_kv_heads);
   return clusters_cost_no_round(int64_t{p.batch} * p.num_kv_heads, head_tiles, Shape::kCluster, multiprocessors,
                                 clusters);
 }
@@ -97,8 +97,8 @@ auto with_forward_shape(const AttentionParams& params, bool in_clusters, Functio
 // Blocks of the persistent grid.
 template <class Shape>
 int64_t forward_blocks(const TileSchedule& schedule, int multiprocessors, int clusters) {
-  const int takers = Shape::kCluster > 1 ? clusters : multiprocessors;
-  return int64_t{Shape::kCluster} * (schedule.num_tiles < takers ? schedule.num_tiles : takers);
+  const int workers = Shape::kCluster > 1 ? clusters : multiprocessors;
+  return int64_t{Shape::kCluster} * (schedule.num_tiles < workers ? schedule.num_tiles : workers);
 }
 
 #if !defined(FASTATTN_EMULATION)

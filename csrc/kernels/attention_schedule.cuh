@@ -48,9 +48,9 @@ inline TileSchedule schedule_tiles(int64_t batch_heads, int64_t query_blocks, in
 inline TileSchedule with_even_sections(TileSchedule schedule, int group_size) {
   const int most = schedule.batch_heads_per_section;
   if (most == 0) return schedule;
-  const int sections = schedule.batch_heads <= most ? 1 : (schedule.batch_heads - most / 4 + most - 1) / most;
-  const int batch_heads = (schedule.batch_heads + sections - 1) / sections;
-  schedule.batch_heads_per_section = (batch_heads + group_size - 1) / group_size * group_size;
+  const int sections = schedule.batch_heads <= most ? 1 : ceil_div(schedule.batch_heads - most / 4, most);
+  const int batch_heads = ceil_div(schedule.batch_heads, sections);
+  schedule.batch_heads_per_section = ceil_div(batch_heads, group_size) * group_size;
   return schedule;
 }
 
@@ -66,17 +66,14 @@ struct OnePassSchedule {
   TileSchedule late;  // numbered from its end: a section of fewer heads than the others is its first
 };
 
-// Rounds of equal tiles on so many multiprocessors, or clusters of them.
-inline int64_t rounds(int64_t tiles, int64_t takers) { return (tiles + takers - 1) / takers; }
-
 // Whether tiles taken in clusters of `cluster_blocks` need no more rounds than one by one. Each batch head has
 // `tiles_of_each` tiles, rounded up to whole clusters; `clusters` are resident at a time, which may leave
 // multiprocessors idle.
 inline bool clusters_cost_no_round(int64_t batch_heads, int64_t tiles_of_each, int cluster_blocks, int multiprocessors,
                                    int clusters) {
   if (clusters < 1 || tiles_of_each < cluster_blocks) return false;
-  const int64_t cluster_tiles = batch_heads * rounds(tiles_of_each, cluster_blocks);
-  return rounds(cluster_tiles, clusters) <= rounds(batch_heads * tiles_of_each, multiprocessors);
+  const int64_t cluster_tiles = batch_heads * ceil_div(tiles_of_each, cluster_blocks);
+  return ceil_div(cluster_tiles, clusters) <= ceil_div(batch_heads * tiles_of_each, multiprocessors);
 }
 
 #if defined(FASTATTN_EMULATION) || defined(__CUDACC__)
@@ -112,13 +109,14 @@ FASTATTN_DEVICE Tile tile_with_edges_last(const TileSchedule& schedule, int numb
     const Tile tile = tile_at(between, number, TileOrder::kEven);
     return {first_edge + tile.query_block, tile.batch_head};
   }
-  const int turn = within / schedule.batch_heads;  // pairs of one block of each edge, as long as both have blocks
+  // Among the blocks of both edges, which alternate as long as both have some.
+  const int place = within / schedule.batch_heads;
   const int both = 2 * (first_edge < last_edge ? first_edge : last_edge);
-  const int inward = turn < both ? turn / 2 : turn - both / 2;
+  const int inward = place < both ? place / 2 : place - both / 2;
   const int first = first_edge - 1 - inward;
   const int last = schedule.query_blocks - last_edge + inward;
   const bool takes_first =
-      turn < both ? (length_of(first) > length_of(last)) == (turn % 2 == 0) : first_edge > last_edge;
+      place < both ? (length_of(first) > length_of(last)) == (place % 2 == 0) : first_edge > last_edge;
   return {takes_first ? first : last, within % schedule.batch_heads};
 }
 

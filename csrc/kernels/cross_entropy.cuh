@@ -27,7 +27,7 @@ constexpr int kLossPart = kLossThreads * kLossVectors * kVector<T>;
 // The number of parts a row is divided into; its first vector may begin before the row.
 template <class T>
 int64_t loss_parts(int64_t classes) {
-  return (classes + kVector<T> - 1 + kLossPart<T> - 1) / kLossPart<T>;
+  return ceil_div(classes + kVector<T> - 1, kLossPart<T>);
 }
 
 FASTATTN_DEVICE bool is_class(int64_t target, int64_t classes) { return target >= 0 && target < classes; }

@@ -226,7 +226,7 @@ FASTATTN_DEVICE bool aligned_before(const T* pointer, int elements) {
 // Vectors that cover a row, the first beginning `shift` elements before it.
 template <class Index>
 FASTATTN_DEVICE Index vectors_of(Index columns, int shift, int width) {
-  return (columns + shift + width - 1) / width;
+  return ceil_div(columns + shift, width);
 }
 
 // V elements of a row, packed into registers.

@@ -10,7 +10,7 @@ template <class Params>
 cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, const RowPlan& plan, int64_t rows,
                         cudaStream_t stream) {
   const int rows_here = rows_per_block(plan);
-  const LaunchShape shape = {(rows + rows_here - 1) / rows_here * plan.blocks(), plan.block_threads() * rows_here,
+  const LaunchShape shape = {ceil_div(rows, rows_here) * plan.blocks(), plan.block_threads() * rows_here,
                              kRowSharedBytes, plan.blocks()};
   return launch_kernel(shape, stream, kernel, params, plan);
 }

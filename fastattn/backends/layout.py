@@ -29,6 +29,7 @@ from fastattn.spec import (
     VarlenCall,
 )
 from fastattn.strides import ALIGNED, DESCRIBABLE, dense, is_expanded, row_class, with_adjacent_columns
+from fastattn.visibility import lower_triangle
 
 STRIDED, ROWS, UNEXPANDED = range(3)
 
@@ -114,6 +115,18 @@ def upstream(
         return spec.with_rows(_as_heads(out), _as_heads(dout)), out, lse, dout, dlse
     out, dout = (dense(t) if t.numel() and row_class(_as_heads(t)) < DESCRIBABLE else t for t in (out, dout))
     return spec, out, lse, dout, dlse
+
+
+def masks_diagonal(backend: ModuleType, call: SoftmaxCall) -> bool:
+    """Whether a softmax is causal along neither of the last two dimensions, which kernels have no variant for."""
+    return call.causal and call.dim < call.x.dim() - 2 and backend.LAYOUT != STRIDED
+
+
+def with_diagonal_as_mask(call: SoftmaxCall) -> SoftmaxCall:
+    """Such a call with the diagonal in its mask: all entries of a row are on the same side of it."""
+    rows, columns = call.x.shape[-2:]
+    below = lower_triangle(rows, columns, call.x.device)[(None,) * (call.x.dim() - 2)]
+    return replace(call, mask=below if call.mask is None else call.mask & below, causal=False)
 
 
 def contiguous(backend: ModuleType, tensor: Tensor) -> Tensor:

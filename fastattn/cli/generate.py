@@ -1,4 +1,4 @@
-"""`fastattn generate`: text continued by a model of a folder."""
+"""`fastattn generate`: text continued, or written for a source, by the model of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ MAX_SEED = 2**63 - 1
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder with its tokenizer.")],
     prompt: Annotated[
-        str | None, typer.Option(help="Text to continue; by default what stands on standard input.")
+        str | None,
+        typer.Option(help="Text to continue, or a source; by default what stands on standard input."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help='JSONL file with a text under "prompt" in each line, instead.')
@@ -56,6 +57,8 @@ def generate(
     as_json: JsonFlag = False,
 ) -> None:
     """Continue text with the model of a folder, its text printed as it is made.
+
+    An encoder-decoder reads the text as a source, and what is printed is its target.
 
     What is not given is taken from the folder's generation_config.json, but for --max-new-tokens.
     Exits with 2 on bad input.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastattn.cache import write_atomically
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import read_settings, token_text
 
@@ -71,6 +73,26 @@ class InputTokenizer:
         inputs = settings.get("model_input_names")
         typed = not isinstance(inputs, list) or "token_type_ids" in inputs
         return cls(core, mask_token=mask, max_length=limit, typed=typed)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer also loads."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {
+            f"{name}_token": token
+            for name in ("unk", "cls", "sep", "pad", "mask")
+            if self.core.token_to_id(token := f"[{name.upper()}]") is not None
+        }
+        settings: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **named,
+            **({} if self.mask_token is None else {"mask_token": self.mask_token}),
+            **({} if self.max_length is None else {"model_max_length": self.max_length}),
+            "model_input_names": ["input_ids", *(["token_type_ids"] if self.typed else []), "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        }
+        write_atomically(folder / "tokenizer.json", self.core.to_str(pretty=True) + "\n")
+        write_atomically(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
     @property
     def special_counts(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from fastattn.constants import IGNORE_INDEX, MAX_INT32
 from fastattn.data.checks import check_flag, check_integer, check_text, check_texts
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
+from fastattn.integers import cdiv
 
 PADDING_SEGMENT = -1  # attends nothing
 ENCODE_CHARACTERS = 1 << 20  # text tokenised at once
@@ -214,7 +215,7 @@ class PackedDataset:
         check_flag("segments", segments)
         check_flag("drop_last", drop_last)
         targets, stride = len(stream) - 1, block_size - 1
-        self.num_blocks = targets // stride if drop_last else -(-targets // stride)
+        self.num_blocks = targets // stride if drop_last else cdiv(targets, stride)
         if self.num_blocks < 1:
             raise ValueError(f"stream: {len(stream)} tokens make no block of {block_size}")
         self.stream = stream

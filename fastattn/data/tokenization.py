@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from fastattn.cache import write_atomically
 from fastattn.constants import MAX_INT32
@@ -17,6 +18,9 @@ from fastattn.data.corpora import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
+UNKNOWN = "<|unknown|>"
+CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ID = 2**32 - 1
 BYTES = 256  # the alphabet of a byte-level tokeniser: every text can be encoded, so there is no unknown token
 
@@ -28,9 +32,19 @@ class Tokenizer:
         core: the `tokenizers.Tokenizer` that does the work.
         eos_token: ends every document; must be in the vocabulary.
         pad_token: fills short rows; None uses the end-of-text token.
+        settings: further entries of tokenizer_config.json, kept when it is saved.
+        chat_template: in Jinja, how conversations are written; None where there is none.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, *, eos_token: str, pad_token: str | None = None) -> None:
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        eos_token: str,
+        pad_token: str | None = None,
+        settings: Mapping[str, object] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         if not isinstance(core, tokenizers.Tokenizer):
             raise TypeError(f"core: got a {type(core).__name__}, need a tokenizers.Tokenizer")
         check_text("eos_token", eos_token)
@@ -41,6 +55,12 @@ class Tokenizer:
         self.pad_token = eos_token if pad_token is None else pad_token
         self.eos_id = self._id_of("eos_token", eos_token)
         self.pad_id = self._id_of("pad_token", self.pad_token)
+        if settings is not None and not isinstance(settings, Mapping):
+            raise TypeError(f"settings: got a {type(settings).__name__}, need a mapping")
+        if chat_template is not None:
+            check_text("chat_template", chat_template)
+        self.settings = dict(settings or {})
+        self.chat_template = chat_template
 
     def _id_of(self, argument: str, token: str) -> int:
         found = self.core.token_to_id(token)
@@ -74,17 +94,28 @@ class Tokenizer:
         numbers = [check_integer("ids", getattr(i, "item", lambda i=i: i)(), 0, MAX_ID) for i in ids]
         return self.core.decode(numbers, skip_special_tokens=skip_special_tokens)
 
+    def special_texts(self) -> dict[str, str]:
+        """The special tokens that the settings name, as "bos_token", each as text."""
+        named = {name: token_text(self.settings.get(name)) for name in SPECIAL_NAMES}
+        return {name: text for name, text in named.items() if text is not None}
+
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer also loads."""
+        """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer also loads.
+
+        A chat template goes to chat_template.jinja.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         settings: dict[str, object] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.eos_token,
+            "clean_up_tokenization_spaces": False,
+            **{name: value for name, value in self.settings.items() if name != "chat_template"},
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
-            "clean_up_tokenization_spaces": False,
         }
+        if self.chat_template is not None:
+            write_atomically(folder / CHAT_TEMPLATE, self.chat_template)
         if max_length is not None:
             settings["model_max_length"] = max_length
         write_atomically(folder / "tokenizer.json", self.core.to_str(pretty=True) + "\n")
@@ -108,7 +139,13 @@ class Tokenizer:
                 f"{folder}: tokenizer_config.json names no eos_token and {END_OF_TEXT} is not a token"
             )
         try:
-            return cls(core, eos_token=eos, pad_token=token_text(settings.get("pad_token")))
+            return cls(
+                core,
+                eos_token=eos,
+                pad_token=token_text(settings.get("pad_token")),
+                settings=settings,
+                chat_template=_chat_template(folder, settings),
+            )
         except ValueError as error:
             raise DataError(f"{folder}: {error}") from None
 
@@ -164,6 +201,40 @@ def train_bpe(
     return Tokenizer(core, eos_token=END_OF_TEXT, pad_token=PADDING)
 
 
+def train_characters(
+    documents: Iterable[str], vocab_size: int = 8192, *, min_frequency: int = 1
+) -> Tokenizer:
+    """A token for each character, white space too: of Chinese, or of a text in few letters.
+
+    Characters beyond the `vocab_size` most frequent ones, or seen less than `min_frequency` times, are `<|unknown|>`,
+    which decodes to nothing: texts with those do not come back whole. Special tokens are the end of text (id 0),
+    padding (1) and the unknown character (2).
+
+    Raises:
+        TypeError: documents is one text, or an argument is of another type than it needs.
+        ValueError: vocab_size leaves no room for a character, min_frequency is below 1, or there is no text.
+    """
+    check_texts("documents", documents)
+    special = [END_OF_TEXT, PADDING, UNKNOWN]
+    check_integer("vocab_size", vocab_size, len(special) + 1, MAX_INT32)
+    check_integer("min_frequency", min_frequency, 1, MAX_INT32)
+    counts: Counter[str] = Counter()
+    for document in _only_texts(documents):
+        counts.update(document)
+    kept = [character for character, count in counts.items() if count >= min_frequency]
+    if not kept:
+        raise ValueError("documents: no character in them, need some text")
+    kept.sort(key=lambda character: (-counts[character], character))
+    tokens = [*special, *kept[: vocab_size - len(special)]]
+    core = tokenizers.Tokenizer(
+        models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=UNKNOWN)
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return Tokenizer(core, eos_token=END_OF_TEXT, pad_token=PADDING, settings={"unk_token": UNKNOWN})
+
+
 def _only_texts(documents: Iterable[str]) -> Iterator[str]:
     for document in documents:
         check_text("documents", document)
@@ -186,6 +257,20 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(f"{folder}: the tokeniser cannot be read ({error})") from None
     raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.json with merges.txt")
+
+
+def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:
+    """The chat template of a file of its own, else of the settings, else none; of several the one named default."""
+    try:
+        if (folder / CHAT_TEMPLATE).is_file():
+            return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder / CHAT_TEMPLATE}: cannot be read ({error})") from None
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def read_settings(path: Path) -> dict[str, object]:

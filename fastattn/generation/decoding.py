@@ -12,7 +12,7 @@ from fastattn.generation.beam import beam_search
 from fastattn.generation.choosing import Chooser
 from fastattn.generation.drivers import DecoderDriver, driver_of
 from fastattn.generation.options import Options, Settled
-from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.protocol import CausalLM, Decodes, GenerationError
 from fastattn.generation.rows import Rows
 from fastattn.generation.sampling import LogitsProcessor
 from fastattn.generation.speculation import speculate
@@ -80,8 +80,8 @@ def generate(
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores, run after the
             penalties, as in transformers.
         prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
-            in one step. Guessing stops where it does not pay. The result is that without it: with batch_invariant bit
-            by bit, else where no two logits are closer than rounding.
+            in one step. Guessing stops where it does not pay, which is timed in the run. The result is that without it:
+            with batch_invariant bit by bit, else where no two logits are closer than rounding.
         prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.
@@ -149,7 +149,7 @@ def prepared(
     if model.max_positions is not None and longest > model.max_positions:
         raise ValueError(
             f"max_new_tokens: a prompt of {prompt_len} and {settled.max_new_tokens} more tokens do not fit into "
-            f"n_positions={model.max_positions} learned positions"
+            f"the model's {model.max_positions} learned positions"
         )
     return settled, _mask_of(input_ids, attention_mask)
 
@@ -177,7 +177,7 @@ def continuations(
     )  # fmt: skip
     if lookup:
         if not isinstance(driver, DecoderDriver):
-            raise ValueError("prompt_lookup_num_tokens: this model has no decoder, which it needs")
+            raise GenerationError("prompt_lookup_num_tokens: this model has no decoder, which it needs")
         yield from speculate(driver, rows, chooser, *repeated, lookup)
         return
     logits = driver.first()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.generation.protocol import CausalLM, Decoder
+from fastattn.generation.protocol import CausalLM, Decoder, GenerationError
 
 
 class Driver(Protocol):
@@ -51,7 +51,7 @@ def driver_of(
     if decoder is not None:
         return DecoderDriver(decoder, prompt, mask, copies, chunk_size)
     if batch_invariant:
-        raise ValueError("batch_invariant: this model has no decoder, which it needs")
+        raise GenerationError("batch_invariant: this model has no decoder, which it needs")
     return ModelDriver(model, prompt, mask, room, copies, use_cache, chunk_size)
 
 
@@ -135,7 +135,7 @@ class ModelDriver:
             return
         layers = list(self.cache) if isinstance(self.cache, (list, tuple)) else []
         if not layers or not all(hasattr(layer, "reorder") for layer in layers):
-            raise ValueError(
+            raise GenerationError(
                 "num_beams: the layers of this model's cache have no reorder(rows), needs use_cache=False"
             )
         for layer in layers:

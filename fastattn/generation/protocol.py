@@ -8,6 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+class GenerationError(ValueError):
+    """What a model turns out not to do once generation has begun: a decoder that it needs, logits that are finite."""
+
+
 class GenerationDefaults(Protocol):
     """The fields of a model's config that generation reads."""
 
@@ -78,6 +82,20 @@ class CausalLM(Protocol):
             cache: what `new_cache` made, appended to; None = `ids` are the whole sequences.
             attention_mask: (B, S and the tokens in the cache), nonzero = a real token; None = all are.
         """
+
+
+class Seq2SeqLM(Protocol):
+    """An encoder-decoder: a causal language model of targets once it has read sources."""
+
+    def continuation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[CausalLM, Tensor]:
+        """The causal model of the targets of sources (B, S), and the tokens (B, P) that these begin with."""
 
 
 class Decodes(Protocol):

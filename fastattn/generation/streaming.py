@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from fastattn.generation.decoding import continuations, evaluating, prepared, rows_of
 from fastattn.generation.options import Options
-from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.protocol import CausalLM, Decodes, Seq2SeqLM
 from fastattn.generation.rows import Row
+
+SOURCE_OPTIONS = ("decoder_input_ids", "token_type_ids")  # of an encoder-decoder's `continuation`
 
 
 def stream_text(
-    model: CausalLM,
+    model: CausalLM | Seq2SeqLM,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -23,13 +25,16 @@ def stream_text(
 ) -> Iterator[str]:
     """The text of a prompt's continuation in pieces, none of them empty; together they are the whole text.
 
+    An encoder-decoder gives the text of a source's target.
+
     A piece never ends within a character, and nothing of a stop string is given: what may be the beginning of one is
     held back until that is decided. Bytes at the very end that are no whole character are left out.
 
     Args:
-        input_ids: (1, S) the prompt; attention_mask (1, S) where it is padded.
+        input_ids: (1, S) the prompt, or an encoder-decoder's source; attention_mask (1, S) where it is padded.
         tokenizer: has decode(ids, skip_special_tokens=True).
-        options: those of `generate`, but for beams and several sequences.
+        options: those of `generate`, but for beams and several sequences; for an encoder-decoder decoder_input_ids and
+            token_type_ids too.
 
     Raises:
         TypeError, ValueError: as `generate`, before any work.
@@ -49,7 +54,7 @@ def stream_text(
 
 
 def stream_ids(
-    model: CausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    model: CausalLM | Seq2SeqLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> Iterator[list[int]]:
     """The ids of a prompt's continuation, some at a time: one each step, more where guesses were right.
 
@@ -69,19 +74,23 @@ def stream_ids(
 
 
 def _one_row(
-    model: CausalLM, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+    model: CausalLM | Seq2SeqLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
 ) -> tuple[Row, Iterator[None]]:
     """The continuation of one prompt, and its steps: the model is in eval mode while one is made, and only then."""
-    settled, mask = prepared(model, input_ids, attention_mask, Options(**options))
+    causal, input_ids, attention_mask, options = behind_source(model, input_ids, attention_mask, options)
+    settled, mask = prepared(causal, input_ids, attention_mask, Options(**options))
     if len(input_ids) != 1:
         raise ValueError(f"input_ids: got {len(input_ids)} prompts, needs one to stream its continuation")
     for name in ("num_beams", "num_return_sequences"):
         if getattr(settled, name) > 1:
             raise ValueError(f"{name}: got {getattr(settled, name)}, needs 1 to stream a continuation")
-    rows = rows_of(model, input_ids, mask, settled, with_text=settled.tokenizer is not None)
+    rows = rows_of(causal, input_ids, mask, settled, with_text=settled.tokenizer is not None)
 
     def steps() -> Iterator[None]:
-        made = continuations(model, input_ids, mask, settled, rows)
+        made = continuations(causal, input_ids, mask, settled, rows)
         while True:
             with evaluating(model):
                 if next(made, made) is made:
@@ -89,3 +98,18 @@ def _one_row(
             yield
 
     return rows.rows[0], steps()
+
+
+def behind_source(
+    model: CausalLM | Seq2SeqLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[CausalLM, Tensor, Tensor | None, dict[str, Any]]:
+    """The causal model, its prompts, their mask and the options of generation; of an encoder-decoder its target's."""
+    read = getattr(model, "continuation", None)
+    if read is None:
+        return cast(CausalLM, model), input_ids, attention_mask, options
+    own = {name: value for name, value in options.items() if name in SOURCE_OPTIONS}
+    causal, start = read(input_ids, attention_mask, **own)
+    return causal, start, None, {name: value for name, value in options.items() if name not in own}

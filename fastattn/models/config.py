@@ -49,6 +49,8 @@ class GPTConfig:
         num_kv_heads: key/value heads, n_head by default; fewer is grouped-query attention.
         head_dim: size of a head, n_embd / n_head by default.
         positions: "learned" (GPT-2), "rotary", "alibi" or "sinusoidal" ("Attention Is All You Need").
+        position_offset: row of the learned positions for a sequence's first token. Above 0, positions count tokens
+            other than pad_token_id, which has the row before (RoBERTa: pad_token_id + 1).
         rope_theta: base of the rotary angles.
         rope_scaling: how rotary angles are stretched, a dict with "rope_type" ("default", "linear", "dynamic", "yarn"
             or "llama3") and that type's numbers, "factor" first, as in transformers' config.json.
@@ -68,6 +70,7 @@ class GPTConfig:
         post_norm: norms behind each sum and behind the embeddings, none at the end, as in BERT.
         type_vocab_size: token types, all tokens being of the first; 0 for none.
         lm_transform: a dense layer, activation and norm before the head, which then has a bias, as in BERT.
+        lm_activation: the activation of that; activation_function by default.
         add_cross_attention: blocks also read an encoder's output, where one is given, behind self-attention.
         bias: whether linear layers and LayerNorms have a bias.
         attention_bias: whether the projections of queries, keys and values have one; as bias by default.
@@ -129,6 +132,8 @@ class GPTConfig:
     post_norm: bool = False
     type_vocab_size: int = 0
     lm_transform: bool = False
+    lm_activation: str | None = None
+    position_offset: int = 0
     add_cross_attention: bool = False
     model_type: str | None = field(default=None, compare=False)
     dropout: InitVar[float | None] = None
@@ -171,6 +176,12 @@ class GPTConfig:
             "norm_unit_offset": (self.norm_unit_offset, self.norm == "rmsnorm", "norm='rmsnorm'"),
             "post_norm": (self.post_norm, not self.sandwich_norms, "sandwich_norms=False"),
             "lm_transform": (self.lm_transform, self.norm == "layernorm", "norm='layernorm'"),
+            "lm_activation": (self.lm_activation is not None, self.lm_transform, "lm_transform=True"),
+            "position_offset": (
+                self.position_offset > 0,
+                self.positions == "learned" and self.position_offset < self.n_positions,
+                f"positions='learned' and less than n_positions={self.n_positions}",
+            ),
             "add_cross_attention": (
                 self.add_cross_attention,
                 self.head_dim * self.n_head == self.n_embd,
@@ -355,5 +366,6 @@ _CHECKS: dict[str, Check] = {  # every field has one
     "activation_function": one_of(tuple(ACTIVATIONS)),
     "layer_types": or_none(_kinds_of_layers),
     "rope_scaling": or_none(_rope_scaling),
-    "type_vocab_size": size_or_0,
+    "lm_activation": or_none(one_of(tuple(ACTIVATIONS))),
+    **dict.fromkeys(("type_vocab_size", "position_offset"), size_or_0),
 }

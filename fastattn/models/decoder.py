@@ -31,6 +31,7 @@ from fastattn.nn.positions import (
     lengths_of_segments,
     positions_from_mask,
     positions_in_segments,
+    positions_of_tokens,
     sinusoids,
 )
 from fastattn.nn.rows import forget
@@ -65,7 +66,7 @@ class GPT(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, config.padding_idx)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
+        self.wpe = _position_embedding(config) if config.positions == "learned" else None
         self.wtt = nn.Embedding(config.type_vocab_size, config.n_embd) if config.type_vocab_size else None
         self.ln_emb = _norm(config, config.n_embd) if config.post_norm else None
         self.rotary = config.rotary()  # by kind of layer; empty with other positions
@@ -100,7 +101,7 @@ class GPT(Pretrained, nn.Module):
             attention_mask: (B, S), nonzero = a real token; with a cache (B, length + S). Padding on either side
                 changes nothing for real tokens: positions count real tokens only.
             labels: (B, S), usually input_ids; the token at s + 1 is the target at s, -100 is ignored.
-            position_ids: (B, S) or (S,), in place of those counted here.
+            position_ids: (B, S) or (S,), in place of those counted here; under learned positions, rows of their table.
             segment_ids: (B, S) integers, several documents packed in a row: a token sees its own document only,
                 positions restart with each and no target crosses a boundary. Negative ids are padding.
             cache: one `KVCache` per block, as `new_cache` makes; holds earlier tokens and is appended to.
@@ -139,7 +140,7 @@ class GPT(Pretrained, nn.Module):
             targets = _next_tokens(labels, segment_ids, config.vocab_size, aligned=labels_aligned)
         visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
-            position_ids = _count_positions(input_ids, attention_mask, segment_ids, past)
+            position_ids = count_positions(input_ids, attention_mask, segment_ids, past, config)
 
         plain_head = (
             targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
@@ -207,7 +208,7 @@ class GPT(Pretrained, nn.Module):
     @property
     def max_positions(self) -> int | None:
         """Most tokens of a sequence: the learned positions there are; None with positions that any length has."""
-        return None if self.wpe is None else self.config.n_positions
+        return None if self.wpe is None else self.config.n_positions - self.config.position_offset
 
     def step(self, ids: Tensor, cache: list[KVCache] | None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the token after `ids`, (B, V): one step of generation, see `fastattn.generation.CausalLM`."""
@@ -268,6 +269,8 @@ class GPT(Pretrained, nn.Module):
                 parameter.normal_(0.0, std)  # norm weights keep their initial values
         if self.config.padding_idx is not None:
             self.wte.weight[self.config.padding_idx].zero_()
+        if self.wpe is not None and self.wpe.padding_idx is not None:
+            self.wpe.weight[self.wpe.padding_idx].zero_()
 
     def _check_inputs(
         self,
@@ -318,10 +321,11 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(
                 f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
             )
-        if self.wpe is not None and past + seqlen > self.config.n_positions:
+        if self.max_positions is not None and past + seqlen > self.max_positions:
+            offset = self.config.position_offset
             raise ValueError(
-                f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}, "
-                f"the learned positions there are"
+                f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}"
+                f"{f' - position_offset={offset}' if offset else ''}, the learned positions there are"
             )
         check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
         if self.wpe is not None and tensors["position_ids"] is not None:
@@ -334,9 +338,14 @@ def _norm(config: GPTConfig, dim: int) -> nn.Module:
     return RMSNorm(dim, config.layer_norm_epsilon, unit_offset=config.norm_unit_offset)
 
 
+def _position_embedding(config: GPTConfig) -> nn.Embedding:
+    unused = config.position_offset - 1 if config.position_offset else None
+    return nn.Embedding(config.n_positions, config.n_embd, unused)
+
+
 def _transform(config: GPTConfig) -> Transform:
     return Transform(
-        config.n_embd, config.n_embd, activation=config.activation_function, bias=True,
+        config.n_embd, config.n_embd, activation=config.lm_activation or config.activation_function, bias=True,
         norm=_norm(config, config.n_embd),
     )  # fmt: skip
 
@@ -393,15 +402,31 @@ def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqle
     return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
 
 
-def _count_positions(
-    input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, past: int
+def count_positions(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    past: int,
+    config: GPTConfig,
 ) -> Tensor:
-    """Positions (B, S), or (S,) where all rows agree: the number of earlier tokens of the same document."""
+    """Positions (B, S), or (S,) where all rows agree: the number of earlier tokens of the same document.
+
+    With a position_offset they begin there, and padding tokens are at the row before.
+    """
+    offset, pad = config.position_offset, config.pad_token_id
     if segment_ids is not None:
-        return positions_in_segments(segment_ids)
-    if attention_mask is not None:
-        return positions_from_mask(attention_mask)[:, past:]
-    return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        positions = positions_in_segments(segment_ids)
+    elif attention_mask is not None:
+        positions = positions_from_mask(attention_mask)[:, past:]
+    elif offset:
+        return positions_of_tokens(input_ids, pad, offset, past)
+    else:
+        return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    if not offset:
+        return positions
+    return (
+        positions + offset if pad is None else torch.where(input_ids == pad, offset - 1, positions + offset)
+    )
 
 
 def _next_tokens(

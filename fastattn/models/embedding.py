@@ -205,6 +205,12 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         return "" if name is None else self.prompts[name]
 
 
+def encoder_folder(path_or_id: str | Path) -> Path:
+    """The folder that holds the encoder: a part of one in sentence-transformers' layout, else the folder itself."""
+    folder = resolve_folder(path_or_id)
+    return folder / _read_layout(folder).encoder
+
+
 class _Layout(NamedTuple):
     """What a sentence-transformers folder says beside its encoder."""
 

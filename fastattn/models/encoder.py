@@ -17,7 +17,7 @@ from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
 from fastattn.nn.linear import Linear
 from fastattn.nn.norms import normalised
-from fastattn.nn.positions import Rotary, RotaryTable
+from fastattn.nn.positions import Rotary, RotaryTable, positions_of_tokens
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
@@ -175,8 +175,7 @@ class Bert(PretrainedEncoder, nn.Module):
             return columns
         if input_ids is None or pad is None:
             return columns + offset
-        counted = input_ids != pad
-        return counted.cumsum(1) * counted + (offset - 1)
+        return positions_of_tokens(input_ids, pad, offset)
 
     def _rotary_tables(self, positions: Tensor, dtype: torch.dtype) -> dict[str, RotaryTable]:
         """For each kind of layer, cos and sin (T, D/2) in float32 at least; none without rotary positions."""

@@ -26,7 +26,7 @@ from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_f
 from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
-from fastattn.models.decoder import GPT
+from fastattn.models.decoder import GPT, count_positions
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.losses import check_targets
@@ -131,7 +131,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             decoder_input_ids,
             decoder_attention_mask,
             labels,
-            position_ids=torch.arange(shape[1], device=decoder_input_ids.device),
+            position_ids=count_positions(decoder_input_ids, None, None, 0, self.config.decoder),
             return_logits=return_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
@@ -166,6 +166,25 @@ class EncoderDecoder(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: as `forward` and `fastattn.generation.generate`.
         """
+        target, start = self.continuation(
+            input_ids, attention_mask, decoder_input_ids=decoder_input_ids, token_type_ids=token_type_ids
+        )
+        with torch.no_grad(), evaluating(self):
+            return generate(target, start, **options)
+
+    def continuation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Continuation, Tensor]:
+        """A causal model of the targets of sources, and the tokens (B, P) that these begin with.
+
+        It encodes the sources when its first token is asked for. What `generate` and `fastattn.generation.stream_text`
+        drive; arguments and errors are those of `generate`.
+        """
         self.encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
         batch = input_ids.shape[:1]
         if decoder_input_ids is None:
@@ -176,9 +195,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             read = self._read_one_by_one if invariant else self.encoder.encode_tokens
             return replace(self._memory(read(input_ids, attention_mask, token_type_ids)), kept={})
 
-        behind = Continuation(self.decoder, self.config, self.generation_config, encode)
-        with torch.no_grad(), evaluating(self):
-            return generate(behind, decoder_input_ids, **options)
+        return Continuation(self.decoder, self.config, self.generation_config, encode), decoder_input_ids
 
     @classmethod
     def from_encoder_decoder(
@@ -196,7 +213,7 @@ class EncoderDecoder(Pretrained, nn.Module):
 
         Args:
             encoder: a folder or hub repository that `Bert.from_pretrained` reads.
-            decoder: one of BERT, as a masked LM, or of GPT-2.
+            decoder: one of BERT, whose head is new where the folder has none, or of GPT-2.
             dtype: of the weights; None for what the encoder's config.json says.
             tokens: decoder_start_token_id, pad_token_id, bos_token_id, eos_token_id of `EncoderDecoderConfig`.
 
@@ -216,9 +233,14 @@ class EncoderDecoder(Pretrained, nn.Module):
         config = EncoderDecoderConfig(reader.config, decoder_config, **tokens)
         with torch.device("meta"), Uninitialised():
             writer = GPT(config.decoder)
+        weights = open_weights(folder)
+        # of a BERT without a head only the tied weight is there, and the head's bias is as new as its transform
+        headless = config.decoder.lm_transform and not any(
+            ".predictions." in name for name in weights.names()
+        )
         report = load_weights(
-            writer, config.decoder, family, open_weights(folder),
-            new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"), dtype=reader.embeddings.word_embeddings.weight.dtype,
+            writer, config.decoder, family, weights, new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"),
+            fresh=("lm_head.bias",) if headless else (), dtype=reader.embeddings.word_embeddings.weight.dtype,
         )  # fmt: skip
         with torch.device("meta"), Uninitialised():
             model = cls(config)

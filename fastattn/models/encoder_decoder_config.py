@@ -78,6 +78,7 @@ class EncoderDecoderConfig:
         return {**asdict(self), "encoder": self.encoder.to_dict(), "decoder": self.decoder.to_dict()}
 
 
+BERT_DECODERS = ("bert", "roberta")  # encoders' model types that are decoders too, with cross-attention
 # BertConfig -> GPTConfig, of what a BERT says as a decoder.
 BERT_FIELDS = {
     "vocab_size": "vocab_size",
@@ -91,6 +92,8 @@ BERT_FIELDS = {
     "hidden_dropout_prob": "resid_pdrop",
     "attention_probs_dropout_prob": "attn_pdrop",
     "layer_norm_eps": "layer_norm_epsilon",
+    "lm_activation": "lm_activation",
+    "position_offset": "position_offset",
     "initializer_range": "initializer_range",
     "tie_word_embeddings": "tie_word_embeddings",
     "bos_token_id": "bos_token_id",
@@ -100,13 +103,14 @@ BERT_FIELDS = {
 
 
 def bert_decoder(config: BertConfig) -> GPTConfig:
-    """BERT as a decoder: the same sizes and head, causal, with the norms where BERT has them.
+    """BERT or RoBERTa as a decoder: the same sizes and head, causal, with the norms behind each sum.
 
     Raises:
-        ValueError: the config is none of BERT; the message begins with the field.
+        ValueError: the config is of another family; the message begins with the field.
     """
-    if config.model_type != "bert":
-        raise ValueError(f"model_type: got {config.model_type!r}, a decoder needs 'bert'")
+    if config.model_type not in BERT_DECODERS:
+        known = " or ".join(map(repr, BERT_DECODERS))
+        raise ValueError(f"model_type: got {config.model_type!r}, a decoder needs {known}")
     return GPTConfig(
         **{ours: getattr(config, theirs) for theirs, ours in BERT_FIELDS.items()},
         embd_pdrop=config.hidden_dropout_prob,
@@ -114,5 +118,5 @@ def bert_decoder(config: BertConfig) -> GPTConfig:
         lm_transform=True,
         train_pad_embedding=config.pad_token_id is None,
         add_cross_attention=True,
-        model_type="bert",
+        model_type=config.model_type,
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastattn.models.checkpoint.families import family_for
 from fastattn.models.checkpoint.names import placed
 from fastattn.models.checkpoint.pretrained import Pretrained
+from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.int8 import in_numbered_layer
 from fastattn.nn.linear import Linear, linear
@@ -277,7 +278,7 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
     """
     adapters = _attached(model)
     if not args and not kwargs:
-        args = (_example(model),)
+        kwargs = _example(model)
     was_training = model.training
     model.eval()
     originals = {a.block.ours: model.get_parameter(a.block.ours) for a in adapters}
@@ -370,16 +371,22 @@ def _check_numbers(r: int, alpha: float, dropout: float) -> None:
         raise ValueError(f"dropout: got {dropout!r}, needs a number with 0 <= p < 1")
 
 
-def _example(model: nn.Module) -> Tensor:
+def _example(model: nn.Module) -> dict[str, Tensor]:
     """Token ids to compare on, the same every time."""
     config = getattr(model, "config", None)
-    vocab = getattr(config, "vocab_size", None)
-    if vocab is None:
-        raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
-    longest = min(getattr(config, name, _SAMPLE[1]) for name in ("n_positions", "max_position_embeddings"))
-    shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(config, "position_offset", 0))))
-    ids = torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
-    return ids.to(next(model.parameters()).device)
+    configs = {"input_ids": config}
+    if isinstance(config, EncoderDecoderConfig):
+        configs = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    example = {}
+    for name, sizes in configs.items():
+        vocab = getattr(sizes, "vocab_size", None)
+        if vocab is None:
+            raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
+        longest = min(getattr(sizes, key, _SAMPLE[1]) for key in ("n_positions", "max_position_embeddings"))
+        shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(sizes, "position_offset", 0))))
+        example[name] = torch.randint(0, vocab, shape, generator=generator).to(device)
+    return example
 
 
 def _outputs(result: Any) -> Tensor:

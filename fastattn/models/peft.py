@@ -65,7 +65,12 @@ _IGNORED = (  # of where adapters are, which the tensors' names say, and of how 
     "ensure_weight_tying",
 )
 # PEFT adds whole heads to the adapters of other tasks, which ours do not hold: those are written without a task.
-_TASKS = (("LMHeadModel", "CAUSAL_LM"), ("ForCausalLM", "CAUSAL_LM"), ("Model", "FEATURE_EXTRACTION"))
+_TASKS = (
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("EncoderDecoderModel", "SEQ_2_SEQ_LM"),
+    ("Model", "FEATURE_EXTRACTION"),
+)
 
 
 def load_adapter(model: Model, path_or_id: str | Path) -> Model:

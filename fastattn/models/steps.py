@@ -25,7 +25,7 @@ from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear
 from fastattn.nn.norms import RMSNorm, rms_norm
-from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, sinusoids
+from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, positions_of_tokens, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
@@ -137,12 +137,9 @@ class GPTDecoder:
         ]  # (B, Hkv, C, D)
         device = model.wte.weight.device
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.blocks = [self._parts(block) for block in model.h]
-        self.head = self._rows(model.lm_head.weight, model.lm_head.bias)
-        self.transform: tuple[Rows, Callable[[Tensor], Tensor]] | None = None
-        if (head := model.lm_transform) is not None:
-            activation = by_row(head.activation) if batch_invariant else head.activation
-            self.transform = (self._rows(head.dense.weight, head.dense.bias), activation)
+        self._make_products(
+            once=not batch_invariant
+        )  # whose results are to be the same in prompts and in steps
         self.sources = (
             None if memory is None else Sources(model.h, memory, batch, self._rows, invariant=batch_invariant)
         )
@@ -182,6 +179,8 @@ class GPTDecoder:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each sequence, (B,); logits of the token after it, (B, V)."""
+        if self.once:
+            self._make_products(once=False)
         x = self._embed(tokens, self.lengths)  # (B, E)
         logits = self._logits(self._through_blocks(x, 1, self._to_cache))
         self.lengths += 1
@@ -193,11 +192,13 @@ class GPTDecoder:
 
         With batch_invariant these have the bits of n steps.
         """
+        if self.once:
+            self._make_products(once=False)
         count = tokens.shape[1]
         positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
         if self.positions is not None:
             # a token beyond the last position is a wrong guess, whose logits are of no use
-            positions.clamp_(max=self.positions.shape[0] - 1)
+            positions.clamp_(max=self.positions.shape[0] - 1 - self.model.config.position_offset)
         x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
@@ -234,6 +235,10 @@ class GPTDecoder:
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens and their positions, of any shape that goes together, (..., E)."""
         config = self.model.config
+        if offset := config.position_offset:
+            positions = positions + offset
+            if config.pad_token_id is not None:
+                positions = torch.where(ids == config.pad_token_id, offset - 1, positions)
         x = F.embedding(ids, self.model.wte.weight)
         if config.scale_embedding:
             x = x * math.sqrt(config.n_embd)
@@ -320,7 +325,10 @@ class GPTDecoder:
                 sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
             )  # fmt: skip
 
-        return self._through_blocks(self._embed(ids, places).flatten(0, 1), seqlen, attend, rows)
+        config, positions = self.model.config, places
+        if config.position_offset:
+            positions = positions_of_tokens(ids, config.pad_token_id, 0, start)
+        return self._through_blocks(self._embed(ids, positions).flatten(0, 1), seqlen, attend, rows)
 
     def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:
         """cos and sin at positions of prompts, whose lengths count under dynamic scaling."""
@@ -375,6 +383,16 @@ class GPTDecoder:
             x = added(module.ln_2, module.ln_2_out, x, block.c_proj(h))
         return _norm(self.model.ln_f, x)
 
+    def _make_products(self, *, once: bool) -> None:
+        """The products with every weight: for a prompt, which may be all that is asked for, or for the steps after."""
+        self.once = once
+        self.blocks = [self._parts(block) for block in self.model.h]
+        self.head = self._rows(self.model.lm_head.weight, self.model.lm_head.bias)
+        self.transform: tuple[Rows, Callable[[Tensor], Tensor]] | None = None
+        if (head := self.model.lm_transform) is not None:
+            activation = by_row(head.activation) if self.invariant else head.activation
+            self.transform = (self._rows(head.dense.weight, head.dense.bias), activation)
+
     def _parts(self, block: Any) -> _Block:
         attn, mlp, cross = block.attn, block.mlp, block.cross_attn
         activation = mlp.activation
@@ -391,7 +409,7 @@ class GPTDecoder:
 
     def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         """The product with a weight as this decoder makes it."""
-        product = rows_of(weight, bias, self.model.quantized)
+        product = rows_of(weight, bias, self.model.quantized, once=self.once)
         # sums of integers are exact in any order
         return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
 

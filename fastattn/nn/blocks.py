@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.kv_cache import KVCache
-from fastattn.nn.linear import Linear, remade, watched_by_autograd_alone, without_transforms
+from fastattn.nn.linear import Linear, recorded_by_autograd_alone, remade, without_transforms
 from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable
 
@@ -59,7 +59,7 @@ class Mlp(nn.Module):
 def gated_by(activation: Activation, x: Tensor) -> Tensor:
     """activation(gate) * rest of a gate and a rest side by side: (..., 2 * I) -> (..., I)."""
     tracked = x.requires_grad and torch.is_grad_enabled()
-    if tracked and watched_by_autograd_alone(x) and without_transforms(x):
+    if tracked and recorded_by_autograd_alone(x) and without_transforms(x):
         out: Tensor = _Gated.apply(x, activation)
         return out
     gate, rest = x.chunk(2, dim=-1)

@@ -51,7 +51,7 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
         torch.is_grad_enabled()
         and result.is_cpu
         and result.requires_grad
-        and watched_by_autograd_alone(result)
+        and recorded_by_autograd_alone(result)
     ):
         setattr(result, REMAKE, (function, sources))
     return result
@@ -102,7 +102,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 def plainly_on_cpu(x: Tensor, weight: Tensor) -> bool:
     """Whether a product with a weight, or a norm's, may be a kernel of the CPU that only autograd is told of."""
     return (
-        watched_by_autograd_alone(x)
+        recorded_by_autograd_alone(x)
         and x.is_cpu
         and weight.is_cpu
         and type(weight) in (Tensor, nn.Parameter)
@@ -136,7 +136,7 @@ def _suits_onednn(x: Tensor, weight: Tensor, repeated: bool) -> bool:
     )
 
 
-def watched_by_autograd_alone(x: Tensor) -> bool:
+def recorded_by_autograd_alone(x: Tensor) -> bool:
     """Whether nothing but autograd sees the calls on a tensor."""
     return (
         not torch.compiler.is_compiling()

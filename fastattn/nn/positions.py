@@ -94,6 +94,15 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return ((attention_mask != 0).cumsum(-1) - 1).clamp_(min=0)
 
 
+def positions_of_tokens(input_ids: Tensor, pad_token_id: int | None, first: int, past: int = 0) -> Tensor:
+    """(B, S) int64: positions that count tokens other than the padding token from `first` on, as in RoBERTa.
+
+    Padding tokens are at first - 1. past: earlier tokens of each sequence, all of which count.
+    """
+    counted = torch.ones_like(input_ids) if pad_token_id is None else input_ids != pad_token_id
+    return (counted.cumsum(1) + past) * counted + (first - 1)
+
+
 def positions_in_segments(segment_ids: Tensor) -> Tensor:
     """(B, S) int64: positions that restart at 0 wherever the segment id changes."""
     if segment_ids.shape[1] == 0:

@@ -20,6 +20,8 @@ from fastattn.nn.rows_table import FASTEST
 
 # Rows of a block whose products have the same bits wherever in the block a row stands; others one by one.
 INVARIANT_ROWS = {torch.float32: 4, torch.bfloat16: 4}
+# In float32 smaller weights stay in the caches, and a call for the packed one costs more than it saves.
+PACK_MIN_WEIGHTS = {torch.float32: 1 << 19, torch.bfloat16: 0}
 INT8_LEVELS = 127  # of weights, and of activations on CPUs that sum products of 8 bits without saturation
 INT8_ROWS = 256  # at a time, so that what a product keeps besides stays in the cache
 SAFE_LEVELS = 63  # of activations on others: two products of 7 and 8 bits fit into 16
@@ -30,15 +32,19 @@ Choice = tuple[tuple["int | None", str], ...]  # up to how many rows which of PR
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version, what was made of it)}
 
 
-def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None) -> Rows:
+def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None, *, once: bool = False) -> Rows:
     """The fastest product of rows with a weight (O, I) on its device: x -> x @ weight.T + bias.
 
-    kind: "int8" for weights of 8 bits; None for the weight's own dtype. Which is the fastest for how many rows is
-    measured and kept in `rows_table.py`.
+    Which is the fastest for how many rows is measured and kept in `rows_table.py`.
+
+    Args:
+        kind: "int8" for weights of 8 bits; None for the weight's own dtype.
+        once: the product may be the only one, as for a prompt. In float32 a packed copy, which takes the time of about
+            20 products of one row, then does not pay.
     """
     if kind == "int8":
         return Int8Rows(weight, bias)
-    if not weight.is_cpu:
+    if not weight.is_cpu or (once and weight.dtype == torch.float32):
         return lambda x: linear(x, weight, bias, repeated=True)
     choice = choice_for(torch_compat.instructions(), weight.dtype)
     if len(choice) == 1:
@@ -63,8 +69,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Rows:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Rows:
-    """By a weight in oneDNN's order, where it has one of this dtype."""
-    if weight.dtype != torch.bfloat16 or not torch_compat.has_packed_linear():
+    """By a weight in oneDNN's order, where it has one of this dtype and reading it is what a product's time goes to."""
+    least = PACK_MIN_WEIGHTS.get(weight.dtype)
+    if least is None or weight.numel() < least or not torch_compat.has_packed_linear(weight.dtype):
         return _linear(weight, bias)
     pack = _kept(weight, "packed", torch_compat.pack_linear)
     return lambda x: torch_compat.packed_linear(x, pack, bias)

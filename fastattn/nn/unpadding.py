@@ -86,8 +86,8 @@ class Tokens:
         options: those of `attention` that `attention_varlen` has as well.
         """
         if self.cu_seqlens is not None and not weights:
-            edges = (self.cu_seqlens, self.cu_seqlens, self.longest, self.longest)
-            return cast(Tensor, attention_varlen(q, k, v, *edges, window=window, **options)), None
+            packing = (self.cu_seqlens, self.cu_seqlens, self.longest, self.longest)
+            return cast(Tensor, attention_varlen(q, k, v, *packing, window=window, **options)), None
         q, k, v = (self.pad(x).transpose(1, 2) for x in (q, k, v))  # (B, H, S, D)
         ids = None if self.real is None else self.real.to(torch.int32) - 1  # 0 for a token, -1 for padding
         out = attention(q, k, v, window=window, segment_ids=ids, return_weights=weights, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.backends import layout
-from fastattn.ops import arguments, composite, flops, padding, plain, plan, spelling, symbolic
+from fastattn.ops import arguments, composite, distributed, flops, padding, plain, plan, spelling, symbolic
 from fastattn.ops.attention_plan import NAMES, AttentionPlan, backward, check_values, forward, kernel_call
 from fastattn.ops.registration import (
     define_with_gradient,
@@ -155,6 +155,8 @@ def attention(
         return cast(Tensor, symbolic.record(attention, locals()))
     if unknown:
         raise spelling.unexpected(attention, unknown)
+    if distributed.is_dtensor(query):
+        query, key, value = map(distributed.in_order, (query, key, value))
     in_torch = plain.wanted()
     make = partial(plain.quietly, arguments.call_arguments) if in_torch else arguments.call_arguments
     args = make(

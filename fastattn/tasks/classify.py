@@ -1,20 +1,342 @@
-"""Classes of texts with scores, or numbers from a regression."""
+"""Classes of texts with scores, or numbers from a regression; trained from labelled texts."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastattn.data.encoding import InputTokenizer
+from fastattn.data.corpora import DataError
+from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.data.records import Record, required, text_of
+from fastattn.evaluation.classification import multi_label, single_label
+from fastattn.evaluation.regression import regression
+from fastattn.evaluation.report import Report
 from fastattn.models import BertForSequenceClassification
+from fastattn.models.bert_config import PROBLEM_TYPES
+from fastattn.models.fields import one_of, or_none, positive, size, text
+from fastattn.models.heads import ClassifierOutput
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, run, wide
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.training import (
+    FINE_TUNING,
+    HEADS,
+    Encoded,
+    Source,
+    chosen_head,
+    layout_of,
+    load_encoder,
+    longest_of,
+    saved_labels,
+    soft_cross_entropy,
+)
 
 NAME = "classify"
 MODELS = (BertForSequenceClassification,)
 FIELDS = ("text",)
 OPTIONAL = ("text_pair",)
+LABELS = ("label",)
+NEW_PARTS = ("head.*", "classifier.*")  # what of a model is not the encoder's
+DEFAULTS = FINE_TUNING
+KINDS = ("auto", "single", "several", "regression")
+REGRESSION, SINGLE, SEVERAL = PROBLEM_TYPES
+
+Label = str | tuple[str, ...] | tuple[float, ...]  # one, several, or the numbers of a regression
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How texts are classified.
+
+    Args:
+        max_length: most tokens of a text, which is cut there; None for what the model reads.
+        kind: of labels: "single", one of several; "several" at once (a list in each example); "regression", a number
+            or a list of them; "auto" goes by the values: lists are several, fractions a regression, all else single.
+        separator: what separates labels in a text, as CSV has no lists.
+        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where it has all labels.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
+    """
+
+    max_length: int | None = None
+    kind: str = "auto"
+    separator: str | None = None
+    head: str = "auto"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
+
+    CHECKS = {  # noqa: RUF012
+        "max_length": or_none(size),
+        "kind": one_of(KINDS),
+        "separator": or_none(text),
+        "head": one_of(HEADS),
+        "distill_weight": part,
+        "temperature": positive,
+    }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text, or two, and its label."""
+
+    where: str
+    text: str
+    text_pair: str | None
+    label: Label
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "text", "label" and perhaps "text_pair".
+
+    Raises:
+        DataError: a record lacks a column, or its label is not of the kind of the others; with file and line.
+    """
+    values = [_label_value(record, options) for record in records]
+    kind = options.kind
+    if kind == "auto":
+        lists = any(isinstance(value, list) for value in values)
+        fractions = any(isinstance(value, float) for value in values)
+        kind = "several" if lists else "regression" if fractions else "single"
+    made = []
+    for record, value in zip(records, values):
+        pair = text_of(record, "text_pair") if record.fields.get("text_pair") is not None else None
+        made.append(Example(record.where, text_of(record, "text"), pair, _label(record.where, value, kind)))
+    widths = Counter(len(e.label) for e in made if kind == "regression")
+    for example in made if len(widths) > 1 else ():
+        most = widths.most_common(1)[0][0]
+        if len(example.label) != most:
+            raise DataError(f"{example.where}: label has {len(example.label)} numbers, others have {most}")
+    return made
+
+
+def labels_in(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    """The labels, sorted, numbers by their size; None for a regression."""
+    if kind_of(examples) == REGRESSION:
+        return None
+    each = {name for e in examples for name in ((e.label,) if isinstance(e.label, str) else e.label)}
+    names = [str(name) for name in each]
+    return tuple(sorted(names, key=lambda name: (0, int(name), name) if _is_integer(name) else (1, 0, name)))
+
+
+def kind_of(examples: Sequence[Example]) -> str:
+    """The problem_type of examples, as configs have it."""
+    labels = [example.label for example in examples]
+    if labels and all(isinstance(label, str) for label in labels):
+        return SINGLE
+    numbers = any(isinstance(value, float) for label in labels for value in label)
+    return REGRESSION if numbers else SEVERAL
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Refuse training data from which nothing can be learnt."""
+    if kind_of(examples) == SINGLE and len(labels := labels_in(examples) or ()) < 2:
+        raise DataError(f"data: all {len(examples)} examples have the label {labels[0]!r}, needs two labels")
+    if kind_of(examples) == SEVERAL and not labels_in(examples):
+        raise DataError(f"data: none of {len(examples)} examples has a label")
+    if kind_of(examples) == REGRESSION and len({example.label for example in examples}) < 2:
+        raise DataError(f"data: all {len(examples)} examples have the same number, needs two")
+
+
+def settled(options: Options, examples: Sequence[Example]) -> Options:
+    """The options with the kind of labels that training examples have, for the examples that are held out."""
+    kinds = {SINGLE: "single", SEVERAL: "several", REGRESSION: "regression"}
+    return replace(options, kind=kinds[kind_of(examples)])
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return {SINGLE: ("accuracy", True), SEVERAL: ("micro_f1", True), REGRESSION: ("mse", False)}[
+        kind_of(examples)
+    ]
+
+
+class Classifier(BertForSequenceClassification):
+    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) beside labels.
+
+    loss = (1 - w) * the labels' + w * T^2 KL(teacher || model), w and T as `distill_weight` and `temperature` say.
+    """
+
+    distill_weight = 0.0
+    temperature = 1.0
+
+    def forward(self, *args: Any, teacher_logits: Tensor | None = None, **kwargs: Any) -> ClassifierOutput:
+        """As `BertForSequenceClassification.forward`."""
+        output = super().forward(*args, **kwargs)
+        if teacher_logits is None or output.loss is None:
+            return output
+        soft = soft_cross_entropy(output.logits, teacher_logits, self.temperature)
+        mixed = (1 - self.distill_weight) * output.loss + self.distill_weight * soft
+        return output._replace(loss=mixed)
+
+
+def new_model(
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+) -> Classifier:
+    """The folder's or preset's encoder with a head for the labels, the saved one where options say so."""
+    labels = labels_in(examples)
+    if labels is None:
+        width = len(examples[0].label)
+        fields: dict[str, Any] = {"num_labels": width, "problem_type": REGRESSION}
+        new = _new_parts(source, options, [f"LABEL_{i}" for i in range(width)])
+    else:
+        chosen = chosen_head(source, BertForSequenceClassification, labels, options.head)
+        fields = {"id2label": dict(enumerate(chosen)), "problem_type": kind_of(examples)}
+        new = _new_parts(source, options, chosen)
+    model = load_encoder(Classifier, source, tokenizer, new=new, **fields)
+    model.distill_weight, model.temperature = options.distill_weight, options.temperature
+    return model
+
+
+def training_set(
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
+) -> Encoded:
+    """The examples as items: tokens and label, and with a teacher (a model and its tokenizer) its logits."""
+    rows = rows_of(model, tokenizer, examples, options)
+    others = {}
+    if teacher is not None:
+        others["teacher_logits"] = teacher_logits(*teacher, examples, model.config.labels())
+    return Encoded(rows, targets_of(model, examples), others=others, **layout_of(model))
+
+
+def rows_of(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> list[Row]:
+    """The tokens of each example."""
+    texts = [e.text if e.text_pair is None else (e.text, e.text_pair) for e in examples]
+    return tokenizer.encode(texts, longest_of(model, tokenizer, options.max_length))
+
+
+def targets_of(model: Any, examples: Sequence[Example]) -> list[Any]:
+    """The label of each example as the model's loss takes it: a number, 0 and 1 for each label, or numbers."""
+    kind = kind_of(examples)
+    if kind == REGRESSION:
+        return [list(example.label) for example in examples]
+    place = {name: number for number, name in enumerate(model.config.labels())}
+    if kind == SINGLE:
+        return [place[str(example.label)] for example in examples]
+    rows = []
+    for example in examples:
+        row = [0.0] * len(place)
+        for name in example.label:
+            row[place[str(name)]] = 1.0
+        rows.append(row)
+    return rows
+
+
+def evaluate(
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """Figures of a model's classes or numbers, see `fastattn.evaluation`.
+
+    Raises:
+        DataError: an example has a label that the model lacks, or of another kind than it gives.
+    """
+    check_labels(model, examples)
+    rows = rows_of(model, tokenizer, examples, options or Options())
+    logits = run(model, rows, batch_size, lambda out, i, _: wide(out.logits[i]).cpu())
+    kind, targets = kind_of(examples), targets_of(model, examples)
+    if kind == REGRESSION:
+        return regression([n for row in targets for n in row], torch.cat(logits).tolist())
+    if kind == SINGLE:
+        return single_label(targets, torch.stack(logits).softmax(-1).tolist(), model.config.labels())
+    return multi_label(targets, torch.stack(logits).sigmoid().tolist(), model.config.labels())
+
+
+def check_labels(model: Any, examples: Sequence[Example]) -> None:
+    """Refuse examples whose labels are not the model's; the message names the first."""
+    known = set(model.config.labels())
+    numbers = kind_of(examples) == REGRESSION
+    if numbers != (model.config.problem_type == REGRESSION) and model.config.problem_type is not None:
+        raise DataError(
+            f"{examples[0].where}: label is no {model.config.problem_type}, which the model gives"
+        )
+    for example in examples:
+        if numbers:
+            if len(example.label) != model.config.num_labels:
+                got, need = len(example.label), model.config.num_labels
+                raise DataError(f"{example.where}: label has {got} numbers, the model gives {need}")
+            continue
+        for name in (example.label,) if isinstance(example.label, str) else example.label:
+            if name not in known:
+                listed = ", ".join(sorted(known)[:8])
+                raise DataError(f"{example.where}: label {name!r} is none of the model's: {listed}")
+
+
+def teacher_logits(
+    teacher: Any, tokenizer: InputTokenizer, examples: Sequence[Example], labels: Sequence[str]
+) -> list[list[float]]:
+    """A teacher's logits of each example, in the order of `labels`.
+
+    Raises:
+        DataError: its labels are others.
+    """
+    theirs = teacher.config.labels()
+    if sorted(theirs) != sorted(labels):
+        odd = sorted(set(theirs) ^ set(labels))
+        raise DataError(f"--teacher: its labels differ from the data's, as {odd[0]!r}")
+    order = torch.tensor([theirs.index(label) for label in labels])
+    texts = [e.text if e.text_pair is None else (e.text, e.text_pair) for e in examples]
+    rows = tokenizer.encode(texts, max_tokens(teacher, tokenizer))
+    return run(teacher, rows, BATCH_SIZE, lambda out, i, _: out.logits[i].float().cpu()[order].tolist())
+
+
+def _new_parts(source: Source, options: Options, labels: Sequence[str]) -> tuple[str, ...]:
+    saved = saved_labels(source, BertForSequenceClassification)
+    keep = options.head != "new" and saved is not None and list(saved) == list(labels)
+    return () if keep else ("classifier.*",)
+
+
+def _label_value(record: Record, options: Options) -> Any:
+    value = required(record, "label")
+    if options.separator is not None and isinstance(value, str):
+        return [part.strip() for part in value.split(options.separator) if part.strip()]
+    return value
+
+
+def _label(where: str, value: Any, kind: str) -> Label:
+    if kind == "regression":
+        values = value if isinstance(value, list) else [value]
+        try:
+            numbers = tuple(float(each) for each in values if not isinstance(each, bool))
+        except (TypeError, ValueError, OverflowError):
+            numbers = ()
+        if not numbers or len(numbers) != len(values) or not all(map(math.isfinite, numbers)):
+            raise DataError(f"{where}: label is {value!r:.60}, needs a finite number for a regression")
+        return numbers
+    if kind == "several":
+        if not isinstance(value, list):
+            raise DataError(f"{where}: label is {value!r:.60}, needs a list of labels as others have")
+        return tuple(_name(where, each) for each in value)
+    return _name(where, value)
+
+
+def _name(where: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: label is {value!r:.60}, needs a name or an integer")
+    return value.strip()
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
 
 
 def scores_of(logits: Tensor, config: Any) -> Tensor:

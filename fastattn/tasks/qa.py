@@ -1,26 +1,231 @@
-"""Answers to questions: the likeliest spans of a context, or that it holds none."""
+"""Answers to questions: the likeliest spans of a context, or that it holds none; trained from such answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.data.records import Record, required, text_of
+from fastattn.evaluation.answers import answers as answer_figures
+from fastattn.evaluation.report import Report
 from fastattn.models import BertForQuestionAnswering
+from fastattn.models.fields import one_of, or_none, size, size_or_0
+from fastattn.models.heads import QuestionAnsweringOutput
 from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, wide
+from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.training import (
+    FINE_TUNING,
+    HEADS,
+    Encoded,
+    Source,
+    chosen_head,
+    layout_of,
+    load_encoder,
+    longest_of,
+)
 
 NAME = "qa"
 MODELS = (BertForQuestionAnswering,)
 FIELDS = ("question", "context")
 OPTIONAL: tuple[str, ...] = ()
+LABELS = ("answers",)
+EXTRA = ("title", "id", "is_impossible")
+EDITABLE = False  # its labels are places in the text
+NEW_PARTS = ("head.*", "qa_outputs.*")
+DEFAULTS = FINE_TUNING
+MAX_LENGTH = 384  # tokens of a window in training
 STRIDE = 128  # tokens that two windows of a context share
 MAX_ANSWER_TOKENS = 30
 CONTEXT = 1  # the text of the pair
 
 Span = tuple[float, int, int]  # score, first and last character (exclusive)
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How answers are found.
+
+    Args:
+        max_length: tokens of a window, question included; None for 384, or fewer where the model has fewer positions.
+        stride: tokens that two windows of a context share.
+        no_answer: whether "no answer" competes in an evaluation: "auto" where examples without an answer are there.
+        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where there is one.
+    """
+
+    max_length: int | None = None
+    stride: int = STRIDE
+    no_answer: str = "auto"
+    head: str = "auto"
+
+    CHECKS = {  # noqa: RUF012
+        "max_length": or_none(size),
+        "stride": size_or_0,
+        "no_answer": one_of(("auto", "yes", "no")),
+        "head": one_of(HEADS),
+    }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its context, and the answers: each its text and the character it begins at; none if unanswerable."""
+
+    where: str
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "question", "context" and "answers" in SQuAD's form.
+
+    "answers" is a list of {"text", "answer_start"}, or {"text": [...], "answer_start": [...]}, empty where the context
+    holds none ("is_impossible" may say so too). An answer without a start begins where its text first occurs.
+
+    Raises:
+        DataError: a record lacks a column, or an answer does not stand where it should; with file and line.
+    """
+    return [
+        Example(r.where, text_of(r, "question"), context, _answers(r, context))
+        for r in records
+        for context in (text_of(r, "context"),)
+    ]
+
+
+def labels_in(examples: Sequence[Example]) -> None:
+    """None: answers have no labels."""
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Refuse training data from which nothing can be learnt."""
+    if not any(example.answers for example in examples):
+        raise DataError(f"data: none of {len(examples)} questions has an answer")
+
+
+def group_of(record: Record) -> str:
+    """What questions share that belong to one article or context: they stay together where data is split."""
+    fields = record.fields
+    return str(fields["title"] if isinstance(fields.get("title"), str) else fields.get("context"))
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return "f1", True
+
+
+class Answerer(BertForQuestionAnswering):
+    """`BertForQuestionAnswering` with both positions as `labels` (B, 2): the first and the last token of the answer."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> QuestionAnsweringOutput:
+        """As `BertForQuestionAnswering.forward`."""
+        if labels is not None:
+            kwargs.update(start_positions=labels[:, 0], end_positions=labels[:, 1])
+        return super().forward(*args, **kwargs)
+
+
+def new_model(
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+) -> Answerer:
+    """The folder's or preset's encoder with its head for answers, or a new one."""
+    if options.head == "saved":
+        chosen_head(source, BertForQuestionAnswering, (), "saved")
+    new = ("qa_outputs.*",) if options.head == "new" else ()
+    return load_encoder(Answerer, source, tokenizer, new=new)
+
+
+def training_set(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> Encoded:
+    """The windows of the examples' contexts as items: tokens, and the answer's first and last.
+
+    A window that does not hold the whole answer is labelled with its first token, which stands for no answer.
+
+    Raises:
+        DataError: a question leaves no room for its context, or an answer has no token.
+    """
+    windows = windows_of(model, tokenizer, examples, options)
+    rows, labels = [], []
+    for example, of_example in zip(examples, windows):
+        places = [positions_of(row, example) for row in of_example]
+        if example.answers and not any(place != (0, 0) for place in places):
+            text = on_one_line(example.answers[0][0])
+            raise DataError(
+                f"{example.where}: the answer {text!r:.60} is in no window, as it has no token or too many"
+            )
+        rows += of_example
+        labels += [list(place) for place in places]
+    return Encoded(rows, labels, **layout_of(model))
+
+
+def windows_of(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> list[list[Row]]:
+    """Each context in windows behind its question.
+
+    Raises:
+        DataError: a question leaves no room for its context; with file and line.
+    """
+    limit = (
+        min(max_tokens(model, tokenizer), MAX_LENGTH) if options.max_length is None else options.max_length
+    )
+    longest = longest_of(model, tokenizer, limit)
+    around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
+    stride = options.stride
+    for example, row in zip(examples, tokenizer.encode([e.question for e in examples])):
+        room = longest - len(row.ids) - around
+        if room < 1:
+            raise DataError(
+                f"{example.where}: question has {len(row.ids)} tokens of the {longest} that the model reads, "
+                f"which leaves none for its context"
+            )
+        stride = min(stride, room // 2)
+    return tokenizer.encode_windows([(e.question, e.context) for e in examples], longest, stride)
+
+
+def positions_of(row: Row, example: Example) -> tuple[int, int]:
+    """The first and last token of the first answer in a window; (0, 0) where it does not hold all of it."""
+    if not example.answers:
+        return 0, 0
+    text, start = example.answers[0]
+    end = start + len(text)
+    inside = [i for i, sequence in enumerate(row.sequences) if sequence == CONTEXT]
+    touched = [i for i in inside if row.offsets[i][0] < end and row.offsets[i][1] > start]
+    if not touched:
+        return 0, 0
+    before = touched[0] != inside[0] or row.offsets[touched[0]][0] <= start
+    behind = touched[-1] != inside[-1] or row.offsets[touched[-1]][1] >= end
+    first_of_all = example.context[start : row.offsets[touched[0]][0]].strip() == ""
+    last_of_all = example.context[row.offsets[touched[-1]][1] : end].strip() == ""
+    if not ((before or first_of_all) and (behind or last_of_all)):
+        return 0, 0
+    return touched[0], touched[-1]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """Exact match and F1 of the likeliest answers, see `fastattn.evaluation.answers`."""
+    options = options or Options()
+    competes = options.no_answer == "yes" or (
+        options.no_answer == "auto" and not all(example.answers for example in examples)
+    )
+    windows = windows_of(model, tokenizer, examples, options)
+    found = answers_of(model, windows, batch_size, 1)
+    predictions = [
+        None if not spans or (competes and none > spans[0][0]) else example.context[spans[0][1] : spans[0][2]]
+        for example, (spans, none) in zip(examples, found)
+    ]
+    return answer_figures([[text for text, _ in e.answers] for e in examples], predictions)
 
 
 def decode(
@@ -81,20 +286,8 @@ def predict(
     stride = check_questions(model, tokenizer, examples)
     pairs = [(e["question"], e["context"]) for e in examples]
     windows = tokenizer.encode_windows(pairs, longest, stride)
-    flat = [(number, row) for number, rows in enumerate(windows) for row in rows]
-
-    def take(outputs: Any, place: int, index: int) -> tuple[list[Span], float]:
-        row = flat[index][1]
-        length = len(row.ids)
-        return decode(outputs.start_logits[place, :length], outputs.end_logits[place, :length], row, top_k)
-
-    results = run(model, [row for _, row in flat], batch_size, take)
-    of_example: list[list[tuple[list[Span], float]]] = [[] for _ in examples]
-    for (number, _), result in zip(flat, results):
-        of_example[number].append(result)
     predictions = []
-    for example, found in zip(examples, of_example):
-        spans, none = best_answers(found, top_k)
+    for example, (spans, none) in zip(examples, answers_of(model, windows, batch_size, top_k)):
         answers: list[dict[str, Any]] = [
             {"answer": example["context"][a:b], "score": score, "start": a, "end": b} for score, a, b in spans
         ]
@@ -103,6 +296,24 @@ def predict(
             answers.sort(key=lambda answer: -answer["score"])
         predictions.append({"answers": answers[:top_k], "no_answer_score": none, "cut": 0})
     return predictions
+
+
+def answers_of(
+    model: Any, windows: Sequence[Sequence[Row]], batch_size: int, top_k: int
+) -> list[tuple[list[Span], float]]:
+    """For each context in windows its likeliest spans, and the score of there being none."""
+    flat = [(number, row) for number, rows in enumerate(windows) for row in rows]
+
+    def take(outputs: Any, place: int, index: int) -> tuple[list[Span], float]:
+        row = flat[index][1]
+        length = len(row.ids)
+        return decode(outputs.start_logits[place, :length], outputs.end_logits[place, :length], row, top_k)
+
+    results = run(model, [row for _, row in flat], batch_size, take)
+    of_context: list[list[tuple[list[Span], float]]] = [[] for _ in windows]
+    for (number, _), result in zip(flat, results):
+        of_context[number].append(result)
+    return [best_answers(found, top_k) for found in of_context]
 
 
 def check_questions(model: Any, tokenizer: InputTokenizer, examples: Sequence[dict[str, str]]) -> int:
@@ -129,3 +340,38 @@ def line(prediction: dict[str, Any]) -> str:
         else f"{on_one_line(a['answer'])} {a['score']:.4f} {a['start']}:{a['end']}"
         for a in prediction["answers"]
     )
+
+
+def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
+    given = required(record, "answers")
+    if isinstance(given, dict):
+        texts, starts = given.get("text"), given.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise DataError(f'{record.where}: answers has no lists "text" and "answer_start" of one length')
+        given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
+    if isinstance(given, str):
+        given = [{"text": given}]
+    if not isinstance(given, list):
+        raise DataError(f"{record.where}: answers is a {type(given).__name__}, needs a list")
+    if record.fields.get("is_impossible") is True:
+        return ()
+    if not given and record.fields.get("is_impossible") is False:
+        raise DataError(f"{record.where}: answers is empty, but is_impossible is false")
+    found = []
+    for number, answer in enumerate(given, 1):
+        text = answer.get("text") if isinstance(answer, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{record.where}: answer {number} has no text")
+        start = answer.get("answer_start", context.find(text))
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise DataError(
+                f"{record.where}: answer {number} has the start {start!r:.40}, needs a number of characters"
+            )
+        if start < 0 or context[start : start + len(text)] != text:
+            at = context[max(start, 0) : max(start, 0) + len(text)]
+            raise DataError(
+                f"{record.where}: answer {number}, {text!r:.60}, is not at character {start} of its context"
+                + (f", {at!r:.60} is" if start >= 0 else "")
+            )
+        found.append((text, start))
+    return tuple(found)

@@ -1,21 +1,245 @@
-"""Entities in texts: spans of characters from the labels of tokens in BIO form."""
+"""Entities in texts: spans of characters from the labels of tokens in BIO form; trained from tagged words."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.data.records import Record, required
+from fastattn.evaluation.report import Report
+from fastattn.evaluation.spans import entity_f1
+from fastattn.evaluation.words import is_unspaced
 from fastattn.models import BertForTokenClassification
+from fastattn.models.fields import one_of, or_none, size
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, wide
+from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.training import (
+    FINE_TUNING,
+    HEADS,
+    EncodedTokens,
+    Source,
+    chosen_head,
+    layout_of,
+    load_encoder,
+    longest_of,
+    saved_labels,
+)
 
 NAME = "tag"
 MODELS = (BertForTokenClassification,)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
+LABELS = ("tokens", "tags")
+EDITABLE = False  # its labels are those of places in the text
+NEW_PARTS = ("head.*", "classifier.*")
+DEFAULTS = FINE_TUNING
 OUTSIDE = "O"
+PIECES = ("all", "first")
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How words are tagged.
+
+    Args:
+        max_length: most tokens of a sentence, which is cut there; None for what the model reads.
+        label_pieces: the pieces of a word that are trained: "all", those behind the first of a B- word as I-, which is
+            what `fastattn predict` and transformers' pipeline read; or the "first" alone.
+        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where it has all labels.
+    """
+
+    max_length: int | None = None
+    label_pieces: str = "all"
+    head: str = "auto"
+
+    CHECKS = {  # noqa: RUF012
+        "max_length": or_none(size),
+        "label_pieces": one_of(PIECES),
+        "head": one_of(HEADS),
+    }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sentence's words and their tags."""
+
+    where: str
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "tokens" and "tags", two lists of texts as long as each other.
+
+    Raises:
+        DataError: a record lacks a column, or its lists do not fit; with file and line.
+    """
+    made = []
+    for record in records:
+        tokens, tags = (_texts(record, name) for name in ("tokens", "tags"))
+        if len(tokens) != len(tags):
+            raise DataError(
+                f"{record.where}: has {len(tokens)} tokens and {len(tags)} tags, needs one for each"
+            )
+        made.append(Example(record.where, tokens, tags))
+    if any(_is_bio(tag) and tag != OUTSIDE for example in made for tag in example.tags):
+        for example in made:
+            for place, tag in enumerate(example.tags, 1):
+                if not _is_bio(tag):
+                    raise DataError(
+                        f"{example.where}: tag {place} is {tag!r:.60}, needs O, or B- or I- with a type as others have"
+                    )
+    return made
+
+
+def labels_in(examples: Sequence[Example]) -> tuple[str, ...]:
+    """O, then the B- and I- of each type that occurs, whether both do or not; of other tags, those that occur."""
+    tags = {tag for example in examples for tag in example.tags}
+    if not all(map(_is_bio, tags)):
+        return tuple(sorted(tags))
+    kinds = sorted({tag[2:] for tag in tags if tag != OUTSIDE})
+    return (OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI"))
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Refuse training data from which nothing can be learnt."""
+    if len(labels_in(examples)) < 2:
+        raise DataError(
+            f"data: all tags of {len(examples)} sentences are {labels_in(examples)[0]!r}, needs two kinds at least"
+        )
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return ("f1" if all(map(_is_bio, labels_in(examples))) else "accuracy"), True
+
+
+def new_model(
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+) -> BertForTokenClassification:
+    """The folder's or preset's encoder with a head for the tags, the saved one where options say so."""
+    labels = chosen_head(source, BertForTokenClassification, labels_in(examples), options.head)
+    keep = options.head != "new" and saved_labels(source, BertForTokenClassification) == tuple(labels)
+    new = () if keep else ("classifier.*",)
+    return load_encoder(
+        BertForTokenClassification, source, tokenizer, new=new, id2label=dict(enumerate(labels))
+    )
+
+
+def training_set(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> EncodedTokens:
+    """The examples as items: tokens and the label of each, -100 for special tokens and pieces that are not trained."""
+    place = {name: number for number, name in enumerate(model.config.labels())}
+    rows, words = rows_of(model, tokenizer, examples, options)
+    labels = []
+    for example, of_row in zip(examples, words):
+        last, row = -1, []
+        for word in of_row:
+            if word is None or (word == last and options.label_pieces == "first"):
+                row.append(IGNORE_INDEX)
+                continue
+            tag = example.tags[word]
+            inside = f"I-{tag[2:]}"
+            row.append(place[inside if word == last and tag != OUTSIDE and inside in place else tag])
+            last = word
+        labels.append(row)
+    return EncodedTokens(rows, labels, **layout_of(model))
+
+
+def rows_of(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> tuple[list[Row], list[list[int | None]]]:
+    """The tokens of each sentence as one text, as `predict` gets it, and for each token the number of its word."""
+    joined = [_joined(example.tokens) for example in examples]
+    longest = longest_of(model, tokenizer, options.max_length)
+    rows = tokenizer.encode([text for text, _ in joined], longest)
+    words: list[list[int | None]] = []
+    for row, (_, starts) in zip(rows, joined):
+        of_row: list[int | None] = []
+        for (first, last), sequence in zip(row.offsets, row.sequences):
+            # by the last character, as byte-level pieces may begin with the space in front
+            empty = sequence is None or last <= first
+            of_row.append(None if empty else bisect_right(starts, last - 1) - 1)
+        words.append(of_row)
+    return rows, words
+
+
+def evaluate(
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """Strict entity figures, see `fastattn.evaluation.spans`; of tags that are not B-, I- and O, accuracy alone.
+
+    A word has the label of its first piece, O without one.
+
+    Raises:
+        DataError: an example has a tag that the model lacks.
+    """
+    check_labels(model, examples)
+    rows, words = rows_of(model, tokenizer, examples, options or Options())
+
+    def take(outputs: Any, place: int, index: int) -> list[str]:
+        tags = [OUTSIDE] * len(examples[index].tokens)
+        labels = labels_of(outputs.logits[place, : len(rows[index].ids)], model.config)
+        seen = set()
+        for (label, _), word in zip(labels, words[index]):
+            if word is not None and word not in seen:
+                seen.add(word)
+                tags[word] = label
+        return tags
+
+    found = run(model, rows, batch_size, take)
+    if all(map(_is_bio, (*model.config.labels(), *labels_in(examples)))):
+        return entity_f1([example.tags for example in examples], found)
+    right = [a == b for example, tags in zip(examples, found) for a, b in zip(example.tags, tags)]
+    return Report(metrics={"accuracy": sum(right) / len(right)}, count=len(examples))
+
+
+def check_labels(model: Any, examples: Sequence[Example]) -> None:
+    """Refuse examples whose tags are not the model's; the message names the first."""
+    known = {OUTSIDE, *model.config.labels()}
+    for example in examples:
+        for tag in example.tags:
+            if tag not in known:
+                listed = ", ".join(sorted(known)[:8])
+                raise DataError(f"{example.where}: tag {tag!r} is none of the model's: {listed}")
+
+
+def _is_bio(tag: str) -> bool:
+    return tag == OUTSIDE or (tag[:2] in ("B-", "I-") and len(tag) > 2)
+
+
+def _texts(record: Record, name: str) -> tuple[str, ...]:
+    values = required(record, name)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{record.where}: {name} is {values!r:.60}, needs a list of texts")
+    for place, value in enumerate(values, 1):
+        if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
+            raise DataError(f"{record.where}: {name} has {value!r:.60} in place {place}, needs a text")
+    return tuple(values)
+
+
+def _joined(words: Sequence[str]) -> tuple[str, list[int]]:
+    """The words as one text, spaces between them but for scripts without any, and where each begins."""
+    text, starts = "", []
+    for word in words:
+        if text and not (is_unspaced(text[-1]) and is_unspaced(word[0])):
+            text += " "
+        starts.append(len(text))
+        text += word
+    return text, starts
 
 
 def labels_of(logits: Tensor, config: Any) -> list[tuple[str, float]]:

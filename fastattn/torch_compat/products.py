@@ -66,16 +66,21 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 _reorder_linear: Any = find("torch.ops.mkldnn._reorder_linear_weight")
 
 
+PACKED_ROWS = (
+    8  # that an order is made for: it serves one row as well, and one row's order serves several badly
+)
+
+
 @functools.cache
-def has_packed_linear() -> bool:
-    """Whether bfloat16 weights can be kept in the order in which oneDNN reads them: tried once, on first use.
+def has_packed_linear(dtype: torch.dtype) -> bool:
+    """Whether weights of a dtype can be kept in the order in which oneDNN reads them: tried once, on first use.
 
     Fallback: False, and products read the weight as it is.
     """
-    if not _HAS_ONEDNN or _reorder_linear is None:
+    if not _HAS_ONEDNN or _reorder_linear is None or dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
-        weight = torch.ones(32, 32, dtype=torch.bfloat16)
+        weight = torch.ones(32, 32, dtype=dtype)
         out = packed_linear(weight, pack_linear(weight), None)
     except RuntimeError:
         return False
@@ -83,11 +88,11 @@ def has_packed_linear() -> bool:
 
 
 def pack_linear(weight: Tensor) -> Any:
-    """A weight (O, I) in oneDNN's order for a product of one row.
+    """A weight (O, I) in oneDNN's order for a product of a few rows.
 
     Fallback: none is needed, `has_packed_linear` says so.
     """
-    return _reorder_linear(weight.detach(), 1)
+    return _reorder_linear(weight.detach(), PACKED_ROWS)
 
 
 def packed_linear(x: Tensor, pack: Any, bias: Tensor | None) -> Tensor:

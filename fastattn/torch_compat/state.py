@@ -68,7 +68,7 @@ def nothing_records() -> bool:
     )
 
 
-def only_autograd_watches() -> bool:
+def only_autograd_records() -> bool:
     """Whether a call of plain tensors is seen by autograd alone: no mode, transform, trace or profiler is active, no
     autocast, and forward-mode AD has given no tensor a tangent.
 
@@ -79,7 +79,7 @@ def only_autograd_watches() -> bool:
 
 def state_of_call(tensors: Iterable[Any]) -> list[Any] | None:
     """What a call of these tensors depends on in torch, values aside: the modes of the thread, and of each tensor its
-    dispatch keys, dtype, shape, strides and whether it requires grad. None unless `only_autograd_watches` and all are
+    dispatch keys, dtype, shape, strides and whether it requires grad. None unless `only_autograd_records` and all are
     plain tensors or None.
 
     Fallback: None.
@@ -145,7 +145,7 @@ _CAN_GUARD = _guard_sees_all()
 
 
 def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without the look for transforms; only where `only_autograd_watches`.
+    """`function.apply` without the look for transforms; only where `only_autograd_records`.
 
     Fallback: `function.apply`.
     """
@@ -300,6 +300,11 @@ def graph_task() -> int:
 
 
 _TorchDispatchMode = find("torch.utils._python_dispatch.TorchDispatchMode")
+
+
+def has_dispatch_mode() -> bool:
+    """Whether `dispatch_mode` hands over operations."""
+    return _TorchDispatchMode is not None
 
 
 def dispatch_mode(

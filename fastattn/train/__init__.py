@@ -3,7 +3,8 @@
 from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
 from fastattn.train.loss_curve import plot_loss
 from fastattn.train.state import FitResult
-from fastattn.train.trainer import Trainer, TrainingDiverged
+from fastattn.train.trainer import Trainer
+from fastattn.train.updates import TrainingDiverged
 
 __all__ = [
     "ConfigError",

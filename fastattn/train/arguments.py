@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.train.config import TrainConfig
+from fastattn.train.metrics import LOSS
 
 
 def check_arguments(
@@ -35,3 +36,21 @@ def check_arguments(
     for name, (good, value, need) in needs.items():
         if not good:
             raise TypeError(f"{name}: got {type(value).__name__}, needs {need}")
+
+
+def check_evaluation(dev_data: Any, evaluate_with: Any, best: Any, show_with: Any) -> None:
+    """Raise TypeError or ValueError for the first argument on evaluation that is wrong, or needs another."""
+    for name, value in (("evaluate_with", evaluate_with), ("show_with", show_with)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name}: got {type(value).__name__}, needs a function of the model, or None")
+        if value is not None and dev_data is None:
+            raise ValueError(f"{name}: is called at evaluations, which need dev_data")
+    good = (
+        isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and isinstance(best[1], bool)
+    )
+    if not good:
+        raise TypeError(
+            f"best: got {type(best).__name__}, needs a pair: a figure's name, and whether more of it is better"
+        )
+    if best[0] != LOSS and evaluate_with is None:
+        raise ValueError(f"best: {best[0]!r} is a figure of evaluate_with, which is not given")

@@ -147,11 +147,12 @@ class RunDirectory:
             if (entry / STATE).is_file() and entry.name not in self.passed_over
         ]
 
-    def check_space(self, model: nn.Module, keep: int) -> None:
-        """Raise ConfigError unless the disk holds the best model and `keep` + 1 checkpoints with two moments."""
+    def check_space(self, model: nn.Module, keep: int, *, averaged: bool = False) -> None:
+        """Raise ConfigError unless the disk holds the best model and `keep` + 1 checkpoints with two moments, and with
+        the average of the trained weights if there is one."""
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
         weights, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
-        need = weights + (keep + 1) * (weights + 2 * trained)
+        need = weights + (keep + 1) * (weights + (2 + averaged) * trained)
         free = shutil.disk_usage(_existing(self.path)).free
         if free < need:
             raise ConfigError(

@@ -17,6 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from fastattn.cache import write_atomically
+from fastattn.train.optim import OptimizerName, Schedule
+from fastattn.train.trackers import Tracker
 
 
 class ConfigError(ValueError):
@@ -34,13 +36,21 @@ class TrainConfig:
             further on than steps, so that the schedule is complete when time is up; such a run is not reproducible.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
-        lr, warmup_steps, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then falls along a
-            cosine to lr * min_lr_ratio at the end.
-        weight_decay, beta1, beta2, eps: AdamW's; vectors do not decay.
+        optimizer: "adamw", or "muon" on the matrices of the model's blocks with AdamW on the rest.
+        lr, warmup_steps, schedule, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then
+            falls to lr * min_lr_ratio at the end: along a cosine, linearly, or with "wsd" linearly over the last
+            decay_ratio of the steps after the warmup; "constant" stays at lr.
+        decay_ratio: see "wsd".
+        weight_decay, beta1, beta2, eps: AdamW's; vectors do not decay. The decay is Muon's too.
+        muon_lr, muon_momentum: Muon's peak rate, None for lr, which suits both; its momentum.
         grad_clip: largest norm of the gradient, None for any.
         precision: what autocast computes in; "auto" is bfloat16 on CUDA where it has it, else float32.
         device: as torch names it; "auto" is CUDA where there is one, else the CPU.
         compile: train through torch.compile.
+        activation_checkpointing: keep only the inputs of the model's blocks (the members of its nn.ModuleLists) for the
+            backward pass, which computes the rest again; less memory, about a third more time.
+        ema_decay: evaluate and keep an exponential moving average of the weights, which takes this share of itself and
+            the rest of the new weights at each step; None for the weights themselves.
         seed: of the data's order, dropout and whatever else draws.
         deterministic: let torch use deterministic algorithms only.
         log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; None is
@@ -53,6 +63,7 @@ class TrainConfig:
         resume: "never", "auto" (from the newest complete checkpoint in output_dir, if there is one) or a
             checkpoint's path.
         overwrite: delete an earlier run in output_dir.
+        trackers: besides log.jsonl, where records go: "tensorboard", "trackio", "wandb"; each must be installed.
         peak_tflops: the device's, for "mfu" in the log; None looks its name up.
 
     Raises:
@@ -65,17 +76,24 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int = 16
     accumulate: int = 1
+    optimizer: OptimizerName = "adamw"
     lr: float = 3e-4
+    schedule: Schedule = "cosine"
+    decay_ratio: float = 0.2
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_lr: float | None = None
+    muon_momentum: float = 0.95
     grad_clip: float | None = 1.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     compile: bool = False
+    activation_checkpointing: bool = False
+    ema_decay: float | None = None
     seed: int = 0
     deterministic: bool = False
     log_every: int = 10
@@ -88,6 +106,7 @@ class TrainConfig:
     max_nonfinite: int = 10
     resume: str = "never"
     overwrite: bool = False
+    trackers: tuple[Tracker, ...] = ()
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
@@ -114,9 +133,15 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has a 
         ("max_steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches"), _COUNT
     ),
     **dict.fromkeys(("save_every", "keep_checkpoints", "patience", "max_nonfinite"), _COUNT),
-    **dict.fromkeys(("max_epochs", "max_seconds", "lr", "eps", "grad_clip", "peak_tflops"), _POSITIVE),
-    **dict.fromkeys(("beta1", "beta2"), _DECAY),
-    **dict.fromkeys(("compile", "deterministic", "overwrite", "precision", "on_nonfinite"), _ANY),
+    **dict.fromkeys(
+        ("max_epochs", "max_seconds", "lr", "muon_lr", "eps", "grad_clip", "peak_tflops"), _POSITIVE
+    ),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum", "ema_decay"), _DECAY),
+    **dict.fromkeys(
+        ("compile", "deterministic", "overwrite", "precision", "on_nonfinite", "optimizer"), _ANY
+    ),
+    **dict.fromkeys(("schedule", "activation_checkpointing", "trackers"), _ANY),
+    "decay_ratio": (lambda v: 0 < v <= 1, "a number within (0, 1]"),
     "warmup_steps": (lambda v: 0 <= v <= MAX_COUNT, "an integer of at least 0"),
     "seed": (lambda v: 0 <= v <= MAX_SEED, f"an integer of at least 0, at most {MAX_SEED}"),
     "weight_decay": (lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0"),
@@ -176,6 +201,10 @@ def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     values = {name: dataclasses.asdict(section) for name, section in sections.items()}
     for options in values.values():
         options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
+        # a config's kind of int, as of a size that follows from others, is written as the number
+        options.update(
+            {key: int(v) for key, v in options.items() if isinstance(v, int) and not isinstance(v, bool)}
+        )
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # PyYAML writes some line separators as they are and folds them when it reads.
     if yaml.safe_load(text) != values:

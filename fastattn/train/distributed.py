@@ -67,6 +67,14 @@ class Distributed:
         dist.gather_object(value, values)
         return values or [value]
 
+    def broadcast(self, value: T) -> T:
+        """The first process's value, on all."""
+        if not self.active:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.active:

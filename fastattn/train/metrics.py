@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.constants import IGNORE_INDEX
 
+LOSS = "loss"  # the name of an evaluation's loss among its figures
 MAX_EXPONENT = 700.0  # exp of more overflows a float
 
 # Dense bfloat16/float16 TFLOP/s of the vendor's data sheets; the first name contained in the device's name counts.
@@ -33,15 +36,33 @@ PEAK_TFLOPS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per target (nats) over a data set."""
+    """Mean loss per target (nats) over a data set, and further figures of the model by name."""
 
     loss: float
     targets: int
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return perplexity(self.loss)
+
+    def value(self, name: str) -> float:
+        """The loss, or the figure of that name.
+
+        Raises:
+            ValueError: there is no such figure.
+        """
+        if name == LOSS:
+            return self.loss
+        if name not in self.figures:
+            known = ", ".join((LOSS, *self.figures))
+            raise ValueError(f"best: there is no figure {name!r}, the names are {known}")
+        return self.figures[name]
+
+    def __str__(self) -> str:
+        figures = self.figures or {"perplexity": self.perplexity}
+        return ", ".join([f"loss {self.loss:.4f}", *(f"{k} {v:.4g}" for k, v in figures.items())])
 
 
 def perplexity(loss: float) -> float:
@@ -73,15 +94,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((1e12 * peak for part, peak in PEAK_TFLOPS if part in name), None)
 
 
-def training_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Floating-point operations of the batch, forward and backward, counted by torch; gradients stay as they are."""
+def training_flops(model: nn.Module, loss: Callable[[], Tensor], batch: Mapping[str, Tensor]) -> int:
+    """Floating-point operations of `loss()` of a batch, forward and backward, counted by torch; the model's gradients
+    stay as they are."""
     held = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = [t.device for t in batch.values() if t.device.type == "cuda"][:1]
     for parameter, _ in held:
         parameter.grad = None
     try:
         with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
-            model(**batch).loss.backward()
+            loss().backward()
         return counter.get_total_flops()
     finally:
         for parameter, grad in held:
@@ -108,3 +130,11 @@ def figures_of(
     if peak and flops_per_token:
         figures["mfu"] = tokens_per_second * flops_per_token / peak
     return figures
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -40,6 +40,7 @@ class Objective:
         self.dtype = dtype
         self.distributed = distributed
         self.warn = warn
+        self.losses: list[Tensor] = []  # of the micro-batches of the last step
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
@@ -50,12 +51,14 @@ class Objective:
         if not targets:
             self.warn("all labels are -100, so the gradient is zero")
         loss_sum = torch.zeros((), device=self.device)
+        self.losses = []
         for i, (batch, count) in enumerate(zip(batches, counts)):
             with gradient_sync(self.parallel, wanted=i == len(batches) - 1):
                 loss = self._weighted_loss(batch, count / max(targets, 1.0))
                 # DistributedDataParallel divides the sum over processes by their number.
                 self.scaler.scale(loss * self.distributed.world_size).backward()
-            loss_sum += loss.detach().float()
+            self.losses.append(loss.detach().float())
+            loss_sum += self.losses[-1]
         return self.distributed.sum([float(loss_sum)], self.device)[0], int(all_tokens)
 
     def _weighted_loss(self, batch: Batch, weight: float) -> Tensor:

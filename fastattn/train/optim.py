@@ -1,11 +1,31 @@
-"""AdamW with decay on matrices only, and a learning rate with linear warmup and cosine decay."""
+"""AdamW and Muon over a model's parameters, and the learning rate over a run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+OptimizerName = Literal["adamw", "muon"]
+
+
+class Stepper(Protocol):
+    """The part of torch.optim.Optimizer that a training step uses."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def build_optimizer(
@@ -15,17 +35,170 @@ def build_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those with two dimensions or more decay, biases and gains do not.
+    name: OptimizerName = "adamw",
+    muon_momentum: float = 0.95,
+) -> Stepper:
+    """An optimiser over the trainable parameters; those with two dimensions or more decay, biases and gains do not.
 
-    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101). torch's fused step is used where every parameter allows it.
+    "adamw" is Loshchilov and Hutter 2019 (arXiv 1711.05101), torch's fused step where every parameter allows it.
+    "muon" is torch.optim.Muon on `hidden_matrices` and AdamW on the rest. Its updates have the size of AdamW's
+    (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one decay serve both.
+
+    Args:
+        lr: the rate that the groups start with; `set_learning_rate` changes it.
+        name: "adamw" or "muon".
+        muon_momentum: Muon's, with Nesterov's look ahead.
 
     Raises:
-        ValueError: no parameter requires a gradient.
+        ValueError: no parameter requires a gradient; with "muon", no matrix is Muon's, or one is sharded.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: no parameter requires a gradient")
+    if name == "adamw":
+        return _adamw(parameters, lr, weight_decay, betas, eps)
+    matrices = [p for p in hidden_matrices(model) if p.requires_grad]
+    if not matrices:
+        raise ValueError(
+            "optimizer: muon works on matrices in blocks (an nn.ModuleList), this model trains none; adamw works"
+        )
+    if any(_is_sharded(p) for p in matrices):
+        raise ValueError(
+            "optimizer: muon needs whole matrices, this model's are sharded over processes; adamw works"
+        )
+    taken = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in taken]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    parts: list[torch.optim.Optimizer] = [muon]
+    if rest:
+        parts.append(_adamw(rest, lr, weight_decay, betas, eps))
+    return JoinedOptimizer(parts)
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Matrices inside the model's repeated blocks (nn.ModuleList), without embeddings and what is tied to one.
+
+    They are Muon's: embeddings, heads, biases and gains are not (Jordan et al. 2024).
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    found = {id(p): p for block in blocks for p in block.parameters()}
+    return [p for key, p in found.items() if p.dim() == 2 and key not in embeddings]
+
+
+class JoinedOptimizer:
+    """Several optimisers as one: their groups in order, one step, one state."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts, the parts' own dicts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        """One step of each part."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As one optimiser's: parameters are numbered through all parts."""
+        state: dict[int, Any] = {}
+        groups = []
+        for first, part in self._numbered():
+            saved = part.state_dict()
+            state.update({first + number: values for number, values in saved["state"].items()})
+            groups += [
+                {**g, "params": [first + number for number in g["params"]]} for g in saved["param_groups"]
+            ]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: it has other groups.
+        """
+        groups = list(state_dict["param_groups"])
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"state_dict: holds {len(groups)} groups, need {len(self.param_groups)}")
+        for first, part in self._numbered():
+            count = sum(len(group["params"]) for group in part.param_groups)
+            mine = [groups.pop(0) for _ in part.param_groups]
+            state = state_dict["state"]
+            part.load_state_dict(
+                {
+                    "state": {n: state[first + n] for n in range(count) if first + n in state},
+                    "param_groups": [{**g, "params": [n - first for n in g["params"]]} for g in mine],
+                }
+            )
+
+    def _numbered(self) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+        first = 0
+        for part in self.parts:
+            yield first, part
+            first += sum(len(group["params"]) for group in part.param_groups)
+
+
+def set_learning_rate(optimizer: Stepper, rate: float, muon_ratio: float = 1.0) -> None:
+    """Give every group this rate, and Muon's groups muon_ratio times as much."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * muon_ratio if "ns_steps" in group else rate
+
+
+def learning_rate(
+    step: float,
+    progress: float,
+    *,
+    lr: float,
+    warmup_steps: int,
+    min_lr_ratio: float,
+    schedule: Schedule = "cosine",
+    decay_ratio: float = 0.2,
+) -> float:
+    """The rate after `step` steps: lr * (step + 1) / warmup, then lr * (r + (1 - r) * f(x)).
+
+    r is min_lr_ratio and x runs from 0 to 1 over what follows the warmup. f(x) is (1 + cos(pi * x)) / 2 for "cosine",
+    1 - x for "linear" and 1 for "constant". "wsd" stays at 1 and falls linearly over the last decay_ratio of x
+    (warmup, stable, decay: Hu et al. 2024, arXiv 2404.06395).
+
+    Args:
+        step: optimiser steps already taken, or on a schedule by time, the equivalent number.
+        progress: how much of the whole run is done, from 0 to 1, warmup included.
+        lr, warmup_steps, min_lr_ratio, schedule, decay_ratio: as in TrainConfig.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    at_warmup_end = progress * warmup_steps / step if step else 0.0
+    x = min(max((progress - at_warmup_end) / max(1.0 - at_warmup_end, 1e-12), 0.0), 1.0)
+    return lr * (min_lr_ratio + (1.0 - min_lr_ratio) * _height(schedule, x, decay_ratio))
+
+
+def _height(schedule: Schedule, x: float, decay_ratio: float) -> float:
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * x))
+    if schedule == "linear":
+        return 1.0 - x
+    if schedule == "wsd":
+        return min(1.0, (1.0 - x) / decay_ratio)
+    return 1.0
+
+
+def _adamw(
+    parameters: Sequence[Tensor], lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -36,20 +209,9 @@ def build_optimizer(
     )
 
 
-def learning_rate(
-    step: float, progress: float, *, lr: float, warmup_steps: int, min_lr_ratio: float
-) -> float:
-    """The rate after `step` steps: lr*(step+1)/warmup, then lr*(r + (1-r)*(1+cos(pi*x))/2).
+def _is_sharded(parameter: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
 
-    r is min_lr_ratio and x runs from 0 to 1 over what follows the warmup.
-
-    Args:
-        step: optimiser steps already taken, or on a schedule by time, the equivalent number.
-        progress: how much of the whole run is done, from 0 to 1, warmup included.
-        lr, warmup_steps, min_lr_ratio: as in TrainConfig.
-    """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    at_warmup_end = progress * warmup_steps / step if step else 0.0
-    x = min(max((progress - at_warmup_end) / max(1.0 - at_warmup_end, 1e-12), 0.0), 1.0)
-    return lr * (min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * x)))
+    return isinstance(parameter, DTensor)

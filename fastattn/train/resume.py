@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import nn
 
 from fastattn.train.config import ConfigError, TrainConfig
 from fastattn.train.metrics import Evaluation
+from fastattn.train.optim import Stepper
 from fastattn.train.state import TrainState
 
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 GENERATORS = "generators.pt"
+AVERAGE = "average.pt"  # the averaged weights, of a run that keeps some
 FILES = (STATE, OPTIMIZER, GENERATORS, WEIGHTS)
 # The keys of TrainState.window, where it is not empty.
 WINDOW = {"steps", "loss", "tokens", "seconds", "lr", "grad_norm"}
@@ -41,6 +43,7 @@ class Saved:
     world_size: int
     optimizer: dict[str, Any]
     generators: list[dict[str, Any]]  # of each process
+    average: list[torch.Tensor]  # averaged weights; none where the run keeps none
 
 
 def read_checkpoint(folder: Path) -> Saved:
@@ -77,18 +80,27 @@ def read_checkpoint(folder: Path) -> Saved:
             f"{folder / GENERATORS}: needs the states of torch's, Python's and NumPy's generators "
             f"for {world_size} process(es)"
         )
-    return Saved(state, sampler, scaler, options, world_size, optimizer, generators)
+    average = _read_pickled(folder / AVERAGE) if options.get("ema_decay") is not None else []
+    if not isinstance(average, list) or not all(isinstance(value, torch.Tensor) for value in average):
+        raise DamagedCheckpoint(f"{folder / AVERAGE}: holds no list of tensors")
+    return Saved(state, sampler, scaler, options, world_size, optimizer, generators, average)
 
 
-def check_data_order(saved: Saved, config: TrainConfig, world_size: int, folder: Path) -> None:
-    """Refuse a run that would not read the examples in the order of its checkpoint.
+def check_options(saved: Saved, config: TrainConfig, world_size: int, folder: Path) -> None:
+    """Refuse a run that would not read the examples in the order of its checkpoint, or has no use for its state.
 
     Raises:
-        ConfigError: an option that decides the order, or the number of processes, differs; the message names it.
+        ConfigError: an option that decides the order or the state, or the number of processes, differs; the message
+            names it.
     """
     here = {**asdict(config), "world_size": world_size}
-    before = {**saved.options, "world_size": saved.world_size}
-    for name in (*DATA_ORDER, "world_size"):
+    before = {**asdict(replace(config, optimizer="adamw", ema_decay=None)), **saved.options}
+    before["world_size"] = saved.world_size
+    if (before["ema_decay"] is None) != (here["ema_decay"] is None):
+        raise ConfigError(
+            f"ema_decay: {folder} was trained with {before['ema_decay']}, this run has {here['ema_decay']}"
+        )
+    for name in (*DATA_ORDER, "optimizer", "world_size"):
         if before[name] != here[name]:
             raise ConfigError(f"{name}: {folder} was trained with {before[name]}, this run has {here[name]}")
 
@@ -107,7 +119,7 @@ def check_weights(folder: Path, model: nn.Module | None) -> None:
         raise DamagedCheckpoint(f"{path}: {_reason(error)}") from None
 
 
-def check_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path) -> None:
+def check_optimizer(saved: dict[str, Any], optimizer: Stepper, path: Path) -> None:
     """Raise DamagedCheckpoint unless the saved state has the groups and shapes of this optimiser's parameters."""
     groups, here = saved["param_groups"], optimizer.param_groups
     try:
@@ -175,11 +187,12 @@ def _train_state(values: dict[str, Any], path: Path) -> TrainState:
 def _need_of(name: str, value: Any) -> str | None:
     """The requirement that a field's value violates, or None."""
     if name in ("first", "best", "last"):
-        names = {field.name for field in fields(Evaluation)}
-        good = value is None or (
-            isinstance(value, dict) and value.keys() == names and all(map(_is_number, value.values()))
+        names = [field.name for field in fields(Evaluation)]
+        return (
+            None
+            if value is None or _is_evaluation(value)
+            else f"null or an object of {', '.join(sorted(names))}"
         )
-        return None if good else f"null or an object of {' and '.join(sorted(names))}"
     if name == "window":
         good = isinstance(value, dict) and all(map(_is_number, value.values()))
         good = good and (not value or value.keys() == WINDOW)
@@ -189,6 +202,15 @@ def _need_of(name: str, value: Any) -> str | None:
     least = -1 if name == "evaluated_step" else 0
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
     return None if good else f"an integer of at least {least}"
+
+
+def _is_evaluation(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    figures = value.get("figures")
+    rest = {name: number for name, number in value.items() if name != "figures"}
+    good = isinstance(figures, dict) and all(map(_is_number, figures.values()))
+    return good and rest.keys() == {"loss", "targets"} and all(map(_is_number, rest.values()))
 
 
 def _is_number(value: Any) -> bool:

@@ -39,9 +39,11 @@ class FitResult:
     """The result of `Trainer.fit`.
 
     stopped: the reason it ended; interrupted: whether by a signal. first, best, last: evaluations before training, with
-    the lowest loss, and at the end; None without dev_data. seconds: wall time of the whole run, evaluations and
-    earlier parts of a resumed run included. log: the records of log.jsonl (empty on ranks other than 0). checkpoint:
-    the value for `resume`.
+    the best figure (by default the lowest loss), and at the end; None without dev_data. seconds: wall time of the
+    whole run, evaluations and earlier parts of a resumed run included. flops: floating-point operations of its
+    training steps, counted on one batch and scaled by tokens; None where a signal ended it before any were counted.
+    peak_memory: bytes, of the CUDA device or of this process. log: the records of log.jsonl (empty on ranks other
+    than 0). checkpoint: the value for `resume`.
     """
 
     stopped: str
@@ -50,6 +52,8 @@ class FitResult:
     epochs: float
     tokens: int
     seconds: float
+    flops: float | None
+    peak_memory: int
     first: Evaluation | None
     best: Evaluation | None
     last: Evaluation | None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,43 +15,40 @@ from torch.utils.data import default_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
-from fastattn.train.arguments import check_arguments
+from fastattn.train.arguments import check_arguments, check_evaluation
 from fastattn.train.batches import Batch, Batches, Examples
-from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory, read_model, write_model
-from fastattn.train.config import TrainConfig, save_config, step_limit
+from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
+from fastattn.train.config import ConfigError, TrainConfig, save_config, step_limit
 from fastattn.train.distributed import Distributed, usable_device, usable_dtype
+from fastattn.train.evaluating import Evaluator, is_gain
 from fastattn.train.log import Record, RunLog
-from fastattn.train.metrics import Evaluation, count_tokens, figures_of, peak_flops, training_flops
-from fastattn.train.objective import Objective
-from fastattn.train.optim import build_optimizer, learning_rate
-from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
-from fastattn.train.resume import (
-    GENERATORS,
-    OPTIMIZER,
-    STATE,
-    DamagedCheckpoint,
-    check_data_order,
-    check_optimizer,
-    read_checkpoint,
+from fastattn.train.metrics import (
+    LOSS,
+    Evaluation,
+    count_tokens,
+    figures_of,
+    peak_flops,
+    peak_memory,
+    training_flops,
 )
+from fastattn.train.objective import Objective
+from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
+from fastattn.train.recompute import blocks_of, recomputing
 from fastattn.train.rng import (
     allow_deterministic_cublas,
     deterministic_algorithms,
-    random_state,
-    restore_random_state,
     seed_all,
     seeded,
 )
 from fastattn.train.signals import StopRequest
+from fastattn.train.snapshot import Snapshot
 from fastattn.train.state import FitResult, TrainState
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient stopped being finite, and on_nonfinite says not to go on."""
+from fastattn.train.trackers import Trackers, missing
+from fastattn.train.updates import TrainingDiverged, Update, Updates, listed
 
 
 class Trainer:
-    """Trains a model with AdamW, warmup and cosine decay, and keeps a log, the best model and resumable checkpoints.
+    """Trains a model with AdamW or Muon, and keeps a log, the best model and resumable checkpoints.
 
     A step minimises the mean loss over the targets of all its micro-batches on all processes: each micro-batch's mean
     is weighted by its number of labels that are not -100, so the gradient is that of one big batch. On a CPU with
@@ -72,6 +68,11 @@ class Trainer:
             NumPy's global generator are part of the reproducible run.
         display: where progress is shown; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
+        evaluate_with: figures of the model at each evaluation beside its loss on dev_data, as {"accuracy": 0.9}. It
+            gets the model in eval mode, on the first process alone.
+        best: the figure that picks the best model and ends a run by patience, and whether more of it is better:
+            ("loss", False), or the name of one of evaluate_with's.
+        show_with: makes a text of the model at each evaluation, such as a sample; it is shown and logged.
 
     Raises:
         ConfigError: the output directory or the disk cannot take the run, or the device or precision is not available.
@@ -90,28 +91,29 @@ class Trainer:
         collate: Callable[[list[Any]], Batch] = default_collate,
         display: ProgressDisplay | None = None,
         on_record: Callable[[Record], None] | None = None,
+        evaluate_with: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        best: tuple[str, bool] = (LOSS, False),
+        show_with: Callable[[nn.Module], str] | None = None,
     ) -> None:
         check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
+        check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
                 raise ValueError(f"{name}: is empty, need at least one example")
         self.config = config
         if config.deterministic:
             allow_deterministic_cublas()  # before the device's first matrix product
+        if config.activation_checkpointing and not blocks_of(model):
+            raise ValueError("activation_checkpointing: the model has no blocks in an nn.ModuleList")
+        if lacking := missing(config.trackers):
+            raise ConfigError(f"trackers: {lacking} is not installed")
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
         self.directory = RunDirectory(
             config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
         )
-        self.directory.check_space(model, config.keep_checkpoints)
+        self.directory.check_space(model, config.keep_checkpoints, averaged=config.ema_decay is not None)
         self.model = model.to(self.device)
-        self.optimizer = build_optimizer(
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-        )
         self.train_data, self.dev_data = train_data, dev_data
         self.tokenizer = tokenizer
         self.batches = Batches(collate, self.device)
@@ -121,16 +123,34 @@ class Trainer:
         self.max_steps = step_limit(config, len(train_data), world_size)
         self.display = (display or default_display()) if self.distributed.is_main else NoDisplay()
         self.on_record = on_record
+        self.best, self.show_with = best, show_with
         self.log = RunLog(None, resume_step=None)
         self.state = TrainState()
         self._compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
         parallel = self.distributed.wrap(self._compiled, self.device)
         self.objective = Objective(model, parallel, self.device, self.dtype, self.distributed, self._warn)
+        self.evaluator = Evaluator(
+            model, self._compiled, config, self.objective, self.batches, self.distributed, evaluate_with
+        )
+        self.updates = Updates(model, config, self.objective)
+        self.optimizer, self.averaged = self.updates.optimizer, self.updates.averaged
+        self.snapshot = Snapshot(
+            config,
+            model,
+            tokenizer,
+            self.optimizer,
+            self.averaged,
+            self.objective.scaler,
+            self.sampler,
+            self.distributed,
+            self.device,
+        )
         self._peak_flops = (
             peak_flops(self.device, self.dtype) if config.peak_tflops is None else config.peak_tflops * 1e12
         )
-        self._flops_per_token: float | None = None
+        self._counted_flops: float | None = None  # per token
         self._shown: dict[str, float] = {}
+        self._trackers: Trackers | None = None
         self._started = time.monotonic()
         self._used = False
 
@@ -145,27 +165,43 @@ class Trainer:
         if self._used:
             raise RuntimeError('fit: a trainer runs once; make another, with resume="auto" to go on')
         self._used = True
-        with StopRequest() as stop, deterministic_algorithms(self.config.deterministic, self.device):
+        try:
+            return self._fit()
+        finally:
+            if self._trackers is not None:
+                self._trackers.close()
+
+    def _fit(self) -> FitResult:
+        config = self.config
+        with StopRequest() as stop, deterministic_algorithms(config.deterministic, self.device):
             self._begin()
             self.display.start(self._progress())
             try:
-                while True:
-                    signalled = self._signalled(stop)
-                    reason = self._reason_to_stop()
-                    if signalled or reason:
-                        break
-                    self._train_step()
-                    self._after_step()
+                with recomputing(self.model, config.activation_checkpointing):
+                    while True:
+                        signalled = self._signalled(stop)
+                        reason = self._reason_to_stop()
+                        if signalled or reason:
+                            break
+                        self._train_step()
+                        self._after_step()
                 checkpoint = self._finish(evaluate=reason is not None)
             finally:
                 self.display.stop()
-        state = self.state
+        state, memory = self.state, peak_memory(self.device)
+        flops = self._flops(interrupted=reason is None)
         stopped = (
             reason
             or f"stopped by {stop.signal_name or 'a signal to another process'}, {state.step} steps done"
         )
-        self.log.add("end", state.step, stopped=stopped, seconds=self._seconds())
-        self.display.note(f"{stopped}; checkpoint: {checkpoint}")
+        self.log.add(
+            "end", state.step, stopped=stopped, seconds=self._seconds(), flops=flops, peak_memory=memory
+        )
+        self.display.note(
+            f"{stopped}: {self._seconds():.0f} s"
+            + ("" if flops is None else f", {flops:.3g} FLOPs")
+            + f", {memory / 1e9:.2f} GB at the peak; checkpoint: {checkpoint}"
+        )
         return FitResult(
             stopped=stopped,
             interrupted=reason is None,
@@ -173,6 +209,8 @@ class Trainer:
             epochs=self.sampler.epochs,
             tokens=state.tokens,
             seconds=self._seconds(),
+            flops=flops,
+            peak_memory=memory,
             first=state.first,
             best=state.best,
             last=state.last,
@@ -180,34 +218,38 @@ class Trainer:
             checkpoint=checkpoint,
         )
 
-    @torch.no_grad()
     def evaluate(self, data: Examples | None = None) -> Evaluation:
-        """Mean loss per target over `data` (default: dev_data); random generators end as they were.
+        """Mean loss per target over `data` (default: dev_data, with evaluate_with's figures), of the averaged weights
+        where there are some; random generators end as they were.
 
         Raises:
             ValueError: there is no data, or no label in it counts.
         """
-        data = self.dev_data if data is None else data
-        if data is None:
+        if data is None and self.dev_data is None:
             raise ValueError("data: the trainer has no dev_data, need some")
-        was_training = self.model.training
-        self.model.eval()
-        loss_sum, targets = 0.0, 0
-        rank, world_size = self.distributed.rank, self.distributed.world_size
-        size, number = self.config.batch_size, self.config.eval_batches
-        batches = self.batches.in_order(data, size, number, rank, world_size)
-        try:
-            with seeded(self.config.seed, self.device):
-                for batch in batches:
-                    if count := self.objective.count_targets(batch):
-                        loss_sum += float(self.objective.loss(self._compiled, batch)) * count
-                        targets += count
-        finally:
-            self.model.train(was_training)
-        loss_sum, total = self.distributed.sum([loss_sum, targets], self.device)
-        if not total:
-            raise ValueError("data: all labels are -100, need some that count")
-        return Evaluation(loss_sum / total, int(total))
+        with self._averaged_in_place():
+            if data is None:
+                assert self.dev_data is not None
+                return self.evaluator.evaluate(self.dev_data)
+            return self.evaluator.evaluate(data, with_figures=False)
+
+    def _averaged_in_place(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.averaged is None else self.averaged.in_place()
+
+    def _flops_per_token(self, batch: Batch) -> float:
+        """Floating-point operations of a training step for a token, counted once, on some batch."""
+        if self._counted_flops is None:
+            counted = training_flops(self.model, lambda: self.objective.loss(self.model, batch), batch)
+            self._counted_flops = counted / max(count_tokens(batch), 1)
+        return self._counted_flops
+
+    def _flops(self, *, interrupted: bool) -> float | None:
+        """Floating-point operations of all training steps; None where a signal came before any were counted."""
+        if self._counted_flops is None and not interrupted:
+            size = min(self.config.batch_size, len(self.train_data))
+            with seeded(self.config.seed, self.device):  # collate may draw
+                self._flops_per_token(self.batches.of(self.train_data, range(size)))
+        return None if self._counted_flops is None else self._counted_flops * self.state.tokens
 
     def _begin(self) -> None:
         """Make the output directory, then start afresh or from the checkpoint."""
@@ -216,12 +258,14 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         if source is not None:
-            self._load(source)
+            self.state = self.snapshot.load(source)
         if self.distributed.is_main:
             self.directory.prepare()
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
             resume_step = None if source is None else self.state.step
-            self.log = RunLog(self.directory.path / LOG, resume_step=resume_step, on_record=self.on_record)
+            if config.trackers:
+                self._trackers = Trackers(config.trackers, self.directory.path, asdict(config))
+            self.log = RunLog(self.directory.path / LOG, resume_step=resume_step, on_record=self._recorded)
         self.distributed.barrier()
         self._started = time.monotonic() - self.state.seconds
         for reason in self.directory.passed_over.values():
@@ -231,6 +275,12 @@ class Trainer:
         elif self.dev_data is not None:
             self._evaluate_and_keep()
             self.state.first = self.state.last
+
+    def _recorded(self, record: Record) -> None:
+        if self._trackers is not None:
+            self._trackers.add(record)
+        if self.on_record is not None:
+            self.on_record(record)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started
@@ -264,61 +314,41 @@ class Trainer:
         config, state = self.config, self.state
         begun = time.monotonic()
         progress = self._progress()
-        rate = learning_rate(
-            max(state.step, progress * self.max_steps)
-            if self.max_steps and config.max_seconds
-            else state.step,
-            progress,
-            lr=config.lr,
-            warmup_steps=config.warmup_steps,
-            min_lr_ratio=config.min_lr_ratio,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batches = [
-            self.batches.of(self.train_data, self.sampler.next_batch(config.batch_size))
-            for _ in range(config.accumulate)
-        ]
-        if self._peak_flops and self._flops_per_token is None:
-            self._flops_per_token = training_flops(self.model, batches[0]) / count_tokens(batches[0])
-        loss, tokens = self.objective.accumulate(batches)
-        self.objective.scaler.unscale_(self.optimizer)
-        norm = self.objective.clip_gradients(config.grad_clip)
-        self._apply(loss, norm, rate)
+        by_time = self.max_steps and config.max_seconds
+        step = max(state.step, progress * self.max_steps) if by_time and self.max_steps else state.step
+        indices = [self.sampler.next_batch(config.batch_size) for _ in range(config.accumulate)]
+        batches = [self.batches.of(self.train_data, part) for part in indices]
+        if self._peak_flops:
+            self._flops_per_token(batches[0])
+        update = self.updates.take(batches, step, progress)
+        if update.taken:
+            state.nonfinite_in_a_row = 0
+        else:
+            self._reject(update, indices)
         state.step += 1
-        state.tokens += tokens
-        sums = {"steps": 1, "loss": loss, "tokens": tokens, "seconds": time.monotonic() - begun}
+        state.tokens += update.tokens
+        sums = {"steps": 1, "loss": update.loss, "tokens": update.tokens, "seconds": time.monotonic() - begun}
         for name, value in sums.items():
             state.window[name] = state.window.get(name, 0.0) + value
-        state.window.update(lr=rate, grad_norm=norm)
+        state.window.update(lr=update.rate, grad_norm=update.norm)
 
-    def _apply(self, loss: float, norm: float, rate: float) -> None:
-        """Take the optimiser step, unless the loss or a gradient is not finite."""
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        scaler = self.objective.scaler
-        overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
-        if finite or overflow:  # the scaler skips a step that overflowed, and lowers its scale
-            scaler.step(self.optimizer)
-            self.state.nonfinite_in_a_row = 0
-        else:
-            self._reject(loss, norm, rate)
-        scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _reject(self, loss: float, norm: float, rate: float) -> None:
-        """Skip the step with a warning, or raise TrainingDiverged."""
+    def _reject(self, update: Update, indices: list[list[int]]) -> None:
+        """Leave the step out with a warning, or raise TrainingDiverged."""
         state, config = self.state, self.config
         state.nonfinite_in_a_row += 1
-        what = f"loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
         if config.on_nonfinite == "skip" and state.nonfinite_in_a_row <= config.max_nonfinite:
-            self._warn(f"{what}: step skipped, {state.nonfinite_in_a_row} in a row")
+            self._warn(f"{update}: step skipped, {state.nonfinite_in_a_row} in a row")
+            self.updates.discard()
             return
+        figures = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
         culprit = self.objective.first_gradient_not_finite()
-        self.log.add("diverged", state.step, loss=loss, grad_norm=norm, lr=rate, parameter=culprit)
+        examples = self.updates.examples_not_finite(indices)
+        self.log.add("diverged", state.step, **figures, parameter=culprit, examples=examples)
         kept = self.directory.checkpoints()
         raise TrainingDiverged(
-            f"step {state.step}: {what}"
+            f"step {state.step}: {update}"
             + (f"; first in the gradient of {culprit}" if culprit else "")
+            + f"; in the batch of training examples {listed(examples)}"
             + (f"; the newest checkpoint is {kept[-1]}" if kept else "; there is no checkpoint yet")
             + "; try a lower lr or more warmup_steps"
         )
@@ -347,7 +377,7 @@ class Trainer:
     def _figures(self) -> dict[str, float]:
         """Loss, speed and the rest over the steps since the last "train" record."""
         peak = self._peak_flops and self._peak_flops * self.distributed.world_size
-        return figures_of(self.state.window, peak, self._flops_per_token)
+        return figures_of(self.state.window, peak, self._counted_flops)
 
     def _log_window(self) -> None:
         self._shown = self._figures()
@@ -363,54 +393,43 @@ class Trainer:
         """Evaluate, and keep the model at the top of the directory if it is the best so far."""
         state = self.state
         state.last, state.evaluated_step = self.evaluate(), state.step
-        loss, perplexity = state.last.loss, state.last.perplexity
-        self.log.add("eval", state.step, loss=loss, perplexity=perplexity, seconds=self._seconds())
-        self.display.note(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
-        if state.best is not None and not (loss < state.best.loss or math.isnan(state.best.loss)):
+        last = state.last
+        seconds = self._seconds()
+        self.log.add(
+            "eval", state.step, loss=last.loss, perplexity=last.perplexity, **last.figures, seconds=seconds
+        )
+        self.display.note(f"step {state.step}: validation {last}")
+        if is_gain(last, state.best, self.best):
+            state.best, state.evaluations_without_gain = last, 0
+            self._save_model()
+        else:
             state.evaluations_without_gain += 1
-            return
-        state.best, state.evaluations_without_gain = state.last, 0
+        if self.show_with is not None and self.distributed.is_main:
+            self._show(self.show_with)
+
+    def _show(self, show_with: Callable[[nn.Module], str]) -> None:
+        with self._averaged_in_place():
+            text = self.evaluator.shown(show_with)
+        self.log.add("sample", self.state.step, text=text)
+        self.display.note(text)
+
+    def _save_model(self) -> None:
         if self.distributed.is_main:
-            self.directory.save_model(self.model, self.tokenizer)
+            with self._averaged_in_place():
+                self.directory.save_model(self.model, self.tokenizer)
 
     def _save(self) -> Path:
         """Write a checkpoint; without dev_data the newest model is also the one at the directory's top."""
         self.state.seconds = self._seconds()
-        generators = self.distributed.gather(random_state(self.device))
+        generators = self.snapshot.generators()
         step, path = self.state.step, self.directory.path
         if self.distributed.is_main:
             self.directory.save_checkpoint(
-                step, lambda folder: self._write(folder, generators), self.config.keep_checkpoints
+                step,
+                lambda folder: self.snapshot.write(folder, self.state, generators),
+                self.config.keep_checkpoints,
             )
-            if self.dev_data is None:
-                self.directory.save_model(self.model, self.tokenizer)
+        if self.dev_data is None:
+            self._save_model()
         self.distributed.barrier()
         return path / f"checkpoint-{step}"
-
-    def _write(self, folder: Path, generators: list[dict[str, Any]]) -> None:
-        write_model(self.model, folder, self.tokenizer)
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
-        torch.save(generators, folder / GENERATORS)
-        state = {
-            "state": asdict(self.state),
-            "sampler": self.sampler.state_dict(),
-            "scaler": self.objective.scaler.state_dict(),
-            "config": asdict(self.config),
-            "world_size": self.distributed.world_size,
-        }
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-    def _load(self, folder: Path) -> None:
-        """Take over everything `_write` wrote, after checking that it is from the same order of data."""
-        saved = read_checkpoint(folder)
-        check_data_order(saved, self.config, self.distributed.world_size, folder)
-        self.sampler.load_state_dict(saved.sampler)
-        check_optimizer(saved.optimizer, self.optimizer, folder / OPTIMIZER)
-        read_model(self.model, folder)
-        try:
-            self.optimizer.load_state_dict(saved.optimizer)
-            self.objective.scaler.load_state_dict(saved.scaler)
-            restore_random_state(saved.generators[self.distributed.rank], self.device)
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise DamagedCheckpoint(f"{folder}: its state cannot be restored ({error})") from None
-        self.state = saved.state

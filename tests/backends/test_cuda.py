@@ -17,7 +17,7 @@ from fastattn.backends.cuda import MeasuredRows
 from fastattn.extension.info import BuildInfo
 from fastattn.spec import SoftmaxSpec
 
-SPEC = SoftmaxSpec("cuda", 90, torch.bfloat16, 4096, unit_columns=True, wide_rows=False)
+SPEC = SoftmaxSpec("cuda", 90, torch.bfloat16, 4096, unit_columns=True, int64_offsets=False)
 INFO = BuildInfo("2.11.0", "13.0", "abi", ("8.0", "9.0a"), "hash")
 
 

@@ -159,8 +159,8 @@ def test_the_error_rule(
         operands = [t[b : b + 1] for t in (query, k[:, :, :length], v[:, :, :length])]
         golden = reference.attention(*(t.double() for t in operands), return_lse=True)
         plain = reference.attention(*operands, return_lse=True)
-        for name, actual, of_plain, truth in zip(("out", "lse"), results, plain, golden):
-            assert_within_rule(actual[b : b + 1], of_plain, truth, f"{name} of {b}", dtype)
+        for name, actual, of_plain, exact in zip(("out", "lse"), results, plain, golden):
+            assert_within_rule(actual[b : b + 1], of_plain, exact, f"{name} of {b}", dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -176,7 +176,7 @@ def test_large_and_absent_sinks(outputs: tuple[str, ...], length: int, sink: flo
 @pytest.mark.parametrize("length", [9, 64, 700])
 @pytest.mark.parametrize("grad", [False, True], ids=["bias", "bias with gradient"])
 def test_rows_whose_bias_is_the_smallest_number(length: int, grad: bool) -> None:
-    """Masks made of finfo.min leave rows whose keys weigh the same; lse has no digits left for their number."""
+    """Masks made of finfo.min leave rows whose keys have equal weights; lse has no digits left for their number."""
     torch.manual_seed(2)
     bias = torch.zeros(6, length)
     bias[2] = torch.finfo(torch.float32).min

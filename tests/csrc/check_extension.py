@@ -44,7 +44,7 @@ def main() -> None:
         else:
             sys.exit(f"{name} ran without a GPU")
 
-    spec = SoftmaxSpec("cuda", 90, torch.float16, 4096, unit_columns=True, wide_rows=False)
+    spec = SoftmaxSpec("cuda", 90, torch.float16, 4096, unit_columns=True, int64_offsets=False)
     assert backends.select(spec, "cuda", "softmax_fwd").NAME == "cuda"
     explanation = backends.explanation({"softmax_fwd": spec}, "auto")
     print(explanation)

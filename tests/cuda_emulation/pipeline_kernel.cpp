@@ -239,6 +239,6 @@ extern "C" const char* run_pipeline(const void* q, const void* k, const void* v,
                                   .shared_bytes = sizeof(Shared) + 1024,
                                   .max_shared_bytes = sizeof(Shared) + 1024};
     emulator::launch(emulator::options, launch, pipeline, tile_map(q, rows), tile_map(k, keys), tile_map(v, keys),
-                     tile_map(out, rows), int((keys + kTile - 1) / kTile), Mistake(mistake));
+                     tile_map(out, rows), int(ceil_div(keys, kTile)), Mistake(mistake));
   });
 }

@@ -14,7 +14,8 @@ namespace {
 // The cost of a tile besides its loop, in blocks of the loop's operand.
 constexpr double kPerTile = 1.5;
 
-enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass, kForwardInClusters };
+// kForwardEdgesBetween: as the forward, but blocks at the edges of a window come in their place among the others.
+enum Pass { kForward, kKeyGradients, kQueryGradient, kOnePass, kForwardInClusters, kForwardEdgesBetween };
 
 double cost_of(const BlockRange& blocks, int times = 1) { return kPerTile + (blocks.end - blocks.begin) * times; }
 
@@ -55,8 +56,8 @@ struct Sums {
 };
 
 // When a call in one pass ends, in blocks of the loop, on multiprocessors each of which draws a tile when it is done
-// with one. From a tile's turn at a block of queries to the next one's it takes `handover`, of which a warp waits two
-// thirds for its own sums to land before it takes the next.
+// with one. From one tile's addition to a block of queries to the next one's it takes `handover`, of which a warp waits
+// two thirds for its own sums to land before it takes the next.
 template <class Shape>
 double one_pass_end(const AttentionParams& params, int multiprocessors, double handover) {
   const OnePassSchedule schedule = one_pass_schedule<Shape>(params);
@@ -74,7 +75,7 @@ double one_pass_end(const AttentionParams& params, int multiprocessors, double h
     for (int member = 0; member < group_size; ++member) {
       const int head = tile.kv_head * group_size + member;
       std::vector<Sums>& sums = sums_of[int64_t{tile.sequence.index} * params.num_heads + head];
-      sums.resize((tile.sequence.seen.num_queries + Shape::kBlockM - 1) / Shape::kBlockM);
+      sums.resize(ceil_div(tile.sequence.seen.num_queries, Shape::kBlockM));
       int block = walk.first;
       for (int left = blocks.end - blocks.begin; left > 0; --left, block = walk.after(block)) {
         Sums& sum = sums.at(block);
@@ -86,9 +87,9 @@ double one_pass_end(const AttentionParams& params, int multiprocessors, double h
         const double later = Shape::kDqByBlocks && (left > 1 || member + 1 < group_size) ? 1.0 : 0.0;
         const double written = std::max(now + later, free);
         now = written - later;
-        const double turn = std::max(written, sum.seen_at);
-        landed.push_back(turn + handover * 2 / 3);
-        sum = {sum.added + 1, turn + handover};
+        const double added_at = std::max(written, sum.seen_at);
+        landed.push_back(added_at + handover * 2 / 3);
+        sum = {sum.added + 1, added_at + handover};
       }
     }
     now = std::max(now + kPerTile / 2, landed.empty() ? 0.0 : landed.back());
@@ -105,10 +106,12 @@ void costs_of(const AttentionParams& params, Pass pass, int64_t capacity, double
     for (int number = 0; number < schedule.num_tiles; ++number) costs[number] = cost(params, schedule, number);
     *count = schedule.num_tiles;
   };
-  if (pass == kForward || pass == kForwardInClusters) {
+  if (pass == kForward || pass == kForwardInClusters || pass == kForwardEdgesBetween) {
     with_forward_shape<half_t, kHeadDim>(params, pass == kForwardInClusters, [&](auto shape) {
       using Shape = decltype(shape);
-      all(forward_schedule<Shape>(params), forward_cost<Shape>);
+      TileSchedule schedule = forward_schedule<Shape>(params);
+      if (pass == kForwardEdgesBetween) schedule.first_edge = schedule.last_edge = 0;
+      all(schedule, forward_cost<Shape>);
     });
   } else if (pass == kQueryGradient) {
     using Shape = QueryGradientShapeFor<half_t, kHeadDim, false>;

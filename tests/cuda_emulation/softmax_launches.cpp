@@ -8,7 +8,7 @@ namespace fastattn {
 template <class Params>
 cudaError_t launch_rows(void (*kernel)(Params, RowPlan), const Params& params, const RowPlan& plan, int64_t rows) {
   const int64_t rows_here = rows_per_block(plan);
-  const int64_t blocks = (rows + rows_here - 1) / rows_here * plan.blocks();
+  const int64_t blocks = ceil_div(rows, rows_here) * plan.blocks();
   if (blocks == 0) {
     return cudaSuccess;
   }

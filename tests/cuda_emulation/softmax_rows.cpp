@@ -19,7 +19,7 @@ extern "C" const char* run_softmax(const void* x, void* y, int64_t outer, int64_
     select_softmax_forward<half_t, half_t>(
         params, clusters != 0, [](auto kernel, const auto& arguments, const RowPlan& plan, int64_t rows) {
           const int64_t rows_here = rows_per_block(plan);
-          const int64_t blocks = (rows + rows_here - 1) / rows_here * plan.blocks();
+          const int64_t blocks = ceil_div(rows, rows_here) * plan.blocks();
           emulator::Launch launch{.grid = {static_cast<unsigned>(blocks), 1, 1},
                                   .threads = static_cast<int>(plan.block_threads() * rows_here),
                                   .shared_bytes = kRowSharedBytes,

@@ -13,6 +13,7 @@ from softmax_cases import (
     DTYPES,
     SCALES,
     assert_hidden_as_in_the_reference,
+    call_for_kernels,
     call_of,
     inputs,
     non_finite,
@@ -33,7 +34,7 @@ WIDE = NARROW[:-1]  # and those for floats and the backward
 
 
 def forward(x: Tensor, dim: int, **options: Any) -> Tensor:
-    call = call_of(x, dim, **options)
+    call = call_for_kernels(x, dim, **options)
     spec = SoftmaxSpec.of(x, call.dim, mask=call.mask is not None, causal=call.causal, log=call.log)
     return backend.softmax_fwd(spec, call)
 
@@ -179,7 +180,7 @@ def test_a_plain_call_and_one_whose_mask_keeps_everything(
     """The plain kernels and the general ones: the same bits where the scale is a power of two, else within the rule."""
     x, dout = (torch.randn(3, columns).to(dtype) for _ in range(2))
     everything = torch.ones(columns, dtype=torch.bool)
-    for seed in SEEDS:
+    for seed in SEEDS if columns < 10_000 else SEEDS[:1]:
         emulated_extension.configure(arch=arch, seed=seed)
         for scale in (1.0, 0.125, 64.0):
             assert torch.equal(forward(x, -1, scale=scale), forward(x, -1, scale=scale, mask=everything))
@@ -203,7 +204,7 @@ def test_plain_rows_that_are_not_finite(
     x[8, ::2], x[9] = largest, -largest
     dout = torch.randn(10, columns).to(dtype)
     everything = torch.ones(10, columns, dtype=torch.bool)
-    for scale in (1.0, 2.5, 1e-25, 1e-35, 0.0, -1.0):
+    for scale in (1.0, 2.5, 1e-25, 1e-35, 0.0, -1.0) if columns < 10_000 else (1.0, 1e-35, -1.0):
         actual = both(x, dout, -1, scale=scale)
         assert_hidden_as_in_the_reference(
             x[:8], dout[:8], tuple(t[:8] for t in actual), scale=scale, mask=everything[:8]
@@ -287,6 +288,10 @@ X = torch.zeros(2, 3)
         ((X, None, 2, 1.0, False, False, torch.float32), "dim: got 2, needs 0 to 1"),
         ((X, X, 1, 1.0, False, False, torch.float32), "mask: got Float, needs Bool"),
         ((X[0], None, 0, 1.0, True, False, torch.float32), "causal: got True for shape"),
+        (
+            (X[None], None, 0, 1.0, True, False, torch.float32),
+            "causal: got True for dim 0 of 3",
+        ),
         ((X.double(), None, 1, 1.0, False, False, torch.float64), "dtype: got Double, needs float16"),
         ((X, None, 1, 1.0, False, False, torch.float16), "dtype: got Half for Float"),
     ],

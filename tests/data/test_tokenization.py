@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn.data.corpora import DataError, default_corpus
-from fastattn.data.tokenization import END_OF_TEXT, PADDING, Tokenizer, train_bpe
+from fastattn.data.tokenization import END_OF_TEXT, PADDING, Tokenizer, train_bpe, train_characters
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,67 @@ def test_folders_that_hold_no_tokeniser_are_refused(tokenizer, tmp_path):
 def test_special_tokens_must_be_in_the_vocabulary(tokenizer):
     with pytest.raises(ValueError, match="eos_token: '<missing>' is not in the vocabulary"):
         Tokenizer(tokenizer.core, eos_token="<missing>")
+
+
+def test_characters_are_tokens_and_unknown_ones_are_told(tmp_path):
+    documents = ["to be, or\n\tnot to be", "今天 天气"]
+    tokenizer = train_characters(documents, 100)
+    for text in (*documents, "be not\n to be"):
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("bz") == [tokenizer.encode("b")[0], 2]
+    assert train_characters(documents, 6).vocab_size == 6
+    frequent = train_characters(documents, 6)
+    assert [frequent.core.id_to_token(i) for i in range(3, 6)] == [
+        " ",
+        "o",
+        "t",
+    ]  # of equally many in their order
+    assert train_characters(documents, 100, min_frequency=2).vocab_size < tokenizer.vocab_size
+    tokenizer.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.encode(documents[0] + "z") == tokenizer.encode(documents[0] + "z")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*documents, "bz\n"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(documents[0])) == documents[0]
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a"], 3), "vocab_size"),
+        ((["a"], 10.0), "vocab_size"),
+        (("text",), "documents"),
+        (([1],), "documents"),
+        (([""],), "documents"),
+    ],
+)
+def test_bad_arguments_of_characters_are_named(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        train_characters(*arguments)
+
+
+def test_what_a_folder_says_of_its_tokenizer_is_saved_again(tokenizer, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    tokenizer.save_pretrained(first)
+    settings = json.loads((first / "tokenizer_config.json").read_text())
+    settings.update(bos_token="<|padding|>", padding_side="left", chat_template="{{ messages }}")
+    (first / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = Tokenizer.from_pretrained(first)
+    assert (loaded.chat_template, loaded.special_texts()["bos_token"]) == ("{{ messages }}", "<|padding|>")
+    loaded.save_pretrained(second)
+    saved = json.loads((second / "tokenizer_config.json").read_text())
+    assert (saved["bos_token"], saved["padding_side"]) == ("<|padding|>", "left")
+    assert "chat_template" not in saved
+    assert (second / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert Tokenizer.from_pretrained(second).chat_template == "{{ messages }}"
+    settings["chat_template"] = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
+    (first / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer.from_pretrained(first).chat_template == "y"
+    (first / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template.jinja: cannot be read"):
+        Tokenizer.from_pretrained(first)

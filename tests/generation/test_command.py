@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,15 @@ from typer.testing import CliRunner
 
 from fastattn import cli, console
 from fastattn.generation.text import UNKNOWN, Detokenizer
-from fastattn.models import GPT
+from fastattn.models import (
+    GPT,
+    BertConfig,
+    BertForMaskedLM,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    bert_decoder,
+)
+from fastattn.models.steps import GPTDecoder
 
 PROMPT = "stop the end"
 
@@ -118,26 +127,90 @@ def test_what_is_not_given_is_taken_from_the_folder(folder: Path, tmp_path: Path
     assert plain == (0, expected(folder, PROMPT) + "\n", "")
 
 
-def test_a_folder_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    from fastattn.models import (
-        BertConfig,
-        BertForMaskedLM,
-        EncoderDecoder,
-        EncoderDecoderConfig,
-        bert_decoder,
-    )
+@pytest.fixture(scope="module")
+def seq2seq_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder-decoder's folder, with weights by which the likeliest tokens stand out."""
+    made = tmp_path_factory.mktemp("seq2seq")
+    seq2seq(tokenizer().vocab_size).save_pretrained(made)
+    tokenizer().save_pretrained(made)
+    return made
 
-    encoder = BertConfig(vocab_size=280, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    decoder = bert_decoder(encoder)
-    config = EncoderDecoderConfig(encoder=encoder, decoder=decoder, decoder_start_token_id=1)
-    for model, complaint in (
-        (BertForMaskedLM(encoder), "holds a BertForMaskedLM, which generates no text"),
-        (EncoderDecoder(config), "holds an EncoderDecoder, which continues no prompt; call its generate"),
+
+def seq2seq(vocab_size: int, decoder_vocab_size: int | None = None) -> EncoderDecoder:
+    torch.manual_seed(2)
+    encoder = BertConfig(
+        vocab_size=vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    decoder = bert_decoder(dataclasses.replace(encoder, vocab_size=decoder_vocab_size or vocab_size))
+    return EncoderDecoder(EncoderDecoderConfig(encoder, decoder, decoder_start_token_id=1, eos_token_id=2))
+
+
+@pytest.mark.parametrize(("words", "options"), WAYS, ids=[" ".join(words) for words, _ in WAYS])
+def test_an_encoder_decoder_writes_the_target_of_a_source(
+    seq2seq_folder: Path, words: list[str], options: dict[str, Any]
+) -> None:
+    model = EncoderDecoder.from_pretrained(seq2seq_folder)
+    source = torch.tensor([tokenizer().encode(PROMPT)])
+    made = model.generate(source, **{"max_new_tokens": 12, **options})[0, 1:].tolist()
+    text = tokenizer().decode(made)
+    assert len(set(made)) > 1
+    code, out, err = invoke(seq2seq_folder, f"--prompt={PROMPT}", "--max-new-tokens=12", *words)
+    assert (code, err) == (0, "")
+    # how many marks stand for bytes that are no character depends on how they are cut
+    out, text = (re.sub(UNKNOWN + "+", UNKNOWN, t).rstrip(UNKNOWN + "\n") for t in (out, text))
+    assert out == text
+
+
+def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Path) -> None:
+    vocab = tokenizer().vocab_size
+    small, ids = seq2seq(vocab - 7), f"it has ids up to {vocab - 1}"
+    for name, model, complaint in (
+        (
+            "encoder",
+            BertForMaskedLM(small.config.encoder),
+            "holds a BertForMaskedLM, which generates no text",
+        ),
+        ("two", seq2seq(vocab, vocab + 3), "its one tokenizer cannot serve both parts, the encoder has 274"),
+        ("small", small, f"its tokenizer is another model's, {ids} and the encoder"),
+        ("gpt", make(), f"its tokenizer is another model's, {ids} and the model 61 tokens"),
     ):
-        made = tmp_path / type(model).__name__
-        model.save_pretrained(made)
-        tokenizer().save_pretrained(made)
-        assert invoke(made, "--prompt=x") == (2, "", f"fastattn: {made}: {complaint}\n")
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        code, out, err = invoke(tmp_path / name, "--prompt=x")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"fastattn: {tmp_path / name}: {complaint}")
+        assert err.count("\n") == 1
+
+
+def test_a_source_longer_than_the_encoder_reads_is_refused(seq2seq_folder: Path) -> None:
+    code, out, err = invoke(seq2seq_folder, "--prompt=" + "stop " * 200)
+    assert (code, out) == (2, "")
+    assert err.startswith("fastattn: input_ids: ")
+
+
+def test_logits_that_are_not_finite_are_reported_and_a_mistake_is_not_hidden(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad input ends with a line and code 2; an error inside the package keeps its traceback."""
+
+    def broken(self: Any, *arguments: Any, **options: Any) -> Any:
+        raise ValueError("a mistake")
+
+    size = tokenizer().vocab_size
+    for words in ([], ["--num-beams=2"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(GPTDecoder, "prefill", broken)
+            result = CliRunner().invoke(
+                cli.app, ["generate", str(folder), "--prompt=x", "--max-new-tokens=5", *words]
+            )
+            assert isinstance(result.exception, ValueError)
+            assert str(result.exception) == "a mistake"
+        with monkeypatch.context() as patch:
+            patch.setattr(GPTDecoder, "step", lambda self, tokens: torch.full((len(tokens), size), torch.nan))
+            code, _, err = invoke(folder, "--prompt=x", "--max-new-tokens=5", *words)
+            assert code == 2
+            assert err.startswith("fastattn: model: its logits for token 1 after the prompt are not finite")
 
 
 def test_8_bit_weights(folder: Path) -> None:

@@ -192,7 +192,7 @@ def without(name: str) -> str:
 
 def by_tma(rows: Rows, entries: Iterable[Any], has_score_mods: bool) -> str:
     """The rows that load by TMA: cycles of the tile before, which still serves without TMA, and of the one now."""
-    from compile_matrix import FEATURES
+    from compile_entries import FEATURES
 
     entries = [each for each in entries if each.name in rows and WITHOUT not in each.features]
     lines = []

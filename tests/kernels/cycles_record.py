@@ -52,7 +52,7 @@ def model_key() -> str:
 @cache
 def triton_entries() -> dict[str, Any]:
     """The rows of the compile table that the model knows, by name."""
-    from compile_matrix import entries
+    from compile_entries import entries
 
     return {e.name: e for e in entries(["90"]) if e.bits == 16 and e.kernel in ahead.MODELLED}
 
@@ -80,7 +80,7 @@ def key_of(job: Job) -> str:
 def triton_code(name: str) -> str:
     """The hash of what Triton's front end makes of a row, from the compile table; what it is made from if that is
     newer than the table."""
-    from compile_matrix import key_of as row_key
+    from compile_entries import key_of as row_key
 
     made_from = row_key(triton_entries()[name])
     row = compiled_rows().get(name, {})
@@ -116,7 +116,7 @@ def make(job: Job) -> Rows:
     if kind == "cuda":
         found = extension.predict_source(sources()[name])
         return {prediction.name: row_of(job, prediction) for prediction in found}
-    from compile_matrix import launch_of
+    from compile_entries import launch_of
 
     entry = triton_entries()[name]
     return {name: row_of(job, ahead.predict_launch(launch_of(entry), name, entry.kernel, entry.size))}
@@ -232,12 +232,12 @@ def main() -> int:
                 store(triton.__version__, merged(before, made, wrong), args.accept_cycles)
     if args.write:
         store(triton.__version__, merged(before, made, wrong), args.accept_cycles)
-        import compile_matrix
+        import compile_entries
         import compile_record
         import cycles_page
 
         compile_record.DOCUMENT.write_text(
-            compile_record.render(compile_record.load(), compile_matrix.entries()), encoding="utf-8"
+            compile_record.render(compile_record.load(), compile_entries.entries()), encoding="utf-8"
         )
         page = cycles_page.PAGE.read_text("utf-8")
         made = cycles_page.updated(page, load()["rows"], triton_entries().values())

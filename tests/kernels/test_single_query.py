@@ -10,7 +10,7 @@ from attention_cases import DEVICE, Maker
 
 import fastattn
 from fastattn import reference
-from fastattn.backends.triton.kv_cache import decodes
+from fastattn.backends.triton.kv_cache import is_decode_call
 from fastattn.kernels.decode_tiles import FEWEST_SPLIT_KEYS
 from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall
 from numerics import assert_within_rule
@@ -57,23 +57,23 @@ def spec_of(seqlen_q: int = 1, **options: Any) -> AttentionSpec:
 
 def test_what_is_split_over_its_keys() -> None:
     lengths = torch.tensor([3], dtype=torch.int32)
-    assert decodes(spec_of())
-    assert decodes(spec_of(causal="bottom_right", key_lengths=lengths))
-    assert decodes(
+    assert is_decode_call(spec_of())
+    assert is_decode_call(spec_of(causal="bottom_right", key_lengths=lengths))
+    assert is_decode_call(
         spec_of(causal="top_left", window_left=3, alibi_slopes=torch.ones(1, 2), sinks=torch.ones(2))
     )
-    assert not decodes(spec_of(seqlen_q=2))
-    assert not decodes(spec_of(mask=torch.ones(1, 1, 1, 20, dtype=torch.bool)))
-    assert not decodes(spec_of(bias=torch.ones(1, 1, 1, 20)))
-    assert not decodes(spec_of(query_segments=lengths[:, None], key_segments=torch.zeros(1, 20)))
-    assert not decodes(spec_of(dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64)))
+    assert not is_decode_call(spec_of(seqlen_q=2))
+    assert not is_decode_call(spec_of(mask=torch.ones(1, 1, 1, 20, dtype=torch.bool)))
+    assert not is_decode_call(spec_of(bias=torch.ones(1, 1, 1, 20)))
+    assert not is_decode_call(spec_of(query_segments=lengths[:, None], key_segments=torch.zeros(1, 20)))
+    assert not is_decode_call(spec_of(dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64)))
     for placed in (
         {"causal": "top_left"},
         {"window_left": 3},
         {"window_right": 0},
         {"alibi_slopes": torch.ones(1, 2)},
     ):
-        assert not decodes(spec_of(key_lengths=lengths, **placed))
+        assert not is_decode_call(spec_of(key_lengths=lengths, **placed))
 
 
 def test_explain_names_the_tile_of_decoding() -> None:

@@ -15,13 +15,14 @@ from softmax_cases import (
     DTYPES,
     SCALES,
     assert_hidden_as_in_the_reference,
-    call_of,
+    call_for_kernels,
     inputs,
     non_finite,
     reference,
 )
 from torch import Tensor
 
+import fastattn
 from fastattn.backends.triton import softmax as backend
 from fastattn.kernels import row_tiles
 from fastattn.kernels.row_tiles import RowTile, loss_tile_for, row_tile_for
@@ -33,7 +34,7 @@ TILES = {"the spec's": None, "in chunks": RowTile(2, 8, 1, whole=False)}
 
 
 def forward(x: Tensor, dim: int, tile: RowTile | None = None, **options: Any) -> tuple[Tensor, SoftmaxCall]:
-    call = call_of(x, dim, **options)
+    call = call_for_kernels(x, dim, **options)
     spec = SoftmaxSpec.of(x, call.dim, mask=call.mask is not None, causal=call.causal, log=call.log)
     return backend.softmax_fwd(spec, call, tile), call
 
@@ -144,6 +145,18 @@ def test_layouts() -> None:
         assert actual[0].stride() == torch.empty_like(x).stride()
 
 
+def test_a_diagonal_across_rows_is_part_of_the_mask() -> None:
+    """In the op and in its plan, which runs from the third call on."""
+    x, mask = torch.randn(4, 5, 6, device=DEVICE), torch.rand(5, 6, device=DEVICE) < 0.8
+    expected, _ = forward(x, 0, causal=True, mask=mask)
+    for _ in range(4):
+        assert torch.equal(fastattn.softmax(x, 0, causal=True, mask=mask, backend="triton"), expected)
+    assert_within_rule(
+        expected, fastattn.reference.softmax(x, 0, causal=True, mask=mask),
+        fastattn.reference.softmax(x.double(), 0, causal=True, mask=mask), "out",
+    )  # fmt: skip
+
+
 def test_rows_collapse_to_what_the_kernel_takes() -> None:
     x = torch.empty(2, 3, 4, 5)
     assert Rows.of([x, x], 3) == Rows((1, 1, 24, 5), ((0, 0, 5, 1),) * 2)
@@ -179,13 +192,9 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(forward(apart, -1)[0], expected)
 
 
-@pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    """The compiler's answers, from a process that doesn't interpret."""
-    return answers_of("row_compile.py")
-
-
-def test_tiles_compile_without_spills(report: dict[str, Any]) -> None:
+@pytest.mark.exhaustive  # the compile table has these rows, and is that of the kernels
+def test_tiles_compile_without_spills() -> None:
+    report = answers_of("row_compile.py", "--compile")
     assert len(report["compiled"]) == 10
     for name, made in report["compiled"].items():
         assert made["error"] == "", name
@@ -194,8 +203,9 @@ def test_tiles_compile_without_spills(report: dict[str, Any]) -> None:
         assert made["shared"] <= 49152, name
 
 
-def test_lengths_share_one_variant(report: dict[str, Any]) -> None:
+def test_lengths_share_one_variant() -> None:
     """Lengths of one power of two, every long row, and every vocabulary: nothing is compiled twice."""
+    report = answers_of("row_compile.py")
     assert len(report["signatures"]) == 6
     for name, found in report["signatures"].items():
         assert len(found) == 3, name

@@ -100,6 +100,8 @@ def test_antiberty_fills_in_every_residue_that_transformers_fills_in() -> None:
     assert any(name.startswith("cls.species") for name in ours.load_report.dropped)
     theirs = transformers.BertForMaskedLM.from_pretrained(folder).eval()
     mine, others = (masked_accuracy(model, vocabulary) for model in (ours, theirs))
-    truth = [vocabulary.index(residue) for chain in CHAINS for residue in chain]
-    print(f"accuracy {sum(a == b for a, b in zip(mine, truth)) / len(truth):.3f} of {len(truth)} residues")
+    expected = [vocabulary.index(residue) for chain in CHAINS for residue in chain]
+    print(
+        f"accuracy {sum(a == b for a, b in zip(mine, expected)) / len(expected):.3f} of {len(expected)} residues"
+    )
     assert mine == others

@@ -275,8 +275,8 @@ def test_new_and_fresh_parameters():
     model, report = read_two(two_tensors(), fresh=("plain.*",))
     assert set(report.new) == {"plain.weight", "plain.bias"}
     assert set(report.dropped) == {"m.plain.kernel", "m.plain.bias"}
-    with pytest.raises(ValueError, match=r"new: got 'plane\.\*', which names no parameter of Two"):
-        read_two(two_tensors(), fresh=("plane.*",))
+    with pytest.raises(ValueError, match=r"new: got 'plan\.\*', which names no parameter of Two"):
+        read_two(two_tensors(), fresh=("plan.*",))
 
 
 def test_a_parameter_without_a_row_is_a_mistake_of_the_table():

@@ -12,8 +12,10 @@ from small_models import KINDS
 from small_models import make_gpt as make
 from torch import Tensor, nn
 
+from fastattn import torch_compat
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.nn import rows as products
 
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 LENGTHS = (9, 4, 1, 7)
@@ -266,3 +268,15 @@ def test_the_perplexity_of_a_trained_model_rises_by_less_than_a_percent_with_8_b
     rounded = perplexity()
     assert rounded != plain
     assert rounded < 1.01 * plain
+
+
+def test_a_prompt_alone_packs_no_float32_weight_and_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"float32": ((None, "packed"),)}
+    monkeypatch.setattr(products, "FASTEST", {torch_compat.instructions(): line})
+    model = make(torch.float32, vocab_size=17000)  # a head large enough
+    ids = torch.randint(17000, (1, 5))
+    before = len(products._packs)
+    first = model.generate(ids, max_new_tokens=1)
+    assert len(products._packs) == before
+    assert torch.equal(model.generate(ids, max_new_tokens=4)[:, :6], first)
+    assert len(products._packs) == before + int(torch_compat.has_packed_linear(torch.float32))

@@ -13,10 +13,12 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.nn import rows as module
 from fastattn.nn import rows_table
+from fastattn.nn.linear import linear
 from fastattn.nn.rows import INT8_LEVELS, InBlocks, Int8Rows, Rows, by_row, rows_of
 from numerics import assert_within_rule, plain_in_any_order
 
-SHAPES = [(1, 1), (7, 5), (96, 64), (130, 33)]  # (O, I)
+SHAPES = [(1, 1), (7, 5), (96, 64), (130, 33), (4200, 130)]  # (O, I), the last one packed in float32
+PACKED = {"float32": ((None, "packed"),), "bfloat16": ((None, "packed"),)}
 COUNTS = (0, 1, 2, 7, 8, 9, 17)
 
 
@@ -102,7 +104,7 @@ def test_both_engines_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(97, 33), (768, 192), (192, 768)], ids=str)
+@pytest.mark.parametrize("shape", [(97, 33), (768, 192), (192, 768), (4200, 130)], ids=str)
 def test_a_block_gives_a_row_the_same_bits_at_every_place_and_beside_any_other(
     dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
@@ -125,15 +127,19 @@ def test_by_row_is_the_function_of_each_row() -> None:
     torch.testing.assert_close(gelu(x), F.gelu(x))
 
 
-@pytest.mark.parametrize("kind", ["int8", None])
-def test_a_packed_weight_follows_its_weight_and_goes_with_it(kind: str | None) -> None:
-    dtype = torch.float32 if kind else torch.bfloat16
-    weight, _ = operands(64, 32, dtype)
-    x = torch.randn(3, 32).to(dtype)
+@pytest.mark.parametrize("name", ["int8", "bfloat16", "float32"])
+def test_a_packed_weight_follows_its_weight_and_goes_with_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    kind = "int8" if name == "int8" else None
+    monkeypatch.setattr(module, "FASTEST", {torch_compat.instructions(): PACKED})
+    weight, _ = operands(4200, 130, dtype)
+    x = torch.randn(3, 130).to(dtype)
     before = len(module._packs)
     first = rows_of(weight, None, kind)(x)
     kept = len(module._packs)
-    assert kept == before + 1 or (kind is None and not torch_compat.has_packed_linear())
+    assert kept == before + 1 or (kind is None and not torch_compat.has_packed_linear(dtype))
     assert torch.equal(rows_of(weight, None, kind)(x), first)
     weight.mul_(2)
     assert torch.equal(rows_of(weight, None, kind)(x), 2 * first)
@@ -166,6 +172,18 @@ def test_the_table_is_what_chooses(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert used == ["packed" if dtype == torch.bfloat16 else "linear"]
 
 
+def test_a_product_that_is_made_once_packs_no_float32_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FASTEST", {torch_compat.instructions(): PACKED})
+    weight, bias = operands(4200, 130)
+    before = len(module._packs)
+    x = torch.randn(3, 130)
+    once = rows_of(weight, bias, once=True)(x)
+    assert len(module._packs) == before
+    assert torch.equal(once, linear(x, weight, bias, repeated=True))
+    rows_of(weight, bias)(x)
+    assert len(module._packs) == before + int(torch_compat.has_packed_linear(torch.float32))
+
+
 def test_every_line_of_the_table_covers_any_number_of_rows() -> None:
     for of_dtypes in rows_table.FASTEST.values():
         assert set(of_dtypes) == {"float32", "bfloat16", "float16"}
@@ -180,9 +198,9 @@ def test_every_line_of_the_table_covers_any_number_of_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_product_of_the_table_keeps_the_error_rule(name: str, dtype: torch.dtype) -> None:
     """Also where the table names it for no dtype here: on another CPU it may."""
-    weight, bias = operands(33, 20, dtype)
+    weight, bias = operands(4200, 130, dtype)
     for count in (0, 1, 3, 9):
-        x = torch.randn(count, 20).to(dtype)
+        x = torch.randn(count, 130).to(dtype)
         golden = F.linear(x.double(), weight.double(), bias.double())
         plain = F.linear(x, weight, bias)
         if dtype == torch.float32:

@@ -100,7 +100,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_call_nobody_watches_is_the_op_without_the_dispatcher(
+def test_a_call_that_nothing_records_is_the_op_without_the_dispatcher(
     direct: list[bool], mode: Callable[[], Any], name: str
 ) -> None:
     _, call = CALLS[name]
@@ -110,9 +110,9 @@ def test_a_call_nobody_watches_is_the_op_without_the_dispatcher(
         assert direct
         assert all(direct)
         with Sees() as mode_that_sees:
-            watched = call(*operands)
+            dispatched = call(*operands)
     assert any(CALLS[name][0] in op for op in mode_that_sees.seen)
-    results, expected = ((r if isinstance(r, tuple) else (r,)) for r in (result, watched))
+    results, expected = ((r if isinstance(r, tuple) else (r,)) for r in (result, dispatched))
     for one, other in zip(results, expected):
         assert torch.equal(one, other)
         assert one.stride() == other.stride()

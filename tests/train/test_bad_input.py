@@ -77,6 +77,14 @@ TAKES: dict[str, set[str]] = {
     "max_nonfinite": set(),
     "overwrite": FLAG,
     "peak_tflops": OPTIONAL | NUMBER,
+    "optimizer": set(),
+    "schedule": set(),
+    "decay_ratio": set(),
+    "muon_lr": OPTIONAL | NUMBER,
+    "muon_momentum": {"0"},
+    "activation_checkpointing": FLAG,
+    "ema_decay": OPTIONAL | {"0"},
+    "trackers": {"list"},
 }
 
 

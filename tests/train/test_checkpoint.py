@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_lm import TinyLM, make_data, make_model
+from tiny_lm import TinyLM, make_blocks, make_data, make_model
 
 from fastattn.train import ConfigError
 from fastattn.train.checkpoint import UNFINISHED, RunDirectory
@@ -37,7 +37,8 @@ def everything(trainer):
 
 
 def timeless(log):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "stopped")} for r in log]
+    measured = ("seconds", "tokens_per_second", "stopped", "peak_memory")
+    return [{k: v for k, v in r.items() if k not in measured} for r in log]
 
 
 RUN = {"max_steps": 22, "accumulate": 2, "batch_size": 3, "log_every": 4, "eval_every": 5, "save_every": 5}
@@ -85,11 +86,51 @@ def test_resumed_run_ends_with_the_same_bits(make_trainer, straight):
     assert result.tokens == expected.tokens
 
 
+OPTIONS = {
+    "muon": {"optimizer": "muon", "muon_lr": 3e-3, "schedule": "wsd"},
+    "averaged": {"ema_decay": 0.8, "schedule": "linear"},
+    "recomputed": {"activation_checkpointing": True},
+    "all": {"optimizer": "muon", "ema_decay": 0.8, "activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_with_other_options_resumes_with_the_same_bits(make_trainer, name):
+    options = {**RUN, **OPTIONS[name], "dev": make_data(seed=1)}
+    keywords = {"collate": noisy_collate}
+    whole = make_trainer(model=make_blocks(), out="whole", **options, keywords=keywords)
+    expected = whole.fit()
+    make_trainer(model=make_blocks(), **options, keywords={**keywords, "on_record": stop_at(8)}).fit()
+    resumed = make_trainer(model=make_blocks(seed=5), resume="auto", **options, keywords=keywords)
+    result = resumed.fit()
+    wanted, found = everything(whole), everything(resumed)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert (result.first, result.best, result.last) == (expected.first, expected.best, expected.last)
+    top = (resumed.directory.path / "model.safetensors").read_bytes()
+    assert top == (whole.directory.path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "complaint"),
+    [
+        ({}, {"optimizer": "muon"}, "optimizer: .* was trained with adamw, this run has muon"),
+        ({"optimizer": "muon"}, {}, "optimizer: .* was trained with muon, this run has adamw"),
+        ({}, {"ema_decay": 0.5}, "ema_decay: .* was trained with None, this run has 0.5"),
+        ({"ema_decay": 0.5}, {}, "ema_decay: .* was trained with 0.5, this run has None"),
+    ],
+)
+def test_state_that_the_run_has_no_use_for_or_lacks_is_refused(make_trainer, before, after, complaint):
+    make_trainer(model=make_blocks(), max_steps=2, **before).fit()
+    with pytest.raises(ConfigError, match=complaint):
+        make_trainer(model=make_blocks(), max_steps=4, resume="auto", **after).fit()
+
+
 @pytest.mark.parametrize(
     "forgotten",
     [
-        "fastattn.train.trainer.restore_random_state",
-        "fastattn.train.trainer.read_model",
+        "fastattn.train.snapshot.restore_random_state",
+        "fastattn.train.snapshot.read_model",
         "fastattn.train.trainer.IndexSampler.load_state_dict",
         "torch.optim.AdamW.load_state_dict",
     ],

@@ -136,7 +136,7 @@ def test_packed_documents_train_apart(make_trainer):
 
 
 def test_plain_labels_weigh_by_the_targets_there_are(make_trainer):
-    """Labels equal to the ids, first column included: micro-batches still weigh by their number of predictions."""
+    """Labels equal to the ids, first column included: micro-batches still count by their number of predictions."""
     model = make_gpt(dropout=0.0).double()
     ids = torch.randint(0, VOCAB, (4, 9))
     labels = ids.clone()

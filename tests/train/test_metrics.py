@@ -43,7 +43,7 @@ def test_flops_are_those_of_the_matrix_products_and_leave_no_trace():
     batch = {name: tensor[None] for name, tensor in item.items()}
     model.head.weight.grad = torch.ones_like(model.head.weight)
     before = torch.get_rng_state()
-    assert training_flops(model, batch) == 3 * 2 * 9 * 12 * VOCAB
+    assert training_flops(model, lambda: model(**batch).loss, batch) == 3 * 2 * 9 * 12 * VOCAB
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
     assert model.embed.weight.grad is None

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from tiny_lm import make_blocks, make_model
 from torch import nn
 
-from fastattn.train.optim import build_optimizer, learning_rate
+from fastattn.train.optim import build_optimizer, hidden_matrices, learning_rate, set_learning_rate
 
 
 def test_only_matrices_decay_and_tied_or_frozen_ones_are_not_doubled_or_touched():
@@ -59,3 +60,73 @@ def test_edges():
     assert rate(0, warmup_steps=1) == pytest.approx(2.0)
     assert learning_rate(5, 1.5, lr=1.0, warmup_steps=0, min_lr_ratio=0.0) == pytest.approx(0.0)
     assert rate(3, total=3, warmup_steps=5) == pytest.approx(2.0 * 4 / 5)
+
+
+@pytest.mark.parametrize("decay_ratio", [0.1, 0.5, 1.0])
+def test_the_other_schedules_follow_their_formulas(decay_ratio):
+    for step in range(10, 101):
+        x = (step - 10) / 90
+        assert rate(step, schedule="linear") == pytest.approx(2.0 * (0.1 + 0.9 * (1 - x)))
+        assert rate(step, schedule="constant") == pytest.approx(2.0)
+        height = 1.0 if x <= 1 - decay_ratio else (1 - x) / decay_ratio
+        assert rate(step, schedule="wsd", decay_ratio=decay_ratio) == pytest.approx(
+            2.0 * (0.1 + 0.9 * height)
+        )
+
+
+def test_muon_takes_the_matrices_of_blocks_and_nothing_else():
+    model = make_blocks()
+    expected = {f"blocks.{i}.{j}.weight" for i in range(2) for j in (0, 3)}
+    taken = {id(p) for p in hidden_matrices(model)}
+    assert {name for name, p in model.named_parameters() if id(p) in taken} == expected
+    muon, decayed, plain = build_optimizer(model, lr=0.1, weight_decay=0.3, name="muon").param_groups
+    assert {id(p) for p in muon["params"]} == taken
+    assert [p is model.embed.weight for p in decayed["params"]] == [True]
+    assert all(p.dim() == 1 for p in plain["params"])
+    assert (muon["weight_decay"], decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.3, 0.0)
+    embedded = make_blocks()
+    embedded.blocks.append(embedded.embed)
+    assert len(hidden_matrices(embedded)) == 4
+
+
+def test_a_step_of_both_is_torchs_muon_and_adamw_apart():
+    joined, apart = make_blocks(), make_blocks()
+    optimizer = build_optimizer(joined, lr=0.02, weight_decay=0.1, name="muon", muon_momentum=0.9)
+    matrices = hidden_matrices(apart)
+    rest = [p for p in apart.parameters() if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=0.04, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    groups = [
+        {"params": [p for p in rest if (p.dim() < 2) == flat], "weight_decay": 0.0 if flat else 0.1}
+        for flat in (False, True)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.02, betas=(0.9, 0.95), fused=True)
+    for step in range(3):
+        ids = torch.randint(0, 23, (4, 9), generator=torch.Generator().manual_seed(step))
+        for model in (joined, apart):
+            torch.manual_seed(step)
+            model(ids, ids).loss.backward()
+        set_learning_rate(optimizer, 0.02, 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        muon.step()
+        adamw.step()
+        muon.zero_grad()
+        adamw.zero_grad()
+    for a, b in zip(joined.parameters(), apart.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_muon_refuses_a_model_without_blocks():
+    with pytest.raises(ValueError, match="optimizer: muon works on matrices in blocks"):
+        build_optimizer(make_model(), lr=0.1, name="muon")
+    frozen = make_blocks()
+    frozen.blocks.requires_grad_(False)
+    with pytest.raises(ValueError, match="optimizer: muon works on matrices in blocks"):
+        build_optimizer(frozen, lr=0.1, name="muon")
+
+
+def test_a_state_of_other_groups_is_refused():
+    optimizer = build_optimizer(make_blocks(), lr=0.1, name="muon")
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="state_dict: holds 2 groups, need 3"):
+        optimizer.load_state_dict({**state, "param_groups": state["param_groups"][:2]})

@@ -60,7 +60,7 @@ def test_a_skipped_step_changes_no_weight(make_trainer):
 def test_bfloat16_autocast_reaches_the_model(make_trainer):
     seen = []
 
-    class Watched(nn.Module):
+    class Recording(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner = make_model()
@@ -70,7 +70,7 @@ def test_bfloat16_autocast_reaches_the_model(make_trainer):
             seen.append(output.logits.dtype)
             return output
 
-    make_trainer(model=Watched(), precision="bfloat16", max_steps=2).fit()
+    make_trainer(model=Recording(), precision="bfloat16", max_steps=2).fit()
     assert set(seen) == {torch.bfloat16}
 
 

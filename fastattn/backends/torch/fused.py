@@ -143,7 +143,7 @@ def is_finite(lse: Tensor) -> bool:
 def _listed(lse: Tensor) -> list[float]:
     rows = lse.tolist()
     if lse.dim() == 3:
-        rows = rows[0] if len(rows) == 1 else chain.from_iterable(rows)
+        rows = rows[0] if len(rows) == 1 else [*chain.from_iterable(rows)]
     return [*chain.from_iterable(rows)]
 
 

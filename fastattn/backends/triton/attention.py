@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.integers import cdiv
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -26,11 +27,11 @@ def attention_fwd(
     spec: AttentionSpec, call: AttentionCall, tiles: Tiles | None = None, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, or of packed sequences, with the given tiles instead of the spec's own if any."""
-    from fastattn.backends.triton.kv_cache import decodes, single_query_fwd
+    from fastattn.backends.triton.kv_cache import is_decode_call, single_query_fwd
     from fastattn.kernels.launches import forward_launch
     from fastattn.kernels.tuned import tiles_for
 
-    if tiles is None and packing is None and decodes(spec):
+    if tiles is None and packing is None and is_decode_call(spec):
         return single_query_fwd(spec, call)
     query, value = call.query, call.value
     tile = (tiles or tiles_for(spec, packing is not None)).forward
@@ -171,7 +172,7 @@ def _split_key_grads(
     grads = [dkey] if dvalue is None else [dkey, dvalue]
     rows = [grad.shape[:3].numel() for grad in grads]
     widths = [
-        -(-grad.shape[3] // 8) * 8 for grad in grads
+        cdiv(grad.shape[3], 8) * 8 for grad in grads
     ]  # so that every row begins at a multiple of 16 bytes
     slots = splits_at_once(count, 4 * sum(n * width for n, width in zip(rows, widths)))
     partials = [
@@ -228,7 +229,7 @@ def _slope_grads(query: Tensor, dslope_tiles: Tensor, packing: Packing | None, t
 
     batch, num_heads, seqlen_q, _ = query.shape
     if packing is None:
-        return dslope_tiles.view(batch, num_heads, -(-seqlen_q // tile.block_m)).sum(-1, dtype=torch.float64)
+        return dslope_tiles.view(batch, num_heads, cdiv(seqlen_q, tile.block_m)).sum(-1, dtype=torch.float64)
     sums = query.new_empty((packing.batch_size, num_heads), dtype=torch.float64)
     sequence_sums_launch(dslope_tiles, packing, seqlen_q, tile.block_m, sums).run()
     return sums
@@ -281,6 +282,6 @@ def _query_blocks(call: AttentionCall, tile: Tile) -> Tensor | None:
 def _segment_blocks(ids: Tensor, other_ids: Tensor, block: int, other_block: int) -> Tensor:
     from fastattn.kernels.launches import segment_blocks_launch
 
-    blocks = ids.new_empty((ids.shape[0], -(-ids.shape[1] // block), 4), dtype=torch.int32)
+    blocks = ids.new_empty((ids.shape[0], cdiv(ids.shape[1], block), 4), dtype=torch.int32)
     segment_blocks_launch(ids, other_ids, blocks, block, other_block).run()
     return blocks

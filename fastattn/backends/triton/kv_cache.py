@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn.integers import cdiv
 from fastattn.spec import AttentionCall, AttentionSpec, KVCacheCall
 from fastattn.strides import empty_in_order
 
@@ -40,7 +41,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall, tile: Tile | None = Non
     return _attend(spec, call, tile)
 
 
-def decodes(spec: AttentionSpec) -> bool:
+def is_decode_call(spec: AttentionSpec) -> bool:
     """Whether a padded call has one query per head and asks for nothing that a cache call lacks."""
     unknown = spec.mask or spec.bias or spec.segments or spec.dropout
     # a padded call counts positions from the end of the padding, a cache call from the last key
@@ -49,7 +50,7 @@ def decodes(spec: AttentionSpec) -> bool:
 
 
 def single_query_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a padded call that `decodes`: its keys and values are a dense cache that is full."""
+    """(out, lse) of a padded call for which `is_decode_call`: its keys and values are a dense cache that is full."""
     from fastattn.kernels.decode_tiles import decode_tile_for
 
     lengths = call.query.new_empty(0, dtype=torch.int32) if call.key_lengths is None else call.key_lengths
@@ -95,7 +96,7 @@ def _attend_in_splits(
     num_sms = 1
     if query.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
-    tiles = query.shape[0] * call.k_cache.shape[1] * -(-query.shape[2] * spec.group_size // tile.block_m)
+    tiles = query.shape[0] * call.k_cache.shape[1] * cdiv(query.shape[2] * spec.group_size, tile.block_m)
     several = loops(tile, full=call.cache_lengths.numel() == 0)
     programs = programs_for(several, tiles, count, _keys_seen(call), num_sms)
     split_out = query.new_empty((count, *out.shape), dtype=torch.float32)
@@ -138,7 +139,7 @@ def _piece_of(call: KVCacheCall, batch: slice, heads: slice, query_heads: slice)
 def _blocks_seen(call: KVCacheCall, block_n: int) -> int:
     """The most key blocks that a query tile may see, wherever its window begins."""
     seen = _keys_seen(call)
-    return -(-min(call.capacity, seen + block_n - 1) // block_n) if seen else 0
+    return cdiv(min(call.capacity, seen + block_n - 1), block_n) if seen else 0
 
 
 def _keys_seen(call: KVCacheCall) -> int:

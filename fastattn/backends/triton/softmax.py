@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastattn.spec import SoftmaxCall, SoftmaxSpec
-from fastattn.visibility import lower_triangle
 
 if TYPE_CHECKING:
     from fastattn.kernels.row_tiles import RowTile
@@ -31,10 +30,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall, tile: RowTile | None = Non
     if x.numel() == 0:
         return out
     mask, causal, inner = call.mask, 0, None
-    if call.causal and dim < x.dim() - 2:  # rows run along neither queries nor keys
-        below = _lower_triangle(x)
-        mask = below if mask is None else mask & below
-    elif call.causal:
+    if call.causal:
         causal, inner = (1, x.dim() - 2) if dim == x.dim() - 1 else (2, x.dim() - 1)
     y = out
     tensors = [x, y] if mask is None else [mask.expand(x.shape), x, y]
@@ -87,9 +83,3 @@ def _rows_of_contiguous(tensors: list[Tensor], dim: int, inner: int | None) -> R
     rows = Rows.of(tensors, dim, inner)
     assert rows is not None
     return rows
-
-
-def _lower_triangle(x: Tensor) -> Tensor:
-    """True where column <= row + columns - rows, in the rank of x."""
-    rows, columns = x.shape[-2:]
-    return lower_triangle(rows, columns, x.device)[(None,) * (x.dim() - 2)]

@@ -13,7 +13,14 @@ from fastattn.models.checkpoint.gpt2 import GPT2
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part, family_for
 from fastattn.models.config import GPTConfig
-from fastattn.models.encoder_decoder_config import BERT_FIELDS, MODEL_TYPE, EncoderDecoderConfig, bert_decoder
+from fastattn.models.encoder_decoder_config import (
+    BERT_DECODERS,
+    BERT_FIELDS,
+    MODEL_TYPE,
+    EncoderDecoderConfig,
+    bert_decoder,
+)
+from fastattn.models.presets import FAMILY_FIELDS
 
 ARCHITECTURE = "EncoderDecoderModel"
 # Of a decoder that was no decoder of an encoder-decoder before.
@@ -38,32 +45,34 @@ _GPT2_PARTS = (
     *_pairs("h.{i}.cross_attn.kv", _GPT2_BLOCK + "crossattention.c_attn", transposed=True),
     *_pairs("h.{i}.cross_attn.out_proj", _GPT2_BLOCK + "crossattention.c_proj", transposed=True),
 )
-_LAYER = "bert.encoder.layer.{i}."
-_SELF, _CROSS = _LAYER + "attention.", _LAYER + "crossattention."
 
 
-def _bert_parts(output_bias: str) -> tuple[Part, ...]:
-    projections = tuple(f"{_SELF}self.{name}" for name in ("query", "key", "value"))
+def _bert_parts(kind: str, head: dict[str, str]) -> tuple[Part, ...]:
+    """The rows of a BERT or RoBERTa with cross-attention; head: our names in a masked LM's head -> the file's."""
+    prefix = encoders.KINDS[kind].prefix
+    embeddings, layer = f"{prefix}embeddings.", f"{prefix}encoder.layer.{{i}}."
+    own, cross = f"{layer}attention.", f"{layer}crossattention."
+    projections = tuple(f"{own}self.{name}" for name in ("query", "key", "value"))
     return (
-        Part("wte.weight", ("bert.embeddings.word_embeddings.weight",)),
-        Part("wpe.weight", ("bert.embeddings.position_embeddings.weight",)),
-        Part("wtt.weight", ("bert.embeddings.token_type_embeddings.weight",)),
-        *_pairs("ln_emb", "bert.embeddings.LayerNorm"),
+        Part("wte.weight", (embeddings + "word_embeddings.weight",)),
+        Part("wpe.weight", (embeddings + "position_embeddings.weight",)),
+        Part("wtt.weight", (embeddings + "token_type_embeddings.weight",)),
+        *_pairs("ln_emb", embeddings + "LayerNorm"),
         Part("h.{i}.attn.in_proj_weight", tuple(f"{name}.weight" for name in projections)),
         Part("h.{i}.attn.in_proj_bias", tuple(f"{name}.bias" for name in projections)),
-        *_pairs("h.{i}.attn.out_proj", _SELF + "output.dense"),
-        *_pairs("h.{i}.ln_1", _SELF + "output.LayerNorm"),
-        *_pairs("h.{i}.cross_attn.q", _CROSS + "self.query"),
-        *_pairs("h.{i}.cross_attn.kv", _CROSS + "self.key", _CROSS + "self.value"),
-        *_pairs("h.{i}.cross_attn.out_proj", _CROSS + "output.dense"),
-        *_pairs("h.{i}.ln_cross", _CROSS + "output.LayerNorm"),
-        *_pairs("h.{i}.mlp.c_fc", _LAYER + "intermediate.dense"),
-        *_pairs("h.{i}.mlp.c_proj", _LAYER + "output.dense"),
-        *_pairs("h.{i}.ln_2", _LAYER + "output.LayerNorm"),
-        *_pairs("lm_transform.dense", "cls.predictions.transform.dense"),
-        *_pairs("lm_transform.norm", "cls.predictions.transform.LayerNorm"),
-        Part("lm_head.weight", ("cls.predictions.decoder.weight",)),
-        Part("lm_head.bias", (output_bias,)),
+        *_pairs("h.{i}.attn.out_proj", own + "output.dense"),
+        *_pairs("h.{i}.ln_1", own + "output.LayerNorm"),
+        *_pairs("h.{i}.cross_attn.q", cross + "self.query"),
+        *_pairs("h.{i}.cross_attn.kv", cross + "self.key", cross + "self.value"),
+        *_pairs("h.{i}.cross_attn.out_proj", cross + "output.dense"),
+        *_pairs("h.{i}.ln_cross", cross + "output.LayerNorm"),
+        *_pairs("h.{i}.mlp.c_fc", layer + "intermediate.dense"),
+        *_pairs("h.{i}.mlp.c_proj", layer + "output.dense"),
+        *_pairs("h.{i}.ln_2", layer + "output.LayerNorm"),
+        *_pairs("lm_transform.dense", head["head.dense"]),
+        *_pairs("lm_transform.norm", head["head.norm"]),
+        Part("lm_head.weight", (head["decoder.weight"],)),
+        Part("lm_head.bias", (head["decoder.bias"],)),
     )
 
 
@@ -75,45 +84,49 @@ def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
     return GPT2.write_config(replace(config, add_cross_attention=False))
 
 
-def _read_bert(entries: dict[str, Any]) -> GPTConfig:
-    return bert_decoder(encoders.read_config("bert", entries))
+def _read_bert(entries: dict[str, Any], *, kind: str) -> GPTConfig:
+    return bert_decoder(encoders.read_config(kind, entries))
 
 
-def _write_bert(config: GPTConfig, *, tied: bool) -> dict[str, Any]:
+def _write_bert(config: GPTConfig, *, kind: str, tied: bool) -> dict[str, Any]:
     if config.tie_word_embeddings != tied:
         raise ValueError(f"tie_word_embeddings: got {config.tie_word_embeddings}, needs {tied}")
     values = {theirs: getattr(config, ours) for theirs, ours in BERT_FIELDS.items()}
-    entries = encoders.write_config("bert", BertConfig(**{**values, "intermediate_size": config.mlp_dim}))
-    again = _read_bert(entries)
+    values |= {"model_type": kind, "intermediate_size": config.mlp_dim}
+    entries = encoders.write_config(kind, BertConfig(**{**FAMILY_FIELDS[kind], **values}))
+    again = _read_bert(entries, kind=kind)
     for field in fields(GPTConfig):
         got, known = getattr(config, field.name), getattr(again, field.name)
         if field.name == "n_inner":
             got, known = config.mlp_dim, again.mlp_dim
         if field.compare and field.name != "dropout" and got != known:
-            raise ValueError(f"{field.name}: got {got!r}, which a BERT decoder does not have")
+            raise ValueError(f"{field.name}: got {got!r}, which a {kind} decoder does not have")
     return entries
 
 
-def _bert(*, tied: bool) -> Family:
-    used, unused = "cls.predictions.bias", "cls.predictions.decoder.bias"
-    if not tied:
-        used, unused = unused, used
+def _bert(kind: str, *, tied: bool) -> Family:
+    of_tied = encoders.KINDS[kind].heads["BertForMaskedLM"]
+    of_untied = {**of_tied, **encoders.own_bias(of_tied)}
+    head, other = (of_tied, of_untied) if tied else (of_untied, of_tied)
     return Family(
-        model_type="bert",
-        architectures=("BertLMHeadModel", "BertForMaskedLM", "BertForPreTraining", "BertModel"),
-        parts=_bert_parts(used),
-        prefix="bert.",
-        dropped=(unused, "cls.seq_relationship.*", "pooler.*", "embeddings.position_ids"),
-        aliases=((".gamma", ".weight"), (".beta", ".bias")),
-        read_config=_read_bert,
-        write_config=partial(_write_bert, tied=tied),
+        model_type=kind,
+        architectures=_ARCHITECTURES[kind],
+        parts=_bert_parts(kind, head),
+        prefix=encoders.KINDS[kind].prefix,
+        dropped=(other["decoder.bias"], "cls.seq_relationship.*", "pooler.*", "embeddings.position_ids"),
+        aliases=encoders.OLD_NAMES_OF_NORMS,
+        read_config=partial(_read_bert, kind=kind),
+        write_config=partial(_write_bert, kind=kind, tied=tied),
     )
 
 
+_ARCHITECTURES = {
+    "bert": ("BertLMHeadModel", "BertForMaskedLM", "BertForPreTraining", "BertModel"),
+    "roberta": ("RobertaForCausalLM", "RobertaForMaskedLM", "RobertaModel"),
+}
 # Decoders with cross-attention; of a model type, the first whose config fits.
 CROSS_DECODERS: tuple[Family, ...] = (
-    _bert(tied=True),
-    _bert(tied=False),
+    *(_bert(kind, tied=tied) for kind in BERT_DECODERS for tied in (True, False)),
     replace(
         GPT2,
         parts=_GPT2_PARTS,

@@ -25,6 +25,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "BertForQuestionAnswering": ("ForQuestionAnswering",),
 }
 DISCRIMINATOR = "ElectraForPreTraining"
+OLD_NAMES_OF_NORMS = ((".gamma", ".weight"), (".beta", ".bias"))  # as TensorFlow called them
 
 
 class Kind(NamedTuple):
@@ -363,7 +364,7 @@ def _family(
 ) -> Family:
     kind = KINDS[model_type]
     if tied is False:
-        kind = kind._replace(heads={**kind.heads, head: {**kind.heads[head], **_own_bias(kind.heads[head])}})
+        kind = kind._replace(heads={**kind.heads, head: {**kind.heads[head], **own_bias(kind.heads[head])}})
     discriminator = head == DISCRIMINATOR
     read: Callable[[dict[str, Any]], BertConfig] = partial(
         read_config, model_type, discriminator=discriminator
@@ -377,13 +378,13 @@ def _family(
         parts=_parts(kind, head, "" if name == "Bert" else "bert."),
         prefix=kind.prefix,
         dropped=kind.dropped,
-        aliases=((".gamma", ".weight"), (".beta", ".bias")),  # of norms, as TensorFlow called them
+        aliases=OLD_NAMES_OF_NORMS,
         read_config=read,
         write_config=write,
     )
 
 
-def _own_bias(head: dict[str, str]) -> dict[str, str]:
+def own_bias(head: dict[str, str]) -> dict[str, str]:
     """The bias that an untied output uses, where files hold it beside the one of tied outputs."""
     tied = head.get("decoder.bias")
     return {} if tied is None else {"decoder.bias": head["decoder.weight"].removesuffix("weight") + "bias"}
@@ -398,7 +399,7 @@ def _families(name: str) -> tuple[Family, ...]:
     for model_type, kind in KINDS.items():
         if name in ("Bert", "BertForEmbedding") or name in kind.heads:
             architectures = tuple(kind.classes + ending for ending in HEADS[name])
-            both = (True, False) if _own_bias(kind.heads.get(name, {})) else (None,)
+            both = (True, False) if own_bias(kind.heads.get(name, {})) else (None,)
             rows += [_family(model_type, name, architectures, name, tied) for tied in both]
     if name == "BertForTokenClassification":
         rows.append(_family("electra", name, (DISCRIMINATOR,), DISCRIMINATOR))

@@ -1,6 +1,6 @@
 // Global memory: what TMA writes there during a launch, and who may write after it.
 //
-// A write is watched by its units of 16 bytes. Who writes a unit again has to know of the last write: by a chain of
+// Writes are recorded by units of 16 bytes. Who writes a unit again has to know of the last write: by a chain of
 // waits for bulk stores, barriers and semaphores. A thread knows of a write through the generic proxy, through the
 // async proxy, or both. Waiting for its own bulk stores tells a thread through the async proxy, semaphores pass on what
 // is known through the generic one, and fence_proxy_async_global makes either both. Additions are ordered like writes,

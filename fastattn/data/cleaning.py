@@ -1,0 +1,240 @@
+"""Cleaning of records, each step optional and counted: encoding, control characters, duplicates, length, addresses."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastattn.data.checks import check_flag, check_integer
+from fastattn.data.corpora import DataError
+from fastattn.data.records import Record
+
+EMAIL_MASK, PHONE_MASK = "[EMAIL]", "[PHONE]"
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])")
+# A leading + or 0, or a bracketed area code, or groups separated throughout; 8 to 15 digits in all (E.164).
+PHONE = re.compile(r"(?<![\w+.,/-])(?:\+|\()?\d(?:[ ()./-]{0,2}\d){7,14}(?![\w/-]|[.,]\d)")
+GROUPED = re.compile(r"\d[ ()./-]{1,2}\(?\d")
+DECIMAL = re.compile(r"\d+\.\d+")
+DATE = re.compile(r"\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ]\d{4}")
+KEPT_CONTROLS = "\t\n\r"
+PERMUTATIONS = 128  # of MinHash
+SHINGLE = 5  # words, or characters of scripts without spaces
+WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class CleaningConfig:
+    """What of the training data is cleaned; every step is off by default, and one that is off changes nothing.
+
+    Args:
+        encoding: repair text that was UTF-8 read as Windows-1252 or Latin-1, and normalise to NFC.
+        control: remove control, formatting-only and unassigned characters, except tabs and line ends.
+        exact_duplicates: leave out an example all of whose fields are those of one before.
+        near_duplicates: leave out an example whose text is as similar as this or more (Jaccard's measure of its runs of
+            five words, by MinHash) to one before; needs the package datasketch.
+        min_chars, max_chars: leave out an example whose text is shorter or longer.
+        emails, phones: put [EMAIL] and [PHONE] in the place of e-mail addresses and phone numbers.
+
+    Raises:
+        TypeError, ValueError: an option is of another type or out of range.
+    """
+
+    encoding: bool = False
+    control: bool = False
+    exact_duplicates: bool = False
+    near_duplicates: float | None = None
+    min_chars: int | None = None
+    max_chars: int | None = None
+    emails: bool = False
+    phones: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("encoding", "control", "exact_duplicates", "emails", "phones"):
+            check_flag(name, getattr(self, name))
+        for name in ("min_chars", "max_chars"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        near = self.near_duplicates
+        if near is not None and (isinstance(near, bool) or not isinstance(near, (int, float))):
+            raise TypeError(f"near_duplicates: got {near!r}, need a number between 0 and 1")
+        if near is not None and not 0.0 < near < 1.0:
+            raise ValueError(f"near_duplicates: got {near}, need a number between 0 and 1")
+        if None not in (self.min_chars, self.max_chars) and self.min_chars > self.max_chars:  # type: ignore[operator]
+            raise ValueError(f"max_chars: got {self.max_chars}, need at least min_chars={self.min_chars}")
+
+    @property
+    def on(self) -> bool:
+        """Whether any step is."""
+        return any(getattr(self, field.name) not in (False, None) for field in fields(self))
+
+
+def clean(
+    records: Sequence[Record], config: CleaningConfig, names: Sequence[str], *, editable: bool = True
+) -> tuple[list[Record], dict[str, int]]:
+    """The records that stay, and for each step that is on how many examples it changed or left out.
+
+    Args:
+        records: of one task.
+        config: the steps; they run in the order of its fields but for duplicates, which are found in what the others
+            leave, exact ones first.
+        names: the fields that hold text; values that are no text are left alone.
+        editable: whether the steps that change text may: not where labels are places in it, as answers' are.
+
+    Raises:
+        DataError: near_duplicates without the package datasketch; a step changes text that is not editable; or
+            nothing is left.
+    """
+    counts: dict[str, int] = {}
+    edits = {
+        "encoding": repaired,
+        "control": without_control,
+        "emails": without_emails,
+        "phones": without_phones,
+    }
+    for name, edit in edits.items():
+        if getattr(config, name):
+            if not editable:
+                raise DataError(
+                    f"clean.{name}: changes texts, but the labels of this task are places in them"
+                )
+            records, counts[name] = _edited(records, names, edit)
+    for name, keep in (
+        ("min_chars", lambda size: size >= (config.min_chars or 0)),
+        ("max_chars", lambda size: size <= (config.max_chars or 0)),
+    ):
+        if getattr(config, name) is not None:
+            kept = [r for r in records if keep(sum(len(text) for text in _texts(r, names)))]
+            records, counts[name] = kept, len(records) - len(kept)
+    if config.exact_duplicates:
+        kept = list({_digest(record): record for record in reversed(records)}.values())[::-1]
+        records, counts["exact_duplicates"] = kept, len(records) - len(kept)
+    if config.near_duplicates is not None:
+        kept = _without_near(records, names, config.near_duplicates)
+        records, counts["near_duplicates"] = kept, len(records) - len(kept)
+    if not records:
+        raise DataError("clean: no example is left, of each step: " + _listed(counts))
+    return list(records), counts
+
+
+def repaired(text: str) -> str:
+    """The text in NFC, with UTF-8 that was read as Windows-1252 or Latin-1 read anew where all of it can be."""
+    for encoding in ("cp1252", "latin-1"):
+        if text.isascii():
+            break
+        try:
+            again = text.encode(encoding).decode("utf-8")
+        except UnicodeError:
+            continue
+        text = again
+        break
+    return unicodedata.normalize("NFC", text)
+
+
+def without_control(text: str) -> str:
+    """The text without characters of the categories Cc, Cf, Cn, Co and Cs, but for tabs, line ends and joiners."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c for c in text if c in KEPT_CONTROLS or c in "\u200c\u200d" or unicodedata.category(c)[0] != "C"
+    )
+
+
+def without_emails(text: str) -> str:
+    """The text with a mask in the place of each e-mail address."""
+    return EMAIL.sub(EMAIL_MASK, text)
+
+
+def without_phones(text: str) -> str:
+    """The text with a mask in the place of each phone number: 8 to 15 digits, grouped or behind + or 0; no dates."""
+    return PHONE.sub(lambda match: PHONE_MASK if _is_phone(match[0]) else match[0], text)
+
+
+def _is_phone(found: str) -> bool:
+    if DATE.fullmatch(found) or DECIMAL.fullmatch(found):
+        return False
+    return found[0] in "+(0" or GROUPED.search(found) is not None
+
+
+def _edited(
+    records: Sequence[Record], names: Sequence[str], edit: Callable[[str], str]
+) -> tuple[list[Record], int]:
+    made, changed = [], 0
+    for record in records:
+        new = {name: _applied(record.fields[name], edit) for name in names if name in record.fields}
+        if any(record.fields[name] != value for name, value in new.items()):
+            changed += 1
+            record = Record(record.where, {**record.fields, **new})
+        made.append(record)
+    return made, changed
+
+
+def _applied(value: Any, edit: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return edit(value)
+    if isinstance(value, list):
+        return [_applied(each, edit) for each in value]
+    if isinstance(value, Mapping) and isinstance(value.get("content"), str):  # a message of a chat
+        return {**value, "content": edit(value["content"])}
+    return value
+
+
+def _texts(record: Record, names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+
+    def gather(value: Any) -> None:
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, list):
+            for each in value:
+                gather(each)
+        elif isinstance(value, Mapping):
+            gather(value.get("content"))
+
+    for name in names:
+        gather(record.fields.get(name))
+    return found
+
+
+def _digest(record: Record) -> bytes:
+    text = json.dumps(record.fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _without_near(records: Sequence[Record], names: Sequence[str], threshold: float) -> list[Record]:
+    try:
+        datasketch = importlib.import_module("datasketch")
+    except ImportError:
+        raise DataError(
+            "clean.near_duplicates: needs the package datasketch (pip install 'fastattn[train]')"
+        ) from None
+    # a lower threshold in the index, which finds by chance; the sketches themselves are compared below
+    index = datasketch.MinHashLSH(threshold=min(0.9, 0.9 * threshold), num_perm=PERMUTATIONS)
+    sketches: dict[str, Any] = {}
+    kept = []
+    for number, record in enumerate(records):
+        sketch = datasketch.MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([shingle.encode() for shingle in shingles(" ".join(_texts(record, names)))])
+        if any(sketch.jaccard(sketches[name]) >= threshold for name in index.query(sketch)):
+            continue
+        index.insert(str(number), sketch)
+        sketches[str(number)] = sketch
+        kept.append(record)
+    return kept
+
+
+def shingles(text: str) -> set[str]:
+    """Runs of five words in lower case; of text whose words are not separated, as Chinese, of five characters."""
+    words = WORD.findall(text.lower())
+    if len(words) < SHINGLE or len("".join(words)) > 12 * len(words):  # words of no language are so long
+        words = list("".join(words))
+    return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

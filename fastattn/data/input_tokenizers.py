@@ -1,0 +1,86 @@
+"""Tokenizers of encoders trained on a corpus: WordPiece, byte-level BPE, and single characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from fastattn.constants import MAX_INT32
+from fastattn.data.checks import check_flag, check_integer, check_texts
+from fastattn.data.encoding import InputTokenizer
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+KINDS = ("wordpiece", "bpe", "characters")
+
+
+def train_input_tokenizer(
+    kind: str,
+    documents: Iterable[str],
+    vocab_size: int = 8192,
+    *,
+    lowercase: bool = True,
+    min_frequency: int = 2,
+) -> InputTokenizer:
+    """A tokenizer with BERT's special tokens, ids 0 to 4, learnt from text.
+
+    Args:
+        kind: "wordpiece", as BERT's; "bpe", byte-level as RoBERTa's, which has no unknown token; "characters", a token
+            for each character, which suits Chinese: those that are not among the most frequent are unknown.
+        documents: the text; read once.
+        vocab_size: tokens, special ones included; fewer where the text has fewer.
+        lowercase: whether case and accents are dropped; not for "bpe".
+        min_frequency: what is seen less often is not learnt.
+
+    Raises:
+        TypeError, ValueError: an argument.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, need one of {', '.join(KINDS)}")
+    check_texts("documents", documents)
+    check_integer("vocab_size", vocab_size, len(SPECIAL) + 1, MAX_INT32)
+    check_integer("min_frequency", min_frequency, 1, MAX_INT32)
+    check_flag("lowercase", lowercase)
+    core = _untrained(kind, lowercase)
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "min_frequency": min_frequency,
+        "special_tokens": list(SPECIAL),
+        "show_progress": False,
+    }
+    trainer: Any
+    if kind == "wordpiece":
+        trainer = trainers.WordPieceTrainer(**options)
+    elif kind == "bpe":
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    else:
+        trainer = trainers.WordLevelTrainer(**options)
+    core.train_from_iterator(documents, trainer=trainer)
+    special = {token: number for number, token in enumerate(SPECIAL)}
+    core.post_processor = processors.BertProcessing(("[SEP]", special["[SEP]"]), ("[CLS]", special["[CLS]"]))
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return InputTokenizer(core, mask_token="[MASK]")
+
+
+def _untrained(kind: str, lowercase: bool) -> tokenizers.Tokenizer:
+    if kind == "bpe":
+        core = tokenizers.Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        core.decoder = decoders.ByteLevel()
+        return core
+    unknown = {"unk_token": "[UNK]"}
+    core = tokenizers.Tokenizer(
+        models.WordPiece(**unknown) if kind == "wordpiece" else models.WordLevel(**unknown)
+    )
+    core.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    if kind == "wordpiece":
+        core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        core.decoder = decoders.WordPiece()
+    else:
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(tokenizers.Regex("."), "isolated")]
+        )
+        core.decoder = decoders.Fuse()
+    return core

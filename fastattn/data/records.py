@@ -1,0 +1,397 @@
+"""Labelled data as records: JSONL, CSV, CoNLL, SQuAD's JSON, text files, folders of these, and `datasets`."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastattn.data.corpora import DataError, check_text_file, split_documents
+from fastattn.data.hub_records import HUB, is_saved_dataset, read_hub, read_saved
+
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+FORMATS = ("jsonl", "json", "csv", "tsv", "conll", "text")
+DOCUMENT_START = "-DOCSTART-"  # CoNLL-2003's line between documents
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example as a file has it.
+
+    where: its place for messages, as "train.jsonl: line 7"; fields: column -> value.
+    """
+
+    where: str
+    fields: dict[str, Any]
+
+
+def read_records(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+) -> list[Record]:
+    """The records of files, folders and data sets, in their order.
+
+    A file's suffix says its format, see `SUFFIXES`:
+
+    - JSONL: an object in each line. JSON: SQuAD's layout, a list of objects, or lines as JSONL.
+    - CSV and TSV: the first line names the columns; every value is a str.
+    - CoNLL: a word and its tag in each line, the first and last of columns separated by tabs or else spaces, a blank
+      line between sentences: fields "tokens" and "tags".
+    - SQuAD: fields "id", "title", "question", "context", "answers" (a list of {"text", "answer_start"}) and
+      "is_impossible" where the file has it.
+    - Text: field "text", documents separated by two blank lines or more.
+
+    A folder stands for its files with such suffixes, in the order of their names, or for what
+    `datasets.save_to_disk` wrote. "hf:OWNER/NAME[/CONFIG][:SPLIT]" is a data set that `datasets.load_dataset` finds,
+    numbers of a ClassLabel as their names; SPLIT is "train" by default.
+
+    Args:
+        paths: one or several.
+        columns: the field that a task reads -> the file's column that holds it.
+        format: one of `FORMATS` for every file, whatever its suffix.
+
+    Raises:
+        DataError: a path, a line or a column; the message has the file and the line.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    if format is not None and format not in FORMATS:
+        raise DataError(f"format: got {format!r}, needs one of {', '.join(FORMATS)}")
+    if not paths:
+        raise DataError("data: got no file, needs at least one")
+    found = [record for path in paths for record in _records_of(path, format)]
+    return [mapped(record, columns) for record in found] if columns else found
+
+
+def mapped(record: Record, columns: Mapping[str, str]) -> Record:
+    """The record with each field of `columns` taken from the column that it names.
+
+    Raises:
+        DataError: the record lacks a column.
+    """
+    fields = dict(record.fields)
+    for name, column in columns.items():
+        if column not in record.fields:
+            raise DataError(f"{record.where} has no column {column!r} for {name}, {_columns_of(record)}")
+        fields[name] = record.fields[column]
+    return Record(record.where, fields)
+
+
+def required(record: Record, name: str) -> Any:
+    """A field's value; DataError, with the nearest column, for a record that lacks it."""
+    if name not in record.fields:
+        raise DataError(
+            f"{record.where} has no {name!r}, {_columns_of(record, name)}; columns are mapped by {name}=COLUMN"
+        )
+    return record.fields[name]
+
+
+def text_of(record: Record, name: str) -> str:
+    """A field that must be a text which is not blank; DataError for anything else."""
+    value = required(record, name)
+    if not isinstance(value, str):
+        raise DataError(f"{record.where}: {name} is a {type(value).__name__}, needs a text")
+    if not value.strip():
+        raise DataError(f"{record.where}: {name} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{record.where}: {name} has characters that are no text")
+    return value
+
+
+def split_records(
+    records: Sequence[Record],
+    fraction: float,
+    *,
+    seed: int = 0,
+    key: Callable[[Record], str] | None = None,
+) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) records: those whose seeded hash is lowest are held out, in their order.
+
+    Args:
+        records: two with different keys at least.
+        fraction: of the records that is held out, within (0, 1); at least one is, and at least one is not.
+        seed: of the hash.
+        key: what records must share to stay on one side, such as a context; by default all of an example's fields,
+            so that equal examples do.
+
+    Raises:
+        DataError: all records have one key.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
+        groups.setdefault(text, []).append(number)
+    if len(groups) < 2:
+        raise DataError("data: holds fewer than two different examples, so none can be held out")
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
+
+    wanted = max(1, round(fraction * len(records)))
+    held: set[int] = set()
+    for text in sorted(groups, key=rank)[: len(groups) - 1]:
+        if len(held) >= wanted:
+            break
+        held.update(groups[text])
+    train = [record for number, record in enumerate(records) if number not in held]
+    return train, [records[number] for number in sorted(held)]
+
+
+def conversation_of(record: Record) -> list[dict[str, str]]:
+    """The messages of a chat record: its "messages" ({"role", "content"} each), or "prompt" and "completion".
+
+    Raises:
+        DataError: a message that is none.
+    """
+    if "messages" not in record.fields and "prompt" in record.fields:
+        return [
+            {"role": "user", "content": text_of(record, "prompt")},
+            {"role": "assistant", "content": text_of(record, "completion")},
+        ]
+    messages = required(record, "messages")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{record.where}: messages is no list of messages")
+    for number, message in enumerate(messages, 1):
+        good = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not good or not isinstance(message.get("content"), str):
+            raise DataError(f'{record.where}: message {number} has no "role" and "content" that are texts')
+    return messages
+
+
+def _columns_of(record: Record, wanted: str = "") -> str:
+    names = [str(name) for name in record.fields]
+    near = difflib.get_close_matches(wanted, names, n=1) if wanted else []
+    listed = ", ".join(repr(name) for name in names[:12])
+    return f"it has {listed or 'none'}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def _records_of(path: str | os.PathLike[str], format: str | None) -> Iterator[Record]:
+    text = os.fspath(path)
+    if text.startswith(HUB):
+        for where, fields in read_hub(text):
+            yield Record(where, fields)
+        return
+    place = Path(path)
+    try:
+        is_folder = place.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        is_folder = False
+    if is_folder and is_saved_dataset(place):
+        for where, fields in read_saved(place):
+            yield Record(where, fields)
+        return
+    for file in _files_of(place, format) if is_folder else [place]:
+        yield from _file_records(file, format)
+
+
+def _files_of(folder: Path, format: str | None) -> list[Path]:
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if (format is not None or file.suffix.lower() in SUFFIXES)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+    if not found:
+        raise DataError(f"{folder}: holds no file with a suffix of {', '.join(SUFFIXES)}")
+    return found
+
+
+def _file_records(path: Path, format: str | None) -> Iterator[Record]:
+    kind = format or SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        _check_file(path)
+        raise DataError(
+            f"{path}: its suffix {path.suffix!r} says no format, needs one of {', '.join(SUFFIXES)}, or the format"
+        )
+    if kind == "text":
+        check_text_file(path)
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, document in enumerate(split_documents(lines), 1):
+                yield Record(f"{path}: document {number}", {"text": document})
+        return
+    _check_file(path)
+    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "conll": _conll}
+    empty = True
+    for record in readers[kind](path):
+        empty = False
+        yield record
+    if empty:
+        raise DataError(f"{path}: holds no example")
+
+
+def _check_file(path: Path) -> None:
+    """Raise DataError unless it is a file that can be read."""
+    try:
+        if not path.exists():
+            raise DataError(f"{str(path)[:200]}: no such file")
+        if not path.is_file():
+            raise DataError(f"{path}: is not a regular file")
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers, without line ends and byte order mark."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                raise DataError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from None
+            if "\0" in text:
+                raise DataError(f"{path}: line {number} is binary (a zero byte), needs UTF-8 text")
+            yield number, text.rstrip("\r\n")
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{where} is not JSON") from None
+        if not isinstance(entry, dict):
+            raise DataError(f"{where} is no JSON object")
+        yield Record(where, entry)
+
+
+def _json(path: Path) -> Iterator[Record]:
+    text = "\n".join(line for _, line in _lines(path))
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # an object in each line
+            yield from _jsonl(path)
+            return
+        at = f": line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{at} is not JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content_list = content["data"]
+        if not content_list or (isinstance(content_list[0], dict) and "paragraphs" in content_list[0]):
+            yield from _squad(path, content_list)
+            return
+        content = content_list
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        raise DataError(f"{path}: holds a {type(content).__name__}, needs a list of objects or SQuAD's data")
+    for number, entry in enumerate(content, 1):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: item {number} is no JSON object")
+        yield Record(f"{path}: item {number}", entry)
+
+
+def _squad(path: Path, articles: list[Any]) -> Iterator[Record]:
+    for a, article in enumerate(articles):
+        at = f"{path}: data[{a}]"
+        for p, paragraph in enumerate(_list_of(article, "paragraphs", at)):
+            inner = f"{at}.paragraphs[{p}]"
+            for q, question in enumerate(_list_of(paragraph, "qas", inner)):
+                where = f"{inner}.qas[{q}]"
+                if not isinstance(question, dict):
+                    raise DataError(f"{where} is no JSON object")
+                fields = {"id": f"{a}-{p}-{q}", "title": article.get("title", f"data[{a}]"), **question}
+                yield Record(where, {**fields, "context": paragraph.get("context")})
+
+
+def _list_of(entry: Any, name: str, where: str) -> list[Any]:
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, list):
+        raise DataError(f"{where} has no list {name!r}, needs SQuAD's layout")
+    return value
+
+
+def _csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        rows = list(_rows(path, delimiter))
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        return
+    (_, header), *rest = rows
+    for column in header:
+        if not column.strip() or header.count(column) > 1:
+            what = "more than one column is named" if column.strip() else "a column has no name:"
+            raise DataError(f"{path}: line 1: {what} {column!r}")
+    for number, row in rest:
+        if len(row) != len(header):
+            raise DataError(
+                f"{path}: line {number} has {len(row)} values, needs {len(header)} as its first line names"
+            )
+        yield Record(f"{path}: line {number}", dict(zip(header, row)))
+
+
+def _tsv(path: Path) -> Iterator[Record]:
+    return _csv(path, "\t")
+
+
+def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows that hold anything, each with the number of its first line."""
+    reader = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    begins = 1
+    try:
+        for row in reader:
+            if row:
+                yield begins, row
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}: line {begins} is not CSV ({error})") from None
+
+
+def _conll(path: Path) -> Iterator[Record]:
+    tokens: list[str] = []
+    tags: list[str] = []
+    begins, width = 1, 0
+    for number, line in _lines(path):
+        if not line.strip():
+            if tokens:
+                yield Record(f"{path}: line {begins}", {"tokens": tokens, "tags": tags})
+                tokens, tags = [], []
+            continue
+        if line.startswith(DOCUMENT_START):
+            continue
+        parts = line.split("\t") if "\t" in line else line.split()
+        if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
+            raise DataError(f"{path}: line {number} needs a word and its tag with a tab between them")
+        if width and len(parts) != width:
+            raise DataError(f"{path}: line {number} has {len(parts)} columns, those before it have {width}")
+        width = len(parts)
+        if not tokens:
+            begins = number
+        tokens.append(parts[0])
+        tags.append(parts[-1].strip())
+    if tokens:
+        yield Record(f"{path}: line {begins}", {"tokens": tokens, "tags": tags})

@@ -1,0 +1,75 @@
+"""Exact match and F1 of answers, by the rules of SQuAD's official scripts, and by characters for Chinese."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from fastattn.evaluation.report import Report, check_pairs
+from fastattn.evaluation.words import is_unspaced, pieces_of, without_punctuation
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def tokens_of(text: str, unspaced: bool) -> list[str]:
+    """What of an answer counts: lower-case words without punctuation and English articles, as SQuAD's script has them.
+
+    With `unspaced`, Unicode's punctuation goes too, words are kept apart at each Han or kana character, and articles,
+    which are then part of names, stay.
+    """
+    text = text.lower()
+    if unspaced:
+        return pieces_of(without_punctuation(text))
+    return _ARTICLES.sub(" ", text.translate(_ASCII_PUNCTUATION)).split()
+
+
+def exact_match(reference: str, answer: str) -> bool:
+    """Whether two answers have the same tokens."""
+    unspaced = is_unspaced(reference) or is_unspaced(answer)
+    return tokens_of(reference, unspaced) == tokens_of(answer, unspaced)
+
+
+def f1(reference: str, answer: str) -> float:
+    """F1 of the tokens of an answer, counted as often as they occur; where a side has none, whether both have none."""
+    unspaced = is_unspaced(reference) or is_unspaced(answer)
+    expected, given = tokens_of(reference, unspaced), tokens_of(answer, unspaced)
+    if not expected or not given:
+        return float(expected == given)
+    same = (Counter(expected) & Counter(given)).total()
+    return 2 * same / (len(expected) + len(given))
+
+
+def answers(references: Sequence[Sequence[str]], predictions: Sequence[str | None]) -> Report:
+    """exact_match and f1 of answers, each the best over the answers that are right; shares within [0, 1].
+
+    A question without a right answer, or with none that has a token, is right where the prediction is None or has no
+    token. Where there are questions without a right answer, so are no_answer_accuracy, has_answer_exact_match and
+    has_answer_f1.
+
+    Args:
+        references: for each question the answers that are right; none where the context holds none.
+        predictions: for each question a text, or None for no answer.
+    """
+    count = check_pairs(references, predictions)
+    if isinstance(references[0], str):
+        raise TypeError("references: got texts, need a list of right answers for each question")
+    exact, overlap, answerable = [], [], []
+    for right, prediction in zip(references, predictions):
+        golds = [text for text in right if tokens_of(text, is_unspaced(text))] or [""]
+        answer = prediction or ""
+        answerable.append(bool(right))
+        exact.append(float(max(exact_match(gold, answer) for gold in golds)))
+        overlap.append(max(f1(gold, answer) for gold in golds))
+    metrics = {"exact_match": sum(exact) / count, "f1": sum(overlap) / count}
+    with_answer = sum(answerable)
+    if with_answer < count:
+        none = [score for score, able in zip(exact, answerable) if not able]
+        metrics["no_answer_accuracy"] = sum(none) / len(none)
+        if with_answer:
+            some = [(e, f) for e, f, able in zip(exact, overlap, answerable) if able]
+            metrics["has_answer_exact_match"] = sum(e for e, _ in some) / with_answer
+            metrics["has_answer_f1"] = sum(f for _, f in some) / with_answer
+    return Report(metrics=metrics, count=count)

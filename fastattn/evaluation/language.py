@@ -1,0 +1,36 @@
+"""Perplexity and bits per byte of language models."""
+
+from __future__ import annotations
+
+import math
+
+from fastattn.evaluation.report import Report
+
+
+def language(loss_sum: float, tokens: int, size: int, *, unknown: int = 0, documents: int = 1) -> Report:
+    """Figures of a text that a model predicted token by token.
+
+    loss = loss_sum / tokens (nats), perplexity = exp(loss), bits_per_byte = loss_sum / ln 2 / size, which compares
+    models whatever their tokens are, and unknown, the share of tokens that stand for what the vocabulary lacks, whose
+    text the model did not have to predict. count: tokens.
+
+    Args:
+        loss_sum: sum of -ln P(token) over all predicted tokens.
+        tokens: their number.
+        size: bytes of their text in UTF-8.
+        unknown: how many of them are the unknown token.
+        documents: that the text is of.
+    """
+    if tokens < 1 or size < 1:
+        raise ValueError(f"tokens, size: got {tokens} and {size}, need at least one token and one byte")
+    loss = loss_sum / tokens
+    return Report(
+        metrics={
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss_sum / math.log(2) / size,
+            "unknown": unknown / tokens,
+        },
+        count=tokens,
+        tables={"bytes": size, "documents": documents},
+    )

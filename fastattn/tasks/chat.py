@@ -1,0 +1,255 @@
+"""Conversations: the tokenizer's template writes them, and the loss is on what the assistant says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.best_fit import BestFitDataset, packed_sequences
+from fastattn.data.chat import ASSISTANT, DEFAULT_TEMPLATE, ChatTemplate, encode_dialogue
+from fastattn.data.corpora import DataError
+from fastattn.data.records import Record, conversation_of
+from fastattn.data.tokenization import Tokenizer
+from fastattn.evaluation.report import Report
+from fastattn.models import GPT, GPTConfig
+from fastattn.models.fields import or_none, positive, size
+from fastattn.tasks import causal_lm
+from fastattn.tasks.distill import Student
+from fastattn.tasks.logprobs import logits_of, next_targets
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.perplexity import template_front
+
+NAME = "chat"
+MODELS = (GPT,)
+FIELDS = ("messages",)
+OPTIONAL = ("prompt", "completion")
+LABELS: tuple[str, ...] = ()
+NEW_PARTS: tuple[str, ...] = ()
+EDITABLE = False  # messages are no single text that could be cleaned
+CHANGES_TOKENIZER = True  # one without a chat template gets one
+DEFAULTS = {"max_epochs": 3.0, "batch_size": 8, "lr": 1e-4, "min_lr_ratio": 0.0, "weight_decay": 0.01}
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How conversations are cut.
+
+    Args:
+        max_length: tokens of a row, and most of a conversation, which is cut there; None for 1024, or fewer where the
+            model has fewer positions.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
+    """
+
+    max_length: int | None = None
+    distill_weight: float = 0.5
+    temperature: float = 2.0
+
+    CHECKS = {  # noqa: RUF012
+        "max_length": or_none(size),
+        "distill_weight": part,
+        "temperature": positive,
+    }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation: messages with "role" and "content"."""
+
+    where: str
+    messages: tuple[dict[str, Any], ...]
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "messages", or with "prompt" and "completion".
+
+    Raises:
+        DataError: a record has neither, or nothing that an assistant says; with file and line.
+    """
+    made = []
+    for record in records:
+        messages = conversation_of(record)
+        if not any(message["role"] == ASSISTANT and message["content"].strip() for message in messages):
+            raise DataError(f"{record.where}: the assistant says nothing, so there is nothing to learn")
+        made.append(Example(record.where, tuple(messages)))
+    return made
+
+
+def labels_in(examples: Sequence[Example]) -> None:
+    """None: what the assistant says is the labels."""
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Nothing to refuse here; what the template makes of them is checked in `training_set`."""
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return "loss", False
+
+
+def new_model(
+    source: Path | str | GPTConfig, examples: Sequence[Example], options: Options, tokenizer: Tokenizer
+) -> Student:
+    """The folder's model, or one of a config with random weights. A tokenizer without a chat template gets one."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    return causal_lm.new_model(source, (), options, tokenizer)
+
+
+def training_set(
+    model: Any,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[GPT, Tokenizer] | None = None,
+) -> BestFitDataset:
+    """The conversations packed by best fit, each a segment of its own; the assistant's tokens alone are labels.
+
+    Raises:
+        DataError: the template refuses a conversation; or the token that ends a turn would never be learnt.
+    """
+    ends = ends_of(model, tokenizer)
+    data = packed(model, tokenizer, examples, options, ends)
+    check_ends(data, tokenizer, ends)
+    if teacher is not None:
+        causal_lm.attach_teacher(model, tokenizer, teacher, options)
+    return data
+
+
+def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options) -> str:
+    """The first conversation up to where the assistant first speaks, and what the model says there, greedily."""
+    messages = examples[0].messages
+    first = next(number for number, message in enumerate(messages) if message["role"] == ASSISTANT)
+    prompt = ChatTemplate.of(tokenizer).render(messages[:first], add_generation_prompt=True)
+    front = template_front(tokenizer)
+    ids = tokenizer.encode(prompt)
+    ids = ids if ids[: len(front)] == front else [*front, *ids]
+    asked = messages[first - 1]["content"] if first else ""
+    return f"{asked} -> {causal_lm.written(model, tokenizer, ids, prompt=False).strip()}"
+
+
+def packed(
+    model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options, ends: Sequence[int]
+) -> BestFitDataset:
+    """The conversations in rows; DataError where no token of an assistant is within a row."""
+    limit = causal_lm.block_length(model, options)
+    sequences, dropped, cut_rows = dialogues(tokenizer, examples, limit, ends)
+    try:
+        data = packed_sequences(sequences, limit, pad_id=tokenizer.pad_id, dropped=dropped)
+    except ValueError:
+        raise DataError(f"data: of no conversation the assistant's part is within {limit} tokens") from None
+    data.cut_rows = cut_rows
+    return data
+
+
+def dialogues(
+    tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: Sequence[int]
+) -> tuple[list[tuple[list[int], list[bool]]], int, int]:
+    """Tokens and marks of each conversation, cut to `limit` tokens; how many tokens were cut, of how many."""
+    template = ChatTemplate.of(tokenizer)
+    front = template_front(tokenizer)
+    sequences = []
+    dropped = cut_rows = 0
+    for example in examples:
+        try:
+            dialogue = encode_dialogue(tokenizer, template, example.messages, ends)
+        except DataError as error:
+            raise DataError(f"{example.where}: {error}") from None
+        ids, said = dialogue.ids, dialogue.said
+        if front and ids[: len(front)] != front:  # the template leaves it to the tokenizer
+            ids, said = [*front, *ids], [False] * len(front) + said
+        dropped += max(0, len(ids) - limit)
+        cut_rows += len(ids) > limit
+        sequences.append((ids[:limit], said[:limit]))
+    return sequences, dropped, cut_rows
+
+
+def ends_of(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """The tokens at which generation stops: of generation_config, else of config, and the tokenizer's."""
+    named = (model.generation_config or {}).get("eos_token_id")
+    named = getattr(model.config, "eos_token_id", None) if named is None else named
+    ids = named if isinstance(named, (list, tuple)) else [named]
+    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+    return list(
+        dict.fromkeys([tokenizer.eos_id, *(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)])
+    )
+
+
+def check_ends(data: Any, tokenizer: Tokenizer, ends: Sequence[int]) -> None:
+    """Refuse data in which no label is a token that ends a turn: the model would learn never to stop.
+
+    Raises:
+        DataError: that says whether the token is not written, or written outside of the labels.
+    """
+    written = False
+    wanted = torch.tensor(list(ends))
+    for i in range(len(data)):
+        row = data[i]
+        if bool(torch.isin(next_targets(row["labels"][None]), wanted).any()):
+            return
+        written |= bool(((row["segment_ids"] >= 0) & torch.isin(row["input_ids"], wanted)).any())
+    names = " or ".join(repr(tokenizer.core.id_to_token(i)) for i in ends)
+    why = "the chat template does not write it behind what the assistant says, or every conversation is cut before it"
+    if written:
+        why = "it stands outside of the assistant's part, or labels are masked where it stands"
+    if written and tokenizer.pad_id in ends:
+        why += f" (the padding token is {tokenizer.pad_token!r} too: labels must not be masked by it)"
+    raise DataError(f"chat: the token that ends a turn, {names}, would never be learnt: {why}")
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """loss (nats), perplexity and accuracy of the assistant's tokens, and end_accuracy: of the tokens that end a turn.
+
+    Accuracies are shares of tokens that are the likeliest at their place. count: tokens of the assistant.
+    """
+    options = options or Options()
+    ends = ends_of(model, tokenizer)
+    data = packed(model, tokenizer, examples, options, ends)
+    device = next(model.parameters()).device
+    wanted = torch.tensor(ends, device=device)
+    loss_sum = 0.0
+    right = count = ended = turns = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(data), batch_size):
+            items = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+            batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+            targets = next_targets(batch["labels"], batch["segment_ids"])
+            counted = targets != IGNORE_INDEX
+            hidden = model(batch["input_ids"], segment_ids=batch["segment_ids"], return_logits=False)
+            for x, y in zip(hidden.last_hidden_state[counted].split(512), targets[counted].split(512)):
+                logits = logits_of(model, x)
+                loss_sum += float(torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
+                hit = logits.argmax(-1) == y
+                of_end = torch.isin(y, wanted)
+                right, count = right + int(hit.sum()), count + len(y)
+                ended, turns = ended + int((hit & of_end).sum()), turns + int(of_end.sum())
+    finally:
+        model.train(was_training)
+    loss = loss_sum / count
+    return Report(
+        metrics={
+            "loss": loss,
+            "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+            "accuracy": right / count,
+            "end_accuracy": ended / turns if turns else float("nan"),
+        },
+        count=count,
+    )

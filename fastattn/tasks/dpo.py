@@ -1,0 +1,362 @@
+"""Direct preference optimisation: of two answers the chosen one becomes likelier than it was, against the rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.best_fit import best_fit
+from fastattn.data.chat import ASSISTANT, DEFAULT_TEMPLATE, ChatTemplate
+from fastattn.data.corpora import DataError
+from fastattn.data.packing import PADDING_SEGMENT
+from fastattn.data.records import Record, required, text_of
+from fastattn.data.tokenization import Tokenizer
+from fastattn.evaluation.report import Report
+from fastattn.models import GPT, GPTConfig
+from fastattn.models.decoder import CausalLMOutput
+from fastattn.models.fields import or_none, positive, size
+from fastattn.tasks import causal_lm
+from fastattn.tasks.chat import ends_of
+from fastattn.tasks.logprobs import next_targets, token_losses
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.perplexity import template_front
+
+NAME = "dpo"
+MODELS = (GPT,)
+FIELDS = ("prompt",)
+OPTIONAL: tuple[str, ...] = ()
+LABELS = ("chosen", "rejected")
+NEW_PARTS: tuple[str, ...] = ()
+EDITABLE = False
+DEFAULTS = {"max_epochs": 1.0, "batch_size": 8, "lr": 1e-5, "min_lr_ratio": 0.0, "weight_decay": 0.0}
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How strongly preferences are followed.
+
+    Args:
+        max_length: most tokens of a prompt with an answer; a prompt loses tokens at its beginning, then an answer at
+            its end. None for 1024, or fewer where the model has fewer positions.
+        beta: of the loss; the smaller, the further the model may leave its start.
+        label_smoothing: how likely it is that a preference is the wrong way round.
+    """
+
+    max_length: int | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    CHECKS = {"max_length": or_none(size), "beta": positive, "label_smoothing": part}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, the answer that is preferred, and the other; a prompt is a text or messages."""
+
+    where: str
+    prompt: str | tuple[dict[str, Any], ...]
+    chosen: str
+    rejected: str
+
+
+class Pair(NamedTuple):
+    """Tokens of a prompt with each answer, and how many of them are the prompt's."""
+
+    chosen: list[int]
+    rejected: list[int]
+    prompts: tuple[int, int]
+
+
+class PreferenceOutput(NamedTuple):
+    """The loss of a batch of pairs, and how much more the model prefers each chosen answer than its start did."""
+
+    loss: Tensor  # ()
+    margins: Tensor  # (B,)
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "prompt", "chosen" and "rejected".
+
+    Each is a text or a list of messages; of answers as messages the last is read, which the assistant says.
+
+    Raises:
+        DataError: a record lacks one of them, or both answers are the same; with file and line.
+    """
+    made = []
+    for record in records:
+        prompt = required(record, "prompt")
+        if isinstance(prompt, list):
+            good = [isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt]
+            if not prompt or not all(good) or not all(isinstance(m.get("content"), str) for m in prompt):
+                raise DataError(f'{record.where}: prompt is no list of messages with "role" and "content"')
+            prompt = tuple(prompt)
+        else:
+            prompt = text_of(record, "prompt")
+        chosen, rejected = (_answer(record, name) for name in LABELS)
+        if chosen == rejected:
+            raise DataError(f"{record.where}: chosen and rejected are the same, which says nothing")
+        made.append(Example(record.where, prompt, chosen, rejected))
+    return made
+
+
+def labels_in(examples: Sequence[Example]) -> None:
+    """None: preferences have no labels."""
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Nothing more to refuse."""
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return "loss", False
+
+
+class PreferenceGPT(GPT):
+    """A `GPT` that also takes packed pairs of answers, and gives the loss of Rafailov et al. 2023, equation 7.
+
+    loss = -ln sigmoid(margin) (1 - e) - ln sigmoid(-margin) e, the mean over pairs, e the label smoothing and
+    margin = beta ((ln P(chosen) - ln P(rejected)) - the same of the start).
+    """
+
+    beta = 0.1
+    label_smoothing = 0.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GPT.forward`; with `targets` and `segment_ids` of packed answers and labels, the loss of pairs.
+
+        Args:
+            input_ids: (R, S) prompts with answers, packed.
+            targets: (R, S), the answers' tokens at their places, -100 elsewhere.
+            segment_ids: (R, S), 2 i for pair i's chosen answer and 2 i + 1 for the rejected one; negative is padding.
+            labels: (B,) float, for each pair ln P(chosen) - ln P(rejected) of the start.
+        """
+        targets = kwargs.pop("targets", None)
+        if targets is None:
+            return super().forward(*args, **kwargs)
+        ids, segment_ids, start = (
+            args[0] if args else kwargs["input_ids"],
+            kwargs["segment_ids"],
+            kwargs["labels"],
+        )
+        difference = answer_logprobs(self, super().forward, ids, targets, segment_ids, 2 * len(start))
+        margins = self.beta * (difference[0::2] - difference[1::2] - start)
+        wrong = self.label_smoothing
+        losses = -(1 - wrong) * F.logsigmoid(margins) - wrong * F.logsigmoid(-margins)
+        return PreferenceOutput(losses.mean(), margins.detach())
+
+
+def answer_logprobs(
+    model: Any, forward: Any, ids: Tensor, targets: Tensor, segment_ids: Tensor, count: int
+) -> Tensor:
+    """ln P of each of `count` answers given its prompt, (count,): the sum over the tokens that `targets` has of it."""
+    output: CausalLMOutput = forward(ids, segment_ids=segment_ids, return_logits=False)
+    following = next_targets(targets, segment_ids)
+    counted = following != IGNORE_INDEX
+    losses = token_losses(model, output.last_hidden_state[counted], following[counted])
+    return losses.new_zeros(count).index_add(0, segment_ids[counted].long(), -losses)
+
+
+def new_model(
+    source: Path | str | GPTConfig, examples: Sequence[Example], options: Options, tokenizer: Tokenizer
+) -> PreferenceGPT:
+    """The folder's model, which is also the start that it is compared with.
+
+    Raises:
+        DataError: the source is a config: preferences are between answers that a trained model gives.
+    """
+    if isinstance(source, GPTConfig):
+        raise DataError("--model: got a preset's name, dpo starts from a trained model's folder")
+    model = PreferenceGPT.from_pretrained(source, dtype=torch.float32).train()
+    model.beta, model.label_smoothing = options.beta, options.label_smoothing
+    return model
+
+
+class Preferences:
+    """Pairs with what the start says of them, as items; `collate` packs their answers into rows.
+
+    Attributes:
+        cut, cut_rows: tokens that did not fit, and of how many answers.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], start: Sequence[float], *, length: int, pad_id: int) -> None:
+        self.pairs, self.start = pairs, start
+        self.length, self.pad_id = length, pad_id
+        self.cut = self.cut_rows = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Pair, float]:
+        return self.pairs[index], self.start[index]
+
+    def collate(self, items: Sequence[tuple[Pair, float]]) -> dict[str, Tensor]:
+        """input_ids, targets and segment_ids (R, S), and labels (B,): see `PreferenceGPT.forward`."""
+        batch = packed([pair for pair, _ in items], self.length, self.pad_id)
+        batch["labels"] = torch.tensor([start for _, start in items], dtype=torch.float32)
+        return batch
+
+
+def packed(pairs: Sequence[Pair], length: int, pad_id: int) -> dict[str, Tensor]:
+    """The answers of pairs behind their prompts, in rows of at most `length` tokens by best fit."""
+    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    prompts = [prompt for pair in pairs for prompt in pair.prompts]
+    placed, begins = best_fit([len(ids) for ids in sequences], length)
+    rows = [placed[a:b].tolist() for a, b in pairwise(begins)]
+    width = max(sum(len(sequences[i]) for i in row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    targets = torch.full_like(ids, IGNORE_INDEX)
+    segments = torch.full_like(ids, PADDING_SEGMENT)
+    for number, row in enumerate(rows):
+        at = 0
+        for i in row:
+            end = at + len(sequences[i])
+            ids[number, at:end] = torch.tensor(sequences[i])
+            targets[number, at + prompts[i] : end] = ids[number, at + prompts[i] : end]
+            segments[number, at:end] = i
+            at = end
+    return {"input_ids": ids, "targets": targets, "segment_ids": segments}
+
+
+def training_set(
+    model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options
+) -> Preferences:
+    """The examples as items, with what the model, as it is now, says of them: it is the start.
+
+    Raises:
+        DataError: of no pair a token of both answers fits.
+    """
+    length = causal_lm.block_length(model, options)
+    pairs, cut, cut_rows = pairs_of(model, tokenizer, examples, length)
+    chosen, rejected = logprobs(model, pairs, length, tokenizer.pad_id, BATCH_SIZE)
+    data = Preferences(pairs, (chosen - rejected).tolist(), length=length, pad_id=tokenizer.pad_id)
+    data.cut, data.cut_rows = cut, cut_rows
+    return data
+
+
+def pairs_of(
+    model: Any, tokenizer: Tokenizer, examples: Sequence[Example], length: int
+) -> tuple[list[Pair], int, int]:
+    """The tokens of each example, how many did not fit, and of how many answers.
+
+    With a chat template prompt and answer are written by it, else the answer stands behind the prompt as it is; both
+    end with the end-of-text token.
+    """
+    template = None
+    if tokenizer.chat_template is not None or any(not isinstance(e.prompt, str) for e in examples):
+        tokenizer.chat_template = tokenizer.chat_template or DEFAULT_TEMPLATE
+        template = ChatTemplate.of(tokenizer)
+    front = template_front(tokenizer)
+    ends = ends_of(model, tokenizer)
+    pairs = []
+    cut = cut_rows = 0
+    for example in examples:
+        answers, prompts = [], []
+        for answer in (example.chosen, example.rejected):
+            prompt, said = _tokens(tokenizer, template, example, answer, ends)
+            if front and prompt[: len(front)] != front:
+                prompt = [*front, *prompt]
+            if not prompt:
+                raise DataError(f"{example.where}: the prompt has no token")
+            over = max(0, len(prompt) + len(said) - length)
+            kept = prompt[min(over, len(prompt) - 1) :]
+            answers.append([*kept, *said][:length])
+            prompts.append(len(kept))
+            cut, cut_rows = cut + over, cut_rows + (over > 0)
+        pairs.append(Pair(answers[0], answers[1], (prompts[0], prompts[1])))
+    return pairs, cut, cut_rows
+
+
+@torch.no_grad()
+def logprobs(
+    model: Any, pairs: Sequence[Pair], length: int, pad_id: int, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """ln P of the chosen and of the rejected answer of each pair, (N,) float64 each; the model in eval mode."""
+    device = next(model.parameters()).device
+    found = []
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(pairs), batch_size):
+            part_of = pairs[start : start + batch_size]
+            batch = {name: value.to(device) for name, value in packed(part_of, length, pad_id).items()}
+            found.append(
+                answer_logprobs(
+                    model, model, batch["input_ids"], batch["targets"], batch["segment_ids"], 2 * len(part_of)
+                )
+            )
+    finally:
+        model.train(was_training)
+    both = torch.cat(found).double().cpu()
+    return both[0::2], both[1::2]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """accuracy: the share of pairs whose chosen answer the model gives the higher probability; ties count half.
+
+    margin is the mean of ln P(chosen) - ln P(rejected) in nats, and chosen_logprob and rejected_logprob the means of
+    both.
+    """
+    length = causal_lm.block_length(model, options or Options())
+    pairs, _, _ = pairs_of(model, tokenizer, examples, length)
+    chosen, rejected = logprobs(model, pairs, length, tokenizer.pad_id, batch_size)
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    return Report(
+        metrics={
+            "accuracy": float(right.mean()),
+            "margin": float((chosen - rejected).mean()),
+            "chosen_logprob": float(chosen.mean()),
+            "rejected_logprob": float(rejected.mean()),
+        },
+        count=len(pairs),
+    )
+
+
+def _tokens(
+    tokenizer: Tokenizer, template: ChatTemplate | None, example: Example, answer: str, ends: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt and those of the answer."""
+    if template is None:
+        return tokenizer.encode(str(example.prompt)), [*tokenizer.encode(answer), tokenizer.eos_id]
+    prompt = example.prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    try:
+        before = template.render(messages, add_generation_prompt=True)
+        whole = template.render([*messages, {"role": ASSISTANT, "content": answer}])
+    except DataError as error:
+        raise DataError(f"{example.where}: {error}") from None
+    if not whole.startswith(before):
+        raise DataError(f"{example.where}: the chat template writes the prompt differently before an answer")
+    said = tokenizer.encode(whole[len(before) :])
+    stops = [i for i, token in enumerate(said) if token in ends]
+    return tokenizer.encode(before), said[: stops[-1] + 1] if stops else said
+
+
+def _answer(record: Record, name: str) -> str:
+    value = required(record, name)
+    if not isinstance(value, list):
+        return text_of(record, name)
+    last = value[-1] if value else None
+    if (
+        not isinstance(last, dict)
+        or last.get("role") != ASSISTANT
+        or not isinstance(last.get("content"), str)
+    ):
+        raise DataError(f'{record.where}: {name} does not end with a message of the assistant with "content"')
+    return text_of(Record(record.where, {name: last["content"]}), name)

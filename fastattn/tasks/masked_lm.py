@@ -1,0 +1,433 @@
+"""Words behind masks, and whether one passage follows another: BERT's two objectives on plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.corpora import DataError
+from fastattn.data.encoding import InputTokenizer
+from fastattn.data.records import Record, text_of
+from fastattn.evaluation.report import Report
+from fastattn.models import BertConfig, BertForMaskedLM, BertForPreTraining
+from fastattn.models.families import class_for
+from fastattn.models.fields import flag, or_none, size
+from fastattn.tasks.batches import BATCH_SIZE, wide
+from fastattn.tasks.options import CheckedOptions, share
+from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
+
+NAME = "masked-lm"
+MODELS = (BertForMaskedLM, BertForPreTraining)
+FIELDS = ("text",)
+OPTIONAL: tuple[str, ...] = ()
+LABELS: tuple[str, ...] = ()
+NEW_PARTS: tuple[str, ...] = ()  # heads are trained beside adapters only where they are new
+DEFAULTS = {
+    "max_epochs": 3.0,
+    "batch_size": 32,
+    "lr": 1e-4,
+    "min_lr_ratio": 0.0,
+    "weight_decay": 0.01,
+    "beta2": 0.98,
+}
+MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are. Devlin et al. 2019
+SHORTER = 0.1  # share of passages of a random length, where there are two
+SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")  # ASCII's and Chinese
+SEED = 0  # of the passages and of the masks of an evaluation
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How words are masked.
+
+    Args:
+        max_length: tokens of a passage, special ones included; None for 128, or fewer where the model has fewer.
+        mask_share: of the tokens that are to be found.
+        whole_words: whether all pieces of a word are chosen together.
+        next_sentence: whether passages are two, and the model also says whether the second follows the first.
+    """
+
+    max_length: int | None = None
+    mask_share: float = 0.15
+    whole_words: bool = False
+    next_sentence: bool = False
+
+    CHECKS = {  # noqa: RUF012
+        "max_length": or_none(size),
+        "mask_share": share,
+        "whole_words": flag,
+        "next_sentence": flag,
+    }
+
+
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document."""
+
+    where: str
+    text: str
+
+
+class Passage(NamedTuple):
+    """Tokens to be masked. words: each token's word by number, -1 for special tokens; follows: None without pairs."""
+
+    ids: list[int]
+    types: list[int]
+    words: list[int]
+    follows: int | None  # 0 if the second part follows the first, else 1
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "text".
+
+    Raises:
+        DataError: a record lacks it; with file and line.
+    """
+    return [Example(record.where, text_of(record, "text")) for record in records]
+
+
+def labels_in(examples: Sequence[Example]) -> None:
+    """None: the words are the labels."""
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Nothing to refuse: any text will do."""
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return "loss", False
+
+
+def new_model(
+    source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
+) -> BertForMaskedLM | BertForPreTraining:
+    """The folder's or preset's encoder with its masked LM head, or a new one."""
+    cls: Any = BertForPreTraining if options.next_sentence else BertForMaskedLM
+    return load_encoder(cls, source, tokenizer, new=_new_parts(source, options))
+
+
+def _new_parts(source: Source, options: Options) -> tuple[str, ...]:
+    """The parts of the heads that a folder lacks, by the class that wrote it."""
+    if isinstance(source, BertConfig):
+        return ()
+    cls = class_for(source)
+    config, _ = config_of(source, cls)
+    new = []
+    if not issubclass(cls, (BertForMaskedLM, BertForPreTraining)):
+        new += ["head.*", *(["decoder.bias"] if config.decoder_bias else [])]
+        new += [] if config.tie_word_embeddings else ["decoder.weight"]
+    if options.next_sentence and not issubclass(cls, BertForPreTraining):
+        new += ["pooler.*", "seq_relationship.*"]
+    return tuple(new)
+
+
+class Passages:
+    """Passages as items; a batch masks them anew, by torch's global generator.
+
+    Of the chosen tokens 80 % become the mask, 10 % a random token and 10 % stay; labels are -100 at the others.
+    """
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        options: Options,
+        *,
+        mask_id: int,
+        vocab_size: int,
+        pad_id: int,
+        typed: bool,
+    ) -> None:
+        self.passages, self.options = passages, options
+        self.mask_id, self.vocab_size = mask_id, vocab_size
+        self.pad_id, self.typed = pad_id, typed
+        self.cut = self.cut_rows = 0
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def __getitem__(self, index: int) -> Passage:
+        return self.passages[index]
+
+    def collate(self, items: Sequence[Passage]) -> Batch:
+        """input_ids with masks, attention_mask, token_type_ids, labels, and next_sentence_label for pairs."""
+        batch = padded(
+            [item.ids for item in items], self.pad_id, [item.types for item in items], typed=self.typed
+        )
+        ids = batch["input_ids"]
+        words = torch.full_like(ids, -1)
+        for row, item in enumerate(items):
+            words[row, : len(item.words)] = torch.tensor(item.words)
+        masked, labels = mask_tokens(
+            ids,
+            words,
+            share=self.options.mask_share,
+            whole_words=self.options.whole_words,
+            mask_id=self.mask_id,
+            vocab_size=self.vocab_size,
+        )
+        batch.update(input_ids=masked, labels=labels)
+        if items[0].follows is not None:
+            batch["next_sentence_label"] = torch.tensor([item.follows for item in items])
+        return batch
+
+
+def mask_tokens(
+    ids: Tensor, words: Tensor, *, share: float, whole_words: bool, mask_id: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """(masked ids, labels) of ids (B, S); each word, or each token of a word, is chosen with probability `share`.
+
+    words: (B, S), the number of each token's word within its row; tokens below 0 are never chosen. A row with words
+    always has a chosen one.
+    """
+    may = words >= 0
+    if whole_words:  # a number for each word
+        drawn = torch.rand(ids.shape[0], int(words.max()) + 2).gather(1, words + 1)
+    else:
+        drawn = torch.rand(ids.shape)
+    drawn = drawn.masked_fill(~may, 2.0)
+    least = drawn.amin(1, keepdim=True)
+    chosen = may & ((drawn < share) | (drawn == least))
+    labels = ids.masked_fill(~chosen, IGNORE_INDEX)
+    fate = torch.rand(ids.shape)
+    others = torch.randint(vocab_size, ids.shape)
+    masked = torch.where(chosen & (fate < MASKED), mask_id, ids)
+    masked = torch.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), others, masked)
+    return masked, labels
+
+
+def training_set(
+    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> Passages:
+    """The examples' text in passages as items.
+
+    Raises:
+        DataError: the tokenizer has no mask, or for pairs there are no two documents.
+    """
+    if tokenizer.mask_id is None:
+        raise DataError("tokenizer: has no mask token, which masked-lm needs")
+    limit = options.max_length
+    if limit is None:
+        limit = min(MAX_LENGTH, longest_of(model, tokenizer, None))
+    longest = longest_of(model, tokenizer, limit)
+    around = Around.of(tokenizer)
+    if options.next_sentence:
+        passages = list(_pairs(tokenizer, examples, longest, around))
+    else:
+        passages = list(_singles(tokenizer, examples, longest, around))
+    if not passages:
+        raise DataError("data: no token in it")
+    vocab_size = min(tokenizer.core.get_vocab_size(), model.config.vocab_size)
+    return Passages(passages, options, mask_id=tokenizer.mask_id, vocab_size=vocab_size, **layout_of(model))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """loss (nats) and accuracy of the masked tokens, masks the same at every call; and next_sentence_accuracy.
+
+    perplexity is exp(loss). Random generators end as they were.
+    """
+    data = training_set(model, tokenizer, examples, options or Options())
+    device = next(model.parameters()).device
+    loss_sum = right = count = follows = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            masked = [data.collate([data[i]]) for i in range(len(data))]  # one by one: batches change no mask
+            for start in range(0, len(data), batch_size):
+                batch = joined(masked[start : start + batch_size], data.pad_id)
+                batch = {name: value.to(device) for name, value in batch.items()}
+                nexts, labels = batch.pop("next_sentence_label", None), batch.pop("labels")
+                x, tokens, _, _ = model.bert.encode_tokens(**batch)
+                targets = tokens.pack(labels)
+                chosen = targets != IGNORE_INDEX
+                logits, targets = wide(model.decoder(model.head(x[chosen]))), targets[chosen]
+                loss_sum += float(cross_entropy(logits, targets, reduction="sum"))
+                right += int((logits.argmax(-1) == targets).sum())
+                count += len(targets)
+                if nexts is not None:
+                    logits = model.seq_relationship(torch.tanh(model.pooler(tokens.first(x))))
+                    follows += int((logits.argmax(-1) == nexts).sum())
+    finally:
+        model.train(was_training)
+    loss = loss_sum / count
+    metrics = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "accuracy": right / count}
+    if (options or Options()).next_sentence:
+        metrics["next_sentence_accuracy"] = follows / len(data)
+    return Report(metrics=metrics, count=int(count))
+
+
+def joined(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """Batches of single passages as one."""
+    fill = {"input_ids": pad_id, "labels": IGNORE_INDEX}
+    longest = max(each["input_ids"].shape[1] for each in batches)
+    return {
+        name: torch.cat(
+            [
+                pad(each[name], (0, longest - each[name].shape[1]), value=fill.get(name, 0))
+                if each[name].dim() == 2
+                else each[name]
+                for each in batches
+            ]
+        )
+        for name in batches[0]
+    }
+
+
+class Around(NamedTuple):
+    """The special tokens in front of, between and behind the tokens of a text and of a pair, with their types."""
+
+    single: tuple[list[int], list[int]]
+    pair: tuple[list[int], list[int], list[int]]
+    pair_types: tuple[int, int]  # of the first and second text
+
+    @classmethod
+    def of(cls, tokenizer: InputTokenizer) -> Around:
+        """What the tokenizer puts there."""
+        one, two = tokenizer.encode(["a", ("a", "a")])
+        at = [i for i, s in enumerate(one.sequences) if s is not None]
+        first = [i for i, s in enumerate(two.sequences) if s == 0]
+        second = [i for i, s in enumerate(two.sequences) if s == 1]
+        return cls(
+            (one.ids[: at[0]], one.ids[at[-1] + 1 :]),
+            (two.ids[: first[0]], two.ids[first[-1] + 1 : second[0]], two.ids[second[-1] + 1 :]),
+            (two.types[first[0]], two.types[second[0]]),
+        )
+
+    def passage(self, tokens: list[int], words: list[int]) -> Passage:
+        """One text with its special tokens."""
+        front, back = self.single
+        ids = [*front, *tokens, *back]
+        return Passage(ids, [0] * len(ids), [*[-1] * len(front), *words, *[-1] * len(back)], None)
+
+    def pair_of(self, a: Tokens, b: Tokens, follows: int) -> Passage:
+        """Two texts with their special tokens."""
+        front, middle, back = self.pair
+        ids = [*front, *a.ids, *middle, *b.ids, *back]
+        offset = max(a.words, default=-1) + 1
+        words = [
+            *[-1] * len(front),
+            *a.words,
+            *[-1] * len(middle),
+            *(word + offset for word in b.words),
+            *[-1] * len(back),
+        ]
+        types = [self.pair_types[0]] * (len(front) + len(a.ids) + len(middle))
+        return Passage(ids, types + [self.pair_types[1]] * (len(b.ids) + len(back)), words, follows)
+
+
+class Tokens(NamedTuple):
+    """Tokens of a part of a text, and the number of the word that each belongs to."""
+
+    ids: list[int]
+    words: list[int]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Parts behind each other, their words counted on."""
+        ids: list[int] = []
+        words: list[int] = []
+        for each in parts:
+            offset = words[-1] + 1 if words else 0
+            ids += each.ids
+            words += [word + offset for word in each.words]
+        return cls(ids, words)
+
+
+def _tokens_of(tokenizer: InputTokenizer, texts: Sequence[str]) -> list[Tokens]:
+    found = tokenizer.core.encode_batch(list(texts), add_special_tokens=False)
+    return [Tokens(e.ids, [-1 if word is None else word for word in e.word_ids]) for e in found]
+
+
+def _singles(
+    tokenizer: InputTokenizer, examples: Sequence[Example], longest: int, around: Around
+) -> Iterator[Passage]:
+    """Each document's tokens in passages that are as long as may be; none crosses documents."""
+    room = longest - sum(map(len, around.single))
+    _check_room(room, longest)
+    for start in range(0, len(examples), 256):
+        for tokens in _tokens_of(tokenizer, [e.text for e in examples[start : start + 256]]):
+            for first in range(0, len(tokens.ids), room):
+                part = tokens.ids[first : first + room]
+                words = tokens.words[first : first + room]
+                yield around.passage(part, [word - words[0] if word >= 0 else -1 for word in words])
+
+
+def _pairs(
+    tokenizer: InputTokenizer, examples: Sequence[Example], longest: int, around: Around
+) -> Iterator[Passage]:
+    """Passages of two runs of sentences, the second from another document half of the time, as BERT's were made."""
+    room = longest - sum(map(len, around.pair))
+    _check_room(room - 1, longest)
+    documents = []
+    for example in examples:
+        sentences = [part for part in SENTENCE_END.split(example.text) if part.strip()]
+        tokens = [t for t in _tokens_of(tokenizer, sentences) if t.ids]
+        if tokens:
+            documents.append(tokens)
+    if len(documents) < 2:
+        raise DataError(f"data: holds {len(documents)} document, next_sentence needs two at least")
+    random = np.random.default_rng(SEED)
+    for number, document in enumerate(documents):
+        yield from _pairs_of(documents, number, document, room, around, random)
+
+
+def _pairs_of(
+    documents: Sequence[Sequence[Tokens]],
+    number: int,
+    document: Sequence[Tokens],
+    room: int,
+    around: Around,
+    random: np.random.Generator,
+) -> Iterator[Passage]:
+    place = 0
+    while place < len(document):
+        target = room if random.random() >= SHORTER else int(random.integers(2, room + 1))
+        end, length = place, 0
+        while end < len(document) and (length < target or end == place):
+            length += len(document[end].ids)
+            end += 1
+        run = document[place:end]
+        cut = int(random.integers(1, len(run))) if len(run) > 1 else 1
+        first = Tokens.joined(run[:cut])
+        if len(run) == 1 or random.random() < 0.5:
+            other = documents[(number + int(random.integers(1, len(documents)))) % len(documents)]
+            begins = int(random.integers(len(other)))
+            second, follows = Tokens.joined(other[begins : begins + len(run)]), 1
+            place += cut  # what was not used comes next
+        else:
+            second, follows = Tokens.joined(run[cut:]), 0
+            place = end
+        half = max(1, room // 2)
+        keep_second = min(len(second.ids), max(half, room - len(first.ids)))
+        keep_first = min(len(first.ids), room - keep_second)
+        yield around.pair_of(_head(first, keep_first), _head(second, keep_second), follows)
+
+
+def _head(tokens: Tokens, count: int) -> Tokens:
+    return Tokens(tokens.ids[:count], tokens.words[:count])
+
+
+def _check_room(room: int, longest: int) -> None:
+    if room < 1:
+        raise DataError(f"task.max_length: got {longest}, which special tokens fill")

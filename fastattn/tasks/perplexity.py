@@ -1,0 +1,127 @@
+"""What a causal language model makes of documents: the loss of every token, each document by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.tokenization import Tokenizer
+from fastattn.evaluation.language import language
+from fastattn.evaluation.report import Report
+
+BATCH_SIZE = 8
+
+
+class Window(NamedTuple):
+    """Tokens that are read at once; those from `scored` on are predicted."""
+
+    ids: list[int]
+    scored: int
+
+
+def bos_of(model: Any, tokenizer: Tokenizer) -> int | None:
+    """The token that the model expects in front of a text; None where it expects none.
+
+    It is what the tokenizer's template puts there, else config.bos_token_id where the tokenizer has it.
+    """
+    front = template_front(tokenizer)
+    if front:
+        return front[-1]
+    named = getattr(model.config, "bos_token_id", None)
+    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+    return int(named) if isinstance(named, int) and 0 <= named < vocab_size else None
+
+
+def template_front(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer's template puts in front of a text."""
+    core = tokenizer.core
+    plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+
+def windows_of(ids: Sequence[int], bos_id: int | None, length: int, stride: int) -> Iterator[Window]:
+    """The windows of a document in which every token is predicted once, the first only behind a BOS.
+
+    A window has `length` tokens at most, each behind the first predicts `stride` tokens that no earlier one did, and
+    begins with the BOS too.
+    """
+    front = [] if bos_id is None else [bos_id]
+    room = length - len(front)
+    end = min(room, len(ids))
+    if len(front) + end > 1:
+        yield Window([*front, *ids[:end]], 1)
+    while end < len(ids):
+        before, end = end, min(end + stride, len(ids))
+        begin = max(0, end - room)
+        yield Window([*front, *ids[begin:end]], len(front) + before - begin)
+
+
+@torch.no_grad()
+def evaluate_documents(
+    model: Any,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    max_length: int,
+    stride: int | None = None,
+) -> Report:
+    """loss, perplexity, bits_per_byte and unknown over all texts, see `fastattn.evaluation.language`.
+
+    No document sees another. One that is longer than `max_length` tokens is read in windows that overlap, so that a
+    token has max_length - stride tokens in front of it at least. The first token of a text counts where the model
+    expects a BOS, which predicts it; else neither it nor its bytes do.
+
+    Args:
+        stride: tokens that each further window predicts; None for half of max_length.
+    """
+    bos_id = bos_of(model, tokenizer)
+    step = max(1, max_length // 2) if stride is None else stride
+    if not 1 <= step < max_length:
+        raise ValueError(f"stride: got {step}, need at least 1 and less than max_length, {max_length}")
+    windows: list[Window] = []
+    size = documents = 0
+    for text in texts:
+        encoding = tokenizer.core.encode(text, add_special_tokens=False)
+        found = list(windows_of(encoding.ids, bos_id, max_length, step))
+        windows += found
+        if found:
+            documents += 1
+            unread = "" if bos_id is not None else text[: encoding.offsets[0][1]]
+            size += len(text.encode()) - len(unread.encode())
+    if not windows:
+        raise ValueError("texts: hold no token that can be predicted")
+    unknown_id = unknown_of(tokenizer)
+    device = next(model.parameters()).device
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    loss_sum, tokens, unknown = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = [windows[i] for i in order[start : start + batch_size]]
+            longest = len(chosen[0].ids)
+            ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+            labels = torch.full_like(ids, IGNORE_INDEX)
+            for row, window in enumerate(
+                chosen
+            ):  # padding is on the right, where nothing that counts sees it
+                ids[row, : len(window.ids)] = torch.tensor(window.ids)
+                labels[row, window.scored : len(window.ids)] = ids[row, window.scored : len(window.ids)]
+            count = int((labels != IGNORE_INDEX).sum())
+            output = model(ids.to(device), labels=labels.to(device), return_logits=False)
+            loss_sum += float(output.loss) * count
+            tokens += count
+            unknown += 0 if unknown_id is None else int((labels == unknown_id).sum())
+    finally:
+        model.train(was_training)
+    return language(loss_sum, tokens, max(size, 1), unknown=unknown, documents=documents)
+
+
+def unknown_of(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for what the vocabulary lacks; None where there is none."""
+    token = getattr(tokenizer.core.model, "unk_token", None)
+    return None if token is None else tokenizer.core.token_to_id(token)

@@ -1,0 +1,313 @@
+"""Texts from texts: an encoder reads the source, a decoder writes the target; translation, summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.corpora import DataError
+from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.data.records import Record, text_of
+from fastattn.evaluation.generation import check_installed, texts
+from fastattn.evaluation.report import MissingPackage, Report
+from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
+from fastattn.models.embedding import encoder_folder
+from fastattn.models.families import class_for
+from fastattn.models.fields import or_none, size
+from fastattn.models.fields import text as text_field
+from fastattn.tasks.batches import max_tokens
+from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.training import padded
+
+NAME = "seq2seq"
+MODELS = (EncoderDecoder,)
+FIELDS = ("source",)
+OPTIONAL: tuple[str, ...] = ()
+LABELS = ("target",)
+NEW_PARTS = ("decoder.h.*.cross_attn.*", "decoder.h.*.ln_cross.*", "enc_to_dec_proj.*")
+DEFAULTS = {
+    "max_epochs": 3.0,
+    "batch_size": 32,
+    "lr": 3e-4,
+    "min_lr_ratio": 0.0,
+    "weight_decay": 0.01,
+    "beta2": 0.999,
+}
+BATCH_SIZE = 32
+SPECIAL = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}
+
+
+@dataclass(frozen=True)
+class Options(CheckedOptions):
+    """How pairs are cut, and how targets are written.
+
+    Args:
+        max_length: most tokens of a source, which is cut there; None for what the model reads.
+        max_target_length: most tokens of a target with its end, which is cut there in training, and of a target that
+            is written in evaluation; None for 128, or fewer where the decoder has fewer positions.
+        num_beams: of beam search in evaluation; 1 is greedy.
+        bleu_tokenizer: sacrebleu's; None for the one of the references' language, see `fastattn.evaluation`.
+    """
+
+    max_length: int | None = None
+    max_target_length: int | None = None
+    num_beams: int = 4
+    bleu_tokenizer: str | None = None
+
+    CHECKS = {  # noqa: RUF012
+        "max_length": or_none(size),
+        "max_target_length": or_none(size),
+        "num_beams": size,
+        "bleu_tokenizer": or_none(text_field),
+    }
+
+
+MAX_TARGET = 128
+
+
+@dataclass(frozen=True)
+class Example:
+    """A source and its target."""
+
+    where: str
+    source: str
+    target: str
+
+
+def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
+    """The examples of records with "source" and "target".
+
+    Raises:
+        DataError: a record lacks one of them; with file and line.
+    """
+    return [Example(r.where, text_of(r, "source"), text_of(r, "target")) for r in records]
+
+
+def labels_in(examples: Sequence[Example]) -> None:
+    """None: the targets are the labels."""
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Refuse a run that could not be evaluated; DataError where sacrebleu is not installed."""
+    try:
+        check_installed()
+    except MissingPackage as error:
+        raise DataError(f"seq2seq: {error}") from None
+
+
+def best(examples: Sequence[Example]) -> tuple[str, bool]:
+    """The figure that picks the best model, and whether more of it is better."""
+    return "loss", False
+
+
+def new_model(
+    source: Path | str | BertConfig, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer
+) -> EncoderDecoder:
+    """The folder's model; of an encoder's folder, a model whose two parts begin as it; of a config, random weights.
+
+    A decoder begun as an encoder has new cross-attention. Targets begin with [CLS] and end with [SEP].
+    """
+    tokens = special_tokens(tokenizer)
+    if isinstance(source, BertConfig):
+        config = replace(source, vocab_size=tokenizer.core.get_vocab_size(), pad_token_id=tokens["pad"])
+        return EncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))).train()
+    if issubclass(class_for(source), EncoderDecoder):
+        model = EncoderDecoder.from_pretrained(source, dtype=torch.float32)
+    else:
+        folder = encoder_folder(source)
+        model = EncoderDecoder.from_encoder_decoder(folder, folder, dtype=torch.float32, **_targets(tokens))
+    return model.train()
+
+
+def special_tokens(tokenizer: InputTokenizer) -> dict[str, int]:
+    """cls, sep and pad of a tokenizer, as the template around a text says; DataError where it has none."""
+    core = tokenizer.core
+    plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
+    named = {name: core.token_to_id(token) for name, token in SPECIAL.items()}
+    if plain and plain[0] in whole and len(whole) > len(plain):
+        at = whole.index(plain[0])
+        front, back = whole[:at], whole[at + len(plain) :]
+        if front and back:
+            named.update(cls=front[-1], sep=back[0])
+    if named["pad"] is None:
+        named["pad"] = core.token_to_id("<pad>")
+    lacking = [name for name, token in named.items() if token is None]
+    if lacking:
+        raise DataError(f"tokenizer: has no {lacking[0]} token, which targets need")
+    return {name: int(token) for name, token in named.items() if token is not None}
+
+
+def _targets(tokens: dict[str, int]) -> dict[str, int]:
+    return {
+        "decoder_start_token_id": tokens["cls"],
+        "bos_token_id": tokens["cls"],
+        "eos_token_id": tokens["sep"],
+        "pad_token_id": tokens["pad"],
+    }
+
+
+class Pairs:
+    """Sources and targets as items; `collate` pads both.
+
+    Attributes:
+        cut, cut_rows: tokens that did not fit, of sources and targets, and of how many examples.
+    """
+
+    def __init__(self, sources: Sequence[Row], targets: Sequence[Row], *, pad_id: int, typed: bool) -> None:
+        self.sources, self.targets = sources, [target.ids for target in targets]
+        self.pad_id, self.typed = pad_id, typed
+        cuts = [source.cut + target.cut for source, target in zip(sources, targets)]
+        self.cut, self.cut_rows = sum(cuts), sum(cut > 0 for cut in cuts)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> tuple[Row, list[int]]:
+        return self.sources[index], self.targets[index]
+
+    def collate(self, items: Sequence[tuple[Row, list[int]]]) -> dict[str, Tensor]:
+        """input_ids, attention_mask and token_type_ids of sources; labels, -100 behind a target's end."""
+        rows = [row for row, _ in items]
+        batch = padded([r.ids for r in rows], self.pad_id, [r.types for r in rows], typed=self.typed)
+        longest = max(len(target) for _, target in items)
+        batch["labels"] = torch.tensor([[*t, *[IGNORE_INDEX] * (longest - len(t))] for _, t in items])
+        return batch
+
+
+def training_set(
+    model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> Pairs:
+    """The examples as items: the source between its special tokens, and the target with its end.
+
+    The decoder reads the target one token behind, so each token is predicted from the true ones before it.
+    """
+    sources = source_rows(model, tokenizer, examples, options)
+    end = end_of(model)
+    limit = target_length(model, options)
+    targets = []
+    for example in examples:
+        ids = tokenizer.core.encode(example.target, add_special_tokens=False).ids
+        kept = ids[: limit - 1]
+        targets.append(Row([*kept, end], [], [], [], len(ids) - len(kept)))
+    config = model.config.encoder
+    return Pairs(sources, targets, pad_id=config.pad_token_id or 0, typed=config.type_vocab_size > 1)
+
+
+def source_rows(
+    model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> list[Row]:
+    """The tokens of each source; DataError where max_length is more than the encoder has positions for."""
+    check_vocabulary(model, tokenizer)
+    limit = max_tokens(model.encoder, tokenizer)
+    if options.max_length is not None:
+        config = model.config.encoder
+        positions = config.max_position_embeddings - config.position_offset
+        if options.max_length > positions:
+            raise DataError(
+                f"task.max_length: got {options.max_length}, the encoder has {positions} positions"
+            )
+        limit = options.max_length
+    return tokenizer.encode([example.source for example in examples], limit)
+
+
+def check_vocabulary(model: EncoderDecoder, tokenizer: InputTokenizer) -> None:
+    """Refuse a tokenizer with ids that one of the parts has no embedding for."""
+    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
+    for name, config in (("encoder", model.config.encoder), ("decoder", model.config.decoder)):
+        if largest >= config.vocab_size:
+            raise DataError(
+                f"tokenizer: has ids up to {largest}, the {name}'s vocab_size is {config.vocab_size}: "
+                f"it is another model's"
+            )
+
+
+def target_length(model: EncoderDecoder, options: Options) -> int:
+    """Most tokens of a target with its end; DataError where the decoder has fewer positions."""
+    positions = model.decoder.max_positions
+    if options.max_target_length is None:
+        return MAX_TARGET if positions is None else min(MAX_TARGET, positions)
+    if positions is not None and options.max_target_length > positions:
+        raise DataError(
+            f"task.max_target_length: got {options.max_target_length}, the decoder has {positions} positions"
+        )
+    return options.max_target_length
+
+
+def end_of(model: EncoderDecoder) -> int:
+    """The token that ends a target; DataError where the model names none, since it could never stop."""
+    given = model.config.eos_token_id
+    first = given[0] if isinstance(given, (list, tuple)) and given else given
+    if not isinstance(first, int):
+        raise DataError("model: its config has no eos_token_id, so it would never learn to end a target")
+    return first
+
+
+@torch.no_grad()
+def predict(
+    model: EncoderDecoder,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> list[str]:
+    """The target that beam search writes for each source, in their order."""
+    options = options or Options()
+    rows = source_rows(model, tokenizer, examples, options)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    device = next(model.parameters()).device
+    config = model.config.encoder
+    written = [""] * len(rows)
+    limit = target_length(model, options)
+    room = limit if model.decoder.max_positions is None else min(limit, model.decoder.max_positions - 1)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = padded(
+                [rows[i].ids for i in chosen],
+                config.pad_token_id or 0,
+                [rows[i].types for i in chosen],
+                typed=config.type_vocab_size > 1,
+            )
+            batch = {name: value.to(device) for name, value in batch.items()}
+            made = model.generate(
+                **batch,
+                max_new_tokens=room,
+                num_beams=options.num_beams,
+                do_sample=False,
+                num_return_sequences=1,
+            )
+            for index, ids in zip(chosen, made[:, 1:].tolist()):
+                written[index] = tokenizer.core.decode(ids, skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+    return written
+
+
+def sample(
+    model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> str:
+    """The first source, and the target that the model writes for it, greedily."""
+    (target,) = predict(model, tokenizer, examples[:1], options=replace(options, num_beams=1))
+    return f"{examples[0].source} -> {target}"
+
+
+def evaluate(
+    model: EncoderDecoder,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    options: Options | None = None,
+) -> Report:
+    """bleu, chrf, rouge1, rouge2, rougeL and exact_match of the targets that beam search writes."""
+    options = options or Options()
+    written = predict(model, tokenizer, examples, batch_size=batch_size, options=options)
+    return texts([[example.target] for example in examples], written, tokenize=options.bleu_tokenizer)

@@ -1,0 +1,225 @@
+"""The training side that encoder tasks share: where a model comes from, its tokens, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn.constants import IGNORE_INDEX
+from fastattn.data.corpora import DataError
+from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.models import BertConfig
+from fastattn.models.checkpoint import Pretrained
+from fastattn.models.checkpoint.folder import CONFIG, read_json
+from fastattn.models.checkpoint.load import family_of, naming_file
+from fastattn.models.embedding import encoder_folder
+from fastattn.models.families import class_for
+from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.tasks.batches import max_tokens
+
+Encoder = TypeVar("Encoder", bound=PretrainedEncoder)
+Batch = dict[str, Tensor]
+Source = Path | str | BertConfig  # of a model: its folder, or a config for random weights
+FINE_TUNING: Mapping[
+    str, Any
+] = {  # of TrainConfig, where a task says nothing else; the rate goes by the width
+    "max_epochs": 3.0,
+    "batch_size": 16,
+    "min_lr_ratio": 0.0,
+    "weight_decay": 0.01,
+    "beta2": 0.999,
+}
+HEADS = ("auto", "new", "saved")
+
+
+def learning_rate(width: int) -> float:
+    """The peak rate of fine-tuning a model of this width: 2e-4 at 384, 5e-5 at 768, falling with the square."""
+    return min(3e-4, 30.0 / width**2)
+
+
+class Encoded:
+    """Rows of tokens with what they are labelled with, as items; `collate` makes a batch of some.
+
+    Args:
+        rows: the tokens of each item.
+        labels: of each item: a number, or a list as long as its tokens, or of the same length for all.
+        pad_id: fills short rows; the model computes nothing for it.
+        typed: whether the model takes token types.
+        others: further tensors of each item, by the name the model's forward has for them.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        labels: Sequence[Any],
+        *,
+        pad_id: int,
+        typed: bool,
+        others: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self.rows = [
+            (row.ids, row.types) for row in rows
+        ]  # without offsets, which are most of a row's memory
+        self.labels = labels
+        self.pad_id, self.typed = pad_id, typed
+        self.others = others or {}
+        self.cut = sum(row.cut for row in rows)
+        self.cut_rows = sum(row.cut > 0 for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int], Any, dict[str, Any]]:
+        others = {name: values[index] for name, values in self.others.items()}
+        return (*self.rows[index], self.labels[index], others)
+
+    def collate(self, items: Sequence[tuple[list[int], list[int], Any, dict[str, Any]]]) -> Batch:
+        """input_ids, attention_mask, token_type_ids where the model has them, labels and the others."""
+        batch = padded(
+            [item[0] for item in items], self.pad_id, [item[1] for item in items], typed=self.typed
+        )
+        batch["labels"] = self.label_tensor([item[2] for item in items], batch["input_ids"].shape[1])
+        for name in items[0][3]:
+            batch[name] = torch.tensor([item[3][name] for item in items])
+        return batch
+
+    def label_tensor(self, labels: Sequence[Any], longest: int) -> Tensor:
+        """The labels of a batch."""
+        return torch.tensor(labels)
+
+
+class EncodedTokens(Encoded):
+    """The same with a label for each token, -100 behind the last."""
+
+    def label_tensor(self, labels: Sequence[Any], longest: int) -> Tensor:
+        return torch.tensor([[*row, *[IGNORE_INDEX] * (longest - len(row))] for row in labels])
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, types: Sequence[Sequence[int]] | None, *, typed: bool
+) -> Batch:
+    """input_ids (B, S), attention_mask (B, S) bool, and token_type_ids (B, S) where they are wanted."""
+    longest = max(map(len, rows))
+    lengths = torch.tensor([len(row) for row in rows])
+    batch = {
+        "input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows]),
+        "attention_mask": torch.arange(longest) < lengths[:, None],
+    }
+    if typed and types is not None:
+        batch["token_type_ids"] = torch.tensor([[*row, *[0] * (longest - len(row))] for row in types])
+    return batch
+
+
+def layout_of(model: Any) -> dict[str, Any]:
+    """What `Encoded` needs of a model."""
+    return {"pad_id": model.config.pad_token_id or 0, "typed": model.config.type_vocab_size > 1}
+
+
+def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) -> int:
+    """Most tokens of a row: `max_length`, or what model and tokenizer allow.
+
+    Raises:
+        DataError: the model has fewer positions.
+    """
+    limit = max_tokens(model, tokenizer)
+    if max_length is None:
+        return limit
+    config = model.config
+    positions = config.max_position_embeddings - config.position_offset
+    if config.positions == "learned" and max_length > positions:
+        raise DataError(f"task.max_length: got {max_length}, the model has {positions} positions")
+    return max_length
+
+
+def check_tokenizer(config: BertConfig, tokenizer: InputTokenizer) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    ids = tokenizer.core.get_vocab(with_added_tokens=True).values()
+    largest = max(ids, default=-1)
+    if largest >= config.vocab_size:
+        raise DataError(
+            f"tokenizer: has ids up to {largest}, the model's vocab_size is {config.vocab_size}: "
+            f"it is another model's"
+        )
+
+
+def load_encoder(
+    cls: type[Encoder], source: Source, tokenizer: InputTokenizer | None = None, **options: Any
+) -> Encoder:
+    """A model of a class, its weights in float32 and in training mode, from a folder or as a new one of a preset.
+
+    Args:
+        cls: the class.
+        source: a folder, or a config for a model with random weights.
+        tokenizer: sizes the vocabulary of that one.
+        options: fields of the config; `new`, parameters that are initialised whatever the folder holds.
+
+    Raises:
+        ValueError: the folder does not fit.
+    """
+    if isinstance(source, BertConfig):
+        options.pop("new", None)
+        assert tokenizer is not None
+        core = tokenizer.core
+        ids = {
+            f"{name}_token_id": core.token_to_id(f"[{name.upper()}]")
+            for name in ("pad", "cls", "sep")
+            if getattr(source, f"{name}_token_id") is not None  # some families' folders cannot say them
+        }
+        if source.position_offset:  # RoBERTa's positions begin behind the pad token's
+            ids["position_offset"] = (ids["pad_token_id"] or 0) + 1
+        config = replace(source, vocab_size=core.get_vocab_size(), **{"num_labels": None, **ids, **options})
+        fresh: Any = cls
+        made: Encoder = fresh(config).train()
+        return made
+    model: Any = cls.from_pretrained(encoder_folder(source), dtype=torch.float32, **options)
+    trained: Encoder = model.train()
+    return trained
+
+
+def saved_labels(source: Source, cls: type[PretrainedEncoder]) -> tuple[str, ...] | None:
+    """The labels of a folder's head, where it is of the class and names them; no weight is read."""
+    if isinstance(source, BertConfig) or not issubclass(class_for(source), cls):
+        return None
+    config, _ = config_of(source, cls)
+    return None if config.id2label is None else tuple(config.labels())
+
+
+def chosen_head(source: Source, cls: type[PretrainedEncoder], labels: Sequence[str], head: str) -> list[str]:
+    """The labels of the model to make: the saved head's where it has all that are asked for, else `labels`.
+
+    head: "new" for a new head in any case, "saved" to refuse where the saved one cannot be kept, or "auto".
+
+    Raises:
+        DataError: the saved head is asked for and lacks a label, or there is none.
+    """
+    saved = None if head == "new" else saved_labels(source, cls)
+    missing = [label for label in labels if saved is None or label not in saved]
+    if saved is not None and not missing:
+        return list(saved)
+    if head == "saved":
+        lacks = "has no head of this task" if saved is None else f"has a head without {missing[0]!r}"
+        raise DataError(f"task.head: got 'saved', but the model {lacks}")
+    return list(labels)
+
+
+def config_of(source: Path | str, cls: type[Pretrained]) -> tuple[BertConfig, Path]:
+    """The configuration of a folder's encoder, and the folder within that holds it."""
+    folder = encoder_folder(source)
+    try:
+        entries = read_json(folder / CONFIG)
+        return family_of(entries, cls.families).read_config(entries), folder
+    except ValueError as error:
+        raise ValueError(naming_file(error, folder / CONFIG)) from None
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over examples of T^2 KL(softmax(teacher / T) || softmax(logits / T)), both (B, L). Hinton et al. 2015."""
+    target = (teacher.float() / temperature).log_softmax(-1)
+    given = (logits.float() / temperature).log_softmax(-1)
+    divergence = (target.exp() * (target - given)).sum(-1).mean()
+    return divergence * temperature**2

@@ -1,0 +1,64 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Averaged:
+    """The average of a model's trained weights, a share `decay` of itself and the rest of the new ones at each update.
+
+    It is kept in float32 where the weights have 16 bits, which would not see such small steps.
+
+    Args:
+        model: its trainable parameters are averaged, from what they are now.
+        decay: within [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.values = [_wide(p).clone() for p in self.parameters]
+        self._update = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        self._update(self.values, [_wide(p) for p in self.parameters], 1)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        held = [_wide(p).clone() for p in self.parameters]
+        for parameter, value in zip(self.parameters, self.values):
+            parameter.copy_(value)
+        self.values = held
+
+    def load(self, values: list[Tensor]) -> None:
+        """Take over saved values.
+
+        Raises:
+            ValueError: they are of other shapes.
+        """
+        shapes = [value.shape for value in values]
+        needed = [value.shape for value in self.values]
+        if shapes != needed:
+            raise ValueError(f"averages of {len(shapes)} tensors do not fit this model's {len(needed)}")
+        for mine, value in zip(self.values, values):
+            mine.copy_(value)
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))

@@ -1,0 +1,108 @@
+"""Evaluation of a model during training: its mean loss, further figures of it, and a text that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from fastattn.train.batches import Batches, Examples
+from fastattn.train.config import TrainConfig
+from fastattn.train.distributed import Distributed
+from fastattn.train.metrics import Evaluation
+from fastattn.train.objective import Objective
+from fastattn.train.rng import seeded
+
+Figures = Callable[[nn.Module], Mapping[str, float]]
+
+
+class Evaluator:
+    """Evaluates a model on all processes together; random generators end as they were.
+
+    Args:
+        model: as it is saved.
+        compiled: the same, perhaps compiled, for the loss.
+        config, objective, batches, distributed: the trainer's.
+        figures_with: further figures of the model, called on the first process alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compiled: nn.Module,
+        config: TrainConfig,
+        objective: Objective,
+        batches: Batches,
+        distributed: Distributed,
+        figures_with: Figures | None,
+    ) -> None:
+        self.model = model
+        self.compiled = compiled
+        self.config = config
+        self.objective = objective
+        self.batches = batches
+        self.distributed = distributed
+        self.figures_with = figures_with
+
+    @torch.no_grad()
+    def evaluate(self, data: Examples, *, with_figures: bool = True) -> Evaluation:
+        """Mean loss per target over `data`, and the figures.
+
+        Raises:
+            ValueError: no label in the data counts, or a figure is no number.
+        """
+        device = self.batches.device
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with seeded(self.config.seed, device):
+                loss_sum, targets = self._sums(data)
+                figures = self._figures() if with_figures else {}
+        finally:
+            self.model.train(was_training)
+        loss_sum, total = self.distributed.sum([loss_sum, targets], device)
+        if not total:
+            raise ValueError("data: all labels are -100, need some that count")
+        return Evaluation(loss_sum / total, int(total), figures)
+
+    @torch.no_grad()
+    def shown(self, show_with: Callable[[nn.Module], str]) -> str:
+        """The text that `show_with` makes of the model in eval mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with seeded(self.config.seed, self.batches.device):
+                return show_with(self.model)
+        finally:
+            self.model.train(was_training)
+
+    def _sums(self, data: Examples) -> tuple[float, int]:
+        """This process's sum of losses, and its number of targets."""
+        loss_sum, targets = 0.0, 0
+        size, number = self.config.batch_size, self.config.eval_batches
+        ranks = self.distributed.rank, self.distributed.world_size
+        for batch in self.batches.in_order(data, size, number, *ranks):
+            if count := self.objective.count_targets(batch):
+                loss_sum += float(self.objective.loss(self.compiled, batch)) * count
+                targets += count
+        return loss_sum, targets
+
+    def _figures(self) -> dict[str, float]:
+        if self.figures_with is None:
+            return {}
+        found: dict[str, float] = {}
+        if self.distributed.is_main:
+            for name, value in self.figures_with(self.model).items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise ValueError(f"evaluate_with: its {name} is {value!r}, need a number")
+                found[name] = float(value)
+        return self.distributed.broadcast(found)
+
+
+def is_gain(new: Evaluation, old: Evaluation | None, best: tuple[str, bool]) -> bool:
+    """Whether an evaluation is better than the best so far, by the figure and direction of `best`."""
+    if old is None:
+        return True
+    value, before = new.value(best[0]), old.value(best[0])
+    return before != before or (value > before if best[1] else value < before)  # NaN is worse than anything

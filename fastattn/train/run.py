@@ -1,0 +1,397 @@
+"""A task trained from files: the work of `fastattn train`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastattn.cache import write_atomically
+from fastattn.data import DataError, Tokenizer, train_bpe, train_characters
+from fastattn.data.encoding import InputTokenizer
+from fastattn.data.input_tokenizers import train_input_tokenizer
+from fastattn.models import GPT, EncoderDecoder, families
+from fastattn.models.checkpoint.hub import resolve_folder
+from fastattn.models.embedding import encoder_folder
+from fastattn.models.lora import attach, merge
+from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
+from fastattn.tasks.training import check_tokenizer, config_of, learning_rate
+from fastattn.train.checkpoint import RunDirectory, read_model
+from fastattn.train.config import ConfigError, step_limit
+from fastattn.train.progress import ProgressDisplay
+from fastattn.train.state import FitResult
+from fastattn.train.task_config import Sections, presets_of, read_sections
+from fastattn.train.task_data import TaskData, read_data
+from fastattn.train.trainer import Trainer
+
+TASKS: dict[str, ModuleType] = {
+    task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
+}
+REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"
+WARMUP = 0.1  # of the steps, where no number is given
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the command was given."""
+
+    task: str
+    train: tuple[str, ...]
+    dev: tuple[str, ...]
+    model: str
+    out: str
+    teacher: str | None = None
+    resume: str | None = None
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass
+class Prepared:
+    """Everything a run needs, checked."""
+
+    task: ModuleType
+    inputs: Inputs
+    sections: Sections
+    data: TaskData
+    model: nn.Module
+    tokenizer: Any
+    saved_tokenizer: Any  # what the run saves beside the model; None where the model's folder has it
+    train_set: Any
+    dev_set: Any
+
+
+def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
+    """Train as the inputs say; the report, which is also in OUT/report.json.
+
+    OUT ends with the best model by the dev set in a folder that `fastattn predict`, `fastattn.models.load` and
+    transformers read, checkpoints, log.jsonl, run.yaml (every option, for --config) and report.json.
+
+    Raises:
+        ConfigError: an input, named, before any training.
+        TrainingDiverged: as `Trainer.fit`.
+    """
+    return fit(prepare(inputs), display=display)
+
+
+def prepare(inputs: Inputs) -> Prepared:
+    """Read and check everything, cheap things first; nothing is written."""
+    try:
+        return _prepare(inputs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
+    """Train, keep the best model, evaluate it and write the report."""
+    task, sections, data = prepared.task, prepared.sections, prepared.data
+    started = time.monotonic()
+    best = task.best(data.dev)
+
+    def figures(model: nn.Module) -> Mapping[str, float]:
+        found: Mapping[str, float] = _evaluated(prepared, model).metrics
+        return found
+
+    options: dict[str, Any] = {}
+    if best[0] != "loss":  # the trainer has that one itself
+        options = {"evaluate_with": figures, "best": best}
+    if hasattr(task, "sample"):
+        options["show_with"] = lambda model: task.sample(model, prepared.tokenizer, data.dev, data.options)
+    trainer = Trainer(
+        prepared.model,
+        sections.train,
+        prepared.train_set,
+        prepared.dev_set,
+        tokenizer=prepared.saved_tokenizer,
+        display=display,
+        **({"collate": prepared.train_set.collate} if hasattr(prepared.train_set, "collate") else {}),
+        **options,
+    )
+    out = Path(prepared.inputs.out)
+    if data.held_out is not None:
+        trainer.display.note(
+            f"no --dev: {data.held_out} of {data.held_out + len(data.train)} examples are held out of the training data"
+            f" (seed {sections.train.seed})"
+        )
+    for name, count in data.cleaning.items():
+        trainer.display.note(f"clean.{name}: {count} examples")
+    if getattr(prepared.train_set, "cut_rows", 0):
+        cut = prepared.train_set
+        trainer.display.note(
+            f"{cut.cut_rows} texts are longer than the model reads: {cut.cut} tokens are cut"
+        )
+    result = trainer.fit()
+    report = _report(prepared, result, best)
+    if not trainer.distributed.is_main or result.interrupted:
+        return report
+    model = _finished(prepared, out)
+    found = _evaluated(prepared, model)
+    report.update(metrics=found.metrics, tables=found.tables, count=found.count)
+    report["wall_seconds"] = time.monotonic() - started
+    write_atomically(out / OPTIONS, sections.to_yaml())
+    write_atomically(out / REPORT, json.dumps(_plain(report), indent=2) + "\n")
+    return report
+
+
+def task_named(name: str) -> ModuleType:
+    """The task of that name; ConfigError with the nearest otherwise."""
+    if name not in TASKS:
+        import difflib
+
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f", did you mean {near[0]}?" if near else f", needs one of {', '.join(TASKS)}"
+        raise ConfigError(f"TASK: got {name!r}{hint}")
+    return TASKS[name]
+
+
+def _prepare(inputs: Inputs) -> Prepared:
+    task = task_named(inputs.task)
+    if inputs.teacher is not None and not learns_from_teachers(task):
+        able = ", ".join(name for name, each in TASKS.items() if learns_from_teachers(each))
+        raise ConfigError(f"--teacher: the task {task.NAME} learns from no teacher; {able} do")
+    preset = _preset_of(inputs.model, task)
+    sections = _sections(inputs, task, preset)
+    RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
+    if preset is None:
+        _check_class(inputs.model, task)
+    teacher = None if inputs.teacher is None else _teacher(inputs.teacher, task)
+    learns = sections.data.learnt or (preset is not None and sections.data.tokenizer is None)
+    tokenizer = None if learns else _tokenizer(inputs, sections, task)
+    data = read_data(task, inputs.train, inputs.dev, sections)
+    saved_tokenizer = tokenizer if sections.data.tokenizer is not None else None
+    if tokenizer is None:
+        tokenizer = saved_tokenizer = _learnt(task, sections, preset, data)
+    source: Any = sections.model if preset is not None else inputs.model
+    if preset is None:
+        _check_fits(inputs.model, task, tokenizer)
+    torch.manual_seed(sections.train.seed)
+    model = task.new_model(source, data.train, data.options, tokenizer)
+    if getattr(task, "CHANGES_TOKENIZER", False):
+        saved_tokenizer = tokenizer
+    if sections.lora.r is not None:
+        _attach(model, task, sections)
+    extra = {} if teacher is None else {"teacher": teacher}
+    train_set = task.training_set(model, tokenizer, data.train, data.options, **extra)
+    dev_set = task.training_set(model, tokenizer, data.dev, data.options)
+    sections = _scheduled(inputs, task, preset, len(train_set), model)
+    return Prepared(task, inputs, sections, data, model, tokenizer, saved_tokenizer, train_set, dev_set)
+
+
+def learns_from_teachers(task: ModuleType) -> bool:
+    """Whether the task's training data may have a teacher."""
+    return "teacher" in signature(task.training_set).parameters
+
+
+def _sections(
+    inputs: Inputs, task: ModuleType, preset: str | None, steps: Mapping[str, Any] | None = None
+) -> Sections:
+    defaults = {**task.DEFAULTS, "warmup_steps": 0, **(steps or {}), "output_dir": inputs.out}
+    overrides = [*inputs.overrides, f"--train.output_dir={inputs.out}"]
+    if inputs.resume is not None:
+        overrides.append(f"--train.resume={inputs.resume}")
+    return read_sections(task, preset=preset, file=inputs.config, overrides=overrides, defaults=defaults)
+
+
+def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: int, model: Any) -> Sections:
+    """The sections with defaults that go by the number of steps and the model: warmup, an evaluation in each epoch."""
+    first = _sections(inputs, task, preset)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = first.train
+    epoch = max(1, math.ceil(examples / (config.batch_size * config.accumulate * world_size)))
+    total = step_limit(config, examples, world_size)
+    steps: dict[str, Any] = {"eval_every": epoch, "save_every": epoch}
+    if "lr" not in task.DEFAULTS:
+        steps["lr"] = learning_rate(model.config.hidden_size)
+    if total is not None:
+        steps["warmup_steps"] = round(WARMUP * total)
+    return _sections(inputs, task, preset, steps)
+
+
+def _preset_of(model: str, task: ModuleType) -> str | None:
+    rows = presets_of(task)[1]
+    if model in rows and not Path(model).is_dir():
+        return model
+    try:
+        resolve_folder(model)
+    except ValueError as error:
+        text = " ".join(str(error).split()).removeprefix("pretrained model: ")
+        raise ConfigError(f"--model: {text}; presets are {', '.join(rows)}") from None
+    return None
+
+
+def _check_class(model: str, task: ModuleType) -> None:
+    """Refuse a folder whose model is of another kind than the task's; no weight is read."""
+    folder = resolve_folder(model)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"--model: {model} holds an adapter; merge it into its model first")
+    cls = families.class_for(folder)
+    able: tuple[type, ...] = (GPT,) if GPT in task.MODELS else (PretrainedEncoder, *task.MODELS)
+    if not issubclass(cls, able):
+        need = "a decoder" if GPT in task.MODELS else "an encoder"
+        raise ConfigError(f"--model: {model} holds a {cls.__name__}, {task.NAME} needs {need}")
+
+
+def _tokenizer(inputs: Inputs, sections: Sections, task: ModuleType) -> Any:
+    kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
+    folder: Any = sections.data.tokenizer
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(
+            f"data.tokenizer: got {folder!r}, needs a folder, or with a preset wordpiece, bpe or characters"
+        )
+    if folder is None:
+        folder = resolve_folder(inputs.model) if kind is Tokenizer else encoder_folder(inputs.model)
+    return kind.from_pretrained(folder)
+
+
+def _learnt(task: ModuleType, sections: Sections, preset: str | None, data: TaskData) -> Any:
+    """A tokenizer of the training texts."""
+    options = sections.data
+    if preset is None:
+        raise ConfigError(
+            f"data.tokenizer: got {options.tokenizer!r}, but the model's folder has its own tokens"
+        )
+    texts = [text for example in data.train for text in _texts(example)]
+    if GPT in task.MODELS:
+        if options.tokenizer == "characters":
+            return train_characters(texts, options.vocab_size)
+        if options.tokenizer not in (None, "bpe"):
+            raise ConfigError(
+                f"data.tokenizer: got {options.tokenizer!r}, {task.NAME} needs bpe, characters or a folder"
+            )
+        return train_bpe(texts, options.vocab_size)
+    return train_input_tokenizer(
+        options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=options.lowercase
+    )
+
+
+def _texts(example: Any) -> list[str]:
+    """Every text of an example but its label."""
+    found = []
+    for name, value in vars(example).items():
+        if name in ("where", "label", "tags", "answers"):
+            continue
+        for each in [value] if isinstance(value, str) else value or ():
+            text = each.get("content") if isinstance(each, dict) else each  # a message
+            found += [text] if isinstance(text, str) else []
+    return found
+
+
+def _check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model's vocabulary; no weight is read."""
+    if GPT in task.MODELS:
+        from fastattn.models.checkpoint.folder import CONFIG, read_json
+
+        size = read_json(resolve_folder(model) / CONFIG).get("vocab_size")
+        if isinstance(size, int) and tokenizer.vocab_size > size:
+            raise DataError(
+                f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocab_size is {size}: it is another model's"
+            )
+        return
+    if issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
+        return  # its task asks both parts
+    config, _ = config_of(model, families.class_for(encoder_folder(model)))
+    check_tokenizer(config, tokenizer)
+
+
+def _teacher(folder: str, task: ModuleType) -> tuple[Any, Any]:
+    cls = families.class_for(folder)
+    if not issubclass(cls, task.MODELS):
+        raise ConfigError(f"--teacher: {folder} holds a {cls.__name__}, needs a {task.MODELS[0].__name__}")
+    kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
+    return task.MODELS[0].from_pretrained(folder), kind.from_pretrained(folder)
+
+
+def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
+    """Adapters on the layers, everything else frozen but the parts of the head that are new or the task's own."""
+    lora = sections.lora
+    assert lora.r is not None
+    targets: Any = lora.targets[0] if len(lora.targets) == 1 else lora.targets
+    attach(model, lora.r, lora.alpha, targets, lora.dropout, rslora=lora.rslora)
+    report = getattr(model, "load_report", None)
+    new = set(report.new) if report is not None else set()
+    for name, parameter in model.named_parameters():
+        if name in new or any(fnmatchcase(name, pattern) for pattern in task.NEW_PARTS):
+            parameter.requires_grad_(True)
+
+
+def _finished(prepared: Prepared, out: Path) -> nn.Module:
+    """The best model of the run, as OUT holds it; adapters are merged into it, and kept in OUT/adapter."""
+    model = prepared.model
+    read_model(model, out)
+    if prepared.sections.lora.r is not None:
+        save_adapter(model, out / ADAPTER)
+        merged: Any = merge(model)
+        merged.save_pretrained(out, tokenizer=prepared.saved_tokenizer)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            (out / name).unlink(missing_ok=True)
+    return model
+
+
+def _evaluated(prepared: Prepared, model: nn.Module) -> Any:
+    """The task's `Report` of the dev set."""
+    size = prepared.sections.train.batch_size
+    return prepared.task.evaluate(
+        model, prepared.tokenizer, prepared.data.dev, batch_size=size, options=prepared.data.options
+    )
+
+
+def _report(prepared: Prepared, result: FitResult, best: tuple[str, bool]) -> dict[str, Any]:
+    inputs, data = prepared.inputs, prepared.data
+    labels = prepared.task.labels_in(data.train)
+    return {
+        "task": inputs.task,
+        "model": inputs.model,
+        "out": inputs.out,
+        "train": {"files": list(inputs.train), "examples": len(data.train), "items": len(prepared.train_set)},
+        "dev": {
+            "files": list(inputs.dev),
+            "examples": len(data.dev),
+            "held_out_of_train": data.held_out is not None,
+        },
+        "labels": None if labels is None else list(labels),
+        "cleaning": data.cleaning,
+        "cut_tokens": getattr(prepared.train_set, "cut", 0),
+        "cut_texts": getattr(prepared.train_set, "cut_rows", 0),
+        "best": {"figure": best[0], **(asdict(result.best) if result.best else {})},
+        "first": asdict(result.first) if result.first else None,
+        "last": asdict(result.last) if result.last else None,
+        "stopped": result.stopped,
+        "interrupted": result.interrupted,
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "flops": result.flops,
+        "peak_memory": result.peak_memory,
+        "trained_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in prepared.model.parameters()),
+        "seed": prepared.sections.train.seed,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Of JSON's types: numbers that JSON lacks as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

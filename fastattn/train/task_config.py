@@ -1,0 +1,160 @@
+"""The sections of a task's run besides `TrainConfig`: its data and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from fastattn.data.checks import check_flag, check_integer
+from fastattn.data.cleaning import CleaningConfig
+from fastattn.data.input_tokenizers import KINDS
+from fastattn.data.records import FORMATS
+from fastattn.models import GPT, BertConfig, GPTConfig
+from fastattn.models.bert_config import PRESETS as ENCODERS
+from fastattn.models.config import PRESETS as DECODERS
+from fastattn.models.lora import ALL_LINEAR
+from fastattn.train.config import ConfigError, TrainConfig, load_config
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples and tokens come from.
+
+    Args:
+        columns: the columns that the task's fields are taken from, as "label=topic"; by default those of their names.
+        format: of every file, whatever its suffix: jsonl, json, csv, tsv, conll or text.
+        dev_fraction: share of the training data that is held out where no --dev is given.
+        tokenizer: a folder with the tokenizer, in place of the model's; or for a preset "wordpiece", "bpe" or
+            "characters", learnt from the training data.
+        vocab_size: of a tokenizer that is learnt.
+        lowercase: whether that one drops case and accents.
+    """
+
+    columns: tuple[str, ...] = ()
+    format: str | None = None
+    dev_fraction: float = 0.1
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+    lowercase: bool = True
+
+    def __post_init__(self) -> None:
+        for each in self.columns:
+            name, equals, column = each.partition("=")
+            if not (name and equals and column):
+                raise ConfigError(f"data.columns: got {each!r}, need FIELD=COLUMN")
+        if self.format is not None and self.format not in FORMATS:
+            raise ConfigError(f"data.format: got {self.format!r}, need one of {', '.join(FORMATS)}")
+        if not 0.0 < self.dev_fraction < 1.0:
+            raise ConfigError(f"data.dev_fraction: got {self.dev_fraction}, need a number between 0 and 1")
+        check_integer("data.vocab_size", self.vocab_size, 16, 2**31 - 1)
+        check_flag("data.lowercase", self.lowercase)
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Field -> column."""
+        return dict(each.split("=", 1) for each in self.columns)
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the tokenizer is to be learnt."""
+        return self.tokenizer in KINDS
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters in place of full training, see `fastattn.models.lora.attach`.
+
+    Args:
+        r: the rank; None trains all weights.
+        alpha, dropout, rslora: as `attach` has them.
+        targets: names of layers, or "all-linear".
+    """
+
+    r: int | None = None
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r is not None:
+            check_integer("lora.r", self.r, 1, 65536)
+        if not 0.0 < self.alpha < 1e9:
+            raise ConfigError(f"lora.alpha: got {self.alpha}, need a number above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora.dropout: got {self.dropout}, need a number within [0, 1)")
+        if not self.targets:
+            raise ConfigError('lora.targets: got none, need names of layers or "all-linear"')
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Every option of a run."""
+
+    train: TrainConfig
+    task: Any
+    data: DataConfig
+    clean: CleaningConfig
+    lora: LoraConfig
+    model: GPTConfig | BertConfig | None = None  # a preset's, perhaps changed
+
+    def to_yaml(self) -> str:
+        """What --config reads; where the run writes is left to --out, and what it resumes from to --resume."""
+        sections = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {
+            name: section.to_dict() if name == "model" else asdict(section)
+            for name, section in sections.items()
+            if section is not None
+        }
+        for options in values.values():
+            options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
+        for name in ("output_dir", "resume", "overwrite"):
+            del values["train"][name]
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_sections(
+    task: ModuleType,
+    *,
+    preset: str | None,
+    file: str | None,
+    overrides: Sequence[str],
+    defaults: Mapping[str, Any],
+) -> Sections:
+    """The sections from defaults, a YAML file and overrides.
+
+    Args:
+        task: gives the section "task" its type.
+        preset: the model's, which alone may have a section "model".
+        defaults: of TrainConfig.
+
+    Raises:
+        ConfigError: as `load_config`, and for an option out of range.
+    """
+    kinds: dict[str, type] = {
+        "train": TrainConfig,
+        "task": task.Options,
+        "data": DataConfig,
+        "clean": CleaningConfig,
+        "lora": LoraConfig,
+    }
+    start: dict[str, Mapping[str, Any]] = {"train": defaults}
+    if preset is not None:
+        kinds["model"], rows = presets_of(task)
+        start["model"] = rows[preset]
+    try:
+        found = load_config(kinds, file=file, overrides=overrides, defaults=start)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(error)) from None
+    return Sections(**found)
+
+
+def presets_of(task: ModuleType) -> tuple[type, Mapping[str, Mapping[str, Any]]]:
+    """The config of a task's models, and its presets as fields by name."""
+    return (GPTConfig, DECODERS) if GPT in task.MODELS else (BertConfig, ENCODERS)

@@ -1,0 +1,84 @@
+"""The examples of a task's run: read, cleaned, split, and checked against each other and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from fastattn.data import DataError
+from fastattn.data.cleaning import clean
+from fastattn.data.records import Record, read_records, split_records
+from fastattn.train.task_config import Sections
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Checked examples, and what was done to get them.
+
+    held_out: how many examples of the training data are the dev set, None where that has files of its own. cleaning:
+    per step, how many training examples it changed or left out.
+    """
+
+    train: list[Any]
+    dev: list[Any]
+    options: Any  # of the task, settled by the training examples
+    held_out: int | None
+    cleaning: dict[str, int] = field(default_factory=dict)
+
+
+def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sections: Sections) -> TaskData:
+    """The examples of the training files, and of the dev files or held out of the training data.
+
+    The dev set is never cleaned: figures are of the data as it is.
+
+    Raises:
+        DataError: what the readers and the task refuse, and a label in the dev set that the training data lacks; with
+            file and line.
+    """
+    data, options = sections.data, sections.task
+    fields = {*task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ())}
+    for name in data.mapping:
+        if name not in fields:
+            known = ", ".join(sorted(fields))
+            raise DataError(f"data.columns: {name!r} is no field of {task.NAME}, needs one of {known}")
+
+    def records_of(paths: Sequence[str]) -> list[Record]:
+        return read_records(list(paths), columns=data.mapping, format=data.format)
+
+    records = records_of(train)
+    if dev:
+        dev_records = records_of(dev)
+    else:
+        key = getattr(task, "group_of", None)
+        records, dev_records = split_records(records, data.dev_fraction, seed=sections.train.seed, key=key)
+    counts: dict[str, int] = {}
+    if sections.clean.on:
+        names = [*task.FIELDS, *task.OPTIONAL, *getattr(task, "EXTRA", ())]
+        records, counts = clean(records, sections.clean, names, editable=getattr(task, "EDITABLE", True))
+    examples = task.examples_of(records, options)
+    task.check_examples(examples)
+    options = task.settled(options, examples) if hasattr(task, "settled") else options
+    dev_examples = task.examples_of(dev_records, options)
+    if dev:
+        check_known(task, examples, dev_examples)
+        return TaskData(examples, dev_examples, options, None, counts)
+    # a label that only held-out examples have is needed more for training
+    labels = set(task.labels_in(examples) or ())
+    needed = [e for e in dev_examples if not set(task.labels_in([e]) or ()) <= labels]
+    dev_examples = [e for e in dev_examples if e not in needed]
+    if not dev_examples:
+        raise DataError("data: too few examples of each label to hold some out, needs --dev")
+    return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)
+
+
+def check_known(task: ModuleType, train: Sequence[Any], dev: Sequence[Any]) -> None:
+    """Refuse dev examples with a label that no training example has; the message names the first."""
+    known = task.labels_in(train)
+    if known is None:
+        return
+    for example in dev:
+        for label in task.labels_in([example]) or ():
+            if label not in known:
+                raise DataError(f"{example.where}: label {label!r} is in no training example")

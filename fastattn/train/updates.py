@@ -1,0 +1,102 @@
+"""The update of a model's weights in a step, and steps whose numbers are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastattn.train.averaging import Averaged
+from fastattn.train.batches import Batch
+from fastattn.train.config import TrainConfig
+from fastattn.train.objective import Objective
+from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate
+
+SHOWN_EXAMPLES = 16  # of a batch, in a message
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient stopped being finite, and on_nonfinite says not to go on."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The figures of a step."""
+
+    loss: float
+    norm: float  # of the gradient before it was clipped
+    rate: float
+    tokens: int
+    taken: bool  # False where the loss or a gradient is not finite: the weights are as before
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4g}, gradient norm {self.norm:.4g}, lr {self.rate:.3g}"
+
+
+class Updates:
+    """Updates a model by the gradients of batches.
+
+    Args:
+        model: its trainable parameters are updated.
+        config: the optimiser's options.
+        objective: leaves the gradient of a step's loss.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, objective: Objective) -> None:
+        self.config = config
+        self.objective = objective
+        self.optimizer = build_optimizer(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            name=config.optimizer,
+            muon_momentum=config.muon_momentum,
+        )
+        self.averaged = None if config.ema_decay is None else Averaged(model, config.ema_decay)
+
+    def take(self, batches: Sequence[Batch], step: float, progress: float) -> Update:
+        """One step on these micro-batches, at the rate for this place of the run; gradients are gone afterwards
+        unless it was not taken, when `discard` drops them."""
+        config, scaler = self.config, self.objective.scaler
+        rate = learning_rate(
+            step,
+            progress,
+            lr=config.lr,
+            warmup_steps=config.warmup_steps,
+            min_lr_ratio=config.min_lr_ratio,
+            schedule=config.schedule,
+            decay_ratio=config.decay_ratio,
+        )
+        set_learning_rate(self.optimizer, rate, (config.muon_lr or config.lr) / config.lr)
+        loss, tokens = self.objective.accumulate(batches)
+        scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it takes whatever has groups and a step
+        norm = self.objective.clip_gradients(config.grad_clip)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
+        taken = finite or overflow  # the scaler skips a step that overflowed, and lowers its scale
+        if taken:
+            scaler.step(self.optimizer)  # type: ignore[arg-type]
+            self.discard()
+        return Update(loss, norm, rate, tokens, taken)
+
+    def discard(self) -> None:
+        """Drop the gradients, after a step or instead of one."""
+        self.objective.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def examples_not_finite(self, indices: Sequence[Sequence[int]]) -> list[int]:
+        """Of a step's micro-batches of examples, those in one whose loss is not finite; if there is none, all."""
+        found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
+        return [index for batch in found or indices for index in batch]
+
+
+def listed(examples: Sequence[int]) -> str:
+    """The first of these examples, as text."""
+    return ", ".join(map(str, examples[:SHOWN_EXAMPLES])) + (" ..." if len(examples) > SHOWN_EXAMPLES else "")

@@ -1,0 +1,57 @@
+"""Operands of the losses in tests, and the losses in torch's operations on all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKENS, VOCAB, WIDTH = 13, 37, 8
+
+
+def targets(*shape: int, ignore_index: int = -100, vocab: int = VOCAB) -> Tensor:
+    """Random classes; every third token is ignored."""
+    target = torch.randint(0, vocab, shape)
+    target.view(-1)[1::3] = ignore_index
+    return target
+
+
+def operands(dtype: torch.dtype = torch.float64, grad: bool = True) -> list[Tensor]:
+    shapes = (TOKENS, WIDTH), (VOCAB, WIDTH), (VOCAB,)
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def all_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, softcap: float | None = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """linear_cross_entropy with torch's operations on all logits."""
+    logits = F.linear(hidden, weight, bias)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.movedim(-1, 1) if logits.dim() > 2 else logits, target, **options)
+
+
+def losses_and_grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """The loss and its gradients for an uneven upstream gradient."""
+    upstream = (
+        torch.linspace(-3, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        if loss.dim()
+        else loss.new_tensor(2.5)
+    )
+    return [loss, *torch.autograd.grad(loss, leaves, upstream)]
+
+
+def linear(
+    function: Callable[..., Tensor], leaves: list[Tensor], target: Tensor, **options: Any
+) -> list[Tensor]:
+    hidden, weight, *bias = leaves
+    return losses_and_grads(
+        function(hidden, weight, target, bias=bias[0] if bias else None, **options), leaves
+    )

@@ -1,0 +1,233 @@
+"""Averaged weights, activation checkpointing, figures that pick the best model, trackers, and the report of a run."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_lm import make_blocks, make_data, make_model
+
+from fastattn.train import ConfigError, TrainingDiverged
+from fastattn.train.averaging import Averaged
+from fastattn.train.recompute import recomputing
+
+
+def test_the_average_follows_its_formula_and_is_what_is_evaluated_and_saved(make_trainer):
+    trainer = make_trainer(ema_decay=0.7, max_steps=5, dev=make_data(seed=1))
+    expected = [p.detach().clone() for p in trainer.model.parameters()]
+    take = trainer.updates.take
+
+    def followed(*arguments):
+        update = take(*arguments)
+        for value, parameter in zip(expected, trainer.model.parameters()):
+            value.lerp_(parameter.detach(), 0.3)
+        return update
+
+    trainer.updates.take = followed
+    result = trainer.fit()
+    trained = [p.detach().clone() for p in trainer.model.parameters()]
+    for value, average in zip(expected, trainer.averaged.values):
+        torch.testing.assert_close(value, average)
+    assert not torch.equal(trained[0], expected[0])
+    with torch.no_grad():
+        for parameter, value in zip(trainer.model.parameters(), trainer.averaged.values):
+            parameter.copy_(value)
+    trainer.averaged = None
+    assert trainer.evaluate().loss == result.last.loss
+    assert result.best == result.last
+    saved = load_file(trainer.directory.path / "model.safetensors")
+    assert torch.equal(saved["head.weight"], trainer.model.head.weight)
+    kept = load_file(result.checkpoint / "model.safetensors")
+    names = [name for name, _ in trainer.model.named_parameters()]
+    assert all(torch.equal(kept[name], value) for name, value in zip(names, trained))
+
+
+def test_an_average_of_16_bit_weights_sees_small_steps():
+    model = make_model().bfloat16()
+    averaged = Averaged(model, 0.999)
+    before = [value.clone() for value in averaged.values]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    averaged.update()
+    expected = before[0].lerp(model.embed.weight.detach().float(), 0.001)
+    torch.testing.assert_close(averaged.values[0], expected)
+    assert not torch.equal(averaged.values[0], before[0])
+
+
+def saved_bytes(run):
+    held = {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run()
+    total = sum(held.values())
+    loss.backward()
+    return total
+
+
+def test_recomputed_blocks_give_the_same_gradients_from_less_memory():
+    ids = torch.randint(0, 23, (16, 32), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for wanted in (False, True):
+        model = make_blocks(dropout=0.3)
+        with recomputing(model, wanted):
+            torch.manual_seed(1)
+            held = saved_bytes(lambda: model(ids, ids).loss)  # noqa: B023
+        found[wanted] = held, [p.grad for p in model.parameters()]
+        assert "forward" not in model.blocks[0].__dict__
+    assert found[True][0] < 0.7 * found[False][0]
+    for plain, recomputed in zip(found[False][1], found[True][1]):
+        assert torch.equal(plain, recomputed)
+
+
+def test_recomputation_needs_blocks(make_trainer):
+    with pytest.raises(ValueError, match="activation_checkpointing: the model has no blocks"):
+        make_trainer(activation_checkpointing=True)
+
+
+def test_a_figure_picks_the_best_model_and_ends_the_run(make_trainer):
+    figures = iter([0.1, 0.5, 0.9, 0.2, 0.9, 0.3])
+    weights, training = [], []
+
+    def evaluate_with(model):
+        weights.append(model.head.weight.detach().clone())
+        training.append(model.training)
+        return {"accuracy": next(figures)}
+
+    keywords = {"evaluate_with": evaluate_with, "best": ("accuracy", True)}
+    result = make_trainer(
+        max_steps=50, eval_every=2, patience=3, dev=make_data(seed=1), keywords=keywords
+    ).fit()
+    assert "no gain in 3 evaluations" in result.stopped
+    assert result.steps == 10
+    assert result.best.figures == {"accuracy": 0.9}
+    assert training == [False] * 6
+    records = [r for r in result.log if r["event"] == "eval"]
+    assert [r["accuracy"] for r in records] == [0.1, 0.5, 0.9, 0.2, 0.9, 0.3]
+    saved = load_file(result.checkpoint.parent / "model.safetensors")
+    assert torch.equal(saved["head.weight"], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "complaint"),
+    [
+        ({"best": ("accuracy", True)}, "best: 'accuracy' is a figure of evaluate_with, which is not given"),
+        ({"evaluate_with": lambda model: {}}, "evaluate_with: is called at evaluations, which need dev_data"),
+        ({"show_with": lambda model: ""}, "show_with: is called at evaluations, which need dev_data"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused(make_trainer, tmp_path, keywords, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_trainer(keywords=keywords)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("figures", "complaint"),
+    [
+        ({"f1": 0.5}, "best: there is no figure 'accuracy', the names are loss, f1"),
+        ({"accuracy": "high"}, "evaluate_with: its accuracy is 'high', need a number"),
+    ],
+)
+def test_figures_that_are_none_are_named(make_trainer, figures, complaint):
+    keywords = {"evaluate_with": lambda model: figures, "best": ("accuracy", True)}
+    with pytest.raises(ValueError, match=complaint):
+        make_trainer(dev=make_data(seed=1), keywords=keywords, max_steps=1).fit()
+
+
+def test_a_text_of_the_model_is_shown_and_logged_and_disturbs_nothing(make_trainer):
+    def show_with(model):
+        assert not model.training
+        torch.rand(3)
+        return f"weight {float(model.head.weight[0, 0]):.3f}"
+
+    options = {"dev": make_data(seed=1), "max_steps": 4, "eval_every": 2}
+    shown = make_trainer(out="shown", **options, keywords={"show_with": show_with})
+    plain = make_trainer(out="plain", **options)
+    texts = [r["text"] for r in shown.fit().log if r["event"] == "sample"]
+    plain.fit()
+    assert len(texts) == 3
+    assert len(set(texts)) == 3
+    assert torch.equal(shown.model.head.weight, plain.model.head.weight)
+
+
+def test_a_run_that_diverges_names_the_batch(make_trainer):
+    data = [dict(item) for item in make_data()]
+    poisoned = 7
+    model = make_model(dropout=0.0)
+
+    class Poisoned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, labels):
+            loss = self.inner(input_ids, labels).loss
+            bad = (input_ids == data[poisoned]["input_ids"]).all(-1).any()
+            return SimpleNamespace(loss=loss * float("nan") if bad else loss)
+
+    trainer = make_trainer(model=Poisoned(), train=data, batch_size=2, accumulate=3, max_steps=100)
+    with pytest.raises(TrainingDiverged, match="in the batch of training examples") as caught:
+        trainer.fit()
+    (record,) = [r for r in trainer.log.records if r["event"] == "diverged"]
+    assert poisoned in record["examples"]
+    assert len(record["examples"]) == 2
+    assert ", ".join(map(str, record["examples"])) in str(caught.value)
+
+
+def fake_tracker(monkeypatch, name):
+    """A module of that name with init, log and finish, which notes its calls."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.calls = []
+    module.init = lambda **options: module.calls.append(("init", options))
+    module.log = lambda figures, step: module.calls.append(("log", figures, step))
+    module.finish = lambda: module.calls.append(("finish",))
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_records_go_to_trackers(make_trainer, monkeypatch, name):
+    module = fake_tracker(monkeypatch, name)
+    result = make_trainer(trackers=(name,), max_steps=4, log_every=2, dev=make_data(seed=1)).fit()
+    assert module.calls[0][1]["name"] == "run"
+    assert module.calls[0][1]["config"]["max_steps"] == 4
+    assert module.calls[-1] == ("finish",)
+    sent = [(figures, step) for kind, *rest in module.calls if kind == "log" for figures, step in [rest]]
+    assert len(sent) == len(result.log)
+    for (figures, step), record in zip(sent, result.log):
+        assert step == record["step"]
+        assert figures[f"{record['event']}/seconds"] == record["seconds"]
+    assert any("train/loss" in figures for figures, _ in sent)
+
+
+def test_tensorboard_gets_a_file(make_trainer):
+    pytest.importorskip("tensorboard")
+    trainer = make_trainer(trackers=("tensorboard",), max_steps=2)
+    trainer.fit()
+    assert list((trainer.directory.path / "tensorboard").iterdir())
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastattn.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="trackers: wandb is not installed"):
+        make_trainer(trackers=("wandb",))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_ends_with_its_work_time_and_memory(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    result = trainer.fit()
+    assert result.flops == 3 * 2 * 12 * 23 * result.tokens
+    assert result.peak_memory > 2**20
+    last = json.loads((trainer.directory.path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "end"
+    assert (last["flops"], last["peak_memory"]) == (result.flops, result.peak_memory)
