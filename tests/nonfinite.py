@@ -308,15 +308,16 @@ def hidden_results(
     return found | {f"d{name}": grad for name, grad in zip(leaves, grads)}
 
 
-def check_hidden(hiding: Hiding, dtype: torch.dtype, poison: float, **extra: Any) -> None:
-    """What hidden keys hold changes no bit of any result, and their gradients are 0."""
+def check_hidden(hiding: Hiding, dtype: torch.dtype, *poisons: float, **extra: Any) -> None:
+    """Whatever hidden keys hold changes no bit of any result, and their gradients are 0."""
     clean = hidden_results(hiding, dtype, 0.0, **extra)
-    poisoned = hidden_results(hiding, dtype, poison, **extra)
-    for name, value in clean.items():
-        assert not value.isnan().any(), name
-        assert torch.equal(poisoned[name], value), name
-    of_keys = HIDDEN[:, None, :, None]
-    assert not (poisoned["dkey"] * of_keys).any()
-    assert not (poisoned["dvalue"] * of_keys).any()
-    if "dbias" in poisoned:
-        assert not poisoned["dbias"].masked_fill(~HIDDEN[:, None, None], 0).any()
+    for poison in poisons:
+        poisoned = hidden_results(hiding, dtype, poison, **extra)
+        for name, value in clean.items():
+            assert not value.isnan().any(), (name, poison)
+            assert torch.equal(poisoned[name], value), (name, poison)
+        of_keys = HIDDEN[:, None, :, None]
+        assert not (poisoned["dkey"] * of_keys).any(), poison
+        assert not (poisoned["dvalue"] * of_keys).any(), poison
+        if "dbias" in poisoned:
+            assert not poisoned["dbias"].masked_fill(~HIDDEN[:, None, None], 0).any(), poison

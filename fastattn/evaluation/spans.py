@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from fastattn.evaluation.report import Report, check_pairs, f1_of
 
@@ -60,10 +61,10 @@ def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequenc
         expected.update(kind for kind, _, _ in gold_spans)
         predicted.update(kind for kind, _, _ in given_spans)
         correct.update(kind for kind, _, _ in gold_spans & given_spans)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in sorted(expected | predicted):
         precision, recall, f1 = f1_of(correct[kind], predicted[kind], expected[kind])
-        row = {"type": kind, "precision": precision, "recall": recall, "f1": f1}
+        row: dict[str, Any] = {"type": kind, "precision": precision, "recall": recall, "f1": f1}
         rows.append({**row, "references": expected[kind], "predictions": predicted[kind]})
     precision, recall, f1 = f1_of(correct.total(), predicted.total(), expected.total())
     return Report(

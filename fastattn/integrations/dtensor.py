@@ -1,7 +1,7 @@
 """Attention of DTensors: `register()` once, then `fastattn.attention` works on operands split over batch or heads.
 
-torch's interface for it, torch.distributed.tensor.experimental.register_sharding, is experimental; this file is the only
-one that uses it.
+torch's interface for it, torch.distributed.tensor.experimental.register_sharding, is experimental; only this file uses
+it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from fastattn.ops import attention as _ops  # noqa: F401  # defines the ops
-from fastattn.ops.attention import NAMES, GradsNeeded
+from fastattn.ops.attention_plan import NAMES
+from fastattn.spec import GradsNeeded
 
 BATCH, HEADS = 0, 1  # dimensions of (B, H, S, D)
 Placements = list[Any]
@@ -57,7 +58,7 @@ def _backward(*args: Any) -> list[tuple[Placements, Placements]]:
     """The ways to split attention_bwd: placements of the gradients, and of every argument."""
     from torch.distributed.tensor import Replicate, Shard
 
-    dout, dlse, out, lse, *inputs = args
+    _, dlse, _, _, *inputs = args  # dout, dlse, out, lse
     call = dict(zip(NAMES, inputs))
     needs = inputs[len(NAMES)]
     grads = len(GradsNeeded._fields)

@@ -17,8 +17,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 def in_order(tensor: Tensor) -> Tensor:
     """A DTensor with its dimensions in order in memory; any other tensor as it is.
 
-    A result has its operand's memory order. DTensor gathers or splits an operand into parts whose dimensions are in order,
-    but derives the result's strides from the whole operand's, so the two must agree.
+    A result has its operand's memory order. DTensor gathers or splits an operand into parts whose dimensions are in
+    order, but derives the result's strides from the whole operand's, so the two must agree.
     """
     if not is_dtensor(tensor) or tensor.is_contiguous():
         return tensor

@@ -24,10 +24,11 @@ MODULES = {name: import_module(bench.script(name).stem) for name in bench.NAMES}
 
 
 def _forms(name: str) -> list[Any]:
-    """The cases of a CPU, and of the GPU's one of each group and direction, in their small forms."""
+    """The cases of a CPU, and of the GPU's one of each group and direction, in their small forms, each once."""
     cases = list(MODULES[name].cases_for(CPU))
     kinds = {(c.group, c.direction, c.dtype): c for c in MODULES[name].cases_for(torch.device("cuda"))}
-    return [case.small() for case in [*cases, *kinds.values()]]
+    forms = [case.small() for case in [*cases, *kinds.values()]]
+    return list({(f.label, f.group, f.direction, tuple(f.providers(CPU))): f for f in forms}.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -96,6 +97,25 @@ def test_a_training_step_counts_its_products_and_pairs() -> None:
 def test_generated_bytes_are_the_weights_once_per_token() -> None:
     case = MODULES["generate"].cases_for(CPU)[0]
     assert case.bytes == 24 * 4 * (12 * 12 * 768**2 + 50257 * 768)
+
+
+def test_on_a_gpu_overhead_is_held_against_flex_attention_too() -> None:
+    """Its providers run wherever torch compiles; launches are counted by their names in a profile."""
+    from measure import launches
+
+    cases = {case.name: case for case in MODULES["overhead"].cases_for(torch.device("cuda"))}
+    with_flex = [name for name, case in cases.items() if "flex" in case.providers(torch.device("cuda"))]
+    assert {name.rsplit("-forward")[0] for name in with_flex} == {"attention", "attention-window"}
+    for name in with_flex:
+        assert "flex" not in cases[name].providers(CPU)
+    profile = [
+        "aten::add",
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaMemsetAsync",
+        "cudaDeviceSynchronize",
+    ]
+    assert launches.among(profile) == 2
 
 
 def test_a_forward_in_grad_mode_records_a_graph_and_runs_no_backward() -> None:

@@ -139,7 +139,10 @@ def test_stuck(): time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
+@pytest.mark.parametrize(
+    "workers",
+    [pytest.param([], id="alone"), pytest.param(["-n", "1"], id="workers", marks=pytest.mark.exhaustive)],
+)
 def test_failures_are_told_before_a_run_of_tests_is_stopped(tmp_path: Path, workers: list[str]) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "test_absent.py").write_text("import nothing_of_that_name")
@@ -234,7 +237,7 @@ PROBES = [
 FAKES = (
     Section("install", 20, python("print('placed')")),
     Section("probe", 20, python("\n".join(f"print('''{json.dumps(item)}''')" for item in PROBES))),
-    Section("stuck", 4, python(f"import time\nprint({json.dumps(PROBES[0])!r})\ntime.sleep(600)")),
+    Section("stuck", 2, python(f"import time\nprint({json.dumps(PROBES[0])!r})\ntime.sleep(600)")),
     Section("after", 20, python("import os; print(os.environ.get('FASTATTN_DISABLE'))")),
     Section("last", 20, python("import os; print(os.environ.get('FASTATTN_DISABLE'))"), cuda_backward=True),
 )  # fmt: skip

@@ -219,7 +219,7 @@ def test_a_stuck_step_costs_its_own_time_and_a_crashed_one_is_named(monkeypatch:
     assert [item["status"] for item in late] == ["not run"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_command_runs_all_of_it() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "first_run.py"), "--device", "cpu", "--forward"],

@@ -64,7 +64,7 @@ def test_our_process_makes_the_token_of_the_weights(tmp_path: Path) -> None:
     assert 0 < run.after_imports < run.whole
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_their_process_makes_the_same_token(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     save_llama(tmp_path, "")

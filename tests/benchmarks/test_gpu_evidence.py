@@ -73,6 +73,7 @@ def test_each_section_ends_by_itself_and_is_stored(
     assert [entry["name"] for entry in resumed["sections"]] == ["good", "install"]
 
 
+@pytest.mark.exhaustive
 def test_a_section_in_its_small_form_stores_what_it_measured(tmp_path: Path) -> None:
     assert gpu_evidence.main(["--dry-run", "--out", str(tmp_path), "--sections", "losses"]) == 0
     report = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))

@@ -180,7 +180,7 @@ def test_a_plain_call_and_one_whose_mask_keeps_everything(
     """The plain kernels and the general ones: the same bits where the scale is a power of two, else within the rule."""
     x, dout = (torch.randn(3, columns).to(dtype) for _ in range(2))
     everything = torch.ones(columns, dtype=torch.bool)
-    for seed in SEEDS:
+    for seed in SEEDS if columns < 10_000 else SEEDS[:1]:
         emulated_extension.configure(arch=arch, seed=seed)
         for scale in (1.0, 0.125, 64.0):
             assert torch.equal(forward(x, -1, scale=scale), forward(x, -1, scale=scale, mask=everything))
@@ -204,7 +204,7 @@ def test_plain_rows_that_are_not_finite(
     x[8, ::2], x[9] = largest, -largest
     dout = torch.randn(10, columns).to(dtype)
     everything = torch.ones(10, columns, dtype=torch.bool)
-    for scale in (1.0, 2.5, 1e-25, 1e-35, 0.0, -1.0):
+    for scale in (1.0, 2.5, 1e-25, 1e-35, 0.0, -1.0) if columns < 10_000 else (1.0, 1e-35, -1.0):
         actual = both(x, dout, -1, scale=scale)
         assert_hidden_as_in_the_reference(
             x[:8], dout[:8], tuple(t[:8] for t in actual), scale=scale, mask=everything[:8]

@@ -260,7 +260,10 @@ torch.save(out, sys.argv[2])
 
 @pytest.mark.parametrize(
     "load",
-    ["model = pickle.load(open(sys.argv[1], 'rb'))", "model = torch.load(sys.argv[1], weights_only=False)"],
+    [
+        "model = pickle.load(open(sys.argv[1], 'rb'))",
+        pytest.param("model = torch.load(sys.argv[1], weights_only=False)", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_swapped_model_registers_where_it_is_unpickled(load, tmp_path):
     model, ids = llama(), torch.tensor([[3, 4, 5]])
@@ -287,7 +290,9 @@ assert out.isfinite().all()
 """
 
 
-@pytest.mark.parametrize("path", ["model", "model.layers.0.self_attn"])
+@pytest.mark.parametrize(
+    "path", [pytest.param("model", marks=pytest.mark.exhaustive), "model.layers.0.self_attn"]
+)
 def test_a_part_of_a_swapped_model_registers_too(path, tmp_path):
     model = llama()
     fastattn.swap_attention(model)

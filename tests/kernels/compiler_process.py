@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-def answers_of(script: str) -> dict[str, Any]:
+def answers_of(script: str, *arguments: str) -> dict[str, Any]:
     """What a script of this folder prints, as JSON."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = Path(__file__).parent / script
     done = subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, str(path), *arguments], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     answers: dict[str, Any] = json.loads(done.stdout)

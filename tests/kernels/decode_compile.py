@@ -1,12 +1,14 @@
 """What the kernels on caches are compiled with, for compile_entries.py; run by itself, compiles a few and prints JSON.
 
-python tests/kernels/decode_compile.py        the tiles of decoding, and what launches of many sizes are looked up by
+python tests/kernels/decode_compile.py                what launches of many sizes are looked up by, and PTX of decoding
+python tests/kernels/decode_compile.py --compile      the tiles of decoding, and PTX of decoding in float32
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -203,11 +205,13 @@ def arithmetic(bits: int) -> list[dict[str, int]]:
 def main() -> None:
     """The command line."""
     reports: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(2) as pool:
-        for made in pool.map(compiled, FEW):
-            reports |= made
-    counts = {bits: arithmetic(bits) for bits in DTYPES}
-    print(json.dumps({"compiled": reports, "signatures": signatures(), "arithmetic": counts}, indent=1))
+    if sys.argv[1:] == ["--compile"]:
+        with ProcessPoolExecutor(2) as pool:
+            for made in pool.map(compiled, FEW):
+                reports |= made
+        print(json.dumps({"compiled": reports, "arithmetic": {32: arithmetic(32)}}, indent=1))
+    else:
+        print(json.dumps({"signatures": signatures(), "arithmetic": {16: arithmetic(16)}}, indent=1))
 
 
 if __name__ == "__main__":

@@ -210,17 +210,27 @@ def test_other_code_or_another_model_makes_a_row_stale(monkeypatch: pytest.Monke
 def test_writing_refuses_a_worse_row_and_accepts_only_known_names(tmp_path: Path) -> None:
     """The command itself, on a file that says that a row was faster."""
     code = """
-import sys
+import contextlib, io, json, sys
 from pathlib import Path
 import cycles_page, cycles_record, compile_record
-cycles_record.STORED, compile_record.DOCUMENT = Path(sys.argv[1]), Path(sys.argv[2])
-cycles_record.BASELINE = Path(sys.argv[1] + ".kept")
-cycles_page.PAGE = Path(sys.argv[2] + ".hopper")
+stored, page, name = sys.argv[1:]
+cycles_record.STORED, compile_record.DOCUMENT = Path(stored), Path(page)
+cycles_record.BASELINE = Path(stored + ".kept")
+cycles_page.PAGE = Path(page + ".hopper")
 cycles_page.updated = lambda page, rows, entries: f"{page}{len(rows)} rows"
-only = [("triton", sys.argv[3])]
+only = [("triton", name)]
 cycles_record.jobs = lambda: only
-sys.argv[1:] = ["--write", "-j", "1", *sys.argv[4:]]
-sys.exit(cycles_record.main())
+runs = []
+for arguments in ([], ["--accept-cycles", "another"], ["--accept-cycles", name]):
+    sys.argv[1:] = ["--write", "-j", "1", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            returned = cycles_record.main()
+        except SystemExit as refusal:
+            returned = refusal.code
+    kept, cycles = json.loads(cycles_record.BASELINE.read_text()), cycles_record.load()["rows"][name]["cycles"]
+    runs.append([returned, said.getvalue(), kept[name], cycles])
+print(json.dumps(runs))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     import triton
@@ -228,26 +238,21 @@ sys.exit(cycles_record.main())
     stored, name = tmp_path / "cycles.json", ROWS[2]
     faster = load()["rows"][name] | {"cycles": 10, "key": "of other code"}
     stored.write_text(json.dumps({"triton": triton.__version__, "rows": {name: faster}}))
-    kept = tmp_path / "cycles.json.kept"
-    kept.write_text(json.dumps({name: 9}))
-
+    (tmp_path / "cycles.json.kept").write_text(json.dumps({name: 9}))
     page = tmp_path / "page.md.hopper"
     page.write_text("")
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", code, str(stored), str(tmp_path / "page.md"), name, *arguments],
-            capture_output=True, text=True, check=False, cwd=HERE, env=environment,
-        )  # fmt: skip
-
-    refusal = run()
-    assert refusal.returncode == 1, refusal.stderr
-    assert "the fewest on file are 9" in refusal.stdout
-    assert json.loads(kept.read_text()) == {name: 9}
-    assert json.loads(stored.read_text())["rows"][name]["cycles"] == 10
-    assert "no row on file" in run("--accept-cycles", "another").stderr
-    accepted = run("--accept-cycles", name)
-    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
-    assert json.loads(stored.read_text())["rows"][name]["cycles"] >= 768  # its products alone
-    assert json.loads(kept.read_text())[name] >= 768
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(stored), str(tmp_path / "page.md"), name],
+        capture_output=True, text=True, check=False, cwd=HERE, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    refused_run, unknown, accepted = json.loads(done.stdout)
+    assert (refused_run[0], *refused_run[2:]) == (1, 9, 10), refused_run
+    assert "the fewest on file are 9" in refused_run[1]
+    assert "no row on file" in unknown[0]
+    assert unknown[2:] == [9, 10]
+    returned, said, kept, cycles = accepted
+    assert returned == 0, said
+    assert kept == cycles
+    assert cycles >= 768  # its products alone
     assert page.read_text().endswith("1 rows")

@@ -14,9 +14,16 @@ def report() -> dict[str, Any]:
     return answers_of("decode_compile.py")
 
 
-def test_decoding_compiles_without_spills(report: dict[str, Any]) -> None:
-    assert len(report["compiled"]) == 5
-    for name, made in report["compiled"].items():
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    """What takes the compiler longer."""
+    return answers_of("decode_compile.py", "--compile")
+
+
+@pytest.mark.exhaustive  # the compile table has these rows, and is that of the kernels
+def test_decoding_compiles_without_spills(compiled: dict[str, Any]) -> None:
+    assert len(compiled["compiled"]) == 5
+    for name, made in compiled["compiled"].items():
         assert made["error"] == "", name
         assert made["registers"] > 0, name
         assert made["local_ops"] == 0, name
@@ -32,13 +39,16 @@ def test_caches_batches_heads_and_splits_share_one_variant(report: dict[str, Any
         assert len(set(found)) == 1, name
 
 
-def test_a_split_is_computed_as_a_whole_is(report: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("bits", "answers"), [("16", "report"), pytest.param("32", "compiled", marks=pytest.mark.exhaustive)]
+)
+def test_a_split_is_computed_as_a_whole_is(request: pytest.FixtureRequest, bits: str, answers: str) -> None:
     """A sequence of one split may stand in a small cache, whose result is written at once, or in a large one."""
-    for bits, (whole, split, full) in report["arithmetic"].items():
-        rounding = "cvt.rn.bf16x2.f32"
-        rounded = whole.pop(rounding, 0) - split.pop(rounding, 0)
-        assert (rounded > 0) == (bits == "16"), bits
-        assert whole == split, bits
-        assert full == split | {rounding: full[rounding]} if rounded else full == split, bits
-        assert any(name.startswith(("mma", "fma")) for name in whole), bits
-        assert any(name.startswith("ex2") for name in whole), bits
+    whole, split, full = request.getfixturevalue(answers)["arithmetic"][bits]
+    rounding = "cvt.rn.bf16x2.f32"
+    rounded = whole.pop(rounding, 0) - split.pop(rounding, 0)
+    assert (rounded > 0) == (bits == "16")
+    assert whole == split
+    assert full == split | {rounding: full[rounding]} if rounded else full == split
+    assert any(name.startswith(("mma", "fma")) for name in whole)
+    assert any(name.startswith("ex2") for name in whole)

@@ -41,14 +41,13 @@ KERNELS = {
 VARIANTS = {"attention_decode_kernel": 2, "segment_blocks_kernel": 3}
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """From a process that does not interpret, with a cache of its own."""
+def reported(names: list[str], cached: Path) -> dict[str, Any]:
+    """What a process that does not interpret says of calls, with a cache of its own."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("kernels"))
+    environment["TRITON_CACHE_DIR"] = str(cached)
     done = subprocess.run(
-        [sys.executable, str(REPORT), *NAMES],
+        [sys.executable, str(REPORT), *names],
         capture_output=True,
         text=True,
         env=environment,
@@ -56,19 +55,34 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    cached = Path(environment["TRITON_CACHE_DIR"])
     return {**json.loads(done.stdout), "cubins": len(list(cached.rglob("*.cubin")))}
 
 
-NAMES = [
-    "causal D64", "full D128 by TMA", "packed D64", "rows of 1000", "few key heads D128", "cache D128",
-    "one query D64", "held",
-]  # fmt: skip
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return reported(NAMES, tmp_path_factory.mktemp("kernels"))
+
+
+NAMES = ["causal D64", "full D128 by TMA", "packed D64", "rows of 1000", "cache D128", "replayed", "held"]
+MORE = ["few key heads D128", "one query D64"]
+
+
+@pytest.mark.exhaustive
+def test_a_hopper_gpu_takes_every_launch_of_further_calls(tmp_path: Path) -> None:
+    report = reported(MORE, tmp_path)
+    for name in MORE:
+        assert_taken(report, name)
+        assert_compiled_once(report, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hopper_gpu_takes_every_launch(report: dict[str, Any], name: str) -> None:
+    assert_taken(report, name)
+
+
+def assert_taken(report: dict[str, Any], name: str) -> None:
+    """That a call launches its kernels, and the driver takes them."""
     launches = report[name]["launches"]
     assert launches
     assert [launch for launch in launches if launch["problems"]] == []
@@ -79,6 +93,11 @@ def test_a_hopper_gpu_takes_every_launch(report: dict[str, Any], name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_compiled_anew_for_other_lengths(report: dict[str, Any], name: str) -> None:
     """S = 2, 17, 1000 and 1024, batches and heads: each kernel is loaded once and launched for all of them."""
+    assert_compiled_once(report, name)
+
+
+def assert_compiled_once(report: dict[str, Any], name: str) -> None:
+    """That no kernel of a call is loaded anew for another length."""
     loaded, launched = (
         Counter(report[name]["loaded"]),
         Counter(each["name"] for each in report[name]["launches"]),
@@ -134,6 +153,25 @@ def test_tma_passes_maps_and_the_others_none(report: dict[str, Any]) -> None:
     assert by_tma["attention_dq_kernel"] >= 4
     assert by_tma["attention_delta_kernel"] == 0
     assert sum(each["maps"] for each in report["rows of 1000"]["launches"]) == 0
+
+
+@pytest.mark.slow
+def test_replays_launch_the_compiled_kernel_with_the_same_arguments(report: dict[str, Any]) -> None:
+    """The first call of each is recorded, through Triton's launcher; the two others go past it."""
+    launches = report["replayed"]["launches"]
+    kept = ("name", "grid", "arguments", "numbers", "maps", "problems")
+    made = [tuple(map(launch.get, kept)) for launch in launches]
+    first, rest = [], []
+    for launch, what in zip(launches, made):
+        (rest if launch["direct"] else first).append(what)
+    assert [name for name, *_ in first] == [
+        "softmax_fwd_kernel", "attention_fwd_kernel", "attention_delta_kernel", "attention_dkdv_kernel",
+        "attention_dq_kernel",
+    ]  # fmt: skip
+    assert len(rest) == 2 * len(first)
+    for what in first:
+        assert rest.count(what) == 2
+    assert not any(launch["direct"] for launch in report["causal D64"]["launches"])
 
 
 @pytest.mark.slow

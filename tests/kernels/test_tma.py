@@ -191,6 +191,7 @@ def test_a_sequence_cut_out_of_a_batch_keeps_its_bits() -> None:
         assert torch.equal(tensor, together[name][:1]), name
 
 
+@pytest.mark.exhaustive
 def test_compiled_for_hopper() -> None:
     """TMA feeds wgmma, nothing spills, no operand is copied by threads, and few registers hold addresses."""
     script = Path(__file__).parent / "tma_compile.py"

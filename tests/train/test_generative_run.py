@@ -90,6 +90,8 @@ def test_a_chat_learns_to_stop_and_preferences_are_followed(small_gpt: Path, tmp
     report = train("chat", chats, small_gpt, tmp_path / "chat", *words)
     assert report["metrics"]["end_accuracy"] == 1.0
     assert (tmp_path / "chat" / "chat_template.jinja").is_file()
+    log = [json.loads(line) for line in (tmp_path / "chat" / "log.jsonl").read_text().splitlines()]
+    assert [entry["text"] for entry in log if entry["event"] == "sample"][-1] == "Say one -> one"
     model, tokenizer = load(tmp_path / "chat"), Tokenizer.from_pretrained(tmp_path / "chat")
     prompt = tokenizer.encode("User: Say two\nAssistant:")
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()
@@ -126,10 +128,10 @@ def test_an_encoder_decoder_is_trained_and_evaluated(tmp_path: Path) -> None:
         tmp_path / "out",
         tmp_path / "again",
         "--train.max_steps=1",
-        "--train.lr=1e-5",
+        "--train.lr=1e-12",
         "--lora.r=2",
     )
-    assert again["metrics"]["rouge1"] == pytest.approx(report["metrics"]["rouge1"], abs=0.2)
+    assert again["metrics"]["rouge1"] == report["metrics"]["rouge1"]
 
 
 def test_bad_input_is_one_line_before_any_work(small_gpt: Path, tmp_path: Path) -> None:
