@@ -3,8 +3,8 @@
 python benchmarks/bench_generate.py              every case of this machine's device, results stored
 python benchmarks/bench_generate.py --list       the cases
 The row floor-weight-products runs the products with the weights alone, once per token: what no library can go below
-without reading fewer bytes. The lookup cases train a small model on code and on prose first, half a minute each, and
-sample from it with prompt lookup and without.
+without reading fewer bytes. The lookup cases train a small model on code and on prose first, some minutes each, until
+it knows the text, and continue parts of it with prompt lookup and without; --only lookup-code runs those of one text.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ HOMES = {
 }
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("fastattn", "kernels", "benchmarks")
+    for folder in ("fastattn", "kernels", "benchmarks", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
 

@@ -56,7 +56,7 @@ print(f"first token {token} after {time.perf_counter() - started:.6f} s without 
 
 
 class Run(NamedTuple):
-    """Of one process."""
+    """The figures of one process."""
 
     token: int
     whole: float  # seconds from its start to the token
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of all processes."""
+    """The figures of all processes of both libraries."""
 
     megabytes: int
     runs: dict[str, list[Run]]
@@ -111,13 +111,13 @@ def measure(quick: bool) -> Measured:
 
 
 def first_token_case(quick: bool) -> schema.Result:
-    """Imports included."""
+    """The case of the time to the first token with imports."""
     target: schema.Result = {"provider": OURS, "against": PEER, "time": 0.6}
     return _entry(measure(quick), "first-token", "imports included", lambda run: run.whole, target, quick)
 
 
 def first_token_loaded_case(quick: bool) -> schema.Result:
-    """Without the imports."""
+    """The case of the time to the first token without imports."""
     target: schema.Result = {"provider": OURS, "against": PEER, "time": 1.0}
     measured, words = measure(quick), "without imports"
     return _entry(measured, "first-token-no-imports", words, lambda run: run.after_imports, target, quick)

@@ -148,6 +148,15 @@ def cases_for(device: torch.device) -> list[GenerateCase | LookupCase]:
         return {"provider": LOOKUP, "against": WITHOUT, "speed": speed}
 
     both: tuple[str, ...] = ("fastattn", INVARIANT)
+    lookups = [
+        LookupCase(
+            "-".join(["lookup", text, *(["int8"] if kind else []), *(["sampled"] if sampled else [])]),
+            text, kind, sampled, target=against_without(1.15 if text == "code" and kind else 0.97),
+        )
+        for text in ("code", "prose")
+        for kind in ("int8", None)
+        for sampled in (False, True)
+    ]  # fmt: skip
     if device.type == "cpu":
         return [
             GenerateCase("1x32", "equal", 1, 32, 24, target=faster(1.6), ours=both),
@@ -156,10 +165,7 @@ def cases_for(device: torch.device) -> list[GenerateCase | LookupCase]:
             ),
             GenerateCase("1x32-int8", "int8", 1, 32, 24, target=faster(3.5, INT8), ours=(INT8,)),
             GenerateCase("4x32-ragged", "ragged", 4, 32, 16, ours=(*both, INT8)),
-            LookupCase("lookup-code-int8", "code", "int8", target=against_without(1.15)),
-            LookupCase("lookup-prose-int8", "prose", "int8", target=against_without(0.97)),
-            LookupCase("lookup-code", "code", target=against_without(0.97)),
-            LookupCase("lookup-prose", "prose", target=against_without(0.97)),
+            *lookups,
         ]
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "ours": both}
     return [

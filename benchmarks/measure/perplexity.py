@@ -31,7 +31,9 @@ def lines(steps: int, **changes: Any) -> Iterator[str]:
     """A line for each kind of weights."""
     from fastattn.data import default_corpus
 
-    model, rows = train_gpt(default_corpus(), {**MODEL, **changes}, length=LENGTH, batch=BATCH, steps=steps)
+    model, _, rows = train_gpt(
+        default_corpus(), {**MODEL, **changes}, length=LENGTH, batch=BATCH, steps=steps
+    )
     plain = perplexity(model, rows)
     yield f"float32: {plain:.4f}"
     for name, made in (("int8", model.quantize("int8")), ("bfloat16", None)):

@@ -11,8 +11,8 @@ import torch
 
 def train_gpt(
     corpus: Sequence[str], sizes: dict[str, Any], *, length: int, batch: int, steps: int
-) -> tuple[Any, Any]:
-    """A GPT of these sizes, trained for so many steps on rows of `length` ids, and the held-out rows, a dataset."""
+) -> tuple[Any, Any, Any]:
+    """A GPT of these sizes, trained for so many steps, and two datasets of rows of `length` ids: seen and held out."""
     from fastattn.data import PackedDataset, TokenStream, split, train_bpe
     from fastattn.models import GPT, GPTConfig
     from fastattn.train import TrainConfig, Trainer
@@ -25,4 +25,4 @@ def train_gpt(
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(output_dir=folder, overwrite=True, max_steps=steps, batch_size=batch, lr=2e-3)
         Trainer(model, config, train, held_out, tokenizer=tokenizer).fit()
-    return model.eval(), held_out
+    return model.eval(), train, held_out

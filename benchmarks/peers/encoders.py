@@ -45,6 +45,7 @@ class EncoderPair:
             self.model.save_pretrained(folder)
             if provider == "fastattn":
                 ours = BertForMaskedLM.from_pretrained(folder)
+                # from_pretrained maps the file: private copies of its pages, as transformers' weights are
                 ours.load_state_dict({name: value.clone() for name, value in ours.state_dict().items()})
                 whole = ours.to(self.device, dtype)
                 return whole.train() if self.training else whole.bert

@@ -1,4 +1,4 @@
-"""The two ways to the logits of the next tokens: a model's decoder, or its step, with a cache or without."""
+"""Two ways to compute the logits of the next tokens: a model's decoder, or its `step` with or without a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastattn.generation.protocol import CausalLM, Decoder, GenerationError
 
 
 class Driver(Protocol):
-    """A model at work on R sequences, N consecutive rows for each of R / N prompts."""
+    """Computes the next logits of R sequences, of which N consecutive ones belong to each of R / N prompts."""
 
     def first(self) -> Tensor:
         """Logits of the token after each prompt, (R, V)."""
@@ -35,7 +35,7 @@ def driver_of(
     batch_invariant: bool,
     chunk_size: int | None,
 ) -> Driver:
-    """The decoder where there is one.
+    """A driver that uses the model's decoder where it has one, else its `step`.
 
     Args:
         prompt: (B, S) ids.
@@ -56,7 +56,7 @@ def driver_of(
 
 
 class DecoderDriver:
-    """Runs a model's decoder, which reads each prompt once however many sequences begin with it."""
+    """Runs a model's decoder, which reads each prompt once for all sequences that continue it."""
 
     def __init__(
         self, decoder: Decoder, prompt: Tensor, mask: Tensor | None, copies: int, chunk_size: int | None
@@ -65,7 +65,7 @@ class DecoderDriver:
         self.lengths: Tensor | None = None
         if mask is not None:
             self.lengths = mask.sum(1)
-            order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # tokens first, in their order
+            order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # tokens to the front, in order
             prompt = prompt.gather(1, order)[:, : int(self.lengths.max())]
         self.prompt = prompt
 
@@ -110,7 +110,7 @@ class ModelDriver:
             prompt = prompt.repeat_interleave(copies, 0)
             mask = None if mask is None else mask.repeat_interleave(copies, 0)
         if mask is not None:
-            order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # tokens behind, in their order
+            order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # tokens to the end, in order
             prompt = prompt.gather(1, order)
             mask = F.pad(mask.gather(1, order), (0, room - self.length), value=True)
         self.ids = F.pad(prompt, (0, room - self.length))

@@ -21,7 +21,7 @@ HONOURED = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
     "length_penalty", "early_stopping", "num_return_sequences", "stop_strings", "prompt_lookup_num_tokens",
 )  # fmt: skip
-NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # by key, the values by which it changes nothing
+NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # key -> its values without effect
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (None, 0)),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "penalty_alpha", "diversity_penalty"), (None, 0)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (None, 0)),
@@ -40,7 +40,7 @@ NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # by key, the values by which it c
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `generate`, which says what they mean. None = the generation_config's, else what has no effect."""
+    """The options of `generate`, see there. None = the value in generation_config, else a value without effect."""
 
     max_new_tokens: int | None = None
     do_sample: bool | None = None
@@ -176,7 +176,7 @@ class Settled:
 
 
 def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_len: int) -> Options:
-    """The options with a generation_config's where they are None; it must ask for nothing that is not computed."""
+    """The options, those that are None filled from a generation_config; what that asks for must be computed here."""
     if not config:
         return options
     for key, harmless in NOT_COMPUTED.items():
@@ -197,7 +197,7 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
         (("temperature", "top_k", "top_p", "min_p"), sampling),
         (("length_penalty", "early_stopping"), is_integer(beams) and beams > 1),
     ):
-        if not used:  # as in transformers, they wait for it
+        if not used:  # as in transformers, they have no effect until it is on
             named = {name: value for name, value in named.items() if name not in names}
     try:
         Options(**named)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class GenerationError(ValueError):
-    """What a model turns out not to do once generation has begun: a decoder that it needs, logits that are finite."""
+    """A model cannot generate as asked: it has no decoder, or its logits are not finite."""
 
 
 class GenerationDefaults(Protocol):
@@ -26,9 +26,9 @@ class GenerationDefaults(Protocol):
 
 
 class Decoder(Protocol):
-    """The steps of a batch of B sequences, which keeps their tokens' keys and values.
+    """Decodes B sequences step by step and keeps the keys and values of their tokens.
 
-    An encoder-decoder's decoder keeps the encoder's keys and values besides, which `reorder` copies with the rest.
+    That of an encoder-decoder also keeps the encoder's keys and values; `reorder` copies these too.
     """
 
     def prefill(self, ids: Tensor, lengths: Tensor | None = None, *, chunk_size: int | None = None) -> Tensor:
@@ -55,10 +55,10 @@ class CausalLM(Protocol):
     """A causal language model that is driven token by token.
 
     Optional:
-        decoder(batch, capacity, *, batch_invariant=False) -> Decoder | None, which `generate` takes in the place of a
-            cache and its steps where there is one.
-        generation_config: a mapping in the names of transformers' generation_config.json, whose values stand in for
-            arguments of `generate` that are None.
+        decoder(batch, capacity, *, batch_invariant=False) -> Decoder | None, which `generate` uses instead of
+            `new_cache` and `step` where there is one.
+        generation_config: a mapping in the names of transformers' generation_config.json, whose values are the defaults
+            of arguments of `generate`.
     """
 
     @property

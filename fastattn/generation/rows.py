@@ -1,4 +1,4 @@
-"""The tokens that were generated, kept on the host: which rows are finished, and what of each may be given."""
+"""The generated tokens, kept on the host: which rows are finished, and which tokens may be returned already."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row:
         self.ends, self.limit, self.text = ends, limit, text
 
     def append(self, token: int) -> None:
-        """A token was chosen; of one that completes a stop string, only what is before the string stays."""
+        """Append a chosen token; if it completes a stop string, the tokens of the string are removed."""
         if token == NOT_FINITE:
             refuse_not_finite(len(self.ids))
         self.ids.append(token)
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def given(self) -> int:
-        """How many of the tokens can be no part of a stop string."""
+        """How many of the first tokens cannot belong to a stop string."""
         if self.text is None or not self.text.stops.strings:
             return len(self.ids)
         return self.text.safe
@@ -70,7 +70,7 @@ class Rows:
         return all(row.done for row in self.rows)
 
     def append(self, tokens: Tensor) -> Tensor:
-        """Tokens (R,) were chosen; returns them, with padding in finished rows."""
+        """Append chosen tokens (R,); returns them with padding in finished rows."""
         ended = False
         padded = any(row.done for row in self.rows)
         for row, token in zip(self.rows, tokens.tolist()):
@@ -84,7 +84,7 @@ class Rows:
         return tokens
 
     def tensor(self, like: Tensor) -> Tensor:
-        """The continuations (R, longest), with padding behind the shorter ones; of no rows (0, max_new_tokens)."""
+        """The continuations (R, longest), padded on the right; (0, max_new_tokens) if there are no rows."""
         longest = max((len(row.ids) for row in self.rows), default=self.room)
         ids = [row.ids + [self.pad] * (longest - len(row.ids)) for row in self.rows]
         return torch.tensor(ids, dtype=like.dtype, device=like.device).view(len(self.rows), longest)

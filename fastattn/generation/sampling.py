@@ -1,4 +1,4 @@
-"""What is done to logits before a token is chosen, and how one is drawn. Definitions are those of transformers.
+"""Penalties and filters on logits, and how a token is drawn. Definitions are those of transformers.
 
 A token is drawn by inverting the distribution's cumulative sum at one uniform number. That number is a function of the
 seed, the stream and the position in the continuation alone, so that a draw depends on nothing else in the batch.

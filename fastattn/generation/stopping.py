@@ -17,11 +17,11 @@ def special_tokens(
     pad_token_id: int | None,
     by_text: bool = False,
 ) -> tuple[list[int], int]:
-    """End tokens and the padding token. by_text: rows of several may end at a string, and so need padding.
+    """End tokens and the padding token. by_text: rows of a batch may end at a string, and so need padding.
 
-    Ids that a caller does not give are those of the model's generation_config, else of its config. A caller's must be
-    in the vocabulary. Configs may name ids beyond it, as small models with GPT-2's defaults do: such an end token ends
-    nothing, and such a padding token is refused where a row could need it.
+    Ids that are None are taken from the model's generation_config, else from its config. Given ids must be in the
+    vocabulary. Configs may name ids beyond it, as small models with GPT-2's defaults do: such an end token is ignored,
+    and such a padding token is refused if a row could need it.
     """
     size, config_pad = model.config.vocab_size, _default(model, "pad_token_id")
     if eos_token_id is None:
@@ -71,7 +71,7 @@ def _token_id(name: str, token: object, size: int) -> int:
 
 
 class StopStrings:
-    """Lets text through that comes in pieces, up to the first stop string in it.
+    """Passes on text that arrives in pieces, up to the first stop string.
 
     The first is the one that ends first; of those that end together, the longest. So the cut does not depend on the
     pieces. Characters that may begin a stop string are held back until that is decided.
@@ -83,7 +83,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """What may be let through after these characters; sets `found` where a stop string is complete."""
+        """The text that can be passed on after these characters; sets `found` if a stop string is complete."""
         if self.found or not text:
             return ""
         start = len(self.held)

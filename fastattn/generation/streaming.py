@@ -7,10 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fastattn.generation.decoding import continuations, evaluating, prepared, rows_of
+from fastattn.generation.decoding import continuations, prepared, rows_of
 from fastattn.generation.options import Options
 from fastattn.generation.protocol import CausalLM, Decodes, Seq2SeqLM
 from fastattn.generation.rows import Row
+from fastattn.nn.modes import evaluating
 
 SOURCE_OPTIONS = ("decoder_input_ids", "token_type_ids")  # of an encoder-decoder's `continuation`
 
@@ -27,8 +28,8 @@ def stream_text(
 
     An encoder-decoder gives the text of a source's target.
 
-    A piece never ends within a character, and nothing of a stop string is given: what may be the beginning of one is
-    held back until that is decided. Bytes at the very end that are no whole character are left out.
+    A piece never ends within a character and never holds a part of a stop string: text that may begin one is held back
+    until that is decided. An incomplete character at the very end is left out.
 
     Args:
         input_ids: (1, S) the prompt, or an encoder-decoder's source; attention_mask (1, S) where it is padded.
@@ -56,9 +57,9 @@ def stream_text(
 def stream_ids(
     model: CausalLM | Seq2SeqLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> Iterator[list[int]]:
-    """The ids of a prompt's continuation, some at a time: one each step, more where guesses were right.
+    """The ids of a prompt's continuation in lists: one id a step, more where guesses were right.
 
-    With stop strings an id is given once none of its characters can belong to one. Arguments and errors are those of
+    With stop strings an id is yielded once none of its characters can belong to one. Arguments and errors are those of
     `stream_text`; tokenizer is needed for stop strings only.
     """
     row, steps = _one_row(model, input_ids, attention_mask, options)

@@ -49,7 +49,7 @@ class Detokenizer:
 class RowText:
     """The text of a row's continuation, and which of its tokens may be given with it.
 
-    A token may be given once all its characters may. A token that holds a character of a stop string is never given.
+    A token may be returned once all its characters may. A token with a character of a stop string never is.
     """
 
     def __init__(self, tokenizer: Decodes, prompt: Sequence[int], stop_strings: Sequence[str]) -> None:

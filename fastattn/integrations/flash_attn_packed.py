@@ -93,7 +93,7 @@ def signed_softmax(
 ) -> Tensor:  # fmt: skip
     """(B, H, longest Sq, longest Sk), the softmax of every sequence with a minus sign on what was dropped, 0 beyond it.
 
-    every: sequence n counts where n is a multiple of it; the others are gaps.
+    every: only sequences whose number is a multiple of it count; the others are gaps.
     """
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     numbers = range(0, len(lengths_q), every)

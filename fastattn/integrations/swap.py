@@ -53,7 +53,7 @@ class SwapReport:
 
 
 def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
-    """Run the attention of every module in `model` that can on `fastattn.attention`, in place.
+    """Make every module in `model` that can use `fastattn.attention` use it, in place.
 
     `torch.nn.MultiheadAttention`: its class becomes `fastattn.MultiHeadAttention`; the module itself stays, and with it
     its parameters (so optimizers go on), hooks, mode, dtype and device, and every reference to it. transformers models:
@@ -186,7 +186,7 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 def _sharded() -> tuple[type, ...]:
-    """The class that `fully_shard` mixes in, where this torch has it."""
+    """The mixin class of `fully_shard`, or None if this torch has none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return tuple(filter(None, (getattr(fsdp, "FSDPModule", None),)))
 

@@ -222,7 +222,7 @@ def register() -> None:
 
 
 class _FlashOverrides:
-    """torch's flash-attention ops on a dispatch key, ours until removed."""
+    """Overrides of torch's flash-attention ops for a dispatch key, until `remove`."""
 
     def __init__(self, dispatch_key: str) -> None:
         self._library: torch.library.Library | None = torch_compat.override_flash_attention(

@@ -189,7 +189,7 @@ _MAKERS: tuple[tuple[str, set[str], Callable[..., Pattern | None], tuple[Any, ..
 
 @lru_cache(maxsize=1)
 def known_makers() -> dict[Any, Callable[..., Pattern | None]]:
-    """By code object, how to read a mask function: of those that this version makes, and that mean what they did."""
+    """Code object -> how to read a mask function, for those of the installed version that still mean the same."""
     readers: dict[Any, Callable[..., Pattern | None]] = {}
     for name, variables, reader, example in _MAKERS:
         make = compat.masking(name)

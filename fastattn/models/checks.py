@@ -23,7 +23,7 @@ def check_range(name: str, ids: Tensor, size: int, limit: str) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values may decide: not in a program that is recorded for other values, nor where that would wait."""
+    """Whether code may depend on the values: not in a recorded program, nor where reading them would synchronise."""
     return tensor.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 

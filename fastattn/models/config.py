@@ -32,7 +32,7 @@ FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Derived(int):
-    """A size that was computed from others, and is again where those change."""
+    """A size computed from other fields; copies with other fields compute it again."""
 
 
 @dataclass
@@ -58,8 +58,8 @@ class GPTConfig:
         window: how many keys each query sees, itself included; None for all.
         layer_types: for each layer "full_attention" or "sliding_attention", which alone has the window; every layer has
             it by default.
-        qk_norm: an RMSNorm over each head's queries and keys; beside norm="rmsnorm" with its epsilon and offset, else
-            with the least that the dtype adds to 1, as torch.nn.RMSNorm has it.
+        qk_norm: an RMSNorm over each head's queries and keys; with norm="rmsnorm" its epsilon and offset are those of
+            the other norms, else the epsilon is the dtype's eps, as in torch.nn.RMSNorm.
         query_pre_attn_scalar: scores are multiplied by its -1/2 power; head_dim by default.
         attn_logit_softcapping: scores become cap * tanh(scores / cap).
         final_logit_softcapping: the same of the logits.
@@ -83,9 +83,9 @@ class GPTConfig:
         tie_word_embeddings: one matrix for the token embedding and the output.
         layer_norm_epsilon, initializer_range: as named, for either norm.
         bos_token_id, eos_token_id, pad_token_id: ids `generate` uses by default, None for none.
-        train_pad_embedding: whether the embedding of pad_token_id has a gradient where that token is read, which it
-            has not in transformers' Llama, Mistral, Qwen and Gemma.
-        model_type: the family in whose format it is saved if that can hold it; None for the first that can.
+        train_pad_embedding: whether the embedding of pad_token_id gets a gradient from inputs; it does not in
+            transformers' Llama, Mistral, Qwen and Gemma.
+        model_type: the family in whose format it is saved if that can hold the config; None for the first that can.
 
     Raises:
         ValueError: a field has the wrong type or is out of range, or fields do not fit each other.
@@ -153,7 +153,7 @@ class GPTConfig:
         self._check_fit()
 
     def _check_fit(self) -> None:
-        """Fields that do not go together, refused by the one that is out of place."""
+        """Refuse fields that do not go together; the message names the one that is out of place."""
         if self.n_head % self.kv_heads:
             raise ValueError(f"num_kv_heads: got {self.kv_heads}, which does not divide n_head={self.n_head}")
         derived = isinstance(self.head_dim, Derived)
@@ -166,7 +166,7 @@ class GPTConfig:
         if self.positions == "rotary" and self.head_dim % 2:
             origin = "n_embd / n_head = " if derived else "head_dim="
             raise ValueError(f"positions: rotary needs an even head dim, got {origin}{self.head_dim}")
-        needs = {  # a field that means something only beside another
+        needs = {  # fields that have a meaning only together with another
             "rope_scaling": (self.rope_scaling is not None, self.positions == "rotary", "positions='rotary'"),
             "rope_local_base_freq": (
                 self.rope_local_base_freq is not None,

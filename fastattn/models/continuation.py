@@ -1,4 +1,4 @@
-"""The target of an encoder-decoder in `fastattn.generation`'s protocol: a causal model that has read a source."""
+"""An encoder-decoder's decoder as a causal model in `fastattn.generation`'s protocol."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from fastattn.models.decodable import can_decode
 from fastattn.models.decoder import GPT
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
-from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.models.steps import GPTDecoder
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import KVCache
 
 
 class Continuation:
-    """A decoder behind sources, which are encoded when its first token is asked for.
+    """A decoder that reads encoded sources; they are encoded when the first token is asked for.
 
-    encode: given whether results may not depend on the batch, the sources' `Memory`.
+    encode: encode(batch_invariant) returns the `Memory` of the sources.
     """
 
     def __init__(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import torch_compat
-from fastattn.constants import IGNORE_INDEX, MAX_INT32
+from fastattn.constants import MAX_INT32
 from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
-from fastattn.models.checks import check_flags, check_ids, check_range, readable
+from fastattn.models.checks import check_flags, check_ids, check_range
 from fastattn.models.config import FULL, GPTConfig
-from fastattn.models.losses import check_targets, mean_loss, mean_loss_of
-from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.models.decodable import can_decode
+from fastattn.models.decoder_inputs import count_positions, next_tokens, visibility
+from fastattn.models.losses import mean_loss, mean_loss_of
+from fastattn.models.steps import GPTDecoder
 from fastattn.models.tied import TiedWeight, shares_gradient
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
@@ -26,14 +27,7 @@ from fastattn.nn.int8 import check_kind
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, linear
 from fastattn.nn.norms import RMSNorm, normalised
-from fastattn.nn.positions import (
-    RotaryTable,
-    lengths_of_segments,
-    positions_from_mask,
-    positions_in_segments,
-    positions_of_tokens,
-    sinusoids,
-)
+from fastattn.nn.positions import RotaryTable, lengths_of_segments, sinusoids
 from fastattn.nn.rows import forget
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 
@@ -60,7 +54,7 @@ class GPT(Pretrained, nn.Module):
 
     families = DECODERS
     generates = True
-    shifts_labels = True  # a row's first label is never a target; what counts targets asks for this
+    shifts_labels = True  # a row's first label is never a target; code that counts targets reads this
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -111,7 +105,7 @@ class GPT(Pretrained, nn.Module):
             output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
                 memory that grows with S * S.
             memory: an encoder's output, which a model with config.add_cross_attention reads; optional.
-            labels_aligned: labels stand at the positions that predict them, as an `EncoderDecoder`'s do.
+            labels_aligned: labels[:, s] is the target at position s, as in an `EncoderDecoder`.
 
         Raises:
             TypeError: a list or a number stands where a tensor belongs, or the reverse.
@@ -137,8 +131,8 @@ class GPT(Pretrained, nn.Module):
             raise ValueError("memory: this model has no cross-attention, needs config.add_cross_attention")
         targets = None
         if labels is not None:
-            targets = _next_tokens(labels, segment_ids, config.vocab_size, aligned=labels_aligned)
-        visible = _visibility(attention_mask, segment_ids, input_ids.shape[1])
+            targets = next_tokens(labels, segment_ids, config.vocab_size, aligned=labels_aligned)
+        visible = visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = count_positions(input_ids, attention_mask, segment_ids, past, config)
 
@@ -217,7 +211,7 @@ class GPT(Pretrained, nn.Module):
         return logits[:, -1]
 
     def decoder(self, batch: int, capacity: int, *, batch_invariant: bool = False) -> GPTDecoder | None:
-        """Steps of generation that check nothing, see `GPTDecoder`; None where modules were replaced or have hooks."""
+        """A `GPTDecoder`, whose steps skip the checks of forward; None where modules were replaced or have hooks."""
         return (
             GPTDecoder(self, batch, capacity, batch_invariant=batch_invariant) if can_decode(self) else None
         )
@@ -384,60 +378,3 @@ def _block(config: GPTConfig, kind: str) -> PreNormBlock:
     return make(
         attn, mlp, norm=norm, sandwich=config.sandwich_norms, dropout=config.resid_pdrop, cross_attn=cross
     )
-
-
-def _visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
-    """The options of attention by which only real tokens of one document see each other."""
-    if attention_mask is None:
-        return {"segment_ids": segment_ids}
-    if segment_ids is None and seqlen == 1:
-        return {"key_padding_mask": attention_mask == 0}  # (B, past + 1): one call decodes the whole batch
-    real = attention_mask != 0
-    if segment_ids is not None:
-        ids = torch.where(real, segment_ids, -1)
-    elif readable(real) and bool(real.all()):
-        return {}  # without padding the call stays dense; elsewhere than on a CPU asking would synchronise
-    else:
-        ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
-    return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
-
-
-def count_positions(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    segment_ids: Tensor | None,
-    past: int,
-    config: GPTConfig,
-) -> Tensor:
-    """Positions (B, S), or (S,) where all rows agree: the number of earlier tokens of the same document.
-
-    With a position_offset they begin there, and padding tokens are at the row before.
-    """
-    offset, pad = config.position_offset, config.pad_token_id
-    if segment_ids is not None:
-        positions = positions_in_segments(segment_ids)
-    elif attention_mask is not None:
-        positions = positions_from_mask(attention_mask)[:, past:]
-    elif offset:
-        return positions_of_tokens(input_ids, pad, offset, past)
-    else:
-        return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-    if not offset:
-        return positions
-    return (
-        positions + offset if pad is None else torch.where(input_ids == pad, offset - 1, positions + offset)
-    )
-
-
-def _next_tokens(
-    labels: Tensor, segment_ids: Tensor | None, vocab_size: int, *, aligned: bool = False
-) -> Tensor:
-    """(B, S) int64: the label that follows each position, or stands at it, IGNORE_INDEX where none counts."""
-    targets = labels.long()
-    if not aligned:
-        targets = F.pad(targets, (0, 1), value=IGNORE_INDEX)[:, 1:]  # shifting labels copies no logits
-    if segment_ids is not None:
-        following = segment_ids if aligned else F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
-        targets = torch.where((following == segment_ids) & (segment_ids >= 0), targets, IGNORE_INDEX)
-    check_targets("labels", targets, vocab_size, "vocab_size")
-    return targets

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.generation.decoding import evaluating
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import read_json, resolve_folder
 from fastattn.models.encoder import Bert
 from fastattn.models.fields import flag, one_of, or_none
 from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.nn.modes import evaluating
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import is_integer
 
@@ -38,8 +38,8 @@ class EmbeddingOutput(NamedTuple):
 class BertForEmbedding(PretrainedEncoder, nn.Module):
     """A vector for each text: an encoder, a pooling over the real tokens, and a scaling to length 1 if `normalize`.
 
-    Folders are sentence-transformers': modules.json says pooling and scaling. One without it, of a bare encoder, gets
-    mean pooling, not scaled, as sentence-transformers has it. Reimers & Gurevych 2019.
+    Folders are sentence-transformers': modules.json has the pooling and the scaling. A folder without it, of a bare
+    encoder, gets mean pooling without scaling, as in sentence-transformers. Reimers & Gurevych 2019.
     """
 
     with_prefix = False
@@ -68,7 +68,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> EmbeddingOutput:
-        """Vectors (B, E); the arguments are those of `Bert.forward`, which says what is raised."""
+        """Vectors (B, E); arguments and errors are those of `Bert.forward`."""
         x, tokens, hidden_states, attentions = self.bert.encode_tokens(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
@@ -99,12 +99,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
                 raise TypeError(f"texts[{index}]: got {type(text).__name__}, needs str")
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size!r}, needs a positive integer")
-        if prompt is not None and not isinstance(prompt, str):
-            raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
-        front = self._prompt(prompt_name) if prompt is None else prompt
-        core = self.tokenizer
-        prepared = [front + (text.lower() if self.lower_case else text) for text in cast("list[str]", listed)]
-        ids = [encoding.ids for encoding in core.encode_batch(prepared)]
+        prepared = self.prepared(cast("list[str]", listed), prompt_name=prompt_name, prompt=prompt)
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(prepared)]
         device = self.bert.embeddings.word_embeddings.weight.device
         dtype = self.bert.embeddings.word_embeddings.weight.dtype
         out = torch.empty(len(ids), self.config.hidden_size, device=device, dtype=dtype)
@@ -116,6 +112,15 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
                 embeddings = self(batch.to(device), None if mask is None else mask.to(device)).embeddings
                 out[torch.tensor(chosen, device=device)] = embeddings
         return out[0] if single else out
+
+    def prepared(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None
+    ) -> list[str]:
+        """Texts as they are tokenised: in lower case where the folder asks for that, behind the prompt of `encode`."""
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
+        front = self._prompt(prompt_name) if prompt is None else prompt
+        return [front + (text.lower() if self.lower_case else text) for text in texts]
 
     @property
     def tokenizer(self) -> Any:
@@ -151,8 +156,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
 
         Args:
             path_or_id: a folder, or a repository's name on the hub.
-            pooling, normalize: in place of what the folder says.
-            options: as in `Pretrained.from_pretrained`, which says what is raised besides.
+            pooling, normalize: override the folder's.
+            options: those of `Pretrained.from_pretrained`, whose errors apply too.
 
         Raises:
             ValueError: the folder has modules, or a pooling, that are not computed here; the message names them.
@@ -212,7 +217,7 @@ def encoder_folder(path_or_id: str | Path) -> Path:
 
 
 class _Layout(NamedTuple):
-    """What a sentence-transformers folder says beside its encoder."""
+    """The settings of a sentence-transformers folder besides its encoder."""
 
     encoder: str = ""  # its folder within
     pooling: str = "mean"

@@ -32,7 +32,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What heads read: tokens in a row, without padding."""
+    """The input of heads: packed tokens, without padding."""
 
     x: Tensor  # (T, E), the last hidden state
     tokens: Tokens  # where they stand
@@ -43,10 +43,9 @@ class Encoded(NamedTuple):
 class Bert(PretrainedEncoder, nn.Module):
     """Token, position and type embeddings and `num_hidden_layers` blocks of self-attention, without a head.
 
-    Padding costs nothing: real tokens are packed in a row, and so go through every layer and head, forward and
-    backward; outputs are padded back with 0. What padding holds, even NaN, changes nothing. Programs that are recorded
-    before the mask is known (torch.compile, export, CUDA graphs) compute padding too, so that one program serves every
-    length.
+    Padding costs nothing: real tokens are packed for every layer and head, forward and backward, and outputs are padded
+    back with 0. Values at padding, even NaN, change nothing. Programs that are recorded before the mask is known
+    (torch.compile, export, CUDA graphs) compute padding too, so that one program serves every length.
 
     As in transformers, learned positions are columns: padding on the left shifts them, so pad on the right, or give
     position_ids. "First token" is a sequence's first real one wherever the padding is. A row of padding alone gives 0,
@@ -117,7 +116,7 @@ class Bert(PretrainedEncoder, nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Encoded:
-        """What `forward` pads: the hidden states of real tokens, (T, E), for heads that go on with these."""
+        """The hidden states of real tokens, (T, E), which heads take and `forward` pads to (B, S, E)."""
         check_flags(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         batch, seqlen = self._check_inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
@@ -137,7 +136,7 @@ class Bert(PretrainedEncoder, nn.Module):
         tables = self._rotary_tables(positions, x.dtype)
         states, weights = [], []
         for layer, kind in zip(self.layers, self.config.kinds_of_layers):
-            if output_hidden_states:  # kept, each is memory that the next layer could have
+            if output_hidden_states:  # otherwise the next layer can reuse the memory
                 states.append(x)
             x, shown = layer(x, tokens, rotary=tables.get(kind), weights=output_attentions)
             weights.append(shown)
@@ -151,7 +150,7 @@ class Bert(PretrainedEncoder, nn.Module):
 
     @classmethod
     def fitted(cls, config: BertConfig, family: Family, names: frozenset[str]) -> tuple[BertConfig, Family]:
-        """Without a pooler where the folder has none, as a masked LM's."""
+        """The config without a pooler if the folder has none, as that of a masked LM."""
         if config.pooler and "pooler.dense.weight" not in names:
             config = replace(config, pooler=False)
         return super().fitted(config, family, names)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.generation import generate
-from fastattn.generation.decoding import evaluating
 from fastattn.models.checkpoint import (
     ENCODER_DECODERS,
     Family,
@@ -26,12 +25,14 @@ from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_f
 from fastattn.models.checkpoint.load import Uninitialised, float_dtype
 from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
-from fastattn.models.decoder import GPT, count_positions
+from fastattn.models.decoder import GPT
+from fastattn.models.decoder_inputs import count_positions
 from fastattn.models.encoder import Bert, Encoded
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.losses import check_targets
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.linear import Linear
+from fastattn.nn.modes import evaluating
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
@@ -89,12 +90,12 @@ class EncoderDecoder(Pretrained, nn.Module):
         Args:
             input_ids: (B, Ss) the source's token ids.
             attention_mask: (B, Ss), nonzero = a real token of the source.
-            decoder_input_ids: (B, S) the target's ids that are read, positions being the columns; by default the
-                labels shifted right by one behind config.decoder_start_token_id, -100 as config.pad_token_id.
-            decoder_attention_mask: (B, S), nonzero = a real token of the target; by default all, or with
-                decoder_input_ids made of labels those that are no padding, and the first.
-            labels: (B, S), the token that is to be written at each position, -100 is ignored, as are those where the
-                target read is padding.
+            decoder_input_ids: (B, S) the decoder's input; positions are columns (RoBERTa's skip padding). By default
+                config.decoder_start_token_id and then the labels but the last, with config.pad_token_id for -100.
+            decoder_attention_mask: (B, S), nonzero = a real token. By default all are; where decoder_input_ids are made
+                from labels, the first and all that are not padding.
+            labels: (B, S), the target at each position; -100 is ignored, and so are labels where the decoder's input is
+                padding.
             token_type_ids: (B, Ss) of the source.
             return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
                 gradients.
@@ -152,15 +153,15 @@ class EncoderDecoder(Pretrained, nn.Module):
         token_type_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """The targets of sources, (B * num_return_sequences, P + n) ids with the P that they begin with.
+        """Ids of the targets, (B * num_return_sequences, P + n): the P given tokens and n new ones.
 
-        The source is encoded once, and the keys and values of cross-attention are made once for each source, whatever
-        the number of steps and beams; padding of the source is left out.
+        Each source is encoded once and its cross-attention keys and values are computed once, for all steps and beams;
+        padding of the source is left out.
 
         Args:
             input_ids: (B, Ss) the source's token ids; attention_mask and token_type_ids (B, Ss) as in `forward`.
-            decoder_input_ids: (B, P) what targets begin with; by default decoder_start_token_id of generation_config
-                or config, else bos_token_id.
+            decoder_input_ids: (B, P) the first tokens of the targets; by default decoder_start_token_id of
+                generation_config or config, else bos_token_id.
             options: those of `fastattn.generation.generate`, such as max_new_tokens, num_beams, do_sample, seed.
 
         Raises:
@@ -206,14 +207,14 @@ class EncoderDecoder(Pretrained, nn.Module):
         dtype: torch.dtype | str | None = None,
         **tokens: Any,
     ) -> Model:
-        """A model of two checkpoints, in eval mode: the start of training.
+        """A model from two checkpoints, in eval mode, as a start for training.
 
-        What the decoder's folder does not have, its cross-attention, is initialised and named in `load_report.new`, as
-        is a projection between different widths.
+        Cross-attention, which the decoder's folder does not have, is initialised and named in `load_report.new`, and so
+        is the projection between different widths.
 
         Args:
             encoder: a folder or hub repository that `Bert.from_pretrained` reads.
-            decoder: one of BERT, whose head is new where the folder has none, or of GPT-2.
+            decoder: one of BERT or RoBERTa, whose head is new where the folder has none, or of GPT-2.
             dtype: of the weights; None for what the encoder's config.json says.
             tokens: decoder_start_token_id, pad_token_id, bos_token_id, eos_token_id of `EncoderDecoderConfig`.
 
@@ -234,10 +235,9 @@ class EncoderDecoder(Pretrained, nn.Module):
         with torch.device("meta"), Uninitialised():
             writer = GPT(config.decoder)
         weights = open_weights(folder)
-        # of a BERT without a head only the tied weight is there, and the head's bias is as new as its transform
-        headless = config.decoder.lm_transform and not any(
-            ".predictions." in name for name in weights.names()
-        )
+        transform = [part.theirs[0] for part in family.parts if part.ours == "lm_transform.dense.weight"]
+        # without a head the folder may still hold the tied weight, but the head's bias is as new as its transform
+        headless = bool(transform) and transform[0] not in set(map(family.plain, weights.names()))
         report = load_weights(
             writer, config.decoder, family, weights, new=(*NEW_IN_DECODER, "lm_transform.*", "lm_head.*"),
             fresh=("lm_head.bias",) if headless else (), dtype=reader.embeddings.word_embeddings.weight.dtype,
@@ -286,7 +286,7 @@ class EncoderDecoder(Pretrained, nn.Module):
     def _read_one_by_one(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> Encoded:
-        """The encoder's output of each source as if it came alone, without its padding."""
+        """The encoder's output of each source, encoded by itself without its padding."""
         encoder = self.encoder
         batch, seqlen = input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
@@ -313,7 +313,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         )
 
     def _shifted(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """decoder_input_ids of labels (B, S), and which of them are real."""
+        """decoder_input_ids (B, S) made from labels (B, S), and a bool mask of those that are not padding."""
         check_tensor("labels", labels)
         if labels.dim() != 2 or labels.dtype not in INTEGER_DTYPES:
             got = f"{labels.dtype} of shape {tuple(labels.shape)}"

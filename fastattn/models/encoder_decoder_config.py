@@ -53,24 +53,24 @@ class EncoderDecoderConfig:
                 setattr(self, name, self._of_decoder(name))
 
     def _of_decoder(self, name: str) -> Any:
-        """The decoder's token; none where that is beyond the vocabulary, as in small models with GPT-2's defaults."""
+        """The decoder's token; None if it is beyond the vocabulary, as in small models with GPT-2's defaults."""
         value = getattr(self.decoder, name)
         tokens = value if isinstance(value, (list, tuple)) else [value]
         return value if all(token is not None and token < self.vocab_size for token in tokens) else None
 
     @property
     def model_type(self) -> str:
-        """Of config.json."""
+        """The model_type in config.json."""
         return MODEL_TYPE
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the decoder."""
+        """The decoder's vocabulary size."""
         return self.decoder.vocab_size
 
     @property
     def initializer_range(self) -> float:
-        """Of weights that a folder does not have."""
+        """The standard deviation of initialised weights that a folder does not have."""
         return self.decoder.initializer_range
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class EncoderDecoderConfig:
 
 
 BERT_DECODERS = ("bert", "roberta")  # encoders' model types that are decoders too, with cross-attention
-# BertConfig -> GPTConfig, of what a BERT says as a decoder.
+# Field of BertConfig -> field of GPTConfig, for a BERT that is used as a decoder.
 BERT_FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "n_positions",

@@ -1,4 +1,4 @@
-"""The model of any folder: config.json says which class."""
+"""Loads the model of any folder; its config.json names the class."""
 
 from __future__ import annotations
 

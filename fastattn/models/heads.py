@@ -8,21 +8,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import torch_compat
-from fastattn.constants import IGNORE_INDEX
-from fastattn.models.bert_config import PROBLEM_TYPES, BertConfig
-from fastattn.models.encoder import Bert, Encoded, initialise
-from fastattn.models.losses import check_targets, mean_loss, mean_loss_of, widened
+from fastattn.models.bert_config import BertConfig
+from fastattn.models.encoder import Bert, initialise
+from fastattn.models.head_losses import (
+    binary_loss,
+    checked_classes,
+    masked_lm,
+    position_loss,
+    text_loss,
+    token_targets,
+)
+from fastattn.models.losses import mean_loss_of
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import Transform
 from fastattn.nn.linear import Linear
-from fastattn.nn.unpadding import Tokens
-from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
-
-REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
 
 
 class MaskedLMOutput(NamedTuple):
@@ -35,7 +36,7 @@ class MaskedLMOutput(NamedTuple):
 
 
 class PreTrainingOutput(NamedTuple):
-    """The output of BERT's two heads of pre-training; loss is the sum of those that labels were given for."""
+    """The output of BERT's two pre-training heads; loss is the sum over the heads that have labels."""
 
     loss: Tensor | None  # ()
     prediction_logits: Tensor | None  # (B, S, V), as MaskedLMOutput.logits
@@ -74,7 +75,7 @@ class QuestionAnsweringOutput(NamedTuple):
 
 
 class BertForMaskedLM(PretrainedEncoder, nn.Module):
-    """The words behind masks: an encoder, a dense layer with activation and norm, and the token embedding as output."""
+    """A masked language model: an encoder, a dense layer with activation and norm, and a linear output layer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -122,7 +123,7 @@ class BertForMaskedLM(PretrainedEncoder, nn.Module):
 
 
 class BertForPreTraining(PretrainedEncoder, nn.Module):
-    """BERT as it was trained: `BertForMaskedLM`'s head, and whether the second sentence follows the first."""
+    """BERT with both pre-training heads: `BertForMaskedLM`'s, and next sentence prediction."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
         output_attentions: bool = False,
         return_logits: bool | None = None,
     ) -> PreTrainingOutput:
-        """Logits of both heads, and the sum of the losses that there are labels for.
+        """Logits of both heads, and the sum of the losses of heads that have labels.
 
         Args:
             labels: as in `BertForMaskedLM.forward`.
@@ -167,7 +168,7 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
         first = encoded.tokens.first(encoded.x)  # (B, E)
         follows = self.seq_relationship(torch.tanh(self.pooler(first)))  # (B, 2)
         if next_sentence_label is not None:
-            targets = _checked_classes("next_sentence_label", next_sentence_label, (follows.shape[0],), 2)
+            targets = checked_classes("next_sentence_label", next_sentence_label, (follows.shape[0],), 2)
             of_next = mean_loss_of(follows, targets)
             loss = of_next if loss is None else loss + of_next
         return PreTrainingOutput(loss, logits, follows, encoded.hidden_states, encoded.attentions)
@@ -178,7 +179,7 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
 
 
 class BertForSequenceClassification(PretrainedEncoder, nn.Module):
-    """Classes or numbers of whole texts: the first token, or the mean of all, through a dense layer to the labels."""
+    """Classification or regression of texts: the first token or the mean of all, a dense layer, a linear layer."""
 
     new_heads = ("head.*", "classifier.*")
 
@@ -226,7 +227,7 @@ class BertForSequenceClassification(PretrainedEncoder, nn.Module):
 
 
 class BertForTokenClassification(PretrainedEncoder, nn.Module):
-    """Classes of tokens, as entities; with one label, whether each token is one (ELECTRA's discriminator)."""
+    """Classification of tokens, such as entities; with one label a binary decision (ELECTRA's discriminator)."""
 
     new_heads = ("head.*", "classifier.*")
 
@@ -270,13 +271,13 @@ class BertForTokenClassification(PretrainedEncoder, nn.Module):
             logits = logits.squeeze(-1)  # (T,)
         loss = None
         if labels is not None:
-            targets = _token_targets("labels", labels, tokens, 2 if binary else logits.shape[-1])
-            loss = _binary_loss(logits, targets) if binary else mean_loss_of(logits, targets)
+            targets = token_targets("labels", labels, tokens, 2 if binary else logits.shape[-1])
+            loss = binary_loss(logits, targets) if binary else mean_loss_of(logits, targets)
         return ClassifierOutput(loss, tokens.pad(logits), encoded.hidden_states, encoded.attentions)
 
 
 class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
-    """Where in a text the answer to a question starts and ends."""
+    """Extractive question answering: logits of each token to be the first and the last of the answer."""
 
     new_heads = ("head.*", "qa_outputs.*")
 
@@ -322,7 +323,7 @@ class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
         loss = None
         if start_positions is not None and end_positions is not None:
             losses = [
-                _position_loss(name, at, given)
+                position_loss(name, at, given)
                 for name, at, given in (
                     ("start_positions", start, start_positions), ("end_positions", end, end_positions),
                 )
@@ -350,53 +351,6 @@ def lm_transform(config: BertConfig) -> Transform:
     )  # fmt: skip
 
 
-def masked_lm(
-    encoded: Encoded,
-    labels: Tensor | None,
-    head: nn.Module,
-    decoder: nn.Module,
-    keep_logits: bool,
-    vocab_size: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(loss, logits (B, S, V)): the loss of labelled tokens only, logits of all where they are kept."""
-    x, tokens = encoded.x, encoded.tokens
-    logits = decoder(head(x)) if keep_logits else None  # (T, V)
-    padded = None if logits is None else tokens.pad(logits)
-    if labels is None:
-        return None, padded
-    targets = _token_targets("labels", labels, tokens, vocab_size)  # (T,)
-    if logits is not None:
-        return mean_loss_of(logits, targets), padded
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore[attr-defined]
-        labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        x, targets = x.index_select(0, labelled), targets.index_select(0, labelled)
-    h = head(x)
-    if type(decoder) is Linear and not torch_compat.has_hooks(decoder):
-        return mean_loss(h, decoder.weight, targets, decoder.bias), None
-    return mean_loss_of(decoder(h), targets), None
-
-
-def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of logits (B, num_labels), see `BertForSequenceClassification.forward`."""
-    check_tensor("labels", labels)
-    batch, num_labels = logits.shape
-    if problem_type is None:
-        integers = labels.dtype in INTEGER_DTYPES
-        problem_type = REGRESSION if num_labels == 1 else SINGLE_LABEL if integers else MULTI_LABEL
-    if problem_type == SINGLE_LABEL:
-        return mean_loss_of(logits, _checked_classes("labels", labels, (batch,), num_labels))
-    shapes = [(batch, num_labels), (batch,)] if num_labels == 1 else [(batch, num_labels)]
-    if tuple(labels.shape) not in shapes:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, needs {(batch, num_labels)} for {problem_type}"
-        )
-    wide = widened(logits)
-    targets = labels.view(batch, num_labels).to(wide.dtype)
-    if problem_type == REGRESSION:
-        return F.mse_loss(wide, targets)
-    return F.binary_cross_entropy_with_logits(wide, targets)
-
-
 def _tie(model: BertForMaskedLM | BertForPreTraining) -> None:
     if model.config.tie_word_embeddings:
         model.decoder.weight = model.bert.embeddings.word_embeddings.weight
@@ -408,47 +362,6 @@ def _wants_logits(model: nn.Module, labels: Tensor | None, return_logits: bool |
     if not isinstance(return_logits, bool):
         raise TypeError(f"return_logits: got {return_logits!r}, needs True, False or None")
     return return_logits
-
-
-def _token_targets(name: str, labels: Tensor, tokens: Tokens, num_classes: int) -> Tensor:
-    """Labels (B, S) of real tokens, (T,) int64; IGNORE_INDEX at padding that is among them."""
-    targets = _checked_classes(name, labels, (tokens.batch, tokens.seqlen), None)
-    if tokens.real is not None and tokens.places is None:
-        targets = targets.masked_fill(~tokens.real, IGNORE_INDEX)
-    targets = tokens.pack(targets)
-    check_targets(name, targets, num_classes, "the number of classes")
-    return targets
-
-
-def _checked_classes(name: str, labels: Tensor, shape: tuple[int, ...], num_classes: int | None) -> Tensor:
-    check_tensor(name, labels)
-    if tuple(labels.shape) != shape or labels.dtype not in INTEGER_DTYPES:
-        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise ValueError(f"{name}: got {got}, needs integers of shape {shape}")
-    if num_classes is not None:
-        check_targets(name, labels, num_classes, "the number of classes")
-    return labels.long()
-
-
-def _binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy of logits (T,) over the targets that count; NaN where none does."""
-    wide = widened(logits)
-    counted = targets != IGNORE_INDEX
-    losses = F.binary_cross_entropy_with_logits(wide, targets.clamp(min=0).to(wide.dtype), reduction="none")
-    return losses.masked_fill(~counted, 0).sum() / counted.sum()
-
-
-def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
-    """Mean cross-entropy over the columns of logits (B, S); positions outside are ignored."""
-    batch, seqlen = logits.shape
-    check_tensor(name, positions)
-    if tuple(positions.shape) == (batch, 1):
-        positions = positions.squeeze(1)
-    targets = _checked_classes(name, positions, (batch,), None)
-    outside = (targets < 0) | (targets >= seqlen)
-    wide = widened(logits)
-    # by torch: programs that are recorded for any length have any number of classes here
-    return F.cross_entropy(wide, targets.masked_fill(outside, IGNORE_INDEX), ignore_index=IGNORE_INDEX)
 
 
 def _dropout(config: BertConfig) -> float:

@@ -1,4 +1,4 @@
-"""Which tokens a classifier's answer comes from: integrated gradients along the embeddings, through captum."""
+"""Attribution of a classifier's logit to tokens: integrated gradients of the embeddings, with captum."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 
 INSTALL = "pip install 'fastattn[inspect]'"
@@ -56,9 +57,7 @@ def attribute(
     for name, number in (("n_steps", n_steps), ("batch_size", batch_size)):
         if not is_integer(number) or number < 1:
             raise ValueError(f"{name}: got {number!r}, needs a positive integer")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with torch.no_grad():
             logits = model(input_ids, attention_mask, token_type_ids).logits  # (B, num_labels)
         classes = _classes(target, logits)
@@ -85,8 +84,6 @@ def attribute(
             )
         with torch.no_grad():
             without = forward(torch.zeros_like(embeds), real, token_type_ids, positions)
-    finally:
-        model.train(was_training)
     rows = torch.arange(len(classes), device=classes.device)
     summed = scores.sum(-1).masked_fill(real == 0, 0).to(logits.dtype)
     return Attribution(summed, classes, logits[rows, classes], without[rows, classes])
@@ -119,7 +116,7 @@ def _classes(target: int | Tensor | None, logits: Tensor) -> Tensor:
 
 
 def _positions(model: Any, input_ids: Tensor, real: Tensor) -> Tensor:
-    """Positions (B, S) that the model would count from the ids, which the embeddings do not show it."""
+    """Positions (B, S) that the model would compute from the ids, as it gets embeddings instead of ids."""
     batch, seqlen = input_ids.shape
     pad = model.config.pad_token_id or 0
     found: Tensor = model.bert._positions(

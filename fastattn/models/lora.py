@@ -8,179 +8,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models.checkpoint.families import family_for
-from fastattn.models.checkpoint.names import placed
-from fastattn.models.checkpoint.pretrained import Pretrained
-from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
+from fastattn.models.lora_layers import Adapter as Adapter
+from fastattn.models.lora_layers import Block as Block
+from fastattn.models.lora_layers import LoraAttention, LoraLinear
+from fastattn.models.lora_layers import blocks_of as blocks_of
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.int8 import in_numbered_layer
-from fastattn.nn.linear import Linear, linear
+from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import is_integer, is_number
 
 ALL_LINEAR = "all-linear"
-ROUNDINGS = 2  # by which merged and adapted outputs may differ: of the weights, and of the products with them
-_SAMPLE = (2, 32)  # sequences and tokens of each that a merge is compared on
+ROUNDINGS = 2  # that merged and adapted outputs may differ by: rounding of the weights, and of their products
+_SAMPLE = (2, 32)  # (sequences, tokens) of the default example of a merge
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of a weight that are a linear layer of its own in transformers' model, such as the keys' of a packed one."""
-
-    name: str  # of that layer in transformers' model; in a model of no family, of ours
-    ours: str  # of our weight
-    start: int
-    stop: int
-    transposed: bool  # the layer keeps its weight as (in, out)
-
-
-class Adapter(nn.Module):
-    """scale * B A dropout(x): (..., in) -> (..., rows); A (r, in) drawn as torch's linear layers, B (rows, r) zeros."""
-
-    def __init__(
-        self, block: Block, weight: Tensor, *, r: int, alpha: float, dropout: float, rslora: bool
-    ) -> None:
-        super().__init__()
-        self.block, self.r, self.alpha, self.rslora = block, r, alpha, rslora
-        self.scale = alpha / math.sqrt(r) if rslora else alpha / r
-        # trained in float32 where the weights are narrower
-        options: dict[str, Any] = {
-            "device": weight.device,
-            "dtype": torch.promote_types(weight.dtype, torch.float32),
-        }
-        self.lora_A = nn.Parameter(torch.empty(r, weight.shape[1], **options))
-        self.lora_B = nn.Parameter(torch.zeros(block.stop - block.start, r, **options))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., rows), in x's dtype."""
-        low = linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)
-        return (linear(low, self.lora_B) * self.scale).to(x.dtype)
-
-    def weight(self) -> Tensor:
-        """scale * B A, (rows, in), in float64."""
-        return self.scale * (self.lora_B.detach().double() @ self.lora_A.detach().double())
-
-
-class LoraLinear(Linear):
-    """A linear layer with adapters; its own weight stays where it was."""
-
-    lora: nn.ModuleDict
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return linear(input, self.weight, self.bias) + _deltas(
-            input, _of(self.lora, "weight"), self.out_features
-        )
-
-
-class LoraAttention(MultiHeadAttention):
-    """Multi-head attention with adapters on rows of the packed input projection and on the output projection."""
-
-    lora: nn.ModuleDict
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        plain = super()._project(query, key, value)
-        adapters = _of(self.lora, "in_proj_weight")
-        if not adapters:
-            return plain
-        total = self.in_proj_weight.shape[0]
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        same = query is key and key is value
-        wholes = [_deltas(x, adapters, total) for x in ((query,) if same else (query, key, value))]
-        split = [self._split_heads(whole).split(heads, dim=1) for whole in wholes]
-        q, k, v = (p + split[0 if same else i][i] for i, p in enumerate(plain))
-        return q, k, v
-
-    def _project_out(self, out: Tensor) -> Tensor:
-        plain = super()._project_out(out)
-        adapters = _of(self.lora, "out_proj.weight")
-        return plain + _deltas(out, adapters, self.embed_dim) if adapters else plain
-
-
-def _of(lora: nn.ModuleDict, weight: str) -> list[Adapter]:
-    """The adapters on the weight whose name ends so, in the order of its rows."""
-    found = [a for a in lora.values() if isinstance(a, Adapter) and a.block.ours.endswith(weight)]
-    return sorted(found, key=lambda adapter: adapter.block.start)
-
-
-def _deltas(x: Tensor, adapters: Sequence[Adapter], total: int) -> Tensor:
-    """What adapters add to the `total` outputs of one weight, 0 where no adapter is."""
-    pieces, end = [], 0
-    for adapter in adapters:
-        pieces.append(F.pad(adapter(x), (adapter.block.start - end, 0)))
-        end = adapter.block.stop
-    pieces[-1] = F.pad(pieces[-1], (0, total - end))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-
-def blocks_of(model: nn.Module) -> list[Block]:
-    """Every linear layer of a model that an adapter can stand on, under transformers' names where it is a `Pretrained`.
-
-    Left out are weights that other modules share, as a head tied to the embedding: merging would change those too.
-    """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found = [
-        (name, weight) for name, weight in _weights(model) if owners[id(weight)] == 1 and weight.dim() == 2
-    ]
-    rows: dict[str, list[Block]] = {}
-    if isinstance(model, Pretrained):
-        family = family_for(model.config, model.families)
-        for name, place in placed(family, [name for name, _ in found]).items():
-            total = dict(found)[name].shape[0]
-            rows[name] = _consecutive(
-                name,
-                [
-                    (t.removesuffix(".weight"), n)
-                    for t, n in zip(place.theirs, place.part.rows(model.config, total))
-                ],
-                place.part.transposed,
-            )
-    else:
-        for name, weight in found:
-            path, _, leaf = name.rpartition(".")
-            attn = model.get_submodule(path)
-            if leaf == "in_proj_weight" and isinstance(attn, MultiHeadAttention):
-                kv_rows = attn.num_kv_heads * attn.head_dim
-                sizes = zip(("q_proj", "k_proj", "v_proj"), (weight.shape[0] - 2 * kv_rows, kv_rows, kv_rows))
-                parts = [(f"{path}.{n}".lstrip("."), size) for n, size in sizes]
-            else:
-                parts = [(path, weight.shape[0])]
-            rows[name] = _consecutive(name, parts, False)
-    return [block for name, _ in found for block in rows[name]]
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of linear layers with their names."""
-    inner = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for path, module in model.named_modules():
-        front = f"{path}." if path else ""
-        if type(module) in (MultiHeadAttention, LoraAttention):
-            assert isinstance(module, MultiHeadAttention)
-            if module.in_proj_weight is not None:
-                yield front + "in_proj_weight", module.in_proj_weight
-            yield front + "out_proj.weight", module.out_proj.weight
-        elif type(module) in (nn.Linear, Linear, LoraLinear) and id(module) not in inner:
-            yield front + "weight", module.weight
-
-
-def _consecutive(ours: str, parts: Iterable[tuple[str, int]], transposed: bool) -> list[Block]:
-    blocks, start = [], 0
-    for name, size in parts:
-        blocks.append(Block(name, ours, start, start + size, transposed))
-        start += size
-    return blocks
 
 
 def attach(
@@ -192,7 +37,7 @@ def attach(
     *,
     rslora: bool = False,
 ) -> Model:
-    """Put adapters on a model's linear layers and freeze everything else; the model, whose outputs are as before.
+    """Put adapters on a model's linear layers and freeze everything else; returns the model, its outputs unchanged.
 
     Args:
         model: one of ours, or any module with `nn.Linear`, `fastattn.nn.Linear` or `MultiHeadAttention`.
@@ -247,7 +92,7 @@ def adapters_of(model: nn.Module) -> Iterator[Adapter]:
 
 
 def detach(model: Model) -> Model:
-    """Take the adapters away: the model as it was before `attach`, its weights bitwise; they train again."""
+    """Remove the adapters; returns the model with the weights, bitwise, of before `attach`, which train again."""
     _attached(model)
     for module in list(model.modules()):
         if isinstance(module, (LoraLinear, LoraAttention)):
@@ -260,9 +105,9 @@ def detach(model: Model) -> Model:
 
 @torch.no_grad()
 def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
-    """Add the adapters to the weights and take them away, if the merged model gives what the adapted one gave.
+    """Add the adapters to the weights and remove them, if the merged model's outputs equal the adapted model's.
 
-    Both are run on an example before a weight changes for good. Merged outputs may differ by what rounding does: the
+    Both are run on an example first; if they disagree the weights are restored. The outputs may differ by rounding: the
     largest distance from the same model in a wider dtype (float64; float32 for 16-bit weights) is at most twice the
     adapted model's for each of two roundings, of the weights and of the products, plus eps of the dtype times the
     largest output. Of a float64 model, which has no wider one, the adapted outputs count as exact, and their error is
@@ -278,11 +123,9 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
     """
     adapters = _attached(model)
     if not args and not kwargs:
-        kwargs = _example(model)
-    was_training = model.training
-    model.eval()
+        kwargs = dict(_example(model))
     originals = {a.block.ours: model.get_parameter(a.block.ours) for a in adapters}
-    try:
+    with evaluating(model):
         adapted = _outputs(model(*args, **kwargs))
         expected, error = _exact(model, adapted, args, kwargs)
         kept = {name: weight.detach().clone() for name, weight in originals.items()}
@@ -300,8 +143,6 @@ def merge(model: Model, *args: Any, **kwargs: Any) -> Model:
             for name, weight in originals.items():
                 weight.copy_(kept[name])
             raise
-    finally:
-        model.train(was_training)
     return detach(model)
 
 
@@ -372,21 +213,22 @@ def _check_numbers(r: int, alpha: float, dropout: float) -> None:
 
 
 def _example(model: nn.Module) -> dict[str, Tensor]:
-    """Token ids to compare on, the same every time."""
-    config = getattr(model, "config", None)
-    configs = {"input_ids": config}
-    if isinstance(config, EncoderDecoderConfig):
-        configs = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}
-    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-    example = {}
-    for name, sizes in configs.items():
-        vocab = getattr(sizes, "vocab_size", None)
-        if vocab is None:
-            raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
-        longest = min(getattr(sizes, key, _SAMPLE[1]) for key in ("n_positions", "max_position_embeddings"))
-        shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(sizes, "position_offset", 0))))
-        example[name] = torch.randint(0, vocab, shape, generator=generator).to(device)
-    return example
+    """Token ids to compare on, the same every time, by the names that the model's forward has for them."""
+    config: Any = getattr(model, "config", None)
+    parts = {"input_ids": config}
+    if hasattr(config, "encoder"):
+        parts = {"input_ids": config.encoder, "decoder_input_ids": config.decoder}
+    device = next(model.parameters()).device
+    return {name: _random_ids(part).to(device) for name, part in parts.items()}
+
+
+def _random_ids(config: Any) -> Tensor:
+    vocab = getattr(config, "vocab_size", None)
+    if vocab is None:
+        raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
+    longest = min(getattr(config, name, _SAMPLE[1]) for name in ("n_positions", "max_position_embeddings"))
+    shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(config, "position_offset", 0))))
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
 
 
 def _outputs(result: Any) -> Tensor:

@@ -45,7 +45,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 _HONOURED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-_IGNORED = (  # of where adapters are, which the tensors' names say, and of how they were made
+_IGNORED = (  # where adapters are, which follows from the tensors' names, and how they were made
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -74,7 +74,7 @@ _TASKS = (
 
 
 def load_adapter(model: Model, path_or_id: str | Path) -> Model:
-    """Attach the adapters of a PEFT folder or hub repository; the model, frozen but for them, in the mode it was in.
+    """Attach the adapters of a PEFT folder or hub repository; returns the model, with everything else frozen.
 
     r, lora_alpha, use_rslora, lora_dropout and the patterns of ranks and alphas are honoured.
 

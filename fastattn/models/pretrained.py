@@ -1,4 +1,4 @@
-"""Encoders from folders and back: the class's rows of each family, and what folders may lack."""
+"""Reading and writing encoders' folders: the rows of each family for a class, and parameters a folder may lack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
-from fastattn.models.checkpoint.encoders import DISCRIMINATOR, FAMILIES_OF
+from fastattn.models.checkpoint.encoder_names import DISCRIMINATOR
+from fastattn.models.checkpoint.encoders import FAMILIES_OF
 from fastattn.models.checkpoint.pretrained import Pretrained
 
 Model = TypeVar("Model", bound="PretrainedEncoder")

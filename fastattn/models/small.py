@@ -1,4 +1,4 @@
-"""Models of fewer bytes: what bfloat16 or 8-bit weights change in a model's results, measured."""
+"""Measures how bfloat16 or 8-bit weights change a model's results: perplexity, or cosines of embeddings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compare(
 
     Args:
         path_or_id: a folder, or a repository's name on the Hugging Face hub.
-        input_ids: (B, S) token ids: of text as the model reads it, the longer the surer the figure.
+        input_ids: (B, S) token ids of text that is typical for the model; more tokens make the figure more precise.
         attention_mask: (B, S), nonzero = a real token; None for no padding.
         dtype, quantize: as in `load`; one of them at least.
 

@@ -1,4 +1,4 @@
-"""What an encoder made of the sources of a batch, as the keys and values of each layer's cross-attention."""
+"""The keys and values of each layer's cross-attention, computed once from an encoder's output."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Sources:
         self, blocks: Iterable[Any], memory: Memory, batch: int, rows_of: ProductOf, *, invariant: bool
     ) -> None:
         tokens, x = memory.tokens, memory.x
-        if tokens.real is not None and tokens.places is None:  # the padding among them goes
+        if tokens.real is not None and tokens.places is None:  # drop the rows of padding
             x = x[tokens.real.flatten()]
         lengths = tokens.lengths(x.device)
         self.invariant = invariant
-        self.of = torch.arange(batch, device=x.device)  # whose source each sequence has
+        self.of = torch.arange(batch, device=x.device)  # the sequence whose source each one reads
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=x.device)
         self.lengths[: tokens.batch] = lengths.int()
         rows = torch.arange(tokens.batch, device=x.device).repeat_interleave(lengths)  # (T,)

@@ -9,48 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import torch_compat
 from fastattn.models.checks import check_range
-from fastattn.models.config import GPTConfig
+from fastattn.models.decodable import Decodable
 from fastattn.models.sources import Sources
-from fastattn.nn.attention import MultiHeadAttention, keep_forward
-from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
-from fastattn.nn.cross_attention import CrossAttention, Memory
-from fastattn.nn.kv_cache import KVCache
-from fastattn.nn.linear import Linear
+from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.blocks import PreNormBlock
+from fastattn.nn.cross_attention import Memory
 from fastattn.nn.norms import RMSNorm, rms_norm
-from fastattn.nn.positions import Rotary, RotaryTable, apply_rotary, positions_of_tokens, sinusoids
+from fastattn.nn.positions import RotaryTable, apply_rotary, positions_of_tokens, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
 from fastattn.ops.varlen import attention_varlen
 
-PACKED_SHARE = 0.9  # of tokens among ids with their padding, up to which prompts are read without it
+PACKED_SHARE = 0.9  # prompts are packed without padding if at most this share of their ids are real tokens
 Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
-
-
-class Decodable(Protocol):
-    """The parts of a GPT, which imports this file."""
-
-    config: GPTConfig
-    quantized: str | None
-    wte: nn.Embedding
-    wpe: nn.Embedding | None
-    wtt: nn.Embedding | None
-    ln_emb: nn.Module | None
-    rotary: dict[str, Rotary]
-    h: nn.ModuleList
-    ln_f: nn.Module
-    lm_transform: Transform | None
-    lm_head: Linear
-
-    def new_cache(self, batch: int, capacity: int) -> list[KVCache]: ...
 
 
 class _Block(NamedTuple):
@@ -66,50 +45,6 @@ class _Block(NamedTuple):
     cross_out: Rows | None = None
 
 
-def can_decode(model: Decodable) -> bool:
-    """Whether a decoder computes what the model's forward does: the modules are the usual ones, without hooks, adapters
-    or parametrisations, and autocast is off.
-    """
-    if torch.is_autocast_enabled(model.wte.weight.device.type) or torch.compiler.is_compiling():
-        return False
-    expected: list[tuple[nn.Module, type]] = [(model.wte, nn.Embedding), (model.lm_head, Linear)]
-    norm = nn.LayerNorm if model.config.norm == "layernorm" else RMSNorm
-    expected.append((model.ln_f, nn.Identity if model.config.post_norm else norm))
-    expected += [(table, nn.Embedding) for table in (model.wpe, model.wtt) if table is not None]
-    if model.ln_emb is not None:
-        expected.append((model.ln_emb, norm))
-    if (head := model.lm_transform) is not None:
-        expected += [(head, Transform), (head.dense, Linear), (head.norm or nn.Identity(), norm)]
-    kind = PostNormBlock if model.config.post_norm else PreNormBlock
-    for block in model.h:
-        expected.append((block, kind))
-        if type(block) is not kind or type(block.mlp) is not Mlp:
-            return False
-        if (cross := block.cross_attn) is not None:
-            expected += [(cross, CrossAttention), (block.ln_cross or cross, norm)]
-            expected += [(product, Linear) for product in (cross.q, cross.kv, cross.out_proj)]
-        if type(block.attn) is not MultiHeadAttention or not _as_gpt_makes(block.attn):
-            return False
-        mlp = block.mlp
-        expected += [(mlp, Mlp), (mlp.c_fc, Linear), (mlp.c_proj, Linear)]
-        norms = (block.ln_1, block.ln_1_out, block.ln_2, block.ln_2_out)
-        expected += [(module, norm) for module in norms if module is not None]
-        expected.append((block.attn.out_proj, type(block.attn.out_proj)))
-    return all(type(module) is usual and not torch_compat.has_hooks(module) for module, usual in expected)
-
-
-def _as_gpt_makes(attn: MultiHeadAttention) -> bool:
-    hooks = torch_compat.hooks_of(attn)
-    return (
-        hooks is not None
-        and all(hook is keep_forward for hook in hooks)
-        and attn.in_proj_weight is not None
-        and attn.bias_k is None
-        and not attn.add_zero_attn
-        and attn.rotary is None
-    )
-
-
 class GPTDecoder:
     """Caches for `batch` sequences of up to `capacity` tokens, and the steps that fill them.
 
@@ -118,8 +53,8 @@ class GPTDecoder:
 
     batch_invariant: every result has the bits that its sequence has alone: prompts are read one at a time, the products
     of a step are made in blocks of a fixed number of rows, and activations by row.
-    memory: what an encoder made of the first sequences' sources; `reorder` gives the other sequences theirs. Keys and
-    values are made of it once.
+    memory: the encoder's output for the sources of the first sequences; `reorder` copies it to the others. Its keys and
+    values are computed once.
     """
 
     def __init__(
@@ -158,8 +93,8 @@ class GPTDecoder:
         """Read prompts (N, S) into the empty caches of the first N sequences; logits of the token after each, (N, V).
 
         Args:
-            ids: (N, S), N at most the batch; `reorder` gives the other sequences theirs.
-            lengths: (N,), the tokens of each row, which stand first; None = all S.
+            ids: (N, S), N at most the batch; `reorder` copies prompts to the other sequences.
+            lengths: (N,), how many of each row's ids are tokens; they come first. None = all S.
             chunk_size: most tokens of a row that are read at once, which bounds the memory of activations; None = all.
         """
         count, seqlen = ids.shape
@@ -197,7 +132,7 @@ class GPTDecoder:
         count = tokens.shape[1]
         positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
         if self.positions is not None:
-            # a token beyond the last position is a wrong guess, whose logits are of no use
+            # a token beyond the last position is a guess that will be discarded
             positions.clamp_(max=self.positions.shape[0] - 1 - self.model.config.position_offset)
         x = self._embed(tokens, positions)  # (B, n, E)
         attend = self._to_cache_one_by_one if self.invariant else self._to_cache
@@ -275,7 +210,7 @@ class GPTDecoder:
 
     def _mostly_padding(self, ids: Tensor, lengths: Tensor | None) -> bool:
         """Whether reading the tokens alone pays; asked on a CPU only, as it waits for the lengths."""
-        if self.sources is not None:  # which go by rows
+        if self.sources is not None:  # cross-attention needs a row for each sequence
             return False
         return lengths is not None and ids.is_cpu and int(lengths.sum()) <= PACKED_SHARE * ids.numel()
 

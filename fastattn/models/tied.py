@@ -15,7 +15,7 @@ from fastattn import torch_compat
 
 
 def shares_gradient(embedding: nn.Embedding, head: nn.Linear) -> bool:
-    """Whether a `TiedWeight` may stand in: the weight is that of both, and nothing but autograd sees the calls."""
+    """Whether a `TiedWeight` can be used: both share the weight, and nothing but autograd sees the calls."""
     weight = embedding.weight
     return (
         weight is head.weight
@@ -53,12 +53,12 @@ class TiedWeight:
         return x
 
     def head(self) -> Tensor:
-        """The weight for the head; to be called where the head stands."""
+        """The weight for the head's product; to be called right before it."""
         weight: Tensor = _Head.apply(self.weight, self)
         return weight
 
     def leave(self, grad: Tensor) -> bool:
-        """Leave the head's gradient to the embedding; False where that has come by already."""
+        """Hand the head's gradient over to the embedding; False if its backward has run already."""
         task = torch_compat.graph_task()
         if self.taken == task:
             return False
@@ -68,7 +68,7 @@ class TiedWeight:
         return True
 
     def take(self) -> Tensor | None:
-        """The head's gradient; one that an earlier run left, in which nothing asked for the embedding's, is dropped."""
+        """The head's gradient; one left by an earlier run that did not need the embedding's is dropped."""
         self.taken = torch_compat.graph_task()
         grad, own = self.grad, self.task == self.taken
         self.task = self.grad = None

@@ -1,4 +1,4 @@
-"""Multi-head attention: `torch.nn.MultiheadAttention` to its user, running on `fastattn.attention`."""
+"""Multi-head attention with the interface of `torch.nn.MultiheadAttention`, running on `fastattn.attention`."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class MultiHeadAttention(Heads):
             (num_heads + 2 * num_kv_heads) * head_dim rows.
         head_dim: size of a head, embed_dim / num_heads by default; another goes without kdim and vdim.
         out_bias: whether the output projection has a bias; as `bias` by default.
-        scale: what scores are multiplied by, head_dim**-0.5 by default.
-        rotary: True, or a `Rotary`, turns queries and keys by their positions (after qk_norm); query i stands at key
-            position i + S - L, as for window and alibi.
+        scale: factor on the scores, head_dim**-0.5 by default.
+        rotary: True or a `Rotary`: rotary position embedding of queries and keys, after qk_norm. Query i has position
+            i + S - L, as for window and alibi.
         window: (left, right) keys visible around each query; None or -1 is unbounded.
         alibi: True for the standard slopes, or a (H,) tensor: adds -slope * distance; a buffer `alibi_slopes`.
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: True adds a learnable parameter `sinks` (H,), one logit per head that takes weight and carries no value.
-        qk_norm: True normalises each head of q and k by a learned RMSNorm (`q_norm`, `k_norm`); a function of head_dim
-            makes the two norms.
+        qk_norm: True normalises each head of q and k by a learned RMSNorm (`q_norm`, `k_norm`); a function
+            is called with head_dim to make the two norms.
         backend: "auto" or the name of a fastattn backend.
 
     Raises ValueError for options that do not fit together; shapes that torch rejects raise ValueError too (and are
@@ -207,7 +207,7 @@ class MultiHeadAttention(Heads):
         )
 
     def remove_extras(self) -> None:
-        """Take away what `add_extras` gave, leaving exactly a torch module's attributes."""
+        """Remove the attributes that `add_extras` added, leaving exactly a torch module's."""
         for name in _EXTRA_ATTRIBUTES:
             with suppress(AttributeError):
                 delattr(self, name)

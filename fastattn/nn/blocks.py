@@ -1,4 +1,4 @@
-"""The decoder's block: attention, cross-attention and an MLP, each added to the stream, with norms before or behind."""
+"""The decoder's block: attention, cross-attention and an MLP, each added to the residual stream, pre- or post-norm."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ ACTIVATIONS: dict[str, Activation] = {
 class Mlp(nn.Module):
     """c_proj(activation(c_fc(x))), then dropout: (..., E) -> (..., hidden_dim) -> (..., E).
 
-    gated: c_fc makes 2 * hidden_dim outputs, a gate and what it lets through, and c_proj takes
-    activation(gate) * rest: SwiGLU with "silu", GeGLU with a gelu. Shazeer 2020, "GLU Variants Improve Transformer".
+    gated: c_fc has 2 * hidden_dim outputs, the gate and the rest, and c_proj takes activation(gate) * rest:
+    SwiGLU with "silu", GeGLU with a gelu. Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Mlp(nn.Module):
 
 
 def gated_by(activation: Activation, x: Tensor) -> Tensor:
-    """activation(gate) * rest of a gate and a rest side by side: (..., 2 * I) -> (..., I)."""
+    """activation(gate) * rest, where gate and rest are the halves of the last dimension: (..., 2 * I) -> (..., I)."""
     tracked = x.requires_grad and torch.is_grad_enabled()
     if tracked and recorded_by_autograd_alone(x) and without_transforms(x):
         out: Tensor = _Gated.apply(x, activation)
@@ -106,8 +106,8 @@ class Transform(nn.Module):
 class PreNormBlock(nn.Module):
     """x + dropout(attn(ln_1(x))), then x + mlp(ln_2(x)); causal self-attention over (B, S, E).
 
-    norm makes a norm of a width, LayerNorm by default. sandwich: what attention and MLP give goes through norms of its
-    own, `ln_1_out` and `ln_2_out`, before it is added, as in Gemma 2. cross_attn: between the two,
+    norm: function from width to norm module, LayerNorm by default. sandwich: the outputs of attention and MLP have
+    norms of their own, `ln_1_out` and `ln_2_out`, before they are added, as in Gemma 2. cross_attn: between the two,
     x + dropout(cross_attn(ln_cross(x), memory)) where there is a memory.
     """
 

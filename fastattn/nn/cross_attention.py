@@ -1,4 +1,4 @@
-"""Cross-attention: a decoder's tokens read an encoder's, of which only real ones are computed."""
+"""Cross-attention of a decoder's tokens to an encoder's; padding of the encoder's is not computed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastattn.ops.varlen import attention_varlen
 class Memory:
     """An encoder's last hidden state for a decoder to read.
 
-    kept: with a dict, a layer's keys and values are made at its first call and kept there for those that follow, as
-        steps of generation need; they carry no gradient to a second backward.
+    kept: if a dict, each layer's keys and values are computed at its first call and kept there for later calls, for the
+        steps of generation; a second backward cannot go through them.
     """
 
     x: Tensor  # (T, E)
@@ -35,7 +35,7 @@ class Memory:
         return made
 
     def repeated(self, copies: int) -> Memory:
-        """Each sequence so many times, neighbours of each other."""
+        """Each sequence repeated `copies` times, copies next to each other."""
         if copies == 1:
             return self
         tokens = self.tokens

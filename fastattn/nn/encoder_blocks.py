@@ -1,4 +1,4 @@
-"""The encoder's block: self-attention and an MLP over tokens in a row, with norms behind or in front of each."""
+"""The encoder's block: self-attention and an MLP over packed tokens, pre- or post-norm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
 
 
 class EncoderMlp(Mlp):
-    """An `Mlp` with its dropout in front of c_proj; what follows the MLP is its block's."""
+    """An `Mlp` with dropout before c_proj; the dropout after the MLP belongs to the block."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) -> (T, E)."""

@@ -88,7 +88,7 @@ class Heads(nn.MultiheadAttention):
         return (out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
 
     def _place(self, q: Tensor, k: Tensor, table: RotaryTable | None, past: int) -> tuple[Tensor, Tensor]:
-        """Normalise and rotate queries and keys, as far as the module does either."""
+        """Apply qk_norm and rotary embedding to queries and keys, where the module has them."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
@@ -106,7 +106,7 @@ class Heads(nn.MultiheadAttention):
         return q, k
 
     def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v with the learned pair of add_bias_kv, then the zero pair of add_zero_attn, behind them."""
+        """k and v with the learned pair of add_bias_kv and then the zero pair of add_zero_attn appended."""
         if self.bias_k is not None and self.bias_v is not None:
             shape = (k.shape[0], self.num_kv_heads, 1, self.head_dim)
             last_k, last_v = (

@@ -41,7 +41,7 @@ def in_numbered_layer(name: str) -> bool:
 
 
 def quantize_linears(model: nn.Module, kind: str | None) -> int:
-    """Make the `Linear` layers in a model's numbered layers `Int8Linear`, or with None what they were; how many.
+    """Turn the `Linear` layers in a model's numbered layers into `Int8Linear`, or back with None; returns their number.
 
     Raises:
         ValueError: kind is neither "int8" nor None.

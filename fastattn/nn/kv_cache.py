@@ -97,7 +97,7 @@ class KVCache:
         )
 
     def _end_of(self, key: Tensor, value: Tensor) -> int:
-        """How many tokens are held once these are appended; ValueError if they cannot be."""
+        """The number of tokens held after the append; ValueError if they do not fit."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise ValueError("cache: carries no gradient, call under torch.no_grad()")
         needs = (*self.keys.shape[:2], key.shape[2], self.keys.shape[3])
@@ -117,8 +117,8 @@ class KVCache:
 
 
 def _visible_keys(mask: Tensor, query: Tensor) -> Tensor | None:
-    """(B,) int32: visible keys of each sequence, if `mask` (B, 1, 1, Sk) hides only the ends of sequences from one
-    query; None for any other mask, and where reading it would synchronise a GPU."""
+    """(B,) int32, the number of visible keys of each sequence, if `mask` (B, 1, 1, Sk) hides only the last keys of
+    sequences; None for any other mask, and where reading it would synchronise a GPU."""
     batch, _, seqlen_q, _ = query.shape
     if (
         torch.compiler.is_compiling()

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: bool = False) -> Tensor:
-    """x @ weight.T + bias, (..., I) x (O, I) -> (..., O); repeated: the same shapes come many times.
+    """x @ weight.T + bias, (..., I) x (O, I) -> (..., O); repeated: calls with these shapes will come many times.
 
     float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies one row per sequence,
     where BLAS libraries use a single thread or slow kernels, and not every CPU's vector instructions. So do the three
@@ -58,7 +58,7 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """x @ weight.T + bias; the backward makes x by `function` of the sources, which is x itself without one."""
+    """x @ weight.T + bias; the backward recomputes x as function(*sources), or saves x if there is no function."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Norms over the last dimension: RMSNorm with a fused gradient on a CPU, and norms made again in the backward."""
+"""Norms over the last dimension: RMSNorm with a fused gradient on a CPU, and norms recomputed in the backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FUSED_DTYPES = (torch.float32, torch.float64)
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; with `unit_offset`, as in Gemma, * (1 + weight).
 
-    The weight begins as what multiplies by 1. Arithmetic is in float32 at least, and the result has x's dtype.
+    The weight is initialised so that the factor is 1. Arithmetic is in float32 at least, and the result has x's dtype.
     Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
     Args:
@@ -98,7 +98,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x), which the linear layers behind it make again in their backward."""
+    """norm(x), which the linear layers that take it recompute in their backward instead of saving it."""
     if not torch_compat.has_hooks(norm):  # with hooks, what it does is not only the formula
         if type(norm) is nn.LayerNorm:
             return remade(partial(_layer_norm, norm.normalized_shape, norm.eps), x, norm.weight, norm.bias)

@@ -31,6 +31,8 @@ class Rotary:
     def __post_init__(self) -> None:
         if self.dim % 2 or not 0 < self.dim <= self.head_dim:
             raise ValueError(f"rotary_dim: got {self.dim}, needs an even number from 2 to {self.head_dim}")
+        if self.scaling is not None and self.scaling.kind == "dynamic" and self.dim == 2:
+            raise ValueError("scaling: dynamic scaling needs a rotary_dim above 2, got 2")
         if self.base <= 0:
             raise ValueError(f"base: got {self.base}, needs a positive number")
 

@@ -69,7 +69,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Rows:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Rows:
-    """By a weight in oneDNN's order, where it has one of this dtype and reading it is what a product's time goes to."""
+    """The product with a weight packed in oneDNN's order, where oneDNN has one for this dtype and packing pays."""
     least = PACK_MIN_WEIGHTS.get(weight.dtype)
     if least is None or weight.numel() < least or not torch_compat.has_packed_linear(weight.dtype):
         return _linear(weight, bias)
@@ -145,8 +145,8 @@ def _int8_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
 class InBlocks:
     """A product in blocks of a fixed number of rows, the last filled with zeros.
 
-    A kernel may sum in another order for another number of rows, but not for another place in a block, so that a row's
-    bits do not depend on how many there are: benchmarks/rows.py measures which numbers have that property.
+    A kernel's summation order may depend on the number of rows but not on a row's place in a block, so a row's bits do
+    not depend on the other rows: benchmarks/rows.py measures which numbers have that property.
     """
 
     def __init__(self, product: Rows) -> None:
@@ -179,6 +179,6 @@ def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop the copies of a module's weights, which a write through `weight.data` makes stale without a new version."""
+    """Drop the copies of a module's weights; a write through `weight.data` makes them stale unnoticed."""
     for weight in module.parameters():
         _packs.pop(weight, None)

@@ -1,4 +1,4 @@
-"""Padded batches without their padding: real tokens in a row, attention within each sequence, results padded back."""
+"""Padded batches computed without padding: tokens are packed, attend within their sequence and are padded back."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Window = tuple[int, int]
 
 @dataclass
 class Tokens:
-    """Where the T tokens of a batch (B, S) stand; `of` makes it of a mask.
+    """The places of the T tokens of a batch (B, S); `Tokens.of` makes it from a mask.
 
     Three forms, by what is known of the mask:
         dense: no padding, T = B * S.
         packed: T is the number of real tokens, in the order of the batch; nothing is computed for padding.
-        masked: T = B * S with the padding among them, hidden from attention. For programs that are recorded for
-            masks which are not known yet, as T would depend on values: torch.compile, export, captured CUDA graphs.
+        masked: T = B * S including padding, which is hidden from attention. For programs that are recorded before the
+            mask is known, where T must not depend on values: torch.compile, export, captured CUDA graphs.
     """
 
     batch: int
@@ -132,7 +132,7 @@ class Tokens:
         return padded.sum(1) if how == "sum" else padded.amax(1)
 
     def lengths(self, device: torch.device) -> Tensor:
-        """(B,) int64, the tokens of each sequence, on the device of the tokens: without a mask nothing else says it."""
+        """(B,) int64, the number of tokens of each sequence, on `device`."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
         if self.real is not None:
@@ -141,7 +141,7 @@ class Tokens:
 
 
 def _may_read(tensor: Tensor) -> bool:
-    """Whether the number of tokens may be asked for."""
+    """Whether code may depend on the mask's values here."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -48,7 +48,7 @@ def call_arguments(
 ) -> tuple[Any, ...]:
     """The public arguments of `attention`, checked and put in the order of AttentionCall's fields.
 
-    draw: make the seed of a dropout that was given none; without, its place stays None, see `with_drawn_seed`.
+    draw: draw a dropout seed where none was given; if False the seed stays None, see `with_drawn_seed`.
     """
     query, key, value = autocast_qkv(query, key, value)
     check_qkv(query, key, value)
@@ -181,7 +181,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """A torch tensor and nothing else."""
+    """Refuse what is no torch tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, needs a torch.Tensor")
     if tensor.is_nested:
@@ -191,7 +191,7 @@ def check_tensor(name: str, tensor: Any) -> None:
 
 
 def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
-    """The query's device."""
+    """Refuse a tensor on another device than the query's."""
     if tensor.device != query.device:
         raise ValueError(f"{name}: got device {tensor.device}, needs the query's {query.device}")
 

@@ -20,7 +20,7 @@ from fastattn.spec import AttentionCall, VarlenCall, accumulation_dtype
 
 
 def transform_in_use(args: tuple[Any, ...]) -> str | None:
-    """The transform that the fused op would miss, if one is active: the op would drop its tangents silently."""
+    """The active transform that the fused op does not see, if any: the op would drop its tangents silently."""
     if torch_compat.transforms_active(args):
         return "a torch.func transform"
     if torch_compat.dual_level_entered():
@@ -169,7 +169,7 @@ def second_derivative(
 
 
 def _fresh(tensor: Tensor | None) -> Tensor | None:
-    """The same values under an identity of their own: q and k may be one tensor with two gradients."""
+    """A new tensor object with the same values: q and k may be one tensor but need two gradients."""
     if tensor is None:
         return None
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()

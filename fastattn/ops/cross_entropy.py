@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -17,11 +16,10 @@ from fastattn.ops.cross_entropy_registration import (
     check_values,
     composed,
     makes_gradient,
-    reduced,
     run_cross_entropy,
     run_cross_entropy_mean,
 )
-from fastattn.ops.values import may_be_refused
+from fastattn.ops.loss_passes import finished, refuse_early
 from fastattn.spec import CrossEntropyCall, SoftmaxSpec
 
 
@@ -128,15 +126,6 @@ def _planned(*args: Any) -> Tensor:
     return _losses(*settled)
 
 
-def finished(
-    losses: Tensor, divisor: Tensor | None, reduction: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Losses of tokens in the shape of the targets, or reduced."""
-    if reduction == "none":
-        return losses.view(shape).to(dtype)
-    return reduced(losses.sum(), divisor).to(dtype)
-
-
 @spelling.without_unknown
 def explain_cross_entropy(
     logits: Tensor,
@@ -196,9 +185,3 @@ def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:
     if torch.is_grad_enabled() and rows.requires_grad and not made:
         passes["cross_entropy_bwd"] = SoftmaxSpec.of(rows, backward=True)
     return passes
-
-
-def refuse_early(passes: Callable[[], dict[str, SoftmaxSpec]], tensors: tuple[Tensor | None, ...]) -> None:
-    """Raise before anything runs what some pass would raise; a torch.func transform takes no backend's pass."""
-    if may_be_refused(tensors, "auto") and composite.transform_in_use(tensors) is None and not plain.wanted():
-        backends.select_all(passes(), "auto")

@@ -84,7 +84,7 @@ def makes_gradient(rows: Tensor) -> bool:
 
 
 def _scale(logits: Tensor, divisor: Tensor | None) -> Tensor:
-    """The gradient of every loss of a mean; 0 where the mean is of none."""
+    """The gradient of each token's loss under "mean"; 0 if no token counts."""
     dtype = accumulation_dtype(logits.dtype)
     if divisor is None:
         return logits.new_ones((), dtype=dtype)
@@ -92,7 +92,7 @@ def _scale(logits: Tensor, divisor: Tensor | None) -> Tensor:
 
 
 def reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
-    """The sum of losses, or their mean; no gradient flows from a mean of none."""
+    """The sum of losses, or their mean; a mean over no token has no gradient."""
     if divisor is None:
         return total
     if not divisor.is_floating_point():

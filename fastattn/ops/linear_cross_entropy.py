@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, loss_arguments, plain, plan, spelling, symbolic
-from fastattn.ops.cross_entropy import finished, refuse_early
 from fastattn.ops.cross_entropy_registration import (
     MATERIALISED,
     check_values,
@@ -20,6 +19,7 @@ from fastattn.ops.cross_entropy_registration import (
     run_linear,
     run_linear_sum,
 )
+from fastattn.ops.loss_passes import finished, refuse_early
 from fastattn.spec import LinearCrossEntropyCall, SoftmaxSpec
 
 

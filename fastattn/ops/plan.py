@@ -34,6 +34,8 @@ Guarded = tuple[Callable[..., bool], Plan]
 _plans: dict[Key, Plan] = {}
 # by what is cheap to see of a call: guards, which tell whether tensors are those of a plan, and that plan
 _guarded: dict[Key, tuple[Guarded, ...]] = {}
+# by less still: grad mode, a guard and the plan that it found last, of tensors on a CPU that are all given
+_last: dict[Key, tuple[bool, Callable[..., bool], Plan]] = {}
 _seen: set[int] = set()  # hashes of keys that came once: shapes that never come again need no plan
 _lock = threading.Lock()
 _NONE = type(None)
@@ -48,11 +50,19 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     """
     if not torch_compat.nothing_records() or plain.chosen:
         return None, None
+    environment = switches.environment()
+    brief = (op, options, len(tensors))
+    if environment is switches.UNSET:
+        try:
+            last = _last.get(brief)
+        except TypeError:  # an option without a hash
+            return None, None
+        if last is not None and last[0] is torch.is_grad_enabled() and last[1](*tensors):
+            return None, last[2]
     kinds = tuple(map(type, tensors))
     if not _PLAIN.issuperset(kinds):
         return None, None
     first, second = tensors[0], tensors[1]
-    environment = switches.environment()
     outside: tuple[Any, ...] = ()  # what no tensor's shape, strides, dtype and dispatch keys tell
     if first.is_cuda or environment is not switches.UNSET or options[-1] not in _ON_ANY_ADDRESS:
         try:
@@ -70,6 +80,8 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
         given = _given(tensors) if _NONE in kinds else tensors
         for guard, found in guarded:
             if guard(*given):
+                if not outside and given is tensors and len(_last) < MOST:
+                    _last[brief] = (torch.is_grad_enabled(), guard, found)
                 return None, found
     state = torch_compat.state_of_call(tensors)
     if state is None:
@@ -139,6 +151,7 @@ def keep(key: Key | None, plan: Plan) -> None:
         if len(_plans) >= MOST:
             _plans.clear()
             _guarded.clear()
+            _last.clear()
         _plans[key] = plan
 
 
@@ -147,6 +160,7 @@ def clear() -> None:
     with _lock:
         _plans.clear()
         _guarded.clear()
+        _last.clear()
         _seen.clear()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ class VarlenPlan:
     """One kind of call of `attention_varlen`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "backward_replays", "backward_spec", "chosen", "environment", "has_bounds", "needs",
-        "options", "record", "replay", "return_lse", "spec",
+        "backend", "backward", "backward_replays", "backward_spec", "chosen", "environment", "has_bounds", "launch",
+        "needs", "options", "record", "replay", "return_lse", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
@@ -85,6 +85,10 @@ class VarlenPlan:
         self.options = args[len(TENSORS) :]
         self.spec = AttentionSpec.of(whole)
         self.chosen = backends.select(self.spec, backend, "varlen_fwd")
+        self.launch: Any = None
+        if call.query is args[0] and call.key is args[1] and call.value is args[2]:
+            make = getattr(self.chosen, "varlen_fwd_plan", None)
+            self.launch = None if make is None else make(self.spec, call)
         self.needs = [arguments.requires_grad(args[NAMES.index(name)]) for name in DIFFERENTIABLE]
         self.has_bounds = min(call.max_seqlen_q, call.max_seqlen_k) >= 0
         self.replay = Replay(self._forward) if can_replay(self.chosen) else None
@@ -102,6 +106,10 @@ class VarlenPlan:
         alibi_slopes: Tensor | None, sinks: Tensor | None, dropout_seed: int | Tensor | None,
     ) -> Any:  # fmt: skip
         """The results of `attention_varlen` for a call of this kind."""
+        if self.launch is not None and self.record is None and dropout_seed is None:
+            results = self.launch(query, key, value, cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
+            if results is not None:
+                return results if self.return_lse else results[0]
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
         offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
@@ -121,6 +129,11 @@ class VarlenPlan:
 
     def forward(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
+        if self.launch is not None:
+            query, key, value, cu_seqlens_q, cu_seqlens_k = tensors[:5]
+            results = self.launch(query, key, value, cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
+            if results is not None:
+                return cast("tuple[Tensor, Tensor]", results)
         if self.replay is None:
             call = self.call(tensors)
             check_values(call)

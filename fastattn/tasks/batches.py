@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.nn.modes import evaluating
 
 Result = TypeVar("Result")
 BATCH_SIZE = 32
@@ -33,9 +34,7 @@ def run(
     device = next(model.parameters()).device
     typed = model.config.type_vocab_size > 1
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             ids = _padded([rows[i].ids for i in chosen], model.config.pad_token_id or 0, device)
@@ -45,8 +44,6 @@ def run(
             outputs = model(ids, mask, types)
             for place, index in enumerate(chosen):
                 results[index] = take(outputs, place, index)
-    finally:
-        model.train(was_training)
     return results
 
 

@@ -34,6 +34,7 @@ MODELS = (GPT,)
 FIELDS = ("prompt",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("chosen", "rejected")
+TEXTS = ("prompt", "chosen", "rejected")  # what cleaning reads
 NEW_PARTS: tuple[str, ...] = ()
 EDITABLE = False
 DEFAULTS = {"max_epochs": 1.0, "batch_size": 8, "lr": 1e-5, "min_lr_ratio": 0.0, "weight_decay": 0.0}

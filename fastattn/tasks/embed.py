@@ -39,6 +39,7 @@ FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("positive",)
 EXTRA = ("negative", "score")
+TEXTS = ("text", "positive", "negative")  # what cleaning reads
 NEW_PARTS: tuple[str, ...] = ()
 DEFAULTS = {**FINE_TUNING, "max_epochs": 1.0, "batch_size": 64, "lr": 2e-5}
 
@@ -227,8 +228,7 @@ def rows_of(model: Any, tokenizer: InputTokenizer, texts: Sequence[str], options
     longest = longest_of(model, tokenizer, options.max_length)
     if model.max_seq_length is not None:
         longest = min(longest, model.max_seq_length)
-    front = model.prompts[model.default_prompt_name] if model.default_prompt_name is not None else ""
-    return tokenizer.encode([front + (text.lower() if model.lower_case else text) for text in texts], longest)
+    return tokenizer.encode(model.prepared(texts), longest)
 
 
 def evaluate(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from fastattn.models.families import class_for
 from fastattn.models.fields import flag, or_none, size
 from fastattn.tasks.batches import BATCH_SIZE, wide
 from fastattn.tasks.options import CheckedOptions, share
+from fastattn.tasks.passages import Around, Passage, pairs, singles
 from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
 
 NAME = "masked-lm"
@@ -39,9 +39,8 @@ DEFAULTS = {
     "beta2": 0.98,
 }
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are. Devlin et al. 2019
-SHORTER = 0.1  # share of passages of a random length, where there are two
-SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")  # ASCII's and Chinese
-SEED = 0  # of the passages and of the masks of an evaluation
+MAX_LENGTH = 128  # tokens of a passage, where nothing else is asked for
+SEED = 0  # of the masks of an evaluation
 
 
 @dataclass(frozen=True)
@@ -68,24 +67,12 @@ class Options(CheckedOptions):
     }
 
 
-MAX_LENGTH = 128
-
-
 @dataclass(frozen=True)
 class Example:
     """A document."""
 
     where: str
     text: str
-
-
-class Passage(NamedTuple):
-    """Tokens to be masked. words: each token's word by number, -1 for special tokens; follows: None without pairs."""
-
-    ids: list[int]
-    types: list[int]
-    words: list[int]
-    follows: int | None  # 0 if the second part follows the first, else 1
 
 
 def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
@@ -223,9 +210,9 @@ def training_set(
     longest = longest_of(model, tokenizer, limit)
     around = Around.of(tokenizer)
     if options.next_sentence:
-        passages = list(_pairs(tokenizer, examples, longest, around))
+        passages = list(pairs(tokenizer, [e.text for e in examples], longest, around))
     else:
-        passages = list(_singles(tokenizer, examples, longest, around))
+        passages = list(singles(tokenizer, [e.text for e in examples], longest, around))
     if not passages:
         raise DataError("data: no token in it")
     vocab_size = min(tokenizer.core.get_vocab_size(), model.config.vocab_size)
@@ -292,142 +279,3 @@ def joined(batches: Sequence[Batch], pad_id: int) -> Batch:
         )
         for name in batches[0]
     }
-
-
-class Around(NamedTuple):
-    """The special tokens in front of, between and behind the tokens of a text and of a pair, with their types."""
-
-    single: tuple[list[int], list[int]]
-    pair: tuple[list[int], list[int], list[int]]
-    pair_types: tuple[int, int]  # of the first and second text
-
-    @classmethod
-    def of(cls, tokenizer: InputTokenizer) -> Around:
-        """What the tokenizer puts there."""
-        one, two = tokenizer.encode(["a", ("a", "a")])
-        at = [i for i, s in enumerate(one.sequences) if s is not None]
-        first = [i for i, s in enumerate(two.sequences) if s == 0]
-        second = [i for i, s in enumerate(two.sequences) if s == 1]
-        return cls(
-            (one.ids[: at[0]], one.ids[at[-1] + 1 :]),
-            (two.ids[: first[0]], two.ids[first[-1] + 1 : second[0]], two.ids[second[-1] + 1 :]),
-            (two.types[first[0]], two.types[second[0]]),
-        )
-
-    def passage(self, tokens: list[int], words: list[int]) -> Passage:
-        """One text with its special tokens."""
-        front, back = self.single
-        ids = [*front, *tokens, *back]
-        return Passage(ids, [0] * len(ids), [*[-1] * len(front), *words, *[-1] * len(back)], None)
-
-    def pair_of(self, a: Tokens, b: Tokens, follows: int) -> Passage:
-        """Two texts with their special tokens."""
-        front, middle, back = self.pair
-        ids = [*front, *a.ids, *middle, *b.ids, *back]
-        offset = max(a.words, default=-1) + 1
-        words = [
-            *[-1] * len(front),
-            *a.words,
-            *[-1] * len(middle),
-            *(word + offset for word in b.words),
-            *[-1] * len(back),
-        ]
-        types = [self.pair_types[0]] * (len(front) + len(a.ids) + len(middle))
-        return Passage(ids, types + [self.pair_types[1]] * (len(b.ids) + len(back)), words, follows)
-
-
-class Tokens(NamedTuple):
-    """Tokens of a part of a text, and the number of the word that each belongs to."""
-
-    ids: list[int]
-    words: list[int]
-
-    @classmethod
-    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Parts behind each other, their words counted on."""
-        ids: list[int] = []
-        words: list[int] = []
-        for each in parts:
-            offset = words[-1] + 1 if words else 0
-            ids += each.ids
-            words += [word + offset for word in each.words]
-        return cls(ids, words)
-
-
-def _tokens_of(tokenizer: InputTokenizer, texts: Sequence[str]) -> list[Tokens]:
-    found = tokenizer.core.encode_batch(list(texts), add_special_tokens=False)
-    return [Tokens(e.ids, [-1 if word is None else word for word in e.word_ids]) for e in found]
-
-
-def _singles(
-    tokenizer: InputTokenizer, examples: Sequence[Example], longest: int, around: Around
-) -> Iterator[Passage]:
-    """Each document's tokens in passages that are as long as may be; none crosses documents."""
-    room = longest - sum(map(len, around.single))
-    _check_room(room, longest)
-    for start in range(0, len(examples), 256):
-        for tokens in _tokens_of(tokenizer, [e.text for e in examples[start : start + 256]]):
-            for first in range(0, len(tokens.ids), room):
-                part = tokens.ids[first : first + room]
-                words = tokens.words[first : first + room]
-                yield around.passage(part, [word - words[0] if word >= 0 else -1 for word in words])
-
-
-def _pairs(
-    tokenizer: InputTokenizer, examples: Sequence[Example], longest: int, around: Around
-) -> Iterator[Passage]:
-    """Passages of two runs of sentences, the second from another document half of the time, as BERT's were made."""
-    room = longest - sum(map(len, around.pair))
-    _check_room(room - 1, longest)
-    documents = []
-    for example in examples:
-        sentences = [part for part in SENTENCE_END.split(example.text) if part.strip()]
-        tokens = [t for t in _tokens_of(tokenizer, sentences) if t.ids]
-        if tokens:
-            documents.append(tokens)
-    if len(documents) < 2:
-        raise DataError(f"data: holds {len(documents)} document, next_sentence needs two at least")
-    random = np.random.default_rng(SEED)
-    for number, document in enumerate(documents):
-        yield from _pairs_of(documents, number, document, room, around, random)
-
-
-def _pairs_of(
-    documents: Sequence[Sequence[Tokens]],
-    number: int,
-    document: Sequence[Tokens],
-    room: int,
-    around: Around,
-    random: np.random.Generator,
-) -> Iterator[Passage]:
-    place = 0
-    while place < len(document):
-        target = room if random.random() >= SHORTER else int(random.integers(2, room + 1))
-        end, length = place, 0
-        while end < len(document) and (length < target or end == place):
-            length += len(document[end].ids)
-            end += 1
-        run = document[place:end]
-        cut = int(random.integers(1, len(run))) if len(run) > 1 else 1
-        first = Tokens.joined(run[:cut])
-        if len(run) == 1 or random.random() < 0.5:
-            other = documents[(number + int(random.integers(1, len(documents)))) % len(documents)]
-            begins = int(random.integers(len(other)))
-            second, follows = Tokens.joined(other[begins : begins + len(run)]), 1
-            place += cut  # what was not used comes next
-        else:
-            second, follows = Tokens.joined(run[cut:]), 0
-            place = end
-        half = max(1, room // 2)
-        keep_second = min(len(second.ids), max(half, room - len(first.ids)))
-        keep_first = min(len(first.ids), room - keep_second)
-        yield around.pair_of(_head(first, keep_first), _head(second, keep_second), follows)
-
-
-def _head(tokens: Tokens, count: int) -> Tokens:
-    return Tokens(tokens.ids[:count], tokens.words[:count])
-
-
-def _check_room(room: int, longest: int) -> None:
-    if room < 1:
-        raise DataError(f"task.max_length: got {longest}, which special tokens fill")

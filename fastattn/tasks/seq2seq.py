@@ -29,6 +29,7 @@ MODELS = (EncoderDecoder,)
 FIELDS = ("source",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("target",)
+TEXTS = ("source", "target")  # what cleaning reads
 NEW_PARTS = ("decoder.h.*.cross_attn.*", "decoder.h.*.ln_cross.*", "enc_to_dec_proj.*")
 DEFAULTS = {
     "max_epochs": 3.0,

@@ -37,9 +37,10 @@ MODELS = (BertForTokenClassification,)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("tokens", "tags")
+TEXTS = ("tokens",)  # what cleaning reads
 EDITABLE = False  # its labels are those of places in the text
 NEW_PARTS = ("head.*", "classifier.*")
-DEFAULTS = FINE_TUNING
+DEFAULTS = {**FINE_TUNING, "max_epochs": 5.0}
 OUTSIDE = "O"
 PIECES = ("all", "first")
 

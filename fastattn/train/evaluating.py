@@ -101,8 +101,13 @@ class Evaluator:
 
 
 def is_gain(new: Evaluation, old: Evaluation | None, best: tuple[str, bool]) -> bool:
-    """Whether an evaluation is better than the best so far, by the figure and direction of `best`."""
+    """Whether an evaluation is better than the best so far, by the figure and direction of `best`; of equals, by loss.
+
+    Small sets have equal figures: an F1 is 0 for the first model and for all those that find nothing yet.
+    """
     if old is None:
         return True
     value, before = new.value(best[0]), old.value(best[0])
+    if value == before:
+        return new.loss < old.loss
     return before != before or (value > before if best[1] else value < before)  # NaN is worse than anything

@@ -55,7 +55,7 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         records, dev_records = split_records(records, data.dev_fraction, seed=sections.train.seed, key=key)
     counts: dict[str, int] = {}
     if sections.clean.on:
-        names = [*task.FIELDS, *task.OPTIONAL, *getattr(task, "EXTRA", ())]
+        names = getattr(task, "TEXTS", (*task.FIELDS, *task.OPTIONAL))
         records, counts = clean(records, sections.clean, names, editable=getattr(task, "EDITABLE", True))
     examples = task.examples_of(records, options)
     task.check_examples(examples)
@@ -66,8 +66,9 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         return TaskData(examples, dev_examples, options, None, counts)
     # a label that only held-out examples have is needed more for training
     labels = set(task.labels_in(examples) or ())
-    needed = [e for e in dev_examples if not set(task.labels_in([e]) or ()) <= labels]
-    dev_examples = [e for e in dev_examples if e not in needed]
+    fits = [set(task.labels_in([example]) or ()) <= labels for example in dev_examples]
+    needed = [example for example, fit in zip(dev_examples, fits) if not fit]
+    dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
     if not dev_examples:
         raise DataError("data: too few examples of each label to hold some out, needs --dev")
     return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)

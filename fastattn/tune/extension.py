@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from pathlib import Path
 
 from fastattn.cache import cache_dir
 from fastattn.extension.archs import SM90_SUFFIX
-from fastattn.extension.compiling import Plan, compile_one, with_headers
+from fastattn.extension.compiling import Plan, compile_one
 from fastattn.extension.info import csrc_folder
 from fastattn.extension.toolkit import Torch, find_toolkit
 from fastattn.tune.cycles.report import Prediction, predict_cuda
@@ -29,13 +27,6 @@ def attention_sources(head_dim: int | None = None, dtype: str = "bfloat16") -> l
     """The sources of the attention kernels of a dtype."""
     name = f"attention_*_{dtype}_{head_dim or '*'}{SM90_SUFFIX}"
     return sorted((csrc_folder() / "instantiations").glob(name))
-
-
-def source_key(source: Path) -> str:
-    """A hash of a source and its headers without comments and white space."""
-    text = "\0".join(path.read_text("utf-8") for path in with_headers(source, csrc_folder()))
-    code = re.sub(r"\s+", " ", re.sub(r"//[^\n]*", "", text))
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def predict_source(source: Path) -> list[Prediction]:

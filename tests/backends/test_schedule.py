@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fastattn.backends.torch import schedule
 from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
 
 BANDS = st.builds(
@@ -107,3 +108,16 @@ def test_a_dense_causal_call_is_one_tile() -> None:
     assert list(whole_tiles(Band(None, 0, 0), None, 512, 512, 128, False)) == [
         [Tile(range(512), range(512), "causal")]
     ]
+
+
+def test_intervals_follow_ids_that_change_in_place() -> None:
+    """Those of short sequences are kept by the ids' values; of long ones they are made anew."""
+    for length in (64, schedule.MOST_KEPT_IDS):
+        ids = np.repeat(np.arange(4, dtype=np.int32), length // 4)
+        segments = Segments(ids, ids)
+        before = list(segments.intervals(length))
+        assert list(segments.intervals(length)) == before
+        assert [len(rows) for rows, _, _ in before] == [length // 4] * 4
+        assert [len(cols) for _, cols, _ in segments.intervals(length // 2)] == [length // 4] * 2
+        ids[: length // 2] = -1
+        assert list(segments.intervals(length)) == before[2:]

@@ -64,23 +64,28 @@ def test_encoders_agree(case: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["code", "prose"])
-def test_lookup_is_measured_on_held_out_text_of_a_trained_model(
-    text: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sampled", [False, True])
+def test_lookup_is_measured_on_the_text_of_a_trained_model(
+    text: str, sampled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In small: the trained form of a case makes the same tokens with prompt lookup and without."""
+    """In small: the trained form of a case makes the same tokens with prompt lookup and without, and counts guesses."""
     for name, value in {
         "STEPS": 1,
         "BATCH": 2,
-        "CODE_FILES": 3,
+        "CHARACTERS": 20_000,
         "MODEL": {**trained.SMALL, "vocab_size": 300},
     }.items():
         monkeypatch.setattr(trained, name, value)
     monkeypatch.setattr(lookup, "trained", trained.trained.__wrapped__)
-    case = lookup.LookupCase("x", text, new_tokens=8)
+    case = lookup.LookupCase("x", text, do_sample=sampled, new_tokens=8, count=2)
     workload = case.open(CPU)
     assert workload.prompts.shape == (case.count, case.prompt)
     ours, without = (workload.step(name)()["ids"] for name in case.providers(CPU))
     assert torch.equal(ours, without)
+    assert 1 <= case.found["tokens_per_step"] <= 8
+    assert 0 <= case.found["right"] <= 1
+    assert case.params.items() >= case.found.items()
+    assert workload.model.decoder.__func__ is type(workload.model).decoder  # counting left nothing behind
 
 
 def test_a_step_updates_the_providers_own_weights_only() -> None:

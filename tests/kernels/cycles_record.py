@@ -15,6 +15,7 @@ import argparse
 import ast
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastattn.extension.compiling import with_headers
+from fastattn.extension.info import csrc_folder
 from fastattn.tune import ahead, cycles, extension
 from fastattn.tune.cycles.report import Prediction
 
@@ -73,8 +76,15 @@ def jobs() -> list[Job]:
 def key_of(job: Job) -> str:
     """What a job's figures follow from: the code and the model."""
     kind, name = job
-    code = triton_code(name) if kind == "triton" else extension.source_key(sources()[name])
+    code = triton_code(name) if kind == "triton" else source_key(sources()[name])
     return hashlib.sha256((code + model_key()).encode()).hexdigest()[:16]
+
+
+def source_key(source: Path) -> str:
+    """A hash of a source and its headers without comments and white space."""
+    text = "\0".join(path.read_text("utf-8") for path in with_headers(source, csrc_folder()))
+    code = re.sub(r"\s+", " ", re.sub(r"//[^\n]*", "", text))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def triton_code(name: str) -> str:

@@ -67,7 +67,8 @@ TAKES: dict[str, set[str]] = {
         for key in ("scale_embedding", "sandwich_norms", "gated_mlp", "train_pad_embedding")
     },
     **{key: {"True", "False"} for key in ("post_norm", "lm_transform", "add_cross_attention")},
-    "type_vocab_size": {"0"},
+    **{key: {"0"} for key in ("type_vocab_size", "position_offset")},
+    "lm_activation": OPTIONAL,
     "norm_unit_offset": {"False"},
     **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), OPTIONAL | {"True", "False"}),
     "model_type": OPTIONAL | {"text", "number in text"},

@@ -296,3 +296,36 @@ def test_bad_calls_are_refused_by_name(call, name):
     model = make()
     with torch.no_grad(), pytest.raises(ValueError, match=name):
         call(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_position_offset_moves_rows_of_the_table(side):
+    """RoBERTa's: the rows before it are of padding, and a model with the same rows from 0 on gives the same."""
+    pad, offset = 1, 2
+    plain = make()
+    sizes = {**GPT2, "n_positions": GPT2["n_positions"] + offset}
+    moved = (
+        GPT(GPTConfig(**sizes, position_offset=offset, pad_token_id=pad)).to(plain.wte.weight.dtype).eval()
+    )
+    assert moved.max_positions == plain.max_positions
+    assert moved.wpe.padding_idx == offset - 1
+    state = plain.state_dict()
+    state["wpe.weight"] = torch.cat((torch.randn_like(state["wpe.weight"][:offset]), state["wpe.weight"]))
+    moved.load_state_dict(state)
+    tokens = torch.randint(2, VOCAB, (2, 9))
+    real = torch.arange(9) < torch.tensor([[9], [6]])
+    real = real.flip(1) if side == "left" else real
+    tokens = tokens.masked_fill(~real, pad)
+    for options in ({"attention_mask": real}, {"segment_ids": real.int() - 1}):
+        expected, actual = plain(tokens, **options).logits, moved(tokens, **options).logits
+        torch.testing.assert_close(actual[real], expected[real])
+
+    def without_padding(_, scores):
+        return scores.index_fill(1, torch.tensor([pad]), -math.inf)
+
+    options = {"max_new_tokens": 6, "logits_processor": without_padding}
+    assert torch.equal(moved.generate(tokens, real, **options), plain.generate(tokens, real, **options))
+    with pytest.raises(ValueError, match=r"n_positions=66 - position_offset=2"):
+        moved(torch.full((1, 65), 5))
+    with pytest.raises(ValueError, match=r"position_offset: got 2, needs positions='learned'"):
+        GPTConfig(**{**GPT2, "positions": "rotary"}, position_offset=2)

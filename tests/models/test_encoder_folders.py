@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import fastattn.models as models
 from fastattn.models import Bert, BertConfig, BertForMaskedLM, BertForSequenceClassification
-from fastattn.models.checkpoint.encoders import ENCODERS, FAMILIES_OF, KINDS, read_config
+from fastattn.models.checkpoint.encoder_names import KINDS
+from fastattn.models.checkpoint.encoders import ENCODERS, FAMILIES_OF, read_config
 from fastattn.models.presets import ENCODERS as PRESETS
 from fastattn.models.presets import FAMILY_FIELDS
 

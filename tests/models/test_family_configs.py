@@ -18,7 +18,8 @@ from decoder_families import (
 
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.checkpoint import DECODERS, family_for
-from fastattn.models.checkpoint.decoders import LLAMA_LINE, meaning
+from fastattn.models.checkpoint.decoders import LLAMA_LINE
+from fastattn.models.checkpoint.dialects import meaning
 from fastattn.models.presets import DECODERS as PRESETS
 
 transformers = pytest.importorskip("transformers")

@@ -320,14 +320,28 @@ def test_the_family_of_a_config_is_the_first_that_can_say_it():
 
 def test_keys_of_config_json_are_sorted():
     check_keys({"a": 1, "use_cache": True, "_name_or_path": "x", "b": 2}, honoured=["a"], defaults={"b": 2})
-    with pytest.raises(ValueError, match=r"b: got 3, only 2 is supported; c: got None, which is no key"):
-        check_keys({"a": 1, "b": 3, "c": None}, honoured=["a"], defaults={"b": 2})
+    with pytest.raises(ValueError, match=r"b: got 3, only 2 is supported; c: got 0, which is no key"):
+        check_keys({"a": 1, "b": 3, "c": 0}, honoured=["a"], defaults={"b": 2})
     notes = {"language": "english", "name": "Roberta", "unsloth_fixed": True, "unsloth_version": "2025.1"}
     notes |= {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
     check_keys({**notes, "sentence_transformers": {"version": "4.1.0"}}, honoured=[])
     for key, value in (("is_decoder", True), ("quantization_config", {}), ("auto_map", {"AutoModel": "x"})):
         with pytest.raises(ValueError, match=key):
             check_keys({key: value}, honoured=[])
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "gpt2", "llama", "gemma3_text"])
+def test_a_key_that_is_null_is_not_set_in_any_family(kind):
+    """transformers reads null as false, so it is as good as no key where leaving the key out means a false value."""
+    families = {family.model_type: family for family in (*Bert.families, *GPT.families)}
+    read = families[kind].read_config
+    plain = read({"model_type": kind})
+    nulls = {"a_new_key": None, "is_decoder": None, "pruned_heads": None, "quantization_config": None}
+    assert read({"model_type": kind, **nulls}) == plain
+    truths = {"bert": "position_embedding_type", "gpt2": "scale_attn_weights"}
+    if kind in truths:
+        with pytest.raises(ValueError, match=f"^{truths[kind]}: got None"):
+            read({"model_type": kind, truths[kind]: None})
 
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "olmoe", "llama4")

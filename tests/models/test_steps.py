@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastattn import torch_compat
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.steps import GPTDecoder, can_decode
+from fastattn.models.decodable import can_decode
+from fastattn.models.steps import GPTDecoder
 from fastattn.nn import rows as products
 
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)

@@ -12,6 +12,7 @@ from fastattn.nn.positions import (
     lengths_of_segments,
     positions_from_mask,
     positions_in_segments,
+    positions_of_tokens,
     sinusoids,
 )
 from fastattn.nn.rotary_scaling import RotaryScaling
@@ -47,6 +48,29 @@ def test_rotary_is_a_rotation_of_pairs(interleaved, rotary_dim):
         torch.testing.assert_close(torch.complex(out[..., first], out[..., second]), expected)
     assert torch.equal(out[..., rotary.dim :], x[..., rotary.dim :])
     torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_dynamic_scaling_of_a_single_pair_is_refused():
+    """Its base is raised to dim / (dim - 2)."""
+    scaling = RotaryScaling("dynamic", 2.0, 8)
+    for options in ({"head_dim": 2}, {"head_dim": 10, "rotary_dim": 2}):
+        with pytest.raises(ValueError, match="scaling: dynamic scaling needs a rotary_dim above 2, got 2"):
+            Rotary(**options, scaling=scaling)
+    cos, sin = Rotary(10, rotary_dim=4, scaling=scaling).table(torch.arange(20))
+    assert bool((cos.isfinite() & sin.isfinite()).all())
+
+
+@pytest.mark.parametrize(
+    ("ids", "pad", "first", "past", "expected"),
+    [
+        ([[5, 1, 7, 1]], 1, 2, 0, [[2, 1, 3, 1]]),
+        ([[5, 1, 7, 1]], 1, 2, 3, [[5, 1, 6, 1]]),
+        ([[5, 1, 7]], None, 2, 1, [[3, 4, 5]]),
+        ([[1, 1], [4, 5]], 1, 2, 0, [[1, 1], [2, 3]]),
+    ],
+)
+def test_positions_of_tokens_skip_padding(ids, pad, first, past, expected):
+    assert positions_of_tokens(torch.tensor(ids), pad, first, past).tolist() == expected
 
 
 def test_rotary_scores_depend_on_differences_of_positions():

@@ -185,16 +185,16 @@ def test_a_stopped_run_goes_on(runs: Any, encoder: Path, tmp_path: Path) -> None
     """Two parts end with the bits of one run."""
     out, report = runs["classify"]
     data = out.parent / "train.jsonl"
-    words = ("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out", *QUICK)
+    words = ("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out")
+    options = (*QUICK, "--dev", data, "--train.schedule=constant", "--train.warmup_steps=2")
     steps = report["steps"]
-    constant = ("--train.schedule=constant", f"--train.eval_every={steps}")
-    whole = (*words[: -len(QUICK) - 1], tmp_path / "whole", *QUICK, *constant)
-    assert invoke(*whole)[0] == 0
-    assert invoke(*words, *constant, "--train.max_steps=4")[0] == 0
-    code, text, err = invoke(*words, *constant, "--resume=auto")
+    assert invoke(*words[:-1], tmp_path / "whole", *options)[0] == 0
+    assert invoke(*words, *options, "--train.max_steps=4")[0] == 0
+    code, text, err = invoke(*words, *options, "--resume=auto")
     assert code == 0, err
     assert "resumed at step 4" in text
-    first, second = (families.load(tmp_path / name).state_dict() for name in ("whole", "out"))
+    ends = (tmp_path / name / f"checkpoint-{steps}" for name in ("whole", "out"))
+    first, second = (families.load(folder).state_dict() for folder in ends)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -209,6 +209,19 @@ def test_held_out_examples_are_announced(encoder: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "no --dev" not in text
     assert json.loads((tmp_path / "b" / "report.json").read_text())["dev"]["examples"] == 6
+
+
+def test_what_was_cleaned_is_counted(encoder: Path, tmp_path: Path) -> None:
+    dirty = [*rows("embed"), rows("embed")[0], {"text": "a", "positive": "b"}]
+    data, dev = write(tmp_path / "train.jsonl", dirty), write(tmp_path / "dev.jsonl", dirty[:6])
+    words = ("train", "embed", "--train", data, "--dev", dev, "--model", encoder, "--out", tmp_path / "out")
+    words = (*words, *QUICK, "--train.max_steps=1", "--clean.exact_duplicates=true", "--clean.min_chars=3")
+    code, text, err = invoke(*words)
+    assert code == 0, err
+    assert "clean.exact_duplicates: 1 examples" in text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["cleaning"] == {"min_chars": 1, "exact_duplicates": 1}
+    assert report["train"]["examples"] == len(dirty) - 2
 
 
 @pytest.mark.parametrize("task", ENCODER_TASKS)

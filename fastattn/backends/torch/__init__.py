@@ -15,7 +15,7 @@ from fastattn.backends.torch.cross_entropy import (
 )
 from fastattn.backends.torch.kv_cache import kv_cache_fwd
 from fastattn.backends.torch.softmax import softmax_bwd, softmax_fwd, softmax_tiles
-from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd
+from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd, varlen_fwd_plan
 from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd_plan, kv_cache_fwd_plan
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
@@ -41,6 +41,7 @@ __all__ = [
     "tiles",
     "varlen_bwd",
     "varlen_fwd",
+    "varlen_fwd_plan",
     "why_not",
 ]
 

@@ -33,12 +33,12 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
     if key is not None and call.value is not None:
         append(call, key, call.value, lengths)
     shape = (batch, num_heads, seqlen_q, spec.value_dim)
-    one_query = single_query.can_run(spec)
+    by_products = single_query.keeps_scores(spec)
     out: Tensor | None = None
     for rows, keys, values in _sequences(call, [length + call.new_keys for length in lengths]):
         # caches have any strides: only what is read of them is copied
         keys, values = with_adjacent_columns(keys), with_adjacent_columns(values)
-        results = _of_one_query(call, query[rows], keys, values) if one_query else None
+        results = _of_few_queries(call, query[rows], keys, values) if by_products else None
         if results is None:
             slopes = call.alibi_slopes
             if slopes is not None and slopes.shape[0] > 1:
@@ -56,20 +56,27 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
     return out, lse
 
 
-def _of_one_query(
+def _of_few_queries(
     call: KVCacheCall, query: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of a call with one query per head, None where it sees no key."""
-    length = keys.shape[2]
+    """(out, lse) of a call with a few queries per head; None where one sees no key, or a window goes with several."""
+    length, count = keys.shape[2], query.shape[2]
+    causal = call.causal != "none"
     position = 0 if call.causal == "top_left" else length - 1
-    right = 0 if call.causal != "none" else call.window_right
+    right = 0 if causal else call.window_right
     start = max(0, position - call.window_left) if call.window_left >= 0 else 0
     stop = min(length, position + right + 1) if right >= 0 else length
-    if stop <= start:
+    if count > 1:
+        cut = call.causal == "top_left" or call.window_left >= 0 or (call.window_right >= 0 and not causal)
+        if cut or not single_query.are_few(query.shape[1], count, length, causal):
+            return None
+    if stop <= start or not count:
         return None
     if stop - start < length:
         keys, values = keys.narrow(2, start, stop - start), values.narrow(2, start, stop - start)
-    return with_sinks(call, *single_query.single_query(query, keys, values, call.scale, exact_scores=False))
+    out, lse = single_query.results(query, keys, values, call.scale, False, causal and count > 1)
+    assert lse is not None
+    return with_sinks(call, out, lse)
 
 
 def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 MIN_MEAN_RUN = 32  # segments shorter than this on average are not worth a tile each
+MOST_KEPT_IDS = 2**14  # of the queries and keys of a sequence whose intervals are kept
+
+Interval = tuple[range, range, bool]
 
 
 @dataclass(slots=True)
@@ -54,25 +58,36 @@ class Segments:
     query: NDArray[np.int32]
     key: NDArray[np.int32]
 
-    def intervals(self, len_k: int) -> Iterator[tuple[range, range, bool]]:
+    def intervals(self, len_k: int) -> Sequence[Interval]:
         """(rows, hull of the keys they may see, whether every row sees all of it), empty hulls left out."""
-        key_ids = self.key[:len_k]
-        ids, first, counts = np.unique(key_ids, return_index=True, return_counts=True)
-        last = len(key_ids) - 1 - np.unique(key_ids[::-1], return_index=True)[1]
-        where = {
-            int(i): (int(f), int(p) + 1, int(n)) for i, f, p, n in zip(ids, first, last, counts) if i >= 0
-        }
-        changes = np.flatnonzero(np.diff(self.query)) + 1
-        edges = [0, *(int(change) for change in changes), len(self.query)]
-        if len(edges) - 1 > max(8, len(self.query) // MIN_MEAN_RUN):
-            edges = [*range(0, len(self.query), MIN_MEAN_RUN), len(self.query)]
-        for start, stop in pairwise(edges):
-            seen = [where[int(i)] for i in np.unique(self.query[start:stop]) if int(i) in where]
-            if not seen:
-                continue
-            cols = range(min(f for f, _, _ in seen), max(p for _, p, _ in seen))
-            single = bool((self.query[start:stop] == self.query[start]).all())
-            yield range(start, stop), cols, single and seen[0][2] == len(cols)
+        key = self.key[:len_k]
+        if len(self.query) + len(key) > MOST_KEPT_IDS:
+            return _intervals(self.query, key)
+        return _kept_intervals(self.query.tobytes(), key.tobytes())
+
+
+@lru_cache(maxsize=128)  # the layers of a model, forward and backward, are given the same ids
+def _kept_intervals(query: bytes, key: bytes) -> Sequence[Interval]:
+    return _intervals(np.frombuffer(query, np.int32), np.frombuffer(key, np.int32))
+
+
+def _intervals(query: NDArray[np.int32], key: NDArray[np.int32]) -> Sequence[Interval]:
+    ids, first, counts = np.unique(key, return_index=True, return_counts=True)
+    last = len(key) - 1 - np.unique(key[::-1], return_index=True)[1]
+    where = {int(i): (int(f), int(p) + 1, int(n)) for i, f, p, n in zip(ids, first, last, counts) if i >= 0}
+    changes = np.flatnonzero(np.diff(query)) + 1
+    edges = [0, *(int(change) for change in changes), len(query)]
+    if len(edges) - 1 > max(8, len(query) // MIN_MEAN_RUN):
+        edges = [*range(0, len(query), MIN_MEAN_RUN), len(query)]
+    found = []
+    for start, stop in pairwise(edges):
+        seen = [where[int(i)] for i in np.unique(query[start:stop]) if int(i) in where]
+        if not seen:
+            continue
+        cols = range(min(f for f, _, _ in seen), max(p for _, p, _ in seen))
+        single = bool((query[start:stop] == query[start]).all())
+        found.append((range(start, stop), cols, single and seen[0][2] == len(cols)))
+    return tuple(found)
 
 
 def intervals(segments: Segments | None, len_q: int, len_k: int) -> Iterator[tuple[range, range, bool]]:

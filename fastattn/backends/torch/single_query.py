@@ -1,4 +1,5 @@
-"""One query per sequence and head: products of all keys with the queries that share them, for every key/value head.
+"""One query per sequence and head, or a few: products of all keys with the queries that share them, for every key/value
+head.
 
 A batched matrix product gives a matrix the same bits at any place of the batch, except in a batch of one, which uses
 other code; a single matrix is therefore given twice. torch's fused kernel does not have this property with several
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from fastattn.spec import AttentionSpec, accumulation_dtype
 
 WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a core's cache
 FEW_ELEMENTS = 2**17  # of the keys of one sequence, up to which it matters what starting an operation costs
+MOST_QUERIES = 16  # per head: more are tiles
+MOST_SCORES = 2**22  # of one sequence with several queries, which are all kept at once
 KEYS_FIRST_MIN_DIM = 128  # head dim from which MKL reads long float32 keys faster as the first operand
 # the operand of baddbmm that a beta of 0 leaves unread
 _NOTHING = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -27,8 +31,23 @@ _NOTHING = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, tor
 
 def can_run(spec: AttentionSpec) -> bool:
     """Whether a call has one query per head and nothing that changes its scores one by one."""
+    return spec.single_query and keeps_scores(spec)
+
+
+def keeps_scores(spec: AttentionSpec) -> bool:
+    """Whether a CPU call has nothing that changes its scores one by one; a window may cut them."""
     changed = spec.mask or spec.bias or spec.segments or spec.alibi or spec.softcap or spec.dropout
-    return spec.single_query and spec.device == "cpu" and not changed
+    return spec.device == "cpu" and not changed
+
+
+def are_few(num_heads: int, queries: int, keys: int, causal: bool) -> bool:
+    """Whether this many queries of one sequence, each of which sees a key, are one product; no number depends on the
+    batch."""
+    return (
+        queries <= MOST_QUERIES
+        and (queries <= keys or not causal)
+        and (queries == 1 or num_heads * queries * keys <= MOST_SCORES)
+    )
 
 
 def single_query(
@@ -45,20 +64,26 @@ def single_query(
     Returns:
         out (B, H, 1, Dv) and lse (B, H, 1), contiguous.
     """
-    out, lse = _results(query, key, value, scale, exact_scores, wants_lse=True)
+    out, lse = results(query, key, value, scale, exact_scores)
     assert lse is not None
     return out, lse
 
 
-def single_query_out(query: Tensor, key: Tensor, value: Tensor, scale: float, exact_scores: bool) -> Tensor:
-    """The first result of `single_query`, with the same bits."""
-    return _results(query, key, value, scale, exact_scores, wants_lse=False)[0]
-
-
-def _results(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, exact_scores: bool, wants_lse: bool
+def results(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    exact_scores: bool,
+    causal: bool = False,
+    wants_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    batch, num_heads, _, head_dim = query.shape
+    """(out, lse) of a few queries `are_few` of: (B, H, Sq, Dv) and (B, H, Sq), contiguous. Otherwise as `single_query`.
+
+    causal: of several queries the last sees every key, each one before a key less.
+    wants_lse: None for lse where it is False; out has the same bits.
+    """
+    batch, num_heads, count, head_dim = query.shape
     num_kv_heads, seqlen, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group_size = num_heads // num_kv_heads
     dtype = query.dtype
@@ -68,53 +93,95 @@ def _results(
     lse: Tensor | None
     if dtype != wide and elements <= FEW_ELEMENTS:
         # a product in 16 bits takes longer to start than to widen so few
-        count = max(1, WIDENED_ELEMENTS // elements)
+        sequences = max(1, WIDENED_ELEMENTS // elements)
         few = []
-        for first in range(0, batch, count):
-            q, k, v = (t[first : first + count].to(wide) for t in (query, key, value))
-            few.append(_results(q, k, v, scale, exact_scores, wants_lse))
+        for first in range(0, batch, sequences):
+            q, k, v = (t[first : first + sequences].to(wide) for t in (query, key, value))
+            few.append(results(q, k, v, scale, exact_scores, causal, wants_lse))
         out, lse = _joined(few)
         return out.to(dtype), lse
-    most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, query.dtype, scale)
     apart = False
-    if seqlen <= most_fused and torch.get_num_threads() == 1:
-        rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
-        out, row_lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
-        if is_regular(row_lse):
-            if group_size > 1:
-                out = out.reshape(batch, num_heads, 1, head_dim)
-            return out, row_lse.reshape(batch, num_heads, 1)
-        apart = True  # those of the batch that are regular keep their bits
-    if batch > 1 and (apart or not (_batch_merges(key) and _batch_merges(value))):
+    if count == 1 and torch.get_num_threads() == 1:
+        most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, dtype, scale)
+        if seqlen <= most_fused:
+            rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
+            out, row_lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
+            if is_regular(row_lse):
+                if group_size > 1:
+                    out = out.reshape(batch, num_heads, 1, head_dim)
+                return out, row_lse.reshape(batch, num_heads, 1) if wants_lse else None
+            apart = True  # those of the batch that are regular keep their bits
+    if batch > 1 and (
+        apart or halves(num_kv_heads, elements) or not (batch_merges(key) and batch_merges(value))
+    ):
         each = [
-            _results(query[b : b + 1], key[b : b + 1], value[b : b + 1], scale, exact_scores, wants_lse)
+            results(
+                query[b : b + 1], key[b : b + 1], value[b : b + 1], scale, exact_scores, causal, wants_lse
+            )
             for b in range(batch)
         ]
         return _joined(each)
     groups = batch * num_kv_heads  # one for each key/value head of each sequence
-    queries = query.reshape(groups, group_size, head_dim)
-    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    queries = query.reshape(groups, group_size * count, head_dim)
+    out, lse = products(
+        queries, merged(key), merged(value), scale, elements, exact_scores, count if causal else 1, wants_lse
+    )
+    out = out.view(batch, num_heads, count, value_dim)
+    return out, None if lse is None else lse.view(batch, num_heads, count)
+
+
+def merged(tensor: Tensor) -> Tensor:
+    """(B, Hkv, S, D) with unit last stride, whose batch and heads are one dimension to a view, as (B * Hkv, S, D)."""
+    batch, heads, seqlen, dim = tensor.shape
+    of_batch, of_head, of_row, _ = tensor.stride()
+    return tensor.as_strided((batch * heads, seqlen, dim), (of_head if heads > 1 else of_batch, of_row, 1))
+
+
+def halves(num_kv_heads: int, elements: int) -> bool:
+    """Whether the queries of a sequence's only key/value head are two matrices, so that two threads have one each."""
+    return num_kv_heads == 1 and elements > FEW_ELEMENTS
+
+
+def products(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    elements: int,
+    exact_scores: bool,
+    count: int,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of `results`, (n, rows, Dv) and (n, rows), by products for n key/value heads of all sequences.
+
+    Args:
+        queries: (n, group * Sq, D), contiguous.
+        keys, values: (n, S, D) and (n, S, Dv).
+        elements: of the keys of one sequence.
+        count: Sq, of causal queries; 1 where each sees every key.
+    """
+    dtype, head_dim = queries.dtype, queries.shape[2]
+    wide = accumulation_dtype(dtype)
     keys_first = head_dim >= KEYS_FIRST_MIN_DIM and elements > FEW_ELEMENTS
     if dtype == wide:
-        out, lse = _products(queries, keys, values, scale, keys_first, wants_lse)
-    elif not exact_scores and torch_compat.has_fast_products(dtype):
-        out, lse = _products(queries, keys, values, scale, True, wants_lse)
-    else:
-        step = max(1, WIDENED_ELEMENTS // (seqlen * max(head_dim, value_dim)))
-        parts = [
-            _products(
-                queries[first : first + step].to(wide),
-                keys[first : first + step].to(wide),
-                values[first : first + step].to(wide),
-                scale,
-                keys_first,
-                wants_lse,
-            )
-            for first in range(0, groups, step)
-        ]
-        out, lse = _joined(parts)
-        out = out.to(dtype)
-    return out.view(batch, num_heads, 1, value_dim), None if lse is None else lse.view(batch, num_heads, 1)
+        return _products(queries, keys, values, scale, keys_first, count, wants_lse)
+    if not exact_scores and torch_compat.has_fast_products(dtype):
+        return _products(queries, keys, values, scale, True, count, wants_lse)
+    step = max(1, WIDENED_ELEMENTS // (keys.shape[1] * max(head_dim, values.shape[2])))
+    parts = [
+        _products(
+            queries[first : first + step].to(wide),
+            keys[first : first + step].to(wide),
+            values[first : first + step].to(wide),
+            scale,
+            keys_first,
+            count,
+            wants_lse,
+        )
+        for first in range(0, queries.shape[0], step)
+    ]
+    out, lse = _joined(parts)
+    return out.to(dtype), lse
 
 
 def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -142,31 +209,49 @@ def most_fused_keys(
 
 
 def _products(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, keys_first: bool, wants_lse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    keys_first: bool,
+    count: int,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out (n, group, Dv), lse (n, group)) of queries (n, group, D), keys (n, S, D) and values (n, S, Dv)."""
-    if queries.shape[0] == 1:  # two threads take no longer for two
+    n, rows, _ = queries.shape
+    seqlen = keys.shape[1]
+    if n == 1:
+        if rows % 2 == 0 and seqlen * queries.shape[2] > FEW_ELEMENTS:
+            halved = queries.view(2, rows // 2, -1)
+            keys, values = (t.expand(2, -1, -1) for t in (keys, values))
+            out, lse = _products(halved, keys, values, scale, keys_first, count, wants_lse)
+            return out.view(1, rows, -1), None if lse is None else lse.view(1, rows)
+        # two threads take no longer for two
         queries, keys, values = (t.expand(2, -1, -1) for t in (queries, keys, values))
-        out, lse = _products(queries, keys, values, scale, keys_first, wants_lse)
+        out, lse = _products(queries, keys, values, scale, keys_first, count, wants_lse)
         return out[:1], None if lse is None else lse[:1]
-    wide = accumulation_dtype(queries.dtype)
+    dtype = queries.dtype
+    wide = accumulation_dtype(dtype)
     first, second = (keys, queries.mT) if keys_first else (queries, keys.mT)
-    if scale == 0 or queries.dtype != wide:
-        scores = torch.bmm(first, second)
-    else:
+    scaled = scale != 0 and dtype == wide
+    if scaled:
         scores = torch.baddbmm(_NOTHING[wide], first, second, beta=0, alpha=scale)
+    else:
+        scores = torch.bmm(first, second)
     if keys_first:
         scores = scores.mT.to(wide, memory_format=torch.contiguous_format).contiguous()
-    if scale == 0 or queries.dtype != wide:
+    if not scaled:
         scores = scores.mul_(scale)
+    if count > 1:
+        last = scores.view(-1, count, seqlen).narrow(2, seqlen - count, count)
+        last.masked_fill_(_later(count), -torch.inf)
     probs = torch.softmax(scores, -1)
-    out = torch.bmm(probs.to(values.dtype), values)
+    out = torch.bmm(probs if dtype == wide else probs.to(dtype), values)
     largest = lse = None
     if wants_lse:
         largest = scores.amax(-1)
         lse = largest - probs.amax(-1).log_()  # the largest weight is exp(0) / sum
     # a row with a NaN, a score of +inf, or scores of -inf alone, which has no weight, is NaN in every column
-    if math.isnan(probs.select(-1, 0).sum().item()):
+    if math.isnan((out if out.shape[2] else probs).sum().item()):
         largest = scores.amax(-1) if largest is None else largest
         unseen = largest == -torch.inf
         out = out.masked_fill(unseen[..., None], 0)
@@ -174,6 +259,13 @@ def _products(
     return out, lse
 
 
-def _batch_merges(tensor: Tensor) -> bool:
+@lru_cache(maxsize=MOST_QUERIES)
+def _later(count: int) -> Tensor:
+    """Which of the last `count` keys come after each of as many queries, (count, count)."""
+    with torch.inference_mode(False):
+        return torch.ones(count, count, dtype=torch.bool, device="cpu").triu_(1)
+
+
+def batch_merges(tensor: Tensor) -> bool:
     """Whether batch and heads are one dimension to a view."""
     return tensor.stride(0) == tensor.shape[1] * tensor.stride(1) or tensor.shape[1] == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -21,6 +21,8 @@ from fastattn.spec import (
 )
 from fastattn.strides import empty_in_order, in_order
 
+Planned = Callable[[Tensor, Tensor, Tensor, list[int], list[int]], "tuple[Tensor, Tensor] | None"]
+
 
 def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     """(out (T, H, Dv), lse (H, T)); tokens of no sequence get 0 and -inf."""
@@ -37,37 +39,66 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
 
 
 def _one_tile_each(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) where each sequence is one tile to torch's fused kernel and no token is outside; None elsewhere.
+    run = varlen_fwd_plan(spec, call)
+    if run is None:
+        return None
+    return run(call.query, call.key, call.value, call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist())
 
-    The tiles are those of `attention_fwd`, without a call, a schedule and a check of the results for each sequence.
+
+def varlen_fwd_plan(spec: AttentionSpec, call: VarlenCall) -> Planned | None:
+    """(query, key, value, cu_seqlens_q, cu_seqlens_k) -> what `varlen_fwd` gives for calls like this one, of offsets as
+    lists; None where they are out of order, or a call needs more.
+
+    None unless each sequence may be one tile to torch's fused kernel. The tiles are those of `attention_fwd`, without a
+    call, a schedule and a check of the results for each sequence.
     """
     more = spec.alibi or spec.sinks or spec.window_left or spec.window_right
     if more or not fused.can_run(spec) or not call.scale > 0 or single_query.can_run(spec):
         return None
-    cu_seqlens_q, cu_seqlens_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
-    if cu_seqlens_q[-1] != call.query.shape[0] or cu_seqlens_q[-1] == 0:
-        return None
-    causal = call.causal != "none"
-    query, key, value = (t.transpose(0, 1)[None] for t in (call.query, call.key, call.value))  # (1, H, T, D)
-    outs, lses = [], []
-    for start_q, stop_q, start_k, stop_k in zip(
-        cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:]
-    ):
-        rows, cols = stop_q - start_q, stop_k - start_k
-        if not rows:
-            continue
-        if not cols or (causal and rows != cols):
+    causal, scale = call.causal != "none", call.scale
+    tokens_q, num_heads, dim = call.query.shape
+    tokens_k, num_kv_heads, _ = call.key.shape
+    most_q = tokens_q if call.max_seqlen_q < 0 else call.max_seqlen_q
+    most_k = tokens_k if call.max_seqlen_k < 0 else call.max_seqlen_k
+    # of (1, heads, tokens, dim)
+    q_strides, k_strides, v_strides = (
+        (0, t.stride(1), t.stride(0), 1) for t in (call.query, call.key, call.value)
+    )
+    q_step, k_step, v_step = q_strides[2], k_strides[2], v_strides[2]
+    flash = torch_compat.cpu_flash_kernel()
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: list[int], cu_seqlens_k: list[int]
+    ) -> tuple[Tensor, Tensor] | None:
+        if cu_seqlens_q[-1] != tokens_q or not tokens_q or cu_seqlens_k[-1] > tokens_k:
             return None
-        out, lse = torch_compat.cpu_flash_attention(
-            query.narrow(2, start_q, rows), key.narrow(2, start_k, cols), value.narrow(2, start_k, cols),
-            causal and rows > 1, None, call.scale,
-        )  # fmt: skip
-        outs.append(out[0].transpose(0, 1))  # (S, H, D), as the kernel lays it out
-        lses.append(lse[0])
-    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
-    if not fused.is_regular(lse):
-        return None
-    return in_order(out, call.query), lse
+        if cu_seqlens_q[0] or cu_seqlens_k[0]:
+            return None
+        q_first, k_first, v_first = query.storage_offset(), key.storage_offset(), value.storage_offset()
+        outs, lses = [], []
+        start_q = start_k = 0
+        for stop_q, stop_k in zip(cu_seqlens_q[1:], cu_seqlens_k[1:]):
+            rows, cols = stop_q - start_q, stop_k - start_k
+            if not (0 <= rows <= most_q and 0 <= cols <= most_k):
+                return None
+            if rows:
+                if not cols or (causal and rows != cols):
+                    return None
+                out, lse = flash(
+                    query.as_strided((1, num_heads, rows, dim), q_strides, q_first + start_q * q_step),
+                    key.as_strided((1, num_kv_heads, cols, dim), k_strides, k_first + start_k * k_step),
+                    value.as_strided((1, num_kv_heads, cols, dim), v_strides, v_first + start_k * v_step),
+                    0.0, causal and rows > 1, scale=scale,
+                )  # fmt: skip
+                outs.append(out.transpose(1, 2))  # (1, S, H, D), as the kernel lays it out
+                lses.append(lse)
+            start_q, start_k = stop_q, stop_k
+        out, lse = torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
+        if not fused.is_regular(lse):
+            return None
+        return in_order(out, query), lse
+
+    return run
 
 
 def varlen_bwd(

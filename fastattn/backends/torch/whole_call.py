@@ -33,7 +33,7 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
     if tile is None:
         return None
     if single_query.can_run(spec):
-        return partial(_single_query, call.scale, True)
+        return partial(_single_query, call.scale)
     causal, scale, contiguous = tile.structure == "causal", call.scale, call.query.is_contiguous()
     options: dict[str, Any] = {
         "causal": call.causal,
@@ -53,10 +53,8 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
     return run
 
 
-def _single_query(
-    scale: float, exact_scores: bool, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    out, lse = single_query.single_query(query, key, value, scale, exact_scores)
+def _single_query(scale: float, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = single_query.single_query(query, key, value, scale)
     return in_order(out, query), lse
 
 
@@ -102,41 +100,59 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
     """(query, k_cache, v_cache, key, value, start) -> what `kv_cache_fwd` gives for calls like this one whose sequences
     all hold `start` tokens: (out, lse), or out alone.
 
-    None where one query does not see all that is in a dense cache; the result is None where there is nothing to see.
+    None where a few queries do not see all that is in a dense cache before them; the result is None where the keys are
+    too few or too many for that.
     """
-    more = call.block_table is not None or call.rotary_cos is not None or call.alibi_slopes is not None
-    banded = call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0)
+    more = call.block_table is not None or call.rotary_cos is not None or call.sinks is not None
     unit = call.k_cache.stride(-1) == call.v_cache.stride(-1) == 1
-    if more or banded or not unit or not spec.single_query or call.causal == "top_left" or not call.capacity:
+    batch, num_heads, count, dim = call.query.shape
+    causal = call.causal != "none"
+    if (
+        more
+        or not unit
+        or not batch
+        or count > single_query.MOST_QUERIES
+        or not single_query.keeps_scores(spec)
+    ):
         return None
-    one = (call.query, call.k_cache[:, :, :1], call.v_cache[:, :, :1])  # any other number is one tile too
-    if _only_tile(spec, call.attending(*one, None)) is None or not single_query.can_run(spec):
+    if call.causal == "top_left" or call.window_left >= 0 or (call.window_right >= 0 and not causal):
         return None
-    scale, new_keys, group_size = call.scale, call.new_keys, spec.group_size
-    batch, num_heads, _, _ = call.query.shape
+    causal = causal and count > 1
+    scale, new_keys, group_size, value_dim = call.scale, call.new_keys, spec.group_size, spec.value_dim
     num_kv_heads = num_heads // group_size
-    dim = spec.head_dim  # the values' too
-    most_fused = single_query.most_fused_keys(num_kv_heads, group_size, dim, dim, spec.dtype, scale)
+    most_fused = 0
+    if count == 1:
+        most_fused = single_query.most_fused_keys(num_kv_heads, group_size, dim, value_dim, spec.dtype, scale)
     flash = torch_compat.cpu_flash_kernel()
     k_strides, v_strides = call.k_cache.stride(), call.v_cache.stride()
     k_step, v_step = k_strides[2], v_strides[2]
-    rows, shape = (batch, num_kv_heads, group_size, dim), (batch, num_heads, 1, dim)
-    added, contiguous = (batch, num_kv_heads, new_keys, dim), call.query.is_contiguous()
+    groups = batch * num_kv_heads
+    queries, shape = (groups, group_size * count, dim), (batch, num_heads, count, value_dim)
+    folded_shape = (batch, num_kv_heads, group_size, dim)
+    k_added, v_added = (batch, num_kv_heads, new_keys, dim), (batch, num_kv_heads, new_keys, value_dim)
+    contiguous = call.query.is_contiguous()
+    one = single_query.batch_merges(call.k_cache) and single_query.batch_merges(call.v_cache)
+    # one matrix for each key/value head
+    k_matrix, v_matrix = (
+        (strides[1] if num_kv_heads > 1 else strides[0], strides[2], 1) for strides in (k_strides, v_strides)
+    )
+    widened = spec.dtype.itemsize < 4
 
     def run(
         query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None, start: int
     ) -> Any:
         total = start + new_keys
-        if not total:
+        if not total or (count > 1 and not single_query.are_few(num_heads, count, total, causal)):
             return None
         # as_strided takes half the time of narrow
         if key is not None and value is not None:
-            k_cache.as_strided(added, k_strides, k_cache.storage_offset() + start * k_step).copy_(key)
-            v_cache.as_strided(added, v_strides, v_cache.storage_offset() + start * v_step).copy_(value)
-        keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
-        values = v_cache.as_strided((batch, num_kv_heads, total, dim), v_strides)
+            k_cache.as_strided(k_added, k_strides, k_cache.storage_offset() + start * k_step).copy_(key)
+            v_cache.as_strided(v_added, v_strides, v_cache.storage_offset() + start * v_step).copy_(value)
+        lse: Tensor | None
         if total <= most_fused and torch.get_num_threads() == 1:
-            folded = query if group_size == 1 else query.reshape(rows)
+            folded = query if group_size == 1 else query.reshape(folded_shape)
+            keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
+            values = v_cache.as_strided((batch, num_kv_heads, total, value_dim), v_strides)
             out, lse = flash(folded, keys, values, 0.0, False, scale=scale)
             if fused.is_regular(lse):
                 if group_size > 1:
@@ -144,10 +160,27 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
                 if not contiguous:  # as out is, of one query
                     out = in_order(out, query)
                 return (out, lse.reshape(batch, num_heads, 1)) if return_lse else out
+        elif (
+            one
+            and ((elements := num_kv_heads * total * dim) > single_query.FEW_ELEMENTS or not widened)
+            and (batch == 1 or not single_query.halves(num_kv_heads, elements))
+        ):
+            out, lse = single_query.products(
+                query.view(queries) if contiguous else query.reshape(queries),
+                k_cache.as_strided((groups, total, dim), k_matrix),
+                v_cache.as_strided((groups, total, value_dim), v_matrix),
+                scale, elements, False, count if causal else 1, return_lse,
+            )  # fmt: skip
+            out = out.view(shape)
+            if not contiguous:
+                out = in_order(out, query)
+            return out if lse is None else (out, lse.view(batch, num_heads, count))
+        keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
+        values = v_cache.as_strided((batch, num_kv_heads, total, value_dim), v_strides)
         # no gradient is computed from lse
-        if return_lse:
-            return _single_query(scale, False, query, keys, values)
-        return in_order(single_query.single_query_out(query, keys, values, scale, exact_scores=False), query)
+        out, lse = single_query.results(query, keys, values, scale, False, causal, return_lse)
+        out = in_order(out, query)
+        return out if lse is None else (out, lse)
 
     return run
 

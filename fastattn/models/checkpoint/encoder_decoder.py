@@ -9,6 +9,7 @@ from typing import Any
 
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import encoders
+from fastattn.models.checkpoint.encoder_names import KINDS
 from fastattn.models.checkpoint.gpt2 import GPT2
 from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part, family_for
@@ -23,7 +24,7 @@ from fastattn.models.encoder_decoder_config import (
 from fastattn.models.presets import FAMILY_FIELDS
 
 ARCHITECTURE = "EncoderDecoderModel"
-# Of a decoder that was no decoder of an encoder-decoder before.
+# New parameters of a decoder from a checkpoint without cross-attention.
 NEW_IN_DECODER = ("h.*.cross_attn.*", "h.*.ln_cross.*")
 _TOKENS = ("decoder_start_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 _MARKS = {"is_decoder": True, "add_cross_attention": True}
@@ -49,7 +50,7 @@ _GPT2_PARTS = (
 
 def _bert_parts(kind: str, head: dict[str, str]) -> tuple[Part, ...]:
     """The rows of a BERT or RoBERTa with cross-attention; head: our names in a masked LM's head -> the file's."""
-    prefix = encoders.KINDS[kind].prefix
+    prefix = KINDS[kind].prefix
     embeddings, layer = f"{prefix}embeddings.", f"{prefix}encoder.layer.{{i}}."
     own, cross = f"{layer}attention.", f"{layer}crossattention."
     projections = tuple(f"{own}self.{name}" for name in ("query", "key", "value"))
@@ -105,14 +106,14 @@ def _write_bert(config: GPTConfig, *, kind: str, tied: bool) -> dict[str, Any]:
 
 
 def _bert(kind: str, *, tied: bool) -> Family:
-    of_tied = encoders.KINDS[kind].heads["BertForMaskedLM"]
+    of_tied = KINDS[kind].heads["BertForMaskedLM"]
     of_untied = {**of_tied, **encoders.own_bias(of_tied)}
     head, other = (of_tied, of_untied) if tied else (of_untied, of_tied)
     return Family(
         model_type=kind,
         architectures=_ARCHITECTURES[kind],
         parts=_bert_parts(kind, head),
-        prefix=encoders.KINDS[kind].prefix,
+        prefix=KINDS[kind].prefix,
         dropped=(other["decoder.bias"], "cls.seq_relationship.*", "pooler.*", "embeddings.position_ids"),
         aliases=encoders.OLD_NAMES_OF_NORMS,
         read_config=partial(_read_bert, kind=kind),
@@ -124,7 +125,7 @@ _ARCHITECTURES = {
     "bert": ("BertLMHeadModel", "BertForMaskedLM", "BertForPreTraining", "BertModel"),
     "roberta": ("RobertaForCausalLM", "RobertaForMaskedLM", "RobertaModel"),
 }
-# Decoders with cross-attention; of a model type, the first whose config fits.
+# Decoders with cross-attention; of those with one model type, the first that can hold a config is used.
 CROSS_DECODERS: tuple[Family, ...] = (
     *(_bert(kind, tied=tied) for kind in BERT_DECODERS for tied in (True, False)),
     replace(
@@ -143,7 +144,7 @@ def decoder_family(config: GPTConfig) -> Family:
 
 
 def read_decoder(entries: dict[str, Any]) -> GPTConfig:
-    """A decoder with cross-attention of a config.json, whether that has it yet or not."""
+    """The config of a decoder from its config.json, with cross-attention added."""
     kind = entries.get("model_type")
     for family in CROSS_DECODERS:
         if family.model_type == kind:
@@ -184,8 +185,8 @@ def _read(entries: dict[str, Any]) -> EncoderDecoderConfig:
 
 def _read_encoder(entries: dict[str, Any]) -> BertConfig:
     kind = entries.get("model_type")
-    if kind not in encoders.KINDS:
-        known = ", ".join(map(repr, encoders.KINDS))
+    if kind not in KINDS:
+        known = ", ".join(map(repr, KINDS))
         raise ValueError(f"model_type: got {kind!r}, needs one of {known}")
     return encoders.read_config(kind, entries)
 

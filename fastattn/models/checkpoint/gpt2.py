@@ -1,4 +1,4 @@
-"""GPT-2's config.json and tensor names, and those of folders whose model has what GPT-2 has not."""
+"""GPT-2's config.json and tensor names, and this package's own format for models that are no GPT-2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastattn.models.checkpoint.keys import check_keys
 from fastattn.models.checkpoint.names import Family, Part, join, to_file
 from fastattn.models.config import GPTConfig
 
-# What a GPT2Config has; with anything else of a GPTConfig at another value than its default the model is no GPT-2.
+# The fields of a GPT2Config. A GPTConfig with another field at a value other than its default is no GPT-2.
 _OF_GPT2 = frozenset(
     (
         "model_type",
@@ -36,7 +36,7 @@ _OF_GPT2 = frozenset(
 _OWN_OPTIONS = {field.name: field.default for field in fields(GPTConfig) if field.name not in _OF_GPT2}
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _FIELDS = frozenset(field.name for field in fields(GPTConfig))
-# What a GPT2Config leaves out of config.json has these values.
+# The values of keys that a GPT2Config leaves out of config.json.
 _GPT2_DEFAULTS = {
     **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1),
     "bos_token_id": 50256,

@@ -32,7 +32,7 @@ def with_scales(tensors: dict[str, Tensor], scales: dict[str, Tensor]) -> dict[s
 
 
 def is_int8(entries: dict[str, Any]) -> bool:
-    """Whether config.json says that a folder is such a one."""
+    """Whether config.json says that a folder holds 8-bit weights."""
     return entries.get("quantization_config") == METHOD
 
 

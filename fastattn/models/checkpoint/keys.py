@@ -1,11 +1,11 @@
-"""The keys of config.json, sorted: those that are honoured, those without influence on the result, and the others."""
+"""Which keys of config.json are honoured, which have no influence on the result, and refusal of all others."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# What transformers writes for every model and what changes no output of a forward pass.
+# Keys that transformers writes for every model and that change no output of a forward pass.
 WITHOUT_INFLUENCE = frozenset(
     (
         "model_type",
@@ -72,7 +72,7 @@ WITHOUT_INFLUENCE = frozenset(
         "begin_suppress_tokens",
     )
 )
-# What transformers gives every config and what would change the result at another value.
+# Keys of every transformers config that would change the result at another value.
 SHARED_DEFAULTS: dict[str, Any] = {
     "is_encoder_decoder": False,
     "is_decoder": False,
@@ -99,6 +99,9 @@ def check_keys(
         defaults: keys that would change the result, with the one value that is computed, which is the value
             transformers' config class has where a file does not say; besides `SHARED_DEFAULTS`.
 
+    A null says that a key is not set. It is refused only where leaving the key out would mean a true value, as
+    transformers reads null as false.
+
     Raises:
         ValueError: a key of `defaults` has another value, or nobody knows a key; the message begins with the key.
     """
@@ -106,6 +109,8 @@ def check_keys(
     wrong = []
     for key, value in entries.items():
         if key in honoured or key in ignored or key in WITHOUT_INFLUENCE or key.startswith("_"):
+            continue
+        if value is None and not expected.get(key):
             continue
         if key not in expected:
             wrong.append(f"{key}: got {value!r}, which is no key of this model type")

@@ -1,4 +1,4 @@
-"""A model filled from a folder: every parameter from the file or named as new, everything that does not fit listed."""
+"""Fills a model from a folder: each parameter is in the file or named as new, and all that does not fit is listed."""
 
 from __future__ import annotations
 
