@@ -6,7 +6,8 @@ and scattered back. `split` says who has which rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor
 from fastattn.ops.attention import attention as attend
 
 Parts = Sequence[Sequence[range]]
+# torch 2.13 renamed it.
+_reduce_scatter: Callable[..., Any] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    if dist.is_available()
+    else None
+)
 
 
 def split(length: int, processes: int) -> list[tuple[range, ...]]:
@@ -34,7 +41,7 @@ def split(length: int, processes: int) -> list[tuple[range, ...]]:
         raise ValueError(f"processes: got {processes}, need at least 1")
     count = 2 * processes
     ends = [length * i // count for i in range(count + 1)]
-    parts = [range(first, last) for first, last in zip(ends, ends[1:])]
+    parts = [range(first, last) for first, last in pairwise(ends)]
     return [(parts[r], parts[count - 1 - r]) for r in range(processes)]
 
 
@@ -75,8 +82,8 @@ def attention(
     Returns:
         out (B, H, S_r, Dv), and lse (B, H, S_r) if asked for.
 
-    Every process holds all keys and values of the call while it runs: (S - S_r) * B * Hkv * (D + Dv) elements come in for
-    each forward pass, as many for the backward pass, and as many gradients go out.
+    Every process holds all keys and values of the call while it runs. (S - S_r) * B * Hkv * (D + Dv) elements come in
+    for the forward pass, and as many sums of gradients are formed and scattered in the backward pass.
 
     Raises:
         ValueError: an argument does not fit the parts or the group.
@@ -109,13 +116,14 @@ def attention(
         start += len(part)
     if not results:  # still part of the graph: the backward pass is a collective
         empty = (query.sum() + keys.sum() + values.sum()) * 0
-        results = [query.new_zeros(*query.shape[:3], value.shape[3]) + empty, query.new_zeros(query.shape[:3])]
+        shape, wide = (*query.shape[:2], 0), torch.promote_types(query.dtype, torch.float32)
+        results = [query.new_zeros(*shape, value.shape[3]) + empty, (query.new_zeros(shape) + empty).to(wide)]
     out = torch.cat(results[::2], 2)
     return (out, torch.cat(results[1::2], 2)) if return_lse else out
 
 
 class _Gather(torch.autograd.Function):
-    """All rows of a tensor (B, H, S_r, D), in the order of the whole sequence; in the backward pass its rows of the sum."""
+    """All rows of a tensor (B, H, S_r, D), in the order of the whole sequence; gradients are summed over processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, parts: Parts, rank: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -128,7 +136,7 @@ class _Gather(torch.autograd.Function):
         longest = max(map(_rows, ctx.parts))
         pieces = [_padded(take(grad, rows, 2), 2, longest) for rows in ctx.parts]
         own = torch.empty_like(pieces[0])
-        dist.reduce_scatter_tensor(own, torch.cat(pieces), group=ctx.group)
+        _reduce_scatter(own, torch.cat(pieces), group=ctx.group)
         return own.narrow(2, 0, _rows(ctx.parts[ctx.rank])).contiguous(), None, None, None
 
 
