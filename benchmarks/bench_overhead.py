@@ -3,7 +3,8 @@
 python benchmarks/bench_overhead.py              every case of this machine's device, results stored
 python benchmarks/bench_overhead.py --list       the cases
 python benchmarks/bench_overhead.py --calls      Python functions that each case enters, the same on any machine
-On a CPU the time of a call on one thread is nearly all overhead. On a GPU read host_ms: what launching took the host.
+On a CPU the time of a call on one thread is nearly all overhead. On a GPU read host_ms, what launching took the host,
+and launches, the kernels of a call: the table has the host's time for each, beside SDPA's and FlexAttention's.
 """
 
 from __future__ import annotations

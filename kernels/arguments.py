@@ -7,6 +7,7 @@ Integers are parameters of their own: Triton compiles a variant for an integer t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from triton import next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastattn.kernels.jit import Kernel
+from fastattn.kernels.jit import Kernel, launcher
+from fastattn.recorders import this_thread
 from fastattn.strides import ALIGNMENT
 
 
@@ -40,16 +42,32 @@ class Launch(NamedTuple):
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
-        """Launch on the device of the first tensor, unless there is nothing to do."""
+        """Launch, unless there is nothing to do, or leave that to the recorder of this thread."""
         if 0 in self.grid:
             return
+        if this_thread.recorder is None:
+            self.start()
+        else:
+            this_thread.recorder.launch(self)
+
+    def start(self) -> object:
+        """Launch on the device of the first tensor; the compiled kernel, or None where Triton interprets."""
+        with self._device():
+            return self.kernel[self.grid](*self.args, **self.options)
+
+    def starter(self, compiled: object) -> Callable[..., object]:
+        """What makes this launch with other arguments of the same classes, which `compiled`, the kernel that `start`
+        returned, was compiled for: directly, or through Triton's launcher where that is all that Triton offers."""
+        with self._device():
+            direct = launcher(compiled, self.grid)
+        empty = self._replace(args=())  # keeps no tensor
+        return direct or (lambda *args: empty._replace(args=args).start())
+
+    def _device(self) -> torch.cuda.device_of:
         for value in self.args:
             if isinstance(value, Tensor):
-                break
-        else:
-            raise TypeError("a launch needs a tensor, whose device it runs on")
-        with torch.cuda.device_of(value):
-            self.kernel[self.grid](*self.args, **self.options)
+                return torch.cuda.device_of(value)
+        raise TypeError("a launch needs a tensor, whose device it runs on")
 
 
 class OptionalTensors(NamedTuple):

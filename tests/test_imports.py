@@ -25,7 +25,8 @@ ARROWS = {
     "cache": set(),
     "plot": {"integers", "cache"},
     "versions": set(),
-    "kernels": {"integers", "spec", "strides", "philox", "cache", "versions"},
+    "recorders": set(),
+    "kernels": {"integers", "spec", "strides", "philox", "cache", "versions", "recorders"},
     "extension": {"cache"},
     "backends": {
         "integers",
@@ -37,6 +38,7 @@ ARROWS = {
         "visibility",
         "kernels",
         "extension",
+        "recorders",
     },
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from measure.harness import Budget
 from measure.protocols import Judgement, Step
 from report import schema
 
-BUDGET = Budget(seconds=0.7, most_rounds=200, memory=False)
+BUDGET = Budget(seconds=0.7, most_rounds=200, memory=False, launches=True)
 BATCH, HEADS, LENGTH, HEAD_DIM, WIDTH, CLASSES = 1, 2, 16, 16, 32, 64
 Calls = dict[str, calls.Call]
 DIRECTIONS = {
@@ -59,8 +59,9 @@ class OverheadCase:
         return f"{self.op}, {DIRECTIONS[self.direction]}"
 
     def providers(self, device: torch.device) -> list[str]:
-        """Ours, and torch's nearest."""
-        return list(OPS[self.op].providers)
+        """Ours, and torch's nearest; on a GPU torch's FlexAttention too where it has the op."""
+        op = OPS[self.op]
+        return [*op.providers, *(("flex",) if op.flex and device.type == "cuda" else ())]
 
     def open(self, device: torch.device) -> OverheadWorkload:
         """Random inputs on the device."""
@@ -102,6 +103,7 @@ class Op:
     providers: tuple[str, ...]
     calls: Callable[[torch.device], Calls]
     gradient: bool = True
+    flex: bool = False
     sizes: Mapping[str, int] = field(
         default_factory=lambda: {"heads": HEADS, "length": LENGTH, "head_dim": HEAD_DIM}
     )
@@ -123,7 +125,25 @@ def _attention(device: torch.device) -> Calls:
         "fastattn": lambda q, k, v: fastattn.attention(q, k, v, causal=True),
         "fastattn-sdpa": lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v, is_causal=True),
         "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "flex": _flex(device, lambda batch, head, row, column: row >= column),
     }
+
+
+def _flex(device: torch.device, sees: Callable[..., Tensor]) -> calls.Call:
+    """torch's FlexAttention, compiled at the first call."""
+
+    @cache
+    def compiled() -> tuple[Any, Any]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        mask = create_block_mask(sees, None, None, LENGTH, LENGTH, device=device)
+        return torch.compile(flex_attention, dynamic=False), mask
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        attend, mask = compiled()
+        return attend(q, k, v, block_mask=mask)
+
+    return call
 
 
 def _window(device: torch.device) -> Calls:
@@ -134,6 +154,7 @@ def _window(device: torch.device) -> Calls:
     return {
         "fastattn": lambda q, k, v: fastattn.attention(q, k, v, window=(4, 0)),
         "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        "flex": _flex(device, lambda batch, head, row, column: (row >= column) & (row - column <= 4)),
     }
 
 
@@ -225,8 +246,8 @@ def _linear_cross_entropy(device: torch.device) -> Calls:
 ROOM = 16  # tokens that a cache could still take
 ROWS = (LENGTH, CLASSES)
 OPS = {
-    "attention": Op(QKV, PADDED, ("fastattn", "fastattn-sdpa", "sdpa"), _attention),
-    "attention-window": Op(QKV, PADDED, ("fastattn", "sdpa"), _window),
+    "attention": Op(QKV, PADDED, ("fastattn", "fastattn-sdpa", "sdpa"), _attention, flex=True),
+    "attention-window": Op(QKV, PADDED, ("fastattn", "sdpa"), _window, flex=True),
     "attention-varlen": Op(dict.fromkeys(QKV, PACKED), PACKED, ("fastattn", "sdpa"), _varlen),
     "attention-kv-cache": _decode_op(HEADS, LENGTH, HEAD_DIM),
     "attention-kv-cache-128": _decode_op(12, 128, 64),

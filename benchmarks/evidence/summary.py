@@ -103,7 +103,9 @@ def _overhead_line(cases: list[schema.Result]) -> list[str]:
         theirs = figures.host_us(figures.best_peer(case))
         if ours and theirs:
             name = case["name"].replace("forward", "fwd").replace("backward", "bwd")
-            cells.append(f"{name} {ours:.0f} ({theirs:.0f})")
+            number = figures.row_of(case, "fastattn").get("launches")  # type: ignore[union-attr]
+            each = f", {ours / number:.1f} a launch" if number else ""
+            cells.append(f"{name} {ours:.0f} ({theirs:.0f}{each})")
     return [f"  {'overhead, us':<14} " + ", ".join(cells[:4])]
 
 

@@ -2,7 +2,8 @@
 
 For the torch backend: aten operators, bytes allocated and the peak of those alive. For the Triton kernels: launches,
 programs, bytes allocated around them, and matrix products executed by mask. Also the tiles visited by mask, the
-operators of a decoding step and of a module, and the Python functions that a call of each op enters.
+operators of a decoding step and of a module, and the Python functions that a call of each op enters, on the torch
+backend and, without the launches, on the Triton backend.
 tests/kernels/compile_table.json has registers, shared memory and spills.
 """
 
@@ -53,6 +54,9 @@ def measure() -> Counts:
                 "python calls": {
                     name: {"calls": python_calls(call)} for name, call in _python_calls().items()
                 },
+                "python calls before triton": {
+                    name: _calls_before_triton(call) for name, call in _launching_calls().items()
+                },
                 "triton products": {n: _products_executed(o) for n, o in _masks(SMALL_LENGTH).items()},
             }
     finally:
@@ -82,6 +86,56 @@ def _python_calls() -> dict[str, Call]:
         "cross_entropy": lambda: fastattn.cross_entropy(rows, target),
         "linear_cross_entropy": lambda: fastattn.linear_cross_entropy(rows, weight, target),
     }
+
+
+def _launching_calls() -> dict[str, Call]:
+    """A small call of each op that has kernels, forward and with its gradients."""
+    import fastattn
+
+    half = torch.float16
+    q, k, v = (_normal(1, 2, 16, 16, dtype=half) for _ in range(3))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    packed = [t.transpose(1, 2).flatten(0, 1).requires_grad_() for t in (q, k, v)]
+    cu_seqlens, target = torch.tensor([0, 8, 16], dtype=torch.int32), torch.arange(16)
+    new, lengths = _normal(1, 2, 1, 16, dtype=half), torch.tensor([15], dtype=torch.int32)
+    mask, bias = torch.ones(16, 16, dtype=torch.bool).tril(), _normal(2, 16, 16, dtype=half, grad=True)
+    rows = _normal(16, 32, dtype=half, grad=True)
+
+    def varlen(*x: Tensor) -> Any:
+        query, key, value = x
+        return fastattn.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, 8, 8, causal=True)
+
+    return {
+        "attention": lambda: fastattn.attention(q, k, v, causal=True),
+        "attention, gradients": _both(lambda *x: fastattn.attention(*x, causal=True), *leaves),
+        "attention, mask": lambda: fastattn.attention(q, k, v, mask=mask),
+        "attention, mask, gradients": _both(lambda *x: fastattn.attention(*x, mask=mask), *leaves),
+        "attention, bias with its gradient": _both(lambda *x: fastattn.attention(*x[:3], bias=x[3]), *leaves, bias),
+        "attention, one query": lambda: fastattn.attention(new, k, v),
+        "varlen": lambda: varlen(*(t.detach() for t in packed)),
+        "varlen, gradients": _both(varlen, *packed),
+        "kv_cache": lambda: fastattn.attention_kv_cache(new, k, v, lengths, key=new, value=new),
+        "softmax": lambda: fastattn.softmax(rows.detach()),
+        "softmax, gradients": _both(lambda x: fastattn.softmax(x), rows),
+        "cross_entropy": lambda: fastattn.cross_entropy(rows.detach(), target),
+        "cross_entropy, gradients": _both(lambda x: fastattn.cross_entropy(x, target), rows),
+    }  # fmt: skip
+
+
+def _calls_before_triton(call: Call) -> Counts:
+    """Python functions of fastattn that a call enters, those that launch aside, and its launches, none of which is
+    made. On a CPU values are checked besides, which a GPU would have to be waited for."""
+    from fastattn.kernels.arguments import Launch
+
+    made: list[Any] = []
+    with _through_triton(), _replaced(Launch, "start", lambda launch: made.append(launch)):
+        for _ in range(WARM):
+            call()
+        made.clear()
+        call()
+        launched = len(made)
+        entered = python_calls(call)
+    return {"calls": entered, "launches": launched}
 
 
 def python_calls(call: Call) -> int:
@@ -132,7 +186,7 @@ def launches(call: Call) -> Counts:
     with _through_triton_unexecuted():
         allocated = operators(call)["allocated"]
     made: list[str] = []
-    with _through_triton(), _replaced(Launch, "run", lambda launch: made.append(_named(launch))):
+    with _through_triton(), _replaced(Launch, "start", lambda launch: made.append(_named(launch))):
         call()
     return {"launches": made, "allocated": allocated}
 
@@ -271,7 +325,7 @@ def _triton_calls() -> dict[str, Call]:
 def _through_triton_unexecuted() -> Iterator[None]:
     from fastattn.kernels.arguments import Launch
 
-    with _through_triton(), _replaced(Launch, "run", lambda launch: None):
+    with _through_triton(), _replaced(Launch, "start", lambda launch: None):
         yield
 
 
@@ -373,7 +427,7 @@ def differences(stored: Counts, counts: Counts, torch_version: str = torch.__ver
     return lines
 
 
-TORCH_DECIDES = ("torch backend", "models", "python calls")
+TORCH_DECIDES = ("torch backend", "models", "python calls", "python calls before triton")
 
 
 def _flat(cases: Counts) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from measure import memory
+from measure import launches, memory
 from measure.device_errors import lost_after
 from measure.errors import errors_against
 from measure.protocols import REFUSED, CannotRun, Case, Step, Workload
@@ -37,6 +37,7 @@ class Budget:
     least_sample_seconds: float = 0.002  # shorter calls are repeated within a sample
     memory: bool = True
     errors: bool = True
+    launches: bool = False  # on a GPU, count the kernels of a call
     patient: bool = False  # `least_rounds` however long they take
 
 
@@ -86,6 +87,8 @@ def run_case(
         if isinstance(sampler, _CudaSampler):
             row["host_ms"] = round(1e3 * statistics.median(sampler.host[steps[provider]]), 4)
         row["peak_memory_mib"] = None
+        if budget.launches and device.type == "cuda":
+            row["launches"] = launches.count(steps[provider])
     steps.clear()
     del sampler
     if budget.memory and device.type == "cuda":
@@ -230,8 +233,8 @@ class _CudaSampler:
 
     def __call__(self, step: Step, repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        launches = self.host.setdefault(step, [])
-        wait = min(2 * repeats * max(launches[-3:], default=0.001), 0.05)
+        took = self.host.setdefault(step, [])
+        wait = min(2 * repeats * max(took[-3:], default=0.001), 0.05)
         torch.cuda.synchronize()
         self.cache.zero_()
         self.spin(int(wait * self.HERTZ))
@@ -239,7 +242,7 @@ class _CudaSampler:
         began = time.perf_counter()
         for _ in range(repeats):
             step()
-        launches.append((time.perf_counter() - began) / repeats)
+        took.append((time.perf_counter() - began) / repeats)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats

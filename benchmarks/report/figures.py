@@ -41,6 +41,15 @@ def host_us(row: Result | None) -> float | None:
     return float(1e3 * (row["time_ms"]["median"] if host is None else host))
 
 
+def host_text(row: Result | None) -> str:
+    """That, and where launches were counted, how many there are and what each costs."""
+    host = host_us(row)
+    if row is None or not host:
+        return "–"
+    number = row.get("launches")
+    return f"{host:.0f}" + (f" ({number} launches, {host / number:.1f} each)" if number else "")
+
+
 def peer_of(case: Result) -> Result | None:
     """The row ours is held against: the target's, else the best peer's."""
     target = case["target"]

@@ -187,6 +187,8 @@ def _validate_row(row: Result, where: str) -> None:
     _fields(row, where, tflops=(int, float, type(None)), ceiling_share=(int, float, type(None)))
     number = (int, float, type(None))
     _fields(row, where, peak_memory_mib=number, host_ms=number, gbps=number)
+    if "launches" in row:  # of kernels, where a bench counts them
+        _fields(row, where, launches=int)
     _fields(row["time_ms"], f"{where}: time_ms", median=float, p20=float, p80=float, samples=int)
     time = row["time_ms"]
     in_order = 0 < time["p20"] <= time["median"] <= time["p80"] < math.inf and time["samples"] > 0

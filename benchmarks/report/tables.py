@@ -220,7 +220,8 @@ def _overhead_lines(result: Result, words: Words) -> list[str]:
     """Microseconds of a call: on a CPU its time, on a GPU what launching took the host."""
     lines = _header([words[name] for name in ("case", "peer", "peer_us", "ours_us", "more_us")])
     for case in result["cases"]:
-        peer = next((r for r in case["rows"] if not r["provider"].startswith("fastattn")), None)
+        peers = [r for r in case["rows"] if not r["provider"].startswith("fastattn")]
+        peer, *others = peers or [None]
         for row in case["rows"]:
             if not row["provider"].startswith("fastattn"):
                 continue
@@ -229,7 +230,9 @@ def _overhead_lines(result: Result, words: Words) -> list[str]:
             label = case["label"] + (f" (`{variant}`)" if variant else "")
             more = f"**{ours - theirs:.0f}**" if ours and theirs else "–"
             name = peer["provider"] if peer else "–"
-            lines.append(_line(label, name, *(f"{t:.0f}" if t else "–" for t in (theirs, ours)), more))
+            lines.append(_line(label, name, figures.host_text(peer), figures.host_text(row), more))
+        for row in others:
+            lines.append(_line(case["label"], row["provider"], figures.host_text(row), "", ""))
     return [*lines, ""]
 
 

@@ -76,6 +76,7 @@ class BestFitDataset:
     Attributes:
         dropped: tokens that are in no row: the caller's, and those of pieces without any that counts.
         padding: share of the rows' places that is padding.
+        cut, cut_rows: `dropped`, and of how many texts that were longer than a row, as the maker of those says.
 
     Raises:
         ValueError: a piece is empty or longer than the block with its BOS, or no piece has a token that counts.
@@ -95,10 +96,18 @@ class BestFitDataset:
         self.block_size = check_integer("block_size", block_size, 2, MAX_INT32)
         self.pad_id = check_integer("pad_id", pad_id, 0)
         self.bos_id = None if bos_id is None else check_integer("bos_id", bos_id, 0)
+        _check_array("tokens", tokens, np.integer, (None,))
+        _check_array("spans", spans, np.integer, (None, 2))
+        if counted is not None:
+            _check_array("counted", counted, np.bool_, (len(tokens),))
+        dropped = check_integer("dropped", dropped, 0)
         self.tokens, self.counted = tokens, counted
-        spans = np.asarray(spans, np.int64).reshape(-1, 2)
+        spans = np.asarray(spans, np.int64)
+        if not ((spans[:, 0] >= 0) & (spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(tokens))).all():
+            raise ValueError(f"spans: need a first token below the last, within {len(tokens)} tokens")
         useful = self._targets(spans) > 0
         self.dropped = dropped + int((spans[~useful, 1] - spans[~useful, 0]).sum())
+        self.cut, self.cut_rows = self.dropped, 0  # as other training sets call them
         self.spans = spans[useful]
         if not len(self.spans):
             raise ValueError("spans: no piece has a token that counts, need at least one")
@@ -168,6 +177,18 @@ class BestFitDataset:
         return sums[spans[:, 1]] - sums[np.minimum(first, spans[:, 1])]
 
 
+def _check_array(name: str, value: Any, kind: Any, shape: tuple[int | None, ...]) -> None:
+    """TypeError or ValueError unless `value` is an array of a kind of numbers; None in `shape` is any size."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: got a {type(value).__name__}, need a NumPy array")
+    fits = value.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape))
+    if not fits or not np.issubdtype(value.dtype, kind):
+        needed = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(
+            f"{name}: got {value.dtype} of shape {value.shape}, need {kind.__name__} of shape ({needed})"
+        )
+
+
 def packed_sequences(
     sequences: Sequence[tuple[Sequence[int], Sequence[bool]]],
     block_size: int,
@@ -178,9 +199,7 @@ def packed_sequences(
     """A dataset of token sequences in memory, each with a mark for each token, whether it counts in the loss."""
     lengths = np.array([len(ids) for ids, _ in sequences], np.int64)
     ends = np.cumsum(lengths)
-    tokens = (
-        np.concatenate([np.asarray(ids, np.uint32) for ids, _ in sequences]) if len(ends) else np.empty(0)
-    )
-    counted = np.concatenate([np.asarray(marks, bool) for _, marks in sequences]) if len(ends) else None
+    tokens = np.concatenate([np.empty(0, np.uint32), *(np.asarray(ids, np.uint32) for ids, _ in sequences)])
+    counted = np.concatenate([np.empty(0, bool), *(np.asarray(marks, bool) for _, marks in sequences)])
     spans = np.stack((ends - lengths, ends), 1)
     return BestFitDataset(tokens, spans, block_size, pad_id=pad_id, counted=counted, dropped=dropped)

@@ -55,6 +55,10 @@ class Tokenizer:
         self.pad_token = eos_token if pad_token is None else pad_token
         self.eos_id = self._id_of("eos_token", eos_token)
         self.pad_id = self._id_of("pad_token", self.pad_token)
+        if settings is not None and not isinstance(settings, Mapping):
+            raise TypeError(f"settings: got a {type(settings).__name__}, need a mapping")
+        if chat_template is not None:
+            check_text("chat_template", chat_template)
         self.settings = dict(settings or {})
         self.chat_template = chat_template
 

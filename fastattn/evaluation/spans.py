@@ -64,7 +64,7 @@ def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequenc
     rows: list[dict[str, Any]] = []
     for kind in sorted(expected | predicted):
         precision, recall, f1 = f1_of(correct[kind], predicted[kind], expected[kind])
-        row = {"type": kind, "precision": precision, "recall": recall, "f1": f1}
+        row: dict[str, Any] = {"type": kind, "precision": precision, "recall": recall, "f1": f1}
         rows.append({**row, "references": expected[kind], "predictions": predicted[kind]})
     precision, recall, f1 = f1_of(correct.total(), predicted.total(), expected.total())
     return Report(

@@ -74,8 +74,8 @@ class Chooser:
 
     @property
     def independent(self) -> bool:
-        """Whether a choice depends on its logits alone."""
-        return self.greedy and not self.scores.changes
+        """Whether a choice does not depend on the tokens before, but for the logits that they made."""
+        return not self.scores.changes
 
     def __call__(self, logits: Tensor, position: int | Tensor) -> Tensor:
         """Tokens (R,) after logits (R, V), NOT_FINITE where none can be chosen.
@@ -86,9 +86,23 @@ class Chooser:
             logits = self.scores(logits)
         if self.draws is None:
             return greedy(logits)
+        return self._drawn(logits, self.draws.at(position))
+
+    def several(self, logits: Tensor, counts: Sequence[int]) -> Tensor:
+        """Tokens (R, n) after logits (R, n, V) of consecutive positions, where choices are `independent`.
+
+        counts: tokens that each sequence has behind its prompt at the first of these positions.
+        """
+        if self.draws is None:
+            return greedy(logits)
+        places = torch.arange(logits.shape[1], device=logits.device)
+        uniform = self.draws.at(torch.tensor(counts, device=logits.device)[:, None] + places)  # (R, n)
+        return self._drawn(logits.flatten(0, 1), uniform.view(-1, 1)).view(logits.shape[:2])
+
+    def _drawn(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Tokens (N,) after logits (N, V), by numbers (N, 1)."""
         o = self.options
-        probs = shares(logits, o.temperature, o.top_k, o.top_p, o.min_p)
-        tokens = draw(probs, self.draws.at(position))
+        tokens = draw(shares(logits, o.temperature, o.top_k, o.top_p, o.min_p), uniform)
         return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)
 
 

@@ -128,13 +128,13 @@ class Draws:
         )  # (B, positions so far)
 
     def at(self, position: int | Tensor) -> Tensor:
-        """Numbers (B, 1) float64 at a position, or at one of each sequence (B,)."""
+        """Numbers (B, 1) float64 at a position, or at one of each sequence (B,); at n of each, (B, n), as many."""
         furthest = position if isinstance(position, int) else int(position.max())
         while furthest >= self.numbers.shape[1]:
             self.numbers = torch.cat((self.numbers, self._more()), 1)
         if isinstance(position, int):
             return self.numbers[:, position : position + 1]
-        return self.numbers.gather(1, position[:, None])
+        return self.numbers.gather(1, position.view(len(position), -1))
 
     def _more(self) -> Tensor:
         first = self.numbers.shape[1] // 2  # a call of Philox makes two numbers

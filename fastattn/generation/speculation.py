@@ -1,89 +1,151 @@
 """Prompt lookup: guess the next tokens from an earlier occurrence of the last ones, and check them in one step.
 
 A guess counts where it is the token that would have been chosen without it, with the same penalties and the same draw,
-so that the continuation is that of single steps. Saxena 2023, "Prompt lookup decoding"; Leviathan et al. 2023 for the
-check.
+so that the continuation is that of single steps. Whether guesses pay is measured in the run: how often they would have
+been right so far, and how long steps take that check them. Saxena 2023, "Prompt lookup decoding"; Leviathan et al. 2023
+for the check.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from fastattn.generation.choosing import Chooser, greedy
+from fastattn.generation.choosing import Chooser
 from fastattn.generation.drivers import DecoderDriver
 from fastattn.generation.rows import Rows, real_tokens
 
 LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
-# The extra cost of a step that checks guesses, as a fraction of a single step: a fixed part, and one for each guessed
-# token of a row. Measured on a CPU with GPT-2 small in float32 and int8; on a GPU an assumption.
-COST = {"cpu": (0.3, 0.04), "cuda": (0.05, 0.01)}
-ALLOWANCE = 0.01  # the fraction of each step's time that guesses may lose
-START, MOST = 0.5, 4.0  # steps that guesses may lose at first, and at most after they have won some
+MEMORY = 24  # matches, or steps with guesses, that the estimates look back on
+# The extra cost of a step that checks guesses, as a fraction of a single step, until steps have been timed: a fixed
+# part, and one for each guessed token of a row.
+COST = {"cpu": (0.2, 0.04), "cuda": (0.05, 0.01)}
+LEAST_SINGLE = 2  # single steps that are measured first
+LEAST_GAIN = 0.05  # steps that a guess has to be worth
+ALLOWANCE = 0.01  # of each step's time, which guesses may lose
+START, MOST = 1.0, 4.0  # steps that guesses may lose at first, and at most after they have won some
+WORST = 2.0  # steps: what takes longer than that was held up by something else
+
+clock = time.perf_counter  # seconds
 
 
 class Lookup:
-    """The tokens of a sequence, and the earlier occurrences of its last ones."""
+    """Tokens of a sequence, where its last ones stood before, and how often the same token followed as there."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids: list[int] = []
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]  # the place behind those tokens
-        self.found: list[int | None] = [None] * len(LENGTHS)
+        self.place: int | None = None  # behind the longest earlier occurrence of the last tokens, the latest
+        self.kind = 0  # which of LENGTHS that has
+        self.chances = [0.5] * len(LENGTHS)  # that the token there comes next
+        self.matches = [1] * len(LENGTHS)
         for token in ids:
             self.add(token)
 
     def add(self, token: int) -> None:
         """Append a token."""
         ids = self.ids
+        if self.place is not None:
+            kind = self.kind
+            self.matches[kind] = count = min(self.matches[kind] + 1, MEMORY)
+            self.chances[kind] += ((ids[self.place] == token) - self.chances[kind]) / count
         ids.append(token)
-        for i, length in enumerate(LENGTHS):
-            if len(ids) >= length:
-                key = tuple(ids[-length:])
-                self.found[i] = self.places[i].get(key)
-                self.places[i][key] = len(ids)
+        self.place, end = None, len(ids)
+        for kind, length in enumerate(LENGTHS):
+            if end >= length:
+                places, key = self.places[kind], tuple(ids[-length:])
+                if self.place is None:
+                    self.place, self.kind = places.get(key), kind
+                places[key] = end
+
+    @property
+    def chance(self) -> float:
+        """That a guess of one token is right; 0 where there is none."""
+        return 0.0 if self.place is None else self.chances[self.kind]
 
     def guess(self, count: int) -> list[int]:
         """The tokens that followed the longest earlier occurrence of the last ones, the latest of its length.
 
         On reaching the end they repeat from the match, as repeated text does.
         """
-        place = next((place for place in self.found if place is not None), None)
-        if place is None or count < 1:
+        if self.place is None or count < 1:
             return []
-        following = self.ids[place : place + count]
+        following = self.ids[self.place : self.place + count]
         return (following * -(-count // len(following)))[:count]
 
 
 class Account:
-    """The balance of steps saved and steps lost by guesses; guessing stops while it is too low.
+    """The balance of steps saved and steps lost by guesses, in single steps, and how many guesses pay.
 
-    The cost is counted, not timed, so that the same call guesses the same tokens every time.
+    Guessing stops while the balance is too low, and where it is not expected to pay, but for a try now and then.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.fixed, share = COST.get(device.type, COST["cpu"])
-        self.each = rows * share / (1 + rows * share)  # of one more token in each row, in steps
+        fixed, share = COST.get(device.type, COST["cpu"])
+        each = rows * share / (1 + rows * share)  # of one more token in each row, in steps
+        self.singles: deque[float] = deque(maxlen=MEMORY // 2)  # seconds
+        # (tokens guessed, what the step cost more than a single one); the first two stand for none measured
+        self.assumed = [(1, fixed + each), (8, fixed + 8 * each)]
+        self.checks: deque[tuple[int, float]] = deque(maxlen=MEMORY)
+        self.widths: set[int] = set()  # that were checked before
+        self.fixed, self.each = fixed, each
         self.balance = START
-        self.length = 4  # of the next guess
+        self.tries = 0.0  # steps that guesses may cost which are not expected to pay
 
     def cost(self, guessed: int) -> float:
-        """The cost, in single steps, of checking so many tokens in each row."""
+        """Steps that it costs to check so many tokens in each row, but for the one that any step makes."""
         return self.fixed + guessed * self.each
 
-    def allowed(self, most: int) -> int:
-        """How many tokens may be guessed now."""
-        return max(min(most, self.length, int((self.balance - self.fixed) / self.each)), 0)
+    def single(self, seconds: float) -> None:
+        """A step without guesses took so long."""
+        self.singles.append(seconds)
+        self._step()
 
-    def step(self) -> None:
-        """A step was made."""
+    def checked(self, guessed: int, right: float, seconds: float) -> None:
+        """A step checked so many tokens in each row, of which so many were right in the mean of those that go on."""
+        cost = min(max(seconds / median(self.singles) - 1, 0.0), WORST)
+        self.balance = min(self.balance + right - cost, MOST)
+        if right < self.cost(guessed):
+            self.tries -= cost
+        if guessed in self.widths:
+            self.checks.append((guessed, cost))
+            self._fit()
+        self.widths.add(guessed)  # the first one may have made kernels for its size
+        self._step()
+
+    def worth(self, chances: Sequence[float], most: int) -> int:
+        """How many tokens to guess now in rows whose guesses of one token are right with these chances."""
+        if len(self.singles) < LEAST_SINGLE:
+            return 0
+        best, gain, guessed = 0, -1.0, 1
+        while guessed <= most and self.cost(guessed) <= self.balance:
+            expected = sum(_right(chance, guessed) for chance in chances) / len(chances) - self.cost(guessed)
+            if expected > gain:
+                best, gain = guessed, expected
+            guessed *= 2  # few different sizes: kernels are made for each
+        return best if gain >= LEAST_GAIN or (best and self.cost(best) <= self.tries) else 0
+
+    def _step(self) -> None:
         self.balance = min(self.balance + ALLOWANCE, MOST)
+        self.tries = min(self.tries + ALLOWANCE, START)
 
-    def settle(self, guessed: int, right: float) -> None:
-        """Book a check of `guessed` tokens in each row, of which `right` were right on average over unfinished rows."""
-        self.balance = min(self.balance + right - self.cost(guessed), MOST)
-        self.length = 2 * guessed if right >= guessed else max(int(right) + 1, 2)
+    def _fit(self) -> None:
+        """A line through the costs by least squares, neither part of it negative."""
+        points = [*self.assumed, *self.checks]
+        x, y = (sum(values) / len(points) for values in zip(*points))
+        slope = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+        self.each = min(max(slope, 0.0), y / x)
+        self.fixed = y - self.each * x
+
+
+def _right(chance: float, guessed: int) -> float:
+    """How many of the tokens are expected to be right, each with the same chance after the one before."""
+    return float(guessed) if chance >= 1 else chance * (1 - chance**guessed) / (1 - chance)
 
 
 def speculate(
@@ -115,47 +177,50 @@ def speculate(
     tokens: Tensor | None = take(logits, going)  # the last ones; None after guesses
     while True:
         yield
+        started = clock()
         ended = [r for r in going if rows.rows[r].done]
-        going = [r for r in going if not rows.rows[r].done]
-        if not going:
-            return
         if ended:  # the steps of the others would run past the end of their caches
+            going = [r for r in going if not rows.rows[r].done]
+            if not going:
+                return
             held = [0 if rows.rows[r].done else held[r] for r in range(len(held))]
             driver.rewind(torch.tensor(held, dtype=torch.int32, device=prompt.device))
-        account.step()
-        allowed = account.allowed(most)
-        guesses = {
-            r: lookups[r].guess(allowed)[: rows.rows[r].limit - len(rows.rows[r].ids) - 1] for r in going
-        }
-        width = max(map(len, guesses.values()))
-        last = [lookup.ids[-1] for lookup in lookups]
+        guesses: dict[int, list[int]] = {}
+        if any(lookups[r].place is not None for r in going):
+            worth = account.worth([lookups[r].chance for r in going], most)
+            if worth:
+                room = {r: rows.rows[r].limit - len(rows.rows[r].ids) - 1 for r in going}
+                guesses = {r: lookups[r].guess(worth)[: room[r]] for r in going}
+        width = max(map(len, guesses.values()), default=0)
         if not width:
-            if tokens is None or len(going) < len(last):  # a finished row's entry may be no token
-                tokens = torch.tensor(last, device=prompt.device)
+            if tokens is None or len(going) < len(lookups):  # a finished row's entry may be no token
+                tokens = torch.tensor([lookup.ids[-1] for lookup in lookups], device=prompt.device)
             tokens = take(driver.next(tokens), going)
             for r in range(len(held)):
                 held[r] += 1
+            account.single(clock() - started)
             continue
         tokens = None
-        fed = [[last[r], *guesses.get(r, ())] for r in range(len(last))]
+        fed = [[lookup.ids[-1], *guesses.get(r, ())] for r, lookup in enumerate(lookups)]
         ids = torch.tensor([row + [0] * (1 + width - len(row)) for row in fed], device=prompt.device)
         before = {r: len(lookups[r].ids) for r in going}
         logits = driver.extend(ids)
         right = going
-        best = greedy(logits).tolist() if chooser.independent else None
+        chosen = chooser.several(logits, [len(row.ids) for row in rows.rows]) if chooser.independent else None
+        made = None if chosen is None else chosen.tolist()
         for place in range(1 + width):
-            if best is None:
+            if made is None:
                 take(logits[:, place], right)
             else:
-                accept([row[place] for row in best], right)
+                accept([row[place] for row in made], right)
             right = [
                 r for r in right
                 if place < len(guesses[r]) and lookups[r].ids[-1] == guesses[r][place] and not rows.rows[r].done
             ]  # fmt: skip
             if not right:
                 break
-        made = {r: len(lookups[r].ids) - before[r] for r in going}
-        account.settle(width, sum(made.values()) / len(going) - 1)
+        grown = {r: len(lookups[r].ids) - before[r] for r in going}
         # the last token is not in the cache yet
-        held = [held[r] + made[r] if r in made else 0 for r in range(len(held))]
+        held = [held[r] + grown[r] if r in grown else 0 for r in range(len(held))]
         driver.rewind(torch.tensor(held, dtype=torch.int32, device=prompt.device))
+        account.checked(width, sum(grown.values()) / len(going) - 1, clock() - started)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import backends, torch_compat
 from fastattn.backends import layout, switches
+from fastattn.backends.replay import Replay, can_replay
 from fastattn.ops import arguments, padding, plan
 from fastattn.ops.registration import at_positions
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded
@@ -19,6 +20,7 @@ from fastattn.strides import with_adjacent_columns
 
 NAMES = [field.name for field in fields(AttentionCall)]
 TENSORS = [field.name for field in fields(AttentionCall) if "Tensor" in str(field.type)]  # the first fields
+LENGTHS = NAMES.index("key_lengths")
 POSITIONS = [NAMES.index(name) for name in GradsNeeded._fields]
 
 
@@ -75,8 +77,8 @@ class AttentionPlan:
     """One kind of call of `attention`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "backward_launch", "backward_spec", "bare", "chosen", "dtype", "environment", "launch",
-        "needs", "options", "record", "records", "spec",
+        "backend", "backward", "backward_launch", "backward_replays", "backward_spec", "bare", "chosen", "dtype",
+        "environment", "launch", "needs", "options", "record", "records", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str, bare: bool, return_lse: bool) -> None:
@@ -91,19 +93,24 @@ class AttentionPlan:
         self.records = torch.is_grad_enabled() and any(self.needs)
         self.launch: Any = None
         self.backward_launch: Any = None
+        self.backward_replays: plan.BackwardReplays | None = None
         as_it_is = call.query is args[0] and call.key is args[1] and call.value is args[2]
         if self.bare and as_it_is and hasattr(self.chosen, "attention_fwd_plan"):
             self.launch = self.chosen.attention_fwd_plan(self.spec, call, lse_in_order=return_lse)
+        elif can_replay(self.chosen):
+            self.launch = Replay(self._forward)
         if self.records:
             self.record = torch_compat.apply_function(plan.Recorded)
             self.backward_spec = AttentionSpec.of(call, self.needs)
             self.backward = backends.select(self.backward_spec, backend, "attention_bwd")
             if self.bare and as_it_is and hasattr(self.backward, "attention_bwd_plan"):
                 self.backward_launch = self.backward.attention_bwd_plan(self.backward_spec, call, self.needs)
+            elif can_replay(self.backward):
+                self.backward_replays = plan.BackwardReplays(self._gradients)
 
     def runner(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """(out, lse) of calls of this kind from their tensors, by the shortest way for them."""
-        if self.launch is not None and not self.records:
+        if self.launch is not None and self.bare and not self.records:
             launch: Callable[..., tuple[Tensor, Tensor]] = self.launch
             return launch
         return self._results
@@ -147,16 +154,22 @@ class AttentionPlan:
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
-        if self.launch is not None:
-            out, lse = self.launch(*tensors)
-            return out, lse
-        call = self.call(tensors)
-        check_values(call)
-        return forward(self.spec, self.chosen, call)
+        if self.launch is None:
+            call = self.call(tensors)
+            check_values(call)
+            return forward(self.spec, self.chosen, call)
+        if not self.bare and (lengths := tensors[LENGTHS]) is not None and lengths.is_cpu:
+            check_values(self.call(tensors))
+        out, lse = self.launch(*tensors)
+        return out, lse
+
+    def _forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same of values that were checked."""
+        return forward(self.spec, self.chosen, self.call(tensors))
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
         """((out, lse), what the backward needs)."""
-        results = self.forward(tensors) if self.launch is None else self.launch(*tensors)
+        results = self.launch(*tensors) if self.bare and self.launch is not None else self.forward(tensors)
         return results, (*tensors, *results)
 
     def gradients(
@@ -167,10 +180,16 @@ class AttentionPlan:
         dout, dlse = upstream_grads
         dout = torch.zeros_like(out) if dout is None else dout
         grads: Any = None
-        if plan.backward_needs_op(self.environment):
+        needs_op = plan.backward_needs_op(self.environment)
+        if not needs_op and self.backward_replays is not None:
+            run = self.backward_replays.find(dout, dlse, *kept)
+            needs_op = run is None
+            if run is not None:
+                grads = run(dout, dlse, *kept)
+        if needs_op:
             op = torch.ops.fastattn.attention_bwd.default
             grads = op(dout, dlse, out, lse, *self.arguments(tuple(tensors)), list(self.needs), self.backend)
-        else:
+        elif grads is None:
             if self.backward_launch is not None and dlse is None:
                 grads = self.backward_launch(*tensors, out, lse, with_adjacent_columns(dout))
             if grads is None:
@@ -178,3 +197,11 @@ class AttentionPlan:
                 rest = (out, lse, dout, dlse, self.needs)
                 grads = backward(self.backward_spec, self.backward, call, *rest)
         return at_positions(len(tensors), POSITIONS, grads, self.needs)
+
+    def _gradients(self, dout: Tensor, dlse: Tensor | None, *kept: Any) -> tuple[Tensor | None, ...]:
+        """The same on a backend that `can_replay`, of tensors that need not be of the classes of the plan's key."""
+        *tensors, out, lse = kept
+        call = self.call(tuple(tensors))
+        spec = AttentionSpec.of(call, self.needs)
+        chosen = backends.select(spec, self.backend, "attention_bwd")
+        return backward(spec, chosen, call, out, lse, dout, dlse, self.needs)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, loss_arguments, plain, plan, spelling, symbolic
+from fastattn.ops.cross_entropy_plan import CrossEntropyPlan
 from fastattn.ops.cross_entropy_registration import (
     MATERIALISED,
     check_values,
@@ -92,7 +93,8 @@ def cross_entropy(
     settled: Any = (ignore_index, label_smoothing, z_loss, reduction, shape, result_dtype)
     result = _losses(*settled, *call, fused=fused)
     if plan.wanted(planned):
-        plan.keep(planned, partial(_planned, *settled))
+        replayed = CrossEntropyPlan.serves(logits, rows)
+        plan.keep(planned, CrossEntropyPlan(rows, *settled) if replayed else partial(_planned, *settled))
     return result
 
 
@@ -117,7 +119,7 @@ def _losses(
 def _planned(*args: Any) -> Tensor:
     """The result of `cross_entropy` for a call of a kind whose checks, the first arguments of `_losses`, are known."""
     *settled, logits, target, class_weight = args
-    rows, target = _rows_of(logits, target)
+    rows, target = loss_arguments.rows_of(logits, target)
     if class_weight is not None:
         class_weight = loss_arguments.as_class_weight(class_weight, logits.dtype)
     settled += [rows, target, class_weight]
@@ -173,15 +175,8 @@ def _arguments(
     if num_classes == 0:
         raise ValueError(f"logits: got shape {arguments.shape_of(logits)}, needs at least one class")
     weight = loss_arguments.checked_class_weight(class_weight, num_classes, logits, "logits")
-    rows, flat = _rows_of(logits, target)
+    rows, flat = loss_arguments.rows_of(logits, target)
     return rows, flat, ignore_index, label_smoothing, weight, z_loss, shape
-
-
-def _rows_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits as (N, V) and targets as (N,) int64."""
-    classes_dim = 0 if logits.dim() == 1 else 1
-    rows = logits.movedim(classes_dim, -1).reshape(-1, logits.shape[classes_dim])
-    return rows, target.long().reshape(-1)
 
 
 def _passes(rows: Tensor, made: bool) -> dict[str, SoftmaxSpec]:

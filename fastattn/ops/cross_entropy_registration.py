@@ -101,7 +101,8 @@ def reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
     return torch.where(divisor != 0, total / torch.where(divisor != 0, divisor, 1), of_none)
 
 
-def _cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
+def cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
+    """The gradient of logits (N, V) from those of the losses: the op of the backward."""
     *call_args, backend = args
     call = CrossEntropyCall(*call_args)
     spec = SoftmaxSpec.of(call.logits, backward=True)
@@ -329,7 +330,7 @@ _run_backward = define(
     _LIBRARY,
     "cross_entropy_bwd",
     f"(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor",
-    _cross_entropy_bwd,
+    cross_entropy_bwd,
     _cross_entropy_bwd_fake,
     (keep_inputs, _cross_entropy_double_backward),
 )

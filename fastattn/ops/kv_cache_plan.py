@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.backends import layout
+from fastattn.backends.replay import Replay, can_replay
 from fastattn.ops import arguments
 from fastattn.ops.overlap import overlap, overlaps_itself
 from fastattn.spec import AttentionSpec, KVCacheCall
@@ -102,7 +103,7 @@ def _reach(tensor: Tensor | None) -> int:
 class KVCachePlan:
     """One kind of call of `attention_kv_cache`: its spec, backend and options, without any tensor."""
 
-    __slots__ = ("chosen", "last_start", "launch", "options", "reach", "return_lse", "spec")
+    __slots__ = ("chosen", "last_start", "launch", "options", "reach", "replay", "return_lse", "spec")
 
     def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
         call = layout.operands(KVCacheCall(*args))
@@ -112,6 +113,7 @@ class KVCachePlan:
         self.launch: Any = None
         if call.query is args[0] and hasattr(self.chosen, "kv_cache_fwd_plan"):
             self.launch = self.chosen.kv_cache_fwd_plan(self.spec, call, return_lse)
+        self.replay = Replay(self._run) if can_replay(self.chosen) else None
         self.last_start = call.capacity - call.new_keys
         self.reach = tuple(map(_reach, (call.k_cache, call.v_cache, args[0], call.key, call.value)))
 
@@ -145,17 +147,28 @@ class KVCachePlan:
             block_table = arguments.as_int32("block_table", block_table)
         slopes = None if alibi_slopes is None else arguments.as_slopes(alibi_slopes, query.dtype)
         sinks = None if sinks is None else arguments.as_sinks(sinks, query.dtype)
-        call = layout.operands(
-            KVCacheCall(
-                query, k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin, slopes, sinks,
-                *self.options,
-            )
+        tensors = (
+            query, k_cache, v_cache, lengths, key, value, block_table, rotary_cos, rotary_sin, slopes, sinks,
         )  # fmt: skip
-        if key is not None and value is not None and not self._apart(k_cache, v_cache, query, key, value):
-            check_memory(call)
-        check_values(call)
-        results = self.chosen.kv_cache_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
+        apart = key is None or value is None or self._apart(k_cache, v_cache, query, key, value)
+        if self.replay is None or query.is_cpu or not apart:
+            call = self._call(tensors)
+            if not apart:
+                check_memory(call)
+            check_values(call)
+        results = self._attend(call) if self.replay is None else self.replay(*tensors)
         return results if self.return_lse else results[0]
+
+    def _call(self, tensors: tuple[Any, ...]) -> KVCacheCall:
+        return layout.operands(KVCacheCall(*tensors, *self.options))
+
+    def _run(self, *tensors: Any) -> tuple[Tensor, Tensor]:
+        return self._attend(self._call(tensors))
+
+    def _attend(self, call: KVCacheCall) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a call that was checked."""
+        out, lse = self.chosen.kv_cache_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
+        return out, lse
 
     def _apart(self, k_cache: Tensor, v_cache: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the bytes from first to last element of the caches meet neither each other nor those that are

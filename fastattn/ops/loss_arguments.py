@@ -125,3 +125,10 @@ def mean_of(
         return class_weight, total
     some = total != 0
     return class_weight * torch.where(some, count / total, 0), torch.where(some, count, 0)
+
+
+def rows_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits as (N, V) and targets as (N,) int64."""
+    classes_dim = 0 if logits.dim() == 1 else 1
+    rows = logits.movedim(classes_dim, -1).reshape(-1, logits.shape[classes_dim])
+    return rows, target.long().reshape(-1)

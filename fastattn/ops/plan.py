@@ -18,12 +18,14 @@ from torch.nn import Parameter
 
 from fastattn import backends, torch_compat
 from fastattn.backends import switches
+from fastattn.backends.replay import Replay
 from fastattn.ops import plain
 from fastattn.spec import float32_precision
 from fastattn.strides import ALIGNMENT
 
 MOST = 1024  # plans that are kept; a table that has grown so large is emptied
 MOST_GUARDS = 4  # that are tried before a key is made
+MOST_BACKWARDS = 8  # kinds of backward passes of one plan that are replayed
 
 Key = tuple[Any, ...]
 Plan = Callable[..., Any]
@@ -85,14 +87,21 @@ def _given(tensors: tuple[Any, ...]) -> Sequence[Tensor]:
 
 def _guard(glance: Key, tensors: tuple[Any, ...], planned: Plan) -> None:
     """Let the next call with these tensors find its plan by a guard, the first of a few."""
-    given = _given(tensors)
-    guard = torch_compat.tensor_guard(given)
-    if guard is None or not guard(*given):  # a tensor is there twice
+    guard = _guard_of(_given(tensors))
+    if guard is None:
         return
     with _lock:
         if len(_guarded) >= MOST:
             _guarded.clear()
         _guarded[glance] = ((guard, planned), *_guarded.get(glance, ())[: MOST_GUARDS - 1])
+
+
+def _guard_of(given: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """A guard of these tensors; None where torch has none, or one would not pass as a tensor is there twice."""
+    if len(set(map(id, given))) < len(given):
+        return None
+    guard = torch_compat.tensor_guard(given)
+    return guard if guard is not None and guard(*given) else None
 
 
 # Names by which a call on a CPU reaches the torch backend, which ignores addresses and precision settings.
@@ -179,8 +188,47 @@ class Recorded(torch.autograd.Function):
         return (None, *ctx.planned.gradients(ctx.saved_tensors, upstream_grads))
 
 
+class BackwardReplays:
+    """The replays of a backward pass. Its tensors are not those of the plan's key: gradients that arrive have any
+    strides and address, and what was saved for it may have been moved meanwhile."""
+
+    __slots__ = ("_by_kind", "_function", "_guarded")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._by_kind: dict[Key, Replay] = {}
+        self._guarded: tuple[tuple[Callable[..., bool], Key, Replay], ...] = ()
+
+    def find(self, *tensors: Tensor | None) -> Callable[..., Any] | None:
+        """What gives the gradients for tensors of these classes; None where only the op can. Not where a backward
+        `backward_needs_op`."""
+        first = tensors[0]
+        if first is None:
+            return None
+        try:
+            addresses = [None if tensor is None else tensor.data_ptr() % ALIGNMENT for tensor in tensors]
+        except RuntimeError:  # one has no memory of its own
+            return None
+        outside = (first.device, float32_precision(first.dtype), *addresses)
+        given = _given(tensors)
+        for guard, known, replay in self._guarded:
+            if known == outside and guard(*given):
+                return replay
+        state = torch_compat.state_of_call(tensors)
+        if state is None:
+            return None
+        found = self._by_kind.get((*outside, *state))
+        if found is None:
+            if len(self._by_kind) >= MOST_BACKWARDS:
+                return self._function
+            found = self._by_kind.setdefault((*outside, *state), Replay(self._function))
+        if (made := _guard_of(given)) is not None:
+            self._guarded = ((made, outside, found), *self._guarded[: MOST_GUARDS - 1])
+        return found
+
+
 def backward_needs_op(environment: Any) -> bool:
-    """Whether a backward has to go through the op: a second derivative may follow, something but autograd watches, or
+    """Whether a backward has to go through the op: a second derivative may follow, something but autograd records, or
     the environment is not that of the forward any more."""
     return (
         torch.is_grad_enabled()

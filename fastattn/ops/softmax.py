@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import backends, reference, torch_compat
 from fastattn.backends import layout, switches
+from fastattn.backends.replay import Replay, can_replay
 from fastattn.ops import arguments, composite, plain, plan, spelling, symbolic
 from fastattn.ops.registration import define
 from fastattn.ops.values import may_be_refused
@@ -84,7 +85,8 @@ class _SoftmaxPlan:
     """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "chosen", "dtype", "environment", "masks_diagonal", "options", "record", "spec",
+        "backend", "backward", "backward_replays", "chosen", "dtype", "environment", "forward", "masks_diagonal",
+        "options", "record", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str) -> None:
@@ -95,21 +97,26 @@ class _SoftmaxPlan:
         self.spec = passes["softmax_fwd"]
         self.chosen = backends.select(self.spec, backend, "softmax_fwd")
         self.masks_diagonal = layout.masks_diagonal(self.chosen, call)
+        self.forward = Replay(self._forward) if can_replay(self.chosen) else self._forward
         self.record = self.backward = None
+        self.backward_replays: plan.BackwardReplays | None = None
         if "softmax_bwd" in passes:
             spec = passes["softmax_bwd"]
-            self.backward = partial(backends.select(spec, backend, "softmax_bwd").softmax_bwd, spec)
+            chosen = backends.select(spec, backend, "softmax_bwd")
+            self.backward = partial(chosen.softmax_bwd, spec)
+            if can_replay(chosen):
+                self.backward_replays = plan.BackwardReplays(self._gradient)
             self.record = torch_compat.apply_function(plan.Recorded)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Any:
         """The result of `softmax` for a call of this kind."""
         if mask is not None:
             mask = arguments.with_leading_ones(mask, x.dim())
-        return self.forward((x, mask)) if self.record is None else self.record(self, x, mask)
+        return self.forward(x, mask) if self.record is None else self.record(self, x, mask)
 
-    def forward(self, tensors: tuple[Any, ...]) -> Tensor:
+    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The probabilities, or their logarithms."""
-        call = SoftmaxCall(*tensors, *self.options)
+        call = SoftmaxCall(x, mask, *self.options)
         if self.masks_diagonal:
             call = layout.with_diagonal_as_mask(call)
         out: Tensor = self.chosen.softmax_fwd(self.spec, call)
@@ -117,7 +124,7 @@ class _SoftmaxPlan:
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor]]:
         """(the result, what the backward needs)."""
-        out = self.forward(tensors)
+        out = self.forward(*tensors)
         return out, (out,)
 
     def gradients(
@@ -126,9 +133,20 @@ class _SoftmaxPlan:
         """The gradient of x, and None for the mask."""
         dim, scale, _, log, _ = self.options
         args = (*upstream_grads, *kept, dim, scale)
-        if self.backward is None or plan.backward_needs_op(self.environment):
+        needs_op = self.backward is None or plan.backward_needs_op(self.environment)
+        if not needs_op and self.backward_replays is not None:
+            run = self.backward_replays.find(*upstream_grads, *kept)
+            if run is not None:
+                return [run(*upstream_grads, *kept), None]
+            needs_op = True
+        if needs_op or self.backward is None:
             return [torch.ops.fastattn.softmax_bwd.default(*args, log, self.dtype, self.backend), None]
         return [self.backward(*args, self.dtype), None]
+
+    def _gradient(self, dout: Tensor, out: Tensor) -> Tensor:
+        """The same on a backend that `can_replay`, of tensors that need not be of the classes of the plan's key."""
+        dim, scale, _, log, _ = self.options
+        return _softmax_bwd(dout, out, dim, scale, log, self.dtype, self.backend)
 
 
 @spelling.without_unknown

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn import backends, torch_compat
 from fastattn.backends import layout, switches
+from fastattn.backends.replay import Replay, can_replay
 from fastattn.ops import arguments, plan
 from fastattn.ops.registration import at_positions
 from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall
@@ -25,10 +26,15 @@ DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
 def kernel_call(call_args: Sequence[Any]) -> VarlenCall:
     """The call that a spec is made of: operands of adjacent columns."""
     call = layout.operands(VarlenCall(*call_args))
-    capturing = call.query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
-        raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
+    if call.query.is_cuda and min(call.max_seqlen_q, call.max_seqlen_k) < 0:
+        check_not_captured()
     return call
+
+
+def check_not_captured() -> None:
+    """Refuse a call without bounds of its lengths while a CUDA graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
 
 
 def check_values(call: VarlenCall) -> None:
@@ -68,8 +74,8 @@ class VarlenPlan:
     """One kind of call of `attention_varlen`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "backward_spec", "chosen", "environment", "needs", "options", "record", "return_lse",
-        "spec",
+        "backend", "backward", "backward_replays", "backward_spec", "chosen", "environment", "has_bounds", "needs",
+        "options", "record", "replay", "return_lse", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str, return_lse: bool) -> None:
@@ -80,11 +86,16 @@ class VarlenPlan:
         self.spec = AttentionSpec.of(whole)
         self.chosen = backends.select(self.spec, backend, "varlen_fwd")
         self.needs = [arguments.requires_grad(args[NAMES.index(name)]) for name in DIFFERENTIABLE]
+        self.has_bounds = min(call.max_seqlen_q, call.max_seqlen_k) >= 0
+        self.replay = Replay(self._forward) if can_replay(self.chosen) else None
+        self.backward_replays: plan.BackwardReplays | None = None
         self.record = None
         if torch.is_grad_enabled() and any(self.needs):
             self.record = torch_compat.apply_function(plan.Recorded)
             self.backward_spec = AttentionSpec.of(whole, self._needed())
             self.backward = backends.select(self.backward_spec, backend, "varlen_bwd")
+            if can_replay(self.backward):
+                self.backward_replays = plan.BackwardReplays(self._gradients)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
@@ -110,9 +121,22 @@ class VarlenPlan:
 
     def forward(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
-        call = self.call(tensors)
-        check_values(call)
-        out, lse = self.chosen.varlen_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
+        if self.replay is None:
+            call = self.call(tensors)
+            check_values(call)
+            out, lse = self.chosen.varlen_fwd(self.spec, layout.for_backend(self.chosen, call, self.spec))
+            return out, lse
+        if tensors[0].is_cpu:
+            check_values(self.call(tensors))
+        elif not self.has_bounds and tensors[0].is_cuda:
+            check_not_captured()
+        out, lse = self.replay(*tensors)
+        return out, lse
+
+    def _forward(self, *tensors: Any) -> tuple[Tensor, Tensor]:
+        """The same of values that were checked."""
+        call = layout.for_backend(self.chosen, self.call(tensors), self.spec)
+        out, lse = self.chosen.varlen_fwd(self.spec, call)
         return out, lse
 
     def recorded(self, tensors: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
@@ -127,7 +151,13 @@ class VarlenPlan:
         *tensors, out, lse = kept
         dout, dlse = upstream_grads
         dout = torch.zeros_like(out) if dout is None else dout
-        if plan.backward_needs_op(self.environment):
+        needs_op, run = plan.backward_needs_op(self.environment), None
+        if not needs_op and self.backward_replays is not None:
+            run = self.backward_replays.find(dout, dlse, *kept)
+            needs_op = run is None
+        if run is not None:
+            grads = run(dout, dlse, *kept)
+        elif needs_op:
             op = torch.ops.fastattn.varlen_bwd.default
             grads = op(dout, dlse, out, lse, *tensors, *self.options, self.needs, self.backend)
         else:
@@ -136,6 +166,15 @@ class VarlenPlan:
             )
             grads = [getattr(found, name) for name in DIFFERENTIABLE]
         return at_positions(len(tensors), map(NAMES.index, DIFFERENTIABLE), grads, self.needs)
+
+    def _gradients(self, dout: Tensor, dlse: Tensor | None, *kept: Any) -> tuple[Tensor | None, ...]:
+        """The same on a backend that `can_replay`, of tensors that need not be of the classes of the plan's key."""
+        *tensors, out, lse = kept
+        call = self.call(tensors)
+        spec = AttentionSpec.of(call.as_one_sequence(), self._needed())
+        chosen = backends.select(spec, self.backend, "varlen_bwd")
+        found = backward(spec, chosen, call, out, lse, dout, dlse, self._needed())
+        return tuple(getattr(found, name) for name in DIFFERENTIABLE)
 
     def _needed(self) -> GradsNeeded:
         return GradsNeeded(**dict(zip(DIFFERENTIABLE, self.needs)))

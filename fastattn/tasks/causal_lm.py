@@ -29,6 +29,7 @@ LABELS: tuple[str, ...] = ()
 NEW_PARTS: tuple[str, ...] = ()
 DEFAULTS = {"max_epochs": 1.0, "batch_size": 16, "lr": 3e-4}
 MAX_LENGTH = 1024  # tokens of a block, where nothing else is asked for
+PROMPT, NEW_TOKENS = 8, 32  # of a sample
 BEST_FIT, BLOCKS, STREAM = "best-fit", "blocks", "stream"
 
 
@@ -158,6 +159,23 @@ def training_set(
     if teacher is not None:
         attach_teacher(model, tokenizer, teacher, options)
     return data
+
+
+def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Any) -> str:
+    """The beginning of the first document, and how the model goes on from it, greedily."""
+    ids = tokenizer.encode(examples[0].text)[:PROMPT]
+    bos_id = bos_of(model, tokenizer)
+    return written(model, tokenizer, ids if bos_id is None else [bos_id, *ids])
+
+
+def written(model: Any, tokenizer: Tokenizer, ids: Sequence[int], *, prompt: bool = True) -> str:
+    """The text of a prompt's tokens, of which only the last may fit, and of those that follow, or of these alone."""
+    positions = model.max_positions
+    room = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions - 1)
+    kept = list(ids) if positions is None else list(ids)[room - positions :]
+    given = torch.tensor([kept], device=next(model.parameters()).device)
+    made = model.generate(given, max_new_tokens=room, do_sample=False, num_beams=1, num_return_sequences=1)
+    return tokenizer.decode(made[0, 0 if prompt else len(kept) :])
 
 
 def evaluate(

@@ -116,27 +116,48 @@ def training_set(
     Raises:
         DataError: the template refuses a conversation; or the token that ends a turn would never be learnt.
     """
-    limit = causal_lm.block_length(model, options)
     ends = ends_of(model, tokenizer)
-    sequences, dropped = dialogues(tokenizer, examples, limit, ends)
-    try:
-        data = packed_sequences(sequences, limit, pad_id=tokenizer.pad_id, dropped=dropped)
-    except ValueError:
-        raise DataError(f"data: of no conversation the assistant's part is within {limit} tokens") from None
+    data = packed(model, tokenizer, examples, options, ends)
     check_ends(data, tokenizer, ends)
     if teacher is not None:
         causal_lm.attach_teacher(model, tokenizer, teacher, options)
     return data
 
 
+def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options) -> str:
+    """The first conversation up to where the assistant first speaks, and what the model says there, greedily."""
+    messages = examples[0].messages
+    first = next(number for number, message in enumerate(messages) if message["role"] == ASSISTANT)
+    prompt = ChatTemplate.of(tokenizer).render(messages[:first], add_generation_prompt=True)
+    front = template_front(tokenizer)
+    ids = tokenizer.encode(prompt)
+    ids = ids if ids[: len(front)] == front else [*front, *ids]
+    asked = messages[first - 1]["content"] if first else ""
+    return f"{asked} -> {causal_lm.written(model, tokenizer, ids, prompt=False).strip()}"
+
+
+def packed(
+    model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options, ends: Sequence[int]
+) -> BestFitDataset:
+    """The conversations in rows; DataError where no token of an assistant is within a row."""
+    limit = causal_lm.block_length(model, options)
+    sequences, dropped, cut_rows = dialogues(tokenizer, examples, limit, ends)
+    try:
+        data = packed_sequences(sequences, limit, pad_id=tokenizer.pad_id, dropped=dropped)
+    except ValueError:
+        raise DataError(f"data: of no conversation the assistant's part is within {limit} tokens") from None
+    data.cut_rows = cut_rows
+    return data
+
+
 def dialogues(
     tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: Sequence[int]
-) -> tuple[list[tuple[list[int], list[bool]]], int]:
-    """Tokens and marks of each conversation, cut to `limit` tokens, and how many tokens were cut."""
+) -> tuple[list[tuple[list[int], list[bool]]], int, int]:
+    """Tokens and marks of each conversation, cut to `limit` tokens; how many tokens were cut, of how many."""
     template = ChatTemplate.of(tokenizer)
     front = template_front(tokenizer)
     sequences = []
-    dropped = 0
+    dropped = cut_rows = 0
     for example in examples:
         try:
             dialogue = encode_dialogue(tokenizer, template, example.messages, ends)
@@ -146,8 +167,9 @@ def dialogues(
         if front and ids[: len(front)] != front:  # the template leaves it to the tokenizer
             ids, said = [*front, *ids], [False] * len(front) + said
         dropped += max(0, len(ids) - limit)
+        cut_rows += len(ids) > limit
         sequences.append((ids[:limit], said[:limit]))
-    return sequences, dropped
+    return sequences, dropped, cut_rows
 
 
 def ends_of(model: Any, tokenizer: Tokenizer) -> list[int]:
@@ -197,10 +219,8 @@ def evaluate(
     Accuracies are shares of tokens that are the likeliest at their place. count: tokens of the assistant.
     """
     options = options or Options()
-    limit = causal_lm.block_length(model, options)
     ends = ends_of(model, tokenizer)
-    sequences, _ = dialogues(tokenizer, examples, limit, ends)
-    data = packed_sequences(sequences, limit, pad_id=tokenizer.pad_id)
+    data = packed(model, tokenizer, examples, options, ends)
     device = next(model.parameters()).device
     wanted = torch.tensor(ends, device=device)
     loss_sum = 0.0

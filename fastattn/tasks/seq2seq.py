@@ -291,6 +291,14 @@ def predict(
     return written
 
 
+def sample(
+    model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+) -> str:
+    """The first source, and the target that the model writes for it, greedily."""
+    (target,) = predict(model, tokenizer, examples[:1], options=replace(options, num_beams=1))
+    return f"{examples[0].source} -> {target}"
+
+
 def evaluate(
     model: EncoderDecoder,
     tokenizer: InputTokenizer,

@@ -302,6 +302,11 @@ def graph_task() -> int:
 _TorchDispatchMode = find("torch.utils._python_dispatch.TorchDispatchMode")
 
 
+def has_dispatch_mode() -> bool:
+    """Whether `dispatch_mode` hands over operations."""
+    return _TorchDispatchMode is not None
+
+
 def dispatch_mode(
     handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
 ) -> contextlib.AbstractContextManager[Any]:

@@ -110,6 +110,8 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     options: dict[str, Any] = {}
     if best[0] != "loss":  # the trainer has that one itself
         options = {"evaluate_with": figures, "best": best}
+    if hasattr(task, "sample"):
+        options["show_with"] = lambda model: task.sample(model, prepared.tokenizer, data.dev, data.options)
     trainer = Trainer(
         prepared.model,
         sections.train,

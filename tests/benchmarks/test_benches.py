@@ -99,6 +99,25 @@ def test_generated_bytes_are_the_weights_once_per_token() -> None:
     assert case.bytes == 24 * 4 * (12 * 12 * 768**2 + 50257 * 768)
 
 
+def test_on_a_gpu_overhead_is_held_against_flex_attention_too() -> None:
+    """Its providers run wherever torch compiles; launches are counted by their names in a profile."""
+    from measure import launches
+
+    cases = {case.name: case for case in MODULES["overhead"].cases_for(torch.device("cuda"))}
+    with_flex = [name for name, case in cases.items() if "flex" in case.providers(torch.device("cuda"))]
+    assert {name.rsplit("-forward")[0] for name in with_flex} == {"attention", "attention-window"}
+    for name in with_flex:
+        assert "flex" not in cases[name].providers(CPU)
+    profile = [
+        "aten::add",
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaMemsetAsync",
+        "cudaDeviceSynchronize",
+    ]
+    assert launches.among(profile) == 2
+
+
 def test_a_forward_in_grad_mode_records_a_graph_and_runs_no_backward() -> None:
     """The three directions of the overhead: no_grad, grad mode, and with the backward."""
     made: list[torch.Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -91,6 +92,40 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     assert len(calls) > 100
     assert len(samples["quick"]) == 2  # the round of a single call sized these
     assert max(samples["quick"]) < 0.001
+
+
+def test_on_a_gpu_the_host_time_and_the_launches_of_a_call_are_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The branch for a GPU, on a device that is not there: events, the cache and the wait are stand-ins."""
+    from types import SimpleNamespace
+
+    class Event:
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    profiled = SimpleNamespace(events=lambda: [SimpleNamespace(name="cudaLaunchKernel")] * 3)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(profiled))
+
+    class Sampler(harness._CudaSampler):
+        def __init__(self, device: torch.device) -> None:
+            self.spin, self.cache, self.host = (lambda cycles: None), torch.zeros(1), {}
+
+    monkeypatch.setattr(harness, "_CudaSampler", Sampler)
+    budget = Budget(seconds=0.01, least_rounds=2, most_rounds=3, memory=False, launches=True)
+    entry = harness.run_case(FakeCase({"fastattn": lambda: _nothing}), torch.device("cuda"), budget, CEILINGS)
+    (row,) = entry["rows"]
+    assert row["status"] == "ok"
+    assert row["host_ms"] >= 0
+    assert row["launches"] == 3
 
 
 def test_spread_is_median_and_quantiles() -> None:

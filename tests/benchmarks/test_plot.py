@@ -113,6 +113,18 @@ def test_the_table_of_overhead_is_in_microseconds_of_the_host(results: Path) -> 
     ]
 
 
+def test_where_launches_are_counted_the_table_says_what_each_costs(results: Path) -> None:
+    rows = [_row("fastattn", 1.0), _row("sdpa", 1.0), _row("flex", 1.0)]
+    for row, host, number in zip(rows, (0.02, 0.03, 0.04), (4, 3, None)):
+        row |= {"host_ms": host} | ({"launches": number} if number else {})
+    _store(results, "cpu", [_case("call", "call", rows)], "overhead")
+    lines = tables.table_of("overhead-cpu").splitlines()
+    assert lines[2:4] == [
+        "| the call call | sdpa | 30 (3 launches, 10.0 each) | 20 (4 launches, 5.0 each) | **-10** |",
+        "| the call call | flex | 40 |  |  |",
+    ]
+
+
 def test_the_table_of_swaps_ends_with_the_median_and_what_is_missing(results: Path) -> None:
     ran = [_case(f"c{n}", "swap", [_row("fastattn", 1.0), _row("as it was", float(n))]) for n in (2, 3, 4)]
     gone = _case("gone", "swap", [{"provider": "fastattn", "status": "unavailable", "reason": "no"}])

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 
 import fastattn.data
-from fastattn.data import DataError, PackedDataset, TextFiles, Tokenizer, TokenStream, split, train_bpe
+from fastattn.data import (
+    BestFitDataset,
+    DataError,
+    PackedDataset,
+    TextFiles,
+    Tokenizer,
+    TokenStream,
+    split,
+    train_bpe,
+    train_characters,
+)
 from fastattn.data.packing import IndexSampler
 
 TEXTS = ["The cat sat on the mat.\n" * 20, "A dog.\n" * 20]
@@ -56,7 +66,17 @@ def calls(tokenizer: Tokenizer, stream: TokenStream) -> dict[str, tuple[Callable
         ),
         "Tokenizer": (
             Tokenizer,
-            {"core": tokenizer.core, "eos_token": tokenizer.eos_token, "pad_token": None},
+            {
+                "core": tokenizer.core,
+                "eos_token": tokenizer.eos_token,
+                "pad_token": None,
+                "settings": None,
+                "chat_template": None,
+            },
+        ),
+        "train_characters": (
+            train_characters,
+            {"documents": TEXTS, "vocab_size": 30, "min_frequency": 2},
         ),
         "encode": (tokenizer.encode, {"text": "x"}),
         "encode_batch": (tokenizer.encode_batch, {"texts": TEXTS}),
@@ -67,6 +87,18 @@ def calls(tokenizer: Tokenizer, stream: TokenStream) -> dict[str, tuple[Callable
         "PackedDataset": (
             PackedDataset,
             {"stream": stream, "block_size": 8, "pad_id": 0, "segments": False, "drop_last": False},
+        ),
+        "BestFitDataset": (
+            BestFitDataset,
+            {
+                "tokens": np.arange(9),
+                "spans": np.array([[0, 4], [4, 9]]),
+                "block_size": 8,
+                "bos_id": None,
+                "pad_id": 0,
+                "counted": None,
+                "dropped": 0,
+            },
         ),
         "IndexSampler": (IndexSampler, {"length": 5, "seed": 0, "rank": 0, "world_size": 1}),
     }
@@ -81,6 +113,11 @@ TAKES: dict[tuple[str, str], set[str]] = {
     ("Tokenizer", "core"): set(),
     ("Tokenizer", "eos_token"): {"text"},
     ("Tokenizer", "pad_token"): {"None", "text"},
+    ("Tokenizer", "settings"): {"None", "dict"},
+    ("Tokenizer", "chat_template"): {"None", "text", "empty", "zero byte"},
+    ("train_characters", "documents"): set(),
+    ("train_characters", "vocab_size"): set(),
+    ("train_characters", "min_frequency"): set(),
     ("encode", "text"): {"text", "empty", "zero byte"},
     ("encode_batch", "texts"): {"list", "dict"},
     ("decode", "ids"): {"list", "numbers", "dict"},
@@ -96,6 +133,13 @@ TAKES: dict[tuple[str, str], set[str]] = {
     ("PackedDataset", "pad_id"): {"0"},
     ("PackedDataset", "segments"): {"True"},
     ("PackedDataset", "drop_last"): {"True"},
+    ("BestFitDataset", "tokens"): set(),
+    ("BestFitDataset", "spans"): set(),
+    ("BestFitDataset", "block_size"): set(),
+    ("BestFitDataset", "bos_id"): {"None", "0"},
+    ("BestFitDataset", "pad_id"): {"0"},
+    ("BestFitDataset", "counted"): {"None"},
+    ("BestFitDataset", "dropped"): {"0"},
     ("IndexSampler", "length"): set(),
     ("IndexSampler", "seed"): {"0"},
     ("IndexSampler", "rank"): {"0"},
@@ -211,5 +255,6 @@ def test_a_damaged_tokeniser_is_refused_with_its_folder(
 
 def test_every_public_function_is_here_or_takes_nothing() -> None:
     tested = {"PackedDataset", "TextFiles", "TokenStream", "Tokenizer", "split", "train_bpe", "IndexSampler"}
+    tested |= {"BestFitDataset", "train_characters"}
     public = {name for name in fastattn.data.__all__ if callable(getattr(fastattn.data, name))}
     assert public - tested - {"DataError", "default_corpus"} == set()

@@ -9,7 +9,8 @@ import torch
 from generation_cases import SIZES, Letters, make, prompts
 from torch import Tensor
 
-from fastattn.generation.speculation import ALLOWANCE, LENGTHS, MOST, START, Account, Lookup
+from fastattn.generation import speculation
+from fastattn.generation.speculation import ALLOWANCE, LENGTHS, MEMORY, MOST, START, WORST, Account, Lookup
 from fastattn.models import GPT
 from fastattn.models.steps import GPTDecoder
 from numerics import assert_within_rule
@@ -106,40 +107,86 @@ def test_invariant_logits_of_guesses_have_the_bits_of_single_steps(
     assert torch.equal(guessed, plain)
 
 
-def test_repeated_text_takes_fewer_steps_and_other_text_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cost", [(0.1, 0.02), (0.4, 0.1), (1.4, 0.2)], ids=str)
+def test_repeated_text_takes_fewer_steps_and_other_text_hardly_more(
+    cost: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = Counts(monkeypatch)
+    fixed, each = cost
+
+    def seconds() -> float:
+        return counts.steps + fixed * counts.extended + each * counts.guessed
+
+    monkeypatch.setattr(speculation, "clock", seconds)
     ids, mask = repetitive(1)
     circling().generate(ids[:, :1], max_new_tokens=200, prompt_lookup_num_tokens=8)
     single = SIZES["vocab_size"] + max(LENGTHS)  # until a token stood before, and is found
-    assert (
-        counts.steps <= single + 1 + (200 - single) // 9
-    )  # after a guess of 4, 8 right ones and one more each
+    some = len(LENGTHS) + 1  # guesses of fewer than 8 tokens, until each length of match was right once
+    if fixed < 1:
+        assert counts.steps <= single + some + (200 - single) // 9
+    assert seconds() <= 200 * (1 + ALLOWANCE) + START + WORST
     counts.steps = counts.guessed = counts.extended = 0
     model = make(torch.float64, positions="rotary", n_positions=700)
     hot = {"do_sample": True, "temperature": 50.0, "seed": 0}
     model.generate(ids, mask, max_new_tokens=600, prompt_lookup_num_tokens=8, **hot)
-    account = Account(1, torch.device("cpu"))
-    lost = account.fixed * counts.extended + account.each * counts.guessed
-    assert counts.steps + lost <= 600 * (1 + ALLOWANCE) + START + 1
+    assert counts.guessed
+    assert seconds() <= 600 * (1 + ALLOWANCE) + START + WORST
 
 
-def test_guesses_never_lose_more_than_is_allowed() -> None:
-    for rows in (1, 4, 32):
-        for right in (0, 1):
-            account = Account(rows, torch.device("cpu"))
-            lost = 0.0
-            for step in range(1, 500):
-                account.step()
-                guessed = account.allowed(10)
-                if guessed:
-                    account.settle(guessed, min(right, guessed) * (step % 3 == 0))
-                    lost += account.cost(guessed) - min(right, guessed) * (step % 3 == 0)
-                assert lost <= START + ALLOWANCE * step + 1e-9
+@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("right", [0, 1])
+@pytest.mark.parametrize("cost", [(0.1, 0.02), (0.5, 0.1), (1.9, 0.0)], ids=str)
+def test_guesses_never_lose_more_than_is_allowed(rows: int, right: int, cost: tuple[float, float]) -> None:
+    """However sure of them it is; the last one may cost more than was known before."""
+    account = Account(rows, torch.device("cpu"))
+    lost, dearest = 0.0, 0.0
+    for step in range(500):
+        guessed = account.worth([0.9] * rows, 10)
+        if not guessed:
+            account.single(2e-3)
+            continue
+        found, cost_of = min(right, guessed) * (step % 3 == 0), cost[0] + cost[1] * guessed
+        account.checked(guessed, found, 2e-3 * (1 + cost_of))
+        lost, dearest = lost + min(cost_of, WORST) - found, max(dearest, cost_of)
+        assert lost <= START + ALLOWANCE * (step + 1) + dearest + 1e-9
+    assert account.balance <= MOST
+
+
+@pytest.mark.parametrize("cost", [(0.02, 0.01), (0.6, 0.15)], ids=str)
+def test_what_guesses_cost_is_measured(cost: tuple[float, float]) -> None:
     account = Account(1, torch.device("cpu"))
-    for _ in range(50):
-        account.settle(8, 8.0)
+    assert account.worth([1.0], 8) == 0  # before a single step was timed
+    for _ in range(3):
+        account.single(0.01)
+    gap = {n: account.cost(n) - cost[0] - n * cost[1] for n in (1, 8)}
+    for guessed in (1, 2, 4, 8) * (MEMORY // 4 + 1):
+        account.checked(guessed, 0.0, 0.01 * (1 + cost[0] + cost[1] * guessed))
+    for guessed, before in gap.items():
+        assert abs(account.cost(guessed) - cost[0] - guessed * cost[1]) <= 0.2 * abs(before)
+    account.checked(8, 8.0, 60.0)  # held up
+    assert account.checks[-1] == (8, WORST)
+    account = Account(1, torch.device("cpu"))
+    for _ in range(9):
+        account.single(0.01)
+    assert account.worth([0.9], 8) == 8
+    assert account.worth([0.5], 8) == 4
+    assert account.worth([0.5, 0.0, 0.0], 8) == 0  # three rows wait for the guess of one
+    assert account.worth([0.05], 8) == 0
+    assert account.worth([0.0], 8) == 0
+    for guessed in (1, 8) * 9:
+        account.checked(guessed, guessed, 0.01 * (1 + cost[0] + guessed * cost[1]))
     assert account.balance == MOST
-    assert account.allowed(10) == 10
+    assert bool(account.worth([0.4], 8)) == (cost[0] < 0.4)
+
+
+def test_a_guess_is_as_likely_as_those_before_were_right() -> None:
+    sure, unsure = (
+        Lookup([1, 2, 3, 4, 5] * 20),
+        Lookup([n for i in range(50) for n in (1, 2, 10 + i)] + [1, 2]),
+    )
+    assert sure.chance > 1 - 1 / MEMORY
+    assert unsure.chance < 2 / MEMORY
+    assert Lookup([1, 2, 3]).chance == 0
 
 
 def test_a_guess_is_what_followed_the_longest_latest_occurrence_and_goes_on_in_circles() -> None:

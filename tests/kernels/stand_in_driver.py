@@ -42,6 +42,7 @@ class Launched:
     types: dict[str, str]  # as the signature has them: "*bf16", "i32", "tensordesc<...>"
     metadata: Any
     ptx: str
+    direct: bool = False  # without Triton's own launcher, which makes metadata for hooks
 
     def problems(self) -> list[str]:
         """Why a device would refuse it, or read what was not meant."""
@@ -190,7 +191,9 @@ class Driver:
             arguments = _flat(names, rest[len(rest) - len(names) :])
             passed = {name: value for name, value in arguments if types.get(name, "constexpr") != "constexpr"}
             self.launched.append(
-                Launched(metadata.name, (x, y, z), passed, types, metadata, self.ptx_of(metadata))
+                Launched(
+                    metadata.name, (x, y, z), passed, types, metadata, self.ptx_of(metadata), rest[1] is None
+                )
             )
 
         return launch

@@ -23,6 +23,7 @@ from decode_compile import cache_call
 from stand_in_driver import Driver, active
 
 from fastattn.backends import triton as backend
+from fastattn.backends.replay import Replay
 from fastattn.spec import (
     AttentionCall,
     AttentionSpec,
@@ -34,6 +35,7 @@ from fastattn.spec import (
 )
 
 ARCH = 90
+REPEATS = 3
 LENGTHS = (2, 17, 1000, 1024)
 BF16 = torch.bfloat16
 
@@ -136,6 +138,31 @@ def rows(columns: int) -> None:
         backend.cross_entropy_bwd(_on_gpu(SoftmaxSpec.of(x, backward=True)), call, losses, norms)
 
 
+def replayed() -> None:
+    """A softmax, and attention forward and backward, REPEATS times as replays."""
+    x, query = torch.randn(17, 1000).to(BF16), torch.randn(2, 2, 17, 64).to(BF16)
+    needs, lse = GradsNeeded(), torch.zeros(2, 2, 17)
+
+    def call_of(q: torch.Tensor) -> AttentionCall:
+        return AttentionCall(q, q, q, causal="bottom_right", scale=0.125)
+
+    forward, backward = (_on_gpu(AttentionSpec.of(call_of(query), each)) for each in (None, needs))
+    rows = _on_gpu(SoftmaxSpec.of(x))
+    for function, tensors in (
+        (lambda x: backend.softmax_fwd(rows, SoftmaxCall(x, None, 1, 1.0, False, False, BF16)), (x,)),
+        (lambda q: backend.attention_fwd(forward, call_of(q)), (query,)),
+        (
+            lambda q, out, lse, dout: backend.attention_bwd(
+                backward, call_of(q), out, lse, dout, None, needs
+            ),
+            (query, query, lse, query),
+        ),
+    ):
+        replay = Replay(function)
+        for _ in range(REPEATS):
+            replay(*(t.clone() for t in tensors))
+
+
 def held() -> None:
     """The kernel by which a part of the multiprocessors is held."""
     sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -155,6 +182,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "cache D128": lambda: kv_cache(128, "8 heads, pages of 16, rotary"),
     "one query D64": lambda: one_query(64),
     "held": held,
+    "replayed": replayed,
 }
 
 
@@ -191,6 +219,8 @@ def described(driver: Driver) -> dict[str, Any]:
                 "name": each.name,
                 "grid": each.grid,
                 "arguments": len(each.arguments),
+                "numbers": [v for v in each.arguments.values() if isinstance(v, (int, float))],
+                "direct": each.direct,
                 "maps": sum(kind.startswith("tensordesc") for kind in each.types.values()),
                 "shared": each.metadata.shared,
                 "volatile": "ld.volatile" in each.ptx,

@@ -63,7 +63,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return reported(NAMES, tmp_path_factory.mktemp("kernels"))
 
 
-NAMES = ["causal D64", "full D128 by TMA", "packed D64", "rows of 1000", "cache D128", "held"]
+NAMES = ["causal D64", "full D128 by TMA", "packed D64", "rows of 1000", "cache D128", "replayed", "held"]
 MORE = ["few key heads D128", "one query D64"]
 
 
@@ -153,6 +153,25 @@ def test_tma_passes_maps_and_the_others_none(report: dict[str, Any]) -> None:
     assert by_tma["attention_dq_kernel"] >= 4
     assert by_tma["attention_delta_kernel"] == 0
     assert sum(each["maps"] for each in report["rows of 1000"]["launches"]) == 0
+
+
+@pytest.mark.slow
+def test_replays_launch_the_compiled_kernel_with_the_same_arguments(report: dict[str, Any]) -> None:
+    """The first call of each is recorded, through Triton's launcher; the two others go past it."""
+    launches = report["replayed"]["launches"]
+    kept = ("name", "grid", "arguments", "numbers", "maps", "problems")
+    made = [tuple(map(launch.get, kept)) for launch in launches]
+    first, rest = [], []
+    for launch, what in zip(launches, made):
+        (rest if launch["direct"] else first).append(what)
+    assert [name for name, *_ in first] == [
+        "softmax_fwd_kernel", "attention_fwd_kernel", "attention_delta_kernel", "attention_dkdv_kernel",
+        "attention_dq_kernel",
+    ]  # fmt: skip
+    assert len(rest) == 2 * len(first)
+    for what in first:
+        assert rest.count(what) == 2
+    assert not any(launch["direct"] for launch in report["causal D64"]["launches"])
 
 
 @pytest.mark.slow

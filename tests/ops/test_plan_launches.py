@@ -63,7 +63,7 @@ def test_few_python_functions_lie_before_a_triton_launch(grad: bool, monkeypatch
     def run(launch: Any) -> None:
         pass
 
-    monkeypatch.setattr(Launch, "run", run)
+    monkeypatch.setattr(Launch, "start", run)
     tensors = [t.requires_grad_(grad) for t in heads(torch.float32, kv=4)]
     entered = functions_until(
         lambda frame, arg: frame.f_code is run.__code__,
@@ -81,7 +81,7 @@ def test_triton_launches_the_same_with_a_plan(name: str, monkeypatch: pytest.Mon
     from fastattn.kernels.arguments import Launch
 
     launches: list[Any] = []
-    monkeypatch.setattr(Launch, "run", lambda launch: launches.append(launch))
+    monkeypatch.setattr(Launch, "start", lambda launch: launches.append(launch))
 
     def described(launch: Any) -> Any:
         flat = [x for arg in launch.args for x in (arg if isinstance(arg, tuple) else (arg,))]
@@ -110,7 +110,7 @@ def test_triton_plans_know_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastattn.kernels.variants import AttentionVariant
 
     launches: list[Any] = []
-    monkeypatch.setattr(Launch, "run", lambda launch: launches.append(launch))
+    monkeypatch.setattr(Launch, "start", lambda launch: launches.append(launch))
 
     def units() -> set[int]:
         found = {arg.unit for launch in launches for arg in launch.args if isinstance(arg, AttentionVariant)}

@@ -88,10 +88,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for task, model in made.items():
         found[task] = tmp_path_factory.mktemp("folder")
-        model.save_pretrained(found[task])
-        task_cases.core().save(str(found[task] / "tokenizer.json"))
-        settings = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
-        (found[task] / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        save_encoder(found[task], model)
     tokenizer = train_bpe(list(TEXTS), 280)
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
     eos = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id}
@@ -194,6 +191,49 @@ def test_simple_methods_by_hand(folders: dict[str, Path], data: dict[str, Path],
     assert found["baselines"]["lead"]["exact_match"] == 1.0
     assert found["baselines"]["copy"]["rouge1"] == pytest.approx(2 / 3)
     assert found["signatures"]["bleu"].startswith("nrefs:1|")
+
+
+def save_encoder(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    task_cases.core().save(str(folder / "tokenizer.json"))
+    settings = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def test_numbers_and_several_labels(tmp_path: Path) -> None:
+    made = {
+        "regression": {"num_labels": 1},
+        "multi_label_classification": {"id2label": dict(enumerate(LABELS))},
+    }
+    labels: dict[str, list[Any]] = {
+        "regression": [1, 2, 4, 5],
+        "multi_label_classification": [["bad"], [], ["good"], []],
+    }
+    found = {}
+    for kind, fields in made.items():
+        model = encoder(models.BertForSequenceClassification, problem_type=kind, **fields)
+        folder = save_encoder(tmp_path / kind, model)
+        path = tmp_path / f"{kind}.jsonl"
+        lines = [json.dumps({"text": t, "label": label}) for t, label in zip(TEXTS, labels[kind])]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        code, out, err = invoke(folder, "--data", path, "--json", "--baseline", "majority")
+        found[kind] = json.loads(out) if code == 0 else err
+    assert set(found["regression"]["metrics"]) == {"pearson", "spearman", "mse", "mae"}
+    assert found["regression"]["baselines"]["majority"] == {
+        "pearson": None,
+        "spearman": None,
+        "mse": 2.5,
+        "mae": 1.5,
+    }
+    assert "--baseline majority: needs examples with one label each" in found["multi_label_classification"]
+    words = [
+        tmp_path / "multi_label_classification",
+        "--data",
+        tmp_path / "multi_label_classification.jsonl",
+        "--json",
+    ]
+    assert set(json.loads(invoke(*words)[1])["metrics"]) == {"accuracy", "macro_f1", "micro_f1", "ece"}
 
 
 def test_columns_and_options_are_taken(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import task_cases
 import torch
+from generative_cases import assert_adapters_alone_change
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
@@ -98,6 +99,13 @@ def test_an_encoders_folder_is_both_parts_start(tokenizer: InputTokenizer, tmp_p
     assert model.decoder.lm_head.bias is not None
     assert not model.decoder.lm_head.bias.any()
     assert {"decoder.lm_head.bias", "decoder.lm_transform.dense.weight"} <= set(model.load_report.new)
+
+
+def test_adapters_alone_are_trained(tokenizer: InputTokenizer) -> None:
+    options = seq2seq.Options()
+    model = new_model(tokenizer, options)
+    data = seq2seq.training_set(model, tokenizer, examples(options), options)
+    assert_adapters_alone_change(model, data.collate([data[0], data[1]]))
 
 
 def test_what_does_not_fit_is_named(tokenizer: InputTokenizer) -> None:

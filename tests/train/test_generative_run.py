@@ -90,6 +90,8 @@ def test_a_chat_learns_to_stop_and_preferences_are_followed(small_gpt: Path, tmp
     report = train("chat", chats, small_gpt, tmp_path / "chat", *words)
     assert report["metrics"]["end_accuracy"] == 1.0
     assert (tmp_path / "chat" / "chat_template.jinja").is_file()
+    log = [json.loads(line) for line in (tmp_path / "chat" / "log.jsonl").read_text().splitlines()]
+    assert [entry["text"] for entry in log if entry["event"] == "sample"][-1] == "Say one -> one"
     model, tokenizer = load(tmp_path / "chat"), Tokenizer.from_pretrained(tmp_path / "chat")
     prompt = tokenizer.encode("User: Say two\nAssistant:")
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()

@@ -109,6 +109,54 @@ def test_transformers_reads_the_folder(task: str, runs: Any) -> None:
     torch.testing.assert_close(getattr(found, name), getattr(golden, name))
 
 
+def test_several_labels_come_from_a_mapped_table(encoder: Path, tmp_path: Path) -> None:
+    """CSV with other names of columns, labels separated by a bar; the folder gives each label by itself."""
+    lines = ["body,topics"]
+    for row in rows("classify"):
+        lines.append(f'"{row["text"]}",{"good|nice" if row["label"] == "good!" else "bad"}')
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    words = ("train", "classify", "--train", tmp_path / "train.csv", "--dev", tmp_path / "train.csv")
+    words = (*words, "--model", encoder, "--out", tmp_path / "out", *QUICK, "--train.max_epochs=12")
+    code, out, err = invoke(*words, "--data.columns=text=body,label=topics", "--task.separator=|", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["labels"] == ["bad", "good", "nice"]
+    assert report["best"]["figure"] == "micro_f1"
+    assert report["best"]["loss"] < report["first"]["loss"]
+    result = CliRunner().invoke(
+        cli.app, ["predict", str(tmp_path / "out"), "--json"], input="good tower so\n"
+    )
+    found = {each["label"]: each["score"] for each in json.loads(result.stdout)["predictions"][0]["labels"]}
+    assert {name for name, score in found.items() if score > 0.5} == {"good", "nice"}
+
+
+def test_numbers_are_learnt(encoder: Path, tmp_path: Path) -> None:
+    given = [{**row, "label": 1.5 if row["label"] == "good!" else -0.5} for row in rows("classify")]
+    data = write(tmp_path / "train.jsonl", given)
+    words = (
+        "train",
+        "classify",
+        "--train",
+        data,
+        "--dev",
+        data,
+        "--model",
+        encoder,
+        "--out",
+        tmp_path / "out",
+    )
+    code, out, err = invoke(*words, *QUICK, "--train.max_epochs=15", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert (report["labels"], report["best"]["figure"]) == (None, "mse")
+    assert report["metrics"]["mse"] == pytest.approx(report["best"]["loss"])
+    result = CliRunner().invoke(
+        cli.app, ["predict", str(tmp_path / "out"), "--json"], input="good film\nbad film\n"
+    )
+    good, bad = (each["labels"][0]["score"] for each in json.loads(result.stdout)["predictions"])
+    assert good > 1.0 > 0.0 > bad
+
+
 def test_the_options_of_a_run_repeat_it(runs: Any, encoder: Path, tmp_path: Path) -> None:
     out, report = runs["classify"]
     data = out.parent / "train.jsonl"
@@ -280,6 +328,7 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("qa", ["--clean.control=true"], "clean.control: changes texts, but the labels of this task are places"),
     ("tag", ["--teacher=x"], "--teacher: the task tag learns from no teacher; "),
     ("classify", ["--teacher={encoder}"], "holds a Bert, needs a BertForSequenceClassification"),
+    ("classify", ["--teacher={strange}"], "--teacher: its labels differ from the data's, as 'LABEL_0'"),
     ("classify", ["--train.device=nowhere"], "device: 'nowhere' is not available"),
     ("classify", ["--config=/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
     ("classify", ["--resume=/nowhere"], "resume: /nowhere is not a checkpoint"),
@@ -308,6 +357,7 @@ def places(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     paths["empty"].write_text("")
     paths["file"].write_text("")
     paths["encoder"] = encoder
+    paths["strange"] = save_encoder(place / "strange", "ForSequenceClassification", num_labels=2)
     paths["other"] = save_encoder(place / "other")
     import task_cases
 

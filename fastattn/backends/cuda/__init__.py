@@ -29,6 +29,7 @@ __all__ = [
     "MEASURED_ROWS",
     "MIN_ARCH",
     "NAME",
+    "READS_NO_VALUES",
     "attention_bwd",
     "attention_fwd",
     "cross_entropy_bwd",
@@ -47,6 +48,7 @@ __all__ = [
 
 NAME = "cuda"
 LAYOUT = layout.UNEXPANDED
+READS_NO_VALUES = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

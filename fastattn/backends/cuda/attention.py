@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import extension
+from fastattn.backends.cuda.calls import run
 from fastattn.backends.switches import switched_off
 from fastattn.spec import (
     MAX_HEAD_DIM,
@@ -96,7 +97,8 @@ def attention_tiles(spec: AttentionSpec) -> str:
 def attention_fwd(spec: AttentionSpec, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call."""
     query, scale = _with_positive_scale(call.query, call.scale)
-    out, lse = extension.module().attention_forward(
+    out, lse = run(
+        "attention_forward",
         query,
         call.key,
         call.value,
@@ -120,7 +122,8 @@ def attention_bwd(
 ) -> AttentionGrads:
     """The gradients a call needs, bitwise the same on every run."""
     query, scale = _with_positive_scale(call.query, call.scale)
-    grads = extension.module().attention_backward(
+    grads = run(
+        "attention_backward",
         dout,
         query,
         call.key,
@@ -142,7 +145,8 @@ def attention_bwd(
 def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), lse (H, T)); tokens of no sequence get 0 and -inf. Never waits for the device."""
     query, scale = _with_positive_scale(call.query, call.scale)
-    out, lse = extension.module().varlen_forward(
+    out, lse = run(
+        "varlen_forward",
         query,
         call.key,
         call.value,
@@ -166,7 +170,8 @@ def varlen_bwd(
 ) -> AttentionGrads:
     """Gradients of (out, lse) of packed sequences; tokens of no sequence get 0. Never waits for the device."""
     query, scale = _with_positive_scale(call.query, call.scale)
-    grads = extension.module().varlen_backward(
+    grads = run(
+        "varlen_backward",
         dout,
         query,
         call.key,

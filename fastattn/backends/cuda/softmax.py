@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn import extension
 from fastattn.backends import linear_cross_entropy
+from fastattn.backends.cuda.calls import run
 from fastattn.backends.linear_cross_entropy import LinearGrads
 from fastattn.spec import (
     CrossEntropyCall,
@@ -30,8 +31,9 @@ def softmax_tiles(spec: SoftmaxSpec) -> str:
 
 def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
     """exp(scale * x) over its sum along a dimension, or the logarithm; constant where masked."""
-    run = extension.module().softmax_forward
-    result: Tensor = run(call.x, call.mask, call.dim, call.scale, call.causal, call.log, call.dtype)
+    result: Tensor = run(
+        "softmax_forward", call.x, call.mask, call.dim, call.scale, call.causal, call.log, call.dtype
+    )
     return result
 
 
@@ -39,14 +41,15 @@ def softmax_bwd(
     spec: SoftmaxSpec, dout: Tensor, out: Tensor, dim: int, scale: float, dtype: torch.dtype
 ) -> Tensor:
     """scale * out * (dout - sum(out * dout)), in log scale * (dout - exp(out) * sum(dout)); 0 where out is constant."""
-    result: Tensor = extension.module().softmax_backward(dout, out, dim, scale, spec.log, dtype)
+    result: Tensor = run("softmax_backward", dout, out, dim, scale, spec.log, dtype)
     return result
 
 
 def cross_entropy_fwd(spec: SoftmaxSpec, call: CrossEntropyCall) -> tuple[Tensor, Tensor]:
     """(losses, norms), float32: (N,), 0 where ignored, and the parts of lse, (N, 2)."""
-    losses, norms = extension.module().cross_entropy_forward(
-        call.logits, call.target, call.ignore_index, call.label_smoothing, call.class_weight, call.z_loss
+    losses, norms = run(
+        "cross_entropy_forward", call.logits, call.target, call.ignore_index, call.label_smoothing,
+        call.class_weight, call.z_loss,
     )  # fmt: skip
     return losses, norms
 
@@ -55,9 +58,9 @@ def cross_entropy_bwd(
     spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor, norms: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """The gradient of the logits, as `torch_cross_entropy` states it, written to `out` if given, which may be z."""
-    dlogits: Tensor = extension.module().cross_entropy_backward(
-        dlosses.float(), norms, call.logits, call.target, call.ignore_index, call.label_smoothing,
-        call.class_weight, call.z_loss, out,
+    dlogits: Tensor = run(
+        "cross_entropy_backward", dlosses.float(), norms, call.logits, call.target, call.ignore_index,
+        call.label_smoothing, call.class_weight, call.z_loss, out,
     )  # fmt: skip
     return dlogits
 

@@ -21,7 +21,6 @@ from fastattn.backends.triton.cross_entropy import (
     linear_cross_entropy_fwd,
 )
 from fastattn.backends.triton.kv_cache import is_decode_call, kv_cache_fwd, kv_cache_tiles
-from fastattn.backends.triton.planned import attention_fwd_plan
 from fastattn.backends.triton.softmax import softmax_bwd, softmax_fwd, softmax_tiles
 from fastattn.backends.triton.varlen import varlen_bwd, varlen_fwd
 from fastattn.spec import MAX_HEAD_DIM, AttentionSpec, SoftmaxSpec
@@ -31,9 +30,9 @@ __all__ = [
     "LAYOUT",
     "MIN_ARCH",
     "NAME",
+    "READS_NO_VALUES",
     "attention_bwd",
     "attention_fwd",
-    "attention_fwd_plan",
     "attention_weights_bwd",
     "attention_weights_fwd",
     "cross_entropy_bwd",
@@ -55,6 +54,7 @@ __all__ = [
 
 NAME = "triton"
 LAYOUT = layout.ROWS
+READS_NO_VALUES = True
 INSTALLED = importlib.util.find_spec("triton") is not None  # a trace of torch 2.9 cannot look for it
 MIN_ARCH = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,0 +1,14 @@
+"""Calls of the extension that launch kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastattn import extension
+from fastattn.recorders import this_thread
+
+
+def run(name: str, *args: Any) -> Any:
+    """What a function of the extension gives; the recorder of this thread calls it."""
+    function = getattr(extension.module(), name)
+    return function(*args) if this_thread.recorder is None else this_thread.recorder.call(function, args)

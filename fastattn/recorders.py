@@ -1,0 +1,24 @@
+"""Who records what a thread launches: a recorder of `fastattn.backends.recording`, or nobody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+
+class Recorder(Protocol):
+    """What makes the launches of a thread while it records them."""
+
+    def launch(self, launch: Any) -> None:
+        """Make a Triton launch."""
+
+    def call(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Call a function that launches by itself, and return what it does."""
+
+
+class _ThisThread(threading.local):
+    recorder: Recorder | None = None
+
+
+this_thread = _ThisThread()

@@ -1,0 +1,110 @@
+"""Preferences: the loss of the paper, packed as one by one, and a model that follows them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from generative_cases import (
+    EPS,
+    assert_adapters_alone_change,
+    loss_by_hand,
+    make_tokenizer,
+    model_of,
+    records,
+)
+
+from fastattn.data.corpora import DataError
+from fastattn.data.tokenization import Tokenizer
+from fastattn.models import GPTConfig
+from fastattn.tasks import dpo
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+PAIRS = (
+    {"prompt": "Say A", "chosen": "A it is", "rejected": "B"},
+    {"prompt": "And B", "chosen": "B", "rejected": "no idea at all"},
+    {"prompt": "C", "chosen": "see", "rejected": "sea"},
+)
+
+
+def test_the_loss_of_preferences_is_the_papers(tokenizer: Tokenizer) -> None:
+    """Against the formula written down, which is that of trl's DPOTrainer for loss_type "sigmoid"."""
+    model = model_of(tokenizer, dpo.PreferenceGPT)
+    options = dpo.Options(max_length=32, beta=0.3)
+    examples = dpo.examples_of(records(*PAIRS), options)
+    start = model_of(tokenizer, initializer_range=0.2)
+    data = dpo.training_set(start, tokenizer, examples, options)
+    model.beta = options.beta
+    logps: list[list[tuple[float, float]]] = []
+    for pair in PAIRS:
+        prompt = tokenizer.encode(pair["prompt"])
+        each = []
+        for name in ("chosen", "rejected"):
+            ids = [*prompt, *tokenizer.encode(pair[name]), tokenizer.eos_id]
+            marks = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+            each.append((-loss_by_hand(model, ids, marks)[0], -loss_by_hand(start, ids, marks)[0]))
+        logps.append(each)
+    losses = []
+    for (chosen, chosen_start), (rejected, rejected_start) in logps:
+        logits = (chosen - rejected) - (chosen_start - rejected_start)
+        losses.append(-math.log(1 / (1 + math.exp(-0.3 * logits))))
+    for size in (1, 2, 3):
+        found = 0.0
+        for first in range(0, 3, size):
+            batch = data.collate([data[i] for i in range(first, min(first + size, 3))])
+            output = model(**batch)
+            found += output.loss.item() * len(batch["labels"]) / 3
+        assert found == pytest.approx(sum(losses) / 3, rel=64 * EPS)
+    model.label_smoothing = 1.0  # every preference the wrong way round
+    swapped = model(**data.collate([data[0]])).loss.item()
+    assert swapped == pytest.approx(
+        losses[0] + 0.3 * ((logps[0][0][0] - logps[0][1][0]) - (logps[0][0][1] - logps[0][1][1])),
+        rel=64 * EPS,
+    )
+
+
+def test_preferences_begin_at_ln_2_and_are_followed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model_of(tokenizer).save_pretrained(tmp_path, tokenizer=tokenizer)
+    options = dpo.Options(max_length=32, beta=0.5)
+    examples = dpo.examples_of(records(*PAIRS), options)
+    model = dpo.new_model(tmp_path, examples, options, tokenizer)
+    data = dpo.training_set(model, tokenizer, examples, options)
+    batch = data.collate([data[i] for i in range(3)])
+    assert model.train()(**batch).loss.item() == pytest.approx(math.log(2), rel=64 * EPS)
+    before = dpo.evaluate(model, tokenizer, examples, options=options)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(12):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = dpo.evaluate(model, tokenizer, examples, options=options, batch_size=1)
+    assert (model.eval()(**batch).margins > 0.5).all()  # every chosen answer gained on its rejected one
+    assert after.metrics["margin"] > before.metrics["margin"] + 1
+    assert after.metrics["accuracy"] >= before.metrics["accuracy"]
+
+
+def test_adapters_alone_follow_preferences(tokenizer: Tokenizer) -> None:
+    model = model_of(tokenizer, dpo.PreferenceGPT)
+    examples = dpo.examples_of(records(*PAIRS), dpo.Options())
+    data = dpo.training_set(model, tokenizer, examples, dpo.Options())
+    assert_adapters_alone_change(model, data.collate([data[0], data[1]]))
+
+
+def test_bad_preferences_are_named(tokenizer: Tokenizer) -> None:
+    for fields, message in (
+        ({"prompt": "x", "chosen": "y"}, "data: line 1 has no 'rejected'"),
+        ({"prompt": "x", "chosen": "y", "rejected": "y"}, "data: line 1: chosen and rejected are the same"),
+        ({"prompt": [{}], "chosen": "y", "rejected": "z"}, "data: line 1: prompt is no list"),
+        ({"prompt": "x", "chosen": [], "rejected": "z"}, "data: line 1: chosen does not end with a message"),
+    ):
+        with pytest.raises(DataError, match=message):
+            dpo.examples_of(records(fields), dpo.Options())
+    with pytest.raises(DataError, match=r"^--model: got a preset's name"):
+        dpo.new_model(GPTConfig(), [], dpo.Options(), tokenizer)
