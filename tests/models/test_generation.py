@@ -5,7 +5,7 @@ import torch
 from small_models import GPT2, VOCAB
 from small_models import make_gpt as make
 
-from fastattn.generation.decoding import evaluating
+from fastattn.nn.modes import evaluating
 
 KINDS = {
     "learned": {},
