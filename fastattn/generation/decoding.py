@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastattn.generation.beam import beam_search
 from fastattn.generation.choosing import Chooser
@@ -16,9 +15,10 @@ from fastattn.generation.protocol import CausalLM, Decodes, GenerationError
 from fastattn.generation.rows import Rows
 from fastattn.generation.sampling import LogitsProcessor
 from fastattn.generation.speculation import speculate
+from fastattn.nn.modes import evaluating
 from fastattn.ops.arguments import check_tensor
 
-ID_DTYPES = (torch.int64, torch.int32)  # that embeddings take
+ID_DTYPES = (torch.int64, torch.int32)  # the dtypes that an embedding accepts as indices
 
 
 @torch.no_grad()
@@ -77,17 +77,17 @@ def generate(
         stop_strings: texts of which the first to be complete in a continuation ends it. Tokens that hold a character of
             it are not returned. They need tokenizer, which turns ids into text.
         tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
-        logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores, run after the
+        logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
             penalties, as in transformers.
         prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
-            in one step. Guessing stops where it does not pay, which is timed in the run. The result is that without it:
-            with batch_invariant bit by bit, else where no two logits are closer than rounding.
+            in one step. Guessing stops where it does not pay, which is timed in the run. The result is the same as
+            without it: bit by bit with batch_invariant, else unless two logits are closer than rounding.
         prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.
         generator: draws the seed; at most one of both.
-        use_cache: keep keys and values; without, every step recomputes the whole sequence, with the same result
-            (but for "dynamic" rotary scaling past the original length, where cached keys keep the angles they had).
+        use_cache: keep keys and values; if False, every step recomputes the whole sequence. The result is the same,
+            except under "dynamic" rotary scaling past the original length, where cached keys keep their angles.
         batch_invariant: logits, and so tokens, have the bits that their row has alone. Slower: prompts are read one by
             one, and a step's products made in blocks of a fixed number of rows.
 
@@ -157,7 +157,7 @@ def prepared(
 def rows_of(
     model: CausalLM, prompt: Tensor, mask: Tensor | None, options: Settled, with_text: bool = False
 ) -> Rows:
-    """The continuations that are to be made, without a token yet."""
+    """Empty continuations, one for each row that is to be generated."""
     return Rows(model, *_repeated(prompt, mask, options.num_return_sequences), options, with_text)
 
 
@@ -195,19 +195,6 @@ def _repeated(prompt: Tensor, mask: Tensor | None, copies: int) -> tuple[Tensor,
     if copies == 1:
         return prompt, mask
     return prompt.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0)
-
-
-@contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in. What is no module has no mode."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -22,8 +22,8 @@ from fastattn.generation.rows import Rows, real_tokens
 
 LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
 MEMORY = 24  # matches, or steps with guesses, that the estimates look back on
-# What a step that checks guesses costs more than a single one, in parts of that, until steps were measured: a fixed
-# part, and one for each token of a row.
+# The extra cost of a step that checks guesses, as a fraction of a single step, until steps have been timed: a fixed
+# part, and one for each guessed token of a row.
 COST = {"cpu": (0.2, 0.04), "cuda": (0.05, 0.01)}
 LEAST_SINGLE = 2  # single steps that are measured first
 LEAST_GAIN = 0.05  # steps that a guess has to be worth
@@ -80,7 +80,7 @@ class Lookup:
 
 
 class Account:
-    """What guesses have won and lost, in the time of single steps, and how many are worth their cost.
+    """The balance of steps saved and steps lost by guesses, in single steps, and how many guesses pay.
 
     Guessing stops while the balance is too low, and where it is not expected to pay, but for a try now and then.
     """

@@ -6,7 +6,7 @@ and scattered back. `split` says who has which rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +19,8 @@ from fastattn.ops.attention import attention as attend
 
 Parts = Sequence[Sequence[range]]
 # torch 2.13 renamed it.
-_reduce_scatter: Callable[..., Any] = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    if dist.is_available()
-    else None
+_REDUCE_SCATTER = (
+    "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 )
 
 
@@ -136,7 +134,7 @@ class _Gather(torch.autograd.Function):
         longest = max(map(_rows, ctx.parts))
         pieces = [_padded(take(grad, rows, 2), 2, longest) for rows in ctx.parts]
         own = torch.empty_like(pieces[0])
-        _reduce_scatter(own, torch.cat(pieces), group=ctx.group)
+        getattr(dist, _REDUCE_SCATTER)(own, torch.cat(pieces), group=ctx.group)
         return own.narrow(2, 0, _rows(ctx.parts[ctx.rank])).contiguous(), None, None, None
 
 
