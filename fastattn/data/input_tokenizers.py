@@ -24,12 +24,12 @@ def train_input_tokenizer(
     lowercase: bool = True,
     min_frequency: int = 2,
 ) -> InputTokenizer:
-    """A tokenizer with BERT's special tokens, ids 0 to 4, learnt from text.
+    """A tokenizer with BERT's special tokens, ids 0 to 4, learnt from text: the same one from the same documents.
 
     Args:
         kind: "wordpiece", as BERT's; "bpe", byte-level as RoBERTa's, which has no unknown token; "characters", a token
             for each character, which suits Chinese: those that are not among the most frequent are unknown.
-        documents: the text; read once.
+        documents: the text; read twice for "wordpiece", where an iterator is kept as a list.
         vocab_size: tokens, special ones included; fewer where the text has fewer.
         lowercase: whether case and accents are dropped; not for "bpe".
         min_frequency: what is seen less often is not learnt.
@@ -52,16 +52,33 @@ def train_input_tokenizer(
     }
     trainer: Any
     if kind == "wordpiece":
+        documents = list(documents) if iter(documents) is documents else documents
+        # The library numbers "##x" in the order of a hash table, and breaks ties by these numbers; special tokens it
+        # numbers as they are given.
+        options["special_tokens"] += [f"##{character}" for character in _inner(core, documents)]
         trainer = trainers.WordPieceTrainer(**options)
     elif kind == "bpe":
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
     else:
         trainer = trainers.WordLevelTrainer(**options)
     core.train_from_iterator(documents, trainer=trainer)
+    if kind == "wordpiece":  # without the "##x" among the tokens that are found in raw text
+        learnt, core = core.get_vocab(with_added_tokens=False), _untrained(kind, lowercase)
+        core.model = models.WordPiece(vocab=learnt, unk_token="[UNK]")
     special = {token: number for number, token in enumerate(SPECIAL)}
     core.post_processor = processors.BertProcessing(("[SEP]", special["[SEP]"]), ("[CLS]", special["[CLS]"]))
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return InputTokenizer(core, mask_token="[MASK]")
+
+
+def _inner(core: tokenizers.Tokenizer, documents: Iterable[str]) -> list[str]:
+    """The characters that stand within a word behind its first, sorted."""
+    pieces = {piece for document in documents for piece in document.split()}
+    found: set[str] = set()
+    for piece in pieces:
+        for word, _ in core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(piece)):
+            found.update(word[1:])
+    return sorted(found)
 
 
 def _untrained(kind: str, lowercase: bool) -> tokenizers.Tokenizer:

@@ -144,7 +144,7 @@ def split_records(
         text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
         groups.setdefault(text, []).append(number)
     if len(groups) < 2:
-        raise DataError("data: holds fewer than two different examples, so none can be held out")
+        raise DataError("data: holds fewer than two different examples, so none can be held out, needs --dev")
 
     def rank(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
@@ -157,6 +157,19 @@ def split_records(
         held.update(groups[text])
     train = [record for number, record in enumerate(records) if number not in held]
     return train, [records[number] for number in sorted(held)]
+
+
+def split_document(record: Record, fraction: float) -> list[Record]:
+    """A text's beginning, and its last `fraction` from the next line or else word on; the record alone where there is
+    no such place."""
+    text = text_of(record, "text")
+    at = round((1 - fraction) * len(text))
+    for mark in ("\n", " "):
+        cut = text.find(mark, at) + 1 or text.rfind(mark, 0, at) + 1
+        parts = text[:cut], text[cut:]
+        if all(part.strip() for part in parts):
+            return [Record(record.where, {**record.fields, "text": part}) for part in parts]
+    return [record]
 
 
 def conversation_of(record: Record) -> list[dict[str, str]]:

@@ -166,7 +166,7 @@ def _prepare(inputs: Inputs) -> Prepared:
         raise ConfigError(f"--teacher: the task {task.NAME} learns from no teacher; {able} do")
     preset = _preset_of(inputs.model, task)
     sections = _sections(inputs, task, preset)
-    RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
+    directory = RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
     if preset is None:
         _check_class(inputs.model, task)
     teacher = None if inputs.teacher is None else _teacher(inputs.teacher, task)
@@ -175,7 +175,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     data = read_data(task, inputs.train, inputs.dev, sections)
     saved_tokenizer = tokenizer if sections.data.tokenizer is not None else None
     if tokenizer is None:
-        tokenizer = saved_tokenizer = _learnt(task, sections, preset, data)
+        tokenizer = saved_tokenizer = _learnt(task, sections, preset, data, directory.resume_from)
     source: Any = sections.model if preset is not None else inputs.model
     if preset is None:
         _check_fits(inputs.model, task, tokenizer)
@@ -258,13 +258,18 @@ def _tokenizer(inputs: Inputs, sections: Sections, task: ModuleType) -> Any:
     return kind.from_pretrained(folder)
 
 
-def _learnt(task: ModuleType, sections: Sections, preset: str | None, data: TaskData) -> Any:
-    """A tokenizer of the training texts."""
+def _learnt(
+    task: ModuleType, sections: Sections, preset: str | None, data: TaskData, checkpoint: Path | None
+) -> Any:
+    """A tokenizer of the training texts; of a run that goes on, the one that its weights were trained with."""
     options = sections.data
     if preset is None:
         raise ConfigError(
             f"data.tokenizer: got {options.tokenizer!r}, but the model's folder has its own tokens"
         )
+    if checkpoint is not None:
+        kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
+        return kind.from_pretrained(checkpoint)
     texts = [text for example in data.train for text in _texts(example)]
     if GPT in task.MODELS:
         if options.tokenizer == "characters":

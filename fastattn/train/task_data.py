@@ -9,7 +9,7 @@ from typing import Any
 
 from fastattn.data import DataError
 from fastattn.data.cleaning import clean
-from fastattn.data.records import Record, read_records, split_records
+from fastattn.data.records import Record, read_records, split_document, split_records
 from fastattn.train.task_config import Sections
 
 
@@ -50,6 +50,8 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
     records = records_of(train)
     if dev:
         dev_records = records_of(dev)
+    elif len(records) == 1 and len(parts := _parts(task, records[0], data.dev_fraction)) == 2:
+        records, dev_records = parts[:1], parts[1:]
     else:
         key = getattr(task, "group_of", None)
         records, dev_records = split_records(records, data.dev_fraction, seed=sections.train.seed, key=key)
@@ -72,6 +74,13 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
     if not dev_examples:
         raise DataError("data: too few examples of each label to hold some out, needs --dev")
     return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)
+
+
+def _parts(task: ModuleType, record: Record, fraction: float) -> list[Record]:
+    """The only document of a language model's data in two, where it can be cut."""
+    if (*task.FIELDS, *task.LABELS) != ("text",):
+        return [record]
+    return split_document(record, fraction)
 
 
 def check_known(task: ModuleType, train: Sequence[Any], dev: Sequence[Any]) -> None:

@@ -13,12 +13,15 @@ from training_cases import ENCODER_TASKS, QUICK, rows, save_encoder, write
 from typer.testing import CliRunner
 
 from fastattn import cli
+from fastattn.data.input_tokenizers import train_input_tokenizer
+from fastattn.data.records import Record
 from fastattn.models import families
 from fastattn.tasks import predict as predicting
 from fastattn.train import load_config
 from fastattn.train import run as work
 from fastattn.train.checkpoint import read_model
 from fastattn.train.task_config import DataConfig, LoraConfig
+from fastattn.train.task_data import _parts
 
 SUFFIX = {"tag": "conll"}
 
@@ -431,3 +434,47 @@ def test_a_full_disk_is_named(encoder: Path, tmp_path: Path, monkeypatch: pytest
     code, _, err = invoke("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out")
     assert code == 2
     assert "GB free, need" in err
+
+
+def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "data.jsonl", rows("classify"))
+    line = ["classify", "--train", str(data), "--model", "minilm-l6", "--out", str(tmp_path / "run")]
+    line += [
+        "--model.num_hidden_layers=1",
+        "--model.hidden_size=48",
+        "--data.vocab_size=60",
+        "--resume",
+        "auto",
+    ]
+    first = CliRunner().invoke(cli.app, ["train", *line, "--train.max_steps=1", "--train.device=cpu"])
+    assert first.exit_code == 0, first.output
+    kept = (tmp_path / "run" / "tokenizer.json").read_bytes()
+
+    def other(*_: object, **__: object) -> None:
+        raise AssertionError("a tokenizer was learnt anew")
+
+    monkeypatch.setattr(work, "train_input_tokenizer", other)
+    second = CliRunner().invoke(cli.app, ["train", *line, "--train.max_steps=2", "--train.device=cpu"])
+    assert second.exit_code == 0, second.output
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "masked-lm"])
+def test_a_single_document_gives_its_end_as_the_dev_set(task: str) -> None:
+    text = "".join(f"line {number} of a play\n" for number in range(40))
+    begin, end = _parts(work.task_named(task), Record("play.txt: document 1", {"text": text}), 0.1)
+    assert begin.fields["text"] + end.fields["text"] == text
+    assert begin.fields["text"].endswith("\n")
+    assert 0 < len(end.fields["text"]) <= 0.1 * len(text)
+    assert _parts(work.task_named("classify"), begin, 0.1) == [begin]
+    word = Record("word.txt", {"text": "word"})
+    assert _parts(work.task_named(task), word, 0.1) == [word]
+
+
+def test_the_same_text_gives_the_same_wordpiece() -> None:
+    texts = [f"{a}{b}{c} unlikely, {c}{a}" for a in "abcdefgh" for b in "ijklmn" for c in "opqrst"]
+    learnt = [train_input_tokenizer("wordpiece", iter(texts), 120).core.to_str() for _ in range(4)]
+    assert len(set(learnt)) == 1
+    assert "##" not in json.dumps(json.loads(learnt[0])["added_tokens"])
