@@ -69,8 +69,8 @@ def test_the_error_rule_and_the_bits_of_a_sequence_alone(
         options = {"causal": causal, "return_lse": True}
         golden = reference.attention(*(t.double() for t in operands), **options)
         plain = reference.attention(*operands, **options)
-        for name, actual, of_plain, truth in zip(("out", "lse"), alone[-1], plain, golden):
-            assert_within_rule(actual, of_plain, truth, f"{name} of {b}", dtype)
+        for name, actual, of_plain, expected in zip(("out", "lse"), alone[-1], plain, golden):
+            assert_within_rule(actual, of_plain, expected, f"{name} of {b}", dtype)
 
 
 @pytest.mark.parametrize("widened", [False, True], ids=["16 bits", "widened"])
@@ -82,8 +82,8 @@ def test_without_products_of_16_bits(widened: bool, monkeypatch: pytest.MonkeyPa
     k, v = k[:, :, :1200], v[:, :, :1200]
     golden = reference.attention(*(t.double() for t in (query, k, v)), causal=True, return_lse=True)
     plain = reference.attention(query, k, v, causal=True, return_lse=True)
-    for name, actual, of_plain, truth in zip(("out", "lse"), results, plain, golden):
-        assert_within_rule(actual, of_plain, truth, name, torch.bfloat16)
+    for name, actual, of_plain, expected in zip(("out", "lse"), results, plain, golden):
+        assert_within_rule(actual, of_plain, expected, name, torch.bfloat16)
 
 
 def test_a_plan_leaves_other_numbers_of_keys_to_tiles() -> None:
@@ -99,10 +99,10 @@ def test_a_plan_leaves_other_numbers_of_keys_to_tiles() -> None:
             reference.attention(*(t.to(to) for t in (query, k_all, v_all)), causal=True, return_lse=True)
             for to in (torch.float64, torch.float32)
         )
-        for name, actual, of_plain, truth in zip(("out", "lse"), (out, lse), plain, golden):
-            seen = ~truth.isinf()
-            assert torch.equal(actual[~seen].double(), truth[~seen])
-            assert_within_rule(actual[seen], of_plain[seen], truth[seen], f"{name} from {start}")
+        for name, actual, of_plain, expected in zip(("out", "lse"), (out, lse), plain, golden):
+            seen = ~expected.isinf()
+            assert torch.equal(actual[~seen].double(), expected[~seen])
+            assert_within_rule(actual[seen], of_plain[seen], expected[seen], f"{name} from {start}")
         assert torch.equal(own_k[:, :, start : start + 2], new[0])
     assert not single_query.are_few(4, 4, 2, True)
     assert not single_query.are_few(4, 16, single_query.MOST_SCORES // 64 + 1, True)
