@@ -18,7 +18,9 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
 from fastattn.data.tokenization import Tokenizer
+from fastattn.models.checkpoint.folder import GENERATION
 from fastattn.models.checkpoint.pretrained import Pretrained
+from fastattn.models.checkpoint.save import TOKENIZER_FILES
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
 from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
@@ -28,6 +30,7 @@ from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weigh
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial")  # of a `write_atomically` that was killed
 _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
 
 
@@ -164,16 +167,17 @@ class RunDirectory:
         """Make the directory; delete what an earlier run left, if that was asked for, and unfinished writes."""
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in list(self.path.iterdir()):
-            if entry.name.startswith(UNFINISHED) or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
+            unfinished = entry.name.startswith(UNFINISHED) or _PARTIAL.fullmatch(entry.name)
+            if unfinished or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
                 delete(entry)
         if self.overwrite:
             for name in (
                 LOG,
                 WEIGHTS,
                 "config.json",
+                GENERATION,
                 RESOLVED_CONFIG,
-                "tokenizer.json",
-                "tokenizer_config.json",
+                *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
                 ADAPTER_CONFIG,
                 ADAPTER_WEIGHTS,
             ):

@@ -169,6 +169,16 @@ def _prepare(inputs: Inputs) -> Prepared:
     directory = RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
     if preset is None:
         _check_class(inputs.model, task)
+    for option, folder in (
+        ("--model", inputs.model if preset is None else None),
+        ("--teacher", inputs.teacher),
+    ):
+        if (
+            sections.train.overwrite
+            and folder is not None
+            and Path(folder).resolve() == Path(inputs.out).resolve()
+        ):
+            raise ConfigError(f"--out: {inputs.out} is the folder of {option}, which overwrite would delete")
     teacher = None if inputs.teacher is None else _teacher(inputs.teacher, task)
     learns = sections.data.learnt or (preset is not None and sections.data.tokenizer is None)
     tokenizer = None if learns else _tokenizer(inputs, sections, task)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_lm import TinyLM, make_blocks, make_data, make_model
 
+from fastattn.models.checkpoint.save import TOKENIZER_FILES
 from fastattn.train import ConfigError
 from fastattn.train.checkpoint import UNFINISHED, RunDirectory
 from fastattn.train.log import read_log
@@ -242,10 +243,22 @@ def test_what_a_crash_left_unfinished_is_no_checkpoint_and_is_removed(make_train
     folder = trainer.directory.path
     (folder / f"{UNFINISHED}checkpoint-9").mkdir()
     (folder / "checkpoint-7").mkdir()
+    (partial := folder / "train_config.yaml.123-0a1b2c3d.partial").touch()
     again = make_trainer(max_steps=3, resume="auto")
     assert again.directory.resume_from.name == "checkpoint-2"
     again.fit()
     assert not (folder / f"{UNFINISHED}checkpoint-9").exists()
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_overwriting_a_run_leaves_nothing_of_its_tokenizer(name, make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.fit()
+    (trainer.directory.path / name).touch()
+    directory = RunDirectory(trainer.directory.path, overwrite=True)
+    directory.prepare()
+    assert not (directory.path / name).exists()
 
 
 def test_a_directory_with_a_run_is_refused_unless_asked(make_trainer):

@@ -478,3 +478,14 @@ def test_the_same_text_gives_the_same_wordpiece() -> None:
     learnt = [train_input_tokenizer("wordpiece", iter(texts), 120).core.to_str() for _ in range(4)]
     assert len(set(learnt)) == 1
     assert "##" not in json.dumps(json.loads(learnt[0])["added_tokens"])
+
+
+def test_overwrite_does_not_delete_the_model_it_starts_from(encoder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", rows("classify"))
+    before = {path.name: path.read_bytes() for path in encoder.iterdir() if path.is_file()}
+    words = ["classify", "--train", str(data), "--model", str(encoder), "--out", str(encoder)]
+    result = CliRunner().invoke(cli.app, ["train", *words, "--train.overwrite=true"])
+    assert result.exit_code == 2
+    assert "--out" in result.output
+    assert "--model" in result.output
+    assert {path.name: path.read_bytes() for path in encoder.iterdir() if path.is_file()} == before
