@@ -1,6 +1,6 @@
-"""Attention in differentiable torch operations: what runs under transforms and for second derivatives.
+"""Attention in differentiable torch operations, for transforms and second derivatives.
 
-It materialises the scores; every use says so once.
+It materialises the scores, which a warning says once for each reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The options of the attention calls as a type checker knows them: what their overloads leave to a common type."""
+"""The options of the attention calls as typed dicts, which the overloads of each call share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether tensors share memory, element by element: what an op must know of tensors that it writes to.
+"""Whether tensors share memory, element by element: an op that writes to tensors has to know.
 
 Two index tuples name one element where sum(d_i * stride_i) = distance has a solution in integers, each d_i within the
 range that the sizes allow. Strides that are nested, as those of views of dense tensors are, leave a handful of
@@ -81,13 +81,13 @@ def _meet(
 
 
 def _ranges_meet(one: Tensor, other: Tensor, distance: int, size: int) -> bool:
-    """Whether the bytes from first to last element meet: of elements that are not aligned to each other."""
+    """Whether the byte ranges from first to last element overlap; for elements not aligned to each other."""
     first, second = (size * (1 + last_offset(t)) for t in (one, other))
     return bool(one.numel() and other.numel()) and distance < first and -distance < second
 
 
 def _merged(terms: list[tuple[int, int, int]]) -> Terms:
-    """One term a stride: multiples add up to every multiple between their sums. Strides of 0 say nothing."""
+    """Terms of equal strides as one, whose range is the sum of theirs; without strides of 0, which move nothing."""
     ranges: dict[int, tuple[int, int]] = {}
     for stride, lowest, highest in terms:
         low, high = ranges.get(stride, (0, 0))
@@ -96,7 +96,7 @@ def _merged(terms: list[tuple[int, int, int]]) -> Terms:
 
 
 def _solvable(terms: Terms, target: int) -> bool:
-    """Whether sum(d_i * stride_i) = target for some d_i within their ranges; True too where that takes too long."""
+    """Whether sum(d_i * stride_i) = target for some d_i within their ranges; True too where the search is too long."""
     divisors, lows, highs = [0], [0], [0]  # of the terms from i on, built from the end
     for stride, lowest, highest in reversed(terms):
         divisors.append(gcd(divisors[-1], stride))

@@ -1,9 +1,9 @@
 """Keys that no query of their batch entry may see: what they hold, even NaN, reaches no result and no gradient.
 
-Kernels give such keys the weight 0, but 0 * NaN is NaN. Keys beyond `key_lengths` they never read. Those that a mask,
-a bias or negative segment ids hide are 0 in a copy of keys and values that the kernels get instead. The torch backend
-gets it on a CPU only after something turned out not to be finite: finite numbers times 0 are 0. A GPU would have to
-be waited for, so kernels there always get the copy.
+Kernels give such keys the weight 0, but 0 * NaN is NaN. They never read keys beyond `key_lengths`. For keys hidden by
+a mask, a bias or negative segment ids they get a copy of keys and values with zeros there. On a CPU the torch backend
+gets the copy only after a value turned out not to be finite, because finite numbers times 0 are 0. On a GPU that check
+would need a synchronisation, so kernels there always get the copy.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def hidden_keys(call: AttentionCall) -> Tensor:
 
 
 def without_hidden_keys(call: AttentionCall, hidden: Tensor) -> AttentionCall:
-    """The call with 0 in its hidden keys and their values, and in queries of a negative segment, which see nothing."""
+    """The call with zeros in hidden keys and their values, and in queries with a negative segment id."""
     of_keys = hidden[:, None, :, None]
     query = call.query
     if call.query_segments is not None:
@@ -75,9 +75,9 @@ def zero_hidden(grads: tuple[Tensor | None, ...], hidden: Tensor | None) -> None
 def cleaned(
     backend: ModuleType, call: AttentionCall, *operands: Tensor
 ) -> tuple[AttentionCall, Tensor | None]:
-    """The call as a kernel may have it, and its hidden keys; None where they need no care.
+    """The call that a kernel may compute, and its hidden keys, or None where no copy was needed.
 
-    operands: what a hidden key or another row could spoil the results with, if it is not finite.
+    operands: tensors whose values at a hidden key or in another row would reach the results if they were not finite.
     """
     if not may_hide_keys(call) or (looks_first(backend, call) and all_finite(*operands)):
         return call, None

@@ -1,4 +1,4 @@
-"""The attention ops in torch's own operations, for exported and traced programs: they run where fastattn is not."""
+"""The attention ops in torch's own operations, for exported and traced programs, which run without fastattn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wanted() -> bool:
 
 
 def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function` of a call. A trace warns of every size that is looked at; what these decide holds for any length."""
+    """Call `function` without a trace's warnings of sizes read by Python: what they decide holds for any length."""
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return function(*args, **kwargs)
     with warnings.catch_warnings():
@@ -233,7 +233,7 @@ def _formula(
 
 
 def _kept(probs: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """The factors by which dropout of this seed multiplies the weights; fixes the sizes of a trace."""
+    """The factors by which dropout with this seed multiplies the weights. A trace is then bound to its sizes."""
     batch, num_heads, seqlen_q, seqlen_k = probs.shape
     heads = torch.arange(batch * num_heads, device=probs.device).view(batch, num_heads)
     keep = keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
@@ -271,7 +271,7 @@ def _for_every_head(tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def _same_size(one: int, other: int) -> bool:
-    """Whether two sizes are equal whatever the inputs; of a trace's sizes nothing is known."""
+    """Whether two sizes are equal for all inputs; False for the sizes of a trace, of which nothing is known."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return False
     # slow to import, and an export has loaded it

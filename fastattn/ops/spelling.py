@@ -27,7 +27,7 @@ _LSE = (("return_lse",), "")
 _SEED = (("dropout_seed",), "an int or one int64 element")
 _IGNORED = (("ignore_index",), "")
 
-# What people type: the parameters it may mean, those that a function has counting, and what to know about them.
+# A keyword of other libraries -> the parameters it may mean, of which the function's own are suggested, and a note.
 _HINTS: dict[str, tuple[tuple[str, ...], str]] = {
     "is_causal": _CAUSAL, "causal_mask": _CAUSAL, "use_causal_mask": _CAUSAL, "causal": _CAUSAL,
     "dropout": _DROPOUT, "dropout_rate": _DROPOUT, "dropout_prob": _DROPOUT, "attn_dropout": _DROPOUT,
@@ -86,7 +86,7 @@ _NOT_NEEDED = {
 
 
 def without_unknown(function: Function) -> Function:
-    """`function`, whose `**unknown` is there to be refused, with a signature that does not show it."""
+    """`function` with a signature that hides its `**unknown`, which only collects keywords to be refused."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def without_unknown(function: Function) -> Function:
 
 
 def unexpected(function: Callable[..., Any], unknown: Iterable[str], name: str | None = None) -> TypeError:
-    """The error for keyword arguments that a function does not have; `name` is what it is called, if not its name."""
+    """The error for keyword arguments that a function does not have; `name` replaces the function's own name."""
     names = list(inspect.signature(function).parameters)
     hints = [f"keyword argument {word!r}{_hint(word, names)}" for word in unknown]
     return TypeError(f"{name or function.__name__}() got an unexpected {', and '.join(hints)}")

@@ -1,4 +1,4 @@
-"""What of a call's tensors can be looked at before it runs: values, addresses and strides, or neither."""
+"""Whether the values, addresses and strides of a call's tensors can be read before it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastattn import backends, torch_compat
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: not while code is traced or transformed."""
+    """Whether the values of a tensor can be read: not while code is traced or transformed."""
     return not (
         torch.compiler.is_compiling()
         or torch_compat.transforms_active((tensor,))
@@ -22,10 +22,10 @@ def readable(tensor: Tensor) -> bool:
 
 
 def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> bool:
-    """Whether a call may be refused after something has run, and specs of its passes can be made to see that first.
+    """Whether a call needs its later passes checked first, so that it is refused before anything runs.
 
-    A forward alone refuses before it runs, so there must be a backward or `more`, as a seed to draw. A trace has no
-    specs; there the fakes of the ops refuse what the backend never runs.
+    A forward alone is checked when it runs, so there must be a backward or `more`, such as a seed to draw. A trace has
+    no specs; there the fakes of the ops refuse what the backend cannot run.
     """
     return (
         not torch.compiler.is_compiling()  # first, as a trace cannot follow the others
@@ -36,7 +36,7 @@ def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> boo
 
 
 def can_be_read(args: Iterable[Any]) -> bool:
-    """Whether the values of the tensors among the arguments can be looked at."""
+    """Whether the values of the tensors among the arguments can be read."""
     return all(readable(arg) and _has_memory(arg) for arg in args if isinstance(arg, Tensor))
 
 
