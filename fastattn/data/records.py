@@ -159,19 +159,6 @@ def split_records(
     return train, [records[number] for number in sorted(held)]
 
 
-def split_document(record: Record, fraction: float) -> list[Record]:
-    """A text's beginning, and its last `fraction` from the next line or else word on; the record alone where there is
-    no such place."""
-    text = text_of(record, "text")
-    at = round((1 - fraction) * len(text))
-    for mark in ("\n", " "):
-        cut = text.find(mark, at) + 1 or text.rfind(mark, 0, at) + 1
-        parts = text[:cut], text[cut:]
-        if all(part.strip() for part in parts):
-            return [Record(record.where, {**record.fields, "text": part}) for part in parts]
-    return [record]
-
-
 def conversation_of(record: Record) -> list[dict[str, str]]:
     """The messages of a chat record: its "messages" ({"role", "content"} each), or "prompt" and "completion".
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,14 @@ def _line(record: Record) -> str:
     """NaN and infinity, which JSON has no number for, become strings."""
     plain = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in record.items()}
     return json.dumps(plain) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Of JSON's types: numbers that JSON lacks as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

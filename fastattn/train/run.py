@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from fastattn.cache import write_atomically
@@ -31,10 +32,12 @@ from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa,
 from fastattn.tasks.training import check_tokenizer, config_of, learning_rate
 from fastattn.train.checkpoint import RunDirectory, read_model
 from fastattn.train.config import ConfigError, step_limit
+from fastattn.train.log import plain
 from fastattn.train.progress import ProgressDisplay
+from fastattn.train.resume import WEIGHTS
 from fastattn.train.state import FitResult
 from fastattn.train.task_config import Sections, presets_of, read_sections
-from fastattn.train.task_data import TaskData, read_data
+from fastattn.train.task_data import TaskData, read_data, texts_of
 from fastattn.train.trainer import Trainer
 
 TASKS: dict[str, ModuleType] = {
@@ -144,7 +147,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     report.update(metrics=found.metrics, tables=found.tables, count=found.count)
     report["wall_seconds"] = time.monotonic() - started
     write_atomically(out / OPTIONS, sections.to_yaml())
-    write_atomically(out / REPORT, json.dumps(_plain(report), indent=2) + "\n")
+    write_atomically(out / REPORT, json.dumps(plain(report), indent=2) + "\n")
     return report
 
 
@@ -280,7 +283,7 @@ def _learnt(
     if checkpoint is not None:
         kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
         return kind.from_pretrained(checkpoint)
-    texts = [text for example in data.train for text in _texts(example)]
+    texts = [text for example in data.train for text in texts_of(example)]
     if GPT in task.MODELS:
         if options.tokenizer == "characters":
             return train_characters(texts, options.vocab_size)
@@ -292,18 +295,6 @@ def _learnt(
     return train_input_tokenizer(
         options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=options.lowercase
     )
-
-
-def _texts(example: Any) -> list[str]:
-    """Every text of an example but its label."""
-    found = []
-    for name, value in vars(example).items():
-        if name in ("where", "label", "tags", "answers"):
-            continue
-        for each in [value] if isinstance(value, str) else value or ():
-            text = each.get("content") if isinstance(each, dict) else each  # a message
-            found += [text] if isinstance(text, str) else []
-    return found
 
 
 def _check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
@@ -346,12 +337,18 @@ def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
 
 def _finished(prepared: Prepared, out: Path) -> nn.Module:
     """The best model of the run, as OUT holds it; adapters are merged into it, and kept in OUT/adapter."""
-    model = prepared.model
-    read_model(model, out)
-    if prepared.sections.lora.r is not None:
-        save_adapter(model, out / ADAPTER)
-        merged: Any = merge(model)
-        merged.save_pretrained(out, tokenizer=prepared.saved_tokenizer)
+    model: Any = prepared.model
+    if prepared.sections.lora.r is None:
+        read_model(model, out)
+    else:
+        with safe_open(out / WEIGHTS, "pt") as weights:
+            merged = not any(".lora." in name for name in weights.keys())  # noqa: SIM118 - no dict
+        if merged:  # by this run, which was killed here or had ended
+            model = type(model).from_pretrained(out, dtype=torch.float32)
+        else:
+            read_model(model, out)
+            save_adapter(model, out / ADAPTER)
+            merge(model).save_pretrained(out, tokenizer=prepared.saved_tokenizer)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             (out / name).unlink(missing_ok=True)
     return model
@@ -399,14 +396,3 @@ def _report(prepared: Prepared, result: FitResult, best: tuple[str, bool]) -> di
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
-
-
-def _plain(value: Any) -> Any:
-    """Of JSON's types: numbers that JSON lacks as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastattn.data import DataError
 from fastattn.data.cleaning import clean
-from fastattn.data.records import Record, read_records, split_document, split_records
+from fastattn.data.records import Record, read_records, split_records, text_of
 from fastattn.train.task_config import Sections
 
 
@@ -92,3 +92,28 @@ def check_known(task: ModuleType, train: Sequence[Any], dev: Sequence[Any]) -> N
         for label in task.labels_in([example]) or ():
             if label not in known:
                 raise DataError(f"{example.where}: label {label!r} is in no training example")
+
+
+def texts_of(example: Any) -> list[str]:
+    """Every text of an example but its label."""
+    found = []
+    for name, value in vars(example).items():
+        if name in ("where", "label", "tags", "answers"):
+            continue
+        for each in [value] if isinstance(value, str) else value or ():
+            text = each.get("content") if isinstance(each, dict) else each  # a message
+            found += [text] if isinstance(text, str) else []
+    return found
+
+
+def split_document(record: Record, fraction: float) -> list[Record]:
+    """A text's beginning, and its last `fraction` from the next line or else word on; the record alone where there is
+    no such place."""
+    text = text_of(record, "text")
+    at = round((1 - fraction) * len(text))
+    for mark in ("\n", " "):
+        cut = text.find(mark, at) + 1 or text.rfind(mark, 0, at) + 1
+        parts = text[:cut], text[cut:]
+        if all(part.strip() for part in parts):
+            return [Record(record.where, {**record.fields, "text": part}) for part in parts]
+    return [record]

@@ -489,3 +489,16 @@ def test_overwrite_does_not_delete_the_model_it_starts_from(encoder: Path, tmp_p
     assert "--out" in result.output
     assert "--model" in result.output
     assert {path.name: path.read_bytes() for path in encoder.iterdir() if path.is_file()} == before
+
+
+def test_a_run_with_adapters_that_has_ended_resumes_to_the_same_files(encoder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", rows("classify"))
+    words = ["classify", "--train", str(data), "--model", str(encoder), "--out", str(tmp_path / "run")]
+    words += ["--lora.r=2", "--train.max_steps=2", "--train.device=cpu", "--resume", "auto"]
+    found = []
+    for _ in range(2):
+        result = CliRunner().invoke(cli.app, ["train", *words])
+        assert result.exit_code == 0, result.output
+        names = ("model.safetensors", "config.json", "adapter/adapter_model.safetensors")
+        found.append([(tmp_path / "run" / name).read_bytes() for name in names])
+    assert found[0] == found[1]
