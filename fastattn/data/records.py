@@ -64,7 +64,7 @@ def read_records(
     - Text: field "text", documents separated by two blank lines or more.
 
     A folder stands for its files with such suffixes, in the order of their names, or for what
-    `datasets.save_to_disk` wrote. "hf:OWNER/NAME[/CONFIG][:SPLIT]" is a data set that `datasets.load_dataset` finds,
+    `datasets.save_to_disk` wrote. `hf:OWNER/NAME[/CONFIG][:SPLIT]` is a data set that `datasets.load_dataset` finds,
     numbers of a ClassLabel as their names; SPLIT is "train" by default.
 
     Args:

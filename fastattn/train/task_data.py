@@ -54,7 +54,15 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         records, dev_records = parts[:1], parts[1:]
     else:
         key = getattr(task, "group_of", None)
-        records, dev_records = split_records(records, data.dev_fraction, seed=sections.train.seed, key=key)
+        try:
+            records, dev_records = split_records(
+                records, data.dev_fraction, seed=sections.train.seed, key=key
+            )
+        except DataError:
+            task.examples_of(
+                records, options
+            )  # what is wrong with a line says more than that lines are equal
+            raise
     counts: dict[str, int] = {}
     if sections.clean.on:
         names = getattr(task, "TEXTS", (*task.FIELDS, *task.OPTIONAL))
