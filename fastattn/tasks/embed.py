@@ -132,6 +132,11 @@ def check_examples(examples: Sequence[Example]) -> None:
         raise DataError(f"data: all {len(examples)} examples have the same positive, needs two")
 
 
+def least_batch(examples: Sequence[Example]) -> int:
+    """The smallest batch from which something can be learnt: other pairs of it are what a pair is told from."""
+    return 1 if examples[0].negatives else 2
+
+
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
     """The figure that picks the best model, and whether more of it is better."""
     return ("spearman" if examples and examples[0].score is not None else "accuracy"), True

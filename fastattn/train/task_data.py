@@ -69,6 +69,11 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         records, counts = clean(records, sections.clean, names, editable=getattr(task, "EDITABLE", True))
     examples = task.examples_of(records, options)
     task.check_examples(examples)
+    least = task.least_batch(examples) if hasattr(task, "least_batch") else 1
+    if (size := sections.train.batch_size) < least:
+        raise DataError(
+            f"train.batch_size: got {size}, {task.NAME} needs at least {least} for these examples"
+        )
     options = task.settled(options, examples) if hasattr(task, "settled") else options
     dev_examples = task.examples_of(dev_records, options)
     if dev:
