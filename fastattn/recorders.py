@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Recorder(Protocol):
-    """What makes the launches of a thread while it records them."""
+    """The recorder that makes the launches of a thread while it records them."""
 
     def launch(self, launch: Any) -> None:
         """Make a Triton launch."""

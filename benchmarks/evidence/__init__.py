@@ -1,1 +1,1 @@
-"""What a machine with a GPU can show in minutes: checks, probes, the extension's first run, and the run of them all."""
+"""The evidence of a machine with a GPU, in minutes: checks, probes, the extension's first run, and a run of all."""

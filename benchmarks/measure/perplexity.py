@@ -1,4 +1,4 @@
-"""What narrower weights cost a trained model: its perplexity on held-out text, through the steps of generation."""
+"""The cost of narrower weights: a trained model's perplexity on held-out text, through the steps of generation."""
 
 from __future__ import annotations
 

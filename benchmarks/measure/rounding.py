@@ -68,7 +68,7 @@ def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int 
 
 
 def plain_by_orders(run: Callable[[], Results], golden: Results, orders: int) -> Iterator[Results]:
-    """What `plain_in_any_order` returns for 0, 1 .. `orders` orders besides torch's own; one item in other dtypes."""
+    """The results of `plain_in_any_order` for 0, 1 .. `orders` orders besides torch's own; one item in other dtypes."""
     from fastattn import torch_compat
     from fastattn.ops.symbolic import leaves, map_leaves
 

@@ -113,7 +113,7 @@ def verdict(case: Result) -> str:
 
 
 def goals(case: Result) -> list[str]:
-    """What the case's target asks for, part by part."""
+    """The parts of the case's target."""
     target = case["target"] or {}
     words = {"speed": "≥ {}×", "time": "≤ {}× time", "memory": "≤ {} mem", "extra_ms": "≤ {:.0f} ms"}
     return [text.format(target[name]) for name, text in words.items() if name in target]

@@ -77,7 +77,7 @@ class Event:
 
 
 class Record(Protocol):
-    """What was seen of a function's work."""
+    """The recorded steps of a function."""
 
     seen: list[Seen | None]  # the tensors that came up, by number, inputs first
     num_inputs: int
@@ -214,7 +214,7 @@ class Program:
 
 
 def _key(constant: Any) -> Any:
-    """What tells constants apart: 1, 1.0 and True are equal, and so are 0.0 and -0.0."""
+    """A key that tells constants apart: 1, 1.0 and True are equal, and so are 0.0 and -0.0."""
     told = (
         repr(constant) if isinstance(constant, (int, float, str, tuple, list, type(None))) else id(constant)
     )
@@ -258,6 +258,6 @@ def _tuple_getter(kind: type, places: Sequence[int]) -> Getter:
 
 
 def memory_like(made: Seen | None) -> Callable[[], Tensor]:
-    """What allocates memory like a tensor's."""
+    """A function that allocates memory like a tensor's."""
     assert made is not None
     return partial(torch.empty_strided, made.shape, made.strides, dtype=made.dtype, device=made.device)

@@ -78,7 +78,7 @@ class Recorder:
         return results
 
     def program(self, result: Any) -> Program | None:
-        """What was done, once the function has returned `result`: a tensor or a tuple of tensors and None."""
+        """The recorded steps, once the function has returned `result`: a tensor or a tuple of tensors and None."""
         parts = result if isinstance(result, tuple) else (result,)
         returned = [None if part is None else self._number_of(part) for part in parts]
         if any(number is None and part is not None for number, part in zip(returned, parts)):

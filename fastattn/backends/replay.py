@@ -40,7 +40,7 @@ class Replay:
         self.refusal: str | None = None  # why nothing is recorded
 
     def __call__(self, *tensors: Tensor | None) -> Any:
-        """What the function gives for these tensors."""
+        """The function's results for these tensors."""
         program = self.program
         if program is None:
             return self._record(tensors)

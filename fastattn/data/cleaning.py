@@ -30,7 +30,7 @@ WORD = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True)
 class CleaningConfig:
-    """What of the training data is cleaned; every step is off by default, and one that is off changes nothing.
+    """The cleaning steps of the training data; each is off by default, and one that is off changes nothing.
 
     Args:
         encoding: repair text that was UTF-8 read as Windows-1252 or Latin-1, and normalise to NFC.

@@ -15,7 +15,7 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def tokens_of(text: str, unspaced: bool) -> list[str]:
-    """What of an answer counts: lower-case words without punctuation and English articles, as SQuAD's script has them.
+    """The counted words of an answer: lower-case without punctuation and English articles, as SQuAD's script has them.
 
     With `unspaced`, Unicode's punctuation goes too, words are kept apart at each Han or kana character, and articles,
     which are then part of names, stay.

@@ -17,7 +17,7 @@ NOT_FINITE = -1  # in place of a token
 
 
 class Scores:
-    """What is done to logits before tokens are compared, of R sequences, and the tokens that it depends on."""
+    """The processing of R sequences' logits before tokens are compared, and the tokens so far that it depends on."""
 
     def __init__(self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int) -> None:
         """prompt: (R, S); mask: (R, S) bool, None = all are real."""

@@ -65,7 +65,7 @@ class Lookup:
 
     @property
     def chance(self) -> float:
-        """That a guess of one token is right; 0 where there is none."""
+        """The chance that a guess of one token is right; 0 where there is no guess."""
         return 0.0 if self.place is None else self.chances[self.kind]
 
     def guess(self, count: int) -> list[int]:

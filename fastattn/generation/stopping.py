@@ -100,7 +100,7 @@ class StopStrings:
         return whole[: len(whole) - kept]
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text held back so far, once no more follows."""
         text, self.held = self.held, ""
         return text
 

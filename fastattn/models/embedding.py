@@ -174,7 +174,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         return model
 
     def extra_files(self) -> Mapping[str, bytes]:
-        """What sentence-transformers reads besides the encoder's files."""
+        """The files that sentence-transformers reads besides the encoder's."""
         paths = {_TRANSFORMER: "", _POOLING: "1_Pooling"}
         if self.normalize:
             paths[_NORMALIZE] = "2_Normalize"

@@ -232,7 +232,7 @@ def _random_ids(config: Any) -> Tensor:
 
 
 def _outputs(result: Any) -> Tensor:
-    """What of a model's result is compared."""
+    """The tensor of a model's result that is compared."""
     for name in ("logits", "embeddings", "last_hidden_state", "start_logits"):
         if isinstance(found := getattr(result, name, None), Tensor):
             result = found

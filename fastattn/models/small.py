@@ -22,7 +22,7 @@ _CHUNK = 8  # sequences at a time
 
 @dataclass(frozen=True)
 class Change:
-    """What smaller weights change: perplexities of a decoder, or cosines of an encoder's embeddings."""
+    """The effect of smaller weights: perplexities of a decoder, or cosines of an encoder's embeddings."""
 
     options: str  # how the weights were made smaller
     bytes_before: int  # of the matrices that are multiplied, and of all other parameters

@@ -39,7 +39,7 @@ class RotaryScaling:
 
     @property
     def magnitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor of cos and sin."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:

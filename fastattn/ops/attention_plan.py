@@ -1,4 +1,4 @@
-"""What `attention` does once its arguments are checked: forward and backward on a chosen backend, and plans of both."""
+"""`attention` after its arguments are checked: forward and backward on a chosen backend, and plans of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both losses do around their passes: refusals before the first, and the result after the last."""
+"""The parts that both losses share: refusals before the first pass, and the result after the last."""
 
 from __future__ import annotations
 

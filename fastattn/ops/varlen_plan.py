@@ -1,4 +1,4 @@
-"""What `attention_varlen` does once its arguments are checked, and plans of it."""
+"""`attention_varlen` after its arguments are checked, and its plans."""
 
 from __future__ import annotations
 

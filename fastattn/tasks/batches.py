@@ -26,7 +26,7 @@ def max_tokens(model: Any, tokenizer: InputTokenizer) -> int:
 def run(
     model: Any, rows: Sequence[Row], batch_size: int, take: Callable[[Any, int, int], Result]
 ) -> list[Result]:
-    """What `take(outputs, i, row)` makes of the i-th sequence of a batch, for each row in the order of `rows`.
+    """The results of `take(outputs, i, row)` for the i-th sequence of a batch, in the order of `rows`.
 
     Batches hold rows of similar lengths, the longest first; the model runs in eval mode on its device.
     """

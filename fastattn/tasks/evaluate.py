@@ -31,7 +31,7 @@ OF_CLASSES = ("ece", "log_loss")  # figures of probabilities, which a simple met
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What the command prints."""
+    """The figures that the command prints."""
 
     task: str
     folder: str
@@ -40,7 +40,7 @@ class Evaluation:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Of JSON's types; null stands for a figure that is undefined or infinite."""
+        """The report in JSON's types; null stands for a figure that is undefined or infinite."""
         return {
             "task": self.task,
             "folder": self.folder,

@@ -1,4 +1,4 @@
-"""What a decoder's hidden states say of tokens: logits, losses of single tokens, and the targets of positions."""
+"""Logits and losses of single tokens from a decoder's hidden states, and the targets of positions."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Around(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: InputTokenizer) -> Around:
-        """What the tokenizer puts there."""
+        """The special tokens that the tokenizer puts there."""
         one, two = tokenizer.encode(["a", ("a", "a")])
         at = [i for i, s in enumerate(one.sequences) if s is not None]
         first = [i for i, s in enumerate(two.sequences) if s == 0]

@@ -1,4 +1,4 @@
-"""What a causal language model makes of documents: the loss of every token, each document by itself."""
+"""The loss of every token of documents under a causal language model, each document by itself."""
 
 from __future__ import annotations
 

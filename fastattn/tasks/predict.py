@@ -74,7 +74,7 @@ def predictions_of(
     examples: Sequence[dict[str, str]],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """What `task.predict` finds; InputError for an example that it refuses."""
+    """The predictions of `task.predict`; InputError for an example that it refuses."""
     try:
         found: list[dict[str, Any]] = task.predict(model, tokenizer, examples, **options)
     except ValueError as error:

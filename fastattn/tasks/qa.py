@@ -108,7 +108,7 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def group_of(record: Record) -> str:
-    """What questions share that belong to one article or context: they stay together where data is split."""
+    """The key of a question's article or context: questions with the same key stay together where data is split."""
     fields = record.fields
     return str(fields["title"] if isinstance(fields.get("title"), str) else fields.get("context"))
 

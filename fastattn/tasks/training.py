@@ -116,7 +116,7 @@ def padded(
 
 
 def layout_of(model: Any) -> dict[str, Any]:
-    """What `Encoded` needs of a model."""
+    """The attributes of a model that `Encoded` needs."""
     return {"pad_id": model.config.pad_token_id or 0, "typed": model.config.type_vocab_size > 1}
 
 

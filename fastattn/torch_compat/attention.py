@@ -39,7 +39,7 @@ def has_cpu_flash_attention(*, backward: bool) -> bool:
 
 
 def cpu_flash_kernel() -> Any:
-    """What `cpu_flash_attention` calls, for those who call it often; only where there is one."""
+    """The kernel that `cpu_flash_attention` calls, for callers in a hot path; only where there is one."""
     return _cpu_flash_fwd
 
 

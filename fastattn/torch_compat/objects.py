@@ -19,7 +19,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def hooks_of(module: torch.nn.Module) -> list[Any] | None:
-    """What is called besides a module's forward.
+    """The hooks that are called besides a module's forward.
 
     Fallback: None, where this torch keeps hooks elsewhere.
     """

@@ -140,7 +140,7 @@ def has_int8_dot_products() -> bool:
 
 @functools.cache
 def instructions() -> str:
-    """What this CPU has for products, as torch names it: "AVX2", "AVX512", "AVX512+VNNI".
+    """The instruction set that this CPU has for products, as torch names it: "AVX2", "AVX512", "AVX512+VNNI".
 
     Fallback: the name alone.
     """

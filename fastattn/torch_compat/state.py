@@ -1,4 +1,4 @@
-"""What torch would do with a call: modes, transforms, traces, autograd; and calls that bypass its dispatcher."""
+"""The state of torch around a call: modes, transforms, traces, autograd; and calls that bypass its dispatcher."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _line(record: Record) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Of JSON's types: numbers that JSON lacks as text."""
+    """A value in JSON's types, with numbers that JSON lacks as text."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

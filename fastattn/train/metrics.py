@@ -113,7 +113,7 @@ def training_flops(model: nn.Module, loss: Callable[[], Tensor], batch: Mapping[
 def figures_of(
     window: Mapping[str, float], peak: float | None, flops_per_token: float | None
 ) -> dict[str, float]:
-    """What the log says of some steps: mean loss, the last rate and norm, tokens/s, and the share of the peak used.
+    """The log's figures for some steps: mean loss, the last rate and norm, tokens/s, and the share of the peak used.
 
     Args:
         window: sums over the steps of "steps", "loss", "tokens" and "seconds"; the last "lr" and "grad_norm".

@@ -1,4 +1,4 @@
-"""What a training step minimises: the mean loss over the targets of all its micro-batches on all processes."""
+"""The objective of a training step: the mean loss over the targets of all its micro-batches on all processes."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ WARMUP = 0.1  # of the steps, where no number is given
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the command was given."""
+    """The arguments of the command."""
 
     task: str
     train: tuple[str, ...]

@@ -103,7 +103,7 @@ class Sections:
     model: GPTConfig | BertConfig | None = None  # a preset's, perhaps changed
 
     def to_yaml(self) -> str:
-        """What --config reads; where the run writes is left to --out, and what it resumes from to --resume."""
+        """The sections as --config reads them, without the folders, which --out and --resume name."""
         sections = {field.name: getattr(self, field.name) for field in fields(self)}
         values = {
             name: section.to_dict() if name == "model" else asdict(section)

@@ -305,7 +305,7 @@ class Trainer:
         return None
 
     def _progress(self) -> float:
-        """How much of the run is done, 0 to 1."""
+        """The share of the run that is done, 0 to 1."""
         by_step = self.state.step / self.max_steps if self.max_steps else 0.0
         by_time = self.state.seconds / self.config.max_seconds if self.config.max_seconds else 0.0
         return min(max(by_step, by_time), 1.0)

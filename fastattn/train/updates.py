@@ -92,7 +92,7 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
 
     def examples_not_finite(self, indices: Sequence[Sequence[int]]) -> list[int]:
-        """Of a step's micro-batches of examples, those in one whose loss is not finite; if there is none, all."""
+        """The examples of a step's micro-batches whose loss is not finite; if there is none, of all."""
         found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
         return [index for batch in found or indices for index in batch]
 

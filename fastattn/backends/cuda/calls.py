@@ -9,6 +9,6 @@ from fastattn.recorders import this_thread
 
 
 def run(name: str, *args: Any) -> Any:
-    """What a function of the extension gives; the recorder of this thread calls it."""
+    """The results of a function of the extension, called by this thread's recorder."""
     function = getattr(extension.module(), name)
     return function(*args) if this_thread.recorder is None else this_thread.recorder.call(function, args)

@@ -135,7 +135,7 @@ def placed(family: Family, names: Iterator[str] | Sequence[str]) -> dict[str, Pl
 
 
 def stored(model: nn.Module) -> dict[str, list[str]]:
-    """What a checkpoint of a model holds: the first name of each parameter and persistent buffer -> all its names."""
+    """The contents of a model's checkpoint: the first name of each parameter and persistent buffer -> all its names."""
     keys = model.state_dict(keep_vars=True)
     groups: dict[int, list[str]] = {}
     for name, tensor in keys.items():

@@ -1,4 +1,4 @@
-"""What every model has for folders and the hub: from_pretrained, save_pretrained, push_to_hub."""
+"""The methods of every model for folders and the hub: from_pretrained, save_pretrained, push_to_hub."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Pretrained:
         )
 
     def extra_files(self) -> Mapping[str, bytes]:
-        """What a class writes besides, by path within the folder."""
+        """Further files that a class writes, by path within the folder."""
         return {}
 
     def push_to_hub(
