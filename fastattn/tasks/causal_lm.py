@@ -12,12 +12,16 @@ import torch
 from fastattn.data.best_fit import BestFitDataset
 from fastattn.data.corpora import DataError
 from fastattn.data.packing import PackedDataset, TokenStream
-from fastattn.data.records import Record, text_of
 from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.fields import one_of, or_none, positive, size
 from fastattn.tasks.distill import Student
+from fastattn.tasks.documents import Example as Example
+from fastattn.tasks.documents import best as best
+from fastattn.tasks.documents import check_examples as check_examples
+from fastattn.tasks.documents import examples_of as examples_of
+from fastattn.tasks.documents import labels_in as labels_in
 from fastattn.tasks.options import CheckedOptions, part
 from fastattn.tasks.perplexity import BATCH_SIZE, bos_of, evaluate_documents
 
@@ -61,36 +65,6 @@ class Options(CheckedOptions):
         "distill_weight": part,
         "temperature": positive,
     }
-
-
-@dataclass(frozen=True)
-class Example:
-    """A document."""
-
-    where: str
-    text: str
-
-
-def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
-    """The examples of records with "text".
-
-    Raises:
-        DataError: a record lacks it; with file and line.
-    """
-    return [Example(record.where, text_of(record, "text")) for record in records]
-
-
-def labels_in(examples: Sequence[Example]) -> None:
-    """None: the next tokens are the labels."""
-
-
-def check_examples(examples: Sequence[Example]) -> None:
-    """Nothing to refuse: any text will do."""
-
-
-def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
-    return "loss", False
 
 
 def new_model(

@@ -18,6 +18,7 @@ from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.fields import or_none, positive, size
+from fastattn.nn.modes import evaluating
 from fastattn.tasks import causal_lm
 from fastattn.tasks.distill import Student
 from fastattn.tasks.logprobs import logits_of, next_targets
@@ -225,9 +226,7 @@ def evaluate(
     wanted = torch.tensor(ends, device=device)
     loss_sum = 0.0
     right = count = ended = turns = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(data), batch_size):
             items = [data[i] for i in range(start, min(start + batch_size, len(data)))]
             batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
@@ -241,8 +240,6 @@ def evaluate(
                 of_end = torch.isin(y, wanted)
                 right, count = right + int(hit.sum()), count + len(y)
                 ended, turns = ended + int((hit & of_end).sum()), turns + int(of_end.sum())
-    finally:
-        model.train(was_training)
     loss = loss_sum / count
     return Report(
         metrics={

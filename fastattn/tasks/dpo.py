@@ -23,6 +23,7 @@ from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.decoder import CausalLMOutput
 from fastattn.models.fields import or_none, positive, size
+from fastattn.nn.modes import evaluating
 from fastattn.tasks import causal_lm
 from fastattn.tasks.chat import ends_of
 from fastattn.tasks.logprobs import next_targets, token_losses
@@ -284,9 +285,7 @@ def logprobs(
     """ln P of the chosen and of the rejected answer of each pair, (N,) float64 each; the model in eval mode."""
     device = next(model.parameters()).device
     found = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(pairs), batch_size):
             part_of = pairs[start : start + batch_size]
             batch = {name: value.to(device) for name, value in packed(part_of, length, pad_id).items()}
@@ -295,8 +294,6 @@ def logprobs(
                     model, model, batch["input_ids"], batch["targets"], batch["segment_ids"], 2 * len(part_of)
                 )
             )
-    finally:
-        model.train(was_training)
     both = torch.cat(found).double().cpu()
     return both[0::2], both[1::2]
 

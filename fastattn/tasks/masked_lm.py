@@ -14,12 +14,17 @@ from torch.nn.functional import cross_entropy, pad
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
-from fastattn.data.records import Record, text_of
 from fastattn.evaluation.report import Report
 from fastattn.models import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastattn.models.families import class_for
 from fastattn.models.fields import flag, or_none, size
+from fastattn.nn.modes import evaluating
 from fastattn.tasks.batches import BATCH_SIZE, wide
+from fastattn.tasks.documents import Example as Example
+from fastattn.tasks.documents import best as best
+from fastattn.tasks.documents import check_examples as check_examples
+from fastattn.tasks.documents import examples_of as examples_of
+from fastattn.tasks.documents import labels_in as labels_in
 from fastattn.tasks.options import CheckedOptions, share
 from fastattn.tasks.passages import Around, Passage, pairs, singles
 from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
@@ -65,36 +70,6 @@ class Options(CheckedOptions):
         "whole_words": flag,
         "next_sentence": flag,
     }
-
-
-@dataclass(frozen=True)
-class Example:
-    """A document."""
-
-    where: str
-    text: str
-
-
-def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
-    """The examples of records with "text".
-
-    Raises:
-        DataError: a record lacks it; with file and line.
-    """
-    return [Example(record.where, text_of(record, "text")) for record in records]
-
-
-def labels_in(examples: Sequence[Example]) -> None:
-    """None: the words are the labels."""
-
-
-def check_examples(examples: Sequence[Example]) -> None:
-    """Nothing to refuse: any text will do."""
-
-
-def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
-    return "loss", False
 
 
 def new_model(
@@ -235,28 +210,23 @@ def evaluate(
     data = training_set(model, tokenizer, examples, options or Options())
     device = next(model.parameters()).device
     loss_sum = right = count = follows = 0.0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            masked = [data.collate([data[i]]) for i in range(len(data))]  # one by one: batches change no mask
-            for start in range(0, len(data), batch_size):
-                batch = joined(masked[start : start + batch_size], data.pad_id)
-                batch = {name: value.to(device) for name, value in batch.items()}
-                nexts, labels = batch.pop("next_sentence_label", None), batch.pop("labels")
-                x, tokens, _, _ = model.bert.encode_tokens(**batch)
-                targets = tokens.pack(labels)
-                chosen = targets != IGNORE_INDEX
-                logits, targets = wide(model.decoder(model.head(x[chosen]))), targets[chosen]
-                loss_sum += float(cross_entropy(logits, targets, reduction="sum"))
-                right += int((logits.argmax(-1) == targets).sum())
-                count += len(targets)
-                if nexts is not None:
-                    logits = model.seq_relationship(torch.tanh(model.pooler(tokens.first(x))))
-                    follows += int((logits.argmax(-1) == nexts).sum())
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        masked = [data.collate([data[i]]) for i in range(len(data))]  # one by one: batches change no mask
+        for start in range(0, len(data), batch_size):
+            batch = joined(masked[start : start + batch_size], data.pad_id)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            nexts, labels = batch.pop("next_sentence_label", None), batch.pop("labels")
+            x, tokens, _, _ = model.bert.encode_tokens(**batch)
+            targets = tokens.pack(labels)
+            chosen = targets != IGNORE_INDEX
+            logits, targets = wide(model.decoder(model.head(x[chosen]))), targets[chosen]
+            loss_sum += float(cross_entropy(logits, targets, reduction="sum"))
+            right += int((logits.argmax(-1) == targets).sum())
+            count += len(targets)
+            if nexts is not None:
+                logits = model.seq_relationship(torch.tanh(model.pooler(tokens.first(x))))
+                follows += int((logits.argmax(-1) == nexts).sum())
     loss = loss_sum / count
     metrics = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "accuracy": right / count}
     if (options or Options()).next_sentence:

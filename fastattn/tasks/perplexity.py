@@ -11,6 +11,7 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.language import language
 from fastattn.evaluation.report import Report
+from fastattn.nn.modes import evaluating
 
 BATCH_SIZE = 8
 
@@ -98,9 +99,7 @@ def evaluate_documents(
     device = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     loss_sum, tokens, unknown = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = [windows[i] for i in order[start : start + batch_size]]
             longest = len(chosen[0].ids)
@@ -116,8 +115,6 @@ def evaluate_documents(
             loss_sum += float(output.loss) * count
             tokens += count
             unknown += 0 if unknown_id is None else int((labels == unknown_id).sum())
-    finally:
-        model.train(was_training)
     return language(loss_sum, tokens, max(size, 1), unknown=unknown, documents=documents)
 
 

@@ -20,6 +20,7 @@ from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
 from fastattn.models.fields import or_none, size
 from fastattn.models.fields import text as text_field
+from fastattn.nn.modes import evaluating
 from fastattn.tasks.batches import max_tokens
 from fastattn.tasks.options import CheckedOptions
 from fastattn.tasks.training import padded
@@ -266,9 +267,7 @@ def predict(
     written = [""] * len(rows)
     limit = target_length(model, options)
     room = limit if model.decoder.max_positions is None else min(limit, model.decoder.max_positions - 1)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = padded(
@@ -287,8 +286,6 @@ def predict(
             )
             for index, ids in zip(chosen, made[:, 1:].tolist()):
                 written[index] = tokenizer.core.decode(ids, skip_special_tokens=True)
-    finally:
-        model.train(was_training)
     return written
 
 

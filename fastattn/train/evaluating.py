@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from fastattn.nn.modes import evaluating
 from fastattn.train.batches import Batches, Examples
 from fastattn.train.config import TrainConfig
 from fastattn.train.distributed import Distributed
@@ -53,14 +54,9 @@ class Evaluator:
             ValueError: no label in the data counts, or a figure is no number.
         """
         device = self.batches.device
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with seeded(self.config.seed, device):
-                loss_sum, targets = self._sums(data)
-                figures = self._figures() if with_figures else {}
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), seeded(self.config.seed, device):
+            loss_sum, targets = self._sums(data)
+            figures = self._figures() if with_figures else {}
         loss_sum, total = self.distributed.sum([loss_sum, targets], device)
         if not total:
             raise ValueError("data: all labels are -100, need some that count")
@@ -69,13 +65,8 @@ class Evaluator:
     @torch.no_grad()
     def shown(self, show_with: Callable[[nn.Module], str]) -> str:
         """The text that `show_with` makes of the model in eval mode."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with seeded(self.config.seed, self.batches.device):
-                return show_with(self.model)
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), seeded(self.config.seed, self.batches.device):
+            return show_with(self.model)
 
     def _sums(self, data: Examples) -> tuple[float, int]:
         """This process's sum of losses, and its number of targets."""

@@ -158,6 +158,16 @@ def test_a_text_of_the_model_is_shown_and_logged_and_disturbs_nothing(make_train
     assert torch.equal(shown.model.head.weight, plain.model.head.weight)
 
 
+def test_an_evaluation_leaves_each_module_in_its_mode(make_trainer):
+    trainer = make_trainer(dev=make_data(seed=1), keywords={"show_with": lambda model: str(model.training)})
+    trainer.model.train()
+    trainer.model.drop.eval()  # as a frozen part is kept
+    trainer.evaluate()
+    assert trainer.evaluator.shown(trainer.show_with) == "False"
+    assert trainer.model.training
+    assert not trainer.model.drop.training
+
+
 def test_a_run_that_diverges_names_the_batch(make_trainer):
     data = [dict(item) for item in make_data()]
     poisoned = 7
