@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no folder."""
+    """Refuse a path that is not a folder."""
     try:
         found = folder.is_dir()
     except OSError:  # a name too long

@@ -14,7 +14,7 @@ class Recorder(Protocol):
         """Make a Triton launch."""
 
     def call(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Call a function that launches by itself, and return what it does."""
+        """Call a function that launches kernels itself, and return its result."""
 
 
 class _ThisThread(threading.local):

@@ -180,7 +180,7 @@ def case_lines(case: Result) -> list[str]:
 
 
 def sizes(case: object, *names: str) -> Result:
-    """These fields of a case, but for those that are zero, empty or None: the params of its result."""
+    """These fields of a case, except zero, empty or None ones: the params of its result."""
     return {name: value for name in names if (value := getattr(case, name))}
 
 

@@ -58,9 +58,9 @@ def generate(
 ) -> None:
     """Continue text with the model of a folder, its text printed as it is made.
 
-    An encoder-decoder reads the text as a source, and what is printed is its target.
+    An encoder-decoder reads the text as its source and prints the target.
 
-    What is not given is taken from the folder's generation_config.json, but for --max-new-tokens.
+    Other options default to the folder's generation_config.json, except --max-new-tokens.
     Exits with 2 on bad input.
     """
     from fastattn import text_generation as work

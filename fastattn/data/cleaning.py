@@ -137,7 +137,7 @@ def repaired(text: str) -> str:
 
 
 def without_control(text: str) -> str:
-    """The text without characters of the categories Cc, Cf, Cn, Co and Cs, but for tabs, line ends and joiners."""
+    """The text without characters of the categories Cc, Cf, Cn, Co and Cs, except tabs, line ends and joiners."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(

@@ -74,7 +74,7 @@ def _vectors(texts: Sequence[str]) -> Any:
 
 
 def sklearn_package() -> Any:
-    """scikit-learn with what is used of it; MissingPackage where it cannot be imported."""
+    """scikit-learn with the modules used here; MissingPackage where it cannot be imported."""
     try:
         import sklearn.feature_extraction.text
         import sklearn.svm

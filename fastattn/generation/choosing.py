@@ -74,7 +74,7 @@ class Chooser:
 
     @property
     def independent(self) -> bool:
-        """Whether a choice does not depend on the tokens before, but for the logits that they made."""
+        """Whether a choice depends on earlier tokens through their logits only."""
         return not self.scores.changes
 
     def __call__(self, logits: Tensor, position: int | Tensor) -> Tensor:

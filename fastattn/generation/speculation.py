@@ -82,7 +82,7 @@ class Lookup:
 class Account:
     """The balance of steps saved and steps lost by guesses, in single steps, and how many guesses pay.
 
-    Guessing stops while the balance is too low, and where it is not expected to pay, but for a try now and then.
+    Guessing stops while the balance is too low or no gain is expected, except for occasional tries.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -98,7 +98,7 @@ class Account:
         self.tries = 0.0  # steps that guesses may cost which are not expected to pay
 
     def cost(self, guessed: int) -> float:
-        """Steps that it costs to check so many tokens in each row, but for the one that any step makes."""
+        """The cost, in single steps, of checking so many more tokens in each row."""
         return self.fixed + guessed * self.each
 
     def single(self, seconds: float) -> None:

@@ -86,7 +86,7 @@ def _inputs(call: dict[str, Any], dim: int) -> Placements:
 
 
 def _placement(name: str, arg: Any, dim: int) -> Any:
-    """Where an argument of a call that is split over `dim` is split; None for what is no tensor."""
+    """The placement of an argument of a call that is split over `dim`; None for arguments that are no tensors."""
     from torch.distributed.tensor import Replicate, Shard
 
     if not _is_tensor(arg):

@@ -39,6 +39,6 @@ def widened(x: Tensor) -> Tensor:
 
 
 def check_targets(name: str, targets: Tensor, size: int, limit: str) -> None:
-    """Targets within [0, size) but for those that are ignored, where asking costs no synchronisation."""
+    """Check that targets that are not ignored lie within [0, size), where that needs no synchronisation."""
     if readable(targets):
         check_range(name, targets[targets != IGNORE_INDEX], size, f"or {IGNORE_INDEX}; {limit}")

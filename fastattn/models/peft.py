@@ -182,7 +182,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def _read_options(config: dict[str, Any]) -> tuple[int, float, float, bool]:
-    """r, alpha, dropout, rslora; ValueError names what is not computed here.
+    """r, alpha, dropout, rslora; ValueError names an option that is not supported.
 
     An unknown option that is null is not set: newer versions of PEFT write more of those.
     """

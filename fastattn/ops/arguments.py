@@ -181,7 +181,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Refuse what is no torch tensor."""
+    """Refuse a value that is not a torch tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, needs a torch.Tensor")
     if tensor.is_nested:

@@ -184,7 +184,7 @@ def new_model(
 
 
 class Preferences:
-    """Pairs with what the start says of them, as items; `collate` packs their answers into rows.
+    """Pairs with their log-probabilities under the initial model, as items; `collate` packs their answers into rows.
 
     Attributes:
         cut, cut_rows: tokens that did not fit, and of how many answers.
@@ -232,7 +232,7 @@ def packed(pairs: Sequence[Pair], length: int, pad_id: int) -> dict[str, Tensor]
 def training_set(
     model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options
 ) -> Preferences:
-    """The examples as items, with what the model, as it is now, says of them: it is the start.
+    """The examples as items, with their log-probabilities under the model as it is now, the reference.
 
     Raises:
         DataError: of no pair a token of both answers fits.

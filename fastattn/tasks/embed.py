@@ -133,7 +133,7 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def least_batch(examples: Sequence[Example]) -> int:
-    """The smallest batch from which something can be learnt: other pairs of it are what a pair is told from."""
+    """The smallest batch size: without negatives of its own, a pair needs another pair in its batch as its negative."""
     return 1 if examples[0].negatives else 2
 
 

@@ -119,6 +119,6 @@ def evaluate_documents(
 
 
 def unknown_of(tokenizer: Tokenizer) -> int | None:
-    """The id that stands for what the vocabulary lacks; None where there is none."""
+    """The id of the unknown token; None where there is none."""
     token = getattr(tokenizer.core.model, "unk_token", None)
     return None if token is None else tokenizer.core.token_to_id(token)

@@ -233,7 +233,7 @@ def _texts(record: Record, name: str) -> tuple[str, ...]:
 
 
 def _joined(words: Sequence[str]) -> tuple[str, list[int]]:
-    """The words as one text, spaces between them but for scripts without any, and where each begins."""
+    """The words joined to one text, with spaces except in scripts that have none, and the start of each."""
     text, starts = "", []
     for word in words:
         if text and not (is_unspaced(text[-1]) and is_unspaced(word[0])):

@@ -43,7 +43,7 @@ def learning_rate(width: int) -> float:
 
 
 class Encoded:
-    """Rows of tokens with what they are labelled with, as items; `collate` makes a batch of some.
+    """Rows of tokens with their labels, as items; `collate` makes a batch of some.
 
     Args:
         rows: the tokens of each item.

@@ -82,7 +82,7 @@ def build_optimizer(
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Matrices inside the model's repeated blocks (nn.ModuleList), without embeddings and what is tied to one.
+    """Matrices inside the model's repeated blocks (nn.ModuleList), except embeddings and weights tied to one.
 
     They are Muon's: embeddings, heads, biases and gains are not (Jordan et al. 2024).
     """

@@ -60,8 +60,10 @@ class Updates:
         self.averaged = None if config.ema_decay is None else Averaged(model, config.ema_decay)
 
     def take(self, batches: Sequence[Batch], step: float, progress: float) -> Update:
-        """One step on these micro-batches, at the rate for this place of the run; gradients are gone afterwards
-        unless it was not taken, when `discard` drops them."""
+        """One step on these micro-batches at the rate for this place of the run.
+
+        Afterwards there are no gradients, except where the step was not taken: `discard` drops them then.
+        """
         config, scaler = self.config, self.objective.scaler
         rate = learning_rate(
             step,

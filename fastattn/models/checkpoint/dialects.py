@@ -221,7 +221,7 @@ def _whole(number: float) -> float:
 
 
 def meaning(config: GPTConfig) -> dict[str, Any]:
-    """A config's fields, with the values that None stands for filled in."""
+    """A config's fields, with defaults filled in for None."""
     fields = config.to_dict()
     del fields["model_type"], fields["train_pad_embedding"]  # which change no output
     attention, out, mlp = config.biases
@@ -270,7 +270,7 @@ def _one_rope(
 
 
 def _check_dict(name: str, given: Any, keys: Sequence[str]) -> None:
-    """Refuse what is no dict of these keys."""
+    """Refuse a value that is not a dict with these keys."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{name}: got {given!r}, needs a dict")
     for key in given:
