@@ -1,4 +1,4 @@
-"""Who records what a thread launches: a recorder of `fastattn.backends.recording`, or nobody."""
+"""The recorder of a thread's launches, one of `fastattn.backends.recording`, or None."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings of what a function of tensors does, while it does it."""
+"""Recording the operations, launches and extension calls of a function of tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ALLOCATIONS = {
 
 
 class Recorder:
-    """Sees all that a function of `inputs` does while it does it."""
+    """Records every step of a function of `inputs` as it runs."""
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         self.seen = [None if t is None else Seen.of(t) for t in inputs]  # by number
@@ -88,7 +88,7 @@ class Recorder:
         return Program(self, returned, type(result) if isinstance(result, tuple) else None)
 
     def _number_of(self, tensor: Tensor) -> int | None:
-        """None for a tensor that did not come up."""
+        """The number of a tensor; None for one that was not recorded."""
         number = self._numbers.get(id(tensor))
         seen = None if number is None else self.seen[number]
         return number if seen is not None and seen.tensor() is tensor else None
@@ -153,7 +153,7 @@ class Recorder:
 
 
 def _depends_on_values(op: Any, args: Sequence[Any]) -> bool:
-    """Whether what an operation gives has no shape known beforehand, or is a number."""
+    """Whether an operation's result has a shape that depends on values, or is a number."""
     if torch.Tag.dynamic_output_shape in op.tags and op.overloadpacket is torch.ops.aten.index:
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return torch.Tag.dynamic_output_shape in op.tags or torch.Tag.data_dependent_output in op.tags

@@ -1,12 +1,12 @@
-"""Replays: what a backend did in one call of a kind, done again in the next ones.
+"""Replays: the work of a backend in the first call of a kind, recorded and run again for later ones.
 
 Tiles, grids, strides and variants of a call follow from the classes of its tensors and from its options, never from
 values where a backend says so (READS_NO_VALUES). So its first call is recorded: every operation of torch, by a dispatch
 mode, every launch of Triton and every call of the extension, in order (`fastattn.backends.recording`). The later calls
 run the same list on their own tensors: allocations with the sizes and strides found then, launches with the same grid
-and numbers. Triton's launches go to the compiled kernel itself. The tensors of a later call need the classes of those
-of the first one, which is for callers to see to: whether there is one, dtype, shape, strides, and 16-byte alignment of
-the address. What torch allocates is aligned.
+and numbers. Triton's launches go to the compiled kernel itself. Callers must ensure that the tensors of a later call
+have the same classes as those of the first: presence, dtype, shape, strides, and 16-byte alignment of the address.
+Memory that torch allocates is aligned.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def can_replay(backend: ModuleType) -> bool:
 
 
 class Replay:
-    """A function of tensors, or None in their places, whose work is recorded in its first call and done again in later
-    ones. Where some operation cannot be recorded, every call remains one of the function."""
+    """A function of tensors (or None) whose work is recorded in the first call and run again in later ones.
+
+    Where an operation cannot be recorded, every call runs the function itself.
+    """
 
     __slots__ = ("_function", "program", "refusal")
 

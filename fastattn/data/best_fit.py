@@ -76,7 +76,7 @@ class BestFitDataset:
     Attributes:
         dropped: tokens that are in no row: the caller's, and those of pieces without any that counts.
         padding: share of the rows' places that is padding.
-        cut, cut_rows: `dropped`, and of how many texts that were longer than a row, as the maker of those says.
+        cut, cut_rows: `dropped`, and the number of texts longer than a row, which the caller sets.
 
     Raises:
         ValueError: a piece is empty or longer than the block with its BOS, or no piece has a token that counts.
