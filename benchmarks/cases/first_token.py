@@ -62,9 +62,11 @@ if provider in ("fastattn", "transformers"):
 else:
     token = 0
     with safe_open(f"{folder}/model.safetensors", framework="pt") as file:
-        for name in file.keys():
+        names = set(file.keys())
+        for name in sorted(names):
             weight = file.get_tensor(name)
-            if weight.dim() == 2 and "embed" not in name and "wpe" not in name:
+            looked_up = "wpe" in name or ("embed" in name and "lm_head.weight" in names)
+            if weight.dim() == 2 and not looked_up:
                 weight = weight.t() if kind == "gpt2" and "wte" not in name else weight
                 torch.nn.functional.linear(torch.ones(ids.shape[1], weight.shape[1]), weight)
 print(f"first token {token} after {time.perf_counter() - started:.6f} s without imports", flush=True)

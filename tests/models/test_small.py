@@ -20,7 +20,7 @@ from fastattn.models import (
     load,
 )
 from fastattn.models.encoder_decoder_config import bert_decoder
-from fastattn.models.small import compare, perplexity, weight_bytes
+from fastattn.models.small import compare, perplexity, target_perplexity, weight_bytes
 from fastattn.nn.int8 import Int8Linear, quantize_linears
 from fastattn.nn.linear import Linear
 from fastattn.nn.rows import INT8_ROWS, Int8Rows
@@ -271,15 +271,15 @@ def test_an_encoder_decoder_s_targets_before_and_after(options, tmp_path, capsys
     source, labels = ids(3, 9), ids(3, 6)
     mask = torch.ones(3, 9).long()
     mask[1, 6:], labels[1, 4:] = 0, -100
-    change = compare(folder, source, mask, labels, **options)
-    whole = load(folder)
+    whole, wide = load(folder), load(folder, dtype="float64")
     with torch.no_grad():
-        assert change.perplexities[0] == pytest.approx(
-            float(whole(source, mask, labels=labels).loss.exp()), rel=1e-4
-        )
-    before, after = change.perplexities
-    assert before != after
-    assert after == pytest.approx(before, rel=0.1)
+        expected = wide(source, mask, labels=labels).loss.exp()
+    found = target_perplexity(wide, source, labels, mask)
+    torch.testing.assert_close(torch.tensor(found).double(), expected.double())
+    change = compare(folder, source, mask, labels, **options)
+    both = [target_perplexity(model, source, labels, mask) for model in (whole, load(folder, **options))]
+    assert list(change.perplexities) == both
+    assert both[0] != both[1]
     assert capsys.readouterr().out == f"{change}\n"
     matrices = [
         p
