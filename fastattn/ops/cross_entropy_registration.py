@@ -70,15 +70,15 @@ def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def makes_gradient(rows: Tensor) -> bool:
     """Whether the forward of `cross_entropy` makes the gradient of logits (N, V), so that no backward runs.
 
-    float16 waits for the gradient of the loss, without whose scale small values underflow.
+    Not for float16: its small values underflow until they are multiplied by the loss scale, which the backward brings.
     """
     if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
         return False
     try:
-        # on a CPU no choice depends on addresses or the number of classes; traced code has no
-        # addresses, and one program serves every number
+        # a spec of one class, unaligned: on a CPU no choice depends on either, and a trace, which has no
+        # addresses, then serves any number of classes
         chosen = backends.select(_dense_spec(rows, 1, False), "auto", "cross_entropy_fwd")
-    except RuntimeError:  # the call will be refused, by the same reason
+    except RuntimeError:  # the call itself will raise it
         return False
     return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
 
@@ -265,7 +265,7 @@ def _mean_backward(ctx: Any, dmean: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward made; they are constants, so a graph of this backward is made from the losses."""
+    """The gradients that the forward made. They are constants: for a graph, the losses are differentiated."""
     inputs, (norms,) = saved(ctx)
     if dtotal is None:
         return (None,) * len(inputs)
@@ -280,7 +280,7 @@ def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 def _taken(ctx: Any) -> list[Tensor] | None:
-    """The gradients that the forward made; None to a second backward, which makes the same bits again."""
+    """The gradients that the forward made; None in a second backward, which computes them again with the same bits."""
     try:
         made: list[Tensor] = ctx.made.pop()
     except IndexError:
@@ -289,8 +289,8 @@ def _taken(ctx: Any) -> list[Tensor] | None:
 
 
 def _scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be a step's largest."""
-    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
+    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be large."""
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # also under vmap over upstream gradients
         made = [grad * upstream for grad in made]
     elif not (upstream.is_cpu and upstream.item() == 1):
         made = [grad.mul_(upstream) for grad in made]

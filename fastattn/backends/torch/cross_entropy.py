@@ -84,7 +84,7 @@ def _forward(
 
 
 class _Blocks:
-    """Blocks of rows, and memory for what is made of one: the logits in the accumulation dtype, the probabilities.
+    """Blocks of rows, and memory for one block: its logits in the accumulation dtype, and its probabilities.
 
     Memory of a block's size is kept for the next block, so that it stays in the cache.
     """
@@ -93,7 +93,7 @@ class _Blocks:
         self.whole, self.dlogits = logits, dlogits
         self.dtype = accumulation_dtype(logits.dtype)
         self.step = max(1, block_elements(logits.device.type) // max(1, logits.shape[1]))
-        # Torch's softmax reads the logits again when it has written to the probabilities.
+        # Torch's softmax reads the logits again after it has written probabilities, so these need memory of their own.
         self.in_place = (
             dlogits is not None and dlogits.dtype == self.dtype and dlogits.data_ptr() != logits.data_ptr()
         )
@@ -108,7 +108,7 @@ class _Blocks:
         return z if z.dtype == self.dtype else self._memory("logits", z).copy_(z)
 
     def probs(self, rows: slice) -> Tensor:
-        """Where the probabilities of a block go: to their gradient's place, or to memory of their own."""
+        """Where the probabilities of a block are written: where its gradient will be, or to memory of their own."""
         if self.in_place and self.dlogits is not None:
             return self.dlogits[rows]
         return self._memory("probs", self.whole[rows])

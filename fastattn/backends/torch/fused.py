@@ -13,6 +13,7 @@ from fastattn import torch_compat
 from fastattn.backends.torch.gradient_sums import query_heads
 from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, merged, rows_of
 from fastattn.backends.torch.schedule import Tile
+from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec
 
 FEW_ROWS = 64  # are checked in Python, without a kernel
@@ -79,7 +80,7 @@ def kv_head_chunks(part: Part, tile: Tile) -> Iterator[slice]:
     """The key heads in runs whose shares of a tile's gradients stay small, yet give every thread a head."""
     batch, num_kv_heads = part.key.shape[:2]
     per_head = batch * max(len(tile.rows), len(tile.cols)) * part.key.shape[3] * part.key.element_size()
-    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), -(-torch.get_num_threads() // max(batch, 1)))
+    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), cdiv(torch.get_num_threads(), max(batch, 1)))
     for start in range(0, num_kv_heads, chunk):
         yield slice(start, min(start + chunk, num_kv_heads))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.attention import attention_fwd, with_sinks
+from fastattn.integers import cdiv
 from fastattn.rotary import rotated_at
 from fastattn.spec import (
     AttentionSpec,
@@ -91,7 +92,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
         return
     page = call.k_cache.shape[2]
     for b, length in enumerate(totals):
-        blocks = call.block_table[b, : -(-length // max(page, 1))].long()
+        blocks = call.block_table[b, : cdiv(length, max(page, 1))].long()
         keys, values = (
             cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
             for cache in (call.k_cache, call.v_cache)

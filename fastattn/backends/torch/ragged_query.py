@@ -17,7 +17,7 @@ Range = tuple[int, int]
 
 
 def can_run(spec: AttentionSpec) -> bool:
-    """Whether a call may be one query per head that sees a range of keys; `ranges` tells."""
+    """Whether a call has one query per head that may see a range of keys; `ranges` says which do."""
     return single_query.can_run(spec.replace(segments=False) if spec.segments else spec)
 
 
