@@ -56,8 +56,8 @@ class Launch(NamedTuple):
             return self.kernel[self.grid](*self.args, **self.options)
 
     def starter(self, compiled: object) -> Callable[..., object]:
-        """What makes this launch with other arguments of the same classes, which `compiled`, the kernel that `start`
-        returned, was compiled for: directly, or through Triton's launcher where that is all that Triton offers."""
+        """A function that makes this launch with other arguments of the same classes. It launches `compiled`, the
+        kernel that `start` returned, directly, or through Triton's launcher where Triton's interface is unknown."""
         with self._device():
             direct = launcher(compiled, self.grid)
         empty = self._replace(args=())  # keeps no tensor

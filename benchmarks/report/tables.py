@@ -94,9 +94,9 @@ def refreshed(page: Path) -> str:
     return MARKER.sub(lambda found: found[1] + table_of(found[2], language) + found[4], _read(page))
 
 
-def result_files(results: Path | None = None) -> list[Path]:
+def result_files() -> list[Path]:
     """Every stored result."""
-    return sorted((results or schema.RESULTS).glob("*/*.json"))
+    return sorted(schema.RESULTS.glob("*/*.json"))
 
 
 def conditions(result: Result, words: Words | None = None) -> str:

@@ -185,7 +185,7 @@ def _linear_arguments(
     shape = tuple(hidden.shape[:-1])
     target = loss_arguments.checked_targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = loss_arguments.checked_options(ignore_index, label_smoothing, reduction)
-    cap = arguments.positive_or_zero("softcap", softcap, hidden.dtype)
+    cap = arguments.softcap_or_zero(softcap, hidden.dtype)
     z_loss = loss_arguments.checked_z_loss(z_loss)
     class_weight = loss_arguments.checked_class_weight(class_weight, weight.shape[0], hidden, "hidden")
     rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()

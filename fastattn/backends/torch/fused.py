@@ -16,7 +16,7 @@ from fastattn.backends.torch.schedule import Tile
 from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec
 
-FEW_ROWS = 64  # are checked in Python, without a kernel
+FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
 
