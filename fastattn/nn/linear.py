@@ -100,7 +100,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def plainly_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product with a weight, or a norm's, may be a kernel of the CPU that only autograd is told of."""
+    """Whether a product with a weight, or a norm's, may run as a CPU kernel that only autograd records."""
     return (
         recorded_by_autograd_alone(x)
         and x.is_cpu

@@ -20,8 +20,8 @@ def cross_entropy_fwd(
     """(losses, norms) in the accumulation dtype: those of `reference.cross_entropy`, (N,), 0 where ignored.
 
     norms (N, 2) are the parts of lse, the largest logit and the logarithm of sum(exp(z - largest)): apart they lose
-    nothing to the size of the logits. A target that is no class has loss NaN. With a gradient of the losses also that
-    of the logits: the exponentials of a block make its sum and, while they are in the cache, its gradient.
+    nothing to the size of the logits. A target that is not a class has loss NaN. With a gradient of the losses also
+    that of the logits: the exponentials of a block make its sum and, while they are in the cache, its gradient.
     """
     if dlosses is None:
         return _forward(call, None, None)[:2]
@@ -123,7 +123,7 @@ class _BlockGrads:
     """Turns the probabilities of a block of rows into the gradient of its logits.
 
     dloss * (f * probability - (1 - s) * w[target] * [target] - s * w / V),
-    f = (1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse. A target that is no class gives NaN.
+    f = (1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse. A target that is not a class gives NaN.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 
 def _targets(call: CrossEntropyCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are ignored, which have a target that is no class (ignored or not), and a class for every row."""
+    """Which rows are ignored, which have a target that is not a class (ignored or not), and a class for every row."""
     target = call.target.clamp(0, call.logits.shape[1] - 1)
     return call.target == call.ignore_index, call.target != target, target
 

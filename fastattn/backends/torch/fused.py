@@ -26,7 +26,7 @@ def can_run(spec: AttentionSpec) -> bool:
         return False
     if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
         return False
-    # in dims that are no multiple of 8 its products round worse than the rule
+    # in dims that are not multiples of 8 its products round worse than the rule
     if spec.head_dim != spec.value_dim or spec.head_dim % 8:
         return False
     exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype

@@ -58,7 +58,7 @@ def _sequence(call: AttentionCall, b: int) -> AttentionCall:
 
 
 def ranges(call: AttentionCall) -> list[Range | None]:
-    """[start, stop) of the keys that each sequence's one query sees, (0, 0) for none; None where they are no range."""
+    """[start, stop) of the keys that each sequence's one query sees, (0, 0) for none; None if they are not a range."""
     batch, seqlen_k = call.query.shape[0], call.key.shape[2]
     position = call.position_shift
     if not seqlen_k:
