@@ -111,8 +111,8 @@ def strides_of(tensor: Tensor, unit: int) -> Strides:
 
 
 def in_units(stride: int, unit: int) -> int:
-    """A stride in the spec's units. Another stride, of a tensor that the spec does not describe, is an error: the kernel
-    would read from elsewhere."""
+    """A stride in the spec's units. Another stride, of a tensor that the spec does not describe, is an error: the
+    kernel would read other memory."""
     if stride % unit:
         raise ValueError(f"stride: got {stride}, needs a multiple of {unit}, as its spec says")
     return stride // unit
