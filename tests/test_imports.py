@@ -43,7 +43,7 @@ ARROWS = {
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
-    "generation": {"constants", "nn", "ops", "philox"},
+    "generation": {"constants", "integers", "nn", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},
     "data": {"integers", "cache", "constants"},
     "train": {"cache", "constants", "plot", "data", "models", "nn", "ops", "tasks"},
