@@ -81,7 +81,7 @@ class Record(Protocol):
 
     seen: list[Seen | None]  # the recorded tensors by number, inputs first
     num_inputs: int
-    origins: list[int]  # by number, that of the tensor whose memory it is
+    origins: list[int]  # by number, the number of the tensor that owns the memory
     events: list[Event]
 
 
