@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn import console
-from fastattn.console import InputError, data_entries, is_unicode
+from fastattn.console import InputError, is_unicode
 
 if TYPE_CHECKING:
     from fastattn.data import Tokenizer
@@ -99,7 +99,7 @@ def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None
     if not text:
         raise InputError("--prompt: got no text, nor any on standard input")
     if "\0" in text or not is_unicode(text):
-        raise InputError("--prompt: holds characters that are no text")
+        raise InputError("--prompt: has characters that are not valid Unicode")
     return [text]
 
 
@@ -151,10 +151,15 @@ def _flags(names: dict[str, Any], without: str) -> str:
 
 
 def _read_data(path: Path) -> Iterator[str]:
-    for where, entry in data_entries(path):
-        text = entry.get("prompt")
-        if not isinstance(text, str) or not text:
-            raise InputError(f'{where} has no text under "prompt"')
-        if not is_unicode(text):
-            raise InputError(f'{where} has characters under "prompt" that are no text')
-        yield text
+    from fastattn.data import DataError, json_lines
+
+    try:
+        for where, entry in json_lines.objects_of(path, json_lines.MAX_BYTES):
+            text = entry.get("prompt")
+            if not isinstance(text, str) or not text:
+                raise InputError(f'--data {where} has no text under "prompt"')
+            if not is_unicode(text):
+                raise InputError(f'--data {where} has characters under "prompt" that are not valid Unicode')
+            yield text
+    except DataError as error:
+        raise InputError(f"--data {error}") from None

@@ -1,4 +1,4 @@
-"""The tables of README and docs/benchmarks.md, made from stored results: nothing they show is typed by hand."""
+"""The tables of the READMEs and docs/benchmarks.md, made from stored results."""
 
 # ruff: noqa: RUF001 - the tables are typeset, and one language is Chinese
 from __future__ import annotations
@@ -24,7 +24,7 @@ BENCHES = (
     "swap",
     "overhead",
 )
-# What the READMEs begin with: a window, packed documents, and a loss that never makes all the logits.
+# The first table of the READMEs: a window, packed documents, and a loss that never materialises all logits.
 HIGHLIGHTS = (
     ("attention", "window-255-8192"),
     ("attention", "packed-causal-8192"),

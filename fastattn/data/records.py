@@ -15,6 +15,7 @@ from typing import Any
 
 from fastattn.data.corpora import DataError, check_text_file, split_documents
 from fastattn.data.hub_records import HUB, is_saved_dataset, read_hub, read_saved
+from fastattn.data.json_lines import check_file, lines_of, objects_of
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -116,7 +117,7 @@ def text_of(record: Record, name: str) -> str:
     if not value.strip():
         raise DataError(f"{record.where}: {name} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{record.where}: {name} has characters that are no text")
+        raise DataError(f"{record.where}: {name} has characters that are not valid Unicode")
     return value
 
 
@@ -222,7 +223,7 @@ def _files_of(folder: Path, format: str | None) -> list[Path]:
 def _file_records(path: Path, format: str | None) -> Iterator[Record]:
     kind = format or SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        _check_file(path)
+        check_file(path)
         raise DataError(
             f"{path}: its suffix {path.suffix!r} says no format, needs one of {', '.join(SUFFIXES)}, or the format"
         )
@@ -232,7 +233,7 @@ def _file_records(path: Path, format: str | None) -> Iterator[Record]:
             for number, document in enumerate(split_documents(lines), 1):
                 yield Record(f"{path}: document {number}", {"text": document})
         return
-    _check_file(path)
+    check_file(path)
     readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "conll": _conll}
     empty = True
     for record in readers[kind](path):
@@ -242,53 +243,13 @@ def _file_records(path: Path, format: str | None) -> Iterator[Record]:
         raise DataError(f"{path}: holds no example")
 
 
-def _check_file(path: Path) -> None:
-    """Raise DataError unless it is a file that can be read."""
-    try:
-        if not path.exists():
-            raise DataError(f"{str(path)[:200]}: no such file")
-        if not path.is_file():
-            raise DataError(f"{path}: is not a regular file")
-        with path.open("rb"):
-            pass
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers, without line ends and byte order mark."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise DataError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from None
-            if "\0" in text:
-                raise DataError(f"{path}: line {number} is binary (a zero byte), needs UTF-8 text")
-            yield number, text.rstrip("\r\n")
-
-
 def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DataError(f"{where} is not JSON") from None
-        if not isinstance(entry, dict):
-            raise DataError(f"{where} is no JSON object")
+    for where, entry in objects_of(path):
         yield Record(where, entry)
 
 
 def _json(path: Path) -> Iterator[Record]:
-    text = "\n".join(line for _, line in _lines(path))
+    text = "\n".join(line for _, line in lines_of(path))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -309,7 +270,7 @@ def _json(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: holds a {type(content).__name__}, needs a list of objects or SQuAD's data")
     for number, entry in enumerate(content, 1):
         if not isinstance(entry, dict):
-            raise DataError(f"{path}: item {number} is no JSON object")
+            raise DataError(f"{path}: item {number} is not a JSON object")
         yield Record(f"{path}: item {number}", entry)
 
 
@@ -321,7 +282,7 @@ def _squad(path: Path, articles: list[Any]) -> Iterator[Record]:
             for q, question in enumerate(_list_of(paragraph, "qas", inner)):
                 where = f"{inner}.qas[{q}]"
                 if not isinstance(question, dict):
-                    raise DataError(f"{where} is no JSON object")
+                    raise DataError(f"{where} is not a JSON object")
                 fields = {"id": f"{a}-{p}-{q}", "title": article.get("title", f"data[{a}]"), **question}
                 yield Record(where, {**fields, "context": paragraph.get("context")})
 
@@ -360,7 +321,7 @@ def _tsv(path: Path) -> Iterator[Record]:
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The rows that hold anything, each with the number of its first line."""
-    reader = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader((line + "\n" for _, line in lines_of(path)), delimiter=delimiter, strict=True)
     begins = 1
     try:
         for row in reader:
@@ -375,7 +336,7 @@ def _conll(path: Path) -> Iterator[Record]:
     tokens: list[str] = []
     tags: list[str] = []
     begins, width = 1, 0
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if not line.strip():
             if tokens:
                 yield Record(f"{path}: line {begins}", {"tokens": tokens, "tags": tags})

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastattn.console import InputError, check_folder, data_entries, is_unicode
-from fastattn.data import DataError
+from fastattn.console import InputError, check_folder, is_unicode
+from fastattn.data import DataError, json_lines
 from fastattn.data.encoding import InputTokenizer
 from fastattn.models import BertForEmbedding, families
 from fastattn.tasks import classify, embed, fill, qa, tag
@@ -99,14 +99,17 @@ def _lines(task: ModuleType, text: str) -> Iterator[dict[str, str]]:
 
 
 def _entries(task: ModuleType, path: Path) -> Iterator[dict[str, str]]:
-    for where, entry in data_entries(path):
-        wanted = [*task.FIELDS, *(name for name in task.OPTIONAL if name in entry)]
-        yield {name: _checked(where, name, entry.get(name)) for name in wanted}
+    try:
+        for where, entry in json_lines.objects_of(path, json_lines.MAX_BYTES):
+            wanted = [*task.FIELDS, *(name for name in task.OPTIONAL if name in entry)]
+            yield {name: _checked(f"--data {where}", name, entry.get(name)) for name in wanted}
+    except DataError as error:
+        raise InputError(f"--data {error}") from None
 
 
 def _checked(where: str, name: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f'{where} has no text under "{name}"')
     if not is_unicode(value):
-        raise InputError(f'{where} has characters under "{name}" that are no text')
+        raise InputError(f'{where} has characters under "{name}" that are not valid Unicode')
     return value

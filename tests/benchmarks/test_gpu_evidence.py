@@ -169,11 +169,11 @@ def test_what_a_machine_lacks_is_the_reason(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     run = Run(tmp_path, 9, False, {}, {"revision": None}, time.monotonic())
     commands = {section.name: section.command(run) for section in plan.SECTIONS}
-    assert commands["build"] == "no nvcc here"
+    assert commands["build"] == "nvcc is not installed"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "CPU build" in str(plan._build(run))
     if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
-        assert commands["sanitizer"] == "no compute-sanitizer here"
+        assert commands["sanitizer"] == "compute-sanitizer is not installed"
 
 
 def test_an_exit_status_no_finding_explains_is_told() -> None:

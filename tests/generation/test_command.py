@@ -13,7 +13,8 @@ import torch
 from generation_cases import make, tokenizer
 from typer.testing import CliRunner
 
-from fastattn import cli, console
+from fastattn import cli
+from fastattn.data import json_lines
 from fastattn.generation.text import UNKNOWN, Detokenizer
 from fastattn.models import (
     GPT,
@@ -110,7 +111,7 @@ def test_a_file_that_is_too_long_is_refused(
 ) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "x"}')
-    monkeypatch.setattr(console, "MAX_DATA_BYTES", 14)
+    monkeypatch.setattr(json_lines, "MAX_BYTES", 14)
     code, out, err = invoke(folder, f"--data={data}")
     assert (code, out, err) == (2, "", f"fastattn: --data {data}: holds over 14 bytes\n")
 
@@ -253,7 +254,7 @@ def test_a_name_that_no_folder_can_have_is_named() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--prompt=x", "--data=tests"], "--data tests: no such file"),
+        (["--prompt=x", "--data=tests"], "--data tests: is not a regular file"),
         (
             ["--prompt=x", "--temperature=0", "--top-k=3"],
             "--temperature 0 takes the likeliest token, so --top-k",
