@@ -138,14 +138,14 @@ def _claimed(out: Path | None) -> Iterator[Path]:
     existed = folder.is_dir()
     try:
         if existed and any(folder.iterdir()):
-            raise InputError(f"--out: {folder} is not empty, need a new or empty directory")
+            raise InputError(f"--out: {folder} is not empty, needs a new or empty directory")
         folder.mkdir(exist_ok=existed)
         (folder / "model").mkdir()
     except FileExistsError:
-        raise InputError(f"--out: {folder} is a file, need a new or empty directory") from None
+        raise InputError(f"--out: {folder} is a file, needs a new or empty directory") from None
     except FileNotFoundError:
         raise InputError(
-            f"--out: {folder.parent} does not exist, need an existing directory to write in"
+            f"--out: {folder.parent} does not exist, needs an existing directory to write in"
         ) from None
     except OSError as error:
         raise InputError(f"--out: cannot write to {folder} ({error.strerror or error})") from None
@@ -176,7 +176,9 @@ def _tokens(documents: Iterable[str], text: Path | None, recipe: Recipe) -> tupl
     tokenizer = train_bpe(kept, recipe.vocab_size)
     stream = TokenStream.build(kept, tokenizer)
     if len(stream) < MIN_TOKENS:
-        raise InputError(f"--text: {text} holds {len(stream)} tokens, need at least {MIN_TOKENS} to train on")
+        raise InputError(
+            f"--text: {text} holds {len(stream)} tokens, needs at least {MIN_TOKENS} to train on"
+        )
     return stream, tokenizer
 
 

@@ -37,7 +37,7 @@ DOCUMENT_START = "-DOCSTART-"  # CoNLL-2003's line between documents
 
 @dataclass(frozen=True)
 class Record:
-    """One example as a file has it.
+    """One example of a file.
 
     where: its place for messages, as "train.jsonl: line 7"; fields: column -> value.
     """
@@ -54,7 +54,7 @@ def read_records(
 ) -> list[Record]:
     """The records of files, folders and data sets, in their order.
 
-    A file's suffix says its format, see `SUFFIXES`:
+    A file's suffix determines its format, see `SUFFIXES`:
 
     - JSONL: an object in each line. JSON: SQuAD's layout, a list of objects, or lines as JSONL.
     - CSV and TSV: the first line names the columns; every value is a str.
@@ -64,17 +64,17 @@ def read_records(
       "is_impossible" where the file has it.
     - Text: field "text", documents separated by two blank lines or more.
 
-    A folder stands for its files with such suffixes, in the order of their names, or for what
-    `datasets.save_to_disk` wrote. `hf:OWNER/NAME[/CONFIG][:SPLIT]` is a data set that `datasets.load_dataset` finds,
-    numbers of a ClassLabel as their names; SPLIT is "train" by default.
+    A folder stands for its files with such suffixes, in the order of their names, or for a data set written by
+    `datasets.save_to_disk`. `hf:OWNER/NAME[/CONFIG][:SPLIT]` is a data set of `datasets.load_dataset`, in which numbers
+    of a ClassLabel become their names; SPLIT is "train" by default.
 
     Args:
-        paths: one or several.
+        paths: one path or several.
         columns: the field that a task reads -> the file's column that holds it.
-        format: one of `FORMATS` for every file, whatever its suffix.
+        format: one of `FORMATS`, for every file regardless of its suffix.
 
     Raises:
-        DataError: a path, a line or a column; the message has the file and the line.
+        DataError: a path, a line or a column cannot be used; the message has the file and the line.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -101,7 +101,7 @@ def mapped(record: Record, columns: Mapping[str, str]) -> Record:
 
 
 def required(record: Record, name: str) -> Any:
-    """A field's value; DataError, with the nearest column, for a record that lacks it."""
+    """A field's value; DataError, which names the nearest column, for a record that lacks it."""
     if name not in record.fields:
         raise DataError(
             f"{record.where} has no {name!r}, {_columns_of(record, name)}; columns are mapped by {name}=COLUMN"
@@ -110,7 +110,7 @@ def required(record: Record, name: str) -> Any:
 
 
 def text_of(record: Record, name: str) -> str:
-    """A field that must be a text which is not blank; DataError for anything else."""
+    """A field that holds a text that is not blank; DataError otherwise."""
     value = required(record, name)
     if not isinstance(value, str):
         raise DataError(f"{record.where}: {name} is a {type(value).__name__}, needs a text")
@@ -128,24 +128,24 @@ def split_records(
     seed: int = 0,
     key: Callable[[Record], str] | None = None,
 ) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records: those whose seeded hash is lowest are held out, in their order.
+    """(training, held-out) records, in their order; those with the lowest seeded hashes are held out.
 
     Args:
-        records: two with different keys at least.
-        fraction: of the records that is held out, within (0, 1); at least one is, and at least one is not.
+        records: at least two with different keys.
+        fraction: share of the records that is held out, within (0, 1); at least one is, and at least one is not.
         seed: of the hash.
-        key: what records must share to stay on one side, such as a context; by default all of an example's fields,
-            so that equal examples do.
+        key: records with the same key stay together, such as those of one context; by default all fields of an
+            example, so that equal examples stay together.
 
     Raises:
-        DataError: all records have one key.
+        DataError: all records have the same key.
     """
     groups: dict[str, list[int]] = {}
     for number, record in enumerate(records):
         text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
         groups.setdefault(text, []).append(number)
     if len(groups) < 2:
-        raise DataError("data: holds fewer than two different examples, so none can be held out, needs --dev")
+        raise DataError("data: has fewer than two different examples, so none can be held out, needs --dev")
 
     def rank(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
@@ -164,7 +164,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
     """The messages of a chat record: its "messages" ({"role", "content"} each), or "prompt" and "completion".
 
     Raises:
-        DataError: a message that is none.
+        DataError: a message lacks "role" or "content".
     """
     if "messages" not in record.fields and "prompt" in record.fields:
         return [
@@ -173,11 +173,11 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
         ]
     messages = required(record, "messages")
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{record.where}: messages is no list of messages")
+        raise DataError(f"{record.where}: messages is not a list of messages")
     for number, message in enumerate(messages, 1):
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), str):
-            raise DataError(f'{record.where}: message {number} has no "role" and "content" that are texts')
+            raise DataError(f'{record.where}: message {number} needs "role" and "content" that are texts')
     return messages
 
 
@@ -225,7 +225,7 @@ def _file_records(path: Path, format: str | None) -> Iterator[Record]:
     if kind is None:
         check_file(path)
         raise DataError(
-            f"{path}: its suffix {path.suffix!r} says no format, needs one of {', '.join(SUFFIXES)}, or the format"
+            f"{path}: got the suffix {path.suffix!r}, needs one of {', '.join(SUFFIXES)}, or the format"
         )
     if kind == "text":
         check_text_file(path)
@@ -320,7 +320,7 @@ def _tsv(path: Path) -> Iterator[Record]:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that hold anything, each with the number of its first line."""
+    """The rows that are not empty, each with the number of its first line."""
     reader = csv.reader((line + "\n" for _, line in lines_of(path)), delimiter=delimiter, strict=True)
     begins = 1
     try:

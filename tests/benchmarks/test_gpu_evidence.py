@@ -235,4 +235,4 @@ def test_published_results_lie_under_the_name_of_the_gpu(
 
 def test_small_forms_are_not_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_evidence.main(["--dry-run", "--publish"]) == 2
-    assert "no measurements" in capsys.readouterr().err
+    assert "measures nothing" in capsys.readouterr().err

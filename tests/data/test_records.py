@@ -186,7 +186,11 @@ def test_fields_are_checked_where_they_are_read() -> None:
     record = Record("x: line 3", {"texts": "a", "label": 3, "blank": " ", "bad": "\ud800"})
     with pytest.raises(DataError, match=r"x: line 3 has no 'text', it has 'texts'.*did you mean 'texts'"):
         required(record, "text")
-    for name, complaint in (("label", "is a int, needs a text"), ("blank", "is empty"), ("bad", "no text")):
+    for name, complaint in (
+        ("label", "is a int, needs a text"),
+        ("blank", "is empty"),
+        ("bad", "not valid Unicode"),
+    ):
         with pytest.raises(DataError, match=f"x: line 3: {name} .*{complaint}"):
             text_of(record, name)
     assert text_of(record, "texts") == "a"

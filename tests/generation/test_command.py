@@ -254,7 +254,7 @@ def test_a_name_that_no_folder_can_have_is_named() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--prompt=x", "--data=tests"], "--data tests: is not a regular file"),
+        (["--prompt=x", "--data=tests"], "--data tests: no such file"),
         (
             ["--prompt=x", "--temperature=0", "--top-k=3"],
             "--temperature 0 takes the likeliest token, so --top-k",
