@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that is not a folder."""
+    """Raise InputError for a path that is not a folder."""
     try:
         found = folder.is_dir()
     except OSError:  # a name too long
@@ -23,12 +23,12 @@ def check_folder(folder: Path) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text holds no lone surrogate, which no encoding can write."""
+    """Whether a text is valid Unicode, without lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class Output(Protocol):
-    """The output of a command; `shows_progress` says whether a long step may report as it goes."""
+    """The output of a command; `shows_progress` says whether long steps may report their progress."""
 
     shows_progress: bool
 
@@ -39,7 +39,7 @@ class Output(Protocol):
         """One line of text; `good` colours it as a verdict."""
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
-        """Show what is being done while the context lasts."""
+        """Show a text while the context is active."""
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None

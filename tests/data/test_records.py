@@ -149,7 +149,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
         ("x.conll", b"a X O\nb O\n", "line 2 has 2 columns, those before it have 3"),
         ("x.txt", b" \n", "holds only white space"),
         ("x.txt", b"a\xff", "is not UTF-8"),
-        ("x.pdf", b"a", "its suffix '.pdf' says no format"),
+        ("x.pdf", b"a", "got the suffix '.pdf', needs one of"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_by_file_and_line(
