@@ -231,7 +231,9 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_no_extension_is_a_reason_and_no_warning(environment: Path, recwarn: pytest.WarningsRecorder) -> None:
-    assert extension.state().reason == "the extension is not built on this machine; `fastattn build` builds it"
+    assert (
+        extension.state().reason == "the extension is not built on this machine; `fastattn build` builds it"
+    )
     with pytest.raises(RuntimeError, match="not built on this machine"):
         extension.module()
     built(environment / "cache" / "key" / library_name(), replace(INFO, torch="2.9.0"))

@@ -172,7 +172,11 @@ def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Pat
             BertForMaskedLM(small.config.encoder),
             "holds a BertForMaskedLM, which does not generate text",
         ),
-        ("two", seq2seq(vocab, vocab + 3), "its tokenizer cannot be used for both parts, the encoder has 274"),
+        (
+            "two",
+            seq2seq(vocab, vocab + 3),
+            "its tokenizer cannot be used for both parts, the encoder has 274",
+        ),
         ("small", small, f"its tokenizer is another model's, {ids} and the encoder"),
         ("gpt", make(), f"its tokenizer is another model's, {ids} and the model 61 tokens"),
     ):

@@ -90,7 +90,7 @@ def write_config(
     for field in fields(BertConfig):
         got, known = getattr(config, field.name), getattr(expected, field.name)
         if field.name not in said and got != known:
-            raise ValueError(f"{field.name}: got {got!r}, a {kind} folder can only say {known!r}")
+            raise ValueError(f"{field.name}: got {got!r}, a {kind} folder needs {known!r}")
     if discriminator:
         return entries
     if config.id2label is not None or config.num_labels != 2:
