@@ -81,7 +81,7 @@ class TrainCase:
         return None
 
     def providers(self, device: torch.device) -> list[str]:
-        """Ours first; what ends in -compile runs under torch.compile."""
+        """Ours first; providers that end in -compile run under torch.compile."""
         return ["fastattn", *self.peers]
 
     def open(self, device: torch.device) -> TrainWorkload:
@@ -158,8 +158,7 @@ def cases_for(device: torch.device) -> list[TrainCase]:
         alone = ("transformers-sdpa",)
 
         def at_least(speed: float, memory: float | None = None) -> schema.Result:
-            goal = {"provider": "fastattn", "against": "transformers-sdpa", "speed": speed}
-            return goal if memory is None else {**goal, "memory": memory}
+            return figures.target(speed, "transformers-sdpa", memory=memory)
 
         return [
             TrainCase("train-1x512", "train", 1, 512, target=at_least(1.15, 0.75), peers=alone),

@@ -90,7 +90,7 @@ def attention_forward(
         is_causal, sliding_window = False, None
     for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: fastattn cannot honour it: {why}; use attn_implementation='eager'")
+            raise ValueError(f"{name}: is not supported by fastattn: {why}; use attn_implementation='eager'")
     if query.shape[0] == 1 and key.shape[0] != 1:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     options = _mask_options(module, query, key, attention_mask, is_causal, sliding_window)

@@ -1,4 +1,4 @@
-"""Everything that a run goes on from, to a checkpoint's folder and back."""
+"""Writes everything that a run is resumed from to a checkpoint's folder, and reads it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastattn.train.state import TrainState
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The parts of a run that change as it goes, besides its TrainState."""
+    """The parts of a run that change during training, besides its TrainState."""
 
     config: TrainConfig
     model: nn.Module
@@ -66,11 +66,11 @@ class Snapshot:
         (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> TrainState:
-        """Take over everything that `write` wrote, after checking that it is of a run with the same order of data.
+        """Load everything that `write` wrote, after checking that the run has the same order of data.
 
         Raises:
-            ConfigError: the run has other options that decide the order of data or the state.
-            DamagedCheckpoint: a file does not fit.
+            ConfigError: options that decide the order of data or the state differ.
+            DamagedCheckpoint: a file cannot be used.
         """
         saved = read_checkpoint(folder)
         check_options(saved, self.config, self.distributed.world_size, folder)
