@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="write docs/results.md from the stored records")
     options = parser.parse_args(argv)
     checkout.make_importable()
-    from cases.tasks import ROWS
-    from report import task_page
+    from trained import page
+    from trained.recipes import ROWS
 
     if options.list:
         print("\n".join(f"{row.name:<20} {row.minutes:>5g} min  {row.title}" for row in ROWS.values()))
         return 0
     if options.page:
-        print("\n".join(task_page.update()))
+        print("\n".join(page.update()))
         return 0
     if options.name not in ROWS:
         parser.error(f"needs --list, --page or one of {', '.join(ROWS)}")
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name}: {getattr(options, name)} is no folder")
     if options.minutes is not None and not 0 < options.minutes < 1e6:
         parser.error(f"--minutes: got {options.minutes}, needs a number above 0")
-    from measure import task_runs
+    from trained import runs
 
-    store = None if options.quick else task_page.STORED / f"{options.name}.json"
+    store = None if options.quick else page.STORED / f"{options.name}.json"
     try:
-        record = task_runs.start(
+        record = runs.start(
             options.name, ROWS, options.out, data=options.data, encoder=options.encoder, minutes=options.minutes,
             quick=options.quick, store=store,
         )  # fmt: skip

@@ -98,7 +98,7 @@ TASKS = "tasks"  # the folder of the records of trained models
 
 
 def result_files(results: Path | None = None) -> list[Path]:
-    """Every stored result of a bench; records of trained models are `task_page`'s."""
+    """Every stored result of a bench; records of trained models are `trained.page`'s."""
     found = (results or schema.RESULTS).glob("*/*.json")
     return sorted(path for path in found if path.parent.name != TASKS)
 

@@ -199,7 +199,7 @@ def tiny(data: Path) -> None:
     (data / "lm").mkdir(parents=True, exist_ok=True)
     lines = "\n".join(sentence(6) + "." for _ in range(200))
     (data / "lm" / "tinyshakespeare.txt").write_text(lines, encoding="utf-8")
-    documents = ["\n".join(sentence(8) + "." for _ in range(12)) for _ in range(12)]
+    documents = ["\n".join(sentence(8) + "." for _ in range(12)) for _ in range(24)]
     (data / "lm" / "state_of_the_union.txt").write_text("\n\n\n".join(documents), encoding="utf-8")
     articles = []
     for number in range(8):

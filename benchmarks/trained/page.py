@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cases.tasks import ROWS, Goal, TaskRow
 from report import schema
 from report.schema import Result
+from trained.recipes import ROWS
+from trained.rows import Goal, TaskRow
 
 STORED = schema.RESULTS / "tasks"
 PAGE = Path("docs") / "results.md"

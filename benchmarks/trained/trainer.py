@@ -1,6 +1,6 @@
 """The same recipe in transformers' Trainer: data, rate, batches and number of steps of a run of `fastattn train`.
 
-python benchmarks/peers/task_trainer.py TASK --like RUN --out FOLDER [--seconds N]
+python benchmarks/trained/trainer.py TASK --like RUN --out FOLDER [--seconds N]
 """
 
 from __future__ import annotations

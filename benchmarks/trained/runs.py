@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 import checkout
-from cases.tasks import QUICK_DECODER, QUICK_ENCODER, QUICK_TRAIN, Step, TaskRow
-from inputs import task_files
 from report import schema
 from report.schema import Result
+from trained import files as row_files
+from trained.rows import QUICK_DECODER, QUICK_ENCODER, QUICK_TRAIN, Step, TaskRow
 
 STORED = "row.json"  # in the row's folder, which the next run of the row replaces
 GRACE = 180.0  # seconds beyond the limit for the figures of a model whose training was cut
 ENDING = 120.0  # seconds that a run has to write its checkpoint
 CURVE = 80  # most points of a stored curve
-SCRIPTS = {"peer": "benchmarks/peers/task_trainer.py", "stops": "benchmarks/measure/stops.py"}
+SCRIPTS = {"peer": "benchmarks/trained/trainer.py", "stops": "benchmarks/trained/stops.py"}
 SHOWN = {"data": "DATA", "encoder": "ENCODER", "files": "RUN/files", "out": "RUN"}
 PLACE = re.compile(r"\{(data|encoder|files|out|seconds)(?::([\d.]+))?\}")
 
@@ -202,7 +202,8 @@ def _call(command: Sequence[str], limit: float, log: Path) -> tuple[int, str, bo
             output, _ = process.communicate(timeout=limit)
             return process.returncode, output, False
         except subprocess.TimeoutExpired:
-            return process.wait() if process.poll() is not None else 1, _end(process), True
+            output = _end(process)
+            return process.returncode, output, True
         except BaseException:
             _end(process)
             raise
@@ -328,8 +329,8 @@ def start(name: str, rows: dict[str, TaskRow], out: Path, **options: Any) -> Res
     if quick:
         data, encoder = out / "data", out / "encoder"
         if not data.exists():
-            task_files.tiny(data)
-            task_files.tiny_encoder(encoder, data)
+            row_files.tiny(data)
+            row_files.tiny_encoder(encoder, data)
     else:
         data, encoder = options["data"], options["encoder"]
     minutes = options["minutes"] or row.minutes

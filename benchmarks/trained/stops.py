@@ -1,6 +1,6 @@
 """How many answers of a chat model end by themselves, written greedily after the conversations of a file.
 
-python benchmarks/measure/stops.py FOLDER CHATS.jsonl
+python benchmarks/trained/stops.py FOLDER CHATS.jsonl
 """
 
 from __future__ import annotations

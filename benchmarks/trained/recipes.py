@@ -1,139 +1,26 @@
-"""The rows of docs/results.md: each a named run of `fastattn` commands on real data, with what stands beside it.
+"""The rows of docs/results.md: each a named run with its settings and goals.
 
-Settings are fixed here: they were chosen from the sizes of the training data and the time, never on a test set. In the
-words of a step {data}, {encoder}, {files} and {out} are folders and {seconds:0.5} is a share of the row's time.
+Settings are fixed here: they were chosen from the sizes of the training data and the time, never on a test set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-from inputs import task_files
-
-SEEDS = (0, 1, 2)
-QUICK_ENCODER = (
-    "--model.hidden_size=32",
-    "--model.num_hidden_layers=1",
-    "--model.num_attention_heads=2",
-    "--model.intermediate_size=64",
-)
-QUICK_DECODER = ("--model.n_embd=32", "--model.n_layer=1", "--model.n_head=2")
-QUICK_TRAIN = ("--train.max_steps=2", "--train.batch_size=4")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a row.
-
-    Args:
-        name: what its line of the page is called; steps of one name share a line: a model's training and its figures.
-        kind: "train" and "evaluate" of `fastattn`, "peer" of transformers' Trainer, "stops" of generated answers.
-        words: of the command, behind its name.
-        seed: of the run, None where it has none.
-        preset: the kind of model with random weights, "encoder" or "decoder", which a quick run makes smaller.
-        figures: prefix of this step's figures, where a line has those of several.
-    """
-
-    name: str
-    kind: str
-    words: tuple[str, ...]
-    seed: int | None = None
-    preset: str | None = None
-    figures: str = ""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a figure of a line is to reach: at least or at most `value`."""
-
-    line: str
-    figure: str
-    value: float
-    least: bool = True
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    """A named run.
-
-    Args:
-        name: of the command and the page's section.
-        title: what it shows.
-        minutes: its time where the command gives none; steps that are limited by time take shares of it.
-        prepare: writes what is made of the data folder, (data, files).
-        steps: in their order, so that a run cut short has whole lines first.
-        shown: the figures of the page's table, in their order.
-        goals: what they are held against.
-        note: said under the table.
-    """
-
-    name: str
-    title: str
-    minutes: float
-    prepare: Callable[[Path, Path], None]
-    steps: tuple[Step, ...]
-    shown: tuple[str, ...]
-    goals: tuple[Goal, ...] = ()
-    note: str = ""
-
-
-def train(
-    name: str, task: str, *words: str, seed: int | None = 0, out: str = "", preset: str | None = None
-) -> Step:
-    """A step that trains into {out}/OUT."""
-    seeded = () if seed is None else (f"--train.seed={seed}",)
-    folder = ("--out", f"{{out}}/{out or name.replace(' ', '-')}")
-    return Step(name, "train", ("train", task, *words, *folder, *seeded), seed, preset)
-
-
-def evaluate(name: str, *words: str, out: str = "", figures: str = "") -> Step:
-    """A step that evaluates {out}/OUT."""
-    folder = f"{{out}}/{out or name.replace(' ', '-')}"
-    return Step(name, "evaluate", ("evaluate", folder, *words, "--json"), figures=figures)
-
-
-def peer(name: str, task: str, like: str, out: str, seed: int = 0) -> Step:
-    """A step in which transformers' Trainer trains as {out}/LIKE was: its data, rate, batches and number of steps."""
-    return Step(name, "peer", (task, "--like", f"{{out}}/{like}", "--out", f"{{out}}/{out}"), seed)
-
-
-def with_peers(
-    task: str, words: Sequence[str], tests: Sequence[str], seeds: Sequence[int]
-) -> tuple[Step, ...]:
-    """For each seed our run, its figures on the test set, the peer's run and its figures."""
-    steps: list[Step] = []
-    for seed in seeds:
-        ours, theirs = f"seed {seed}", f"transformers, seed {seed}"
-        steps += [
-            train(ours, task, *words, seed=seed),
-            evaluate(ours, *(tests if seed == seeds[0] else _without_baselines(tests))),
-            peer(theirs, task, f"seed-{seed}", f"transformers-{seed}", seed),
-            evaluate(theirs, *_without_baselines(tests), out=f"transformers-{seed}"),
-        ]
-    return tuple(steps)
-
-
-def _without_baselines(words: Sequence[str]) -> list[str]:
-    kept, rest = [], iter(words)
-    for word in rest:
-        if word in ("--baseline", "--train"):
-            next(rest)
-        else:
-            kept.append(word)
-    return kept
+from trained import files
+from trained.rows import SEEDS, Goal, Step, TaskRow, evaluate, peer, train, with_peers
 
 
 def shakespeare(name: str, minutes: float, layers: int, width: int, goal: float) -> TaskRow:
     """The character model of tinyshakespeare within a time, by AdamW and by Muon."""
+    whole = 2 * minutes + 4  # of both, evaluations included
     common = (
         "--train", "{files}/train.txt", "--model", "nano", "--data.tokenizer=characters", "--data.dev_fraction=0.02",
         "--task.packing=stream", "--task.max_length=256", "--model.n_positions=256", "--model.positions=rotary",
         f"--model.n_layer={layers}", f"--model.n_embd={width}", f"--model.n_head={width // 64}",
         "--train.batch_size=16", "--train.warmup_steps=100", "--train.max_epochs=1000", "--train.min_lr_ratio=0.0",
         "--train.beta2=0.99", "--train.eval_every=250", "--train.save_every=1000000",
-        f"--train.max_seconds={60 * minutes:.0f}",
+        f"--train.max_seconds={{seconds:{minutes / whole:.5f}}}",
     )  # fmt: skip
     tests = ("--data", "{files}/test.txt", "--option", "max_length=256", "--option", "stride=128")
     kinds = {
@@ -146,8 +33,8 @@ def shakespeare(name: str, minutes: float, layers: int, width: int, goal: float)
     return TaskRow(
         name,
         f"tinyshakespeare, characters, {minutes:.0f} minutes of training",
-        2 * minutes + 4,
-        task_files.shakespeare,
+        whole,
+        files.shakespeare,
         tuple(steps),
         ("loss", "bits_per_byte"),
         tuple(Goal(kind, "loss", goal, least=False) for kind in kinds),
@@ -191,8 +78,8 @@ def _reuters() -> TaskRow:
         "reuters8",
         "Reuters-8: topics of news, from all-MiniLM-L6-v2",
         60,
-        task_files.labelled("reuters8"),
-        (*steps, *compared),
+        files.labelled("reuters8"),
+        (*steps[:2], *compared, *steps[2:]),
         CLASSIFIED,
         (Goal("100 % of the labels", "accuracy", 0.974),),
         "A tenth of the training labels picks the best epoch.",
@@ -211,7 +98,7 @@ def _chinese() -> TaskRow:
         "chinese-reviews",
         "Chinese reviews: sentiment, from a masked LM of our own pre-trained on the reviews' characters",
         60,
-        task_files.labelled("chinese_reviews"),
+        files.labelled("chinese_reviews"),
         learning_curve("chinese_reviews", "{out}/encoder", words, (pretraining,)),
         CLASSIFIED,
         (Goal("100 % of the labels", "accuracy", 0.85),),
@@ -227,7 +114,7 @@ def _entities() -> TaskRow:
         "wnut17",
         "WNUT-17: entities that training has not seen, from all-MiniLM-L6-v2",
         60,
-        task_files.nothing,
+        files.nothing,
         with_peers("tag", words, tests, SEEDS),
         ("f1", "precision", "recall"),
     )
@@ -247,7 +134,7 @@ def _questions() -> TaskRow:
         "xquad",
         "XQuAD, English: answers in paragraphs of articles that training has not seen, from all-MiniLM-L6-v2",
         90,
-        task_files.questions,
+        files.questions,
         with_peers("qa", words, ("--data", "{files}/test.json"), SEEDS),
         ("exact_match", "f1"),
         (),
@@ -268,7 +155,7 @@ def _written(name: str, title: str, folder: str, columns: str, baseline: str, no
         name,
         title,
         45,
-        task_files.pairs(folder),
+        files.pairs(folder),
         with_peers("seq2seq", words, tests, (0,)),
         WRITTEN,
         (),
@@ -298,7 +185,7 @@ def _addresses() -> TaskRow:
         "mlm-nsp",
         "State of the Union: pre-training by masked words and next sentences, and what it is worth for Reuters-8",
         60,
-        task_files.addresses,
+        files.addresses,
         (
             pretraining,
             evaluate("MLM + NSP", *held, out="encoder"),
@@ -347,7 +234,7 @@ def _chat() -> TaskRow:
         "chat",
         "A chat model of a small GPT: package descriptions in one line",
         30,
-        task_files.conversations,
+        files.conversations,
         (
             _pretrained("0.5"),
             evaluate("language model", *tests, "--task", "chat", out="lm"),
@@ -374,7 +261,7 @@ def _preferences() -> TaskRow:
         "dpo",
         "Preferences: of two summaries that of the package which was asked about",
         30,
-        task_files.conversations,
+        files.conversations,
         (_pretrained("0.35"), _chatting("0.2"), evaluate("chat", *tests), tuned, evaluate("dpo", *tests)),
         ("accuracy", "margin", "chosen_logprob", "rejected_logprob"),
         (),
