@@ -194,6 +194,7 @@ BENCHMARK_ARROWS = {
     "peers": {"inputs", "measure"},
     "cases": {"peers", "inputs", "measure", "report"},
     "evidence": {"inputs", "measure", "report", "checkout"},
+    "trained": {"peers", "report", "checkout"},
 }
 
 
