@@ -69,7 +69,9 @@ class Objective:
     def _weighted_loss(self, batch: Batch, weight: float) -> Tensor:
         """The batch's mean loss times its share of all targets; a zero with zero gradients if it has no target."""
         if weight == 0.0:  # its mean is 0/0, but all processes must take part in the reduction
-            if self.sharded:  # and in every gather of the forward and backward: with other labels, whose loss is finite
+            if (
+                self.sharded
+            ):  # and in every gather of the forward and backward: with other labels, whose loss is finite
                 return self.loss(self.parallel, {**batch, "labels": torch.zeros_like(batch["labels"])}) * 0.0
             if self.distributed.active:
                 self.parallel(**batch)

@@ -67,8 +67,8 @@ class Trainer:
         train_data: items by index; collated, a dict of tensors with "labels".
         dev_data: the same, held out; None means no evaluation.
         tokenizer: saved with the model.
-        collate: makes a batch from a list of items. It runs in this process, or in one of loader_workers; random numbers
-            from torch's, Python's or NumPy's global generator are reproducible.
+        collate: makes a batch from a list of items. It runs in this process, or in one of loader_workers; random
+            numbers from torch's, Python's or NumPy's global generator are reproducible.
         display: shows the progress; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
         evaluate_with: returns metrics of the model at each evaluation, as {"accuracy": 0.9}, in addition to its loss on
