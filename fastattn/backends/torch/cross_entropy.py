@@ -32,7 +32,7 @@ def cross_entropy_fwd(
     nothing to the size of the logits. A target that is not a class has loss NaN.
 
     With dlosses, one number that is the gradient of every loss, (losses, gradient of the logits): the exponentials of
-    a block make its sum and, while they are in the cache, its gradient. targets: the result of `read_targets`, if known.
+    a block make its sum and, while they are in the cache, its gradient. targets: of `read_targets`, if known.
     """
     if dlosses is None:
         return _forward(call, None, None)
