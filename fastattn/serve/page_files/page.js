@@ -2,12 +2,12 @@
 // The page asks the API of its own server, and nothing else.
 const $ = (id) => document.getElementById(id);
 const state = { models: [], tokens: [], chosen: -1, abort: null, text: "", maps: null, layer: 0, head: 0, query: 0 };
-const FIELDS = { // of the body of /predict, by the kind of the model
-  "fill-mask": [["text", "Text with a mask token"]],
-  "token-classification": [["text", "Text"]],
-  "text-classification": [["text", "Text"]],
-  "question-answering": [["question", "Question"], ["context", "Context"]],
-  "feature-extraction": [["text", "Text"]],
+const FIELDS = { // of an entry of /predict, by the task of the model
+  classify: [["text", "Text"]],
+  tag: [["text", "Text"]],
+  qa: [["question", "Question"], ["context", "Context"]],
+  fill: [["text", "Text with a mask"]],
+  embed: [["text", "Text"]],
 };
 
 function headers() {
@@ -20,7 +20,7 @@ async function ask(path, body, signal) {
   const response = await fetch(path, body === undefined ? { headers: headers(), signal }
     : { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
   if (response.ok) return response;
-  if (response.status === 401) $("key-label").hidden = false;
+  if (response.status === 401) $("key-form").hidden = false;
   let text = `${response.status} ${response.statusText}`;
   try { text = (await response.json()).error.message; } catch (error) { /* no JSON: the status says it */ }
   throw new Error(text);
@@ -32,7 +32,10 @@ function say(text) {
 }
 
 const shown = (text) => text === "" ? "∅" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
-const percent = (value) => value >= 0.001 ? `${(100 * value).toFixed(1)} %` : value.toExponential(1);
+function percent(value) { // of a probability; other scores, as those of a regression, are shown as they are
+  if (value < 0 || value > 1) return value.toFixed(4);
+  return value >= 0.001 ? `${(100 * value).toFixed(1)} %` : value.toExponential(1);
+}
 const current = () => state.models.find((each) => each.id === $("model").value);
 
 // Models
@@ -46,7 +49,7 @@ async function loadModels() {
 function chooseModel() {
   const model = current();
   if (!model) return;
-  const generates = model.task === "text-generation";
+  const generates = model.task === "generate";
   const fields = generates ? [["prompt", "Prompt"]] : FIELDS[model.task] || [["text", "Text"]];
   $("inputs").replaceChildren(...fields.map(([name, label]) => {
     const box = document.createElement("label");
@@ -66,6 +69,7 @@ function chooseModel() {
   $("sampling").hidden = $("stop").hidden = !generates;
   $("run").textContent = generates ? "Generate" : "Run";
   for (const name of ["tokens-section", "results-section", "attention-section", "attention"]) $(name).hidden = true;
+  $("progress").textContent = $("attention-progress").textContent = "";
 }
 
 // Generation
@@ -93,9 +97,14 @@ async function generate() {
   } finally {
     $("run").disabled = false;
     $("stop").disabled = true;
-    $("attention-section").hidden = false;
-    $("attention").hidden = true;
+    offerAttention();
   }
+}
+
+function offerAttention() {
+  $("attention-section").hidden = false;
+  $("attention").hidden = true;
+  $("attention-progress").textContent = "";
 }
 
 async function* events(body) { // of a text/event-stream, until [DONE]
@@ -123,7 +132,7 @@ function addTokens(choice) {
     const place = state.tokens.push(token) - 1;
     const span = document.createElement("span");
     const probability = Math.exp(token.logprob ?? 0);
-    span.textContent = text;
+    span.textContent = text.replaceAll("\n", "⏎\n");
     span.setAttribute("role", "option");
     span.id = `token-${place}`;
     span.title = percent(probability);
@@ -149,7 +158,7 @@ function showAlternatives() {
   if (!token) return;
   const all = { ...token.top, [token.text]: token.logprob };
   const sorted = Object.entries(all).sort((a, b) => b[1] - a[1]);
-  $("alternatives").caption.textContent = `Token ${state.chosen + 1} of ${state.tokens.length}: ${shown(token.text)}`;
+  $("alternatives").caption.textContent = `Token ${state.chosen + 1}: ${shown(token.text)}`;
   fill($("alternatives"), sorted.map(([text, logprob]) => [shown(text), Math.exp(logprob)]));
 }
 
@@ -168,16 +177,16 @@ function fill(table, rows) {
 // Predictions
 
 async function predict() {
-  const body = { model: $("model").value };
+  const body = {};
   for (const area of $("inputs").querySelectorAll("textarea")) body[area.name] = area.value;
   state.text = body.text ?? `${body.question}\n${body.context}`;
   state.pair = body.question === undefined ? null : [body.question, body.context];
   $("run").disabled = true;
   try {
-    const found = await (await ask("predict", body)).json();
-    showResult(found.predictions ? found.predictions[0] : found, body);
-    $("results-section").hidden = $("attention-section").hidden = false;
-    $("attention").hidden = true;
+    const found = await (await ask("predict", { model: $("model").value, data: [body] })).json();
+    showResult(found.predictions[0], body);
+    $("results-section").hidden = false;
+    offerAttention();
   } finally {
     $("run").disabled = false;
   }
@@ -235,7 +244,7 @@ async function attend() {
   $("attend").disabled = true;
   try {
     const body = { model: $("model").value, text: state.text };
-    if (state.pair && current().task === "question-answering") Object.assign(body, { text: state.pair[0], text_pair: state.pair[1] });
+    if (state.pair && current().task === "qa") Object.assign(body, { text: state.pair[0], text_pair: state.pair[1] });
     const found = await (await ask("attention", body)).json();
     const bytes = Uint8Array.from(atob(found.weights), (c) => c.charCodeAt(0));
     state.maps = { tokens: found.tokens, shape: found.shape, values: new Uint16Array(bytes.buffer) };
@@ -304,14 +313,17 @@ async function drawMap() {
   $("maps").setAttribute("aria-activedescendant", `map-${state.layer}-${state.head}`);
   $("map-title").textContent = `Layer ${state.layer}, head ${state.head}`;
   const cell = Math.max(8, Math.min(22, Math.floor(640 / Math.max(rows, columns))));
-  const edge = 110;
+  const label = (text) => shown(text).slice(0, 14);
+  const font = `${Math.min(12, cell)}px ui-monospace, monospace`;
   const canvas = $("map");
+  const draw = canvas.getContext("2d");
+  draw.font = font;
+  const edge = Math.ceil(Math.max(...tokens.map((text) => draw.measureText(label(text)).width))) + 10;
   const scale = window.devicePixelRatio || 1;
   canvas.width = (edge + columns * cell) * scale;
   canvas.height = (edge + rows * cell) * scale;
   canvas.style.width = `${edge + columns * cell}px`;
   canvas.setAttribute("aria-label", `Attention weights of layer ${state.layer}, head ${state.head}, ${rows} by ${columns} tokens; the table below has those of the chosen query`);
-  const draw = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   draw.scale(scale, scale);
   draw.imageSmoothingEnabled = false;
@@ -319,9 +331,8 @@ async function drawMap() {
   draw.strokeStyle = style.getPropertyValue("--accent");
   draw.strokeRect(edge, edge + state.query * cell, columns * cell, cell);
   draw.fillStyle = style.color;
-  draw.font = `${Math.min(12, cell)}px ui-monospace, monospace`;
+  draw.font = font;
   draw.textBaseline = "middle";
-  const label = (text) => shown(text).slice(0, 14);
   draw.textAlign = "right";
   tokens.forEach((text, i) => { draw.fillText(label(text), edge - 4, edge + (i + 0.5) * cell); });
   draw.textAlign = "left";
@@ -358,9 +369,9 @@ async function refresh() {
       .reduce((total, line) => total + Number(line.slice(line.lastIndexOf(" "))), 0);
     const made = sum("fastattn_generated_tokens_total");
     const now = performance.now();
-    $("running").textContent = sum("fastattn_requests_running");
-    $("waiting").textContent = sum("fastattn_requests_waiting");
-    $("pages").textContent = `${sum("fastattn_cache_pages_used")} of ${sum("fastattn_cache_pages")}`;
+    $("running").textContent = sum("fastattn_running");
+    $("waiting").textContent = sum("fastattn_waiting");
+    $("pages").textContent = `${sum("fastattn_pages_held")} of ${sum("fastattn_pages")}`;
     if (last) $("rate").textContent = Math.max(0, 1000 * (made - last.made) / (now - last.now)).toFixed(1);
     last = { made, now };
   } catch (error) {
@@ -375,7 +386,7 @@ async function run(event) {
   say("");
   $("progress").textContent = "";
   try {
-    await (current().task === "text-generation" ? generate() : predict());
+    await (current().task === "generate" ? generate() : predict());
   } catch (error) {
     if (error.name === "AbortError") $("progress").textContent += ", stopped";
     else say(error.message);
@@ -395,7 +406,7 @@ function onArrows(id, move) {
 $("form").addEventListener("submit", run);
 $("stop").addEventListener("click", () => state.abort?.abort());
 $("model").addEventListener("change", chooseModel);
-$("key").addEventListener("change", start);
+$("key-form").addEventListener("submit", (event) => { event.preventDefault(); start(); });
 $("attend").addEventListener("click", attend);
 onArrows("tokens", (down, right) => chooseToken(state.chosen + down + right));
 onArrows("maps", (down, right) => chooseMap(state.layer + down, state.head + right));
