@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from fastattn.serve import completions, pooling
+from fastattn.serve import completions, page, pooling
 from fastattn.serve import schemas as bodies
 from fastattn.serve.errors import ApiError
 from fastattn.serve.http import Guard, error_response, read_body
@@ -91,6 +91,8 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         post(path, bodies.RerankBody, Encoder, pooling.rerank)
     post("/classify", bodies.ClassifyBody, Encoder, pooling.classification)
     post("/predict", bodies.PredictBody, Encoder, pooling.prediction)
+    post("/attention", bodies.AttentionBody, (Decoder, Encoder), page.attention)
+    app.router.routes.extend(page.routes())
 
     @app.post("/tokenize")
     async def _tokenize(http: HttpRequest) -> Response:

@@ -21,7 +21,8 @@ from fastattn.serve.metrics import Metrics
 
 log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
-OPEN_PATHS = ("/health", "/ready", "/metrics")  # of monitors, which show no key
+# Of monitors and of the page's files, which show no key.
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
 
 async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Parsed:
