@@ -70,7 +70,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
             raise ApiError(400, f"model: {name} is none that {needed}", param="model")
         return model
 
-    def post(path: str, body: type[Parsed], kind: type[Any], work: Callable[..., Awaitable[Any]]) -> None:
+    def post(path: str, body: type[Parsed], kind: Any, work: Callable[..., Awaitable[Any]]) -> None:
         async def endpoint(http: HttpRequest) -> Any:
             parsed: Any = await read_body(http, body, limits.max_body)
             result = await work(http, parsed, chosen(parsed.model, kind), limits)

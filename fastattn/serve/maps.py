@@ -49,7 +49,7 @@ def attention_maps(
         most = min(MAX_TOKENS, max_tokens(model, tokenizer))
         (row,) = tokenizer.encode([text if text_pair is None else (text, text_pair)], most)
         ids, cut = row.ids, row.cut
-        tokens = [tokenizer.core.id_to_token(i) for i in ids]
+        tokens = [tokenizer.core.id_to_token(i) or "" for i in ids]
         model = (
             model if isinstance(model, Bert) else model.bert
         )  # weights are the encoder's, whatever the head
