@@ -18,13 +18,13 @@ def shakespeare(name: str, minutes: float, layers: int, width: int, goal: float)
         "--train", "{files}/train.txt", "--model", "nano", "--data.tokenizer=characters", "--data.dev_fraction=0.02",
         "--task.packing=stream", "--task.max_length=256", "--model.n_positions=256", "--model.positions=rotary",
         f"--model.n_layer={layers}", f"--model.n_embd={width}", f"--model.n_head={width // 64}",
-        "--train.batch_size=16", "--train.warmup_steps=100", "--train.max_epochs=1000", "--train.min_lr_ratio=0.0",
-        "--train.beta2=0.99", "--train.eval_every=250", "--train.save_every=1000000",
+        "--train.batch_size=8", "--train.warmup_steps=50", "--train.max_epochs=1000", "--train.min_lr_ratio=0.0",
+        "--train.beta2=0.99", "--train.eval_every=500", "--train.save_every=1000000",
         f"--train.max_seconds={{seconds:{minutes / whole:.5f}}}",
     )  # fmt: skip
     tests = ("--data", "{files}/test.txt", "--option", "max_length=256", "--option", "stride=128")
     kinds = {
-        "Muon": ("--train.optimizer=muon", "--train.muon_lr=0.01", "--train.lr=3e-3"),
+        "Muon": ("--train.optimizer=muon", "--train.muon_lr=0.02", "--train.lr=2e-3"),
         "AdamW": ("--train.lr=3e-3",),
     }
     steps: list[Step] = []
