@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -79,8 +81,21 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the memory order of `like`, copied only where it has another."""
     if tensor.is_contiguous() and like.is_contiguous():
         return tensor
-    wanted = empty_in_order(like, tuple(tensor.shape))
-    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)
+    shape = tuple(tensor.shape)
+    if tensor.stride() == strides_in_order(like.stride(), shape):
+        return tensor
+    return empty_in_order(like, shape).copy_(tensor)
+
+
+@lru_cache(maxsize=1024)
+def strides_in_order(of_like: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of `empty_in_order` for a tensor of these strides and a shape."""
+    outer = sorted(range(len(shape) - 1), key=of_like.__getitem__, reverse=True)
+    strides, step = [0] * len(shape), 1
+    for dim in (len(shape) - 1, *reversed(outer)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def passes_32_bits(*tensors: Tensor | None) -> bool:

@@ -170,7 +170,7 @@ def test_labels_stand_within_the_picture(monkeypatch: pytest.MonkeyPatch) -> Non
         ((weights(), TOKENS), {"layer": 2}, ValueError, "layer: got 2, needs -2 to 1"),
         ((weights(), TOKENS), {"head": -4}, ValueError, "head: got -4, needs -3 to 2"),
         ((weights(), TOKENS), {"head": "1"}, TypeError, "head: got '1', needs an integer or a list"),
-        ((weights(), TOKENS), {"layer": []}, ValueError, "layer: got none"),
+        ((weights(), TOKENS), {"layer": []}, ValueError, "layer: got an empty list"),
         ((weights(), TOKENS), {"path": "maps.pdf"}, ValueError, "path: got 'maps.pdf', needs a name"),
         ((None, TOKENS), {}, TypeError, "attentions: needs a tensor for each layer"),
         (((torch.ones(2, 3, 5, 5),), TOKENS), {}, ValueError, r"attentions\[0\]: got shape \(2, 3, 5, 5\)"),

@@ -17,7 +17,7 @@ COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
 
-WORTH = 0.95  # of the time of the product for all rows: what is not faster than that is noise
+WORTH = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
 
 Product = Callable[[Tensor], Tensor]
 Choice = tuple[tuple[int | None, str], ...]
@@ -78,7 +78,7 @@ def table() -> Iterator[str]:
 
 @torch.no_grad()
 def fastest(dtype: torch.dtype) -> Choice:
-    """Up to how many rows which of `fastattn.nn.rows.PRODUCTS` is the fastest over all sizes."""
+    """The fastest of `fastattn.nn.rows.PRODUCTS` over all sizes, for each range of numbers of rows."""
     from fastattn import torch_compat
     from fastattn.nn.rows import PRODUCTS
 
@@ -106,7 +106,7 @@ def chosen(totals: dict[str, list[float]]) -> Choice:
 
 
 def write(path: Path, instructions: str, choices: dict[str, Choice]) -> None:
-    """Put one CPU's choices into the table, in place of those that it had."""
+    """Replace one CPU's choices in the table."""
     from fastattn.nn.rows_table import FASTEST
 
     table = dict(sorted({**FASTEST, instructions: choices}.items()))

@@ -131,6 +131,14 @@ def results(
     return out, None if lse is None else lse.view(batch, num_heads, count)
 
 
+def in_one_product(key: Tensor, value: Tensor, dtype: torch.dtype, elements: int) -> bool:
+    """Whether `results` gives a batch to `products` as a whole, where no kernel of one thread takes it."""
+    few = dtype != accumulation_dtype(dtype) and elements <= FEW_ELEMENTS
+    if few or key.shape[0] == 1:
+        return not few
+    return not halves(key.shape[1], elements) and batch_merges(key) and batch_merges(value)
+
+
 def merged(tensor: Tensor) -> Tensor:
     """(B, Hkv, S, D) with unit last stride, whose batch and heads are one dimension to a view, as (B * Hkv, S, D)."""
     batch, heads, seqlen, dim = tensor.shape
