@@ -46,7 +46,7 @@ ARROWS = {
     "generation": {"constants", "integers", "nn", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},
     "data": {"integers", "cache", "constants"},
-    "train": {"cache", "constants", "plot", "data", "models", "nn", "ops", "tasks"},
+    "train": {"cache", "constants", "integers", "plot", "data", "models", "nn", "ops", "tasks"},
     "console": set(),
     "doctor": {"", "backends", "extension", "versions"},
     "demo_grid": {"", "reference"},
