@@ -182,7 +182,19 @@ def load_config(
         ConfigError: the file is missing or not a mapping of sections, a section or key is unknown (the message has the
             nearest name) or ambiguous, a required option is missing, or a value has the wrong type or range.
     """
-    values: dict[str, dict[str, Any]] = {name: dict((defaults or {}).get(name, {})) for name in sections}
+    given = given_options(sections, file=file, overrides=overrides)
+    start = {name: (defaults or {}).get(name, {}) for name in sections}
+    return {name: _build(kind, name, {**start[name], **given[name]}) for name, kind in sections.items()}
+
+
+def given_options(
+    sections: Mapping[str, type],
+    *,
+    file: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """The options that a file and overrides set, by section, converted to their types; as `load_config` reads them."""
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     if file is not None:
         for name, options in _read_yaml(Path(file)).items():
             _known(name, sections, f"{file}: section")
@@ -194,7 +206,7 @@ def load_config(
     for word in overrides:
         name, key, written = _parse_override(word, sections)
         values[name][key] = _convert(written, _hint(sections[name], key, name), f"--{name}.{key}", text=True)
-    return {name: _build(kind, name, values[name]) for name, kind in sections.items()}
+    return values
 
 
 def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -230,8 +230,7 @@ def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: i
     steps: dict[str, Any] = {"eval_every": epoch, "save_every": epoch}
     if "lr" not in task.DEFAULTS:
         steps["lr"] = learning_rate(model.config.hidden_size)
-    if total is not None:
-        steps["warmup_steps"] = round(WARMUP * total)
+    steps["warmup_steps"] = round(WARMUP * (epoch if total is None else total))
     return _sections(inputs, task, preset, steps)
 
 

@@ -17,7 +17,7 @@ from fastattn.models import GPT, BertConfig, GPTConfig
 from fastattn.models.bert_config import PRESETS as ENCODERS
 from fastattn.models.config import PRESETS as DECODERS
 from fastattn.models.lora import ALL_LINEAR
-from fastattn.train.config import ConfigError, TrainConfig, load_config
+from fastattn.train.config import ConfigError, TrainConfig, given_options, load_config
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def read_sections(
     Args:
         task: gives the section "task" its type.
         preset: the name of the model's preset; only a preset has a section "model".
-        defaults: of TrainConfig.
+        defaults: of TrainConfig. The default of max_epochs is used only if neither max_steps nor max_seconds is given.
 
     Raises:
         ConfigError: as `load_config`, and for an option out of range.
@@ -142,11 +142,14 @@ def read_sections(
         "clean": CleaningConfig,
         "lora": LoraConfig,
     }
-    start: dict[str, Mapping[str, Any]] = {"train": defaults}
+    start: dict[str, Mapping[str, Any]] = {}
     if preset is not None:
         kinds["model"], rows = presets_of(task)
         start["model"] = rows[preset]
     try:
+        given = given_options(kinds, file=file, overrides=overrides)["train"]
+        limited = any(given.get(name) is not None for name in ("max_steps", "max_seconds"))
+        start["train"] = {**defaults, "max_epochs": None} if limited else defaults
         found = load_config(kinds, file=file, overrides=overrides, defaults=start)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):

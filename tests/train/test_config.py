@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastattn.tasks import causal_lm
 from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
+from fastattn.train.task_config import read_sections
 
 
 @dataclass
@@ -199,3 +201,22 @@ def test_every_option_can_be_overridden():
         value = getattr(defaults, field.name)
         if field.name != "output_dir":
             assert load(f"--train.{field.name}={value}")["train"] == defaults
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs"),
+    [
+        ((), 1.0),
+        (("--train.max_seconds=300",), None),
+        (("--train.max_steps=7",), None),
+        (("--train.max_steps=null",), 1.0),
+        (("--train.max_seconds=300", "--train.max_epochs=2"), 2.0),
+    ],
+)
+def test_a_task_s_epochs_hold_where_no_other_limit_is_given(
+    words: tuple[str, ...], epochs: float | None
+) -> None:
+    """A run of 300 seconds ended after one epoch, 75 seconds in."""
+    defaults = {**causal_lm.DEFAULTS, "output_dir": "run"}
+    sections = read_sections(causal_lm, preset=None, file=None, overrides=words, defaults=defaults)
+    assert sections.train.max_epochs == epochs
