@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="a source distribution has no .github")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".github").exists(), reason="a source distribution has no .github"
+)
 TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 

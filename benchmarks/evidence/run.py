@@ -154,7 +154,7 @@ def _environment(dry: bool) -> dict[str, str]:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Run the chosen sections, print and store what they found; 0 if no section that ran failed."""
+    """Run the chosen sections, print and store their findings; 0 if no section that ran failed."""
     import torch
 
     options.out.mkdir(parents=True, exist_ok=True)

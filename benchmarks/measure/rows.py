@@ -50,7 +50,7 @@ def times(product: Product, width: int, dtype: torch.dtype) -> list[float]:
 
 
 def same_at_every_place(product: Product, count: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a row of a block of `count` has the same bits at every place and beside any other rows."""
+    """Whether a row has the same bits at every place of a block of `count` rows, whatever the other rows hold."""
     x = torch.randn(count, width).to(dtype)
     whole = product(x)
     for shift in range(count):
