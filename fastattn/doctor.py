@@ -171,6 +171,6 @@ def _backends() -> list[dict[str, Any]]:
     return [{"name": n, "available": why is None, "reason": why} for n, why in backends.available()]
 
 
-def _run(*command: str, stderr: bool = False) -> str:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-    return done.stderr if stderr else done.stdout
+    return done.stdout

@@ -23,6 +23,7 @@ STYLE: Any = {
 }
 METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 MARKS = ".ox+#"  # markers of a text chart's series, in order
+CHART_CELLS = (64, 10)  # columns and rows of a text chart
 
 MAX_FIGURE = 60.0  # inches, of the longer side of a figure of attention maps
 SHOWN_TOKENS = 64  # most tokens for which an axis has labels
@@ -212,12 +213,11 @@ def _even_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def text_chart(
-    series: Mapping[str, Sequence[Point]], x_label: str, *, width: int = 64, height: int = 10
-) -> str:
+def text_chart(series: Mapping[str, Sequence[Point]], x_label: str) -> str:
     """A chart of text characters for a terminal; where points coincide, later series overwrite earlier ones."""
     points = [point for curve in series.values() for point in curve]
     xs, ys = zip(*points)
+    width, height = CHART_CELLS
     grid = [[" "] * width for _ in range(height)]
     for mark, curve in zip(MARKS, series.values()):
         for x, y in curve:

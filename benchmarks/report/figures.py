@@ -11,6 +11,7 @@ import torch
 from report.schema import Result, dtype_name
 
 MOST_BARS = 60
+OURS = "fastattn"  # prefix of the providers that are ours
 FLOOR = "floor-"  # prefix of rows that are lower bounds, not providers
 MEDIAN_SPEED = {"swap": 1.0}  # by bench: the least median of the speeds of all its cases
 
@@ -20,9 +21,9 @@ def row_of(case: Result, provider: str) -> Result | None:
     return next((r for r in case["rows"] if r["provider"] == provider and r["status"] == "ok"), None)
 
 
-def best_ours(case: Result, ours: str = "fastattn") -> Result | None:
+def best_ours(case: Result) -> Result | None:
     """Our fastest row."""
-    rows = [r for r in case["rows"] if r["status"] == "ok" and r["provider"].startswith(ours)]
+    rows = [r for r in case["rows"] if r["status"] == "ok" and r["provider"].startswith(OURS)]
     return min(rows, key=lambda r: r["time_ms"]["median"], default=None)
 
 
@@ -30,7 +31,7 @@ def ours_of(case: Result) -> Result | None:
     """Our row that is compared: the target's, else the call without a named backend, else our fastest."""
     target = case["target"]
     named = row_of(case, target["provider"]) if target else None
-    return named or row_of(case, "fastattn") or best_ours(case)
+    return named or row_of(case, OURS) or best_ours(case)
 
 
 def host_us(row: Result | None) -> float | None:
@@ -57,9 +58,9 @@ def peer_of(case: Result) -> Result | None:
     return named or best_peer(case)
 
 
-def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
+def best_peer(case: Result) -> Result | None:
     """The fastest row that is neither ours nor a floor (work that every provider has to do)."""
-    others = [r for r in case["rows"] if not r["provider"].startswith((ours, FLOOR))]
+    others = [r for r in case["rows"] if not r["provider"].startswith((OURS, FLOOR))]
     peers = [r for r in others if r["status"] == "ok"]
     return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
 

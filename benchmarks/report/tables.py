@@ -94,9 +94,13 @@ def refreshed(page: Path) -> str:
     return MARKER.sub(lambda found: found[1] + table_of(found[2], language) + found[4], _read(page))
 
 
-def result_files(results: Path | None = None) -> list[Path]:
-    """Every stored result."""
-    return sorted((results or schema.RESULTS).glob("*/*.json"))
+TASKS = "tasks"  # the folder of the records of trained models
+
+
+def result_files() -> list[Path]:
+    """Every stored result of a bench; records of trained models are `trained.page`'s."""
+    found = schema.RESULTS.glob("*/*.json")
+    return sorted(path for path in found if path.parent.name != TASKS)
 
 
 def conditions(result: Result, words: Words | None = None) -> str:

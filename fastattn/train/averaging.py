@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastattn.train.sharding import own_part
+
 
 class Averaged:
     """The moving average of a model's trained weights; an update gives decay * average + (1 - decay) * weights.
@@ -28,7 +30,7 @@ class Averaged:
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the weights after a step."""
-        self._update(self.values, [_wide(p) for p in self.parameters], 1)
+        self._update(_parts(self.values), _parts([_wide(p) for p in self.parameters]), 1)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -43,7 +45,7 @@ class Averaged:
     def _exchange(self) -> None:
         held = [_wide(p).clone() for p in self.parameters]
         for parameter, value in zip(self.parameters, self.values):
-            parameter.copy_(value)
+            own_part(parameter.detach()).copy_(own_part(value))
         self.values = held
 
     def load(self, values: list[Tensor]) -> None:
@@ -57,7 +59,11 @@ class Averaged:
         if shapes != needed:
             raise ValueError(f"averages of {len(shapes)} tensors do not fit this model's {len(needed)}")
         for mine, value in zip(self.values, values):
-            mine.copy_(value)
+            own_part(mine).copy_(own_part(value))
+
+
+def _parts(tensors: list[Tensor]) -> list[Tensor]:
+    return [own_part(tensor) for tensor in tensors]
 
 
 def _wide(parameter: Tensor) -> Tensor:

@@ -37,7 +37,14 @@ class Batches:
         Raises:
             TypeError: the collated batch is not a dict with "labels".
         """
-        batch = self.collate([data[index] for index in indices])
+        return self.moved(self.collate([data[index] for index in indices]))
+
+    def moved(self, batch: Batch) -> Batch:
+        """A collated batch on the device.
+
+        Raises:
+            TypeError: it is no dict with "labels".
+        """
         if not isinstance(batch, dict) or "labels" not in batch:
             raise TypeError('train_data, dev_data: a collated batch must be a dict of tensors with "labels"')
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}

@@ -25,7 +25,7 @@ from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
 from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.config import ConfigError
-from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weights, read_checkpoint
+from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
@@ -65,7 +65,6 @@ class RunDirectory:
         self.path = Path(path)
         self.overwrite = overwrite
         self.passed_over: dict[str, str] = {}  # a checkpoint's name -> its fault
-        self._model = model
         for name, text in (("output_dir", str(self.path)), ("resume", resume)):
             if "\0" in text:
                 raise ConfigError(f"{name}: got {text!r}, needs a path without a zero byte")
@@ -74,10 +73,8 @@ class RunDirectory:
         _check_writable(self.path)
         if resume != "never":
             self._put_back()
-        self.resume_from = self._find_checkpoint(resume)
-        restarts = (
-            resume == "auto" and (self.path / LOG).exists()
-        )  # a run that was stopped before its first checkpoint
+        self.resume_from = self._find_checkpoint(resume, model)
+        restarts = resume == "auto" and (self.path / LOG).exists()  # stopped before its first checkpoint
         if not (restarts or overwrite or self._resumes_here()) and self._holds_run():
             raise ConfigError(
                 f'output_dir: {self.path} already holds a run; resume it with resume="auto", '
@@ -96,14 +93,14 @@ class RunDirectory:
         names = (LOG, STATE, WEIGHTS, "config.json")
         return bool(self.checkpoints()) or any((self.path / name).exists() for name in names)
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
+    def _find_checkpoint(self, resume: str, model: nn.Module | None) -> Path | None:
         if resume == "never":
             return None
         if resume == "auto":
-            return self._newest_complete()
+            return self._newest_complete(model)
         checkpoint = Path(resume)
         try:
-            self._check(checkpoint)
+            check(checkpoint, model)
         except DamagedCheckpoint as error:
             raise ConfigError(f"resume: {error}") from None
         return checkpoint
@@ -116,11 +113,11 @@ class RunDirectory:
                 with contextlib.suppress(FileNotFoundError):  # another process has restored it
                     aside.rename(final)
 
-    def _newest_complete(self) -> Path | None:
+    def _newest_complete(self, model: nn.Module | None) -> Path | None:
         """The newest complete checkpoint; None where there is no checkpoint at all."""
         for checkpoint in reversed(self._numbered()):
             try:
-                self._check(checkpoint)
+                check(checkpoint, model)
             except DamagedCheckpoint as error:
                 self.passed_over[checkpoint.name] = str(error)
                 continue
@@ -131,10 +128,6 @@ class RunDirectory:
                 + "; ".join(self.passed_over.values())
             )
         return None
-
-    def _check(self, checkpoint: Path) -> None:
-        read_checkpoint(checkpoint)
-        check_weights(checkpoint, self._model)
 
     def _numbered(self) -> list[Path]:
         """Folders named as checkpoints, oldest first."""
@@ -185,19 +178,19 @@ class RunDirectory:
             ):
                 (self.path / name).unlink(missing_ok=True)
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
-        """Write checkpoint-`step` through `write(folder)`, then delete all but the newest `keep`."""
-        final = self.path / f"checkpoint-{step}"
-        folder = self.path / f"{UNFINISHED}{final.name}"
+    def begin_checkpoint(self, step: int) -> Path:
+        """A new folder for the files of checkpoint-`step`, which is none before `end_checkpoint`."""
+        folder = self.path / f"{UNFINISHED}checkpoint-{step}"
         delete(folder)
         folder.mkdir()
-        try:
-            write(folder)
-            publish(folder, final)
-            self.passed_over.pop(final.name, None)
-        except BaseException:
-            delete(folder)
-            raise
+        return folder
+
+    def end_checkpoint(self, folder: Path, write: Callable[[Path], None], keep: int) -> Path:
+        """Complete a checkpoint by `write(folder)` and give it its name, then delete all but the newest `keep`."""
+        final = self.path / folder.name.removeprefix(UNFINISHED)
+        write(folder)
+        publish(folder, final)
+        self.passed_over.pop(final.name, None)
         for old in self.checkpoints()[:-keep]:
             if old != final:
                 delete(old)

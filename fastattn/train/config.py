@@ -20,6 +20,8 @@ from fastattn.cache import write_atomically
 from fastattn.train.optim import OptimizerName, Schedule
 from fastattn.train.trackers import Tracker
 
+Sharded = Literal["ddp", "fsdp"]
+
 
 class ConfigError(ValueError):
     """An option is unknown, of the wrong type or out of range, or the output directory cannot be used."""
@@ -36,6 +38,10 @@ class TrainConfig:
             that is ahead of the steps, so that the schedule is complete at the end; such a run is not reproducible.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
+        sharding: of a model trained by several processes: with "ddp" each has all of it, with "fsdp" a part of each
+            parameter, gradient and moment (FSDP2, fully_shard), and checkpoints are torch.distributed.checkpoint's.
+        loader_workers: processes that make batches ahead of the training process; 0 makes them in it. With workers,
+            collate's draws go by the seed and the batch's place in the run, whatever their number.
         optimizer: "adamw", or "muon" on the matrices of the model's blocks with AdamW on the rest.
         lr, warmup_steps, schedule, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then
             falls to lr * min_lr_ratio at the end: along a cosine, linearly, or with "wsd" linearly over the last
@@ -77,6 +83,8 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int = 16
     accumulate: int = 1
+    sharding: Sharded = "ddp"
+    loader_workers: int = 0
     optimizer: OptimizerName = "adamw"
     lr: float = 3e-4
     schedule: Schedule = "cosine"
@@ -120,9 +128,17 @@ class TrainConfig:
             raise ConfigError("max_steps, max_epochs, max_seconds: none is set, needs at least one")
         if self.patience is not None and self.eval_every is None:
             raise ConfigError("patience: needs eval_every, because it counts evaluations")
+        if self.sharding == "fsdp" and self.optimizer == "muon":
+            raise ConfigError(
+                "optimizer: muon needs whole matrices, sharding=fsdp splits them over processes; optimizer=adamw "
+                "works, and so does sharding=ddp"
+            )
+        if self.sharding == "fsdp" and self.compile:
+            raise ConfigError("compile: is not supported with sharding=fsdp; it is with sharding=ddp")
 
 
 MAX_COUNT = 2**63 - 1  # of steps, rows and other counts
+MAX_WORKERS = 1024  # processes that load batches
 MAX_SEED = 2**64 - 2**32  # a generator's seed has 64 bits; each process adds its rank
 
 _COUNT = (lambda v: 1 <= v <= MAX_COUNT, f"an integer of at least 1, at most {MAX_COUNT}")
@@ -141,7 +157,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has a 
     **dict.fromkeys(
         ("compile", "deterministic", "overwrite", "precision", "on_nonfinite", "optimizer"), _ANY
     ),
-    **dict.fromkeys(("schedule", "activation_checkpointing", "trackers"), _ANY),
+    **dict.fromkeys(("schedule", "activation_checkpointing", "trackers", "sharding"), _ANY),
+    "loader_workers": (lambda v: 0 <= v <= MAX_WORKERS, f"an integer of at least 0, at most {MAX_WORKERS}"),
     "decay_ratio": (lambda v: 0 < v <= 1, "a number within (0, 1]"),
     "warmup_steps": (lambda v: 0 <= v <= MAX_COUNT, "an integer of at least 0"),
     "seed": (lambda v: 0 <= v <= MAX_SEED, f"an integer of at least 0, at most {MAX_SEED}"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,22 @@ class Distributed:
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises on the first process, on all; the others do not call it."""
+        if not self.active:
+            return work()
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                outcome = (None, error)
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        result: T = value
+        return result
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of ranks, on the first; on others only their own value."""

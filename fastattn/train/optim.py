@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastattn.train.sharding import is_sharded
+
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerName = Literal["adamw", "muon"]
 
@@ -62,7 +64,7 @@ def build_optimizer(
         raise ValueError(
             "optimizer: muon needs trainable matrices in blocks (an nn.ModuleList), this model has none; use adamw"
         )
-    if any(_is_sharded(p) for p in matrices):
+    if any(is_sharded(p) for p in matrices):
         raise ValueError(
             "optimizer: muon needs whole matrices, this model's are sharded over processes; use adamw"
         )
@@ -207,11 +209,3 @@ def _adamw(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=fused
     )
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)

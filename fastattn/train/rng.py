@@ -21,6 +21,11 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
+def seed_at(*place: int) -> int:
+    """A seed for a place of a run, given as integers of at least 0: different places have unrelated ones."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """The generators' states, that of `device` included, in types that torch.load(weights_only=True) takes."""
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002

@@ -15,12 +15,14 @@ from torch.utils.data import default_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
+from fastattn.models.checkpoint.swap import delete
 from fastattn.train.arguments import check_arguments, check_evaluation
 from fastattn.train.batches import Batch, Batches, Examples
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
 from fastattn.train.config import ConfigError, TrainConfig, save_config, step_limit
 from fastattn.train.distributed import Distributed, usable_device, usable_dtype
 from fastattn.train.evaluating import Evaluator, is_gain
+from fastattn.train.loading import WorkerBatches
 from fastattn.train.log import Record, RunLog
 from fastattn.train.metrics import (
     LOSS,
@@ -40,6 +42,7 @@ from fastattn.train.rng import (
     seed_all,
     seeded,
 )
+from fastattn.train.sharding import Sharding
 from fastattn.train.signals import StopRequest
 from fastattn.train.snapshot import Snapshot
 from fastattn.train.state import FitResult, TrainState
@@ -54,7 +57,7 @@ class Trainer:
     is weighted by its number of labels that are not -100, so the gradient is that of one large batch. On a CPU with
     the same number of threads, and on CUDA with deterministic=True, a run is reproducible from its seed, and one that
     was stopped and resumed ends with the same bits as one that was not. Under torchrun the model trains as
-    DistributedDataParallel.
+    DistributedDataParallel, or with sharding="fsdp" by FSDP2.
 
     Args:
         model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
@@ -64,8 +67,8 @@ class Trainer:
         train_data: items by index; collated, a dict of tensors with "labels".
         dev_data: the same, held out; None means no evaluation.
         tokenizer: saved with the model.
-        collate: makes a batch from a list of items. It runs in this process, so that random numbers from torch's,
-            Python's or NumPy's global generator are reproducible.
+        collate: makes a batch from a list of items. It runs in this process, or in one of loader_workers; random
+            numbers from torch's, Python's or NumPy's global generator are reproducible.
         display: shows the progress; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
         evaluate_with: returns metrics of the model at each evaluation, as {"accuracy": 0.9}, in addition to its loss on
@@ -109,15 +112,19 @@ class Trainer:
             raise ConfigError(f"trackers: {lacking} is not installed")
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
-        self.directory = RunDirectory(
-            config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
+        self.distributed = Distributed(self.device)
+        self.directory = self.distributed.on_first(
+            lambda: RunDirectory(
+                config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
+            )
         )
         self.directory.check_space(model, config.keep_checkpoints, averaged=config.ema_decay is not None)
+        sharded = config.sharding == "fsdp" and self.distributed.active
+        self.sharding = Sharding(model, self.device) if sharded else None
         self.model = model.to(self.device)
         self.train_data, self.dev_data = train_data, dev_data
         self.tokenizer = tokenizer
         self.batches = Batches(collate, self.device)
-        self.distributed = Distributed(self.device)
         rank, world_size = self.distributed.rank, self.distributed.world_size
         self.sampler = IndexSampler(len(train_data), config.seed, rank=rank, world_size=world_size)
         self.max_steps = step_limit(config, len(train_data), world_size)
@@ -127,10 +134,22 @@ class Trainer:
         self.log = RunLog(None, resume_step=None)
         self.state = TrainState()
         self._compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-        parallel = self.distributed.wrap(self._compiled, self.device)
-        self.objective = Objective(model, parallel, self.device, self.dtype, self.distributed, self._warn)
+        if self.sharding is not None:
+            parallel = self._compiled = self.sharding.root
+        else:
+            parallel = self.distributed.wrap(self._compiled, self.device)
+        self.objective = Objective(
+            model, parallel, self.device, self.dtype, self.distributed, self._warn, sharded=sharded
+        )
         self.evaluator = Evaluator(
-            model, self._compiled, config, self.objective, self.batches, self.distributed, evaluate_with
+            model,
+            self._compiled,
+            config,
+            self.objective,
+            self.batches,
+            self.distributed,
+            evaluate_with,
+            self.sharding,
         )
         self.updates = Updates(model, config, self.objective)
         self.optimizer, self.averaged = self.updates.optimizer, self.updates.averaged
@@ -151,6 +170,7 @@ class Trainer:
         self._counted_flops: float | None = None  # per token
         self._shown: dict[str, float] = {}
         self._trackers: Trackers | None = None
+        self._loader: WorkerBatches | None = None
         self._started = time.monotonic()
         self._used = False
 
@@ -168,6 +188,8 @@ class Trainer:
         try:
             return self._fit()
         finally:
+            if self._loader is not None:
+                self._loader.close()
             if self._trackers is not None:
                 self._trackers.close()
 
@@ -175,6 +197,16 @@ class Trainer:
         config = self.config
         with StopRequest() as stop, deterministic_algorithms(config.deterministic, self.device):
             self._begin()
+            if config.loader_workers:
+                self._loader = WorkerBatches(
+                    self.train_data,
+                    self.batches.collate,
+                    self.sampler,
+                    config.batch_size,
+                    config.seed,
+                    config.loader_workers,
+                    pin=self.device.type == "cuda",
+                )
             self.display.start(self._progress())
             try:
                 with recomputing(self.model, config.activation_checkpointing):
@@ -239,7 +271,8 @@ class Trainer:
     def _flops_per_token(self, batch: Batch) -> float:
         """Floating-point operations of a training step for a token, counted once, on some batch."""
         if self._counted_flops is None:
-            counted = training_flops(self.model, lambda: self.objective.loss(self.model, batch), batch)
+            model = self.model if self.sharding is None else self.sharding.root
+            counted = training_flops(self.model, lambda: self.objective.loss(model, batch), batch)
             self._counted_flops = counted / max(count_tokens(batch), 1)
         return self._counted_flops
 
@@ -258,7 +291,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         if source is not None:
-            self.state = self.snapshot.load(source)
+            self.state, processes = self.snapshot.load(source)
         if self.distributed.is_main:
             self.directory.prepare()
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
@@ -270,6 +303,12 @@ class Trainer:
         self._started = time.monotonic() - self.state.seconds
         for reason in self.directory.passed_over.values():
             self._warn(f"a damaged checkpoint was skipped and left in place: {reason}")
+        if source is not None and processes != self.distributed.world_size:
+            here = self.distributed.world_size
+            self._warn(
+                f"the checkpoint is of {processes} process(es), this run has {here}: "
+                "dropout and other random draws go on from new generators"
+            )
         if source is not None:
             self.display.note(f"resumed at step {self.state.step} from {source}")
         elif self.dev_data is not None:
@@ -317,7 +356,10 @@ class Trainer:
         by_time = self.max_steps and config.max_seconds
         step = max(state.step, progress * self.max_steps) if by_time and self.max_steps else state.step
         indices = [self.sampler.next_batch(config.batch_size) for _ in range(config.accumulate)]
-        batches = [self.batches.of(self.train_data, part) for part in indices]
+        if self._loader is not None:
+            batches = [self.batches.moved(next(self._loader)) for _ in indices]
+        else:
+            batches = [self.batches.of(self.train_data, part) for part in indices]
         if self._peak_flops:
             self._flops_per_token(batches[0])
         update = self.updates.take(batches, step, progress)
@@ -404,7 +446,7 @@ class Trainer:
             self._save_model()
         else:
             state.evaluations_without_gain += 1
-        if self.show_with is not None and self.distributed.is_main:
+        if self.show_with is not None:
             self._show(self.show_with)
 
     def _show(self, show_with: Callable[[nn.Module], str]) -> None:
@@ -413,23 +455,37 @@ class Trainer:
         self.log.add("sample", self.state.step, text=text)
         self.display.note(text)
 
+    def whole_model(self) -> nn.Module:
+        """The model with all its parameters: itself, or of a sharded one a copy on the CPU of the first process.
+
+        All processes call it together; those besides the first get the sharded model back.
+        """
+        if self.sharding is None:
+            return self.model
+        return self.sharding.gathered(self.distributed.is_main) or self.model
+
     def _save_model(self) -> None:
-        if self.distributed.is_main:
-            with self._averaged_in_place():
-                self.directory.save_model(self.model, self.tokenizer)
+        with self._averaged_in_place():
+            model = self.whole_model()
+            self.distributed.on_first(lambda: self.directory.save_model(model, self.tokenizer))
 
     def _save(self) -> Path:
         """Write a checkpoint; without dev_data the newest model is also saved in the output directory."""
         self.state.seconds = self._seconds()
         generators = self.snapshot.generators()
-        step, path = self.state.step, self.directory.path
-        if self.distributed.is_main:
-            self.directory.save_checkpoint(
-                step,
-                lambda folder: self.snapshot.write(folder, self.state, generators),
-                self.config.keep_checkpoints,
+        on_first, keep = self.distributed.on_first, self.config.keep_checkpoints
+        folder = on_first(lambda: self.directory.begin_checkpoint(self.state.step))
+        try:
+            self.snapshot.write_shards(folder)
+            final = on_first(
+                lambda: self.directory.end_checkpoint(
+                    folder, lambda place: self.snapshot.write(place, self.state, generators), keep
+                )
             )
+        except BaseException:
+            if self.distributed.is_main:
+                delete(folder)
+            raise
         if self.dev_data is None:
             self._save_model()
-        self.distributed.barrier()
-        return path / f"checkpoint-{step}"
+        return final
