@@ -17,7 +17,7 @@ COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
 
-WORTH = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
+NOTICEABLE_RATIO = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
 
 Product = Callable[[Tensor], Tensor]
 Choice = tuple[tuple[int | None, str], ...]
@@ -50,7 +50,7 @@ def times(product: Product, width: int, dtype: torch.dtype) -> list[float]:
 
 
 def same_at_every_place(product: Product, count: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a row of a block of `count` has the same bits at every place and beside any other rows."""
+    """Whether a row has the same bits at every place of a block of `count` rows, whatever the other rows hold."""
     x = torch.randn(count, width).to(dtype)
     whole = product(x)
     for shift in range(count):
@@ -100,7 +100,7 @@ def chosen(totals: dict[str, list[float]]) -> Choice:
     for place in reversed(range(len(COUNTS) - 1)):
         best = min(totals, key=lambda name: totals[name][place])
         current = line[0][1]
-        if totals[best][place] < WORTH * totals[current][place]:
+        if totals[best][place] < NOTICEABLE_RATIO * totals[current][place]:
             line.insert(0, (COUNTS[place], best))
     return tuple(line)
 

@@ -64,7 +64,7 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
-        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> what is wrong with it
+        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> its fault
         for name, text in (("output_dir", str(self.path)), ("resume", resume)):
             if "\0" in text:
                 raise ConfigError(f"{name}: got {text!r}, needs a path without a zero byte")

@@ -15,7 +15,7 @@ MODULES = {
     "tensorboard": "tensorboard",
     "trackio": "trackio",
     "wandb": "wandb",
-}  # a tracker -> what it imports
+}  # tracker -> the module that it imports
 PROJECT = "fastattn"
 
 
