@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -128,7 +128,7 @@ def save_model(
             (scratch / name).write_bytes(content)
 
     def superseded(name: str) -> bool:
-        stale = name in (WEIGHTS, INDEX, GENERATION) or _SHARD.fullmatch(name) is not None
+        stale = name in (WEIGHTS, INDEX, GENERATION) or SHARD.fullmatch(name) is not None
         return stale or (tokenizer is not None and name in TOKENIZER_FILES)
 
     write_folder(folder, write, superseded=superseded)
