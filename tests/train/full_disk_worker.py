@@ -1,4 +1,4 @@
-"""Run by test_full_disk.py: a short run in which every write of the disk fails once, and goes on where there is space."""
+"""Run by test_full_disk.py: a short run in which each write fails once, and goes on where there is space."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""A disk that fills up at any write: the error names the file, and the run goes on to the same end where there is space."""
+"""A disk that fills up at any write: the error names the file, and the run then goes on to the same end."""
 
 import json
 import os

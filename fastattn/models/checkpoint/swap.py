@@ -179,7 +179,7 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(_newest(path))) from error
     except Exception as error:
         text = " ".join(str(error).split())
-        number = re.search(r"\\(os error (\\d+)\\)", text)
+        number = re.search(r"\(os error (\d+)\)", text)
         if number is None and not re.search(
             r"PytorchStreamWriter failed|file write failed|inline_container|iostream error", text
         ):
