@@ -233,20 +233,25 @@ def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> 
     """
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
     if _has_adapters(model):
-        save_safetensors(model, str(folder / WEIGHTS))
+        _save_weights(model, folder / WEIGHTS)
         save_adapter(model, folder)
     elif isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
     elif save is not None:
         save(folder)
     else:
-        save_safetensors(model, str(folder / WEIGHTS))
+        _save_weights(model, folder / WEIGHTS)
         config = getattr(model, "config", None)
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             text = json.dumps(dataclasses.asdict(config), indent=2)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    with naming(path):  # it is written under a name of safetensors' own first
+        save_safetensors(model, str(path))
 
 
 def read_model(model: nn.Module, folder: Path) -> None:

@@ -51,7 +51,9 @@ ssize_t pwrite64(int fd, const void *from, size_t bytes, off64_t at) {
   return fails("pwrite64", fd) ? -1 : REAL(pwrite64)(fd, from, bytes, at);
 }
 int fsync(int fd) { return fails("fsync", fd) ? -1 : REAL(fsync)(fd); }
-int mkdir(const char *path, mode_t mode) { return fails_at("mkdir", path) ? -1 : REAL(mkdir)(path, mode); }
+int mkdir(const char *path, mode_t mode) {  /* of a folder that is there it says so on any disk */
+  return access(path, F_OK) != 0 && fails_at("mkdir", path) ? -1 : REAL(mkdir)(path, mode);
+}
 int rename(const char *from, const char *to) { return fails_at("rename", to) ? -1 : REAL(rename)(from, to); }
 
 #define OPEN(name)                                            \

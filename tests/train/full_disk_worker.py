@@ -71,14 +71,15 @@ def main(folder, library, sharding, step):
             arm(first, last)
             which = f"{first}..{last}"
             try:
-                run(out, tokenizer, sharding)
+                result = run(out, tokenizer, sharding)
             except OSError as error:
                 if error.errno not in (5, 28) or not str(error.filename).startswith(str(out)):
                     problems.append(f"{which}: {error!r} names {error.filename}")
             except Exception as error:
                 problems.append(f"{which}: {error!r}")
-            else:
-                problems.append(f"{which}: no error")
+            else:  # there was another way
+                if contents(out, result) != wanted:
+                    problems.append(f"{which}: no error, but other files or records")
             if problems and problems[-1].startswith(which):
                 problems[-1] += f" ({disk.full_disk_failed().decode()})"
             arm(0, 0)

@@ -17,6 +17,7 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.models import GPT, GPTConfig
 from fastattn.train import TrainConfig, Trainer
 from fastattn.train.progress import NoDisplay
+from fastattn.train.sharding import own_part
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 SHAPES = {1: (4, 2), 2: (2, 2), 4: (1, 2)}  # processes -> batch_size, accumulate
@@ -82,7 +83,10 @@ def signal_last(trainer):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    """Whether all bits are the same, of whole weights on the first process and of its own parts on each other one."""
+    return one.keys() == other.keys() and all(
+        torch.equal(own_part(one[name]), own_part(other[name])) for name in one
+    )
 
 
 def figures(model):

@@ -16,7 +16,7 @@ from fastattn.models.checkpoint.card import is_generated, model_card
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, INDEX, WEIGHTS
 from fastattn.models.checkpoint.int8 import METHOD, round_layers, with_scales
 from fastattn.models.checkpoint.names import Family, stored, to_file
-from fastattn.models.checkpoint.swap import write_folder
+from fastattn.models.checkpoint.swap import naming, write_folder
 from fastattn.nn.int8 import check_kind
 
 CARD = "README.md"
@@ -168,7 +168,8 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], limit: int) -> None
     for name, members in zip(names, shards, strict=True):
         # a shard's tensors are copied where they have to be, and those copies go before the next one's
         content = {n: tensors[n].cpu().contiguous() for n in members}
-        safetensors.torch.save_file(content, folder / name, metadata={"format": "pt"})
+        with naming(folder / name):
+            safetensors.torch.save_file(content, folder / name, metadata={"format": "pt"})
         del content
     if len(shards) > 1:
         total = sum(_size(tensor) for tensor in tensors.values())
