@@ -60,7 +60,12 @@ def main(folder, kills, seed):
     data = write(folder / "train.jsonl", rows("masked-lm"))
 
     def words(name):
-        options = ["--train.max_steps=12", "--train.batch_size=4", "--train.accumulate=2", "--train.device=cpu"]
+        options = [
+            "--train.max_steps=12",
+            "--train.batch_size=4",
+            "--train.accumulate=2",
+            "--train.device=cpu",
+        ]
         options += ["--train.save_every=2", "--train.eval_every=3", "--train.ema_decay=0.9"]
         options += ["--train.loader_workers=1", "--train.log_every=1", "--resume", "auto"]
         return ["train", "masked-lm", "--train", str(data), "--dev", str(data), "--model", str(encoder), "--out",
@@ -85,7 +90,9 @@ def main(folder, kills, seed):
             assert left(folder / "killed") == left(folder / "straight"), f"after kills at {moments}"
             (folder / "killed").rename(folder / f"ended{ended}")
         out = folder / "killed"
-        steps.append(max((int(p.name[11:]) for p in out.glob("checkpoint-*")), default=0) if out.is_dir() else 0)
+        steps.append(
+            max((int(p.name[11:]) for p in out.glob("checkpoint-*")), default=0) if out.is_dir() else 0
+        )
     assert os.waitpid(start(words("killed")), 0)[1] == 0
     equal = left(folder / "killed") == left(folder / "straight")
     families.load(folder / "killed")
