@@ -96,7 +96,10 @@ class Sharding:
             parameter: Any = self.model.get_parameter(names[0])
             value = parameter.detach().full_tensor()
             if model is not None:
-                made = nn.Parameter(value.cpu(), requires_grad=parameter.requires_grad)
+                own = value.to(
+                    "cpu", copy=True
+                )  # a storage of just its size, which safetensors needs of tied ones
+                made = nn.Parameter(own, requires_grad=parameter.requires_grad)
                 for name in names:
                     _replace(model, name, made)
         if model is not None:

@@ -85,6 +85,8 @@ TAKES: dict[str, set[str]] = {
     "activation_checkpointing": FLAG,
     "ema_decay": OPTIONAL | {"0"},
     "trackers": {"list"},
+    "sharding": set(),
+    "loader_workers": {"0"},
 }
 
 
