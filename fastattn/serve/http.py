@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -138,8 +138,8 @@ class EventStream:
 class Guard:
     """In front of every endpoint: the key, an id for each request, counts, and errors as OpenAI's."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics, paths
         self.key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,7 +169,7 @@ class Guard:
             if not status:
                 await error_response(of_exception(error))(scope, receive, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.answered(route, status, time.monotonic() - started)
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:

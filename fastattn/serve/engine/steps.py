@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -13,8 +14,16 @@ from fastattn.generation.protocol import GenerationError
 from fastattn.models import GPT
 from fastattn.models.paged import PagedDecoder
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
-from fastattn.serve.engine.requests import Continuation, DeadlineError, Output, Request, TokenScore
+from fastattn.serve.engine.requests import (
+    Continuation,
+    DeadlineError,
+    Output,
+    Overloaded,
+    Request,
+    TokenScore,
+)
 
+log = logging.getLogger("fastattn.serve")
 READ_ALONE = 256  # tokens of prompts that a step reads where no continuation waits for one
 
 
@@ -61,6 +70,8 @@ class Batch:
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error."""
+        if not isinstance(error, (ValueError, DeadlineError, Overloaded)):
+            log.error("request %d failed", request.number, exc_info=error)
         if self._leave(request):
             request.tell(Output(error=error))
 
