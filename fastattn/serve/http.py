@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +22,7 @@ from fastattn.serve.metrics import Metrics
 
 log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
+BODY_SECONDS = 60.0  # that a body may take to arrive
 OPEN_PATHS = ("/health", "/ready", "/metrics")  # of monitors, which show no key
 
 
@@ -30,12 +32,22 @@ async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Pars
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > most:
         raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > most:
-            raise too_large
+    parts: list[bytes] = []
+
+    async def read() -> None:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise ApiError(408, f"the body took longer than {BODY_SECONDS:.0f} s", code="body_too_slow") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client is gone") from None
     try:
         return kind.model_validate_json(b"".join(parts))
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from serve_cases import client_of, events_of
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-pytest.importorskip("httpx")
+if find_spec("httpx2") is None:  # of Starlette's test client
+    pytest.importorskip("httpx")
 
 from fastattn.data import Tokenizer
 from fastattn.generation import generate

@@ -134,5 +134,5 @@ def test_sigterm_finishes_what_runs(server: Server) -> None:
                 break
     assert b'"finish_reason":"length"' in received
     assert server.process.wait(60) == 0
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port), timeout=5)

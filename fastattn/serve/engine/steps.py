@@ -118,7 +118,12 @@ class Batch:
         if not self.sharing or (each.request.prompt_scores is not None and not each.made):
             return []
         whole = (len(each.prompt) - 1) // self.page_size
-        return self.pool.begin_with(names_of(each.prompt, self.page_size, whole))
+        return self.pool.begin_with(self._names(each)[:whole])
+
+    def _names(self, each: Continuation) -> list[bytes]:
+        if each.names is None:
+            each.names = names_of(each.prompt, self.page_size, len(each.prompt) // self.page_size)
+        return each.names
 
     def _guarded(self, those: Sequence[Continuation], work: object) -> int | None:
         """Run a part of a step; an error ends the requests it is of. Out of memory, the latest request waits."""
@@ -159,7 +164,7 @@ class Batch:
         each.held = end
         if self.sharing and end % self.page_size == 0:
             place = end // self.page_size - 1
-            self.pool.name(each.pages[place], names_of(each.prompt, self.page_size, place + 1)[-1])
+            self.pool.name(each.pages[place], self._names(each)[place])
         if end == length and not each.made:
             self._begin(each, self.decoder.logits_of(hidden[-1:].contiguous()))
         return len(tokens)
