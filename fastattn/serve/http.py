@@ -23,6 +23,7 @@ from fastattn.serve.metrics import Metrics
 log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
 BODY_SECONDS = 60.0  # that a body may take to arrive
+SEND_SECONDS = 60.0  # that a client may leave an event unread
 # Of monitors and of the page's files, which show no key.
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
@@ -103,13 +104,10 @@ class EventStream:
     Args:
         events: the objects of the events. An exception becomes an event with its error.
         cancel: called once nothing more is wanted.
-        patience: seconds that sending an event may take.
     """
 
-    def __init__(
-        self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None], patience: float
-    ) -> None:
-        self.events, self.cancel, self.patience = events, cancel, patience
+    def __init__(self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
+        self.events, self.cancel = events, cancel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.ensure_future(until_disconnect(receive))
@@ -131,7 +129,7 @@ class EventStream:
         ]
 
         async def pass_on(message: Message) -> None:
-            await asyncio.wait_for(send(message), self.patience)
+            await asyncio.wait_for(send(message), SEND_SECONDS)
 
         async def write(data: str, last: bool = False) -> None:
             body = f"data: {data}\n\n".encode()
