@@ -30,6 +30,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
     limits = options or ServeOptions()
     metrics = Metrics(models)
     state = {"closing": False}
+    paths: set[str] = set()  # that metrics tell apart
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,7 +46,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
                 await run_in_threadpool(model.worker.stop)
 
     app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics)
+    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
 
     @app.exception_handler(ApiError)
     async def _refused(_: HttpRequest, error: ApiError) -> JSONResponse:
@@ -132,4 +133,5 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
     async def _metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    paths.update(getattr(route, "path", "") for route in app.routes)
     return app

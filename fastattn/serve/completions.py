@@ -76,7 +76,7 @@ async def completions(
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield {**head, "choices": [], "usage": generation.usage()}
 
-        return EventStream(events(), generation.cancel, limits.timeout)
+        return EventStream(events(), generation.cancel)
     found = await unless_gone(http, generation.all(), generation.cancel)
     if found is None:
         return JSONResponse(None, 499)
@@ -125,7 +125,7 @@ async def chat(
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield {**chunk, "choices": [], "usage": generation.usage()}
 
-        return EventStream(events(), generation.cancel, limits.timeout)
+        return EventStream(events(), generation.cancel)
     found = await unless_gone(http, generation.all(), generation.cancel)
     if found is None:
         return JSONResponse(None, 499)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -137,8 +136,3 @@ def _placed(model: Any, options: ServeOptions) -> Any:
         return model.to(device=device, dtype=dtype)
     except RuntimeError as error:
         raise InputError(f"--device: got {device!r}, {str(error).splitlines()[0]}") from None
-
-
-def key_from_environment() -> str | None:
-    """The API key in FASTATTN_API_KEY; None where there is none."""
-    return os.environ.get("FASTATTN_API_KEY") or None

@@ -159,6 +159,7 @@ class Continuation:
         self.given = 0  # tokens of the row that were given
         self.pages: list[int] = []
         self.held = 0  # tokens in the cache
+        self.names: list[bytes] | None = None  # of the full pages of the prompt, once they are needed
         self.order = (0, 0)
 
     @property
