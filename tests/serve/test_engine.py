@@ -189,6 +189,21 @@ def test_prompt_scores_are_those_of_the_forward_pass() -> None:
         assert [token for token, _ in score.top] == logprobs[place].topk(3).indices.tolist()
 
 
+def test_prompt_scores_come_once_also_after_a_preemption() -> None:
+    model = make_model()
+    engine = make_engine(model, pages=20)
+    first = Asked(random_ids(4, 2), max_new_tokens=12)
+    asked = Asked(random_ids(30, 1), prompt_scores=1, max_new_tokens=2)
+    engine.submit(first.request)
+    engine.submit(asked.request)
+    for _ in range(3):
+        engine._step()
+    engine.batch._preempt(engine.batch.running[-1])
+    finish(engine)
+    assert [s.token for out in asked.outputs for s in out.prompt_scores] == asked.prompt
+    assert [asked.tokens()] == asked.alone(model)
+
+
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
 def test_cancelling_frees_the_pages_within_a_step(when: str) -> None:
     model = make_model()
