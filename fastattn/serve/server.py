@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,4 +93,9 @@ def serve(
     )
     shown = f"[{host}]" if listening.family == socket.AF_INET6 else host
     say(f"serving {', '.join(models)} on http://{shown}:{listening.getsockname()[1]}")
-    uvicorn.Server(config).run(sockets=[listening])
+    # uvicorn raises the signal again once it has ended in good order, which is what a stop by SIGTERM is
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -15,6 +15,7 @@ from fastattn.models import GPT, GPTConfig
 from fastattn.serve.engine import Engine, Output, Request
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
+from numerics import assert_within_rule
 
 PAGE = 8
 
@@ -179,14 +180,32 @@ def test_prompt_scores_are_those_of_the_forward_pass() -> None:
     run(engine, asked)
     (out,) = asked.outputs
     assert (out.finish, out.tokens) == ("length", [])
-    ids = torch.tensor([asked.prompt])
-    logprobs = model(ids).logits[0].double().log_softmax(-1)
     assert [s.token for s in out.prompt_scores] == asked.prompt
     assert out.prompt_scores[0].logprob is None
-    for place, score in enumerate(out.prompt_scores[1:]):
-        expected = logprobs[place, asked.prompt[place + 1]]
-        torch.testing.assert_close(torch.tensor(score.logprob).double(), expected, rtol=1e-5, atol=1e-5)
-        assert [token for token, _ in score.top] == logprobs[place].topk(3).indices.tolist()
+    ids, following = torch.tensor([asked.prompt]), torch.tensor(asked.prompt[1:])[:, None]
+    with torch.no_grad():
+        plain = model(ids).logits[0, :-1].log_softmax(-1)
+        golden = model.double()(ids).logits[0, :-1].log_softmax(-1)
+    scores = out.prompt_scores[1:]
+    found = torch.tensor([[s.logprob, *(logprob for _, logprob in s.top)] for s in scores])
+    assert [[token for token, _ in s.top] for s in scores] == golden.topk(3).indices.tolist()
+    wanted = [torch.cat((x.gather(1, following), x.topk(3).values), 1) for x in (plain, golden)]
+    assert_within_rule(found, *wanted)
+
+
+def test_prompt_scores_come_once_also_after_a_preemption() -> None:
+    model = make_model()
+    engine = make_engine(model, pages=20)
+    first = Asked(random_ids(4, 2), max_new_tokens=12)
+    asked = Asked(random_ids(30, 1), prompt_scores=1, max_new_tokens=2)
+    engine.submit(first.request)
+    engine.submit(asked.request)
+    for _ in range(3):
+        engine._step()
+    engine.batch._preempt(engine.batch.running[-1])
+    finish(engine)
+    assert [s.token for out in asked.outputs for s in out.prompt_scores] == asked.prompt
+    assert [asked.tokens()] == asked.alone(model)
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])

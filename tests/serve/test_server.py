@@ -40,22 +40,24 @@ class Server:
         assert found
         return float(found[1])
 
-    def stream(self, max_tokens: int) -> socket.socket:
-        """A connection whose first tokens have arrived."""
+    def ask(self, max_tokens: int, stream: bool = True) -> socket.socket:
+        """A connection whose request runs; of a stream the first tokens have arrived."""
         body = {
             "model": "gpt2",
             "prompt": "the river",
             "max_tokens": max_tokens,
             "ignore_eos": True,
-            "stream": True,
+            "stream": stream,
         }
         data = json.dumps(body).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sendall(head.encode() + data)
         received = b""
-        while b"data: " not in received:
+        while stream and b"data: " not in received:
             received += connection.recv(4096)
+        while not stream and not self.metric("running"):
+            time.sleep(0.01)
         return connection
 
 
@@ -112,9 +114,10 @@ def test_openais_client_reads_errors_and_log_probabilities(server: Server) -> No
     assert len(logprobs.tokens) == len(logprobs.text_offset) == made.usage.total_tokens
 
 
-def test_a_client_that_goes_away_frees_its_pages(server: Server) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -> None:
     before = server.metric("generated_tokens_total")
-    server.stream(4000).close()
+    server.ask(4000, stream).close()
     deadline = time.monotonic() + 60.0
     while server.metric("pages_held") and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -124,7 +127,7 @@ def test_a_client_that_goes_away_frees_its_pages(server: Server) -> None:
 
 def test_sigterm_finishes_what_runs(server: Server) -> None:
     """The last of this file: it ends the server."""
-    connection = server.stream(200)
+    connection = server.ask(200)
     server.process.send_signal(signal.SIGTERM)
     received = b""
     with connection:

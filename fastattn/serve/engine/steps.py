@@ -287,6 +287,8 @@ class Batch:
     def _preempt(self, each: Continuation) -> None:
         """A continuation gives its pages back and waits; what they held is computed again later, with the same bits."""
         self._release(each)
+        if not each.made:
+            each.prompt_scores.clear()  # they are made again with the prompt
         self.running.remove(each)
         self.waiting.append(each)
         self.waiting.sort(key=lambda other: other.order)
