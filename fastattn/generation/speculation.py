@@ -21,6 +21,7 @@ from torch import Tensor
 from fastattn.generation.choosing import Chooser
 from fastattn.generation.drivers import DecoderDriver
 from fastattn.generation.rows import Rows, real_tokens
+from fastattn.integers import cdiv
 
 LENGTHS = (4, 3, 2, 1)  # of the last tokens that are looked for, the longest first
 CHANCES = (
@@ -84,7 +85,7 @@ class Lookup:
         if self.place is None or count < 1:
             return []
         following = self.ids[self.place : self.place + count]
-        return (following * -(-count // len(following)))[:count]
+        return (following * cdiv(count, len(following)))[:count]
 
 
 class Costs:
