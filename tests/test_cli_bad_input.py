@@ -38,6 +38,7 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("generate", "--stop"): ("",),
     ("generate", "--prompt-lookup"): (*NUMBERS, "0", "100000"),
     ("generate", "--seed"): NUMBERS,
+    ("generate", "--target-tokenizer"): (LONG, "/nowhere/at/all", "/dev/null"),
     ("predict", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("predict", "--batch-size"): (*NUMBERS, "0"),
     ("predict", "--top-k"): (*NUMBERS, "0"),

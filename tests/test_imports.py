@@ -43,10 +43,10 @@ ARROWS = {
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
-    "generation": {"constants", "nn", "ops", "philox"},
+    "generation": {"constants", "integers", "nn", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},
     "data": {"integers", "cache", "constants"},
-    "train": {"cache", "constants", "plot", "data", "models", "nn", "ops", "tasks"},
+    "train": {"cache", "constants", "integers", "plot", "data", "models", "nn", "ops", "tasks"},
     "console": set(),
     "doctor": {"", "backends", "extension", "versions"},
     "demo_grid": {"", "reference"},
@@ -199,6 +199,7 @@ BENCHMARK_ARROWS = {
     "peers": {"inputs", "measure"},
     "cases": {"peers", "inputs", "measure", "report"},
     "evidence": {"inputs", "measure", "report", "checkout"},
+    "trained": {"peers", "report", "checkout"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,16 @@ SMALL: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 
 SHARED_SIZES = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "embd_pdrop", "resid_pdrop", "attn_pdrop",
 )  # fmt: skip
+
+
+def save_gpt2(folder: Path, preset: str) -> int:
+    """Write a folder that both libraries read: random weights of a preset's sizes, or of SMALL's; its bytes."""
+    from fastattn.models import GPT, GPTConfig
+
+    torch.manual_seed(7)
+    model = GPT(GPTConfig.preset(preset) if preset else GPTConfig(**SMALL))
+    model.save_pretrained(folder)
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 class GPTPair:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from fastattn.serve import completions, pooling
+from fastattn.serve import completions, page, pooling
 from fastattn.serve import schemas as bodies
 from fastattn.serve.errors import ApiError
 from fastattn.serve.http import Guard, error_response, read_body
@@ -72,7 +72,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
             raise ApiError(400, f"model: {name} is none that {needed}", param="model")
         return model
 
-    def post(path: str, body: type[Parsed], kind: type[Any], work: Callable[..., Awaitable[Any]]) -> None:
+    def post(path: str, body: type[Parsed], kind: Any, work: Callable[..., Awaitable[Any]]) -> None:
         async def endpoint(http: HttpRequest) -> Any:
             parsed: Any = await read_body(http, body, limits.max_body)
             result = await work(http, parsed, chosen(parsed.model, kind), limits)
@@ -93,6 +93,8 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         post(path, bodies.RerankBody, Encoder, pooling.rerank)
     post("/classify", bodies.ClassifyBody, Encoder, pooling.classification)
     post("/predict", bodies.PredictBody, Encoder, pooling.prediction)
+    post("/attention", bodies.AttentionBody, (Decoder, Encoder), page.attention)
+    app.router.routes.extend(page.routes())
 
     @app.post("/tokenize")
     async def _tokenize(http: HttpRequest) -> Response:

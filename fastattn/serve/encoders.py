@@ -56,6 +56,7 @@ class EncoderWorker:
         self.task, self.model, self.tokenizer = task, model, tokenizer
         self.batch_tokens, self.max_queue = batch_tokens, max_queue
         self._jobs: deque[Job] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stopped = self._busy = False
         self._thread: threading.Thread | None = None
@@ -81,12 +82,22 @@ class EncoderWorker:
             self._jobs.append(job)
             self._changed.notify()
 
+    def call(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing, in the worker's thread between two batches; Overloaded as `submit`."""
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is shutting down")
+            if len(self._calls) >= self.max_queue:
+                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._calls.append(work)
+            self._changed.notify()
+
     def drain(self, seconds: float) -> bool:
         """Take no more jobs and finish those there are, for so long at most; whether all were finished."""
         with self._changed:
             self._closing = True
         end = time.monotonic() + seconds
-        while self.alive and (self._jobs or self._busy) and time.monotonic() < end:
+        while self.alive and (self._calls or self._jobs or self._busy) and time.monotonic() < end:
             time.sleep(0.01)
         return not (self._jobs or self._busy)
 
@@ -111,10 +122,12 @@ class EncoderWorker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._stopped)
+                self._changed.wait_for(lambda: self._calls or self._jobs or self._stopped)
                 if self._stopped:
                     break
                 self._busy = True
+            if self._calls:
+                self._calls.popleft()()
             self.step()
             self._busy = False
         for job in self._jobs:

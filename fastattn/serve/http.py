@@ -24,7 +24,8 @@ log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
 BODY_SECONDS = 60.0  # that a body may take to arrive
 SEND_SECONDS = 60.0  # that a client may leave an event unread
-OPEN_PATHS = ("/health", "/ready", "/metrics")  # of monitors, which show no key
+# Of monitors and of the page's files, which show no key.
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
 
 async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Parsed:

@@ -139,3 +139,10 @@ class PredictBody(Body):
     data: Annotated[list[dict[StrictStr, StrictStr]], Field(min_length=1)]
     top_k: Annotated[StrictInt, Field(ge=1)] | None = None
     no_answer: bool | None = None
+
+
+class AttentionBody(Body):
+    """Of /attention."""
+
+    text: StrictStr
+    text_pair: StrictStr | None = None

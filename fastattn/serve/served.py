@@ -21,7 +21,7 @@ from fastattn.serve.engine import Engine
 from fastattn.serve.grammar import Grammars
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.token_texts import TokenStrings
-from fastattn.tasks import predict
+from fastattn.tasks import fill, predict
 from fastattn.tasks.batches import max_tokens
 from fastattn.text_generation import vocabularies
 
@@ -72,7 +72,8 @@ class Encoder:
     @property
     def card(self) -> dict[str, Any]:
         """Its entry in /v1/models."""
-        return {**_card(self.name, self.created, self.task.NAME), "max_model_len": self.longest}
+        mask = {"mask_token": self.worker.tokenizer.mask_token} if self.task is fill else {}
+        return {**_card(self.name, self.created, self.task.NAME), "max_model_len": self.longest, **mask}
 
 
 def _card(name: str, created: int, task: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
@@ -73,6 +73,7 @@ class Engine:
         self.batch_invariant = weight.device.type == "cpu" if batch_invariant is None else batch_invariant
         self.batch = Batch(model, pages, page_size, self.max_length, max_batch, self.batch_invariant)
         self._arrived: deque[Request] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._count = self.steps = 0
         self._closing = self._stopped = False
@@ -119,13 +120,23 @@ class Engine:
             self._arrived.append(request)
             self._changed.notify()
 
+    def call(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing, in the engine's thread between two steps; Overloaded as `submit`."""
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is shutting down")
+            if len(self._calls) >= self.max_queue:
+                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._calls.append(work)
+            self._changed.notify()
+
     def drain(self, seconds: float) -> bool:
         """Take no more requests and finish those there are, for so long at most; whether all were finished."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         end = time.monotonic() + seconds
-        while self.alive and (self._arrived or self.batch.busy) and time.monotonic() < end:
+        while self.alive and (self._calls or self._arrived or self.batch.busy) and time.monotonic() < end:
             time.sleep(0.01)
         return not (self._arrived or self.batch.busy)
 
@@ -156,12 +167,18 @@ class Engine:
         with evaluating(self.model):
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._arrived or self.batch.busy or self._stopped)
+                    self._changed.wait_for(self._wanted)
                     if self._stopped:
                         break
-                self._step()
+                if self._calls:
+                    self._calls.popleft()()
+                if self._arrived or self.batch.busy:
+                    self._step()
         for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:
             self.batch.fail(request, Overloaded("the server is shutting down"))
+
+    def _wanted(self) -> bool:
+        return bool(self._calls or self._arrived or self.batch.busy or self._stopped)
 
     def _step(self) -> None:
         while self._arrived:
