@@ -42,11 +42,11 @@ def test_large_blocks_are_used_where_they_have_the_bits_of_small_ones(same: bool
     assert blocks_agree(product, weight) == same
     sizes = []
 
-    def watched(x: torch.Tensor) -> torch.Tensor:
+    def recorded(x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
         return product(x)
 
     x = torch.randn(2 * LARGE_BLOCK + 6, 40, generator=torch.Generator().manual_seed(2))
-    found = InLargeBlocks(watched)(x)
+    found = InLargeBlocks(recorded)(x)
     assert sizes == [LARGE_BLOCK, LARGE_BLOCK, 4, 4]
     assert torch.equal(found, InBlocks(product)(x)) == same
