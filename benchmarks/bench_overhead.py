@@ -1,4 +1,4 @@
-"""Host cost of a call: every op on inputs too small to compute anything, beside torch's nearest call.
+"""Host cost of a call: every op on inputs so small that a call is nearly all overhead, beside torch's nearest call.
 
 python benchmarks/bench_overhead.py              every case of this machine's device, results stored
 python benchmarks/bench_overhead.py --list       the cases

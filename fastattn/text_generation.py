@@ -20,8 +20,26 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: holds no config.json, needs a model's folder")
 
 
-def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
-    """The model, on a GPU where there is one, and its tokenizer. kind: "int8" for 8-bit weights, on a CPU."""
+def check_tokenizer(folder: Path) -> None:
+    """Refuse what is no folder for --target-tokenizer."""
+    try:
+        found = folder.is_dir()
+    except OSError:  # a name too long
+        found = False
+    if not found:
+        raise InputError(
+            f"--target-tokenizer {str(folder)[:200]}: no such folder, needs one with a tokenizer"
+        )
+
+
+def load_folder(
+    folder: Path, kind: str | None, target: Path | None = None
+) -> tuple[Any, Tokenizer, Tokenizer]:
+    """The model, on a GPU where there is one, the tokenizer of its input and that of its output.
+
+    kind: "int8" for 8-bit weights, on a CPU. target: the folder of the tokenizer of an encoder-decoder's targets, where
+    that is not the one of its sources.
+    """
     import torch
 
     from fastattn.data import DataError, Tokenizer
@@ -29,6 +47,7 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
 
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
+        written = tokenizer if target is None else Tokenizer.from_pretrained(target)
         model: Any = load(folder)
         if not hasattr(model, "generate"):
             raise InputError(f"{folder}: holds a {type(model).__name__}, which does not generate text")
@@ -37,20 +56,24 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
     except (DataError, ValueError) as error:
         raise InputError(str(error)) from None
     sizes = vocabularies(model)
-    if len(set(sizes.values())) > 1:
+    if target is not None and len(sizes) == 1:
+        raise InputError(f"--target-tokenizer: {folder} holds no encoder-decoder, it writes what it reads")
+    if target is None and len(set(sizes.values())) > 1:
         raise InputError(
             f"{folder}: its tokenizer cannot be used for both parts, the encoder has {sizes['encoder']} tokens and "
-            f"the decoder {sizes['decoder']}"
+            f"the decoder {sizes['decoder']}; --target-tokenizer names the decoder's"
         )
-    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
     for part, size in sizes.items():
+        of = written if part == "decoder" else tokenizer
+        largest = max(of.core.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= size:
+            where = target if of is not tokenizer else folder
             raise InputError(
-                f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
+                f"{where}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
             )
     if kind is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return model, tokenizer
+    return model, tokenizer, written
 
 
 def vocabularies(model: Any) -> dict[str, int]:
@@ -104,9 +127,15 @@ def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None
 
 
 def continuations(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], options: dict[str, Any]
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: dict[str, Any],
+    written: Tokenizer | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Pieces of text with the number of their prompt, as they are generated; for an encoder-decoder, of the targets.
+
+    written: the tokenizer of the text that is made; None for that of the prompts.
 
     Raises:
         InputError: the model does not support a prompt or an option, or logits are not finite. Other exceptions are
@@ -121,9 +150,10 @@ def continuations(
     from fastattn.generation.stopping import special_tokens
     from fastattn.generation.streaming import behind_source
 
+    written = tokenizer if written is None else written
     device = next(model.parameters()).device
-    # one continuation of each prompt is printed, regardless of the folder's generation_config
-    arguments = {**options, "tokenizer": tokenizer, "num_return_sequences": 1}
+    # one continuation of each prompt is printed, whatever the folder's generation_config asks for
+    arguments = {**options, "tokenizer": written, "num_return_sequences": 1}
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
         if not ids.numel():
@@ -138,7 +168,7 @@ def continuations(
         try:
             if beams:
                 pieces = iter(
-                    [tokenizer.decode(model.generate(ids, **arguments)[0, start.shape[1] :].tolist())]
+                    [written.decode(model.generate(ids, **arguments)[0, start.shape[1] :].tolist())]
                 )
             for piece in pieces:
                 yield number, piece

@@ -81,6 +81,9 @@ CONFINED = {
     "transformers": ("integrations",),
     "tokenizers": ("data", "models/embedding.py"),
     "typer": ("cli",),
+    "fastapi": ("serve/app.py",),
+    "uvicorn": ("serve/server.py",),
+    "prometheus_client": ("serve/metrics.py",),
     "matplotlib": ("plot.py",),
     "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation
 }

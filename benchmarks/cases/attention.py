@@ -66,7 +66,7 @@ class AttentionCase(AttentionCall):
 
 
 class AttentionWorkload(AttentionInputs):
-    """The inputs of one case, the same for every provider, and what they should give."""
+    """The inputs of one case, the same for every provider, and the expected results."""
 
     def step(self, provider: str) -> Step:
         """One forward, backward or both, returning out and the gradients."""

@@ -43,7 +43,7 @@ class DecodeCase(DecodeCall):
 
 
 class DecodeWorkload(DecodeInputs):
-    """The inputs of one case, the same for every provider, and what they should give."""
+    """The inputs of one case, the same for every provider, and the expected results."""
 
     def step(self, provider: str) -> Step:
         """Append the new token and attend to everything cached, the token itself included."""

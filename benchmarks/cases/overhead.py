@@ -196,8 +196,8 @@ def _kv_cache(device: torch.device, length: int = LENGTH) -> Calls:
 
 
 def _decode_op(heads: int, length: int, head_dim: int) -> Op:
-    """One token appended to caches of which `ROOM` tokens are free, and attention to all tokens."""
-    one, cache = (BATCH, heads, 1, head_dim), (BATCH, heads, length + ROOM, head_dim)
+    """One token appended to caches of which `FREE_TOKENS` tokens are free, and attention to all tokens."""
+    one, cache = (BATCH, heads, 1, head_dim), (BATCH, heads, length + FREE_TOKENS, head_dim)
     shapes = {"query": one, "k_cache": cache, "v_cache": cache, "key": one, "value": one}
     sizes = {"heads": heads, "length": length, "head_dim": head_dim}
     calls_of = partial(_kv_cache, length=length)
@@ -243,7 +243,7 @@ def _linear_cross_entropy(device: torch.device) -> Calls:
     }
 
 
-ROOM = 16  # tokens of a cache that are free
+FREE_TOKENS = 16  # tokens of a cache that are free
 ROWS = (LENGTH, CLASSES)
 OPS = {
     "attention": Op(QKV, PADDED, ("fastattn", "fastattn-sdpa", "sdpa"), _attention, flex=True),

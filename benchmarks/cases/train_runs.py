@@ -56,7 +56,8 @@ class RunCase:
         if self.group == "fine-tune":
             return f"{self.preset or 'a small BERT'}, classification of {self.count} texts {lengths}{against}"
         if self.group == "packed":
-            return f"{self.preset or 'a small GPT'}, {self.batch} documents {lengths}, packed, with AdamW"
+            model = f"{self.preset or 'a small GPT'} with {Packed.LAYERS} layers"
+            return f"{model}, {self.batch} documents {lengths}, packed, with AdamW"
         return f"{self.count} times the packaged corpus to rows of 1024 tokens"
 
     @property
@@ -187,11 +188,13 @@ class Packed(Unjudged):
     """A GPT's step with AdamW on documents: ours packed into rows by best fit, a peer's padded to the longest."""
 
     ROW = 1024
+    LAYERS = 4  # of the preset's width, so that fifteen rounds take minutes
 
     def __init__(self, case: RunCase, device: torch.device) -> None:
         self.case, self.device = case, device
         rates = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
-        self.pair = GPTPair(case.preset, device, **rates)
+        layers = {"n_layer": self.LAYERS} if case.preset else {}
+        self.pair = GPTPair(case.preset, device, **rates, **layers)
         self.row = self.ROW if case.preset else 64
         self.rows, self.documents = self._chosen()
 

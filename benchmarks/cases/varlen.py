@@ -44,7 +44,7 @@ class VarlenCase(VarlenCall):
 
 
 class VarlenWorkload(VarlenInputs):
-    """The packed q, k and v of one case, the same for every provider, and what they should give."""
+    """The packed q, k and v of one case, the same for every provider, and the expected results."""
 
     def step(self, provider: str) -> Step:
         """One forward, or one with its backward; padded providers work on tensors padded beforehand."""

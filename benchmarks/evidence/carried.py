@@ -13,7 +13,7 @@ MOST_BYTES = 15 * 2**20  # of one archive
 
 
 def pack(out: Path, folder: Path, triton: str | None = None) -> list[Path]:
-    """All results in one archive and the table beside it; with a folder of Triton's, the kernels in another."""
+    """Pack all results into an archive, and a folder of Triton's kernels, if given, into another; write the table."""
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in out.iterdir() if path.is_file() and not path.name.endswith(".partial"))
     made = [_archive(folder / ARCHIVE, [(path, path.name) for path in files])]

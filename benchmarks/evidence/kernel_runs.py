@@ -101,7 +101,7 @@ def _check(ops: ModuleType, spec: Any) -> None:
 
 
 def _check_one_pass(ops: ModuleType, head_dim: int) -> None:
-    """SwitchedOff where the CUDA backend would take two passes although one was asked for."""
+    """SwitchedOff where FASTATTN_DISABLE excludes the requested one-pass backward."""
     from fastattn import backends
     from fastattn.backends import switches
     from fastattn.backends.cuda import attention as cuda_attention

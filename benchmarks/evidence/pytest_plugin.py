@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence.findings import finding
 
-EVERY = 20  # tests between two lines of progress
+PROGRESS_TESTS = 20  # tests between two lines of progress
 
 
 class Reporter:
@@ -35,7 +35,7 @@ class Reporter:
             self.say(json.dumps(finding("test", "failed", f"{report.nodeid}: {text.splitlines()[0]}")))
         elif report.when == "call" or report.skipped:
             self.counts["skipped" if report.skipped else "passed"] += 1
-            if self.counts.total() % EVERY == 0:
+            if self.counts.total() % PROGRESS_TESTS == 0:
                 self.say(self.summary())
 
     def pytest_collectreport(self, report: Any) -> None:

@@ -26,8 +26,8 @@ from report import schema
 from report.tables import BENCHES
 
 FORMAT, VERSION = "fastattn-evidence", 1
-LEAST = 15.0  # a section is not started with less time left
-ALWAYS = ("install", "build", "probe")  # of a machine, not of a commit: repeated by every run
+LEAST_SECONDS = 15.0  # a section is not started with less time left
+REPEATED = ("install", "build", "probe")  # of a machine, not of a commit: repeated by every run
 
 
 def run_section(section: Section, run: Run) -> Report:
@@ -71,7 +71,7 @@ def section_environment(section: Section, run: Run) -> dict[str, str]:
     environment = {name: value for name, value in run.environment.items() if name != "FASTATTN_DISABLE"}
     return (
         environment
-        if not off or run.dry or section.name in ALWAYS
+        if not off or run.dry or section.name in REPEATED
         else {**environment, "FASTATTN_DISABLE": off}
     )
 
@@ -154,7 +154,7 @@ def _environment(dry: bool) -> dict[str, str]:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Run the chosen sections, print and store what they found; 0 if no section that ran failed."""
+    """Run the chosen sections, print and store their findings; 0 if no section that ran failed."""
     import torch
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def run_all(options: argparse.Namespace) -> int:
         prebuilt=options.prebuilt and options.prebuilt.resolve(),
     )  # fmt: skip
     done = {entry["name"] for entry in report["sections"]}
-    always = ("install",) if options.dry_run else ALWAYS
+    always = ("install",) if options.dry_run else REPEATED
     for section in sections.SECTIONS:
         wanted = not options.sections or section.name in (*options.sections, *always)
         if wanted and section.name not in done:
@@ -196,7 +196,7 @@ def run_all(options: argparse.Namespace) -> int:
 
 
 def _kept_sections(out: Path, report: Report) -> list[Report]:
-    """The sections of an earlier run on this device and commit that finished well; those of ALWAYS are repeated."""
+    """The sections of an earlier run on this device and commit that finished well; those of REPEATED are repeated."""
     try:
         earlier = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -207,11 +207,13 @@ def _kept_sections(out: Path, report: Report) -> list[Report]:
     if not alike:
         print("the earlier run was of another device, commit or kind: starting from the first section")
         return []
-    return [entry for entry in earlier["sections"] if entry["status"] == "ok" and entry["name"] not in ALWAYS]
+    return [
+        entry for entry in earlier["sections"] if entry["status"] == "ok" and entry["name"] not in REPEATED
+    ]
 
 
 def _attempt(section: Section, run: Run) -> None:
-    if run.remaining < LEAST:
+    if run.remaining < LEAST_SECONDS:
         entry: Report = {
             "name": section.name,
             "status": "not run",

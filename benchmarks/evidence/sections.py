@@ -138,7 +138,7 @@ def _first_run(*options: str, seconds: float) -> Callable[[Run], Command]:
     return command
 
 
-APART = ("tests/gpu/test_first_run.py",)  # tests with sections of their own
+WITH_OWN_SECTIONS = ("tests/gpu/test_first_run.py",)  # tests with sections of their own
 GPU_TESTS = (
     "tests/gpu",
     "tests/kernels/test_contract.py",
@@ -157,7 +157,7 @@ def _tests(*selection: str, marked: str = "") -> Callable[[Run], Command]:
         line += ["-p", "evidence.pytest_plugin"]  # reports failures as they happen
         # the project's own options ask for plugins that may be missing
         line += ["-o", "addopts=--import-mode=importlib", "-rfE", "--tb=short"]
-        line += ["--continue-on-collection-errors", *(f"--ignore={path}" for path in APART)]
+        line += ["--continue-on-collection-errors", *(f"--ignore={path}" for path in WITH_OWN_SECTIONS)]
         if find_spec("pytest_timeout") is not None:
             # a test that waits for a kernel cannot be interrupted: its process ends, and xdist starts another one
             line += ["--timeout", str(TEST_SECONDS), "--timeout-method=thread"]

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,7 +35,7 @@ def main(
     bench: str,
     script: Path,
     cases_for: Callable[[torch.device], Sequence[Case]],
-    extras: dict[str, ExtraCase] | None = None,
+    extras: Mapping[str, ExtraCase] | None = None,
     argv: Sequence[str] | None = None,
     budget: Budget = CASE_BUDGET,
 ) -> int:
@@ -57,7 +57,7 @@ def _run_bench(
     bench: str,
     script: Path,
     cases_for: Callable[[torch.device], Sequence[Case]],
-    extras: dict[str, ExtraCase],
+    extras: Mapping[str, ExtraCase],
     options: argparse.Namespace,
     budget: Budget,
 ) -> tuple[int, schema.Result | None]:
@@ -122,7 +122,7 @@ class SmallForm:
 
     case: Case
     name: str
-    of: str  # the name of the case at its full size
+    full_name: str  # the name of the case at its full size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.case, name)
@@ -237,8 +237,8 @@ def _run(
         budget = harness.for_target(budget)
     memory_script = None if options.quick else script
     entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.providers)
-    if isinstance(case, SmallForm) and case.of != case.name:
-        entry["small_form_of"] = case.of
+    if isinstance(case, SmallForm) and case.full_name != case.name:
+        entry["small_form_of"] = case.full_name
     return _add(result, entry, path, options.merge)
 
 

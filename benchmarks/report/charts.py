@@ -122,7 +122,7 @@ def _short(value: float) -> str:
 
 
 def _label_log(axis: Any, unit: str) -> None:
-    """Round numbers along a logarithmic axis of matplotlib, whatever it spans."""
+    """Round numbers along a logarithmic axis of matplotlib, for any range."""
     axis.axes.minorticks_off()
     ticks = _drawing().log_ticks(*sorted(axis.get_view_interval()))
     axis.set_ticks(ticks, [f"{tick:g}{unit}" for tick in ticks])

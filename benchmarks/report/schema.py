@@ -116,7 +116,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def load(path: Path) -> Result:
-    """A validated result; ValueError names the file and what is wrong with it."""
+    """A validated result; ValueError names the file and the fault."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         validate(result)

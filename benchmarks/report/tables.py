@@ -84,7 +84,7 @@ def table_of(name: str, language: str = "en") -> str:
 
 
 def stale_pages(root: Path = schema.ROOT) -> list[str]:
-    """Pages whose tables are not what the results give."""
+    """Pages whose tables differ from the results."""
     return [name for name in PAGES if (root / name).exists() and refreshed(root / name) != _read(root / name)]
 
 
@@ -168,7 +168,7 @@ def _bench_lines(bench: str, kind: str) -> Callable[[Words], list[str]]:
 
 
 def _median_lines(result: Result, words: Words) -> list[str]:
-    """The median of the cases' speeds beside its target, and what could not be measured."""
+    """The median of the cases' speeds, its target, and the cases that could not be measured."""
     found = figures.median_speed(result)
     if found is None:
         return []

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastattn.cli import bench, build, demo, doctor, evaluate, generate, predict, train
+from fastattn.cli import bench, build, demo, doctor, evaluate, generate, predict, serve, train
 from fastattn.cli.command import command
 
 __all__ = ["app", "main"]
@@ -52,6 +52,7 @@ command(demo.demo, app)
 command(build.build, app)
 command(generate.generate, app)
 command(predict.predict, app)
+command(serve.serve, app)
 command(train.train, app, context_settings=train.OVERRIDES)
 command(evaluate.evaluate, app)
 app.add_typer(bench.app, name="bench")

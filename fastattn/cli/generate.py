@@ -58,6 +58,10 @@ def generate(
         typer.Option(min=1, max=1024, help="Most tokens guessed from earlier text in a step."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling.")] = None,
+    target_tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tokenizer of an encoder-decoder's targets, where it is another."),
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Use 8-bit weights, on a CPU.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -78,10 +82,12 @@ def generate(
     work.check_folder(folder)
     standard = standard_input() if prompt is None and data is None else None
     prompts = work.prompts_of(prompt, data, standard)
-    model, tokenizer = work.load_folder(folder, "int8" if int8 else None)
+    if target_tokenizer is not None:
+        work.check_tokenizer(target_tokenizer)
+    model, tokenizer, written = work.load_folder(folder, "int8" if int8 else None, target_tokenizer)
     texts = [""] * len(prompts)
     current = 0
-    for number, piece in work.continuations(model, tokenizer, prompts, options):
+    for number, piece in work.continuations(model, tokenizer, prompts, options, written):
         texts[number] += piece
         if not as_json:
             typer.echo("\n" * (number - current) + piece, nl=False)

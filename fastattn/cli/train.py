@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -66,7 +67,9 @@ def train(
         raise InputError(" ".join(str(error).split())) from None
     except TrainingDiverged as error:
         raise stop(str(error), 1) from None
-    if as_json:
+    if os.environ.get("RANK", "0") != "0":
+        pass  # the first process reports
+    elif as_json:
         print_json(report)
     elif not report["interrupted"] and "metrics" in report:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())

@@ -23,7 +23,7 @@ _GENERATION = ("{% generation", "{%- generation")
 _MARKS = (
     "\U000f0001",
     "\U000f0002",
-)  # private characters around what a template says the assistant generates
+)  # private-use characters around the assistant's part of a rendered template
 
 Message = Mapping[str, Any]
 
@@ -102,7 +102,7 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 **self.tokens,
             )  # fmt: skip
-        except Exception as error:  # jinja2's, or what a template's expression raises
+        except Exception as error:  # from jinja2 or from expressions of the template
             raise DataError(f"chat template: {' '.join(str(error).split())}") from None
 
 

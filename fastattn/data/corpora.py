@@ -16,7 +16,7 @@ from fastattn.data.checks import check_integer
 MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also") may repeat across topics
 PAGE_WIDTH = 70  # what Sphinx wraps its text output to
 UNDERLINE = re.compile(r"([*=~^#-])\1{2,}")
-MIN_SECTION = 300  # characters; a shorter section goes with the one after it
+MIN_SECTION = 300  # characters; a shorter section is joined to the next one
 HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~^#-])\1{2,}\n)")  # the boundary before a title and its underline
 MAX_DOCUMENT = 1 << 22  # characters held at once; a longer document is cut at a line end
 CHUNK_BYTES = 1 << 20

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from fastattn.cache import write_atomically
 from fastattn.data.corpora import DataError
-from fastattn.data.tokenization import read_settings, token_text
+from fastattn.data.tokenization import read_settings, token_text, word_pieces
 
 UNLIMITED = 10**9  # model_max_length from here on means none
 MASK_SPELLINGS = ("[MASK]", "<mask>")
@@ -147,30 +146,7 @@ def _read_core(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
         if whole.is_file():
             return tokenizers.Tokenizer.from_file(str(whole))
         if vocabulary.is_file():
-            return _word_pieces(vocabulary, settings)
+            return word_pieces(vocabulary, settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(f"{folder}: the tokenizer cannot be read ({error})") from None
     raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.txt")
-
-
-def _word_pieces(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """BERT's tokenizer of a vocabulary."""
-    special = {
-        name: token_text(settings.get(f"{name}_token")) or f"[{name.upper()}]"
-        for name in ("unk", "cls", "sep", "pad", "mask")
-    }
-    core = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token=special["unk"]))
-    core.normalizer = normalizers.BertNormalizer(
-        lowercase=bool(settings.get("do_lower_case", True)),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
-    )
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    sep, cls = (core.token_to_id(special[name]) for name in ("sep", "cls"))
-    if sep is None or cls is None:
-        raise ValueError(f"{path.name} lacks {special['sep']} or {special['cls']}")
-    core.post_processor = processors.BertProcessing((special["sep"], sep), (special["cls"], cls))
-    known = [token for token in special.values() if core.token_to_id(token) is not None]
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
-    return core

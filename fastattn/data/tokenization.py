@@ -7,9 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastattn.cache import write_atomically
 from fastattn.constants import MAX_INT32
@@ -22,6 +23,7 @@ UNKNOWN = "<|unknown|>"
 CHAT_TEMPLATE = "chat_template.jinja"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ID = 2**32 - 1
+SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 BYTES = 256  # the alphabet of a byte-level tokeniser, which can encode every text, without an unknown token
 
 
@@ -123,20 +125,25 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Load a folder with tokenizer.json (and tokenizer_config.json), or GPT-2's vocab.json and merges.txt.
+        """Load a folder with tokenizer.json (and tokenizer_config.json), or vocab.json and merges.txt, or vocab.txt.
+
+        The end-of-text token is the eos_token or sep_token of tokenizer_config.json, else the end token of the model in
+        the same folder.
 
         Raises:
-            DataError: the folder holds neither, a file cannot be parsed, or no end-of-text token is named.
+            DataError: the folder holds none, a file cannot be parsed, or no end-of-text token is named.
         """
         folder = Path(directory)
         settings = read_settings(folder / "tokenizer_config.json")
-        core = _read_core(folder)
+        core = _read_core(folder, settings)
         eos = token_text(settings.get("eos_token")) or token_text(settings.get("sep_token"))
+        eos = eos or _end_of(folder, core)
         if eos is None and core.token_to_id(END_OF_TEXT) is not None:
             eos = END_OF_TEXT
         if eos is None:
             raise DataError(
-                f"{folder}: tokenizer_config.json names no eos_token and {END_OF_TEXT} is not a token"
+                f"{folder}: tokenizer_config.json names no eos_token, nor does config.json, and {END_OF_TEXT} is "
+                f"not a token"
             )
         try:
             return cls(
@@ -241,8 +248,9 @@ def _only_texts(documents: Iterable[str]) -> Iterator[str]:
         yield document
 
 
-def _read_core(folder: Path) -> tokenizers.Tokenizer:
+def _read_core(folder: Path, settings: Mapping[str, object]) -> tokenizers.Tokenizer:
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    pieces = folder / "vocab.txt"
     try:
         if whole.is_file():
             return tokenizers.Tokenizer.from_file(str(whole))
@@ -254,9 +262,52 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
             if core.token_to_id(END_OF_TEXT) is not None:
                 core.add_special_tokens([END_OF_TEXT])
             return core
+        if pieces.is_file():
+            return word_pieces(pieces, settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(f"{folder}: the tokeniser cannot be read ({error})") from None
-    raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+    found = next((name for name in SENTENCE_PIECES if (folder / name).is_file()), None)
+    if found is not None:
+        raise DataError(
+            f"{folder}: holds {found}, needs tokenizer.json, which "
+            f"transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes of it"
+        )
+    raise DataError(f"{folder}: holds none of tokenizer.json, vocab.json with merges.txt, and vocab.txt")
+
+
+def word_pieces(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer of a vocabulary."""
+    special = {
+        name: token_text(settings.get(f"{name}_token")) or f"[{name.upper()}]"
+        for name in ("unk", "cls", "sep", "pad", "mask")
+    }
+    core = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token=special["unk"]))
+    core.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(settings.get("do_lower_case", True)),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    sep, cls = (core.token_to_id(special[name]) for name in ("sep", "cls"))
+    if sep is None or cls is None:
+        raise ValueError(f"{path.name} lacks {special['sep']} or {special['cls']}")
+    core.post_processor = processors.BertProcessing((special["sep"], sep), (special["cls"], cls))
+    known = [token for token in special.values() if core.token_to_id(token) is not None]
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+    return core
+
+
+def _end_of(folder: Path, core: tokenizers.Tokenizer) -> str | None:
+    """The token that the model's own files name as its end: the first, where they name several."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_settings(folder / name).get("eos_token_id")
+        for each in found if isinstance(found, list) else [found]:
+            if isinstance(each, int) and not isinstance(each, bool) and 0 <= each <= MAX_ID:
+                token: str | None = core.id_to_token(each)
+                if token is not None:
+                    return token
+    return None
 
 
 def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:

@@ -81,7 +81,7 @@ def _one_by_one(weight: Tensor, bias: Tensor | None) -> Rows:
     """A product of each row: float16 has a fast one of one row only."""
     return lambda x: (
         torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
-        if len(x)
+        if len(x) > 1
         else F.linear(x, weight, bias)
     )
 

@@ -46,17 +46,15 @@ def reduced_with_gradient(
     targets = ignored, wrong, _ = chosen.read_targets(call.target, num_classes, call.ignore_index)
     if wrong is not None:
         check_values(call.target, num_classes, call.ignore_index)
-    divisor: Tensor | int | None = None
     if mean and ignored is None and call.class_weight is None and tokens:
-        divisor = tokens
         scale = call.logits.new_full((), 1 / tokens, dtype=accumulation_dtype(call.logits.dtype))
-    else:
-        if mean:
-            call, divisor = _of_mean(call)
-        scale = scale_of(call.logits, divisor)
-    losses, dlogits = chosen.cross_entropy_fwd(spec, call, scale, targets)
-    total = losses.sum()
-    return total / divisor if isinstance(divisor, int) else reduced(total, divisor), dlogits
+        losses, dlogits = chosen.cross_entropy_fwd(spec, call, scale, targets)
+        return losses.sum() / tokens, dlogits
+    divisor = None
+    if mean:
+        call, divisor = _of_mean(call)
+    losses, dlogits = chosen.cross_entropy_fwd(spec, call, scale_of(call.logits, divisor), targets)
+    return reduced(losses.sum(), divisor), dlogits
 
 
 def _of_mean(call: CrossEntropyCall) -> tuple[CrossEntropyCall, Tensor]:

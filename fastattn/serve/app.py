@@ -30,6 +30,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
     limits = options or ServeOptions()
     metrics = Metrics(models)
     state = {"closing": False}
+    paths: set[str] = set()  # that metrics tell apart
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,7 +46,8 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
                 await run_in_threadpool(model.worker.stop)
 
     app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics)
+    app.state.models = models
+    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
 
     @app.exception_handler(ApiError)
     async def _refused(_: HttpRequest, error: ApiError) -> JSONResponse:
@@ -100,7 +102,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         if body.model is None and len(models) == 1:
             model = next(iter(models.values()))
         else:
-            model = chosen(body.model, (Decoder, Encoder))  # type: ignore[type-var,arg-type]
+            model = chosen(body.model, (Decoder, Encoder))  # type: ignore[arg-type]
         return JSONResponse(await run_in_threadpool(pooling.tokenize, body, model))
 
     @app.get("/v1/models")
@@ -132,4 +134,5 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
     async def _metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    paths.update(getattr(route, "path", "") for route in app.routes)
     return app

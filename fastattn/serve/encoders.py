@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -12,6 +13,8 @@ from typing import Any
 
 from fastattn.data.encoding import InputTokenizer
 from fastattn.serve.engine.requests import DeadlineError, Overloaded
+
+log = logging.getLogger("fastattn.serve")
 
 
 @dataclass(eq=False)
@@ -168,6 +171,8 @@ class EncoderWorker:
                 return
             job = chosen[0][0]
             self._jobs.remove(job)
+            if not isinstance(error, ValueError):
+                log.error("a request failed", exc_info=error)
             job.done(error)
             return
         self.batches += 1

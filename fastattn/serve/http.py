@@ -8,10 +8,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +22,8 @@ from fastattn.serve.metrics import Metrics
 
 log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
+BODY_SECONDS = 60.0  # that a body may take to arrive
+SEND_SECONDS = 60.0  # that a client may leave an event unread
 # Of monitors and of the page's files, which show no key.
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
@@ -31,12 +34,22 @@ async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Pars
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > most:
         raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > most:
-            raise too_large
+    parts: list[bytes] = []
+
+    async def read() -> None:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise ApiError(408, f"the body took longer than {BODY_SECONDS:.0f} s", code="body_too_slow") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client is gone") from None
     try:
         return kind.model_validate_json(b"".join(parts))
     except ValidationError as error:
@@ -91,13 +104,10 @@ class EventStream:
     Args:
         events: the objects of the events. An exception becomes an event with its error.
         cancel: called once nothing more is wanted.
-        patience: seconds that sending an event may take.
     """
 
-    def __init__(
-        self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None], patience: float
-    ) -> None:
-        self.events, self.cancel, self.patience = events, cancel, patience
+    def __init__(self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
+        self.events, self.cancel = events, cancel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.ensure_future(until_disconnect(receive))
@@ -119,7 +129,7 @@ class EventStream:
         ]
 
         async def pass_on(message: Message) -> None:
-            await asyncio.wait_for(send(message), self.patience)
+            await asyncio.wait_for(send(message), SEND_SECONDS)
 
         async def write(data: str, last: bool = False) -> None:
             body = f"data: {data}\n\n".encode()
@@ -139,8 +149,8 @@ class EventStream:
 class Guard:
     """In front of every endpoint: the key, an id for each request, counts, and errors as OpenAI's."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics, paths
         self.key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,7 +180,7 @@ class Guard:
             if not status:
                 await error_response(of_exception(error))(scope, receive, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.answered(route, status, time.monotonic() - started)
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 
@@ -24,7 +25,6 @@ class ServeOptions:
         timeout: seconds after which a request fails.
         drain: seconds that running requests get to finish when the server is told to stop.
         api_key: what clients have to show as bearer; None = nothing.
-        log_prompts: whether logs may hold what clients send.
     """
 
     device: str | None = None
@@ -41,4 +41,8 @@ class ServeOptions:
     timeout: float = 600.0
     drain: float = 30.0
     api_key: str | None = None
-    log_prompts: bool = False
+
+
+def key_from_environment() -> str | None:
+    """The API key in FASTATTN_API_KEY; None where there is none."""
+    return os.environ.get("FASTATTN_API_KEY") or None

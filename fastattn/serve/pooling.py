@@ -46,11 +46,12 @@ async def run(
         else:
             answer.set_result(result)
 
+    def on_done(result: Found | Exception) -> None:
+        loop.call_soon_threadsafe(settle, result)
+
     tokens = await run_in_threadpool(tokens_of, model, examples)
-    job = Job(
-        examples, tokens, options or {}, lambda result: loop.call_soon_threadsafe(settle, result) and None,
-        deadline=time.monotonic() + limits.timeout,
-    )  # fmt: skip
+    deadline = time.monotonic() + limits.timeout
+    job = Job(examples, tokens, options or {}, on_done, deadline)
     try:
         model.worker.submit(job)
     except Exception as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,6 +46,25 @@ def check_options(folders: Sequence[Path], options: ServeOptions) -> None:
         raise InputError("--api-key: needs printable ASCII without spaces around it")
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, which nobody can connect to before the server listens; InputError if it cannot be had."""
+    try:
+        if not host:
+            raise OSError("it is empty")
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        made = socket.socket(found[0][0], socket.SOCK_STREAM)
+    except (OSError, UnicodeError, ValueError) as error:
+        raise InputError(f"--host: got {host[:40]!r}, which is no address ({error})") from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(found[0][4])
+    except OSError as error:
+        made.close()
+        raise InputError(f"--host, --port: cannot listen on {host[:40]}:{port} ({error})") from None
+    made.set_inheritable(True)
+    return made
+
+
 def serve(
     folders: Sequence[Path], host: str, port: int, options: ServeOptions, say: Callable[[str], None]
 ) -> None:
@@ -52,8 +73,9 @@ def serve(
     Raises:
         InputError: a folder cannot be served, a package is missing, or the address cannot be used.
     """
-    check_installed()
     check_options(folders, options)
+    listening = bound(host, port)
+    check_installed()
     import uvicorn
 
     from fastattn.serve.app import create_app
@@ -63,19 +85,17 @@ def serve(
     models = load_all(folders, options)
     config = uvicorn.Config(
         create_app(models, options),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(options.drain) + 1,
         server_header=False,
         lifespan="on",
     )
-    server = uvicorn.Server(config)
+    shown = f"[{host}]" if listening.family == socket.AF_INET6 else host
+    say(f"serving {', '.join(models)} on http://{shown}:{listening.getsockname()[1]}")
+    # uvicorn raises the signal again once it has ended in good order, which is what a stop by SIGTERM is
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        socket = config.bind_socket()
-    except (OSError, SystemExit) as error:
-        raise InputError(f"--host, --port: cannot listen on {host}:{port} ({error})") from None
-    address, bound = socket.getsockname()[:2]
-    say(f"serving {', '.join(models)} on http://{address}:{bound}")
-    server.run(sockets=[socket])
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, before)

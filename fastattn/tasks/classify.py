@@ -157,7 +157,7 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 
 
 class Classifier(BertForSequenceClassification):
-    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) beside labels.
+    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) besides labels.
 
     loss = (1 - w) * loss of the labels + w * T^2 KL(teacher || model), with w `distill_weight` and T `temperature`.
     """
@@ -242,7 +242,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """Figures of a model's classes or numbers, see `fastattn.evaluation`.
+    """Metrics of a model's classes or numbers, see `fastattn.evaluation`.
 
     Raises:
         DataError: an example has a label that the model lacks, or of another kind than the model's.

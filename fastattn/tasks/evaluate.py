@@ -186,7 +186,7 @@ def check_plots(task: ModuleType, folder: Path) -> None:
 
 
 def load_folder(folder: Path, task: ModuleType) -> tuple[Any, Any]:
-    """The model, on a GPU where there is one, and its tokenizer, which is read first where it is beside the model."""
+    """The model, on a GPU if there is one, and its tokenizer, which is read first if the folder has it."""
     import torch
 
     kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer

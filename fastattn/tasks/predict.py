@@ -83,7 +83,7 @@ def predictions_of(
 
 
 def _tokenizer_of(folder: Path) -> InputTokenizer | None:
-    """The tokenizer beside the model; None where it must be in the folder that the model comes from."""
+    """The tokenizer of the model's folder; None if the folder has none and its base model's folder must have it."""
     if not (folder / "config.json").is_file():
         return None
     return InputTokenizer.from_pretrained(folder)

@@ -18,17 +18,35 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
 from fastattn.data.tokenization import Tokenizer
-from fastattn.models.checkpoint.folder import GENERATION
+from fastattn.models.checkpoint.folder import GENERATION, INDEX
 from fastattn.models.checkpoint.pretrained import Pretrained
-from fastattn.models.checkpoint.save import TOKENIZER_FILES
-from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
+from fastattn.models.checkpoint.save import SHARD, TOKENIZER_FILES
+from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming, sync
 from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.config import ConfigError
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check
+from fastattn.train.trackers import BOARD
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
+REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"  # of `fastattn train`
+# What a run leaves at the top of its directory beside checkpoints and shards of weights, the log first: without it
+# nothing goes on with a run that is half deleted.
+OF_A_RUN = (
+    LOG,
+    WEIGHTS,
+    INDEX,
+    "config.json",
+    GENERATION,
+    RESOLVED_CONFIG,
+    OPTIONS,
+    ADAPTER,
+    BOARD,
+    *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial")  # of a `write_atomically` that was killed
 _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
@@ -64,7 +82,7 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
-        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> what is wrong with it
+        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> its fault
         for name, text in (("output_dir", str(self.path)), ("resume", resume)):
             if "\0" in text:
                 raise ConfigError(f"{name}: got {text!r}, needs a path without a zero byte")
@@ -161,22 +179,15 @@ class RunDirectory:
     def prepare(self) -> None:
         """Create the directory; delete an earlier run, with `overwrite`, and unfinished writes."""
         self.path.mkdir(parents=True, exist_ok=True)
+        delete(self.path / REPORT)  # of a run that had ended and now goes on
+        if self.overwrite:
+            for name in OF_A_RUN:
+                delete(self.path / name)
         for entry in list(self.path.iterdir()):
             unfinished = entry.name.startswith(UNFINISHED) or _PARTIAL.fullmatch(entry.name)
-            if unfinished or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
+            earlier = CHECKPOINT.fullmatch(entry.name) or SHARD.fullmatch(entry.name)
+            if unfinished or (self.overwrite and earlier):
                 delete(entry)
-        if self.overwrite:
-            for name in (
-                LOG,
-                WEIGHTS,
-                "config.json",
-                GENERATION,
-                RESOLVED_CONFIG,
-                *TOKENIZER_FILES,  # an old file would prevent that of the new model from being written
-                ADAPTER_CONFIG,
-                ADAPTER_WEIGHTS,
-            ):
-                (self.path / name).unlink(missing_ok=True)
 
     def begin_checkpoint(self, step: int) -> Path:
         """A new folder for the files of checkpoint-`step`, which is none before `end_checkpoint`."""
@@ -188,7 +199,8 @@ class RunDirectory:
     def end_checkpoint(self, folder: Path, write: Callable[[Path], None], keep: int) -> Path:
         """Complete a checkpoint by `write(folder)` and give it its name, then delete all but the newest `keep`."""
         final = self.path / folder.name.removeprefix(UNFINISHED)
-        write(folder)
+        with naming(folder):
+            write(folder)
         publish(folder, final)
         self.passed_over.pop(final.name, None)
         for old in self.checkpoints()[:-keep]:
@@ -202,7 +214,8 @@ class RunDirectory:
         The directory itself is not replaced, because processes may work in it, so this does not call `write_folder`.
         """
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.path) as scratch:
-            write_model(model, Path(scratch), tokenizer)
+            with naming(Path(scratch)):
+                write_model(model, Path(scratch), tokenizer)
             files = [file for file in Path(scratch).rglob("*") if file.is_file()]
             for file in sorted(files, key=lambda file: file.name == WEIGHTS):
                 sync(file)
@@ -220,20 +233,25 @@ def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> 
     """
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
     if _has_adapters(model):
-        save_safetensors(model, str(folder / WEIGHTS))
+        _save_weights(model, folder / WEIGHTS)
         save_adapter(model, folder)
     elif isinstance(model, Pretrained):  # one file of any size, which replaces the old one atomically
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
     elif save is not None:
         save(folder)
     else:
-        save_safetensors(model, str(folder / WEIGHTS))
+        _save_weights(model, folder / WEIGHTS)
         config = getattr(model, "config", None)
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             text = json.dumps(dataclasses.asdict(config), indent=2)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    with naming(path):  # it is written under a name of safetensors' own first
+        save_safetensors(model, str(path))
 
 
 def read_model(model: nn.Module, folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cache import write_atomically
+from fastattn.models.checkpoint.swap import naming
 
 Record = dict[str, Any]
 
@@ -41,7 +42,7 @@ class RunLog:
         record = {"event": event, "step": step, **values}
         self.records.append(record)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
         if self.on_record is not None:
             self.on_record(record)

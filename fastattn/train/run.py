@@ -30,7 +30,7 @@ from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import check_tokenizer, config_of, learning_rate
-from fastattn.train.checkpoint import RunDirectory, read_model
+from fastattn.train.checkpoint import ADAPTER, OPTIONS, REPORT, RunDirectory, read_model
 from fastattn.train.config import ConfigError, step_limit
 from fastattn.train.log import plain
 from fastattn.train.progress import ProgressDisplay
@@ -43,7 +43,6 @@ from fastattn.train.trainer import Trainer
 TASKS: dict[str, ModuleType] = {
     task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
 }
-REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"
 WARMUP = 0.1  # default share of the steps
 
 
@@ -140,9 +139,12 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         )
     result = trainer.fit()
     report = _report(prepared, result, best)
-    if not trainer.distributed.is_main or result.interrupted:
+    if result.interrupted:
         return report
-    model = _finished(prepared, out)
+    model = trainer.whole_model()
+    if not trainer.distributed.is_main:
+        return report
+    model = _finished(prepared, model.to(trainer.device), out)
     found = _evaluated(prepared, model)
     report.update(metrics=found.metrics, tables=found.tables, count=found.count)
     report["wall_seconds"] = time.monotonic() - started
@@ -334,9 +336,8 @@ def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
             parameter.requires_grad_(True)
 
 
-def _finished(prepared: Prepared, out: Path) -> nn.Module:
+def _finished(prepared: Prepared, model: Any, out: Path) -> nn.Module:
     """The best model of the run, from OUT; adapters are merged into it, and kept in OUT/adapter."""
-    model: Any = prepared.model
     if prepared.sections.lora.r is None:
         read_model(model, out)
     else:

@@ -96,7 +96,10 @@ class Sharding:
             parameter: Any = self.model.get_parameter(names[0])
             value = parameter.detach().full_tensor()
             if model is not None:
-                made = nn.Parameter(value.cpu(), requires_grad=parameter.requires_grad)
+                own = value.to(
+                    "cpu", copy=True
+                )  # a storage of just its size, which safetensors needs of tied ones
+                made = nn.Parameter(own, requires_grad=parameter.requires_grad)
                 for name in names:
                     _replace(model, name, made)
         if model is not None:
@@ -116,7 +119,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    whole: Any = tensor
+    part: Tensor = whole.to_local() if is_sharded(tensor) else tensor
+    return part
 
 
 def _own_blocks(model: nn.Module) -> list[nn.Module]:

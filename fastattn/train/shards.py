@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastattn.train.averaging import Averaged
 from fastattn.train.resume import DamagedCheckpoint
@@ -21,7 +26,8 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any, averaged: Avera
         OSError: a process could not write; the same on all.
     """
     try:
-        dcp.save(_state(model, optimizer, averaged), storage_writer=dcp.FileSystemWriter(folder))
+        with _quiet():
+            save(_state(model, optimizer, averaged), storage_writer=FileSystemWriter(folder))
     except CheckpointException as error:  # not an Exception
         raise _os_error(error, folder) from error
 
@@ -34,7 +40,8 @@ def read_shards(folder: Path, model: nn.Module, optimizer: Any, averaged: Averag
     """
     state = _state(model, optimizer, averaged)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+        with _quiet():
+            load(state, storage_reader=FileSystemReader(folder))
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     except CheckpointException as error:
         raise DamagedCheckpoint(f"{folder}: cannot be read ({_first(error)})") from None
@@ -48,6 +55,14 @@ def _state(model: nn.Module, optimizer: Any, averaged: Averaged | None) -> dict[
     if averaged is not None:
         state["average"] = {str(i): value for i, value in enumerate(averaged.values)}
     return state
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a process alone saves or loads alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _os_error(error: CheckpointException, folder: Path) -> OSError:

@@ -12,7 +12,6 @@ from torch import nn
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
-from fastattn.train import shards
 from fastattn.train.averaging import Averaged
 from fastattn.train.checkpoint import read_model, write_model
 from fastattn.train.config import ConfigError, TrainConfig
@@ -61,6 +60,8 @@ class Snapshot:
     def write_shards(self, folder: Path) -> None:
         """Write this process's part of a checkpoint, if its format has parts; all do so before the first's `write`."""
         if self.in_shards:
+            from fastattn.train import shards  # slow to import, and no other run needs it
+
             shards.write_shards(folder / SHARDS, self.model, self.optimizer, self.averaged)
 
     def write(self, folder: Path, state: TrainState, generators: list[dict[str, Any]]) -> None:
@@ -100,6 +101,8 @@ class Snapshot:
         rank, world_size = self.distributed.rank, self.distributed.world_size
         try:
             if saved.sharded:
+                from fastattn.train import shards
+
                 shards.read_shards(folder / SHARDS, self.model, self.optimizer, self.averaged)
             else:
                 check_optimizer(saved.optimizer, self.optimizer, folder / OPTIMIZER)

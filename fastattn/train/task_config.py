@@ -130,8 +130,7 @@ def read_sections(
     Args:
         task: gives the section "task" its type.
         preset: the name of the model's preset; only a preset has a section "model".
-        defaults: of TrainConfig. That of max_epochs holds where neither max_steps nor max_seconds is given: a run
-            of so many seconds is not to end after the task's usual epochs.
+        defaults: of TrainConfig. The default of max_epochs is used only if neither max_steps nor max_seconds is given.
 
     Raises:
         ConfigError: as `load_config`, and for an option out of range.

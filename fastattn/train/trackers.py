@@ -15,8 +15,9 @@ MODULES = {
     "tensorboard": "tensorboard",
     "trackio": "trackio",
     "wandb": "wandb",
-}  # a tracker -> what it imports
+}  # tracker -> the module that it imports
 PROJECT = "fastattn"
+BOARD = "tensorboard"  # the folder of TensorBoard's files in a run's
 
 
 def missing(names: Sequence[Tracker]) -> str | None:
@@ -38,7 +39,7 @@ class Trackers:
         self._close: list[Callable[[], object]] = []
         for name in names:
             if name == "tensorboard":
-                writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+                writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / BOARD))
 
                 def send(figures: dict[str, float], step: int, writer: Any = writer) -> None:
                     for key, value in figures.items():

@@ -452,8 +452,9 @@ class Trainer:
     def _show(self, show_with: Callable[[nn.Module], str]) -> None:
         with self._averaged_in_place():
             text = self.evaluator.shown(show_with)
-        self.log.add("sample", self.state.step, text=text)
-        self.display.note(text)
+        if self.distributed.is_main:
+            self.log.add("sample", self.state.step, text=text)
+            self.display.note(text)
 
     def whole_model(self) -> nn.Module:
         """The model with all its parameters: itself, or of a sharded one a copy on the CPU of the first process.

@@ -64,7 +64,7 @@ def test_what_a_probe_found_wrong_is_left_out_of_every_section(tmp_path: Path) -
         assert {"cuda.softmax_fwd", "cuda.one_pass"} <= set(names)
         assert len(set(names)) == len(names)
         given = evidence_run.section_environment(section, run).get("FASTATTN_DISABLE")
-        assert given == (None if section.name in evidence_run.ALWAYS else ",".join(names))
+        assert given == (None if section.name in evidence_run.REPEATED else ",".join(names))
 
 
 def test_triton_and_torch_run_before_the_extension(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from small_models import GPT2, KINDS, VOCAB
 from fastattn.generation import generate
 from fastattn.generation.options import Options
 from fastattn.models import GPT, GPTConfig
+from fastattn.models.paged import LARGE_BLOCK
 from fastattn.serve.engine import Engine, Output, Request
-from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
+from numerics import assert_within_rule
 
 PAGE = 8
 
@@ -179,14 +180,32 @@ def test_prompt_scores_are_those_of_the_forward_pass() -> None:
     run(engine, asked)
     (out,) = asked.outputs
     assert (out.finish, out.tokens) == ("length", [])
-    ids = torch.tensor([asked.prompt])
-    logprobs = model(ids).logits[0].double().log_softmax(-1)
     assert [s.token for s in out.prompt_scores] == asked.prompt
     assert out.prompt_scores[0].logprob is None
-    for place, score in enumerate(out.prompt_scores[1:]):
-        expected = logprobs[place, asked.prompt[place + 1]]
-        torch.testing.assert_close(torch.tensor(score.logprob).double(), expected, rtol=1e-5, atol=1e-5)
-        assert [token for token, _ in score.top] == logprobs[place].topk(3).indices.tolist()
+    ids, following = torch.tensor([asked.prompt]), torch.tensor(asked.prompt[1:])[:, None]
+    with torch.no_grad():
+        plain = model(ids).logits[0, :-1].log_softmax(-1)
+        golden = model.double()(ids).logits[0, :-1].log_softmax(-1)
+    scores = out.prompt_scores[1:]
+    found = torch.tensor([[s.logprob, *(logprob for _, logprob in s.top)] for s in scores])
+    assert [[token for token, _ in s.top] for s in scores] == golden.topk(3).indices.tolist()
+    wanted = [torch.cat((x.gather(1, following), x.topk(3).values), 1) for x in (plain, golden)]
+    assert_within_rule(found, *wanted)
+
+
+def test_prompt_scores_come_once_also_after_a_preemption() -> None:
+    model = make_model()
+    engine = make_engine(model, pages=20)
+    first = Asked(random_ids(4, 2), max_new_tokens=12)
+    asked = Asked(random_ids(30, 1), prompt_scores=1, max_new_tokens=2)
+    engine.submit(first.request)
+    engine.submit(asked.request)
+    for _ in range(3):
+        engine._step()
+    engine.batch._preempt(engine.batch.running[-1])
+    finish(engine)
+    assert [s.token for out in asked.outputs for s in out.prompt_scores] == asked.prompt
+    assert [asked.tokens()] == asked.alone(model)
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
@@ -272,6 +291,20 @@ def test_a_deadline_ends_a_request() -> None:
     assert isinstance(late.error, DeadlineError)
 
 
+def test_a_full_batch_has_the_bits_of_each_request_alone() -> None:
+    model = make_model(n_embd=64)
+    asked = [Asked(random_ids(3 + i, i), scores=1, max_new_tokens=6) for i in range(LARGE_BLOCK + 2)]
+    engine = make_engine(model, pages=200, max_batch=LARGE_BLOCK + 2)
+    run(engine, *asked)
+    alone = [Asked(each.prompt, scores=1, max_new_tokens=6) for each in asked]
+    for each in alone:
+        run(engine, each)
+    for ours, theirs in zip(asked, alone):
+        assert [ours.tokens()] == ours.alone(model)
+        together, single = ([s for out in each.outputs for s in out.scores] for each in (ours, theirs))
+        assert together == single
+
+
 def test_penalties_and_biases() -> None:
     ids, scores = torch.tensor([[4, 4, 1, 1, 2]]), torch.zeros(1, 6)
     assert FrequencyPenalty(2, 0.5)(ids, scores).tolist() == [[0.0, -1.0, -0.5, 0.0, 0.0, 0.0]]
@@ -324,24 +357,3 @@ def test_stopping_fails_what_is_not_finished() -> None:
     engine._work()
     assert isinstance(asked.error, Overloaded)
     assert engine.stats()["pages_held"] == 0
-
-
-def test_pages_are_counted_named_and_found() -> None:
-    pool = PagePool(3, 2)
-    names = names_of([1, 2, 3, 4], 2, 2)
-    assert names_of([1, 2, 9, 9], 2, 2)[0] == names[0]
-    assert names_of([9, 2, 3, 4], 2, 2)[1] != names[1]  # all before it counts
-    first, second = pool.take(), pool.take()
-    pool.name(first, names[0])
-    pool.name(second, names[1])
-    for page in (second, first):
-        pool.release(page)
-    assert pool.available == 3
-    assert pool.begin_with(names) == [first, second]
-    pool.hold(first)
-    assert pool.available == 2
-    taken = [pool.take(), pool.take()]  # the free one, then the named one that nobody holds
-    assert second in taken
-    assert pool.begin_with(names) == [first]
-    with pytest.raises(PagesExhausted):
-        pool.take()

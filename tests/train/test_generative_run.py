@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_before_any_work(small_gpt: Path, tmp_path: Path) 
     assert "is never a label" in refused("chat", chats, small_gpt, out, "--task.max_length=27")
     assert "has no 'chosen'" in refused("dpo", chats, small_gpt, out)
     assert "needs a decoder" in refused("dpo", pairs, _encoder(tmp_path / "encoder"), out)
-    assert "dpo starts from a trained model's folder" in refused("dpo", pairs, "nano", out)
+    assert "dpo needs the folder of a trained model" in refused("dpo", pairs, "nano", out)
     assert "needs an encoder" in refused("seq2seq", write(tmp_path / "t.jsonl", TRANSLATIONS), small_gpt, out)
     assert "packing: got 'tight'" in refused("causal-lm", chats, small_gpt, out, "--task.packing=tight")
 

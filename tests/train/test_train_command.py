@@ -358,7 +358,7 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("classify", ["--train={empty}"], "empty.jsonl: holds no example"),
     ("classify", ["--model=/nowhere"], "--model: "),
     ("classify", ["--model={other}"], "tokenizer: has ids up to 34, the model's vocab_size is 20"),
-    ("classify", ["--model={bare}"], "holds no tokenizer.json"),
+    ("classify", ["--model={bare}"], "holds neither tokenizer.json nor vocab.txt"),
     ("classify", ["--out={file}"], "is a file, needs a directory"),
 ]  # fmt: skip
 

@@ -15,7 +15,13 @@ from fastattn.backends.torch.cross_entropy import (
     read_targets,
 )
 from fastattn.backends.torch.kv_cache import kv_cache_fwd
-from fastattn.backends.torch.softmax import softmax_bwd, softmax_fwd, softmax_tiles
+from fastattn.backends.torch.softmax import (
+    softmax_bwd,
+    softmax_bwd_plan,
+    softmax_fwd,
+    softmax_fwd_plan,
+    softmax_tiles,
+)
 from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd, varlen_fwd_plan
 from fastattn.backends.torch.whole_call import (
     attention_bwd_plan,
@@ -44,7 +50,9 @@ __all__ = [
     "masked_fwd_plan",
     "read_targets",
     "softmax_bwd",
+    "softmax_bwd_plan",
     "softmax_fwd",
+    "softmax_fwd_plan",
     "softmax_tiles",
     "tiles",
     "varlen_bwd",

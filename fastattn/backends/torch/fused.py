@@ -15,6 +15,7 @@ from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, m
 from fastattn.backends.torch.schedule import Tile
 from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec
+from fastattn.strides import empty_in_order
 
 FOLDED_MAX_DIM = 128  # head dims from which more rows take the kernel longer than to read the keys again
 FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
@@ -102,11 +103,31 @@ def fused_tile_bwd(
     return dq, dk, dv
 
 
+def fused_whole_bwd(
+    part: Part, tile: Tile, out: Tensor, lse_safe: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of a call of one tile. Where heads share keys, some heads at a time: the kernel is given keys and
+    values repeated, and gives a share of their gradients for every query head."""
+    if part.call.group_size == 1:
+        return fused_tile_bwd(part, tile, out, lse_safe, dout)
+    call = part.call
+    grads = tuple(empty_in_order(t, tuple(t.shape)) for t in (call.query, call.key, call.value))
+    for kv_heads in kv_head_chunks(part, tile):
+        shares = fused_tile_bwd(part, tile, out, lse_safe, dout, kv_heads)
+        for grad, share, heads in zip(grads, shares, (query_heads(part, kv_heads), kv_heads, kv_heads)):
+            grad[:, heads] = share
+        del shares  # free these before the next are allocated
+    dq, dk, dv = grads
+    return dq, dk, dv
+
+
 def kv_head_chunks(part: Part, tile: Tile) -> Iterator[slice]:
-    """The key heads in runs whose shares of a tile's gradients stay small, yet give every thread a head."""
+    """The key heads in runs whose shares of a tile's gradients stay small, yet give every thread a query head."""
     batch, num_kv_heads = part.key.shape[:2]
+    shared_by = part.call.group_size
     per_head = batch * max(len(tile.rows), len(tile.cols)) * part.key.shape[3] * part.key.element_size()
-    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), cdiv(torch.get_num_threads(), max(batch, 1)))
+    of_every_thread = cdiv(torch.get_num_threads(), max(batch * shared_by, 1))
+    chunk = max(FUSED_SHARE_BYTES // max(per_head * shared_by, 1), of_every_thread)
     for start in range(0, num_kv_heads, chunk):
         yield slice(start, min(start + chunk, num_kv_heads))
 

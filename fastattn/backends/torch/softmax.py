@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
     out = torch.empty_like(x, dtype=call.dtype)
     if x.numel() == 0:
         return out
-    if call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == x.dtype:
+    if _is_torchs(call):
         _whole(x, out, dim, call.log)
         _constant_where_hidden(x, out, dim, call.log)
         return out
@@ -83,6 +83,48 @@ def softmax_bwd(
     if not _finite(dx, dim):
         dx.masked_fill_(out == constant, 0.0)
     return dx
+
+
+def softmax_fwd_plan(spec: SoftmaxSpec, call: SoftmaxCall) -> Callable[[Tensor, None], Tensor] | None:
+    """What `softmax_fwd` does for calls of these strides where that is torch's kernel on the whole tensor, and no more.
+
+    Kernels leave caches cold, where a Python function costs many times what it does in a loop.
+    """
+    x, dim = call.x, call.dim
+    if not (_is_torchs(call) and x.is_contiguous() and x.numel()):
+        return None
+    function, constant = (torch.log_softmax, -torch.inf) if call.log else (torch.softmax, 0.0)
+
+    def run(x: Tensor, mask: None = None) -> Tensor:
+        out = function(x, dim)
+        total = out.select(dim, 0).sum().item()
+        if total != total:  # as `_constant_where_hidden` says
+            out.masked_fill_(x == -torch.inf, constant)
+        return out
+
+    return run
+
+
+def softmax_bwd_plan(
+    spec: SoftmaxSpec, dim: int, scale: float, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor], Tensor | None] | None:
+    """The same of `softmax_bwd`; its function gives None where more is to do."""
+    kernel = torch_compat.softmax_gradient_kernel()
+    if kernel is None or spec.log or scale != 1.0 or dtype != spec.dtype:
+        return None
+
+    def run(dout: Tensor, out: Tensor) -> Tensor | None:
+        if not out.is_contiguous() or out.numel() == 0:
+            return None
+        dx: Tensor = kernel(dout, out, dim, dtype)
+        return dx if math.isfinite(dx.select(dim, 0).sum().item()) else None
+
+    return run
+
+
+def _is_torchs(call: SoftmaxCall) -> bool:
+    """Whether torch's kernel gives the result, but for what -inf hides."""
+    return call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == call.x.dtype
 
 
 def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+import torch
+
 from fastattn.integers import cdiv
 from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
@@ -79,6 +81,7 @@ class Engine:
         self._count = self.steps = 0
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
+        self._torch_threads = torch.get_num_threads()
 
     def start(self) -> None:
         """Start the thread."""
@@ -165,6 +168,9 @@ class Engine:
         }
 
     def _work(self) -> None:
+        torch.set_num_threads(
+            self._torch_threads
+        )  # a thread's own number, on which the order of sums may depend
         with evaluating(self.model):
             while True:
                 with self._changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -13,8 +14,16 @@ from fastattn.generation.protocol import GenerationError
 from fastattn.models import GPT
 from fastattn.models.paged import PagedDecoder
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
-from fastattn.serve.engine.requests import Continuation, DeadlineError, Output, Request, TokenScore
+from fastattn.serve.engine.requests import (
+    Continuation,
+    DeadlineError,
+    Output,
+    Overloaded,
+    Request,
+    TokenScore,
+)
 
+log = logging.getLogger("fastattn.serve")
 READ_ALONE = 256  # tokens of prompts that a step reads where no continuation waits for one
 
 
@@ -61,6 +70,8 @@ class Batch:
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error."""
+        if not isinstance(error, (ValueError, DeadlineError, Overloaded)):
+            log.error("request %d failed", request.number, exc_info=error)
         if self._leave(request):
             request.tell(Output(error=error))
 
@@ -107,7 +118,12 @@ class Batch:
         if not self.sharing or (each.request.prompt_scores is not None and not each.made):
             return []
         whole = (len(each.prompt) - 1) // self.page_size
-        return self.pool.begin_with(names_of(each.prompt, self.page_size, whole))
+        return self.pool.begin_with(self._names(each)[:whole])
+
+    def _names(self, each: Continuation) -> list[bytes]:
+        if each.names is None:
+            each.names = names_of(each.prompt, self.page_size, len(each.prompt) // self.page_size)
+        return each.names
 
     def _guarded(self, those: Sequence[Continuation], work: object) -> int | None:
         """Run a part of a step; an error ends the requests it is of. Out of memory, the latest request waits."""
@@ -148,7 +164,7 @@ class Batch:
         each.held = end
         if self.sharing and end % self.page_size == 0:
             place = end // self.page_size - 1
-            self.pool.name(each.pages[place], names_of(each.prompt, self.page_size, place + 1)[-1])
+            self.pool.name(each.pages[place], self._names(each)[place])
         if end == length and not each.made:
             self._begin(each, self.decoder.logits_of(hidden[-1:].contiguous()))
         return len(tokens)
@@ -271,6 +287,8 @@ class Batch:
     def _preempt(self, each: Continuation) -> None:
         """A continuation gives its pages back and waits; what they held is computed again later, with the same bits."""
         self._release(each)
+        if not each.made:
+            each.prompt_scores.clear()  # they are made again with the prompt
         self.running.remove(each)
         self.waiting.append(each)
         self.waiting.sort(key=lambda other: other.order)
