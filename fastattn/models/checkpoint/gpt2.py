@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
-
 from fastattn.models.checkpoint.keys import check_keys
-from fastattn.models.checkpoint.names import Family, Part, to_file
+from fastattn.models.checkpoint.names import Family, Part
 from fastattn.models.config import GPTConfig
 
 # The fields of a GPT2Config. A GPTConfig with another field at a value other than its default is no GPT-2.
@@ -157,9 +155,3 @@ OWN = Family(
     write_config=_write_own,
     in_transformers=False,
 )
-
-
-def to_gpt2_names(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """Our state_dict under GPT-2's names, Conv1D's transposed."""
-    state = {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
-    return to_file(state, None, OWN)
