@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -169,7 +168,7 @@ def _with_irregular_rows(
 def is_regular(lse: Tensor) -> bool:
     """Whether the fused kernel gave no row the lse 0, +inf or NaN: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
-        rows = _listed(lse)
+        rows = lse.ravel().tolist()
         if 0.0 < abs(math.prod(rows)) < math.inf:
             return True
         total = sum(rows)  # float32 is summed in float64, which finite numbers cannot overflow
@@ -182,17 +181,10 @@ def is_regular(lse: Tensor) -> bool:
 def is_finite(lse: Tensor) -> bool:
     """Whether every row has a finite lse: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
-        total = sum(_listed(lse))
+        total = sum(lse.ravel().tolist())
         return total - total == 0.0
     lowest, highest = torch.aminmax(lse)
     return bool(lowest.item() > -torch.inf and highest.item() < torch.inf)
-
-
-def _listed(lse: Tensor) -> list[float]:
-    rows = lse.tolist()
-    if lse.dim() == 3:
-        rows = rows[0] if len(rows) == 1 else [*chain.from_iterable(rows)]
-    return [*chain.from_iterable(rows)]
 
 
 def _largest_scores(part: Part, tile: Tile) -> Tensor:
