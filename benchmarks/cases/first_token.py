@@ -134,7 +134,7 @@ def _entry(
     rows: list[schema.Result] = []
     for provider, runs in measured.runs.items():
         if provider in measured.reasons:
-            # a peer that is not installed is no failure; ours is there
+            # a peer that is not installed is unavailable; ours always runs
             status = "failed" if provider == OURS else "unavailable"
             rows.append({"provider": provider, "status": status, "reason": measured.reasons[provider]})
         else:

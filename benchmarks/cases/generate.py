@@ -142,10 +142,10 @@ def cases_for(device: torch.device) -> list[GenerateCase | LookupCase]:
     """Every case of a device, the most important first."""
 
     def faster(speed: float, provider: str = "fastattn") -> schema.Result:
-        return {"provider": provider, "against": "transformers-sdpa", "speed": speed}
+        return figures.target(speed, "transformers-sdpa", provider)
 
     def against_without(speed: float) -> schema.Result:
-        return {"provider": LOOKUP, "against": WITHOUT, "speed": speed}
+        return figures.target(speed, WITHOUT, LOOKUP)
 
     both: tuple[str, ...] = ("fastattn", INVARIANT)
     lookups = [

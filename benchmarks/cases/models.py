@@ -18,7 +18,7 @@ from report import figures, schema
 BUDGET = Budget(seconds=60.0, least_rounds=15, memory=False)
 PADDED, SORTED, SENTENCES = "transformers-padded", "transformers-sorted-8", "sentence-transformers"
 INT8 = "fastattn-int8"
-LEAST_COSINE = 0.995  # mean, of vectors made with 8-bit weights and with float32's
+LEAST_COSINE = 0.995  # mean cosine between vectors from 8-bit weights and from float32 weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EncoderCase:
 
     @property
     def flops(self) -> float | None:
-        """None: what padding costs is what is measured."""
+        """None: the cost of padding is what the case measures."""
         return None
 
     def providers(self, device: torch.device) -> list[str]:
@@ -213,7 +213,7 @@ def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase | Decoder
     """Every case of a device, the most important first."""
 
     def faster(speed: float, against: str, provider: str = "fastattn") -> schema.Result:
-        return {"provider": provider, "against": against, "speed": speed}
+        return figures.target(speed, against, provider)
 
     if device.type == "cpu":
         return [

@@ -17,7 +17,7 @@ from inputs.random_kv_cache import CacheCall
 from measure.errors import excess, ratios_of
 from measure.protocols import REFUSED
 
-MOST_FAILURES = 10  # reported one by one; all are counted
+MOST_FAILURES = 10  # that are reported one by one; all are counted
 SMALL = 70  # the greatest length where Triton is interpreted
 
 
@@ -43,7 +43,7 @@ def _judge(
     seconds: float,
     seed: int,
 ) -> Iterator[Finding]:
-    """Drawn calls of an op against the reference in float64, for some time."""
+    """Random calls of an op against the reference in float64, for `seconds`."""
     from fastattn import reference
 
     names = backends_here(device)
@@ -189,7 +189,7 @@ def check_few_key_heads(device: torch.device, seconds: float, seed: int) -> Iter
 
 
 def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
-    """The same call again and again, with other work in between: every bit of out, lse and gradients the same."""
+    """The same call repeatedly, with other work in between: every bit of out, lse and gradients must be the same."""
     from fastattn import attention
 
     cuda = device.type == "cuda"
@@ -237,7 +237,7 @@ def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[F
 
 
 def check_int64_offsets(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
-    """Tensors whose element offsets pass 2**31, by strides and by size, against float64 on what lies beyond."""
+    """Tensors with element offsets beyond 2**31, by strides and by size; the part beyond is compared with float64."""
     if device.type != "cuda":
         yield finding("int64-offsets", "skipped", "needs a GPU: the tensors take 5 GB each")
         return

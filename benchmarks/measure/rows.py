@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
 COLD_BYTES = 2**27  # of weights in turn, as layers follow each other: more than any cache keeps
 
-WORTH = 0.95  # of the time of the product for all rows: what is not faster than that is noise
+WORTH = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
 
 Product = Callable[[Tensor], Tensor]
 Choice = tuple[tuple[int | None, str], ...]
@@ -86,7 +86,7 @@ def table() -> Iterator[str]:
 
 @torch.no_grad()
 def fastest(dtype: torch.dtype) -> Choice:
-    """Up to how many rows which of `fastattn.nn.rows.PRODUCTS` is the fastest over all sizes."""
+    """The fastest of `fastattn.nn.rows.PRODUCTS` over all sizes, for each range of numbers of rows."""
     from fastattn import torch_compat
     from fastattn.nn.rows import PRODUCTS
 
@@ -114,7 +114,7 @@ def chosen(totals: dict[str, list[float]]) -> Choice:
 
 
 def write(path: Path, instructions: str, choices: dict[str, Choice]) -> None:
-    """Put one CPU's choices into the table, in place of those that it had."""
+    """Replace one CPU's choices in the table."""
     from fastattn.nn.rows_table import FASTEST
 
     table = dict(sorted({**FASTEST, instructions: choices}.items()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.integers import cdiv
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
@@ -94,7 +95,7 @@ def backward(
 def chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
     """The tokens of each chunk."""
     fit = CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
-    step = max(1, min(fit, -(-tokens // MIN_CHUNKS)))
+    step = max(1, min(fit, cdiv(tokens, MIN_CHUNKS)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 

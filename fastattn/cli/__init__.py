@@ -1,4 +1,4 @@
-"""The fastattn command: what the machine offers, and a demonstration of the library on it.
+"""The fastattn command: the state of the machine, a demonstration, models and benchmarks.
 
 A file per command parses and prints; the command's work is in a module of the package that is imported when the
 command runs.
@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fastattn",
-    help="One attention call, every mask, every device: see what runs here and try it.",
+    help="Fused attention for PyTorch: check this machine, try fastattn, train and run models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

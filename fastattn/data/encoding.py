@@ -1,4 +1,4 @@
-"""Texts and pairs of texts as encoders read them: special tokens, types, offsets, and what did not fit."""
+"""Texts and pairs of texts as encoders' inputs: special tokens, types, offsets, and truncation."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Row:
     types: list[int]
     offsets: list[tuple[int, int]]  # characters of the text that the token belongs to
     sequences: list[int | None]  # 0 or 1, the text of a pair it belongs to; None for special tokens
-    cut: int = 0  # tokens of the text that did not fit and are not here
+    cut: int = 0  # number of truncated tokens of the text
 
 
 class InputTokenizer:
     """The tokenizer of an encoder's folder: tokenizer.json, or BERT's vocab.txt.
 
     Args:
-        core: does the work, with its own special tokens; truncation and padding that it asks for are taken off.
-        mask_token: stands for a missing word; None where there is none.
-        max_length: most tokens that the folder says a model reads; None for no limit.
+        core: the `tokenizers.Tokenizer`, with its special tokens; its truncation and padding are switched off.
+        mask_token: stands for a missing word; None if there is none.
+        max_length: the model's most tokens by the folder; None for no limit.
         typed: whether the second text of a pair has token type 1; if not, all types are 0.
     """
 
@@ -96,17 +96,17 @@ class InputTokenizer:
 
     @property
     def special_counts(self) -> tuple[int, int]:
-        """How many special tokens stand around a text, and around a pair."""
+        """The number of special tokens of a text, and of a pair."""
         return self.core.num_special_tokens_to_add(False), self.core.num_special_tokens_to_add(True)
 
     def encode(self, texts: Sequence[str | tuple[str, str]], max_length: int | None = None) -> list[Row]:
-        """The tokens of each text or pair, the longer text of a pair first cut to `max_length` tokens in all."""
+        """The tokens of each text or pair, truncated to `max_length` in all; of a pair the longer text first."""
         return [rows[0] for rows in self._encode(texts, max_length, 0, "longest_first")]
 
     def encode_windows(
         self, pairs: Sequence[tuple[str, str]], max_length: int | None, stride: int
     ) -> list[list[Row]]:
-        """The tokens of each pair, the second text in windows that share `stride` tokens, so that nothing is cut."""
+        """The tokens of each pair, the second text in windows that overlap by `stride` tokens, without truncation."""
         return self._encode(pairs, max_length, stride, "only_second")
 
     def _encode(
@@ -150,7 +150,7 @@ def _read_core(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
             return _word_pieces(vocabulary, settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(f"{folder}: the tokenizer cannot be read ({error})") from None
-    raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.txt")
+    raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.txt")
 
 
 def _word_pieces(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn.generation.choosing import Chooser
 from fastattn.generation.drivers import DecoderDriver
 from fastattn.generation.rows import Rows, real_tokens
+from fastattn.integers import cdiv
 
 LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
 MEMORY = 24  # matches, or steps with guesses, that the estimates look back on
@@ -76,7 +77,7 @@ class Lookup:
         if self.place is None or count < 1:
             return []
         following = self.ids[self.place : self.place + count]
-        return (following * -(-count // len(following)))[:count]
+        return (following * cdiv(count, len(following)))[:count]
 
 
 class Account:

@@ -109,7 +109,7 @@ def attention_forward(
 def _refuse(kwargs: dict[str, Any]) -> None:
     for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: fastattn cannot honour it: {why}; use attn_implementation='eager'")
+            raise ValueError(f"{name}: is not supported by fastattn: {why}; use attn_implementation='eager'")
 
 
 def implementation_name(backend: str = "auto", masks: str = "") -> str:

@@ -181,7 +181,7 @@ class MultiHeadAttention(Heads):
             raise ValueError(f"rotary: got one for head_dim {rotary.head_dim}, needs {self.head_dim}")
         self.rotary = rotary or None
         arguments.window_bounds(window)
-        arguments.positive_or_zero("softcap", softcap, dtype)
+        arguments.softcap_or_zero(softcap, dtype)
         arguments.check_backend(backend)
         self.window = window
         self.softcap = softcap

@@ -303,7 +303,7 @@ _TorchDispatchMode = find("torch.utils._python_dispatch.TorchDispatchMode")
 
 
 def has_dispatch_mode() -> bool:
-    """Whether `dispatch_mode` hands over operations. Fallback: it does not."""
+    """Whether `dispatch_mode` gets the operations. Fallback: it does not."""
     return _TorchDispatchMode is not None
 
 

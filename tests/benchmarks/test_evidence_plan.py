@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import checkout
 import gpu_evidence
 from evidence import carried, probes, sections
 from evidence import run as evidence_run
@@ -21,7 +22,7 @@ from fastattn.extension import load
 from fastattn.extension.info import MARKER, BuildInfo, abi_tag, library_name
 from measure import processes
 
-ROOT = sections.ROOT
+ROOT = checkout.ROOT
 BACKWARD = "cuda.attention_bwd,cuda.varlen_bwd,cuda.one_pass"
 
 

@@ -88,7 +88,7 @@ def test_gpt2_style_files_load(tokenizer, documents, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"vocab_size": 257}, "vocab_size: got 257, need at least 258"),
+        ({"vocab_size": 257}, "vocab_size: got 257, needs at least 258"),
         ({"min_frequency": 0}, "min_frequency"),
     ],
 )

@@ -13,7 +13,8 @@ import torch
 from generation_cases import make, tokenizer
 from typer.testing import CliRunner
 
-from fastattn import cli, console
+from fastattn import cli
+from fastattn.data import json_lines
 from fastattn.generation.text import UNKNOWN, Detokenizer
 from fastattn.models import (
     GPT,
@@ -110,7 +111,7 @@ def test_a_file_that_is_too_long_is_refused(
 ) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "x"}')
-    monkeypatch.setattr(console, "MAX_DATA_BYTES", 14)
+    monkeypatch.setattr(json_lines, "MAX_BYTES", 14)
     code, out, err = invoke(folder, f"--data={data}")
     assert (code, out, err) == (2, "", f"fastattn: --data {data}: holds over 14 bytes\n")
 
@@ -169,9 +170,13 @@ def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Pat
         (
             "encoder",
             BertForMaskedLM(small.config.encoder),
-            "holds a BertForMaskedLM, which generates no text",
+            "holds a BertForMaskedLM, which does not generate text",
         ),
-        ("two", seq2seq(vocab, vocab + 3), "its one tokenizer cannot serve both parts, the encoder has 274"),
+        (
+            "two",
+            seq2seq(vocab, vocab + 3),
+            "its tokenizer cannot be used for both parts, the encoder has 274",
+        ),
         ("small", small, f"its tokenizer is another model's, {ids} and the encoder"),
         ("gpt", make(), f"its tokenizer is another model's, {ids} and the model 61 tokens"),
     ):
@@ -256,11 +261,11 @@ def test_a_name_that_no_folder_can_have_is_named() -> None:
         (["--prompt=x", "--data=tests"], "--data tests: no such file"),
         (
             ["--prompt=x", "--temperature=0", "--top-k=3"],
-            "--temperature 0 takes the likeliest token, so --top-k",
+            "--temperature 0: is greedy decoding, which does not use --top-k",
         ),
         (["--prompt=x", "--num-beams=2", "--stop=x"], "stop_strings, num_beams: do not go together"),
         (["--prompt=x", "--max-new-tokens=1000"], "max_new_tokens: a prompt of 1 and 1000 more tokens"),
-        ([], "--prompt: got no text, nor any on standard input"),
+        ([], "--prompt: got no text, and none on standard input"),
     ],
 )
 def test_options_that_cannot_be_used_are_named_in_one_line(

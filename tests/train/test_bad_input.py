@@ -324,6 +324,6 @@ def test_a_log_is_read_up_to_what_is_no_record(line: str, tmp_path: Path) -> Non
 
 
 def test_a_record_without_a_loss_is_not_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no finite loss"):
+    with pytest.raises(ValueError, match="has no finite loss"):
         plot_loss([{"event": "train", "step": 1}], tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()

@@ -12,6 +12,7 @@ from fastattn.backends.torch.cross_entropy import (
     cross_entropy_fwd,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
+    read_targets,
 )
 from fastattn.backends.torch.kv_cache import kv_cache_fwd
 from fastattn.backends.torch.softmax import softmax_bwd, softmax_fwd, softmax_tiles
@@ -41,6 +42,7 @@ __all__ = [
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "masked_fwd_plan",
+    "read_targets",
     "softmax_bwd",
     "softmax_fwd",
     "softmax_tiles",

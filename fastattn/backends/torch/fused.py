@@ -13,10 +13,11 @@ from fastattn import torch_compat
 from fastattn.backends.torch.gradient_sums import query_heads
 from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, merged, rows_of
 from fastattn.backends.torch.schedule import Tile
+from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec
 
 FOLDED_MAX_DIM = 128  # head dims from which more rows take the kernel longer than to read the keys again
-FEW_ROWS = 64  # are checked in Python, without a kernel
+FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
 
@@ -26,7 +27,7 @@ def can_run(spec: AttentionSpec) -> bool:
         return False
     if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
         return False
-    # in dims that are no multiple of 8 its products round worse than the rule
+    # in dims that are not multiples of 8 its products round worse than the rule
     if spec.head_dim != spec.value_dim or spec.head_dim % 8:
         return False
     exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype
@@ -105,7 +106,7 @@ def kv_head_chunks(part: Part, tile: Tile) -> Iterator[slice]:
     """The key heads in runs whose shares of a tile's gradients stay small, yet give every thread a head."""
     batch, num_kv_heads = part.key.shape[:2]
     per_head = batch * max(len(tile.rows), len(tile.cols)) * part.key.shape[3] * part.key.element_size()
-    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), -(-torch.get_num_threads() // max(batch, 1)))
+    chunk = max(FUSED_SHARE_BYTES // max(per_head, 1), cdiv(torch.get_num_threads(), max(batch, 1)))
     for start in range(0, num_kv_heads, chunk):
         yield slice(start, min(start + chunk, num_kv_heads))
 

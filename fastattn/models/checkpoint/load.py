@@ -159,7 +159,7 @@ def load_weights(
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise RuntimeError(
-            f"{type(model).__name__}: a checkpoint gives no values to the buffers {', '.join(left)}; "
+            f"{type(model).__name__}: a checkpoint has no values for the buffers {', '.join(left)}; "
             f"compute them where they are used"
         )
     report = LoadReport(tuple(plan.dropped), tuple(names[0] for names in plan.missing_new))
