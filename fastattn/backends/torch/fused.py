@@ -40,7 +40,7 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     for tile in row_tiles:
         mask = _fused_mask(part, tile)
         query, key, value = rows_of(part.query, tile), cols_of(part.key, tile), cols_of(part.value, tile)
-        if folds(query, key):
+        if mask is not None and folds(query, key):
             tile_out, tile_lse = folded(query, key, value, mask, part.call.scale)
         else:
             tile_out, tile_lse = torch_compat.cpu_flash_attention(
@@ -61,16 +61,14 @@ def folds(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] == 1 and key.shape[1] < query.shape[1] and query.shape[3] < FOLDED_MAX_DIM
 
 
-def folded(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse), (B, H, 1, D) and (B, H, 1), of one query of heads that share keys, by torch's fused kernel.
 
     mask: additive, (1 or B, 1 or H, 1, Sk), or (1, Sk).
     """
     batch, num_heads, _, dim = query.shape
     groups = (num_kv_heads := key.shape[1], num_heads // num_kv_heads)
-    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+    if mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], *groups, mask.shape[3])
     out, lse = torch_compat.cpu_flash_attention(
         query.reshape(batch, *groups, dim), key, value, False, mask, scale
