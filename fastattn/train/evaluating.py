@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -29,7 +28,7 @@ class Evaluator:
         compiled: the same, perhaps compiled, for the loss; a sharded one's `root`.
         config, objective, batches, distributed: the trainer's.
         figures_with: further figures of the model, called on the first process alone.
-        sharding: of the model, if it is sharded; it is whole for `figures_with`.
+        sharding: of the model, if it is sharded; `figures_with` gets a copy that is not.
     """
 
     def __init__(
@@ -71,11 +70,16 @@ class Evaluator:
     @torch.no_grad()
     def shown(self, show_with: Callable[[nn.Module], str]) -> str:
         """The text that `show_with` makes of the model in eval mode; empty on all processes but the first."""
-        with evaluating(self.model), seeded(self.config.seed, self.batches.device), self._whole():
-            return show_with(self.model) if self.distributed.is_main else ""
+        model = self._whole_model()
+        with evaluating(model), seeded(self.config.seed, self.batches.device):
+            return show_with(model) if self.distributed.is_main else ""
 
-    def _whole(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.sharding is None else self.sharding.whole()
+    def _whole_model(self) -> nn.Module:
+        """The model, of a sharded one a copy with whole parameters on the first process, which uses it alone."""
+        if self.sharding is None:
+            return self.model
+        model = self.sharding.gathered(self.distributed.is_main)
+        return self.model if model is None else model.to(self.batches.device)
 
     def _sums(self, data: Examples) -> tuple[float, int]:
         """This process's sum of losses, and its number of targets."""
@@ -101,8 +105,8 @@ class Evaluator:
         if self.figures_with is None:
             return {}
         found: dict[str, float] = {}
-        figures_with, model = self.figures_with, self.model
-        with self._whole():
+        figures_with, model = self.figures_with, self._whole_model()
+        with evaluating(model):
             for name, value in self.distributed.on_first(lambda: dict(figures_with(model))).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ValueError(f"evaluate_with: its {name} is {value!r}, need a number")
