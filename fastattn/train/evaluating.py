@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from fastattn.integers import cdiv
 from fastattn.nn.modes import evaluating
 from fastattn.train.batches import Batches, Examples
 from fastattn.train.config import TrainConfig
@@ -96,7 +95,7 @@ class Evaluator:
         if self.sharding is not None:
             batches = len(range(0, len(data), size)[:number])
             rank, world_size = ranks
-            if len(range(rank, batches, world_size)) < cdiv(batches, world_size):
+            if 0 < batches % world_size <= rank:  # it has one batch less
                 self.objective.loss(self.compiled, self.batches.of(data, range(min(size, len(data)))))
             self.sharding.release()
         return loss_sum, targets
