@@ -113,6 +113,14 @@ def loss(tensors: list[Tensor], **options: Any) -> Any:
     return fastattn.cross_entropy(tensors[0].flatten(0, 1).flatten(0, 1)[:24], TARGET, **options)
 
 
+def loss_of_one_row(tensors: list[Tensor], **options: Any) -> Any:
+    return fastattn.cross_entropy(tensors[0][0, 0, 0], TARGET[3], **options)
+
+
+def every_loss_ignored(tensors: list[Tensor], **options: Any) -> Any:
+    return fastattn.cross_entropy(tensors[0][0, 0], torch.full((12,), -100), **options).nan_to_num(0.0)
+
+
 def linear_loss(tensors: list[Tensor], **options: Any) -> Any:
     hidden, weight = (t.flatten(0, 1).flatten(0, 1) for t in tensors[:2])
     return fastattn.linear_cross_entropy(hidden[:24], weight[:16], TARGET, **options)
@@ -132,6 +140,9 @@ CASES: dict[str, tuple[Call, dict[str, Any]]] = {
     **{f"softmax, {name}": (rows, options) for name, options in ROWS.items()},
     **{f"cross_entropy, {name}": (loss, options) for name, options in LOSSES.items()},
     "cross_entropy, weighted": (loss, WEIGHTED),
+    "cross_entropy, weighted, z": (loss, {**WEIGHTED, "z_loss": 0.01, "label_smoothing": 0.1}),
+    "cross_entropy, all ignored": (every_loss_ignored, {}),
+    "cross_entropy, one row": (loss_of_one_row, {}),
     **{f"linear_cross_entropy, {name}": (linear_loss, options) for name, options in LOSSES.items()},
     "linear_cross_entropy, softcap": (linear_loss, {"softcap": 5.0}),
 }

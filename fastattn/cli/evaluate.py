@@ -1,4 +1,4 @@
-"""`fastattn evaluate`: figures of a model's folder on labelled data, beside those of simple methods."""
+"""`fastattn evaluate`: metrics of a model's folder on labelled data, with those of baselines."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def evaluate(
         typer.Option(help="File, folder or data set with labelled examples; needed, may be repeated."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="What to evaluate; by default what the folder's head is for.")
+        str | None, typer.Option(help="Task to evaluate; by default that of the folder's head.")
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="majority, tfidf, lead or copy: a simple method beside; may be repeated."),
+        typer.Option(help="Also evaluate majority, tfidf, lead or copy; may be repeated."),
     ] = None,
     train: Annotated[
-        list[str] | None, typer.Option(help="Labelled examples that majority and tfidf learn from.")
+        list[str] | None, typer.Option(help="Labelled examples to train majority and tfidf on.")
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(metavar="KEY=VALUE", help="An option of the task, as max_length=256; may be repeated."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time; changes no figure.")
+        int | None, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time; does not change the metrics.")
     ] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for the reliability plot and the confusion table.")

@@ -25,15 +25,13 @@ def predict(
         int | None,
         typer.Option(min=1, max=MAX_COUNT, help="Most classes, answers or words; all, 1 and 5 by default."),
     ] = None,
-    no_answer: Annotated[
-        bool, typer.Option("--no-answer", help="Let 'no answer' compete with answers.")
-    ] = False,
+    no_answer: Annotated[bool, typer.Option("--no-answer", help="Allow 'no answer' as an answer.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Predict with an encoder's folder, a line for each text of standard input, in its order.
+    """Predict with an encoder's folder: a line for each text of standard input, in the same order.
 
-    The folder's head says what: classes with scores, entities, answers (question, tab, context), the words behind
-    [MASK], or vectors. A text that is longer than the model reads is cut, and a line on standard error says so.
+    The folder's head decides what: classes with scores, entities, answers (question, tab, context), the words for
+    [MASK], or vectors. A text longer than the model's limit is truncated, and a line on standard error says so.
     Exits with 2 on bad input.
     """
     from fastattn.tasks import predict as work

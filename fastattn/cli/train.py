@@ -30,13 +30,17 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Folder of the model to start from, or a preset's name.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for the trained model and everything else.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for the trained model and the files of the run.")
+    ] = None,
     dev: Annotated[
         list[str] | None,
-        typer.Option(help="File or folder to pick the best model by; else a part of the training data."),
+        typer.Option(help="File or folder to select the best model by; else a part of the training data."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder of a model to learn soft labels from.")] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint's folder, to go on from.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto, or the folder of a checkpoint, to continue from.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file with the sections' options.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -75,7 +79,7 @@ def train(
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
-    """The task and the overrides, each in one word; a value may stand behind its option."""
+    """The task and the overrides, each in one word; a value may also be the next word."""
     task: str | None = None
     overrides: list[str] = []
     rest = iter(words)
@@ -90,7 +94,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
         elif task is None:
             task = word
         else:
-            raise InputError(f"{word!r}: is one word too many; files behind --train and --dev take one each")
+            raise InputError(f"{word!r}: is one word too many; --train and --dev take one file each")
     if task is None:
         raise InputError("TASK: is missing")
     return task, overrides

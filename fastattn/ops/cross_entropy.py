@@ -10,15 +10,9 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import arguments, composite, loss_arguments, plain, plan, spelling, symbolic
-from fastattn.ops.cross_entropy_plan import CrossEntropyPlan
-from fastattn.ops.cross_entropy_registration import (
-    MATERIALISED,
-    check_values,
-    composed,
-    makes_gradient,
-    run_cross_entropy,
-    run_cross_entropy_mean,
-)
+from fastattn.ops.cross_entropy_mean import makes_gradient, run_cross_entropy_mean
+from fastattn.ops.cross_entropy_plan import CrossEntropyPlan, ReducedPlan
+from fastattn.ops.cross_entropy_registration import MATERIALISED, check_values, composed, run_cross_entropy
 from fastattn.ops.loss_passes import finished, refuse_early
 from fastattn.spec import CrossEntropyCall, SoftmaxSpec
 
@@ -59,9 +53,9 @@ def cross_entropy(
         A scalar, or target's shape under "none"; in the dtype of logits, float32 under autocast.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. A target that is no class raises an error
-            that is also an IndexError, as torch's is. On a GPU, where looking would cost a synchronisation, such a
-            token has loss NaN instead, and so has the mean or sum.
+        ValueError, TypeError: an argument does not fit; the message names it. A target that is not a class raises an
+            error that is also an IndexError, as torch's is. On a GPU, where the check would cost a synchronisation,
+            such a token has loss NaN instead, and so has the mean or sum.
         RuntimeError: class_weight requires grad.
 
     Source: z_loss is that of Chowdhery et al., "PaLM" (2022).
@@ -93,8 +87,12 @@ def cross_entropy(
     settled: Any = (ignore_index, label_smoothing, z_loss, reduction, shape, result_dtype)
     result = _losses(*settled, *call, fused=fused)
     if plan.wanted(planned):
-        replayed = CrossEntropyPlan.serves(logits, rows)
-        plan.keep(planned, CrossEntropyPlan(rows, *settled) if replayed else partial(_planned, *settled))
+        kind: plan.Plan = partial(_planned, *settled)
+        if made and logits.dim() == 2:
+            kind = ReducedPlan(rows, *settled)
+        elif not made and CrossEntropyPlan.serves(logits, rows, reduction):
+            kind = CrossEntropyPlan(rows, *settled)
+        plan.keep(planned, kind)
     return result
 
 
@@ -103,16 +101,15 @@ def _losses(
     dtype: torch.dtype, rows: Tensor, target: Tensor, weight: Tensor | None, *, fused: bool = True,
 ) -> Tensor:  # fmt: skip
     """The result of `cross_entropy` once everything is checked; not fused, in differentiable torch operations."""
+    options: Any = (ignore_index, label_smoothing)
+    if fused and reduction != "none" and makes_gradient(rows):
+        made = run_cross_entropy_mean(rows, target, *options, weight, z_loss, reduction == "mean", "auto")
+        return cast(Tensor, made[0].to(dtype))
     divisor = None
     if reduction == "mean":
         weight, divisor = loss_arguments.mean_of(weight, z_loss, target, ignore_index)
-    call = (rows, target, ignore_index, label_smoothing, weight, z_loss)
-    if not fused:
-        losses = composed(CrossEntropyCall(*call))
-    elif reduction != "none" and makes_gradient(rows):
-        return cast(Tensor, run_cross_entropy_mean(*call, divisor, "auto")[0].to(dtype))
-    else:
-        losses, _ = run_cross_entropy(*call, "auto")
+    call = (rows, target, *options, weight, z_loss)
+    losses = run_cross_entropy(*call, "auto")[0] if fused else composed(CrossEntropyCall(*call))
     return finished(losses, divisor, reduction, shape, dtype)
 
 

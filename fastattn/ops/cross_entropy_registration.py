@@ -56,39 +56,12 @@ def _cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return losses, norms
 
 
-def _cross_entropy_mean(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *call_args, divisor, backend = args
-    call = CrossEntropyCall(*call_args)
-    check_values(call.target, call.logits.shape[1], call.ignore_index)
-    spec = SoftmaxSpec.of(call.logits)
-    chosen = backends.select(spec, backend, "cross_entropy_fwd")
-    dlosses = _scale(call.logits, divisor).expand(call.logits.shape[0])
-    losses, norms, dlogits = chosen.cross_entropy_fwd(spec, layout.for_backend(chosen, call), dlosses)
-    return reduced(losses.sum(), divisor), norms, dlogits
-
-
-def makes_gradient(rows: Tensor) -> bool:
-    """Whether the forward of `cross_entropy` makes the gradient of logits (N, V), so that no backward runs.
-
-    float16 waits for the gradient of the loss, without whose scale small values underflow.
-    """
-    if not (rows.is_cpu and torch.is_grad_enabled() and rows.requires_grad and rows.dtype != torch.float16):
-        return False
-    try:
-        # on a CPU no choice depends on addresses or the number of classes; traced code has no
-        # addresses, and one program serves every number
-        chosen = backends.select(_dense_spec(rows, 1, False), "auto", "cross_entropy_fwd")
-    except RuntimeError:  # the call will be refused, by the same reason
-        return False
-    return "cross_entropy_fwd" in getattr(chosen, "MAKES_GRADIENTS", ())
-
-
-def _scale(logits: Tensor, divisor: Tensor | None) -> Tensor:
+def scale_of(logits: Tensor, divisor: Tensor | None) -> Tensor:
     """The gradient of each token's loss under "mean"; 0 if no token counts."""
     dtype = accumulation_dtype(logits.dtype)
     if divisor is None:
         return logits.new_ones((), dtype=dtype)
-    return torch.where(divisor != 0, 1 / divisor.to(dtype), 0)
+    return torch.where(divisor != 0, 1 / divisor.double(), 0).to(dtype)
 
 
 def reduced(total: Tensor, divisor: Tensor | None) -> Tensor:
@@ -114,10 +87,10 @@ def cross_entropy_bwd(dlosses: Tensor, norms: Tensor, *args: Any) -> Tensor:
 
 def linear_spec(hidden: Tensor, weight: Tensor, backward: bool) -> SoftmaxSpec:
     """The spec of the rows of logits, which backends make a few at a time."""
-    return _dense_spec(hidden, weight.shape[0], backward)
+    return dense_spec(hidden, weight.shape[0], backward)
 
 
-def _dense_spec(like: Tensor, classes: int, backward: bool) -> SoftmaxSpec:
+def dense_spec(like: Tensor, classes: int, backward: bool) -> SoftmaxSpec:
     """The spec of dense logits of the dtype and on the device of a tensor."""
     return SoftmaxSpec(
         device=like.device.type,
@@ -171,7 +144,7 @@ def _linear_sum(*args: Any) -> tuple[Tensor, ...]:
     spec = linear_spec(call.hidden, call.weight, backward=True)
     chosen = backends.select(spec, backend, "linear_cross_entropy_fwd")
     call = layout.for_backend(chosen, call)
-    scale = None if divisor is None else _scale(call.hidden, divisor)
+    scale = None if divisor is None else scale_of(call.hidden, divisor)
     losses, norms, grads = chosen.linear_cross_entropy_fwd(spec, call, needs, scale)
     return (reduced(losses.sum(), divisor), norms, *wanted_or_empty(grads, needs, call.hidden))
 
@@ -183,11 +156,6 @@ def _per_token_fake(first: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _cross_entropy_bwd_fake(dlosses: Tensor, norms: Tensor, logits: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _cross_entropy_mean_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    losses, norms = _per_token_fake(logits)
-    return losses.new_empty(()), norms, torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _linear_bwd_fake(dlosses: Tensor, norms: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -208,7 +176,10 @@ def _linear_sum_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def check_values(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Check values, which needs real data and is done on a CPU, where it costs no synchronisation."""
-    if target.device.type != "cpu" or not values_are_known(target):
+    if target.device.type != "cpu" or not values_are_known(target) or target.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(target)
+    if lowest >= 0 and highest < num_classes:
         return
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
     if wrong.numel():
@@ -236,7 +207,7 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) 
     inputs, (norms,) = saved(ctx)
     dlogits = None
     if dlosses is not None:
-        dlogits = _run_backward(dlosses, norms, *inputs)
+        dlogits = run_backward(dlosses, norms, *inputs)
     return (dlogits, *(None,) * (len(inputs) - 1))
 
 
@@ -250,47 +221,33 @@ def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tupl
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
 
 
-def _mean_backward(ctx: Any, dmean: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (norms,) = saved(ctx)
-    if dmean is None:
-        return (None,) * len(inputs)
-    *call_args, divisor, backend = inputs
-    if torch.is_grad_enabled():
-        dlosses = (dmean * _scale(call_args[0], divisor)).expand(norms.shape[0])
-        dlogits = _run_backward(dlosses, norms, *call_args, backend)
-    else:
-        made = _taken(ctx) or run_cross_entropy_mean(*inputs)[2:]
-        (dlogits,) = _scaled(made, dmean, call_args[:1])
-    return (dlogits, *(None,) * (len(inputs) - 1))
-
-
 def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward made; they are constants, so a graph of this backward is made from the losses."""
+    """The gradients that the forward made. They are constants: for a graph, the losses are differentiated."""
     inputs, (norms,) = saved(ctx)
     if dtotal is None:
         return (None,) * len(inputs)
     *call_args, divisor, needs, backend = inputs
     if torch.is_grad_enabled():
-        dlosses = dtotal if divisor is None else dtotal * _scale(call_args[0], divisor)
+        dlosses = dtotal if divisor is None else dtotal * scale_of(call_args[0], divisor)
         grads = _run_linear_backward(dlosses.expand(norms.shape[0]), norms, *call_args, needs, backend)
     else:
-        made = _taken(ctx) or run_linear_sum(*inputs)[2:]
-        grads = _scaled(made, dtotal, call_args[:3])
+        made = taken(ctx.made) or run_linear_sum(*inputs)[2:]
+        grads = scaled(made, dtotal, call_args[:3])
     return tuple(at_positions(len(inputs), _LINEAR_POSITIONS, grads, needs))
 
 
-def _taken(ctx: Any) -> list[Tensor] | None:
-    """The gradients that the forward made; None to a second backward, which makes the same bits again."""
+def taken(made: list[Any]) -> Sequence[Tensor] | None:
+    """The gradients that the forward made; None in a second backward, which computes them again with the same bits."""
     try:
-        made: list[Tensor] = ctx.made.pop()
+        grads: Sequence[Tensor] = made.pop()
     except IndexError:
         return None
-    return made
+    return grads
 
 
-def _scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be a step's largest."""
-    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
+def scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be large."""
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # also under vmap over upstream gradients
         made = [grad * upstream for grad in made]
     elif not (upstream.is_cpu and upstream.item() == 1):
         made = [grad.mul_(upstream) for grad in made]
@@ -323,36 +280,27 @@ def _linear_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     return (of_dlosses, None, *of_operands, *(None,) * (len(inputs) - 5))
 
 
-_LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-_CALL = schema_of(fields(CrossEntropyCall))
+LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
+CALL = schema_of(fields(CrossEntropyCall))
 _LINEAR = schema_of(fields(LinearCrossEntropyCall))
-_run_backward = define(
-    _LIBRARY,
+run_backward = define(
+    LIBRARY,
     "cross_entropy_bwd",
-    f"(Tensor dlosses, Tensor norms, {_CALL}, str backend) -> Tensor",
+    f"(Tensor dlosses, Tensor norms, {CALL}, str backend) -> Tensor",
     cross_entropy_bwd,
     _cross_entropy_bwd_fake,
     (keep_inputs, _cross_entropy_double_backward),
 )
 run_cross_entropy = define(
-    _LIBRARY,
+    LIBRARY,
     "cross_entropy_fwd",
-    f"({_CALL}, str backend) -> (Tensor losses, Tensor norms)",
+    f"({CALL}, str backend) -> (Tensor losses, Tensor norms)",
     _cross_entropy_fwd,
     _per_token_fake,
     (_setup_fwd, _cross_entropy_backward),
 )
-run_cross_entropy_mean = define(
-    _LIBRARY,
-    "cross_entropy_mean",
-    f"({_CALL}, Tensor? divisor, str backend) -> (Tensor mean, Tensor norms, Tensor dlogits)",
-    _cross_entropy_mean,
-    _cross_entropy_mean_fake,
-    (_setup_sum, _mean_backward),
-    function="cross_entropy_fwd",
-)
 _run_linear_backward = define(
-    _LIBRARY,
+    LIBRARY,
     "linear_cross_entropy_bwd",
     f"(Tensor dlosses, Tensor norms, {_LINEAR}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _linear_bwd,
@@ -360,7 +308,7 @@ _run_linear_backward = define(
     (keep_inputs, _linear_double_backward),
 )
 run_linear = define(
-    _LIBRARY,
+    LIBRARY,
     "linear_cross_entropy_fwd",
     f"({_LINEAR}, str backend) -> (Tensor losses, Tensor norms)",
     _linear_fwd,
@@ -368,7 +316,7 @@ run_linear = define(
     (_setup_fwd, _linear_backward),
 )
 run_linear_sum = define(
-    _LIBRARY,
+    LIBRARY,
     "linear_cross_entropy_sum",
     f"({_LINEAR}, Tensor? divisor, bool[] needs, str backend)"
     " -> (Tensor total, Tensor norms, Tensor dhidden, Tensor dweight, Tensor dbias)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -85,8 +86,8 @@ class _SoftmaxPlan:
     """One kind of call of `softmax`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
-        "backend", "backward", "backward_replays", "chosen", "dtype", "environment", "forward", "masks_diagonal",
-        "options", "record", "spec",
+        "backend", "backward", "backward_launch", "backward_replays", "chosen", "dtype", "environment", "forward",
+        "masks_diagonal", "options", "record", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str) -> None:
@@ -97,8 +98,12 @@ class _SoftmaxPlan:
         self.spec = passes["softmax_fwd"]
         self.chosen = backends.select(self.spec, backend, "softmax_fwd")
         self.masks_diagonal = layout.masks_diagonal(self.chosen, call)
-        self.forward = Replay(self._forward) if can_replay(self.chosen) else self._forward
-        self.record = self.backward = None
+        self.forward: Callable[..., Tensor] = self._forward
+        if can_replay(self.chosen):
+            self.forward = Replay(self._forward)
+        elif hasattr(self.chosen, "softmax_fwd_plan"):
+            self.forward = self.chosen.softmax_fwd_plan(self.spec, call) or self._forward
+        self.record = self.backward = self.backward_launch = None
         self.backward_replays: plan.BackwardReplays | None = None
         if "softmax_bwd" in passes:
             spec = passes["softmax_bwd"]
@@ -106,6 +111,8 @@ class _SoftmaxPlan:
             self.backward = partial(chosen.softmax_bwd, spec)
             if can_replay(chosen):
                 self.backward_replays = plan.BackwardReplays(self._gradient)
+            elif hasattr(chosen, "softmax_bwd_plan"):
+                self.backward_launch = chosen.softmax_bwd_plan(spec, call.dim, call.scale, self.dtype)
             self.record = torch_compat.apply_function(plan.Recorded)
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> Any:
@@ -131,9 +138,13 @@ class _SoftmaxPlan:
         self, kept: tuple[Any, ...], upstream_grads: tuple[Tensor | None, ...]
     ) -> list[Tensor | None]:
         """The gradient of x, and None for the mask."""
+        needs_op = self.backward is None or plan.backward_needs_op(self.environment)
+        if not needs_op and self.backward_launch is not None:
+            dx = self.backward_launch(upstream_grads[0], kept[0])
+            if dx is not None:
+                return [dx, None]
         dim, scale, _, log, _ = self.options
         args = (*upstream_grads, *kept, dim, scale)
-        needs_op = self.backward is None or plan.backward_needs_op(self.environment)
         if not needs_op and self.backward_replays is not None:
             run = self.backward_replays.find(*upstream_grads, *kept)
             if run is not None:

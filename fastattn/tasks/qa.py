@@ -1,4 +1,4 @@
-"""Answers to questions: the likeliest spans of a context, or that it holds none; trained from such answers."""
+"""Extractive question answering: the likeliest spans of a context, or no answer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FIELDS = ("question", "context")
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("answers",)
 EXTRA = ("title", "id", "is_impossible")
-EDITABLE = False  # its labels are places in the text
+EDITABLE = False  # labels are positions in the text
 NEW_PARTS = ("head.*", "qa_outputs.*")
 DEFAULTS = FINE_TUNING
 MAX_LENGTH = 384  # tokens of a window in training
-STRIDE = 128  # tokens that two windows of a context share
+STRIDE = 128  # tokens that consecutive windows of a context share
 MAX_ANSWER_TOKENS = 30
 CONTEXT = 1  # the text of the pair
 
@@ -49,13 +49,13 @@ Span = tuple[float, int, int]  # score, first and last character (exclusive)
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How answers are found.
+    """Options of question answering.
 
     Args:
         max_length: tokens of a window, question included; None for 384, or fewer where the model has fewer positions.
-        stride: tokens that two windows of a context share.
-        no_answer: whether "no answer" competes in an evaluation: "auto" where examples without an answer are there.
-        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where there is one.
+        stride: tokens that consecutive windows of a context share.
+        no_answer: whether an evaluation allows "no answer"; "auto" where some examples have no answer.
+        head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if there is one.
     """
 
     max_length: int | None = None
@@ -73,7 +73,7 @@ class Options(CheckedOptions):
 
 @dataclass(frozen=True)
 class Example:
-    """A question, its context, and the answers: each its text and the character it begins at; none if unanswerable."""
+    """A question, its context, and the answers, each with its first character; no answers if it is unanswerable."""
 
     where: str
     question: str
@@ -88,7 +88,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     holds none ("is_impossible" may say so too). An answer without a start begins where its text first occurs.
 
     Raises:
-        DataError: a record lacks a column, or an answer does not stand where it should; with file and line.
+        DataError: a record lacks a column, or an answer is not at its start in the context; with file and line.
     """
     return [
         Example(r.where, text_of(r, "question"), context, _answers(r, context))
@@ -114,7 +114,7 @@ def group_of(record: Record) -> str:
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "f1", True
 
 
@@ -131,7 +131,7 @@ class Answerer(BertForQuestionAnswering):
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> Answerer:
-    """The folder's or preset's encoder with its head for answers, or a new one."""
+    """The folder's or preset's encoder with its question answering head, or a new head."""
     if options.head == "saved":
         chosen_head(source, BertForQuestionAnswering, (), "saved")
     new = ("qa_outputs.*",) if options.head == "new" else ()
@@ -141,9 +141,9 @@ def new_model(
 def training_set(
     model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> Encoded:
-    """The windows of the examples' contexts as items: tokens, and the answer's first and last.
+    """The windows of the examples' contexts as items: tokens, and the first and last token of the answer.
 
-    A window that does not hold the whole answer is labelled with its first token, which stands for no answer.
+    A window without the whole answer has its first token as the label, which means no answer.
 
     Raises:
         DataError: a question leaves no room for its context, or an answer has no token.
@@ -155,7 +155,7 @@ def training_set(
         if example.answers and not any(place != (0, 0) for place in places):
             text = on_one_line(example.answers[0][0])
             raise DataError(
-                f"{example.where}: the answer {text!r:.60} is in no window, as it has no token or too many"
+                f"{example.where}: the answer {text!r:.60} has no token, or too many for a window"
             )
         rows += of_example
         labels += [list(place) for place in places]
@@ -165,7 +165,7 @@ def training_set(
 def windows_of(
     model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> list[list[Row]]:
-    """Each context in windows behind its question.
+    """Each question with its context, in windows.
 
     Raises:
         DataError: a question leaves no room for its context; with file and line.
@@ -188,7 +188,7 @@ def windows_of(
 
 
 def positions_of(row: Row, example: Example) -> tuple[int, int]:
-    """The first and last token of the first answer in a window; (0, 0) where it does not hold all of it."""
+    """The first and last token of the first answer in a window; (0, 0) where the window does not hold all of it."""
     if not example.answers:
         return 0, 0
     text, start = example.answers[0]
@@ -233,8 +233,8 @@ def decode(
 ) -> tuple[list[Span], float]:
     """The likeliest spans of a window's logits (S,), and the score of there being no answer.
 
-    score = P(start) P(end), each a softmax over the context and the first token, which stands for no answer; a span
-    starts no later than it ends and holds at most `max_answer_tokens`.
+    score = P(start) P(end), each a softmax over the context's tokens and the first token, which means no answer. A span
+    has 1 to `max_answer_tokens` tokens.
     """
     logits = wide(torch.stack((start, end))).cpu()
     inside = torch.tensor([sequence == CONTEXT for sequence in row.sequences])
@@ -256,7 +256,7 @@ def decode(
 
 
 def best_answers(windows: Sequence[tuple[list[Span], float]], top_k: int) -> tuple[list[Span], float]:
-    """The likeliest spans of all windows of a context, each once, and the lowest of their scores of no answer."""
+    """The likeliest spans of all windows of a context, without duplicates, and the lowest of the no-answer scores."""
     by_span: dict[tuple[int, int], float] = {}
     for spans, _ in windows:
         for score, first, last in spans:
@@ -276,8 +276,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """For each example (question, context) its likeliest answers.
 
-    A context that is too long is read in windows, so that nothing is cut. With `no_answer`, the answer None competes
-    by its score; `no_answer_score` is there always.
+    A long context is read in windows, so that nothing is truncated. With `no_answer`, None is a possible answer, ranked
+    by its score; every result has `no_answer_score`.
 
     Raises:
         ValueError: a question leaves no room for its context; the message has its number, from 1 on.
@@ -301,7 +301,7 @@ def predict(
 def answers_of(
     model: Any, windows: Sequence[Sequence[Row]], batch_size: int, top_k: int
 ) -> list[tuple[list[Span], float]]:
-    """For each context in windows its likeliest spans, and the score of there being none."""
+    """For each context in windows its likeliest spans, and the score of no answer."""
     flat = [(number, row) for number, rows in enumerate(windows) for row in rows]
 
     def take(outputs: Any, place: int, index: int) -> tuple[list[Span], float]:
@@ -317,7 +317,7 @@ def answers_of(
 
 
 def check_questions(model: Any, tokenizer: InputTokenizer, examples: Sequence[dict[str, str]]) -> int:
-    """The tokens that windows may share; ValueError for a question that leaves a context less than one token."""
+    """The number of tokens that windows share; ValueError for a question that leaves no token for its context."""
     longest = max_tokens(model, tokenizer)
     around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
     stride = STRIDE
@@ -347,7 +347,9 @@ def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start")
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise DataError(f'{record.where}: answers has no lists "text" and "answer_start" of one length')
+            raise DataError(
+                f'{record.where}: answers needs lists "text" and "answer_start" of the same length'
+            )
         given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
     if isinstance(given, str):
         given = [{"text": given}]
@@ -356,7 +358,7 @@ def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
     if record.fields.get("is_impossible") is True:
         return ()
     if not given and record.fields.get("is_impossible") is False:
-        raise DataError(f"{record.where}: answers is empty, but is_impossible is false")
+        raise DataError(f"{record.where}: answers is empty, needs an answer or is_impossible true")
     found = []
     for number, answer in enumerate(given, 1):
         text = answer.get("text") if isinstance(answer, dict) else None

@@ -1,4 +1,4 @@
-"""Texts from texts: an encoder reads the source, a decoder writes the target; translation, summaries."""
+"""Sequence to sequence, as translation and summaries: an encoder reads the source, a decoder generates the target."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ SPECIAL = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How pairs are cut, and how targets are written.
+    """How pairs are truncated, and how targets are generated.
 
     Args:
-        max_length: most tokens of a source, which is cut there; None for what the model reads.
-        max_target_length: most tokens of a target with its end, which is cut there in training, and of a target that
-            is written in evaluation; None for 128, or fewer where the decoder has fewer positions.
+        max_length: most tokens of a source, which is truncated there; None for the model's limit.
+        max_target_length: most tokens of a target with its end token: training targets are truncated there, generated
+            ones end there; None for 128, or fewer where the decoder has fewer positions.
         num_beams: of beam search in evaluation; 1 is greedy.
-        bleu_tokenizer: sacrebleu's; None for the one of the references' language, see `fastattn.evaluation`.
+        bleu_tokenizer: sacrebleu's tokenizer; None for that of the references' language, see `fastattn.evaluation`.
     """
 
     max_length: int | None = None
@@ -103,16 +103,16 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "loss", False
 
 
 def new_model(
     source: Path | str | BertConfig, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer
 ) -> EncoderDecoder:
-    """The folder's model; of an encoder's folder, a model whose two parts begin as it; of a config, random weights.
+    """The folder's model; for an encoder's folder, both parts from its weights; for a config, random weights.
 
-    A decoder begun as an encoder has new cross-attention. Targets begin with [CLS] and end with [SEP].
+    A decoder from an encoder's weights has new cross-attention. Targets begin with [CLS] and end with [SEP].
     """
     tokens = special_tokens(tokenizer)
     if isinstance(source, BertConfig):
@@ -127,7 +127,7 @@ def new_model(
 
 
 def special_tokens(tokenizer: InputTokenizer) -> dict[str, int]:
-    """cls, sep and pad of a tokenizer, as the template around a text says; DataError where it has none."""
+    """The cls, sep and pad tokens of a tokenizer, by the template for a text; DataError where one is missing."""
     core = tokenizer.core
     plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
     named = {name: core.token_to_id(token) for name, token in SPECIAL.items()}
@@ -157,7 +157,7 @@ class Pairs:
     """Sources and targets as items; `collate` pads both.
 
     Attributes:
-        cut, cut_rows: tokens that did not fit, of sources and targets, and of how many examples.
+        cut, cut_rows: the number of truncated tokens of sources and targets, and of examples with any.
     """
 
     def __init__(self, sources: Sequence[Row], targets: Sequence[Row], *, pad_id: int, typed: bool) -> None:
@@ -173,7 +173,7 @@ class Pairs:
         return self.sources[index], self.targets[index]
 
     def collate(self, items: Sequence[tuple[Row, list[int]]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and token_type_ids of sources; labels, -100 behind a target's end."""
+        """input_ids, attention_mask and token_type_ids of sources; labels, -100 after a target's end."""
         rows = [row for row, _ in items]
         batch = padded([r.ids for r in rows], self.pad_id, [r.types for r in rows], typed=self.typed)
         longest = max(len(target) for _, target in items)
@@ -184,9 +184,9 @@ class Pairs:
 def training_set(
     model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> Pairs:
-    """The examples as items: the source between its special tokens, and the target with its end.
+    """The examples as items: the source with its special tokens, and the target with its end token.
 
-    The decoder reads the target one token behind, so each token is predicted from the true ones before it.
+    The decoder's input is the target shifted by one token, so each token is predicted from the true ones before it.
     """
     sources = source_rows(model, tokenizer, examples, options)
     end = end_of(model)
@@ -229,7 +229,7 @@ def check_vocabulary(model: EncoderDecoder, tokenizer: InputTokenizer) -> None:
 
 
 def target_length(model: EncoderDecoder, options: Options) -> int:
-    """Most tokens of a target with its end; DataError where the decoder has fewer positions."""
+    """Most tokens of a target with its end token; DataError where the decoder has fewer positions."""
     positions = model.decoder.max_positions
     if options.max_target_length is None:
         return MAX_TARGET if positions is None else min(MAX_TARGET, positions)
@@ -241,11 +241,11 @@ def target_length(model: EncoderDecoder, options: Options) -> int:
 
 
 def end_of(model: EncoderDecoder) -> int:
-    """The token that ends a target; DataError where the model names none, since it could never stop."""
+    """The token that ends a target; DataError where the config has none, because generation would never stop."""
     given = model.config.eos_token_id
     first = given[0] if isinstance(given, (list, tuple)) and given else given
     if not isinstance(first, int):
-        raise DataError("model: its config has no eos_token_id, so it would never learn to end a target")
+        raise DataError("model: its config has no eos_token_id, needs one to end a target")
     return first
 
 
@@ -258,7 +258,7 @@ def predict(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> list[str]:
-    """The target that beam search writes for each source, in their order."""
+    """The target that beam search generates for each source, in their order."""
     options = options or Options()
     rows = source_rows(model, tokenizer, examples, options)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
@@ -292,7 +292,7 @@ def predict(
 def sample(
     model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> str:
-    """The first source, and the target that the model writes for it, greedily."""
+    """The first source, and its target by greedy decoding."""
     (target,) = predict(model, tokenizer, examples[:1], options=replace(options, num_beams=1))
     return f"{examples[0].source} -> {target}"
 
@@ -305,7 +305,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """bleu, chrf, rouge1, rouge2, rougeL and exact_match of the targets that beam search writes."""
+    """bleu, chrf, rouge1, rouge2, rougeL and exact_match of the targets from beam search."""
     options = options or Options()
     written = predict(model, tokenizer, examples, batch_size=batch_size, options=options)
     return texts([[example.target] for example in examples], written, tokenize=options.bleu_tokenizer)

@@ -31,7 +31,7 @@ from .products import (
     packed_linear,
     product,
 )
-from .softmax_kernels import softmax, softmax_backward, softmax_gradient
+from .softmax_kernels import softmax, softmax_backward, softmax_gradient, softmax_gradient_kernel
 from .state import (
     PLAIN_KEYS,
     PLAIN_TENSOR_KEYS,
@@ -96,6 +96,7 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "softmax_gradient",
+    "softmax_gradient_kernel",
     "state_of_call",
     "tensor_guard",
     "torch_sdpa",

@@ -23,6 +23,14 @@ def softmax_gradient(dprobs: Tensor, probs: Tensor) -> Tensor:
     return result
 
 
+def softmax_gradient_kernel() -> Any:
+    """torch's kernel of the gradient of softmax: (dout, out, dim, dtype of the input) -> a new tensor.
+
+    Fallback: None.
+    """
+    return _softmax_gradient_op
+
+
 _softmax = find("torch.ops.aten._softmax")
 _log_softmax = find("torch.ops.aten._log_softmax")
 

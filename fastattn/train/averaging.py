@@ -13,12 +13,12 @@ from fastattn.train.sharding import own_part
 
 
 class Averaged:
-    """The average of a model's trained weights, a share `decay` of itself and the rest of the new ones at each update.
+    """The moving average of a model's trained weights; an update gives decay * average + (1 - decay) * weights.
 
-    It is kept in float32 where the weights have 16 bits, which would not see such small steps.
+    It is float32 where the weights have 16 bits, whose rounding would hide such small changes.
 
     Args:
-        model: its trainable parameters are averaged, from what they are now.
+        model: its trainable parameters are averaged, starting from their current values.
         decay: within [0, 1).
     """
 
@@ -29,7 +29,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         self._update(_parts(self.values), _parts([_wide(p) for p in self.parameters]), 1)
 
     @contextlib.contextmanager
@@ -49,10 +49,10 @@ class Averaged:
         self.values = held
 
     def load(self, values: list[Tensor]) -> None:
-        """Take over saved values.
+        """Load saved values.
 
         Raises:
-            ValueError: they are of other shapes.
+            ValueError: their shapes differ from the model's.
         """
         shapes = [value.shape for value in values]
         needed = [value.shape for value in self.values]

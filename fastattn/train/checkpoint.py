@@ -1,4 +1,4 @@
-"""The output directory of a run: the best model at its top, resumable checkpoints beside it, all written atomically."""
+"""The output directory of a run: the best model, and resumable checkpoints in subfolders, all written atomically."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ class RunDirectory:
 
     DIR/ holds the model with the lowest validation loss so far (the newest when nothing is held out), loadable by
     `from_pretrained` (with adapters: by `fastattn.models.load`), with log.jsonl and train_config.yaml;
-    DIR/checkpoint-STEP/ holds everything to go on from STEP.
+    DIR/checkpoint-STEP/ holds everything that is needed to continue from STEP.
 
     Args:
-        path: the directory; made when the run starts.
-        resume: "never", "auto" (the newest complete checkpoint in `path`, or a fresh start if there is none), or a
-            checkpoint. Those that "auto" passes over, with the reason, are in `passed_over`.
+        path: the directory; created when the run starts.
+        resume: "never", "auto" (the newest complete checkpoint in `path`, or a new run if there is none), or a
+            checkpoint. `passed_over` has the checkpoints that "auto" skips, with the reasons.
         overwrite: delete an earlier run in `path` when this one starts.
-        model: what will be resumed, for a format of weights of its own.
+        model: the model to resume, which may have its own format of weights.
 
     Raises:
-        ConfigError: the directory cannot be written, it holds a run and neither resume nor overwrite was asked for,
-            both were, or what to resume from is not a checkpoint or is damaged; with "auto", all of them are. Nothing
+        ConfigError: the directory cannot be written; it holds a run and neither or both of resume and overwrite are
+            given; or the checkpoint to resume from is missing or damaged (with "auto", all checkpoints are). Nothing
             has been written then.
     """
 
@@ -82,10 +82,10 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
-        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> what is wrong with it
+        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> its fault
         for name, text in (("output_dir", str(self.path)), ("resume", resume)):
             if "\0" in text:
-                raise ConfigError(f"{name}: got {text!r}, need a path without a zero byte")
+                raise ConfigError(f"{name}: got {text!r}, needs a path without a zero byte")
         if overwrite and resume != "never":
             raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
         _check_writable(self.path)
@@ -128,7 +128,7 @@ class RunDirectory:
         for aside in self.path.glob(f"{_ASIDE}*") if self.path.is_dir() else ():
             final = self.path / aside.name.removeprefix(_ASIDE)
             if CHECKPOINT.fullmatch(final.name) and not final.exists():
-                with contextlib.suppress(FileNotFoundError):  # another process did
+                with contextlib.suppress(FileNotFoundError):  # another process has restored it
                     aside.rename(final)
 
     def _newest_complete(self, model: nn.Module | None) -> Path | None:
@@ -142,7 +142,7 @@ class RunDirectory:
             return checkpoint
         if self.passed_over:
             raise ConfigError(
-                f"resume: no checkpoint in {self.path} is complete; delete them to start afresh. "
+                f"resume: no checkpoint in {self.path} is complete; delete them to start a new run. "
                 + "; ".join(self.passed_over.values())
             )
         return None
@@ -156,7 +156,7 @@ class RunDirectory:
         return [entry for _, entry in sorted(numbered)]
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints of this run, oldest first, without those that were passed over because they are damaged."""
+        """Checkpoints of this run, oldest first, without damaged ones that were skipped."""
         return [
             entry
             for entry in self._numbered()
@@ -172,14 +172,14 @@ class RunDirectory:
         free = shutil.disk_usage(_existing(self.path)).free
         if free < need:
             raise ConfigError(
-                f"output_dir: {self.path} has {free / 1e9:.2f} GB free, need {need / 1e9:.2f} GB for the best model "
+                f"output_dir: {self.path} has {free / 1e9:.2f} GB free, needs {need / 1e9:.2f} GB for the best model "
                 f"and {keep + 1} checkpoints (keep_checkpoints + 1 while one is written)"
             )
 
     def prepare(self) -> None:
-        """Make the directory; delete what an earlier run left, if that was asked for, and unfinished writes."""
+        """Create the directory; delete an earlier run, with `overwrite`, and unfinished writes."""
         self.path.mkdir(parents=True, exist_ok=True)
-        delete(self.path / REPORT)  # of an end that is none any more
+        delete(self.path / REPORT)  # of a run that had ended and now goes on
         if self.overwrite:
             for name in OF_A_RUN:
                 delete(self.path / name)
@@ -209,9 +209,9 @@ class RunDirectory:
         return final
 
     def save_model(self, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        """Put the model's files at the directory's top, each replaced in one move, the weights last.
+        """Write the model's files to the output directory, each replaced atomically, the weights last.
 
-        The directory itself stays, as processes may work in it, so this does not call `write_folder`.
+        The directory itself is not replaced, because processes may work in it, so this does not call `write_folder`.
         """
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.path) as scratch:
             with naming(Path(scratch)):
@@ -228,14 +228,14 @@ class RunDirectory:
 def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
     """model.safetensors, config.json where the model has one, and the tokeniser's files.
 
-    Of a model with adapters, model.safetensors is for resuming, and an adapter's folder in PEFT's format is written
-    beside it, which `fastattn.models.load` puts onto the model that it names.
+    For a model with adapters, model.safetensors is for resuming, and an adapter's folder in PEFT's format is written
+    too, which `fastattn.models.load` attaches to the base model that it names.
     """
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
     if _has_adapters(model):
         _save_weights(model, folder / WEIGHTS)
         save_adapter(model, folder)
-    elif isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
+    elif isinstance(model, Pretrained):  # one file of any size, which replaces the old one atomically
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
     elif save is not None:
         save(folder)
@@ -263,7 +263,7 @@ def read_model(model: nn.Module, folder: Path) -> None:
         else:
             device = str(next(model.parameters()).device)
             load_safetensors(model, folder / WEIGHTS, strict=True, device=device)
-    except (RuntimeError, ValueError) as error:  # of tensors of other shapes or names
+    except (RuntimeError, ValueError) as error:  # for tensors of other shapes or names
         raise DamagedCheckpoint(f"{folder / WEIGHTS}: does not fit this model ({error})") from None
 
 
@@ -273,7 +273,7 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Rename a written folder to its final name once all of it is on disk, replacing what is there."""
+    """Rename a written folder to its final name once all of it is on disk, replacing an existing one."""
     for entry in folder.rglob("*"):
         sync(entry)
     sync(folder)
@@ -289,11 +289,13 @@ def publish(folder: Path, final: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise ConfigError unless files can be made in `path`, or in the nearest directory above that exists."""
+    """Raise ConfigError unless files can be created in `path`, or in the nearest directory above that exists."""
     try:
         existing = _existing(path)
         if not existing.is_dir():
-            raise ConfigError(f"output_dir: {path} cannot be made, {existing} is a file, need a directory")
+            raise ConfigError(
+                f"output_dir: {path} cannot be created, {existing} is a file, needs a directory"
+            )
         with tempfile.TemporaryFile(prefix=UNFINISHED, dir=existing):
             pass
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Evaluation of a model during training: its mean loss, further figures of it, and a text that shows it."""
+"""Evaluation of a model during training: its mean loss, further metrics, and a text for display."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Figures = Callable[[nn.Module], Mapping[str, float]]
 
 
 class Evaluator:
-    """Evaluates a model on all processes together; random generators end as they were.
+    """Evaluates a model on all processes together; random generators are restored.
 
     Args:
-        model: as it is saved.
-        compiled: the same, perhaps compiled, for the loss; a sharded one's `root`.
+        model: the model that is saved.
+        compiled: the same, compiled if the configuration says so, for the loss; of a sharded model, its `root`.
         config, objective, batches, distributed: the trainer's.
-        figures_with: further figures of the model, called on the first process alone.
-        sharding: of the model, if it is sharded; `figures_with` gets a copy that is not.
+        figures_with: returns further metrics of the model; called on the first process only.
+        sharding: the model's, None where it is not sharded; `figures_with` gets a copy that is not.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Evaluator:
         """Mean loss per target over `data`, and the figures.
 
         Raises:
-            ValueError: no label in the data counts, or a figure is no number.
+            ValueError: all labels of the data are ignored, or a metric is not a number.
         """
         device = self.batches.device
         with evaluating(self.model), seeded(self.config.seed, device):
@@ -63,12 +63,12 @@ class Evaluator:
             figures = self._figures() if with_figures else {}
         loss_sum, total = self.distributed.sum([loss_sum, targets], device)
         if not total:
-            raise ValueError("data: all labels are -100, need some that count")
+            raise ValueError("data: all labels are -100, needs others")
         return Evaluation(loss_sum / total, int(total), figures)
 
     @torch.no_grad()
     def shown(self, show_with: Callable[[nn.Module], str]) -> str:
-        """The text that `show_with` makes of the model in eval mode; empty on all processes but the first."""
+        """The text that `show_with` returns for the model in eval mode; empty on all processes but the first."""
         model = self._whole_model()
         with evaluating(model), seeded(self.config.seed, self.batches.device):
             return show_with(model) if self.distributed.is_main else ""
@@ -108,15 +108,15 @@ class Evaluator:
         with evaluating(model):
             for name, value in self.distributed.on_first(lambda: dict(figures_with(model))).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise ValueError(f"evaluate_with: its {name} is {value!r}, need a number")
+                    raise ValueError(f"evaluate_with: its {name} is {value!r}, needs a number")
                 found[name] = float(value)
         return found
 
 
 def is_gain(new: Evaluation, old: Evaluation | None, best: tuple[str, bool]) -> bool:
-    """Whether an evaluation is better than the best so far, by the figure and direction of `best`; of equals, by loss.
+    """Whether an evaluation is better than the best so far, by the metric and direction of `best`; ties by loss.
 
-    Small sets have equal figures: an F1 is 0 for the first model and for all those that find nothing yet.
+    Metrics of small sets are often equal: F1 is 0 for the first model and for all others without a correct entity.
     """
     if old is None:
         return True

@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 GENERATORS = "generators.pt"
-AVERAGE = "average.pt"  # the averaged weights, of a run that keeps some
+AVERAGE = "average.pt"  # the averaged weights, of a run with ema_decay
 SHARDS = "shards"  # of a sharded run: torch.distributed.checkpoint's folder, in place of weights, optimiser and average
 FILES = (STATE, GENERATORS)
 WHOLE_FILES = (OPTIMIZER, WEIGHTS)
@@ -35,7 +35,7 @@ READERS = 4  # files whose sums are computed at once
 
 
 class DamagedCheckpoint(ConfigError):
-    """A checkpoint cannot be used; the message names the file and says what is wrong with it."""
+    """A checkpoint cannot be used; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Saved:
     state: TrainState
     sampler: dict[str, int]
     scaler: dict[str, Any]
-    options: dict[str, Any]  # the TrainConfig it was made with
+    options: dict[str, Any]  # the TrainConfig of its run
     world_size: int
     generators: list[dict[str, Any]]  # of each process
     optimizer: dict[str, Any]  # empty where SHARDS has it
-    average: list[torch.Tensor]  # averaged weights; none where the run keeps none, or SHARDS has them
+    average: list[torch.Tensor]  # averaged weights; empty without ema_decay, or where SHARDS has them
 
     @property
     def sharded(self) -> bool:
@@ -60,7 +60,7 @@ def read_checkpoint(folder: Path) -> Saved:
     """Everything of a checkpoint except its weights.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut short, of another format or lacks something.
+        DamagedCheckpoint: a file is missing, truncated, incomplete or of another format.
     """
     _need_files(folder, FILES)
     saved = _read_json(folder / STATE)
@@ -152,7 +152,7 @@ def _crc(path: Path) -> int:
 
 
 def check_options(saved: Saved, config: TrainConfig, world_size: int, folder: Path) -> None:
-    """Refuse a run that would not read the examples in the order of its checkpoint, or has no use for its state.
+    """Refuse a run whose options would change the order of examples, or that cannot use the checkpoint's state.
 
     Raises:
         ConfigError: an option that decides the order or the state, or the number of processes, differs; the message
@@ -186,7 +186,7 @@ def check_options(saved: Saved, config: TrainConfig, world_size: int, folder: Pa
 
 
 def check_weights(folder: Path, model: nn.Module | None) -> None:
-    """Raise DamagedCheckpoint unless the weights' file is whole; a model that has its own format reads it itself."""
+    """Raise DamagedCheckpoint unless the file of weights is complete; models with their own format check it."""
     path = folder / WEIGHTS
     own: Callable[[Path], object] | None = getattr(type(model), "from_pretrained", None)
     try:
@@ -207,9 +207,7 @@ def check_optimizer(saved: dict[str, Any], optimizer: Stepper, path: Path) -> No
         needed: list[int] = [len(group["params"]) for group in here]
         states, numbers = saved["state"], [number for group in groups for number in group["params"]]
         if sizes != needed:
-            raise DamagedCheckpoint(
-                f"{path}: holds groups of {sizes} parameters, this model has {needed}; it is of another model"
-            )
+            raise DamagedCheckpoint(f"{path}: holds groups of {sizes} parameters, this model needs {needed}")
         for number, parameter in zip(numbers, (p for group in here for p in group["params"])):
             for name, value in states.get(number, {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:

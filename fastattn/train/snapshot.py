@@ -1,4 +1,4 @@
-"""Everything that a run goes on from, to a checkpoint's folder and back."""
+"""Writes everything that a run is resumed from to a checkpoint's folder, and reads it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fastattn.train.state import TrainState
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The parts of a run that change as it goes, besides its TrainState."""
+    """The parts of a run that change during training, besides its TrainState."""
 
     config: TrainConfig
     model: nn.Module
@@ -86,14 +86,14 @@ class Snapshot:
         (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> tuple[TrainState, int]:
-        """Take over everything that `write` wrote, after checking that it is of a run with the same order of data.
+        """Load everything that `write` wrote, after checking that the run has the same order of data.
 
         Random generators go on where they were, unless the checkpoint is of another number of processes: then each
         process gets new ones, by the seed, the step and its rank. Returns the state, and that number.
 
         Raises:
-            ConfigError: the run has other options that decide the order of data or the state.
-            DamagedCheckpoint: a file does not fit.
+            ConfigError: options that decide the order of data or the state differ.
+            DamagedCheckpoint: a file cannot be used.
         """
         saved = read_checkpoint(folder)
         check_options(saved, self.config, self.distributed.world_size, folder)

@@ -54,7 +54,7 @@ class Trainer:
     """Trains a model with AdamW or Muon, and keeps a log, the best model and resumable checkpoints.
 
     A step minimises the mean loss over the targets of all its micro-batches on all processes: each micro-batch's mean
-    is weighted by its number of labels that are not -100, so the gradient is that of one big batch. On a CPU with
+    is weighted by its number of labels that are not -100, so the gradient is that of one large batch. On a CPU with
     the same number of threads, and on CUDA with deterministic=True, a run is reproducible from its seed, and one that
     was stopped and resumed ends with the same bits as one that was not. Under torchrun the model trains as
     DistributedDataParallel, or with sharding="fsdp" by FSDP2.
@@ -67,19 +67,19 @@ class Trainer:
         train_data: items by index; collated, a dict of tensors with "labels".
         dev_data: the same, held out; None means no evaluation.
         tokenizer: saved with the model.
-        collate: makes a batch of a list of items. It runs in this process, or in one of loader_workers; its draws from
-            torch's, Python's or NumPy's global generator are part of the reproducible run.
-        display: where progress is shown; by default a bar in a terminal and lines elsewhere.
+        collate: makes a batch from a list of items. It runs in this process, or in one of loader_workers; random
+            numbers from torch's, Python's or NumPy's global generator are reproducible.
+        display: shows the progress; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
-        evaluate_with: figures of the model at each evaluation beside its loss on dev_data, as {"accuracy": 0.9}. It
-            gets the model in eval mode, on the first process alone.
-        best: the figure that picks the best model and ends a run by patience, and whether more of it is better:
-            ("loss", False), or the name of one of evaluate_with's.
-        show_with: makes a text of the model at each evaluation, such as a sample; it is shown and logged.
+        evaluate_with: returns metrics of the model at each evaluation, as {"accuracy": 0.9}, in addition to its loss on
+            dev_data. It gets the model in eval mode, on the first process only.
+        best: the metric that selects the best model and that patience counts, and whether higher is better:
+            ("loss", False), or the name of one that evaluate_with returns.
+        show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
 
     Raises:
-        ConfigError: the output directory or the disk cannot take the run, or the device or precision is not available.
-        TypeError: an argument is of another type than it needs.
+        ConfigError: the output directory, the disk, the device or the precision cannot be used.
+        TypeError: an argument has a wrong type.
         ValueError: a data set is empty, or the model has nothing to train.
     """
 
@@ -102,7 +102,7 @@ class Trainer:
         check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
-                raise ValueError(f"{name}: is empty, need at least one example")
+                raise ValueError(f"{name}: is empty, needs at least one example")
         self.config = config
         if config.deterministic:
             allow_deterministic_cublas()  # before the device's first matrix product
@@ -175,15 +175,15 @@ class Trainer:
         self._used = False
 
     def fit(self) -> FitResult:
-        """Train until a limit of the configuration, early stopping, Ctrl-C or SIGTERM; it ends with a checkpoint.
+        """Train until a limit of the configuration, early stopping, Ctrl-C or SIGTERM, and write a final checkpoint.
 
         Raises:
             TrainingDiverged: the loss or a gradient is not finite; the newest checkpoint is from before that.
             KeyboardInterrupt: Ctrl-C came a second time, before the checkpoint was written.
-            RuntimeError: this trainer has run before; a new one with resume="auto" goes on.
+            RuntimeError: this trainer has run before; a new one with resume="auto" continues the run.
         """
         if self._used:
-            raise RuntimeError('fit: a trainer runs once; make another, with resume="auto" to go on')
+            raise RuntimeError('fit: a trainer runs once; create another, with resume="auto" to continue')
         self._used = True
         try:
             return self._fit()
@@ -251,14 +251,14 @@ class Trainer:
         )
 
     def evaluate(self, data: Examples | None = None) -> Evaluation:
-        """Mean loss per target over `data` (default: dev_data, with evaluate_with's figures), of the averaged weights
-        where there are some; random generators end as they were.
+        """Mean loss per target over `data` (default: dev_data, with evaluate_with's metrics), of the averaged weights
+        if there are any; random generators are restored.
 
         Raises:
-            ValueError: there is no data, or no label in it counts.
+            ValueError: there is no data, or all its labels are ignored.
         """
         if data is None and self.dev_data is None:
-            raise ValueError("data: the trainer has no dev_data, need some")
+            raise ValueError("data: got None, needs data, because the trainer has no dev_data")
         with self._averaged_in_place():
             if data is None:
                 assert self.dev_data is not None
@@ -277,15 +277,15 @@ class Trainer:
         return self._counted_flops
 
     def _flops(self, *, interrupted: bool) -> float | None:
-        """Floating-point operations of all training steps; None where a signal came before any were counted."""
+        """Floating-point operations of all training steps; None where a signal came before they were counted."""
         if self._counted_flops is None and not interrupted:
             size = min(self.config.batch_size, len(self.train_data))
-            with seeded(self.config.seed, self.device):  # collate may draw
+            with seeded(self.config.seed, self.device):  # collate may use random numbers
                 self._flops_per_token(self.batches.of(self.train_data, range(size)))
         return None if self._counted_flops is None else self._counted_flops * self.state.tokens
 
     def _begin(self) -> None:
-        """Make the output directory, then start afresh or from the checkpoint."""
+        """Create the output directory, then start a new run or load the checkpoint."""
         config, source = self.config, self.directory.resume_from
         seed_all(config.seed + self.distributed.rank)
         self.model.train()
@@ -302,12 +302,12 @@ class Trainer:
         self.distributed.barrier()
         self._started = time.monotonic() - self.state.seconds
         for reason in self.directory.passed_over.values():
-            self._warn(f"a damaged checkpoint was passed over and left where it is: {reason}")
+            self._warn(f"a damaged checkpoint was skipped and left in place: {reason}")
         if source is not None and processes != self.distributed.world_size:
             here = self.distributed.world_size
             self._warn(
                 f"the checkpoint is of {processes} process(es), this run has {here}: "
-                "dropout and whatever else draws goes on from new generators"
+                "dropout and other random draws go on from new generators"
             )
         if source is not None:
             self.display.note(f"resumed at step {self.state.step} from {source}")
@@ -325,7 +325,7 @@ class Trainer:
         return time.monotonic() - self._started
 
     def _signalled(self, stop: StopRequest) -> bool:
-        """Whether a process got a signal; the state's clock, which schedules may follow, is set on the way."""
+        """Whether a process got a signal; also updates the state's clock, which schedules may follow."""
         seconds = self._seconds() if self.distributed.is_main else 0.0
         signals, self.state.seconds = self.distributed.sum(
             [stop.signal_name is not None, seconds], self.device
@@ -375,7 +375,7 @@ class Trainer:
         state.window.update(lr=update.rate, grad_norm=update.norm)
 
     def _reject(self, update: Update, indices: list[list[int]]) -> None:
-        """Leave the step out with a warning, or raise TrainingDiverged."""
+        """Skip the step with a warning, or raise TrainingDiverged."""
         state, config = self.state, self.config
         state.nonfinite_in_a_row += 1
         if config.on_nonfinite == "skip" and state.nonfinite_in_a_row <= config.max_nonfinite:
@@ -396,7 +396,7 @@ class Trainer:
         )
 
     def _after_step(self) -> None:
-        """Log, evaluate and save where that is due."""
+        """Log, evaluate and save if this step asks for it."""
         step, config = self.state.step, self.config
         if step == 1 or step % config.log_every == 0:
             self._log_window()
@@ -432,7 +432,7 @@ class Trainer:
         self.display.note(f"WARNING: step {self.state.step}: {text}")
 
     def _evaluate_and_keep(self) -> None:
-        """Evaluate, and keep the model at the top of the directory if it is the best so far."""
+        """Evaluate, and save the model in the output directory if it is the best so far."""
         state = self.state
         state.last, state.evaluated_step = self.evaluate(), state.step
         last = state.last
@@ -471,7 +471,7 @@ class Trainer:
             self.distributed.on_first(lambda: self.directory.save_model(model, self.tokenizer))
 
     def _save(self) -> Path:
-        """Write a checkpoint; without dev_data the newest model is also the one at the directory's top."""
+        """Write a checkpoint; without dev_data the newest model is also saved in the output directory."""
         self.state.seconds = self._seconds()
         generators = self.snapshot.generators()
         on_first, keep = self.distributed.on_first, self.config.keep_checkpoints

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from contract import CASES, SAMPLES, Case, Inputs, check
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -193,3 +194,18 @@ def test_rows_whose_bias_is_the_smallest_number(length: int, grad: bool) -> None
     torch.testing.assert_close(golden[0][:, :, 2], v.double().mean(2))
     for three in zip(run(fastattn.attention, torch.float32), plain, golden):
         assert_within_rule(*three)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_are_repeated_for_some_heads_at_a_time(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where heads share them, in the backward; no bit depends on how many at a time."""
+    query, dout = (torch.randn(1, 8, 64, 16) for _ in range(2))
+    key, value = (torch.randn(1, 4, 64, 16) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out = fastattn.attention(*leaves, causal=causal, backend="torch")
+    whole = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    monkeypatch.setattr(fused, "FUSED_SHARE_BYTES", 1)
+    with Allocations() as allocated:
+        grads = torch.autograd.grad(out, leaves, dout)
+    assert all(torch.equal(one, other) for one, other in zip(grads, whole))
+    assert sum(size >= 4 * query.numel() for size in allocated.sizes) == 1  # the query's gradient

@@ -106,6 +106,36 @@ def test_linear_error_rule(dtype: torch.dtype, reduction: str, monkeypatch: pyte
         assert_within_rule(*three, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", [0.0, -1e4])
+@pytest.mark.usefixtures("blocks")
+def test_losses_of_targets_far_below_the_largest_logit(dtype: torch.dtype, offset: float) -> None:
+    """Their probabilities, from which the forward that makes the gradient takes losses, lose digits or are 0."""
+    far = torch.tensor([0.0, 1, 10, 60, 68, 70, 86, 88, 100, 104, 110, 300, 700, 800, 5000])
+    logits = torch.randn(len(far), VOCAB)
+    logits[:, 3] = 4.0
+    logits[:, 5] = 4.0 - far
+    logits = (logits + offset).to(dtype).requires_grad_()
+    target = torch.full((len(far),), 5)
+    losses = torch.stack([fastattn.cross_entropy(z[None], t[None]) for z, t in zip(logits, target)])
+    naive = F.cross_entropy(logits, target, reduction="none")
+    golden = F.cross_entropy(logits.double(), target, reduction="none")
+    for near in (far < 65, far > 65):
+        assert_within_rule(losses[near], naive[near], golden[near], "losses", dtype=dtype)
+    whole = fastattn.cross_entropy(logits, target, reduction="sum")
+    assert_within_rule(whole, naive.sum(), golden.sum(), "their sum", dtype=dtype)
+    torch.testing.assert_close(torch.autograd.grad(whole, logits), torch.autograd.grad(golden.sum(), logits))
+
+
+def test_a_target_whose_logit_is_not_finite() -> None:
+    logits = torch.zeros(1, 4)
+    for number, loss in ((-math.inf, math.inf), (math.inf, math.nan), (math.nan, math.nan)):
+        logits[0, 2] = number
+        for grad in (False, True):
+            found = fastattn.cross_entropy(logits.detach().requires_grad_(grad), torch.tensor([2]))
+            torch.testing.assert_close(found.detach(), torch.tensor(loss), equal_nan=True)
+
+
 def test_small_upstream_gradients_survive_half_precision() -> None:
     """A mean over many tokens of fp16: gradients are rounded once, after all the scaling."""
     hidden, weight = torch.randn(512, 8).half().requires_grad_(), torch.randn(64, 8).half().requires_grad_()

@@ -155,7 +155,8 @@ def test_opcheck(with_bias: bool, weighted: bool) -> None:
         logits = torch.randn(TOKENS, VOCAB, requires_grad=True)
         of_logits = (logits, target, -100, 0.1, *call[-2:], "auto")
         opcheck(ops.cross_entropy_fwd.default, of_logits)
-        opcheck(ops.cross_entropy_mean.default, (*of_logits[:-1], torch.tensor(9), "auto"))
+        for mean in (False, True):
+            opcheck(ops.cross_entropy_mean.default, (*of_logits[:-1], mean, "auto"))
         opcheck(
             ops.cross_entropy_bwd.default,
             (losses.clone().requires_grad_(), norms, *of_logits),

@@ -322,17 +322,23 @@ def test_a_target_that_is_no_class_names_itself_under_transforms() -> None:
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_target_that_is_no_class_names_itself(wrong: int, compiled: bool, error: type[Exception]) -> None:
-    """Whoever catches torch's IndexError still does; one at fault among many is found."""
-    target = torch.full((100,), -100)
-    target[50], target[77] = 3, wrong
-    hidden = torch.zeros(100, 2, requires_grad=True)
+    """Whoever catches torch's IndexError still does; one at fault among many is found, through a plan too."""
+    right = torch.full((100,), -100)
+    right[50] = 3
+    target = right.clone()
+    target[77] = wrong
+    hidden, logits = torch.zeros(100, 2, requires_grad=True), torch.zeros(100, 4, requires_grad=True)
     calls: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda t: fastattn.cross_entropy(torch.zeros(100, 4), t),
+        lambda t: fastattn.cross_entropy(logits, t),
+        lambda t: fastattn.cross_entropy(logits, t, class_weight=torch.ones(4), reduction="sum"),
         lambda t: fastattn.cross_entropy(torch.zeros(100, 4), t, class_weight=torch.ones(4), z_loss=0.1),
         lambda t: fastattn.linear_cross_entropy(torch.zeros(100, 2), WEIGHT, t, reduction="none"),
         lambda t: fastattn.linear_cross_entropy(hidden, WEIGHT, t),
     )
     for call in calls:
         run = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+        for _ in range(0 if compiled else 3):
+            run(right)
         with pytest.raises(error, match=f"target: got {wrong}, needs 0 to 3 or -100 to be ignored"):
             run(target)

@@ -86,6 +86,31 @@ def test_numbers_that_are_not_finite_are_as_without(number: float, monkeypatch: 
             assert_same(found, results[0])
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("of", ["x", "dout"])
+def test_rows_of_softmax_that_are_not_finite_are_as_without(
+    of: str, number: float, log: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with one such number, or nothing else, beside finite ones, all with an entry that is hidden."""
+    plain = torch.randn(4, 6, 8)
+    plain[..., 2] = -torch.inf
+    for _ in range(3):
+        fastattn.softmax(plain.requires_grad_(), log=log)
+    results = []
+    for off in (True, False):
+        monkeypatch.setenv("FASTATTN_DISABLE", OFF) if off else monkeypatch.delenv("FASTATTN_DISABLE")
+        x, dout = plain.detach().clone(), torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1))
+        changed = x if of == "x" else dout
+        changed[0, 1, 5] = changed[2, 3] = changed[3, 5, 2] = number
+        out = fastattn.softmax(x.requires_grad_(), log=log)
+        grad = torch.autograd.grad(out, x, dout)[0]
+        assert not grad[x == -torch.inf].any()
+        assert (out[x == -torch.inf] == (-torch.inf if log else 0)).all()
+        results.append([out, grad])
+    assert_same(results[1], results[0])
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("op", [op for op in BY_OP if op != "kv_cache"])
 def test_second_derivatives_and_transforms_are_those_without(

@@ -101,7 +101,7 @@ def test_bad_preferences_are_named(tokenizer: Tokenizer) -> None:
     for fields, message in (
         ({"prompt": "x", "chosen": "y"}, "data: line 1 has no 'rejected'"),
         ({"prompt": "x", "chosen": "y", "rejected": "y"}, "data: line 1: chosen and rejected are the same"),
-        ({"prompt": [{}], "chosen": "y", "rejected": "z"}, "data: line 1: prompt is no list"),
+        ({"prompt": [{}], "chosen": "y", "rejected": "z"}, "data: line 1: prompt is not a list"),
         ({"prompt": "x", "chosen": [], "rejected": "z"}, "data: line 1: chosen does not end with a message"),
     ):
         with pytest.raises(DataError, match=message):

@@ -324,9 +324,9 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(make_trainer, tmp_path):
 
 def test_unwritable_places_are_refused_before_anything_is_made(make_trainer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir: .*file cannot be made.*is a file"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*file cannot be created.*is a file"):
         RunDirectory(tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"output_dir: .*a/b cannot be made.*file is a file"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*a/b cannot be created.*file is a file"):
         RunDirectory(tmp_path / "file" / "a" / "b")
 
     def denied(*args, **kwargs):
@@ -347,7 +347,7 @@ def test_a_full_disk_is_noticed_before_the_run(make_trainer, tmp_path, monkeypat
         if fits:
             make_trainer(keep_checkpoints=2)
         else:
-            with pytest.raises(ConfigError, match=r"output_dir: .* GB free, need .* and 3 checkpoints"):
+            with pytest.raises(ConfigError, match=r"output_dir: .* GB free, needs .* and 3 checkpoints"):
                 make_trainer(keep_checkpoints=2)
     assert not list(tmp_path.iterdir())
 

@@ -12,11 +12,23 @@ from fastattn.backends.torch.cross_entropy import (
     cross_entropy_fwd,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
+    read_targets,
 )
 from fastattn.backends.torch.kv_cache import kv_cache_fwd
-from fastattn.backends.torch.softmax import softmax_bwd, softmax_fwd, softmax_tiles
+from fastattn.backends.torch.softmax import (
+    softmax_bwd,
+    softmax_bwd_plan,
+    softmax_fwd,
+    softmax_fwd_plan,
+    softmax_tiles,
+)
 from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd, varlen_fwd_plan
-from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd_plan, kv_cache_fwd_plan
+from fastattn.backends.torch.whole_call import (
+    attention_bwd_plan,
+    attention_fwd_plan,
+    kv_cache_fwd_plan,
+    masked_fwd_plan,
+)
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
@@ -35,8 +47,12 @@ __all__ = [
     "kv_cache_fwd_plan",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
+    "masked_fwd_plan",
+    "read_targets",
     "softmax_bwd",
+    "softmax_bwd_plan",
     "softmax_fwd",
+    "softmax_fwd_plan",
     "softmax_tiles",
     "tiles",
     "varlen_bwd",

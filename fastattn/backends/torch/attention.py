@@ -15,7 +15,7 @@ from fastattn.backends.torch import fused as torch_kernel
 from fastattn.backends.torch import ragged_query, single_query
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
-from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, kv_head_chunks
+from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, fused_whole_bwd, kv_head_chunks
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import (
     COL_BLOCK,
@@ -113,7 +113,7 @@ def attention_bwd(
             for tile in row_tiles:
                 if fused:
                     if sums is None and len(row_tiles) == 1 and part.is_whole(tile):
-                        shares = fused_tile_bwd(part, tile, out, lse_safe, dout)
+                        shares = fused_whole_bwd(part, tile, out, lse_safe, dout)
                         dq, dk, dv = (
                             in_order(g, t) for g, t in zip(shares, (call.query, call.key, call.value))
                         )

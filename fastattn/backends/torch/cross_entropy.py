@@ -13,19 +13,36 @@ from fastattn.backends.linear_cross_entropy import LinearGrads
 from fastattn.backends.torch.softmax import block_elements
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
+LEAST = (
+    2.0**-100
+)  # a probability above it has all its digits, so its logarithm is as precise as that of a sum
+
+Targets = tuple[Tensor | None, Tensor | None, Tensor]
+
 
 def cross_entropy_fwd(
-    spec: SoftmaxSpec, call: CrossEntropyCall, dlosses: Tensor | None = None
-) -> tuple[Tensor, ...]:
+    spec: SoftmaxSpec,
+    call: CrossEntropyCall,
+    dlosses: Tensor | None = None,
+    targets: Targets | None = None,
+) -> tuple[Tensor, Tensor]:
     """(losses, norms) in the accumulation dtype: those of `reference.cross_entropy`, (N,), 0 where ignored.
 
     norms (N, 2) are the parts of lse, the largest logit and the logarithm of sum(exp(z - largest)): apart they lose
-    nothing to the size of the logits. A target that is no class has loss NaN. With a gradient of the losses also that
-    of the logits: the exponentials of a block make its sum and, while they are in the cache, its gradient.
+    nothing to the size of the logits. A target that is not a class has loss NaN.
+
+    With dlosses, one number that is the gradient of every loss, (losses, gradient of the logits): the exponentials of
+    a block make its sum and, while they are in the cache, its gradient. targets: of `read_targets`, if known.
     """
     if dlosses is None:
-        return _forward(call, None, None)[:2]
-    return _with_gradient(spec, call, dlosses)
+        return _forward(call, None, None)
+    dlogits = _empty_like(call.logits)
+    if targets is None:
+        targets = read_targets(call.target, call.logits.shape[1], call.ignore_index)
+    if call.label_smoothing or call.z_loss:
+        losses, _ = _forward(call, dlosses, dlogits, targets)
+        return losses, dlogits
+    return _by_probability(call, dlosses, dlogits, targets), dlogits
 
 
 def _with_gradient(
@@ -33,13 +50,39 @@ def _with_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, norms, dlogits), the gradient written to `out` if given, which may be the logits."""
     made = _empty_like(call.logits) if out is None else out
-    losses, norms, _ = _forward(call, dlosses, made)
+    losses, norms = _forward(call, dlosses, made)
     return losses, norms, made
 
 
+def _by_probability(call: CrossEntropyCall, dlosses: Tensor, dlogits: Tensor, targets: Targets) -> Tensor:
+    """Losses without smoothing and z_loss from the probabilities of the targets, the gradient written to `dlogits`:
+    neither the largest logit of a row nor its largest probability is looked for."""
+    logits, (ignored, wrong, target) = call.logits, targets
+    own = _target_weights(call, target)
+    blocks, grads = _Blocks(logits, dlogits), _BlockGrads(call, dlosses, dlogits, targets, own, None)
+    column = target[:, None]
+    probs_of_targets = logits.new_empty(column.shape, dtype=blocks.dtype)
+    for rows in blocks:
+        probs = blocks.probs(rows)
+        torch_compat.softmax(probs, blocks.logits(rows), 1, log=False)
+        torch.gather(probs, 1, column[rows], out=probs_of_targets[rows])
+        grads.finish(rows, probs, None)
+    grads.finish_all()
+    underflows = probs_of_targets < LEAST
+    losses = probs_of_targets.log_().neg_()[:, 0]
+    if underflows.any():
+        for rows in underflows.nonzero()[:, 0].split(blocks.step):
+            z = logits[rows].to(losses.dtype)
+            losses[rows] = z.logsumexp(1) - z.gather(1, column[rows])[:, 0]
+    if own is not None:
+        losses.mul_(own)
+    return _marked(losses, ignored, wrong)
+
+
 def _forward(
-    call: CrossEntropyCall, dlosses: Tensor | None, dlogits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    call: CrossEntropyCall, dlosses: Tensor | None, dlogits: Tensor | None, targets: Targets | None = None
+) -> tuple[Tensor, Tensor]:
+    """(losses, norms); with dlosses and dlogits, the gradient is written to the latter."""
     logits, smoothing, weight = call.logits, call.label_smoothing, call.class_weight
     dtype = accumulation_dtype(logits.dtype)
     largest = logits.new_empty(logits.shape[0], 1, dtype=dtype)
@@ -47,13 +90,15 @@ def _forward(
     spread = None  # the mean of (weighted) logits less the largest
     if smoothing:
         spread = logits.new_empty(logits.shape[0], dtype=dtype)
-    ignored, wrong, target = _targets(call)
+    if targets is None:
+        targets = read_targets(call.target, logits.shape[1], call.ignore_index)
+    ignored, wrong, target = targets
     chosen = logits.gather(1, target[:, None])[:, 0].to(dtype)  # before the gradient overwrites them
     own, mean = _target_weights(call, target), call.weight_mean()
     blocks = _Blocks(logits, dlogits)
     grads = None
     if dlosses is not None and dlogits is not None:
-        grads = _BlockGrads(call, dlosses, dlogits, (ignored, wrong, target), own, mean)
+        grads = _BlockGrads(call, dlosses, dlogits, targets, own, mean)
     for rows in blocks:
         z, probs = blocks.logits(rows), blocks.probs(rows)
         torch.amax(z, 1, keepdim=True, out=largest[rows])
@@ -79,12 +124,20 @@ def _forward(
             losses += smoothing * (mean * log_sum - spread)
     if call.z_loss:
         losses += call.z_loss * (largest[:, 0] + log_sum).square_()
-    losses.masked_fill_(wrong, torch.nan).masked_fill_(ignored, 0)
-    return losses, torch.cat([largest, log_sum[:, None]], 1), dlogits
+    return _marked(losses, ignored, wrong), torch.cat([largest, log_sum[:, None]], 1)
+
+
+def _marked(losses: Tensor, ignored: Tensor | None, wrong: Tensor | None) -> Tensor:
+    """The losses, in their place: NaN where the target is no class, 0 where it is ignored."""
+    if wrong is not None:
+        losses.masked_fill_(wrong, torch.nan)
+    if ignored is not None:
+        losses.masked_fill_(ignored, 0)
+    return losses
 
 
 class _Blocks:
-    """Blocks of rows, and memory for what is made of one: the logits in the accumulation dtype, the probabilities.
+    """Blocks of rows, and memory for one block: its logits in the accumulation dtype, and its probabilities.
 
     Memory of a block's size is kept for the next block, so that it stays in the cache.
     """
@@ -93,7 +146,7 @@ class _Blocks:
         self.whole, self.dlogits = logits, dlogits
         self.dtype = accumulation_dtype(logits.dtype)
         self.step = max(1, block_elements(logits.device.type) // max(1, logits.shape[1]))
-        # Torch's softmax reads the logits again when it has written to the probabilities.
+        # Torch's softmax reads the logits again after it has written probabilities, so these need memory of their own.
         self.in_place = (
             dlogits is not None and dlogits.dtype == self.dtype and dlogits.data_ptr() != logits.data_ptr()
         )
@@ -108,7 +161,7 @@ class _Blocks:
         return z if z.dtype == self.dtype else self._memory("logits", z).copy_(z)
 
     def probs(self, rows: slice) -> Tensor:
-        """Where the probabilities of a block go: to their gradient's place, or to memory of their own."""
+        """Where the probabilities of a block are written: where its gradient will be, or to memory of their own."""
         if self.in_place and self.dlogits is not None:
             return self.dlogits[rows]
         return self._memory("probs", self.whole[rows])
@@ -123,7 +176,7 @@ class _BlockGrads:
     """Turns the probabilities of a block of rows into the gradient of its logits.
 
     dloss * (f * probability - (1 - s) * w[target] * [target] - s * w / V),
-    f = (1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse. A target that is no class gives NaN.
+    f = (1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse. A target that is not a class gives NaN.
     """
 
     def __init__(
@@ -131,43 +184,45 @@ class _BlockGrads:
         call: CrossEntropyCall,
         dlosses: Tensor,
         dlogits: Tensor,
-        targets: tuple[Tensor, Tensor, Tensor],
+        targets: Targets,
         own: Tensor | None,
         mean: Tensor | None,
     ) -> None:
-        ignored, wrong, self.target = targets
+        self.ignored, wrong, target = targets
+        self.column = target[:, None]
         self.call, self.own, self.dlogits = call, own, dlogits
-        self.dlosses = dlosses.to(accumulation_dtype(dlogits.dtype)).masked_fill(wrong, torch.nan)
-        self.ignored = ignored
+        self.dlosses = dlosses.to(accumulation_dtype(dlogits.dtype))  # of every row, or one for all
+        if wrong is not None:
+            self.dlosses = self.dlosses.expand(wrong.shape).masked_fill(wrong, torch.nan)
         self.base = own if own is None or mean is None else own + call.label_smoothing * mean
+        self.wanted = self.dlosses * (call.label_smoothing - 1 if own is None else -own)
 
     def _factor(self, rows: slice, lse: Tensor | None) -> Tensor:
-        """dloss * f of each row."""
-        dlosses = self.dlosses[rows]
+        """dloss * f of each row, or of all rows."""
+        dlosses = _of(self.dlosses, rows)
         if lse is None:
-            return dlosses if self.base is None else dlosses * self.base[rows]
-        return dlosses * (2 * self.call.z_loss * lse + (1.0 if self.base is None else self.base[rows]))
+            return dlosses if self.base is None else dlosses * self.base[rows, None]
+        return dlosses * (
+            2 * self.call.z_loss * lse[:, None] + (1.0 if self.base is None else self.base[rows, None])
+        )
 
     def finish(self, rows: slice, block: Tensor, lse: Tensor | None) -> None:
         """Make the gradient of a block's probabilities, in their place, and write it; lse under z_loss."""
-        block.mul_(self._factor(rows, lse)[:, None])
-        smoothing, weight, dlosses = (
-            self.call.label_smoothing,
-            self.call.class_weight,
-            self.dlosses[rows, None],
-        )
+        block.mul_(self._factor(rows, lse))
+        smoothing, weight = self.call.label_smoothing, self.call.class_weight
         if smoothing:
-            share = smoothing / block.shape[1] * dlosses
+            share = smoothing / block.shape[1] * _of(self.dlosses, rows)
             block.sub_(share if weight is None else share * weight)
-        wanted = smoothing - 1 if self.own is None else -self.own[rows, None]
-        block.scatter_add_(1, self.target[rows, None], dlosses * wanted)
+        column = self.column[rows]
+        block.scatter_add_(1, column, _of(self.wanted, rows).expand(column.shape))
         part = self.dlogits[rows]
         if block.data_ptr() != part.data_ptr():
             part.copy_(block)
 
     def finish_all(self) -> None:
         """Write the zeros of ignored rows, also where their logits are NaN; by a mask they would cost a whole pass."""
-        self.dlogits.index_fill_(0, self.ignored.nonzero()[:, 0], 0)
+        if self.ignored is not None:
+            self.dlogits.index_fill_(0, self.ignored.nonzero()[:, 0], 0)
 
 
 def cross_entropy_bwd(
@@ -179,7 +234,7 @@ def cross_entropy_bwd(
     """
     logits = call.logits
     dlogits = _empty_like(logits) if out is None else out
-    targets = _targets(call)
+    targets = read_targets(call.target, logits.shape[1], call.ignore_index)
     own, mean = _target_weights(call, targets[2]), call.weight_mean()
     blocks, grads = _Blocks(logits, dlogits), _BlockGrads(call, dlosses, dlogits, targets, own, mean)
     lse = norms.sum(1) if call.z_loss else None
@@ -214,10 +269,32 @@ def _empty_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _targets(call: CrossEntropyCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are ignored, which have a target that is no class (ignored or not), and a class for every row."""
-    target = call.target.clamp(0, call.logits.shape[1] - 1)
-    return call.target == call.ignore_index, call.target != target, target
+def read_targets(target: Tensor, num_classes: int, ignore_index: int) -> Targets:
+    """(which rows are ignored, which others have a target that is not a class, a class for every row).
+
+    On a CPU, where values can be read, None stands for no row.
+    """
+    if target.is_cpu and _are_classes(target, num_classes, ignore_index):
+        return None, None, target
+    ignored = target == ignore_index
+    classes = target.masked_fill(ignored, 0)
+    if target.is_cpu and _are_classes(classes, num_classes, -1):
+        return ignored, None, classes
+    target = classes.clamp(0, num_classes - 1)
+    return ignored, classes != target, target
+
+
+def _are_classes(target: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Whether all targets are classes, and none can be the one that is ignored."""
+    if target.numel() == 0:
+        return True
+    lowest, highest = (bound.item() for bound in torch.aminmax(target))
+    return lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest
+
+
+def _of(values: Tensor, rows: slice) -> Tensor:
+    """The part of a block of rows as a column; the one number where all rows share it."""
+    return values if values.dim() == 0 else values[rows, None]
 
 
 def _target_weights(call: CrossEntropyCall, target: Tensor) -> Tensor | None:

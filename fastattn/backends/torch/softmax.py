@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from fastattn import torch_compat
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 from fastattn.visibility import distances
 
-BLOCK_ELEMENTS = {"cpu": 2**20}  # a block stays in the last cache between the passes over it
-OTHER_BLOCK_ELEMENTS = 2**26  # elsewhere few launches count more
+BLOCK_ELEMENTS = {"cpu": 2**20}  # a block stays in the last-level cache between the passes over it
+OTHER_BLOCK_ELEMENTS = 2**26  # on other devices fewer launches matter more
 
 Index = tuple[slice, ...]
 
 
 def softmax_tiles(spec: SoftmaxSpec) -> str:
-    """How the rows are cut."""
+    """The size of the blocks of rows, in a line."""
     return f"torch's softmax on blocks of {block_elements(spec.device)} elements"
 
 
@@ -30,7 +30,7 @@ def softmax_fwd(spec: SoftmaxSpec, call: SoftmaxCall) -> Tensor:
     out = torch.empty_like(x, dtype=call.dtype)
     if x.numel() == 0:
         return out
-    if call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == x.dtype:
+    if _is_torchs(call):
         _whole(x, out, dim, call.log)
         _constant_where_hidden(x, out, dim, call.log)
         return out
@@ -85,6 +85,48 @@ def softmax_bwd(
     return dx
 
 
+def softmax_fwd_plan(spec: SoftmaxSpec, call: SoftmaxCall) -> Callable[[Tensor, None], Tensor] | None:
+    """What `softmax_fwd` does for calls of these strides where that is torch's kernel on the whole tensor, and no more.
+
+    Kernels leave caches cold, where a Python function costs many times what it does in a loop.
+    """
+    x, dim = call.x, call.dim
+    if not (_is_torchs(call) and x.is_contiguous() and x.numel()):
+        return None
+    function, constant = (torch.log_softmax, -torch.inf) if call.log else (torch.softmax, 0.0)
+
+    def run(x: Tensor, mask: None = None) -> Tensor:
+        out = function(x, dim)
+        total = out.select(dim, 0).sum().item()
+        if total != total:  # as `_constant_where_hidden` says
+            out.masked_fill_(x == -torch.inf, constant)
+        return out
+
+    return run
+
+
+def softmax_bwd_plan(
+    spec: SoftmaxSpec, dim: int, scale: float, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor], Tensor | None] | None:
+    """The same of `softmax_bwd`; its function gives None where more is to do."""
+    kernel = torch_compat.softmax_gradient_kernel()
+    if kernel is None or spec.log or scale != 1.0 or dtype != spec.dtype:
+        return None
+
+    def run(dout: Tensor, out: Tensor) -> Tensor | None:
+        if not out.is_contiguous() or out.numel() == 0:
+            return None
+        dx: Tensor = kernel(dout, out, dim, dtype)
+        return dx if math.isfinite(dx.select(dim, 0).sum().item()) else None
+
+    return run
+
+
+def _is_torchs(call: SoftmaxCall) -> bool:
+    """Whether torch's kernel gives the result, but for what -inf hides."""
+    return call.scale == 1.0 and call.mask is None and not call.causal and call.dtype == call.x.dtype
+
+
 def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of a block's shape and memory order, kept for the next block: fresh memory costs more than softmax."""
     if like.shape not in kept:
@@ -93,18 +135,18 @@ def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -
 
 
 def block_elements(device: str) -> int:
-    """How many elements a block may have."""
+    """The most elements of a block on a device."""
     return BLOCK_ELEMENTS.get(device, OTHER_BLOCK_ELEMENTS)
 
 
 def _limit(spec: SoftmaxSpec, tensor: Tensor, dim: int) -> int:
-    """The elements of a block: a row for each thread at least, as torch's kernels share out rows."""
+    """The most elements of a block: at least a row for each thread, since torch's kernels distribute rows."""
     threads = torch.get_num_threads() if spec.device == "cpu" else 1
     return max(block_elements(spec.device), threads * tensor.shape[dim])
 
 
 def _memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions of a dense tensor from the slowest to the fastest: so permuted it is contiguous."""
+    """The permutation of a dense tensor's dimensions that makes it contiguous."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
@@ -140,17 +182,17 @@ def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
 
 
 def _finite(tensor: Tensor, dim: int) -> bool:
-    """Whether the first entry of every row is finite: NaN and inf spread over the row that holds them.
+    """Whether the sum of the rows' first entries is finite: a NaN or inf anywhere in a row makes its first entry NaN.
 
-    Told by their sum; one that overflows costs a pass over the tensor, no more.
+    A sum that overflows gives False too, which costs one more pass over the tensor.
     """
     return math.isfinite(tensor.select(dim, 0).sum().item())
 
 
 def _constant_where_hidden(scores: Tensor, result: Tensor, dim: int, log: bool) -> None:
-    """In a row that keeps nothing, or NaN, torch gives NaN to all: what is hidden is the constant 0, -inf in log.
+    """Sets hidden entries to 0, or -inf in log, in rows that torch made NaN: those that keep nothing or hold a NaN.
 
-    Told by the sum of first entries: those of other rows are 0 to 1, or -inf to 0.
+    A NaN in the sum of first entries shows that there are such rows; other rows' are in 0 to 1, or -inf to 0.
     """
     if math.isnan(result.select(dim, 0).sum().item()):
         result.masked_fill_(scores == -torch.inf, -torch.inf if log else 0.0)
