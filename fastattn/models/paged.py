@@ -9,8 +9,39 @@ from fastattn.models.decodable import Decodable, can_decode
 from fastattn.models.steps import GPTDecoder
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import apply_rotary, positions_of_tokens
+from fastattn.nn.rows import InBlocks, Rows
 from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
+
+LARGE_BLOCK = 16  # rows
+
+
+class InLargeBlocks(InBlocks):
+    """`InBlocks`, but with blocks of LARGE_BLOCK rows first, which read the weight once for all of them.
+
+    For products that give a row the same bits in a block of either size (`blocks_agree`).
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, I) -> (N, O)."""
+        whole = x.shape[0] // LARGE_BLOCK * LARGE_BLOCK
+        if not whole:
+            return super().__call__(x)
+        parts = [self.product(part.clone()) for part in x[:whole].split(LARGE_BLOCK)]
+        if whole < x.shape[0]:
+            parts.append(super().__call__(x[whole:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def blocks_agree(product: Rows, weight: Tensor) -> bool:
+    """Whether a product with a weight (O, I) has the same bits in blocks of both sizes, tried with random rows.
+
+    An order of summation is a matter of shapes, threads and the machine, not of values; another order rounds some of
+    LARGE_BLOCK * O random sums differently.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(LARGE_BLOCK, weight.shape[1], generator=generator).to(weight)
+    return torch.equal(product(rows.clone()), InBlocks(product)(rows))
 
 
 class PagedDecoder(GPTDecoder):
@@ -47,6 +78,12 @@ class PagedDecoder(GPTDecoder):
             self._make_products(once=False)
         self.page_size, self.max_length = page_size, max_length
         self._make_positions(max_length)
+
+    def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
+        made = super()._rows(weight, bias)
+        if isinstance(made, InBlocks) and blocks_agree(made.product, weight):
+            return InLargeBlocks(made.product)
+        return made
 
     @property
     def keys_depend_on_length(self) -> bool:

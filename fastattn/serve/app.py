@@ -46,6 +46,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
                 await run_in_threadpool(model.worker.stop)
 
     app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.models = models
     app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
 
     @app.exception_handler(ApiError)

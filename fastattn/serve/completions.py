@@ -36,10 +36,12 @@ async def completions(
         raise ApiError(400, "suffix: is not supported", param="suffix")
     check_sampling(body, limits)
     prompts = await run_in_threadpool(prompts_of, body, model, limits)
+    constraint = await run_in_threadpool(model.grammars.constraint, body.response_format)
     generation = Generation(model, metrics)
     for ids, _ in prompts:
         room = room_for(model, ids, body.max_tokens, DEFAULT_TOKENS, limits)
         more: dict[str, Any] = {"copies": body.n, "deadline": time.monotonic() + limits.timeout}
+        more["constraint"] = constraint
         if body.logprobs is not None:
             more |= {"scores": body.logprobs, "prompt_scores": body.logprobs if body.echo else None}
         generation.add(ids, options_of(body, model, ids, room), **more)
@@ -90,16 +92,15 @@ async def chat(
     """Answer a conversation."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs", param="top_logprobs")
-    if body.response_format not in (None, {"type": "text"}):
-        raise ApiError(400, 'response_format: needs {"type": "text"}', param="response_format")
     check_sampling(body, limits)
     ids = await run_in_threadpool(dialogue_ids, model, body.messages, True)
+    constraint = await run_in_threadpool(model.grammars.constraint, body.response_format)
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     generation = Generation(model, metrics)
     room = room_for(model, ids, asked, None, limits)
     top = (body.top_logprobs or 0) if body.logprobs else None
     generation.add(
-        ids, options_of(body, model, ids, room), copies=body.n, scores=top,
+        ids, options_of(body, model, ids, room), copies=body.n, scores=top, constraint=constraint,
         deadline=time.monotonic() + limits.timeout,
     )  # fmt: skip
     await generation.submit()
@@ -148,6 +149,8 @@ def check_sampling(body: Sampling, limits: ServeOptions) -> None:
         raise ApiError(400, f"n: got {body.n}, needs {limits.max_batch} at most", param="n")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: needs stream", param="stream_options")
+    if body.ignore_eos and body.response_format is not None:
+        raise ApiError(400, "ignore_eos: does not go with response_format", param="ignore_eos")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if not all(stops):
         raise ApiError(400, "stop: got an empty text", param="stop")

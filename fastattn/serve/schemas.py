@@ -45,6 +45,7 @@ class Sampling(Body):
     seed: StrictInt | None = None
     stop: Stop = None
     ignore_eos: bool = False
+    response_format: dict[str, Any] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     # of OpenAI's API, without effect here
@@ -98,7 +99,6 @@ class ChatBody(Sampling):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_SCORES)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
-    response_format: dict[str, Any] | None = None
 
 
 class EmbeddingBody(Body):

@@ -18,6 +18,7 @@ from fastattn.data.chat import ChatTemplate
 from fastattn.models import GPT, families
 from fastattn.serve.encoders import EncoderWorker
 from fastattn.serve.engine import Engine
+from fastattn.serve.grammar import Grammars
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.token_texts import TokenStrings
 from fastattn.tasks import fill, predict
@@ -34,6 +35,7 @@ class Decoder:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     strings: TokenStrings
+    grammars: Grammars
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -126,7 +128,8 @@ def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
         kv_memory=options.kv_memory,
     )
     template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
-    return Decoder(name, engine, tokenizer, template, TokenStrings(tokenizer))
+    strings = TokenStrings(tokenizer)
+    return Decoder(name, engine, tokenizer, template, strings, Grammars(model, strings))
 
 
 def _placed(model: Any, options: ServeOptions) -> Any:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from fastattn.integers import cdiv
 from fastattn.nn.modes import evaluating
 from fastattn.train.batches import Batches, Examples
 from fastattn.train.config import TrainConfig
@@ -29,7 +27,7 @@ class Evaluator:
         compiled: the same, compiled if the configuration says so, for the loss; of a sharded model, its `root`.
         config, objective, batches, distributed: the trainer's.
         figures_with: returns further metrics of the model; called on the first process only.
-        sharding: the model's, None where it is not sharded; the model is gathered for `figures_with`.
+        sharding: the model's, None where it is not sharded; `figures_with` gets a copy that is not.
     """
 
     def __init__(
@@ -71,11 +69,16 @@ class Evaluator:
     @torch.no_grad()
     def shown(self, show_with: Callable[[nn.Module], str]) -> str:
         """The text that `show_with` returns for the model in eval mode; empty on all processes but the first."""
-        with evaluating(self.model), seeded(self.config.seed, self.batches.device), self._whole():
-            return show_with(self.model) if self.distributed.is_main else ""
+        model = self._whole_model()
+        with evaluating(model), seeded(self.config.seed, self.batches.device):
+            return show_with(model) if self.distributed.is_main else ""
 
-    def _whole(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.sharding is None else self.sharding.whole()
+    def _whole_model(self) -> nn.Module:
+        """The model, of a sharded one a copy with whole parameters on the first process, which uses it alone."""
+        if self.sharding is None:
+            return self.model
+        model = self.sharding.gathered(self.distributed.is_main)
+        return self.model if model is None else model.to(self.batches.device)
 
     def _sums(self, data: Examples) -> tuple[float, int]:
         """This process's sum of losses, and its number of targets."""
@@ -92,7 +95,7 @@ class Evaluator:
         if self.sharding is not None:
             batches = len(range(0, len(data), size)[:number])
             rank, world_size = ranks
-            if len(range(rank, batches, world_size)) < cdiv(batches, world_size):
+            if 0 < batches % world_size <= rank:  # it has one batch less
                 self.objective.loss(self.compiled, self.batches.of(data, range(min(size, len(data)))))
             self.sharding.release()
         return loss_sum, targets
@@ -101,8 +104,8 @@ class Evaluator:
         if self.figures_with is None:
             return {}
         found: dict[str, float] = {}
-        figures_with, model = self.figures_with, self.model
-        with self._whole():
+        figures_with, model = self.figures_with, self._whole_model()
+        with evaluating(model):
             for name, value in self.distributed.on_first(lambda: dict(figures_with(model))).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ValueError(f"evaluate_with: its {name} is {value!r}, needs a number")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,24 +59,6 @@ class Sharding:
             fully_shard(block, mesh=mesh)
         self.root: Any = LossOf(model)  # its call gives the loss
         fully_shard(self.root, mesh=mesh)
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, every process has all parameters, and uses the model without the others.
-
-        All processes enter and leave together.
-        """
-        units = [self.root, *self.blocks]
-        for unit in units:
-            unit.unshard()
-        for block in self.blocks:
-            block.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                block.set_reshard_after_forward(True, recurse=False)
-            self.release()
 
     def release(self) -> None:
         """Leave each process with its own part, as after a forward pass without a backward one it is not yet."""

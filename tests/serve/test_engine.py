@@ -12,8 +12,8 @@ from small_models import GPT2, KINDS, VOCAB
 from fastattn.generation import generate
 from fastattn.generation.options import Options
 from fastattn.models import GPT, GPTConfig
+from fastattn.models.paged import LARGE_BLOCK
 from fastattn.serve.engine import Engine, Output, Request
-from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
 from numerics import assert_within_rule
 
@@ -291,6 +291,20 @@ def test_a_deadline_ends_a_request() -> None:
     assert isinstance(late.error, DeadlineError)
 
 
+def test_a_full_batch_has_the_bits_of_each_request_alone() -> None:
+    model = make_model(n_embd=64)
+    asked = [Asked(random_ids(3 + i, i), scores=1, max_new_tokens=6) for i in range(LARGE_BLOCK + 2)]
+    engine = make_engine(model, pages=200, max_batch=LARGE_BLOCK + 2)
+    run(engine, *asked)
+    alone = [Asked(each.prompt, scores=1, max_new_tokens=6) for each in asked]
+    for each in alone:
+        run(engine, each)
+    for ours, theirs in zip(asked, alone):
+        assert [ours.tokens()] == ours.alone(model)
+        together, single = ([s for out in each.outputs for s in out.scores] for each in (ours, theirs))
+        assert together == single
+
+
 def test_penalties_and_biases() -> None:
     ids, scores = torch.tensor([[4, 4, 1, 1, 2]]), torch.zeros(1, 6)
     assert FrequencyPenalty(2, 0.5)(ids, scores).tolist() == [[0.0, -1.0, -0.5, 0.0, 0.0, 0.0]]
@@ -343,24 +357,3 @@ def test_stopping_fails_what_is_not_finished() -> None:
     engine._work()
     assert isinstance(asked.error, Overloaded)
     assert engine.stats()["pages_held"] == 0
-
-
-def test_pages_are_counted_named_and_found() -> None:
-    pool = PagePool(3, 2)
-    names = names_of([1, 2, 3, 4], 2, 2)
-    assert names_of([1, 2, 9, 9], 2, 2)[0] == names[0]
-    assert names_of([9, 2, 3, 4], 2, 2)[1] != names[1]  # all before it counts
-    first, second = pool.take(), pool.take()
-    pool.name(first, names[0])
-    pool.name(second, names[1])
-    for page in (second, first):
-        pool.release(page)
-    assert pool.available == 3
-    assert pool.begin_with(names) == [first, second]
-    pool.hold(first)
-    assert pool.available == 2
-    taken = [pool.take(), pool.take()]  # the free one, then the named one that nobody holds
-    assert second in taken
-    assert pool.begin_with(names) == [first]
-    with pytest.raises(PagesExhausted):
-        pool.take()

@@ -90,9 +90,10 @@ def same(one, other):
 
 
 def figures(model):
-    """Uses parts of the model that no forward pass of the whole comes through."""
+    """Uses parts of the model by themselves, as a task's decoding does."""
+    hidden = model.blocks[1](model.blocks[0](model.embed.weight))
     return {
-        "embedding": float(model.embed.weight.square().mean()),
+        "hidden": float(hidden.square().mean()),
         "head": float(model.head(model.norm(model.embed.weight)).mean()),
     }
 

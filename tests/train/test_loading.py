@@ -1,13 +1,11 @@
 """Batches by worker processes: the same with any number of workers, and in a run that goes on from a checkpoint."""
 
 import os
-import random
 import signal
 
-import numpy as np
 import pytest
 import torch
-from tiny_lm import make_data, make_model
+from tiny_lm import make_data, make_model, noisy_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.train import ConfigError
@@ -15,17 +13,6 @@ from fastattn.train.loading import WorkerBatches
 
 # More than an epoch of 75 rows before the stop at step 16, and micro-batches on both sides of it.
 RUN = {"max_steps": 22, "accumulate": 2, "batch_size": 3, "log_every": 4, "eval_every": 5, "save_every": 5}
-
-
-def noisy_collate(items):
-    """Draws from all three global generators."""
-    batch = torch.utils.data.default_collate(items)
-    drop = torch.rand(batch["labels"].shape) < 0.2
-    drop |= torch.tensor(np.random.rand(*drop.shape) < 0.1)  # noqa: NPY002
-    if random.random() < 0.5:
-        drop[0, 3] = True
-    batch["labels"][drop] = -100
-    return batch
 
 
 def stop_at_16(record):

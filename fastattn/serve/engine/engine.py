@@ -8,6 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+import torch
+
+from fastattn.integers import cdiv
 from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
 from fastattn.serve.engine.requests import Overloaded, Request
@@ -58,7 +61,7 @@ class Engine:
         bytes_of_page = (
             2 * len(model.h) * config.kv_heads * page_size * config.head_dim * weight.element_size()
         )
-        of_one = -(-self.max_length // page_size)
+        of_one = cdiv(self.max_length, page_size)
         pages = max_batch * of_one
         if kv_memory is None:
             pages = max(min(pages, BYTES_OF_CACHE // bytes_of_page), of_one)
@@ -78,6 +81,7 @@ class Engine:
         self._count = self.steps = 0
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
+        self._torch_threads = torch.get_num_threads()
 
     def start(self) -> None:
         """Start the thread."""
@@ -164,6 +168,9 @@ class Engine:
         }
 
     def _work(self) -> None:
+        torch.set_num_threads(
+            self._torch_threads
+        )  # a thread's own number, on which the order of sums may depend
         with evaluating(self.model):
             while True:
                 with self._changed:

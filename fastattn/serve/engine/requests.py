@@ -14,7 +14,7 @@ from fastattn.generation.choosing import Chooser
 from fastattn.generation.options import Options, Settled
 from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.generation.rows import Row
-from fastattn.generation.sampling import Draws
+from fastattn.generation.sampling import Draws, LogitsProcessor
 from fastattn.generation.stopping import special_tokens
 from fastattn.generation.text import RowText
 
@@ -88,6 +88,7 @@ class Request:
         copies: continuations; they share the prompt's pages.
         scores: how many of the likeliest tokens are reported with each token; None = no log-probabilities at all.
         prompt_scores: the same for the prompt's tokens.
+        constraint: makes one more processor for each continuation, after those of the options.
         on_output: called in the engine's thread with each `Output`.
         deadline: of `time.monotonic`, after which the request fails; None = no limit.
     """
@@ -100,6 +101,7 @@ class Request:
     scores: int | None = None
     prompt_scores: int | None = None
     deadline: float | None = None
+    constraint: Callable[[], LogitsProcessor] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     # of the engine
     number: int = 0  # in the order of arrival
@@ -148,6 +150,8 @@ class Continuation:
         if request.tokenizer is not None:
             text = RowText(request.tokenizer, request.prompt, settled.stop_strings)
         self.row = Row(frozenset(ends), settled.max_new_tokens, text)
+        if request.constraint is not None:
+            settled = replace(settled, logits_processor=(*settled.logits_processor, request.constraint()))
         self.chooser = Chooser(settled, prompt, None, model.config.vocab_size)
         if self.chooser.draws is not None:  # the continuations of a prompt draw from streams of their own
             assert isinstance(settled.seed, int)
