@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,7 +35,7 @@ def main(
     bench: str,
     script: Path,
     cases_for: Callable[[torch.device], Sequence[Case]],
-    extras: dict[str, ExtraCase] | None = None,
+    extras: Mapping[str, ExtraCase] | None = None,
     argv: Sequence[str] | None = None,
     budget: Budget = CASE_BUDGET,
 ) -> int:
@@ -57,7 +57,7 @@ def _run_bench(
     bench: str,
     script: Path,
     cases_for: Callable[[torch.device], Sequence[Case]],
-    extras: dict[str, ExtraCase],
+    extras: Mapping[str, ExtraCase],
     options: argparse.Namespace,
     budget: Budget,
 ) -> tuple[int, schema.Result | None]:

@@ -52,13 +52,19 @@ class GPTPair:
     def _transformers(self, attention: str, dtype: torch.dtype) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        from fastattn.models.checkpoint import to_gpt2_names
+        from fastattn.models.checkpoint.gpt2 import OWN
+        from fastattn.models.checkpoint.names import to_file
 
         sizes = {name: getattr(self.config, name) for name in SHARED_SIZES}
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
         config = GPT2Config(**sizes, **tokens, attn_implementation=attention)
         model = GPT2LMHeadModel(config)
-        model.load_state_dict(to_gpt2_names(self.model.state_dict(), tied=True), strict=False)
+        weights = {
+            name: tensor for name, tensor in self.model.state_dict().items() if name != "lm_head.weight"
+        }
+        model.load_state_dict(
+            to_file(weights, None, OWN), strict=False
+        )  # the head is tied, and has no name there
         return model.to(self.device, dtype)
 
 

@@ -84,7 +84,7 @@ def train(name: str, like: Path, out: Path, seconds: float | None = None) -> dic
     )
     started = time.monotonic()
 
-    class Limit(transformers.TrainerCallback):  # type: ignore[misc]
+    class Limit(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if seconds is not None and time.monotonic() - started > seconds:
                 control.should_training_stop = control.should_evaluate = control.should_save = True

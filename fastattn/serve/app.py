@@ -102,7 +102,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         if body.model is None and len(models) == 1:
             model = next(iter(models.values()))
         else:
-            model = chosen(body.model, (Decoder, Encoder))  # type: ignore[type-var,arg-type]
+            model = chosen(body.model, (Decoder, Encoder))  # type: ignore[arg-type]
         return JSONResponse(await run_in_threadpool(pooling.tokenize, body, model))
 
     @app.get("/v1/models")

@@ -18,7 +18,7 @@ class Metrics:
     def __init__(self, models: Mapping[str, Any]) -> None:
         self.models = models
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
         options: dict[str, Any] = {"namespace": "fastattn", "registry": self.registry}
         self.requests = Counter("http_requests", "Answered requests.", ["route", "status"], **options)
         self.seconds = Histogram(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +105,9 @@ class Objective:
     def clip_gradients(self, limit: float | None) -> float:
         """Scale finite gradients down to a total norm of `limit`; returns the norm before."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if is_sharded(norm):
-            norm = norm.full_tensor()  # type: ignore[operator]
+            norm = norm.full_tensor()
         if limit is not None and math.isfinite(norm):
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)

@@ -119,7 +119,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    whole: Any = tensor
+    part: Tensor = whole.to_local() if is_sharded(tensor) else tensor
+    return part
 
 
 def _own_blocks(model: nn.Module) -> list[nn.Module]:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastattn.train.averaging import Averaged
 from fastattn.train.resume import DamagedCheckpoint
@@ -25,7 +27,7 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any, averaged: Avera
     """
     try:
         with _quiet():
-            dcp.save(_state(model, optimizer, averaged), storage_writer=dcp.FileSystemWriter(folder))
+            save(_state(model, optimizer, averaged), storage_writer=FileSystemWriter(folder))
     except CheckpointException as error:  # not an Exception
         raise _os_error(error, folder) from error
 
@@ -39,7 +41,7 @@ def read_shards(folder: Path, model: nn.Module, optimizer: Any, averaged: Averag
     state = _state(model, optimizer, averaged)
     try:
         with _quiet():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+            load(state, storage_reader=FileSystemReader(folder))
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     except CheckpointException as error:
         raise DamagedCheckpoint(f"{folder}: cannot be read ({_first(error)})") from None
