@@ -93,9 +93,9 @@ class TaughtTagger(Taught, BertForTokenClassification):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `BertForTokenClassification.forward`."""
-        output = super().forward(*args, **kwargs)
+        output: Any = super().forward(*args, **kwargs)
         given = dict(zip(INPUTS, args)) | kwargs
-        labels = given.get("labels")
+        labels: Any = given.get("labels")
         if not self.learns(labels):
             return output
         counted = (labels != IGNORE_INDEX) & given["attention_mask"].bool()
@@ -187,7 +187,7 @@ class TaughtEncoderDecoder(Taught, EncoderDecoder):
         labels = kwargs.get("labels")
         if not self.learns(labels):
             return super().forward(*args, **kwargs)
-        output = super().forward(*args, **{**kwargs, "return_logits": True})
+        output: Any = super().forward(*args, **{**kwargs, "return_logits": True})
         given = dict(zip(INPUTS[:2], args)) | kwargs
         assert labels is not None
         counted = labels != IGNORE_INDEX
