@@ -296,7 +296,8 @@ def _are_classes(target: Tensor, num_classes: int, ignore_index: int) -> bool:
     """Whether all targets are classes, and none can be the one that is ignored."""
     if target.numel() == 0:
         return True
-    lowest, highest = (bound.item() for bound in torch.aminmax(target))
+    bounds = torch.aminmax(target)
+    lowest, highest = bounds.min.item(), bounds.max.item()
     return lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest
 
 

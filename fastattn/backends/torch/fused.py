@@ -105,11 +105,12 @@ def fused_whole_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a call of one tile. Where heads share keys, some heads at a time: the kernel is given keys and
     values repeated, and gives a share of their gradients for every query head."""
-    if part.call.group_size == 1:
-        return fused_tile_bwd(part, tile, out, lse_safe, dout)
     call = part.call
+    chunks = [*kv_head_chunks(part, tile)]
+    if call.group_size == 1 or len(chunks) == 1:
+        return fused_tile_bwd(part, tile, out, lse_safe, dout)
     grads = tuple(empty_in_order(t, tuple(t.shape)) for t in (call.query, call.key, call.value))
-    for kv_heads in kv_head_chunks(part, tile):
+    for kv_heads in chunks:
         shares = fused_tile_bwd(part, tile, out, lse_safe, dout, kv_heads)
         for grad, share, heads in zip(grads, shares, (query_heads(part, kv_heads), kv_heads, kv_heads)):
             grad[:, heads] = share
