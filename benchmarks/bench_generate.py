@@ -2,9 +2,10 @@
 
 python benchmarks/bench_generate.py              every case of this machine's device, results stored
 python benchmarks/bench_generate.py --list       the cases
-The row floor-weight-products runs the products with the weights alone, once per token: what no library can go below
-without reading fewer bytes. The lookup cases train a small model on code and on prose first, some minutes each, until
-it knows the text, and continue parts of it with prompt lookup and without; --only lookup-code runs those of one text.
+The row floor-weight-products times the matrix products with the weights alone, once per token: a lower bound for every
+library that reads the same bytes. The lookup cases first train a small model on code and on prose, a few minutes each,
+until it reproduces the text, and continue parts of it with prompt lookup and without; --only lookup-code runs those of
+one text.
 """
 
 from __future__ import annotations

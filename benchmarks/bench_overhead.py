@@ -1,10 +1,10 @@
-"""Host cost of a call: every op on inputs too small to compute anything, beside torch's nearest call.
+"""Host cost of a call: every op on inputs so small that a call is nearly all overhead, beside torch's nearest call.
 
 python benchmarks/bench_overhead.py              every case of this machine's device, results stored
 python benchmarks/bench_overhead.py --list       the cases
 python benchmarks/bench_overhead.py --calls      Python functions that each case enters, the same on any machine
-On a CPU the time of a call on one thread is nearly all overhead. On a GPU read host_ms, what launching took the host,
-and launches, the kernels of a call: the table has the host's time for each, beside SDPA's and FlexAttention's.
+On a CPU the time of a call on one thread is nearly all overhead. On a GPU the figures are host_ms, the host's time to
+launch a call, and launches, the kernels of a call; the table shows both beside SDPA's and FlexAttention's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from measure import command, counts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see --help. Always on one thread: starting others would be measured too."""
+    """The command line; see --help. It runs on one thread, because starting others would be measured too."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--calls"]:
         cpu = torch.device("cpu")

@@ -6,8 +6,9 @@
     python benchmarks/first_run.py --forward           only what launches no backward
     python benchmarks/first_run.py --backend triton    another backend's kernels
 
-Every step has a limit of seconds: a kernel that never ends costs its own step. Each prints a JSON object per finding;
-1 is returned if a step failed. On a CPU the same code runs at small sizes on the torch backend, as a rehearsal.
+Every step has a limit of seconds, so that a kernel that never ends loses only its own step. Each prints a JSON object
+per finding; the exit status is 1 if a step failed. On a CPU the same code runs at small sizes on the torch backend, as
+a rehearsal.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The first run of the CUDA extension on a GPU.")
     numbers = sorted({name.rstrip("b") for name in first_run.STEPS})
     parser.add_argument("--steps", nargs="+", choices=numbers, metavar="N", help="only these steps")
-    parser.add_argument("--forward", action="store_true", help="only what launches no backward")
-    parser.add_argument("--backward", action="store_true", help="only what does")
+    parser.add_argument("--forward", action="store_true", help="only the steps that launch no backward")
+    parser.add_argument("--backward", action="store_true", help="only the steps that launch one")
     parser.add_argument(
-        "--step", action="append", choices=list(first_run.STEPS), help="this one, in this process"
+        "--step", action="append", choices=list(first_run.STEPS), help="this step, in this process"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--backend", choices=("cuda", "triton", "torch"), default="cuda", help="(default cuda)"
     )
-    parser.add_argument("--launches", type=int, default=1000, help="of step 9 (default 1000)")
-    parser.add_argument("--seconds", type=float, default=1500.0, help="for everything (default 1500)")
+    parser.add_argument("--launches", type=int, default=1000, help="launches of step 9 (default 1000)")
+    parser.add_argument(
+        "--seconds", type=float, default=1500.0, help="time limit for all steps (default 1500)"
+    )
     options = parser.parse_args()
     checkout.make_importable()
     failed = False

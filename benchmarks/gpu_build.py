@@ -1,4 +1,4 @@
-"""Puts the CUDA extension where fastattn finds it: one that was carried here if it fits, else one that is compiled.
+"""Installs the CUDA extension in the cache: a prebuilt one that matches this environment, else one compiled here.
 
 python benchmarks/gpu_build.py --prebuilt FOLDER     any _C*.so in it that is for this Python, torch and sources
 """
@@ -22,9 +22,9 @@ def main() -> int:
     if options.prebuilt is not None:
         placed, wrong = carried.place_extension(options.prebuilt)
         if placed is not None:
-            print(f"the extension was carried here: {placed.name}")
+            print(f"the prebuilt extension is used: {placed.name}")
             return 0
-        print("nothing carried fits: " + "; ".join(wrong))
+        print("no prebuilt extension matches: " + "; ".join(wrong))
     from fastattn.cache import cache_dir
     from fastattn.extension.build import BuildError, build_here
 

@@ -3,9 +3,9 @@
     python benchmarks/gpu_checks.py random --seconds 60 --seed 3      one check
     python benchmarks/gpu_checks.py                                   all of them
     python benchmarks/gpu_checks.py random --backends triton torch    without the CUDA extension
-Every check prints one JSON object per line, as it is found, the last line of a check being its summary. Each runs in
-processes of its own: a call that never ends costs its backend the rest of that check and nothing else. Exit status 1
-if any failed.
+Every check prints one JSON object per finding, a line each; the last line of a check is its summary. Each check runs in
+processes of its own: after a call that never ends, only the rest of that check on that backend is lost. The exit status
+is 1 if any check failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything a machine with a GPU can prove, in one command and a given number of minutes, with no network.
+"""All checks and benchmarks that need a GPU, in one command and a given number of minutes, without a network.
 
     python benchmarks/gpu_evidence.py --minutes 9 --out evidence
     python benchmarks/gpu_evidence.py --dry-run                  on a CPU: every section in its small form, or why not
@@ -6,10 +6,10 @@
     python benchmarks/gpu_evidence.py --resume --minutes 9 --publish
     python benchmarks/gpu_evidence.py --archive OUT --triton-cache kernels.tar.gz --prebuilt built
 
-Sections run in order of importance, each in a process of its own with a limit of its own, so that a crash or a hang
-costs one section. Right after the build each direction of the CUDA extension is probed; one that hangs is left out of
-every later section by FASTATTN_DISABLE. What is found is stored at once: evidence.json (sections and findings),
-BENCH.json (what was measured), log.txt (all output). It ends with a table one screen long, then the charts.
+Sections run in order of importance, each in a process of its own with a time limit of its own, so that a crash or a
+hang loses one section. Right after the build each direction of the CUDA extension is probed; one that hangs is switched
+off in every later section by FASTATTN_DISABLE. Results are stored as they are found: evidence.json (sections and
+findings), BENCH.json (measurements), log.txt (all output). The run ends with a table one screen long and the charts.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if options.publish and options.dry_run:
-        print("--publish goes with a GPU: small forms are no measurements", file=sys.stderr)
+        print("--publish: needs a GPU run, --dry-run measures nothing", file=sys.stderr)
         return 2
     if not torch.cuda.is_available() and not options.dry_run:
-        print("no CUDA GPU here: --dry-run exercises every section in its small form", file=sys.stderr)
+        print("no CUDA GPU on this machine; --dry-run runs every section in its small form", file=sys.stderr)
         return 2
     return run.run_all(options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Prove and measure fastattn on this machine's GPU.")
+    parser = argparse.ArgumentParser(description="Check and measure fastattn on this machine's GPU.")
     names = [section.name for section in sections.SECTIONS]
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (default 9)")
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder for the results")
@@ -48,18 +48,18 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="keep the sections of an earlier run that finished well"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="without a GPU: every section in its small form"
+        "--dry-run", action="store_true", help="without a GPU: run every section in its small form"
     )
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="then copy the results to benchmarks/results/DEVICE and renew the pages",
+        help="then copy the results to benchmarks/results/DEVICE and update the pages",
     )
     parser.add_argument(
         "--archive",
         type=Path,
         metavar="FOLDER",
-        help="renew FOLDER/evidence.tar.gz and table.txt after each section",
+        help="write FOLDER/evidence.tar.gz and table.txt after each section",
     )
     parser.add_argument(
         "--unpack",
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--triton-cache", type=Path, metavar="PATH",
-        help="compiled Triton kernels, a folder or a .tar.gz of one; with --archive they are carried away too",
+        help="compiled Triton kernels, a folder or a .tar.gz of one; with --archive they are archived too",
     )  # fmt: skip
     parser.add_argument(
         "--prebuilt", type=Path, metavar="PATH", help="a built _C*.so to use instead of a build, if it fits"

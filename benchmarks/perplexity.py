@@ -1,4 +1,4 @@
-"""Perplexity of a GPT that is trained here, with its weights in float32, rounded to 8 bits, and in bfloat16.
+"""Perplexity of a GPT trained by this script, with its weights in float32, rounded to 8 bits, and in bfloat16.
 
 python benchmarks/perplexity.py              train and print, in about two minutes on two cores
 """

@@ -1,4 +1,4 @@
-"""Charts from stored results, and the command that renews charts and tables of the pages.
+"""Charts from stored results, and the command that updates the charts and tables of the pages.
 
 python benchmarks/plot.py --update-docs      rewrite the charts, and the tables between markers
 python benchmarks/plot.py --check            say which pages and charts are stale

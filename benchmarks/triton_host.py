@@ -1,10 +1,9 @@
-"""The host's time for a call of the Triton backend up to the launch, without a GPU: Triton's launcher does nothing.
+"""The host's time for a call of the Triton backend up to the launch, without a GPU: the launcher is an empty function.
 
 python benchmarks/triton_host.py            microseconds of each op, median and spread of 15 rounds
 
-The stand-in driver of the tests takes the place of CUDA's, so that specialisation, the look for the compiled kernel and
-the call of the launcher are Triton's own. "replayed" is what a plan does once it is recorded. TRITON_INTERPRET must not
-be set.
+The tests' stand-in replaces CUDA's driver, so that specialisation, the search for the compiled kernel and the call of
+the launcher are Triton's own. "replayed" is a replay of a recorded plan. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...]]]:
 def measure(names: str, rounds: int = ROUNDS) -> Iterator[tuple[str, int, list[float]]]:
     """(op, launches of a call, microseconds of a call in each round), rounds interleaved over the ops named.
 
-    Each op as its backend function does it, and as a replay, which a plan makes of it.
+    Each op is timed as a call of its backend function and as a replay of its recorded plan.
     """
     from fastattn.backends.replay import Replay
 
@@ -127,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET: is set, and nothing would be launched")
+        parser.error("TRITON_INTERPRET: must not be set, because nothing would be launched")
     if given.rounds < 1:
         parser.error(f"--rounds: got {given.rounds}, needs 1 or more")
     checkout.make_importable()

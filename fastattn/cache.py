@@ -28,6 +28,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with partial.open("xb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(
+                error.errno, os.strerror(error.errno), str(path)
+            ) from error  # a write names no file
         raise

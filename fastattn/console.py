@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
-
-MAX_DATA_BYTES = 2**30
+from typing import Protocol
 
 
 class InputError(ValueError):
@@ -16,7 +13,7 @@ class InputError(ValueError):
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a path that is not a folder."""
+    """Raise InputError for a path that is not a folder."""
     try:
         found = folder.is_dir()
     except OSError:  # a name too long
@@ -25,44 +22,13 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{str(folder)[:200]}: no such folder, needs one with config.json and weights")
 
 
-def data_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a JSONL file, the value of --data, each with its place for messages.
-
-    Raises:
-        InputError: the file cannot be read, a line holds no JSON object, or no line holds anything.
-    """
-    try:
-        if not path.is_file():
-            raise InputError(f"--data {str(path)[:200]}: no such file")
-        if path.stat().st_size > MAX_DATA_BYTES:
-            raise InputError(f"--data {path}: holds over {MAX_DATA_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {str(path)[:200]}: cannot be read ({error})") from None
-    found = False
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--data {path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where} is not JSON") from None
-        if not isinstance(entry, dict):
-            raise InputError(f"{where} is no JSON object")
-        found = True
-        yield where, entry
-    if not found:
-        raise InputError(f"--data {path}: holds no line")
-
-
 def is_unicode(text: str) -> bool:
-    """Whether a text holds no lone surrogate, which no encoding can write."""
+    """Whether a text is valid Unicode, without lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class Output(Protocol):
-    """The output of a command; `shows_progress` says whether a long step may report as it goes."""
+    """The output of a command; `shows_progress` says whether long steps may report their progress."""
 
     shows_progress: bool
 
@@ -73,7 +39,7 @@ class Output(Protocol):
         """One line of text; `good` colours it as a verdict."""
 
     def waiting(self, text: str) -> AbstractContextManager[object]:
-        """Show what is being done while the context lasts."""
+        """Show a text while the context is active."""
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, verdict: int | None = None

@@ -1,4 +1,4 @@
-"""The demonstration: available backends, attention's accuracy and cost, and a small GPT trained with it."""
+"""The demo: available backends, accuracy and cost of attention, a swap, and a small GPT trained with it."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from fastattn.train import ConfigError, TrainConfig, Trainer, plot_loss
 from fastattn.train.progress import NoDisplay, ProgressDisplay, default_display
 
 DEFAULT_OUT = "fastattn-demo"
-MAX_CHARACTERS = 8_000_000  # characters, more than the demo's training run reads
+MAX_CHARACTERS = 8_000_000  # more than the demo's training run reads
 MIN_TOKENS = 1024
 HELD_OUT = 0.1
-PROMPT = "The"  # no space after it: it belongs to the next token
+PROMPT = "The"  # without a space, which belongs to the next token
 WHEN_IT_HELPS = {
-    "cpu": "On a CPU fastattn saves time and memory where a mask leaves out much (windows, packed documents, padding) "
+    "cpu": "On a CPU fastattn saves time and memory where a mask hides many keys (windows, packed documents, padding) "
     "or torch has no fused call (softcap, sinks); short or dense calls without these are at parity or slower.",
     "cuda": "fastattn helps where torch needs a dense mask or writes the scores out (windows, documents, ALiBi, "
-    "softcap, sinks); plain dense and causal calls are what torch's own kernels do best: compare before a swap.",
+    "softcap, sinks); for plain dense and causal calls torch's own kernels are fast too: compare before a swap.",
 }
 LAYERS = 4  # of the encoder whose attention is swapped
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the demo trains; chosen for the perplexity it reaches on two CPU cores.
+    """Training options of the demo, chosen for the perplexity on two CPU cores.
 
-    Training ends after `steps`, and earlier where the whole demo would pass `seconds` by much: a slow machine gets a
-    shorter run, the learning rate coming down all the same, but never less than `least_seconds` of training.
+    Training ends after `steps`, or earlier so that the whole demo takes about `seconds`: a slow machine gets a shorter
+    run with the whole learning rate schedule, but at least `least_seconds` of training.
     """
 
     grid: tuple[demo_grid.Case, ...]
@@ -81,9 +81,9 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo and write its results to `out`; returns the summary that is also `out`/summary.json.
 
-    The summary's "passed" is whether everything agreed and training lowered the perplexity. Raises InputError for a
-    text or directory that cannot be used, before any work and with nothing written; whatever else stops the demo,
-    a directory it made is gone.
+    The summary's "passed" says whether every check passed and training lowered the perplexity. Raises InputError for a
+    text or directory that cannot be used, before anything is written. If anything else stops the demo, the directory
+    that it created is removed.
     """
     recipe = QUICK if quick else FULL
     documents = _documents(text)
@@ -117,7 +117,7 @@ def run(
     output.line(
         f"{folder}: {picture}sample.txt, summary.json and model/ (weights, tokeniser, log, checkpoint)"
     )
-    verdict = "everything agreed" if passed else "something disagreed: see the marked lines above"
+    verdict = "every check passed" if passed else "a check failed: see the marked lines above"
     output.line(f"{verdict}, after {summary['seconds']:.0f} s", good=passed)
     return summary
 
@@ -138,14 +138,14 @@ def _claimed(out: Path | None) -> Iterator[Path]:
     existed = folder.is_dir()
     try:
         if existed and any(folder.iterdir()):
-            raise InputError(f"--out: {folder} is not empty, need a new or empty directory")
+            raise InputError(f"--out: {folder} is not empty, needs a new or empty directory")
         folder.mkdir(exist_ok=existed)
         (folder / "model").mkdir()
     except FileExistsError:
-        raise InputError(f"--out: {folder} is a file, need a new or empty directory") from None
+        raise InputError(f"--out: {folder} is a file, needs a new or empty directory") from None
     except FileNotFoundError:
         raise InputError(
-            f"--out: {folder.parent} does not exist, need an existing directory to write in"
+            f"--out: {folder.parent} does not exist, needs an existing directory to write in"
         ) from None
     except OSError as error:
         raise InputError(f"--out: cannot write to {folder} ({error.strerror or error})") from None
@@ -166,7 +166,7 @@ def _first_free(name: str) -> Path:
 
 
 def _tokens(documents: Iterable[str], text: Path | None, recipe: Recipe) -> tuple[TokenStream, Tokenizer]:
-    """The text as token ids by a BPE learned from it."""
+    """The text as token ids of a BPE that is trained on it."""
     kept, size = [], 0
     for document in documents:
         kept.append(document[: MAX_CHARACTERS - size])
@@ -176,7 +176,9 @@ def _tokens(documents: Iterable[str], text: Path | None, recipe: Recipe) -> tupl
     tokenizer = train_bpe(kept, recipe.vocab_size)
     stream = TokenStream.build(kept, tokenizer)
     if len(stream) < MIN_TOKENS:
-        raise InputError(f"--text: {text} holds {len(stream)} tokens, need at least {MIN_TOKENS} to train on")
+        raise InputError(
+            f"--text: {text} holds {len(stream)} tokens, needs at least {MIN_TOKENS} to train on"
+        )
     return stream, tokenizer
 
 
@@ -200,8 +202,8 @@ def _show_grid(
     rows = [[m.name, m.shape, m.backend, f"{m.error:.1e}", f"{m.allowed:.1e}", m.verdict] for m in measured]
     output.table(columns, rows, verdict=len(columns) - 1)
     output.line()
-    output.line("Beside torch's scaled_dot_product_attention, with a dense mask where it needs one;")
-    output.line("*: it cannot express this, so beside the formula in plain torch.")
+    output.line("Compared with torch's scaled_dot_product_attention, with a dense mask where it needs one;")
+    output.line("*: compared with the formula in plain torch, because torch's call does not support this.")
     output.table(
         ["case", "ms", "torch ms", "speed", "MiB", "torch MiB", "memory"], [_cost_row(m) for m in measured]
     )
@@ -293,7 +295,7 @@ def _train(
     data = PackedDataset(train, recipe.block_size), PackedDataset(held_out, recipe.block_size)
     try:
         trainer = Trainer(model, training, *data, tokenizer=tokenizer, display=_display(output))
-    except ConfigError as error:  # such as a disk without room for the checkpoints
+    except ConfigError as error:  # for example a full disk
         raise InputError(f"--out: {error}") from None
     result = trainer.fit()
     if result.interrupted:
@@ -311,7 +313,7 @@ def _train(
         f"({result.seconds:.0f} s, {speed:,.0f} tokens/s)",
         good=passed,
     )
-    output.heading("A sample of it")
+    output.heading("A sample of its text")
     output.line(sample)
     return {
         "parameters": parameters,

@@ -1,4 +1,4 @@
-"""The demo's grid: attention with each feature against float64, and against torch's call in time and memory."""
+"""The demo's grid: attention with each feature against float64, and its time and memory beside torch's call."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # arguments that are not tensors
 
 
-# Sizes at which a user meets each feature: those of a test would only time the call itself. The dense rows stay for
-# comparison: there torch's call is as fast.
+# Realistic sizes for each feature: at the sizes of tests only the overhead of a call would be timed. The dense rows are
+# for comparison, because torch's call is as fast there.
 QUICK = (
     Case("causal", 512, options={"causal": True}),
     Case("causal, window 256", 2048, options={"causal": True, "window": (255, 0)}),
@@ -225,9 +225,9 @@ def _dense_mask(case: Case, inputs: Tensors) -> Tensor | None:
 def _worst_error(case: Case, inputs: Tensors) -> tuple[str, float, float]:
     """(name, error, allowed) of the result nearest its limit, all largest absolute differences over a tensor.
 
-    Allowed is twice the larger error of torch's own two ways in the same dtype, the formula and the fused call, plus
-    four units in the last place of the largest true value. One unit is what the tests allow on inputs that never
-    change; the others are a margin for untested seeds and processors, since rounding errors have no exact bound.
+    Allowed is twice the larger error of torch's formula and torch's fused call in the same dtype, plus four units in
+    the last place of the largest expected value. The tests allow one unit on fixed inputs; the others are a margin for
+    untested seeds and processors.
     """
 
     def double(tensor: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _difference(actual: Tensor, true: Tensor) -> float:
 
 
 def _interleaved_ms(steps: list[Callable[[], Tensors]], device: torch.device) -> list[float]:
-    """Median milliseconds of each step, interleaved so that a slow moment of the machine affects all."""
+    """Median milliseconds of each step; interleaved, so that changes of the machine's speed affect all."""
     times: list[list[float]] = [[] for _ in steps]
     for step in steps:
         step()
@@ -271,8 +271,8 @@ def _interleaved_ms(steps: list[Callable[[], Tensors]], device: torch.device) ->
 def peak_memory(case: Case, side: str, device: torch.device, dtype: torch.dtype, seed: int) -> int | None:
     """Bytes that one forward and backward pass needs at its peak above its inputs; None where it cannot be measured.
 
-    On a GPU this is the allocator's peak. On a CPU the pass runs in a forked process, and it is the growth of
-    its largest resident size, which counts every buffer, whoever allocated it.
+    On a GPU this is the allocator's peak. On a CPU the pass runs in a forked process, and it is the growth of the peak
+    resident size, which includes all allocations.
     """
     if device.type == "cuda":
         step = make_step(case, side, make_inputs(case, device, dtype, seed))

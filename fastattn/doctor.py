@@ -1,4 +1,4 @@
-"""The state of this machine: versions, devices, compilers, the extension and the backends, each with its refusal."""
+"""The state of this machine: versions, devices, compilers, the extension, and each backend with its refusal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def report() -> dict[str, Any]:
-    """Everything `fastattn doctor` knows, as plain types; a probe that fails is null and listed under "errors".
+    """The report of `fastattn doctor`, as plain types; a probe that fails is null and listed under "errors".
 
     Keys: schema (raised when a key changes its meaning), fastattn, versions, platform, cpu, gpus, compilers,
     extension, backends, environment, errors. Sizes are bytes.
@@ -171,6 +171,6 @@ def _backends() -> list[dict[str, Any]]:
     return [{"name": n, "available": why is None, "reason": why} for n, why in backends.available()]
 
 
-def _run(*command: str, stderr: bool = False) -> str:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-    return done.stderr if stderr else done.stdout
+    return done.stdout

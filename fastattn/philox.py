@@ -9,21 +9,22 @@ from fastattn import torch_compat
 from fastattn.integers import cdiv
 
 KEYS_PER_CALL = 8  # one Philox call yields four 32-bit words, so eight 16-bit halves
+_ROUNDS = 10
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _TOP_BITS = 0x8000800080008000 - 2**64  # of four 16-bit halves, as a signed 64-bit integer
 
 
-def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 of Salmon et al. (SC 2011) on four counter words and two key words.
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox4x32-10 of Salmon et al. (SC 2011) on four counter words and two key words.
 
     Words are int64 tensors holding values below 2**32, broadcast against each other: a word that depends on few
     coordinates stays small until a round mixes it, so the first rounds of a grid of counters cost little.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         # The products wrap modulo 2**64, which keeps every bit. Their low words need no mask: the only operation
         # before the next product is an xor, whose result is masked once.
         product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]

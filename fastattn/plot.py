@@ -23,9 +23,10 @@ STYLE: Any = {
 }
 METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 MARKS = ".ox+#"  # markers of a text chart's series, in order
+CHART_CELLS = (64, 10)  # columns and rows of a text chart
 
 MAX_FIGURE = 60.0  # inches, of the longer side of a figure of attention maps
-SHOWN_TOKENS = 64  # most tokens that are named along an axis
+SHOWN_TOKENS = 64  # most tokens for which an axis has labels
 GAPS = {
     " ": "\N{OPEN BOX}",
     "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
@@ -69,7 +70,7 @@ def save(figure: Any, path: Path, *, dpi: float = 150) -> None:
 
 
 def check_format(path: Path) -> str:
-    """The format that a file's name ends with; ValueError for one that is not drawn."""
+    """The format by the ending of a file's name; ValueError for another one than .svg and .png."""
     kind = path.suffix.removeprefix(".")
     if kind not in METADATA:
         raise ValueError(f"path: got {path.name!r}, needs a name that ends with .{' or .'.join(METADATA)}")
@@ -86,19 +87,19 @@ def plot_attention(
 ) -> Path:
     """Draw attention weights as maps over the tokens: a row of maps per layer, a map per head.
 
-    Queries go down, keys across. The lightest colour is weight 0 and the darkest 1 in every map, so that maps compare.
-    Returns the path.
+    Rows are queries, columns are keys. In every map the lightest colour is weight 0 and the darkest is 1. Returns the
+    path.
 
     Args:
-        attentions: per layer (H, Sq, Sk) or (1, H, Sq, Sk), as models give under output_attentions=True; or what
-            `attention(..., return_weights=True)` gives of one layer.
-        tokens: Sk texts of the keys; queries are the last Sq of them.
-        layer, head: which to draw, counted from 0, from the end where negative; all by default.
-        path: the file, its format by the ending, .png or .svg.
+        attentions: per layer (H, Sq, Sk) or (1, H, Sq, Sk), as models return with output_attentions=True; or the
+            weights of one layer from `attention(..., return_weights=True)`.
+        tokens: Sk texts of the keys; the queries are the last Sq of them.
+        layer, head: numbers of the layers and heads to draw, from 0, negative from the end; all by default.
+        path: the file, with the ending .png or .svg.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it.
     """
     target = Path(path)
     check_format(target)
@@ -151,7 +152,7 @@ def _maps(attentions: Any) -> list[Any]:
     layers = [attentions] if hasattr(attentions, "shape") else list(attentions or ())
     if not layers or not all(hasattr(each, "shape") for each in layers):
         raise TypeError(
-            "attentions: needs a tensor for each layer; models give them under output_attentions=True"
+            "attentions: needs a tensor for each layer, as models return with output_attentions=True"
         )
     maps = []
     for number, each in enumerate(layers):
@@ -177,12 +178,12 @@ def _chosen(name: str, wanted: int | Sequence[int] | None, count: int) -> list[i
         if not -count <= number < count:
             raise ValueError(f"{name}: got {number}, needs {-count} to {count - 1}")
     if not given:
-        raise ValueError(f"{name}: got none")
+        raise ValueError(f"{name}: got an empty list, needs at least one number")
     return [number % count for number in given]
 
 
 def visible(token: str) -> str:
-    """A token whose white space shows, and which matplotlib does not read as a formula."""
+    """A token with visible white space, escaped so that matplotlib does not read it as a formula."""
     shown = token.replace("$", r"\$")
     return "".join(GAPS.get(character, character) for character in shown)
 
@@ -212,12 +213,11 @@ def _even_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def text_chart(
-    series: Mapping[str, Sequence[Point]], x_label: str, *, width: int = 64, height: int = 10
-) -> str:
+def text_chart(series: Mapping[str, Sequence[Point]], x_label: str) -> str:
     """A chart of text characters for a terminal; where points coincide, later series overwrite earlier ones."""
     points = [point for curve in series.values() for point in curve]
     xs, ys = zip(*points)
+    width, height = CHART_CELLS
     grid = [[" "] * width for _ in range(height)]
     for mark, curve in zip(MARKS, series.values()):
         for x, y in curve:

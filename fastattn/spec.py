@@ -19,11 +19,12 @@ from fastattn.strides import ALIGNED, ALIGNMENT, DESCRIBABLE, passes_32_bits, ro
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
-TMA_ARCH = 90  # the first architecture that has it
-FEW_KV_HEADS = 2  # key/value heads that leave a kernel which owns keys with too few programs
+TMA_ARCH = 90  # the first architecture with TMA
+# With at most so many key/value heads, kernels whose programs own keys have too few programs.
+FEW_KV_HEADS = 2
 
 
-# Calls are never changed, but frozen ones take twice as long to make, which a single query notices.
+# Calls are never changed; they are not frozen because that doubles the time to make one, which matters for one query.
 @dataclass(slots=True)
 class AttentionCall:
     """One attention call, normalised: every optional tensor has its full rank and every option its plain type."""
@@ -270,7 +271,7 @@ class AttentionSpec:
         return replace(self, **changes)
 
 
-_attention_spec = lru_cache(maxsize=4096)(AttentionSpec)  # the same few again and again, slow to make
+_attention_spec = lru_cache(maxsize=4096)(AttentionSpec)  # distinct specs are few, and slow to make
 
 
 @dataclass(slots=True)

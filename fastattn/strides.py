@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes: the widest load of a thread, and what TMA needs of addresses and strides
 
-# How the rows of a tensor lie, from the most general on.
-UNALIGNED = 0  # no more is known
-ALIGNED = 1  # each begins at a multiple of 16 bytes
+# Layouts of the rows of a tensor, each a case of the one before.
+UNALIGNED = 0  # any
+ALIGNED = 1  # every row begins at a multiple of 16 bytes
 DESCRIBABLE = 2  # and a TMA descriptor can describe them: nothing is empty or expanded
 
 
 def row_class(tensor: Tensor) -> int:
-    """How the rows of a tensor (..., rows, columns) lie for a kernel, which gets a dense copy of it where columns are
-    apart.
+    """How the rows of a tensor (..., rows, columns) lie for a kernel, which gets a dense copy where columns are not
+    adjacent.
 
-    The stride of a batch of one counts for DESCRIBABLE, although nothing is stepped over: a sequence cut out of a batch
-    is then loaded, and rounded, as in the batch.
+    The stride of a batch of one counts for DESCRIBABLE, although it is never used: a sequence cut out of a batch is
+    then loaded, and rounded, as in the batch.
     """
     size, width = tensor.element_size(), tensor.shape[-1]
     if tensor.is_contiguous() and not (width * size % ALIGNMENT or tensor.data_ptr() % ALIGNMENT):  # most are
@@ -79,8 +81,21 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the memory order of `like`, copied only where it has another."""
     if tensor.is_contiguous() and like.is_contiguous():
         return tensor
-    wanted = empty_in_order(like, tuple(tensor.shape))
-    return tensor if wanted.stride() == tensor.stride() else wanted.copy_(tensor)
+    shape = tuple(tensor.shape)
+    if tensor.stride() == strides_in_order(like.stride(), shape):
+        return tensor
+    return empty_in_order(like, shape).copy_(tensor)
+
+
+@lru_cache(maxsize=1024)
+def strides_in_order(of_like: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of `empty_in_order` for a tensor of these strides and a shape."""
+    outer = sorted(range(len(shape) - 1), key=of_like.__getitem__, reverse=True)
+    strides, step = [0] * len(shape), 1
+    for dim in (len(shape) - 1, *reversed(outer)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def passes_32_bits(*tensors: Tensor | None) -> bool:

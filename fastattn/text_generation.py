@@ -1,4 +1,4 @@
-"""Continue text, or write an encoder-decoder's targets, with a model's folder: the work of `fastattn generate`."""
+"""Continues text, or generates an encoder-decoder's targets, with a model's folder: the work of `fastattn generate`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn import console
-from fastattn.console import InputError, data_entries, is_unicode
+from fastattn.console import InputError, is_unicode
 
 if TYPE_CHECKING:
     from fastattn.data import Tokenizer
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no folder with a model and a tokenizer."""
+    """Raise InputError unless it is a folder with a config.json."""
     console.check_folder(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, needs a model's folder")
 
 
-def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
-    """The model, on a GPU where there is one, and its tokenizer. kind: "int8" for 8-bit weights, on a CPU."""
+def check_tokenizer(folder: Path) -> None:
+    """Refuse what is no folder for --target-tokenizer."""
+    try:
+        found = folder.is_dir()
+    except OSError:  # a name too long
+        found = False
+    if not found:
+        raise InputError(
+            f"--target-tokenizer {str(folder)[:200]}: no such folder, needs one with a tokenizer"
+        )
+
+
+def load_folder(
+    folder: Path, kind: str | None, target: Path | None = None
+) -> tuple[Any, Tokenizer, Tokenizer]:
+    """The model, on a GPU where there is one, the tokenizer of its input and that of its output.
+
+    kind: "int8" for 8-bit weights, on a CPU. target: the folder of the tokenizer of an encoder-decoder's targets, where
+    that is not the one of its sources.
+    """
     import torch
 
     from fastattn.data import DataError, Tokenizer
@@ -29,32 +47,37 @@ def load_folder(folder: Path, kind: str | None) -> tuple[Any, Tokenizer]:
 
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
+        written = tokenizer if target is None else Tokenizer.from_pretrained(target)
         model: Any = load(folder)
         if not hasattr(model, "generate"):
-            raise InputError(f"{folder}: holds a {type(model).__name__}, which generates no text")
+            raise InputError(f"{folder}: holds a {type(model).__name__}, which does not generate text")
         if kind is not None:
             model = model.quantize(kind)
     except (DataError, ValueError) as error:
         raise InputError(str(error)) from None
     sizes = vocabularies(model)
-    if len(set(sizes.values())) > 1:
+    if target is not None and len(sizes) == 1:
+        raise InputError(f"--target-tokenizer: {folder} holds no encoder-decoder, it writes what it reads")
+    if target is None and len(set(sizes.values())) > 1:
         raise InputError(
-            f"{folder}: its one tokenizer cannot serve both parts, the encoder has {sizes['encoder']} tokens and "
-            f"the decoder {sizes['decoder']}"
+            f"{folder}: its tokenizer cannot be used for both parts, the encoder has {sizes['encoder']} tokens and "
+            f"the decoder {sizes['decoder']}; --target-tokenizer names the decoder's"
         )
-    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
     for part, size in sizes.items():
+        of = written if part == "decoder" else tokenizer
+        largest = max(of.core.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= size:
+            where = target if of is not tokenizer else folder
             raise InputError(
-                f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
+                f"{where}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
             )
     if kind is None and torch.cuda.is_available():
         model = model.to("cuda")
-    return model, tokenizer
+    return model, tokenizer, written
 
 
 def vocabularies(model: Any) -> dict[str, int]:
-    """How many tokens each part of a model has: {"model": V}, or of an encoder-decoder encoder and decoder."""
+    """The vocabulary size of each part of a model: {"model": V}, or "encoder" and "decoder" of an encoder-decoder."""
     parts = ("encoder", "decoder") if hasattr(model, "continuation") else ()
     return {part: getattr(model.config, part).vocab_size for part in parts} or {
         "model": model.config.vocab_size
@@ -69,14 +92,14 @@ def options_of(
     stop: Sequence[str] | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """The arguments of `generate`: what shapes sampling asks for it, and a temperature of 0 is greedy."""
+    """The arguments of `generate`; options of sampling switch it on, and a temperature of 0 is greedy decoding."""
     shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     shaping = {name: value for name, value in shaping.items() if value is not None}
     options = {name: value for name, value in others.items() if value is not None}
     if temperature == 0.0:
         if len(shaping) > 1:
             raise InputError(
-                f"--temperature 0 takes the likeliest token, so {_flags(shaping, 'temperature')} has no use"
+                f"--temperature 0: is greedy decoding, which does not use {_flags(shaping, 'temperature')}"
             )
         options["do_sample"] = False
     elif shaping:
@@ -89,7 +112,7 @@ def options_of(
 
 
 def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None) -> list[str]:
-    """The prompts: one text, or "prompt" of each line of a JSONL file."""
+    """The prompts: one text, or the "prompt" of each line of a JSONL file."""
     if data is not None:
         prompts = list(_read_data(data))
         if prompt is not None:
@@ -97,20 +120,26 @@ def prompts_of(prompt: str | None, data: Path | None, standard_input: str | None
         return prompts
     text = (standard_input or "").removesuffix("\n") if prompt is None else prompt
     if not text:
-        raise InputError("--prompt: got no text, nor any on standard input")
+        raise InputError("--prompt: got no text, and none on standard input")
     if "\0" in text or not is_unicode(text):
-        raise InputError("--prompt: holds characters that are no text")
+        raise InputError("--prompt: has characters that are not valid Unicode")
     return [text]
 
 
 def continuations(
-    model: Any, tokenizer: Tokenizer, prompts: Sequence[str], options: dict[str, Any]
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: dict[str, Any],
+    written: Tokenizer | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Pieces of text, each with the number of its prompt, as they are made; of an encoder-decoder the targets' text.
+    """Pieces of text with the number of their prompt, as they are generated; for an encoder-decoder, of the targets.
+
+    written: the tokenizer of the text that is made; None for that of the prompts.
 
     Raises:
-        InputError: a prompt or an option that the model does not take, or logits that are not finite. Other errors
-            are mistakes of this package, and come through as they are.
+        InputError: the model does not support a prompt or an option, or logits are not finite. Other exceptions are
+            bugs of this package and are not converted.
     """
     import torch
 
@@ -121,13 +150,14 @@ def continuations(
     from fastattn.generation.stopping import special_tokens
     from fastattn.generation.streaming import behind_source
 
+    written = tokenizer if written is None else written
     device = next(model.parameters()).device
     # one continuation of each prompt is printed, whatever the folder's generation_config asks for
-    arguments = {**options, "tokenizer": tokenizer, "num_return_sequences": 1}
+    arguments = {**options, "tokenizer": written, "num_return_sequences": 1}
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
         if not ids.numel():
-            raise InputError("--prompt: the tokenizer makes no token of it")
+            raise InputError("--prompt: got a text without a token")
         try:  # arguments are checked here, before any work
             causal, start, _, _ = behind_source(model, ids, None, {})
             beams = prepared(causal, start, None, Options(**arguments))[0].num_beams > 1
@@ -138,7 +168,7 @@ def continuations(
         try:
             if beams:
                 pieces = iter(
-                    [tokenizer.decode(model.generate(ids, **arguments)[0, start.shape[1] :].tolist())]
+                    [written.decode(model.generate(ids, **arguments)[0, start.shape[1] :].tolist())]
                 )
             for piece in pieces:
                 yield number, piece
@@ -151,10 +181,15 @@ def _flags(names: dict[str, Any], without: str) -> str:
 
 
 def _read_data(path: Path) -> Iterator[str]:
-    for where, entry in data_entries(path):
-        text = entry.get("prompt")
-        if not isinstance(text, str) or not text:
-            raise InputError(f'{where} has no text under "prompt"')
-        if not is_unicode(text):
-            raise InputError(f'{where} has characters under "prompt" that are no text')
-        yield text
+    from fastattn.data import DataError, json_lines
+
+    try:
+        for where, entry in json_lines.objects_of(path, json_lines.MAX_BYTES):
+            text = entry.get("prompt")
+            if not isinstance(text, str) or not text:
+                raise InputError(f'--data {where} has no text under "prompt"')
+            if not is_unicode(text):
+                raise InputError(f'--data {where} has characters under "prompt" that are not valid Unicode')
+            yield text
+    except DataError as error:
+        raise InputError(f"--data {error}") from None

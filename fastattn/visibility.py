@@ -20,8 +20,8 @@ def lower_triangle(rows: int, columns: int, device: torch.device | None = None) 
 
 
 def within_band(distance: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor | None:
-    """Whether pos(i) - left <= j <= pos(i) + right, from pos(i) - j; causality is a right side of 0 whatever else is
-    given. Of distance's shape; None where nothing bounds. None or a negative side is unbounded."""
+    """Whether pos(i) - left <= j <= pos(i) + right, from pos(i) - j; `causal` sets the right side to 0. Of
+    distance's shape; None where no side is bounded. None or a negative side is unbounded."""
     seen: Tensor | None = None
     if left is not None and left >= 0:
         seen = distance <= left

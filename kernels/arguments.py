@@ -56,8 +56,8 @@ class Launch(NamedTuple):
             return self.kernel[self.grid](*self.args, **self.options)
 
     def starter(self, compiled: object) -> Callable[..., object]:
-        """What makes this launch with other arguments of the same classes, which `compiled`, the kernel that `start`
-        returned, was compiled for: directly, or through Triton's launcher where that is all that Triton offers."""
+        """A function that makes this launch with other arguments of the same classes. It launches `compiled`, the
+        kernel that `start` returned, directly, or through Triton's launcher where Triton's interface is unknown."""
         with self._device():
             direct = launcher(compiled, self.grid)
         empty = self._replace(args=())  # keeps no tensor
@@ -111,8 +111,8 @@ def strides_of(tensor: Tensor, unit: int) -> Strides:
 
 
 def in_units(stride: int, unit: int) -> int:
-    """A stride in the spec's units. One that is no multiple, of a tensor that the spec does not describe, would be read
-    from elsewhere: an error."""
+    """A stride in the spec's units. Another stride, of a tensor that the spec does not describe, is an error: the
+    kernel would read other memory."""
     if stride % unit:
         raise ValueError(f"stride: got {stride}, needs a multiple of {unit}, as its spec says")
     return stride // unit

@@ -21,7 +21,7 @@ def cross_entropy_fwd_kernel(
 
     With class weights w, lse = m + the logarithm: (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)).
     Z_LOSS adds z_loss * lse**2. One program owns one row. An ignored row has loss 0 and is not read; a target that is
-    no class gives NaN.
+    not a class gives NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     num_classes = num_classes * COLUMN_UNIT

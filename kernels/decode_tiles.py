@@ -50,8 +50,8 @@ MOST_PROGRAM_KEYS = 16384  # of one program while decoding, so that one long seq
 def decode_tile_for(spec: AttentionSpec, rows: int, paged: bool) -> Tile:
     """The tile for `rows` rows, queries times the heads that share a key head.
 
-    In a paged cache, a load of the block table precedes the loads of keys: as many bytes in flight take twice the
-    stages.
+    In a paged cache a load of the block table precedes the loads of keys, so that twice the stages keep as many bytes
+    in flight.
     """
     block_m = next((size for size in DECODE_ROWS if size >= rows), 0)
     if not block_m or (block_m > DECODE_ROWS[0] and spec.dtype.itemsize == 4):
@@ -105,20 +105,20 @@ def split_count(blocks: int, splits: Splits) -> int:
 
 
 def loops(tile: Tile, full: bool) -> bool:
-    """Whether a program takes several splits: where there may be many without keys, of small tiles in a cache that is
-    not full. Others need the registers."""
+    """Whether a program loops over several splits: for small tiles in a cache that is not full, where many splits may
+    be empty. Larger tiles have no registers to spare for the loop."""
     return tile.block_m < DECODE_ROWS[-1] and not full
 
 
 @lru_cache(maxsize=1024)
 def programs_for(several: bool, tiles: int, count: int, keys: int, num_sms: int) -> int:
-    """The programs that share the splits of a query tile out among them.
+    """How many programs divide the splits of a query tile among them.
 
     Args:
         several: a program may take more than one.
         tiles: query tiles of all heads and sequences.
-        count: the most splits of one of them.
-        keys: the most keys that one sees.
+        count: the most splits of a query tile.
+        keys: the most keys that a query tile sees.
         num_sms: multiprocessors of the device.
     """
     if not several:

@@ -19,7 +19,7 @@ class Kernel(Protocol):
         ...
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        """What launches it on a grid."""
+        """The function that launches it on a grid."""
         ...
 
 
@@ -34,8 +34,8 @@ def kernel(integers: Sequence[str]) -> Callable[[Callable[..., None]], Kernel]:
 
 
 def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | None:
-    """What launches a compiled kernel on a grid of the device that is current now, given all parameters, constants
-    included; None where this Triton has another interface, or nothing is compiled as Triton interprets.
+    """A function of all parameters, constants included, that launches a compiled kernel on a grid of the current
+    device; None where this Triton has another interface, or interprets kernels instead of compiling them.
 
     Triton's own launcher finds the compiled kernel anew in each launch, by the classes of all arguments: dtypes and
     16-byte alignment of pointers, widths of integers, constants. Those have to be as in the launch that compiled it.
@@ -52,7 +52,7 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | No
 
     def launch(*args: object) -> None:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler looks at launches
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler observes launches
             compiled[grid](*args)
         else:
             run(x, y, z, stream_of(device), function, metadata, None, None, None, *args)
@@ -69,8 +69,8 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., object] | No
 
 @cache
 def _interface_is_known() -> bool:
-    """Whether `compiled[grid]`, Triton's public way to launch what it has compiled, does so by the call of `run` that
-    `launcher` makes without the hooks."""
+    """Whether `compiled[grid]`, Triton's public launch of a compiled kernel, makes the same call of `run` as
+    `launcher`, apart from the hooks."""
     passed: list[tuple[object, ...]] = []
     try:
         from triton import knobs

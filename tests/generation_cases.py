@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from gpt2_names import from_gpt2_names
 from torch import Tensor
 
 from fastattn.data import Tokenizer, train_bpe
@@ -31,8 +32,6 @@ def theirs_and_ours(**options: Any) -> tuple[Any, GPT]:
     """transformers' GPT-2 and ours with the same float32 weights."""
     import transformers
 
-    from fastattn.models.checkpoint import from_gpt2_names
-
     special = {name: options.get(name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     ours = make(**options)
     config = transformers.GPT2Config(**SIZES, **special)
@@ -42,7 +41,7 @@ def theirs_and_ours(**options: Any) -> tuple[Any, GPT]:
         for parameter in theirs.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, 0.3)
-    ours.load_state_dict(from_gpt2_names(theirs.state_dict(), tied=True))
+    ours.load_state_dict(from_gpt2_names(theirs.state_dict()))
     ours.tie_weights()
     return theirs, ours
 

@@ -215,7 +215,7 @@ def test_build_info_is_read_from_the_file(tmp_path: Path) -> None:
     assert INFO.mismatch(INFO) is None
     assert replace(INFO, archs=("8.0",)).mismatch(INFO) is None
     assert replace(INFO, torch="2.12.0").mismatch(INFO) == "built for torch 2.12.0, this is 2.11.0"
-    assert replace(INFO, sources="x").mismatch(INFO) == "built from other sources than these"
+    assert replace(INFO, sources="x").mismatch(INFO) == "built from other sources"
 
 
 @pytest.fixture
@@ -231,8 +231,10 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_no_extension_is_a_reason_and_no_warning(environment: Path, recwarn: pytest.WarningsRecorder) -> None:
-    assert extension.state().reason == "the extension is not built here; `fastattn build` builds it"
-    with pytest.raises(RuntimeError, match="not built here"):
+    assert (
+        extension.state().reason == "the extension is not built on this machine; `fastattn build` builds it"
+    )
+    with pytest.raises(RuntimeError, match="not built on this machine"):
         extension.module()
     built(environment / "cache" / "key" / library_name(), replace(INFO, torch="2.9.0"))
     extension.state.cache_clear()
@@ -243,9 +245,9 @@ def test_no_extension_is_a_reason_and_no_warning(environment: Path, recwarn: pyt
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"torch": "2.9.0"}, "does not fit: built for torch 2.9.0, this is 2.11.0"),
-        ({"python": "other"}, "does not fit: built for python other"),
-        ({"sources": "older"}, "does not fit: built from other sources"),
+        ({"torch": "2.9.0"}, "does not match: built for torch 2.9.0, this is 2.11.0"),
+        ({"python": "other"}, "does not match: built for python other"),
+        ({"sources": "older"}, "does not match: built from other sources"),
         ({}, "the extension cannot be loaded"),
     ],
 )

@@ -62,7 +62,7 @@ BAD_TEXTS = {
     "white": (lambda folder: write(folder / "t.txt", b" \n\t\n"), "only white space"),
     "binary": (lambda folder: write(folder / "t.txt", b"text\x00text"), "is binary"),
     "latin-1": (lambda folder: write(folder / "t.txt", b"caf\xe9 " * 1000), "is not UTF-8"),
-    "short": (lambda folder: write(folder / "t.txt", b"a few words"), "tokens, need at least"),
+    "short": (lambda folder: write(folder / "t.txt", b"a few words"), "tokens, needs at least"),
 }
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fastattn import bench, cli, demo, text_generation
 from fastattn.extension import build
 from fastattn.models import BertForSequenceClassification
+from fastattn.serve import served
 from fastattn.tasks import classify, evaluate, predict
 from fastattn.tune import command as tuning
 
@@ -37,9 +38,20 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("generate", "--stop"): ("",),
     ("generate", "--prompt-lookup"): (*NUMBERS, "0", "100000"),
     ("generate", "--seed"): NUMBERS,
+    ("generate", "--target-tokenizer"): (LONG, "/nowhere/at/all", "/dev/null"),
     ("predict", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("predict", "--batch-size"): (*NUMBERS, "0"),
     ("predict", "--top-k"): (*NUMBERS, "0"),
+    ("serve", "--host"): ("", "x y", "300.1.1.1", "\0", LONG),
+    ("serve", "--port"): ("x", "", "-1", "65536", "1.5", "nan", "None"),
+    ("serve", "--device"): ("", "x", "cpu:x", "meta", LONG),
+    ("serve", "--dtype"): ("", "x", "float64", "int8", "load", LONG),
+    ("serve", "--max-batch"): (*NUMBERS, "0", "100000"),
+    ("serve", "--max-queue"): (*NUMBERS, "0"),
+    ("serve", "--max-tokens"): (*NUMBERS, "0"),
+    ("serve", "--kv-memory"): (*NUMBERS, "0"),
+    ("serve", "--page-size"): (*NUMBERS, "0", "100000"),
+    ("serve", "--api-key"): ("", " ", "a\nb", "a b\0", "\N{SNOWMAN}"),
     ("evaluate", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("evaluate", "--task"): ("", "x", "classify,tag", LONG),
     ("evaluate", "--baseline"): ("", "x", "lead", "tfidf", LONG),  # the last two without --train
@@ -96,6 +108,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "bench tune": ("--dry-run",),  # what makes the command list, not measure
     "generate": ("folder", "--prompt=text"),
     "predict": ("folder",),
+    "serve": (".",),
     "evaluate": ("folder", "--data=data.jsonl"),
     "train": ("classify", "--train=data.jsonl", "--model=minilm-l6", "--out=out"),
 }
@@ -128,6 +141,7 @@ def test_every_option_has_its_hostile_values() -> None:
         "build",
         "generate",
         "predict",
+        "serve",
         "evaluate",
         "train",
         "bench tune",
@@ -155,6 +169,7 @@ def test_a_value_that_means_nothing_is_named(
     monkeypatch.setattr(evaluate, "check_folder", lambda folder: None)
     monkeypatch.setattr(evaluate.families, "class_for", lambda folder: BertForSequenceClassification)
     monkeypatch.setattr(evaluate, "load_folder", work)
+    monkeypatch.setattr(served, "load_all", work)
     for value in HOSTILE[name, option]:
         words = [*name.split(), *ALWAYS.get(name, ()), f"{option}={value}"]
         result = CliRunner().invoke(cli.app, words)

@@ -67,7 +67,7 @@ def test_it_writes_what_it_says(
         "causal",
         "swapped 4 modules",
         f"{training['perplexity_after']:.1f}",
-        "everything agreed",
+        "every check passed",
         "at parity or slower",
     ):
         assert shown in printed

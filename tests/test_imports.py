@@ -43,10 +43,10 @@ ARROWS = {
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
     "nn": {"torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
-    "generation": {"constants", "nn", "ops", "philox"},
+    "generation": {"constants", "integers", "nn", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},
     "data": {"integers", "cache", "constants"},
-    "train": {"cache", "constants", "plot", "data", "models", "nn", "ops", "tasks"},
+    "train": {"cache", "constants", "integers", "plot", "data", "models", "nn", "ops", "tasks"},
     "console": set(),
     "doctor": {"", "backends", "extension", "versions"},
     "demo_grid": {"", "reference"},
@@ -56,6 +56,7 @@ ARROWS = {
     "evaluation": {"plot"},
     "tasks": {"console", "constants", "data", "evaluation", "models", "nn", "ops", "plot"},
     "text_generation": {"console", "data", "generation", "models"},
+    "serve": {"console", "data", "generation", "integers", "models", "nn", "tasks", "text_generation"},
     "cli": {
         "",
         "__version__",
@@ -66,6 +67,7 @@ ARROWS = {
         "bench",
         "cache",
         "extension",
+        "serve",
         "tune",
         "tasks",
         "text_generation",
@@ -79,6 +81,9 @@ CONFINED = {
     "transformers": ("integrations",),
     "tokenizers": ("data", "models/embedding.py"),
     "typer": ("cli",),
+    "fastapi": ("serve/app.py",),
+    "uvicorn": ("serve/server.py",),
+    "prometheus_client": ("serve/metrics.py",),
     "matplotlib": ("plot.py",),
     "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation
 }
@@ -194,6 +199,7 @@ BENCHMARK_ARROWS = {
     "peers": {"inputs", "measure"},
     "cases": {"peers", "inputs", "measure", "report"},
     "evidence": {"inputs", "measure", "report", "checkout"},
+    "trained": {"peers", "report", "checkout"},
 }
 
 

@@ -34,6 +34,7 @@ MODULES = (
     "fastattn.nn.norms",
     "fastattn.nn.positions",
     "fastattn.nn.rotary_scaling",
+    "fastattn.serve.engine",
     "fastattn.train",
 )
 # What else DESIGN promises by name.

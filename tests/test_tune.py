@@ -320,7 +320,7 @@ def command_line(*arguments: str) -> Any:
 def test_without_a_gpu_the_command_refuses_with_the_reason() -> None:
     done = command_line("--quick")
     assert done.exit_code == 2
-    assert "needs" in done.output or "measures on a CUDA GPU" in done.output
+    assert "needs" in done.output or "needs a CUDA GPU" in done.output
 
 
 def test_a_dry_run_lists_candidates_anywhere() -> None:

@@ -1,5 +1,6 @@
 """A language model of a few hundred weights and data with something to learn, for tests of training."""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,3 +73,14 @@ def make_data(
     steps = np.where(generator.random(tokens) < 0.85, 3, generator.integers(0, VOCAB, tokens))
     stream = TokenStream((np.cumsum(steps) % VOCAB).astype(np.uint16), np.array(starts, np.int64))
     return PackedDataset(stream, block_size, segments=segments)
+
+
+def noisy_collate(items):
+    """Draws from all three global generators, as masking for a masked language model may."""
+    batch = torch.utils.data.default_collate(items)
+    drop = torch.rand(batch["labels"].shape) < 0.2
+    drop |= torch.tensor(np.random.rand(*drop.shape) < 0.1)  # noqa: NPY002
+    if random.random() < 0.5:
+        drop[0, 3] = True
+    batch["labels"][drop] = -100
+    return batch

@@ -15,7 +15,7 @@ from inputs.attention import AttentionCall, AttentionInputs
 from measure import harness
 from measure.protocols import Judgement, Step, Tensors
 from peers.attention import find
-from report import schema
+from report import figures, schema
 
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 GRID_TOKENS, GRID_WIDTH = 16384, 2048
@@ -66,7 +66,7 @@ class AttentionCase(AttentionCall):
 
 
 class AttentionWorkload(AttentionInputs):
-    """The inputs of one case, the same for every provider, and what they should give."""
+    """The inputs of one case, the same for every provider, and the expected results."""
 
     def step(self, provider: str) -> Step:
         """One forward, backward or both, returning out and the gradients."""
@@ -149,12 +149,11 @@ def cpu_cases() -> list[AttentionCase]:
         return AttentionCase(**{"name": name, "group": group, **sizes, **changes})
 
     def against_sdpa(speed: float, memory: float | None = None) -> schema.Result:
-        target: schema.Result = {"provider": "fastattn", "against": "sdpa", "speed": speed}
-        return target if memory is None else {**target, "memory": memory}
+        return figures.target(speed, "sdpa", memory=memory)
 
     formula = ("composite", "composite-compile")
     packed = {"documents": 8, "target": against_sdpa(10.0, 0.25)}
-    # the peer of the target is given the dense mask; its own causal call, which a user of it would write, is shown too
+    # the target's peer gets the dense mask; SDPA's own causal call, which its users would write, is shown too
     given_mask = {**against_sdpa(1.0, 1.0), "against": "sdpa-dense"}
     grouped = {"causal": True, "heads": 16, "kv_heads": 4, "target": given_mask}
     cases = [

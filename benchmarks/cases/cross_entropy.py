@@ -16,12 +16,12 @@ from measure.protocols import Judgement, Step
 from report import figures, schema
 
 BUDGET = Budget(seconds=3.0)
-IGNORED = 0.1  # the share of targets that count nothing, as padding does
+IGNORED = 0.1  # share of the targets that are ignored, as padding would be
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """The mean loss of `rows` targets over `vocabulary` classes; a linear loss makes logits of `width` features."""
+    """The mean loss of `rows` targets over `vocabulary` classes; a linear loss has inputs of `width` features."""
 
     name: str
     group: str  # "loss" or "linear-loss"
@@ -30,7 +30,7 @@ class LossCase:
     width: int = 0
     dtype: torch.dtype = torch.float32
     direction: str = "forward+backward"
-    compiled: bool = True  # whether torch.compile takes part
+    compiled: bool = True  # whether torch.compile is a provider
     target: schema.Result | None = field(
         default_factory=lambda: {"provider": "fastattn", "against": "torch", "speed": 1.0, "memory": 1.0}
     )

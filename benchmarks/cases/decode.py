@@ -13,7 +13,7 @@ from measure import calls
 from measure.harness import Budget
 from measure.protocols import Judgement, Step, Tensors
 from peers.decode import find
-from report import schema
+from report import figures, schema
 
 BUDGET = Budget(seconds=2.0, memory=False)
 
@@ -43,7 +43,7 @@ class DecodeCase(DecodeCall):
 
 
 class DecodeWorkload(DecodeInputs):
-    """The inputs of one case, the same for every provider, and what they should give."""
+    """The inputs of one case, the same for every provider, and the expected results."""
 
     def step(self, provider: str) -> Step:
         """Append the new token and attend to everything cached, the token itself included."""
@@ -95,7 +95,7 @@ def cpu_cases() -> list[DecodeCase]:
     gqa = {**mha, "heads": 16, "kv_heads": 2}
 
     def faster(speed: float) -> schema.Result:
-        return {"provider": "fastattn", "against": "sdpa", "speed": speed}
+        return figures.target(speed, "sdpa")
 
     of_groups = {**gqa, "peers": ("sdpa", "flex"), "target": faster(1.3)}
     of_halves = {**mha, "dtype": torch.bfloat16, "target": faster(2.5)}

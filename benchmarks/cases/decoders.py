@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from inputs.products import PRODUCTS, Product, products_step
 from inputs.varlen import spread_lengths
 from measure.protocols import Judgement, Step, Tensors
+from peers.gpt import product_weights
 from peers.llama import LlamaPair
 from report import figures, schema
 
@@ -31,7 +33,7 @@ class DecoderCase:
     target: schema.Result | None = None
 
     direction = "forward"
-    flops = bytes = axis = None
+    flops = axis = None
 
     @property
     def params(self) -> schema.Result:
@@ -46,9 +48,20 @@ class DecoderCase:
         words += f" of {self.shortest} to {self.longest} tokens"
         return ", ".join([words, *figures.unusual(self.dtype, "forward+backward")])
 
+    @property
+    def bytes(self) -> float | None:
+        """The weights of the products, once per new token."""
+        if not self.preset:
+            return None
+        from fastattn.models import GPT, GPTConfig
+
+        with torch.device("meta"):
+            weights = product_weights(GPT(GPTConfig.preset(self.preset, **self.changes)))
+        return float(self.new_tokens * self.dtype.itemsize * sum(weight.numel() for weight in weights))
+
     def providers(self, device: torch.device) -> list[str]:
-        """Ours first."""
-        return ["fastattn", TRANSFORMERS]
+        """Ours first; the floor last."""
+        return ["fastattn", TRANSFORMERS, PRODUCTS]
 
     def open(self, device: torch.device) -> DecoderWorkload:
         """Random weights and random prompts on the device."""
@@ -70,9 +83,12 @@ class DecoderWorkload:
         self.mask = (torch.arange(case.longest) >= case.longest - lengths[:, None]).long().to(device)
         self.ids = torch.randint(3, 500, (case.batch, case.longest), generator=generator).to(device)
         self.ids *= self.mask
+        self.tokens = int(lengths.sum())
 
     def step(self, provider: str) -> Step:
         """One generation; its ids are the prompts and the continuations."""
+        if provider == PRODUCTS:
+            return self._products()
         model = self.pair.make(provider, self.device, self.case.dtype)
         options: dict[str, Any] = {"attention_mask": self.mask, "max_new_tokens": self.case.new_tokens}
         if provider == TRANSFORMERS:
@@ -84,6 +100,25 @@ class DecoderWorkload:
 
         made = step()["ids"].shape[1]
         assert made == self.case.longest + self.case.new_tokens, f"{made} tokens"
+        return step
+
+    def _products(self) -> Step:
+        """Those of the prompts' tokens, of which the head reads the last ones, and then of one token a row."""
+        case = self.case
+        model = self.pair.make("fastattn", self.device, case.dtype)
+        *blocks, head = [weight.detach() for weight in product_weights(model)]
+        prompts = [*(Product(weight, self.tokens) for weight in blocks), Product(head, case.batch)]
+        steps = [
+            products_step(prompts),
+            products_step([Product(weight, case.batch) for weight in (*blocks, head)]),
+        ]
+
+        def step() -> Tensors:
+            made = steps[0]()
+            for _ in range(case.new_tokens - 1):
+                made = steps[1]()
+            return made
+
         return step
 
     def judge(self, provider: str) -> Judgement | None:

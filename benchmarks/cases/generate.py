@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from cases.lookup import LOOKUP, WITHOUT, LookupCase
+from inputs.products import PRODUCTS, Product, products_step
 from measure.harness import Budget
 from measure.protocols import Judgement, Step, Tensors
 from peers.gpt import GPTPair, product_weights
 from report import figures, schema
 
 BUDGET = Budget(seconds=8.0, memory=False)
-PRODUCTS = figures.FLOOR + "weight-products"
 INT8, INVARIANT = "fastattn-int8", "fastattn-batch-invariant"
 
 
@@ -117,35 +117,28 @@ class GenerateWorkload:
         return None
 
     def _products(self) -> Step:
-        from fastattn.nn.linear import linear
-
         weights = [weight.detach().to(self.case.dtype) for weight in product_weights(self.pair.model)]
-        inputs = {
-            weight.shape[1]: torch.randn(self.case.batch, weight.shape[1], device=self.device).to(
-                weight.dtype
-            )
-            for weight in weights
-        }
+        step = products_step(
+            [Product(weight, self.case.batch) for weight in weights],
+            "int8" if self.case.group == "int8" else None,
+        )
 
-        def step() -> Tensors:
-            out = self.tokens
-            with torch.no_grad():
-                for _ in range(self.case.new_tokens):
-                    for weight in weights:
-                        out = linear(inputs[weight.shape[1]], weight)
-            return {"out": out}
+        def tokens() -> Tensors:
+            for _ in range(self.case.new_tokens):
+                made = step()
+            return made
 
-        return step
+        return tokens
 
 
 def cases_for(device: torch.device) -> list[GenerateCase | LookupCase]:
     """Every case of a device, the most important first."""
 
     def faster(speed: float, provider: str = "fastattn") -> schema.Result:
-        return {"provider": provider, "against": "transformers-sdpa", "speed": speed}
+        return figures.target(speed, "transformers-sdpa", provider)
 
     def against_without(speed: float) -> schema.Result:
-        return {"provider": LOOKUP, "against": WITHOUT, "speed": speed}
+        return figures.target(speed, WITHOUT, LOOKUP)
 
     both: tuple[str, ...] = ("fastattn", INVARIANT)
     lookups = [

@@ -1,4 +1,4 @@
-"""Prompt lookup beside generating without it, on the text of a model that was trained here."""
+"""Prompt lookup beside generation without it, on the text that a model was trained on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from peers.trained import trained, untrained
 from report import figures, schema
 
 LOOKUP, WITHOUT = "fastattn-lookup", "fastattn"
-TOKENS = 10  # guessed at most
+TOKENS = 10  # most tokens guessed in a step
 
 
 @dataclass(frozen=True)
 class LookupCase:
-    """`new_tokens` tokens behind each of `count` prompts of the text that the model knows, one prompt at a time."""
+    """`new_tokens` tokens after each of `count` prompts of the model's training text, one prompt at a time."""
 
     name: str
     text: str  # "code" or "prose"; "" is random ids

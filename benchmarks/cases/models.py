@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cases.decoders import TRANSFORMERS, DecoderCase
+from inputs.products import PRODUCTS, Product, matrices, products_step
 from inputs.varlen import spread_lengths
 from measure.harness import Budget
 from measure.protocols import CannotRun, Judgement, Step, Tensors
@@ -18,7 +19,7 @@ from report import figures, schema
 BUDGET = Budget(seconds=60.0, least_rounds=15, memory=False)
 PADDED, SORTED, SENTENCES = "transformers-padded", "transformers-sorted-8", "sentence-transformers"
 INT8 = "fastattn-int8"
-LEAST_COSINE = 0.995  # mean, of vectors made with 8-bit weights and with float32's
+LEAST_COSINE = 0.995  # mean cosine between vectors from 8-bit weights and from float32 weights
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EncoderCase:
     target: schema.Result | None = None
     peers: tuple[str, ...] = (PADDED, SORTED)
 
-    bytes = None
+    bytes = None  # arithmetic bounds the call
 
     @property
     def direction(self) -> str:
@@ -63,13 +64,29 @@ class EncoderCase:
         return None
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each sequence, (batch,)."""
+        return spread_lengths(self.shortest, self.longest, self.batch, seed=1)
+
+    @property
     def flops(self) -> float | None:
-        """None: what padding costs is what is measured."""
-        return None
+        """Of the layers' products and of attention, on real tokens without padding; backward, twice as much again."""
+        if not self.preset:
+            return None
+        from fastattn.models import Bert, BertConfig
+
+        with torch.device("meta"):
+            trunk = Bert(BertConfig.preset(self.preset, num_hidden_layers=self.layers))
+        weights = sum(weight.numel() for weight in matrices(trunk.layers))
+        pairs = float((self.lengths**2).sum())
+        forward = (
+            2.0 * weights * int(self.lengths.sum()) + 4.0 * self.layers * trunk.config.hidden_size * pairs
+        )
+        return forward * (3.0 if self.direction != "forward" else 1.0)
 
     def providers(self, device: torch.device) -> list[str]:
-        """Ours first."""
-        return ["fastattn", *self.peers]
+        """Ours first; the floor last."""
+        return ["fastattn", *self.peers, PRODUCTS]
 
     def open(self, device: torch.device) -> EncoderWorkload:
         """Random weights and random ids on the device."""
@@ -87,7 +104,7 @@ class EncoderWorkload:
         self.case = case
         self.training = case.group == "encoder-training"
         self.pair = EncoderPair(case.preset, case.layers, device, training=self.training)
-        lengths = spread_lengths(case.shortest, case.longest, case.batch, seed=1)
+        lengths = case.lengths
         self.mask = (torch.arange(case.longest) < lengths[:, None]).long().to(device)
         generator = torch.Generator().manual_seed(2)
         size = (case.batch, case.longest)
@@ -98,6 +115,11 @@ class EncoderWorkload:
 
     def step(self, provider: str) -> Step:
         """One pass over the batch; its hidden states at real tokens, or its loss."""
+        if provider == PRODUCTS:
+            tokens = int(self.mask.sum())
+            layers = self.pair.model.bert.layers.to(self.case.dtype)
+            products = [Product(weight, tokens) for weight in matrices(layers)]
+            return products_step(products, training=self.training)
         model = self.pair.make(provider.partition("-")[0], self.case.dtype)
         if self.training:
 
@@ -159,8 +181,8 @@ class SentenceCase:
         return ", ".join([words, *figures.unusual(self.dtype, "forward")])
 
     def providers(self, device: torch.device) -> list[str]:
-        """Ours first."""
-        return [self.ours, *self.peers]
+        """Ours first; the floor last."""
+        return [self.ours, *self.peers, PRODUCTS]
 
     def open(self, device: torch.device) -> SentenceWorkload:
         """A folder that both read, and the sentences."""
@@ -196,6 +218,10 @@ class SentenceWorkload:
         from fastattn.models import BertForEmbedding
 
         ours = BertForEmbedding.from_pretrained(self.folder).to(self.device, self.case.dtype)
+        if provider == PRODUCTS:
+            tokens = sum(len(text.ids) for text in ours.tokenizer.encode_batch(self.texts))
+            products = [Product(weight, tokens) for weight in matrices(ours.bert.layers)]
+            return products_step(products, "int8" if self.case.ours == INT8 else None)
         if provider == INT8:
             plain = ours.encode(self.texts).cpu()
             ours.quantize("int8")
@@ -213,7 +239,7 @@ def cases_for(device: torch.device) -> list[EncoderCase | SentenceCase | Decoder
     """Every case of a device, the most important first."""
 
     def faster(speed: float, against: str, provider: str = "fastattn") -> schema.Result:
-        return {"provider": provider, "against": against, "speed": speed}
+        return figures.target(speed, against, provider)
 
     if device.type == "cpu":
         return [

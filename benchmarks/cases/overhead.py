@@ -1,5 +1,5 @@
-"""Host cost of a call: every op on inputs too small to compute anything, beside torch's nearest call; and a decoding
-step against caches of a real size, where that cost must not show."""
+"""Host cost of a call: every op on inputs so small that a call is nearly all overhead, beside torch's nearest call; and
+a decoding step against caches of a real size, where that cost should not matter."""
 
 from __future__ import annotations
 
@@ -196,8 +196,8 @@ def _kv_cache(device: torch.device, length: int = LENGTH) -> Calls:
 
 
 def _decode_op(heads: int, length: int, head_dim: int) -> Op:
-    """One token appended to caches that it fills but for `ROOM` tokens, and attention to all."""
-    one, cache = (BATCH, heads, 1, head_dim), (BATCH, heads, length + ROOM, head_dim)
+    """One token appended to caches of which `FREE_TOKENS` tokens are free, and attention to all tokens."""
+    one, cache = (BATCH, heads, 1, head_dim), (BATCH, heads, length + FREE_TOKENS, head_dim)
     shapes = {"query": one, "k_cache": cache, "v_cache": cache, "key": one, "value": one}
     sizes = {"heads": heads, "length": length, "head_dim": head_dim}
     calls_of = partial(_kv_cache, length=length)
@@ -243,7 +243,7 @@ def _linear_cross_entropy(device: torch.device) -> Calls:
     }
 
 
-ROOM = 16  # tokens that a cache could still take
+FREE_TOKENS = 16  # tokens of a cache that are free
 ROWS = (LENGTH, CLASSES)
 OPS = {
     "attention": Op(QKV, PADDED, ("fastattn", "fastattn-sdpa", "sdpa"), _attention, flex=True),
@@ -263,7 +263,7 @@ OPS = {
 }
 
 
-# On a CPU: most times the peer's time, as speed.
+# On a CPU: the least speed, one over the allowed multiple of the peer's time.
 TARGETS = {
     "attention-forward": 0.4,
     "attention-forward-grad": 0.4,

@@ -31,7 +31,7 @@ class SoftmaxCase:
     dtype: torch.dtype = torch.float32
     direction: str = "forward+backward"
     target: schema.Result | None = None
-    compiled: bool = True  # whether torch.compile takes part
+    compiled: bool = True  # whether torch.compile is a provider
 
     @property
     def causal(self) -> bool:

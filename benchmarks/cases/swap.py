@@ -37,7 +37,7 @@ class SwapCase:
 
     @property
     def target(self) -> schema.Result | None:
-        """Nothing may be slower after a swap, but for the noise of a measurement."""
+        """No model should be slower after a swap, except for the noise of a measurement."""
         return None if self.tiny else {"provider": "fastattn", "against": BEFORE, "speed": 0.97}
 
     @property
@@ -52,7 +52,7 @@ class SwapCase:
         return ", ".join([words, *figures.unusual(self.dtype, self.direction)])
 
     def providers(self, device: torch.device) -> list[str]:
-        """Ours, and the model without it."""
+        """The model with attention swapped, and as it was."""
         return ["fastattn", BEFORE]
 
     def open(self, device: torch.device) -> SwapWorkload:

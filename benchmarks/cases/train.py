@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cases.train_runs import run_cases
 from measure.harness import Budget
 from measure.protocols import Judgement, Step
 from peers.gpt import GPTPair, product_weights
@@ -81,7 +82,7 @@ class TrainCase:
         return None
 
     def providers(self, device: torch.device) -> list[str]:
-        """Ours first; what ends in -compile runs under torch.compile."""
+        """Ours first; providers that end in -compile run under torch.compile."""
         return ["fastattn", *self.peers]
 
     def open(self, device: torch.device) -> TrainWorkload:
@@ -152,14 +153,13 @@ class TrainWorkload:
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
 
 
-def cases_for(device: torch.device) -> list[TrainCase]:
+def cases_for(device: torch.device) -> list[Any]:
     """Every case of a device, the most important first."""
     if device.type == "cpu":
         alone = ("transformers-sdpa",)
 
         def at_least(speed: float, memory: float | None = None) -> schema.Result:
-            goal = {"provider": "fastattn", "against": "transformers-sdpa", "speed": speed}
-            return goal if memory is None else {**goal, "memory": memory}
+            return figures.target(speed, "transformers-sdpa", memory=memory)
 
         return [
             TrainCase("train-1x512", "train", 1, 512, target=at_least(1.15, 0.75), peers=alone),
@@ -169,6 +169,7 @@ def cases_for(device: torch.device) -> list[TrainCase]:
             TrainCase("train-4x512", "train", 4, 512, target=at_least(1.15, 0.4), peers=alone),
             TrainCase("train-1x256-dropout", "train", 1, 256, dropout=0.1, peers=alone),
             TrainCase("evaluate-1x512", "evaluate", 1, 512, peers=alone),
+            *run_cases(),
         ]
     compiled = ("transformers-sdpa", "transformers-sdpa-compile", "transformers-eager", "fastattn-compile")
     faster = {"provider": "fastattn-compile", "against": "transformers-sdpa-compile", "speed": 1.3}

@@ -13,7 +13,7 @@ from measure import calls
 from measure.harness import Budget
 from measure.protocols import Judgement, Step
 from peers.varlen import find
-from report import schema
+from report import figures, schema
 
 BUDGET = Budget(seconds=3.0)
 
@@ -44,7 +44,7 @@ class VarlenCase(VarlenCall):
 
 
 class VarlenWorkload(VarlenInputs):
-    """The packed q, k and v of one case, the same for every provider, and what they should give."""
+    """The packed q, k and v of one case, the same for every provider, and the expected results."""
 
     def step(self, provider: str) -> Step:
         """One forward, or one with its backward; padded providers work on tensors padded beforehand."""
@@ -94,11 +94,11 @@ def cases_for(device: torch.device) -> list[VarlenCase]:
 
 
 def cpu_cases() -> list[VarlenCase]:
-    """Mixed lengths as an encoder meets them, and documents as a language model does."""
+    """Mixed lengths as for an encoder, and documents as for a language model."""
     sizes = {"heads": 12, "kv_heads": 12, "head_dim": 64, "peers": ("sdpa-padded", "sdpa-loop")}
 
     def faster(speed: float) -> schema.Result:
-        return {"provider": "fastattn", "against": "sdpa-padded", "speed": speed}
+        return figures.target(speed, "sdpa-padded")
 
     return [
         VarlenCase("encoder-8-128", "encoder", 32, 8, 128, direction="forward", target=faster(1.5), **sizes),  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""The evidence of a machine with a GPU, in minutes: checks, probes, the extension's first run, and a run of all."""
+"""Checks on a machine with a GPU: random calls, probes, the extension's first run, and a run of everything."""

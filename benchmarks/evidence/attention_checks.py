@@ -17,8 +17,8 @@ from inputs.random_kv_cache import CacheCall
 from measure.errors import excess, ratios_of
 from measure.protocols import REFUSED
 
-MOST_FAILURES = 10  # reported one by one; all are counted
-SMALL = 70  # the greatest length where Triton is interpreted
+MOST_FAILURES = 10  # that are reported one by one; all are counted
+INTERPRETED_LENGTH = 70  # the greatest length where Triton is interpreted
 
 
 def check_random(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
@@ -43,13 +43,13 @@ def _judge(
     seconds: float,
     seed: int,
 ) -> Iterator[Finding]:
-    """Drawn calls of an op against the reference in float64, for some time."""
+    """Random calls of an op against the reference in float64, for `seconds`."""
     from fastattn import reference
 
     names = backends_here(device)
     counts: Counter[tuple[str, str]] = Counter()
     worst: dict[str, float] = dict.fromkeys(names, 0.0)
-    longest = SEQUENCES[-1] if device.type == "cuda" else SMALL
+    longest = SEQUENCES[-1] if device.type == "cuda" else INTERPRETED_LENGTH
     stop = time.monotonic() + seconds
     number = 0
     while time.monotonic() < stop:
@@ -174,7 +174,9 @@ def check_few_key_heads(device: torch.device, seconds: float, seed: int) -> Iter
     """One key head, or few keys of it: on a GPU Triton's dk and dv are then split over queries."""
     cuda = device.type == "cuda"
     shapes = (
-        [(16, 2000, 2000, 128), (4, 4100, 100, 64), (16, 1111, 1000, 256)] if cuda else [(4, SMALL, 17, 32)]
+        [(16, 2000, 2000, 128), (4, 4100, 100, 64), (16, 1111, 1000, 256)]
+        if cuda
+        else [(4, INTERPRETED_LENGTH, 17, 32)]
     )
     for name in backends_here(device):
         for heads, seqlen_q, seqlen_k, dim in shapes:
@@ -189,11 +191,11 @@ def check_few_key_heads(device: torch.device, seconds: float, seed: int) -> Iter
 
 
 def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
-    """The same call again and again, with other work in between: every bit of out, lse and gradients the same."""
+    """The same call repeatedly, with other work in between: every bit of out, lse and gradients must be the same."""
     from fastattn import attention
 
     cuda = device.type == "cuda"
-    shapes = [(1, 2, 1, SMALL, 32)]  # the fourth of a GPU's splits dk and dv over queries
+    shapes = [(1, 2, 1, INTERPRETED_LENGTH, 32)]  # the fourth of a GPU's splits dk and dv over queries
     if cuda:
         shapes = [(4, 8, 4, 1024, 64), (2, 8, 4, 2000, 128), (1, 4, 2, 1111, 256), (1, 16, 1, 2000, 128)]
     for name in backends_here(device):
@@ -237,7 +239,7 @@ def check_bitwise(device: torch.device, seconds: float, seed: int) -> Iterator[F
 
 
 def check_int64_offsets(device: torch.device, seconds: float, seed: int) -> Iterator[Finding]:
-    """Tensors whose element offsets pass 2**31, by strides and by size, against float64 on what lies beyond."""
+    """Tensors with element offsets beyond 2**31, by strides and by size; the part beyond is compared with float64."""
     if device.type != "cuda":
         yield finding("int64-offsets", "skipped", "needs a GPU: the tensors take 5 GB each")
         return

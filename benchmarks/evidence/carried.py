@@ -1,4 +1,4 @@
-"""Files carried to and from the GPU's machine: the results as one archive, compiled kernels, a built extension."""
+"""Files copied to and from the GPU's machine: the results as one archive, compiled kernels, a built extension."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 ARCHIVE, TABLE, KERNELS = "evidence.tar.gz", "table.txt", "triton-cache.tar.gz"
-MOST_BYTES = 15 * 2**20  # of one file that is carried away
+MOST_BYTES = 15 * 2**20  # of one archive
 
 
 def pack(out: Path, folder: Path, triton: str | None = None) -> list[Path]:
-    """All results in one archive and the table beside it; with a folder of Triton's, the kernels in another."""
+    """Pack all results into an archive, and a folder of Triton's kernels, if given, into another; write the table."""
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in out.iterdir() if path.is_file() and not path.name.endswith(".partial"))
     made = [_archive(folder / ARCHIVE, [(path, path.name) for path in files])]
@@ -39,7 +39,7 @@ def _archive(target: Path, members: list[tuple[Path, str]]) -> Path:
     partial = target.with_name(target.name + ".partial")
     with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         for path, name in members:
-            if name not in (ARCHIVE, KERNELS):  # where they lie in the folder that is packed
+            if name not in (ARCHIVE, KERNELS):  # the archives may be in the folder that is packed
                 archive.add(path, name)
     partial.replace(target)
     return target
@@ -56,7 +56,7 @@ def unpack(archive: Path, folder: Path) -> None:
 def triton_cache(source: Path, out: Path) -> Path:
     """The folder for TRITON_CACHE_DIR: the one that is named, or one into which the named archive is unpacked.
 
-    Kernels compiled by another Triton, Python or ptxas have other keys and are only passed over.
+    Kernels compiled by another Triton, Python or ptxas have other keys and are not used.
     """
     folder = source
     if source.is_file():

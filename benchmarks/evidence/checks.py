@@ -1,8 +1,8 @@
 """Correctness of fastattn on the device at hand: random calls against float64, known traps, repetition, huge offsets.
 
-Every check prints one JSON object per line, as it is found, the last line of a check being its summary. Each runs in
-processes of its own: a call that never ends costs its backend the rest of that check and nothing else. Exit status 1
-if any failed."""
+Every check gives findings as it goes, the last one being its summary. Each check runs in processes of its own: after a
+call that never ends, only the rest of that check on that backend is lost.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SPREAD = (
     "kv-cache",
 )  # in several processes, each from seeds of its own: kernels compile side by side
 START_SECONDS = 90.0  # to import torch and reach the device, many at once
-LEAST_SECONDS = 3.0  # a check is not begun again with less
+LEAST_SECONDS = 3.0  # a check is not started again with less time left
 
 
 def run_here(names: Sequence[str], options: argparse.Namespace) -> Iterator[Finding]:
-    """Checks in this process, one after another: what one raises is its finding, a lost device ends them all."""
+    """Checks in this process, one after another; an exception is a finding, and a lost device ends all of them."""
     device = torch.device(options.device)
     if not backends_here(device):
         wanted = ", ".join(options.backends) or "fastattn"
@@ -77,7 +77,7 @@ class Part:
 def in_processes(names: Sequence[str], options: argparse.Namespace) -> Iterator[Finding]:
     """Checks side by side, in processes of their own; their findings as they come.
 
-    A process that is stuck is ended, and another goes on in its place without the backend that it was stuck in.
+    A process that hangs is ended, and another one continues without the backend in which it hung.
     """
     started = time.monotonic()
     spread = [name for name in names if name in SPREAD]
@@ -122,7 +122,7 @@ def _worker(part: Part, options: argparse.Namespace, seconds: float, events: pro
     command = [sys.executable, str(SCRIPT), part.name, "--here", "--seconds", f"{seconds:g}"]
     command += ["--device", options.device, "--seed", str(part.seed)]
     command += ["--backends", *part.backends] if part.backends else []
-    # beyond its time a check may finish the call that it is in
+    # after its time is up, a check may finish its current call
     return Process(command, limit=START_SECONDS + 2 * seconds + 60, silence=START_SECONDS, events=events)
 
 

@@ -13,7 +13,7 @@ from measure.protocols import REFUSED
 from report.schema import without_paths
 
 Finding = dict[str, Any]
-# How long one call may take before it counts as stuck: the extension compiles nothing, the others do, side by side.
+# Seconds after which one call counts as hanging: the extension compiles nothing, the other backends do, side by side.
 CALL_SECONDS = {"cuda": 20.0, "triton": 60.0}
 ANY_SECONDS = 60.0
 _only: list[str] = []  # the backends chosen for this process; empty for all
@@ -61,7 +61,7 @@ def finding(check: str, status: str, detail: str = "", **more: Any) -> Finding:
 
 
 def backends_here(device: torch.device) -> list[str]:
-    """The backends that can run on the device, the CUDA extension last: a hang there costs what comes after it."""
+    """The backends that can run on the device; the CUDA extension is last, because a hang there loses what follows."""
     from fastattn import backends
     from fastattn.spec import AttentionCall, AttentionSpec
 

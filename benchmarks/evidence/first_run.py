@@ -1,7 +1,7 @@
 """The first run of the CUDA extension on a GPU: nine steps, the riskiest assumption first, each in its own process.
 
-Every step has a limit of seconds: a kernel that never ends costs its own step. Each prints a JSON object per finding;
-1 is returned if a step failed. On a CPU the same code runs at small sizes on the torch backend, as a rehearsal.
+Every step has a limit of seconds, so that a kernel that never ends loses only its own step. On a CPU the same code runs
+at small sizes on the torch backend, as a rehearsal.
 """
 
 from __future__ import annotations
@@ -129,16 +129,16 @@ def _command(name: str, device: str, launches: int, backend: str = "cuda") -> li
         return [*own, "--step", name, "--device", device, "--launches", str(launches), "--backend", backend]
     tool = sanitizer()
     if tool is None:
-        return "there is no compute-sanitizer here"
+        return "compute-sanitizer is not installed"
     if device == "cpu":
-        return "there is nothing for it to watch on a CPU"
+        return "compute-sanitizer checks nothing on a CPU"
     chosen = SANITIZED_BACKWARD if STEPS[name].backward else SANITIZED
     inner = " ".join(f"--step {step}" for step in chosen)
     lines = [
         f"{tool} --tool {kind} --error-exitcode 9 --print-limit 5 {' '.join(own)} {inner} --device {device}"
         for kind in SANITIZER_TOOLS
     ]
-    # without a pool, which would hide small steps beyond a tensor
+    # without torch's memory pool, in which small accesses beyond a tensor stay undetected
     return ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "bash", "-c", " && ".join(lines)]
 
 

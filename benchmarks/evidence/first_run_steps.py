@@ -20,9 +20,7 @@ from evidence import kernel_runs
 from evidence.kernel_runs import NAMES, NoOnePass, NotThis, Operands, Results, SwitchedOff
 from measure.processes import announce
 
-StepResult = tuple[
-    bool | None, str
-]  # whether it was right, None where it was switched off, and what was found
+StepResult = tuple[bool | None, str]  # whether it passed (None where it is switched off), and the finding
 PANEL = 64  # columns of a tensor map's box, one swizzle of 128 bytes in 16-bit numbers
 PACKED = (1, 63, 65, 129)
 HEAD_DIMS, PANEL_DIMS, VIEW_DIMS = (64, 128, 256), (64, 128, 192, 256), (8, 72, 136)
@@ -77,7 +75,7 @@ def one_hot_panels(ops: ModuleType, device: torch.device, scale: Scale) -> Itera
 
 
 def _backward(ops: ModuleType, operands: Operands, passes: int, seconds: int) -> StepResult:
-    """The gradients in so many passes, judged."""
+    """The gradients in one or two passes, compared with the reference."""
     made = kernel_runs.residuals(operands)
     head_dim, length = operands.query.shape[-1], operands.query.shape[-2]
     words = f"D{head_dim} S{length}, {'two passes' if passes == 2 else 'one pass'}"
@@ -90,15 +88,15 @@ def _backward(ops: ModuleType, operands: Operands, passes: int, seconds: int) ->
 
 
 def _in_passes(passes: int, run: Callable[[], Results]) -> tuple[Results | None, StepResult]:
-    """What run() gives, in so many passes, or else None and the result of the step.
+    """The results of run() in one or two passes, or None and the result of the step.
 
-    Refusing one pass is right only at head dims that have none. Another NotThis ends the step.
+    NoOnePass is correct only at head dims without a one-pass backward. Another NotThis ends the step.
     """
     try:
         with kernel_runs.passes(passes):
             return run(), (True, "")
     except NoOnePass as reason:
-        return None, (True, f"not there, as designed ({reason})")
+        return None, (True, f"there is none, as designed ({reason})")
     except SwitchedOff as reason:
         return None, (None, f"switched off ({reason})")
     except ValueError as error:
@@ -138,10 +136,10 @@ def views(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepR
 
 
 def _selecting(device: torch.device, heads: int, rows: int, dim: int, order: str) -> tuple[Operands, Tensor]:
-    """Operands whose query i sees key i modulo the number of keys alone, and the out that this gives."""
+    """Operands whose query i has all its weight on key i modulo the number of keys, and the expected out."""
     keys = min(dim, rows)
     operands = Operands.draw(device, batch=2, heads=heads, seqlen_q=rows, seqlen_k=keys, head_dim=dim)
-    unit = 40.0 * dim**0.25  # scores of 1600 beside zeros: no other key keeps a weight in any precision
+    unit = 40.0 * dim**0.25  # scores of 1600 and 0: every other key has weight 0 in any precision
     places = torch.arange(rows, device=device)
     operands.query.zero_()[:, :, places, places % keys] = unit
     operands.key.zero_()[:, :, range(keys), range(keys)] = unit
@@ -225,7 +223,7 @@ def _beside_nan(
 
 
 def long_forward(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """Sums over many keys: wgmma's additions do not round as those of float32 do."""
+    """Sums over many keys: wgmma's additions round differently from float32 additions."""
     for dim, causal in ((64, False), (128, False), (128, True)):
         operands = Operands.draw(device, heads=1, seqlen_q=scale.long, head_dim=dim)
         good, text = _judged(kernel_runs.forward(ops, operands, causal=causal), operands, causal=causal)
@@ -270,7 +268,7 @@ def _captured(run: Callable[[], Results], operands: Operands, device: torch.devi
 
 
 def many_launches(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[StepResult]:
-    """The one-pass backward again and again: blocks wait for one another, and every run gives the same bits."""
+    """The one-pass backward repeatedly: blocks wait for one another, and every run must give the same bits."""
     yield _launched(ops, device, scale)
 
 
@@ -281,17 +279,17 @@ def beside(ops: ModuleType, device: torch.device, scale: Scale) -> Iterator[Step
         return
     from evidence import hold
 
-    # Whatever is loaded or allocated later may have to wait for the held blocks, which wait for this process.
+    # Loading or allocating later may wait for the held blocks, which wait for this process.
     good, text = _launched(ops, device, replace(scale, launches=2))
     if not good:
-        yield False, f"before anything is held: {text}"
+        yield False, f"before any multiprocessor is held: {text}"
         return
     with hold.half_of(device) as held:
         good, text = _launched(ops, device, scale)
         yield (
             good and held.holding(),
             f"beside {held.blocks} held multiprocessors: {text}"
-            + ("" if held.holding() else "; they were let go too early"),
+            + ("" if held.holding() else "; they ended too early"),
         )
 
 

@@ -35,7 +35,7 @@ class NoOnePass(NotThis):
 
 
 class SwitchedOff(NotThis):
-    """FASTATTN_DISABLE names what was asked for."""
+    """FASTATTN_DISABLE switches the requested kernels off."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _check(ops: ModuleType, spec: Any) -> None:
 
 
 def _check_one_pass(ops: ModuleType, head_dim: int) -> None:
-    """SwitchedOff where the CUDA backend would take two passes although one was asked for."""
+    """SwitchedOff where FASTATTN_DISABLE excludes the requested one-pass backward."""
     from fastattn import backends
     from fastattn.backends import switches
     from fastattn.backends.cuda import attention as cuda_attention
@@ -125,8 +125,8 @@ def backward(
 ) -> Results:
     """The gradients by a backend's backward kernels, from a forward's results, whoever made them.
 
-    Within `passes(1)`: NoOnePass at a head dim above ONE_PASS_HEAD_DIM, SwitchedOff where FASTATTN_DISABLE names it. A
-    refusal at another head dim is a ValueError, since a pass that should be there is missing.
+    Within `passes(1)`: NoOnePass at a head dim above ONE_PASS_HEAD_DIM, SwitchedOff where FASTATTN_DISABLE names it,
+    and ValueError where the one-pass backward is missing at another head dim.
     """
     from fastattn.spec import GradsNeeded
 
@@ -145,7 +145,7 @@ def backward(
 
 @contextlib.contextmanager
 def passes(number: int) -> Iterator[None]:
-    """Inside, the CUDA backward takes one pass for every head dim, or two."""
+    """Inside, the CUDA backward takes `number` passes, 1 or 2, at every head dim."""
     from fastattn.backends.cuda import attention as cuda_attention
 
     before = cuda_attention.ONE_PASS_HEAD_DIMS
@@ -189,7 +189,7 @@ def residuals(operands: Operands, cu_seqlens: Tensor | None = None, **options: A
 def worst_of(
     actual: Results, operands: Operands, cu_seqlens: Tensor | None = None, **options: Any
 ) -> tuple[float, str]:
-    """The greatest part of the allowed error that a result uses, and which that is."""
+    """The largest share of the allowed error that a result uses, and the result's name."""
     gradients = any(name in actual for name in NAMES[2:])
     golden, plain = (
         reference_results(operands, dtype, cu_seqlens, gradients, **options)

@@ -20,7 +20,7 @@ from measure.rounding import terms_of_score_gradients
 
 HEAD_DIMS = (16, 64, 80, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_CALLS, MOST_FAILURES = 400, 5  # of one op and backend; of findings that it raised
+MOST_CALLS, MOST_FAILURES = 400, 5  # calls of one op and backend; failures of it that are reported
 
 
 class OpCall:
@@ -60,7 +60,7 @@ class OpCall:
 def check_ops(
     device: torch.device, seconds: float, seed: int, names: Sequence[str] | None = None
 ) -> Iterator[Finding]:
-    """Calls of every op from seeds, an equal share of the time for each, at least one."""
+    """Random calls of every op, each with an equal share of the time and at least one call."""
     chosen = list(OPS) if names is None else list(names)
     for name in chosen:
         number = list(OPS).index(name)
@@ -116,7 +116,7 @@ def _backends(call: OpCall, device: torch.device) -> list[str]:
 
 
 def _worst(call: OpCall, backend: str) -> tuple[float, str]:
-    """The greatest part of the allowed error that a result uses, and which result that is."""
+    """The largest share of the allowed error that a result uses, and the result's name."""
     dtype = next(iter(call.tensors.values())).dtype
     golden, plain = call.run(call.oracle, torch.float64), call.run(call.oracle, dtype)
     actual = call.run(call.ours, dtype, **({} if backend == "auto" else {"backend": backend}))

@@ -1,8 +1,8 @@
 """Which directions of the CUDA extension run on this GPU, each tried in a process of its own.
 
-All processes start at once and import side by side; then one at a time is told to launch, and has LAUNCH_SECONDS. A
-direction that hangs, crashes or gives wrong numbers is named with what to put into FASTATTN_DISABLE, so that whatever
-runs afterwards leaves it out.
+All processes start and import at the same time; then one after the other is told to launch, within LAUNCH_SECONDS. For
+a direction that hangs, crashes or gives wrong numbers, the finding has the value of FASTATTN_DISABLE that switches it
+off in later sections.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECK = "probe"
 START_SECONDS, LAUNCH_SECONDS = 60.0, 15.0
 READY = "ready"
 HEAD_DIMS = (64, 128, 256)
-Probe = Callable[[ModuleType, torch.device], str]  # what passed, in words; raises Wrong
+Probe = Callable[[ModuleType, torch.device], str]  # describes what passed; raises Wrong
 
 
 class Wrong(AssertionError):
@@ -44,7 +44,7 @@ def _within(what: str, worst: float, name: str = "") -> str:
 
 
 def probe_forward(ops: ModuleType, device: torch.device) -> str:
-    """Tiles that are full, ragged and masked, at every size of head."""
+    """Full, partial and masked tiles, at every head dim."""
     said = []
     for dim in HEAD_DIMS:
         for length, causal in ((128, False), (200, True)):
@@ -57,7 +57,7 @@ def probe_forward(ops: ModuleType, device: torch.device) -> str:
 
 
 def probe_clusters(ops: ModuleType, device: torch.device) -> str:
-    """Full calls at head dim 128, whose blocks load keys and values for each other: an odd tile, several rounds."""
+    """Calls without a mask at head dim 128, whose blocks multicast keys and values: an odd tile, several rounds."""
     said = []
     for batch, length in ((1, 300), (40 if device.type == "cuda" else 1, 512)):
         operands = Operands.draw(device, batch=batch, seqlen_q=length, head_dim=128)
@@ -194,7 +194,7 @@ def probe_all(device: str, command: list[str] | None = None) -> list[Finding]:
     order, ready = list(running), set[Process]()
     found: dict[str, Finding] = {}
     said: dict[Process, str] = {}
-    current = 0  # whose turn it is
+    current = 0  # the process that launches
 
     def next_turn() -> None:
         if current < len(order) and order[current] in ready:
@@ -211,7 +211,7 @@ def probe_all(device: str, command: list[str] | None = None) -> list[Finding]:
             next_turn()
         elif event.text == READY:
             ready.add(process)
-            process.silence = None  # it waits for its turn
+            process.silence = None  # it waits for the processes before it
             if current < len(order) and process is order[current]:
                 next_turn()
         elif event.text.startswith('{"check"'):
@@ -229,7 +229,7 @@ def _unreported(name: str, event: Ended, last: str) -> Finding:
 def switches_for(findings: list[Finding]) -> str:
     """FASTATTN_DISABLE for what runs afterwards: the parts of every direction that did not pass.
 
-    A direction that was not tried, as when time was up, is left out as well: it may hang.
+    A direction that was not tried, for example because time was up, is switched off as well: it may hang.
     """
     tried = {item["direction"]: item["status"] for item in findings if item["check"] == CHECK}
     off = [name for name in DIRECTIONS if tried.get(name, "not run") not in ("passed", "skipped")]

@@ -1,6 +1,6 @@
 """A pytest plugin that reports each failure at once, as a finding: one JSON object per line.
 
-So a run that is stopped at its limit has reported its failures and its progress until then.
+A run that is stopped at its limit has then reported its failures and its progress so far.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from evidence.findings import finding
 
-EVERY = 20  # tests between two lines of progress
+PROGRESS_TESTS = 20  # tests between two lines of progress
 
 
 class Reporter:
@@ -24,7 +24,7 @@ class Reporter:
     def say(self, line: str) -> None:
         """Print a whole line, outside pytest's capture."""
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.write(f"\n{line}\n", flush=True)  # dots stand before it
+        terminal.write(f"\n{line}\n", flush=True)  # the current line may have dots
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """One phase of a test: a failure in any of them is a finding."""
@@ -35,7 +35,7 @@ class Reporter:
             self.say(json.dumps(finding("test", "failed", f"{report.nodeid}: {text.splitlines()[0]}")))
         elif report.when == "call" or report.skipped:
             self.counts["skipped" if report.skipped else "passed"] += 1
-            if self.counts.total() % EVERY == 0:
+            if self.counts.total() % PROGRESS_TESTS == 0:
                 self.say(self.summary())
 
     def pytest_collectreport(self, report: Any) -> None:

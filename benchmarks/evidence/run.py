@@ -1,9 +1,6 @@
-"""Everything a machine with a GPU can prove, in one command and a given number of minutes, with no network.
+"""The evidence run: all checks and benchmarks that need a GPU, within a given number of minutes.
 
-Sections run in order of importance, each in a process of its own with a limit of its own, so that a crash or a hang
-costs one section. Right after the build each direction of the CUDA extension is probed; one that hangs is left out of
-every later section by FASTATTN_DISABLE. What is found is stored at once: evidence.json (sections and findings),
-BENCH.json (what was measured), log.txt (all output). It ends with a table one screen long, then the charts.
+gpu_evidence.py describes the files that it writes.
 """
 
 from __future__ import annotations
@@ -23,14 +20,14 @@ import checkout
 from evidence import carried, sections
 from evidence import summary as evidence_summary
 from evidence.probes import DIRECTIONS, switches_for
-from evidence.sections import RESERVE, ROOT, Report, Run, Section, switches
+from evidence.sections import RESERVE, Report, Run, Section, switches
 from measure import processes
 from report import schema
 from report.tables import BENCHES
 
 FORMAT, VERSION = "fastattn-evidence", 1
-LEAST = 15.0  # a section is not begun with less time than this
-ALWAYS = ("install", "build", "probe")  # of a machine, not of a commit: repeated by every run
+LEAST_SECONDS = 15.0  # a section is not started with less time left
+REPEATED = ("install", "build", "probe")  # of a machine, not of a commit: repeated by every run
 
 
 def run_section(section: Section, run: Run) -> Report:
@@ -45,7 +42,7 @@ def run_section(section: Section, run: Run) -> Report:
     run.report["sections"].append(running)
     last, ended = "", None
     # the section limits its own processes; here only its own limit counts, as under compute-sanitizer
-    process = processes.Process(command, section_environment(section, run), ROOT, limit, heed=False)
+    process = processes.Process(command, section_environment(section, run), checkout.ROOT, limit, heed=False)
     try:
         for _, event in processes.follow(process):
             if isinstance(event, processes.Ended):
@@ -74,7 +71,7 @@ def section_environment(section: Section, run: Run) -> dict[str, str]:
     environment = {name: value for name, value in run.environment.items() if name != "FASTATTN_DISABLE"}
     return (
         environment
-        if not off or run.dry or section.name in ALWAYS
+        if not off or run.dry or section.name in REPEATED
         else {**environment, "FASTATTN_DISABLE": off}
     )
 
@@ -123,10 +120,10 @@ def link_checkout(site: Path) -> None:
     """site/fastattn as setup.py would install it: the package's files, and kernels/ as fastattn.kernels."""
     package = site / "fastattn"
     package.mkdir(parents=True)
-    for item in (ROOT / "fastattn").iterdir():
+    for item in (checkout.ROOT / "fastattn").iterdir():
         if item.name not in ("__pycache__", "kernels"):
             (package / item.name).symlink_to(item, target_is_directory=item.is_dir())
-    (package / "kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
+    (package / "kernels").symlink_to(checkout.ROOT / "kernels", target_is_directory=True)
 
 
 def _new_report(device: Any, dry: bool, revision: str | None) -> Report:
@@ -157,7 +154,7 @@ def _environment(dry: bool) -> dict[str, str]:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Run the chosen sections, print and store what they found; 0 if no section that ran failed."""
+    """Run the chosen sections, print and store their findings; 0 if no section that ran failed."""
     import torch
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +176,7 @@ def run_all(options: argparse.Namespace) -> int:
         prebuilt=options.prebuilt and options.prebuilt.resolve(),
     )  # fmt: skip
     done = {entry["name"] for entry in report["sections"]}
-    always = ("install",) if options.dry_run else ALWAYS
+    always = ("install",) if options.dry_run else REPEATED
     for section in sections.SECTIONS:
         wanted = not options.sections or section.name in (*options.sections, *always)
         if wanted and section.name not in done:
@@ -194,12 +191,12 @@ def run_all(options: argparse.Namespace) -> int:
         _draw(run, measured)
         _archive(run, options.archive, triton=environment.get("TRITON_CACHE_DIR"))
     if options.publish:
-        print(f"published to {publish(run, measured).relative_to(ROOT)}")
+        print(f"published to {publish(run, measured).relative_to(checkout.ROOT)}")
     return 1 if any(entry["status"] in ("failed", "timeout") for entry in report["sections"]) else 0
 
 
 def _kept_sections(out: Path, report: Report) -> list[Report]:
-    """The sections of an earlier run on this device and commit that finished well; those of ALWAYS are repeated."""
+    """The sections of an earlier run on this device and commit that finished well; those of REPEATED are repeated."""
     try:
         earlier = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -208,13 +205,15 @@ def _kept_sections(out: Path, report: Report) -> list[Report]:
         earlier.get(key) == report[key] for key in ("format", "version", "device", "revision", "dry_run")
     )
     if not alike:
-        print("the earlier run was of another device, commit or kind: starting anew")
+        print("the earlier run was of another device, commit or kind: starting from the first section")
         return []
-    return [entry for entry in earlier["sections"] if entry["status"] == "ok" and entry["name"] not in ALWAYS]
+    return [
+        entry for entry in earlier["sections"] if entry["status"] == "ok" and entry["name"] not in REPEATED
+    ]
 
 
 def _attempt(section: Section, run: Run) -> None:
-    if run.remaining < LEAST:
+    if run.remaining < LEAST_SECONDS:
         entry: Report = {
             "name": section.name,
             "status": "not run",
@@ -237,7 +236,7 @@ def _attempt(section: Section, run: Run) -> None:
 
 
 def _switch_off(run: Run, entry: Report) -> None:
-    """Leave out, from now on, every direction that the probes did not find right."""
+    """Switch off, from now on, every direction whose probe did not pass."""
     run.report["disabled"] = switches_for(entry["findings"])
     off = [name for name, direction in DIRECTIONS.items() if set(direction.switches) <= set(run.disabled)]
     if off:
@@ -265,7 +264,7 @@ def _draw(run: Run, measured: Sequence[schema.Result]) -> None:
 
 
 def publish(run: Run, measured: Sequence[schema.Result]) -> Path:
-    """Copy what was measured to the results of this device, and renew the pages and their charts."""
+    """Copy the measurements to the results of this device, and update the pages and their charts."""
     from report import charts
 
     folder = schema.RESULTS / schema.folder_name(run.report["device"])

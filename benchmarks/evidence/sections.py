@@ -1,8 +1,8 @@
-"""The sections of the evidence run, in order of importance: what each runs on a GPU, and in small on a CPU.
+"""The sections of the evidence run, in order of importance: the command of each on a GPU, and its small form on a CPU.
 
 FIRST is the plan of the first ten minutes on a GPU, whose limits add up to no more than FIRST_SECONDS: the probes of
 the CUDA extension, then correctness and the comparisons that decide what is built next. THEN follows if there is time.
-LAST is what may hang although its probe did not: the CUDA backward, which every section before leaves out.
+LAST is the CUDA backward, which may hang although its probe did not; it is switched off in all sections before.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ from evidence.first_run import sanitizer
 from evidence.probes import DIRECTIONS
 from report.schema import replace_file
 
-ROOT = checkout.ROOT
-BENCHMARKS = checkout.BENCHMARKS
-CHECKS = [sys.executable, str(BENCHMARKS / "gpu_checks.py")]
+CHECKS = [sys.executable, str(checkout.BENCHMARKS / "gpu_checks.py")]
 FASTATTN = [
     sys.executable,
     "-c",
     "import checkout; checkout.make_importable(); from fastattn.cli import main; main()",
 ]
 RESERVE = 12.0  # seconds kept for the table and the charts
-TEST_SECONDS, TEST_WORKERS = 40, 6  # of one test; processes that share the device's memory
+TEST_SECONDS, TEST_WORKERS = 40, 6  # limit of one test; processes, which share the device's memory
 WORKERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # processes that compile kernels side by side
 
 Report = dict[str, Any]
-Command = list[str] | str  # a command line, or why there is none here
+Command = list[str] | str  # a command line, or the reason why there is none
 
 
 @dataclass
@@ -76,7 +74,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Section:
-    """One step of the evidence: its limit in seconds, and its command, or why it has none here."""
+    """One section: its limit in seconds, and its command or the reason why there is none."""
 
     name: str
     limit: float
@@ -95,47 +93,52 @@ def switches(section: Section, run: Run) -> str:
 
 def bench_script(name: str) -> Path:
     """The script of a bench."""
-    return BENCHMARKS / f"bench_{name.replace('-', '_')}.py"
+    return checkout.BENCHMARKS / f"bench_{name.replace('-', '_')}.py"
 
 
 def _install(run: Run) -> Command:
     if run.dry:
         found = "import checkout; print('fastattn is found', checkout.make_importable())"
         return [sys.executable, "-c", found]
-    # without the extension, which the build section makes, once
+    # without the extension, which the build section compiles
     pip = ["env", "FASTATTN_BUILD_CUDA=0", sys.executable, "-m", "pip", "install"]
-    return [*pip, "--no-deps", "--no-build-isolation", "-q", "-e", str(ROOT)]
+    return [*pip, "--no-deps", "--no-build-isolation", "-q", "-e", str(checkout.ROOT)]
 
 
 def _build(run: Run) -> Command:
-    """The CUDA extension, into the user's cache, where later sections find it: carried here, or compiled."""
-    if not (ROOT / "fastattn" / "extension" / "build.py").exists():
+    """The CUDA extension in the user's cache, where later sections find it: a prebuilt one, or compiled."""
+    if not (checkout.ROOT / "fastattn" / "extension" / "build.py").exists():
         return "this commit has no extension to build"
     import torch
 
     if torch.version.cuda is None:
         return "this torch is a CPU build: the extension is compiled against a CUDA build of torch"
     if run.prebuilt is None and shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
-        return "no nvcc here"
+        return "nvcc is not installed"
     carried = [] if run.prebuilt is None else ["--prebuilt", str(run.prebuilt)]
-    return [sys.executable, str(BENCHMARKS / "gpu_build.py"), *carried]
+    return [sys.executable, str(checkout.BENCHMARKS / "gpu_build.py"), *carried]
 
 
 def _probe(run: Run) -> Command:
-    return [sys.executable, str(BENCHMARKS / "gpu_probes.py"), "--device", "cpu" if run.dry else "cuda"]
+    return [
+        sys.executable,
+        str(checkout.BENCHMARKS / "gpu_probes.py"),
+        "--device",
+        "cpu" if run.dry else "cuda",
+    ]
 
 
 def _first_run(*options: str, seconds: float) -> Callable[[Run], Command]:
     def command(run: Run) -> Command:
         if run.dry and "triton" in options:
             return "the interpreter runs these steps wherever the suite runs; on a GPU they compile"
-        line = [sys.executable, str(BENCHMARKS / "first_run.py"), *options]
+        line = [sys.executable, str(checkout.BENCHMARKS / "first_run.py"), *options]
         return [*line, "--seconds", str(seconds), "--device", "cpu" if run.dry else "cuda"]
 
     return command
 
 
-APART = ("tests/gpu/test_first_run.py",)  # what has sections of its own
+WITH_OWN_SECTIONS = ("tests/gpu/test_first_run.py",)  # tests with sections of their own
 GPU_TESTS = (
     "tests/gpu",
     "tests/kernels/test_contract.py",
@@ -151,18 +154,18 @@ def _tests(*selection: str, marked: str = "") -> Callable[[Run], Command]:
 
     def command(run: Run) -> Command:
         line = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-        line += ["-p", "evidence.pytest_plugin"]  # failures are told when they happen
+        line += ["-p", "evidence.pytest_plugin"]  # reports failures as they happen
         # the project's own options ask for plugins that may be missing
         line += ["-o", "addopts=--import-mode=importlib", "-rfE", "--tb=short"]
-        line += ["--continue-on-collection-errors", *(f"--ignore={path}" for path in APART)]
+        line += ["--continue-on-collection-errors", *(f"--ignore={path}" for path in WITH_OWN_SECTIONS)]
         if find_spec("pytest_timeout") is not None:
-            # a test that waits for a kernel cannot be interrupted: its process ends, and with xdist another takes over
+            # a test that waits for a kernel cannot be interrupted: its process ends, and xdist starts another one
             line += ["--timeout", str(TEST_SECONDS), "--timeout-method=thread"]
         if find_spec("xdist") is not None and not run.dry:
             line += ["-n", str(min(WORKERS, TEST_WORKERS))]
         if marked:
             line += ["-m", marked]
-        return [*line, *(path for path in selection if (ROOT / path).exists())]
+        return [*line, *(path for path in selection if (checkout.ROOT / path).exists())]
 
     return command
 
@@ -189,14 +192,15 @@ def _sanitized(run: Run) -> Command:
     if run.dry:
         return line
     if tool is None:
-        return "no compute-sanitizer here"
-    exact = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]  # or a pool would hide small steps beyond a tensor
+        return "compute-sanitizer is not installed"
+    # in a memory pool, small accesses beyond a tensor stay undetected
+    exact = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
     return [*exact, tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5", *line]
 
 
 def _tune(run: Run) -> Command:
     """A short search for tiles, into a cache of its own: it must not change what other sections measure."""
-    if not (ROOT / "fastattn" / "tune").exists():
+    if not (checkout.ROOT / "fastattn" / "tune").exists():
         return "this commit has no tuner"
     cache = ["env", f"FASTATTN_CACHE_DIR={run.out / 'tuned'}"]
     if run.dry:
@@ -245,7 +249,7 @@ def _model_bench(
     return command
 
 
-FUSED = "fastattn|sdpa|flash_attn"  # all but FlexAttention, which compiles half a minute per shape
+FUSED = "fastattn|sdpa|flash_attn"  # without FlexAttention, which compiles half a minute for each shape
 AND_FLEX = "fastattn|sdpa-cudnn|sdpa-flash|sdpa-efficient|flex"
 PACKED = "fastattn|sdpa|varlen_attn|flash_attn|nested|xformers"
 EAGER = "^(fastattn|transformers-sdpa|floor-.*)$"  # no provider that torch.compile takes a minute for

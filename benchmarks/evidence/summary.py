@@ -96,7 +96,7 @@ def _rates(result: schema.Result, cases: list[schema.Result]) -> list[str]:
 
 
 def _overhead_line(cases: list[schema.Result]) -> list[str]:
-    """Microseconds of the host for our call, and in brackets the peer's."""
+    """Microseconds of the host for our call, with the peer's in brackets."""
     cells = []
     for case in cases:
         ours = figures.host_us(figures.row_of(case, "fastattn"))

@@ -55,7 +55,7 @@ class AttentionCall:
 
     @property
     def axis(self) -> schema.Result | None:
-        """Speed over length, for the groups whose cases differ in it alone; the grids have charts of their own."""
+        """Speed over length, for groups whose cases differ only in it; the grids have charts of their own."""
         if self.group not in ("dense", "window") or self.dtype != torch.float32:
             return None
         if self.group == "dense" and not self.causal:
@@ -135,7 +135,7 @@ class AttentionInputs:
         return self._bias
 
     def dense_mask(self) -> Tensor:
-        """(1 or B, 1, Sq, Sk) bool: every hard restriction of the case."""
+        """(1 or B, 1, Sq, Sk) bool: causality, window, documents and mask of the case."""
         case = self.case
         rows = torch.arange(case.seqlen_q, device=self.device)[:, None] + case.seqlen_k - case.seqlen_q
         distance = rows - torch.arange(case.seqlen_k, device=self.device)
@@ -173,7 +173,7 @@ def permitted_pairs(
     window: tuple[int, int] | None = None,
     documents: int = 1,
 ) -> int:
-    """Pairs (i, j) that the mask lets through, counted row by row."""
+    """Permitted pairs of a query and a key, counted row by row."""
     position = torch.arange(seqlen_q) + seqlen_k - seqlen_q
     first, last = torch.zeros_like(position), torch.full_like(position, seqlen_k - 1)
     if causal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,7 +84,7 @@ class DecodeInputs:
         self.block_table = None
         shape = (case.batch, case.kv_heads, self.capacity, case.head_dim)
         if case.page:
-            pages = -(-self.capacity // case.page)
+            pages = math.ceil(self.capacity / case.page)
             total = pages * case.batch
             order = torch.randperm(total, generator=torch.Generator().manual_seed(7))
             self.block_table = order.view(case.batch, pages).to(device, torch.int32)

@@ -22,7 +22,7 @@ FEW = (
 class RandomCall:
     """A call drawn from a seed: sizes, dtype, strides and any mixture of features.
 
-    Every CALLS_PER_KIND seeds share what kernels are compiled for (dtype, head dims, features) and differ in the rest.
+    CALLS_PER_KIND consecutive seeds share the dtype, head dims and features that kernels are compiled for.
     """
 
     def __init__(self, seed: int, device: torch.device, longest: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,11 @@ from torch import Tensor
 PAGES = (1, 3, 16, 16, 64, 128)
 QUERIES = (1, 1, 1, 2, 5, 17, 40, 150)
 HEAD_DIMS = (8, 17, 64, 64, 80, 128, 128, 192, 256)
-CALLS_PER_KIND = 16  # that share what kernels are compiled for
+CALLS_PER_KIND = 16  # consecutive seeds with the same dtype, head dims and features
 
 
 class CacheCall:
-    """A call drawn from a seed; what no sequence has written is NaN."""
+    """A call drawn from a seed; places of the cache that no sequence has written hold NaN."""
 
     def __init__(self, seed: int, device: torch.device, longest: int) -> None:
         draw, kind = random.Random(seed), random.Random(seed // CALLS_PER_KIND)
@@ -114,12 +115,12 @@ class CacheCall:
     def _pages(self) -> Tensor | None:
         if not self.page:
             return None
-        pages = -(-self.capacity // self.page)
+        pages = math.ceil(self.capacity / self.page)
         order = torch.randperm(self.batch * pages + 2, generator=self.generator, device=self.device)
         return order[: self.batch * pages].view(self.batch, pages).int()
 
     def _cache(self, past: Tensor) -> Tensor:
-        """A copy of the past as the call takes it; the last page of a sequence may have room past the capacity."""
+        """A copy of the cached tensor, dense or in pages; the last page may extend beyond the capacity."""
         if self.block_table is None:
             return past.clone(memory_format=torch.preserve_format)
         batch, pages = self.block_table.shape

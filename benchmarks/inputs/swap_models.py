@@ -1,8 +1,8 @@
 """Models of torch, transformers, timm and open_clip with random weights, for `swap_attention`.
 
-A maker gives a model in evaluation mode, its inputs and a call of (model, inputs); `small` is the same use at a size
-that runs in a moment.
-timm and open_clip_torch are needed for their own models only; without them those cases are "unavailable".
+Each function returns a model in evaluation mode, its inputs and a call of (model, inputs); `small` asks for a size that
+runs in a moment. timm and open_clip_torch are needed for their own models only; without them those cases are
+"unavailable".
 """
 
 from __future__ import annotations

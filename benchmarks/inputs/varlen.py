@@ -44,7 +44,7 @@ class VarlenCall:
 
     @property
     def params(self) -> schema.Result:
-        """The sizes, and how much of a padded batch would be tokens."""
+        """The sizes, and the share of a padded batch that would be tokens."""
         names = ("batch", "shortest", "longest", "heads", "kv_heads", "head_dim", "causal")
         tokens = sum(self.lengths)
         share = round(tokens / (self.batch * max(self.lengths)), 4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from measure.protocols import REFUSED, CannotRun, Judgement, Step, Tensors
 
-Call = Callable[..., Any]  # of the inputs in their order, giving out
+Call = Callable[..., Any]  # takes the inputs in their order, returns out
 
 
 def results_of(call: Call, inputs: Mapping[str, Tensor], dout: Tensor | None, direction: str) -> Tensors:

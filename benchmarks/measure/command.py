@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,11 +35,11 @@ def main(
     bench: str,
     script: Path,
     cases_for: Callable[[torch.device], Sequence[Case]],
-    extras: dict[str, ExtraCase] | None = None,
+    extras: Mapping[str, ExtraCase] | None = None,
     argv: Sequence[str] | None = None,
     budget: Budget = CASE_BUDGET,
 ) -> int:
-    """Run the bench's chosen cases; 1 if a provider of ours failed, or broke the error rule as no peer did.
+    """Run the chosen cases; 1 if a provider of ours failed, or broke the error rule where no peer did.
 
     `budget` is how long a case is measured unless the options say otherwise.
     """
@@ -57,7 +57,7 @@ def _run_bench(
     bench: str,
     script: Path,
     cases_for: Callable[[torch.device], Sequence[Case]],
-    extras: dict[str, ExtraCase],
+    extras: Mapping[str, ExtraCase],
     options: argparse.Namespace,
     budget: Budget,
 ) -> tuple[int, schema.Result | None]:
@@ -118,11 +118,11 @@ def _run_bench(
 
 @dataclass(frozen=True)
 class SmallForm:
-    """A case at the size that a quick run measures, named by it."""
+    """A case at the size that a quick run measures, with that size in its name."""
 
     case: Case
     name: str
-    of: str  # the case's own name, where the size makes another
+    full_name: str  # the name of the case at its full size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.case, name)
@@ -168,7 +168,7 @@ def _dtypes(cases: Sequence[Case]) -> list[torch.dtype]:
 
 
 def _raise_ceilings(result: schema.Result, again: schema.Result) -> None:
-    """Take the better of two measurements of each ceiling, before and after the cases."""
+    """Keep the higher of two measurements of each ceiling, before and after the cases."""
     first = result["ceilings"]
     rates = {name: max(rate, again["matmul_tflops"][name]) for name, rate in first["matmul_tflops"].items()}
     result["ceilings"] = {"matmul_tflops": rates, "copy_gbps": max(first["copy_gbps"], again["copy_gbps"])}
@@ -185,7 +185,7 @@ def _raise_ceilings(result: schema.Result, again: schema.Result) -> None:
 def warm(script: Path, names: list[str], options: argparse.Namespace) -> None:
     """Let processes compile what torch compiles for the cases, side by side, into its cache on disk.
 
-    None of them is waited for longer than WARM_SECONDS: what it has not compiled, the measured process compiles.
+    Each process is stopped after WARM_SECONDS; the measured process compiles the rest.
     """
     command = [sys.executable, str(script), "--device", options.device]
     command += ["--cases-of", options.cases_of] if options.cases_of else []
@@ -237,13 +237,13 @@ def _run(
         budget = harness.for_target(budget)
     memory_script = None if options.quick else script
     entry = harness.run_case(case, device, budget, result["ceilings"], memory_script, options.providers)
-    if isinstance(case, SmallForm) and case.of != case.name:
-        entry["small_form_of"] = case.of
+    if isinstance(case, SmallForm) and case.full_name != case.name:
+        entry["small_form_of"] = case.full_name
     return _add(result, entry, path, options.merge)
 
 
 def _add(result: schema.Result, entry: schema.Result, path: Path | None, merging: bool) -> list[str]:
-    """Keep the entry, store what there is so far, print it; what is wrong with our rows."""
+    """Add the entry, store the result so far and print the entry; returns the problems of our rows."""
     result["cases"].append(entry)
     if path is not None:
         schema.save(_merged(result, path) if merging else result, path)

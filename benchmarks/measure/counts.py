@@ -33,7 +33,7 @@ RECORD = "python benchmarks/counts.py --record"
 Counts = dict[str, Any]
 Call = Callable[[], Any]
 
-WARM = 3  # calls until a plan runs: it is made by the second of a kind
+WARM = 3  # calls until a plan runs: the second call of a kind makes it
 HEADS, LENGTH, HEAD_DIM = 4, 256, 64
 SMALL_LENGTH, SMALL_DIM = 160, 16  # of calls that the interpreter executes
 
@@ -123,8 +123,8 @@ def _launching_calls() -> dict[str, Call]:
 
 
 def _calls_before_triton(call: Call) -> Counts:
-    """Python functions of fastattn that a call enters, those that launch aside, and its launches, none of which is
-    made. On a CPU values are checked besides, which a GPU would have to be waited for."""
+    """Python functions of fastattn that a call enters, without those that launch, and its launches, none of which is
+    executed. On a CPU values are checked too; on a GPU that would synchronise."""
     from fastattn.kernels.arguments import Launch
 
     made: list[Any] = []
@@ -139,7 +139,7 @@ def _calls_before_triton(call: Call) -> Counts:
 
 
 def python_calls(call: Call) -> int:
-    """How many functions of fastattn a call enters, comprehensions aside, which are none to newer Pythons."""
+    """How many functions of fastattn a call enters, without comprehensions, which newer Pythons inline."""
     import fastattn
 
     package = str(Path(fastattn.__file__).parent) + os.sep
@@ -164,7 +164,7 @@ def python_calls(call: Call) -> int:
 
 def operators(call: Call) -> Counts:
     """aten operators a call runs, bytes it allocates in all, and the peak of those alive at once."""
-    call()  # what is set up once does not count
+    call()  # set-up of the first call does not count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         result = call()

@@ -1,8 +1,8 @@
 """A model of decoding against a cache: the bytes and the times of splits of a fixed number of keys.
 
-A program loads the keys and values of its splits at the most that half a multiprocessor gets from the L2 cache, after
-the latency of its first loads; programs start in launch order in the slot that is free first, and all together get no
-more than the memory gives. Partial results are written once and read once. Nothing is measured.
+A program loads the keys and values of its splits at half of a multiprocessor's L2 bandwidth, after the latency of its
+first loads. Programs start in launch order in the slot that is free first, and all of them share the memory bandwidth.
+Partial results are written once and read once. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 from .splits import BYTES_PER_SECOND, makespan
 
-START = 1.0e-6  # seconds: the launch of a program and the first keys' way; half of it for one without a split
+START = 1.0e-6  # seconds for the launch of a program and its first loads; half of it for a program without a split
 LAUNCH = 2.0e-6  # of the combine, after the last program of the splits
 L2_BYTES_PER_CYCLE = 64  # that a multiprocessor receives
 HEADER = (
     "| call | splits | programs | waves | partial results | us | memory bound |",
     "|---|---|---|---|---|---|---|",
 )
-Sizes = Callable[[int], list[int]]  # keys of the splits of that many keys
+Sizes = Callable[[int], list[int]]  # number of keys -> keys in each split
 
 
 class Call(NamedTuple):
@@ -102,7 +102,7 @@ def row(call: Call, sizes: Sizes) -> str:
 
 
 def table() -> list[str]:
-    """The lines of docs/decode.md: the splits taken, and splits of 256 and of 1024 keys throughout."""
+    """The lines of docs/decode.md: the splits that are used, and splits of 256 and of 1024 keys throughout."""
     lines = list(HEADER)
     for call in CALLS:
         lines.append(f"| {call} | {row(call, doubling(call))}")

@@ -1,4 +1,4 @@
-"""Which CUDA errors end a process's use of its device: the runtime's own list, by code or by its exact words."""
+"""CUDA errors after which a process cannot use its device, from the runtime's documentation, by code or message."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LOST = {
     721: "tensor memory not completely freed",
 }
 # As torch, Triton, and NVIDIA's libraries introduce them: "CUDA error: ...", "Triton Error [CUDA]: ...",
-# "CUDA driver error: ...". Elsewhere the words are only talk: torch adds advice about device-side assertions to every
-# CUDA error.
+# "CUDA driver error: ...". Elsewhere in a message the words mean nothing: torch adds advice about device-side
+# assertions to every CUDA error.
 _WORDS = re.compile(
     r"(?:cuda(?: runtime| driver)? error|triton error \[cuda\])\s*(?:\(\d+\))?\s*:\s*(?:cudaerror\w+:?\s*)?("
     + "|".join(re.escape(words.lower()) for words in LOST.values())
@@ -44,14 +44,14 @@ def is_device_lost(error: BaseException) -> bool:
     code = getattr(error, "error_code", None)  # of torch.AcceleratorError
     if isinstance(code, int):
         return code in LOST
-    if not isinstance(error, RuntimeError):  # what CUDA reports is one; an assertion that quotes it is not
+    if not isinstance(error, RuntimeError):  # CUDA's errors are RuntimeErrors; an assertion may quote one
         return False
     text = str(error)
     return bool(_WORDS.search(text.lower()) or _NAMED.search(text))
 
 
 def lost_after(error: BaseException, device: torch.device) -> bool:
-    """The same, asked of the device where the error does not say: one that is lost fails at the next call too."""
+    """The same; where the error does not tell, a call of the device does, which fails on a lost device."""
     if is_device_lost(error):
         return True
     if device.type != "cuda":

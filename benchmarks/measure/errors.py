@@ -1,4 +1,4 @@
-"""The error rule: a result's error against float64, and the part of the allowed error that it uses."""
+"""The error rule: a result's error against float64, and the share of the allowed error that it uses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def excess(
 ) -> float:
     """max|actual - golden| over what the rule allows, 2 max|plain - golden| + eps(dtype) max|golden|; inf for NaN.
 
-    terms: of sums that cancel, which plain torch may have exactly by chance: it counts as wrong by their error.
+    terms: the terms of sums that cancel. Plain torch may be exact there by chance, so its error counts as at least
+        the rounding error of these terms.
     """
     actual, plain, golden = actual.double(), plain.double(), golden.double()
     infinite = golden.isinf()
@@ -70,10 +71,10 @@ def ratios_of(
     again: Callable[[], dict[str, Tensor]],
     terms: dict[str, Tensor],
 ) -> dict[str, float]:
-    """By result, the part of the allowed error that it uses.
+    """By result, the share of the allowed error that it uses.
 
-    Where float32 seems to be over the rule, plain torch's error is that of several orders of summation: of a few
-    numbers, that of one order may be 0 by chance.
+    Where a float32 result exceeds the rule, plain torch's error is taken over several orders of summation, because in a
+    few numbers that of one order may be 0 by chance.
 
     Args:
         actual: what is judged.

@@ -1,8 +1,7 @@
 """Measures providers side by side: interleaved rounds in one process, errors against float64, peak memory, ceilings.
 
-A bench hands over cases; a case opens a workload; a workload gives one step per provider. A step is one timed call
-and returns its tensors by name, from which the errors are taken. A provider that cannot run keeps its row, with
-the reason.
+A bench passes cases; a case opens a workload; a workload has one step for each provider. A step is one timed call and
+returns its tensors by name, from which the errors are computed. A provider that cannot run has a row with the reason.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Budget:
 
 
 QUICK = Budget(seconds=1.0, least_rounds=2, most_rounds=5, least_sample_seconds=0.001)
-TARGET_ROUNDS = 15  # that a figure held against a target has at least
+TARGET_ROUNDS = 15  # least number of samples of a case with a target
 
 
 def for_target(budget: Budget) -> Budget:
@@ -218,11 +217,11 @@ def _host_sample(step: Step, repeats: int) -> float:
 class _CudaSampler:
     """Seconds of device time per call, the cache overwritten before each sample.
 
-    A spinning kernel then holds the device back for longer than the host took to launch such calls before, so that
-    launch gaps do not count; what the host took is kept in `host`.
+    A spinning kernel then delays the device for longer than the host needed to launch such calls before, so that launch
+    gaps do not count; the host's time is kept in `host`.
     """
 
-    HERTZ = 2e9  # no slower than any clock a device spins at, so the wait is never too short
+    HERTZ = 2e9  # at least the clock of any device, so that the wait is never too short
 
     def __init__(self, device: torch.device) -> None:
         from fastattn import torch_compat
@@ -249,7 +248,7 @@ class _CudaSampler:
 
 
 def timed_row(provider: str, seconds: list[float]) -> Result:
-    """The row of a provider of which the time alone was measured."""
+    """The row of a provider with a time only."""
     row: Result = {"provider": provider, "status": "ok", "time_ms": spread(seconds)}
     unknown = ("error", "within_rule", "tflops", "gbps", "ceiling_share", "host_ms", "peak_memory_mib")
     return row | dict.fromkeys(unknown)

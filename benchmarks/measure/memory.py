@@ -17,7 +17,7 @@ import torch
 from measure.protocols import Case, Workload
 
 MARK = "peak-memory:"
-# glibc keeps freed blocks below these sizes; pinned low, so that the resident size follows what is allocated
+# glibc keeps freed blocks below these sizes; they are set low, so that the resident size follows the allocated size
 _MALLOC_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -33,7 +33,7 @@ def release(device: torch.device) -> None:
 
 
 def cuda_peak_mib(workload: Workload, provider: str, device: torch.device) -> float:
-    """MiB that one step of the provider holds at its worst above the workload's inputs."""
+    """Peak MiB of one step of the provider above the workload's inputs."""
     release(device)
     before = torch.cuda.memory_allocated(device)
     step = workload.step(provider)
@@ -52,8 +52,8 @@ def child_peaks(
     What a provider alone needs, such as a dense mask, counts; the temporaries of building it do not. A child
     (`python SCRIPT --measure-memory CASE PROVIDER ...`) imports everything once and forks per provider. A fork runs
     the case's small form first, so that code pages, thread pools and caches are not counted, and its malloc returns
-    freed blocks to the system, so that none hides. None where the system cannot reset a process's peak (other than
-    Linux), or where the provider ended without a figure, which is printed.
+    freed blocks to the system, so that they are not counted. None where the system cannot reset a process's peak
+    (other than Linux), or where the provider ended without a figure, which is printed.
     """
     command = [sys.executable, str(script), "--threads", str(torch.get_num_threads())]
     command += ["--measure-memory", case, *providers]
@@ -83,7 +83,7 @@ def print_peaks(case: Case, providers: Sequence[str]) -> None:
             print(f"{MARK} {json.dumps({provider: None})}", flush=True)
             continue
         sys.stdout.flush()
-        child = os.fork()  # nothing has run yet, so there are no threads to lose
+        child = os.fork()  # nothing has run yet, so there are no other threads
         if child == 0:
             status = 1
             try:
@@ -97,7 +97,7 @@ def print_peaks(case: Case, providers: Sequence[str]) -> None:
 
 
 def peak_of_step(case: Case, provider: str) -> float | None:
-    """MiB of one step in this process, the high-water mark of resident memory set back before it."""
+    """Peak MiB of one step in this process; the high-water mark of resident memory is reset before it."""
     device = torch.device("cpu")
     case.small().open(device).step(provider)()
     workload = case.open(device)
@@ -110,8 +110,13 @@ def peak_of_step(case: Case, provider: str) -> float | None:
     return peak
 
 
+def peak_resident_mib() -> float:
+    """The high-water mark of this process's resident memory; OSError where the system has none (other than Linux)."""
+    return _status_kib("VmHWM") / 1024
+
+
 def _reset_peak_rss() -> int | None:
-    """Resident KiB now, the kernel's high-water mark set back to it; None where the kernel offers no such reset."""
+    """Reset the high-water mark to the resident KiB, which are returned; None where the kernel offers no such reset."""
     gc.collect()
     _trim()
     try:

@@ -21,10 +21,10 @@ JSON_HINT = "--json takes no value: it prints the result as JSON; --out PATH sto
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2; without the usage, which --help shows."""
+        """Exit with 2, without printing the usage."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
@@ -94,11 +94,11 @@ def _check_pattern(option: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{option} {pattern!r}: is no regular expression ({error})") from None
+        raise ValueError(f"{option} {pattern!r}: is not a regular expression ({error})") from None
 
 
 def _check_writable(option: str, path: Path, suffix: str | None, bench: str) -> None:
-    """Files can be made where the option's file goes, or in the nearest folder above it that exists."""
+    """Raise ValueError unless a file can be written there, or in the nearest folder above that exists."""
     target = path if suffix is None else destination(str(path), bench, suffix)
     try:
         if target.is_dir() and suffix is not None:

@@ -16,7 +16,7 @@ MODEL: dict[str, Any] = {"vocab_size": 2048, "n_positions": LENGTH, "n_embd": 25
 
 @torch.no_grad()
 def perplexity(model: Any, rows: Any, count: int = 256) -> float:
-    """exp of the mean loss of a decoder's logits over at most so many rows."""
+    """exp of the mean loss of a decoder's logits over at most `count` rows."""
     total, tokens = 0.0, 0
     for first in range(0, min(count, len(rows)), BATCH):
         part = range(first, min(first + BATCH, count, len(rows)))

@@ -1,13 +1,12 @@
 """Child processes that may crash or hang: their lines as they come, with limits on their time and on each silence.
 
-A kernel that never ends keeps its process from printing, from exiting and sometimes from being killed: a process in
-the uninterruptible state D is only gone when its driver call returns. So every wait here has a limit, and what a
-process has said before is already read.
+A process with a kernel that never ends does not print or exit, and sometimes cannot be killed: in the uninterruptible
+state D it ends only when its driver call returns. So every wait here has a limit, and output is read as it is printed.
 
-A process may say how long it can be silent from now on, and what it is about to do:
+A process may announce what it does next, and for how many seconds it may print nothing:
 
     processes.announce(15, "backward D128")     in the child
-    > 15 backward D128                          the line it prints; whoever follows the process keeps it to that
+    > 15 backward D128                          the line it prints; `follow` enforces the limit
 """
 
 from __future__ import annotations
@@ -107,12 +106,12 @@ class Process:
 
     @property
     def deadline(self) -> float:
-        """When it is to be stopped unless it says something before."""
+        """The time at which it is stopped unless it prints something before."""
         end = self.started + self.limit
         return end if self.silence is None else min(end, self.heard + self.silence)
 
     def overdue(self) -> str:
-        """Why it is stopped now, empty where it is not."""
+        """The reason to stop it now; empty where there is none."""
         now = time.monotonic()
         if now >= self.started + self.limit:
             return f"stopped after {self.limit:.0f} s" + (f" in {self.doing}" if self.doing else "")
@@ -150,7 +149,7 @@ Events = queue.SimpleQueue[tuple[Process, "str | None"]]  # a line, or None wher
 def follow(*processes: Process) -> Iterator[tuple[Process, Line | Ended]]:
     """Lines of several processes as they are printed, and each one's exit; overdue processes are stopped.
 
-    They share one queue: make them with the same `events`. Whatever leaves the loop early stops all of them.
+    They share one queue: create them with the same `events`. Leaving the loop early stops all of them.
     """
     events = processes[0].events
     running = list(processes)

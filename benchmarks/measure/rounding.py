@@ -16,7 +16,7 @@ MORE_ORDERS = 8  # at most, where they are tried one by one until a result is wi
 
 
 def error_of_terms(terms: Tensor, dtype: torch.dtype) -> float:
-    """The rounding error that cancelling sums may leave: eps max|terms|, eps of the dtype that sums are kept in."""
+    """The rounding error of sums whose terms cancel: eps max|terms|, with the eps of the accumulation dtype."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.finfo(kept).eps * terms.max().item() if terms.numel() else 0.0
 
@@ -59,8 +59,8 @@ def terms_of_dscores(
 def plain_in_any_order(run: Callable[[], Results], golden: Results, orders: int = SUM_ORDERS) -> Results:
     """The results of `run`, the formula in plain torch, each from the order of summation in which its error is largest.
 
-    The error of a float32 sum depends on the order a processor adds in, so on one processor plain torch may be exact
-    by chance where it is not on another, nor a kernel. `golden` is what `run` gives in float64, of the same structure.
+    The error of a float32 sum depends on the order in which a processor adds, so plain torch may be exact by chance on
+    one processor, where it is not on another and a kernel is not either. `golden` is the result of `run` in float64.
     16-bit results are returned as torch computes them: their own rounding exceeds that of the sums.
     """
     *_, last = plain_by_orders(run, golden, orders)

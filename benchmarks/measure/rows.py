@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -16,8 +16,9 @@ SIZES = ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))  # (O,
 COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
+COLD_BYTES = 2**27  # of weights in turn, as layers follow each other: more than any cache keeps
 
-WORTH = 0.95  # of the time of the product for all rows: what is not faster than that is noise
+NOTICEABLE_RATIO = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
 
 Product = Callable[[Tensor], Tensor]
 Choice = tuple[tuple[int | None, str], ...]
@@ -36,12 +37,13 @@ def products(weight: Tensor) -> dict[str, Product]:
     return made
 
 
-def times(product: Product, width: int, dtype: torch.dtype) -> list[float]:
-    """Median microseconds for each number of rows."""
+def times(products: Sequence[Product], width: int, dtype: torch.dtype) -> list[float]:
+    """Median microseconds for each number of rows, of products with several weights in turn."""
     found = []
     for count in COUNTS:
         x, seconds = torch.randn(count, width).to(dtype), []
-        for _ in range(ROUNDS):
+        for round_ in range(max(ROUNDS, len(products))):
+            product = products[round_ % len(products)]
             start = time.perf_counter()
             product(x)
             seconds.append(time.perf_counter() - start)
@@ -49,8 +51,14 @@ def times(product: Product, width: int, dtype: torch.dtype) -> list[float]:
     return found
 
 
+def cold_weights(out: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Weights (out, width), so many that no cache holds them until their turn comes again."""
+    count = max(2, -(-COLD_BYTES // (out * width * dtype.itemsize)))
+    return [(torch.randn(out, width) * width**-0.5).to(dtype) for _ in range(count)]
+
+
 def same_at_every_place(product: Product, count: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a row of a block of `count` has the same bits at every place and beside any other rows."""
+    """Whether a row has the same bits at every place of a block of `count` rows, whatever the other rows hold."""
     x = torch.randn(count, width).to(dtype)
     whole = product(x)
     for shift in range(count):
@@ -68,9 +76,9 @@ def table() -> Iterator[str]:
     yield f"|---|---|{'---|' * len(COUNTS)}---|"
     for dtype in DTYPES:
         for out, width in SIZES:
-            weight = (torch.randn(out, width) * width**-0.5).to(dtype)
-            for name, product in products(weight).items():
-                cells = [f"{t:.0f}" for t in times(product, width, dtype)]
+            made = [products(weight) for weight in cold_weights(out, width, dtype)]
+            for name, product in made[0].items():
+                cells = [f"{t:.0f}" for t in times([of[name] for of in made], width, dtype)]
                 free = [str(n) for n in COUNTS if same_at_every_place(product, n, width, dtype)]
                 kind = f"{name}, {str(dtype).removeprefix('torch.')}"
                 yield f"| {kind} | {out} x {width} | {' | '.join(cells)} | {', '.join(free)} |"
@@ -78,17 +86,17 @@ def table() -> Iterator[str]:
 
 @torch.no_grad()
 def fastest(dtype: torch.dtype) -> Choice:
-    """Up to how many rows which of `fastattn.nn.rows.PRODUCTS` is the fastest over all sizes."""
+    """The fastest of `fastattn.nn.rows.PRODUCTS` over all sizes, for each range of numbers of rows."""
     from fastattn import torch_compat
     from fastattn.nn.rows import PRODUCTS
 
     totals = {name: [0.0] * len(COUNTS) for name in PRODUCTS}
     for out, width in SIZES:
-        weight = (torch.randn(out, width) * width**-0.5).to(dtype)
+        weights = cold_weights(out, width, dtype)
         for name, make in PRODUCTS.items():
             if name == "packed" and not torch_compat.has_packed_linear(dtype):
                 continue
-            found = times(make(weight, None), width, dtype)
+            found = times([make(weight, None) for weight in weights], width, dtype)
             totals[name] = [total + one for total, one in zip(totals[name], found)]
     return chosen({name: found for name, found in totals.items() if any(found)})
 
@@ -100,13 +108,13 @@ def chosen(totals: dict[str, list[float]]) -> Choice:
     for place in reversed(range(len(COUNTS) - 1)):
         best = min(totals, key=lambda name: totals[name][place])
         current = line[0][1]
-        if totals[best][place] < WORTH * totals[current][place]:
+        if totals[best][place] < NOTICEABLE_RATIO * totals[current][place]:
             line.insert(0, (COUNTS[place], best))
     return tuple(line)
 
 
 def write(path: Path, instructions: str, choices: dict[str, Choice]) -> None:
-    """Put one CPU's choices into the table, in place of those that it had."""
+    """Replace one CPU's choices in the table."""
     from fastattn.nn.rows_table import FASTEST
 
     table = dict(sorted({**FASTEST, instructions: choices}.items()))

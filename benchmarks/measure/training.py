@@ -1,4 +1,4 @@
-"""Small GPTs trained on the spot, for figures that random weights do not show."""
+"""Small GPTs trained by a bench, for figures that need more than random weights."""
 
 from __future__ import annotations
 

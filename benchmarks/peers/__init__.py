@@ -1,1 +1,1 @@
-"""The implementations of a call that are measured side by side, ours and others', by the names of the rows."""
+"""The providers of each kind of call, ours and other libraries', by the names of the rows."""

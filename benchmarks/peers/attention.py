@@ -14,7 +14,7 @@ from torch import Tensor
 from inputs.attention import AttentionInputs
 from measure.protocols import CannotRun
 
-Attention = Callable[[Tensor, Tensor, Tensor], Any]  # of query, key and value, giving out
+Attention = Callable[[Tensor, Tensor, Tensor], Any]  # takes query, key and value, returns out
 
 
 def find(name: str) -> Callable[[AttentionInputs], Attention]:
@@ -45,8 +45,8 @@ def fastattn(work: AttentionInputs, backend: str) -> Attention:
 def sdpa(work: AttentionInputs, backend: str) -> Attention:
     """torch.nn.functional.scaled_dot_product_attention, pinned to a backend where one is named.
 
-    What it has no argument for (windows, documents, ALiBi) goes in as the equivalent dense mask, built beforehand; as
-    "dense" everything does.
+    Options without an argument of SDPA (windows, documents, ALiBi) are passed as the equivalent dense mask, built
+    beforehand; with the backend "dense" all options are.
     """
     from torch.nn.attention import sdpa_kernel
 
@@ -123,7 +123,7 @@ def flex(work: AttentionInputs, _: str) -> Attention:
     if case.dropout_p:
         raise CannotRun("it has no dropout")
     if case.random_mask:
-        raise CannotRun("a dense random mask has no mask_mod but a lookup of every element")
+        raise CannotRun("a dense random mask can be a mask_mod only as a lookup of every element")
     if work.device.type == "cpu" and case.direction != "forward":
         raise CannotRun("it has no backward on the CPU")
     block_mask = None
@@ -198,7 +198,7 @@ def xformers(work: AttentionInputs, _: str) -> Attention:
     fmha = import_module("xformers.ops.fmha")
     case = work.case
     if case.softcap or case.documents > 1 or case.window or case.kv_heads != case.heads:
-        raise CannotRun("the bench has no such form of it")
+        raise CannotRun("the bench does not have this case for xFormers")
     mask = fmha.attn_bias.LowerTriangularMask() if case.causal else None
     if case.alibi or case.bias:
         mask = work.dense_additive_mask()

@@ -19,7 +19,7 @@ from measure.protocols import CannotRun, Step, Tensors
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 500,
 }  # fmt: skip
-GROUP = 8  # sequences that a sorted group has
+GROUP = 8  # sequences of a group, after sorting by length
 REAL_WEIGHTS = "FASTATTN_REAL_WEIGHTS"
 
 
@@ -45,7 +45,7 @@ class EncoderPair:
             self.model.save_pretrained(folder)
             if provider == "fastattn":
                 ours = BertForMaskedLM.from_pretrained(folder)
-                # from_pretrained maps the file: private copies of its pages, as transformers' weights are
+                # from_pretrained maps the file; copies of the pages make the weights private, as transformers' are
                 ours.load_state_dict({name: value.clone() for name, value in ours.state_dict().items()})
                 whole = ours.to(self.device, dtype)
                 return whole.train() if self.training else whole.bert

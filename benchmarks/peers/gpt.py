@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,16 @@ SMALL: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 
 SHARED_SIZES = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "embd_pdrop", "resid_pdrop", "attn_pdrop",
 )  # fmt: skip
+
+
+def save_gpt2(folder: Path, preset: str) -> int:
+    """Write a folder that both libraries read: random weights of a preset's sizes, or of SMALL's; its bytes."""
+    from fastattn.models import GPT, GPTConfig
+
+    torch.manual_seed(7)
+    model = GPT(GPTConfig.preset(preset) if preset else GPTConfig(**SMALL))
+    model.save_pretrained(folder)
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 class GPTPair:
@@ -41,13 +52,19 @@ class GPTPair:
     def _transformers(self, attention: str, dtype: torch.dtype) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        from fastattn.models.checkpoint import to_gpt2_names
+        from fastattn.models.checkpoint.gpt2 import OWN
+        from fastattn.models.checkpoint.names import to_file
 
         sizes = {name: getattr(self.config, name) for name in SHARED_SIZES}
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
         config = GPT2Config(**sizes, **tokens, attn_implementation=attention)
         model = GPT2LMHeadModel(config)
-        model.load_state_dict(to_gpt2_names(self.model.state_dict(), tied=True), strict=False)
+        weights = {
+            name: tensor for name, tensor in self.model.state_dict().items() if name != "lm_head.weight"
+        }
+        model.load_state_dict(
+            to_file(weights, None, OWN), strict=False
+        )  # the head is tied, and has no name there
         return model.to(self.device, dtype)
 
 

@@ -1,7 +1,7 @@
-"""A small GPT trained here on prose or on code until it knows the text: prompt lookup meets what a good model writes.
+"""A small GPT trained on prose or on code until it reproduces the text, for prompt lookup on realistic output.
 
-How often guesses are right depends on the text alone where a model writes real text. A small model that has not seen it
-writes none: sampled, it repeats nothing, and greedily it goes in circles.
+The share of right guesses depends on the generated text. A small model that has not seen the text generates nothing
+like it: with sampling it repeats nothing, and with greedy decoding it repeats itself endlessly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from measure.training import train_gpt
 
 LENGTH, BATCH, STEPS = 512, 4, 360
-CHARACTERS = 90_000  # of the corpus, read some twenty times
+CHARACTERS = 90_000  # of the corpus, which training reads about twenty times
 MODEL: dict[str, Any] = {"vocab_size": 2048, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4}
 SMALL: dict[str, Any] = {"vocab_size": 64, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
 
@@ -47,7 +47,7 @@ def trained(kind: str, count: int) -> tuple[Any, Tensor]:
 
 
 def untrained(count: int) -> tuple[Any, Tensor]:
-    """The same in small, with random weights and ids that repeat."""
+    """A tiny GPT with random weights, and ids that repeat."""
     from fastattn.models import GPT, GPTConfig
 
     torch.manual_seed(0)

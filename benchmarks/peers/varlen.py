@@ -149,7 +149,7 @@ def varlen_attn(work: VarlenInputs) -> Made:
     if work.case.heads != work.case.kv_heads:
         raise CannotRun("it has no grouped heads in this version of torch")
     torch_varlen = import_module("torch.nn.attention.varlen").varlen_attn
-    window = (-1, 0) if work.case.causal else (-1, -1)  # its way of saying causal
+    window = (-1, 0) if work.case.causal else (-1, -1)  # causal
     cu_seqlens, longest = work.cu_seqlens, work.longest
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def xformers(work: VarlenInputs) -> Made:
     """xFormers' memory-efficient attention under a block-diagonal mask, where it is installed."""
     fmha = import_module("xformers.ops.fmha")
     if work.case.heads != work.case.kv_heads:
-        raise CannotRun("the bench has no grouped form of it")
+        raise CannotRun("the bench does not have grouped heads for xFormers")
     mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(work.case.lengths)
     mask = mask.make_causal() if work.case.causal else mask
 

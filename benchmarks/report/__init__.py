@@ -1,1 +1,1 @@
-"""Result files, and the figures, tables and charts made of them."""
+"""Result files, and the figures, tables and charts made from them."""

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001 - charts are typeset
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _grid_figure(result: Result, direction: str) -> Any:
     panels = sorted({(not c["params"]["causal"], c["params"]["head_dim"]) for c in cases})
     providers = list(dict.fromkeys(r["provider"] for c in cases for r in c["rows"] if r["status"] == "ok"))
     columns = len({head_dim for _, head_dim in panels})
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure = _drawing().new_figure(5.2 * columns, 3.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (full, head_dim) in zip(axes.flat, panels):
@@ -73,7 +74,7 @@ def _length_figure(result: Result) -> Any:
     """A panel per line: time over size with 20th and 80th percentiles, or the rate where one is what matters."""
     lines = figures.lines_of(result)
     columns = min(len(lines), 3)
-    rows = -(-len(lines) // columns)
+    rows = math.ceil(len(lines) / columns)
     figure = _drawing().new_figure(4.6 * columns, 3.2 * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (line, cases) in zip(axes.flat, lines.items()):
@@ -121,7 +122,7 @@ def _short(value: float) -> str:
 
 
 def _label_log(axis: Any, unit: str) -> None:
-    """Round numbers along a logarithmic axis of matplotlib, whatever it spans."""
+    """Round numbers along a logarithmic axis of matplotlib, for any range."""
     axis.axes.minorticks_off()
     ticks = _drawing().log_ticks(*sorted(axis.get_view_interval()))
     axis.set_ticks(ticks, [f"{tick:g}{unit}" for tick in ticks])
@@ -136,7 +137,7 @@ def _ratio_figure(result: Result) -> Any:
     values = [ratio for _, ratio, _ in ratios]
     targets = [target for _, _, target in ratios if target]
     low, high = min([1.0, *values, *targets]), max([1.0, *values, *targets])
-    room = (high / low) ** 0.1  # for the figures at the ends of the bars
+    room = (high / low) ** 0.1  # space for the figures at the ends of the bars
     axis.set_xscale("log")
     axis.set_xlim(low / room, high * room)
     axis.set_ylim(0.4, len(ratios) + 0.6)
@@ -144,7 +145,7 @@ def _ratio_figure(result: Result) -> Any:
     axis.barh(list(places), [ratio - 1.0 for ratio in values], left=1.0, color=colors, height=0.7)
     for place, (_, ratio, target) in zip(places, ratios):
         offset, side, outermost = (3, "left", max) if ratio >= 1.0 else (-3, "right", min)
-        # The figure stands beside a target that is near, not on it.
+        # The figure is moved beside a target line that is near it.
         end = outermost(ratio, target) if target and 1 / room < target / ratio < room else ratio
         axis.annotate(
             f"{ratio:.2f}×", (end, place), (offset, 0),
@@ -155,7 +156,7 @@ def _ratio_figure(result: Result) -> Any:
     axis.axvline(1.0, color="0.3", linewidth=0.8)
     axis.set_yticks(list(places), [label for label, _, _ in ratios], fontsize=7)
     _label_log(axis.xaxis, "×")
-    # at the right end: beside long labels the axis is narrower than these words
+    # at the right end: with long labels the axis is narrower than this text
     axis.set_xlabel("times the peer's speed" + (" (red: the target)" if targets else ""), loc="right")
     return figure
 

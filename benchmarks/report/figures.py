@@ -11,6 +11,7 @@ import torch
 from report.schema import Result, dtype_name
 
 MOST_BARS = 60
+OURS = "fastattn"  # prefix of the providers that are ours
 FLOOR = "floor-"  # prefix of rows that are lower bounds, not providers
 MEDIAN_SPEED = {"swap": 1.0}  # by bench: the least median of the speeds of all its cases
 
@@ -20,9 +21,9 @@ def row_of(case: Result, provider: str) -> Result | None:
     return next((r for r in case["rows"] if r["provider"] == provider and r["status"] == "ok"), None)
 
 
-def best_ours(case: Result, ours: str = "fastattn") -> Result | None:
+def best_ours(case: Result) -> Result | None:
     """Our fastest row."""
-    rows = [r for r in case["rows"] if r["status"] == "ok" and r["provider"].startswith(ours)]
+    rows = [r for r in case["rows"] if r["status"] == "ok" and r["provider"].startswith(OURS)]
     return min(rows, key=lambda r: r["time_ms"]["median"], default=None)
 
 
@@ -30,11 +31,11 @@ def ours_of(case: Result) -> Result | None:
     """Our row that is compared: the target's, else the call without a named backend, else our fastest."""
     target = case["target"]
     named = row_of(case, target["provider"]) if target else None
-    return named or row_of(case, "fastattn") or best_ours(case)
+    return named or row_of(case, OURS) or best_ours(case)
 
 
 def host_us(row: Result | None) -> float | None:
-    """Microseconds that a call costs the host: on a CPU all of it."""
+    """Microseconds of the host for a call; on a CPU the whole time."""
     if row is None or row["status"] != "ok":
         return None
     host = row.get("host_ms")
@@ -42,7 +43,7 @@ def host_us(row: Result | None) -> float | None:
 
 
 def host_text(row: Result | None) -> str:
-    """That, and where launches were counted, how many there are and what each costs."""
+    """`host_us` as text; where launches were counted, also their number and the time of each."""
     host = host_us(row)
     if row is None or not host:
         return "–"
@@ -51,15 +52,15 @@ def host_text(row: Result | None) -> str:
 
 
 def peer_of(case: Result) -> Result | None:
-    """The row ours is held against: the target's, else the best peer's."""
+    """The row that ours is compared with: the target's, else the best peer's."""
     target = case["target"]
     named = row_of(case, target["against"]) if target and target["against"] else None
     return named or best_peer(case)
 
 
-def best_peer(case: Result, ours: str = "fastattn") -> Result | None:
-    """The fastest row that is not ours, nor a floor, the part of the work that every provider has to do."""
-    others = [r for r in case["rows"] if not r["provider"].startswith((ours, FLOOR))]
+def best_peer(case: Result) -> Result | None:
+    """The fastest row that is neither ours nor a floor (work that every provider has to do)."""
+    others = [r for r in case["rows"] if not r["provider"].startswith((OURS, FLOOR))]
     peers = [r for r in others if r["status"] == "ok"]
     return min(peers, key=lambda r: r["time_ms"]["median"], default=None)
 
@@ -120,12 +121,12 @@ def goals(case: Result) -> list[str]:
 
 
 class MedianSpeed(NamedTuple):
-    """Of all cases of a result that could be measured."""
+    """The median speed of the measured cases of a result, and its target."""
 
     ratio: float
     measured: int
     target: float
-    missing: list[str]  # names of the cases that could not run
+    missing: list[str]  # names of the cases that could not be measured
 
 
 def median_speed(result: Result) -> MedianSpeed | None:
@@ -177,6 +178,12 @@ def case_lines(case: Result) -> list[str]:
         ]
         lines.append(f"  {row['provider']:<18} " + "  ".join(part for part in parts if part))
     return lines
+
+
+def target(speed: float, against: str, provider: str = "fastattn", *, memory: float | None = None) -> Result:
+    """The target of a case: the least speed over the peer `against`, and the greatest share of its peak memory."""
+    goal: Result = {"provider": provider, "against": against, "speed": speed}
+    return goal if memory is None else {**goal, "memory": memory}
 
 
 def sizes(case: object, *names: str) -> Result:

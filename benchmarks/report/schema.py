@@ -36,7 +36,7 @@ STATUSES = ("ok", "unavailable", "failed")
 # "forward" is under no_grad; "forward-grad" records the graph of a backward that is not run.
 DIRECTIONS = ("forward", "forward-grad", "backward", "forward+backward", "import")
 ROOT = checkout.ROOT
-# Results belong to the checkout; benches that were installed without one leave theirs where they are run.
+# Results are stored in the checkout; benches that are installed without one store theirs in the working directory.
 RESULTS = (
     ROOT / "benchmarks" / "results" if (ROOT / "pyproject.toml").exists() else Path("fastattn-benchmarks")
 )
@@ -46,7 +46,7 @@ Result = dict[str, Any]
 
 
 def describe_device(device: torch.device) -> Result:
-    """Name, size and driver of the machine's part that ran."""
+    """Kind, name, threads, memory and driver of the device that ran."""
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -90,12 +90,12 @@ def new_result(bench: str, device: torch.device, settings: Result) -> Result:
 
 
 def without_paths(text: str) -> str:
-    """The text with absolute paths cut to their last part, so that results name no machine's folders."""
+    """The text with absolute paths shortened to their last part, so that results name no folders of a machine."""
     return _ABSOLUTE_PATH.sub(lambda match: match.group().rstrip("/").rsplit("/", 1)[-1], text)
 
 
 def save(result: Result, path: Path) -> None:
-    """Validate, then replace the file at once, so that a run cut short leaves the last whole state."""
+    """Validate, then replace the file atomically, so that an interrupted run leaves the last complete state."""
     validate(result)
     replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
@@ -103,7 +103,7 @@ def save(result: Result, path: Path) -> None:
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file atomically; its folder is made if needed.
 
-    `fastattn.cache` has the same, but evidence is also stored of machines where fastattn cannot be imported.
+    `fastattn.cache` has the same function, but results are also stored where fastattn cannot be imported.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -116,7 +116,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def load(path: Path) -> Result:
-    """A validated result; ValueError names the file and what is wrong with it."""
+    """A validated result; ValueError names the file and the fault."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         validate(result)

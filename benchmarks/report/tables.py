@@ -1,4 +1,4 @@
-"""The tables of README and docs/benchmarks.md, made from stored results: nothing they show is typed by hand."""
+"""The tables of the READMEs and docs/benchmarks.md, made from stored results."""
 
 # ruff: noqa: RUF001 - the tables are typeset, and one language is Chinese
 from __future__ import annotations
@@ -24,7 +24,7 @@ BENCHES = (
     "swap",
     "overhead",
 )
-# What the READMEs begin with: a window, packed documents, and a loss that never makes all the logits.
+# The first table of the READMEs: a window, packed documents, and a loss that never materialises all logits.
 HIGHLIGHTS = (
     ("attention", "window-255-8192"),
     ("attention", "packed-causal-8192"),
@@ -52,23 +52,23 @@ WORDS = {
         "median": "Median speed of the {count} cases measured: {speed} (target ≥ {target}×). Not measured: {missing}.",
     },
     "zh": {
-        "case": "调用(未注明者为 float32 前向 + 反向)",
+        "case": "调用（未注明者为 float32 前向 + 反向）",
         "peer": "对照",
         "speed": "速度比",
         "target": "目标",
-        "peer_ms": "对照,毫秒",
-        "ours_ms": "fastattn,毫秒",
-        "rate": "速率(占上限)",
-        "memory": "峰值内存,MiB(对照)",
-        "error": "与 float64 的误差(对照)",
+        "peer_ms": "对照，毫秒",
+        "ours_ms": "fastattn，毫秒",
+        "rate": "速率（占上限）",
+        "memory": "峰值内存，MiB（对照）",
+        "error": "与 float64 的误差（对照）",
         "none": "尚未测量。",
-        "on": "{device},{threads} 线程,torch {torch},{date},提交 {revision}",
-        "grid": "{direction},TFLOP/s(与最快对照之比)",
-        "cells": "掩码,头维度",
-        "peer_us": "对照,微秒",
-        "ours_us": "fastattn,微秒",
-        "more_us": "多出,微秒",
-        "median": "已测 {count} 例的速度比中位数:{speed}(目标 ≥ {target}×)。未测:{missing}。",
+        "on": "{device}，{threads} 线程，torch {torch}，{date}，提交 {revision}",
+        "grid": "{direction}，TFLOP/s（与最快对照之比）",
+        "cells": "掩码，头维度",
+        "peer_us": "对照，微秒",
+        "ours_us": "fastattn，微秒",
+        "more_us": "多出，微秒",
+        "median": "已测 {count} 例的速度比中位数：{speed}（目标 ≥ {target}×）。未测：{missing}。",
     },
 }
 Words = dict[str, str]
@@ -84,7 +84,7 @@ def table_of(name: str, language: str = "en") -> str:
 
 
 def stale_pages(root: Path = schema.ROOT) -> list[str]:
-    """Pages whose tables are not what the results give."""
+    """Pages whose tables differ from the results."""
     return [name for name in PAGES if (root / name).exists() and refreshed(root / name) != _read(root / name)]
 
 
@@ -94,9 +94,13 @@ def refreshed(page: Path) -> str:
     return MARKER.sub(lambda found: found[1] + table_of(found[2], language) + found[4], _read(page))
 
 
-def result_files(results: Path | None = None) -> list[Path]:
-    """Every stored result."""
-    return sorted((results or schema.RESULTS).glob("*/*.json"))
+TASKS = "tasks"  # the folder of the records of trained models
+
+
+def result_files() -> list[Path]:
+    """Every stored result of a bench; records of trained models are `trained.page`'s."""
+    found = schema.RESULTS.glob("*/*.json")
+    return sorted(path for path in found if path.parent.name != TASKS)
 
 
 def conditions(result: Result, words: Words | None = None) -> str:
@@ -164,7 +168,7 @@ def _bench_lines(bench: str, kind: str) -> Callable[[Words], list[str]]:
 
 
 def _median_lines(result: Result, words: Words) -> list[str]:
-    """The median of the cases' speeds beside its target, and what could not be measured."""
+    """The median of the cases' speeds, its target, and the cases that could not be measured."""
     found = figures.median_speed(result)
     if found is None:
         return []

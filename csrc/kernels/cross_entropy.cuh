@@ -10,7 +10,7 @@
 //   dz = dloss * (exp(z - lse) * ((1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse)
 //                 - (1 - s) * w[target] * [target] - s * w / classes)
 //
-// An ignored row has loss 0, no gradient, and is not read; a target that is no class gives NaN.
+// An ignored row has loss 0, no gradient, and is not read; a target that is not a class gives NaN.
 #pragma once
 
 #include "rows.cuh"

@@ -6,10 +6,10 @@ A backend is a module with
     why_not(spec) -> str | None         why it cannot run this spec
     why_not_auto(spec) -> str | None    why "auto" should not choose it although it can run (optional)
     MAKES_GRADIENTS                     names of forwards that take a gradient of their results and also return those of
-                                        their inputs (optional; the gradients of linear_cross_entropy are everyone's).
-                                        cross_entropy_fwd then comes with read_targets, whose result it takes too
-    READS_NO_VALUES                     that nothing its functions do depends on values of tensors, so that what they do
-                                        can be recorded and done again (optional; fastattn.backends.replay)
+                                        their inputs (optional; linear_cross_entropy's does so on every backend).
+                                        cross_entropy_fwd then comes with read_targets, whose result it also takes
+    READS_NO_VALUES                     True if nothing its functions do depends on values of tensors: their work can
+                                        then be recorded and replayed (optional; fastattn.backends.replay)
     tiles(spec) -> str | None           its launch parameters in a line, for `explain` (optional; <op>_tiles for
                                         other ops than attention)
 and, per op, functions of (spec, call, ...) named <op>_fwd and <op>_bwd. All return the same residuals, so the forward

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.integers import cdiv
 from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec, accumulation_dtype
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
@@ -51,7 +52,7 @@ def forward(
     losses = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
     norms = losses.new_empty(losses.shape[0], 2)
     grads = None if needs is None else _Grads(call, needs)
-    for rows in chunks(*_sizes(call), call.hidden.device.type):
+    for rows in chunks(call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type):
         chunk = _chunk(call, rows)
         if grads is None:
             losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
@@ -84,7 +85,7 @@ def backward(
     if kept is not None:
         dlosses, norms = dlosses[kept], norms[kept]
     grads = _Grads(call, needs)
-    for rows in chunks(*_sizes(call), call.hidden.device.type):
+    for rows in chunks(call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type):
         chunk = _chunk(call, rows)
         dlogits = cross_entropy_bwd(spec, chunk, dlosses[rows], norms[rows], grads.place(chunk))
         grads.add(chunk, rows, dlogits)
@@ -94,7 +95,7 @@ def backward(
 def chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
     """The tokens of each chunk."""
     fit = CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
-    step = max(1, min(fit, -(-tokens // MIN_CHUNKS)))
+    step = max(1, min(fit, cdiv(tokens, MIN_CHUNKS)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
@@ -142,10 +143,6 @@ class _Grads:
         """The gradients, that of hidden with zeros at the tokens left out."""
         hidden = None if self.hidden is None else _spread(self.hidden, kept, whole.hidden)
         return LinearGrads(hidden, self.weight, self.bias)
-
-
-def _sizes(call: LinearCrossEntropyCall) -> tuple[int, int]:
-    return call.hidden.shape[0], call.weight.shape[0]
 
 
 def _chunk(call: LinearCrossEntropyCall, rows: slice) -> CrossEntropyCall:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# What a step gives: nothing, a value, values, memory, or a tuple made of values.
+# What a step produces: nothing, one value, several values, uninitialised memory, or a tuple made of values.
 NOTHING, ONE, SEVERAL, EMPTY, GROUP = range(5)
 LARGE = 2**20  # bytes of a temporary that is released after its last use
 Getter = Callable[[list[Any]], Any]
@@ -20,7 +20,7 @@ Step = tuple[int, Callable[..., Any], Getter, tuple[int, ...]]  # kind, function
 
 
 class Seen(NamedTuple):
-    """A tensor that came up, which may be gone when the program is made."""
+    """A recorded tensor. It is held weakly: it may be freed before the program is made."""
 
     tensor: weakref.ref[Tensor]
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class Group:
 
 @dataclass
 class Event:
-    """One thing that happened."""
+    """One recorded step: an operation, a launch, a call of the extension or an allocation."""
 
     kind: int
     run: Callable[..., Any]
@@ -72,21 +72,21 @@ class Event:
 
     @property
     def matters(self) -> bool:
-        """Whether it has to be done though nothing uses its results."""
+        """Whether the step has an effect, so that it runs even if nothing uses its results."""
         return not (self.view or self.kind == EMPTY)
 
 
 class Record(Protocol):
     """The recorded steps of a function."""
 
-    seen: list[Seen | None]  # the tensors that came up, by number, inputs first
+    seen: list[Seen | None]  # the recorded tensors by number, inputs first
     num_inputs: int
-    origins: list[int]  # by number, that of the tensor whose memory it is
+    origins: list[int]  # by number, the number of the tensor that owns the memory
     events: list[Event]
 
 
 class Program:
-    """A record as steps over a list of values: `constants`, inputs, and what the steps give.
+    """A record as steps over a list of values: `constants`, inputs, and the results of the steps.
 
     `result` gets the results from the values.
     """
@@ -115,8 +115,8 @@ class Program:
         del self._seen, self._origins, self._instead, self._places, self._constant_places
 
     def _with_memory_of_results(self, events: Sequence[Event], needed: set[int]) -> list[Event]:
-        """Memory of which only launches use anything but one result is allocated as that result."""
-        used: dict[int, set[int]] = {}  # by memory, what is used otherwise than in launches
+        """Memory that is read outside of launches as one result only is allocated with the shape of that result."""
+        used: dict[int, set[int]] = {}  # by memory, the tensors in it that are used outside of launches
         numbers = list(needed)
         for event in events:
             if event.matters and not event.launch:
@@ -140,7 +140,7 @@ class Program:
         return one is not None and one.bytes == one.storage_bytes and self._are_one_place(view, number)
 
     def _are_one_place(self, view: int, number: int) -> bool:
-        """Whether a launch would see no difference."""
+        """Whether a launch cannot tell them apart: both have the same dtype and address."""
         one, whole = self._seen[view], self._seen[number]
         if one is None or whole is None or not one.bytes:
             return False
@@ -169,7 +169,7 @@ class Program:
         return self._instead.get(origin, origin) if self._are_one_place(number, origin) else number
 
     def _collect(self, operands: Iterable[Any]) -> None:
-        """Give every constant among operands a place."""
+        """Assign a place in `constants` to every constant among the operands."""
         for operand in operands:
             if isinstance(operand, Group):
                 self._collect(operand.operands)
@@ -196,7 +196,7 @@ class Program:
             self.steps.append((event.kind, event.run, _getter(places), tuple(released)))
 
     def _place(self, operand: Any, released: list[int]) -> int:
-        """Where an operand lies. A tuple is made in a step of its own, and released if something large is in it."""
+        """The place of an operand. A tuple is made in a step of its own, and released if it holds a large tensor."""
         if isinstance(operand, Number):
             return self._places[operand.number]
         if not isinstance(operand, Group):

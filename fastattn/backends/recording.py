@@ -37,8 +37,8 @@ class Recorder:
         self.num_inputs = len(inputs)
         self._numbers = {
             id(t): n for n, t in enumerate(inputs) if t is not None
-        }  # of tensors, some of them gone
-        self.origins = list(range(len(inputs)))  # by number, that of the tensor whose memory it is
+        }  # by id of a tensor, which may have been freed
+        self.origins = list(range(len(inputs)))  # by number, the number of the tensor that owns the memory
         self.events: list[Event] = []
         self.refusal: str | None = None  # why there will be no program
         self._paused = False
@@ -124,7 +124,7 @@ class Recorder:
         self.events.append(event)
 
     def _origin(self, result: Seen | None, given: Sequence[int]) -> int:
-        """The tensor whose memory a new one is: its own, or that of an operand."""
+        """The number of the tensor that owns a new one's memory: itself, or an operand whose memory it shares."""
         own = len(self.seen)
         if result is None or not result.bytes:
             return own
@@ -162,12 +162,12 @@ def _depends_on_values(op: Any, args: Sequence[Any]) -> bool:
 def _by_name(
     op: Callable[..., Any], count: int, names: Sequence[str], fixed: dict[str, Any]
 ) -> Callable[..., Any]:
-    """An operation that gets its first `count` operands by position and the others by name."""
+    """An operation that takes its first `count` operands by position and the others by name."""
     return lambda *operands: op(*operands[:count], **dict(zip(names, operands[count:])), **fixed)
 
 
 def _described(kind: type, fields: dict[str, Any], parts: Sequence[Any]) -> Any:
-    """A descriptor that differs from one that was checked in its tensor alone."""
+    """A copy of a checked TMA descriptor with another tensor."""
     made: Any = object.__new__(kind)
     vars(made).update(fields, base=parts[0])
     return made

@@ -1,7 +1,7 @@
 """Replays: the work of a backend in the first call of a kind, recorded and run again for later ones.
 
 Tiles, grids, strides and variants of a call follow from the classes of its tensors and from its options, never from
-values where a backend says so (READS_NO_VALUES). So its first call is recorded: every operation of torch, by a dispatch
+values where a backend says so (READS_NO_VALUES). The first call is recorded: every operation of torch, by a dispatch
 mode, every launch of Triton and every call of the extension, in order (`fastattn.backends.recording`). The later calls
 run the same list on their own tensors: allocations with the sizes and strides found then, launches with the same grid
 and numbers. Triton's launches go to the compiled kernel itself. Callers must ensure that the tensors of a later call
@@ -38,7 +38,7 @@ class Replay:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self.program: Program | None = None  # what later calls do
+        self.program: Program | None = None  # what later calls run
         self.refusal: str | None = None  # why nothing is recorded
 
     def __call__(self, *tensors: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""The fastattn command: what the machine offers, and a demonstration of the library on it.
+"""The fastattn command: the state of the machine, a demonstration, models and benchmarks.
 
 A file per command parses and prints; the command's work is in a module of the package that is imported when the
 command runs.
@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from fastattn.cli import bench, build, demo, doctor, evaluate, generate, predict, train
+from fastattn.cli import bench, build, demo, doctor, evaluate, generate, predict, serve, train
 from fastattn.cli.command import command
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fastattn",
-    help="One attention call, every mask, every device: see what runs here and try it.",
+    help="Fused attention for PyTorch: check this machine, try fastattn, train and run models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,6 +52,7 @@ command(demo.demo, app)
 command(build.build, app)
 command(generate.generate, app)
 command(predict.predict, app)
+command(serve.serve, app)
 command(train.train, app, context_settings=train.OVERRIDES)
 command(evaluate.evaluate, app)
 app.add_typer(bench.app, name="bench")

@@ -17,7 +17,7 @@ app = typer.Typer(
 
 
 def _bench_command(name: str, summary: str) -> None:
-    """`fastattn bench NAME`, whose options, --help among them, are the script's own."""
+    """`fastattn bench NAME`; its options, including --help, are the script's."""
 
     def measure(context: typer.Context) -> None:
         status = bench.run(name, context.args)
@@ -30,6 +30,6 @@ def _bench_command(name: str, summary: str) -> None:
 
 for _name, _summary in bench.NAMES.items():
     _bench_command(_name, _summary)
-_bench_command("all", "Every one of these, one after the other; --json, --out FOLDER, --update-docs.")
+_bench_command("all", "All of these, one after the other; --json, --out FOLDER, --update-docs.")
 command(tune, app)
 command(model, app)

@@ -13,16 +13,16 @@ def build(
     arch: Annotated[
         str | None,
         typer.Option(
-            help="GPU architectures, such as '8.0;9.0a'; by default TORCH_CUDA_ARCH_LIST or the GPUs here."
+            help="GPU architectures, such as '8.0;9.0a'; by default TORCH_CUDA_ARCH_LIST or the GPUs of this machine."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Compile again what is in the cache.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compile again even if the cache has it.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Build the CUDA extension for this torch into the cache, from which fastattn loads it.
 
     Needs a CUDA build of torch, a CUDA toolkit of the same major version, g++ and some minutes. FASTATTN_CACHE_DIR
-    says where the cache is, MAX_JOBS how many compilers run at once. Exits with 1 when there is no result.
+    sets the cache folder, MAX_JOBS the number of compilers at a time. Exits with 1 if the build fails.
     """
     from fastattn import extension
     from fastattn.cache import cache_dir

@@ -19,7 +19,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object in
 
 
 def command(function: Callable[..., None], group: typer.Typer, **settings: Any) -> Callable[..., None]:
-    """Register a command whose user sees one line for bad input (exit code 2), a full disk or Ctrl-C (130)."""
+    """Register a command that prints one line for bad input (exit code 2), a full disk (1) or Ctrl-C (130)."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -28,9 +28,7 @@ def command(function: Callable[..., None], group: typer.Typer, **settings: Any) 
         except InputError as error:
             raise stop(str(error), BAD_INPUT) from None
         except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # the reading end of the pipe is closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe
             raise typer.Exit(1) from None
         except OSError as error:
             raise stop(str(error), 1) from None
@@ -41,7 +39,7 @@ def command(function: Callable[..., None], group: typer.Typer, **settings: Any) 
 
 
 def stop(message: str, code: int) -> typer.Exit:
-    """The end of a command, with a line that says why."""
+    """Print a line with the reason and return the exit of the command."""
     typer.echo(f"fastattn: {message}", err=True)
     return typer.Exit(code)
 
@@ -50,7 +48,7 @@ def output(as_json: bool) -> Output:
     """The output of a command's progress: none with --json."""
     if as_json:
         return NoOutput()
-    from fastattn.cli.console import standard_output  # slow to import, and --help needs none of it
+    from fastattn.cli.console import standard_output  # slow to import, and not needed for --help
 
     return standard_output()
 

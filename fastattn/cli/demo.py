@@ -1,4 +1,4 @@
-"""`fastattn demo`: attention checked, timed and trained with."""
+"""`fastattn demo`: checks and times attention, and trains a model with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def demo(
 ) -> None:
     """Check attention against a float64 reference, time it, swap it into a torch model and train a small GPT.
 
-    Exits with 0 when everything agreed, 1 when something did not, 2 on bad input.
+    Exits with 0 if every check passed, 1 if one failed, 2 on bad input.
     """
     from fastattn.demo import run
 

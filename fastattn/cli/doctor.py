@@ -1,4 +1,4 @@
-"""`fastattn doctor`: what this machine offers."""
+"""`fastattn doctor`: the state of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastattn.console import Output
 
 
 def doctor(as_json: JsonFlag = False) -> None:
-    """Report versions, devices, compilers, the extension and which backends can run here, and why others cannot."""
+    """Report versions, devices, compilers, the extension, and for each backend whether it can run here or why not."""
     from fastattn.doctor import report
 
     found = report()
@@ -20,7 +20,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 
 def show(found: dict[str, Any], out: Output) -> None:
-    """Print a report for people."""
+    """Print the report as text."""
     out.heading("Versions")
     about, versions = found["fastattn"] or {}, found["versions"]
     name = f"{about.get('version')}" + (f", git {about['revision']}" if about.get("revision") else "")

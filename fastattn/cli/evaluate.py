@@ -1,4 +1,4 @@
-"""`fastattn evaluate`: figures of a model's folder on labelled data, beside those of simple methods."""
+"""`fastattn evaluate`: metrics of a model's folder on labelled data, with those of baselines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import JsonFlag, output, print_json
-from fastattn.cli.predict import MAX_BATCH
+from fastattn.cli.predict import check_batch_size
 
 
 def evaluate(
@@ -18,14 +18,14 @@ def evaluate(
         typer.Option(help="File, folder or data set with labelled examples; needed, may be repeated."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="What to evaluate; by default what the folder's head is for.")
+        str | None, typer.Option(help="Task to evaluate; by default that of the folder's head.")
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="majority, tfidf, lead or copy: a simple method beside; may be repeated."),
+        typer.Option(help="Also evaluate majority, tfidf, lead or copy; may be repeated."),
     ] = None,
     train: Annotated[
-        list[str] | None, typer.Option(help="Labelled examples that majority and tfidf learn from.")
+        list[str] | None, typer.Option(help="Labelled examples to train majority and tfidf on.")
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(metavar="KEY=VALUE", help="An option of the task, as max_length=256; may be repeated."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time; changes no figure.")
+        int | None, typer.Option(help="Texts at a time; does not change the metrics.")
     ] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for the reliability plot and the confusion table.")
@@ -49,6 +49,7 @@ def evaluate(
     entities. Questions: exact match and F1. Encoder-decoders: BLEU, chrF, ROUGE. Embeddings: Spearman's correlation.
     docs/evaluation.md documents every key. Exits with 2 on bad input.
     """
+    check_batch_size(batch_size)
     from fastattn.tasks import evaluate as work
 
     found = work.evaluate(

@@ -1,4 +1,4 @@
-"""`fastattn generate`: text continued, or written for a source, by the model of a folder."""
+"""`fastattn generate`: continues text, or generates the target of a source, with the model of a folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder with its tokenizer.")],
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to continue, or a source; by default what stands on standard input."),
+        typer.Option(help="Text to continue, or a source; by default standard input."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help='JSONL file with a text under "prompt" in each line, instead.')
+        Path | None,
+        typer.Option(help='JSONL file with a text under "prompt" in each line, instead of --prompt.'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, max=MAX_INT32, help="Most tokens to add.")] = 128,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, max=1e6, help="Divides the logits; this or the next three sample. 0: greedy."),
+        typer.Option(
+            min=0,
+            max=1e6,
+            help="Divides the logits; 0 is greedy. This and the next three switch sampling on.",
+        ),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, max=MAX_INT32, help="Keep the k likeliest tokens.")
@@ -36,31 +41,35 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Keep tokens at least so many times as likely as the likeliest."),
+        typer.Option(min=0, max=1, help="Keep tokens at least this many times as likely as the likeliest."),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(min=1e-3, max=1e3, help="Over 1: tokens that stood before are less likely."),
+        typer.Option(min=1e-3, max=1e3, help="Above 1, tokens that occurred before are less likely."),
     ] = None,
     presence_penalty: Annotated[
         float | None,
-        typer.Option(min=-1e3, max=1e3, help="Is taken from the logits of tokens that were added."),
+        typer.Option(min=-1e3, max=1e3, help="Subtracted from the logits of tokens of the continuation."),
     ] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, max=1024, help="Beams of beam search.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     prompt_lookup: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, help="Most tokens that are guessed from earlier text in a step."),
+        typer.Option(min=1, max=1024, help="Most tokens guessed from earlier text in a step."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Multiply with 8-bit weights, on a CPU.")] = False,
+    target_tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tokenizer of an encoder-decoder's targets, where it is another."),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Use 8-bit weights, on a CPU.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Continue text with the model of a folder, its text printed as it is made.
+    """Continue text with the model of a folder; the text is printed as it is generated.
 
     An encoder-decoder reads the text as its source and prints the target.
 
-    Other options default to the folder's generation_config.json, except --max-new-tokens.
+    Options that are not given default to the folder's generation_config.json, except --max-new-tokens.
     Exits with 2 on bad input.
     """
     from fastattn import text_generation as work
@@ -73,10 +82,12 @@ def generate(
     work.check_folder(folder)
     standard = standard_input() if prompt is None and data is None else None
     prompts = work.prompts_of(prompt, data, standard)
-    model, tokenizer = work.load_folder(folder, "int8" if int8 else None)
+    if target_tokenizer is not None:
+        work.check_tokenizer(target_tokenizer)
+    model, tokenizer, written = work.load_folder(folder, "int8" if int8 else None, target_tokenizer)
     texts = [""] * len(prompts)
     current = 0
-    for number, piece in work.continuations(model, tokenizer, prompts, options):
+    for number, piece in work.continuations(model, tokenizer, prompts, options, written):
         texts[number] += piece
         if not as_json:
             typer.echo("\n" * (number - current) + piece, nl=False)

@@ -8,8 +8,15 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import JsonFlag, print_json, standard_input
+from fastattn.console import InputError
 
 MAX_BATCH, MAX_COUNT = 2**16, 2**16
+
+
+def check_batch_size(number: int | None) -> None:
+    """Refuse a number of texts at a time that is out of range."""
+    if number is not None and not 1 <= number <= MAX_BATCH:
+        raise InputError(f"--batch-size: got {number}, needs a number of texts from 1 to {MAX_BATCH}")
 
 
 def predict(
@@ -20,22 +27,21 @@ def predict(
             help='JSONL file with "text" in each line, or "question" and "context"; else standard input.'
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.")] = 32,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, max=MAX_COUNT, help="Most classes, answers or words; all, 1 and 5 by default."),
     ] = None,
-    no_answer: Annotated[
-        bool, typer.Option("--no-answer", help="Let 'no answer' compete with answers.")
-    ] = False,
+    no_answer: Annotated[bool, typer.Option("--no-answer", help="Allow 'no answer' as an answer.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Predict with an encoder's folder, a line for each text of standard input, in its order.
+    """Predict with an encoder's folder: a line for each text of standard input, in the same order.
 
-    The folder's head says what: classes with scores, entities, answers (question, tab, context), the words behind
-    [MASK], or vectors. A text that is longer than the model reads is cut, and a line on standard error says so.
+    The folder's head decides what: classes with scores, entities, answers (question, tab, context), the words for
+    [MASK], or vectors. A text longer than the model's limit is truncated, and a line on standard error says so.
     Exits with 2 on bad input.
     """
+    check_batch_size(batch_size)
     from fastattn.tasks import predict as work
 
     task = work.task_of(folder)

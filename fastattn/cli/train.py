@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -29,13 +30,17 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Folder of the model to start from, or a preset's name.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for the trained model and everything else.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for the trained model and the files of the run.")
+    ] = None,
     dev: Annotated[
         list[str] | None,
-        typer.Option(help="File or folder to pick the best model by; else a part of the training data."),
+        typer.Option(help="File or folder to select the best model by; else a part of the training data."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder of a model to learn soft labels from.")] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint's folder, to go on from.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto, or the folder of a checkpoint, to continue from.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file with the sections' options.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -62,7 +67,9 @@ def train(
         raise InputError(" ".join(str(error).split())) from None
     except TrainingDiverged as error:
         raise stop(str(error), 1) from None
-    if as_json:
+    if os.environ.get("RANK", "0") != "0":
+        pass  # the first process reports
+    elif as_json:
         print_json(report)
     elif not report["interrupted"] and "metrics" in report:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
@@ -72,7 +79,7 @@ def train(
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
-    """The task and the overrides, each in one word; a value may stand behind its option."""
+    """The task and the overrides, each in one word; a value may also be the next word."""
     task: str | None = None
     overrides: list[str] = []
     rest = iter(words)
@@ -87,7 +94,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
         elif task is None:
             task = word
         else:
-            raise InputError(f"{word!r}: is one word too many; files behind --train and --dev take one each")
+            raise InputError(f"{word!r}: is one word too many; --train and --dev take one file each")
     if task is None:
         raise InputError("TASK: is missing")
     return task, overrides

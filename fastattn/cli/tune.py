@@ -18,7 +18,7 @@ def tune(
         typer.Option(help="float16, bfloat16 or float32; this and the next may be repeated."),
     ] = None,
     head_dim: Annotated[
-        list[str] | None, typer.Option(help="As in 64, or 192,128 where values have their own.")
+        list[str] | None, typer.Option(help="Such as 64, or 192,128 for another one of values.")
     ] = None,
     features: Annotated[
         list[str] | None, typer.Option(help="Kinds of calls: plain, or features as in causal+window.")
@@ -29,7 +29,9 @@ def tune(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer calls, and only neighbours of built-in tiles.")
     ] = False,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Begin nothing new after so long.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Start no further candidate after this time.")
+    ] = None,
     jobs: Annotated[
         int, typer.Option("-j", "--jobs", min=1, max=MAX_JOBS, help="Processes that compile and check.")
     ] = 4,
@@ -50,7 +52,9 @@ def tune(
     ] = False,
     store: Annotated[
         bool,
-        typer.Option("--store", help="With --model: keep the first ones, until measured ones replace them."),
+        typer.Option(
+            "--store", help="With --model: store the first of each ranking, until measured tiles replace it."
+        ),
     ] = False,
     device: Annotated[
         str | None,
@@ -60,22 +64,26 @@ def tune(
 ) -> None:
     """Find the fastest tiles of the Triton attention kernels on this GPU; later calls use them.
 
-    Every candidate is compared with a float64 reference before it is timed; those that are right are timed in
-    interleaved rounds. Winners go to the cache folder (FASTATTN_CACHE_DIR), for this device, these versions and these
-    kernels alone. Exits with 1 where no tile was right, 2 without a GPU unless --dry-run or --model is given.
+    Every candidate is compared with a float64 reference; the correct ones are timed in interleaved rounds. Winners are
+    stored in the cache folder (FASTATTN_CACHE_DIR), for this device, these versions and these kernels only. Exits with
+    1 if no tile was correct, with 2 without a GPU unless --dry-run or --model is given.
     """
     from fastattn.tune import command as tuning
 
     options = tuning.Options.of(dtype, head_dim, features, kernel, quick, minutes, jobs)
     out = output(as_json)
     if arch is not None and not dry_run:
-        raise InputError("--arch goes with --dry-run: what is measured is the GPU at hand")
+        raise InputError(
+            "--arch: is only used with --dry-run, because tiles are measured on the GPU of this machine"
+        )
     if model and dry_run:
         raise InputError("--model and --dry-run: needs one of them")
     if store and not model:
-        raise InputError("--store goes with --model: what is measured is stored in any case")
+        raise InputError("--store: is only used with --model, because measured tiles are always stored")
     if device is not None and not store:
-        raise InputError("--device goes with --store: what is measured is the GPU at hand")
+        raise InputError(
+            "--device: is only used with --store, because tiles are measured on the GPU of this machine"
+        )
     if model:
         from fastattn.tune.model import machine_of, rank_works
 

@@ -1,4 +1,4 @@
-"""Documents in rows of one size by best fit, each document a segment of its own."""
+"""Documents packed into rows of one size by best fit, each document a segment of its own."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Spans = npt.NDArray[np.int64]
 
 
 def best_fit(lengths: npt.ArrayLike, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Put pieces into rows: the longest first, each into the fullest row that has room for it, else into a new one.
+    """Assign pieces to rows: the longest first, each to the fullest row that has room for it, else to a new row.
 
     Best-fit decreasing; Ding et al. 2024, "Fewer Truncations Improve Language Modeling". The same lengths give the same
     rows. A piece costs O(size / 64).
 
     Args:
         lengths: (N,) of the pieces, each within [1, size].
-        size: of a row.
+        size: tokens of a row.
 
     Returns:
-        The numbers of the pieces row after row, (N,), and where each row begins among them, (rows + 1,).
+        The numbers of the pieces in the order of the rows, (N,), and the start of each row among them, (rows + 1,).
     """
     sizes = np.asarray(lengths, np.int64)
     size = check_integer("size", size, 1, MAX_INT32)
     if sizes.ndim != 1 or (len(sizes) and not 1 <= sizes.min() <= sizes.max() <= size):
-        raise ValueError(f"lengths: need whole numbers within [1, {size}]")
+        raise ValueError(f"lengths: needs whole numbers within [1, {size}]")
     order = np.argsort(-sizes, kind="stable")
     rows_with: list[list[int]] = [[] for _ in range(size + 1)]  # by the room that is left in them
     rooms = 0  # bit r is set where some row has room r
@@ -58,24 +58,24 @@ def best_fit(lengths: npt.ArrayLike, size: int) -> tuple[npt.NDArray[np.int64], 
 
 
 class BestFitDataset:
-    """Pieces of token runs packed into rows of one size, for a causal language model that shifts its labels itself.
+    """Pieces of token runs packed into rows of one size, for a causal language model that shifts the labels.
 
     Each item is a dict of (T,) int64 tensors: `input_ids`; `labels`, IGNORE_INDEX at the first token of every piece, at
-    padding and where `counted` says so; `segment_ids`, 0, 1, ... by piece and PADDING_SEGMENT at padding. Positions
-    restart and nothing is attended to across segments, so the loss of rows is that of the pieces one by one.
+    padding and where `counted` is False; `segment_ids`, 0, 1, ... by piece and PADDING_SEGMENT at padding. Positions
+    restart with each segment and there is no attention between segments, so the loss is that of the separate pieces.
 
     Args:
         tokens: (N,) ids, possibly memory-mapped.
         spans: (pieces, 2) first and last token (exclusive) of each piece.
         block_size: T, at least 2.
-        bos_id: stands before every piece; None for nothing.
-        pad_id: fills rows.
-        counted: (N,) bool, which tokens count in the loss; all by default.
-        dropped: tokens that the caller left out of `spans`.
+        bos_id: the token before every piece; None for no such token.
+        pad_id: the token that fills rows.
+        counted: (N,) bool, the tokens that count in the loss; all by default.
+        dropped: number of tokens that the caller left out of `spans`.
 
     Attributes:
-        dropped: tokens that are in no row: the caller's, and those of pieces without any that counts.
-        padding: share of the rows' places that is padding.
+        dropped: number of tokens in no row: the caller's, and those of pieces without a token that counts.
+        padding: share of the rows that is padding.
         cut, cut_rows: `dropped`, and the number of texts longer than a row, which the caller sets.
 
     Raises:
@@ -104,13 +104,13 @@ class BestFitDataset:
         self.tokens, self.counted = tokens, counted
         spans = np.asarray(spans, np.int64)
         if not ((spans[:, 0] >= 0) & (spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(tokens))).all():
-            raise ValueError(f"spans: need a first token below the last, within {len(tokens)} tokens")
+            raise ValueError(f"spans: needs a first token below the last, within {len(tokens)} tokens")
         useful = self._targets(spans) > 0
         self.dropped = dropped + int((spans[~useful, 1] - spans[~useful, 0]).sum())
-        self.cut, self.cut_rows = self.dropped, 0  # as other training sets call them
+        self.cut, self.cut_rows = self.dropped, 0  # their names in other training sets
         self.spans = spans[useful]
         if not len(self.spans):
-            raise ValueError("spans: no piece has a token that counts, need at least one")
+            raise ValueError("spans: no piece has a token that counts, needs at least one")
         lengths = self.spans[:, 1] - self.spans[:, 0] + (self.bos_id is not None)
         if lengths.max() > self.block_size:
             raise ValueError(f"spans: a piece takes {lengths.max()} tokens, rows have {self.block_size}")
@@ -121,9 +121,9 @@ class BestFitDataset:
     def of_stream(
         cls, stream: TokenStream, block_size: int, *, bos_id: int | None = None, pad_id: int = 0
     ) -> BestFitDataset:
-        """The documents of a stream, those that are longer than a row in pieces as long as one."""
+        """The documents of a stream; documents longer than a row are divided into pieces as long as a row."""
         if not isinstance(stream, TokenStream):
-            raise TypeError(f"stream: got a {type(stream).__name__}, need a TokenStream")
+            raise TypeError(f"stream: got a {type(stream).__name__}, needs a TokenStream")
         room = check_integer("block_size", block_size, 2, MAX_INT32) - (bos_id is not None)
         ends = np.append(stream.starts[1:], len(stream))
         pieces = -(-(ends - stream.starts) // room)
@@ -169,7 +169,7 @@ class BestFitDataset:
         return int(self._targets(self.spans).sum())
 
     def _targets(self, spans: Spans) -> npt.NDArray[np.int64]:
-        """Tokens of each piece that count: without its first where no BOS predicts it."""
+        """The number of tokens of each piece that count, without its first if there is no BOS."""
         first = spans[:, 0] + (self.bos_id is None)
         if self.counted is None:
             return np.maximum(spans[:, 1] - first, 0)
@@ -178,14 +178,14 @@ class BestFitDataset:
 
 
 def _check_array(name: str, value: Any, kind: Any, shape: tuple[int | None, ...]) -> None:
-    """TypeError or ValueError unless `value` is an array of a kind of numbers; None in `shape` is any size."""
+    """TypeError or ValueError unless `value` is an array of this kind and shape; None in `shape` is any size."""
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name}: got a {type(value).__name__}, need a NumPy array")
+        raise TypeError(f"{name}: got a {type(value).__name__}, needs a NumPy array")
     fits = value.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape))
     if not fits or not np.issubdtype(value.dtype, kind):
         needed = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(
-            f"{name}: got {value.dtype} of shape {value.shape}, need {kind.__name__} of shape ({needed})"
+            f"{name}: got {value.dtype} of shape {value.shape}, needs {kind.__name__} of shape ({needed})"
         )
 
 
@@ -196,7 +196,7 @@ def packed_sequences(
     pad_id: int = 0,
     dropped: int = 0,
 ) -> BestFitDataset:
-    """A dataset of token sequences in memory, each with a mark for each token, whether it counts in the loss."""
+    """A dataset of token sequences in memory, each with a flag for every token: whether it counts."""
     lengths = np.array([len(ids) for ids, _ in sequences], np.int64)
     ends = np.cumsum(lengths)
     tokens = np.concatenate([np.empty(0, np.uint32), *(np.asarray(ids, np.uint32) for ids, _ in sequences)])

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the tokenizer's chat template, and which tokens are the assistant's."""
+"""Conversations as tokens: the tokenizer's chat template, and the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 
 ASSISTANT = "assistant"
-# Of a tokenizer without one: roles in words, and the end-of-text token behind what the assistant says.
+# For a tokenizer without a template: roles in words, and the end-of-text token after the assistant's text.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}"
@@ -23,14 +23,14 @@ _GENERATION = ("{% generation", "{%- generation")
 _MARKS = (
     "\U000f0001",
     "\U000f0002",
-)  # private characters around what a template says the assistant generates
+)  # private-use characters around the assistant's part of a rendered template
 
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation's tokens, and for each whether the assistant says it."""
+    """A conversation's tokens, and for each whether it is the assistant's."""
 
     ids: list[int]
     said: list[bool]
@@ -40,9 +40,9 @@ class ChatTemplate:
     """Renders conversations as transformers does, and finds the assistant's part of them.
 
     Args:
-        source: in Jinja. Blocks {% generation %} ... {% endgeneration %} say what is the assistant's; without any it is
-            what a message adds to the conversation before it with the prompt for the assistant.
-        tokens: special tokens that the source names, as bos_token.
+        source: the template in Jinja. Blocks {% generation %} ... {% endgeneration %} mark the assistant's text;
+            without any, it is what a message adds to the conversation before it and the prompt for the assistant.
+        tokens: special tokens that the source uses, as bos_token.
 
     Raises:
         DataError: the source is not Jinja.
@@ -55,7 +55,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
-        """The tokenizer's own, else DEFAULT_TEMPLATE."""
+        """The tokenizer's template, else DEFAULT_TEMPLATE."""
         tokens = {
             "eos_token": tokenizer.eos_token,
             "pad_token": tokenizer.pad_token,
@@ -64,19 +64,19 @@ class ChatTemplate:
         return cls(tokenizer.chat_template or DEFAULT_TEMPLATE, tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text; with `add_generation_prompt` up to where the assistant speaks next.
+        """The conversation as text; with `add_generation_prompt`, up to the start of the assistant's next message.
 
         Raises:
-            DataError: the template refuses the messages.
+            DataError: the template raises an error for the messages.
         """
         return _without_marks(self._render(messages, add_generation_prompt))
 
     def spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and the characters of it that the assistant says, by first and last (exclusive).
+        """The conversation as text, and the spans of the assistant's characters, by first and last (exclusive).
 
         Raises:
-            DataError: an earlier part of the conversation reads differently once a message follows it, so that the
-                assistant's part cannot be told.
+            DataError: the text of earlier messages changes when a message follows, so that the assistant's part is
+                unknown.
         """
         marked = self._render(messages, False)
         if self.marks_generation:
@@ -90,8 +90,8 @@ class ChatTemplate:
             whole = self.render(messages[: number + 1])
             if not (whole.startswith(before) and text.startswith(whole)):
                 raise DataError(
-                    f"chat template: message {number + 1} changes what is written before or is changed by what "
-                    f"follows, so the assistant's tokens are unknown; the template needs {{% generation %}} blocks"
+                    f"chat template: message {number + 1} changes the text before it or is changed by the text "
+                    f"after it, so the assistant's tokens are unknown; the template needs {{% generation %}} blocks"
                 )
             found.append((len(before), len(whole)))
         return text, found
@@ -102,16 +102,16 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
                 **self.tokens,
             )  # fmt: skip
-        except Exception as error:  # jinja2's, or what a template's expression raises
+        except Exception as error:  # from jinja2 or from expressions of the template
             raise DataError(f"chat template: {' '.join(str(error).split())}") from None
 
 
 def encode_dialogue(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], ends: Collection[int]
 ) -> Dialogue:
-    """A conversation's tokens; the assistant's are those that begin in what it says, up to its last end of turn.
+    """A conversation's tokens; the assistant's are those that begin in its text, up to its last end of turn.
 
-    ends: tokens at which generation stops. What a template writes behind them, such as a line end, is not the
+    ends: tokens that end generation. Text that the template writes after them, such as a line end, is not the
     assistant's.
     """
     text, spans = template.spans(messages)

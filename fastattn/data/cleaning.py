@@ -30,16 +30,16 @@ WORD = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True)
 class CleaningConfig:
-    """The cleaning steps of the training data; each is off by default, and one that is off changes nothing.
+    """The cleaning steps of the training data; each is off by default.
 
     Args:
         encoding: repair text that was UTF-8 read as Windows-1252 or Latin-1, and normalise to NFC.
         control: remove control, formatting-only and unassigned characters, except tabs and line ends.
-        exact_duplicates: leave out an example all of whose fields are those of one before.
-        near_duplicates: leave out an example whose text is as similar as this or more (Jaccard's measure of its runs of
-            five words, by MinHash) to one before; needs the package datasketch.
-        min_chars, max_chars: leave out an example whose text is shorter or longer.
-        emails, phones: put [EMAIL] and [PHONE] in the place of e-mail addresses and phone numbers.
+        exact_duplicates: drop an example whose fields all equal those of an earlier one.
+        near_duplicates: drop an example whose text has at least this Jaccard similarity to an earlier one (of runs of
+            five words, by MinHash); needs the package datasketch.
+        min_chars, max_chars: drop an example whose text is shorter or longer.
+        emails, phones: replace e-mail addresses by [EMAIL] and phone numbers by [PHONE].
 
     Raises:
         TypeError, ValueError: an option is of another type or out of range.
@@ -62,11 +62,11 @@ class CleaningConfig:
                 check_integer(name, getattr(self, name), 1)
         near = self.near_duplicates
         if near is not None and (isinstance(near, bool) or not isinstance(near, (int, float))):
-            raise TypeError(f"near_duplicates: got {near!r}, need a number between 0 and 1")
+            raise TypeError(f"near_duplicates: got {near!r}, needs a number between 0 and 1")
         if near is not None and not 0.0 < near < 1.0:
-            raise ValueError(f"near_duplicates: got {near}, need a number between 0 and 1")
+            raise ValueError(f"near_duplicates: got {near}, needs a number between 0 and 1")
         if None not in (self.min_chars, self.max_chars) and self.min_chars > self.max_chars:  # type: ignore[operator]
-            raise ValueError(f"max_chars: got {self.max_chars}, need at least min_chars={self.min_chars}")
+            raise ValueError(f"max_chars: got {self.max_chars}, needs at least min_chars={self.min_chars}")
 
     @property
     def on(self) -> bool:
@@ -77,14 +77,13 @@ class CleaningConfig:
 def clean(
     records: Sequence[Record], config: CleaningConfig, names: Sequence[str], *, editable: bool = True
 ) -> tuple[list[Record], dict[str, int]]:
-    """The records that stay, and for each step that is on how many examples it changed or left out.
+    """The remaining records, and for each step that is on the number of examples that it changed or dropped.
 
     Args:
         records: of one task.
-        config: the steps; they run in the order of its fields but for duplicates, which are found in what the others
-            leave, exact ones first.
-        names: the fields that hold text; values that are no text are left alone.
-        editable: whether the steps that change text may: not where labels are places in it, as answers' are.
+        config: the steps, in the order of its fields, except that duplicates are dropped last, exact ones first.
+        names: the fields that hold text; other values are not changed.
+        editable: whether steps may change text; False where labels are positions in the text, as for answers.
 
     Raises:
         DataError: near_duplicates without the package datasketch; a step changes text that is not editable; or
@@ -101,7 +100,7 @@ def clean(
         if getattr(config, name):
             if not editable:
                 raise DataError(
-                    f"clean.{name}: changes texts, but the labels of this task are places in them"
+                    f"clean.{name}: changes texts, but the labels of this task are positions in them"
                 )
             records, counts[name] = _edited(records, names, edit)
     for name, keep in (
@@ -118,12 +117,12 @@ def clean(
         kept = _without_near(records, names, config.near_duplicates)
         records, counts["near_duplicates"] = kept, len(records) - len(kept)
     if not records:
-        raise DataError("clean: no example is left, of each step: " + _listed(counts))
+        raise DataError("clean: dropped every example, by step: " + _listed(counts))
     return list(records), counts
 
 
 def repaired(text: str) -> str:
-    """The text in NFC, with UTF-8 that was read as Windows-1252 or Latin-1 read anew where all of it can be."""
+    """The text in NFC; text that was UTF-8 read as Windows-1252 or Latin-1 is decoded again where all of it can be."""
     for encoding in ("cp1252", "latin-1"):
         if text.isascii():
             break
@@ -146,12 +145,12 @@ def without_control(text: str) -> str:
 
 
 def without_emails(text: str) -> str:
-    """The text with a mask in the place of each e-mail address."""
+    """The text with [EMAIL] for each e-mail address."""
     return EMAIL.sub(EMAIL_MASK, text)
 
 
 def without_phones(text: str) -> str:
-    """The text with a mask in the place of each phone number: 8 to 15 digits, grouped or behind + or 0; no dates."""
+    """The text with [PHONE] for each phone number: 8 to 15 digits, grouped or after + or 0; dates are kept."""
     return PHONE.sub(lambda match: PHONE_MASK if _is_phone(match[0]) else match[0], text)
 
 
@@ -213,7 +212,7 @@ def _without_near(records: Sequence[Record], names: Sequence[str], threshold: fl
         raise DataError(
             "clean.near_duplicates: needs the package datasketch (pip install 'fastattn[train]')"
         ) from None
-    # a lower threshold in the index, which finds by chance; the sketches themselves are compared below
+    # a lower threshold in the index, whose search is probabilistic; the sketches are compared below
     index = datasketch.MinHashLSH(threshold=min(0.9, 0.9 * threshold), num_perm=PERMUTATIONS)
     sketches: dict[str, Any] = {}
     kept = []
@@ -229,9 +228,11 @@ def _without_near(records: Sequence[Record], names: Sequence[str], threshold: fl
 
 
 def shingles(text: str) -> set[str]:
-    """Runs of five words in lower case; of text whose words are not separated, as Chinese, of five characters."""
+    """Runs of five words in lower case; runs of five characters for scripts without spaces, such as Chinese."""
     words = WORD.findall(text.lower())
-    if len(words) < SHINGLE or len("".join(words)) > 12 * len(words):  # words of no language are so long
+    if len(words) < SHINGLE or len("".join(words)) > 12 * len(
+        words
+    ):  # average words are shorter in every language
         words = list("".join(words))
     return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
 

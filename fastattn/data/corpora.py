@@ -16,22 +16,22 @@ from fastattn.data.checks import check_integer
 MIN_SHARED_PARAGRAPH = 40  # characters; shorter paragraphs (headings, "See also") may repeat across topics
 PAGE_WIDTH = 70  # what Sphinx wraps its text output to
 UNDERLINE = re.compile(r"([*=~^#-])\1{2,}")
-MIN_SECTION = 300  # characters; a shorter section goes with the one after it
+MIN_SECTION = 300  # characters; a shorter section is joined to the next one
 HEADING = re.compile(r"\n\n(?=[^\n]+\n([*=~^#-])\1{2,}\n)")  # the boundary before a title and its underline
 MAX_DOCUMENT = 1 << 22  # characters held at once; a longer document is cut at a line end
 CHUNK_BYTES = 1 << 20
 
 
 class DataError(ValueError):
-    """A user's data cannot be used; the message names the file and says what is wrong with it."""
+    """Data cannot be used; the message names the file and the fault."""
 
 
 def default_corpus() -> list[str]:
     """The standard library's `pydoc_data.topics`: English prose about Python, one document per section.
 
-    Topics quote each other at length, so a paragraph that another section already has is left out: held-out
-    sections share no paragraph with the others. Hard-wrapped paragraphs are joined to one line. The order is
-    fixed and unrelated to the topics, so that any stretch of documents is a fair sample.
+    Topics quote each other, so a paragraph that an earlier section has is dropped: held-out sections share no paragraph
+    with the others. Hard-wrapped paragraphs are joined to one line. The order is fixed and independent of the topics,
+    so that any range of documents is a fair sample.
     """
     from pydoc_data.topics import topics
 
@@ -42,7 +42,7 @@ def default_corpus() -> list[str]:
 
 
 def _unwrapped(paragraph: str) -> str:
-    """The paragraph on one line if each of its line breaks was forced by the width of the page, else as it is."""
+    """The paragraph on one line if all its line breaks come from the page width, else unchanged."""
     lines = paragraph.strip("\n").split("\n")
     joined = lines[0]
     for line, following in pairwise(lines):
@@ -66,7 +66,7 @@ def _sections(text: str) -> list[str]:
 
 
 def _without_repeats(text: str, seen: set[str]) -> str:
-    """The paragraphs of `text` that are not in `seen`, which gains them, unwrapped."""
+    """The unwrapped paragraphs of `text` that are not in `seen`; they are added to it."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(paragraph.split())
@@ -78,11 +78,11 @@ def _without_repeats(text: str, seen: set[str]) -> str:
 
 
 class TextFiles:
-    """Documents of UTF-8 text files, read as they are asked for.
+    """Documents of UTF-8 text files, read lazily.
 
     Two or more blank lines in a row separate documents, and so does the end of a file. Line ends become "\\n" and a
-    byte order mark is dropped. A document longer than `max_document` characters is cut at a line end, so memory stays
-    bounded whatever the file's size.
+    byte order mark is dropped. A document longer than `max_document` characters is divided at a line end, so that
+    memory does not grow with the file.
 
     Args:
         paths: one path or several.
@@ -90,7 +90,7 @@ class TextFiles:
 
     Raises:
         DataError: a path is missing, a directory, not a regular file, unreadable, empty or only white space,
-            binary, or not UTF-8. Every file is checked whole before this returns.
+            binary, or not UTF-8. All of every file is checked at construction.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class TextFiles:
         if isinstance(paths, (str, os.PathLike)):
             paths = [paths]
         if not isinstance(paths, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in paths):
-            raise TypeError(f"paths: got {type(paths).__name__}, need a path or several")
+            raise TypeError(f"paths: got {type(paths).__name__}, needs a path or several")
         if not paths:
-            raise DataError("paths: got no file, need at least one text file")
+            raise DataError("paths: got no file, needs at least one text file")
         max_document = check_integer("max_document", max_document, 1)
         self.paths = tuple(Path(path) for path in paths)
         self.max_document = max_document
@@ -150,7 +150,7 @@ def check_text_file(path: str | os.PathLike[str]) -> None:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise DataError(f"{path}: is a directory, need a text file")
+            raise DataError(f"{path}: is a directory, needs a text file")
         if not stat.S_ISREG(mode):
             raise DataError(f"{path}: is not a regular file (it must be readable more than once)")
         with path.open("rb") as file:
@@ -158,7 +158,7 @@ def check_text_file(path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except PermissionError:
-        raise DataError(f"{path}: permission denied, need a file you may read") from None
+        raise DataError(f"{path}: permission denied, needs a file you may read") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         if isinstance(error, DataError):
             raise
@@ -173,14 +173,14 @@ def _check_utf8(path: Path, chunks: Iterable[bytes]) -> None:
         empty = False
         if b"\0" in chunk:
             where = offset + chunk.index(b"\0")
-            raise DataError(f"{path}: is binary (a zero byte at offset {where}), need UTF-8 text")
+            raise DataError(f"{path}: is binary (a zero byte at offset {where}), needs UTF-8 text")
         blank = not _decode(path, decoder, chunk, offset).strip() and blank
         offset += len(chunk)
     if empty:
-        raise DataError(f"{path}: is empty, need some text")
+        raise DataError(f"{path}: is empty, needs some text")
     _decode(path, decoder, b"", offset, final=True)
     if blank:
-        raise DataError(f"{path}: holds only white space, need some text")
+        raise DataError(f"{path}: holds only white space, needs some text")
 
 
 def _decode(

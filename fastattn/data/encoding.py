@@ -1,4 +1,4 @@
-"""Texts and pairs of texts as encoders read them: special tokens, types, offsets, and what did not fit."""
+"""Texts and pairs of texts as encoders' inputs: special tokens, types, offsets, and truncation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from fastattn.cache import write_atomically
 from fastattn.data.corpora import DataError
-from fastattn.data.tokenization import read_settings, token_text
+from fastattn.data.tokenization import read_settings, token_text, word_pieces
 
 UNLIMITED = 10**9  # model_max_length from here on means none
 MASK_SPELLINGS = ("[MASK]", "<mask>")
@@ -27,16 +26,16 @@ class Row:
     types: list[int]
     offsets: list[tuple[int, int]]  # characters of the text that the token belongs to
     sequences: list[int | None]  # 0 or 1, the text of a pair it belongs to; None for special tokens
-    cut: int = 0  # tokens of the text that did not fit and are not here
+    cut: int = 0  # number of truncated tokens of the text
 
 
 class InputTokenizer:
     """The tokenizer of an encoder's folder: tokenizer.json, or BERT's vocab.txt.
 
     Args:
-        core: does the work, with its own special tokens; truncation and padding that it asks for are taken off.
-        mask_token: stands for a missing word; None where there is none.
-        max_length: most tokens that the folder says a model reads; None for no limit.
+        core: the `tokenizers.Tokenizer`, with its special tokens; its truncation and padding are switched off.
+        mask_token: stands for a missing word; None if there is none.
+        max_length: the model's most tokens by the folder; None for no limit.
         typed: whether the second text of a pair has token type 1; if not, all types are 0.
     """
 
@@ -96,17 +95,17 @@ class InputTokenizer:
 
     @property
     def special_counts(self) -> tuple[int, int]:
-        """How many special tokens stand around a text, and around a pair."""
+        """The number of special tokens of a text, and of a pair."""
         return self.core.num_special_tokens_to_add(False), self.core.num_special_tokens_to_add(True)
 
     def encode(self, texts: Sequence[str | tuple[str, str]], max_length: int | None = None) -> list[Row]:
-        """The tokens of each text or pair, the longer text of a pair first cut to `max_length` tokens in all."""
+        """The tokens of each text or pair, truncated to `max_length` in all; of a pair the longer text first."""
         return [rows[0] for rows in self._encode(texts, max_length, 0, "longest_first")]
 
     def encode_windows(
         self, pairs: Sequence[tuple[str, str]], max_length: int | None, stride: int
     ) -> list[list[Row]]:
-        """The tokens of each pair, the second text in windows that share `stride` tokens, so that nothing is cut."""
+        """The tokens of each pair, the second text in windows that overlap by `stride` tokens, without truncation."""
         return self._encode(pairs, max_length, stride, "only_second")
 
     def _encode(
@@ -147,30 +146,7 @@ def _read_core(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
         if whole.is_file():
             return tokenizers.Tokenizer.from_file(str(whole))
         if vocabulary.is_file():
-            return _word_pieces(vocabulary, settings)
+            return word_pieces(vocabulary, settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(f"{folder}: the tokenizer cannot be read ({error})") from None
-    raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.txt")
-
-
-def _word_pieces(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """BERT's tokenizer of a vocabulary."""
-    special = {
-        name: token_text(settings.get(f"{name}_token")) or f"[{name.upper()}]"
-        for name in ("unk", "cls", "sep", "pad", "mask")
-    }
-    core = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token=special["unk"]))
-    core.normalizer = normalizers.BertNormalizer(
-        lowercase=bool(settings.get("do_lower_case", True)),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
-    )
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    sep, cls = (core.token_to_id(special[name]) for name in ("sep", "cls"))
-    if sep is None or cls is None:
-        raise ValueError(f"{path.name} lacks {special['sep']} or {special['cls']}")
-    core.post_processor = processors.BertProcessing((special["sep"], sep), (special["cls"], cls))
-    known = [token for token in special.values() if core.token_to_id(token) is not None]
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
-    return core
+    raise DataError(f"{folder}: holds neither tokenizer.json nor vocab.txt")

@@ -23,11 +23,11 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The examples of "hf:OWNER/NAME[/CONFIG][:SPLIT]", or of "hf:FOLDER[:SPLIT]", each with its place.
 
     Raises:
-        DataError: the library is not installed, or it finds no such data set, config or split.
+        DataError: the library is not installed, or it does not find the data set, config or split.
     """
     written, _, split = name.removeprefix(HUB).partition(":")
     if not written:
-        raise DataError(f"{name}: needs hf:OWNER/NAME, perhaps with /CONFIG and :SPLIT")
+        raise DataError(f"{name}: needs hf:OWNER/NAME, optionally with /CONFIG and :SPLIT")
     if Path(written).is_dir():
         yield from read_saved(Path(written), split or None)
         return
@@ -36,7 +36,7 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     datasets = _library(name)
     try:
         loaded = datasets.load_dataset(path, config, split=split or DEFAULT_SPLIT)
-    except Exception as error:  # of the network, the hub's answers, or a builder's own
+    except Exception as error:  # from the network, the hub or a dataset's builder
         raise DataError(f"{name}: cannot be loaded ({_reason(error)})") from None
     yield from _examples(loaded, name)
 
@@ -50,7 +50,7 @@ def read_saved(folder: Path, split: str | None = None) -> Iterator[tuple[str, di
     datasets = _library(str(folder))
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # a damaged folder raises what its parsers do
+    except Exception as error:  # parsers of a damaged folder raise various exceptions
         raise DataError(f"{folder}: cannot be loaded ({_reason(error)})") from None
     if isinstance(loaded, dict):
         chosen = split or (DEFAULT_SPLIT if len(loaded) > 1 else next(iter(loaded)))
@@ -73,7 +73,7 @@ def _examples(loaded: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _named(value: Any, feature: Any) -> Any:
-    """Numbers of classes as the names that the data set gives them."""
+    """Class numbers replaced by the data set's names."""
     if hasattr(feature, "int2str"):
         return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
     inner = getattr(feature, "feature", None)

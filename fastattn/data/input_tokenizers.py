@@ -24,21 +24,21 @@ def train_input_tokenizer(
     lowercase: bool = True,
     min_frequency: int = 2,
 ) -> InputTokenizer:
-    """A tokenizer with BERT's special tokens, ids 0 to 4, learnt from text: the same one from the same documents.
+    """A tokenizer with BERT's special tokens, ids 0 to 4, trained on text; the same documents give the same tokenizer.
 
     Args:
         kind: "wordpiece", as BERT's; "bpe", byte-level as RoBERTa's, which has no unknown token; "characters", a token
-            for each character, which suits Chinese: those that are not among the most frequent are unknown.
+            for each character, which suits Chinese; characters beyond the vocabulary are unknown.
         documents: the text; read twice for "wordpiece", where an iterator is kept as a list.
-        vocab_size: tokens, special ones included; fewer where the text has fewer.
+        vocab_size: number of tokens, special ones included; fewer if the text has fewer.
         lowercase: whether case and accents are dropped; not for "bpe".
-        min_frequency: what is seen less often is not learnt.
+        min_frequency: least number of occurrences of a token.
 
     Raises:
-        TypeError, ValueError: an argument.
+        TypeError, ValueError: an argument has a wrong type or value.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, need one of {', '.join(KINDS)}")
+        raise ValueError(f"kind: got {kind!r}, needs one of {', '.join(KINDS)}")
     check_texts("documents", documents)
     check_integer("vocab_size", vocab_size, len(SPECIAL) + 1, MAX_INT32)
     check_integer("min_frequency", min_frequency, 1, MAX_INT32)
@@ -53,8 +53,8 @@ def train_input_tokenizer(
     trainer: Any
     if kind == "wordpiece":
         documents = list(documents) if iter(documents) is documents else documents
-        # The library numbers "##x" in the order of a hash table, and breaks ties by these numbers; special tokens it
-        # numbers as they are given.
+        # The library numbers "##x" in the order of a hash table and breaks ties by these numbers, which special tokens
+        # get in the given order.
         options["special_tokens"] += [f"##{character}" for character in _inner(core, documents)]
         trainer = trainers.WordPieceTrainer(**options)
     elif kind == "bpe":
@@ -72,7 +72,7 @@ def train_input_tokenizer(
 
 
 def _inner(core: tokenizers.Tokenizer, documents: Iterable[str]) -> list[str]:
-    """The characters that stand within a word behind its first, sorted."""
+    """The characters that occur within a word after its first, sorted."""
     pieces = {piece for document in documents for piece in document.split()}
     found: set[str] = set()
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Token streams cut into blocks: what a language model trains on, in memory or memory-mapped."""
+"""Token streams divided into blocks for training language models, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 from fastattn.integers import cdiv
 
-PADDING_SEGMENT = -1  # attends nothing
-ENCODE_CHARACTERS = 1 << 20  # text tokenised at once
+PADDING_SEGMENT = -1  # attends to nothing
+ENCODE_CHARACTERS = 1 << 20  # characters that are tokenised at a time
 
 
 @dataclass(frozen=True)
 class TokenStream:
     """Documents as one run of token ids, each followed by the end-of-text token.
 
-    tokens: (N,) uint16 or uint32, possibly memory-mapped. starts: (documents,) int64, increasing, first 0: where each
-    document begins.
+    tokens: (N,) uint16 or uint32, possibly memory-mapped. starts: (documents,) int64, increasing from 0: the first
+    token of each document.
     """
 
     tokens: npt.NDArray[np.unsignedinteger]
@@ -50,7 +50,7 @@ class TokenStream:
         """
         check_texts("documents", documents)
         if not all(hasattr(tokenizer, name) for name in ("encode_batch", "eos_id", "vocab_size")):
-            raise TypeError(f"tokenizer: got a {type(tokenizer).__name__}, need a Tokenizer")
+            raise TypeError(f"tokenizer: got a {type(tokenizer).__name__}, needs a Tokenizer")
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         pieces = _encoded(documents, tokenizer, dtype)
         if directory is not None:
@@ -69,13 +69,13 @@ class TokenStream:
         try:
             meta = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
             if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
-                raise ValueError("stream.json names no dtype, need uint16 or uint32")
+                raise ValueError("stream.json names no dtype, needs uint16 or uint32")
             starts = np.load(folder / "starts.npy", allow_pickle=False)
             tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
         except (OSError, EOFError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{folder}: is not a token stream ({error})") from None
         if len(tokens) != meta.get("tokens"):
-            raise DataError(f"{folder}: tokens.bin holds {len(tokens)} tokens, need {meta.get('tokens')}")
+            raise DataError(f"{folder}: tokens.bin holds {len(tokens)} tokens, needs {meta.get('tokens')}")
         good = (
             isinstance(starts, np.ndarray)
             and starts.dtype == np.int64
@@ -92,7 +92,7 @@ class TokenStream:
         """The stream of a contiguous part, sharing its memory; a part may begin inside a document."""
         first, last, step = part.indices(len(self.tokens))
         if step != 1:
-            raise ValueError(f"part: got step {step}, need 1")
+            raise ValueError(f"part: got step {step}, needs 1")
         last = max(first, last)
         inside = self.starts[(self.starts > first) & (self.starts < last)] - first
         return TokenStream(self.tokens[first:last], np.concatenate([np.zeros(1, np.int64), inside]))
@@ -109,7 +109,7 @@ def _encoded(
             empty = False
             yield np.concatenate([np.asarray(row, dtype) for row in rows]), [len(row) for row in rows]
     if empty:
-        raise DataError("documents: no token in them, need some text")
+        raise DataError("documents: got no token, needs some text")
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -148,22 +148,22 @@ def _write(
 def split(
     stream: TokenStream, validation_fraction: float = 0.1, *, by: Literal["document", "position"] = "document"
 ) -> tuple[TokenStream, TokenStream]:
-    """The stream's head for training and its tail for validation; both share the stream's memory.
+    """The stream's beginning for training and its end for validation; both share the stream's memory.
 
     Args:
         stream: what to split.
         validation_fraction: share of tokens held out, within (0, 1).
-        by: "document" cuts at the document boundary nearest to that share; "position" at exactly that token.
+        by: "document" splits at the document boundary nearest to that share; "position" at exactly that token.
 
     Raises:
         ValueError: the fraction is out of range, a part would have fewer than 2 tokens, or there is no boundary.
     """
     if not isinstance(stream, TokenStream):
-        raise TypeError(f"stream: got a {type(stream).__name__}, need a TokenStream")
+        raise TypeError(f"stream: got a {type(stream).__name__}, needs a TokenStream")
     if not isinstance(validation_fraction, (int, float)) or isinstance(validation_fraction, bool):
-        raise TypeError(f"validation_fraction: got {validation_fraction!r}, need a number between 0 and 1")
+        raise TypeError(f"validation_fraction: got {validation_fraction!r}, needs a number between 0 and 1")
     if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"validation_fraction: got {validation_fraction}, need a number between 0 and 1")
+        raise ValueError(f"validation_fraction: got {validation_fraction}, needs a number between 0 and 1")
     cut = round(len(stream) * (1.0 - validation_fraction))
     if by == "document":
         if len(stream.starts) < 2:
@@ -171,7 +171,7 @@ def split(
         boundaries = stream.starts[1:]
         cut = int(boundaries[np.argmin(np.abs(boundaries - cut))])
     elif by != "position":
-        raise ValueError(f'by: got {by!r}, need "document" or "position"')
+        raise ValueError(f'by: got {by!r}, needs "document" or "position"')
     if min(cut, len(stream) - cut) < 2:
         raise ValueError(
             f"stream: {len(stream)} tokens are too few to hold out a part of {validation_fraction:.0%}"
@@ -180,23 +180,23 @@ def split(
 
 
 class PackedDataset:
-    """Blocks of a token stream as rows for a causal language model that shifts its labels itself.
+    """Blocks of a token stream as rows for a causal language model that shifts the labels.
 
     Block i holds tokens `i*(T-1)` to `i*(T-1)+T-1`: neighbours share one token, so that every token but the stream's
     first is a target exactly once. The last block is padded. Each item is a dict of (T,) int64 tensors:
     `input_ids`; `labels`, equal to input_ids with IGNORE_INDEX at the first token and at padding; and, with `segments`,
-    `segment_ids`: 0, 1, ... per document in the block and PADDING_SEGMENT at padding, each document's first label
-    being IGNORE_INDEX then because nothing that token may see predicts it.
+    `segment_ids`: 0, 1, ... per document in the block and PADDING_SEGMENT at padding. Each document's first label is
+    then IGNORE_INDEX, because no token of its segment predicts it.
 
     Args:
         stream: the tokens.
         block_size: T, at least 2.
         pad_id: the token that fills the last block.
-        segments: keep documents that share a block apart.
-        drop_last: leave out the last block when it is not full.
+        segments: add segment ids, so that documents in a block do not attend to each other.
+        drop_last: drop the last block when it is not full.
 
     Raises:
-        ValueError: block_size is below 2, or the stream makes no block.
+        ValueError: block_size is below 2, or the stream is too short for a block.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class PackedDataset:
         drop_last: bool = False,
     ) -> None:
         if not isinstance(stream, TokenStream):
-            raise TypeError(f"stream: got a {type(stream).__name__}, need a TokenStream")
+            raise TypeError(f"stream: got a {type(stream).__name__}, needs a TokenStream")
         block_size = check_integer("block_size", block_size, 2, MAX_INT32)
         pad_id = check_integer("pad_id", pad_id, 0)
         check_flag("segments", segments)
@@ -217,7 +217,7 @@ class PackedDataset:
         targets, stride = len(stream) - 1, block_size - 1
         self.num_blocks = targets // stride if drop_last else cdiv(targets, stride)
         if self.num_blocks < 1:
-            raise ValueError(f"stream: {len(stream)} tokens make no block of {block_size}")
+            raise ValueError(f"stream: got {len(stream)} tokens, needs more for a block of {block_size}")
         self.stream = stream
         self.block_size = block_size
         self.pad_id = pad_id
@@ -268,13 +268,13 @@ def _segments(begins: npt.NDArray[np.int64], length: int, block_size: int) -> np
 class IndexSampler:
     """An endless, reproducible order over a dataset: one permutation after another, cut into equal batches.
 
-    Batches run across the end of an epoch, so none is short and no index is left out. The position is one integer, and
-    the order depends only on (length, seed), not on batch size or ranks: what one process draws with batch size 2n,
-    two ranks draw together with n.
+    Batches continue across the end of an epoch, so that none is short and no index is left out. The position is one
+    integer. The order depends only on (length, seed): two ranks with batch size n draw together what one process draws
+    with 2n.
 
     Args:
         length: size of the dataset.
-        seed: with the epoch's number, decides each permutation.
+        seed: determines each permutation, together with the number of the epoch.
         rank, world_size: this process takes every world_size-th batch.
     """
 
@@ -283,7 +283,7 @@ class IndexSampler:
         check_integer("rank", rank, -(2**63))
         check_integer("world_size", world_size, 1)
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: got {rank} of {world_size}, need a rank within [0, world_size)")
+            raise ValueError(f"rank: got {rank} of {world_size}, needs a rank within [0, world_size)")
         self.length = length
         self.seed = seed
         self.rank = rank
@@ -297,7 +297,7 @@ class IndexSampler:
         return self.consumed / self.length
 
     def next_batch(self, batch_size: int) -> list[int]:
-        """This rank's next indices; all ranks move on together by batch_size * world_size."""
+        """This rank's next indices; the position of all ranks advances by batch_size * world_size."""
         first = self.consumed + self.rank * batch_size
         self.consumed += batch_size * self.world_size
         return [self._index(position) for position in range(first, first + batch_size)]
@@ -313,7 +313,7 @@ class IndexSampler:
         return {"consumed": self.consumed, "length": self.length, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Move to a saved position; refuses one of another dataset length or seed."""
+        """Move to a saved position; ValueError for one of another dataset length or seed."""
         for name in ("length", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastattn.data.corpora import DataError, check_text_file, split_documents
 from fastattn.data.hub_records import HUB, is_saved_dataset, read_hub, read_saved
+from fastattn.data.json_lines import check_file, lines_of, objects_of
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -36,7 +37,7 @@ DOCUMENT_START = "-DOCSTART-"  # CoNLL-2003's line between documents
 
 @dataclass(frozen=True)
 class Record:
-    """One example as a file has it.
+    """One example of a file.
 
     where: its place for messages, as "train.jsonl: line 7"; fields: column -> value.
     """
@@ -53,7 +54,7 @@ def read_records(
 ) -> list[Record]:
     """The records of files, folders and data sets, in their order.
 
-    A file's suffix says its format, see `SUFFIXES`:
+    A file's suffix determines its format, see `SUFFIXES`:
 
     - JSONL: an object in each line. JSON: SQuAD's layout, a list of objects, or lines as JSONL.
     - CSV and TSV: the first line names the columns; every value is a str.
@@ -63,17 +64,17 @@ def read_records(
       "is_impossible" where the file has it.
     - Text: field "text", documents separated by two blank lines or more.
 
-    A folder stands for its files with such suffixes, in the order of their names, or for what
-    `datasets.save_to_disk` wrote. `hf:OWNER/NAME[/CONFIG][:SPLIT]` is a data set that `datasets.load_dataset` finds,
-    numbers of a ClassLabel as their names; SPLIT is "train" by default.
+    A folder stands for its files with such suffixes, in the order of their names, or for a data set written by
+    `datasets.save_to_disk`. `hf:OWNER/NAME[/CONFIG][:SPLIT]` is a data set of `datasets.load_dataset`, in which numbers
+    of a ClassLabel become their names; SPLIT is "train" by default.
 
     Args:
-        paths: one or several.
+        paths: one path or several.
         columns: the field that a task reads -> the file's column that holds it.
-        format: one of `FORMATS` for every file, whatever its suffix.
+        format: one of `FORMATS`, for every file regardless of its suffix.
 
     Raises:
-        DataError: a path, a line or a column; the message has the file and the line.
+        DataError: a path, a line or a column cannot be used; the message has the file and the line.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -100,7 +101,7 @@ def mapped(record: Record, columns: Mapping[str, str]) -> Record:
 
 
 def required(record: Record, name: str) -> Any:
-    """A field's value; DataError, with the nearest column, for a record that lacks it."""
+    """A field's value; DataError, which names the nearest column, for a record that lacks it."""
     if name not in record.fields:
         raise DataError(
             f"{record.where} has no {name!r}, {_columns_of(record, name)}; columns are mapped by {name}=COLUMN"
@@ -109,14 +110,14 @@ def required(record: Record, name: str) -> Any:
 
 
 def text_of(record: Record, name: str) -> str:
-    """A field that must be a text which is not blank; DataError for anything else."""
+    """A field that holds a text that is not blank; DataError otherwise."""
     value = required(record, name)
     if not isinstance(value, str):
         raise DataError(f"{record.where}: {name} is a {type(value).__name__}, needs a text")
     if not value.strip():
         raise DataError(f"{record.where}: {name} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{record.where}: {name} has characters that are no text")
+        raise DataError(f"{record.where}: {name} has characters that are not valid Unicode")
     return value
 
 
@@ -127,24 +128,24 @@ def split_records(
     seed: int = 0,
     key: Callable[[Record], str] | None = None,
 ) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records: those whose seeded hash is lowest are held out, in their order.
+    """(training, held-out) records, in their order; those with the lowest seeded hashes are held out.
 
     Args:
-        records: two with different keys at least.
-        fraction: of the records that is held out, within (0, 1); at least one is, and at least one is not.
+        records: at least two with different keys.
+        fraction: share of the records that is held out, within (0, 1); at least one is, and at least one is not.
         seed: of the hash.
-        key: what records must share to stay on one side, such as a context; by default all of an example's fields,
-            so that equal examples do.
+        key: records with the same key stay together, such as those of one context; by default all fields of an
+            example, so that equal examples stay together.
 
     Raises:
-        DataError: all records have one key.
+        DataError: all records have the same key.
     """
     groups: dict[str, list[int]] = {}
     for number, record in enumerate(records):
         text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
         groups.setdefault(text, []).append(number)
     if len(groups) < 2:
-        raise DataError("data: holds fewer than two different examples, so none can be held out, needs --dev")
+        raise DataError("data: has fewer than two different examples, so none can be held out, needs --dev")
 
     def rank(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
@@ -163,7 +164,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
     """The messages of a chat record: its "messages" ({"role", "content"} each), or "prompt" and "completion".
 
     Raises:
-        DataError: a message that is none.
+        DataError: a message lacks "role" or "content".
     """
     if "messages" not in record.fields and "prompt" in record.fields:
         return [
@@ -172,11 +173,11 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
         ]
     messages = required(record, "messages")
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{record.where}: messages is no list of messages")
+        raise DataError(f"{record.where}: messages is not a list of messages")
     for number, message in enumerate(messages, 1):
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), str):
-            raise DataError(f'{record.where}: message {number} has no "role" and "content" that are texts')
+            raise DataError(f'{record.where}: message {number} needs "role" and "content" that are texts')
     return messages
 
 
@@ -222,9 +223,9 @@ def _files_of(folder: Path, format: str | None) -> list[Path]:
 def _file_records(path: Path, format: str | None) -> Iterator[Record]:
     kind = format or SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        _check_file(path)
+        check_file(path)
         raise DataError(
-            f"{path}: its suffix {path.suffix!r} says no format, needs one of {', '.join(SUFFIXES)}, or the format"
+            f"{path}: got the suffix {path.suffix!r}, needs one of {', '.join(SUFFIXES)}, or the format"
         )
     if kind == "text":
         check_text_file(path)
@@ -232,7 +233,7 @@ def _file_records(path: Path, format: str | None) -> Iterator[Record]:
             for number, document in enumerate(split_documents(lines), 1):
                 yield Record(f"{path}: document {number}", {"text": document})
         return
-    _check_file(path)
+    check_file(path)
     readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "conll": _conll}
     empty = True
     for record in readers[kind](path):
@@ -242,53 +243,13 @@ def _file_records(path: Path, format: str | None) -> Iterator[Record]:
         raise DataError(f"{path}: holds no example")
 
 
-def _check_file(path: Path) -> None:
-    """Raise DataError unless it is a file that can be read."""
-    try:
-        if not path.exists():
-            raise DataError(f"{str(path)[:200]}: no such file")
-        if not path.is_file():
-            raise DataError(f"{path}: is not a regular file")
-        with path.open("rb"):
-            pass
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers, without line ends and byte order mark."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise DataError(f"{path}: line {number} is not UTF-8 (byte 0x{byte:02x})") from None
-            if "\0" in text:
-                raise DataError(f"{path}: line {number} is binary (a zero byte), needs UTF-8 text")
-            yield number, text.rstrip("\r\n")
-
-
 def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DataError(f"{where} is not JSON") from None
-        if not isinstance(entry, dict):
-            raise DataError(f"{where} is no JSON object")
+    for where, entry in objects_of(path):
         yield Record(where, entry)
 
 
 def _json(path: Path) -> Iterator[Record]:
-    text = "\n".join(line for _, line in _lines(path))
+    text = "\n".join(line for _, line in lines_of(path))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -309,7 +270,7 @@ def _json(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: holds a {type(content).__name__}, needs a list of objects or SQuAD's data")
     for number, entry in enumerate(content, 1):
         if not isinstance(entry, dict):
-            raise DataError(f"{path}: item {number} is no JSON object")
+            raise DataError(f"{path}: item {number} is not a JSON object")
         yield Record(f"{path}: item {number}", entry)
 
 
@@ -321,7 +282,7 @@ def _squad(path: Path, articles: list[Any]) -> Iterator[Record]:
             for q, question in enumerate(_list_of(paragraph, "qas", inner)):
                 where = f"{inner}.qas[{q}]"
                 if not isinstance(question, dict):
-                    raise DataError(f"{where} is no JSON object")
+                    raise DataError(f"{where} is not a JSON object")
                 fields = {"id": f"{a}-{p}-{q}", "title": article.get("title", f"data[{a}]"), **question}
                 yield Record(where, {**fields, "context": paragraph.get("context")})
 
@@ -359,8 +320,8 @@ def _tsv(path: Path) -> Iterator[Record]:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that hold anything, each with the number of its first line."""
-    reader = csv.reader((line + "\n" for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    """The rows that are not empty, each with the number of its first line."""
+    reader = csv.reader((line + "\n" for _, line in lines_of(path)), delimiter=delimiter, strict=True)
     begins = 1
     try:
         for row in reader:
@@ -375,7 +336,7 @@ def _conll(path: Path) -> Iterator[Record]:
     tokens: list[str] = []
     tags: list[str] = []
     begins, width = 1, 0
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if not line.strip():
             if tokens:
                 yield Record(f"{path}: line {begins}", {"tokens": tokens, "tags": tags})

@@ -7,9 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastattn.cache import write_atomically
 from fastattn.constants import MAX_INT32
@@ -22,18 +23,19 @@ UNKNOWN = "<|unknown|>"
 CHAT_TEMPLATE = "chat_template.jinja"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ID = 2**32 - 1
-BYTES = 256  # the alphabet of a byte-level tokeniser: every text can be encoded, so there is no unknown token
+SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+BYTES = 256  # the alphabet of a byte-level tokeniser, which can encode every text, without an unknown token
 
 
 class Tokenizer:
-    """Text to token ids and back, with the ids that models and packing need by name.
+    """Text to token ids and back, with named special tokens.
 
     Args:
-        core: the `tokenizers.Tokenizer` that does the work.
+        core: the `tokenizers.Tokenizer`.
         eos_token: ends every document; must be in the vocabulary.
         pad_token: fills short rows; None uses the end-of-text token.
         settings: further entries of tokenizer_config.json, kept when it is saved.
-        chat_template: in Jinja, how conversations are written; None where there is none.
+        chat_template: the template of conversations in Jinja; None if there is none.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Tokenizer:
         chat_template: str | None = None,
     ) -> None:
         if not isinstance(core, tokenizers.Tokenizer):
-            raise TypeError(f"core: got a {type(core).__name__}, need a tokenizers.Tokenizer")
+            raise TypeError(f"core: got a {type(core).__name__}, needs a tokenizers.Tokenizer")
         check_text("eos_token", eos_token)
         if pad_token is not None:
             check_text("pad_token", pad_token)
@@ -56,7 +58,7 @@ class Tokenizer:
         self.eos_id = self._id_of("eos_token", eos_token)
         self.pad_id = self._id_of("pad_token", self.pad_token)
         if settings is not None and not isinstance(settings, Mapping):
-            raise TypeError(f"settings: got a {type(settings).__name__}, need a mapping")
+            raise TypeError(f"settings: got a {type(settings).__name__}, needs a mapping")
         if chat_template is not None:
             check_text("chat_template", chat_template)
         self.settings = dict(settings or {})
@@ -74,7 +76,7 @@ class Tokenizer:
         return self.core.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no special token is added, and one spelled out in the text counts as itself."""
+        """Token ids of `text`; no special token is added, and special tokens written in the text keep their ids."""
         check_text("text", text)
         return self.core.encode(text, add_special_tokens=False).ids
 
@@ -90,7 +92,7 @@ class Tokenizer:
         """The text of `ids`; TypeError or ValueError for an invalid token id."""
         check_flag("skip_special_tokens", skip_special_tokens)
         if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
-            raise TypeError(f"ids: got a {type(ids).__name__}, need a sequence of token ids")
+            raise TypeError(f"ids: got a {type(ids).__name__}, needs a sequence of token ids")
         numbers = [check_integer("ids", getattr(i, "item", lambda i=i: i)(), 0, MAX_ID) for i in ids]
         return self.core.decode(numbers, skip_special_tokens=skip_special_tokens)
 
@@ -123,20 +125,25 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Load a folder with tokenizer.json (and tokenizer_config.json), or GPT-2's vocab.json and merges.txt.
+        """Load a folder with tokenizer.json (and tokenizer_config.json), or vocab.json and merges.txt, or vocab.txt.
+
+        The end-of-text token is the eos_token or sep_token of tokenizer_config.json, else the end token of the model in
+        the same folder.
 
         Raises:
-            DataError: the folder holds neither, a file cannot be parsed, or no end-of-text token is named.
+            DataError: the folder holds none, a file cannot be parsed, or no end-of-text token is named.
         """
         folder = Path(directory)
         settings = read_settings(folder / "tokenizer_config.json")
-        core = _read_core(folder)
+        core = _read_core(folder, settings)
         eos = token_text(settings.get("eos_token")) or token_text(settings.get("sep_token"))
+        eos = eos or _end_of(folder, core)
         if eos is None and core.token_to_id(END_OF_TEXT) is not None:
             eos = END_OF_TEXT
         if eos is None:
             raise DataError(
-                f"{folder}: tokenizer_config.json names no eos_token and {END_OF_TEXT} is not a token"
+                f"{folder}: tokenizer_config.json names no eos_token, nor does config.json, and {END_OF_TEXT} is "
+                f"not a token"
             )
         try:
             return cls(
@@ -157,10 +164,10 @@ def train_bpe(
     min_frequency: int = 2,
     special_tokens: Sequence[str] = (),
 ) -> Tokenizer:
-    """Learn a byte-level BPE: from single bytes, merge the most frequent pair until the vocabulary is full.
+    """Train a byte-level BPE: from single bytes, merge the most frequent pair until the vocabulary is full.
 
     The same documents give the same tokeniser on every run and any number of threads. The vocabulary is smaller than
-    asked for when the text has too few pairs that occur `min_frequency` times.
+    `vocab_size` if the text has too few pairs that occur `min_frequency` times.
 
     Args:
         documents: the text; read once.
@@ -169,7 +176,7 @@ def train_bpe(
         special_tokens: further special tokens beside the end of text (id 0) and padding (id 1).
 
     Raises:
-        TypeError: documents is one text, or an argument is of another type than it needs.
+        TypeError: documents is one text, or an argument has a wrong type.
         ValueError: vocab_size leaves no room for the bytes and special tokens, or min_frequency is below 1.
     """
     check_texts("documents", documents)
@@ -181,11 +188,11 @@ def train_bpe(
     check_integer("min_frequency", min_frequency, -(2**63), MAX_INT32)
     if vocab_size < BYTES + len(special):
         raise ValueError(
-            f"vocab_size: got {vocab_size}, need at least {BYTES + len(special)} "
+            f"vocab_size: got {vocab_size}, needs at least {BYTES + len(special)} "
             f"({BYTES} bytes and {len(special)} special tokens)"
         )
     if min_frequency < 1:
-        raise ValueError(f"min_frequency: got {min_frequency}, need at least 1")
+        raise ValueError(f"min_frequency: got {min_frequency}, needs at least 1")
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -204,14 +211,14 @@ def train_bpe(
 def train_characters(
     documents: Iterable[str], vocab_size: int = 8192, *, min_frequency: int = 1
 ) -> Tokenizer:
-    """A token for each character, white space too: of Chinese, or of a text in few letters.
+    """A tokeniser with a token for each character, white space included, for Chinese or a small alphabet.
 
-    Characters beyond the `vocab_size` most frequent ones, or seen less than `min_frequency` times, are `<|unknown|>`,
-    which decodes to nothing: texts with those do not come back whole. Special tokens are the end of text (id 0),
+    Characters beyond the `vocab_size` most frequent ones, or with fewer than `min_frequency` occurrences, become
+    `<|unknown|>`, which decodes to an empty text. Special tokens are the end of text (id 0),
     padding (1) and the unknown character (2).
 
     Raises:
-        TypeError: documents is one text, or an argument is of another type than it needs.
+        TypeError: documents is one text, or an argument has a wrong type.
         ValueError: vocab_size leaves no room for a character, min_frequency is below 1, or there is no text.
     """
     check_texts("documents", documents)
@@ -223,7 +230,7 @@ def train_characters(
         counts.update(document)
     kept = [character for character, count in counts.items() if count >= min_frequency]
     if not kept:
-        raise ValueError("documents: no character in them, need some text")
+        raise ValueError("documents: got no character, needs some text")
     kept.sort(key=lambda character: (-counts[character], character))
     tokens = [*special, *kept[: vocab_size - len(special)]]
     core = tokenizers.Tokenizer(
@@ -241,8 +248,9 @@ def _only_texts(documents: Iterable[str]) -> Iterator[str]:
         yield document
 
 
-def _read_core(folder: Path) -> tokenizers.Tokenizer:
+def _read_core(folder: Path, settings: Mapping[str, object]) -> tokenizers.Tokenizer:
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    pieces = folder / "vocab.txt"
     try:
         if whole.is_file():
             return tokenizers.Tokenizer.from_file(str(whole))
@@ -254,13 +262,56 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
             if core.token_to_id(END_OF_TEXT) is not None:
                 core.add_special_tokens([END_OF_TEXT])
             return core
+        if pieces.is_file():
+            return word_pieces(pieces, settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(f"{folder}: the tokeniser cannot be read ({error})") from None
-    raise DataError(f"{folder}: holds no tokenizer.json, nor vocab.json with merges.txt")
+    found = next((name for name in SENTENCE_PIECES if (folder / name).is_file()), None)
+    if found is not None:
+        raise DataError(
+            f"{folder}: holds {found}, needs tokenizer.json, which "
+            f"transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes of it"
+        )
+    raise DataError(f"{folder}: holds none of tokenizer.json, vocab.json with merges.txt, and vocab.txt")
+
+
+def word_pieces(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer of a vocabulary."""
+    special = {
+        name: token_text(settings.get(f"{name}_token")) or f"[{name.upper()}]"
+        for name in ("unk", "cls", "sep", "pad", "mask")
+    }
+    core = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token=special["unk"]))
+    core.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(settings.get("do_lower_case", True)),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    sep, cls = (core.token_to_id(special[name]) for name in ("sep", "cls"))
+    if sep is None or cls is None:
+        raise ValueError(f"{path.name} lacks {special['sep']} or {special['cls']}")
+    core.post_processor = processors.BertProcessing((special["sep"], sep), (special["cls"], cls))
+    known = [token for token in special.values() if core.token_to_id(token) is not None]
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
+    return core
+
+
+def _end_of(folder: Path, core: tokenizers.Tokenizer) -> str | None:
+    """The token that the model's own files name as its end: the first, where they name several."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_settings(folder / name).get("eos_token_id")
+        for each in found if isinstance(found, list) else [found]:
+            if isinstance(each, int) and not isinstance(each, bool) and 0 <= each <= MAX_ID:
+                token: str | None = core.id_to_token(each)
+                if token is not None:
+                    return token
+    return None
 
 
 def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:
-    """The chat template of a file of its own, else of the settings, else none; of several the one named default."""
+    """The chat template of its own file, else of the settings, else None; of several, the one named default."""
     try:
         if (folder / CHAT_TEMPLATE).is_file():
             return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
@@ -281,7 +332,7 @@ def read_settings(path: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
     if not isinstance(settings, dict):
-        raise DataError(f"{path}: holds a {type(settings).__name__}, need a JSON object")
+        raise DataError(f"{path}: holds a {type(settings).__name__}, needs a JSON object")
     return settings
 
 

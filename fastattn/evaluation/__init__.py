@@ -1,4 +1,4 @@
-"""Figures from predictions and references, of whole sets: knows no model and no tokenizer."""
+"""Metrics of predictions against references, over whole sets; independent of models and tokenizers."""
 
 from fastattn.evaluation.report import Report
 

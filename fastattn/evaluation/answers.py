@@ -17,8 +17,8 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def tokens_of(text: str, unspaced: bool) -> list[str]:
     """The counted words of an answer: lower-case without punctuation and English articles, as SQuAD's script has them.
 
-    With `unspaced`, Unicode's punctuation goes too, words are kept apart at each Han or kana character, and articles,
-    which are then part of names, stay.
+    With `unspaced`, Unicode's punctuation is removed too, each Han or kana character is a word of its own, and articles
+    are kept, because they are part of names then.
     """
     text = text.lower()
     if unspaced:
@@ -33,7 +33,7 @@ def exact_match(reference: str, answer: str) -> bool:
 
 
 def f1(reference: str, answer: str) -> float:
-    """F1 of the tokens of an answer, counted as often as they occur; where a side has none, whether both have none."""
+    """F1 of the tokens of an answer, with multiplicity; where a side has none, 1 if both have none, else 0."""
     unspaced = is_unspaced(reference) or is_unspaced(answer)
     expected, given = tokens_of(reference, unspaced), tokens_of(answer, unspaced)
     if not expected or not given:
@@ -43,19 +43,19 @@ def f1(reference: str, answer: str) -> float:
 
 
 def answers(references: Sequence[Sequence[str]], predictions: Sequence[str | None]) -> Report:
-    """exact_match and f1 of answers, each the best over the answers that are right; shares within [0, 1].
+    """exact_match and f1 of answers, each the best over the right answers; shares within [0, 1].
 
-    A question without a right answer, or with none that has a token, is right where the prediction is None or has no
-    token. Where there are questions without a right answer, so are no_answer_accuracy, has_answer_exact_match and
-    has_answer_f1.
+    For a question without a right answer, or without one that has a token, the prediction is right if it is None or has
+    no token. If there are questions without a right answer, the report also has no_answer_accuracy,
+    has_answer_exact_match and has_answer_f1.
 
     Args:
-        references: for each question the answers that are right; none where the context holds none.
+        references: for each question the right answers; an empty list where the context has none.
         predictions: for each question a text, or None for no answer.
     """
     count = check_pairs(references, predictions)
     if isinstance(references[0], str):
-        raise TypeError("references: got texts, need a list of right answers for each question")
+        raise TypeError("references: got texts, needs a list of right answers for each question")
     exact, overlap, answerable = [], [], []
     for right, prediction in zip(references, predictions):
         golds = [text for text in right if tokens_of(text, is_unspaced(text))] or [""]

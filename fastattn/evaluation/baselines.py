@@ -1,4 +1,4 @@
-"""Simple methods to compare a model with: the majority, TF-IDF with a linear classifier, the lead and a copy."""
+"""Baselines without a model: the majority, TF-IDF with a linear classifier, the lead and a copy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastattn.evaluation.words import is_unspaced
 
 Label = TypeVar("Label", bound=Hashable)
 
-# a sentence ends at its mark, and where a script writes no spaces that may be anywhere
+# a sentence ends at its mark; in scripts without spaces no space has to follow
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*|\n\s*\n")
 
 
 def majority(labels: Sequence[Label]) -> Label:
-    """The most frequent label, of equally frequent ones the first in order of their text."""
+    """The most frequent label; of equally frequent ones the first in alphabetical order."""
     counts = Counter(labels)
     return min(counts, key=lambda label: (-counts[label], str(label)))
 
@@ -61,7 +61,7 @@ def tfidf_similarity(first: Sequence[str], second: Sequence[str]) -> npt.NDArray
 
 
 def lead(text: str) -> str:
-    """The first sentence of a text; all of it where none ends."""
+    """The first sentence of a text; the whole text if no sentence ends."""
     return next((part for part in _SENTENCE_END.split(text.strip()) if part.strip()), "").strip()
 
 

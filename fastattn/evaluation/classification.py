@@ -16,11 +16,11 @@ BINS = 15  # Guo et al. 2017, On Calibration of Modern Neural Networks, section 
 def single_label(
     references: Sequence[int], probabilities: npt.ArrayLike, labels: Sequence[str], *, bins: int = BINS
 ) -> Report:
-    """Figures of a classifier that gives every example one of L labels.
+    """Metrics of a classifier that gives every example one of L labels.
 
-    accuracy, macro_f1, micro_f1, ece and log_loss (nats). The prediction is the likeliest label, of equals the first.
-    macro_f1 is the plain mean of the F1 of the labels that are referred to or predicted, micro_f1 that of the pooled
-    counts, which is the accuracy. ece is the mean over all examples of |accuracy - confidence| of their bin, in `bins`
+    accuracy, macro_f1, micro_f1, ece and log_loss (nats). The prediction is the first of the likeliest labels.
+    macro_f1 is the mean F1 of the labels that occur in references or predictions, micro_f1 that of the pooled counts,
+    which equals the accuracy. ece is the mean over all examples of |accuracy - confidence| of their bin, in `bins`
     bins of equal width over the confidence, the likeliest label's probability.
     Tables: confusion (labels, counts with a row for each reference and a column for each prediction), per_label,
     reliability (a row for each bin that holds an example).
@@ -34,7 +34,7 @@ def single_label(
     scores = _scores(probabilities, count, len(labels))
     expected = np.asarray(references, np.int64)
     if expected.min() < 0 or expected.max() >= len(labels):
-        raise ValueError(f"references: need numbers of labels within [0, {len(labels)})")
+        raise ValueError(f"references: needs numbers of labels within [0, {len(labels)})")
     predicted = scores.argmax(1)
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     np.add.at(confusion, (expected, predicted), 1)
@@ -66,10 +66,10 @@ def single_label(
 def multi_label(
     references: npt.ArrayLike, probabilities: npt.ArrayLike, labels: Sequence[str], *, bins: int = BINS
 ) -> Report:
-    """Figures of a classifier that decides on each of L labels by itself, yes where its probability is over 0.5.
+    """Metrics of a classifier that decides on each of L labels separately, yes where its probability is over 0.5.
 
     accuracy is the share of examples whose labels are all right, macro_f1 the mean over all L labels, micro_f1 that of
-    the pooled counts. ece is over all N * L decisions, a decision's confidence being that of what was decided.
+    the pooled counts. ece is over all N * L decisions; a decision's confidence is the probability of the decided value.
 
     Args:
         references: (N, L), 1 where the label applies, else 0.
@@ -80,7 +80,7 @@ def multi_label(
     count = check_pairs(expected, np.asarray(probabilities), "probabilities")
     if expected.shape != (count, len(labels)) or not np.isin(expected, (0, 1)).all():
         raise ValueError(
-            f"references: got shape {expected.shape}, need 0 and 1 of shape {(count, len(labels))}"
+            f"references: got shape {expected.shape}, needs 0 and 1 of shape {(count, len(labels))}"
         )
     scores = _scores(probabilities, count, len(labels))
     expected, predicted = expected.astype(bool), scores > 0.5
@@ -130,9 +130,9 @@ def calibration(
 def _scores(probabilities: npt.ArrayLike, count: int, labels: int) -> npt.NDArray[np.float64]:
     scores = np.asarray(probabilities, np.float64)
     if scores.shape != (count, labels):
-        raise ValueError(f"probabilities: got shape {scores.shape}, need {(count, labels)}")
+        raise ValueError(f"probabilities: got shape {scores.shape}, needs {(count, labels)}")
     if not ((scores >= 0) & (scores <= 1 + 1e-6)).all():  # NaN is neither
-        raise ValueError("probabilities: need numbers within [0, 1]")
+        raise ValueError("probabilities: needs numbers within [0, 1]")
     return scores
 
 

@@ -1,4 +1,4 @@
-"""BLEU and chrF by sacrebleu, and ROUGE that also reads scripts without spaces."""
+"""BLEU and chrF by sacrebleu, and ROUGE that also supports scripts without spaces."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastattn.evaluation.words import is_unspaced, words_of
 def texts(
     references: Sequence[Sequence[str]], predictions: Sequence[str], *, tokenize: str | None = None
 ) -> Report:
-    """All figures of generated texts: bleu and chrf (within [0, 100]), rouge1, rouge2 and rougeL, exact_match.
+    """All metrics of generated texts: bleu and chrf (within [0, 100]), rouge1, rouge2 and rougeL, exact_match.
 
     Args:
-        references: for each text one or more that are right.
-        predictions: a text each.
+        references: for each text one or more right texts.
+        predictions: the generated texts.
         tokenize: of sacrebleu's BLEU; None takes "zh" where over half of the references have Han characters, or
             "char" where those hold kana, else "13a".
 
@@ -62,7 +62,7 @@ def rouge(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> di
     """rouge1, rouge2 and rougeL: the mean over texts of the F1 of shared n-grams, or of the longest common subsequence.
 
     Words are runs of letters and digits in lower case, without stemming, and single characters in Han and kana. Of
-    several references the one with the highest F1 counts, for each figure by itself. Lin 2004, ROUGE: A Package for
+    several references the one with the highest F1 counts, separately for each metric. Lin 2004, ROUGE: A Package for
     Automatic Evaluation of Summaries.
     """
     count = check_texts(references, predictions)
@@ -97,11 +97,11 @@ def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def check_texts(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> int:
-    """Their number; an error where there is none, or a text has no reference."""
+    """The number of texts; ValueError if there is none, or if a text has no reference."""
     count = check_pairs(references, predictions)
     for number, right in enumerate(references):
         if isinstance(right, str) or not right:
-            raise ValueError(f"references[{number}]: got {right!r}, need a list of one text or more")
+            raise ValueError(f"references[{number}]: got {right!r}, needs a list of one text or more")
     return count
 
 

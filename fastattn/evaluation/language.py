@@ -8,21 +8,21 @@ from fastattn.evaluation.report import Report
 
 
 def language(loss_sum: float, tokens: int, size: int, *, unknown: int = 0, documents: int = 1) -> Report:
-    """Figures of a text that a model predicted token by token.
+    """Metrics of a text that a model predicted token by token.
 
-    loss = loss_sum / tokens (nats), perplexity = exp(loss), bits_per_byte = loss_sum / ln 2 / size, which compares
-    models whatever their tokens are, and unknown, the share of tokens that stand for what the vocabulary lacks, whose
-    text the model did not have to predict. count: tokens.
+    loss = loss_sum / tokens (nats), perplexity = exp(loss), bits_per_byte = loss_sum / ln 2 / size, which is comparable
+    between tokenizers, and unknown, the share of unknown tokens, whose text the model did not have to predict. count:
+    tokens.
 
     Args:
         loss_sum: sum of -ln P(token) over all predicted tokens.
-        tokens: their number.
+        tokens: number of predicted tokens.
         size: bytes of their text in UTF-8.
-        unknown: how many of them are the unknown token.
-        documents: that the text is of.
+        unknown: number of them that are the unknown token.
+        documents: number of documents of the text.
     """
     if tokens < 1 or size < 1:
-        raise ValueError(f"tokens, size: got {tokens} and {size}, need at least one token and one byte")
+        raise ValueError(f"tokens, size: got {tokens} and {size}, needs at least one token and one byte")
     loss = loss_sum / tokens
     return Report(
         metrics={

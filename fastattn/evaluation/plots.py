@@ -9,7 +9,7 @@ from typing import Any
 from fastattn import plot
 from fastattn.evaluation.report import Report
 
-MAX_NAMED = 40  # labels that are named along an axis, and whose counts are written
+MAX_NAMED = 40  # most labels for which the axes have names and the cells have counts
 
 
 def plot_reliability(report: Report, path: str | Path) -> Path:

@@ -14,7 +14,7 @@ def regression(references: npt.ArrayLike, predictions: npt.ArrayLike) -> Report:
     count = check_pairs(expected, given)
     for name, values in (("references", expected), ("predictions", given)):
         if values.ndim != 1 or not np.isfinite(values).all():
-            raise ValueError(f"{name}: got shape {values.shape}, need finite numbers of one dimension")
+            raise ValueError(f"{name}: got shape {values.shape}, needs finite numbers of one dimension")
     difference = given - expected
     return Report(
         metrics={

@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of a whole set.
+    """Metrics of a whole set.
 
-    metrics: name -> figure, a share within [0, 1] unless docs/evaluation.md says otherwise; NaN where it is undefined.
-    count: examples, or tokens for a language model. tables: what is no single figure, of JSON's types. signatures:
-    how sacrebleu computed a metric, by its name.
+    metrics: name -> value, a share within [0, 1] unless docs/evaluation.md says otherwise; NaN where it is undefined.
+    count: number of examples, or of tokens for a language model. tables: further results, in JSON's types. signatures:
+    sacrebleu's signature of a metric, by its name.
     """
 
     metrics: dict[str, float]
@@ -30,11 +30,13 @@ class MissingPackage(ImportError):
 
 
 def check_pairs(references: Sized, predictions: Sized, name: str = "predictions") -> int:
-    """Their number; ValueError where there is none, or not one prediction for each reference."""
+    """The number of pairs; ValueError if there is none, or if the numbers of both differ."""
     if len(references) != len(predictions):
-        raise ValueError(f"{name}: got {len(predictions)}, need one for each of {len(references)} references")
+        raise ValueError(
+            f"{name}: got {len(predictions)}, needs one for each of {len(references)} references"
+        )
     if not len(references):
-        raise ValueError("references: got none, need at least one")
+        raise ValueError("references: got none, needs at least one")
     return len(references)
 
 

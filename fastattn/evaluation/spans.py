@@ -16,7 +16,7 @@ Span = tuple[str, int, int]  # type, first and last token (exclusive)
 def spans_of(tags: Sequence[str]) -> list[Span]:
     """The entities of a sentence's tags, read strictly as IOB2.
 
-    An entity is a B- and the I- of the same type that follow it. An I- that continues no entity of its type is none.
+    An entity is a B- and the I- of the same type that follow it. An I- that continues no entity of its type is ignored.
 
     Raises:
         ValueError: a tag is neither O nor B- or I- with a type.
@@ -27,7 +27,7 @@ def spans_of(tags: Sequence[str]) -> list[Span]:
     for place, tag in enumerate([*tags, OUTSIDE]):
         prefix, dash, name = tag.partition("-")
         if tag != OUTSIDE and not (dash and prefix in ("B", "I")):
-            raise ValueError(f"tags: got {tag!r}, need O, or B- or I- with a type")
+            raise ValueError(f"tags: got {tag!r}, needs O, or B- or I- with a type")
         if kind is not None and not (prefix == "I" and name == kind):
             spans.append((kind, start, place))
             kind = None
@@ -37,10 +37,10 @@ def spans_of(tags: Sequence[str]) -> list[Span]:
 
 
 def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> Report:
-    """Strict entity figures of sentences' tags in IOB2 form, as seqeval's in its strict mode.
+    """Strict entity metrics of sentences' tags in IOB2 form, as in seqeval's strict mode.
 
-    precision, recall and f1 of the entities of all sentences pooled; macro_f1 is the plain mean over the types that are
-    referred to or predicted (0 without any); accuracy is of single tags. Table: per_type. count: sentences.
+    precision, recall and f1 of the entities of all sentences pooled; macro_f1 is the mean over the types that occur in
+    references or predictions (0 without any); accuracy is of single tags. Table: per_type. count: sentences.
 
     Args:
         references, predictions: a sequence of tags for each sentence, of equal lengths.
@@ -53,7 +53,7 @@ def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequenc
     for number, (gold, given) in enumerate(zip(references, predictions)):
         if len(gold) != len(given):
             raise ValueError(
-                f"predictions[{number}]: got {len(given)} tags, need one for each of {len(gold)}"
+                f"predictions[{number}]: got {len(given)} tags, needs one for each of {len(gold)}"
             )
         tokens += len(gold)
         right += sum(int(a == b) for a, b in zip(gold, given))

@@ -1,4 +1,4 @@
-"""The units that texts are compared by: words, and single characters where a script writes no spaces."""
+"""The units by which texts are compared: words, and single characters in scripts without spaces."""
 
 from __future__ import annotations
 

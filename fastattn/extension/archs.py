@@ -17,7 +17,7 @@ SM90_SUFFIX = "_sm90.cu"  # sources with this suffix use instructions that only 
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST as a tuple; 9.0 becomes 9.0a, whose code is Hopper's own."""
+    """TORCH_CUDA_ARCH_LIST as a tuple; 9.0 becomes 9.0a, which has Hopper's instructions."""
     archs = []
     for name in re.split(r"[;, ]+", text.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", name)

@@ -36,9 +36,9 @@ class Built:
 
 
 def make_plan(arch_list: str | None = None, csrc: Path | None = None) -> Plan:
-    """The plan of a build on this machine; raises BuildError if none is possible."""
+    """The plan of a build on this machine; BuildError with the reason if it cannot be built."""
     if not sys.platform.startswith("linux"):
-        raise BuildError(f"the CUDA extension builds on Linux, this is {sys.platform}")
+        raise BuildError(f"the CUDA extension needs Linux, this is {sys.platform}")
     csrc = csrc or csrc_folder()
     if not (csrc / "bindings.cpp").exists():
         raise BuildError(f"the CUDA sources are missing: there is no {csrc / 'bindings.cpp'}")
@@ -51,14 +51,14 @@ def make_plan(arch_list: str | None = None, csrc: Path | None = None) -> Plan:
     if toolkit.version.split(".")[0] != torch.cuda.split(".")[0]:
         raise BuildError(
             f"the CUDA toolkit in {toolkit.root} is {toolkit.version}, torch {torch.version} needs"
-            f" {torch.cuda.split('.')[0]}.x; set CUDA_HOME to one that fits"
+            f" {torch.cuda.split('.')[0]}.x; set CUDA_HOME to a matching one"
         )
     wanted = arch_list or os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(torch.device_archs)
     return Plan(csrc, toolkit, torch, parse_archs(wanted) if wanted else DEFAULT_ARCHS)
 
 
 def build(plan: Plan, cache: Path, force: bool = False, log: Log = print) -> Path:
-    """The extension of a plan, from the cache if it is there; one process builds, others wait for it."""
+    """The extension of a plan, from the cache if present; one process builds, others wait for it."""
     folder = cache / plan.key()[:32]
     library = folder / library_name()
     cache.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def build(plan: Plan, cache: Path, force: bool = False, log: Log = print) -> Pat
 
 
 def build_here(cache: Path, arch_list: str | None = None, force: bool = False, log: Log = print) -> Built:
-    """The extension for this torch in the cache, compiled if it is not there."""
+    """The extension for this torch, from the cache or compiled."""
     started = time.monotonic()
     plan = make_plan(arch_list)
     log(

@@ -1,4 +1,4 @@
-"""Runs compilers, names their results by content, and locks a result while one process makes it."""
+"""Runs compilers, names their results by content, and locks a result while a process builds it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def versions(*compilers: str) -> list[str]:
 
 
 def run(command: Sequence[str], what: str) -> str:
-    """The output of a command; a failure raises BuildError with it."""
+    """The output of a command; BuildError with the output if it fails."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

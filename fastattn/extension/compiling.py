@@ -1,4 +1,4 @@
-"""One build: its plan, its sources compiled, each kept by content, and the link."""
+"""One build: its plan, compiling the sources, each cached by content, and linking."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One build: sources, tools and targets. Equal plans make equal extensions."""
+    """One build: sources, tools and targets. Equal plans give equal extensions."""
 
     csrc: Path
     toolkit: Toolkit
@@ -64,7 +64,7 @@ class Object:
 
 
 def sources(plan: Plan) -> list[Path]:
-    """The sources to compile: host code, and the kernels that some wanted architecture can run."""
+    """The sources to compile: host code, and the kernels that one of the architectures can run."""
     device = sorted((plan.csrc / "instantiations").glob("*.cu"))
     return [*sorted(plan.csrc.glob("*.cpp")), *(path for path in device if archs_of(path, plan.archs))]
 
@@ -72,7 +72,7 @@ def sources(plan: Plan) -> list[Path]:
 def compile_all(
     plan: Plan, objects: Path, force: bool = False, log: Log = print, only: Sequence[Path] | None = None
 ) -> list[Object]:
-    """Every source, or `only` some, compiled, several at once."""
+    """Compile every source, or those in `only`, in parallel."""
     todo = sources(plan) if only is None else list(only)
     objects.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs()) as pool:
@@ -86,7 +86,7 @@ def compile_all(
 
 
 def compile_one(plan: Plan, source: Path, objects: Path, force: bool = False) -> Object:
-    """One source compiled, unless the same text was compiled in the same way before."""
+    """Compile one source, unless the cache has the same text compiled in the same way."""
     name = source.relative_to(plan.csrc).as_posix()
     flags, includes = _flags(plan, source)
     compiler = plan.toolkit.nvcc if source.suffix == ".cu" else cxx()
@@ -107,7 +107,7 @@ def compile_one(plan: Plan, source: Path, objects: Path, force: bool = False) ->
 
 
 def link(plan: Plan, objects: Sequence[Object], target: Path, log: Log = print) -> None:
-    """The extension, with its build info inside."""
+    """Link the extension, with its build info in it."""
     info = json.dumps(json.dumps(asdict(plan.info())))
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "build_info.cpp"
@@ -122,7 +122,7 @@ def link(plan: Plan, objects: Sequence[Object], target: Path, log: Log = print) 
 
 
 def jobs() -> int:
-    """The number of compilers at once: MAX_JOBS, or as many as cores and memory allow."""
+    """The number of parallel compilers: MAX_JOBS, or as many as cores and memory allow."""
     wanted = os.environ.get("MAX_JOBS", "")
     if wanted:
         if not wanted.isdecimal() or int(wanted) < 1:
@@ -161,14 +161,14 @@ def _flags(plan: Plan, source: Path) -> tuple[list[str], list[str]]:
 
 
 def _tied(plan: Plan, source: Path) -> list[str]:
-    """The dependencies of an object beside its text, compiler and flags: kernels do not depend on torch."""
+    """The dependencies of an object besides its text, compiler and flags; kernels do not depend on torch."""
     if source.suffix == ".cu":
         return [plan.toolkit.version]
     return [plan.toolkit.version, plan.torch.version, plan.torch.cuda, abi_tag()]
 
 
 def with_headers(source: Path, csrc: Path) -> list[Path]:
-    """A source and the headers of csrc it reaches."""
+    """A source and the headers of csrc that it includes, directly or not."""
     found, todo = [], [source]
     while todo:
         path = todo.pop()

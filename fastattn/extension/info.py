@@ -1,4 +1,4 @@
-"""The build info of an extension: written into the file, and read from it without loading it."""
+"""The build info of an extension: written into the file and read without loading it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BuildInfo:
 
     @classmethod
     def of_file(cls, path: Path) -> BuildInfo | None:
-        """Read from an extension without loading it; None if there is none."""
+        """Read the build info of an extension without loading it; None if it has none."""
         data = path.read_bytes()
         start = data.find(MARKER + b"{")
         if start < 0:
@@ -36,12 +36,12 @@ class BuildInfo:
         return cls(**{**fields, "archs": tuple(fields["archs"])})
 
     def mismatch(self, other: BuildInfo) -> str | None:
-        """The differences between this info, of a file, and this environment."""
+        """The first difference between this info, of a file, and `other`, of this environment; None if they match."""
         for name in ("torch", "cuda", "python"):
             built, here = getattr(self, name), getattr(other, name)
             if built != here:
                 return f"built for {name} {built}, this is {here}"
-        return None if self.sources == other.sources else "built from other sources than these"
+        return None if self.sources == other.sources else "built from other sources"
 
 
 def csrc_folder() -> Path:

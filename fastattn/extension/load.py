@@ -18,7 +18,7 @@ from fastattn.extension.archs import covers
 from fastattn.extension.info import BuildInfo, abi_tag, csrc_folder, library_name, sources_hash
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ADVICE = "`fastattn build` makes one that fits"
+ADVICE = "`fastattn build` builds one that matches"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class State:
 def state() -> State:
     """The extension of this environment: the installed one, or one that `fastattn build` left in the cache.
 
-    One that does not match is never loaded; a warning is given once if it is the installed one.
+    An extension that does not match is never loaded; for the installed one there is one warning.
     """
     if torch.version.cuda is None:
         return State(reason=f"torch {torch.__version__} is built without CUDA")
@@ -50,9 +50,9 @@ def state() -> State:
                 return State(loaded, info, path)
             refused = f"the extension {loaded}"
         elif installed:
-            refused = f"the installed extension does not fit: {wrong}"
+            refused = f"the installed extension does not match: {wrong}"
     if refused is None:
-        return State(reason="the extension is not built here; `fastattn build` builds it")
+        return State(reason="the extension is not built on this machine; `fastattn build` builds it")
     warnings.warn(
         f"fastattn runs without its CUDA extension, {refused}; {ADVICE}", RuntimeWarning, stacklevel=2
     )
@@ -60,7 +60,7 @@ def state() -> State:
 
 
 def module() -> ModuleType:
-    """The loaded extension; RuntimeError with the reason where there is none."""
+    """The loaded extension; RuntimeError with the reason if there is none."""
     found = state()
     if found.module is None:
         raise RuntimeError(found.reason)
@@ -68,13 +68,13 @@ def module() -> ModuleType:
 
 
 def info_here() -> BuildInfo:
-    """The build info of an extension for this process, architectures aside."""
+    """The build info of an extension for this process, without architectures."""
     sources = sources_hash(csrc_folder())
     return BuildInfo(str(torch.__version__), str(torch.version.cuda), abi_tag(), (), sources)
 
 
 def _candidates() -> Iterator[tuple[Path, bool]]:
-    """(library, whether it is the installed one), those that run on this GPU first, then the newest first."""
+    """(library, whether it is the installed one); those for this GPU first, then the newest first."""
     name = library_name()
     installed = PACKAGE / name
     if installed.exists():
@@ -97,7 +97,7 @@ def _load(path: Path) -> ModuleType | str:
     name = "fastattn._C"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        return f"is no extension module: {path}"
+        return f"is not an extension module: {path}"
     try:
         made = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(made)

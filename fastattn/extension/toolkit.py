@@ -39,7 +39,7 @@ class Torch:
 def find_torch() -> Torch:
     """The torch to build for: that of this process, or of the environment pip installs into.
 
-    pip builds with the target's interpreter and only hides its packages; other tools build elsewhere.
+    pip builds with the target's interpreter and only hides its packages; other tools build in another environment.
     """
     try:
         import torch
@@ -64,7 +64,7 @@ def find_torch() -> Torch:
 
 
 def find_toolkit() -> Toolkit | None:
-    """The CUDA toolkit: CUDA_HOME's, that of nvcc on PATH, or one in a usual place. A root without headers is none."""
+    """The CUDA toolkit: CUDA_HOME's, that of nvcc on PATH, or one of DEFAULT_ROOTS; only one with headers."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")
     candidates = [Path(home)] if home else []
@@ -79,7 +79,7 @@ def find_toolkit() -> Toolkit | None:
 
 
 def _root_of(nvcc: str) -> Path:
-    """The root that a compiler reports: nvcc on PATH may be a script that starts another."""
+    """The root that the compiler reports, because nvcc on PATH may be a script that starts another one."""
     done = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
     )

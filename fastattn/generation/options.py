@@ -245,7 +245,7 @@ def _strings(name: str, value: Any) -> None:
     if not isinstance(texts, (list, tuple, set, frozenset)) or not all(isinstance(t, str) for t in texts):
         raise TypeError(f"{name}: got {value!r}, needs a string or a list of strings")
     if not texts or not all(texts):
-        raise ValueError(f"{name}: got {value!r}, needs a string at least, and none that is empty")
+        raise ValueError(f"{name}: got {value!r}, needs one string or more, none of them empty")
 
 
 def _tokenizer(name: str, value: Any) -> None:

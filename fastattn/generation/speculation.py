@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from statistics import median
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,16 +21,23 @@ from torch import Tensor
 from fastattn.generation.choosing import Chooser
 from fastattn.generation.drivers import DecoderDriver
 from fastattn.generation.rows import Rows, real_tokens
+from fastattn.integers import cdiv
 
-LENGTHS = (4, 3, 2)  # of the last tokens that are looked for, the longest first
+LENGTHS = (4, 3, 2, 1)  # of the last tokens that are looked for, the longest first
+CHANCES = (
+    0.5,
+    0.5,
+    0.5,
+    0.2,
+)  # that the token comes next which followed such an occurrence, before any was seen
 MEMORY = 24  # matches, or steps with guesses, that the estimates look back on
 # The extra cost of a step that checks guesses, as a fraction of a single step, until steps have been timed: a fixed
 # part, and one for each guessed token of a row.
 COST = {"cpu": (0.2, 0.04), "cuda": (0.05, 0.01)}
 LEAST_SINGLE = 2  # single steps that are measured first
 LEAST_GAIN = 0.05  # steps that a guess has to be worth
-ALLOWANCE = 0.01  # of each step's time, which guesses may lose
-START, MOST = 1.0, 4.0  # steps that guesses may lose at first, and at most after they have won some
+ALLOWANCE = 0.007  # of each step's time, which guesses may lose
+START, MOST = 0.7, 4.0  # steps that guesses may lose at first, and at most after they have won some
 WORST = 2.0  # steps: what takes longer than that was held up by something else
 
 clock = time.perf_counter  # seconds
@@ -42,7 +51,7 @@ class Lookup:
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]  # the place behind those tokens
         self.place: int | None = None  # behind the longest earlier occurrence of the last tokens, the latest
         self.kind = 0  # which of LENGTHS that has
-        self.chances = [0.5] * len(LENGTHS)  # that the token there comes next
+        self.chances = list(CHANCES)  # that the token there comes next
         self.matches = [1] * len(LENGTHS)
         for token in ids:
             self.add(token)
@@ -76,7 +85,49 @@ class Lookup:
         if self.place is None or count < 1:
             return []
         following = self.ids[self.place : self.place + count]
-        return (following * -(-count // len(following)))[:count]
+        return (following * cdiv(count, len(following)))[:count]
+
+
+class Costs:
+    """What steps that check guesses cost more than single ones, in single steps: assumed first, then measured."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        fixed, share = COST.get(device.type, COST["cpu"])
+        each = rows * share / (1 + rows * share)  # of one more token in each row
+        # (tokens guessed, the cost); the first two stand for none measured
+        self.assumed = [(1, fixed + each), (8, fixed + 8 * each)]
+        self.checks: deque[tuple[int, float]] = deque(maxlen=MEMORY)
+        self.widths: set[int] = set()  # that were checked before
+        self.fixed, self.each = fixed, each
+
+    def add(self, guessed: int, cost: float) -> None:
+        """A step that checked so many tokens in each row cost so much."""
+        if guessed in self.widths:
+            self.checks.append((guessed, cost))
+            self._fit()
+        self.widths.add(guessed)  # the first one may have made kernels for its size
+
+    def _fit(self) -> None:
+        """A line through the costs by least squares, neither part of it negative."""
+        points = [*self.assumed, *self.checks]
+        x, y = (sum(values) / len(points) for values in zip(*points))
+        slope = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+        self.each = min(max(slope, 0.0), y / x)
+        self.fixed = y - self.each * x
+
+
+# module -> {(rows, how it computes): its costs}, which one generation leaves to the next
+_costs: WeakKeyDictionary[Any, dict[tuple[Any, ...], Costs]] = WeakKeyDictionary()
+
+
+def costs_of(decoder: Any, rows: int, device: torch.device) -> Costs:
+    """The costs of a decoder's steps: those that earlier generations of its model measured, where there were any."""
+    model = getattr(decoder, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        return Costs(rows, device)
+    kept = _costs.setdefault(model, {})
+    key = (rows, device.type, getattr(model, "quantized", None), getattr(decoder, "invariant", None))
+    return kept.setdefault(key, Costs(rows, device))
 
 
 class Account:
@@ -85,21 +136,15 @@ class Account:
     Guessing stops while the balance is too low or no gain is expected, except for occasional tries.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        fixed, share = COST.get(device.type, COST["cpu"])
-        each = rows * share / (1 + rows * share)  # of one more token in each row, in steps
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
         self.singles: deque[float] = deque(maxlen=MEMORY // 2)  # seconds
-        # (tokens guessed, what the step cost more than a single one); the first two stand for none measured
-        self.assumed = [(1, fixed + each), (8, fixed + 8 * each)]
-        self.checks: deque[tuple[int, float]] = deque(maxlen=MEMORY)
-        self.widths: set[int] = set()  # that were checked before
-        self.fixed, self.each = fixed, each
         self.balance = START
         self.tries = 0.0  # steps that guesses may cost which are not expected to pay
 
     def cost(self, guessed: int) -> float:
         """The cost, in single steps, of checking so many more tokens in each row."""
-        return self.fixed + guessed * self.each
+        return self.costs.fixed + guessed * self.costs.each
 
     def single(self, seconds: float) -> None:
         """A step without guesses took so long."""
@@ -112,10 +157,7 @@ class Account:
         self.balance = min(self.balance + right - cost, MOST)
         if right < self.cost(guessed):
             self.tries -= cost
-        if guessed in self.widths:
-            self.checks.append((guessed, cost))
-            self._fit()
-        self.widths.add(guessed)  # the first one may have made kernels for its size
+        self.costs.add(guessed, cost)
         self._step()
 
     def worth(self, chances: Sequence[float], most: int) -> int:
@@ -134,14 +176,6 @@ class Account:
         self.balance = min(self.balance + ALLOWANCE, MOST)
         self.tries = min(self.tries + ALLOWANCE, START)
 
-    def _fit(self) -> None:
-        """A line through the costs by least squares, neither part of it negative."""
-        points = [*self.assumed, *self.checks]
-        x, y = (sum(values) / len(points) for values in zip(*points))
-        slope = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
-        self.each = min(max(slope, 0.0), y / x)
-        self.fixed = y - self.each * x
-
 
 def _right(chance: float, guessed: int) -> float:
     """How many of the tokens are expected to be right, each with the same chance after the one before."""
@@ -155,7 +189,7 @@ def speculate(
     prompts = real_tokens(prompt, mask)
     lookups = [Lookup(ids) for ids in prompts]
     held = [len(ids) for ids in prompts]  # tokens in the cache
-    account = Account(len(prompts), prompt.device)
+    account = Account(costs_of(driver.decoder, len(prompts), prompt.device))
 
     def take(logits: Tensor, going: list[int]) -> Tensor:
         """Choose a token after logits (R, V) for the rows of these numbers; (R,), other entries are undefined."""

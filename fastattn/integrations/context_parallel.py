@@ -34,9 +34,9 @@ def split(length: int, processes: int) -> list[tuple[range, ...]]:
         ValueError: length is below 0, or processes below 1.
     """
     if length < 0:
-        raise ValueError(f"length: got {length}, need at least 0")
+        raise ValueError(f"length: got {length}, needs at least 0")
     if processes < 1:
-        raise ValueError(f"processes: got {processes}, need at least 1")
+        raise ValueError(f"processes: got {processes}, needs at least 1")
     count = 2 * processes
     ends = [length * i // count for i in range(count + 1)]
     parts = [range(first, last) for first, last in pairwise(ends)]
@@ -88,7 +88,7 @@ def attention(
     """
     rank, length = _check(query, key, value, parts, group, segment_ids)
     if alibi_slopes is not None and not causal:
-        raise ValueError("alibi_slopes: need causal=True where the sequence is split over processes")
+        raise ValueError("alibi_slopes: needs causal=True where the sequence is split over processes")
     keys, values = (_Gather.apply(t, parts, rank, group) for t in (key, value))
     ids = None if segment_ids is None else _gathered(segment_ids, parts, 1, group)
     left, right = window if window is not None else (None, None)
@@ -171,20 +171,20 @@ def _check(
 ) -> tuple[int, int]:
     """This process's rank in the group, and the length of the whole sequence."""
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("group: torch.distributed is not initialised, need a process group")
+        raise ValueError("group: torch.distributed is not initialised, needs a process group")
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if len(parts) != world_size:
-        raise ValueError(f"parts: got {len(parts)}, need one for each of {world_size} processes")
+        raise ValueError(f"parts: got {len(parts)}, needs one for each of {world_size} processes")
     edges = sorted((part.start, part.stop) for rows in parts for part in rows if len(part))
     length = edges[-1][1] if edges else 0
     if [first for first, _ in edges] != [0, *(last for _, last in edges)][: len(edges)]:
-        raise ValueError("parts: need every row of the sequence once")
+        raise ValueError("parts: needs every row of the sequence once")
     here = _rows(parts[rank])
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or tensor.shape[2] != here:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need (B, heads, {here}, D)")
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, needs (B, heads, {here}, D)")
     if segment_ids is not None and tuple(segment_ids.shape) != (query.shape[0], here):
         raise ValueError(
-            f"segment_ids: got shape {tuple(segment_ids.shape)}, need ({query.shape[0]}, {here})"
+            f"segment_ids: got shape {tuple(segment_ids.shape)}, needs ({query.shape[0]}, {here})"
         )
     return rank, length

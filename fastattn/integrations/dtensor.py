@@ -86,7 +86,7 @@ def _inputs(call: dict[str, Any], dim: int) -> Placements:
 
 
 def _placement(name: str, arg: Any, dim: int) -> Any:
-    """The placement of an argument of a call that is split over `dim`; None for arguments that are no tensors."""
+    """The placement of an argument of a call that is split over `dim`; None for arguments that are not tensors."""
     from torch.distributed.tensor import Replicate, Shard
 
     if not _is_tensor(arg):

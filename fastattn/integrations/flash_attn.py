@@ -75,7 +75,7 @@ def flash_attn_func(
         ValueError, TypeError: an argument does not fit; the message names it. It is a RuntimeError, too, as in
             flash-attn.
     """
-    operands = [heads_first(name, t, 4) for name, t in (("q", q), ("k", k), ("v", v))]
+    operands = [heads_first(name, t) for name, t in (("q", q), ("k", k), ("v", v))]
     chosen = options(softmax_scale, causal, window_size, softcap, alibi_slopes) | {"sinks": s_aux}
     if not return_attn_probs:
         return cast(Tensor, attention(*operands, dropout_p=dropout_p, **chosen)).transpose(1, 2)
@@ -315,11 +315,9 @@ def flash_attn_with_kvcache(
         ValueError, TypeError: as in `flash_attn_func`; nothing is written then.
         RuntimeError: a tensor requires grad.
     """
-    query, *_ = (
-        heads_first(name, t, 4) for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
-    )
-    new_key = None if k is None else heads_first("k", k, 4)
-    new_value = None if v is None else heads_first("v", v, 4)
+    query, *_ = (heads_first(name, t) for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)))
+    new_key = None if k is None else heads_first("k", k)
+    new_value = None if v is None else heads_first("v", v)
     chosen = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     check_int32("num_splits", num_splits)
     if cache_seqlens is None and k is not None:

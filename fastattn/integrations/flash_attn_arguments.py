@@ -41,12 +41,12 @@ def raising_as_flash_attn(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def heads_first(name: str, tensor: Tensor, rank: int) -> Tensor:
+def heads_first(name: str, tensor: Tensor) -> Tensor:
     """A (B, H, S, D) view of (B, S, H, D)."""
     arguments.check_tensor(name, tensor)
-    if tensor.dim() != rank:
+    if tensor.dim() != 4:
         got = arguments.shape_of(tensor)
-        raise ValueError(f"{name}: got shape {got}, needs {rank} dimensions (batch, length, heads, dim)")
+        raise ValueError(f"{name}: got shape {got}, needs 4 dimensions (batch, length, heads, dim)")
     return tensor.transpose(1, 2)
 
 

@@ -61,7 +61,9 @@ def gathered(
                 f"{name}: got shape {got}, needs (blocks, page, heads, dim) with a block_table"
             )
         if torch.is_grad_enabled() and pages.requires_grad:
-            raise RuntimeError(f"{name}: requires grad, which pages do not get; use detach()")
+            raise RuntimeError(
+                f"{name}: requires grad, but keys and values in pages get no gradient; use detach()"
+            )
     if k.shape[:3] != v.shape[:3]:
         got, needs = arguments.shape_of(v), arguments.shape_of(k)[:3]
         raise ArgumentError(f"v: got shape {got}, needs the k's {needs} in front")

@@ -27,7 +27,7 @@ _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 
 @remembered
 def names(cls: type) -> frozenset[str]:
-    """Every global, attribute and method name that the methods of a class use, those of torch's own bases aside."""
+    """The global, attribute and method names that the methods of a class use, without those of torch's own bases."""
     return frozenset(name for code in _codes(cls) for name in code.co_names)
 
 
@@ -39,7 +39,7 @@ def function_names(function: object) -> frozenset[str]:
 
 @remembered
 def passes(cls: type) -> frozenset[str]:
-    """Every string constant in a class's forward, the keywords that it passes among them."""
+    """The string constants in a class's forward, which include the keywords that it passes."""
     found: set[str] = set()
     forward = _forward(cls)
     for code in () if forward is None else _nested(forward):
@@ -82,7 +82,7 @@ def _names_attention(variables: tuple[str, ...]) -> bool:
 
 @remembered
 def weighs_by_mask(cls: type) -> bool:
-    """Whether a class computes a softmax or a matrix product in a method that has a mask, attention or not."""
+    """Whether a class with a mask among its variables computes attention, or a softmax and matrix products."""
     if _torchs_own(cls) or calls_interface(cls) or not sees_masks(cls):
         return False
     return attends(cls) or ("softmax" in names(cls) and not _PRODUCTS.isdisjoint(names(cls)))

@@ -25,14 +25,14 @@ class ImportedNames:
         self._seen: WeakSet[ModuleType] = WeakSet()
         self._newest: tuple[int, ref[ModuleType] | None] = (0, None)
         self._known: set[Name] = set()
-        self._originals: dict[Name, Any] = {}  # what each name held that is exchanged now
-        self._exchanged: dict[int, Any] = {}  # by id, what has been put there since the first exchange
+        self._originals: dict[Name, Any] = {}  # by exchanged name, the value it held before
+        self._exchanged: dict[int, Any] = {}  # by id, the values put there since the first exchange
 
     def exchange(self, function: Any, of_torchs: Any, original: Any) -> None:
         """Replace `original` by `function`, and torch's own function by `of_torchs`, in every name that holds it.
 
-        They differ where somebody has replaced torch's function and calls it by such a name: what goes back to that
-        one must not come round again.
+        The two differ where other code has replaced torch's function and calls the original by such a name: that call
+        must not lead back to the replacement.
         """
         torchs = torch_compat.torch_sdpa()
         put = [(original, function)] if original is torchs else [(original, function), (torchs, of_torchs)]

@@ -48,7 +48,7 @@ class sdpa_override(ContextDecorator):
         self.backend = backend
         self._mine: list[_Entry] = []
         self._earlier = 0  # calls in earlier entries
-        self._began = 0  # the value of `_came_in` at entry
+        self._began = 0  # the value of `_all_calls` at entry
 
     @property
     def calls(self) -> int:
@@ -57,7 +57,7 @@ class sdpa_override(ContextDecorator):
             return self._calls_so_far()
 
     def _calls_so_far(self) -> int:
-        now = _came_in.number - self._began if self._mine else 0
+        now = _all_calls.number - self._began if self._mine else 0
         return self._earlier + now + sum(entry.compiled for entry in self._mine)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]
@@ -76,14 +76,14 @@ class sdpa_override(ContextDecorator):
         with _lock:
             if not _entered:
                 _before.append(F.scaled_dot_product_attention)
-            entry = _Entry(_came_in.number)
+            entry = _Entry(_all_calls.number)
             entry.function = _override(F.scaled_dot_product_attention, self.backend, entry)
             torchs = torch_compat.torch_sdpa()
             entry.of_torchs = (
                 entry.function if _before[0] is torchs else _override(torchs, self.backend, entry)
             )
             if not self._mine:
-                self._began = _came_in.number
+                self._began = _all_calls.number
             _entered.append(entry)
             self._mine.append(entry)
             _put(entry)
@@ -108,26 +108,26 @@ class sdpa_override(ContextDecorator):
             else:
                 F.scaled_dot_product_attention = original = _before.pop()
                 _names.give_back(original)
-            missed = kind is None and entry.began == _came_in.number and not entry.compiled
+            missed = kind is None and entry.began == _all_calls.number and not entry.compiled
         if missed:
-            warn_once(_NOTHING_CAME)
+            warn_once(_NO_CALLS)
 
 
-_NOTHING_CAME = (
-    "sdpa_override: left without any call of scaled_dot_product_attention having come in. The model may compute its "
-    "attention itself, as for a softcap or returned weights; call another library; run torch's inference fast path, "
-    "which swap_attention reaches; be a TorchScript module; or keep the function in an attribute or a closure"
+_NO_CALLS = (
+    "sdpa_override: left without any call of scaled_dot_product_attention. The model may compute its attention itself, "
+    "as for a softcap or returned weights; call another library; run torch's inference fast path, which "
+    "swap_attention reaches; be a TorchScript module; or keep the function in an attribute or a closure"
 )
 
 
 class _Entry:
-    """One time that a context is entered."""
+    """One entry of a context."""
 
     def __init__(self, began: int) -> None:
         self.began = began
         self.active = True
         self.compiled = (
-            False  # compiled code has called `function`: it replays the assignment, and could not count
+            False  # compiled code has called `function`: it repeats the assignment, and cannot count calls
         )
         self.function: Any = None
         self.of_torchs: Any = None  # the same for names of torch's own function, where that has been replaced
@@ -146,9 +146,9 @@ class _Counter:
 
 
 _lock = Lock()
-_came_in = _Counter()
-_entered: list[_Entry] = []  # the latest last
-_before: list[Any] = []  # what was there before the first of them
+_all_calls = _Counter()
+_entered: list[_Entry] = []  # in order of entry
+_before: list[Any] = []  # the function before the first entry
 _names = ImportedNames()
 
 
@@ -177,7 +177,7 @@ def _override(previous: Callable[..., Tensor], backend: str, entry: _Entry) -> C
         if torch.compiler.is_compiling():
             entry.compiled = True
         else:
-            _came_in.add_one()
+            _all_calls.add_one()
         reason = _why_torchs(query, key, value)
         if reason is not None or not entry.active:  # a caller may have kept this function
             if reason is not None:

@@ -88,9 +88,8 @@ def attention_forward(
         masks == "float" or (not masks and wants_eager_masks(getattr(module, "config", None)))
     ):
         is_causal, sliding_window = False, None
-    for name, why in REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: fastattn cannot honour it: {why}; use attn_implementation='eager'")
+    if not REFUSED.keys().isdisjoint(kwargs):
+        _refuse(kwargs)
     if query.shape[0] == 1 and key.shape[0] != 1:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     options = _mask_options(module, query, key, attention_mask, is_causal, sliding_window)
@@ -105,6 +104,12 @@ def attention_forward(
     )  # fmt: skip
     out, weights = results if isinstance(results, tuple) else (results, None)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    for name, why in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: is not supported by fastattn: {why}; use attn_implementation='eager'")
 
 
 def implementation_name(backend: str = "auto", masks: str = "") -> str:

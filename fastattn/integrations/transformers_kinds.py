@@ -28,17 +28,17 @@ def why_dense(
     calling = list(calling)
     for cls in others:
         if inspection.weighs_by_mask(cls):
-            return cls, "uses the same masks by itself"
+            return cls, "reads the same masks in code of its own"
     for cls in calling:
         if inspection.tests_its_mask(cls):
             return cls, "changes its masks"
         if not inspection.says(cls, "is_causal"):
-            return cls, "does not say if it is causal, which no mask would leave to it"
+            return cls, "has no is_causal, by which attention without a mask is causal or not"
     if any(_FEATURES & inspection.passes(cls) for cls in calling):
         return None
     for model in models:
         if not compat.runs_sdpa(model):
-            return model, "is refused sdpa by transformers, whose masks leave out what is implied"
+            return model, "is not allowed sdpa by transformers, whose masks leave out implied causality"
     return None
 
 

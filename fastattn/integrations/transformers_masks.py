@@ -66,8 +66,8 @@ def structured_mask(
 
     Models that need eager attention's masks, which are complete, get those.
 
-    A mask function is recognised by its code object, and the variables it closes over tell the rest. One that is not
-    recognised, as in a version of transformers that makes its masks differently, becomes the dense mask.
+    A mask function is recognised by its code object, and its parameters are read from the variables it closes over. One
+    that is not recognised, as of another version of transformers, becomes the dense mask.
     """
     if isinstance(attention_mask, StructuredMask):  # made by `generate` from the same information
         return attention_mask
@@ -189,7 +189,7 @@ _MAKERS: tuple[tuple[str, set[str], Callable[..., Pattern | None], tuple[Any, ..
 
 @lru_cache(maxsize=1)
 def known_makers() -> dict[Any, Callable[..., Pattern | None]]:
-    """Code object -> how to read a mask function, for those of the installed version that still mean the same."""
+    """Code object -> reader of a mask function, for those whose meaning in the installed version is the known one."""
     readers: dict[Any, Callable[..., Pattern | None]] = {}
     for name, variables, reader, example in _MAKERS:
         make = compat.masking(name)
@@ -198,7 +198,7 @@ def known_makers() -> dict[Any, Callable[..., Pattern | None]]:
             if set(function.__code__.co_freevars) != variables:
                 continue
             pattern = _read(function, {**readers, function.__code__: reader})
-        except Exception:  # its implementation has changed; its masks become dense
+        except Exception:  # another implementation: its masks become dense
             continue
         if pattern is not None and pattern.by_document:  # is meaningful within documents only
             whole = replace(pattern, documents=_IDS)
@@ -250,9 +250,9 @@ def _aligned(
 
 
 def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
-    """Hide padded keys: by lengths where they lie at the end, else as keys of no document.
+    """Hide padded keys: by key lengths where they lie at the end, else by negative segment ids.
 
-    For one query on a CPU they become a mask of the keys: a byte for each, and no layer has to find ranges of segments.
+    For one query on a CPU by a bool mask of the keys, which saves each layer the search for ranges of segments.
     """
     batch, _, seqlen_q, seqlen_k = mask.shape
     if not compat.is_tracing(padding):

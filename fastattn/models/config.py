@@ -266,7 +266,9 @@ PRESETS: dict[str, dict[str, Any]] = {name: preset.fields for name, preset in DE
 
 def _kinds_of_layers(name: str, value: Any) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{name}: got {value!r}, needs a list of {' or '.join(LAYER_TYPES)}, one a layer")
+        raise ValueError(
+            f"{name}: got {value!r}, needs a list of {' or '.join(LAYER_TYPES)}, one for each layer"
+        )
     return [one_of(LAYER_TYPES)(f"{name}[{index}]", kind) for index, kind in enumerate(value)]
 
 
@@ -300,7 +302,7 @@ def _rope_scaling(name: str, value: Any) -> dict[str, Any] | None:
     numbers = _NUMBERS_OF_SCALING[kind]
     for key in value:
         if key != "rope_type" and key not in numbers:
-            raise ValueError(f"{name}: got {key!r}, which {kind} scaling has not")
+            raise ValueError(f"{name}: got {key!r}, which {kind} scaling does not have")
     for key, (_, needed) in numbers.items():
         if needed and key not in value:
             raise ValueError(f"{name}: got no {key!r}, which {kind} scaling needs")

@@ -244,7 +244,7 @@ def _read_layout(folder: Path) -> _Layout:
         modules = json.loads(path.read_text(encoding="utf-8"))
         kinds = [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"pretrained model: {path} is no list of modules: {error!r}") from None
+        raise ValueError(f"pretrained model: {path} is not a list of modules: {error!r}") from None
     for _, inside in kinds:
         if not isinstance(inside, str) or Path(inside).is_absolute() or ".." in Path(inside).parts:
             raise ValueError(

@@ -17,7 +17,7 @@ from fastattn.models.checkpoint.folder import open_tensors, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.names import Family
 from fastattn.models.checkpoint.pretrained import Pretrained
-from fastattn.models.checkpoint.swap import write_folder
+from fastattn.models.checkpoint.swap import naming, write_folder
 from fastattn.models.lora import Block, adapters_of, add_adapters, blocks_of
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -175,7 +175,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         tensors[f"{_FRONT}{name}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
 
     def write(folder: Path) -> None:
-        safetensors.torch.save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        with naming(folder / ADAPTER_WEIGHTS):
+            safetensors.torch.save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     write_folder(Path(directory), write, superseded=lambda name: name == ADAPTER_PICKLED)

@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.constants import IGNORE_INDEX
 from fastattn.models.decoder import GPT
 from fastattn.models.encoder_decoder import EncoderDecoder
 from fastattn.models.families import class_for, load
 from fastattn.models.lora import blocks_of
 from fastattn.nn.int8 import Int8Linear, in_numbered_layer
+from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
 _CHUNK = 8  # sequences at a time
 
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of smaller weights: perplexities of a decoder, or cosines of an encoder's embeddings."""
+    """The effect of smaller weights: perplexities of a model that generates, or cosines of an encoder's embeddings."""
 
     options: str  # how the weights were made smaller
     bytes_before: int  # of the matrices that are multiplied, and of all other parameters
@@ -48,6 +50,7 @@ def compare(
     path_or_id: str | Path,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     quantize: str | None = None,
@@ -58,19 +61,24 @@ def compare(
         path_or_id: a folder, or a repository's name on the Hugging Face hub.
         input_ids: (B, S) token ids of text that is typical for the model; more tokens make the figure more precise.
         attention_mask: (B, S), nonzero = a real token; None for no padding.
+        labels: (B, T) targets of an encoder-decoder, whose sources input_ids are; -100 is ignored.
         dtype, quantize: as in `load`; one of them at least.
 
     Raises:
-        ValueError: neither was given, the model is an encoder-decoder, or what `load` and the model raise.
+        ValueError: neither was given, labels are missing or have no use, or what `load` and the model raise.
     """
     if dtype is None and quantize is None:
         raise ValueError("dtype, quantize: needs one of them at least, got neither")
-    if class_for(path_or_id) is EncoderDecoder:
-        raise ValueError(f"path_or_id: {path_or_id} is an encoder-decoder, needs a decoder or an encoder")
+    if (class_for(path_or_id) is EncoderDecoder) != (labels is not None):
+        what = "is an encoder-decoder, needs targets" if labels is None else "is none, needs None"
+        raise ValueError(f"labels: got {'None' if labels is None else 'targets'}, and {path_or_id} {what}")
     before, after = load(path_or_id), load(path_or_id, dtype=dtype, quantize=quantize)
     names = [str(name).removeprefix("torch.") for name in (dtype, quantize) if name is not None]
     sizes = weight_bytes(before), weight_bytes(after)
-    if isinstance(before, GPT):
+    if labels is not None:
+        values = [target_perplexity(model, input_ids, labels, attention_mask) for model in (before, after)]
+        change = Change(" ".join(names), *sizes, perplexities=(values[0], values[1]))
+    elif isinstance(before, GPT):
         values = [perplexity(model, input_ids, attention_mask) for model in (before, after)]
         change = Change(" ".join(names), *sizes, perplexities=(values[0], values[1]))
     else:
@@ -104,6 +112,40 @@ def perplexity(model: GPT, input_ids: Tensor, attention_mask: Tensor | None = No
 
 
 @torch.no_grad()
+def target_perplexity(
+    model: EncoderDecoder, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+) -> float:
+    """exp of the mean negative log-likelihood of targets given their sources, with the weights `generate` uses.
+
+    Args:
+        input_ids: (B, S) sources; attention_mask (B, S), nonzero = a real token.
+        labels: (B, T) targets; -100 stands behind their ends. They begin after the start token.
+    """
+    check_tensor("labels", labels)
+    if labels.dim() != 2 or len(labels) != len(input_ids) or labels.dtype not in INTEGER_DTYPES:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"labels: got {got}, needs integers of shape ({len(input_ids)}, length)")
+    total, count = 0.0, 0
+    for row, target in enumerate(labels):
+        target = target[target != IGNORE_INDEX].long()
+        if not len(target):
+            continue
+        mask = None if attention_mask is None else attention_mask[row : row + 1]
+        causal, start = model.continuation(input_ids[row : row + 1], mask)
+        ids = torch.cat((start, target[None, :-1]), 1)  # (1, T)
+        decoder = causal.decoder(1, ids.shape[1])
+        if decoder is None:
+            logits = model(input_ids[row : row + 1], mask, ids).logits
+        else:
+            logits = decoder.logits(ids)
+        total += float(F.cross_entropy(logits[0].double(), target, reduction="sum"))
+        count += len(target)
+    if not count:
+        raise ValueError("labels: hold no token, which a perplexity needs")
+    return math.exp(total / count)
+
+
+@torch.no_grad()
 def embeddings(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """A vector for each sequence, (B, E): the model's embeddings, else the mean of the last hidden states."""
     trunk = model if hasattr(model, "pooling") or not hasattr(model, "bert") else model.bert
@@ -124,9 +166,10 @@ def embeddings(model: Any, input_ids: Tensor, attention_mask: Tensor | None = No
 def weight_bytes(model: Any) -> int:
     """Bytes of the weights as inference multiplies them, and of the other parameters."""
     small = {id(module.weight) for module in model.modules() if type(module) is Int8Linear}
-    if isinstance(model, GPT) and model.quantized:  # its decoder rounds what the blocks multiply with
-        layers = [block for block in blocks_of(model) if in_numbered_layer(block.ours)]
-        small = {id(model.get_parameter(block.ours)) for block in layers}
+    for part in model.modules():
+        if isinstance(part, GPT) and part.quantized:  # its decoder rounds what the blocks multiply with
+            layers = [block for block in blocks_of(part) if in_numbered_layer(block.ours)]
+            small |= {id(part.get_parameter(block.ours)) for block in layers}
     total = 0
     for parameter in model.parameters():
         rounded = id(parameter) in small

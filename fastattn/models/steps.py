@@ -79,7 +79,12 @@ class GPTDecoder:
             None if memory is None else Sources(model.h, memory, batch, self._rows, invariant=batch_invariant)
         )
         self.kinds = model.config.kinds
-        places = torch.arange(capacity, device=device)
+        self._make_positions(capacity)
+
+    def _make_positions(self, count: int) -> None:
+        """What the first `count` positions of a sequence add to tokens, and the angles that they turn keys by."""
+        model = self.model
+        places = torch.arange(count, device=model.wte.weight.device)
         self.positions = None if model.wpe is None else model.wpe.weight  # (C or more, E)
         if model.config.positions == "sinusoidal":
             self.positions = sinusoids(places, model.config.n_embd, model.wte.weight.dtype)

@@ -20,7 +20,7 @@ from fastattn.ops.attention import attention
 from fastattn.ops.plain import quietly
 from fastattn.ops.symbolic import any_proxy, record_module
 
-# What an instance has that torch's has not.
+# Attributes that torch's class does not have.
 _EXTRA_ATTRIBUTES = (
     "num_kv_heads",
     "scale",
@@ -161,9 +161,9 @@ class MultiHeadAttention(Heads):
         backend: str = "auto",
         swapped: bool = False,
     ) -> None:
-        """Give a torch module what this class has more; the constructor and `swap_attention` call this, once.
+        """Add the attributes of this class to a torch module; the constructor and `swap_attention` call it once.
 
-        swapped: the module was made by torch and will be given back to it.
+        swapped: the module was made by torch; `restore_attention` gives it torch's class again.
         """
         device, dtype = self.out_proj.weight.device, self.out_proj.weight.dtype
         self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
@@ -181,7 +181,7 @@ class MultiHeadAttention(Heads):
             raise ValueError(f"rotary: got one for head_dim {rotary.head_dim}, needs {self.head_dim}")
         self.rotary = rotary or None
         arguments.window_bounds(window)
-        arguments.positive_or_zero("softcap", softcap, dtype)
+        arguments.softcap_or_zero(softcap, dtype)
         arguments.check_backend(backend)
         self.window = window
         self.softcap = softcap

@@ -65,7 +65,7 @@ class KVCache:
         """`fastattn.attention` of a query to all tokens held, once `key` and `value` are appended; its arguments.
 
         With cached tokens, `attention_kv_cache` is used where it gives the same result: without gradients, dropout,
-        weights and a bias, and with no mask but one that hides the ends of sequences from a single query.
+        weights and a bias, and without a mask, unless it hides only the last keys of sequences from a single query.
         """
         more = (bias, segment_ids, key_lengths)
         is_step = (

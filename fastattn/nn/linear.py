@@ -14,7 +14,7 @@ from fastattn import torch_compat
 ONEDNN_MIN_WEIGHTS = 1 << 20  # below, a oneDNN call of one row costs more than it saves
 # The least for shapes that repeat, as in steps of generation: the kernel that oneDNN makes for a shape is used again.
 REPEATED_MIN_ROWS, REPEATED_MIN_PRODUCTS = 4, 1 << 20
-REMAKE = "_fastattn_remake"  # the attribute of a tensor that says how to make it again
+REMAKE = "_fastattn_remake"  # the attribute of a tensor that holds how to recompute it
 
 
 class Linear(nn.Linear):
@@ -100,7 +100,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def plainly_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product with a weight, or a norm's, may be a kernel of the CPU that only autograd is told of."""
+    """Whether a product with a weight, or a norm's, may run as a CPU kernel that only autograd records."""
     return (
         recorded_by_autograd_alone(x)
         and x.is_cpu
@@ -123,7 +123,7 @@ def _suits_onednn(x: Tensor, weight: Tensor, repeated: bool) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.dim() >= 2
         and x.numel() > 0
-        and x.shape[-1] == weight.shape[1]  # anything else is F.linear's to refuse
+        and x.shape[-1] == weight.shape[1]  # F.linear refuses anything else
         and (
             weight.numel() >= ONEDNN_MIN_WEIGHTS
             or (products := x.numel() * weight.shape[0]) >= torch_compat.ONEDNN_MIN_PRODUCTS

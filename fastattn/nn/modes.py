@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is in the mode it was in. An object that is no module has no mode."""
+    """Eval mode inside; afterwards each module is in the mode it was in. An object that is not a module has no mode."""
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False

@@ -38,7 +38,7 @@ class Rotary:
 
     @property
     def dim(self) -> int:
-        """How many dimensions of a head turn."""
+        """The number of dimensions of a head that are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def table(

@@ -1,7 +1,7 @@
 """Products of a few rows with a weight, as decoding makes them: packed 16-bit and int8 weights, and fixed blocks.
 
-A product of one row per sequence reads the weight and does little else, so that a narrower weight, in the order in
-which the kernel reads it, is what makes it fast. Packed weights are copies, kept as long as the weight they are of.
+A product of one row per sequence is bound by reading the weight: a narrower weight, in the order in which the kernel
+reads it, makes it faster. Packed weights are copies, kept as long as the weight they were made from.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fastattn import torch_compat
 from fastattn.nn.linear import linear
 from fastattn.nn.rows_table import FASTEST
 
-# Rows of a block whose products have the same bits wherever in the block a row stands; others one by one.
+# Block sizes for which a row's product has the same bits at any place of the block; other dtypes go row by row.
 INVARIANT_ROWS = {torch.float32: 4, torch.bfloat16: 4}
 # In float32 smaller weights stay in the caches, and a call for the packed one costs more than it saves.
 PACK_MIN_WEIGHTS = {torch.float32: 1 << 19, torch.bfloat16: 0}
-INT8_LEVELS = 127  # of weights, and of activations on CPUs that sum products of 8 bits without saturation
-INT8_ROWS = 256  # at a time, so that what a product keeps besides stays in the cache
-SAFE_LEVELS = 63  # of activations on others: two products of 7 and 8 bits fit into 16
+INT8_LEVELS = 127  # of weights, and of activations on CPUs whose sums of 8-bit products do not saturate
+INT8_ROWS = 256  # at a time, so that temporaries stay in the cache
+SAFE_LEVELS = 63  # of activations on other CPUs: the sum of two products of 7 and 8 bits fits 16 bits
 
 Rows = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
-Choice = tuple[tuple["int | None", str], ...]  # up to how many rows which of PRODUCTS; None is any number
+Choice = tuple[tuple["int | None", str], ...]  # (most rows or None for any number, name in PRODUCTS)
 
-_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version, what was made of it)}
+_packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version, packed weight)}
 
 
 def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None, *, once: bool = False) -> Rows:
@@ -81,7 +81,7 @@ def _one_by_one(weight: Tensor, bias: Tensor | None) -> Rows:
     """A product of each row: float16 has a fast one of one row only."""
     return lambda x: (
         torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
-        if len(x)
+        if len(x) > 1
         else F.linear(x, weight, bias)
     )
 

@@ -6,7 +6,7 @@ FASTEST[instructions of the CPU][dtype]: up to how many rows (None: any number) 
 FASTEST: dict[str, dict[str, tuple[tuple[int | None, str], ...]]] = {
     "AVX512+VNNI": {
         "float32": ((None, "packed"),),
-        "bfloat16": ((1, "one by one"), (None, "packed")),
+        "bfloat16": ((None, "packed"),),
         "float16": ((None, "linear"),),
     },
 }

@@ -17,9 +17,9 @@ Window = tuple[int, int]
 
 @dataclass
 class Tokens:
-    """The places of the T tokens of a batch (B, S); `Tokens.of` makes it from a mask.
+    """The positions of the T tokens of a batch (B, S); `Tokens.of` makes it from a mask.
 
-    Three forms, by what is known of the mask:
+    It has one of three forms:
         dense: no padding, T = B * S.
         packed: T is the number of real tokens, in the order of the batch; nothing is computed for padding.
         masked: T = B * S including padding, which is hidden from attention. For programs that are recorded before the
@@ -28,7 +28,7 @@ class Tokens:
 
     batch: int
     seqlen: int
-    real: Tensor | None = None  # (B, S) bool; None where all are
+    real: Tensor | None = None  # (B, S) bool; None where all tokens are real
     places: Tensor | None = None  # (T,) int64, places among B * S of packed tokens, ascending
     cu_seqlens: Tensor | None = None  # (B + 1,) int32, where each sequence of packed tokens starts
     longest: int = 0  # tokens of the longest sequence

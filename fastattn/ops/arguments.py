@@ -87,7 +87,7 @@ def call_arguments(
     check_seed(dropout_seed)
     causal = causal_mode(causal)
     window_left, window_right = window_bounds(window)
-    softcap = positive_or_zero("softcap", softcap, query.dtype)
+    softcap = softcap_or_zero(softcap, query.dtype)
     scale = score_scale(scale, head_dim, query.dtype)
     seed = None
     if dropout_p > 0.0 and (draw or dropout_seed is not None):  # last: a refused call draws none
@@ -304,18 +304,19 @@ def finite_number(
     return float(number)
 
 
-def positive_or_zero(name: str, number: float | None, dtype: torch.dtype | None = None) -> float:
-    """A positive option that neither overflows nor vanishes where scores are kept, 0.0 where it is not given."""
-    if number is None:
+def softcap_or_zero(softcap: float | None, dtype: torch.dtype | None) -> float:
+    """The softcap, which neither overflows nor underflows in the dtype that scores of `dtype` operands are kept in; 0.0
+    for None. Without a dtype any positive finite number."""
+    if softcap is None:
         return 0.0
-    if is_number(number) and not (number > 0 and abs(number) < 2.0**1023):
-        raise ValueError(f"{name}: got {number}, needs a positive finite number or None")
-    number = finite_number(name, number, dtype, or_none=True)
-    if dtype is not None and number < (least := torch.finfo(accumulation_dtype(dtype)).tiny):
+    if is_number(softcap) and not (softcap > 0 and abs(softcap) < 2.0**1023):
+        raise ValueError(f"softcap: got {softcap}, needs a positive finite number or None")
+    softcap = finite_number("softcap", softcap, dtype, or_none=True)
+    if dtype is not None and softcap < (least := torch.finfo(accumulation_dtype(dtype)).tiny):
         raise ValueError(
-            f"{name}: got {number}, needs at least {least:.3g}, a normal number where scores are kept"
+            f"softcap: got {softcap}, needs at least {least:.3g}, a normal number where scores are kept"
         )
-    return number
+    return softcap
 
 
 def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,12 +73,18 @@ def backward(
     return grads
 
 
+def _only_masked(args: tuple[Any, ...]) -> bool:
+    """Whether a call has a mask and no other tensor but the operands."""
+    given = [name for name, arg in zip(TENSORS, args) if arg is not None]
+    return given == ["query", "key", "value", "mask"]
+
+
 class AttentionPlan:
     """One kind of call of `attention`: its specs, backends and options, without any tensor."""
 
     __slots__ = (
         "backend", "backward", "backward_launch", "backward_replays", "backward_spec", "bare", "chosen", "dtype",
-        "environment", "launch", "needs", "options", "record", "records", "spec",
+        "environment", "launch", "masked_launch", "needs", "options", "record", "records", "spec",
     )  # fmt: skip
 
     def __init__(self, args: tuple[Any, ...], backend: str, bare: bool, return_lse: bool) -> None:
@@ -92,11 +98,15 @@ class AttentionPlan:
         self.needs = GradsNeeded(*(arguments.requires_grad(args[position]) for position in POSITIONS))
         self.records = torch.is_grad_enabled() and any(self.needs)
         self.launch: Any = None
+        self.masked_launch: Any = None
         self.backward_launch: Any = None
         self.backward_replays: plan.BackwardReplays | None = None
         as_it_is = call.query is args[0] and call.key is args[1] and call.value is args[2]
         if self.bare and as_it_is and hasattr(self.chosen, "attention_fwd_plan"):
-            self.launch = self.chosen.attention_fwd_plan(self.spec, call, lse_in_order=return_lse)
+            wants_lse = return_lse or self.records
+            self.launch = self.chosen.attention_fwd_plan(self.spec, call, return_lse, wants_lse)
+        elif as_it_is and not self.records and hasattr(self.chosen, "masked_fwd_plan") and _only_masked(args):
+            self.masked_launch = self.chosen.masked_fwd_plan(self.spec, call, return_lse)
         elif can_replay(self.chosen):
             self.launch = Replay(self._forward)
         if self.records:
@@ -113,7 +123,17 @@ class AttentionPlan:
         if self.launch is not None and self.bare and not self.records:
             launch: Callable[..., tuple[Tensor, Tensor]] = self.launch
             return launch
-        return self._results
+        return self._results if self.masked_launch is None else self._masked_results
+
+    def _masked_results(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *others: Any
+    ) -> tuple[Tensor, Tensor]:
+        if others[-1] is None:  # the seed, which no key holds
+            found = self.masked_launch(query, key, value, arguments.with_leading_ones(mask, 4))
+            if found is not None:
+                out, lse = found
+                return out, lse
+        return self._results(query, key, value, mask, *others)
 
     def _results(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         tensors = (query, key, value) if self.bare else self._normalised(query, key, value, *others)

@@ -53,9 +53,9 @@ def cross_entropy(
         A scalar, or target's shape under "none"; in the dtype of logits, float32 under autocast.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. A target that is no class raises an error
-            that is also an IndexError, as torch's is. On a GPU, where looking would cost a synchronisation, such a
-            token has loss NaN instead, and so has the mean or sum.
+        ValueError, TypeError: an argument does not fit; the message names it. A target that is not a class raises an
+            error that is also an IndexError, as torch's is. On a GPU, where the check would cost a synchronisation,
+            such a token has loss NaN instead, and so has the mean or sum.
         RuntimeError: class_weight requires grad.
 
     Source: z_loss is that of Chowdhery et al., "PaLM" (2022).

@@ -222,7 +222,7 @@ def _linear_backward(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tupl
 
 
 def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward made; they are constants, so a graph of this backward is made from the losses."""
+    """The gradients that the forward made. They are constants: for a graph, the losses are differentiated."""
     inputs, (norms,) = saved(ctx)
     if dtotal is None:
         return (None,) * len(inputs)
@@ -237,7 +237,7 @@ def _sum_backward(ctx: Any, dtotal: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 def taken(made: list[Any]) -> Sequence[Tensor] | None:
-    """The gradients that the forward made; None to a second backward, which makes the same bits again."""
+    """The gradients that the forward made; None in a second backward, which computes them again with the same bits."""
     try:
         grads: Sequence[Tensor] = made.pop()
     except IndexError:
@@ -246,8 +246,8 @@ def taken(made: list[Any]) -> Sequence[Tensor] | None:
 
 
 def scaled(made: Sequence[Tensor], upstream: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be a step's largest."""
-    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # under a batch of upstream gradients too
+    """Gradients times that of the loss, in the dtypes of their operands; in place, as they may be large."""
+    if not torch_compat.can_bypass_dispatcher((upstream, *made)):  # also under vmap over upstream gradients
         made = [grad * upstream for grad in made]
     elif not (upstream.is_cpu and upstream.item() == 1):
         made = [grad.mul_(upstream) for grad in made]

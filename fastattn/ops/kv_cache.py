@@ -208,7 +208,7 @@ def _call_arguments(
     for name, tensor in tensors.items() if torch.is_grad_enabled() else ():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise RuntimeError(
-                f"{name}: requires grad, which attention_kv_cache does not give; use torch.no_grad()"
+                f"{name}: requires grad, but attention_kv_cache has no gradient; use torch.no_grad()"
             )
     batch, num_heads = query.shape[:2]
     if (key is None) != (value is None):

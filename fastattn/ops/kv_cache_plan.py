@@ -171,8 +171,8 @@ class KVCachePlan:
         return out, lse
 
     def _apart(self, k_cache: Tensor, v_cache: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether the bytes from first to last element of the caches meet neither each other nor those that are
-        read, and so no element of one is one of another. That no cache overlaps itself is known by its strides."""
+        """Whether the byte ranges of the caches overlap neither each other nor those of the tensors that are read, so
+        that none shares an element. That a cache does not overlap itself is known from its strides."""
         of_k_cache, of_v_cache, of_query, of_key, of_value = self.reach
         k, v = k_cache.data_ptr(), v_cache.data_ptr()
         k_stop, v_stop = k + of_k_cache, v + of_v_cache

@@ -56,9 +56,9 @@ def linear_cross_entropy(
         A scalar, or target's shape under "none"; in the dtype of hidden, float32 under autocast.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. A target that is no class raises an error
-            that is also an IndexError, as torch's is. On a GPU, where looking would cost a synchronisation, such a
-            token has loss NaN instead, and so has the mean or sum.
+        ValueError, TypeError: an argument does not fit; the message names it. A target that is not a class raises an
+            error that is also an IndexError, as torch's is. On a GPU, where the check would cost a synchronisation,
+            such a token has loss NaN instead, and so has the mean or sum.
         RuntimeError: class_weight requires grad.
 
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
@@ -185,7 +185,7 @@ def _linear_arguments(
     shape = tuple(hidden.shape[:-1])
     target = loss_arguments.checked_targets(target, shape, hidden, "hidden")
     ignore_index, label_smoothing = loss_arguments.checked_options(ignore_index, label_smoothing, reduction)
-    cap = arguments.positive_or_zero("softcap", softcap, hidden.dtype)
+    cap = arguments.softcap_or_zero(softcap, hidden.dtype)
     z_loss = loss_arguments.checked_z_loss(z_loss)
     class_weight = loss_arguments.checked_class_weight(class_weight, weight.shape[0], hidden, "hidden")
     rows, flat = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], target.flatten()

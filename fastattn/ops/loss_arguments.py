@@ -95,8 +95,8 @@ def autocast(tensor: Tensor) -> Tensor:
 
 
 def stays_wide(operand: Tensor, hidden: Tensor) -> bool:
-    """Whether a weight or bias is given to a linear loss in float32 and narrowed there, under autocast: its gradient,
-    which is summed in float32, is then rounded to a narrower dtype nowhere.
+    """Whether, under autocast, a weight or bias stays float32 and is cast within the linear loss: its gradient, summed
+    in float32, is then never rounded to 16 bits.
     """
     narrow = hidden.dtype in (torch.float16, torch.bfloat16)
     return narrow and operand.dtype == torch.float32 and autocasts(hidden.device.type)

@@ -30,7 +30,7 @@ def wanted() -> bool:
 
 
 def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function` without a trace's warnings of sizes read by Python: what they decide holds for any length."""
+    """Call `function` without the warnings of a trace that Python reads sizes: its decisions hold for any length."""
     if not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return function(*args, **kwargs)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Plans: what the checks and choices of a call came to, kept for the next call of the same kind.
+"""Plans: the outcome of the checks and choices of a call, kept for the next call of the same kind.
 
 A key holds all that a plan depends on: the state of torch and of the environment, of every tensor its dispatch keys,
 dtype, shape, strides and whether it requires grad, and the other arguments. Values of tensors are in no key, so a plan
@@ -32,11 +32,11 @@ Plan = Callable[..., Any]
 Guarded = tuple[Callable[..., bool], Plan]
 
 _plans: dict[Key, Plan] = {}
-# by what is cheap to see of a call: guards, which tell whether tensors are those of a plan, and that plan
+# by the parts of a key that are cheap to make: guards, which check whether tensors match a plan, each with its plan
 _guarded: dict[Key, tuple[Guarded, ...]] = {}
-# by less still: grad mode, a guard and the plan that it found last, of tensors on a CPU that are all given
+# by op, options and number of tensors alone: (grad mode, guard, plan) of the last such call, on a CPU and without None
 _last: dict[Key, tuple[bool, Callable[..., bool], Plan]] = {}
-_seen: set[int] = set()  # hashes of keys that came once: shapes that never come again need no plan
+_seen: set[int] = set()  # hashes of keys of earlier calls: a key gets its plan when it occurs again
 _lock = threading.Lock()
 _NONE = type(None)
 _PLAIN = frozenset({Tensor, Parameter, _NONE})
@@ -46,7 +46,8 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     """(the key of a call, its plan if there is one). There is no key where the call must take the full path, as a mode
     or transform is active, autocast may cast its tensors or an option is unhashable, and where a guard found the plan.
 
-    options: what the call depends on besides, the name of a backend last; with the types of numbers, as True equals 1.
+    options: everything else that the call depends on, the name of a backend last. Numbers come with their types, since
+    True equals 1.
     """
     if not torch_compat.nothing_records() or plain.chosen:
         return None, None
@@ -109,7 +110,7 @@ def _guard(glance: Key, tensors: tuple[Any, ...], planned: Plan) -> None:
 
 
 def _guard_of(given: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """A guard of these tensors; None where torch has none, or one would not pass as a tensor is there twice."""
+    """A guard of these tensors; None without torch's guards, and for a tensor given twice, which no guard passes."""
     if len(set(map(id, given))) < len(given):
         return None
     guard = torch_compat.tensor_guard(given)
@@ -126,7 +127,7 @@ def sides(window: Any) -> Any:
 
 
 def without_number(others: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Optional tensors whose last one, a seed, may be a number: that is looked at in every call."""
+    """Optional tensors without a last one, the seed, that is a number: every call checks that anew."""
     return others if not others or isinstance(others[-1], Tensor) else others[:-1]
 
 
@@ -203,8 +204,8 @@ class Recorded(torch.autograd.Function):
 
 
 class BackwardReplays:
-    """The replays of a backward pass. Its tensors are not those of the plan's key: gradients that arrive have any
-    strides and address, and what was saved for it may have been moved meanwhile."""
+    """The replays of a backward pass. They have keys of their own, since upstream gradients may have any strides and
+    address, and saved tensors may have been moved since the forward."""
 
     __slots__ = ("_by_kind", "_function", "_guarded")
 
@@ -214,8 +215,8 @@ class BackwardReplays:
         self._guarded: tuple[tuple[Callable[..., bool], Key, Replay], ...] = ()
 
     def find(self, *tensors: Tensor | None) -> Callable[..., Any] | None:
-        """What gives the gradients for tensors of these classes; None where only the op can. Not where a backward
-        `backward_needs_op`."""
+        """The function that computes gradients of tensors of these classes; None where only the op can. Only where
+        not `backward_needs_op`."""
         first = tensors[0]
         if first is None:
             return None
@@ -242,8 +243,8 @@ class BackwardReplays:
 
 
 def backward_needs_op(environment: Any) -> bool:
-    """Whether a backward has to go through the op: a second derivative may follow, something but autograd records, or
-    the environment is not that of the forward any more."""
+    """Whether a backward has to go through the op: a second derivative may follow, something besides autograd records,
+    or the environment has changed since the forward."""
     return (
         torch.is_grad_enabled()
         or not torch_compat.only_autograd_records()

@@ -59,6 +59,21 @@ def scaled_dot_product_attention(
     if unknown:
         raise spelling.unexpected(scaled_dot_product_attention, unknown)
     try:
+        if (
+            attn_mask is None
+            and type(query) is type(key) is type(value) is Tensor
+            and query.dim() == key.dim() == value.dim() == 4
+            and query.shape[:2] == key.shape[:2] == value.shape[:2]
+            and query.shape[1]
+            and type(is_causal) is bool is type(enable_gqa)
+            and type(dropout_p) is float
+            and dropout_p == 0.0
+            and (scale is None or type(scale) is float)
+        ):  # as nearly every call is: `attention` checks the rest
+            out: Tensor = attention(
+                query, key, value, causal="top_left" if is_causal else False, scale=scale, backend=backend
+            )
+            return out
         return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     except (ValueError, TypeError) as error:
         raise standing_in(error, _NAMES) from None

@@ -24,11 +24,11 @@ def readable(tensor: Tensor) -> bool:
 def may_be_refused(args: Iterable[Any], backend: str, more: bool = False) -> bool:
     """Whether a call needs its later passes checked first, so that it is refused before anything runs.
 
-    A forward alone is checked when it runs, so there must be a backward or `more`, such as a seed to draw. A trace has
-    no specs; there the fakes of the ops refuse what the backend cannot run.
+    A forward alone is checked when it runs, so this is for calls with a backward, or with `more` to do first, such as
+    to draw a seed. In a trace, which has no specs, the fakes of the ops refuse what the backend cannot run.
     """
     return (
-        not torch.compiler.is_compiling()  # first, as a trace cannot follow the others
+        not torch.compiler.is_compiling()  # first: a trace cannot record the others
         and (more or (torch.is_grad_enabled() and torch_compat.any_requires_grad(args)))
         and not backends.runs_every_pass(backend)
         and all(map(_has_memory, args))

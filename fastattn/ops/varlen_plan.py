@@ -34,7 +34,9 @@ def kernel_call(call_args: Sequence[Any]) -> VarlenCall:
 def check_not_captured() -> None:
     """Refuse a call without bounds of its lengths while a CUDA graph is captured."""
     if torch.cuda.is_current_stream_capturing():
-        raise ValueError("max_seqlen_q, max_seqlen_k: got None, need integers while a CUDA graph is captured")
+        raise ValueError(
+            "max_seqlen_q, max_seqlen_k: got None, needs integers while a CUDA graph is captured"
+        )
 
 
 def check_values(call: VarlenCall) -> None:

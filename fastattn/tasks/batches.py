@@ -1,4 +1,4 @@
-"""Tokens in batches of similar lengths, through a model, and the results back in their order."""
+"""Runs a model on rows of tokens in batches of similar lengths; results are in the order of the rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH_SIZE = 32
 
 
 def max_tokens(model: Any, tokenizer: InputTokenizer) -> int:
-    """Most tokens of a text: what the model has positions for, or less where the tokenizer's files say so."""
+    """Most tokens of a text: the model's positions, or the smaller limit of the tokenizer's files."""
     config = model.config
     limits = [config.max_position_embeddings - config.position_offset, tokenizer.max_length]
     return min(limit for limit in limits if limit is not None)
@@ -48,7 +48,7 @@ def run(
 
 
 def wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 where they are that: 16 bits are too few for a softmax."""
+    """Logits in float32, or float64 if they are float64: 16 bits are too few for a softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""The next token of plain text: documents packed into blocks in which they do not see each other."""
+"""Next-token prediction on plain text: documents packed into blocks, without attention between documents."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ OPTIONAL: tuple[str, ...] = ()
 LABELS: tuple[str, ...] = ()
 NEW_PARTS: tuple[str, ...] = ()
 DEFAULTS = {"max_epochs": 1.0, "batch_size": 16, "lr": 3e-4}
-MAX_LENGTH = 1024  # tokens of a block, where nothing else is asked for
+MAX_LENGTH = 1024  # default tokens of a block
 PROMPT, NEW_TOKENS = 8, 32  # of a sample
 BEST_FIT, BLOCKS, STREAM = "best-fit", "blocks", "stream"
 
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How text is cut.
+    """How text is divided into blocks.
 
     Args:
         max_length: tokens of a block, and of a window in evaluation; None for 1024, or fewer where the model has fewer
             positions.
-        packing: "best-fit" keeps documents whole where they fit into a block, each behind the BOS that the model
-            expects; "blocks" cuts all text into full blocks wherever they end, documents hidden from each other;
-            "stream" does the same and lets them see each other, for one long text.
+        packing: "best-fit" keeps documents whole where they fit into a block, each after the BOS that the model
+            expects; "blocks" fills every block and splits documents at its end, without attention between documents;
+            "stream" does the same with attention between them, for one long text.
         stride: tokens that each further window of a long document predicts in evaluation; None for half of max_length.
-        distill_weight: share of the teacher's loss in the whole.
-        temperature: of the teacher's and the model's logits in that loss.
+        distill_weight: share of the teacher's loss in the total loss.
+        temperature: divides the teacher's and the model's logits in the teacher's loss.
     """
 
     max_length: int | None = None
@@ -81,10 +81,10 @@ def new_model(
 def attach_teacher(
     model: Student, tokenizer: Tokenizer, teacher: tuple[GPT, Tokenizer], options: Any
 ) -> None:
-    """Have the model learn from a teacher, whose tokens must be the same.
+    """Give the model a teacher, which must have the same tokens.
 
     Raises:
-        DataError: they are not.
+        DataError: the teacher's tokens differ.
     """
     theirs, their_tokenizer = teacher
     if their_tokenizer.core.get_vocab() != tokenizer.core.get_vocab():
@@ -113,10 +113,10 @@ def training_set(
     *,
     teacher: tuple[GPT, Tokenizer] | None = None,
 ) -> PackedDataset | BestFitDataset:
-    """The examples as blocks of tokens; with a folder they are in files there, memory-mapped.
+    """The examples as blocks of tokens; with a folder, in memory-mapped files there.
 
     Raises:
-        DataError: the text has fewer than two tokens, or the teacher's tokens are others.
+        DataError: the text has fewer than two tokens, or the teacher's tokens differ.
     """
     length = block_length(model, options)
     stream = TokenStream.build((example.text for example in examples), tokenizer, folder)
@@ -136,14 +136,14 @@ def training_set(
 
 
 def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Any) -> str:
-    """The beginning of the first document, and how the model goes on from it, greedily."""
+    """The beginning of the first document and the model's greedy continuation."""
     ids = tokenizer.encode(examples[0].text)[:PROMPT]
     bos_id = bos_of(model, tokenizer)
     return written(model, tokenizer, ids if bos_id is None else [bos_id, *ids])
 
 
 def written(model: Any, tokenizer: Tokenizer, ids: Sequence[int], *, prompt: bool = True) -> str:
-    """The text of a prompt's tokens, of which only the last may fit, and of those that follow, or of these alone."""
+    """The text of a prompt, truncated on the left, and its greedy continuation, or of the continuation alone."""
     positions = model.max_positions
     room = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions - 1)
     kept = list(ids) if positions is None else list(ids)[room - positions :]

@@ -1,4 +1,4 @@
-"""Conversations: the tokenizer's template writes them, and the loss is on what the assistant says."""
+"""Conversations, rendered by the tokenizer's chat template; the loss is on the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIELDS = ("messages",)
 OPTIONAL = ("prompt", "completion")
 LABELS: tuple[str, ...] = ()
 NEW_PARTS: tuple[str, ...] = ()
-EDITABLE = False  # messages are no single text that could be cleaned
+EDITABLE = False  # cleaning edits single texts, not lists of messages
 CHANGES_TOKENIZER = True  # one without a chat template gets one
 DEFAULTS = {"max_epochs": 3.0, "batch_size": 8, "lr": 1e-4, "min_lr_ratio": 0.0, "weight_decay": 0.01}
 BATCH_SIZE = 8
@@ -39,13 +39,13 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How conversations are cut.
+    """How conversations are truncated.
 
     Args:
-        max_length: tokens of a row, and most of a conversation, which is cut there; None for 1024, or fewer where the
-            model has fewer positions.
-        distill_weight: share of the teacher's loss in the whole.
-        temperature: of the teacher's and the model's logits in that loss.
+        max_length: tokens of a row, and the most of a conversation, which is truncated there; None for 1024, or fewer
+            where the model has fewer positions.
+        distill_weight: share of the teacher's loss in the total loss.
+        temperature: divides the teacher's and the model's logits in the teacher's loss.
     """
 
     max_length: int | None = None
@@ -71,27 +71,27 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """The examples of records with "messages", or with "prompt" and "completion".
 
     Raises:
-        DataError: a record has neither, or nothing that an assistant says; with file and line.
+        DataError: a record has neither, or no message of an assistant; with file and line.
     """
     made = []
     for record in records:
         messages = conversation_of(record)
         if not any(message["role"] == ASSISTANT and message["content"].strip() for message in messages):
-            raise DataError(f"{record.where}: the assistant says nothing, so there is nothing to learn")
+            raise DataError(f"{record.where}: has no message of the assistant, needs at least one")
         made.append(Example(record.where, tuple(messages)))
     return made
 
 
 def labels_in(examples: Sequence[Example]) -> None:
-    """None: what the assistant says is the labels."""
+    """None: the labels are the assistant's tokens."""
 
 
 def check_examples(examples: Sequence[Example]) -> None:
-    """Nothing to refuse here; what the template makes of them is checked in `training_set`."""
+    """Accept all examples; `training_set` checks the rendered conversations."""
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "loss", False
 
 
@@ -112,10 +112,10 @@ def training_set(
     *,
     teacher: tuple[GPT, Tokenizer] | None = None,
 ) -> BestFitDataset:
-    """The conversations packed by best fit, each a segment of its own; the assistant's tokens alone are labels.
+    """The conversations packed by best fit, each a segment of its own; only the assistant's tokens are labels.
 
     Raises:
-        DataError: the template refuses a conversation; or the token that ends a turn would never be learnt.
+        DataError: the template raises an error for a conversation, or no label is a token that ends a turn.
     """
     ends = ends_of(model, tokenizer)
     data = packed(model, tokenizer, examples, options, ends)
@@ -126,7 +126,7 @@ def training_set(
 
 
 def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options) -> str:
-    """The first conversation up to where the assistant first speaks, and what the model says there, greedily."""
+    """The first conversation up to the assistant's first message, and the model's greedy answer."""
     messages = examples[0].messages
     first = next(number for number, message in enumerate(messages) if message["role"] == ASSISTANT)
     prompt = ChatTemplate.of(tokenizer).render(messages[:first], add_generation_prompt=True)
@@ -140,13 +140,15 @@ def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], option
 def packed(
     model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options, ends: Sequence[int]
 ) -> BestFitDataset:
-    """The conversations in rows; DataError where no token of an assistant is within a row."""
+    """The conversations in rows; DataError where no row has a token of the assistant."""
     limit = causal_lm.block_length(model, options)
     sequences, dropped, cut_rows = dialogues(tokenizer, examples, limit, ends)
     try:
         data = packed_sequences(sequences, limit, pad_id=tokenizer.pad_id, dropped=dropped)
     except ValueError:
-        raise DataError(f"data: of no conversation the assistant's part is within {limit} tokens") from None
+        raise DataError(
+            f"data: no conversation has a token of the assistant within its first {limit} tokens"
+        ) from None
     data.cut_rows = cut_rows
     return data
 
@@ -154,7 +156,7 @@ def packed(
 def dialogues(
     tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: Sequence[int]
 ) -> tuple[list[tuple[list[int], list[bool]]], int, int]:
-    """Tokens and marks of each conversation, cut to `limit` tokens; how many tokens were cut, of how many."""
+    """The first `limit` tokens of each conversation, and whether each is the assistant's; the tokens and texts cut."""
     template = ChatTemplate.of(tokenizer)
     front = template_front(tokenizer)
     sequences = []
@@ -165,7 +167,7 @@ def dialogues(
         except DataError as error:
             raise DataError(f"{example.where}: {error}") from None
         ids, said = dialogue.ids, dialogue.said
-        if front and ids[: len(front)] != front:  # the template leaves it to the tokenizer
+        if front and ids[: len(front)] != front:  # the chat template leaves the BOS to the tokenizer
             ids, said = [*front, *ids], [False] * len(front) + said
         dropped += max(0, len(ids) - limit)
         cut_rows += len(ids) > limit
@@ -174,7 +176,7 @@ def dialogues(
 
 
 def ends_of(model: Any, tokenizer: Tokenizer) -> list[int]:
-    """The tokens at which generation stops: of generation_config, else of config, and the tokenizer's."""
+    """The tokens that end generation: those of generation_config, else of config, and the tokenizer's."""
     named = (model.generation_config or {}).get("eos_token_id")
     named = getattr(model.config, "eos_token_id", None) if named is None else named
     ids = named if isinstance(named, (list, tuple)) else [named]
@@ -185,10 +187,10 @@ def ends_of(model: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 def check_ends(data: Any, tokenizer: Tokenizer, ends: Sequence[int]) -> None:
-    """Refuse data in which no label is a token that ends a turn: the model would learn never to stop.
+    """Refuse data in which no label is a token that ends a turn: the model would never learn to stop.
 
     Raises:
-        DataError: that says whether the token is not written, or written outside of the labels.
+        DataError: says whether the template does not write the token, or the token is outside of the labels.
     """
     written = False
     wanted = torch.tensor(list(ends))
@@ -198,12 +200,12 @@ def check_ends(data: Any, tokenizer: Tokenizer, ends: Sequence[int]) -> None:
             return
         written |= bool(((row["segment_ids"] >= 0) & torch.isin(row["input_ids"], wanted)).any())
     names = " or ".join(repr(tokenizer.core.id_to_token(i)) for i in ends)
-    why = "the chat template does not write it behind what the assistant says, or every conversation is cut before it"
+    why = "the chat template does not write it after the assistant's text, or every conversation is truncated before it"
     if written:
-        why = "it stands outside of the assistant's part, or labels are masked where it stands"
+        why = "it is outside of the assistant's part, or labels are masked at its positions"
     if written and tokenizer.pad_id in ends:
         why += f" (the padding token is {tokenizer.pad_token!r} too: labels must not be masked by it)"
-    raise DataError(f"chat: the token that ends a turn, {names}, would never be learnt: {why}")
+    raise DataError(f"chat: the token that ends a turn, {names}, is never a label: {why}")
 
 
 @torch.no_grad()
@@ -215,9 +217,9 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """loss (nats), perplexity and accuracy of the assistant's tokens, and end_accuracy: of the tokens that end a turn.
+    """loss (nats), perplexity and accuracy of the assistant's tokens, and end_accuracy of the tokens that end a turn.
 
-    Accuracies are shares of tokens that are the likeliest at their place. count: tokens of the assistant.
+    Accuracies are shares of the tokens that are the likeliest at their position. count: tokens of the assistant.
     """
     options = options or Options()
     ends = ends_of(model, tokenizer)

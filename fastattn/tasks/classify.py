@@ -41,12 +41,12 @@ MODELS = (BertForSequenceClassification,)
 FIELDS = ("text",)
 OPTIONAL = ("text_pair",)
 LABELS = ("label",)
-NEW_PARTS = ("head.*", "classifier.*")  # what of a model is not the encoder's
+NEW_PARTS = ("head.*", "classifier.*")  # parameters outside of the encoder
 DEFAULTS = FINE_TUNING
 KINDS = ("auto", "single", "several", "regression")
 REGRESSION, SINGLE, SEVERAL = PROBLEM_TYPES
 
-Label = str | tuple[str, ...] | tuple[float, ...]  # one, several, or the numbers of a regression
+Label = str | tuple[str, ...] | tuple[float, ...]  # one label, several labels, or the numbers of a regression
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ class Options(CheckedOptions):
     """How texts are classified.
 
     Args:
-        max_length: most tokens of a text, which is cut there; None for what the model reads.
-        kind: of labels: "single", one of several; "several" at once (a list in each example); "regression", a number
-            or a list of them; "auto" goes by the values: lists are several, fractions a regression, all else single.
-        separator: what separates labels in a text, as CSV has no lists.
-        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where it has all labels.
-        distill_weight: share of the teacher's loss in the whole.
-        temperature: of the teacher's and the model's logits in that loss.
+        max_length: most tokens of a text, which is truncated there; None for the model's limit.
+        kind: "single", one label; "several" labels at once (a list in each example); "regression", a number or a list
+            of numbers; "auto" decides by the values: lists of names are several, numbers with a fraction and lists of
+            numbers a regression, everything else single.
+        separator: separates labels in a text, because CSV has no lists.
+        head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if it has all labels.
+        distill_weight: share of the teacher's loss in the total loss.
+        temperature: divides the teacher's and the model's logits in the teacher's loss.
     """
 
     max_length: int | None = None
@@ -94,7 +95,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """The examples of records with "text", "label" and perhaps "text_pair".
 
     Raises:
-        DataError: a record lacks a column, or its label is not of the kind of the others; with file and line.
+        DataError: a record lacks a column, or its label is of another kind than the others; with file and line.
     """
     values = [_label_value(record, options) for record in records]
     kind = options.kind
@@ -115,7 +116,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
 
 
 def labels_in(examples: Sequence[Example]) -> tuple[str, ...] | None:
-    """The labels, sorted, numbers by their size; None for a regression."""
+    """The labels, sorted, integers by their value; None for a regression."""
     if kind_of(examples) == REGRESSION:
         return None
     each = {name for e in examples for name in ((e.label,) if isinstance(e.label, str) else e.label)}
@@ -149,16 +150,16 @@ def settled(options: Options, examples: Sequence[Example]) -> Options:
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return {SINGLE: ("accuracy", True), SEVERAL: ("micro_f1", True), REGRESSION: ("mse", False)}[
         kind_of(examples)
     ]
 
 
 class Classifier(BertForSequenceClassification):
-    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) beside labels.
+    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) besides labels.
 
-    loss = (1 - w) * the labels' + w * T^2 KL(teacher || model), w and T as `distill_weight` and `temperature` say.
+    loss = (1 - w) * loss of the labels + w * T^2 KL(teacher || model), with w `distill_weight` and T `temperature`.
     """
 
     distill_weight = 0.0
@@ -177,7 +178,7 @@ class Classifier(BertForSequenceClassification):
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> Classifier:
-    """The folder's or preset's encoder with a head for the labels, the saved one where options say so."""
+    """The folder's or preset's encoder with a head for the labels, new or saved as `options.head` says."""
     labels = labels_in(examples)
     if labels is None:
         width = len(examples[0].label)
@@ -200,7 +201,7 @@ def training_set(
     *,
     teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> Encoded:
-    """The examples as items: tokens and label, and with a teacher (a model and its tokenizer) its logits."""
+    """The examples as items: tokens, label, and with a teacher (a model and its tokenizer) the teacher's logits."""
     rows = rows_of(model, tokenizer, examples, options)
     others = {}
     if teacher is not None:
@@ -241,10 +242,10 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """Figures of a model's classes or numbers, see `fastattn.evaluation`.
+    """Metrics of a model's classes or numbers, see `fastattn.evaluation`.
 
     Raises:
-        DataError: an example has a label that the model lacks, or of another kind than it gives.
+        DataError: an example has a label that the model lacks, or of another kind than the model's.
     """
     check_labels(model, examples)
     rows = rows_of(model, tokenizer, examples, options or Options())
@@ -263,18 +264,18 @@ def check_labels(model: Any, examples: Sequence[Example]) -> None:
     numbers = kind_of(examples) == REGRESSION
     if numbers != (model.config.problem_type == REGRESSION) and model.config.problem_type is not None:
         raise DataError(
-            f"{examples[0].where}: label is no {model.config.problem_type}, which the model gives"
+            f"{examples[0].where}: label is of another kind than the model's, needs {model.config.problem_type}"
         )
     for example in examples:
         if numbers:
             if len(example.label) != model.config.num_labels:
                 got, need = len(example.label), model.config.num_labels
-                raise DataError(f"{example.where}: label has {got} numbers, the model gives {need}")
+                raise DataError(f"{example.where}: label has {got} numbers, the model needs {need}")
             continue
         for name in (example.label,) if isinstance(example.label, str) else example.label:
             if name not in known:
                 listed = ", ".join(sorted(known)[:8])
-                raise DataError(f"{example.where}: label {name!r} is none of the model's: {listed}")
+                raise DataError(f"{example.where}: label {name!r} is not one of the model's: {listed}")
 
 
 def teacher_logits(
@@ -283,7 +284,7 @@ def teacher_logits(
     """A teacher's logits of each example, in the order of `labels`.
 
     Raises:
-        DataError: its labels are others.
+        DataError: its labels differ.
     """
     theirs = teacher.config.labels()
     if sorted(theirs) != sorted(labels):

@@ -18,21 +18,22 @@ CHUNK = 512  # tokens whose logits exist at a time
 
 
 class Student(GPT):
-    """A `GPT` that may have a teacher: its loss in training is then (1 - w) the labels' + w T^2 KL(teacher || model).
+    """A `GPT` with an optional teacher: its training loss is then (1 - w) L + w T^2 KL(teacher || model).
 
-    The divergence is the mean over the targets that count, both distributions softened by the temperature T. Hinton et
-    al. 2015, Distilling the Knowledge in a Neural Network. The teacher is none of the model's parameters.
+    L is the loss of the labels. The divergence is the mean over the targets that count, of distributions with the
+    temperature T. Hinton et al. 2015, Distilling the Knowledge in a Neural Network. The teacher is not among the
+    model's parameters.
     """
 
-    teachers: tuple[GPT, ...] = ()  # one at most; a tuple, so that it is no part of the module
+    teachers: tuple[GPT, ...] = ()  # at most one; in a tuple, it is not a submodule
     distill_weight = 0.0
     temperature = 1.0
 
     def learn_from(self, teacher: GPT, *, weight: float, temperature: float) -> None:
-        """Have a teacher from now on; it is put into eval mode and is never trained.
+        """Set the teacher; it is put into eval mode and never trained.
 
         Raises:
-            DataError: its vocabulary or its positions are not the model's.
+            DataError: its vocabulary differs from the model's, or it has fewer positions.
         """
         if teacher.config.vocab_size != self.config.vocab_size:
             raise DataError(

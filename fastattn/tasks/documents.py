@@ -21,7 +21,7 @@ def examples_of(records: Sequence[Record], options: Any) -> list[Example]:
     """The examples of records with "text".
 
     Raises:
-        DataError: a record lacks it; with file and line.
+        DataError: a record has no text; with file and line.
     """
     return [Example(record.where, text_of(record, "text")) for record in records]
 
@@ -31,9 +31,9 @@ def labels_in(examples: Sequence[Any]) -> None:
 
 
 def check_examples(examples: Sequence[Any]) -> None:
-    """Nothing to refuse: any text will do."""
+    """Accept all examples: any text can be used."""
 
 
 def best(examples: Sequence[Any]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "loss", False

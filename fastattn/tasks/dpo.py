@@ -1,4 +1,4 @@
-"""Direct preference optimisation: of two answers the chosen one becomes likelier than it was, against the rejected."""
+"""Direct preference optimisation (DPO): raises the log-ratio of the chosen to the rejected answer."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How strongly preferences are followed.
+    """Options of the DPO loss.
 
     Args:
-        max_length: most tokens of a prompt with an answer; a prompt loses tokens at its beginning, then an answer at
-            its end. None for 1024, or fewer where the model has fewer positions.
-        beta: of the loss; the smaller, the further the model may leave its start.
-        label_smoothing: how likely it is that a preference is the wrong way round.
+        max_length: most tokens of a prompt with an answer; first the prompt is truncated at its beginning, then the
+            answer at its end. None for 1024, or fewer where the model has fewer positions.
+        beta: of the loss; a smaller one lets the model differ more from the reference.
+        label_smoothing: probability that chosen and rejected are swapped.
     """
 
     max_length: int | None = None
@@ -62,7 +62,7 @@ class Options(CheckedOptions):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the answer that is preferred, and the other; a prompt is a text or messages."""
+    """A prompt, the chosen answer and the rejected one; a prompt is a text or a list of messages."""
 
     where: str
     prompt: str | tuple[dict[str, Any], ...]
@@ -79,7 +79,7 @@ class Pair(NamedTuple):
 
 
 class PreferenceOutput(NamedTuple):
-    """The loss of a batch of pairs, and how much more the model prefers each chosen answer than its start did."""
+    """The loss of a batch of pairs, and the margin of each: its log-ratio minus the reference's, times beta."""
 
     loss: Tensor  # ()
     margins: Tensor  # (B,)
@@ -88,24 +88,25 @@ class PreferenceOutput(NamedTuple):
 def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """The examples of records with "prompt", "chosen" and "rejected".
 
-    Each is a text or a list of messages; of answers as messages the last is read, which the assistant says.
+    Each is a text or a list of messages. Of an answer in messages the last one is used, which must be the assistant's.
+    Without a prompt, it is the messages that both conversations begin with, as TRL reads them.
 
     Raises:
         DataError: a record lacks one of them, or both answers are the same; with file and line.
     """
     made = []
     for record in records:
-        prompt = required(record, "prompt")
+        prompt = _shared(record) if "prompt" not in record.fields else required(record, "prompt")
         if isinstance(prompt, list):
             good = [isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt]
             if not prompt or not all(good) or not all(isinstance(m.get("content"), str) for m in prompt):
-                raise DataError(f'{record.where}: prompt is no list of messages with "role" and "content"')
+                raise DataError(f'{record.where}: prompt is not a list of messages with "role" and "content"')
             prompt = tuple(prompt)
         else:
             prompt = text_of(record, "prompt")
         chosen, rejected = (_answer(record, name) for name in LABELS)
         if chosen == rejected:
-            raise DataError(f"{record.where}: chosen and rejected are the same, which says nothing")
+            raise DataError(f"{record.where}: chosen and rejected are the same, needs two different answers")
         made.append(Example(record.where, prompt, chosen, rejected))
     return made
 
@@ -115,19 +116,19 @@ def labels_in(examples: Sequence[Example]) -> None:
 
 
 def check_examples(examples: Sequence[Example]) -> None:
-    """Nothing more to refuse."""
+    """Accept all examples; `examples_of` has checked them."""
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "loss", False
 
 
 class PreferenceGPT(GPT):
-    """A `GPT` that also takes packed pairs of answers, and gives the loss of Rafailov et al. 2023, equation 7.
+    """A `GPT` that also takes packed pairs of answers and returns the loss of Rafailov et al. 2023, equation 7.
 
     loss = -ln sigmoid(margin) (1 - e) - ln sigmoid(-margin) e, the mean over pairs, e the label smoothing and
-    margin = beta ((ln P(chosen) - ln P(rejected)) - the same of the start).
+    margin = beta ((ln P(chosen) - ln P(rejected)) - the same of the reference).
     """
 
     beta = 0.1
@@ -138,9 +139,9 @@ class PreferenceGPT(GPT):
 
         Args:
             input_ids: (R, S) prompts with answers, packed.
-            targets: (R, S), the answers' tokens at their places, -100 elsewhere.
+            targets: (R, S), the answers' tokens at their positions, -100 elsewhere.
             segment_ids: (R, S), 2 i for pair i's chosen answer and 2 i + 1 for the rejected one; negative is padding.
-            labels: (B,) float, for each pair ln P(chosen) - ln P(rejected) of the start.
+            labels: (B,) float, for each pair ln P(chosen) - ln P(rejected) under the reference.
         """
         targets = kwargs.pop("targets", None)
         if targets is None:
@@ -160,7 +161,7 @@ class PreferenceGPT(GPT):
 def answer_logprobs(
     model: Any, forward: Any, ids: Tensor, targets: Tensor, segment_ids: Tensor, count: int
 ) -> Tensor:
-    """ln P of each of `count` answers given its prompt, (count,): the sum over the tokens that `targets` has of it."""
+    """ln P of each of `count` answers given its prompt, (count,): the sum over the answer's tokens in `targets`."""
     output: CausalLMOutput = forward(ids, segment_ids=segment_ids, return_logits=False)
     following = next_targets(targets, segment_ids)
     counted = following != IGNORE_INDEX
@@ -171,23 +172,23 @@ def answer_logprobs(
 def new_model(
     source: Path | str | GPTConfig, examples: Sequence[Example], options: Options, tokenizer: Tokenizer
 ) -> PreferenceGPT:
-    """The folder's model, which is also the start that it is compared with.
+    """The folder's model, whose initial weights are also the reference.
 
     Raises:
-        DataError: the source is a config: preferences are between answers that a trained model gives.
+        DataError: the source is a config, while DPO starts from a trained model.
     """
     if isinstance(source, GPTConfig):
-        raise DataError("--model: got a preset's name, dpo starts from a trained model's folder")
+        raise DataError("--model: got a preset's name, dpo needs the folder of a trained model")
     model = PreferenceGPT.from_pretrained(source, dtype=torch.float32).train()
     model.beta, model.label_smoothing = options.beta, options.label_smoothing
     return model
 
 
 class Preferences:
-    """Pairs with their log-probabilities under the initial model, as items; `collate` packs their answers into rows.
+    """Pairs with their log-probabilities under the reference, as items; `collate` packs their answers into rows.
 
     Attributes:
-        cut, cut_rows: tokens that did not fit, and of how many answers.
+        cut, cut_rows: the number of truncated tokens, and of answers with any.
     """
 
     def __init__(self, pairs: Sequence[Pair], start: Sequence[float], *, length: int, pad_id: int) -> None:
@@ -209,7 +210,7 @@ class Preferences:
 
 
 def packed(pairs: Sequence[Pair], length: int, pad_id: int) -> dict[str, Tensor]:
-    """The answers of pairs behind their prompts, in rows of at most `length` tokens by best fit."""
+    """The answers of pairs after their prompts, in rows of at most `length` tokens by best fit."""
     sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
     prompts = [prompt for pair in pairs for prompt in pair.prompts]
     placed, begins = best_fit([len(ids) for ids in sequences], length)
@@ -235,7 +236,7 @@ def training_set(
     """The examples as items, with their log-probabilities under the model as it is now, the reference.
 
     Raises:
-        DataError: of no pair a token of both answers fits.
+        DataError: no pair has a token of both answers within the limit.
     """
     length = causal_lm.block_length(model, options)
     pairs, cut, cut_rows = pairs_of(model, tokenizer, examples, length)
@@ -248,10 +249,10 @@ def training_set(
 def pairs_of(
     model: Any, tokenizer: Tokenizer, examples: Sequence[Example], length: int
 ) -> tuple[list[Pair], int, int]:
-    """The tokens of each example, how many did not fit, and of how many answers.
+    """The tokens of each example, the number of truncated tokens, and of answers with any.
 
-    With a chat template prompt and answer are written by it, else the answer stands behind the prompt as it is; both
-    end with the end-of-text token.
+    A chat template, if there is one, renders prompt and answer; otherwise the answer follows the prompt directly. Both
+    answers end with the end-of-text token.
     """
     template = None
     if tokenizer.chat_template is not None or any(not isinstance(e.prompt, str) for e in examples):
@@ -340,10 +341,37 @@ def _tokens(
     except DataError as error:
         raise DataError(f"{example.where}: {error}") from None
     if not whole.startswith(before):
-        raise DataError(f"{example.where}: the chat template writes the prompt differently before an answer")
+        raise DataError(f"{example.where}: the chat template renders the prompt differently before an answer")
     said = tokenizer.encode(whole[len(before) :])
     stops = [i for i, token in enumerate(said) if token in ends]
     return tokenizer.encode(before), said[: stops[-1] + 1] if stops else said
+
+
+def _shared(record: Record) -> list[Any]:
+    """The messages that the conversations of both answers begin with, each one message longer.
+
+    Raises:
+        DataError: the answers are no conversations, they begin differently, or go on for more than one message.
+    """
+    both = [required(record, name) for name in LABELS]
+    if not all(isinstance(each, list) for each in both):
+        raise DataError(
+            f"{record.where}: has no prompt, needs one, or chosen and rejected as lists of messages"
+        )
+    shared = 0
+    while shared < min(map(len, both)) and both[0][shared] == both[1][shared]:
+        shared += 1
+    if shared == 0:
+        raise DataError(
+            f"{record.where}: has no prompt, and chosen and rejected begin with different messages"
+        )
+    for name, each in zip(LABELS, both):
+        if len(each) != shared + 1:
+            raise DataError(
+                f"{record.where}: {name} has {len(each) - shared} messages behind the {shared} that both answers "
+                f"begin with, needs one"
+            )
+    return both[0][:shared]
 
 
 def _answer(record: Record, name: str) -> str:

@@ -46,11 +46,11 @@ DEFAULTS = {**FINE_TUNING, "max_epochs": 1.0, "batch_size": 64, "lr": 2e-5}
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How texts become vectors.
+    """Options of sentence embeddings.
 
     Args:
-        max_length: most tokens of a text, which is cut there; None for what the model's folder says.
-        scale: of the cosines in the contrastive loss, 1 / temperature.
+        max_length: most tokens of a text, which is truncated there; None for the limit of the model's folder.
+        scale: factor of the cosines in the contrastive loss, 1 / temperature.
         pooling: "mean", "cls" or "max"; None for the folder's.
     """
 
@@ -67,7 +67,7 @@ class Options(CheckedOptions):
 
 @dataclass(frozen=True)
 class Example:
-    """A text, one that means the same, perhaps some that do not; or two texts and how similar they are."""
+    """A text, a positive (a text that means the same) and optional negatives; or two texts and their similarity."""
 
     where: str
     text: str
@@ -86,7 +86,7 @@ class ContrastiveOutput(NamedTuple):
 def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """The examples of records with "text", "positive", and perhaps "negative" (a text or a list) or "score".
 
-    A score is for evaluations: the similarity of both texts, on any scale. Either all records have one or none.
+    A score is the similarity of both texts, on any scale, for evaluations. Either all records have one or none.
 
     Raises:
         DataError: a record lacks a column, or has another number of negatives than the first; with file and line.
@@ -126,7 +126,7 @@ def check_examples(examples: Sequence[Example]) -> None:
     """Refuse training data from which nothing can be learnt."""
     if examples[0].score is not None:
         raise DataError(
-            f"{examples[0].where}: has a score, but training needs pairs that mean the same, without one"
+            f"{examples[0].where}: has a score, training needs pairs that mean the same, without a score"
         )
     if len({example.positive for example in examples}) < 2:
         raise DataError(f"data: all {len(examples)} examples have the same positive, needs two")
@@ -138,7 +138,7 @@ def least_batch(examples: Sequence[Example]) -> int:
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return ("spearman" if examples and examples[0].score is not None else "accuracy"), True
 
 
@@ -147,7 +147,7 @@ class ContrastiveEmbedding(BertForEmbedding):
 
     The batch holds N anchors, their N positives and then k times N negatives. loss = mean over anchors i of
     -log softmax(scale * cos(a_i, .))[i] over all positives and negatives: sentence-transformers'
-    MultipleNegativesRankingLoss (Henderson et al. 2017). Texts that are equal to the positive of i take no part there.
+    MultipleNegativesRankingLoss (Henderson et al. 2017). Texts equal to the positive of i are left out for i.
     """
 
     scale = 20.0
@@ -155,7 +155,7 @@ class ContrastiveEmbedding(BertForEmbedding):
     def forward(
         self, *args: Any, labels: Tensor | None = None, same: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """labels (N,): the column of each anchor's positive; same: (N, (1 + k) N) bool, columns that take no part."""
+        """labels (N,): the column of each anchor's positive; same: (N, (1 + k) N) bool, columns that are left out."""
         output = super().forward(*args, **kwargs)
         if labels is None:
             return output
@@ -200,7 +200,7 @@ class Pairs:
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> ContrastiveEmbedding:
-    """The folder's model, or a preset's; another head than one of vectors is left out."""
+    """The folder's model, or a preset's; any other head is dropped."""
     if isinstance(source, BertConfig):
         model = load_encoder(ContrastiveEmbedding, source, tokenizer)
         model.pooling = options.pooling or "mean"
@@ -244,10 +244,10 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """With scores, how the cosines of the pairs correlate with them; without, how often the positive is nearest.
+    """With scores, their correlation with the cosines of the pairs; without, how often the positive is the nearest.
 
-    accuracy is the share of texts whose nearest among all different positives of the set is their own, and mrr the mean
-    of 1 / rank of it.
+    accuracy is the share of texts whose own positive is the nearest of all different positives of the set, and mrr the
+    mean of 1 / its rank.
     """
     options = options or Options()
     texts = list(dict.fromkeys(text for e in examples for text in (e.text, e.positive)))
@@ -282,9 +282,9 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[dict[str, Any]]:
-    """For each example (text) its vector as a list, and `cut`, the tokens that did not fit.
+    """For each example (text) its vector as a list, and `cut`, the number of truncated tokens.
 
-    Texts are prepared as `BertForEmbedding.encode` does: in lower case and with the default prompt where the folder
+    Texts are prepared as in `BertForEmbedding.encode`: in lower case and with the default prompt where the folder
     asks for these.
     """
     rows = rows_of(model, tokenizer, [e["text"] for e in examples], Options())

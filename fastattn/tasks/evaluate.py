@@ -1,4 +1,4 @@
-"""Figures of a model's folder on a file of labelled data, beside those of simple methods: `fastattn evaluate`."""
+"""Metrics of a model's folder on labelled data, with those of baselines: the work of `fastattn evaluate`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import GPT, BertForEmbedding, families
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 
-# The first task that a folder's class can do is its own; --task says another.
+# The default task of a folder is the first that its class supports; --task selects another.
 TASKS: tuple[ModuleType, ...] = (classify, tag, qa, masked_lm, embed, causal_lm, chat, dpo, seq2seq)
 KINDS = {classify.SINGLE: "single", classify.SEVERAL: "several", classify.REGRESSION: "regression"}
-OF_CLASSES = ("ece", "log_loss")  # figures of probabilities, which a simple method does not have
+OF_CLASSES = ("ece", "log_loss")  # metrics of probabilities, which baselines do not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Evaluation:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in JSON's types; null stands for a figure that is undefined or infinite."""
+        """The report in JSON's types; a metric that is undefined or infinite is null."""
         return {
             "task": self.task,
             "folder": self.folder,
@@ -53,7 +53,7 @@ class Evaluation:
         }
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """The columns and rows of a table: a row for each figure, a column for the model and each simple method."""
+        """The columns and rows of a table: a row for each metric, a column for the model and each baseline."""
         reports = [self.report, *self.baselines.values()]
         rows = [
             [name, *(f"{r.metrics[name]:.4f}" if name in r.metrics else "" for r in reports)]
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """The figures, None for one that JSON has no number for."""
+    """The metrics, with None for those that JSON has no number for."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -82,7 +82,7 @@ def evaluate(
     """Evaluate a folder; see the command's help for the arguments.
 
     Raises:
-        InputError: an argument, a file or the folder, in one line.
+        InputError: an argument, a file or the folder cannot be used; the message is one line.
     """
     begun = time.monotonic()
     module = task_of(folder, task)
@@ -92,7 +92,7 @@ def evaluate(
     methods = {name: method_of(module, name, bool(train)) for name in dict.fromkeys(baseline)}
     mapping = columns_of(module, columns)
     if train and not methods:
-        raise InputError("--train: has no use without --baseline")
+        raise InputError("--train: is only used with --baseline")
     if plots is not None:
         check_plots(module, plots)
     try:
@@ -118,7 +118,7 @@ def evaluate(
 
 
 def task_of(folder: Path, name: str | None) -> ModuleType:
-    """The task that is asked for, or the first that the folder's class can do; no weight is read."""
+    """The named task, or the first that the folder's class supports; no weight is read."""
     names = [task.NAME for task in TASKS]
     if name is not None and name not in names:
         raise InputError(f"--task: got {name!r}, needs one of {', '.join(names)}")
@@ -131,7 +131,7 @@ def task_of(folder: Path, name: str | None) -> ModuleType:
     for task in able:
         if name is None or name == task.NAME:
             return task
-    can = f", which can do {', '.join(task.NAME for task in able)}" if able else ", which no task evaluates"
+    can = f", which supports {', '.join(task.NAME for task in able)}" if able else ", which no task evaluates"
     raise InputError(f"{'--task ' + name if name else folder}: the folder holds a {cls.__name__}{can}")
 
 
@@ -182,11 +182,11 @@ def check_plots(task: ModuleType, folder: Path) -> None:
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--plots {str(folder)[:200]}: is no folder that can be made")
+        raise InputError(f"--plots {str(folder)[:200]}: is not a folder that can be created")
 
 
 def load_folder(folder: Path, task: ModuleType) -> tuple[Any, Any]:
-    """The model, on a GPU where there is one, and its tokenizer, which is read first where it is beside the model."""
+    """The model, on a GPU if there is one, and its tokenizer, which is read first if the folder has it."""
     import torch
 
     kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
@@ -197,7 +197,7 @@ def load_folder(folder: Path, task: ModuleType) -> tuple[Any, Any]:
 
 
 def settled(task: ModuleType, options: Any, model: Any) -> Any:
-    """The options with the kind of labels that a classifier gives, where nothing else is asked for."""
+    """The options with the kind of labels of the classifier, unless they set another."""
     if task is classify and options.kind == "auto" and model.config.problem_type in KINDS:
         return dataclasses.replace(options, kind=KINDS[model.config.problem_type])
     return options
@@ -218,15 +218,17 @@ Method = Callable[
 
 
 def method_of(task: ModuleType, name: str, trained: bool) -> Method:
-    """A simple method by its name; InputError where the task has none of it, or needs training data."""
+    """A baseline by its name; InputError where the task does not have it, or where it needs training data."""
     methods = METHODS.get(task.NAME, {})
     if name not in {each for group in METHODS.values() for each in group}:
         raise InputError(f"--baseline: got {name!r}, needs one of majority, tfidf, lead, copy")
     if name not in methods:
         has = f"has {', '.join(methods)}" if methods else "has none"
-        raise InputError(f"--baseline {name}: is no method for {task.NAME}, which {has}")
+        raise InputError(f"--baseline {name}: is not a method for {task.NAME}, which {has}")
     if (task.NAME, name) in NEED_TRAINING and not trained:
-        raise InputError(f"--baseline {name}: learns from labelled data for {task.NAME}, needs --train FILE")
+        raise InputError(
+            f"--baseline {name}: is trained on labelled data for {task.NAME}, needs --train FILE"
+        )
     return methods[name]
 
 
@@ -272,7 +274,7 @@ def _whole(example: Any) -> str:
 
 
 def _majority_tags(model: Any, examples: Sequence[Any], training: Sequence[Any]) -> Report:
-    """Each word has its most frequent tag of the training data, O where that lacks the word."""
+    """Each word gets its most frequent tag in the training data, or O if it does not occur there."""
     tags = baselines.tags_by_word([e.tokens for e in training], [e.tags for e in training])
     found = [[tags.get(word, spans.OUTSIDE) for word in e.tokens] for e in examples]
     return spans.entity_f1([e.tags for e in examples], found)

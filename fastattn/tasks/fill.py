@@ -1,4 +1,4 @@
-"""The words behind masks: the likeliest tokens of each."""
+"""Fill masks: the likeliest tokens of each."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def decode(logits: Tensor, tokenizer: InputTokenizer, top_k: int = TOP_K) -> lis
 
 
 def encode(tokenizer: InputTokenizer, texts: Sequence[str], longest: int) -> list[Row]:
-    """The tokens of texts in which [MASK], <mask> or the tokenizer's own spelling stands for a missing word.
+    """The tokens of texts in which [MASK], <mask> or the tokenizer's own mask token stands for a missing word.
 
     Raises:
-        ValueError: the tokenizer has no mask, or a text, whose number from 1 on the message has, none that is read.
+        ValueError: the tokenizer has no mask token, or a text has none within its first `longest` tokens; the message
+            has the text's number, from 1 on.
     """
     if tokenizer.mask_token is None or tokenizer.mask_id is None:
         raise ValueError("tokenizer: has no mask token")
@@ -54,7 +55,7 @@ def predict(
     batch_size: int = BATCH_SIZE,
     top_k: int = TOP_K,
 ) -> list[dict[str, Any]]:
-    """For each example (text) the likeliest tokens of every mask, and `cut`, the tokens that did not fit."""
+    """For each example (text) the likeliest tokens of every mask, and `cut`, the number of truncated tokens."""
     rows = encode(tokenizer, [e["text"] for e in examples], max_tokens(model, tokenizer))
 
     def take(outputs: Any, place: int, index: int) -> list[list[dict[str, Any]]]:

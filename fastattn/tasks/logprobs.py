@@ -17,7 +17,7 @@ from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 
 def next_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-    """(B, S) int64: the label that follows each position of its segment, IGNORE_INDEX where none counts."""
+    """(B, S) int64: for each position the next label of its segment, or IGNORE_INDEX."""
     targets = F.pad(labels.long(), (0, 1), value=IGNORE_INDEX)[:, 1:]
     if segment_ids is not None:
         following = F.pad(segment_ids, (0, 1), value=-1)[:, 1:]
@@ -33,7 +33,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def token_losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-ln P(target) of each of N hidden states (N, E), in float32 at least, a few tokens' logits at a time."""
+    """-ln P(target) for hidden states (N, E), in float32 at least, with the logits of a few tokens at a time."""
     head = model.lm_head
     if type(head) is not Linear:  # an adapter's
         return cross_entropy(logits_of(model, hidden), targets, reduction="none")

@@ -1,4 +1,4 @@
-"""Words behind masks, and whether one passage follows another: BERT's two objectives on plain text."""
+"""Masked language modelling and next-sentence prediction on plain text: BERT's two objectives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastattn.data.encoding import InputTokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastattn.models.families import class_for
-from fastattn.models.fields import flag, or_none, size
+from fastattn.models.fields import flag, or_none, positive, size
 from fastattn.nn.modes import evaluating
 from fastattn.tasks.batches import BATCH_SIZE, wide
 from fastattn.tasks.documents import Example as Example
@@ -25,8 +25,9 @@ from fastattn.tasks.documents import best as best
 from fastattn.tasks.documents import check_examples as check_examples
 from fastattn.tasks.documents import examples_of as examples_of
 from fastattn.tasks.documents import labels_in as labels_in
-from fastattn.tasks.options import CheckedOptions, share
+from fastattn.tasks.options import CheckedOptions, part, share
 from fastattn.tasks.passages import Around, Passage, pairs, singles
+from fastattn.tasks.taught import TaughtMaskedLM, TaughtPreTraining, attach_teacher
 from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
 
 NAME = "masked-lm"
@@ -34,7 +35,7 @@ MODELS = (BertForMaskedLM, BertForPreTraining)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS: tuple[str, ...] = ()
-NEW_PARTS: tuple[str, ...] = ()  # heads are trained beside adapters only where they are new
+NEW_PARTS: tuple[str, ...] = ()  # with adapters, only heads that are new are trained
 DEFAULTS = {
     "max_epochs": 3.0,
     "batch_size": 32,
@@ -43,8 +44,8 @@ DEFAULTS = {
     "weight_decay": 0.01,
     "beta2": 0.98,
 }
-MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are. Devlin et al. 2019
-MAX_LENGTH = 128  # tokens of a passage, where nothing else is asked for
+MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the rest are kept. Devlin et al. 2019
+MAX_LENGTH = 128  # default tokens of a passage
 SEED = 0  # of the masks of an evaluation
 
 
@@ -54,29 +55,35 @@ class Options(CheckedOptions):
 
     Args:
         max_length: tokens of a passage, special ones included; None for 128, or fewer where the model has fewer.
-        mask_share: of the tokens that are to be found.
+        mask_share: share of the tokens that are predicted.
         whole_words: whether all pieces of a word are chosen together.
-        next_sentence: whether passages are two, and the model also says whether the second follows the first.
+        next_sentence: whether an example is two passages, and the model also predicts whether the second follows.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
     """
 
     max_length: int | None = None
     mask_share: float = 0.15
     whole_words: bool = False
     next_sentence: bool = False
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "mask_share": share,
         "whole_words": flag,
         "next_sentence": flag,
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> BertForMaskedLM | BertForPreTraining:
+) -> TaughtMaskedLM | TaughtPreTraining:
     """The folder's or preset's encoder with its masked LM head, or a new one."""
-    cls: Any = BertForPreTraining if options.next_sentence else BertForMaskedLM
+    cls: Any = TaughtPreTraining if options.next_sentence else TaughtMaskedLM
     return load_encoder(cls, source, tokenizer, new=_new_parts(source, options))
 
 
@@ -96,9 +103,9 @@ def _new_parts(source: Source, options: Options) -> tuple[str, ...]:
 
 
 class Passages:
-    """Passages as items; a batch masks them anew, by torch's global generator.
+    """Passages as items; each batch draws new masks from torch's global generator.
 
-    Of the chosen tokens 80 % become the mask, 10 % a random token and 10 % stay; labels are -100 at the others.
+    Of the chosen tokens 80 % become the mask token, 10 % a random token and 10 % are kept; other labels are -100.
     """
 
     def __init__(
@@ -170,13 +177,21 @@ def mask_tokens(
 
 
 def training_set(
-    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> Passages:
     """The examples' text in passages as items.
 
     Raises:
-        DataError: the tokenizer has no mask, or for pairs there are no two documents.
+        DataError: the tokenizer has no mask token, there are fewer than two documents for pairs, or the teacher, a
+            model with its tokenizer, has other tokens.
     """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     if tokenizer.mask_id is None:
         raise DataError("tokenizer: has no mask token, which masked-lm needs")
     limit = options.max_length
@@ -189,7 +204,7 @@ def training_set(
     else:
         passages = list(singles(tokenizer, [e.text for e in examples], longest, around))
     if not passages:
-        raise DataError("data: no token in it")
+        raise DataError("data: has no token, needs some text")
     vocab_size = min(tokenizer.core.get_vocab_size(), model.config.vocab_size)
     return Passages(passages, options, mask_id=tokenizer.mask_id, vocab_size=vocab_size, **layout_of(model))
 
@@ -203,16 +218,18 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """loss (nats) and accuracy of the masked tokens, masks the same at every call; and next_sentence_accuracy.
+    """loss (nats) and accuracy of the masked tokens, with the same masks at every call; and next_sentence_accuracy.
 
-    perplexity is exp(loss). Random generators end as they were.
+    perplexity is exp(loss). Random generators are restored.
     """
     data = training_set(model, tokenizer, examples, options or Options())
     device = next(model.parameters()).device
     loss_sum = right = count = follows = 0.0
     with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        masked = [data.collate([data[i]]) for i in range(len(data))]  # one by one: batches change no mask
+        masked = [
+            data.collate([data[i]]) for i in range(len(data))
+        ]  # one by one: masks do not depend on batches
         for start in range(0, len(data), batch_size):
             batch = joined(masked[start : start + batch_size], data.pad_id)
             batch = {name: value.to(device) for name, value in batch.items()}

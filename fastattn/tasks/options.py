@@ -10,7 +10,7 @@ from fastattn.models.fields import Check
 
 
 class CheckedOptions:
-    """A base of frozen dataclasses: `CHECKS` has a check for every field, which also gives its plain type."""
+    """A base of frozen dataclasses: `CHECKS` has a check for every field, which also converts it to its plain type."""
 
     CHECKS: Mapping[str, Check]
 

@@ -1,4 +1,4 @@
-"""Passages for masked language models: a document's tokens cut to length, or two runs of sentences together."""
+"""Passages for masked language models: parts of a document's tokens, or two runs of sentences."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
 
-SHORTER = 0.1  # share of passages of a random length, where there are two
+SHORTER = 0.1  # share of pairs with a random shorter length
 SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")  # ASCII's and Chinese
 SEED = 0  # of the passages
 
 
 class Passage(NamedTuple):
-    """Tokens to be masked. words: each token's word by number, -1 for special tokens; follows: None without pairs."""
+    """Tokens of a passage. words: each token's word by number, -1 for special tokens; follows: None without pairs."""
 
     ids: list[int]
     types: list[int]
@@ -26,7 +26,7 @@ class Passage(NamedTuple):
 
 
 class Around(NamedTuple):
-    """The special tokens in front of, between and behind the tokens of a text and of a pair, with their types."""
+    """The special tokens before, between and after the tokens of a text and of a pair, with their types."""
 
     single: tuple[list[int], list[int]]
     pair: tuple[list[int], list[int], list[int]]
@@ -75,7 +75,7 @@ class Tokens(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Parts behind each other, their words counted on."""
+        """Parts concatenated, with consecutive word numbers."""
         ids: list[int] = []
         words: list[int] = []
         for each in parts:
@@ -93,7 +93,7 @@ def _tokens_of(tokenizer: InputTokenizer, texts: Sequence[str]) -> list[Tokens]:
 def singles(
     tokenizer: InputTokenizer, texts: Sequence[str], longest: int, around: Around
 ) -> Iterator[Passage]:
-    """Each document's tokens in passages that are as long as may be; none crosses documents."""
+    """Each document's tokens in passages of at most `longest` tokens; none spans two documents."""
     room = longest - sum(map(len, around.single))
     _check_room(room, longest)
     for start in range(0, len(texts), 256):
@@ -105,7 +105,7 @@ def singles(
 
 
 def pairs(tokenizer: InputTokenizer, texts: Sequence[str], longest: int, around: Around) -> Iterator[Passage]:
-    """Passages of two runs of sentences, the second from another document half of the time, as BERT's were made."""
+    """Passages of two runs of sentences; as for BERT, the second is from another document half of the time."""
     room = longest - sum(map(len, around.pair))
     _check_room(room - 1, longest)
     documents = []
@@ -115,7 +115,7 @@ def pairs(tokenizer: InputTokenizer, texts: Sequence[str], longest: int, around:
         if tokens:
             documents.append(tokens)
     if len(documents) < 2:
-        raise DataError(f"data: holds {len(documents)} document, next_sentence needs two at least")
+        raise DataError(f"data: holds {len(documents)} document, next_sentence needs at least two")
     random = np.random.default_rng(SEED)
     for number, document in enumerate(documents):
         yield from _pairs_of(documents, number, document, room, around, random)
@@ -143,7 +143,7 @@ def _pairs_of(
             other = documents[(number + int(random.integers(1, len(documents)))) % len(documents)]
             begins = int(random.integers(len(other)))
             second, follows = Tokens.joined(other[begins : begins + len(run)]), 1
-            place += cut  # what was not used comes next
+            place += cut  # unused sentences come next
         else:
             second, follows = Tokens.joined(run[cut:]), 0
             place = end
@@ -159,4 +159,4 @@ def _head(tokens: Tokens, count: int) -> Tokens:
 
 def _check_room(room: int, longest: int) -> None:
     if room < 1:
-        raise DataError(f"task.max_length: got {longest}, which special tokens fill")
+        raise DataError(f"task.max_length: got {longest}, needs more than the special tokens")

@@ -1,4 +1,4 @@
-"""The loss of every token of documents under a causal language model, each document by itself."""
+"""The loss of every token of documents under a causal language model, each document on its own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ BATCH_SIZE = 8
 
 
 class Window(NamedTuple):
-    """Tokens that are read at once; those from `scored` on are predicted."""
+    """Tokens that the model reads together; those from `scored` on count."""
 
     ids: list[int]
     scored: int
 
 
 def bos_of(model: Any, tokenizer: Tokenizer) -> int | None:
-    """The token that the model expects in front of a text; None where it expects none.
+    """The BOS that the model expects before a text; None where it expects none.
 
-    It is what the tokenizer's template puts there, else config.bos_token_id where the tokenizer has it.
+    It is the one that the tokenizer's template adds, else config.bos_token_id where the tokenizer has it.
     """
     front = template_front(tokenizer)
     if front:
@@ -37,17 +37,17 @@ def bos_of(model: Any, tokenizer: Tokenizer) -> int | None:
 
 
 def template_front(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the tokenizer's template puts in front of a text."""
+    """The tokens that the tokenizer's template adds before a text."""
     core = tokenizer.core
     plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
     return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
 
 def windows_of(ids: Sequence[int], bos_id: int | None, length: int, stride: int) -> Iterator[Window]:
-    """The windows of a document in which every token is predicted once, the first only behind a BOS.
+    """The windows of a document in which every token is predicted once, the first token only after a BOS.
 
-    A window has `length` tokens at most, each behind the first predicts `stride` tokens that no earlier one did, and
-    begins with the BOS too.
+    A window has at most `length` tokens and begins with the BOS. Each window after the first predicts `stride` tokens
+    that no earlier window did.
     """
     front = [] if bos_id is None else [bos_id]
     room = length - len(front)
@@ -72,9 +72,9 @@ def evaluate_documents(
 ) -> Report:
     """loss, perplexity, bits_per_byte and unknown over all texts, see `fastattn.evaluation.language`.
 
-    No document sees another. One that is longer than `max_length` tokens is read in windows that overlap, so that a
-    token has max_length - stride tokens in front of it at least. The first token of a text counts where the model
-    expects a BOS, which predicts it; else neither it nor its bytes do.
+    Documents do not attend to each other. A document longer than `max_length` tokens is read in overlapping windows, so
+    that a token has at least max_length - stride tokens before it. The first token of a text counts only if the model
+    expects a BOS, which predicts it; otherwise neither the token nor its bytes count.
 
     Args:
         stride: tokens that each further window predicts; None for half of max_length.
@@ -82,7 +82,7 @@ def evaluate_documents(
     bos_id = bos_of(model, tokenizer)
     step = max(1, max_length // 2) if stride is None else stride
     if not 1 <= step < max_length:
-        raise ValueError(f"stride: got {step}, need at least 1 and less than max_length, {max_length}")
+        raise ValueError(f"stride: got {step}, needs at least 1 and less than max_length, {max_length}")
     windows: list[Window] = []
     size = documents = 0
     for text in texts:
@@ -94,7 +94,7 @@ def evaluate_documents(
             unread = "" if bos_id is not None else text[: encoding.offsets[0][1]]
             size += len(text.encode()) - len(unread.encode())
     if not windows:
-        raise ValueError("texts: hold no token that can be predicted")
+        raise ValueError("texts: got none with a token that can be predicted, needs at least one")
     unknown_id = unknown_of(tokenizer)
     device = next(model.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
@@ -107,7 +107,7 @@ def evaluate_documents(
             labels = torch.full_like(ids, IGNORE_INDEX)
             for row, window in enumerate(
                 chosen
-            ):  # padding is on the right, where nothing that counts sees it
+            ):  # padding is on the right, where no token that counts attends to it
                 ids[row, : len(window.ids)] = torch.tensor(window.ids)
                 labels[row, window.scored : len(window.ids)] = ids[row, window.scored : len(window.ids)]
             count = int((labels != IGNORE_INDEX).sum())

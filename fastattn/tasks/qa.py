@@ -1,4 +1,4 @@
-"""Answers to questions: the likeliest spans of a context, or that it holds none; trained from such answers."""
+"""Extractive question answering: the likeliest spans of a context, or no answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastattn.data.records import Record, required, text_of
 from fastattn.evaluation.answers import answers as answer_figures
 from fastattn.evaluation.report import Report
 from fastattn.models import BertForQuestionAnswering
-from fastattn.models.fields import one_of, or_none, size, size_or_0
-from fastattn.models.heads import QuestionAnsweringOutput
+from fastattn.models.fields import one_of, or_none, positive, size, size_or_0
 from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, wide
-from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtAnswerer, attach_teacher
 from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
@@ -36,11 +36,11 @@ FIELDS = ("question", "context")
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("answers",)
 EXTRA = ("title", "id", "is_impossible")
-EDITABLE = False  # its labels are places in the text
+EDITABLE = False  # labels are positions in the text
 NEW_PARTS = ("head.*", "qa_outputs.*")
 DEFAULTS = FINE_TUNING
 MAX_LENGTH = 384  # tokens of a window in training
-STRIDE = 128  # tokens that two windows of a context share
+STRIDE = 128  # tokens that consecutive windows of a context share
 MAX_ANSWER_TOKENS = 30
 CONTEXT = 1  # the text of the pair
 
@@ -49,31 +49,37 @@ Span = tuple[float, int, int]  # score, first and last character (exclusive)
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How answers are found.
+    """Options of question answering.
 
     Args:
         max_length: tokens of a window, question included; None for 384, or fewer where the model has fewer positions.
-        stride: tokens that two windows of a context share.
-        no_answer: whether "no answer" competes in an evaluation: "auto" where examples without an answer are there.
-        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where there is one.
+        stride: tokens that consecutive windows of a context share.
+        no_answer: whether an evaluation allows "no answer"; "auto" where some examples have no answer.
+        head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if there is one.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
     """
 
     max_length: int | None = None
     stride: int = STRIDE
     no_answer: str = "auto"
     head: str = "auto"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "stride": size_or_0,
         "no_answer": one_of(("auto", "yes", "no")),
         "head": one_of(HEADS),
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question, its context, and the answers: each its text and the character it begins at; none if unanswerable."""
+    """A question, its context, and the answers, each with its first character; no answers if it is unanswerable."""
 
     where: str
     question: str
@@ -88,7 +94,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     holds none ("is_impossible" may say so too). An answer without a start begins where its text first occurs.
 
     Raises:
-        DataError: a record lacks a column, or an answer does not stand where it should; with file and line.
+        DataError: a record lacks a column, or an answer is not at its start in the context; with file and line.
     """
     return [
         Example(r.where, text_of(r, "question"), context, _answers(r, context))
@@ -114,40 +120,38 @@ def group_of(record: Record) -> str:
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "f1", True
-
-
-class Answerer(BertForQuestionAnswering):
-    """`BertForQuestionAnswering` with both positions as `labels` (B, 2): the first and the last token of the answer."""
-
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> QuestionAnsweringOutput:
-        """As `BertForQuestionAnswering.forward`."""
-        if labels is not None:
-            kwargs.update(start_positions=labels[:, 0], end_positions=labels[:, 1])
-        return super().forward(*args, **kwargs)
 
 
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> Answerer:
-    """The folder's or preset's encoder with its head for answers, or a new one."""
+) -> TaughtAnswerer:
+    """The folder's or preset's encoder with its question answering head, or a new head."""
     if options.head == "saved":
         chosen_head(source, BertForQuestionAnswering, (), "saved")
     new = ("qa_outputs.*",) if options.head == "new" else ()
-    return load_encoder(Answerer, source, tokenizer, new=new)
+    return load_encoder(TaughtAnswerer, source, tokenizer, new=new)
 
 
 def training_set(
-    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> Encoded:
-    """The windows of the examples' contexts as items: tokens, and the answer's first and last.
+    """The windows of the examples' contexts as items: tokens, and the first and last token of the answer.
 
-    A window that does not hold the whole answer is labelled with its first token, which stands for no answer.
+    A window without the whole answer has its first token as the label, which means no answer.
 
     Raises:
-        DataError: a question leaves no room for its context, or an answer has no token.
+        DataError: a question leaves no room for its context, an answer has no token, or the teacher, a model with
+            its tokenizer, has other tokens.
     """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     windows = windows_of(model, tokenizer, examples, options)
     rows, labels = [], []
     for example, of_example in zip(examples, windows):
@@ -155,7 +159,7 @@ def training_set(
         if example.answers and not any(place != (0, 0) for place in places):
             text = on_one_line(example.answers[0][0])
             raise DataError(
-                f"{example.where}: the answer {text!r:.60} is in no window, as it has no token or too many"
+                f"{example.where}: the answer {text!r:.60} has no token, or too many for a window"
             )
         rows += of_example
         labels += [list(place) for place in places]
@@ -165,7 +169,7 @@ def training_set(
 def windows_of(
     model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> list[list[Row]]:
-    """Each context in windows behind its question.
+    """Each question with its context, in windows.
 
     Raises:
         DataError: a question leaves no room for its context; with file and line.
@@ -188,7 +192,7 @@ def windows_of(
 
 
 def positions_of(row: Row, example: Example) -> tuple[int, int]:
-    """The first and last token of the first answer in a window; (0, 0) where it does not hold all of it."""
+    """The first and last token of the first answer in a window; (0, 0) where the window does not hold all of it."""
     if not example.answers:
         return 0, 0
     text, start = example.answers[0]
@@ -233,8 +237,8 @@ def decode(
 ) -> tuple[list[Span], float]:
     """The likeliest spans of a window's logits (S,), and the score of there being no answer.
 
-    score = P(start) P(end), each a softmax over the context and the first token, which stands for no answer; a span
-    starts no later than it ends and holds at most `max_answer_tokens`.
+    score = P(start) P(end), each a softmax over the context's tokens and the first token, which means no answer. A span
+    has 1 to `max_answer_tokens` tokens.
     """
     logits = wide(torch.stack((start, end))).cpu()
     inside = torch.tensor([sequence == CONTEXT for sequence in row.sequences])
@@ -256,7 +260,7 @@ def decode(
 
 
 def best_answers(windows: Sequence[tuple[list[Span], float]], top_k: int) -> tuple[list[Span], float]:
-    """The likeliest spans of all windows of a context, each once, and the lowest of their scores of no answer."""
+    """The likeliest spans of all windows of a context, without duplicates, and the lowest of the no-answer scores."""
     by_span: dict[tuple[int, int], float] = {}
     for spans, _ in windows:
         for score, first, last in spans:
@@ -276,8 +280,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """For each example (question, context) its likeliest answers.
 
-    A context that is too long is read in windows, so that nothing is cut. With `no_answer`, the answer None competes
-    by its score; `no_answer_score` is there always.
+    A long context is read in windows, so that nothing is truncated. With `no_answer`, None is a possible answer, ranked
+    by its score; every result has `no_answer_score`.
 
     Raises:
         ValueError: a question leaves no room for its context; the message has its number, from 1 on.
@@ -301,7 +305,7 @@ def predict(
 def answers_of(
     model: Any, windows: Sequence[Sequence[Row]], batch_size: int, top_k: int
 ) -> list[tuple[list[Span], float]]:
-    """For each context in windows its likeliest spans, and the score of there being none."""
+    """For each context in windows its likeliest spans, and the score of no answer."""
     flat = [(number, row) for number, rows in enumerate(windows) for row in rows]
 
     def take(outputs: Any, place: int, index: int) -> tuple[list[Span], float]:
@@ -317,7 +321,7 @@ def answers_of(
 
 
 def check_questions(model: Any, tokenizer: InputTokenizer, examples: Sequence[dict[str, str]]) -> int:
-    """The tokens that windows may share; ValueError for a question that leaves a context less than one token."""
+    """The number of tokens that windows share; ValueError for a question that leaves no token for its context."""
     longest = max_tokens(model, tokenizer)
     around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
     stride = STRIDE
@@ -347,7 +351,9 @@ def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
     if isinstance(given, dict):
         texts, starts = given.get("text"), given.get("answer_start")
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise DataError(f'{record.where}: answers has no lists "text" and "answer_start" of one length')
+            raise DataError(
+                f'{record.where}: answers needs lists "text" and "answer_start" of the same length'
+            )
         given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
     if isinstance(given, str):
         given = [{"text": given}]
@@ -356,7 +362,7 @@ def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
     if record.fields.get("is_impossible") is True:
         return ()
     if not given and record.fields.get("is_impossible") is False:
-        raise DataError(f"{record.where}: answers is empty, but is_impossible is false")
+        raise DataError(f"{record.where}: answers is empty, needs an answer or is_impossible true")
     found = []
     for number, answer in enumerate(given, 1):
         text = answer.get("text") if isinstance(answer, dict) else None

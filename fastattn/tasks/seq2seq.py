@@ -1,4 +1,4 @@
-"""Texts from texts: an encoder reads the source, a decoder writes the target; translation, summaries."""
+"""Sequence to sequence, as translation and summaries: an encoder reads the source, a decoder generates the target."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
-from fastattn.models.fields import or_none, size
+from fastattn.models.fields import one_of, or_none, positive, size
 from fastattn.models.fields import text as text_field
 from fastattn.nn.modes import evaluating
 from fastattn.tasks.batches import max_tokens
-from fastattn.tasks.options import CheckedOptions
-from fastattn.tasks.training import padded
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtEncoderDecoder, attach_teacher
+from fastattn.tasks.training import check_room, padded
 
 NAME = "seq2seq"
 MODELS = (EncoderDecoder,)
@@ -46,26 +47,36 @@ SPECIAL = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """How pairs are cut, and how targets are written.
+    """How pairs are truncated, and how targets are generated.
 
     Args:
-        max_length: most tokens of a source, which is cut there; None for what the model reads.
-        max_target_length: most tokens of a target with its end, which is cut there in training, and of a target that
-            is written in evaluation; None for 128, or fewer where the decoder has fewer positions.
+        max_length: most tokens of a source, which is truncated there; None for the model's limit.
+        max_target_length: most tokens of a target with its end token: training targets are truncated there, generated
+            ones end there; None for 128, or fewer where the decoder has fewer positions.
         num_beams: of beam search in evaluation; 1 is greedy.
-        bleu_tokenizer: sacrebleu's; None for the one of the references' language, see `fastattn.evaluation`.
+        pick: the metric of the dev set that picks the best model: "loss", or "bleu" or "chrf", for which every
+            evaluation generates all targets.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
+        bleu_tokenizer: sacrebleu's tokenizer; None for that of the references' language, see `fastattn.evaluation`.
     """
 
     max_length: int | None = None
     max_target_length: int | None = None
     num_beams: int = 4
     bleu_tokenizer: str | None = None
+    pick: str = "loss"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "max_target_length": or_none(size),
         "num_beams": size,
         "bleu_tokenizer": or_none(text_field),
+        "pick": one_of(("loss", "bleu", "chrf")),
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
@@ -103,31 +114,40 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return "loss", False
+
+
+def picked(options: Options) -> tuple[str, bool]:
+    """The same, where options name the figure."""
+    return options.pick, options.pick != "loss"
 
 
 def new_model(
     source: Path | str | BertConfig, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer
-) -> EncoderDecoder:
-    """The folder's model; of an encoder's folder, a model whose two parts begin as it; of a config, random weights.
+) -> TaughtEncoderDecoder:
+    """The folder's model; for an encoder's folder, both parts from its weights; for a config, random weights.
 
-    A decoder begun as an encoder has new cross-attention. Targets begin with [CLS] and end with [SEP].
+    A decoder from an encoder's weights has new cross-attention. Targets begin with [CLS] and end with [SEP].
     """
     tokens = special_tokens(tokenizer)
     if isinstance(source, BertConfig):
         config = replace(source, vocab_size=tokenizer.core.get_vocab_size(), pad_token_id=tokens["pad"])
-        return EncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))).train()
+        return TaughtEncoderDecoder(
+            EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))
+        ).train()
     if issubclass(class_for(source), EncoderDecoder):
-        model = EncoderDecoder.from_pretrained(source, dtype=torch.float32)
+        model = TaughtEncoderDecoder.from_pretrained(source, dtype=torch.float32)
     else:
         folder = encoder_folder(source)
-        model = EncoderDecoder.from_encoder_decoder(folder, folder, dtype=torch.float32, **_targets(tokens))
+        model = TaughtEncoderDecoder.from_encoder_decoder(
+            folder, folder, dtype=torch.float32, **_targets(tokens)
+        )
     return model.train()
 
 
 def special_tokens(tokenizer: InputTokenizer) -> dict[str, int]:
-    """cls, sep and pad of a tokenizer, as the template around a text says; DataError where it has none."""
+    """The cls, sep and pad tokens of a tokenizer, by the template for a text; DataError where one is missing."""
     core = tokenizer.core
     plain, whole = core.encode("a", add_special_tokens=False).ids, core.encode("a").ids
     named = {name: core.token_to_id(token) for name, token in SPECIAL.items()}
@@ -157,7 +177,7 @@ class Pairs:
     """Sources and targets as items; `collate` pads both.
 
     Attributes:
-        cut, cut_rows: tokens that did not fit, of sources and targets, and of how many examples.
+        cut, cut_rows: the number of truncated tokens of sources and targets, and of examples with any.
     """
 
     def __init__(self, sources: Sequence[Row], targets: Sequence[Row], *, pad_id: int, typed: bool) -> None:
@@ -173,7 +193,7 @@ class Pairs:
         return self.sources[index], self.targets[index]
 
     def collate(self, items: Sequence[tuple[Row, list[int]]]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and token_type_ids of sources; labels, -100 behind a target's end."""
+        """input_ids, attention_mask and token_type_ids of sources; labels, -100 after a target's end."""
         rows = [row for row, _ in items]
         batch = padded([r.ids for r in rows], self.pad_id, [r.types for r in rows], typed=self.typed)
         longest = max(len(target) for _, target in items)
@@ -182,12 +202,22 @@ class Pairs:
 
 
 def training_set(
-    model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: EncoderDecoder,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[EncoderDecoder, InputTokenizer] | None = None,
 ) -> Pairs:
-    """The examples as items: the source between its special tokens, and the target with its end.
+    """The examples as items: the source with its special tokens, and the target with its end token.
 
-    The decoder reads the target one token behind, so each token is predicted from the true ones before it.
+    The decoder's input is the target shifted by one token, so each token is predicted from the true ones before it.
+
+    Raises:
+        DataError: an option does not fit the model, or the teacher, a model with its tokenizer, has other tokens.
     """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     sources = source_rows(model, tokenizer, examples, options)
     end = end_of(model)
     limit = target_length(model, options)
@@ -214,6 +244,7 @@ def source_rows(
                 f"task.max_length: got {options.max_length}, the encoder has {positions} positions"
             )
         limit = options.max_length
+    check_room(tokenizer, limit)
     return tokenizer.encode([example.source for example in examples], limit)
 
 
@@ -229,8 +260,10 @@ def check_vocabulary(model: EncoderDecoder, tokenizer: InputTokenizer) -> None:
 
 
 def target_length(model: EncoderDecoder, options: Options) -> int:
-    """Most tokens of a target with its end; DataError where the decoder has fewer positions."""
+    """Most tokens of a target with its end token; DataError where the decoder has fewer positions."""
     positions = model.decoder.max_positions
+    if options.max_target_length == 1:
+        raise DataError("task.max_target_length: got 1, which its end takes: no token of a target is left")
     if options.max_target_length is None:
         return MAX_TARGET if positions is None else min(MAX_TARGET, positions)
     if positions is not None and options.max_target_length > positions:
@@ -241,11 +274,11 @@ def target_length(model: EncoderDecoder, options: Options) -> int:
 
 
 def end_of(model: EncoderDecoder) -> int:
-    """The token that ends a target; DataError where the model names none, since it could never stop."""
+    """The token that ends a target; DataError where the config has none, because generation would never stop."""
     given = model.config.eos_token_id
     first = given[0] if isinstance(given, (list, tuple)) and given else given
     if not isinstance(first, int):
-        raise DataError("model: its config has no eos_token_id, so it would never learn to end a target")
+        raise DataError("model: its config has no eos_token_id, needs one to end a target")
     return first
 
 
@@ -258,7 +291,7 @@ def predict(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> list[str]:
-    """The target that beam search writes for each source, in their order."""
+    """The target that beam search generates for each source, in their order."""
     options = options or Options()
     rows = source_rows(model, tokenizer, examples, options)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
@@ -292,7 +325,7 @@ def predict(
 def sample(
     model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> str:
-    """The first source, and the target that the model writes for it, greedily."""
+    """The first source, and its target by greedy decoding."""
     (target,) = predict(model, tokenizer, examples[:1], options=replace(options, num_beams=1))
     return f"{examples[0].source} -> {target}"
 
@@ -305,7 +338,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """bleu, chrf, rouge1, rouge2, rougeL and exact_match of the targets that beam search writes."""
+    """bleu, chrf, rouge1, rouge2, rougeL and exact_match of the targets from beam search."""
     options = options or Options()
     written = predict(model, tokenizer, examples, batch_size=batch_size, options=options)
     return texts([[example.target] for example in examples], written, tokenize=options.bleu_tokenizer)

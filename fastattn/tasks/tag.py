@@ -1,4 +1,4 @@
-"""Entities in texts: spans of characters from the labels of tokens in BIO form; trained from tagged words."""
+"""Token classification: entities as spans of characters, from BIO labels of tokens; trained from tagged words."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fastattn.evaluation.report import Report
 from fastattn.evaluation.spans import entity_f1
 from fastattn.evaluation.words import is_unspaced
 from fastattn.models import BertForTokenClassification
-from fastattn.models.fields import one_of, or_none, size
+from fastattn.models.fields import one_of, or_none, positive, size
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, wide
-from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtTagger, attach_teacher
 from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
@@ -38,7 +39,7 @@ FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("tokens", "tags")
 TEXTS = ("tokens",)  # what cleaning reads
-EDITABLE = False  # its labels are those of places in the text
+EDITABLE = False  # labels belong to positions in the text
 NEW_PARTS = ("head.*", "classifier.*")
 DEFAULTS = {**FINE_TUNING, "max_epochs": 5.0}
 OUTSIDE = "O"
@@ -50,20 +51,26 @@ class Options(CheckedOptions):
     """How words are tagged.
 
     Args:
-        max_length: most tokens of a sentence, which is cut there; None for what the model reads.
-        label_pieces: the pieces of a word that are trained: "all", those behind the first of a B- word as I-, which is
-            what `fastattn predict` and transformers' pipeline read; or the "first" alone.
-        head: "new", "saved" for the one in the model's folder, or "auto": the saved one where it has all labels.
+        max_length: most tokens of a sentence, which is truncated there; None for the model's limit.
+        label_pieces: the pieces of a word that are trained: "all", where pieces after the first of a B- word get I-, as
+            `fastattn predict` and transformers' pipeline expect; or only the "first".
+        head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if it has all labels.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
     """
 
     max_length: int | None = None
     label_pieces: str = "all"
     head: str = "auto"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "label_pieces": one_of(PIECES),
         "head": one_of(HEADS),
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
@@ -77,10 +84,10 @@ class Example:
 
 
 def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
-    """The examples of records with "tokens" and "tags", two lists of texts as long as each other.
+    """The examples of records with "tokens" and "tags", two lists of texts of the same length.
 
     Raises:
-        DataError: a record lacks a column, or its lists do not fit; with file and line.
+        DataError: a record lacks a column, or its lists differ in length; with file and line.
     """
     made = []
     for record in records:
@@ -95,13 +102,13 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
             for place, tag in enumerate(example.tags, 1):
                 if not _is_bio(tag):
                     raise DataError(
-                        f"{example.where}: tag {place} is {tag!r:.60}, needs O, or B- or I- with a type as others have"
+                        f"{example.where}: tag {place} is {tag!r:.60}, needs O, B-TYPE or I-TYPE as the others"
                     )
     return made
 
 
 def labels_in(examples: Sequence[Example]) -> tuple[str, ...]:
-    """O, then the B- and I- of each type that occurs, whether both do or not; of other tags, those that occur."""
+    """O, then the B- and I- tag of each type that occurs; of other tags, those that occur."""
     tags = {tag for example in examples for tag in example.tags}
     if not all(map(_is_bio, tags)):
         return tuple(sorted(tags))
@@ -113,31 +120,40 @@ def check_examples(examples: Sequence[Example]) -> None:
     """Refuse training data from which nothing can be learnt."""
     if len(labels_in(examples)) < 2:
         raise DataError(
-            f"data: all tags of {len(examples)} sentences are {labels_in(examples)[0]!r}, needs two kinds at least"
+            f"data: all tags of {len(examples)} sentences are {labels_in(examples)[0]!r}, needs two different ones"
         )
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
-    """The figure that picks the best model, and whether more of it is better."""
+    """The metric that selects the best model, and whether higher is better."""
     return ("f1" if all(map(_is_bio, labels_in(examples))) else "accuracy"), True
 
 
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> BertForTokenClassification:
-    """The folder's or preset's encoder with a head for the tags, the saved one where options say so."""
+) -> TaughtTagger:
+    """The folder's or preset's encoder with a head for the tags, new or saved as `options.head` says."""
     labels = chosen_head(source, BertForTokenClassification, labels_in(examples), options.head)
     keep = options.head != "new" and saved_labels(source, BertForTokenClassification) == tuple(labels)
     new = () if keep else ("classifier.*",)
-    return load_encoder(
-        BertForTokenClassification, source, tokenizer, new=new, id2label=dict(enumerate(labels))
-    )
+    return load_encoder(TaughtTagger, source, tokenizer, new=new, id2label=dict(enumerate(labels)))
 
 
 def training_set(
-    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> EncodedTokens:
-    """The examples as items: tokens and the label of each, -100 for special tokens and pieces that are not trained."""
+    """The examples as items: tokens and the label of each, -100 for special tokens and pieces that are not trained.
+
+    Raises:
+        DataError: the teacher, a model with its tokenizer, has other tokens or labels.
+    """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     place = {name: number for number, name in enumerate(model.config.labels())}
     rows, words = rows_of(model, tokenizer, examples, options)
     labels = []
@@ -166,7 +182,7 @@ def rows_of(
     for row, (_, starts) in zip(rows, joined):
         of_row: list[int | None] = []
         for (first, last), sequence in zip(row.offsets, row.sequences):
-            # by the last character, as byte-level pieces may begin with the space in front
+            # by the last character, because byte-level pieces may begin with the preceding space
             empty = sequence is None or last <= first
             of_row.append(None if empty else bisect_right(starts, last - 1) - 1)
         words.append(of_row)
@@ -181,7 +197,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     options: Options | None = None,
 ) -> Report:
-    """Strict entity figures, see `fastattn.evaluation.spans`; of tags that are not B-, I- and O, accuracy alone.
+    """Strict entity metrics, see `fastattn.evaluation.spans`; only accuracy for tags that are not B-, I- and O.
 
     A word has the label of its first piece, O without one.
 
@@ -215,7 +231,7 @@ def check_labels(model: Any, examples: Sequence[Example]) -> None:
         for tag in example.tags:
             if tag not in known:
                 listed = ", ".join(sorted(known)[:8])
-                raise DataError(f"{example.where}: tag {tag!r} is none of the model's: {listed}")
+                raise DataError(f"{example.where}: tag {tag!r} is not one of the model's: {listed}")
 
 
 def _is_bio(tag: str) -> bool:
@@ -246,7 +262,7 @@ def _joined(words: Sequence[str]) -> tuple[str, list[int]]:
 def labels_of(logits: Tensor, config: Any) -> list[tuple[str, float]]:
     """The likeliest label of each token with its probability, of logits (S, num_labels).
 
-    Of logits (S,), a model's with one label: that label where its probability is over 0.5, else O.
+    For logits (S,) of a model with one label: that label where its probability is over 0.5, else O.
     """
     logits = wide(logits)
     if logits.dim() == 1:
@@ -257,9 +273,9 @@ def labels_of(logits: Tensor, config: Any) -> list[tuple[str, float]]:
 
 
 def decode(labels: Sequence[tuple[str, float]], row: Row, text: str) -> list[dict[str, Any]]:
-    """The entities of a text: runs of tokens with one tag, each B- starting anew; score is the mean of the tokens'.
+    """The entities of a text: runs of tokens of one type, each B- starting a new one; score is the mean of the tokens'.
 
-    An I- that follows no token of its tag starts an entity too. Special tokens take no part.
+    An I- that does not follow a token of its type also starts an entity. Special tokens are ignored.
     """
     entities: list[dict[str, Any]] = []
     scores: list[list[float]] = []
@@ -290,7 +306,7 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[dict[str, Any]]:
-    """For each example (text) its entities by place, and `cut`, the tokens that did not fit."""
+    """For each example (text) its entities by place, and `cut`, the number of truncated tokens."""
     rows = tokenizer.encode([e["text"] for e in examples], max_tokens(model, tokenizer))
 
     def take(outputs: Any, place: int, index: int) -> list[dict[str, Any]]:

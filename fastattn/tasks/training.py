@@ -1,4 +1,4 @@
-"""The training side that encoder tasks share: where a model comes from, its tokens, and batches of them."""
+"""Training code that encoder tasks share: loading or creating the model, encoding, and batches."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fastattn.tasks.batches import max_tokens
 
 Encoder = TypeVar("Encoder", bound=PretrainedEncoder)
 Batch = dict[str, Tensor]
-Source = Path | str | BertConfig  # of a model: its folder, or a config for random weights
+Source = Path | str | BertConfig  # a model's folder, or a config for random weights
 FINE_TUNING: Mapping[
     str, Any
-] = {  # of TrainConfig, where a task says nothing else; the rate goes by the width
+] = {  # of TrainConfig, unless a task has others; the learning rate follows from the width
     "max_epochs": 3.0,
     "batch_size": 16,
     "min_lr_ratio": 0.0,
@@ -38,19 +38,19 @@ HEADS = ("auto", "new", "saved")
 
 
 def learning_rate(width: int) -> float:
-    """The peak rate of fine-tuning a model of this width: 2e-4 at 384, 5e-5 at 768, falling with the square."""
+    """The peak learning rate of fine-tuning a model of this width: 2e-4 at 384, 5e-5 at 768, as 1 / width**2."""
     return min(3e-4, 30.0 / width**2)
 
 
 class Encoded:
-    """Rows of tokens with their labels, as items; `collate` makes a batch of some.
+    """Rows of tokens with their labels, as items; `collate` makes a batch of items.
 
     Args:
         rows: the tokens of each item.
         labels: of each item: a number, or a list as long as its tokens, or of the same length for all.
-        pad_id: fills short rows; the model computes nothing for it.
+        pad_id: fills short rows; the model computes nothing for padding.
         typed: whether the model takes token types.
-        others: further tensors of each item, by the name the model's forward has for them.
+        others: further tensors of each item, by their name in the model's forward.
     """
 
     def __init__(
@@ -62,9 +62,7 @@ class Encoded:
         typed: bool,
         others: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        self.rows = [
-            (row.ids, row.types) for row in rows
-        ]  # without offsets, which are most of a row's memory
+        self.rows = [(row.ids, row.types) for row in rows]  # offsets, most of a row's memory, are dropped
         self.labels = labels
         self.pad_id, self.typed = pad_id, typed
         self.others = others or {}
@@ -94,7 +92,7 @@ class Encoded:
 
 
 class EncodedTokens(Encoded):
-    """The same with a label for each token, -100 behind the last."""
+    """The same with a label for each token, -100 after the last."""
 
     def label_tensor(self, labels: Sequence[Any], longest: int) -> Tensor:
         return torch.tensor([[*row, *[IGNORE_INDEX] * (longest - len(row))] for row in labels])
@@ -103,7 +101,7 @@ class EncodedTokens(Encoded):
 def padded(
     rows: Sequence[Sequence[int]], pad_id: int, types: Sequence[Sequence[int]] | None, *, typed: bool
 ) -> Batch:
-    """input_ids (B, S), attention_mask (B, S) bool, and token_type_ids (B, S) where they are wanted."""
+    """input_ids (B, S), attention_mask (B, S) bool, and token_type_ids (B, S) if `typed`."""
     longest = max(map(len, rows))
     lengths = torch.tensor([len(row) for row in rows])
     batch = {
@@ -121,14 +119,15 @@ def layout_of(model: Any) -> dict[str, Any]:
 
 
 def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) -> int:
-    """Most tokens of a row: `max_length`, or what model and tokenizer allow.
+    """Most tokens of a row: `max_length`, or the limit of model and tokenizer.
 
     Raises:
-        DataError: the model has fewer positions.
+        DataError: the model has fewer positions, or special tokens take all of the row.
     """
     limit = max_tokens(model, tokenizer)
     if max_length is None:
         return limit
+    check_room(tokenizer, max_length)
     config = model.config
     positions = config.max_position_embeddings - config.position_offset
     if config.positions == "learned" and max_length > positions:
@@ -136,8 +135,17 @@ def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) ->
     return max_length
 
 
+def check_room(tokenizer: InputTokenizer, max_length: int) -> None:
+    """Refuse a length that the special tokens around a text take."""
+    around = tokenizer.special_counts[0]
+    if max_length <= around:
+        raise DataError(
+            f"task.max_length: got {max_length}, of which {around} are special tokens: no token of a text is left"
+        )
+
+
 def check_tokenizer(config: BertConfig, tokenizer: InputTokenizer) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for."""
+    """Raise DataError for a tokenizer with ids that the model has no embedding for."""
     ids = tokenizer.core.get_vocab(with_added_tokens=True).values()
     largest = max(ids, default=-1)
     if largest >= config.vocab_size:
@@ -150,16 +158,16 @@ def check_tokenizer(config: BertConfig, tokenizer: InputTokenizer) -> None:
 def load_encoder(
     cls: type[Encoder], source: Source, tokenizer: InputTokenizer | None = None, **options: Any
 ) -> Encoder:
-    """A model of a class, its weights in float32 and in training mode, from a folder or as a new one of a preset.
+    """A model of a class in float32 and training mode, from a folder or with random weights of a config.
 
     Args:
         cls: the class.
         source: a folder, or a config for a model with random weights.
-        tokenizer: sizes the vocabulary of that one.
-        options: fields of the config; `new`, parameters that are initialised whatever the folder holds.
+        tokenizer: sets the vocabulary size of a model with random weights.
+        options: fields of the config; `new`, patterns of parameters that are initialised even if the folder has them.
 
     Raises:
-        ValueError: the folder does not fit.
+        ValueError: the folder holds another kind of model.
     """
     if isinstance(source, BertConfig):
         options.pop("new", None)
@@ -168,9 +176,9 @@ def load_encoder(
         ids = {
             f"{name}_token_id": core.token_to_id(f"[{name.upper()}]")
             for name in ("pad", "cls", "sep")
-            if getattr(source, f"{name}_token_id") is not None  # some families' folders cannot say them
+            if getattr(source, f"{name}_token_id") is not None  # some families' folders cannot hold them
         }
-        if source.position_offset:  # RoBERTa's positions begin behind the pad token's
+        if source.position_offset:  # RoBERTa's positions begin after the pad token's
             ids["position_offset"] = (ids["pad_token_id"] or 0) + 1
         config = replace(source, vocab_size=core.get_vocab_size(), **{"num_labels": None, **ids, **options})
         fresh: Any = cls
@@ -182,7 +190,7 @@ def load_encoder(
 
 
 def saved_labels(source: Source, cls: type[PretrainedEncoder]) -> tuple[str, ...] | None:
-    """The labels of a folder's head, where it is of the class and names them; no weight is read."""
+    """The labels of a folder's head if it is of the class and names them, else None; no weight is read."""
     if isinstance(source, BertConfig) or not issubclass(class_for(source), cls):
         return None
     config, _ = config_of(source, cls)
@@ -190,12 +198,12 @@ def saved_labels(source: Source, cls: type[PretrainedEncoder]) -> tuple[str, ...
 
 
 def chosen_head(source: Source, cls: type[PretrainedEncoder], labels: Sequence[str], head: str) -> list[str]:
-    """The labels of the model to make: the saved head's where it has all that are asked for, else `labels`.
+    """The labels of the model to make: those of the saved head if it has all of `labels`, else `labels`.
 
-    head: "new" for a new head in any case, "saved" to refuse where the saved one cannot be kept, or "auto".
+    head: "new" for a new head in any case, "saved" to require the saved one, or "auto".
 
     Raises:
-        DataError: the saved head is asked for and lacks a label, or there is none.
+        DataError: "saved" is given, and there is no saved head or it lacks a label.
     """
     saved = None if head == "new" else saved_labels(source, cls)
     missing = [label for label in labels if saved is None or label not in saved]
@@ -208,7 +216,7 @@ def chosen_head(source: Source, cls: type[PretrainedEncoder], labels: Sequence[s
 
 
 def config_of(source: Path | str, cls: type[Pretrained]) -> tuple[BertConfig, Path]:
-    """The configuration of a folder's encoder, and the folder within that holds it."""
+    """The configuration of a folder's encoder, and the folder in it that holds it."""
     folder = encoder_folder(source)
     try:
         entries = read_json(folder / CONFIG)

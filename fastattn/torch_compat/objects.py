@@ -1,4 +1,4 @@
-"""Hooks of modules, versions and copies of tensors, and a GPU that waits."""
+"""Hooks of modules, versions and copies of tensors, and a delay on a GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _cuda_sleep = find("torch.cuda._sleep")
 def cuda_sleep(cycles: int) -> None:
     """Queue a kernel that spins for so many clock cycles.
 
-    Fallback: nothing is queued, and gaps between launches count in what is timed.
+    Fallback: nothing is queued, and timings include the gaps between launches.
     """
     if _cuda_sleep is not None:
         _cuda_sleep(cycles)

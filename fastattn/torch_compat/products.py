@@ -67,7 +67,7 @@ _reorder_linear: Any = find("torch.ops.mkldnn._reorder_linear_weight")
 
 
 PACKED_ROWS = (
-    8  # that an order is made for: it serves one row as well, and one row's order serves several badly
+    8  # rows that weights are packed for: fast for one row too, while packing for one row is slow for several
 )
 
 

@@ -54,7 +54,7 @@ _CAN_TELL_STATE = PLAIN_KEYS is not None and _HAS_DUAL_LEVEL and _autocast_anywh
 
 def nothing_records() -> bool:
     """Whether no mode, trace or profiler of this thread sees a call, autocast casts nothing, and forward-mode AD has
-    given no tensor a tangent. What the dispatch keys of the thread and of tensors tell is not looked at.
+    given no tensor a tangent. The dispatch keys of the thread and of tensors are not checked.
 
     Fallback: False.
     """
@@ -108,9 +108,9 @@ _TensorGuards = find("torch._C._dynamo.guards.TensorGuards")
 
 
 def tensor_guard(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """A check, given as many tensors, whether `state_of_call` would say of them what it says of these, in a tenth of
-    its time. It is false where a tensor is given twice, and does not see what `nothing_records` and grad mode tell. It
-    keeps no tensor.
+    """A function of as many tensors: whether `state_of_call` is the same for them as for these, in a tenth of its time.
+
+    It is False where a tensor is given twice, checks neither `nothing_records` nor grad mode, and keeps no tensor.
 
     Fallback: None.
     """
@@ -303,7 +303,7 @@ _TorchDispatchMode = find("torch.utils._python_dispatch.TorchDispatchMode")
 
 
 def has_dispatch_mode() -> bool:
-    """Whether `dispatch_mode` hands over operations. Fallback: it does not."""
+    """Whether `dispatch_mode` gets the operations. Fallback: it does not."""
     return _TorchDispatchMode is not None
 
 

@@ -1,4 +1,4 @@
-"""The trainer's arguments, checked by type before anything is moved, opened or made."""
+"""Type checks of the trainer's arguments, before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastattn.train.metrics import LOSS
 def check_arguments(
     model: Any, config: Any, train_data: Any, dev_data: Any, tokenizer: Any, collate: Any, on_record: Any
 ) -> None:
-    """Raise TypeError for the first of the trainer's arguments that is of another type than it needs."""
+    """Raise TypeError for the first argument of the trainer that has a wrong type."""
 
     def items(data: Any) -> bool:
         return (
@@ -39,18 +39,18 @@ def check_arguments(
 
 
 def check_evaluation(dev_data: Any, evaluate_with: Any, best: Any, show_with: Any) -> None:
-    """Raise TypeError or ValueError for the first argument on evaluation that is wrong, or needs another."""
+    """Raise TypeError or ValueError for the first argument about evaluation that is wrong, or lacks another one."""
     for name, value in (("evaluate_with", evaluate_with), ("show_with", show_with)):
         if value is not None and not callable(value):
             raise TypeError(f"{name}: got {type(value).__name__}, needs a function of the model, or None")
         if value is not None and dev_data is None:
-            raise ValueError(f"{name}: is called at evaluations, which need dev_data")
+            raise ValueError(f"{name}: is called at evaluations, needs dev_data")
     good = (
         isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and isinstance(best[1], bool)
     )
     if not good:
         raise TypeError(
-            f"best: got {type(best).__name__}, needs a pair: a figure's name, and whether more of it is better"
+            f"best: got {type(best).__name__}, needs a pair: a metric's name, and whether higher is better"
         )
     if best[0] != LOSS and evaluate_with is None:
-        raise ValueError(f"best: {best[0]!r} is a figure of evaluate_with, which is not given")
+        raise ValueError(f"best: got {best[0]!r}, needs evaluate_with, which returns that metric")

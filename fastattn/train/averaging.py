@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastattn.train.sharding import own_part
+
 
 class Averaged:
-    """The average of a model's trained weights, a share `decay` of itself and the rest of the new ones at each update.
+    """The moving average of a model's trained weights; an update gives decay * average + (1 - decay) * weights.
 
-    It is kept in float32 where the weights have 16 bits, which would not see such small steps.
+    It is float32 where the weights have 16 bits, whose rounding would hide such small changes.
 
     Args:
-        model: its trainable parameters are averaged, from what they are now.
+        model: its trainable parameters are averaged, starting from their current values.
         decay: within [0, 1).
     """
 
@@ -27,8 +29,8 @@ class Averaged:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
-        self._update(self.values, [_wide(p) for p in self.parameters], 1)
+        """Update the average with the weights after a step."""
+        self._update(_parts(self.values), _parts([_wide(p) for p in self.parameters]), 1)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -43,21 +45,25 @@ class Averaged:
     def _exchange(self) -> None:
         held = [_wide(p).clone() for p in self.parameters]
         for parameter, value in zip(self.parameters, self.values):
-            parameter.copy_(value)
+            own_part(parameter.detach()).copy_(own_part(value))
         self.values = held
 
     def load(self, values: list[Tensor]) -> None:
-        """Take over saved values.
+        """Load saved values.
 
         Raises:
-            ValueError: they are of other shapes.
+            ValueError: their shapes differ from the model's.
         """
         shapes = [value.shape for value in values]
         needed = [value.shape for value in self.values]
         if shapes != needed:
             raise ValueError(f"averages of {len(shapes)} tensors do not fit this model's {len(needed)}")
         for mine, value in zip(self.values, values):
-            mine.copy_(value)
+            own_part(mine).copy_(own_part(value))
+
+
+def _parts(tensors: list[Tensor]) -> list[Tensor]:
+    return [own_part(tensor) for tensor in tensors]
 
 
 def _wide(parameter: Tensor) -> Tensor:

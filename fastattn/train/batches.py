@@ -12,7 +12,7 @@ Batch = dict[str, Tensor]
 
 
 class Examples(Protocol):
-    """Training or validation data: items by index, which `collate` makes into a batch with "labels"."""
+    """Training or validation data: items by index, which `collate` combines into a batch with "labels"."""
 
     def __len__(self) -> int: ...
 
@@ -23,8 +23,8 @@ class Batches:
     """Makes batches on a device.
 
     Args:
-        collate: makes a dict of tensors of a list of items.
-        device: where its tensors go.
+        collate: makes a dict of tensors from a list of items.
+        device: the device of the batches.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Batch], device: torch.device) -> None:
@@ -35,9 +35,16 @@ class Batches:
         """The batch of these items.
 
         Raises:
-            TypeError: collated, they are no dict with "labels".
+            TypeError: the collated batch is not a dict with "labels".
         """
-        batch = self.collate([data[index] for index in indices])
+        return self.moved(self.collate([data[index] for index in indices]))
+
+    def moved(self, batch: Batch) -> Batch:
+        """A collated batch on the device.
+
+        Raises:
+            TypeError: it is no dict with "labels".
+        """
         if not isinstance(batch, dict) or "labels" not in batch:
             raise TypeError('train_data, dev_data: a collated batch must be a dict of tensors with "labels"')
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -45,7 +52,7 @@ class Batches:
     def in_order(
         self, data: Examples, size: int, limit: int | None, rank: int, world_size: int
     ) -> Iterator[Batch]:
-        """One process's share of the data in batches of `size`, of all of them or of the first `limit`."""
+        """This process's share of the data in batches of `size`; at most the first `limit` batches of all processes."""
         starts = range(0, len(data), size)[:limit]
         for start in starts[rank::world_size]:
             yield self.of(data, range(start, min(start + size, len(data))))

@@ -1,4 +1,4 @@
-"""The output directory of a run: the best model at its top, resumable checkpoints beside it, all written atomically."""
+"""The output directory of a run: the best model, and resumable checkpoints in subfolders, all written atomically."""
 
 from __future__ import annotations
 
@@ -18,17 +18,35 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 
 from fastattn.data.tokenization import Tokenizer
-from fastattn.models.checkpoint.folder import GENERATION
+from fastattn.models.checkpoint.folder import GENERATION, INDEX
 from fastattn.models.checkpoint.pretrained import Pretrained
-from fastattn.models.checkpoint.save import TOKENIZER_FILES
-from fastattn.models.checkpoint.swap import UNFINISHED, delete, sync
+from fastattn.models.checkpoint.save import SHARD, TOKENIZER_FILES
+from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming, sync
 from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.config import ConfigError
-from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check_weights, read_checkpoint
+from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check
+from fastattn.train.trackers import BOARD
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
+REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"  # of `fastattn train`
+# What a run leaves at the top of its directory beside checkpoints and shards of weights, the log first: without it
+# nothing goes on with a run that is half deleted.
+OF_A_RUN = (
+    LOG,
+    WEIGHTS,
+    INDEX,
+    "config.json",
+    GENERATION,
+    RESOLVED_CONFIG,
+    OPTIONS,
+    ADAPTER,
+    BOARD,
+    *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial")  # of a `write_atomically` that was killed
 _ASIDE = f"{UNFINISHED}old-"  # a checkpoint that a newer one of the same step replaces
@@ -39,18 +57,18 @@ class RunDirectory:
 
     DIR/ holds the model with the lowest validation loss so far (the newest when nothing is held out), loadable by
     `from_pretrained` (with adapters: by `fastattn.models.load`), with log.jsonl and train_config.yaml;
-    DIR/checkpoint-STEP/ holds everything to go on from STEP.
+    DIR/checkpoint-STEP/ holds everything that is needed to continue from STEP.
 
     Args:
-        path: the directory; made when the run starts.
-        resume: "never", "auto" (the newest complete checkpoint in `path`, or a fresh start if there is none), or a
-            checkpoint. Those that "auto" passes over, with the reason, are in `passed_over`.
+        path: the directory; created when the run starts.
+        resume: "never", "auto" (the newest complete checkpoint in `path`, or a new run if there is none), or a
+            checkpoint. `passed_over` has the checkpoints that "auto" skips, with the reasons.
         overwrite: delete an earlier run in `path` when this one starts.
-        model: what will be resumed, for a format of weights of its own.
+        model: the model to resume, which may have its own format of weights.
 
     Raises:
-        ConfigError: the directory cannot be written, it holds a run and neither resume nor overwrite was asked for,
-            both were, or what to resume from is not a checkpoint or is damaged; with "auto", all of them are. Nothing
+        ConfigError: the directory cannot be written; it holds a run and neither or both of resume and overwrite are
+            given; or the checkpoint to resume from is missing or damaged (with "auto", all checkpoints are). Nothing
             has been written then.
     """
 
@@ -64,17 +82,16 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.overwrite = overwrite
-        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> what is wrong with it
-        self._model = model
+        self.passed_over: dict[str, str] = {}  # a checkpoint's name -> its fault
         for name, text in (("output_dir", str(self.path)), ("resume", resume)):
             if "\0" in text:
-                raise ConfigError(f"{name}: got {text!r}, need a path without a zero byte")
+                raise ConfigError(f"{name}: got {text!r}, needs a path without a zero byte")
         if overwrite and resume != "never":
             raise ConfigError(f"overwrite: cannot be combined with resume={resume!r}")
         _check_writable(self.path)
         if resume != "never":
             self._put_back()
-        self.resume_from = self._find_checkpoint(resume)
+        self.resume_from = self._find_checkpoint(resume, model)
         restarts = resume == "auto" and (self.path / LOG).exists()  # stopped before its first checkpoint
         if not (restarts or overwrite or self._resumes_here()) and self._holds_run():
             raise ConfigError(
@@ -94,14 +111,14 @@ class RunDirectory:
         names = (LOG, STATE, WEIGHTS, "config.json")
         return bool(self.checkpoints()) or any((self.path / name).exists() for name in names)
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
+    def _find_checkpoint(self, resume: str, model: nn.Module | None) -> Path | None:
         if resume == "never":
             return None
         if resume == "auto":
-            return self._newest_complete()
+            return self._newest_complete(model)
         checkpoint = Path(resume)
         try:
-            self._check(checkpoint)
+            check(checkpoint, model)
         except DamagedCheckpoint as error:
             raise ConfigError(f"resume: {error}") from None
         return checkpoint
@@ -111,28 +128,24 @@ class RunDirectory:
         for aside in self.path.glob(f"{_ASIDE}*") if self.path.is_dir() else ():
             final = self.path / aside.name.removeprefix(_ASIDE)
             if CHECKPOINT.fullmatch(final.name) and not final.exists():
-                with contextlib.suppress(FileNotFoundError):  # another process did
+                with contextlib.suppress(FileNotFoundError):  # another process has restored it
                     aside.rename(final)
 
-    def _newest_complete(self) -> Path | None:
+    def _newest_complete(self, model: nn.Module | None) -> Path | None:
         """The newest complete checkpoint; None where there is no checkpoint at all."""
         for checkpoint in reversed(self._numbered()):
             try:
-                self._check(checkpoint)
+                check(checkpoint, model)
             except DamagedCheckpoint as error:
                 self.passed_over[checkpoint.name] = str(error)
                 continue
             return checkpoint
         if self.passed_over:
             raise ConfigError(
-                f"resume: no checkpoint in {self.path} is complete; delete them to start afresh. "
+                f"resume: no checkpoint in {self.path} is complete; delete them to start a new run. "
                 + "; ".join(self.passed_over.values())
             )
         return None
-
-    def _check(self, checkpoint: Path) -> None:
-        read_checkpoint(checkpoint)
-        check_weights(checkpoint, self._model)
 
     def _numbered(self) -> list[Path]:
         """Folders named as checkpoints, oldest first."""
@@ -143,7 +156,7 @@ class RunDirectory:
         return [entry for _, entry in sorted(numbered)]
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints of this run, oldest first, without those that were passed over because they are damaged."""
+        """Checkpoints of this run, oldest first, without damaged ones that were skipped."""
         return [
             entry
             for entry in self._numbered()
@@ -159,55 +172,50 @@ class RunDirectory:
         free = shutil.disk_usage(_existing(self.path)).free
         if free < need:
             raise ConfigError(
-                f"output_dir: {self.path} has {free / 1e9:.2f} GB free, need {need / 1e9:.2f} GB for the best model "
+                f"output_dir: {self.path} has {free / 1e9:.2f} GB free, needs {need / 1e9:.2f} GB for the best model "
                 f"and {keep + 1} checkpoints (keep_checkpoints + 1 while one is written)"
             )
 
     def prepare(self) -> None:
-        """Make the directory; delete what an earlier run left, if that was asked for, and unfinished writes."""
+        """Create the directory; delete an earlier run, with `overwrite`, and unfinished writes."""
         self.path.mkdir(parents=True, exist_ok=True)
+        delete(self.path / REPORT)  # of a run that had ended and now goes on
+        if self.overwrite:
+            for name in OF_A_RUN:
+                delete(self.path / name)
         for entry in list(self.path.iterdir()):
             unfinished = entry.name.startswith(UNFINISHED) or _PARTIAL.fullmatch(entry.name)
-            if unfinished or (self.overwrite and CHECKPOINT.fullmatch(entry.name)):
+            earlier = CHECKPOINT.fullmatch(entry.name) or SHARD.fullmatch(entry.name)
+            if unfinished or (self.overwrite and earlier):
                 delete(entry)
-        if self.overwrite:
-            for name in (
-                LOG,
-                WEIGHTS,
-                "config.json",
-                GENERATION,
-                RESOLVED_CONFIG,
-                *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
-                ADAPTER_CONFIG,
-                ADAPTER_WEIGHTS,
-            ):
-                (self.path / name).unlink(missing_ok=True)
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
-        """Write checkpoint-`step` through `write(folder)`, then delete all but the newest `keep`."""
-        final = self.path / f"checkpoint-{step}"
-        folder = self.path / f"{UNFINISHED}{final.name}"
+    def begin_checkpoint(self, step: int) -> Path:
+        """A new folder for the files of checkpoint-`step`, which is none before `end_checkpoint`."""
+        folder = self.path / f"{UNFINISHED}checkpoint-{step}"
         delete(folder)
         folder.mkdir()
-        try:
+        return folder
+
+    def end_checkpoint(self, folder: Path, write: Callable[[Path], None], keep: int) -> Path:
+        """Complete a checkpoint by `write(folder)` and give it its name, then delete all but the newest `keep`."""
+        final = self.path / folder.name.removeprefix(UNFINISHED)
+        with naming(folder):
             write(folder)
-            publish(folder, final)
-            self.passed_over.pop(final.name, None)
-        except BaseException:
-            delete(folder)
-            raise
+        publish(folder, final)
+        self.passed_over.pop(final.name, None)
         for old in self.checkpoints()[:-keep]:
             if old != final:
                 delete(old)
         return final
 
     def save_model(self, model: nn.Module, tokenizer: Tokenizer | None) -> None:
-        """Put the model's files at the directory's top, each replaced in one move, the weights last.
+        """Write the model's files to the output directory, each replaced atomically, the weights last.
 
-        The directory itself stays, as processes may work in it, so this does not call `write_folder`.
+        The directory itself is not replaced, because processes may work in it, so this does not call `write_folder`.
         """
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.path) as scratch:
-            write_model(model, Path(scratch), tokenizer)
+            with naming(Path(scratch)):
+                write_model(model, Path(scratch), tokenizer)
             files = [file for file in Path(scratch).rglob("*") if file.is_file()]
             for file in sorted(files, key=lambda file: file.name == WEIGHTS):
                 sync(file)
@@ -220,25 +228,30 @@ class RunDirectory:
 def write_model(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
     """model.safetensors, config.json where the model has one, and the tokeniser's files.
 
-    Of a model with adapters, model.safetensors is for resuming, and an adapter's folder in PEFT's format is written
-    beside it, which `fastattn.models.load` puts onto the model that it names.
+    For a model with adapters, model.safetensors is for resuming, and an adapter's folder in PEFT's format is written
+    too, which `fastattn.models.load` attaches to the base model that it names.
     """
     save: Callable[[Path], object] | None = getattr(model, "save_pretrained", None)
     if _has_adapters(model):
-        save_safetensors(model, str(folder / WEIGHTS))
+        _save_weights(model, folder / WEIGHTS)
         save_adapter(model, folder)
-    elif isinstance(model, Pretrained):  # one file of any size, which takes the old one's place in one move
+    elif isinstance(model, Pretrained):  # one file of any size, which replaces the old one atomically
         model.save_pretrained(folder, max_shard_size=sys.maxsize)
     elif save is not None:
         save(folder)
     else:
-        save_safetensors(model, str(folder / WEIGHTS))
+        _save_weights(model, folder / WEIGHTS)
         config = getattr(model, "config", None)
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             text = json.dumps(dataclasses.asdict(config), indent=2)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    with naming(path):  # it is written under a name of safetensors' own first
+        save_safetensors(model, str(path))
 
 
 def read_model(model: nn.Module, folder: Path) -> None:
@@ -250,7 +263,7 @@ def read_model(model: nn.Module, folder: Path) -> None:
         else:
             device = str(next(model.parameters()).device)
             load_safetensors(model, folder / WEIGHTS, strict=True, device=device)
-    except (RuntimeError, ValueError) as error:  # of tensors of other shapes or names
+    except (RuntimeError, ValueError) as error:  # for tensors of other shapes or names
         raise DamagedCheckpoint(f"{folder / WEIGHTS}: does not fit this model ({error})") from None
 
 
@@ -260,7 +273,7 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Rename a written folder to its final name once all of it is on disk, replacing what is there."""
+    """Rename a written folder to its final name once all of it is on disk, replacing an existing one."""
     for entry in folder.rglob("*"):
         sync(entry)
     sync(folder)
@@ -276,11 +289,13 @@ def publish(folder: Path, final: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise ConfigError unless files can be made in `path`, or in the nearest directory above that exists."""
+    """Raise ConfigError unless files can be created in `path`, or in the nearest directory above that exists."""
     try:
         existing = _existing(path)
         if not existing.is_dir():
-            raise ConfigError(f"output_dir: {path} cannot be made, {existing} is a file, need a directory")
+            raise ConfigError(
+                f"output_dir: {path} cannot be created, {existing} is a file, needs a directory"
+            )
         with tempfile.TemporaryFile(prefix=UNFINISHED, dir=existing):
             pass
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Training options as a dataclass, read from a YAML file and command-line overrides with every key and type checked."""
+"""Training options as a dataclass, read from a YAML file and command-line overrides; keys and types are checked."""
 
 from __future__ import annotations
 
@@ -20,51 +20,58 @@ from fastattn.cache import write_atomically
 from fastattn.train.optim import OptimizerName, Schedule
 from fastattn.train.trackers import Tracker
 
+Sharded = Literal["ddp", "fsdp"]
+
 
 class ConfigError(ValueError):
-    """An option is unknown, of the wrong type or out of range, or the output directory cannot take this run."""
+    """An option is unknown, of the wrong type or out of range, or the output directory cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train, whatever the model.
+    """Training options that do not depend on the model.
 
     Args:
-        output_dir: where the run writes.
+        output_dir: the output directory.
         max_steps, max_epochs, max_seconds: the run ends at the first of these: optimiser steps, passes over the
-            training data, wall time with evaluations. With max_seconds the learning rate follows time where that is
-            further on than steps, so that the schedule is complete when time is up; such a run is not reproducible.
+            training data, wall time including evaluations. With max_seconds the learning rate follows the time where
+            that is ahead of the steps, so that the schedule is complete at the end; such a run is not reproducible.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
+        sharding: of a model trained by several processes: with "ddp" each has all of it, with "fsdp" a part of each
+            parameter, gradient and moment (FSDP2, fully_shard), and checkpoints are torch.distributed.checkpoint's.
+        loader_workers: processes that make batches ahead of the training process; 0 makes them in it. With workers,
+            collate's draws go by the seed and the batch's place in the run, whatever their number.
         optimizer: "adamw", or "muon" on the matrices of the model's blocks with AdamW on the rest.
         lr, warmup_steps, schedule, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then
             falls to lr * min_lr_ratio at the end: along a cosine, linearly, or with "wsd" linearly over the last
             decay_ratio of the steps after the warmup; "constant" stays at lr.
-        decay_ratio: see "wsd".
-        weight_decay, beta1, beta2, eps: AdamW's; vectors do not decay. The decay is Muon's too.
-        muon_lr, muon_momentum: Muon's peak rate, None for lr, which suits both; its momentum.
-        grad_clip: largest norm of the gradient, None for any.
-        precision: what autocast computes in; "auto" is bfloat16 on CUDA where it has it, else float32.
-        device: as torch names it; "auto" is CUDA where there is one, else the CPU.
+        decay_ratio: share of the steps in which "wsd" decays.
+        weight_decay, beta1, beta2, eps: of AdamW, without decay of vectors; Muon has the same weight_decay.
+        muon_lr, muon_momentum: Muon's peak rate (None for lr, which suits both) and momentum.
+        grad_clip: largest norm of the gradient, None for no limit.
+        precision: dtype of autocast; "auto" is bfloat16 on CUDA devices that support it, else float32.
+        device: torch's name of the device; "auto" is CUDA if available, else the CPU.
         compile: train through torch.compile.
         activation_checkpointing: keep only the inputs of the model's blocks (the members of its nn.ModuleLists) for the
             backward pass, which computes the rest again; less memory, about a third more time.
-        ema_decay: evaluate and keep an exponential moving average of the weights, which takes this share of itself and
-            the rest of the new weights at each step; None for the weights themselves.
-        seed: of the data's order, dropout and whatever else draws.
-        deterministic: let torch use deterministic algorithms only.
-        log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; None is
-            only before and after training for evaluations, only after it for checkpoints.
-        eval_batches: evaluate on so many batches from the start of the data, None for all.
-        keep_checkpoints: how many of the newest to keep.
-        patience: end after so many evaluations in a row without a lower loss.
-        on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" leaves the
-            step out, up to max_nonfinite times in a row.
+        ema_decay: evaluate and save an exponential moving average of the weights with this decay; None for the weights
+            themselves.
+        seed: of the data's order, dropout and all other random numbers.
+        deterministic: use only deterministic algorithms of torch.
+        log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; with None,
+            evaluations are only before and after training, and the only checkpoint is after it.
+        eval_batches: number of batches of an evaluation, from the start of the data; None for all.
+        keep_checkpoints: number of the newest checkpoints that are kept.
+        patience: end after this many evaluations in a row without a gain.
+        on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" skips the
+            step, up to max_nonfinite times in a row.
         resume: "never", "auto" (from the newest complete checkpoint in output_dir, if there is one) or a
             checkpoint's path.
         overwrite: delete an earlier run in output_dir.
-        trackers: besides log.jsonl, where records go: "tensorboard", "trackio", "wandb"; each must be installed.
-        peak_tflops: the device's, for "mfu" in the log; None looks its name up.
+        trackers: experiment trackers that also get the records: "tensorboard", "trackio", "wandb"; each must be
+            installed.
+        peak_tflops: peak of the device, for "mfu" in the log; None looks it up by the device's name.
 
     Raises:
         ConfigError: an option has the wrong type or is out of range, or no limit is set.
@@ -76,6 +83,8 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int = 16
     accumulate: int = 1
+    sharding: Sharded = "ddp"
+    loader_workers: int = 0
     optimizer: OptimizerName = "adamw"
     lr: float = 3e-4
     schedule: Schedule = "cosine"
@@ -114,14 +123,22 @@ class TrainConfig:
         for name, (good, need) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not good(value):
-                raise ConfigError(f"{name}: got {value!r}, need {need}")
+                raise ConfigError(f"{name}: got {value!r}, needs {need}")
         if self.max_steps is None and self.max_epochs is None and self.max_seconds is None:
-            raise ConfigError("max_steps, max_epochs, max_seconds: none is set, need at least one")
+            raise ConfigError("max_steps, max_epochs, max_seconds: none is set, needs at least one")
         if self.patience is not None and self.eval_every is None:
             raise ConfigError("patience: needs eval_every, because it counts evaluations")
+        if self.sharding == "fsdp" and self.optimizer == "muon":
+            raise ConfigError(
+                "optimizer: muon needs whole matrices, sharding=fsdp splits them over processes; optimizer=adamw "
+                "works, and so does sharding=ddp"
+            )
+        if self.sharding == "fsdp" and self.compile:
+            raise ConfigError("compile: is not supported with sharding=fsdp; it is with sharding=ddp")
 
 
-MAX_COUNT = 2**63 - 1  # of steps, rows and whatever else is counted
+MAX_COUNT = 2**63 - 1  # of steps, rows and other counts
+MAX_WORKERS = 1024  # processes that load batches
 MAX_SEED = 2**64 - 2**32  # a generator's seed has 64 bits; each process adds its rank
 
 _COUNT = (lambda v: 1 <= v <= MAX_COUNT, f"an integer of at least 1, at most {MAX_COUNT}")
@@ -140,7 +157,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has a 
     **dict.fromkeys(
         ("compile", "deterministic", "overwrite", "precision", "on_nonfinite", "optimizer"), _ANY
     ),
-    **dict.fromkeys(("schedule", "activation_checkpointing", "trackers"), _ANY),
+    **dict.fromkeys(("schedule", "activation_checkpointing", "trackers", "sharding"), _ANY),
+    "loader_workers": (lambda v: 0 <= v <= MAX_WORKERS, f"an integer of at least 0, at most {MAX_WORKERS}"),
     "decay_ratio": (lambda v: 0 < v <= 1, "a number within (0, 1]"),
     "warmup_steps": (lambda v: 0 <= v <= MAX_COUNT, "an integer of at least 0"),
     "seed": (lambda v: 0 <= v <= MAX_SEED, f"an integer of at least 0, at most {MAX_SEED}"),
@@ -168,8 +186,8 @@ def load_config(
 ) -> dict[str, Any]:
     """Build one dataclass per section from defaults, then a YAML file, then command-line overrides.
 
-    The file maps each section's name to its options. An override reads `--section.key=value`, or `--key=value` when one
-    section alone has that key.
+    The file maps each section's name to its options. An override is `--section.key=value`, or `--key=value` if only one
+    section has that key.
 
     Args:
         sections: name of each section and its dataclass.
@@ -178,22 +196,34 @@ def load_config(
         defaults: values to start from, per section.
 
     Raises:
-        ConfigError: the file is missing or not a mapping of sections, a section or key is unknown or ambiguous
-            (with the nearest name), a required option is missing, or a value has the wrong type or range.
+        ConfigError: the file is missing or not a mapping of sections, a section or key is unknown (the message has the
+            nearest name) or ambiguous, a required option is missing, or a value has the wrong type or range.
     """
-    values: dict[str, dict[str, Any]] = {name: dict((defaults or {}).get(name, {})) for name in sections}
+    given = given_options(sections, file=file, overrides=overrides)
+    start = {name: (defaults or {}).get(name, {}) for name in sections}
+    return {name: _build(kind, name, {**start[name], **given[name]}) for name, kind in sections.items()}
+
+
+def given_options(
+    sections: Mapping[str, type],
+    *,
+    file: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """The options that a file and overrides set, by section, converted to their types; as `load_config` reads them."""
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     if file is not None:
         for name, options in _read_yaml(Path(file)).items():
             _known(name, sections, f"{file}: section")
             if not isinstance(options, dict):
-                raise ConfigError(f"{file}: section {name} holds {options!r}, need options as key: value")
+                raise ConfigError(f"{file}: section {name} holds {options!r}, needs options as key: value")
             for key, value in options.items():
                 hint = _hint(sections[name], key, f"{file}: {name}")
                 values[name][key] = _convert(value, hint, f"{file}: {name}.{key}", text=False)
     for word in overrides:
         name, key, written = _parse_override(word, sections)
         values[name][key] = _convert(written, _hint(sections[name], key, name), f"--{name}.{key}", text=True)
-    return {name: _build(kind, name, values[name]) for name, kind in sections.items()}
+    return values
 
 
 def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -201,7 +231,7 @@ def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     values = {name: dataclasses.asdict(section) for name, section in sections.items()}
     for options in values.values():
         options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})
-        # a config's kind of int, as of a size that follows from others, is written as the number
+        # subclasses of int in configs, such as derived sizes, are written as numbers
         options.update(
             {key: int(v) for key, v in options.items() if isinstance(v, int) and not isinstance(v, bool)}
         )
@@ -222,14 +252,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}, need sections as name: options")
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, needs sections as name: options")
     return content
 
 
 def _parse_override(word: str, sections: Mapping[str, type]) -> tuple[str, str, str]:
     path, equals, written = word.partition("=")
     if not path.startswith("--") or not equals:
-        raise ConfigError(f"{word}: need --section.key=value")
+        raise ConfigError(f"{word}: needs --section.key=value")
     path = path[2:].replace("-", "_")
     name, dot, key = path.partition(".")
     if dot:
@@ -284,7 +314,7 @@ def _convert(value: Any, hint: Any, where: str, *, text: bool) -> Any:
             near = difflib.get_close_matches(str(value), [str(choice) for choice in get_args(hint)], n=1)
             hinted = f", did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"{where}: got {value!r}, need one of {', '.join(map(repr, get_args(hint)))}{hinted}"
+                f"{where}: got {value!r}, needs one of {', '.join(map(repr, get_args(hint)))}{hinted}"
             )
         return value
     if origin in (tuple, list, collections.abc.Sequence):
@@ -302,7 +332,7 @@ def _convert(value: Any, hint: Any, where: str, *, text: bool) -> Any:
         and not (hint is not bool and isinstance(value, bool))
     ):
         return value
-    raise ConfigError(f"{where}: got {value!r}, need {_TYPE_NAMES.get(hint, hint)}")
+    raise ConfigError(f"{where}: got {value!r}, needs {_TYPE_NAMES.get(hint, hint)}")
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -329,7 +359,7 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str, *, text: bo
     if len(choices) == 1:
         raise failed
     raise ConfigError(
-        f"{where}: got {value!r}, need {' or '.join(str(_TYPE_NAMES.get(c, c)) for c in choices)}"
+        f"{where}: got {value!r}, needs {' or '.join(str(_TYPE_NAMES.get(c, c)) for c in choices)}"
     )
 
 
@@ -337,12 +367,12 @@ def _convert_sequence(value: Any, hint: Any, where: str, *, text: bool) -> Any:
     if text:
         value = [word.strip() for word in value.strip("[]() ").split(",") if word.strip()]
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where}: got {value!r}, need a list")
+        raise ConfigError(f"{where}: got {value!r}, needs a list")
     arguments = get_args(hint)
     if get_origin(hint) is not tuple or arguments[1:] == (Ellipsis,):
         arguments = (arguments[0],) * len(value)
     if len(value) != len(arguments):
-        raise ConfigError(f"{where}: got {len(value)} values, need {len(arguments)}")
+        raise ConfigError(f"{where}: got {len(value)} values, needs {len(arguments)}")
     items = [
         _convert(item, kind, f"{where}[{i}]", text=text)
         for i, (item, kind) in enumerate(zip(value, arguments, strict=True))
@@ -351,7 +381,7 @@ def _convert_sequence(value: Any, hint: Any, where: str, *, text: bool) -> Any:
 
 
 def step_limit(config: TrainConfig, examples: int, world_size: int) -> int | None:
-    """max_steps or what max_epochs comes to, whichever is less; None where time alone ends the run."""
+    """max_steps or the steps of max_epochs, whichever is less; None where only time ends the run."""
     limits = [] if config.max_steps is None else [config.max_steps]
     if config.max_epochs is not None:
         limits.append(

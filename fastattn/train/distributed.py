@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import nn
 from fastattn.train.config import ConfigError
 
 T = TypeVar("T")
-LEAVING = timedelta(seconds=10)  # that a process waits for its peers before it leaves their group
+LEAVING = timedelta(seconds=10)  # time that a process waits for its peers before it leaves their group
 
 
 class Distributed:
@@ -45,7 +45,7 @@ class Distributed:
         return self.rank == 0
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model as DistributedDataParallel, or as it is when alone."""
+        """The model as DistributedDataParallel, or unchanged with one process."""
         if not self.active:
             return model
         devices = [device] if device.type == "cuda" else None
@@ -59,8 +59,24 @@ class Distributed:
         dist.all_reduce(total)
         return total.tolist()
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises on the first process, on all; the others do not call it."""
+        if not self.active:
+            return work()
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                outcome = (None, error)
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        result: T = value
+        return result
+
     def gather(self, value: T) -> list[T]:
-        """Each process's value, in the order of ranks, on the first; elsewhere only this process's own."""
+        """The values of all processes, in the order of ranks, on the first; on others only their own value."""
         if not self.active:
             return [value]
         values: list[T] | None = [value] * self.world_size if self.is_main else None
@@ -115,7 +131,7 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device: {name!r} is not available ({str(error).splitlines()[0]})") from None
     if device.type == "meta":
-        raise ConfigError("device: got 'meta', which computes nothing")
+        raise ConfigError("device: got 'meta', needs a device that computes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -131,7 +147,7 @@ def usable_dtype(precision: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
     if precision == "float16" and device.type != "cuda":
-        raise ConfigError(f"precision: got float16 on {device.type}, need CUDA; bfloat16 works there")
+        raise ConfigError(f"precision: got float16 on {device.type}, needs CUDA; bfloat16 works there")
     if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision: got bfloat16, which this CUDA device lacks; float16 works there")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]

@@ -1,4 +1,4 @@
-"""Evaluation of a model during training: its mean loss, further figures of it, and a text that shows it."""
+"""Evaluation of a model during training: its mean loss, further metrics, and a text for display."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from fastattn.train.distributed import Distributed
 from fastattn.train.metrics import Evaluation
 from fastattn.train.objective import Objective
 from fastattn.train.rng import seeded
+from fastattn.train.sharding import Sharding
 
 Figures = Callable[[nn.Module], Mapping[str, float]]
 
 
 class Evaluator:
-    """Evaluates a model on all processes together; random generators end as they were.
+    """Evaluates a model on all processes together; random generators are restored.
 
     Args:
-        model: as it is saved.
-        compiled: the same, perhaps compiled, for the loss.
+        model: the model that is saved.
+        compiled: the same, compiled if the configuration says so, for the loss; of a sharded model, its `root`.
         config, objective, batches, distributed: the trainer's.
-        figures_with: further figures of the model, called on the first process alone.
+        figures_with: returns further metrics of the model; called on the first process only.
+        sharding: the model's, None where it is not sharded; `figures_with` gets a copy that is not.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Evaluator:
         batches: Batches,
         distributed: Distributed,
         figures_with: Figures | None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.model = model
         self.compiled = compiled
@@ -45,13 +48,14 @@ class Evaluator:
         self.batches = batches
         self.distributed = distributed
         self.figures_with = figures_with
+        self.sharding = sharding
 
     @torch.no_grad()
     def evaluate(self, data: Examples, *, with_figures: bool = True) -> Evaluation:
         """Mean loss per target over `data`, and the figures.
 
         Raises:
-            ValueError: no label in the data counts, or a figure is no number.
+            ValueError: all labels of the data are ignored, or a metric is not a number.
         """
         device = self.batches.device
         with evaluating(self.model), seeded(self.config.seed, device):
@@ -59,14 +63,22 @@ class Evaluator:
             figures = self._figures() if with_figures else {}
         loss_sum, total = self.distributed.sum([loss_sum, targets], device)
         if not total:
-            raise ValueError("data: all labels are -100, need some that count")
+            raise ValueError("data: all labels are -100, needs others")
         return Evaluation(loss_sum / total, int(total), figures)
 
     @torch.no_grad()
     def shown(self, show_with: Callable[[nn.Module], str]) -> str:
-        """The text that `show_with` makes of the model in eval mode."""
-        with evaluating(self.model), seeded(self.config.seed, self.batches.device):
-            return show_with(self.model)
+        """The text that `show_with` returns for the model in eval mode; empty on all processes but the first."""
+        model = self._whole_model()
+        with evaluating(model), seeded(self.config.seed, self.batches.device):
+            return show_with(model) if self.distributed.is_main else ""
+
+    def _whole_model(self) -> nn.Module:
+        """The model, of a sharded one a copy with whole parameters on the first process, which uses it alone."""
+        if self.sharding is None:
+            return self.model
+        model = self.sharding.gathered(self.distributed.is_main)
+        return self.model if model is None else model.to(self.batches.device)
 
     def _sums(self, data: Examples) -> tuple[float, int]:
         """This process's sum of losses, and its number of targets."""
@@ -74,27 +86,37 @@ class Evaluator:
         size, number = self.config.batch_size, self.config.eval_batches
         ranks = self.distributed.rank, self.distributed.world_size
         for batch in self.batches.in_order(data, size, number, *ranks):
-            if count := self.objective.count_targets(batch):
-                loss_sum += float(self.objective.loss(self.compiled, batch)) * count
+            count = self.objective.count_targets(batch)
+            if count or self.sharding is not None:  # whose forward passes are of all processes together
+                loss = float(self.objective.loss(self.compiled, batch))
+            if count:
+                loss_sum += loss * count
                 targets += count
+        if self.sharding is not None:
+            batches = len(range(0, len(data), size)[:number])
+            rank, world_size = ranks
+            if 0 < batches % world_size <= rank:  # it has one batch less
+                self.objective.loss(self.compiled, self.batches.of(data, range(min(size, len(data)))))
+            self.sharding.release()
         return loss_sum, targets
 
     def _figures(self) -> dict[str, float]:
         if self.figures_with is None:
             return {}
         found: dict[str, float] = {}
-        if self.distributed.is_main:
-            for name, value in self.figures_with(self.model).items():
+        figures_with, model = self.figures_with, self._whole_model()
+        with evaluating(model):
+            for name, value in self.distributed.on_first(lambda: dict(figures_with(model))).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise ValueError(f"evaluate_with: its {name} is {value!r}, need a number")
+                    raise ValueError(f"evaluate_with: its {name} is {value!r}, needs a number")
                 found[name] = float(value)
-        return self.distributed.broadcast(found)
+        return found
 
 
 def is_gain(new: Evaluation, old: Evaluation | None, best: tuple[str, bool]) -> bool:
-    """Whether an evaluation is better than the best so far, by the figure and direction of `best`; of equals, by loss.
+    """Whether an evaluation is better than the best so far, by the metric and direction of `best`; ties by loss.
 
-    Small sets have equal figures: an F1 is 0 for the first model and for all those that find nothing yet.
+    Metrics of small sets are often equal: F1 is 0 for the first model and for all others without a correct entity.
     """
     if old is None:
         return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cache import write_atomically
+from fastattn.models.checkpoint.swap import naming
 
 Record = dict[str, Any]
 
@@ -20,7 +21,7 @@ class RunLog:
 
     Args:
         path: the file, or None to keep records in memory only.
-        resume_step: records of later steps in the file are dropped, None drops all: a resumed run takes those again.
+        resume_step: records of later steps in the file are dropped, because a resumed run repeats them; None drops all.
         on_record: called with each new record.
     """
 
@@ -41,14 +42,14 @@ class RunLog:
         record = {"event": event, "step": step, **values}
         self.records.append(record)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
         if self.on_record is not None:
             self.on_record(record)
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log file up to the first line that is not one, such as a last line cut short by a crash."""
+    """The records of a log file up to the first line that is not a record, such as one truncated by a crash."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -70,7 +71,7 @@ def _line(record: Record) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value in JSON's types, with numbers that JSON lacks as text."""
+    """A value in JSON's types; NaN and infinities become text."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -24,24 +24,24 @@ def plot_loss(
     title: str = "Loss",
     say: Callable[[str], object] = print,
 ) -> bool:
-    """Write a picture of training and validation loss over steps; without matplotlib, say it in text instead.
+    """Write a picture of training and validation loss over steps, or without matplotlib a chart in text.
 
     Args:
         log: records, as `FitResult.log` holds them, or the path of a log.jsonl.
-        path: the picture, .png or .svg; its directory is made if need be.
+        path: the picture, .png or .svg; its directory is created if it does not exist.
         title: written above the plot, with the last validation loss.
-        say: gets the chart in text, and how to install matplotlib, where that is missing.
+        say: called with the chart in text, and how to install matplotlib, where that is missing.
 
     Returns:
         Whether the picture was written.
 
     Raises:
-        ValueError: the log has no finite loss, or the path ends with neither .png nor .svg.
+        ValueError: the log has no finite loss, or the path does not end with .png or .svg.
     """
     records = read_log(Path(log)) if isinstance(log, (str, os.PathLike)) else log
     curves = {event: _curve(records, event) for event in SERIES}
     if not any(curves.values()):
-        raise ValueError("log: holds no finite loss, need a train or eval record")
+        raise ValueError("log: has no finite loss, needs a train or eval record")
     heading = title + _last_validation(curves["eval"])
     if not plot.is_available():
         chart = plot.text_chart(

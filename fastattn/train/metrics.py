@@ -1,4 +1,4 @@
-"""Metrics of training: targets, perplexity, floating-point work and how much of the device's peak it uses."""
+"""Metrics of training: targets, perplexity, floating-point operations and their share of the device's peak."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.constants import IGNORE_INDEX
 
-LOSS = "loss"  # the name of an evaluation's loss among its figures
+LOSS = "loss"  # the name of the loss among the metrics of an evaluation
 MAX_EXPONENT = 700.0  # exp of more overflows a float
 
 # Dense bfloat16/float16 TFLOP/s of the vendor's data sheets; the first name contained in the device's name counts.
@@ -36,7 +36,7 @@ PEAK_TFLOPS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per target (nats) over a data set, and further figures of the model by name."""
+    """Mean loss per target (nats) over a data set, and further metrics of the model by name."""
 
     loss: float
     targets: int
@@ -48,16 +48,16 @@ class Evaluation:
         return perplexity(self.loss)
 
     def value(self, name: str) -> float:
-        """The loss, or the figure of that name.
+        """The loss, or the metric of that name.
 
         Raises:
-            ValueError: there is no such figure.
+            ValueError: there is no such metric.
         """
         if name == LOSS:
             return self.loss
         if name not in self.figures:
             known = ", ".join((LOSS, *self.figures))
-            raise ValueError(f"best: there is no figure {name!r}, the names are {known}")
+            raise ValueError(f"best: got {name!r}, needs one of {known}")
         return self.figures[name]
 
     def __str__(self) -> str:
@@ -66,12 +66,12 @@ class Evaluation:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), inf where that passes the largest float."""
+    """exp(loss), inf where that exceeds the largest float."""
     return math.exp(loss) if not loss > MAX_EXPONENT else math.inf
 
 
 def count_targets(labels: Tensor, *, shifted: bool) -> int:
-    """Labels that count in the loss: those not IGNORE_INDEX, without each row's first when the model shifts them."""
+    """The number of labels that are not IGNORE_INDEX, without each row's first if the model shifts labels."""
     if shifted and labels.dim() > 1:
         labels = labels[:, 1:]
     if labels.is_floating_point():
@@ -80,7 +80,7 @@ def count_targets(labels: Tensor, *, shifted: bool) -> int:
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Tokens a model reads: those the attention mask lets through, else all input ids, else the labels."""
+    """Tokens that a model reads: those of the attention mask, else all input ids, else the labels."""
     if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
         return int(batch["attention_mask"].sum())
     return batch.get("input_ids", batch["labels"]).numel()
@@ -95,8 +95,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def training_flops(model: nn.Module, loss: Callable[[], Tensor], batch: Mapping[str, Tensor]) -> int:
-    """Floating-point operations of `loss()` of a batch, forward and backward, counted by torch; the model's gradients
-    stay as they are."""
+    """Floating-point operations of `loss()` for a batch, forward and backward, counted by torch; the model's gradients
+    are unchanged."""
     held = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = [t.device for t in batch.values() if t.device.type == "cuda"][:1]
     for parameter, _ in held:
@@ -113,14 +113,14 @@ def training_flops(model: nn.Module, loss: Callable[[], Tensor], batch: Mapping[
 def figures_of(
     window: Mapping[str, float], peak: float | None, flops_per_token: float | None
 ) -> dict[str, float]:
-    """The log's figures for some steps: mean loss, the last rate and norm, tokens/s, and the share of the peak used.
+    """The log's values for some steps: mean loss, the last rate and norm, tokens/s, and the share of the peak FLOP/s.
 
     Args:
         window: sums over the steps of "steps", "loss", "tokens" and "seconds"; the last "lr" and "grad_norm".
         peak: FLOP/s of all devices together; without it or `flops_per_token` there is no "mfu".
         flops_per_token: floating-point operations of a training step for a token.
     """
-    tokens_per_second = window["tokens"] / max(window["seconds"], 1e-9)  # a coarse clock may stand still
+    tokens_per_second = window["tokens"] / max(window["seconds"], 1e-9)  # a coarse clock may give 0
     figures = {
         "loss": window["loss"] / window["steps"],
         "lr": window["lr"],
@@ -133,7 +133,7 @@ def figures_of(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on a CUDA device, else resident in this process."""
+    """Peak bytes so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fastattn.train.batches import Batch
 from fastattn.train.distributed import Distributed, gradient_sync
 from fastattn.train.metrics import count_targets, count_tokens
+from fastattn.train.sharding import is_sharded, own_part
 
 
 class Objective:
@@ -18,11 +20,12 @@ class Objective:
 
     Args:
         model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
-        parallel: the model, wrapped for this process's part in data-parallel training.
+        parallel: the model, wrapped for data-parallel training.
         device: of the model and the batches.
         dtype: of autocast; float32 means none.
         distributed: the processes that train together.
         warn: called with a line for the log.
+        sharded: whether `parallel` is sharded over the processes; its result is the loss itself.
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class Objective:
         dtype: torch.dtype,
         distributed: Distributed,
         warn: Callable[[str], None],
+        *,
+        sharded: bool = False,
     ) -> None:
         self.model = model
         self.parallel = parallel
@@ -40,11 +45,12 @@ class Objective:
         self.dtype = dtype
         self.distributed = distributed
         self.warn = warn
+        self.sharded = sharded
         self.losses: list[Tensor] = []  # of the micro-batches of the last step
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Leave in .grad the gradient of the mean loss over all targets; returns that loss and the tokens read."""
+        """Set .grad to the gradient of the mean loss over all targets; returns that loss and the number of tokens."""
         counts = [self.count_targets(batch) for batch in batches]
         tokens = sum(count_tokens(batch) for batch in batches)
         targets, all_tokens = self.distributed.sum([sum(counts), tokens], self.device)
@@ -63,7 +69,11 @@ class Objective:
 
     def _weighted_loss(self, batch: Batch, weight: float) -> Tensor:
         """The batch's mean loss times its share of all targets; a zero with zero gradients if it has no target."""
-        if weight == 0.0:  # its mean is 0/0, but in parallel this process must still take part
+        if weight == 0.0:  # its mean is 0/0, but all processes must take part in the reduction
+            if (
+                self.sharded
+            ):  # and in every gather of the forward and backward: with other labels, whose loss is finite
+                return self.loss(self.parallel, {**batch, "labels": torch.zeros_like(batch["labels"])}) * 0.0
             if self.distributed.active:
                 self.parallel(**batch)
             return (
@@ -79,22 +89,25 @@ class Objective:
         """The mean loss that `model`, the plain, compiled or parallel one, gives for a batch.
 
         Raises:
-            TypeError: the model's output has no tensor as its loss.
+            TypeError: the loss of the model's output is not a tensor.
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = model(**batch).loss
+            output = model(**batch)
+        loss = output.loss if hasattr(output, "loss") else output  # a sharded model's result is its loss
         if not isinstance(loss, Tensor):
-            raise TypeError(f"model: its output's loss is {loss!r}, need a tensor: the mean over the labels")
+            raise TypeError(f"model: its output's loss is {loss!r}, needs a tensor: the mean over the labels")
         return loss
 
     def count_targets(self, batch: Batch) -> int:
-        """Labels of a batch that count in its mean."""
+        """The number of labels of a batch that count in its mean."""
         return count_targets(batch["labels"], shifted=getattr(self.model, "shifts_labels", False))
 
     def clip_gradients(self, limit: float | None) -> float:
-        """Scale finite gradients down to a total norm of `limit`; returns the norm they had."""
+        """Scale finite gradients down to a total norm of `limit`; returns the norm before."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if is_sharded(norm):
+            norm = norm.full_tensor()
         if limit is not None and math.isfinite(norm):
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
@@ -105,7 +118,7 @@ class Objective:
             (
                 name
                 for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+                if parameter.grad is not None and not torch.isfinite(own_part(parameter.grad)).all()
             ),
             None,
         )

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastattn.train.sharding import is_sharded
+
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerName = Literal["adamw", "muon"]
 
@@ -38,19 +40,19 @@ def build_optimizer(
     name: OptimizerName = "adamw",
     muon_momentum: float = 0.95,
 ) -> Stepper:
-    """An optimiser over the trainable parameters; those with two dimensions or more decay, biases and gains do not.
+    """An optimiser over the trainable parameters, with weight decay for those of two or more dimensions only.
 
     "adamw" is Loshchilov and Hutter 2019 (arXiv 1711.05101), torch's fused step where every parameter allows it.
-    "muon" is torch.optim.Muon on `hidden_matrices` and AdamW on the rest. Its updates have the size of AdamW's
-    (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one decay serve both.
+    "muon" is torch.optim.Muon on `hidden_matrices` and AdamW on the rest. Muon's updates are scaled to AdamW's size
+    (Liu et al. 2025, arXiv 2502.16982), so that both use one learning rate and one decay.
 
     Args:
         lr: the rate that the groups start with; `set_learning_rate` changes it.
         name: "adamw" or "muon".
-        muon_momentum: Muon's, with Nesterov's look ahead.
+        muon_momentum: Muon's Nesterov momentum.
 
     Raises:
-        ValueError: no parameter requires a gradient; with "muon", no matrix is Muon's, or one is sharded.
+        ValueError: no parameter requires a gradient; with "muon", there is no matrix for it, or one is sharded.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -60,11 +62,11 @@ def build_optimizer(
     matrices = [p for p in hidden_matrices(model) if p.requires_grad]
     if not matrices:
         raise ValueError(
-            "optimizer: muon works on matrices in blocks (an nn.ModuleList), this model trains none; adamw works"
+            "optimizer: muon needs trainable matrices in blocks (an nn.ModuleList), this model has none; use adamw"
         )
-    if any(_is_sharded(p) for p in matrices):
+    if any(is_sharded(p) for p in matrices):
         raise ValueError(
-            "optimizer: muon needs whole matrices, this model's are sharded over processes; adamw works"
+            "optimizer: muon needs whole matrices, this model's are sharded over processes; use adamw"
         )
     taken = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in taken]
@@ -84,7 +86,7 @@ def build_optimizer(
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Matrices inside the model's repeated blocks (nn.ModuleList), except embeddings and weights tied to one.
 
-    They are Muon's: embeddings, heads, biases and gains are not (Jordan et al. 2024).
+    Muon optimises these, and not embeddings, heads, biases and norm weights (Jordan et al. 2024).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -126,14 +128,14 @@ class JoinedOptimizer:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: it has other groups.
+            ValueError: its groups differ.
         """
         groups = list(state_dict["param_groups"])
         if len(groups) != len(self.param_groups):
-            raise ValueError(f"state_dict: holds {len(groups)} groups, need {len(self.param_groups)}")
+            raise ValueError(f"state_dict: holds {len(groups)} groups, needs {len(self.param_groups)}")
         for first, part in self._numbered():
             count = sum(len(group["params"]) for group in part.param_groups)
             mine = [groups.pop(0) for _ in part.param_groups]
@@ -175,8 +177,8 @@ def learning_rate(
     (warmup, stable, decay: Hu et al. 2024, arXiv 2404.06395).
 
     Args:
-        step: optimiser steps already taken, or on a schedule by time, the equivalent number.
-        progress: how much of the whole run is done, from 0 to 1, warmup included.
+        step: optimiser steps taken so far, or on a schedule by time the equivalent number.
+        progress: share of the whole run that is done, from 0 to 1, warmup included.
         lr, warmup_steps, min_lr_ratio, schedule, decay_ratio: as in TrainConfig.
     """
     if step < warmup_steps:
@@ -207,11 +209,3 @@ def _adamw(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=fused
     )
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)

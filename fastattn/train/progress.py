@@ -16,10 +16,10 @@ class ProgressDisplay(Protocol):
     """The trainer's progress display."""
 
     def start(self, progress: float) -> None:
-        """Start the display; `progress` (0 to 1) of the run is done already."""
+        """Start the display; `progress` is the share of the run that is done, 0 to 1."""
 
     def step(self, progress: float, values: dict[str, float]) -> None:
-        """A step is done; `values` are the newest figures: step, loss, tokens_per_second, lr."""
+        """Show a finished step; `values` has step, loss, tokens_per_second and lr."""
 
     def note(self, text: str) -> None:
         """Print a line: an evaluation, a checkpoint or a warning."""
@@ -70,7 +70,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """Plain lines, at most one every few seconds besides notes."""
+    """Plain lines, at most one every few seconds in addition to notes."""
 
     def __init__(self, stream: TextIO | None = None, *, seconds: float = LINE_SECONDS) -> None:
         self.stream = stream
@@ -122,7 +122,7 @@ def default_display() -> ProgressDisplay:
 
 
 class _Remaining:
-    """Seconds left, from how fast progress was made since the start."""
+    """Estimates the seconds left from the progress since the start."""
 
     def __init__(self, progress: float) -> None:
         self._begun = progress

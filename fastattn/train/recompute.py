@@ -1,4 +1,4 @@
-"""Activation checkpointing: the blocks of a model keep their inputs only and run again in the backward pass."""
+"""Activation checkpointing: a model's blocks keep only their inputs and are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, the blocks' forward passes are torch.utils.checkpoint's where gradients are wanted, if `wanted`.
+    """Inside, if `wanted`, the blocks run under torch.utils.checkpoint where gradients are required.
 
-    Random generators are put back for the second forward pass, so that dropout drops the same.
+    Random generators are restored for the second forward pass, so that dropout is the same.
     """
     blocks = blocks_of(model) if wanted else []
     for block in blocks:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,19 @@ WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 GENERATORS = "generators.pt"
-AVERAGE = "average.pt"  # the averaged weights, of a run that keeps some
-FILES = (STATE, OPTIMIZER, GENERATORS, WEIGHTS)
+AVERAGE = "average.pt"  # the averaged weights, of a run with ema_decay
+SHARDS = "shards"  # of a sharded run: torch.distributed.checkpoint's folder, in place of weights, optimiser and average
+FILES = (STATE, GENERATORS)
+WHOLE_FILES = (OPTIMIZER, WEIGHTS)
 # The keys of TrainState.window, where it is not empty.
 WINDOW = {"steps", "loss", "tokens", "seconds", "lr", "grad_norm"}
-DATA_ORDER = ("seed", "batch_size", "accumulate")  # options that a resumed run must share with its checkpoint
+ROWS = ("batch_size", "accumulate")  # options that decide the rows of a process's step
+SUMS = "files"  # the entry of STATE with the sums of the other files
+READERS = 4  # files whose sums are computed at once
 
 
 class DamagedCheckpoint(ConfigError):
-    """A checkpoint cannot be used; the message names the file and says what is wrong with it."""
+    """A checkpoint cannot be used; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,24 @@ class Saved:
     state: TrainState
     sampler: dict[str, int]
     scaler: dict[str, Any]
-    options: dict[str, Any]  # the TrainConfig it was made with
+    options: dict[str, Any]  # the TrainConfig of its run
     world_size: int
-    optimizer: dict[str, Any]
     generators: list[dict[str, Any]]  # of each process
-    average: list[torch.Tensor]  # averaged weights; none where the run keeps none
+    optimizer: dict[str, Any]  # empty where SHARDS has it
+    average: list[torch.Tensor]  # averaged weights; empty without ema_decay, or where SHARDS has them
+
+    @property
+    def sharded(self) -> bool:
+        return self.options.get("sharding") == "fsdp"
 
 
 def read_checkpoint(folder: Path) -> Saved:
     """Everything of a checkpoint except its weights.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut short, of another format or lacks something.
+        DamagedCheckpoint: a file is missing, truncated, incomplete or of another format.
     """
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise DamagedCheckpoint(f"{folder} is not a checkpoint (it holds no {name})")
+    _need_files(folder, FILES)
     saved = _read_json(folder / STATE)
     path = folder / STATE
     state = _train_state(_part(saved, "state", dict, path), path)
@@ -63,12 +71,9 @@ def read_checkpoint(folder: Path) -> Saved:
     world_size = _part(saved, "world_size", int, path)
     for name in ("consumed", "length", "seed"):
         _part(sampler, name, int, path, "sampler.")
-    for name in DATA_ORDER:
+    for name in ("seed", *ROWS):
         _part(options, name, int, path, "config.")
     scaler = _part(saved, "scaler", dict, path)
-    optimizer = _read_pickled(folder / OPTIMIZER)
-    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
-        raise DamagedCheckpoint(f"{folder / OPTIMIZER}: holds no optimiser's state and param_groups")
     generators = _read_pickled(folder / GENERATORS)
     needed = {"torch", "cuda", "python", "numpy"}
     if (
@@ -80,33 +85,108 @@ def read_checkpoint(folder: Path) -> Saved:
             f"{folder / GENERATORS}: needs the states of torch's, Python's and NumPy's generators "
             f"for {world_size} process(es)"
         )
+    if options.get("sharding") == "fsdp":
+        _need_files(folder, (f"{SHARDS}/.metadata",))
+        return Saved(state, sampler, scaler, options, world_size, generators, {}, [])
+    _need_files(folder, WHOLE_FILES)
+    optimizer = _read_pickled(folder / OPTIMIZER)
+    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
+        raise DamagedCheckpoint(f"{folder / OPTIMIZER}: holds no optimiser's state and param_groups")
     average = _read_pickled(folder / AVERAGE) if options.get("ema_decay") is not None else []
     if not isinstance(average, list) or not all(isinstance(value, torch.Tensor) for value in average):
         raise DamagedCheckpoint(f"{folder / AVERAGE}: holds no list of tensors")
-    return Saved(state, sampler, scaler, options, world_size, optimizer, generators, average)
+    return Saved(state, sampler, scaler, options, world_size, generators, optimizer, average)
+
+
+def _need_files(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise DamagedCheckpoint(f"{folder} is not a checkpoint (it holds no {name})")
+
+
+def check(folder: Path, model: nn.Module | None) -> None:
+    """Raise DamagedCheckpoint unless a checkpoint is complete, with every byte that was written.
+
+    Args:
+        folder: the checkpoint.
+        model: what will be resumed, for a format of weights of its own.
+    """
+    saved = read_checkpoint(folder)
+    if not saved.sharded:
+        check_weights(folder, model)
+    check_sums(folder, _read_json(folder / STATE).get(SUMS, {}))
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of files in a folder, by name."""
+    return {name: [(folder / name).stat().st_size, _crc(folder / name)] for name in names}
+
+
+def check_sums(folder: Path, sums: Any) -> None:
+    """Raise DamagedCheckpoint for the first file that is not as `sums_of` found it."""
+    good = isinstance(sums, dict) and all(isinstance(v, list) and len(v) == 2 for v in sums.values())
+    if not good:
+        raise DamagedCheckpoint(f"{folder / STATE}: {SUMS} is {sums!r}, needs bytes and CRC-32 by file")
+    for name, (size, _) in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path}: is missing")
+        if path.stat().st_size != size:
+            raise DamagedCheckpoint(f"{path}: has {path.stat().st_size} bytes, was written with {size}")
+    with ThreadPoolExecutor(READERS) as pool:  # zlib computes without the interpreter's lock
+        found = pool.map(lambda name: _crc(folder / name), sums)
+        for (name, (_, crc)), now in zip(sums.items(), found):
+            if now != crc:
+                raise DamagedCheckpoint(f"{folder / name}: has other bytes than were written (CRC-32)")
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 22):
+                value = zlib.crc32(part, value)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({_reason(error)})") from None
+    return value
 
 
 def check_options(saved: Saved, config: TrainConfig, world_size: int, folder: Path) -> None:
-    """Refuse a run that would not read the examples in the order of its checkpoint, or has no use for its state.
+    """Refuse a run whose options would change the order of examples, or that cannot use the checkpoint's state.
 
     Raises:
         ConfigError: an option that decides the order or the state, or the number of processes, differs; the message
             names it.
     """
     here = {**asdict(config), "world_size": world_size}
-    before = {**asdict(replace(config, optimizer="adamw", ema_decay=None)), **saved.options}
+    before = {**asdict(replace(config, optimizer="adamw", ema_decay=None, sharding="ddp")), **saved.options}
     before["world_size"] = saved.world_size
     if (before["ema_decay"] is None) != (here["ema_decay"] is None):
         raise ConfigError(
             f"ema_decay: {folder} was trained with {before['ema_decay']}, this run has {here['ema_decay']}"
         )
-    for name in (*DATA_ORDER, "optimizer", "world_size"):
+    same = world_size == saved.world_size
+    for name in ("seed", *(ROWS if same else ()), "optimizer", "sharding"):
         if before[name] != here[name]:
             raise ConfigError(f"{name}: {folder} was trained with {before[name]}, this run has {here[name]}")
+    workers = (before.get("loader_workers", 0), here["loader_workers"])
+    if bool(workers[0]) != bool(workers[1]):
+        raise ConfigError(
+            f"loader_workers: {folder} was trained with {workers[0]}, this run has {workers[1]}; batches with and "
+            "without workers draw from other generators"
+        )
+    rows = [
+        each["batch_size"] * each["accumulate"] * each["world_size"] for each in (before, here)
+    ]  # of a step
+    if rows[0] != rows[1]:
+        raise ConfigError(
+            f"batch_size: {folder} was trained with {rows[0]} rows in a step (batch_size * accumulate * "
+            f"{saved.world_size} processes), this run has {rows[1]} (with {world_size} processes)"
+        )
 
 
 def check_weights(folder: Path, model: nn.Module | None) -> None:
-    """Raise DamagedCheckpoint unless the weights' file is whole; a model that has its own format reads it itself."""
+    """Raise DamagedCheckpoint unless the file of weights is complete; models with their own format check it."""
     path = folder / WEIGHTS
     own: Callable[[Path], object] | None = getattr(type(model), "from_pretrained", None)
     try:
@@ -127,9 +207,7 @@ def check_optimizer(saved: dict[str, Any], optimizer: Stepper, path: Path) -> No
         needed: list[int] = [len(group["params"]) for group in here]
         states, numbers = saved["state"], [number for group in groups for number in group["params"]]
         if sizes != needed:
-            raise DamagedCheckpoint(
-                f"{path}: holds groups of {sizes} parameters, this model has {needed}; it is of another model"
-            )
+            raise DamagedCheckpoint(f"{path}: holds groups of {sizes} parameters, this model needs {needed}")
         for number, parameter in zip(numbers, (p for group in here for p in group["params"])):
             for name, value in states.get(number, {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:

@@ -21,6 +21,11 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
+def seed_at(*place: int) -> int:
+    """A seed for a place of a run, given as integers of at least 0: different places have unrelated ones."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """The generators' states, that of `device` included, in types that torch.load(weights_only=True) takes."""
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
@@ -34,7 +39,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators back to what `random_state` returned."""
+    """Restore the generators to the result of `random_state`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -46,7 +51,7 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, the generators run from `seed`; afterwards they are where they were."""
+    """Inside, the generators start from `seed`; afterwards they are restored."""
     held = random_state(device)
     seed_all(seed)
     try:
@@ -59,7 +64,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def deterministic_algorithms(wanted: bool, device: torch.device | None = None) -> Iterator[None]:
     """Inside, torch uses deterministic algorithms only, if wanted; an operation without one raises.
 
-    On a CUDA device a first product shows whether cuBLAS can be deterministic: RuntimeError where it is too late.
+    On a CUDA device a matrix product tests whether cuBLAS is deterministic: RuntimeError where it cannot be any more.
     """
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),

@@ -30,7 +30,7 @@ from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import check_tokenizer, config_of, learning_rate
-from fastattn.train.checkpoint import RunDirectory, read_model
+from fastattn.train.checkpoint import ADAPTER, OPTIONS, REPORT, RunDirectory, read_model
 from fastattn.train.config import ConfigError, step_limit
 from fastattn.train.log import plain
 from fastattn.train.progress import ProgressDisplay
@@ -43,8 +43,7 @@ from fastattn.train.trainer import Trainer
 TASKS: dict[str, ModuleType] = {
     task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
 }
-REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"
-WARMUP = 0.1  # of the steps, where no number is given
+WARMUP = 0.1  # default share of the steps
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,20 @@ class Prepared:
     data: TaskData
     model: nn.Module
     tokenizer: Any
-    saved_tokenizer: Any  # what the run saves beside the model; None where the model's folder has it
+    saved_tokenizer: Any  # the tokenizer that the run saves; None where the model's folder has it
     train_set: Any
     dev_set: Any
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
-    """Train as the inputs say; the report, which is also in OUT/report.json.
+    """Train as the inputs say; returns the report, which is also in OUT/report.json.
 
-    OUT ends with the best model by the dev set in a folder that `fastattn predict`, `fastattn.models.load` and
+    OUT holds the best model by the dev set in a folder that `fastattn predict`, `fastattn.models.load` and
     transformers read, checkpoints, log.jsonl, run.yaml (every option, for --config) and report.json.
 
     Raises:
-        ConfigError: an input, named, before any training.
-        TrainingDiverged: as `Trainer.fit`.
+        ConfigError: an input cannot be used; raised before any training.
+        TrainingDiverged: see `Trainer.fit`.
     """
     return fit(prepare(inputs), display=display)
 
@@ -104,14 +103,14 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     """Train, keep the best model, evaluate it and write the report."""
     task, sections, data = prepared.task, prepared.sections, prepared.data
     started = time.monotonic()
-    best = task.best(data.dev)
+    best = task.picked(data.options) if hasattr(task, "picked") else task.best(data.dev)
 
     def figures(model: nn.Module) -> Mapping[str, float]:
         found: Mapping[str, float] = _evaluated(prepared, model).metrics
         return found
 
     options: dict[str, Any] = {}
-    if best[0] != "loss":  # the trainer has that one itself
+    if best[0] != "loss":  # the trainer computes the loss itself
         options = {"evaluate_with": figures, "best": best}
     if hasattr(task, "sample"):
         options["show_with"] = lambda model: task.sample(model, prepared.tokenizer, data.dev, data.options)
@@ -136,13 +135,16 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     if getattr(prepared.train_set, "cut_rows", 0):
         cut = prepared.train_set
         trainer.display.note(
-            f"{cut.cut_rows} texts are longer than the model reads: {cut.cut} tokens are cut"
+            f"{cut.cut_rows} texts are longer than the model's limit: {cut.cut} tokens are cut"
         )
     result = trainer.fit()
     report = _report(prepared, result, best)
-    if not trainer.distributed.is_main or result.interrupted:
+    if result.interrupted:
         return report
-    model = _finished(prepared, out)
+    model = trainer.whole_model()
+    if not trainer.distributed.is_main:
+        return report
+    model = _finished(prepared, model.to(trainer.device), out)
     found = _evaluated(prepared, model)
     report.update(metrics=found.metrics, tables=found.tables, count=found.count)
     report["wall_seconds"] = time.monotonic() - started
@@ -152,7 +154,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
 
 
 def task_named(name: str) -> ModuleType:
-    """The task of that name; ConfigError with the nearest otherwise."""
+    """The task of that name; ConfigError with the nearest name otherwise."""
     if name not in TASKS:
         import difflib
 
@@ -166,7 +168,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     task = task_named(inputs.task)
     if inputs.teacher is not None and not learns_from_teachers(task):
         able = ", ".join(name for name, each in TASKS.items() if learns_from_teachers(each))
-        raise ConfigError(f"--teacher: the task {task.NAME} learns from no teacher; {able} do")
+        raise ConfigError(f"--teacher: the task {task.NAME} does not support it; {able} do")
     preset = _preset_of(inputs.model, task)
     sections = _sections(inputs, task, preset)
     directory = RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
@@ -206,7 +208,7 @@ def _prepare(inputs: Inputs) -> Prepared:
 
 
 def learns_from_teachers(task: ModuleType) -> bool:
-    """Whether the task's training data may have a teacher."""
+    """Whether the task supports a teacher."""
     return "teacher" in signature(task.training_set).parameters
 
 
@@ -221,7 +223,7 @@ def _sections(
 
 
 def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: int, model: Any) -> Sections:
-    """The sections with defaults that go by the number of steps and the model: warmup, an evaluation in each epoch."""
+    """The sections with defaults that depend on steps and model: warmup, an evaluation in each epoch."""
     first = _sections(inputs, task, preset)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = first.train
@@ -230,8 +232,7 @@ def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: i
     steps: dict[str, Any] = {"eval_every": epoch, "save_every": epoch}
     if "lr" not in task.DEFAULTS:
         steps["lr"] = learning_rate(model.config.hidden_size)
-    if total is not None:
-        steps["warmup_steps"] = round(WARMUP * total)
+    steps["warmup_steps"] = round(WARMUP * (epoch if total is None else total))
     return _sections(inputs, task, preset, steps)
 
 
@@ -248,7 +249,7 @@ def _preset_of(model: str, task: ModuleType) -> str | None:
 
 
 def _check_class(model: str, task: ModuleType) -> None:
-    """Refuse a folder whose model is of another kind than the task's; no weight is read."""
+    """Raise ConfigError for a folder whose model is of another kind than the task's; no weight is read."""
     folder = resolve_folder(model)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"--model: {model} holds an adapter; merge it into its model first")
@@ -274,11 +275,11 @@ def _tokenizer(inputs: Inputs, sections: Sections, task: ModuleType) -> Any:
 def _learnt(
     task: ModuleType, sections: Sections, preset: str | None, data: TaskData, checkpoint: Path | None
 ) -> Any:
-    """A tokenizer of the training texts; of a run that goes on, the one that its weights were trained with."""
+    """A tokenizer trained on the training texts; for a resumed run, the one that its weights were trained with."""
     options = sections.data
     if preset is None:
         raise ConfigError(
-            f"data.tokenizer: got {options.tokenizer!r}, but the model's folder has its own tokens"
+            f"data.tokenizer: got {options.tokenizer!r}, needs a preset, because a model's folder has its own tokens"
         )
     if checkpoint is not None:
         kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
@@ -309,7 +310,7 @@ def _check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
             )
         return
     if issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
-        return  # its task asks both parts
+        return  # its task checks both parts
     config, _ = config_of(model, families.class_for(encoder_folder(model)))
     check_tokenizer(config, tokenizer)
 
@@ -323,7 +324,7 @@ def _teacher(folder: str, task: ModuleType) -> tuple[Any, Any]:
 
 
 def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
-    """Adapters on the layers, everything else frozen but the parts of the head that are new or the task's own."""
+    """Attach adapters and freeze everything else, except new parts of the head and the task's own parts."""
     lora = sections.lora
     assert lora.r is not None
     targets: Any = lora.targets[0] if len(lora.targets) == 1 else lora.targets
@@ -335,15 +336,14 @@ def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
             parameter.requires_grad_(True)
 
 
-def _finished(prepared: Prepared, out: Path) -> nn.Module:
-    """The best model of the run, as OUT holds it; adapters are merged into it, and kept in OUT/adapter."""
-    model: Any = prepared.model
+def _finished(prepared: Prepared, model: Any, out: Path) -> nn.Module:
+    """The best model of the run, from OUT; adapters are merged into it, and kept in OUT/adapter."""
     if prepared.sections.lora.r is None:
         read_model(model, out)
     else:
         with safe_open(out / WEIGHTS, "pt") as weights:
             merged = not any(".lora." in name for name in weights.keys())  # noqa: SIM118 - no dict
-        if merged:  # by this run, which was killed here or had ended
+        if merged:  # by this run before it was killed, or by a finished run
             model = type(model).from_pretrained(out, dtype=torch.float32)
         else:
             read_model(model, out)

@@ -10,9 +10,9 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first signal is remembered in `signal_name`; a second Ctrl-C raises KeyboardInterrupt.
+    """A context in which `signal_name` records the first signal; a second Ctrl-C raises KeyboardInterrupt.
 
-    Outside the main thread Python allows no handler, so signals keep their usual effect there.
+    Python allows handlers only in the main thread, so in other threads signals keep their usual effect.
     """
 
     def __init__(self) -> None:

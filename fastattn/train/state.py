@@ -38,10 +38,10 @@ class TrainState:
 class FitResult:
     """The result of `Trainer.fit`.
 
-    stopped: the reason it ended; interrupted: whether by a signal. first, best, last: evaluations before training, with
-    the best figure (by default the lowest loss), and at the end; None without dev_data. seconds: wall time of the
-    whole run, evaluations and earlier parts of a resumed run included. flops: floating-point operations of its
-    training steps, counted on one batch and scaled by tokens; None where a signal ended it before any were counted.
+    stopped: the reason for its end; interrupted: whether that was a signal. first, best, last: evaluations before
+    training, with the best metric (by default the lowest loss), and at the end; None without dev_data. seconds: wall
+    time of the whole run, evaluations and earlier parts of a resumed run included. flops: floating-point operations of
+    its training steps, counted on one batch and scaled by tokens; None where a signal ended the run before that.
     peak_memory: bytes, of the CUDA device or of this process. log: the records of log.jsonl (empty on ranks other
     than 0). checkpoint: the value for `resume`.
     """

@@ -17,21 +17,21 @@ from fastattn.models import GPT, BertConfig, GPTConfig
 from fastattn.models.bert_config import PRESETS as ENCODERS
 from fastattn.models.config import PRESETS as DECODERS
 from fastattn.models.lora import ALL_LINEAR
-from fastattn.train.config import ConfigError, TrainConfig, load_config
+from fastattn.train.config import ConfigError, TrainConfig, given_options, load_config
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where examples and tokens come from.
+    """Options of the data and the tokenizer.
 
     Args:
-        columns: the columns that the task's fields are taken from, as "label=topic"; by default those of their names.
-        format: of every file, whatever its suffix: jsonl, json, csv, tsv, conll or text.
+        columns: the columns of the task's fields, as "label=topic"; by default the columns of the same names.
+        format: the format of every file, regardless of its suffix: jsonl, json, csv, tsv, conll or text.
         dev_fraction: share of the training data that is held out where no --dev is given.
-        tokenizer: a folder with the tokenizer, in place of the model's; or for a preset "wordpiece", "bpe" or
-            "characters", learnt from the training data.
-        vocab_size: of a tokenizer that is learnt.
-        lowercase: whether that one drops case and accents.
+        tokenizer: a folder with the tokenizer, instead of the model's; or for a preset "wordpiece", "bpe" or
+            "characters", trained on the training data.
+        vocab_size: of a tokenizer that is trained.
+        lowercase: whether a trained tokenizer drops case and accents.
     """
 
     columns: tuple[str, ...] = ()
@@ -45,11 +45,11 @@ class DataConfig:
         for each in self.columns:
             name, equals, column = each.partition("=")
             if not (name and equals and column):
-                raise ConfigError(f"data.columns: got {each!r}, need FIELD=COLUMN")
+                raise ConfigError(f"data.columns: got {each!r}, needs FIELD=COLUMN")
         if self.format is not None and self.format not in FORMATS:
-            raise ConfigError(f"data.format: got {self.format!r}, need one of {', '.join(FORMATS)}")
+            raise ConfigError(f"data.format: got {self.format!r}, needs one of {', '.join(FORMATS)}")
         if not 0.0 < self.dev_fraction < 1.0:
-            raise ConfigError(f"data.dev_fraction: got {self.dev_fraction}, need a number between 0 and 1")
+            raise ConfigError(f"data.dev_fraction: got {self.dev_fraction}, needs a number between 0 and 1")
         check_integer("data.vocab_size", self.vocab_size, 16, 2**31 - 1)
         check_flag("data.lowercase", self.lowercase)
 
@@ -60,7 +60,7 @@ class DataConfig:
 
     @property
     def learnt(self) -> bool:
-        """Whether the tokenizer is to be learnt."""
+        """Whether the tokenizer is trained on the data."""
         return self.tokenizer in KINDS
 
 
@@ -70,7 +70,7 @@ class LoraConfig:
 
     Args:
         r: the rank; None trains all weights.
-        alpha, dropout, rslora: as `attach` has them.
+        alpha, dropout, rslora: as in `attach`.
         targets: names of layers, or "all-linear".
     """
 
@@ -84,11 +84,11 @@ class LoraConfig:
         if self.r is not None:
             check_integer("lora.r", self.r, 1, 65536)
         if not 0.0 < self.alpha < 1e9:
-            raise ConfigError(f"lora.alpha: got {self.alpha}, need a number above 0")
+            raise ConfigError(f"lora.alpha: got {self.alpha}, needs a number above 0")
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"lora.dropout: got {self.dropout}, need a number within [0, 1)")
+            raise ConfigError(f"lora.dropout: got {self.dropout}, needs a number within [0, 1)")
         if not self.targets:
-            raise ConfigError('lora.targets: got none, need names of layers or "all-linear"')
+            raise ConfigError('lora.targets: got none, needs names of layers or "all-linear"')
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Sections:
     data: DataConfig
     clean: CleaningConfig
     lora: LoraConfig
-    model: GPTConfig | BertConfig | None = None  # a preset's, perhaps changed
+    model: GPTConfig | BertConfig | None = None  # a preset's config, with the changes of the section
 
     def to_yaml(self) -> str:
         """The sections as --config reads them, without the folders, which --out and --resume name."""
@@ -129,8 +129,8 @@ def read_sections(
 
     Args:
         task: gives the section "task" its type.
-        preset: the model's, which alone may have a section "model".
-        defaults: of TrainConfig.
+        preset: the name of the model's preset; only a preset has a section "model".
+        defaults: of TrainConfig. The default of max_epochs is used only if neither max_steps nor max_seconds is given.
 
     Raises:
         ConfigError: as `load_config`, and for an option out of range.
@@ -142,11 +142,14 @@ def read_sections(
         "clean": CleaningConfig,
         "lora": LoraConfig,
     }
-    start: dict[str, Mapping[str, Any]] = {"train": defaults}
+    start: dict[str, Mapping[str, Any]] = {}
     if preset is not None:
         kinds["model"], rows = presets_of(task)
         start["model"] = rows[preset]
     try:
+        given = given_options(kinds, file=file, overrides=overrides)["train"]
+        limited = any(given.get(name) is not None for name in ("max_steps", "max_seconds"))
+        start["train"] = {**defaults, "max_epochs": None} if limited else defaults
         found = load_config(kinds, file=file, overrides=overrides, defaults=start)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):

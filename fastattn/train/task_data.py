@@ -17,8 +17,8 @@ from fastattn.train.task_config import Sections
 class TaskData:
     """Checked examples, and what was done to get them.
 
-    held_out: how many examples of the training data are the dev set, None where that has files of its own. cleaning:
-    per step, how many training examples it changed or left out.
+    held_out: number of training examples that became the dev set, None where that has files of its own. cleaning: per
+    step, the number of training examples that it changed or dropped.
     """
 
     train: list[Any]
@@ -31,18 +31,18 @@ class TaskData:
 def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sections: Sections) -> TaskData:
     """The examples of the training files, and of the dev files or held out of the training data.
 
-    The dev set is never cleaned: figures are of the data as it is.
+    The dev set is never cleaned, so that metrics are of the original data.
 
     Raises:
-        DataError: what the readers and the task refuse, and a label in the dev set that the training data lacks; with
-            file and line.
+        DataError: a file or an example cannot be used, or the training data lacks a label of the dev set; with file
+            and line.
     """
     data, options = sections.data, sections.task
     fields = {*task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ())}
     for name in data.mapping:
         if name not in fields:
             known = ", ".join(sorted(fields))
-            raise DataError(f"data.columns: {name!r} is no field of {task.NAME}, needs one of {known}")
+            raise DataError(f"data.columns: {name!r} is not a field of {task.NAME}, needs one of {known}")
 
     def records_of(paths: Sequence[str]) -> list[Record]:
         return read_records(list(paths), columns=data.mapping, format=data.format)
@@ -61,7 +61,7 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         except DataError:
             task.examples_of(
                 records, options
-            )  # what is wrong with a line says more than that lines are equal
+            )  # an error in a line is more useful than an error about equal lines
             raise
     counts: dict[str, int] = {}
     if sections.clean.on:
@@ -79,18 +79,18 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
     if dev:
         check_known(task, examples, dev_examples)
         return TaskData(examples, dev_examples, options, None, counts)
-    # a label that only held-out examples have is needed more for training
+    # labels that only held-out examples have go back to training
     labels = set(task.labels_in(examples) or ())
     fits = [set(task.labels_in([example]) or ()) <= labels for example in dev_examples]
     needed = [example for example, fit in zip(dev_examples, fits) if not fit]
     dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
     if not dev_examples:
-        raise DataError("data: too few examples of each label to hold some out, needs --dev")
+        raise DataError("data: has too few examples of each label to hold some out, needs --dev")
     return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)
 
 
 def _parts(task: ModuleType, record: Record, fraction: float) -> list[Record]:
-    """The only document of a language model's data in two, where it can be cut."""
+    """The only document of a language model's data, in two parts where it can be split."""
     if (*task.FIELDS, *task.LABELS) != ("text",):
         return [record]
     return split_document(record, fraction)

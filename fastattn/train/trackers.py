@@ -1,4 +1,4 @@
-"""Records of a run to experiment trackers that are installed: TensorBoard, trackio, Weights & Biases."""
+"""Sends the records of a run to experiment trackers: TensorBoard, trackio, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ MODULES = {
     "tensorboard": "tensorboard",
     "trackio": "trackio",
     "wandb": "wandb",
-}  # a tracker -> what it imports
+}  # tracker -> the module that it imports
 PROJECT = "fastattn"
+BOARD = "tensorboard"  # the folder of TensorBoard's files in a run's
 
 
 def missing(names: Sequence[Tracker]) -> str | None:
@@ -28,7 +29,7 @@ class Trackers:
     """Sends the numbers of each record to the trackers, under "event/name" at the record's step.
 
     Args:
-        names: which; all must be installed.
+        names: the trackers; all must be installed.
         folder: the run's directory, whose name is the run's; TensorBoard's files go to its "tensorboard".
         options: the run's configuration, for the trackers that show it.
     """
@@ -38,7 +39,7 @@ class Trackers:
         self._close: list[Callable[[], object]] = []
         for name in names:
             if name == "tensorboard":
-                writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+                writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / BOARD))
 
                 def send(figures: dict[str, float], step: int, writer: Any = writer) -> None:
                     for key, value in figures.items():

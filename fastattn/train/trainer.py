@@ -15,12 +15,14 @@ from torch.utils.data import default_collate
 
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
+from fastattn.models.checkpoint.swap import delete
 from fastattn.train.arguments import check_arguments, check_evaluation
 from fastattn.train.batches import Batch, Batches, Examples
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
 from fastattn.train.config import ConfigError, TrainConfig, save_config, step_limit
 from fastattn.train.distributed import Distributed, usable_device, usable_dtype
 from fastattn.train.evaluating import Evaluator, is_gain
+from fastattn.train.loading import WorkerBatches
 from fastattn.train.log import Record, RunLog
 from fastattn.train.metrics import (
     LOSS,
@@ -40,6 +42,7 @@ from fastattn.train.rng import (
     seed_all,
     seeded,
 )
+from fastattn.train.sharding import Sharding
 from fastattn.train.signals import StopRequest
 from fastattn.train.snapshot import Snapshot
 from fastattn.train.state import FitResult, TrainState
@@ -51,10 +54,10 @@ class Trainer:
     """Trains a model with AdamW or Muon, and keeps a log, the best model and resumable checkpoints.
 
     A step minimises the mean loss over the targets of all its micro-batches on all processes: each micro-batch's mean
-    is weighted by its number of labels that are not -100, so the gradient is that of one big batch. On a CPU with
+    is weighted by its number of labels that are not -100, so the gradient is that of one large batch. On a CPU with
     the same number of threads, and on CUDA with deterministic=True, a run is reproducible from its seed, and one that
     was stopped and resumed ends with the same bits as one that was not. Under torchrun the model trains as
-    DistributedDataParallel.
+    DistributedDataParallel, or with sharding="fsdp" by FSDP2.
 
     Args:
         model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
@@ -64,19 +67,19 @@ class Trainer:
         train_data: items by index; collated, a dict of tensors with "labels".
         dev_data: the same, held out; None means no evaluation.
         tokenizer: saved with the model.
-        collate: makes a batch of a list of items; it runs in this process, so that its draws from torch's, Python's or
-            NumPy's global generator are part of the reproducible run.
-        display: where progress is shown; by default a bar in a terminal and lines elsewhere.
+        collate: makes a batch from a list of items. It runs in this process, or in one of loader_workers; random
+            numbers from torch's, Python's or NumPy's global generator are reproducible.
+        display: shows the progress; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
-        evaluate_with: figures of the model at each evaluation beside its loss on dev_data, as {"accuracy": 0.9}. It
-            gets the model in eval mode, on the first process alone.
-        best: the figure that picks the best model and ends a run by patience, and whether more of it is better:
-            ("loss", False), or the name of one of evaluate_with's.
-        show_with: makes a text of the model at each evaluation, such as a sample; it is shown and logged.
+        evaluate_with: returns metrics of the model at each evaluation, as {"accuracy": 0.9}, in addition to its loss on
+            dev_data. It gets the model in eval mode, on the first process only.
+        best: the metric that selects the best model and that patience counts, and whether higher is better:
+            ("loss", False), or the name of one that evaluate_with returns.
+        show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
 
     Raises:
-        ConfigError: the output directory or the disk cannot take the run, or the device or precision is not available.
-        TypeError: an argument is of another type than it needs.
+        ConfigError: the output directory, the disk, the device or the precision cannot be used.
+        TypeError: an argument has a wrong type.
         ValueError: a data set is empty, or the model has nothing to train.
     """
 
@@ -99,7 +102,7 @@ class Trainer:
         check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
-                raise ValueError(f"{name}: is empty, need at least one example")
+                raise ValueError(f"{name}: is empty, needs at least one example")
         self.config = config
         if config.deterministic:
             allow_deterministic_cublas()  # before the device's first matrix product
@@ -109,15 +112,19 @@ class Trainer:
             raise ConfigError(f"trackers: {lacking} is not installed")
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
-        self.directory = RunDirectory(
-            config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
+        self.distributed = Distributed(self.device)
+        self.directory = self.distributed.on_first(
+            lambda: RunDirectory(
+                config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
+            )
         )
         self.directory.check_space(model, config.keep_checkpoints, averaged=config.ema_decay is not None)
+        sharded = config.sharding == "fsdp" and self.distributed.active
+        self.sharding = Sharding(model, self.device) if sharded else None
         self.model = model.to(self.device)
         self.train_data, self.dev_data = train_data, dev_data
         self.tokenizer = tokenizer
         self.batches = Batches(collate, self.device)
-        self.distributed = Distributed(self.device)
         rank, world_size = self.distributed.rank, self.distributed.world_size
         self.sampler = IndexSampler(len(train_data), config.seed, rank=rank, world_size=world_size)
         self.max_steps = step_limit(config, len(train_data), world_size)
@@ -127,10 +134,22 @@ class Trainer:
         self.log = RunLog(None, resume_step=None)
         self.state = TrainState()
         self._compiled: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-        parallel = self.distributed.wrap(self._compiled, self.device)
-        self.objective = Objective(model, parallel, self.device, self.dtype, self.distributed, self._warn)
+        if self.sharding is not None:
+            parallel = self._compiled = self.sharding.root
+        else:
+            parallel = self.distributed.wrap(self._compiled, self.device)
+        self.objective = Objective(
+            model, parallel, self.device, self.dtype, self.distributed, self._warn, sharded=sharded
+        )
         self.evaluator = Evaluator(
-            model, self._compiled, config, self.objective, self.batches, self.distributed, evaluate_with
+            model,
+            self._compiled,
+            config,
+            self.objective,
+            self.batches,
+            self.distributed,
+            evaluate_with,
+            self.sharding,
         )
         self.updates = Updates(model, config, self.objective)
         self.optimizer, self.averaged = self.updates.optimizer, self.updates.averaged
@@ -151,23 +170,26 @@ class Trainer:
         self._counted_flops: float | None = None  # per token
         self._shown: dict[str, float] = {}
         self._trackers: Trackers | None = None
+        self._loader: WorkerBatches | None = None
         self._started = time.monotonic()
         self._used = False
 
     def fit(self) -> FitResult:
-        """Train until a limit of the configuration, early stopping, Ctrl-C or SIGTERM; it ends with a checkpoint.
+        """Train until a limit of the configuration, early stopping, Ctrl-C or SIGTERM, and write a final checkpoint.
 
         Raises:
             TrainingDiverged: the loss or a gradient is not finite; the newest checkpoint is from before that.
             KeyboardInterrupt: Ctrl-C came a second time, before the checkpoint was written.
-            RuntimeError: this trainer has run before; a new one with resume="auto" goes on.
+            RuntimeError: this trainer has run before; a new one with resume="auto" continues the run.
         """
         if self._used:
-            raise RuntimeError('fit: a trainer runs once; make another, with resume="auto" to go on')
+            raise RuntimeError('fit: a trainer runs once; create another, with resume="auto" to continue')
         self._used = True
         try:
             return self._fit()
         finally:
+            if self._loader is not None:
+                self._loader.close()
             if self._trackers is not None:
                 self._trackers.close()
 
@@ -175,6 +197,16 @@ class Trainer:
         config = self.config
         with StopRequest() as stop, deterministic_algorithms(config.deterministic, self.device):
             self._begin()
+            if config.loader_workers:
+                self._loader = WorkerBatches(
+                    self.train_data,
+                    self.batches.collate,
+                    self.sampler,
+                    config.batch_size,
+                    config.seed,
+                    config.loader_workers,
+                    pin=self.device.type == "cuda",
+                )
             self.display.start(self._progress())
             try:
                 with recomputing(self.model, config.activation_checkpointing):
@@ -219,14 +251,14 @@ class Trainer:
         )
 
     def evaluate(self, data: Examples | None = None) -> Evaluation:
-        """Mean loss per target over `data` (default: dev_data, with evaluate_with's figures), of the averaged weights
-        where there are some; random generators end as they were.
+        """Mean loss per target over `data` (default: dev_data, with evaluate_with's metrics), of the averaged weights
+        if there are any; random generators are restored.
 
         Raises:
-            ValueError: there is no data, or no label in it counts.
+            ValueError: there is no data, or all its labels are ignored.
         """
         if data is None and self.dev_data is None:
-            raise ValueError("data: the trainer has no dev_data, need some")
+            raise ValueError("data: got None, needs data, because the trainer has no dev_data")
         with self._averaged_in_place():
             if data is None:
                 assert self.dev_data is not None
@@ -239,26 +271,27 @@ class Trainer:
     def _flops_per_token(self, batch: Batch) -> float:
         """Floating-point operations of a training step for a token, counted once, on some batch."""
         if self._counted_flops is None:
-            counted = training_flops(self.model, lambda: self.objective.loss(self.model, batch), batch)
+            model = self.model if self.sharding is None else self.sharding.root
+            counted = training_flops(self.model, lambda: self.objective.loss(model, batch), batch)
             self._counted_flops = counted / max(count_tokens(batch), 1)
         return self._counted_flops
 
     def _flops(self, *, interrupted: bool) -> float | None:
-        """Floating-point operations of all training steps; None where a signal came before any were counted."""
+        """Floating-point operations of all training steps; None where a signal came before they were counted."""
         if self._counted_flops is None and not interrupted:
             size = min(self.config.batch_size, len(self.train_data))
-            with seeded(self.config.seed, self.device):  # collate may draw
+            with seeded(self.config.seed, self.device):  # collate may use random numbers
                 self._flops_per_token(self.batches.of(self.train_data, range(size)))
         return None if self._counted_flops is None else self._counted_flops * self.state.tokens
 
     def _begin(self) -> None:
-        """Make the output directory, then start afresh or from the checkpoint."""
+        """Create the output directory, then start a new run or load the checkpoint."""
         config, source = self.config, self.directory.resume_from
         seed_all(config.seed + self.distributed.rank)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         if source is not None:
-            self.state = self.snapshot.load(source)
+            self.state, processes = self.snapshot.load(source)
         if self.distributed.is_main:
             self.directory.prepare()
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
@@ -269,7 +302,13 @@ class Trainer:
         self.distributed.barrier()
         self._started = time.monotonic() - self.state.seconds
         for reason in self.directory.passed_over.values():
-            self._warn(f"a damaged checkpoint was passed over and left where it is: {reason}")
+            self._warn(f"a damaged checkpoint was skipped and left in place: {reason}")
+        if source is not None and processes != self.distributed.world_size:
+            here = self.distributed.world_size
+            self._warn(
+                f"the checkpoint is of {processes} process(es), this run has {here}: "
+                "dropout and other random draws go on from new generators"
+            )
         if source is not None:
             self.display.note(f"resumed at step {self.state.step} from {source}")
         elif self.dev_data is not None:
@@ -286,7 +325,7 @@ class Trainer:
         return time.monotonic() - self._started
 
     def _signalled(self, stop: StopRequest) -> bool:
-        """Whether a process got a signal; the state's clock, which schedules may follow, is set on the way."""
+        """Whether a process got a signal; also updates the state's clock, which schedules may follow."""
         seconds = self._seconds() if self.distributed.is_main else 0.0
         signals, self.state.seconds = self.distributed.sum(
             [stop.signal_name is not None, seconds], self.device
@@ -317,7 +356,10 @@ class Trainer:
         by_time = self.max_steps and config.max_seconds
         step = max(state.step, progress * self.max_steps) if by_time and self.max_steps else state.step
         indices = [self.sampler.next_batch(config.batch_size) for _ in range(config.accumulate)]
-        batches = [self.batches.of(self.train_data, part) for part in indices]
+        if self._loader is not None:
+            batches = [self.batches.moved(next(self._loader)) for _ in indices]
+        else:
+            batches = [self.batches.of(self.train_data, part) for part in indices]
         if self._peak_flops:
             self._flops_per_token(batches[0])
         update = self.updates.take(batches, step, progress)
@@ -333,7 +375,7 @@ class Trainer:
         state.window.update(lr=update.rate, grad_norm=update.norm)
 
     def _reject(self, update: Update, indices: list[list[int]]) -> None:
-        """Leave the step out with a warning, or raise TrainingDiverged."""
+        """Skip the step with a warning, or raise TrainingDiverged."""
         state, config = self.state, self.config
         state.nonfinite_in_a_row += 1
         if config.on_nonfinite == "skip" and state.nonfinite_in_a_row <= config.max_nonfinite:
@@ -354,7 +396,7 @@ class Trainer:
         )
 
     def _after_step(self) -> None:
-        """Log, evaluate and save where that is due."""
+        """Log, evaluate and save if this step asks for it."""
         step, config = self.state.step, self.config
         if step == 1 or step % config.log_every == 0:
             self._log_window()
@@ -390,7 +432,7 @@ class Trainer:
         self.display.note(f"WARNING: step {self.state.step}: {text}")
 
     def _evaluate_and_keep(self) -> None:
-        """Evaluate, and keep the model at the top of the directory if it is the best so far."""
+        """Evaluate, and save the model in the output directory if it is the best so far."""
         state = self.state
         state.last, state.evaluated_step = self.evaluate(), state.step
         last = state.last
@@ -404,32 +446,47 @@ class Trainer:
             self._save_model()
         else:
             state.evaluations_without_gain += 1
-        if self.show_with is not None and self.distributed.is_main:
+        if self.show_with is not None:
             self._show(self.show_with)
 
     def _show(self, show_with: Callable[[nn.Module], str]) -> None:
         with self._averaged_in_place():
             text = self.evaluator.shown(show_with)
-        self.log.add("sample", self.state.step, text=text)
-        self.display.note(text)
+        if self.distributed.is_main:
+            self.log.add("sample", self.state.step, text=text)
+            self.display.note(text)
+
+    def whole_model(self) -> nn.Module:
+        """The model with all its parameters: itself, or of a sharded one a copy on the CPU of the first process.
+
+        All processes call it together; those besides the first get the sharded model back.
+        """
+        if self.sharding is None:
+            return self.model
+        return self.sharding.gathered(self.distributed.is_main) or self.model
 
     def _save_model(self) -> None:
-        if self.distributed.is_main:
-            with self._averaged_in_place():
-                self.directory.save_model(self.model, self.tokenizer)
+        with self._averaged_in_place():
+            model = self.whole_model()
+            self.distributed.on_first(lambda: self.directory.save_model(model, self.tokenizer))
 
     def _save(self) -> Path:
-        """Write a checkpoint; without dev_data the newest model is also the one at the directory's top."""
+        """Write a checkpoint; without dev_data the newest model is also saved in the output directory."""
         self.state.seconds = self._seconds()
         generators = self.snapshot.generators()
-        step, path = self.state.step, self.directory.path
-        if self.distributed.is_main:
-            self.directory.save_checkpoint(
-                step,
-                lambda folder: self.snapshot.write(folder, self.state, generators),
-                self.config.keep_checkpoints,
+        on_first, keep = self.distributed.on_first, self.config.keep_checkpoints
+        folder = on_first(lambda: self.directory.begin_checkpoint(self.state.step))
+        try:
+            self.snapshot.write_shards(folder)
+            final = on_first(
+                lambda: self.directory.end_checkpoint(
+                    folder, lambda place: self.snapshot.write(place, self.state, generators), keep
+                )
             )
+        except BaseException:
+            if self.distributed.is_main:
+                delete(folder)
+            raise
         if self.dev_data is None:
             self._save_model()
-        self.distributed.barrier()
-        return path / f"checkpoint-{step}"
+        return final

@@ -19,7 +19,7 @@ SHOWN_EXAMPLES = 16  # of a batch, in a message
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient stopped being finite, and on_nonfinite says not to go on."""
+    """The loss or a gradient is not finite, and on_nonfinite does not allow skipping the step."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Updates:
     Args:
         model: its trainable parameters are updated.
         config: the optimiser's options.
-        objective: leaves the gradient of a step's loss.
+        objective: computes the gradient of a step's loss.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, objective: Objective) -> None:
@@ -60,9 +60,9 @@ class Updates:
         self.averaged = None if config.ema_decay is None else Averaged(model, config.ema_decay)
 
     def take(self, batches: Sequence[Batch], step: float, progress: float) -> Update:
-        """One step on these micro-batches at the rate for this place of the run.
+        """One step on these micro-batches, at the learning rate of this position in the run.
 
-        Afterwards there are no gradients, except where the step was not taken: `discard` drops them then.
+        Afterwards there are no gradients; where the step was not taken, they are kept until `discard`.
         """
         config, scaler = self.config, self.objective.scaler
         rate = learning_rate(
@@ -76,7 +76,7 @@ class Updates:
         )
         set_learning_rate(self.optimizer, rate, (config.muon_lr or config.lr) / config.lr)
         loss, tokens = self.objective.accumulate(batches)
-        scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it takes whatever has groups and a step
+        scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it accepts any object with groups and a step
         norm = self.objective.clip_gradients(config.grad_clip)
         finite = math.isfinite(loss) and math.isfinite(norm)
         overflow = math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1
@@ -94,7 +94,7 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
 
     def examples_not_finite(self, indices: Sequence[Sequence[int]]) -> list[int]:
-        """The examples of a step's micro-batches whose loss is not finite; if there is none, of all."""
+        """The examples of the micro-batches whose loss is not finite; of all micro-batches if every loss is finite."""
         found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
         return [index for batch in found or indices for index in batch]
 

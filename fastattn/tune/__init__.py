@@ -1,1 +1,1 @@
-"""`fastattn bench tune`: finds the fastest tiles of the Triton attention kernels on the machine at hand."""
+"""`fastattn bench tune`: finds the fastest tiles of the Triton attention kernels on this machine."""

@@ -14,8 +14,8 @@ from fastattn.tune.cycles.report import Kernel, Prediction, predict_cubin
 from fastattn.tune.device import Inputs, Shape
 from fastattn.tune.plan import Work
 
-MODELLED = ("forward", "dkdv", "dq")  # the kernels whose loops the model knows
-MODEL_ARCH = 90  # the architecture that it models
+MODELLED = ("forward", "dkdv", "dq")  # the kernels whose loops can be modelled
+MODEL_ARCH = 90  # the modelled architecture
 SMALL = Shape(1, 2, 2, 16, 16)  # kernels are not specialised by length, so the smallest suffices
 
 
@@ -47,7 +47,7 @@ def why_not() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError:
-        return "needs triton, which compiles the kernels; it is not installed"
+        return "needs Triton to compile the kernels, which is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 replaces Triton's compiler; unset it"
     return None
@@ -77,7 +77,8 @@ def launch_of(work: Work, tile: Tile) -> Any:
 def predict_launch(launch: Any, name: str, kernel: str, head_dim: int) -> Prediction:
     """Compile a launch for sm_90 and replay its loop.
 
-    ValueError where the loop has no matrix products, or the block does not fit.
+    Raises:
+        ValueError: the loop has no matrix products, or the block needs too much shared memory.
     """
     import triton
 
@@ -98,6 +99,6 @@ def predict_work(work: Work, tile: Tile) -> Prediction:
 
 
 def padded(work: Work) -> int:
-    """The head dim that products run over: powers of two, from 16."""
+    """The head dim of the matrix products: the next power of two, at least 16."""
     widest = max(work.head_dim, work.value_dim)
     return max(16, 1 << (widest - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The tuning run: candidate tiles are compared with the reference and timed, and the fastest is stored."""
+"""The tuning run: compares candidate tiles with the reference, times them and stores the fastest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Runner(Protocol):
     """The interface that runs tiles: `device.Device`, or a stand-in of the tests."""
 
     def verdict(self, work: Work, tile: Tile) -> str | None:
-        """Why a tile can't be used, or None."""
+        """Why a tile cannot be used, or None."""
 
     def seconds(self, work: Work, tile: Tile) -> float:
         """One sample of its time per call."""
@@ -63,7 +63,7 @@ class Options:
         minutes: float | None,
         jobs: int,
     ) -> Options:
-        """Options of the command line; None is the default choice, InputError what cannot be used."""
+        """Options of the command line; None is the default. InputError for options that cannot be used."""
         if minutes is not None and not 0 <= minutes <= MAX_MINUTES:
             raise InputError(f"--minutes: got {minutes}, needs 0 to {MAX_MINUTES}")
         dims = tuple(_head_dims(text) for text in head_dims or ())
@@ -72,7 +72,7 @@ class Options:
         )
 
     def works(self) -> list[Work]:
-        """Every work; InputError for names that don't exist."""
+        """Every work; InputError for unknown names."""
         dims = self.head_dims or tuple(
             (d, d) for d in (plan.QUICK_HEAD_DIMS if self.quick else plan.HEAD_DIMS)
         )
@@ -126,7 +126,7 @@ def tune_here(options: Options, output: Output) -> Report:
     arch = arch_here()
     if arch is None:
         raise InputError(
-            "tuning measures on a CUDA GPU and this machine has none that torch can use; --dry-run lists the candidates"
+            "tuning needs a CUDA GPU, and torch finds none on this machine; --dry-run lists the candidates"
         )
     name = torch.cuda.get_device_name()
     if arch < MIN_ARCH:
@@ -160,7 +160,7 @@ def tune(
     output: Output,
     judge: Judge | None = None,
 ) -> Report:
-    """Tune works one by one, storing what is known after each; stops early when the time is up."""
+    """Tune works one by one and store the winners after each; stops early when the time is up."""
     winners = stored_winners(machine)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     done: list[Report] = []
@@ -281,7 +281,7 @@ def _judged_by(verdicts: Verdicts, arch: int) -> Judge:
 
 
 class Verdicts:
-    """Verdicts from worker processes, which compile side by side; one that kills its process has that as its reason."""
+    """Verdicts from worker processes, which compile in parallel; a tile that crashes its process is refused."""
 
     def __init__(self, jobs: int, function: Callable[..., str | None]) -> None:
         self.jobs, self.function = jobs, function

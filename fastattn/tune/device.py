@@ -22,7 +22,7 @@ from fastattn.tune.plan import DTYPES, Work
 
 RESULTS = {"forward": ("out", "lse"), "dkdv": ("key", "value"), "dq": ("query",), "dbias": ("bias",)}
 SAMPLE_SECONDS = 0.003  # shorter steps are repeated within a sample
-SMALL_MEMORY = 24 * 2**30  # bytes of a device that gets the shorter timing shape
+SMALL_MEMORY = 24 * 2**30  # bytes of memory up to which a device gets the smaller timing shape
 
 Tensors = dict[str, Tensor]
 
@@ -161,7 +161,7 @@ def _segments(shape: Shape, length: int, device: torch.device) -> Tensor:
 
 
 class Device:
-    """One device; its inputs and expectations are made once per kind of call."""
+    """One device; inputs and expected results are computed once for each kind of call."""
 
     def __init__(self, device: torch.device, arch: int, checked: Shape = CHECKED) -> None:
         self.device, self.arch, self.checked = device, arch, checked
@@ -212,7 +212,7 @@ class Device:
         return table_tiles(AttentionSpec.of(inputs.call()).replace(arch=self.arch))
 
     def verdict(self, work: Work, tile: Tile) -> str | None:
-        """Why a tile can't be used, because it fails or is wrong; None if it is right."""
+        """Why a tile cannot be used, because it fails or is wrong; None if it is correct."""
         golden, plain = self.expected(work)
         try:
             actual = self.step(work, tile, self.checked)()
@@ -283,7 +283,7 @@ def _device_of_process(arch: int) -> Device:
 
 
 def verdict_in_process(arch: int, work: Work, tile: Tile) -> str | None:
-    """`Device.verdict` for a worker process, which exits where a kernel left its CUDA context unusable."""
+    """`Device.verdict` in a worker process, which exits if a kernel made its CUDA context unusable."""
     verdict = _device_of_process(arch).verdict(work, tile)
     if verdict is not None and "CUDA error" in verdict:
         os._exit(1)

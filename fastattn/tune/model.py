@@ -1,4 +1,4 @@
-"""`fastattn bench model`: the cycle model's figures of the attention kernels, compiled here; and a ranking of tiles."""
+"""`fastattn bench model`: the cycle model of the attention kernels compiled on this machine; a ranking of tiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BACKENDS = ("triton", "cuda")
 KINDS = ("plain", "causal", "alibi+softcap")  # by default: rows without and with features that change scores
 SOURCE = tuned.MODEL  # the origin of figures, as printed and stored
 LEAST_GAIN = 1.03  # minimum gain over the built-in tile; a smaller one is within the model's error
-L2_BYTES = 28  # a clock and multiprocessor, assumed; the cycle model itself takes copies as arrived
+L2_BYTES = 28  # assumed, per clock and multiprocessor; in the cycle model itself, copies have always arrived
 MAX_NAME = 100  # characters of a device's name
 NOTE = "A model of one Hopper multiprocessor, not a measurement; differences under 3 % are noise."
 
@@ -61,7 +61,7 @@ class Options:
             tuple(head_dims or HEAD_DIMS), tuple(directions or PRODUCTS), tuple(backends or BACKENDS),
             tuple(kinds or KINDS),
         )  # fmt: skip
-        made.works()  # refuses names of features, also where Triton, which has them, compiles nothing
+        made.works()  # checks the names of features, also where Triton compiles nothing
         return made
 
     def works(self) -> list[Work]:
@@ -76,7 +76,7 @@ class Options:
 
 
 def model_kernels(options: Options, output: Output, named: bool) -> Report:
-    """Compile and model what is chosen; `named` is whether backends were, which then have to be there."""
+    """Compile and model the chosen kernels; `named`: backends were named, which then have to compile."""
     reasons = {"triton": ahead.why_not(), "cuda": extension.why_not()}
     missing = {name: reason for name in options.backends if (reason := reasons[name]) is not None}
     if missing and (named or len(missing) == len(options.backends)):
@@ -93,7 +93,7 @@ def model_kernels(options: Options, output: Output, named: bool) -> Report:
 def model_file(
     path: Path, output: Output, direction: str | None, head_dim: int | None, rows: int | None, function: str
 ) -> Report:
-    """The kernels of a cubin file; those that are not ours need a direction, a head dim and the rows of a block."""
+    """The kernels of a cubin file; those of other libraries need a direction, a head dim and the rows of a block."""
     try:
         cubin = path.read_bytes()
         functions, resources = functions_of(cubin), resources_of(cubin)
@@ -114,8 +114,8 @@ def model_file(
             continue
     if not found:
         raise InputError(
-            f"{path}: no kernel of ours with a loop of matrix products; of another, --direction and --head-dim say "
-            "what it is"
+            f"{path}: holds no kernel of fastattn with a loop of matrix products; for another kernel, give "
+            "--direction and --head-dim"
         )
     return _report(found, output)
 
@@ -145,7 +145,7 @@ def _cuda(options: Options, output: Output) -> Iterator[Prediction]:
 
 def _report(found: Sequence[Prediction], output: Output) -> Report:
     if not found:
-        raise InputError("no kernel matches what was chosen")
+        raise InputError("no kernel matches the options")
     output.table(*table(found))
     output.line(f"Cycles of a multiprocessor for 64 x 128 scores. {NOTE}")
     return {"source": SOURCE, "arch": ahead.MODEL_ARCH, "kernels": [asdict(each) for each in found]}
@@ -153,16 +153,16 @@ def _report(found: Sequence[Prediction], output: Output) -> Report:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate tile with the model's prediction, or why there is none."""
+    """A candidate tile with the model's prediction, or the reason why there is none."""
 
     tile: Tile
     prediction: Prediction | None
     reason: str | None = None
-    l2: float = 0.0  # cycles that the L2 cache needs for what the loop reads
+    l2: float = 0.0  # cycles of the L2 cache for the operands of the loop
 
     @property
     def cycles(self) -> float:
-        """For 64 x 128 scores: of the loop, or of the L2 cache where that takes longer."""
+        """Cycles for 64 x 128 scores: of the loop, or of the L2 cache if that takes longer."""
         return max(self.l2, self.prediction.cycles if self.prediction else 0.0)
 
     @property
@@ -194,7 +194,7 @@ def rank(work: Work, candidates: Sequence[Candidate]) -> list[Ranked]:
         if reason is None:
             try:
                 prediction = ahead.predict_work(work, candidate.tile)
-            except Exception as error:  # a compiler may fail in any way: that candidate is out
+            except Exception as error:  # a compiler may fail in any way: the candidate is refused
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         ranked.append(Ranked(candidate.tile, prediction, reason, l2_cycles(work, candidate.tile)))
     return sorted(ranked, key=lambda each: each.order)
@@ -207,7 +207,7 @@ def l2_cycles(work: Work, tile: Tile) -> float:
 
 
 def choice(ranked: Sequence[Ranked], built_in: Tile) -> Ranked | None:
-    """The first candidate, if predicted to be faster by more than the model's error; else the built-in tile."""
+    """The first candidate if its predicted gain is above LEAST_GAIN, else the built-in tile."""
     known = {each.tile: each for each in ranked if each.prediction is not None}
     if not known:
         return None
@@ -262,7 +262,7 @@ def rank_works(works: Sequence[Work], quick: bool, output: Output, target: Machi
 
 
 def _replace(winners: dict[str, Winner], signature: str, ranked: Sequence[Ranked], built_in: Tile) -> bool:
-    """Replace the model's earlier choice; False, and unchanged, where a measured winner is stored."""
+    """Replace the model's earlier choice; False, without a change, where a measured winner is stored."""
     known = winners.get(signature)
     if known is not None and known.source == tuned.MEASURED:
         return False

@@ -18,16 +18,16 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 FEATURES = (
     "causal", "window", "lengths", "sinks", "alibi", "softcap", "bias", "mask", "segments", "dropout", "packed",
 )  # fmt: skip
-UNPACKED = ("lengths", "bias", "mask", "segments")  # what packed sequences don't have
+UNPACKED = ("lengths", "bias", "mask", "segments")  # features that packed sequences do not have
 KINDS = ("plain", "causal", "causal+window", "causal+alibi", "causal+softcap", "causal+segments", "causal+dropout",
          "causal+packed", "bias")  # fmt: skip
 QUICK_KINDS = ("plain", "causal")
 HEAD_DIMS, QUICK_HEAD_DIMS = (64, 128, 256), (64, 128)
-LEAST_GAIN = 1.02  # over the built-in tile, below which it stays
-LAGGING = 1.2  # times the fastest median: leaves the race
+LEAST_GAIN = 1.02  # over the built-in tile; with a smaller gain it is kept
+LAGGING = 1.2  # times the fastest median, above which a tile is dropped
 REGISTERS = 255  # of a thread
 WARP = 32
-SWITCHES = ("tf32x3", "tma", "max_registers")  # of a tile: one step each
+SWITCHES = ("tf32x3", "tma", "max_registers")  # options of a tile; each counts as one step
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Work:
 
     @property
     def packed(self) -> bool:
-        """Whether the sequences lie packed one after another."""
+        """Whether the sequences are packed."""
         return "packed" in self.features
 
     @property
@@ -80,7 +80,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate tile, or why it cannot run."""
+    """A candidate tile, and the reason if it cannot run."""
 
     tile: Tile
     reason: str | None = None
@@ -89,7 +89,7 @@ class Candidate:
 def works(
     dtypes: Sequence[str], head_dims: Sequence[tuple[int, int]], kinds: Sequence[str], kernels: Sequence[str]
 ) -> Iterator[Work]:
-    """Every kernel on every kind of call; ValueError for names that don't exist or don't go together."""
+    """Every kernel on every kind of call; ValueError for unknown names and for features that exclude each other."""
     _known("dtype", dtypes, DTYPES)
     _known("kernel", kernels, KERNELS)
     for kind in kinds:
@@ -112,7 +112,7 @@ def _known(what: str, names: Sequence[str], known: Any) -> None:
 def candidates(work: Work, arch: int, quick: bool = False) -> list[Candidate]:
     """The built-in tile first, then the others; quick: those that differ from it in one number.
 
-    A tile is refused by lower bounds of the shared memory and registers it needs.
+    A tile is refused if lower bounds of its shared memory or registers exceed the limits.
     """
     built_in = work.built_in(arch)
     exact = work.itemsize == 4 and work.spec(arch).float32_precision == "ieee"
@@ -129,7 +129,7 @@ def candidates(work: Work, arch: int, quick: bool = False) -> list[Candidate]:
 
 
 def _steps_between(tile: Tile, other: Tile) -> int:
-    """In how many steps of one number each one tile becomes the other; a step doubles, halves, adds or takes one."""
+    """The number of steps between two tiles; a step doubles or halves one number, or changes it by one."""
     doublings = [
         abs(a.bit_length() - b.bit_length())
         for a, b in (
@@ -149,13 +149,13 @@ def _impossible(work: Work, tile: Tile, arch: int) -> str | None:
     if shared > limit:
         return f"needs at least {shared} bytes of shared memory, the limit is {limit}"
     available = tile.max_registers or REGISTERS
-    if family != 100 and registers > available:  # there, results have a memory of their own
+    if family != 100 and registers > available:  # compute capability 10 has tensor memory for results
         return f"needs at least {registers} registers per thread, there are {available}"
     return None
 
 
 def least_shared(work: Work, tile: Tile) -> int:
-    """Bytes of the blocks that are on their way at once; a pipeline of one stage has none."""
+    """Bytes of the blocks that are loaded at the same time; none with one stage."""
     streamed = {
         "forward": tile.block_n * (work.head_dim + work.value_dim),
         "dq": tile.block_n * (work.head_dim + work.value_dim),
@@ -166,7 +166,7 @@ def least_shared(work: Work, tile: Tile) -> int:
 
 
 def least_registers(work: Work, tile: Tile) -> int:
-    """Registers per thread of the float32 results that live through the loop, and of one block of scores."""
+    """Registers per thread for the float32 accumulators of the loop and one block of scores."""
     results = {
         "forward": tile.block_m * work.value_dim,
         "dq": tile.block_m * work.head_dim,
@@ -191,7 +191,7 @@ def race(
 
 
 def winner_of(medians: dict[Tile, float], built_in: Tile) -> Tile:
-    """The fastest tile; the built-in one where the gain is within the noise of a repetition."""
+    """The fastest tile, or the built-in one if the gain is below LEAST_GAIN."""
     fastest = min(medians, key=lambda tile: medians[tile])
     if built_in in medians and medians[built_in] < LEAST_GAIN * medians[fastest]:
         return built_in

@@ -1,4 +1,4 @@
-"""The choice of a backend: explained in words, as a table and as plain types; a fused path missed is said once."""
+"""The choice of a backend: explained in words, as a table and as plain types; a missed fused path warns once."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_auto_takes_it_only_where_it_was_measured(
         assert "not measured to be faster" in str(cuda.why_not_auto(SPEC.replace(columns=columns)))
     for change in ({"arch": 80}, {"backward": True}):
         assert "not yet measured" in str(cuda.why_not_auto(SPEC.replace(**change)))
-    assert "apart in memory" in str(cuda.why_not_auto(SPEC.replace(unit_columns=False)))
+    assert "not adjacent in memory" in str(cuda.why_not_auto(SPEC.replace(unit_columns=False)))
 
 
 def test_the_variable_forces_it(state: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a backend may rely on: layouts are made so once, and left alone where they are so."""
+"""The layouts that a backend may rely on: tensors are copied to them once, and kept where they have them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def normalised(backend: ModuleType, call: Any) -> Any:
 
 
 def test_every_tensor_of_every_call_has_a_place() -> None:
-    """Once, so that a new field is a decision."""
+    """Exactly one, so that whoever adds a field has to choose it."""
     for kind, of_kind in layout.LAYOUTS.items():
         named = [name for group in of_kind for name in group]
         assert sorted(named) == sorted(f.name for f in fields(kind) if "Tensor" in str(f.type)), kind

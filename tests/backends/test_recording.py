@@ -1,4 +1,4 @@
-"""What a function of tensors does is recorded, and done again on other tensors; what cannot be is told."""
+"""The work of a function is recorded and replayed on other tensors; what cannot be recorded gives the reason."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_neither_a_recording_nor_a_replay_keeps_tensors() -> None:
 
 
 def test_what_a_function_lets_go_is_let_go_while_it_is_recorded() -> None:
-    """And an id that is given again is another tensor."""
+    """A tensor that gets the id of a freed one is another tensor."""
     left: list[weakref.ref[Tensor]] = []
 
     def function(x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def test_large_temporaries_are_released_after_their_last_use(monkeypatch: pytest
 
 
 def test_memory_is_allocated_as_the_result_that_it_becomes() -> None:
-    """So that no view has to be made; and what only launches read needs none."""
+    """No view is then made in a replay; memory that only launches read needs none either."""
 
     class Launch:
         def __init__(self, *args: Any) -> None:

@@ -55,7 +55,7 @@ def test_all_runs_every_bench_and_then_the_pages(folder: Path) -> None:
 def test_all_needs_folders(folder: Path, words: tuple[str, ...]) -> None:
     code, output = invoke("all", *words)
     assert code == 2
-    assert "name a folder" in output
+    assert "needs a folder" in output
     assert not (folder / "bench_attention").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn import bench
 from measure import calls, harness
@@ -97,6 +98,28 @@ def test_a_training_step_counts_its_products_and_pairs() -> None:
 def test_generated_bytes_are_the_weights_once_per_token() -> None:
     case = MODULES["generate"].cases_for(CPU)[0]
     assert case.bytes == 24 * 4 * (12 * 12 * 768**2 + 50257 * 768)
+
+
+def test_floors_of_models_count_tokens_that_are_no_padding() -> None:
+    """Operations of a case, and those that its row of products runs."""
+    cases = {case.name: case for case in MODULES["models"].cases_for(CPU)}
+    lengths = cases["bert-base-32x8-128-padded"].lengths
+    assert (len(lengths), int(lengths.min()), int(lengths.max())) == (32, 8, 128)
+    products = 2.0 * 12 * 12 * 768**2 * int(lengths.sum())
+    attention = 4.0 * 12 * 768 * sum(int(n) ** 2 for n in lengths)
+    assert cases["bert-base-32x8-128-padded"].flops == products + attention
+    training = cases["bert-base-2-layers-training"]
+    assert training.flops == 3 * (products + attention) / 6
+    llama = cases["llama-decode-ragged"]
+    block = 576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536
+    assert llama.bytes == 16 * 4.0 * (30 * block + 32000 * 576)
+    step = training.small().open(CPU).step("floor-weight-products")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    assert counter.get_total_flops() == 6 * 2 * (4 * 64 * 64 + 2 * 64 * 128) * int(
+        training.small().lengths.sum()
+    )
 
 
 def test_on_a_gpu_overhead_is_held_against_flex_attention_too() -> None:

@@ -1,4 +1,4 @@
-"""Counts that make speed are as recorded; what they count is what happens."""
+"""Counts of operations, on which speed depends, are as recorded, and count what is executed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HAS_GPU = torch.cuda.is_available()
 
 @pytest.mark.skipif(HAS_GPU, reason="counted where Triton is interpreted")
 def test_counts_are_as_recorded() -> None:
-    """Fewer is better, but fails too: a record that is not today's guards nothing."""
+    """Fewer fails too: a record that is too high would let a later increase pass."""
     lines = counts.differences(counts.recorded(), counts.measure(), torch.__version__)
     assert lines == [], f"if that is meant: {counts.RECORD}"
 

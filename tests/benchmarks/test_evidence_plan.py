@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import checkout
 import gpu_evidence
 from evidence import carried, probes, sections
 from evidence import run as evidence_run
@@ -21,7 +22,7 @@ from fastattn.extension import load
 from fastattn.extension.info import MARKER, BuildInfo, abi_tag, library_name
 from measure import processes
 
-ROOT = sections.ROOT
+ROOT = checkout.ROOT
 BACKWARD = "cuda.attention_bwd,cuda.varlen_bwd,cuda.one_pass"
 
 
@@ -63,7 +64,7 @@ def test_what_a_probe_found_wrong_is_left_out_of_every_section(tmp_path: Path) -
         assert {"cuda.softmax_fwd", "cuda.one_pass"} <= set(names)
         assert len(set(names)) == len(names)
         given = evidence_run.section_environment(section, run).get("FASTATTN_DISABLE")
-        assert given == (None if section.name in evidence_run.ALWAYS else ",".join(names))
+        assert given == (None if section.name in evidence_run.REPEATED else ",".join(names))
 
 
 def test_triton_and_torch_run_before_the_extension(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_one_command_runs_all_of_it() -> None:
 
 def test_the_sanitizer_runs_the_small_steps_under_each_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_run, "sanitizer", lambda: None)
-    assert first_run._command("8", "cuda", 2) == "there is no compute-sanitizer here"
+    assert first_run._command("8", "cuda", 2) == "compute-sanitizer is not installed"
     monkeypatch.setattr(first_run, "sanitizer", lambda: "compute-sanitizer")
     line = first_run._command("8b", "cuda", 2)[-1]
     assert [word for word in line.split() if word.endswith("check")] == list(first_run.SANITIZER_TOOLS)

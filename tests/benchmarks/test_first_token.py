@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from cases import first_token
+from fastattn.models import load
 from measure.protocols import CannotRun
+from peers.gpt import product_weights, save_gpt2
 from peers.llama import save_llama
 from report import figures
 
@@ -31,9 +34,11 @@ def test_both_figures_come_from_the_same_processes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(first_token, "PRESET", "")
     monkeypatch.setattr(first_token, "ROUNDS", 2)
     whole, loaded = first_token.first_token_case(False), first_token.first_token_loaded_case(False)
-    assert sorted(started) == sorted(3 * ["fastattn", "transformers"])  # the first round is not counted
+    assert sorted(started) == sorted(
+        3 * ["fastattn", "transformers", "floor-weight-products"]
+    )  # the first round is not counted
     for entry in (whole, loaded):
-        assert [row["time_ms"]["samples"] for row in entry["rows"]] == [2, 2]
+        assert [row["time_ms"]["samples"] for row in entry["rows"]] == [2, 2, 2]
         assert entry["target"]["against"] == "transformers"
     assert (whole["target"]["time"], loaded["target"]["time"]) == (0.6, 1.0)
     assert {row["time_ms"]["median"] for row in loaded["rows"]} == {250.0}
@@ -48,14 +53,27 @@ def test_a_process_without_a_token_gives_its_reason(
     monkeypatch.setattr(first_token, "PROGRAM", BREAKS.format(name=name))
     rows = {row["provider"]: row for row in first_token.first_token_case(True)["rows"]}
     assert (rows[name]["status"], rows[name]["reason"]) == (status, "no such module")
-    assert [row["status"] for row in rows.values() if row["provider"] != name] == ["ok"]
+    assert [row["status"] for row in rows.values() if row["provider"] != name] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_floor_multiplies_with_every_matrix_of_the_products(kind: str, tmp_path: Path) -> None:
+    """And with no other: embeddings that are only looked up in are passed over."""
+    {"llama": save_llama, "gpt2": save_gpt2}[kind](tmp_path, "")
+    counted = first_token.PROGRAM.replace(
+        "started =", "from torch.utils.flop_counter import FlopCounterMode\nstarted ="
+    )
+    counted = counted.replace("ids =", "flops = FlopCounterMode(display=False).__enter__()\nids =")
+    counted = counted.replace("{token}", "{flops.get_total_flops()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_token, "PROGRAM", counted)
+        run = first_token.run_once("floor-weight-products", tmp_path, kind)
+    weights = sum(weight.numel() for weight in product_weights(load(tmp_path)))
+    assert run.token == 2 * 4 * weights
+    assert run.after_imports > 0
 
 
 def test_our_process_makes_the_token_of_the_weights(tmp_path: Path) -> None:
-    import torch
-
-    from fastattn.models import load
-
     size = save_llama(tmp_path, "")
     assert size == (tmp_path / "model.safetensors").stat().st_size - _header(tmp_path)
     run = first_token.run_once("fastattn", tmp_path)

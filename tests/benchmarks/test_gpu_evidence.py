@@ -169,11 +169,11 @@ def test_what_a_machine_lacks_is_the_reason(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     run = Run(tmp_path, 9, False, {}, {"revision": None}, time.monotonic())
     commands = {section.name: section.command(run) for section in plan.SECTIONS}
-    assert commands["build"] == "no nvcc here"
+    assert commands["build"] == "nvcc is not installed"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "CPU build" in str(plan._build(run))
     if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
-        assert commands["sanitizer"] == "no compute-sanitizer here"
+        assert commands["sanitizer"] == "compute-sanitizer is not installed"
 
 
 def test_an_exit_status_no_finding_explains_is_told() -> None:
@@ -235,4 +235,4 @@ def test_published_results_lie_under_the_name_of_the_gpu(
 
 def test_small_forms_are_not_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_evidence.main(["--dry-run", "--publish"]) == 2
-    assert "no measurements" in capsys.readouterr().err
+    assert "measures nothing" in capsys.readouterr().err

@@ -153,7 +153,9 @@ def test_a_quick_run_names_its_cases_by_the_sizes_it_runs(name: str, device: str
         small = case.small()
         assert any(label == small.label and params == json.dumps(small.params) for label, params, _ in shapes)
     for form in forms:
-        before, after = (set(command._numbers(each.params)) for each in (_case(cases, form.of), form.case))
+        before, after = (
+            set(command._numbers(each.params)) for each in (_case(cases, form.full_name), form.case)
+        )
         gone = {
             str(size) for size in before - after if size > 9
         }  # 8 documents, 2 heads: a digit may be anything

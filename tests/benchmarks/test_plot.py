@@ -292,6 +292,7 @@ def test_every_bench_has_its_tables_on_the_page() -> None:
     shown = {found[1] for found in tables.MARKER.findall(page)}
     assert shown - {"headline-cpu"} == {f"{name}-{kind}" for name in bench.NAMES for kind in ("cpu", "gpu")}
     assert list(tables.BENCHES) == list(bench.NAMES)
+    assert f'format, version   "{schema.FORMAT}", {schema.VERSION}' in page
 
 
 @pytest.mark.parametrize("file", tables.result_files(), ids=lambda file: f"{file.parent.name}/{file.name}")

@@ -34,4 +34,4 @@ def test_it_times_what_it_launches() -> None:
 def test_an_interpreter_launches_nothing() -> None:
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2
-    assert "TRITON_INTERPRET: is set" in done.stderr
+    assert "TRITON_INTERPRET: must not be set" in done.stderr

@@ -68,7 +68,7 @@ def code(every_code: dict[str, str]) -> dict[str, str]:
 
 
 def test_exponentials_run_between_the_waits_for_the_two_products(code: dict[str, str], count: Count) -> None:
-    """Behind the second wait they would hide under nothing."""
+    """After the second wait nothing would overlap them."""
     assert len(code) == count.forward
     for name, text in code.items():
         match = SHAPE.search(name)
@@ -106,7 +106,7 @@ def test_clusters_multicast_and_release_without_a_fence(code: dict[str, str], co
 
 
 def test_products_are_issued_back_to_back(code: dict[str, str]) -> None:
-    """Both products of a step are in the pipe before anything waits."""
+    """Both products of a step are issued before any wait."""
     for name, text in code.items():
         parts = text.split(ONE_PRODUCT_LEFT)[:-1]
         assert parts, name

@@ -67,13 +67,3 @@ def test_calls_that_a_capture_refuses_have_one_home() -> None:
         refused = ONLY_IN_RUNTIME if path.name != "runtime.h" else ()
         called = [name for name in (*refused, *NOWHERE) if re.search(rf"{name}\w*\(", text)]
         assert not called, path.name
-
-
-def test_every_launch_prepares_its_kernel() -> None:
-    found = 0
-    for path in sorted(CSRC.rglob("*launch.cuh")):
-        text = CODE.sub("", path.read_text(encoding="utf-8"))
-        launches = len(re.findall(r"<<<|cudaLaunchKernelEx", text))
-        assert text.count("prepare_kernel(") == launches, path.name
-        found += launches
-    assert found

@@ -40,7 +40,6 @@ def test_every_launch_has_the_shared_memory_attribute_it_needs() -> None:
     shared = TEXTS["kernels/kernel_launch.cuh"]  # the others go through launch_kernel
     assert "prepare_kernel(reinterpret_cast<const void*>(kernel), shape.shared_bytes)" in shared
     assert "config.dynamicSmemBytes = shape.shared_bytes;" in shared
-    assert "shared_bytes > kAllowedAnyway" in TEXTS["runtime.h"]
 
 
 def test_kernels_copy_no_tensor_map() -> None:

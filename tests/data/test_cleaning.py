@@ -151,13 +151,13 @@ def test_texts_in_lists_and_messages_are_cleaned() -> None:
 
 def test_what_cannot_be_cleaned_is_refused() -> None:
     with pytest.raises(
-        DataError, match=r"clean.control: changes texts, but the labels of this task are places"
+        DataError, match=r"clean.control: changes texts, but the labels of this task are positions"
     ):
         clean(records(), CleaningConfig(control=True), ["text"], editable=False)
-    with pytest.raises(DataError, match=r"clean: no example is left, of each step: min_chars 7"):
+    with pytest.raises(DataError, match=r"clean: dropped every example, by step: min_chars 7"):
         run(min_chars=1000)
     for field in dataclasses.fields(CleaningConfig):
         with pytest.raises((TypeError, ValueError), match=field.name):
             CleaningConfig(**{field.name: "x"})
-    with pytest.raises(ValueError, match="max_chars: got 1, need at least min_chars=2"):
+    with pytest.raises(ValueError, match="max_chars: got 1, needs at least min_chars=2"):
         CleaningConfig(min_chars=2, max_chars=1)

@@ -170,7 +170,7 @@ def test_segments_follow_the_documents(lengths, block_size):
 def test_blocks_that_cannot_be_made_are_refused():
     with pytest.raises(ValueError, match="block_size: got 1"):
         PackedDataset(stream_of([9]), 1)
-    with pytest.raises(ValueError, match="make no block of 10"):
+    with pytest.raises(ValueError, match="needs more for a block of 10"):
         PackedDataset(stream_of([9]), 10, drop_last=True)
 
 

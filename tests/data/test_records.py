@@ -126,17 +126,17 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     ("name", "content", "complaint"),
     [
         ("x.jsonl", b'{"a": 1}\n{', "line 2 is not JSON"),
-        ("x.jsonl", b"[1]", "line 1 is no JSON object"),
+        ("x.jsonl", b"[1]", "line 1 is not a JSON object"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}', "line 2 is not UTF-8 (byte 0xff)"),
         ("x.jsonl", b'{"a": "\0"}', "line 1 is binary"),
         ("x.jsonl", b"\n\n", "holds no example"),
         ("x.jsonl", b"[" * 200_000, "line 1 is not JSON"),
         ("x.json", b'[1,\n2,"x]', "line 2 is not JSON"),
         ("x.json", b"3", "holds a int, needs a list"),
-        ("x.json", b"[3]", "item 1 is no JSON object"),
+        ("x.json", b"[3]", "item 1 is not a JSON object"),
         ("x.json", b'{"data": [{"paragraphs": 3}]}', "data[0] has no list 'paragraphs'"),
         ("x.json", b'{"data": [{"paragraphs": [{"context": "a"}]}]}', "data[0].paragraphs[0] has no list 'qas'"),
-        ("x.json", b'{"data": [{"paragraphs": [{"qas": [1]}]}]}', "data[0].paragraphs[0].qas[0] is no JSON"),
+        ("x.json", b'{"data": [{"paragraphs": [{"qas": [1]}]}]}', "data[0].paragraphs[0].qas[0] is not a JSON"),
         ("x.csv", b"a,b\n1,2\n\n3\n", "line 4 has 1 values, needs 2"),
         ("x.csv", b"a,a\n1,2\n", "line 1: more than one column is named 'a'"),
         ("x.csv", b"a,\n1,2\n", "line 1: a column has no name"),
@@ -149,7 +149,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
         ("x.conll", b"a X O\nb O\n", "line 2 has 2 columns, those before it have 3"),
         ("x.txt", b" \n", "holds only white space"),
         ("x.txt", b"a\xff", "is not UTF-8"),
-        ("x.pdf", b"a", "its suffix '.pdf' says no format"),
+        ("x.pdf", b"a", "got the suffix '.pdf', needs one of"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_by_file_and_line(
@@ -186,7 +186,11 @@ def test_fields_are_checked_where_they_are_read() -> None:
     record = Record("x: line 3", {"texts": "a", "label": 3, "blank": " ", "bad": "\ud800"})
     with pytest.raises(DataError, match=r"x: line 3 has no 'text', it has 'texts'.*did you mean 'texts'"):
         required(record, "text")
-    for name, complaint in (("label", "is a int, needs a text"), ("blank", "is empty"), ("bad", "no text")):
+    for name, complaint in (
+        ("label", "is a int, needs a text"),
+        ("blank", "is empty"),
+        ("bad", "not valid Unicode"),
+    ):
         with pytest.raises(DataError, match=f"x: line 3: {name} .*{complaint}"):
             text_of(record, name)
     assert text_of(record, "texts") == "a"

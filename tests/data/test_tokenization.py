@@ -88,7 +88,7 @@ def test_gpt2_style_files_load(tokenizer, documents, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"vocab_size": 257}, "vocab_size: got 257, need at least 258"),
+        ({"vocab_size": 257}, "vocab_size: got 257, needs at least 258"),
         ({"min_frequency": 0}, "min_frequency"),
     ],
 )
@@ -98,7 +98,7 @@ def test_bad_options_are_refused(options, complaint):
 
 
 def test_folders_that_hold_no_tokeniser_are_refused(tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"neither tokenizer\.json nor"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="cannot be read"):

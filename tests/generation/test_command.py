@@ -13,7 +13,8 @@ import torch
 from generation_cases import make, tokenizer
 from typer.testing import CliRunner
 
-from fastattn import cli, console
+from fastattn import cli
+from fastattn.data import Tokenizer, json_lines, train_characters
 from fastattn.generation.text import UNKNOWN, Detokenizer
 from fastattn.models import (
     GPT,
@@ -110,7 +111,7 @@ def test_a_file_that_is_too_long_is_refused(
 ) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "x"}')
-    monkeypatch.setattr(console, "MAX_DATA_BYTES", 14)
+    monkeypatch.setattr(json_lines, "MAX_BYTES", 14)
     code, out, err = invoke(folder, f"--data={data}")
     assert (code, out, err) == (2, "", f"fastattn: --data {data}: holds over 14 bytes\n")
 
@@ -169,9 +170,13 @@ def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Pat
         (
             "encoder",
             BertForMaskedLM(small.config.encoder),
-            "holds a BertForMaskedLM, which generates no text",
+            "holds a BertForMaskedLM, which does not generate text",
         ),
-        ("two", seq2seq(vocab, vocab + 3), "its one tokenizer cannot serve both parts, the encoder has 274"),
+        (
+            "two",
+            seq2seq(vocab, vocab + 3),
+            "its tokenizer cannot be used for both parts, the encoder has 274",
+        ),
         ("small", small, f"its tokenizer is another model's, {ids} and the encoder"),
         ("gpt", make(), f"its tokenizer is another model's, {ids} and the model 61 tokens"),
     ):
@@ -181,6 +186,69 @@ def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Pat
         assert (code, out) == (2, "")
         assert err.startswith(f"fastattn: {tmp_path / name}: {complaint}")
         assert err.count("\n") == 1
+
+
+def test_targets_may_have_a_tokenizer_of_their_own(tmp_path: Path) -> None:
+    vocab = tokenizer().vocab_size
+    other = train_characters(["stop the end, 你好"])
+    model = seq2seq(vocab, other.vocab_size)
+    both, target = tmp_path / "both", tmp_path / "target"
+    model.save_pretrained(both)
+    tokenizer().save_pretrained(both)
+    other.save_pretrained(target)
+    made = model.eval().generate(torch.tensor([tokenizer().encode(PROMPT)]), max_new_tokens=12)[0, 1:]
+    words = [f"--prompt={PROMPT}", "--max-new-tokens=12"]
+    for more in ([], ["--num-beams=1"], ["--prompt-lookup=4"]):
+        code, out, err = invoke(both, *words, f"--target-tokenizer={target}", *more)
+        assert (code, out, err) == (0, other.decode(made.tolist()) + "\n", "")
+    code, _, err = invoke(both, *words)
+    assert code == 2
+    assert err.endswith("--target-tokenizer names the decoder's\n")
+    tokenizer().save_pretrained(target)
+    code, _, err = invoke(both, *words, f"--target-tokenizer={target}")
+    assert code == 2
+    assert err.startswith(f"fastattn: {target}: its tokenizer is another model's")
+
+
+def test_one_model_writes_what_it_reads(folder: Path) -> None:
+    code, out, err = invoke(folder, "--prompt=x", f"--target-tokenizer={folder}")
+    assert (code, out) == (2, "")
+    assert (
+        err == f"fastattn: --target-tokenizer: {folder} holds no encoder-decoder, it writes what it reads\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["unnamed end", "word pieces"])
+def test_a_tokenizer_that_names_no_end_has_the_model_s(kind: str, tmp_path: Path) -> None:
+    """A folder with tokenizer.json alone, and one with BERT's vocab.txt: the end is that of config.json."""
+    if kind == "word pieces":
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "stop", "the", "end", "##s", "."]
+        core = None
+    else:
+        core = train_characters(["stop the end."]).core
+        pieces = sorted(core.get_vocab(), key=core.token_to_id)
+    model = make(vocab_size=len(pieces), eos_token_id=3)
+    model.save_pretrained(tmp_path)
+    if core is None:
+        (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    else:
+        core.save(str(tmp_path / "tokenizer.json"))
+    tokens = Tokenizer.from_pretrained(tmp_path)
+    assert (tokens.eos_id, tokens.eos_token) == (3, pieces[3])
+    ids = tokens.core.encode(PROMPT).ids
+    made = model.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :].tolist()
+    code, out, err = invoke(tmp_path, f"--prompt={PROMPT}", "--max-new-tokens=6")
+    assert (code, err) == (0, "")
+    assert made
+    assert tokens.decode(made).split() == out.split()
+
+
+def test_a_sentencepiece_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    code, out, err = invoke(tmp_path, "--prompt=x")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"fastattn: {tmp_path}: holds tokenizer.model, needs tokenizer.json")
 
 
 def test_a_source_longer_than_the_encoder_reads_is_refused(seq2seq_folder: Path) -> None:
@@ -256,11 +324,11 @@ def test_a_name_that_no_folder_can_have_is_named() -> None:
         (["--prompt=x", "--data=tests"], "--data tests: no such file"),
         (
             ["--prompt=x", "--temperature=0", "--top-k=3"],
-            "--temperature 0 takes the likeliest token, so --top-k",
+            "--temperature 0: is greedy decoding, which does not use --top-k",
         ),
         (["--prompt=x", "--num-beams=2", "--stop=x"], "stop_strings, num_beams: do not go together"),
         (["--prompt=x", "--max-new-tokens=1000"], "max_new_tokens: a prompt of 1 and 1000 more tokens"),
-        ([], "--prompt: got no text, nor any on standard input"),
+        ([], "--prompt: got no text, and none on standard input"),
     ],
 )
 def test_options_that_cannot_be_used_are_named_in_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from generation_cases import make, prompts, theirs_and_ours, tokenizer
 
 from fastattn.generation.options import NOT_COMPUTED, Options
 from fastattn.models import GPT
+from fastattn.models.checkpoint.load import generation_of
 
 IDS, MASK = prompts((6, 3))
 
@@ -81,6 +83,36 @@ def test_a_folder_s_defaults_are_those_of_transformers(tmp_path: Any) -> None:
 
 SAMPLE: dict[str, Any] = {"do_sample": True}
 TEXT: dict[str, Any] = {"stop_strings": "x", "tokenizer": tokenizer(), "pad_token_id": 1}
+
+
+def test_options_in_config_json_count_where_a_folder_has_no_generation_config(tmp_path: Any) -> None:
+    """Older versions of transformers wrote them there, those of an encoder-decoder in its decoder's entries too."""
+    pytest.importorskip("transformers")
+    theirs, _ = theirs_and_ours(eos_token_id=None, pad_token_id=5)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    config = tmp_path / "config.json"
+    said = {"repetition_penalty": 1.6, "max_length": 15, "num_beams": 1, "no_repeat_ngram_size": 0}
+    entries = json.loads(config.read_text())
+    config.write_text(json.dumps({**entries, **said}))
+    ours = GPT.from_pretrained(tmp_path)
+    made = type(theirs).from_pretrained(tmp_path).generate(IDS, attention_mask=MASK)
+    assert made.shape[1] == 15
+    assert torch.equal(ours.generate(IDS, MASK), made)
+    again = tmp_path / "again"
+    ours.save_pretrained(again)
+    assert torch.equal(GPT.from_pretrained(again).generate(IDS, MASK), made)
+    config.write_text(json.dumps({**entries, "max_length": 20, "num_beams": 1}))  # nobody set these
+    assert GPT.from_pretrained(tmp_path).generation_config is None
+    config.write_text(json.dumps({**entries, "no_repeat_ngram_size": 3}))
+    with pytest.raises(ValueError, match=r"^generation_config: no_repeat_ngram_size=3 is not computed here"):
+        GPT.from_pretrained(tmp_path).generate(IDS, MASK)
+    outer = {"decoder": {"num_beams": 3, "length_penalty": 2.0}, "length_penalty": 0.5, "num_beams": 1}
+    assert generation_of(tmp_path, outer, None) == {
+        "_from_model_config": True, "num_beams": 3, "length_penalty": 0.5
+    }  # fmt: skip
+
+
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 3, "min_p": 0.1}, "top_k, min_p: shapes sampling"),
     ({"temperature": 0.5}, "temperature: shapes sampling"),

@@ -10,7 +10,18 @@ from generation_cases import SIZES, Letters, make, prompts
 from torch import Tensor
 
 from fastattn.generation import speculation
-from fastattn.generation.speculation import ALLOWANCE, LENGTHS, MEMORY, MOST, START, WORST, Account, Lookup
+from fastattn.generation.speculation import (
+    ALLOWANCE,
+    LENGTHS,
+    MEMORY,
+    MOST,
+    START,
+    WORST,
+    Account,
+    Costs,
+    Lookup,
+    costs_of,
+)
 from fastattn.models import GPT
 from fastattn.models.steps import GPTDecoder
 from numerics import assert_within_rule
@@ -138,7 +149,7 @@ def test_repeated_text_takes_fewer_steps_and_other_text_hardly_more(
 @pytest.mark.parametrize("cost", [(0.1, 0.02), (0.5, 0.1), (1.9, 0.0)], ids=str)
 def test_guesses_never_lose_more_than_is_allowed(rows: int, right: int, cost: tuple[float, float]) -> None:
     """However sure of them it is; the last one may cost more than was known before."""
-    account = Account(rows, torch.device("cpu"))
+    account = Account(Costs(rows, torch.device("cpu")))
     lost, dearest = 0.0, 0.0
     for step in range(500):
         guessed = account.worth([0.9] * rows, 10)
@@ -154,7 +165,7 @@ def test_guesses_never_lose_more_than_is_allowed(rows: int, right: int, cost: tu
 
 @pytest.mark.parametrize("cost", [(0.02, 0.01), (0.6, 0.15)], ids=str)
 def test_what_guesses_cost_is_measured(cost: tuple[float, float]) -> None:
-    account = Account(1, torch.device("cpu"))
+    account = Account(Costs(1, torch.device("cpu")))
     assert account.worth([1.0], 8) == 0  # before a single step was timed
     for _ in range(3):
         account.single(0.01)
@@ -164,8 +175,8 @@ def test_what_guesses_cost_is_measured(cost: tuple[float, float]) -> None:
     for guessed, before in gap.items():
         assert abs(account.cost(guessed) - cost[0] - guessed * cost[1]) <= 0.2 * abs(before)
     account.checked(8, 8.0, 60.0)  # held up
-    assert account.checks[-1] == (8, WORST)
-    account = Account(1, torch.device("cpu"))
+    assert account.costs.checks[-1] == (8, WORST)
+    account = Account(Costs(1, torch.device("cpu")))
     for _ in range(9):
         account.single(0.01)
     assert account.worth([0.9], 8) == 8
@@ -177,6 +188,37 @@ def test_what_guesses_cost_is_measured(cost: tuple[float, float]) -> None:
         account.checked(guessed, guessed, 0.01 * (1 + cost[0] + guessed * cost[1]))
     assert account.balance == MOST
     assert bool(account.worth([0.4], 8)) == (cost[0] < 0.4)
+
+
+def test_a_generation_leaves_its_measured_costs_to_the_next_of_that_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts, model, cpu = Counts(monkeypatch), circling(), torch.device("cpu")
+    monkeypatch.setattr(speculation, "clock", lambda: counts.steps + 1.2 * counts.extended)
+
+    def of_eight(rows: int = 1, **options: Any) -> float:
+        costs = costs_of(model.decoder(rows, 8, **options), rows, cpu)
+        return costs.fixed + 8 * costs.each
+
+    assumed = {rows: Costs(rows, cpu).fixed + 8 * Costs(rows, cpu).each for rows in (1, 2)}
+    assert of_eight() == assumed[1]
+    for _ in range(3):
+        model.generate(torch.tensor([[5, 6] * 9]), max_new_tokens=150, prompt_lookup_num_tokens=8)
+    measured = of_eight()
+    assert assumed[1] < measured <= 1.2
+    assert of_eight(2) == assumed[2]
+    assert of_eight(batch_invariant=True) == assumed[1]
+    assert costs_of(object(), 1, cpu).fixed == Costs(1, cpu).fixed
+    model.quantize("int8")
+    assert of_eight() == assumed[1]
+    model.quantize(None)
+    assert of_eight() == measured
+
+
+def test_one_token_is_enough_to_find_a_place_by() -> None:
+    lookup = Lookup([7, 8, 1, 7])
+    assert (lookup.guess(2), lookup.kind) == ([8, 1], LENGTHS.index(1))
+    assert lookup.chance < Lookup([6, 7, 8, 1, 6, 7]).chance
 
 
 def test_a_guess_is_as_likely_as_those_before_were_right() -> None:

@@ -36,7 +36,7 @@ def options_of(name: str, heads: int) -> Options:
 
 
 NAMES = ("plain", "rotary", "rotary interleaved", "window, softcap, slopes, sinks")
-GRID = [  # the options and the number of splits take turns
+GRID = [  # the options and the number of splits alternate
     pytest.param(
         dtype, page, group, new, NAMES[turn % 4], (None, 1, 5)[turn % 3], id=f"{page}-{group}-{new}-{turn}"
     )

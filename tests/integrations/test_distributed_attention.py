@@ -64,16 +64,16 @@ def test_what_does_not_fit_is_refused(alone: None) -> None:
     query = torch.randn(1, 2, 6, 8)
     good = context_parallel.split(6, 1)
     for parts, complaint in (
-        (context_parallel.split(6, 2), "parts: got 2, need one for each of 1 processes"),
-        ([(range(3), range(4, 6))], "parts: need every row of the sequence once"),
-        ([(range(4), range(3, 6))], "parts: need every row of the sequence once"),
-        (context_parallel.split(7, 1), r"query: got shape \(1, 2, 6, 8\), need \(B, heads, 7, D\)"),
+        (context_parallel.split(6, 2), "parts: got 2, needs one for each of 1 processes"),
+        ([(range(3), range(4, 6))], "parts: needs every row of the sequence once"),
+        ([(range(4), range(3, 6))], "parts: needs every row of the sequence once"),
+        (context_parallel.split(7, 1), r"query: got shape \(1, 2, 6, 8\), needs \(B, heads, 7, D\)"),
     ):
         with pytest.raises(ValueError, match=complaint):
             context_parallel.attention(query, query, query, parts)
     with pytest.raises(ValueError, match="segment_ids: got shape"):
         context_parallel.attention(query, query, query, good, segment_ids=torch.zeros(1, 5, dtype=torch.long))
-    with pytest.raises(ValueError, match="alibi_slopes: need causal=True"):
+    with pytest.raises(ValueError, match="alibi_slopes: needs causal=True"):
         context_parallel.attention(query, query, query, good, causal=False, alibi_slopes=torch.ones(2))
     with pytest.raises(ValueError, match="length: got -1"):
         context_parallel.split(-1, 1)

@@ -148,7 +148,7 @@ def test_a_module_that_loads_when_looked_at_is_not_woken_and_found_once_loaded(c
 
 
 def test_another_replacement_of_torchs_function_keeps_its_way_back(calls, imported, monkeypatch):
-    """What fastattn leaves to it must not come round again through the name it calls torch's function by."""
+    """A call that fastattn leaves to the replacement must reach torch's function, not the replacement again."""
     module = imported(
         BY_NAME + " as original\ncame = []\n"
         "def replacement(*args, **options):\n    came.append(1)\n    return original(*args, **options)"

@@ -1,4 +1,4 @@
-"""`sdpa_override` reaches what it says it reaches, and leaves no trace."""
+"""`sdpa_override` reaches the calls that its docstring lists, and restores everything on leaving."""
 
 import threading
 from functools import partial

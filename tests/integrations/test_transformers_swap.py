@@ -111,9 +111,9 @@ def test_the_report_names_what_is_left_and_what_gets_dense_masks():
 
 def test_what_transformers_refuses_sdpa_for_is_in_the_report():
     report = fastattn.swap_attention(build("splinter").model)
-    assert "SplinterSelfAttention) does not say if it is causal" in report.dense[0][1]
+    assert "SplinterSelfAttention) has no is_causal" in report.dense[0][1]
     report = fastattn.swap_attention(build("nllb-moe").model)
-    assert "is refused sdpa by transformers" in report.dense[0][1]
+    assert "is not allowed sdpa by transformers" in report.dense[0][1]
 
 
 def test_a_module_that_does_not_say_if_it_is_causal_is_as_it_was():

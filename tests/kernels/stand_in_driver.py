@@ -1,4 +1,4 @@
-"""A GPU that is not there: Triton compiles for it and launches on it, and what it was handed is kept instead of run.
+"""A stand-in for the driver of a GPU: Triton compiles and launches as usual, and launches are recorded instead of run.
 
 Everything up to the driver's launch is Triton's own: binding, specialisation, its caches, the compiler, the checks of
 resources. So a launch that a GPU would refuse, or a kernel compiled anew for another length, shows on any machine; and
@@ -160,7 +160,7 @@ class Driver:
         )
 
     def get_current_target(self) -> Any:
-        """Of the device that is not there."""
+        """The target of the stand-in device."""
         return self.target
 
     def get_current_device(self) -> int:
@@ -168,14 +168,14 @@ class Driver:
         return self.index
 
     def set_current_device(self, device: int) -> None:
-        """Nothing: there is one."""
+        """Does nothing: there is one device."""
 
     def get_current_stream(self, device: int) -> int:
         """The null stream."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where its tensors lie."""
+        """The CPU, which holds the tensors."""
         return torch.device("cpu")
 
     def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, int, int, int, int]:

@@ -1,4 +1,4 @@
-"""What the Triton kernels read and where: excluded blocks never, and offsets beyond 32 bits."""
+"""Memory accesses of the Triton kernels: excluded blocks are never read, and offsets may exceed 32 bits."""
 
 from __future__ import annotations
 

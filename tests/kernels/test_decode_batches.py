@@ -1,4 +1,4 @@
-"""A sequence's bits in attention against a cache follow from that sequence: not from its batch, cache, pages or device.
+"""In attention against a cache, a sequence's bits depend on that sequence alone: not on batch, cache, pages or device.
 
 Splits are made short here, of one block of keys at first, so that a few hundred keys have several sizes of them.
 """

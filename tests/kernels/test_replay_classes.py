@@ -1,6 +1,6 @@
-"""A replay is of one class of call: whatever a spec, a stride or an address tells apart is planned apart.
+"""A replay serves one class of calls: calls that differ in spec, strides or alignment have plans of their own.
 
-Launches are noted, not made: what a call through a plan launches, on which memory, is what it launches without.
+Launches are recorded instead of made: a call through a plan launches the same, on the same memory, as without one.
 """
 
 from __future__ import annotations

@@ -8,10 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+import torch_states
 from replay_calls import OPS, Noted, launched, noted, requiring
 
-from fastattn.ops import plan
 from fastattn.spec import AttentionSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:FASTATTN_BACKEND:RuntimeWarning")
@@ -21,22 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:FASTATTN_BACKEND:RuntimeWarning"
 def triton() -> Iterator[Noted]:
     with noted() as found:
         yield found
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def variable(name: str, text: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name, text)
-        yield
 
 
 @contextlib.contextmanager
@@ -58,13 +41,8 @@ def other_tiles() -> Iterator[None]:
 
 
 STATES: dict[str, Callable[[], Any]] = {
-    "no grad": torch.no_grad,
-    "inference": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "deterministic": deterministic,
-    "another backend": lambda: variable("FASTATTN_BACKEND", "torch"),
-    "a disabled part": lambda: variable("FASTATTN_DISABLE", "cuda.attention_fwd"),
-    "a part disabled that is used": lambda: variable(
+    **torch_states.STATES,
+    "a part disabled that is used": lambda: torch_states.variable(
         "FASTATTN_DISABLE", "triton.attention_bwd,triton.softmax_bwd"
     ),
     "measured tiles": other_tiles,
@@ -78,27 +56,20 @@ CHANGING = {
     "softmax": {"a part disabled that is used"},
     "cross_entropy": set(),
 }
-ALWAYS = {"no grad", "inference", "another backend"}
+ALWAYS = {"no grad", "inference", "forced backend"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("op", CHANGING)
 def test_a_replay_of_one_state_is_not_that_of_another(triton: Noted, op: str, state: str) -> None:
-    """In and after the state, whichever came first, what is launched is that of calls without plans."""
     call, make, leaves = OPS[op]
     tensors = requiring(make(), *leaves)
 
-    def run(inside: bool) -> Any:
-        with STATES[state]() if inside else contextlib.nullcontext():
-            return launched(triton, call, tensors)
+    def assert_same(actual: Any, expected: Any) -> None:
+        assert actual == expected
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "wanted", lambda key: False)
-        expected = {inside: run(inside) for inside in (False, True)}
-    assert (expected[False] != expected[True]) == (state in CHANGING[op] | ALWAYS)
-    for order in ((False, True), (True, False)):
-        plan.clear()
-        for inside in (*order, *order):
-            for _ in range(3):
-                assert run(inside) == expected[inside]
+    outside, inside = torch_states.assert_states_do_not_mix(
+        lambda: launched(triton, call, tensors), STATES[state], assert_same
+    )
+    assert (outside != inside) == (state in CHANGING[op] | ALWAYS)

@@ -1,4 +1,4 @@
-"""Triton's interpreter made to compute what a GPU does with bfloat16, and relieved of work it does in vain.
+"""Triton's interpreter made to compute what a GPU does with bfloat16, without work whose results are not used.
 
 Without this, `tl.dot` multiplies the 16-bit patterns of bfloat16 operands as integers and a float32 value stored as
 bfloat16 is cut off instead of rounded; every device function called prepares triton.language anew, every tensor is

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from gpt2_names import from_gpt2_names
 from small_models import GPT2, KINDS, VOCAB
 from small_models import make_gpt as make
 
@@ -45,9 +46,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers():
 
 
 def state_of(theirs):
-    from fastattn.models.checkpoint import from_gpt2_names
-
-    return from_gpt2_names(theirs.state_dict(), tied=True)
+    return from_gpt2_names(theirs.state_dict())
 
 
 def by_hand(model, tokens):

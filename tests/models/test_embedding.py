@@ -123,7 +123,7 @@ REFUSED = {
         [{"path": path, "type": f"a.{path or 'Transformer'}"} for path in ("", "Pooling", "Dense")],
         "modules Transformer, Pooling, Dense",
     ),
-    "no modules": ("modules.json", {"a": 1}, "is no list of modules"),
+    "no modules": ("modules.json", {"a": 1}, "is not a list of modules"),
     **{
         f"a module at {path}": (
             "modules.json",

@@ -258,7 +258,7 @@ def test_modernbert_configs_of_before_rope_parameters(tmp_path):
 
 def test_what_a_family_cannot_say_is_not_written(tmp_path):
     model = Bert(BertConfig(**tiny.SIZES, pre_norm=True))
-    with pytest.raises(ValueError, match="pre_norm: got True, a bert folder can only say False"):
+    with pytest.raises(ValueError, match="pre_norm: got True, a bert folder needs False"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpt2_names import from_gpt2_names
 from small_models import GPT2, VOCAB
 from small_models import make_gpt as make
 
@@ -32,13 +33,11 @@ def ragged(lengths, side, width=None):
 @pytest.mark.parametrize("eos", [None, 7])
 def test_greedy_tokens_are_those_of_transformers(padded, eos):
     transformers = pytest.importorskip("transformers")
-    from fastattn.models.checkpoint import from_gpt2_names
-
     config = transformers.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=eos, pad_token_id=0)
     torch.manual_seed(4)
     theirs = transformers.GPT2LMHeadModel(config).double().eval()
     ours = make(eos_token_id=eos, pad_token_id=0)
-    ours.load_state_dict(from_gpt2_names(theirs.state_dict(), tied=True))
+    ours.load_state_dict(from_gpt2_names(theirs.state_dict()))
     tokens, mask = ragged([9, 4, 1, 7] if padded else [9] * 4, "left")
     expected = theirs.generate(tokens, attention_mask=mask, max_new_tokens=30, do_sample=False)
     actual = ours.generate(tokens, attention_mask=mask, max_new_tokens=30)

@@ -314,7 +314,7 @@ def test_the_family_of_a_config_is_the_first_that_can_say_it():
     config = GPTConfig(**TINY["gpt2"])
     assert family_for(config, GPT.families).model_type == "gpt2"
     assert family_for(replace(config, positions="rotary"), GPT.families).model_type == "fastattn-gpt"
-    with pytest.raises(ValueError, match=r"config: no model type can say it: gpt2: positions"):
+    with pytest.raises(ValueError, match=r"config: no model type supports this config: gpt2: positions"):
         family_for(replace(config, positions="rotary"), GPT.families[:1])
 
 

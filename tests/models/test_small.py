@@ -20,7 +20,7 @@ from fastattn.models import (
     load,
 )
 from fastattn.models.encoder_decoder_config import bert_decoder
-from fastattn.models.small import compare, perplexity, weight_bytes
+from fastattn.models.small import compare, perplexity, target_perplexity, weight_bytes
 from fastattn.nn.int8 import Int8Linear, quantize_linears
 from fastattn.nn.linear import Linear
 from fastattn.nn.rows import INT8_ROWS, Int8Rows
@@ -246,8 +246,48 @@ def test_bytes_and_bad_options(gpt, tmp_path):
     assert weight_bytes(model.quantize("int8")) == whole - 3 * rounded + 4 * outputs
     with pytest.raises(ValueError, match="dtype, quantize: needs one"):
         compare(gpt, ids(1, 4))
-    encoder = BertConfig(**BERT)
-    both = EncoderDecoderConfig(encoder, bert_decoder(encoder), decoder_start_token_id=1)
-    folder = saved(EncoderDecoder, both, tmp_path / "both")
-    with pytest.raises(ValueError, match=r"path_or_id: .* is an encoder-decoder"):
+    with pytest.raises(ValueError, match=r"labels: got targets, and .* is none"):
+        compare(gpt, ids(1, 4), labels=ids(1, 4), dtype="bfloat16")
+    folder = saved(EncoderDecoder, both_parts(), tmp_path / "both")
+    with pytest.raises(ValueError, match=r"labels: got None, and .* is an encoder-decoder, needs targets"):
         compare(folder, ids(1, 4), dtype="bfloat16")
+    for labels, message in (
+        (ids(2, 4), r"needs integers of shape \(1, length\)"),
+        (ids(1, 4) * 0 - 100, "no token"),
+    ):
+        with pytest.raises(ValueError, match=f"labels: .*{message}"):
+            compare(folder, ids(1, 4), labels=labels, dtype="bfloat16")
+
+
+def both_parts():
+    encoder = BertConfig(**BERT)
+    return EncoderDecoderConfig(encoder, bert_decoder(encoder), decoder_start_token_id=1, pad_token_id=0)
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"dtype": "bfloat16"}])
+def test_an_encoder_decoder_s_targets_before_and_after(options, tmp_path, capsys):
+    """The perplexity of targets given their sources: forward's own at full size, and that of 8-bit steps."""
+    folder = saved(EncoderDecoder, both_parts(), tmp_path / "both")
+    source, labels = ids(3, 9), ids(3, 6)
+    mask = torch.ones(3, 9).long()
+    mask[1, 6:], labels[1, 4:] = 0, -100
+    whole, wide = load(folder), load(folder, dtype="float64")
+    with torch.no_grad():
+        expected = wide(source, mask, labels=labels).loss.exp()
+    found = target_perplexity(wide, source, labels, mask)
+    torch.testing.assert_close(torch.tensor(found).double(), expected.double())
+    change = compare(folder, source, mask, labels, **options)
+    both = [target_perplexity(model, source, labels, mask) for model in (whole, load(folder, **options))]
+    assert list(change.perplexities) == both
+    assert both[0] != both[1]
+    assert capsys.readouterr().out == f"{change}\n"
+    matrices = [
+        p
+        for n, p in whole.named_parameters()
+        if p.dim() == 2 and any(part.isdigit() for part in n.split("."))
+    ]
+    sizes = sum(p.numel() for p in matrices), sum(p.shape[0] for p in matrices)
+    if "quantize" in options:
+        assert change.bytes_after == change.bytes_before - 3 * sizes[0] + 4 * sizes[1]
+    else:
+        assert change.bytes_after * 2 == change.bytes_before

@@ -1,4 +1,4 @@
-"""What MultiHeadAttention can and torch's cannot: windows, positions, sinks, grouped heads, caches."""
+"""Options that MultiHeadAttention has and torch's lacks: windows, positions, sinks, grouped heads, caches."""
 
 from functools import partial
 

@@ -11,7 +11,7 @@ from fastattn.ops import plan
 
 @pytest.fixture
 def hits(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each look for a plan found one."""
+    """Whether each look-up of a plan found one."""
     seen: list[bool] = []
     look_up = plan.look_up
 

@@ -58,6 +58,20 @@ def test_rows_that_see_nothing_ignore_their_lse_gradient() -> None:
     assert not grads[0][:, :, 4].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["fused", "blockwise"])
+def test_a_bias_alone_may_require_a_gradient(options: dict[str, Any]) -> None:
+    q, k, v = qkv(grad=True)
+    bias = torch.randn(1, 4, 9, 11, requires_grad=True)
+    together = torch.autograd.grad(
+        fastattn.attention(q, k, v, bias=bias, **options).square().sum(), (q, k, v, bias)
+    )
+    detached = (q.detach(), k.detach(), v.detach())
+    out = fastattn.attention(*detached, bias=bias, **options)
+    (alone,) = torch.autograd.grad(out.square().sum(), bias)
+    assert torch.equal(alone, together[-1])
+    assert alone.any()
+
+
 def test_a_sink_alone_gives_zero_out_and_its_own_lse() -> None:
     q, k, v = qkv()
     sinks = torch.randn(4)

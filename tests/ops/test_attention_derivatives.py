@@ -98,7 +98,7 @@ TRANSFORMED: dict[str, Callable[[Callable[..., Tensor]], Callable[[Tensor, Tenso
 
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_compiled_transforms(name: str) -> None:
-    """Traced code sees the transform too: a tangent that the fused op lost would be lost without a word."""
+    """Traced code sees the transform too: a tangent that the fused op drops would be lost silently."""
     torch._dynamo.reset()
     q, k, v = (torch.randn(3, 2, 4, s, 8) for s in (5, 6, 6))
     compiled = torch.compile(TRANSFORMED[name](fastattn.attention), fullgraph=True, backend="aot_eager")

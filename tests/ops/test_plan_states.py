@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_states
 from plan_cases import BY_OP, assert_same, cached, heads, with_grads
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -32,15 +33,6 @@ class SeesFunctions(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
 def precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -50,26 +42,14 @@ def precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@contextlib.contextmanager
-def variable(name: str, text: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name, text)
-        yield
-
-
 STATES: dict[str, Callable[[], Any]] = {
-    "no grad": torch.no_grad,
-    "inference": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "deterministic": deterministic,
+    **torch_states.STATES,
     "precision": precision,
     "dispatch mode": Sees,
     "function mode": SeesFunctions,
     "profiler": torch.autograd.profiler.profile,
     "plain torch": plain_torch,
     "forward AD": forward_ad.dual_level,
-    "forced backend": lambda: variable("FASTATTN_BACKEND", "torch"),
-    "a disabled part": lambda: variable("FASTATTN_DISABLE", "cuda.attention_fwd"),
     "anomaly": torch.autograd.detect_anomaly,
 }
 
@@ -77,28 +57,19 @@ STATES: dict[str, Callable[[], Any]] = {
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("op", BY_OP)
-def test_a_plan_of_one_state_is_not_that_of_another(
-    op: str, state: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In and after the state, whichever came first, results are those of calls without plans."""
+def test_a_plan_of_one_state_is_not_that_of_another(op: str, state: str) -> None:
     call, options = BY_OP[op]
     if (op, state) == ("kv_cache", "forward AD"):
         options = {}
     tensors = [t.requires_grad_(call is not cached) for t in heads(torch.float32)]
 
-    def run(inside: bool) -> list[Tensor]:
-        with STATES[state]() if inside else contextlib.nullcontext():
-            return with_grads(call, tensors, options)
+    def assert_same_kind(actual: list[Tensor], expected: list[Tensor]) -> None:
+        assert_same(actual, expected)
+        assert [t.is_inference() for t in actual] == [t.is_inference() for t in expected]
 
-    monkeypatch.setattr(plan, "wanted", lambda key: False)
-    expected = {inside: run(inside) for inside in (False, True)}
-    monkeypatch.undo()
-    for order in ((False, True), (True, False)):
-        plan.clear()
-        for inside in (*order, *order):
-            for _ in range(3):
-                assert_same(run(inside), expected[inside])
-                assert [t.is_inference() for t in run(inside)] == [t.is_inference() for t in expected[inside]]
+    torch_states.assert_states_do_not_mix(
+        lambda: with_grads(call, tensors, options), STATES[state], assert_same_kind
+    )
 
 
 def test_a_backend_that_is_forced_or_switched_off_later_is_refused_though_a_plan_exists(

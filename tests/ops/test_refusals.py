@@ -1,4 +1,4 @@
-"""What a call can refuse, it refuses before anything runs or is written, and `explain` says the same in advance."""
+"""A call is refused before anything runs or is written, and `explain` gives the same reason in advance."""
 
 from __future__ import annotations
 

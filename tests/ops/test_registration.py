@@ -1,4 +1,4 @@
-"""Ops are called past torch's dispatcher only where nobody can tell: every watcher sees what it came for."""
+"""Ops bypass torch's dispatcher only where nothing records the difference: modes, traces and hooks see every call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`scaled_dot_product_attention` on memory of every make: shapes, strides, empty sizes, numbers that are not finite."""
+"""`scaled_dot_product_attention` on every layout: shapes, strides, empty sizes, numbers that are not finite."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Keyword arguments as other libraries spell them are refused by the name that is ours, at no cost to other calls."""
+"""Keyword arguments of other libraries are refused with our name for them, at no cost to other calls."""
 
 import inspect
 import timeit
@@ -126,7 +126,7 @@ def test_what_people_type_for_the_others(call, word, said):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_every_hint_names_a_parameter_of_the_function(call):
-    """Whatever is typed, what the message recommends is there."""
+    """Whatever keyword is given, the parameters that the message recommends exist."""
     name = call.rpartition(".")[2]
     function = {f.__name__: f for f in FUNCTIONS if f.__name__ != "__init__"}.get(name, fastattn.attention)
     for word in spelling._HINTS:

@@ -118,13 +118,13 @@ def test_the_loss_of_packed_chats_is_that_of_each(tokenizer: Tokenizer) -> None:
 def test_an_end_of_turn_that_would_never_be_learnt_is_refused(tokenizer: Tokenizer) -> None:
     model = model_of(tokenizer, n_positions=128)
     options = chat.Options(max_length=128)
-    with pytest.raises(DataError, match="stands outside of the assistant's part"):
+    with pytest.raises(DataError, match="is outside of the assistant's part"):
         chat_data(tokenizer, model, MARKED, options)
-    with pytest.raises(DataError, match="never be learnt: the chat template does not write it"):
+    with pytest.raises(DataError, match="is never a label: the chat template does not write it"):
         chat_data(
             tokenizer, model, CHATML, options
         )  # which ends turns with another token than generation does
-    with pytest.raises(DataError, match=r"within 8 tokens|is cut before it"):
+    with pytest.raises(DataError, match=r"within its first 8 tokens|is truncated before it"):
         chat_data(tokenizer, model, DEFAULT_TEMPLATE, chat.Options(max_length=8))
     model.config.eos_token_id = tokenizer.core.token_to_id("<|im_end|>")
     assert chat_data(tokenizer, model, CHATML, options).num_targets()
@@ -152,8 +152,8 @@ def test_a_padding_token_that_ends_turns_does_not_hide_them(tokenizer: Tokenizer
 def test_bad_conversations_are_named(tokenizer: Tokenizer) -> None:
     model = model_of(tokenizer)
     for fields, message in (
-        ({"messages": [{"role": "user", "content": "x"}]}, "data: line 1: the assistant says nothing"),
-        ({"messages": []}, "data: line 1: messages is no list of messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "data: line 1: has no message of the assistant"),
+        ({"messages": []}, "data: line 1: messages is not a list of messages"),
         ({"text": "x"}, "data: line 1 has no 'messages'"),
         ({"prompt": "x"}, "data: line 1 has no 'completion'"),
     ):
@@ -163,5 +163,5 @@ def test_bad_conversations_are_named(tokenizer: Tokenizer) -> None:
         ChatTemplate("{% for %}", {})
     with pytest.raises(DataError, match=r"^data: line 1: chat template: no system role"):
         chat_data(tokenizer, model, "{{ raise_exception('no system role') }}", chat.Options())
-    with pytest.raises(DataError, match="changes what is written before"):
+    with pytest.raises(DataError, match="changes the text before it"):
         chat_data(tokenizer, model, "{{ messages | length }}{{ messages[-1]['content'] }}", chat.Options())

@@ -86,18 +86,18 @@ def test_a_text_that_is_cut_is_named(folders: dict[str, Path]) -> None:
             "classify",
             ["--no-answer"],
             "a",
-            "--no-answer: has no use for the task classify, needs a folder for qa",
+            "--no-answer: is not an option of the task classify, needs a folder for qa",
         ),
         (
             "embed",
             ["--top-k=2"],
             "a",
-            "--top-k: has no use for the task embed, needs a folder for classify or qa or",
+            "--top-k: is not an option of the task embed, needs a folder for classify or qa or",
         ),
         ("qa", [], "who?", "standard input: line 1 needs question and context with a tab between them"),
         ("qa", [], "who? " * 50 + "\tx", "question 1: has 102 tokens of the 40 that the model reads"),
         ("fill", [], "a [MASK]\nb", "text 2: holds no [MASK]"),
-        ("causal", [], "a", "{folder}: holds a GPT, which fastattn generate takes"),
+        ("causal", [], "a", "{folder}: holds a GPT, needs `fastattn generate`"),
     ],
 )
 def test_bad_input_is_named_in_one_line(

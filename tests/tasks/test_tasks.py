@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_alone_gives_the_same_tokens(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no tokenizer.json, nor vocab.txt"):
+    with pytest.raises(DataError, match=r"holds neither tokenizer.json nor vocab.txt"):
         InputTokenizer.from_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join((*task_cases.SPECIAL, *task_cases.WORDS)))
     ours, golden = InputTokenizer.from_pretrained(tmp_path), InputTokenizer(task_cases.core())

@@ -340,7 +340,7 @@ def test_second_passages_follow_or_come_from_elsewhere() -> None:
             assert any(both in " ".join(map(str, ids)) + " " for ids in joined)
     batch = data.collate([data[0], data[1]])
     assert batch["next_sentence_label"].tolist() == [data[0].follows, data[1].follows]
-    with pytest.raises(DataError, match="holds 1 document, next_sentence needs two"):
+    with pytest.raises(DataError, match="holds 1 document, next_sentence needs at least two"):
         passages(["anna. maria."], next_sentence=True)
 
 
@@ -355,7 +355,7 @@ def test_second_passages_follow_or_come_from_elsewhere() -> None:
         ("tag", {"tokens": ["a"], "tags": ["O", "O"]}, "has 1 tokens and 2 tags, needs one for each"),
         ("tag", {"tokens": [], "tags": []}, "tokens is [], needs a list of texts"),
         ("tag", {"tokens": ["a", " "], "tags": ["O", "O"]}, "tokens has ' ' in place 2, needs a text"),
-        ("tag", {"tokens": ["a"], "tags": ["PER"]}, "tag 1 is 'PER', needs O, or B- or I- with a type"),
+        ("tag", {"tokens": ["a"], "tags": ["PER"]}, "tag 1 is 'PER', needs O, B-TYPE or I-TYPE"),
         ("qa", {"question": "a", "context": "b"}, "has no 'answers'"),
         ("qa", {"question": "a", "context": "b c", "answers": [{"text": "c", "answer_start": 1}]},
          "answer 1, 'c', is not at character 1 of its context, ' ' is"),

@@ -85,6 +85,8 @@ TAKES: dict[str, set[str]] = {
     "activation_checkpointing": FLAG,
     "ema_decay": OPTIONAL | {"0"},
     "trackers": {"list"},
+    "sharding": set(),
+    "loader_workers": {"0"},
 }
 
 
@@ -128,6 +130,13 @@ def cut(path: Path, share: float = 0.5) -> None:
     path.write_bytes(content[: int(len(content) * share)])
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def edit(folder: Path, *keys: str, value: Any = ...) -> None:
     """Set an entry of the state, or take it away."""
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -156,6 +165,16 @@ DAMAGES: dict[str, tuple[Any, str]] = {  # what is done to a checkpoint -> what 
         )
         for name in FILES
     },
+    **{
+        f"one bit of {name}": (lambda f, name=name: flip(f / name), rf"{name}: ")
+        for name in FILES
+        if name != "trainer_state.json"
+    },
+    "a list as sums": (lambda f: edit(f, "files", value=[1]), r"trainer_state\.json: files is \[1\]"),
+    "a sum of a file that is gone": (
+        lambda f: edit(f, "files", "more.pt", value=[1, 2]),
+        r"more\.pt: is missing",
+    ),
     "a list as state": (write_state("[]"), r"trainer_state\.json: holds a list, needs a JSON object"),
     "null as state": (write_state("null"), r"trainer_state\.json: holds a NoneType"),
     "nested state": (write_state("[" * 99999), r"trainer_state\.json: is not JSON"),
@@ -240,7 +259,7 @@ def test_a_run_goes_on_from_before_the_damage_and_keeps_good_checkpoints(make_tr
     assert result.steps == 3
     (warning,) = [record for record in result.log if record["event"] == "warning"]
     assert "optimizer.pt" in warning["text"]
-    assert "passed over" in warning["text"]
+    assert "skipped" in warning["text"]
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
     assert (
         make_trainer(max_steps=6, resume="auto").fit().steps == 6
@@ -296,6 +315,7 @@ def test_weights_of_another_model_are_refused_by_their_file(make_trainer, run: P
     other = torch.load(run / "checkpoint-4" / "optimizer.pt", weights_only=True)
     other["state"] = {}
     torch.save(other, run / "checkpoint-4" / "optimizer.pt")
+    edit(run / "checkpoint-4", "files")  # its sums
     with pytest.raises(ConfigError, match=r"model\.safetensors: does not fit this model"):
         make_trainer(model=TinyLM(width=24), max_steps=6, resume="auto").fit()
 
@@ -324,6 +344,6 @@ def test_a_log_is_read_up_to_what_is_no_record(line: str, tmp_path: Path) -> Non
 
 
 def test_a_record_without_a_loss_is_not_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no finite loss"):
+    with pytest.raises(ValueError, match="has no finite loss"):
         plot_loss([{"event": "train", "step": 1}], tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()

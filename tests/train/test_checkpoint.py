@@ -11,23 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_lm import TinyLM, make_blocks, make_data, make_model
+from tiny_lm import TinyLM, make_blocks, make_data, make_model, noisy_collate
 
 from fastattn.models.checkpoint.save import TOKENIZER_FILES
 from fastattn.train import ConfigError
 from fastattn.train.checkpoint import UNFINISHED, RunDirectory
 from fastattn.train.log import read_log
 
-
-def noisy_collate(items):
-    """Draws from all three global generators, as masking for a masked language model may."""
-    batch = torch.utils.data.default_collate(items)
-    drop = torch.rand(batch["labels"].shape) < 0.2
-    drop |= torch.tensor(np.random.rand(*drop.shape) < 0.1)  # noqa: NPY002
-    if random.random() < 0.5:
-        drop[0, 3] = True
-    batch["labels"][drop] = -100
-    return batch
+# What `fastattn train`, a tracker and a large model leave besides.
+OF_A_COMMAND = ("report.json", "run.yaml", "adapter/adapter_model.safetensors", "tensorboard/events")
+OF_A_COMMAND += ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
 
 
 def everything(trainer):
@@ -251,14 +244,22 @@ def test_what_a_crash_left_unfinished_is_no_checkpoint_and_is_removed(make_train
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("name", TOKENIZER_FILES)
-def test_overwriting_a_run_leaves_nothing_of_its_tokenizer(name, make_trainer):
+@pytest.mark.parametrize("name", [*TOKENIZER_FILES, *OF_A_COMMAND])
+def test_overwriting_a_run_leaves_nothing_of_it(name, make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.fit()
+    (trainer.directory.path / name).parent.mkdir(exist_ok=True)
     (trainer.directory.path / name).touch()
     directory = RunDirectory(trainer.directory.path, overwrite=True)
     directory.prepare()
-    assert not (directory.path / name).exists()
+    assert not list(directory.path.iterdir())
+
+
+def test_a_report_of_an_earlier_end_goes_when_the_run_goes_on(make_trainer):
+    path = make_trainer(max_steps=1).fit().checkpoint.parent / "report.json"
+    path.touch()
+    make_trainer(max_steps=2, resume="auto").fit()
+    assert not path.exists()
 
 
 def test_a_directory_with_a_run_is_refused_unless_asked(make_trainer):
@@ -323,9 +324,9 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(make_trainer, tmp_path):
 
 def test_unwritable_places_are_refused_before_anything_is_made(make_trainer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir: .*file cannot be made.*is a file"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*file cannot be created.*is a file"):
         RunDirectory(tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"output_dir: .*a/b cannot be made.*file is a file"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*a/b cannot be created.*file is a file"):
         RunDirectory(tmp_path / "file" / "a" / "b")
 
     def denied(*args, **kwargs):
@@ -346,7 +347,7 @@ def test_a_full_disk_is_noticed_before_the_run(make_trainer, tmp_path, monkeypat
         if fits:
             make_trainer(keep_checkpoints=2)
         else:
-            with pytest.raises(ConfigError, match=r"output_dir: .* GB free, need .* and 3 checkpoints"):
+            with pytest.raises(ConfigError, match=r"output_dir: .* GB free, needs .* and 3 checkpoints"):
                 make_trainer(keep_checkpoints=2)
     assert not list(tmp_path.iterdir())
 

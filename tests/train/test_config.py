@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastattn.tasks import causal_lm
 from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
+from fastattn.train.task_config import read_sections
 
 
 @dataclass
@@ -81,14 +83,14 @@ def test_overrides_are_read_as_their_type(word, section, key, value):
         ("--warmup_step=1", r"did you mean --train\.warmup_steps\?"),
         ("--train.bach_size=1", r"train: option 'bach_size' is unknown, did you mean batch_size\?"),
         ("--trian.lr=1", r"section 'trian' is unknown, did you mean train\?"),
-        ("--batch_size=1.5", r"--train\.batch_size: got '1\.5', need an integer"),
-        ("--batch_size=true", r"need an integer"),
-        ("--lr=fast", r"--train\.lr: got 'fast', need a number"),
-        ("--compile=1", r"--train\.compile: got '1', need true or false"),
-        ("--precision=bf16", r"'bf16', need one of 'auto'.*did you mean bfloat16"),
-        ("--sizes=1,x", r"sizes\[1\]: got 'x', need an integer"),
-        ("lr=1", r"lr=1: need --section\.key=value"),
-        ("--lr", r"need --section\.key=value"),
+        ("--batch_size=1.5", r"--train\.batch_size: got '1\.5', needs an integer"),
+        ("--batch_size=true", r"needs an integer"),
+        ("--lr=fast", r"--train\.lr: got 'fast', needs a number"),
+        ("--compile=1", r"--train\.compile: got '1', needs true or false"),
+        ("--precision=bf16", r"'bf16', needs one of 'auto'.*did you mean bfloat16"),
+        ("--sizes=1,x", r"sizes\[1\]: got 'x', needs an integer"),
+        ("lr=1", r"lr=1: needs --section\.key=value"),
+        ("--lr", r"needs --section\.key=value"),
     ],
 )
 def test_bad_overrides_are_refused_with_the_nearest_name(word, complaint):
@@ -106,20 +108,20 @@ def test_an_ambiguous_key_needs_its_section():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("train: {lr: fast}", r"train\.lr: got 'fast', need a number"),
-        ("train: {batch_size: '8'}", r"batch_size: got '8', need an integer"),
-        ("train: {batch_size: true}", r"batch_size: got True, need an integer"),
-        ("train: {compile: 1}", r"compile: got 1, need true or false"),
+        ("train: {lr: fast}", r"train\.lr: got 'fast', needs a number"),
+        ("train: {batch_size: '8'}", r"batch_size: got '8', needs an integer"),
+        ("train: {batch_size: true}", r"batch_size: got True, needs an integer"),
+        ("train: {compile: 1}", r"compile: got 1, needs true or false"),
         ("train: {warmup: 1}", r"option 'warmup' is unknown, did you mean warmup_steps"),
         ("trains: {lr: 1}", r"section 'trains' is unknown, did you mean train"),
-        ("train: 3", r"section train holds 3, need options"),
-        ("- 1", r"holds a list, need sections"),
+        ("train: 3", r"section train holds 3, needs options"),
+        ("- 1", r"holds a list, needs sections"),
         ("a: [", r"is not YAML"),
         ("[" * 9999, r"is not YAML"),
         ("train: {lr: 2020-13-45}", r"is not YAML|train\.lr: got"),
-        ("train: {lr: null}", r"train\.lr: got None, need a number"),
-        ("train: null", r"section train holds None, need options"),
-        ("3", r"holds a int, need sections"),
+        ("train: {lr: null}", r"train\.lr: got None, needs a number"),
+        ("train: null", r"section train holds None, needs options"),
+        ("3", r"holds a int, needs sections"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, complaint):
@@ -141,19 +143,19 @@ def test_missing_file_and_missing_option(tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"batch_size": 0}, "batch_size: got 0, need an integer of at least 1"),
-        ({"batch_size": 2.0}, "batch_size: got 2.0, need an integer"),
+        ({"batch_size": 0}, "batch_size: got 0, needs an integer of at least 1"),
+        ({"batch_size": 2.0}, "batch_size: got 2.0, needs an integer"),
         ({"batch_size": True}, "batch_size: got True"),
-        ({"lr": 0.0}, "lr: got 0.0, need a finite number above 0"),
+        ({"lr": 0.0}, "lr: got 0.0, needs a finite number above 0"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"grad_clip": -1.0}, "grad_clip"),
         ({"beta2": 1.0}, "beta2: got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio"),
         ({"warmup_steps": -1}, "warmup_steps"),
-        ({"precision": "half"}, "precision: got 'half', need one of"),
+        ({"precision": "half"}, "precision: got 'half', needs one of"),
         ({"output_dir": ""}, "output_dir"),
-        ({"max_steps": None}, "none is set, need at least one"),
+        ({"max_steps": None}, "none is set, needs at least one"),
         ({"patience": 2}, "patience: needs eval_every"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite"),
     ],
@@ -199,3 +201,22 @@ def test_every_option_can_be_overridden():
         value = getattr(defaults, field.name)
         if field.name != "output_dir":
             assert load(f"--train.{field.name}={value}")["train"] == defaults
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs"),
+    [
+        ((), 1.0),
+        (("--train.max_seconds=300",), None),
+        (("--train.max_steps=7",), None),
+        (("--train.max_steps=null",), 1.0),
+        (("--train.max_seconds=300", "--train.max_epochs=2"), 2.0),
+    ],
+)
+def test_a_task_s_epochs_hold_where_no_other_limit_is_given(
+    words: tuple[str, ...], epochs: float | None
+) -> None:
+    """A run of 300 seconds ended after one epoch, 75 seconds in."""
+    defaults = {**causal_lm.DEFAULTS, "output_dir": "run"}
+    sections = read_sections(causal_lm, preset=None, file=None, overrides=words, defaults=defaults)
+    assert sections.train.max_epochs == epochs

@@ -1,4 +1,4 @@
-"""Two gloo processes train as one would on the same global batch."""
+"""Two and four gloo processes train as one on the same global batch, by DDP and by FSDP2."""
 
 import json
 import os
@@ -9,52 +9,122 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training_cases import rows, save_encoder, write
 
+from fastattn.models import GPT, families
 from fastattn.train import distributed
 from fastattn.train.distributed import Distributed, gradient_sync
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
+WORKER = Path(__file__).with_name("processes_worker.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64: sums over rows and processes in another order
+COUNTS = (1, 2, 4)
 
 
-def launch(folder, processes):
-    folder.mkdir()
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
-    alone = [sys.executable]
-    command = [*(torchrun if processes > 1 else alone), str(WORKER), str(folder)]
+def launch(command):
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    weights = torch.load(folder / "weights.pt", weights_only=True)
-    return json.loads((folder / "report.json").read_text()), weights
+    return done
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    return launch(folder / "one", 1), launch(folder / "two", 2)
+    """The worker's report and folder by the number of processes; each reads the checkpoints of those before it."""
+    folder = tmp_path_factory.mktemp("processes")
+    found = {}
+    for count in COUNTS:
+        command = [*TORCHRUN, f"--nproc-per-node={count}"] if count > 1 else [sys.executable]
+        launch([*command, str(WORKER), str(folder / str(count)), str(folder)])
+        found[count] = json.loads((folder / str(count) / "report.json").read_text()), folder / str(count)
+    return found
 
 
-def test_two_processes_get_the_weights_and_losses_of_one(runs):
-    (one, weights_one), (two, weights_two) = runs
-    for name, value in weights_one.items():
-        torch.testing.assert_close(weights_two[name], value, rtol=1e-9, atol=1e-11)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
-    assert two["last"] == pytest.approx(one["last"], rel=1e-9)
-    assert (two["targets"], two["tokens"]) == (one["targets"], one["tokens"])
+def weights(path):
+    return torch.load(path, weights_only=True)
 
 
-def test_a_signal_to_one_process_stops_all_and_the_run_resumes_bit_by_bit(runs):
-    _, (two, _) = runs
-    assert two["stopped"] == [3, True, 8]
-    assert two["same_bits"]
-    assert two["ranks_agree"]
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **EXACT)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_processes_get_the_weights_losses_and_norms_of_one(runs, count, sharding):
+    (one, alone), (many, folder) = runs[1], runs[count]
+    one, many = one["ddp"], many[sharding]
+    close(weights(folder / sharding / "weights.pt"), weights(alone / "ddp" / "weights.pt"))
+    close(weights(folder / sharding / "gpt.pt"), weights(alone / "ddp" / "gpt.pt"))
+    for figure in ("losses", "samples"):  # rounded to float32, and to six places
+        assert many[figure] == pytest.approx(one[figure], rel=1e-6)
+    assert many["norms"] == pytest.approx(one["norms"], rel=1e-9)
+    assert many["last"] == pytest.approx(one["last"], rel=1e-9)
+    assert many["figures"] == pytest.approx(one["figures"], rel=1e-9)
+    assert (many["targets"], many["tokens"]) == (one["targets"], one["tokens"])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_all_processes_stop_alike_and_resume_bit_by_bit(runs, count, sharding):
+    """After a signal to the last of them, and where evaluations gain no more."""
+    report = runs[count][0][sharding]
+    assert report["resumed"] == [3, True, 8, True]
+    assert report["early"] == 4
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("count", "source"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_a_sharded_checkpoint_reloads_at_another_number_of_processes(runs, count, source):
+    """The steps after it are those of one process to rounding."""
+    close(weights(runs[count][1] / f"from{source}.pt"), weights(runs[1][1] / "from1.pt"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_damaged_part_is_found_and_one_that_cannot_be_written_ends_the_run(runs, count):
+    report = runs[count][0]
+    assert report["damaged"] == ["checkpoint-2", 8, True]
+    message, folders = report["full"]
+    assert "No space left on device" in message
+    assert f"process {count - 1}" in message
+    assert folders == ["checkpoint-2"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_folder_of_a_sharded_run_loads_without_processes(runs, count):
+    folder = runs[count][1] / "fsdp" / "gpt"
+    expected = GPT.from_pretrained(runs[1][1] / "ddp" / "gpt").state_dict()
+    close(GPT.from_pretrained(folder).state_dict(), expected)
+    parts = {path.name for path in (folder / "checkpoint-8" / "shards").iterdir()}
+    assert parts == {".metadata", *(f"__{rank}_0.distcp" for rank in range(count))}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_the_command_trains_under_torchrun(tmp_path, sharding):
+    """`fastattn train` writes what one process writes: the report once, and a folder that loads."""
+    encoder = save_encoder(tmp_path / "encoder")
+    found = {}
+    for name, count in (("one", 1), ("two", 2)):
+        words = ["train", "tag", "--train", write(tmp_path / "train.conll", rows("tag")), "--model", encoder]
+        words += ["--dev", tmp_path / "train.conll", "--out", tmp_path / name, "--json"]
+        words += ["--train.max_steps=4", f"--train.batch_size={4 // count}", "--train.device=cpu"]
+        words += [f"--train.sharding={sharding}", "--train.ema_decay=0.5", "--train.lr=1e-3"]
+        start = [sys.executable] if count == 1 else [*TORCHRUN, "--nproc-per-node=2"]
+        done = launch([*start, "-m", "fastattn", *map(str, words)])
+        found[name] = json.loads(done.stdout)
+        assert json.loads((tmp_path / name / "report.json").read_text()) == found[name]
+    one, two = found["one"], found["two"]
+    assert two["last"]["loss"] == pytest.approx(one["last"]["loss"], rel=1e-4)  # float32
+    assert two["tokens"] == one["tokens"]
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    assert type(families.load(tmp_path / "two")) is type(families.load(tmp_path / "one"))
 
 
 def test_alone_the_collectives_are_identities(monkeypatch):

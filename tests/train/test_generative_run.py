@@ -79,7 +79,7 @@ def test_a_teacher_is_learnt_from(small_gpt: Path, tmp_path: Path) -> None:
         losses[weight] = [entry["loss"] for entry in log if entry["event"] == "train"]
     assert losses[0.0] != losses[1.0]
     pairs = write(tmp_path / "pairs.jsonl", PAIRS)
-    assert "learns from no teacher" in refused(
+    assert "does not support it" in refused(
         "dpo", pairs, small_gpt, tmp_path / "x", "--teacher", str(small_gpt)
     )
 
@@ -137,16 +137,16 @@ def test_an_encoder_decoder_is_trained_and_evaluated(tmp_path: Path) -> None:
 def test_bad_input_is_one_line_before_any_work(small_gpt: Path, tmp_path: Path) -> None:
     chats, pairs = write(tmp_path / "chats.jsonl", CHATS), write(tmp_path / "pairs.jsonl", PAIRS)
     out = tmp_path / "out"
-    assert "the assistant says nothing" in refused(
+    assert "has no message of the assistant" in refused(
         "chat",
         write(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]),
         small_gpt,
         out,
     )
-    assert "would never be learnt" in refused("chat", chats, small_gpt, out, "--task.max_length=27")
+    assert "is never a label" in refused("chat", chats, small_gpt, out, "--task.max_length=27")
     assert "has no 'chosen'" in refused("dpo", chats, small_gpt, out)
     assert "needs a decoder" in refused("dpo", pairs, _encoder(tmp_path / "encoder"), out)
-    assert "dpo starts from a trained model's folder" in refused("dpo", pairs, "nano", out)
+    assert "dpo needs the folder of a trained model" in refused("dpo", pairs, "nano", out)
     assert "needs an encoder" in refused("seq2seq", write(tmp_path / "t.jsonl", TRANSLATIONS), small_gpt, out)
     assert "packing: got 'tight'" in refused("causal-lm", chats, small_gpt, out, "--task.packing=tight")
 

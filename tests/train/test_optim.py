@@ -117,16 +117,16 @@ def test_a_step_of_both_is_torchs_muon_and_adamw_apart():
 
 
 def test_muon_refuses_a_model_without_blocks():
-    with pytest.raises(ValueError, match="optimizer: muon works on matrices in blocks"):
+    with pytest.raises(ValueError, match="optimizer: muon needs trainable matrices in blocks"):
         build_optimizer(make_model(), lr=0.1, name="muon")
     frozen = make_blocks()
     frozen.blocks.requires_grad_(False)
-    with pytest.raises(ValueError, match="optimizer: muon works on matrices in blocks"):
+    with pytest.raises(ValueError, match="optimizer: muon needs trainable matrices in blocks"):
         build_optimizer(frozen, lr=0.1, name="muon")
 
 
 def test_a_state_of_other_groups_is_refused():
     optimizer = build_optimizer(make_blocks(), lr=0.1, name="muon")
     state = optimizer.state_dict()
-    with pytest.raises(ValueError, match="state_dict: holds 2 groups, need 3"):
+    with pytest.raises(ValueError, match="state_dict: holds 2 groups, needs 3"):
         optimizer.load_state_dict({**state, "param_groups": state["param_groups"][:2]})

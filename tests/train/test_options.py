@@ -118,9 +118,9 @@ def test_a_figure_picks_the_best_model_and_ends_the_run(make_trainer):
 @pytest.mark.parametrize(
     ("keywords", "complaint"),
     [
-        ({"best": ("accuracy", True)}, "best: 'accuracy' is a figure of evaluate_with, which is not given"),
-        ({"evaluate_with": lambda model: {}}, "evaluate_with: is called at evaluations, which need dev_data"),
-        ({"show_with": lambda model: ""}, "show_with: is called at evaluations, which need dev_data"),
+        ({"best": ("accuracy", True)}, "best: got 'accuracy', needs evaluate_with"),
+        ({"evaluate_with": lambda model: {}}, "evaluate_with: is called at evaluations, needs dev_data"),
+        ({"show_with": lambda model: ""}, "show_with: is called at evaluations, needs dev_data"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused(make_trainer, tmp_path, keywords, complaint):
@@ -132,8 +132,8 @@ def test_evaluations_that_cannot_be_are_refused(make_trainer, tmp_path, keywords
 @pytest.mark.parametrize(
     ("figures", "complaint"),
     [
-        ({"f1": 0.5}, "best: there is no figure 'accuracy', the names are loss, f1"),
-        ({"accuracy": "high"}, "evaluate_with: its accuracy is 'high', need a number"),
+        ({"f1": 0.5}, "best: got 'accuracy', needs one of loss, f1"),
+        ({"accuracy": "high"}, "evaluate_with: its accuracy is 'high', needs a number"),
     ],
 )
 def test_figures_that_are_none_are_named(make_trainer, figures, complaint):

@@ -66,7 +66,7 @@ def test_kernels_are_chosen_by_options_and_printed_with_their_source() -> None:
         (("--features", "colour"), "--features: got 'colour'"),
         (("--backend", "cuda"), "needs a CUDA toolkit"),
         (("--direction", "backward"), "no kernel matches"),
-        (("--rows", "64"), "--function and --rows go with --cubin"),
+        (("--rows", "64"), "--function, --rows: are only used with --cubin"),
     ],
 )
 def test_what_cannot_be_modelled_is_refused(arguments: tuple[str, ...], words: str) -> None:
@@ -216,8 +216,8 @@ def test_a_loop_that_reads_more_than_the_l2_cache_gives_is_bound_by_it() -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--store",), "--store goes with --model"),
-        (("--model", "--device", "A Hopper"), "--device goes with --store"),
+        (("--store",), "--store: is only used with --model"),
+        (("--model", "--device", "A Hopper"), "--device: is only used with --store"),
         (("--model", "--store", "--device", ""), "--device: got ''"),
         (("--model", "--store", "--device", "x" * 101), "--device: got"),
         (("--model", "--store", "--device", "a\nb"), "--device: got"),

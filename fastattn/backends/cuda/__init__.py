@@ -91,7 +91,7 @@ def why_not_auto(spec: AttentionSpec | SoftmaxSpec) -> str | None:
     if isinstance(spec, AttentionSpec):
         return cuda_attention.why_not_auto(spec)
     if not spec.unit_columns:
-        return "neighbours in a row are apart in memory, Triton takes such rows without a copy"
+        return "elements of a row are not adjacent in memory, and Triton reads such rows without a copy"
     rows = [row for row in MEASURED_ROWS if row.arch == spec.arch and row.backward == spec.backward]
     if not rows:
         return "not yet measured on this GPU; backend='cuda' or FASTATTN_BACKEND=cuda runs it"

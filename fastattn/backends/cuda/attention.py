@@ -60,7 +60,7 @@ def why_not(spec: AttentionSpec, built: Sequence[str]) -> str | None:
         return f"dtype {spec.dtype} is not one of float16, bfloat16"
     used = [name for field, name in UNSUPPORTED.items() if getattr(spec, field)]
     if used:
-        return f"the kernels know nothing of {', '.join(used)}"
+        return f"the CUDA kernels do not support {', '.join(used)}"
     if spec.value_dim != spec.head_dim:
         return f"value dim {spec.value_dim} is not the head dim {spec.head_dim}"
     if spec.head_dim % HEAD_DIM_MULTIPLE or not 0 < spec.head_dim <= MAX_HEAD_DIM:

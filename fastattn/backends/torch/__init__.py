@@ -23,7 +23,12 @@ from fastattn.backends.torch.softmax import (
     softmax_tiles,
 )
 from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd, varlen_fwd_plan
-from fastattn.backends.torch.whole_call import attention_bwd_plan, attention_fwd_plan, kv_cache_fwd_plan
+from fastattn.backends.torch.whole_call import (
+    attention_bwd_plan,
+    attention_fwd_plan,
+    kv_cache_fwd_plan,
+    masked_fwd_plan,
+)
 from fastattn.spec import AttentionSpec, SoftmaxSpec
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "kv_cache_fwd_plan",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
+    "masked_fwd_plan",
     "read_targets",
     "softmax_bwd",
     "softmax_bwd_plan",

@@ -30,10 +30,10 @@ def cross_entropy_fwd(
     """(losses, norms) in the accumulation dtype: those of `reference.cross_entropy`, (N,), 0 where ignored.
 
     norms (N, 2) are the parts of lse, the largest logit and the logarithm of sum(exp(z - largest)): apart they lose
-    nothing to the size of the logits. A target that is no class has loss NaN.
+    nothing to the size of the logits. A target that is not a class has loss NaN.
 
     With dlosses, one number that is the gradient of every loss, (losses, gradient of the logits): the exponentials of
-    a block make its sum and, while they are in the cache, its gradient. targets: what `read_targets` gave, if known.
+    a block make its sum and, while they are in the cache, its gradient. targets: of `read_targets`, if known.
     """
     if dlosses is None:
         return _forward(call, None, None)
@@ -142,7 +142,7 @@ def _marked(losses: Tensor, ignored: Tensor | None, wrong: Tensor | None) -> Ten
 
 
 class _Blocks:
-    """Blocks of rows, and memory for what is made of one: the logits in the accumulation dtype, the probabilities.
+    """Blocks of rows, and memory for one block: its logits in the accumulation dtype, and its probabilities.
 
     Memory of a block's size is kept for the next block, so that it stays in the cache.
     """
@@ -151,7 +151,7 @@ class _Blocks:
         self.whole, self.dlogits = logits, dlogits
         self.dtype = accumulation_dtype(logits.dtype)
         self.step = max(1, block_elements(logits.device.type) // max(1, logits.shape[1]))
-        # Torch's softmax reads the logits again when it has written to the probabilities.
+        # Torch's softmax reads the logits again after it has written probabilities, so these need memory of their own.
         self.in_place = (
             dlogits is not None and dlogits.dtype == self.dtype and dlogits.data_ptr() != logits.data_ptr()
         )
@@ -169,7 +169,7 @@ class _Blocks:
         return z if z.dtype == self.dtype else self._memory("logits", z).copy_(z)
 
     def probs(self, rows: Block) -> Tensor:
-        """Where the probabilities of a block go: to their gradient's place, or to memory of their own."""
+        """Where the probabilities of a block are written: where its gradient will be, or to memory of their own."""
         if self.in_place and self.dlogits is not None:
             return _part(self.dlogits, rows)
         return self._memory("probs", _part(self.whole, rows))
@@ -184,7 +184,7 @@ class _BlockGrads:
     """Turns the probabilities of a block of rows into the gradient of its logits.
 
     dloss * (f * probability - (1 - s) * w[target] * [target] - s * w / V),
-    f = (1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse. A target that is no class gives NaN.
+    f = (1 - s) * w[target] + s * mean(w) + 2 * z_loss * lse. A target that is not a class gives NaN.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 
 def read_targets(target: Tensor, num_classes: int, ignore_index: int) -> Targets:
-    """(which rows are ignored, which others have a target that is no class, a class for every row).
+    """(which rows are ignored, which others have a target that is not a class, a class for every row).
 
     On a CPU, where values can be read, None stands for no row.
     """

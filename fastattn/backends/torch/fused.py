@@ -12,10 +12,12 @@ from fastattn import torch_compat
 from fastattn.backends.torch.gradient_sums import query_heads
 from fastattn.backends.torch.parts import COL_BLOCK, ROW_BLOCK, Part, cols_of, merged, rows_of
 from fastattn.backends.torch.schedule import Tile
+from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec
 from fastattn.strides import empty_in_order
 
-FEW_ROWS = 64  # are checked in Python, without a kernel
+FOLDED_MAX_DIM = 128  # head dims from which more rows take the kernel longer than to read the keys again
+FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
 
@@ -25,7 +27,7 @@ def can_run(spec: AttentionSpec) -> bool:
         return False
     if spec.device != "cpu" or spec.softcap or spec.dropout or spec.bias_grad or spec.alibi_grad:
         return False
-    # in dims that are no multiple of 8 its products round worse than the rule
+    # in dims that are not multiples of 8 its products round worse than the rule
     if spec.head_dim != spec.value_dim or spec.head_dim % 8:
         return False
     exact = spec.dtype in (torch.float32, torch.float64)  # additive terms reach the kernel in the input dtype
@@ -37,10 +39,13 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     out: Tensor | None = None
     for tile in row_tiles:
         mask = _fused_mask(part, tile)
-        tile_out, tile_lse = torch_compat.cpu_flash_attention(
-            rows_of(part.query, tile), cols_of(part.key, tile), cols_of(part.value, tile),
-            tile.structure == "causal", mask, part.call.scale,
-        )  # fmt: skip
+        query, key, value = rows_of(part.query, tile), cols_of(part.key, tile), cols_of(part.value, tile)
+        if mask is not None and folds(query, key):
+            tile_out, tile_lse = folded(query, key, value, mask, part.call.scale)
+        else:
+            tile_out, tile_lse = torch_compat.cpu_flash_attention(
+                query, key, value, tile.structure == "causal", mask, part.call.scale
+            )
         tile_out, tile_lse = _with_irregular_rows(part, tile, mask, tile_out, tile_lse)
         if out is None:
             out, lse = tile_out, tile_lse
@@ -49,6 +54,26 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
             out = out * share[..., None] + tile_out * tile_share[..., None]
     assert out is not None
     return (out if out.dtype == part.query.dtype else out.to(part.query.dtype)), lse
+
+
+def folds(query: Tensor, key: Tensor) -> bool:
+    """Whether the query heads of a key head are rows of one matrix to the kernel, which reads the keys once for all."""
+    return query.shape[2] == 1 and key.shape[1] < query.shape[1] and query.shape[3] < FOLDED_MAX_DIM
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse), (B, H, 1, D) and (B, H, 1), of one query of heads that share keys, by torch's fused kernel.
+
+    mask: additive, (1 or B, 1 or H, 1, Sk), or (1, Sk).
+    """
+    batch, num_heads, _, dim = query.shape
+    groups = (num_kv_heads := key.shape[1], num_heads // num_kv_heads)
+    if mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], *groups, mask.shape[3])
+    out, lse = torch_compat.cpu_flash_attention(
+        query.reshape(batch, *groups, dim), key, value, False, mask, scale
+    )
+    return out.reshape(batch, num_heads, 1, dim), lse.reshape(batch, num_heads, 1)
 
 
 def fused_tile_bwd(
@@ -99,7 +124,7 @@ def kv_head_chunks(part: Part, tile: Tile) -> Iterator[slice]:
     batch, num_kv_heads = part.key.shape[:2]
     shared_by = part.call.group_size
     per_head = batch * max(len(tile.rows), len(tile.cols)) * part.key.shape[3] * part.key.element_size()
-    of_every_thread = -(-torch.get_num_threads() // max(batch * shared_by, 1))
+    of_every_thread = cdiv(torch.get_num_threads(), max(batch * shared_by, 1))
     chunk = max(FUSED_SHARE_BYTES // max(per_head * shared_by, 1), of_every_thread)
     for start in range(0, num_kv_heads, chunk):
         yield slice(start, min(start + chunk, num_kv_heads))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.torch import single_query
 from fastattn.backends.torch.attention import attention_fwd, with_sinks
+from fastattn.integers import cdiv
 from fastattn.rotary import rotated_at
 from fastattn.spec import (
     AttentionSpec,
@@ -45,7 +46,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
                 slopes = slopes[rows]
             results = attention_fwd(spec, call.attending(query[rows], keys, values, slopes))
         if out is None:
-            if rows == slice(0, batch):  # these are all
+            if rows == slice(0, batch):  # the only run of sequences
                 return in_order(results[0], call.query), results[1]
             out = empty_in_order(call.query, shape)
             lse = out.new_empty(shape[:3], dtype=accumulation_dtype(spec.dtype))
@@ -59,7 +60,7 @@ def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor
 def _of_few_queries(
     call: KVCacheCall, query: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of a call with a few queries per head; None where one sees no key, or a window goes with several."""
+    """(out, lse) of a call with a few queries per head; None where a query sees no key, or several have a window."""
     length, count = keys.shape[2], query.shape[2]
     causal = call.causal != "none"
     position = 0 if call.causal == "top_left" else length - 1
@@ -91,7 +92,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
         return
     page = call.k_cache.shape[2]
     for b, length in enumerate(totals):
-        blocks = call.block_table[b, : -(-length // max(page, 1))].long()
+        blocks = call.block_table[b, : cdiv(length, max(page, 1))].long()
         keys, values = (
             cache[blocks].transpose(0, 1).flatten(1, 2)[None, :, :length]
             for cache in (call.k_cache, call.v_cache)
@@ -100,7 +101,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
 
 
 def append(call: KVCacheCall, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
-    """Write new keys and values behind what each sequence holds: its `lengths`, where they have been read."""
+    """Write new keys and values behind those held. lengths: `cache_lengths` as integers, where they were read."""
     if lengths is not None and call.block_table is None and len(set(lengths)) <= 1:
         if lengths:
             call.k_cache.narrow(2, lengths[0], call.new_keys).copy_(key)

@@ -21,7 +21,7 @@ FUSED_DENSE_ELEMENTS = 2**20  # of a mask's tile, which sets the rows where no b
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
 
 
-@dataclass(slots=True)  # not frozen: construction would take twice as long, a cost to one-query calls
+@dataclass(slots=True)  # not frozen: that doubles the time to make one, which matters for one query
 class Part:
     """Consecutive sequences of a batch that share one schedule; key and value end at their valid length."""
 
@@ -42,7 +42,7 @@ class Part:
         return tensor if self.batch.stop - self.batch.start == tensor.shape[0] else tensor[self.batch]
 
     def is_whole(self, tile: Tile) -> bool:
-        """Whether a tile is everything there is to visit: every row and every key of every sequence."""
+        """Whether a tile holds the whole call: every row and every key of every sequence."""
         call = self.call
         return (self.query.shape[0], len(tile.rows), len(tile.cols)) == (
             call.query.shape[0], call.query.shape[2], call.key.shape[2],

@@ -17,7 +17,7 @@ Range = tuple[int, int]
 
 
 def can_run(spec: AttentionSpec) -> bool:
-    """Whether a call may be one query per head that sees a range of keys; `ranges` tells."""
+    """Whether a call has one query per head that may see a range of keys; `ranges` says which do."""
     return single_query.can_run(spec.replace(segments=False) if spec.segments else spec)
 
 
@@ -58,7 +58,7 @@ def _sequence(call: AttentionCall, b: int) -> AttentionCall:
 
 
 def ranges(call: AttentionCall) -> list[Range | None]:
-    """[start, stop) of the keys that each sequence's one query sees, (0, 0) for none; None where they are no range."""
+    """[start, stop) of the keys that each sequence's one query sees, (0, 0) for none; None if they are not a range."""
     batch, seqlen_k = call.query.shape[0], call.key.shape[2]
     position = call.position_shift
     if not seqlen_k:

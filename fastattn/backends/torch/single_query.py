@@ -21,9 +21,9 @@ from fastattn.backends.torch.fused import is_regular
 from fastattn.spec import AttentionSpec, accumulation_dtype
 
 WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a core's cache
-FEW_ELEMENTS = 2**17  # of the keys of one sequence, up to which it matters what starting an operation costs
-MOST_QUERIES = 16  # per head: more are tiles
-MOST_SCORES = 2**22  # of one sequence with several queries, which are all kept at once
+FEW_ELEMENTS = 2**17  # of the keys of one sequence; with fewer, the cost of starting an operation matters
+MOST_QUERIES = 16  # per head; more queries run in tiles
+MOST_SCORES = 2**22  # of one sequence with several queries, whose scores are all in memory at once
 KEYS_FIRST_MIN_DIM = 128  # head dim from which MKL reads long float32 keys faster as the first operand
 # the operand of baddbmm that a beta of 0 leaves unread
 _NOTHING = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -41,8 +41,8 @@ def keeps_scores(spec: AttentionSpec) -> bool:
 
 
 def are_few(num_heads: int, queries: int, keys: int, causal: bool) -> bool:
-    """Whether this many queries of one sequence, each of which sees a key, are one product; no number depends on the
-    batch."""
+    """Whether queries of one sequence are few enough for one product; each must see a key. Independent of the batch
+    size, so that a sequence has the same bits in any batch."""
     return (
         queries <= MOST_QUERIES
         and (queries <= keys or not causal)
@@ -78,9 +78,10 @@ def results(
     causal: bool = False,
     wants_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of a few queries `are_few` of: (B, H, Sq, Dv) and (B, H, Sq), contiguous. Otherwise as `single_query`.
+    """(out, lse) of queries that `are_few`: (B, H, Sq, Dv) and (B, H, Sq), contiguous.
 
-    causal: of several queries the last sees every key, each one before a key less.
+    Arguments are those of `single_query`, and
+    causal: of several queries the last sees every key, and each earlier one a key less.
     wants_lse: None for lse where it is False; out has the same bits.
     """
     batch, num_heads, count, head_dim = query.shape
@@ -92,7 +93,7 @@ def results(
     out: Tensor
     lse: Tensor | None
     if dtype != wide and elements <= FEW_ELEMENTS:
-        # a product in 16 bits takes longer to start than to widen so few
+        # starting a product in 16 bits takes longer than widening so few elements
         sequences = max(1, WIDENED_ELEMENTS // elements)
         few = []
         for first in range(0, batch, sequences):
@@ -110,7 +111,7 @@ def results(
                 if group_size > 1:
                     out = out.reshape(batch, num_heads, 1, head_dim)
                 return out, row_lse.reshape(batch, num_heads, 1) if wants_lse else None
-            apart = True  # those of the batch that are regular keep their bits
+            apart = True  # sequences with regular rows keep the bits they would have in another batch
     if batch > 1 and (
         apart or halves(num_kv_heads, elements) or not (batch_merges(key) and batch_merges(value))
     ):
@@ -130,6 +131,14 @@ def results(
     return out, None if lse is None else lse.view(batch, num_heads, count)
 
 
+def in_one_product(key: Tensor, value: Tensor, dtype: torch.dtype, elements: int) -> bool:
+    """Whether `results` gives a batch to `products` as a whole, where no kernel of one thread takes it."""
+    few = dtype != accumulation_dtype(dtype) and elements <= FEW_ELEMENTS
+    if few or key.shape[0] == 1:
+        return not few
+    return not halves(key.shape[1], elements) and batch_merges(key) and batch_merges(value)
+
+
 def merged(tensor: Tensor) -> Tensor:
     """(B, Hkv, S, D) with unit last stride, whose batch and heads are one dimension to a view, as (B * Hkv, S, D)."""
     batch, heads, seqlen, dim = tensor.shape
@@ -138,7 +147,7 @@ def merged(tensor: Tensor) -> Tensor:
 
 
 def halves(num_kv_heads: int, elements: int) -> bool:
-    """Whether the queries of a sequence's only key/value head are two matrices, so that two threads have one each."""
+    """Whether the queries of a single key/value head are split into two matrices, one for each of two threads."""
     return num_kv_heads == 1 and elements > FEW_ELEMENTS
 
 
@@ -194,8 +203,8 @@ def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor
 def most_fused_keys(
     num_kv_heads: int, group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, scale: float
 ) -> int:
-    """Up to how many keys one thread runs torch's fused kernel, where that keeps the error rule; no number depends on
-    the batch."""
+    """The most keys for which one thread runs torch's fused kernel; 0 where the kernel's error may be too large.
+    Independent of the batch size."""
     if (
         dtype not in (torch.float32, torch.float64)
         or head_dim != value_dim
@@ -225,7 +234,7 @@ def _products(
             keys, values = (t.expand(2, -1, -1) for t in (keys, values))
             out, lse = _products(halved, keys, values, scale, keys_first, count, wants_lse)
             return out.view(1, rows, -1), None if lse is None else lse.view(1, rows)
-        # two threads take no longer for two
+        # the same matrix twice: a batch of one would use other code, and two threads take no longer for two
         queries, keys, values = (t.expand(2, -1, -1) for t in (queries, keys, values))
         out, lse = _products(queries, keys, values, scale, keys_first, count, wants_lse)
         return out[:1], None if lse is None else lse[:1]

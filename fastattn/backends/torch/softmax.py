@@ -13,14 +13,14 @@ from fastattn import torch_compat
 from fastattn.spec import SoftmaxCall, SoftmaxSpec, accumulation_dtype
 from fastattn.visibility import distances
 
-BLOCK_ELEMENTS = {"cpu": 2**20}  # a block stays in the last cache between the passes over it
-OTHER_BLOCK_ELEMENTS = 2**26  # elsewhere few launches count more
+BLOCK_ELEMENTS = {"cpu": 2**20}  # a block stays in the last-level cache between the passes over it
+OTHER_BLOCK_ELEMENTS = 2**26  # on other devices fewer launches matter more
 
 Index = tuple[slice, ...]
 
 
 def softmax_tiles(spec: SoftmaxSpec) -> str:
-    """How the rows are cut."""
+    """The size of the blocks of rows, in a line."""
     return f"torch's softmax on blocks of {block_elements(spec.device)} elements"
 
 
@@ -135,18 +135,18 @@ def _scratch(kept: dict[torch.Size, Tensor], like: Tensor, dtype: torch.dtype) -
 
 
 def block_elements(device: str) -> int:
-    """How many elements a block may have."""
+    """The most elements of a block on a device."""
     return BLOCK_ELEMENTS.get(device, OTHER_BLOCK_ELEMENTS)
 
 
 def _limit(spec: SoftmaxSpec, tensor: Tensor, dim: int) -> int:
-    """The elements of a block: a row for each thread at least, as torch's kernels share out rows."""
+    """The most elements of a block: at least a row for each thread, since torch's kernels distribute rows."""
     threads = torch.get_num_threads() if spec.device == "cpu" else 1
     return max(block_elements(spec.device), threads * tensor.shape[dim])
 
 
 def _memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions of a dense tensor from the slowest to the fastest: so permuted it is contiguous."""
+    """The permutation of a dense tensor's dimensions that makes it contiguous."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
@@ -182,17 +182,17 @@ def _whole(x: Tensor, out: Tensor, dim: int, log: bool) -> None:
 
 
 def _finite(tensor: Tensor, dim: int) -> bool:
-    """Whether the first entry of every row is finite: NaN and inf spread over the row that holds them.
+    """Whether the sum of the rows' first entries is finite: a NaN or inf anywhere in a row makes its first entry NaN.
 
-    Told by their sum; one that overflows costs a pass over the tensor, no more.
+    A sum that overflows gives False too, which costs one more pass over the tensor.
     """
     return math.isfinite(tensor.select(dim, 0).sum().item())
 
 
 def _constant_where_hidden(scores: Tensor, result: Tensor, dim: int, log: bool) -> None:
-    """In a row that keeps nothing, or NaN, torch gives NaN to all: what is hidden is the constant 0, -inf in log.
+    """Sets hidden entries to 0, or -inf in log, in rows that torch made NaN: those that keep nothing or hold a NaN.
 
-    Told by the sum of first entries: those of other rows are 0 to 1, or -inf to 0.
+    A NaN in the sum of first entries shows that there are such rows; other rows' are in 0 to 1, or -inf to 0.
     """
     if math.isnan(result.select(dim, 0).sum().item()):
         result.masked_fill_(scores == -torch.inf, -torch.inf if log else 0.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,25 +17,30 @@ from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bw
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
-from fastattn.strides import in_order
+from fastattn.strides import in_order, strides_in_order
 from fastattn.visibility import distances
 
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, "Tensor | None"]]
+Masked = Callable[[Tensor, Tensor, Tensor, Tensor], "tuple[Tensor, Tensor | None] | None"]
 Cached = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int], Any]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], AttentionGrads | None]
 
 
-def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: bool) -> Forward | None:
+def attention_fwd_plan(
+    spec: AttentionSpec, call: AttentionCall, lse_in_order: bool, wants_lse: bool
+) -> Forward | None:
     """(query, key, value) -> (out, lse) for calls like this one, as `attention_fwd`; None where it needs more tiles.
 
     lse_in_order: lse is contiguous.
+    wants_lse: otherwise it may be None.
     """
     tile = _only_tile(spec, call)
     if tile is None:
         return None
     if single_query.can_run(spec):
-        return partial(_single_query, call.scale)
-    causal, scale, contiguous = tile.structure == "causal", call.scale, call.query.is_contiguous()
+        return _single_query_plan(spec, call, wants_lse)
+    causal, scale = tile.structure == "causal", call.scale
+    strides = strides_in_order(call.query.stride(), (*call.query.shape[:3], spec.value_dim))
     options: dict[str, Any] = {
         "causal": call.causal,
         "window_left": call.window_left,
@@ -46,16 +52,84 @@ def attention_fwd_plan(spec: AttentionSpec, call: AttentionCall, lse_in_order: b
         out, lse = flash(query, key, value, 0.0, causal, scale=scale)
         if not fused.is_regular(lse):
             return attention_fwd(spec, AttentionCall(query, key, value, scale=scale, **options))
-        if not (contiguous and out.is_contiguous()):
+        if out.stride() != strides:
             out = in_order(out, query)
         return out, lse.contiguous() if lse_in_order else lse
 
     return run
 
 
-def _single_query(scale: float, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = single_query.single_query(query, key, value, scale)
-    return in_order(out, query), lse
+def _single_query_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool) -> Forward:
+    """`single_query` with all that follows from the shapes and strides of a call worked out."""
+    batch, num_heads, _, dim = call.query.shape
+    num_kv_heads, seqlen, value_dim = call.key.shape[1], call.key.shape[2], spec.value_dim
+    group_size, scale = spec.group_size, call.scale
+    elements, shape = num_kv_heads * seqlen * dim, (batch, num_heads, 1, value_dim)
+    fits = seqlen <= single_query.most_fused_keys(num_kv_heads, group_size, dim, value_dim, spec.dtype, scale)
+    in_products = single_query.in_one_product(call.key, call.value, spec.dtype, elements)
+    groups, strides = batch * num_kv_heads, strides_in_order(call.query.stride(), shape)
+    k_matrices, v_matrices = ((groups, seqlen, n) for n in (dim, value_dim))
+    k_strides: tuple[int, ...] = ()
+    v_strides: tuple[int, ...] = ()
+    if in_products:
+        k_strides, v_strides = (single_query.merged(t).stride() for t in (call.key, call.value))
+    flash = torch_compat.cpu_flash_kernel()
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        lse: Tensor | None
+        if fits and torch.get_num_threads() == 1:
+            rows = query if group_size == 1 else query.reshape(batch, num_kv_heads, group_size, dim)
+            out, lse = flash(rows, key, value, 0.0, False, attn_mask=None, scale=scale)
+            if fused.is_regular(lse):
+                out = out if group_size == 1 else out.reshape(shape)
+                lse = lse.reshape(batch, num_heads, 1) if wants_lse else None
+                return (out if out.stride() == strides else in_order(out, query)), lse
+        elif in_products:
+            out, lse = single_query.products(
+                query.reshape(groups, group_size, dim),
+                key.as_strided(k_matrices, k_strides),
+                value.as_strided(v_matrices, v_strides),
+                scale, elements, True, 1, wants_lse,
+            )  # fmt: skip
+            out, lse = out.view(shape), None if lse is None else lse.view(batch, num_heads, 1)
+            return (out if out.stride() == strides else in_order(out, query)), lse
+        out, lse = single_query.results(query, key, value, scale, True, False, wants_lse)
+        return in_order(out, query), lse
+
+    return run
+
+
+def masked_fwd_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool) -> Masked | None:
+    """(query, key, value, mask) -> (out, lse) for calls like this one of one query, as the forward of `attention`; the
+    result is None where a row sees nothing or something is not finite.
+
+    None for calls with more than a mask of the keys. lse may be None unless it is wanted.
+    """
+    mask = call.mask
+    if mask is None or not spec.single_query or mask.shape[2] != 1 or mask.shape[3] != call.key.shape[2]:
+        return None
+    without = replace(call, mask=None)
+    tile = _only_tile(AttentionSpec.of(without), without)
+    if tile is None or tile.structure != "full":
+        return None
+    scale, folds = call.scale, fused.folds(call.query, call.key)
+    strides = strides_in_order(call.query.stride(), (*call.query.shape[:3], spec.value_dim))
+    flash, zero = torch_compat.cpu_flash_kernel(), torch.zeros((), dtype=spec.dtype)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        additive = torch.where(mask, zero, -torch.inf)
+        if folds:
+            out, lse = fused.folded(query, key, value, additive, scale)
+        else:
+            out, lse = flash(query, key, value, 0.0, False, attn_mask=additive, scale=scale)
+        # a hidden key's NaN would show in lse, one of its value in out
+        if not fused.is_regular(lse) or not math.isfinite(out.sum().item()):
+            return None
+        if out.stride() != strides:
+            out = in_order(out, query)
+        return out, lse.contiguous() if wants_lse else None
+
+    return run
 
 
 def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNeeded) -> Backward | None:
@@ -82,16 +156,19 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         or not torch_compat.has_cpu_flash_attention(backward=True)
     ):
         return None
+    strides = tuple(strides_in_order(t.stride(), tuple(t.shape)) for t in (call.query, call.key, call.value))
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
     ) -> AttentionGrads | None:
         if not fused.is_finite(lse):
             return None
-        grads = torch_compat.cpu_flash_attention_backward(
+        dq, dk, dv = torch_compat.cpu_flash_attention_backward(
             dout, query, key, value, out, lse.contiguous(), causal, None, scale
         )
-        return AttentionGrads(*(in_order(g, t) for g, t in zip(grads, (query, key, value))))
+        if (dq.stride(), dk.stride(), dv.stride()) != strides:
+            dq, dk, dv = in_order(dq, query), in_order(dk, key), in_order(dv, value)
+        return AttentionGrads(dq, dk, dv)
 
     return run
 

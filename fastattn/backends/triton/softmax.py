@@ -59,7 +59,7 @@ def softmax_bwd(
     result = torch.empty_like(out, dtype=dtype)
     if out.numel() == 0:
         return result
-    dx = result  # or contiguous, to be copied, where the tensors are no rows together
+    dx = result  # or contiguous, to be copied, where the tensors have no common rows
     rows = Rows.of([out, dout, dx], dim)
     if rows is None or dout.stride(dim) != out.stride(dim):
         out, dout, dx = out.contiguous(), dout.contiguous(), result.new_empty(result.shape)

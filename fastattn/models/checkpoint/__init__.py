@@ -8,8 +8,6 @@ from fastattn.models.checkpoint.families import family_for as family_for
 from fastattn.models.checkpoint.folder import Tensors as Tensors
 from fastattn.models.checkpoint.folder import open_weights as open_weights
 from fastattn.models.checkpoint.folder import read_json as read_json
-from fastattn.models.checkpoint.gpt2 import from_gpt2_names as from_gpt2_names
-from fastattn.models.checkpoint.gpt2 import to_gpt2_names as to_gpt2_names
 from fastattn.models.checkpoint.hub import resolve_folder as resolve_folder
 from fastattn.models.checkpoint.load import load_model as load_model
 from fastattn.models.checkpoint.load import load_weights as load_weights

@@ -90,7 +90,7 @@ def write_config(
     for field in fields(BertConfig):
         got, known = getattr(config, field.name), getattr(expected, field.name)
         if field.name not in said and got != known:
-            raise ValueError(f"{field.name}: got {got!r}, a {kind} folder can only say {known!r}")
+            raise ValueError(f"{field.name}: got {got!r}, a {kind} folder needs {known!r}")
     if discriminator:
         return entries
     if config.id2label is not None or config.num_labels != 2:
@@ -128,7 +128,7 @@ def _modernbert_values(values: dict[str, Any], entries: dict[str, Any]) -> dict[
     if not isinstance(ropes, Mapping) or not all(isinstance(r or {}, Mapping) for r in ropes.values()):
         raise ValueError(f"rope_parameters: got {ropes!r}, needs a dict of a dict for each kind of layer")
     if unknown := [kind for kind in ropes if kind not in LAYER_TYPES]:
-        raise ValueError(f"rope_parameters: got {unknown[0]!r}, which is no kind of layer")
+        raise ValueError(f"rope_parameters: got {unknown[0]!r}, which is not a kind of layer")
     bases = {}
     for field, kind, old in (
         ("rope_theta", "full_attention", "global_rope_theta"),

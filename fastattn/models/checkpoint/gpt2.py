@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
-
 from fastattn.models.checkpoint.keys import check_keys
-from fastattn.models.checkpoint.names import Family, Part, join, to_file
+from fastattn.models.checkpoint.names import Family, Part
 from fastattn.models.config import GPTConfig
 
 # The fields of a GPT2Config. A GPTConfig with another field at a value other than its default is no GPT-2.
@@ -157,24 +155,3 @@ OWN = Family(
     write_config=_write_own,
     in_transformers=False,
 )
-
-
-def from_gpt2_names(tensors: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """A GPT-2's state_dict, with or without the prefix "transformer.", under our names."""
-    plain = {GPT2.plain(name): tensor for name, tensor in tensors.items()}
-    layers = sum(name.endswith(".ln_1.weight") for name in plain)
-    state = {}
-    for part in GPT2.parts:
-        for i in range(layers if "{i}" in part.ours else 1):
-            name = GPT2.plain(part.theirs[0]).replace("{i}", str(i))
-            if name in plain:
-                state[part.ours.replace("{i}", str(i))] = join([plain[name]], part)
-    if tied:
-        state["lm_head.weight"] = state["wte.weight"]
-    return state
-
-
-def to_gpt2_names(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """Our state_dict under GPT-2's names, Conv1D's transposed."""
-    state = {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
-    return to_file(state, None, OWN)

@@ -15,15 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastattn.generation.options import HONOURED, NOT_COMPUTED
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.int8 import is_int8, widened
 from fastattn.models.checkpoint.names import Family, Placed, join, placed, stored
 from fastattn.models.checkpoint.report import LoadReport
+from fastattn.models.checkpoint.save import generation_entries
 
 _DRAWING = {  # methods of tensors and functions of torch.nn.init that fill their first argument
     *("normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_"),
     *("kaiming_normal_", "kaiming_uniform_", "orthogonal_"),
+}
+# Values of generation's options that old files hold although nobody set them.
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "max_length": (20,),
+    **dict.fromkeys(("num_return_sequences", "num_beams", "temperature", "top_p"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("do_sample", "early_stopping"), (False,)),
 }
 
 log = logging.getLogger("fastattn")
@@ -47,9 +56,7 @@ def load_model(
     try:
         family = family_of(entries, cls.families)
         config = family.read_config(entries)
-        generation = (
-            read_json(folder / GENERATION) if cls.generates and (folder / GENERATION).exists() else None
-        )
+        generation = generation_of(folder, entries, config) if cls.generates else None
     except ValueError as error:
         raise ValueError(naming_file(error, folder / CONFIG)) from None
     if changes:
@@ -69,6 +76,26 @@ def load_model(
     if small:
         model.quantize("int8")
     return filled
+
+
+def generation_of(folder: Path, entries: Mapping[str, Any], config: Any) -> dict[str, Any] | None:
+    """What generation_config.json holds; in folders without one, what config.json says of generation, None for nothing.
+
+    Older versions of transformers wrote it there, for an encoder-decoder in the decoder's entries too. transformers
+    reads both, the outer ones first.
+    """
+    if (folder / GENERATION).exists():
+        return read_json(folder / GENERATION)
+    inner = entries.get("decoder")
+    found = {
+        name: value
+        for part in ((inner if isinstance(inner, Mapping) else {}), entries)
+        for name, value in part.items()
+        if (name in HONOURED or name in NOT_COMPUTED or name == "max_length")
+        and value is not None
+        and value not in NOT_COMPUTED.get(name, DEFAULTS.get(name, ()))
+    }
+    return {**generation_entries(config), **found} if found else None
 
 
 def family_of(entries: dict[str, Any], families: Sequence[Family]) -> Family:
@@ -159,7 +186,7 @@ def load_weights(
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise RuntimeError(
-            f"{type(model).__name__}: a checkpoint gives no values to the buffers {', '.join(left)}; "
+            f"{type(model).__name__}: a checkpoint has no values for the buffers {', '.join(left)}; "
             f"compute them where they are used"
         )
     report = LoadReport(tuple(plan.dropped), tuple(names[0] for names in plan.missing_new))

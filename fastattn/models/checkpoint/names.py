@@ -98,7 +98,7 @@ def family_for(config: Any, families: Sequence[Family], name: str = "config") ->
             refusals.append(f"{family.model_type}: {error}")
         else:
             return family
-    raise ValueError(f"{name}: no model type can say it: {'; '.join(refusals)}")
+    raise ValueError(f"{name}: no model type supports this config: {'; '.join(refusals)}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fastattn.models.checkpoint.card import is_generated, model_card
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, INDEX, WEIGHTS
 from fastattn.models.checkpoint.int8 import METHOD, round_layers, with_scales
 from fastattn.models.checkpoint.names import Family, stored, to_file
-from fastattn.models.checkpoint.swap import write_folder
+from fastattn.models.checkpoint.swap import naming, write_folder
 from fastattn.nn.int8 import check_kind
 
 CARD = "README.md"
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -128,7 +128,7 @@ def save_model(
             (scratch / name).write_bytes(content)
 
     def superseded(name: str) -> bool:
-        stale = name in (WEIGHTS, INDEX, GENERATION) or _SHARD.fullmatch(name) is not None
+        stale = name in (WEIGHTS, INDEX, GENERATION) or SHARD.fullmatch(name) is not None
         return stale or (tokenizer is not None and name in TOKENIZER_FILES)
 
     write_folder(folder, write, superseded=superseded)
@@ -168,7 +168,8 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], limit: int) -> None
     for name, members in zip(names, shards, strict=True):
         # a shard's tensors are copied where they have to be, and those copies go before the next one's
         content = {n: tensors[n].cpu().contiguous() for n in members}
-        safetensors.torch.save_file(content, folder / name, metadata={"format": "pt"})
+        with naming(folder / name):
+            safetensors.torch.save_file(content, folder / name, metadata={"format": "pt"})
         del content
     if len(shards) > 1:
         total = sum(_size(tensor) for tensor in tensors.values())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"  # what a crash leaves has such a name; nothing reads it
@@ -40,7 +42,8 @@ def write_folder(
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch_for(directory)
     try:
-        write(scratch)
+        with naming(scratch):
+            write(scratch)
         for path in scratch.rglob("*"):
             sync(path)
         if not directory.exists():
@@ -162,6 +165,37 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(other))
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What fails to be written inside raises an OSError that names the file: `path`, or in a folder the newest file.
+
+    Python's own errors of a write name no file, and torch and safetensors have exceptions of their own for one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(_newest(path))) from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        number = re.search(r"\(os error (\d+)\)", text)
+        if number is None and not re.search(
+            r"PytorchStreamWriter failed|file write failed|inline_container|iostream error", text
+        ):
+            raise
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"cannot be written ({text[:200]})", str(_newest(path))) from error
+
+
+def _newest(path: Path) -> Path:
+    """The file in a folder that was changed last; any other path as it is."""
+    if not path.is_dir():
+        return path
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=path)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk."""
     if path.is_symlink():
@@ -169,7 +203,8 @@ def sync(path: Path) -> None:
     with contextlib.suppress(PermissionError):  # Windows refuses to open a directory
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with naming(path):
+                os.fsync(handle)
         finally:
             os.close(handle)
 

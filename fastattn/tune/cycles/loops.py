@@ -27,7 +27,7 @@ class Loop:
         return sum(product.flop for product in self.products)
 
     def count(self, kind: str) -> int:
-        """How many instructions are of a kind."""
+        """The number of instructions of a kind."""
         return sum(each.kind.name == kind for each in self.body)
 
 
@@ -47,8 +47,8 @@ def hot_loops(function: Function) -> list[Loop]:
 def _fullest_path(function: Function, begin: int, end: int) -> list[int]:
     """The path from begin to end, inclusive, with the most products, then with the fewest instructions.
 
-    Branches go forwards inside an innermost loop, so the best way from an instruction follows from the best of those
-    behind it.
+    Branches inside an innermost loop go forwards, so the best path from an instruction follows from the best paths of
+    later instructions.
     """
     code = function.instructions
     best: dict[int, tuple[int, int, int]] = {}  # index -> (products, -instructions, next)

@@ -19,19 +19,19 @@ SHARED_BYTES = 128  # a cycle of a multiprocessor
 REGISTERS = 65536  # of a multiprocessor
 SHARED_MEMORY = 233472  # bytes of a multiprocessor, 228 KiB
 THREADS = 2048  # of a multiprocessor
-BLOCK_RESERVED = 1024  # bytes of shared memory that each block takes beside its own
+BLOCK_RESERVED = 1024  # bytes of shared memory that are reserved for each block besides its own
 DEFAULT_LATENCY = 6  # from issue to the use of a result, in cycles
-TENSOR_LATENCY = 32  # from the end of a product to the wait that sees it
+TENSOR_LATENCY = 32  # from the end of a product to the end of the wait for it
 TENSOR_START = 8  # from issue to the start of a product
 BARRIER_LATENCY = 12  # from an arrival of one warpgroup to the issue of another
 MEETING_LATENCY = 8  # from the last arrival to the issue of all
 READ_LATENCY = 12  # from issue to the end of reading operands
-FENCE_CYCLES = 25  # that a memory barrier holds its warp up
-DQ_WARP_CYCLES = 500  # that the warp which stores dq needs for one tile
+FENCE_CYCLES = 25  # for which a memory barrier stalls its warp
+DQ_WARP_CYCLES = 500  # for which the warp that stores dq is busy with one tile
 
 
 class Kind(NamedTuple):
-    """A class of instructions, by what it takes of one quarter for one warp."""
+    """A class of instructions, with the resources of one quarter that it uses for one warp."""
 
     name: str
     opcodes: str  # a regular expression for their beginning

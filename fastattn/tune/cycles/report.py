@@ -28,10 +28,10 @@ class Kernel:
     name: str
     direction: str  # of PRODUCTS
     head_dim: int
-    stationary: int  # rows of scores of a block that stay for the whole loop
+    stationary: int  # rows of scores of a block that are fixed during the loop
     shared: int = 0  # bytes of shared memory of a block; 0 is unknown, and one block is resident
-    products: int | None = None  # where it is not the direction's
-    copies: bool = False  # whether the shared memory that arriving operands take is counted
+    products: int | None = None  # of each score, if not the direction's
+    copies: bool = False  # whether the shared-memory cycles of arriving operands are counted
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Prediction:
     direction: str
     head_dim: int
     cycles: float  # a multiprocessor's per 64 x 128 scores
-    floor: float  # of these, what the products alone take
+    floor: float  # cycles of the products alone
     bound: str  # the unit in use most
     share: float  # of the cycles in which that unit is in use
-    tflops: float  # of the products that the kernel does
+    tflops: float  # rate of the kernel's products
     registers: int  # a thread
     spills: int  # loads and stores of local memory in the code
     instructions: int  # of a warp in one pass of the loop
@@ -84,7 +84,7 @@ def bounding_unit(use: Use) -> str:
 
 
 def predict_cubin(cubin: bytes, kernel: Kernel, function: str = "") -> Prediction:
-    """The kernel of a cubin, the one named so where there are several."""
+    """The kernel of a cubin; `function` selects one of several by a part of its name."""
     found = [each for each in functions_of(cubin) if function in each.name]
     if len(found) != 1:
         raise ValueError(f"{kernel.name}: {len(found)} functions in the cubin match {function!r}, needs one")
@@ -94,8 +94,8 @@ def predict_cubin(cubin: bytes, kernel: Kernel, function: str = "") -> Predictio
 def steady_loops(function: Function) -> list[Loop]:
     """The loop over unmasked tiles: the one with the fewest instructions per product.
 
-    Where warpgroups run loops of their own, which meet at named barriers, it is these: what one waits at, another
-    arrives at.
+    Where each warpgroup runs a loop of its own and they synchronise by named barriers, these loops: each waits at
+    barriers at which another arrives.
     """
     found = hot_loops(function)
     for index, loop in enumerate(found):
@@ -127,7 +127,7 @@ def _copied_bytes(kernel: Kernel, streamed: float) -> float:
 
 
 def _blocks(resources: Resources, shared: int) -> int:
-    """How many blocks a multiprocessor holds."""
+    """The number of resident blocks of a multiprocessor."""
     if not shared or not resources.registers or not resources.threads:
         return 1
     registers = -(-resources.registers // 8) * 8 * resources.threads

@@ -1,4 +1,4 @@
-"""Reads what a cubin says of its kernels besides their code: registers and threads, from its ELF sections."""
+"""Reads the registers and threads of a cubin's kernels from its ELF sections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Resources:
 
 
 def resources_of(cubin: bytes) -> dict[str, Resources]:
-    """By kernel. Raises ValueError for what is no 64-bit ELF file."""
+    """The resources of each kernel. Raises ValueError unless it is a 64-bit ELF file."""
     try:
         return _resources(cubin)
     except (struct.error, IndexError, UnicodeDecodeError):

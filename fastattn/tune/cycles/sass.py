@@ -32,7 +32,7 @@ class NoDisassembler(InputError):
 
 @dataclass(frozen=True)
 class Control:
-    """The control fields of an instruction, by which the compiler directs the scheduler."""
+    """The control fields of an instruction, which the compiler sets for the scheduler."""
 
     stall: int = 1  # cycles until the warp's next instruction
     sets_when_written: int = NO_SCOREBOARD  # the scoreboard that ends with its result
@@ -72,12 +72,12 @@ class Instruction:
 
     @property
     def ends_group(self) -> bool:
-        """Whether a wgmma is the last one of a group that can be waited for."""
+        """Whether a wgmma is the last one of a group."""
         return self.opcode.startswith("HGMMA") and "gsb0" in self.text
 
     @property
     def groups_left(self) -> int | None:
-        """The number of groups that a wait for products leaves running."""
+        """The number of groups that may still run after a wait for products."""
         match = GROUP.search(self.text) if self.kind.name == "wgmma wait" else None
         return int(match[1], 16) if match and match[1] else None
 
@@ -116,13 +116,13 @@ def tool(name: str) -> str:
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         raise NoDisassembler(
-            f"there is no {name}: it comes with triton and with the CUDA toolkit, or {name.upper()} names it"
+            f"{name}: not found, needs Triton or a CUDA toolkit, or {name.upper()} set to its path"
         )
     return found
 
 
 def functions_of(cubin: bytes) -> list[Function]:
-    """The kernels of a cubin. Raises NoDisassembler, or ValueError where it is no cubin."""
+    """The kernels of a cubin. Raises NoDisassembler, or ValueError unless it is a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -16,7 +16,7 @@ from fastattn.tune.cycles import machine
 from fastattn.tune.cycles.loops import Loop
 from fastattn.tune.cycles.sass import NO_SCOREBOARD, Instruction
 
-PASSES = 30  # of every warp; the first third is left out of the figures
+PASSES = 30  # of every warp; the first third does not count
 STAGGER = 150  # cycles between the starts of warps
 SCOREBOARDS = 6
 WARP, WARPGROUP = 32, 128  # threads
@@ -31,9 +31,9 @@ class Deadlock(RuntimeError):
 class Residence:
     """The warps and blocks that share a multiprocessor while the loop runs."""
 
-    warpgroups: int = 2  # of a block, that run the loop
+    warpgroups: int = 2  # of a block that run the loop
     blocks: int = 1
-    copied: float = 0.0  # cycles of shared memory that arriving copies take in a pass of one warpgroup
+    copied: float = 0.0  # shared-memory cycles of arriving copies in a pass of one warpgroup
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Barrier:
 
     @property
     def ping_pong(self) -> bool:
-        """Whether its number is in a register: one for each warpgroup, which the warpgroup before it arrives at."""
+        """Whether its number is in a register: then each warpgroup has one, at which the previous warpgroup arrives."""
         return self.name.startswith(("R", "UR"))
 
     @property
     def with_writer(self) -> bool:
-        """Whether a single warp of another role takes part: the one that stores dq."""
+        """Whether a single warp with another role takes part: the one that stores dq."""
         return self.threads is not None and self.threads % WARPGROUP == WARP
 
     def partners(self, warpgroups: int) -> int:
@@ -88,7 +88,7 @@ class _Meeting:
     forgiven: bool = False
 
     def arrive(self, at: float, partners: int) -> int:
-        """The number of the completion that this arrival is part of."""
+        """The number of the completion to which this arrival belongs."""
         phase = len(self.completed)
         self.arrived.append(at)
         if len(self.arrived) == partners:
@@ -99,7 +99,7 @@ class _Meeting:
 
 @dataclass
 class _Writer:
-    """The warp that stores dq for some warpgroups, and when it can take the next tile."""
+    """The warp that stores dq for some warpgroups, and the time at which it can take the next tile."""
 
     taken: list[float] = field(default_factory=lambda: [0.0])
     arrived: list[float] = field(default_factory=list)
@@ -130,7 +130,7 @@ class _Warp:
 
 
 class Replay:
-    """One quarter with a warp of each warpgroup of each resident block; loops go round the warpgroups of a block."""
+    """One quarter with a warp of each warpgroup of each resident block; warpgroups get the loops cyclically."""
 
     def __init__(self, loops: Sequence[Loop], residence: Residence) -> None:
         self.residence = residence
@@ -165,7 +165,7 @@ class Replay:
         return Use(span / (all_done - done), **shares)
 
     def _next(self) -> tuple[_Warp, float]:
-        """The warp that can issue first, and when; of several at once, one that is not passes ahead of the others."""
+        """The warp that can issue first, and when; of several, one that is not loop iterations ahead of the others."""
         slowest = min(warp.passes for warp in self.warps)
         while True:
             times = [
@@ -205,7 +205,7 @@ class Replay:
         return max(at, meeting.completed[warp.phase]) if warp.phase < len(meeting.completed) else None
 
     def _forgive(self) -> None:
-        """Add one arrival from before the loop at a barrier that no warp passes: at most one for each barrier."""
+        """At a deadlock, add one arrival from before the loop to a barrier, at most one for each barrier."""
         for warp in self.warps:
             barrier = warp.barriers[warp.place]
             if barrier is None or barrier.ping_pong or barrier.with_writer:
@@ -241,9 +241,7 @@ class Replay:
         if kind.shared:
             self.shared = max(self.shared, at) + kind.shared
             self.used["shared"] += kind.shared
-            done = max(
-                done, at + kind.shared + kind.latency
-            )  # wgmma that are queued already do not hold it up
+            done = max(done, at + kind.shared + kind.latency)  # wgmma that are already queued do not delay it
         if instruction.opcode.startswith("HGMMA"):
             self._multiply(warp, instruction, at)
         if barrier is not None:

@@ -1,0 +1,138 @@
+"""The HTTP application over loaded models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from fastattn.serve import completions, page, pooling
+from fastattn.serve import schemas as bodies
+from fastattn.serve.errors import ApiError
+from fastattn.serve.http import Guard, error_response, read_body
+from fastattn.serve.metrics import Metrics
+from fastattn.serve.options import ServeOptions
+from fastattn.serve.served import Decoder, Encoder
+
+Served = TypeVar("Served", Decoder, Encoder)
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | None = None) -> FastAPI:
+    """The application that serves models by their names; their threads start and end with it."""
+    limits = options or ServeOptions()
+    metrics = Metrics(models)
+    state = {"closing": False}
+    paths: set[str] = set()  # that metrics tell apart
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for model in models.values():
+            model.worker.start()
+        try:
+            yield
+        finally:
+            state["closing"] = True
+            for model in models.values():
+                await run_in_threadpool(model.worker.drain, limits.drain)
+            for model in models.values():
+                await run_in_threadpool(model.worker.stop)
+
+    app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.models = models
+    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
+
+    @app.exception_handler(ApiError)
+    async def _refused(_: HttpRequest, error: ApiError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def _no_route(_: HttpRequest, error: HTTPException) -> JSONResponse:
+        return error_response(ApiError(error.status_code, str(error.detail)))
+
+    def chosen(name: str | None, kind: type[Served]) -> Served:
+        if name is None:
+            able = [model for model in models.values() if isinstance(model, kind)]
+            if len(able) != 1:
+                raise ApiError(400, "model: is missing, and not one model alone can answer", param="model")
+            return able[0]
+        model = models.get(name)
+        if model is None:
+            shown = name[:100]
+            raise ApiError(404, f"The model {shown!r} does not exist", param="model", code="model_not_found")
+        if not isinstance(model, kind):
+            needed = "generates text" if kind is Decoder else "is an encoder"
+            raise ApiError(400, f"model: {name} is none that {needed}", param="model")
+        return model
+
+    def post(path: str, body: type[Parsed], kind: Any, work: Callable[..., Awaitable[Any]]) -> None:
+        async def endpoint(http: HttpRequest) -> Any:
+            parsed: Any = await read_body(http, body, limits.max_body)
+            result = await work(http, parsed, chosen(parsed.model, kind), limits)
+            return JSONResponse(result) if isinstance(result, dict) else result
+
+        app.router.add_route(path, endpoint, methods=["POST"])
+
+    async def _completions(http: HttpRequest, body: Any, model: Decoder, _: ServeOptions) -> Any:
+        return await completions.completions(http, body, model, limits, metrics)
+
+    async def _chat(http: HttpRequest, body: Any, model: Decoder, _: ServeOptions) -> Any:
+        return await completions.chat(http, body, model, limits, metrics)
+
+    post("/v1/completions", bodies.CompletionBody, Decoder, _completions)
+    post("/v1/chat/completions", bodies.ChatBody, Decoder, _chat)
+    post("/v1/embeddings", bodies.EmbeddingBody, Encoder, pooling.embeddings)
+    for path in ("/rerank", "/v1/rerank"):
+        post(path, bodies.RerankBody, Encoder, pooling.rerank)
+    post("/classify", bodies.ClassifyBody, Encoder, pooling.classification)
+    post("/predict", bodies.PredictBody, Encoder, pooling.prediction)
+    post("/attention", bodies.AttentionBody, (Decoder, Encoder), page.attention)
+    app.router.routes.extend(page.routes())
+
+    @app.post("/tokenize")
+    async def _tokenize(http: HttpRequest) -> Response:
+        body = await read_body(http, bodies.TokenizeBody, limits.max_body)
+        if body.model is None and len(models) == 1:
+            model = next(iter(models.values()))
+        else:
+            model = chosen(body.model, (Decoder, Encoder))  # type: ignore[arg-type]
+        return JSONResponse(await run_in_threadpool(pooling.tokenize, body, model))
+
+    @app.get("/v1/models")
+    async def _models() -> dict[str, Any]:
+        return {"object": "list", "data": [model.card for model in models.values()]}
+
+    @app.get("/v1/models/{name}")
+    async def _model(name: str) -> Response:
+        if name not in models:
+            raise ApiError(
+                404, f"The model {name[:100]!r} does not exist", param="model", code="model_not_found"
+            )
+        return JSONResponse(models[name].card)
+
+    def alive() -> bool:
+        return all(model.worker.alive for model in models.values())
+
+    @app.get("/health")
+    async def _health() -> Response:
+        good = alive() or state["closing"]
+        return JSONResponse({"status": "ok" if good else "failed"}, 200 if good else 503)
+
+    @app.get("/ready")
+    async def _ready() -> Response:
+        good = alive() and not state["closing"]
+        return JSONResponse({"status": "ready" if good else "not ready"}, 200 if good else 503)
+
+    @app.get("/metrics")
+    async def _metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    paths.update(getattr(route, "path", "") for route in app.routes)
+    return app

@@ -1,0 +1,186 @@
+"""The thread that owns an encoder: texts of all requests run together, by their number of tokens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from fastattn.data.encoding import InputTokenizer
+from fastattn.serve.engine.requests import DeadlineError, Overloaded
+
+log = logging.getLogger("fastattn.serve")
+
+
+@dataclass(eq=False)
+class Job:
+    """Examples of one request for a task's `predict`.
+
+    Args:
+        examples: as `predict` takes them, with the tokens of each.
+        options: of `predict`; jobs with equal ones run together.
+        on_done: called once in the worker's thread, with the predictions in their order or an error.
+    """
+
+    examples: list[dict[str, str]]
+    tokens: list[int]
+    options: dict[str, Any]
+    on_done: Callable[[list[dict[str, Any]] | Exception], None]
+    deadline: float | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def done(self, result: list[dict[str, Any]] | Exception) -> None:
+        """Tell who asked; nobody may be there any more."""
+        try:
+            self.on_done(result)
+        except Exception:
+            self.cancelled.set()
+
+
+class EncoderWorker:
+    """Runs `task.predict` for the texts of several requests at a time, up to so many tokens.
+
+    Models pack a batch's tokens, so that no padding is computed. A request with more tokens is run in parts, between
+    which others have their turn.
+    """
+
+    def __init__(
+        self, task: ModuleType, model: Any, tokenizer: InputTokenizer, batch_tokens: int, max_queue: int
+    ) -> None:
+        self.task, self.model, self.tokenizer = task, model, tokenizer
+        self.batch_tokens, self.max_queue = batch_tokens, max_queue
+        self._jobs: deque[Job] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = self._stopped = self._busy = False
+        self._thread: threading.Thread | None = None
+        self.batches = self.texts = self.read_tokens = 0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._work, name="fastattn-encoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Hand a job over from any thread; Overloaded if the queue is full."""
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is shutting down")
+            if len(self._jobs) >= self.max_queue:
+                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing, in the worker's thread between two batches; Overloaded as `submit`."""
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is shutting down")
+            if len(self._calls) >= self.max_queue:
+                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._calls.append(work)
+            self._changed.notify()
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more jobs and finish those there are, for so long at most; whether all were finished."""
+        with self._changed:
+            self._closing = True
+        end = time.monotonic() + seconds
+        while self.alive and (self._calls or self._jobs or self._busy) and time.monotonic() < end:
+            time.sleep(0.01)
+        return not (self._jobs or self._busy)
+
+    def stop(self) -> None:
+        """End the thread; jobs that are not finished fail."""
+        with self._changed:
+            self._closing = self._stopped = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def stats(self) -> Mapping[str, float]:
+        """Counts since the start, and what waits now."""
+        return {
+            "running": int(self._busy),
+            "waiting": len(self._jobs),
+            "texts": self.texts,
+            "prompt_tokens": self.read_tokens,
+            "steps": self.batches,
+        }
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._jobs or self._stopped)
+                if self._stopped:
+                    break
+                self._busy = True
+            if self._calls:
+                self._calls.popleft()()
+            self.step()
+            self._busy = False
+        for job in self._jobs:
+            job.done(Overloaded("the server is shutting down"))
+
+    def step(self) -> None:
+        """Run one batch: the first job's next examples, and those of others with the same options."""
+        now = time.monotonic()
+        for job in list(self._jobs):
+            late = job.deadline is not None and now > job.deadline
+            if late:
+                job.done(DeadlineError("the request took longer than it may"))
+            if late or job.cancelled.is_set():
+                self._jobs.remove(job)
+        chosen: list[tuple[Job, int]] = []
+        total, first = 0, self._jobs[0] if self._jobs else None
+        for job in list(self._jobs):
+            if first is None or job.options != first.options:
+                continue
+            start = stop = len(job.results)
+            while stop < len(job.examples) and (not total or total + job.tokens[stop] <= self.batch_tokens):
+                total += job.tokens[stop]
+                stop += 1
+            if stop > start:
+                chosen.append((job, stop))
+            if stop < len(job.examples):
+                break
+        if chosen:
+            self._run(chosen)
+            self.read_tokens += total
+
+    def _run(self, chosen: list[tuple[Job, int]]) -> None:
+        examples = [each for job, stop in chosen for each in job.examples[len(job.results) : stop]]
+        options = {**chosen[0][0].options, "batch_size": len(examples)}
+        try:
+            found = self.task.predict(self.model, self.tokenizer, examples, **options)
+        except Exception as error:
+            if len(chosen) > 1:  # whose it is shows when each runs alone
+                for each in chosen:
+                    self._run([each])
+                return
+            job = chosen[0][0]
+            self._jobs.remove(job)
+            if not isinstance(error, ValueError):
+                log.error("a request failed", exc_info=error)
+            job.done(error)
+            return
+        self.batches += 1
+        self.texts += len(examples)
+        for job, stop in chosen:
+            count = stop - len(job.results)
+            job.results += found[:count]
+            del found[:count]
+            if len(job.results) == len(job.examples):
+                self._jobs.remove(job)
+                job.done(job.results)

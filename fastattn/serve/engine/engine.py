@@ -1,0 +1,200 @@
+"""The thread that owns a model, and how requests reach it from others."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fastattn.integers import cdiv
+from fastattn.models import GPT
+from fastattn.nn.modes import evaluating
+from fastattn.serve.engine.requests import Overloaded, Request
+from fastattn.serve.engine.steps import Batch, refuse_unreadable
+
+log = logging.getLogger("fastattn.serve")
+PAGE_SIZE = 16  # tokens
+BYTES_OF_CACHE = 1 << 30  # unless told otherwise, and no more than all places of the batch can use
+
+
+class Engine:
+    """Runs requests of one GPT at the same time; they join and leave at every step.
+
+    On a CPU a request's tokens have the bits that `generate(batch_invariant=True, prefill_chunk_size=page_size)` gives
+    the prompt alone, whatever else runs, and whether it was preempted or shared pages. Elsewhere logits are within
+    rounding of that.
+
+    Args:
+        model: the GPT; from here on it belongs to the engine's thread.
+        max_batch: most continuations that run at the same time.
+        max_queue: most requests that wait for a place; more are refused.
+        max_length: most tokens of prompt and continuation; None = the model's n_positions.
+        page_size: tokens of a page of the cache. Prompts are read a page at a time.
+        kv_memory: bytes for pages; None = for max_batch sequences of max_length, at most 1 GiB.
+        batch_invariant: None = on a CPU.
+
+    Raises:
+        ValueError: the pages do not hold one sequence of max_length, or the model cannot be decoded in steps.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        max_batch: int = 16,
+        max_queue: int = 256,
+        max_length: int | None = None,
+        page_size: int = PAGE_SIZE,
+        kv_memory: int | None = None,
+        batch_invariant: bool | None = None,
+    ) -> None:
+        config, weight = model.config, model.wte.weight
+        most = config.n_positions if model.max_positions is None else model.max_positions
+        self.max_length = min(max_length or most, most)
+        for name, value in {"max_batch": max_batch, "max_queue": max_queue, "page_size": page_size}.items():
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, needs 1 or more")
+        bytes_of_page = (
+            2 * len(model.h) * config.kv_heads * page_size * config.head_dim * weight.element_size()
+        )
+        of_one = cdiv(self.max_length, page_size)
+        pages = max_batch * of_one
+        if kv_memory is None:
+            pages = max(min(pages, BYTES_OF_CACHE // bytes_of_page), of_one)
+        else:
+            pages = min(pages, kv_memory // bytes_of_page)
+        if pages < of_one:
+            raise ValueError(
+                f"kv_memory: got {kv_memory} bytes, needs {of_one * bytes_of_page} at least, for a sequence of "
+                f"{self.max_length} tokens"
+            )
+        self.model, self.max_queue = model, max_queue
+        self.batch_invariant = weight.device.type == "cpu" if batch_invariant is None else batch_invariant
+        self.batch = Batch(model, pages, page_size, self.max_length, max_batch, self.batch_invariant)
+        self._arrived: deque[Request] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._count = self.steps = 0
+        self._closing = self._stopped = False
+        self._thread: threading.Thread | None = None
+        self._torch_threads = torch.get_num_threads()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._work, name="fastattn-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def queued(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._arrived) + len(self.batch.waiting)
+
+    def submit(self, request: Request) -> None:
+        """Hand a request over from any thread; outputs come by its `on_output`, in the engine's thread.
+
+        Raises:
+            Overloaded: the queue is full, or the engine is closing.
+            ValueError, TypeError: the prompt or an option does not fit the model.
+        """
+        refuse_unreadable(self.model, request.prompt)
+        request.settle(self.model)
+        assert request.settled is not None
+        wanted = len(request.prompt) + request.settled.max_new_tokens
+        if wanted > self.max_length:
+            raise ValueError(
+                f"max_tokens: a prompt of {len(request.prompt)} tokens and {request.settled.max_new_tokens} more are "
+                f"{wanted}, more than the {self.max_length} that the model reads"
+            )
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is shutting down")
+            if self.queued >= self.max_queue:
+                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._count += 1
+            request.number = self._count
+            self._arrived.append(request)
+            self._changed.notify()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing, in the engine's thread between two steps; Overloaded as `submit`."""
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is shutting down")
+            if len(self._calls) >= self.max_queue:
+                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._calls.append(work)
+            self._changed.notify()
+
+    def drain(self, seconds: float) -> bool:
+        """Take no more requests and finish those there are, for so long at most; whether all were finished."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        end = time.monotonic() + seconds
+        while self.alive and (self._calls or self._arrived or self.batch.busy) and time.monotonic() < end:
+            time.sleep(0.01)
+        return not (self._arrived or self.batch.busy)
+
+    def stop(self) -> None:
+        """End the thread; requests that are not finished fail."""
+        with self._changed:
+            self._closing = self._stopped = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def stats(self) -> Mapping[str, float]:
+        """Counts since the start, and what runs now."""
+        batch, pool = self.batch, self.batch.pool
+        return {
+            "running": len(batch.running),
+            "waiting": self.queued,
+            "pages": len(pool),
+            "pages_held": len(pool) - pool.available,
+            "prompt_tokens": batch.prompt_tokens,
+            "shared_tokens": batch.shared_tokens,
+            "generated_tokens": batch.made_tokens,
+            "preemptions": batch.preemptions,
+            "steps": self.steps,
+        }
+
+    def _work(self) -> None:
+        torch.set_num_threads(
+            self._torch_threads
+        )  # a thread's own number, on which the order of sums may depend
+        with evaluating(self.model):
+            while True:
+                with self._changed:
+                    self._changed.wait_for(self._wanted)
+                    if self._stopped:
+                        break
+                if self._calls:
+                    self._calls.popleft()()
+                if self._arrived or self.batch.busy:
+                    self._step()
+        for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:
+            self.batch.fail(request, Overloaded("the server is shutting down"))
+
+    def _wanted(self) -> bool:
+        return bool(self._calls or self._arrived or self.batch.busy or self._stopped)
+
+    def _step(self) -> None:
+        while self._arrived:
+            self.batch.add(self._arrived[0])
+            self._arrived.popleft()
+        try:
+            self.batch.step()
+            self.steps += 1
+        except Exception as error:  # of the scheduling itself: all that run fail, and the engine goes on
+            log.exception("a step failed")
+            for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:
+                self.batch.fail(request, error)

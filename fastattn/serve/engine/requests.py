@@ -1,0 +1,194 @@
+"""What is asked of the engine, what it answers, and the state of each continuation in between."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastattn.generation.choosing import Chooser
+from fastattn.generation.options import Options, Settled
+from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.rows import Row
+from fastattn.generation.sampling import Draws, LogitsProcessor
+from fastattn.generation.stopping import special_tokens
+from fastattn.generation.text import RowText
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token's log-probability, by the model's own logits, and those of the likeliest tokens in its place."""
+
+    token: int
+    logprob: float | None  # None for the first token of a prompt
+    top: list[tuple[int, float]] = field(default_factory=list)  # the likeliest first
+
+
+@dataclass
+class Output:
+    """News of one continuation. `error` ends the whole request."""
+
+    index: int = 0  # which of the request's continuations
+    text: str = ""  # what it grew by: whole characters only, and nothing of a stop string
+    tokens: list[int] = field(default_factory=list)  # what it grew by
+    scores: list[TokenScore] = field(default_factory=list)  # of these tokens, where asked for
+    prompt_scores: list[TokenScore] = field(
+        default_factory=list
+    )  # once, of the whole prompt, where asked for
+    finish: str | None = None  # "stop" or "length" with the last news of a continuation
+    made: int = 0  # tokens that the model chose in all, those of a stop string included
+    error: Exception | None = None
+
+
+class DeadlineError(Exception):
+    """A request's time was over before it was done."""
+
+
+class Overloaded(Exception):
+    """The queue is full, or the engine takes no more requests."""
+
+
+class FrequencyPenalty:
+    """Subtracts so much from a logit for each time its token is in the continuation; a `LogitsProcessor`."""
+
+    def __init__(self, prompt_length: int, penalty: float) -> None:
+        self.prompt_length, self.penalty = prompt_length, penalty
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        made = ids[:, self.prompt_length :].long()
+        counts = torch.zeros_like(scores).scatter_add_(1, made, torch.ones_like(made, dtype=scores.dtype))
+        return scores - self.penalty * counts
+
+
+class LogitBias:
+    """Adds a number to the logits of some tokens; a `LogitsProcessor`."""
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self.tokens = torch.tensor(list(bias), dtype=torch.int64)
+        self.numbers = torch.tensor(list(bias.values()))
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.tokens.to(scores.device)] += self.numbers.to(scores)
+        return scores
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue.
+
+    Args:
+        prompt: token ids, one at least.
+        options: those of `generate`, without beams; num_return_sequences is `copies`.
+        tokenizer: turns ids into text; None = no text is made.
+        copies: continuations; they share the prompt's pages.
+        scores: how many of the likeliest tokens are reported with each token; None = no log-probabilities at all.
+        prompt_scores: the same for the prompt's tokens.
+        constraint: makes one more processor for each continuation, after those of the options.
+        on_output: called in the engine's thread with each `Output`.
+        deadline: of `time.monotonic`, after which the request fails; None = no limit.
+    """
+
+    prompt: Sequence[int]
+    options: Options
+    on_output: Callable[[Output], None]
+    tokenizer: Decodes | None = None
+    copies: int = 1
+    scores: int | None = None
+    prompt_scores: int | None = None
+    deadline: float | None = None
+    constraint: Callable[[], LogitsProcessor] | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    # of the engine
+    number: int = 0  # in the order of arrival
+    settled: Settled | None = None
+    sequences: list[Continuation] = field(default_factory=list)
+    unfinished: int = 0
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: its pages are free after the engine's current step."""
+        self.cancelled.set()
+
+    def tell(self, output: Output) -> None:
+        """Pass news on; a listener that fails is gone, and so is the wish for more."""
+        try:
+            self.on_output(output)
+        except Exception:
+            self.cancel()
+
+    def settle(self, model: CausalLM) -> None:
+        """Decide the options and make the continuations; TypeError or ValueError for options that do not fit."""
+        settled = self.options.settled(model, len(self.prompt), 1)
+        if settled.num_beams > 1:
+            raise ValueError(f"num_beams: got {settled.num_beams}, a running batch has no beams, needs 1")
+        if not settled.do_sample and self.copies > 1:
+            raise ValueError(
+                f"n: got {self.copies} with a temperature of 0, whose continuations are all the same"
+            )
+        if settled.seed is None:
+            settled = replace(settled, seed=secrets.randbits(63))
+        self.settled = settled
+        prompt = torch.tensor([list(self.prompt)])
+        device = next(model.parameters()).device  # type: ignore[attr-defined]
+        self.sequences = [Continuation(self, copy, model, prompt.to(device)) for copy in range(self.copies)]
+        self.unfinished = self.copies
+
+
+class Continuation:
+    """One continuation of a request: its tokens, how they are chosen, and the pages that hold its keys and values."""
+
+    def __init__(self, request: Request, index: int, model: CausalLM, prompt: Tensor) -> None:
+        settled = request.settled
+        assert settled is not None
+        self.request, self.index = request, index
+        ends, _ = special_tokens(model, settled.eos_token_id, settled.pad_token_id)
+        text = None
+        if request.tokenizer is not None:
+            text = RowText(request.tokenizer, request.prompt, settled.stop_strings)
+        self.row = Row(frozenset(ends), settled.max_new_tokens, text)
+        if request.constraint is not None:
+            settled = replace(settled, logits_processor=(*settled.logits_processor, request.constraint()))
+        self.chooser = Chooser(settled, prompt, None, model.config.vocab_size)
+        if self.chooser.draws is not None:  # the continuations of a prompt draw from streams of their own
+            assert isinstance(settled.seed, int)
+            self.chooser.draws = Draws([(settled.seed, index)], prompt.device)
+        self.prompt = request.prompt
+        self.made: list[int] = []  # chosen tokens, those of a stop string included
+        self.scores: list[TokenScore] = []  # of those not given yet
+        self.prompt_scores: list[TokenScore] = []
+        self.given = 0  # tokens of the row that were given
+        self.pages: list[int] = []
+        self.held = 0  # tokens in the cache
+        self.names: list[bytes] | None = None  # of the full pages of the prompt, once they are needed
+        self.order = (0, 0)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that have to be in the cache before the next one can be chosen, or appended."""
+        return len(self.prompt) + max(len(self.made) - 1, 0)
+
+    @property
+    def reading(self) -> bool:
+        """Whether tokens are missing in the cache; otherwise the last token made is the only one."""
+        return self.held < self.wanted or not self.made
+
+    def token(self, place: int) -> int:
+        """The token at a place of prompt and continuation."""
+        return self.prompt[place] if place < len(self.prompt) else self.made[place - len(self.prompt)]
+
+    def news(self) -> Output:
+        """What may be given of the row and was not yet."""
+        row = self.row
+        tokens = row.ids[self.given : row.given]
+        output = Output(self.index, "" if row.text is None else row.text.take(), tokens)
+        if self.request.scores is not None:
+            output.scores = self.scores[: len(tokens)]
+            del self.scores[: len(tokens)]
+        self.given += len(tokens)
+        output.made = len(self.made)
+        output.prompt_scores, self.prompt_scores = self.prompt_scores, []
+        return output

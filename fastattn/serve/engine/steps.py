@@ -1,0 +1,323 @@
+"""One step of a running batch: parts of prompts are read, and every other continuation gets a token."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.generation.choosing import greedy
+from fastattn.generation.protocol import GenerationError
+from fastattn.models import GPT
+from fastattn.models.paged import PagedDecoder
+from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
+from fastattn.serve.engine.requests import (
+    Continuation,
+    DeadlineError,
+    Output,
+    Overloaded,
+    Request,
+    TokenScore,
+)
+
+log = logging.getLogger("fastattn.serve")
+READ_ALONE = 256  # tokens of prompts that a step reads where no continuation waits for one
+
+
+class Batch:
+    """The continuations that run and those that wait, over one model's pages. One thread uses it."""
+
+    def __init__(
+        self, model: GPT, pages: int, page_size: int, max_length: int, max_batch: int, batch_invariant: bool
+    ) -> None:
+        self.decoder = PagedDecoder(model, pages, page_size, max_length, batch_invariant=batch_invariant)
+        self.pool = PagePool(pages, page_size)
+        self.device = model.wte.weight.device
+        self.max_batch, self.page_size = max_batch, page_size
+        self.sharing = not self.decoder.keys_depend_on_length
+        self.running: list[Continuation] = []  # in the order of arrival, as are
+        self.waiting: list[Continuation] = []
+        self.preemptions = self.shared_tokens = self.prompt_tokens = self.made_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.running or self.waiting)
+
+    def add(self, request: Request) -> None:
+        """A settled request waits for its turn. Its continuations but the first follow once the prompt is read."""
+        for continuation in request.sequences:
+            continuation.order = (request.number, continuation.index)
+        self.waiting.append(request.sequences[0])
+        self.waiting.sort(key=lambda each: each.order)
+
+    def step(self) -> None:
+        """One step. What fails ends the request that it is of, and no other."""
+        self._drop()
+        self._admit()
+        decoding = [each for each in self.running if not each.reading]
+        budget = max(self.page_size, len(decoding)) if decoding else max(self.page_size, READ_ALONE)
+        for each in list(self.running):
+            if each.reading and budget > 0 and each in self.running:
+                budget -= self._guarded([each], self._read) or 0
+        ready = [each for each in decoding if each in self.running and self._has_room(each)]
+        ready = [each for each in ready if each in self.running]
+        if ready:
+            self._guarded(ready, self._decode)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request with an error."""
+        if not isinstance(error, (ValueError, DeadlineError, Overloaded)):
+            log.error("request %d failed", request.number, exc_info=error)
+        if self._leave(request):
+            request.tell(Output(error=error))
+
+    def _leave(self, request: Request) -> bool:
+        """Free everything that a request has; whether it was there."""
+        mine = [each for each in (*self.running, *self.waiting) if each.request is request]
+        for each in mine:
+            self._release(each)
+        self.running = [each for each in self.running if each.request is not request]
+        self.waiting = [each for each in self.waiting if each.request is not request]
+        request.unfinished = 0
+        return bool(mine)
+
+    def _drop(self) -> None:
+        now = time.monotonic()
+        for request in dict.fromkeys(each.request for each in (*self.running, *self.waiting)):
+            if request.cancelled.is_set():
+                self._leave(request)
+            elif request.deadline is not None and now > request.deadline:
+                self.fail(request, DeadlineError("the request took longer than it may"))
+
+    def _admit(self) -> None:
+        """Continuations join as long as there is a place in the batch and there are pages for what they hold."""
+        while self.waiting and len(self.running) < self.max_batch:
+            each = self.waiting[0]
+            found = self._shared_pages(each)
+            needed = each.wanted // self.page_size + 1 - len(found)
+            unheld = sum(not self.pool.holders[page] for page in found)
+            if self.pool.available - unheld < needed:
+                return
+            self.waiting.pop(0)
+            for page in found:
+                self.pool.hold(page)
+            each.pages, each.held = found, len(found) * self.page_size
+            self.shared_tokens += each.held
+            self._run(each)
+
+    def _run(self, each: Continuation) -> None:
+        self.running.append(each)
+        self.running.sort(key=lambda other: other.order)
+
+    def _shared_pages(self, each: Continuation) -> list[int]:
+        """Pages with the beginning of a prompt; its last token is always read, for the logits after it."""
+        if not self.sharing or (each.request.prompt_scores is not None and not each.made):
+            return []
+        whole = (len(each.prompt) - 1) // self.page_size
+        return self.pool.begin_with(self._names(each)[:whole])
+
+    def _names(self, each: Continuation) -> list[bytes]:
+        if each.names is None:
+            each.names = names_of(each.prompt, self.page_size, len(each.prompt) // self.page_size)
+        return each.names
+
+    def _guarded(self, those: Sequence[Continuation], work: object) -> int | None:
+        """Run a part of a step; an error ends the requests it is of. Out of memory, the latest request waits."""
+        assert callable(work)
+        try:
+            done: int | None = work(those)
+            return done
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if len(self.running) > 1:
+                self._preempt(self.running[-1])
+            else:
+                self.fail(those[0].request, error)
+        except Exception as error:
+            for request in dict.fromkeys(each.request for each in those):
+                self.fail(request, error)
+        return None
+
+    def _read(self, those: Sequence[Continuation]) -> int:
+        """Read the next part of a prompt, or of what was made before a preemption; how many tokens that were."""
+        (each,) = those
+        length = len(each.prompt)
+        end = min(
+            (each.held // self.page_size + 1) * self.page_size, length if each.held < length else each.wanted
+        )
+        if not self._grow(each, end):
+            return 0
+        table = self._table([each])
+        tokens = [each.token(place) for place in range(each.held, end)]
+        ids = torch.tensor(tokens, device=self.device)
+        if each.held >= length:
+            self.decoder.append_several(ids, each.held, table)
+            each.held = end
+            return len(tokens)
+        hidden = self.decoder.read(ids[None], each.held, table, length)
+        self.prompt_tokens += len(tokens)
+        if each.request.prompt_scores is not None and not each.made:
+            self._score_prompt(each, hidden, end)
+        each.held = end
+        if self.sharing and end % self.page_size == 0:
+            place = end // self.page_size - 1
+            self.pool.name(each.pages[place], self._names(each)[place])
+        if end == length and not each.made:
+            self._begin(each, self.decoder.logits_of(hidden[-1:].contiguous()))
+        return len(tokens)
+
+    def _begin(self, each: Continuation, logits: Tensor) -> None:
+        """A prompt is read: the request's other continuations share its pages, and each gets its first token."""
+        family = each.request.sequences
+        for other in family if each.index == 0 else [each]:
+            if other is not each:
+                for page in each.pages:
+                    self.pool.hold(page)
+                other.pages, other.held = list(each.pages), each.held
+                other.prompt_scores = list(each.prompt_scores)
+                self._run(other)
+        for other in family if each.index == 0 else [each]:
+            self._accept(other, self._choose(other, logits), logits)
+        for other in self.running[self.max_batch :]:  # beyond the batch; they wait, with their first token
+            self._release(other)
+            self.waiting.append(other)
+        self.running = self.running[: self.max_batch]
+        self.waiting.sort(key=lambda other: other.order)
+
+    def _decode(self, those: Sequence[Continuation]) -> int:
+        """Append the last token of each and choose the next."""
+        tokens = torch.tensor([each.made[-1] for each in those], device=self.device)
+        lengths = torch.tensor([each.held for each in those], dtype=torch.int32, device=self.device)
+        logits = self.decoder.append(tokens, lengths, self._table(those))
+        likeliest: list[int] | None = None
+        if any(self._plain(each) for each in those):
+            likeliest = greedy(logits).tolist()
+        for place, each in enumerate(those):
+            each.held += 1
+            row = logits[place : place + 1]
+            try:
+                token = likeliest[place] if likeliest and self._plain(each) else self._choose(each, row)
+                self._accept(each, token, row)
+            except Exception as error:
+                self.fail(each.request, error)
+        return len(those)
+
+    @staticmethod
+    def _plain(each: Continuation) -> bool:
+        return each.chooser.greedy and each.chooser.independent
+
+    def _choose(self, each: Continuation, logits: Tensor) -> int:
+        if each.row.done:
+            return -1
+        return int(each.chooser(logits, len(each.made)))
+
+    def _accept(self, each: Continuation, token: int, logits: Tensor) -> None:
+        """A chosen token joins a continuation, and what may be given of it is."""
+        row, request = each.row, each.request
+        if not row.done:
+            row.append(token)
+            each.made.append(token)
+            self.made_tokens += 1
+            if each.chooser.scores.changes:
+                each.chooser.scores.add(torch.tensor([token], device=self.device))
+            if request.scores is not None:
+                each.scores += scores_of(logits, [token], request.scores)
+        news = each.news()
+        if row.done:
+            stopped = bool(row.text is not None and row.text.found) or bool(
+                each.made and each.made[-1] in row.ends
+            )
+            news.finish = "stop" if stopped else "length"
+            self._release(each)
+            self.running.remove(each)
+            request.unfinished -= 1
+        if row.done or news.text or news.tokens or news.prompt_scores:
+            request.tell(news)
+
+    def _score_prompt(self, each: Continuation, hidden: Tensor, end: int) -> None:
+        """The scores of the prompt's tokens that follow those just read."""
+        top = each.request.prompt_scores
+        assert top is not None
+        if not each.held:
+            each.prompt_scores.append(TokenScore(each.prompt[0], None))
+        following = each.prompt[each.held + 1 : end + 1]
+        if following:
+            each.prompt_scores += scores_of(self.decoder.logits_of(hidden[: len(following)]), following, top)
+
+    def _has_room(self, each: Continuation) -> bool:
+        """Whether a continuation has a page of its own for the next token."""
+        if each not in self.running or not self._grow(each, each.held + 1):
+            return False
+        last = each.held // self.page_size
+        if self.pool.holders[each.pages[last]] > 1:
+            copied = self._take_for(each)
+            if copied is None:
+                return False
+            if self.pool.holders[each.pages[last]] > 1:  # else the others were preempted meanwhile
+                self.decoder.copy_page(each.pages[last], copied)
+                self.pool.release(each.pages[last])
+                each.pages[last] = copied
+            else:
+                self.pool.release(copied)
+        return True
+
+    def _grow(self, each: Continuation, length: int) -> bool:
+        """Give a continuation pages for so many tokens; False if it had to make room for an earlier one."""
+        while len(each.pages) * self.page_size < length:
+            page = self._take_for(each)
+            if page is None:
+                return False
+            each.pages.append(page)
+        return True
+
+    def _take_for(self, each: Continuation) -> int | None:
+        """A page; where there is none the latest continuations lose theirs. None if that is this one."""
+        while True:
+            try:
+                return self.pool.take()
+            except PagesExhausted:
+                latest = self.running[-1]
+                self._preempt(latest)
+                if latest is each:
+                    return None
+
+    def _preempt(self, each: Continuation) -> None:
+        """A continuation gives its pages back and waits; what they held is computed again later, with the same bits."""
+        self._release(each)
+        if not each.made:
+            each.prompt_scores.clear()  # they are made again with the prompt
+        self.running.remove(each)
+        self.waiting.append(each)
+        self.waiting.sort(key=lambda other: other.order)
+        self.preemptions += 1
+
+    def _release(self, each: Continuation) -> None:
+        for page in reversed(each.pages):  # the beginning of a prompt is kept longest
+            self.pool.release(page)
+        each.pages, each.held = [], 0
+
+    def _table(self, those: Sequence[Continuation]) -> Tensor:
+        longest = max(len(each.pages) for each in those)
+        rows = [each.pages + [0] * (longest - len(each.pages)) for each in those]
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+
+
+def scores_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+    """The scores of one token (N) for each row of logits (N, V)."""
+    scores = []
+    for row, token in zip(logits.float().log_softmax(-1), tokens):
+        best = row.topk(min(top, len(row)))
+        likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
+        scores.append(TokenScore(token, float(row[token]), likeliest))
+    return scores
+
+
+def refuse_unreadable(model: GPT, prompt: Sequence[int]) -> None:
+    """ValueError for a prompt without tokens, or with ids beyond the vocabulary."""
+    if not prompt:
+        raise ValueError("prompt: got no token, needs one at least")
+    if not all(0 <= token < model.config.vocab_size for token in prompt):
+        raise GenerationError(f"prompt: got a token id outside 0 to {model.config.vocab_size - 1}")

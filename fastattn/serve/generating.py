@@ -1,0 +1,161 @@
+"""From a body's sampling options to requests of an engine, and from their outputs to what endpoints send."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from fastattn.generation.options import Options
+from fastattn.serve.engine import Output, Request, TokenScore
+from fastattn.serve.engine.requests import FrequencyPenalty, LogitBias
+from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.metrics import Metrics
+from fastattn.serve.options import ServeOptions
+from fastattn.serve.schemas import Sampling
+from fastattn.serve.served import Decoder
+
+
+def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens: int) -> Options:
+    """The options of `generate` that a body asks for; ApiError or ValueError for what does not go together.
+
+    A temperature of 0 takes the likeliest token. Without one, tokens are drawn, as in OpenAI's API.
+    """
+    vocab_size = model.engine.model.config.vocab_size
+    processors: list[Any] = []
+    if body.frequency_penalty:
+        processors.append(FrequencyPenalty(len(prompt), body.frequency_penalty))
+    if body.logit_bias:
+        bias = {int(token): number for token, number in body.logit_bias.items() if token.isdecimal()}
+        if len(bias) < len(body.logit_bias) or any(token >= vocab_size for token in bias):
+            raise ApiError(400, f"logit_bias: needs token ids from 0 to {vocab_size - 1}", param="logit_bias")
+        processors.append(LogitBias(bias))
+    stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
+    shaping: dict[str, Any] = {"do_sample": False}
+    if body.temperature != 0.0:
+        shaping = {
+            "do_sample": True,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k if body.top_k is not None and body.top_k > 0 else None,
+            "min_p": body.min_p,
+        }
+    return Options(
+        max_new_tokens=max_tokens,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        eos_token_id=() if body.ignore_eos else None,
+        stop_strings=stops or None,
+        tokenizer=model.tokenizer,
+        logits_processor=processors or None,
+        seed=body.seed,
+        **shaping,
+    )
+
+
+def room_for(
+    model: Decoder, prompt: Sequence[int], asked: int | None, default: int | None, limits: ServeOptions
+) -> int:
+    """How many tokens may be made behind a prompt; ApiError if what is asked for does not fit."""
+    longest = model.engine.max_length
+    most = longest if limits.max_tokens is None else limits.max_tokens
+    if asked is not None and asked > most:
+        raise ApiError(400, f"max_tokens: got {asked}, needs {most} at most", param="max_tokens")
+    if len(prompt) > longest or len(prompt) + (asked or 0) > longest:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {longest} tokens; the prompt has {len(prompt)}"
+            + (f", and {asked} more are asked for" if asked else ""),
+            param="max_tokens" if asked else "prompt",
+            code="context_length_exceeded",
+        )
+    if asked is not None:
+        return asked
+    return min(most, longest - len(prompt), *([] if default is None else [default]))
+
+
+@dataclass
+class Choice:
+    """A continuation as it grows."""
+
+    text: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+    finish: str | None = None
+    made: int = 0
+
+
+class Generation:
+    """The requests of one body, and their outputs in the event loop."""
+
+    def __init__(self, model: Decoder, metrics: Metrics) -> None:
+        self.model, self.metrics = model, metrics
+        self.requests: list[Request] = []
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._started = time.monotonic()
+        self._last: dict[tuple[int, int], float] = {}
+        self.made: dict[tuple[int, int], int] = {}
+
+    def add(self, prompt: Sequence[int], options: Options, **more: Any) -> None:
+        """One more prompt; nothing runs before `submit`."""
+        number = len(self.requests)
+
+        def on_output(output: Output) -> None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, output))
+
+        self.requests.append(Request(prompt, options, on_output, tokenizer=self.model.tokenizer, **more))
+
+    async def submit(self) -> None:
+        """Hand all requests to the engine, or none; ApiError if one does not fit or the queue is full."""
+        try:
+            for request in self.requests:
+                await run_in_threadpool(self.model.engine.submit, request)
+        except Exception as error:
+            self.cancel()
+            raise of_exception(error) from None
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more."""
+        for request in self.requests:
+            request.cancel()
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """Outputs with the number of their prompt, until all continuations are finished; raises the first error."""
+        unfinished = sum(request.copies for request in self.requests)
+        while unfinished:
+            number, output = await self._queue.get()
+            if output.error is not None:
+                self.cancel()
+                raise of_exception(output.error)
+            key, now = (number, output.index), time.monotonic()
+            if key in self._last:
+                self.metrics.between.labels(self.model.name).observe(now - self._last[key])
+            else:
+                self.metrics.first.labels(self.model.name).observe(now - self._started)
+            self._last[key] = now
+            self.made[key] = output.made
+            unfinished -= output.finish is not None
+            yield number, output
+
+    async def all(self) -> list[list[Choice]]:
+        """The continuations of each prompt."""
+        choices = [[Choice() for _ in range(request.copies)] for request in self.requests]
+        async for number, output in self.outputs():
+            choice = choices[number][output.index]
+            choice.text += output.text
+            choice.scores += output.scores
+            choice.prompt_scores += output.prompt_scores
+            choice.finish = output.finish or choice.finish
+        return choices
+
+    def usage(self) -> dict[str, int]:
+        """The tokens read and made so far."""
+        prompts, made = sum(len(request.prompt) for request in self.requests), sum(self.made.values())
+        return {"prompt_tokens": prompts, "completion_tokens": made, "total_tokens": prompts + made}

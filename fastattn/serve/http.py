@@ -1,0 +1,189 @@
+"""Parts of every endpoint: reading bodies, errors, streams, and what a client that leaves means."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.metrics import Metrics
+
+log = logging.getLogger("fastattn.serve")
+Parsed = TypeVar("Parsed", bound=BaseModel)
+BODY_SECONDS = 60.0  # that a body may take to arrive
+SEND_SECONDS = 60.0  # that a client may leave an event unread
+# Of monitors and of the page's files, which show no key.
+OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
+
+
+async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Parsed:
+    """The body of a request, in JSON; ApiError 413 if it is larger than `most` bytes, 400 if it does not fit."""
+    too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length[:20]) > most:
+        raise too_large
+    parts: list[bytes] = []
+
+    async def read() -> None:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise ApiError(408, f"the body took longer than {BODY_SECONDS:.0f} s", code="body_too_slow") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client is gone") from None
+    try:
+        return kind.model_validate_json(b"".join(parts))
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body; what the client sent is not repeated."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    places = [str(part) for part in first["loc"] if isinstance(part, (int, str))]
+    param = places[0] if places else None
+    reason = "unknown name" if first["type"] == "extra_forbidden" else first["msg"]
+    where = ".".join(places[:1] + [p for p in places[1:] if p.isdigit() or p.isidentifier()])
+    return ApiError(400, f"{where or 'body'}: {reason}"[:500], param=param)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The response of an error."""
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+def new_id(prefix: str) -> str:
+    """An id for a response."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Returns when the client is gone; the body was read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: HttpRequest, work: Any, cancel: Callable[[], None]) -> Any:
+    """The result of an awaitable; `cancel` is called, and None returned, if the client leaves before."""
+    leaving = asyncio.ensure_future(until_disconnect(request.receive))
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({leaving, working}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return None
+    finally:
+        if not working.done():
+            cancel()
+            working.cancel()
+        leaving.cancel()
+
+
+class EventStream:
+    """A response of server-sent events, the last of which is [DONE]; stops when the client leaves or does not read.
+
+    Args:
+        events: the objects of the events. An exception becomes an event with its error.
+        cancel: called once nothing more is wanted.
+    """
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
+        self.events, self.cancel = events, cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.ensure_future(until_disconnect(receive))
+        sending = asyncio.ensure_future(self._send_all(send))
+        try:
+            await asyncio.wait({leaving, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done() and not sending.cancelled() and (error := sending.exception()) is not None:
+                log.info("a stream ended early: %s", type(error).__name__)
+        finally:
+            self.cancel()
+            sending.cancel()
+            leaving.cancel()
+
+    async def _send_all(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+
+        async def pass_on(message: Message) -> None:
+            await asyncio.wait_for(send(message), SEND_SECONDS)
+
+        async def write(data: str, last: bool = False) -> None:
+            body = f"data: {data}\n\n".encode()
+            await pass_on({"type": "http.response.body", "body": body, "more_body": not last})
+
+        await pass_on({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for event in self.events:
+                await write(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+        except (OSError, TimeoutError, asyncio.TimeoutError):
+            raise
+        except Exception as error:
+            await write(json.dumps(of_exception(error).body))
+        await write("[DONE]", last=True)
+
+
+class Guard:
+    """In front of every endpoint: the key, an id for each request, counts, and errors as OpenAI's."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics, paths
+        self.key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        marked = given if given.isascii() and 0 < len(given) <= 128 else uuid.uuid4().hex.encode()
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", marked)]}
+            await send(message)
+
+        try:
+            if self.key is not None and scope["path"] not in OPEN_PATHS and not self._knows(headers):
+                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+                await error_response(error)(scope, receive, counted)
+            else:
+                await self.app(scope, receive, counted)
+        except Exception as error:
+            log.exception("a request failed")
+            if not status:
+                await error_response(of_exception(error))(scope, receive, counted)
+        finally:
+            route = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.answered(route, status, time.monotonic() - started)
+
+    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        assert self.key is not None
+        return hmac.compare_digest(token.strip(), self.key) and kind.lower() == b"bearer"

@@ -1,0 +1,48 @@
+"""The settings of a server: sizes of the engine, and the limits that requests are held to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How models are served.
+
+    Args:
+        device: "cpu", "cuda" ...; None = a GPU where there is one.
+        dtype: of the weights, as "bfloat16"; None = the checkpoint's.
+        max_batch: most continuations of a model that run at the same time.
+        max_queue: most requests of a model that wait; the next get 429.
+        max_tokens: most tokens that a request may ask for; None = what fits behind its prompt.
+        max_length: most tokens of prompt and continuation; None = what the model reads.
+        kv_memory: bytes for the keys and values of a model; None = for max_batch sequences, at most 1 GiB.
+        page_size: tokens of a page of them.
+        batch_tokens: tokens of texts that an encoder reads at the same time.
+        max_body: most bytes of a request.
+        max_inputs: most prompts or texts of a request.
+        timeout: seconds after which a request fails.
+        drain: seconds that running requests get to finish when the server is told to stop.
+        api_key: what clients have to show as bearer; None = nothing.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    max_batch: int = 16
+    max_queue: int = 256
+    max_tokens: int | None = None
+    max_length: int | None = None
+    kv_memory: int | None = None
+    page_size: int = 16
+    batch_tokens: int = 8192
+    max_body: int = 4 << 20
+    max_inputs: int = 2048
+    timeout: float = 600.0
+    drain: float = 30.0
+    api_key: str | None = None
+
+
+def key_from_environment() -> str | None:
+    """The API key in FASTATTN_API_KEY; None where there is none."""
+    return os.environ.get("FASTATTN_API_KEY") or None

@@ -1,0 +1,234 @@
+"""The endpoints of encoders, /v1/embeddings, /rerank, /classify and /predict, and /tokenize of every model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+
+from fastattn.console import InputError
+from fastattn.serve.completions import check_text, dialogue_ids
+from fastattn.serve.encoders import Job
+from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.http import new_id, unless_gone
+from fastattn.serve.options import ServeOptions
+from fastattn.serve.schemas import ClassifyBody, EmbeddingBody, PredictBody, RerankBody, TokenizeBody
+from fastattn.serve.served import Decoder, Encoder
+from fastattn.tasks import classify, embed, predict
+from fastattn.tasks.batches import label_name
+
+Found = list[dict[str, Any]]
+
+
+async def run(
+    http: HttpRequest,
+    model: Encoder,
+    examples: list[dict[str, str]],
+    limits: ServeOptions,
+    options: dict[str, Any] | None = None,
+) -> tuple[Found, int]:
+    """The predictions of the model's task for examples, and how many tokens these are."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Found] = loop.create_future()
+
+    def settle(result: Found | Exception) -> None:
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(of_exception(result))
+        else:
+            answer.set_result(result)
+
+    def on_done(result: Found | Exception) -> None:
+        loop.call_soon_threadsafe(settle, result)
+
+    tokens = await run_in_threadpool(tokens_of, model, examples)
+    deadline = time.monotonic() + limits.timeout
+    job = Job(examples, tokens, options or {}, on_done, deadline)
+    try:
+        model.worker.submit(job)
+    except Exception as error:
+        raise of_exception(error) from None
+    found = await unless_gone(http, answer, job.cancelled.set)
+    if found is None:
+        raise ApiError(499, "the client is gone")
+    return found, sum(tokens)
+
+
+def tokens_of(model: Encoder, examples: Sequence[dict[str, str]]) -> list[int]:
+    """How many tokens of each example are read."""
+    texts = [list(each.values()) for each in examples]
+    encoded = model.core.encode_batch([t[0] if len(t) == 1 else tuple(t[:2]) for t in texts])
+    return [min(len(each.ids), model.longest) for each in encoded]
+
+
+def texts_of(given: Any, limits: ServeOptions, name: str = "input") -> list[str]:
+    """The texts of a body."""
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts or len(texts) > limits.max_inputs:
+        raise ApiError(400, f"{name}: got {len(texts)} texts, needs 1 to {limits.max_inputs}", param=name)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ApiError(400, f"{name}: token ids are not read here, send texts", param=name)
+        check_text(name, text)
+        if not text.strip():
+            raise ApiError(400, f"{name}: got an empty text", param=name)
+    return texts
+
+
+def usage_of(tokens: int) -> dict[str, Any]:
+    """The usage object of an endpoint that makes no tokens."""
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+
+
+async def embeddings(
+    http: HttpRequest, body: EmbeddingBody, model: Encoder, limits: ServeOptions
+) -> dict[str, Any]:
+    """Vectors of texts. `dimensions` keeps the first ones and gives them length 1 again."""
+    if model.task is not embed:
+        raise wrong_head(model, "embeddings")
+    width = model.model.config.hidden_size
+    if body.dimensions is not None and body.dimensions > width:
+        raise ApiError(400, f"dimensions: got {body.dimensions}, needs {width} at most", param="dimensions")
+    texts = texts_of(body.input, limits)
+    found, tokens = await run(http, model, [{"text": text} for text in texts], limits)
+    data = []
+    for index, each in enumerate(found):
+        vector = shortened(each["embedding"], body.dimensions)
+        shown: Any = vector
+        if body.encoding_format == "base64":
+            shown = base64.b64encode(array("f", vector).tobytes()).decode("ascii")
+        data.append({"object": "embedding", "index": index, "embedding": shown})
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model.name, "usage": usage}
+
+
+def shortened(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first numbers of a vector, scaled to length 1."""
+    if dimensions is None or dimensions == len(vector):
+        return vector
+    kept = vector[:dimensions]
+    norm = math.sqrt(sum(x * x for x in kept))
+    return [x / norm for x in kept] if norm else kept
+
+
+async def rerank(http: HttpRequest, body: RerankBody, model: Encoder, limits: ServeOptions) -> dict[str, Any]:
+    """Documents by their relevance: a classifier of pairs with one label scores them, or the cosine of embeddings."""
+    documents = texts_of(body.documents, limits, "documents")
+    (query,) = texts_of(body.query, limits, "query")
+    if model.task is embed:
+        examples = [{"text": text} for text in (query, *documents)]
+        found, tokens = await run(http, model, examples, limits)
+        first, *others = (each["embedding"] for each in found)
+        scores = [cosine(first, other) for other in others]
+    elif model.task is classify and model.model.config.num_labels == 1:
+        examples = [{"text": query, "text_pair": text} for text in documents]
+        found, tokens = await run(http, model, examples, limits)
+        scores = [each["labels"][0]["score"] for each in found]
+    else:
+        raise wrong_head(model, "/rerank")
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n or None]
+    results = [{"index": i, "document": {"text": documents[i]}, "relevance_score": scores[i]} for i in order]
+    return {
+        "id": new_id("rerank"),
+        "model": model.name,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "results": results,
+    }
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """The cosine of the angle between two vectors."""
+    norms = math.sqrt(sum(x * x for x in a) * sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b)) / norms if norms else 0.0
+
+
+async def classification(
+    http: HttpRequest, body: ClassifyBody, model: Encoder, limits: ServeOptions
+) -> dict[str, Any]:
+    """The likeliest label of each text and the scores of all, in the order of the model's labels."""
+    if model.task is not classify:
+        raise wrong_head(model, "/classify")
+    texts = texts_of(body.input, limits)
+    found, tokens = await run(http, model, [{"text": text} for text in texts], limits)
+    config = model.model.config
+    names = [label_name(config, i) for i in range(config.num_labels)]
+    data = []
+    for index, each in enumerate(found):
+        scores = {entry["label"]: entry["score"] for entry in each["labels"]}
+        data.append(
+            {
+                "index": index,
+                "label": each["labels"][0]["label"],
+                "probs": [scores[name] for name in names],
+                "num_classes": config.num_labels,
+            }
+        )
+    return {
+        "id": new_id("classify"),
+        "object": "list",
+        "created": int(time.time()),
+        "model": model.name,
+        "data": data,
+        "usage": usage_of(tokens),
+    }
+
+
+async def prediction(
+    http: HttpRequest, body: PredictBody, model: Encoder, limits: ServeOptions
+) -> dict[str, Any]:
+    """What `fastattn predict --json` prints."""
+    given = {"top_k": body.top_k, "no_answer": body.no_answer or None}
+    try:
+        options = predict.check_options(model.task, given)
+    except InputError as error:
+        raise ApiError(400, str(error).removeprefix("--").replace("-", "_", 1)) from None
+    if len(body.data) > limits.max_inputs:
+        raise ApiError(400, f"data: got {len(body.data)}, needs {limits.max_inputs} at most", param="data")
+    fields = (*model.task.FIELDS, *model.task.OPTIONAL)
+    examples = []
+    for number, entry in enumerate(body.data):
+        if unknown := entry.keys() - set(fields):
+            raise ApiError(400, f"data.{number}: unknown name {min(unknown)[:40]!r}", param="data")
+        for name in (*model.task.FIELDS, *(n for n in model.task.OPTIONAL if n in entry)):
+            if not entry.get(name, "").strip():
+                raise ApiError(400, f'data.{number}: has no text under "{name}"', param="data")
+            check_text("data", entry[name])
+        examples.append({name: entry[name] for name in fields if name in entry})
+    found, _ = await run(http, model, examples, limits, options)
+    return {"task": model.task.NAME, "predictions": found}
+
+
+def tokenize(body: TokenizeBody, model: Decoder | Encoder) -> dict[str, Any]:
+    """The ids of a prompt or a conversation."""
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt, messages: needs one of them", param="prompt")
+    core = model.tokenizer.core if isinstance(model, Decoder) else model.core
+    longest = model.engine.max_length if isinstance(model, Decoder) else model.longest
+    if body.messages is not None:
+        if not isinstance(model, Decoder):
+            raise ApiError(400, f"messages: {model.name} reads no conversations", param="messages")
+        ids = dialogue_ids(model, body.messages, body.add_generation_prompt)
+    else:
+        assert body.prompt is not None
+        check_text("prompt", body.prompt)
+        special = body.add_special_tokens is not False
+        ids = list(core.encode(body.prompt, add_special_tokens=special).ids)
+    strings = [core.id_to_token(token) for token in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": strings}
+
+
+def wrong_head(model: Encoder, wanted: str) -> ApiError:
+    """The error of an endpoint that another head has."""
+    return ApiError(
+        400,
+        f"{model.name} is a model for {model.task.NAME}, which has no {wanted}; use /predict",
+        param="model",
+    )

@@ -1,0 +1,141 @@
+"""Models of folders as a server holds them: a decoder with its engine, or an encoder with its worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastattn import console
+from fastattn.console import InputError
+from fastattn.data import DataError, Tokenizer
+from fastattn.data.chat import ChatTemplate
+from fastattn.models import GPT, families
+from fastattn.serve.encoders import EncoderWorker
+from fastattn.serve.engine import Engine
+from fastattn.serve.grammar import Grammars
+from fastattn.serve.options import ServeOptions
+from fastattn.serve.token_texts import TokenStrings
+from fastattn.tasks import fill, predict
+from fastattn.tasks.batches import max_tokens
+from fastattn.text_generation import vocabularies
+
+
+@dataclass(eq=False)
+class Decoder:
+    """A GPT with its engine, its tokenizer and, where the tokenizer has one, its chat template."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    strings: TokenStrings
+    grammars: Grammars
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def worker(self) -> Engine:
+        """What runs its requests."""
+        return self.engine
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Its entry in /v1/models."""
+        return {
+            **_card(self.name, self.created, "generate"),
+            "max_model_len": self.engine.max_length,
+            "batch_invariant": self.engine.batch_invariant,  # whether tokens do not depend on what else runs
+        }
+
+
+@dataclass(eq=False)
+class Encoder:
+    """An encoder with its worker; the task is that of its head."""
+
+    name: str
+    task: ModuleType
+    model: Any
+    worker: EncoderWorker
+    core: Any  # a tokenizer for counting, as the worker's own is busy in its thread
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text that are read."""
+        return max_tokens(self.model, self.worker.tokenizer)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Its entry in /v1/models."""
+        mask = {"mask_token": self.worker.tokenizer.mask_token} if self.task is fill else {}
+        return {**_card(self.name, self.created, self.task.NAME), "max_model_len": self.longest, **mask}
+
+
+def _card(name: str, created: int, task: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "fastattn", "task": task}
+
+
+def load_all(folders: Sequence[Path], options: ServeOptions) -> dict[str, Decoder | Encoder]:
+    """The models by the names of their folders; InputError for folders that cannot be served."""
+    names = [name_of(folder) for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}: names two folders, and a model is asked for by its folder's name")
+    return {name: load_one(name, folder, options) for name, folder in zip(names, folders)}
+
+
+def name_of(folder: Path) -> str:
+    """The name that clients ask for a folder by."""
+    console.check_folder(folder)
+    return folder.resolve().name
+
+
+def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encoder:
+    """The model of a folder, loaded and ready; its thread is not started yet."""
+    try:
+        cls = families.class_for(folder)
+        if issubclass(cls, GPT):
+            return _decoder(name, folder, options)
+    except (DataError, ValueError) as error:
+        raise InputError(str(error)) from None
+    task = predict.task_of(folder)
+    model, tokenizer = predict.load_folder(folder, task)
+    model = _placed(model, options)
+    worker = EncoderWorker(task, model, tokenizer, options.batch_tokens, options.max_queue)
+    core = type(tokenizer.core).from_str(tokenizer.core.to_str())
+    return Encoder(name, task, model, worker, core)
+
+
+def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = _placed(families.load(folder, dtype=options.dtype), options)
+    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= (size := vocabularies(model)["model"]):
+        raise InputError(
+            f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the model {size} tokens"
+        )
+    engine = Engine(
+        model,
+        max_batch=options.max_batch,
+        max_queue=options.max_queue,
+        max_length=options.max_length,
+        page_size=options.page_size,
+        kv_memory=options.kv_memory,
+    )
+    template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
+    strings = TokenStrings(tokenizer)
+    return Decoder(name, engine, tokenizer, template, strings, Grammars(model, strings))
+
+
+def _placed(model: Any, options: ServeOptions) -> Any:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    try:
+        return model.to(device=device, dtype=dtype)
+    except RuntimeError as error:
+        raise InputError(f"--device: got {device!r}, {str(error).splitlines()[0]}") from None

@@ -1,0 +1,141 @@
+"""`fastattn serve` as a process: the page's examples, a client that goes away, and SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import serve_cases
+from pages import DOCS, blocks_of
+
+for package in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package)
+PAGE = (DOCS / "serve.md").read_text(encoding="utf-8")
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    port: int
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return response.read().decode()
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf'^fastattn_{name}{{model="gpt2"}} (\S+)$', self.get("/metrics"), re.M)
+        assert found
+        return float(found[1])
+
+    def ask(self, max_tokens: int, stream: bool = True) -> socket.socket:
+        """A connection whose request runs; of a stream the first tokens have arrived."""
+        body = {
+            "model": "gpt2",
+            "prompt": "the river",
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(head.encode() + data)
+        received = b""
+        while stream and b"data: " not in received:
+            received += connection.recv(4096)
+        while not stream and not self.metric("running"):
+            time.sleep(0.01)
+        return connection
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("serve")
+    serve_cases.save_gpt(root / "gpt2", n_positions=4096)
+    serve_cases.save_encoder(root / "minilm", "Model")
+    words = [sys.executable, "-m", "fastattn", "serve", "gpt2", "minilm", "--port=0"]
+    with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.fullmatch(r"serving gpt2, minilm on http://127\.0\.0\.1:(\d+)\n", line)
+            assert found, line
+            made = Server(process, int(found[1]))
+            for _ in range(200):
+                with contextlib.suppress(OSError):
+                    made.get("/ready")
+                    break
+                time.sleep(0.05)
+            yield made
+        finally:
+            process.kill()
+
+
+def test_the_examples_of_the_page_run(server: Server) -> None:
+    blocks = [b for b in blocks_of(PAGE, "serve.md") if "test_the_examples_of_the_page_run" in b.note]
+    assert [block.language for block in blocks] == ["python", "bash"]
+    python, bash = (b.code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for b in blocks)
+    if shutil.which("curl"):
+        done = subprocess.run(["bash", "-ec", bash], capture_output=True, text=True, timeout=60, check=True)
+        completion, ranking = re.split(r"(?<=\})(?=\{)", done.stdout)
+        assert json.loads(completion)["usage"]["completion_tokens"] <= 20
+        assert len(json.loads(ranking)["results"]) == 2
+    pytest.importorskip("openai")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(python, "docs/serve.md", "exec"), {"__name__": "__main__"})
+    assert printed.getvalue().splitlines()[-1].endswith("2 32")
+
+
+def test_openais_client_reads_errors_and_log_probabilities(server: Server) -> None:
+    openai: Any = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x", max_retries=0)
+    assert {model.id for model in client.models.list()} == {"gpt2", "minilm"}
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="gpt3", prompt="a")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="gpt2", messages=[{"role": "user", "content": "hi"}])
+    made = client.completions.create(model="gpt2", prompt="the river", echo=True, logprobs=2, max_tokens=1)
+    logprobs = made.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.text_offset) == made.usage.total_tokens
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -> None:
+    before = server.metric("generated_tokens_total")
+    server.ask(4000, stream).close()
+    deadline = time.monotonic() + 60.0
+    while server.metric("pages_held") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.metric("pages_held") == server.metric("running") == 0
+    assert server.metric("generated_tokens_total") - before < 4000
+
+
+def test_sigterm_finishes_what_runs(server: Server) -> None:
+    """The last of this file: it ends the server."""
+    connection = server.ask(200)
+    server.process.send_signal(signal.SIGTERM)
+    received = b""
+    with connection:
+        while part := connection.recv(1 << 16):
+            received += part
+            if b"[DONE]" in received:
+                break
+    assert b'"finish_reason":"length"' in received
+    assert server.process.wait(60) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=5)
