@@ -137,9 +137,9 @@ def resumed_with_the_same_bits(folder, sharding, **options):
 
 def gpt(folder, sharding):
     """A model that is saved by its own method: the folder at the end loads without any process group."""
-    _, weights, trainer = train(
-        folder / "gpt", make=make_gpt, sharding=sharding, activation_checkpointing=True
-    )
+    # A larger eps: the gradient of key biases is zero but for rounding, and a small one would make steps of it.
+    options = {"activation_checkpointing": True, "eps": 1e-4}
+    _, weights, trainer = train(folder / "gpt", make=make_gpt, sharding=sharding, **options)
     if trainer.distributed.is_main:
         torch.save(weights, folder / "gpt.pt")
 
