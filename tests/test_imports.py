@@ -56,7 +56,7 @@ ARROWS = {
     "evaluation": {"plot"},
     "tasks": {"console", "constants", "data", "evaluation", "models", "nn", "ops", "plot"},
     "text_generation": {"console", "data", "generation", "models"},
-    "serve": {"console", "data", "generation", "models", "nn", "tasks", "text_generation"},
+    "serve": {"console", "data", "generation", "integers", "models", "nn", "tasks", "text_generation"},
     "cli": {
         "",
         "__version__",

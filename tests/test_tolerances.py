@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[int, str]] = {  # by file: how many, and why
     "ops/test_nonfinite.py": (3, "a saturated float64 bias beside a reference of its own"),
     "ops/test_spelling.py": (1, "seconds of a call"),
     "test_demo.py": (2, "an untrained model's perplexity; float32 weights trained on two sides"),
+    "tasks/test_taught.py": (1, "a loss in float32 beside its formula in float64"),
     "train/test_distributed.py": (3, "logged losses, rounded to float32, and a command's run in float32"),
     "train/test_gpt.py": (4, "logged losses in float32; a model swapped for another's"),
     "train/test_trainer.py": (10, "learning rates, rounded in logs, and float32 losses and norms"),

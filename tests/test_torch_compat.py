@@ -383,3 +383,11 @@ def test_without_flash_ops_there_is_nothing_to_override(symbol: str, lacking: Ca
 def test_without_cuda_sleep_nothing_is_queued(lacking: Callable[..., None]) -> None:
     lacking("torch.cuda._sleep")
     torch_compat.cuda_sleep(1)
+
+
+def test_without_its_kernel_several_copies_are_one_after_another(lacking: Callable[..., None]) -> None:
+    sources = torch.randn(2, 3), torch.randn(4)
+    for targets in ((torch.zeros(2, 3), torch.zeros(4)) for _ in range(2)):
+        torch_compat.copy_of_several()(targets, sources)
+        assert all(torch.equal(target, source) for target, source in zip(targets, sources))
+        lacking("torch._foreach_copy_")

@@ -16,7 +16,6 @@ LOOKED_UP = {
     "_between_marks": "by Jinja, as the name that its call_method is given",
     "_init_handles": "by Triton, which calls it on what it compiled",
     "extra_repr": "by torch.nn.Module",
-    "key_from_environment": "by the command that starts the server",
     "num_targets": "a figure of a training set for its user",
 }
 

@@ -56,7 +56,7 @@ class RunCase:
         if self.group == "fine-tune":
             return f"{self.preset or 'a small BERT'}, classification of {self.count} texts {lengths}{against}"
         if self.group == "packed":
-            model = f"{self.preset or 'a small GPT'} with {Packed.LAYERS} layers"
+            model = f"{self.preset} with {Packed.LAYERS} layers" if self.preset else "a small GPT"
             return f"{model}, {self.batch} documents {lengths}, packed, with AdamW"
         return f"{self.count} times the packaged corpus to rows of 1024 tokens"
 

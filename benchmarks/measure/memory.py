@@ -110,6 +110,11 @@ def peak_of_step(case: Case, provider: str) -> float | None:
     return peak
 
 
+def peak_resident_mib() -> float:
+    """The high-water mark of this process's resident memory; OSError where the system has none (other than Linux)."""
+    return _status_kib("VmHWM") / 1024
+
+
 def _reset_peak_rss() -> int | None:
     """Reset the high-water mark to the resident KiB, which are returned; None where the kernel offers no such reset."""
     gc.collect()

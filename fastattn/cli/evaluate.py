@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import JsonFlag, output, print_json
-from fastattn.cli.predict import MAX_BATCH
+from fastattn.cli.predict import check_batch_size
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(metavar="KEY=VALUE", help="An option of the task, as max_length=256; may be repeated."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time; does not change the metrics.")
+        int | None, typer.Option(help="Texts at a time; does not change the metrics.")
     ] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for the reliability plot and the confusion table.")
@@ -49,6 +49,7 @@ def evaluate(
     entities. Questions: exact match and F1. Encoder-decoders: BLEU, chrF, ROUGE. Embeddings: Spearman's correlation.
     docs/evaluation.md documents every key. Exits with 2 on bad input.
     """
+    check_batch_size(batch_size)
     from fastattn.tasks import evaluate as work
 
     found = work.evaluate(

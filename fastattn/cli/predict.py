@@ -8,8 +8,15 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import JsonFlag, print_json, standard_input
+from fastattn.console import InputError
 
 MAX_BATCH, MAX_COUNT = 2**16, 2**16
+
+
+def check_batch_size(number: int | None) -> None:
+    """Refuse a number of texts at a time that is out of range."""
+    if number is not None and not 1 <= number <= MAX_BATCH:
+        raise InputError(f"--batch-size: got {number}, needs a number of texts from 1 to {MAX_BATCH}")
 
 
 def predict(
@@ -20,7 +27,7 @@ def predict(
             help='JSONL file with "text" in each line, or "question" and "context"; else standard input.'
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Texts at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.")] = 32,
     top_k: Annotated[
         int | None,
         typer.Option(min=1, max=MAX_COUNT, help="Most classes, answers or words; all, 1 and 5 by default."),
@@ -34,6 +41,7 @@ def predict(
     [MASK], or vectors. A text longer than the model's limit is truncated, and a line on standard error says so.
     Exits with 2 on bad input.
     """
+    check_batch_size(batch_size)
     from fastattn.tasks import predict as work
 
     task = work.task_of(folder)

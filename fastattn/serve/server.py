@@ -54,7 +54,7 @@ def bound(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         made = socket.socket(found[0][0], socket.SOCK_STREAM)
     except (OSError, UnicodeError, ValueError) as error:
-        raise InputError(f"--host: got {host[:40]!r}, which is no address ({error})") from None
+        raise InputError(f"--host: got {host[:40]!r}, which is not an address ({error})") from None
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(found[0][4])

@@ -89,13 +89,14 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """The examples of records with "prompt", "chosen" and "rejected".
 
     Each is a text or a list of messages. Of an answer in messages the last one is used, which must be the assistant's.
+    Without a prompt, it is the messages that both conversations begin with, as TRL reads them.
 
     Raises:
         DataError: a record lacks one of them, or both answers are the same; with file and line.
     """
     made = []
     for record in records:
-        prompt = required(record, "prompt")
+        prompt = _shared(record) if "prompt" not in record.fields else required(record, "prompt")
         if isinstance(prompt, list):
             good = [isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt]
             if not prompt or not all(good) or not all(isinstance(m.get("content"), str) for m in prompt):
@@ -344,6 +345,33 @@ def _tokens(
     said = tokenizer.encode(whole[len(before) :])
     stops = [i for i, token in enumerate(said) if token in ends]
     return tokenizer.encode(before), said[: stops[-1] + 1] if stops else said
+
+
+def _shared(record: Record) -> list[Any]:
+    """The messages that the conversations of both answers begin with, each one message longer.
+
+    Raises:
+        DataError: the answers are no conversations, they begin differently, or go on for more than one message.
+    """
+    both = [required(record, name) for name in LABELS]
+    if not all(isinstance(each, list) for each in both):
+        raise DataError(
+            f"{record.where}: has no prompt, needs one, or chosen and rejected as lists of messages"
+        )
+    shared = 0
+    while shared < min(map(len, both)) and both[0][shared] == both[1][shared]:
+        shared += 1
+    if shared == 0:
+        raise DataError(
+            f"{record.where}: has no prompt, and chosen and rejected begin with different messages"
+        )
+    for name, each in zip(LABELS, both):
+        if len(each) != shared + 1:
+            raise DataError(
+                f"{record.where}: {name} has {len(each) - shared} messages behind the {shared} that both answers "
+                f"begin with, needs one"
+            )
+    return both[0][:shared]
 
 
 def _answer(record: Record, name: str) -> str:

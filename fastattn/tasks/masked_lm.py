@@ -17,7 +17,7 @@ from fastattn.data.encoding import InputTokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import BertConfig, BertForMaskedLM, BertForPreTraining
 from fastattn.models.families import class_for
-from fastattn.models.fields import flag, or_none, size
+from fastattn.models.fields import flag, or_none, positive, size
 from fastattn.nn.modes import evaluating
 from fastattn.tasks.batches import BATCH_SIZE, wide
 from fastattn.tasks.documents import Example as Example
@@ -25,8 +25,9 @@ from fastattn.tasks.documents import best as best
 from fastattn.tasks.documents import check_examples as check_examples
 from fastattn.tasks.documents import examples_of as examples_of
 from fastattn.tasks.documents import labels_in as labels_in
-from fastattn.tasks.options import CheckedOptions, share
+from fastattn.tasks.options import CheckedOptions, part, share
 from fastattn.tasks.passages import Around, Passage, pairs, singles
+from fastattn.tasks.taught import TaughtMaskedLM, TaughtPreTraining, attach_teacher
 from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
 
 NAME = "masked-lm"
@@ -57,26 +58,32 @@ class Options(CheckedOptions):
         mask_share: share of the tokens that are predicted.
         whole_words: whether all pieces of a word are chosen together.
         next_sentence: whether an example is two passages, and the model also predicts whether the second follows.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
     """
 
     max_length: int | None = None
     mask_share: float = 0.15
     whole_words: bool = False
     next_sentence: bool = False
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "mask_share": share,
         "whole_words": flag,
         "next_sentence": flag,
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> BertForMaskedLM | BertForPreTraining:
+) -> TaughtMaskedLM | TaughtPreTraining:
     """The folder's or preset's encoder with its masked LM head, or a new one."""
-    cls: Any = BertForPreTraining if options.next_sentence else BertForMaskedLM
+    cls: Any = TaughtPreTraining if options.next_sentence else TaughtMaskedLM
     return load_encoder(cls, source, tokenizer, new=_new_parts(source, options))
 
 
@@ -170,13 +177,21 @@ def mask_tokens(
 
 
 def training_set(
-    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> Passages:
     """The examples' text in passages as items.
 
     Raises:
-        DataError: the tokenizer has no mask token, or there are fewer than two documents for pairs.
+        DataError: the tokenizer has no mask token, there are fewer than two documents for pairs, or the teacher, a
+            model with its tokenizer, has other tokens.
     """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     if tokenizer.mask_id is None:
         raise DataError("tokenizer: has no mask token, which masked-lm needs")
     limit = options.max_length

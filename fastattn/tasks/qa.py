@@ -15,10 +15,10 @@ from fastattn.data.records import Record, required, text_of
 from fastattn.evaluation.answers import answers as answer_figures
 from fastattn.evaluation.report import Report
 from fastattn.models import BertForQuestionAnswering
-from fastattn.models.fields import one_of, or_none, size, size_or_0
-from fastattn.models.heads import QuestionAnsweringOutput
+from fastattn.models.fields import one_of, or_none, positive, size, size_or_0
 from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, wide
-from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtAnswerer, attach_teacher
 from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
@@ -56,18 +56,24 @@ class Options(CheckedOptions):
         stride: tokens that consecutive windows of a context share.
         no_answer: whether an evaluation allows "no answer"; "auto" where some examples have no answer.
         head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if there is one.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
     """
 
     max_length: int | None = None
     stride: int = STRIDE
     no_answer: str = "auto"
     head: str = "auto"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "stride": size_or_0,
         "no_answer": one_of(("auto", "yes", "no")),
         "head": one_of(HEADS),
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
@@ -118,36 +124,34 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
     return "f1", True
 
 
-class Answerer(BertForQuestionAnswering):
-    """`BertForQuestionAnswering` with both positions as `labels` (B, 2): the first and the last token of the answer."""
-
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> QuestionAnsweringOutput:
-        """As `BertForQuestionAnswering.forward`."""
-        if labels is not None:
-            kwargs.update(start_positions=labels[:, 0], end_positions=labels[:, 1])
-        return super().forward(*args, **kwargs)
-
-
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> Answerer:
+) -> TaughtAnswerer:
     """The folder's or preset's encoder with its question answering head, or a new head."""
     if options.head == "saved":
         chosen_head(source, BertForQuestionAnswering, (), "saved")
     new = ("qa_outputs.*",) if options.head == "new" else ()
-    return load_encoder(Answerer, source, tokenizer, new=new)
+    return load_encoder(TaughtAnswerer, source, tokenizer, new=new)
 
 
 def training_set(
-    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> Encoded:
     """The windows of the examples' contexts as items: tokens, and the first and last token of the answer.
 
     A window without the whole answer has its first token as the label, which means no answer.
 
     Raises:
-        DataError: a question leaves no room for its context, or an answer has no token.
+        DataError: a question leaves no room for its context, an answer has no token, or the teacher, a model with
+            its tokenizer, has other tokens.
     """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     windows = windows_of(model, tokenizer, examples, options)
     rows, labels = [], []
     for example, of_example in zip(examples, windows):

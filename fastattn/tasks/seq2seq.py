@@ -18,12 +18,13 @@ from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
-from fastattn.models.fields import or_none, size
+from fastattn.models.fields import one_of, or_none, positive, size
 from fastattn.models.fields import text as text_field
 from fastattn.nn.modes import evaluating
 from fastattn.tasks.batches import max_tokens
-from fastattn.tasks.options import CheckedOptions
-from fastattn.tasks.training import padded
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtEncoderDecoder, attach_teacher
+from fastattn.tasks.training import check_room, padded
 
 NAME = "seq2seq"
 MODELS = (EncoderDecoder,)
@@ -53,6 +54,10 @@ class Options(CheckedOptions):
         max_target_length: most tokens of a target with its end token: training targets are truncated there, generated
             ones end there; None for 128, or fewer where the decoder has fewer positions.
         num_beams: of beam search in evaluation; 1 is greedy.
+        pick: the metric of the dev set that picks the best model: "loss", or "bleu" or "chrf", for which every
+            evaluation generates all targets.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
         bleu_tokenizer: sacrebleu's tokenizer; None for that of the references' language, see `fastattn.evaluation`.
     """
 
@@ -60,12 +65,18 @@ class Options(CheckedOptions):
     max_target_length: int | None = None
     num_beams: int = 4
     bleu_tokenizer: str | None = None
+    pick: str = "loss"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "max_target_length": or_none(size),
         "num_beams": size,
         "bleu_tokenizer": or_none(text_field),
+        "pick": one_of(("loss", "bleu", "chrf")),
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
@@ -107,9 +118,14 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
     return "loss", False
 
 
+def picked(options: Options) -> tuple[str, bool]:
+    """The same, where options name the figure."""
+    return options.pick, options.pick != "loss"
+
+
 def new_model(
     source: Path | str | BertConfig, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer
-) -> EncoderDecoder:
+) -> TaughtEncoderDecoder:
     """The folder's model; for an encoder's folder, both parts from its weights; for a config, random weights.
 
     A decoder from an encoder's weights has new cross-attention. Targets begin with [CLS] and end with [SEP].
@@ -117,12 +133,16 @@ def new_model(
     tokens = special_tokens(tokenizer)
     if isinstance(source, BertConfig):
         config = replace(source, vocab_size=tokenizer.core.get_vocab_size(), pad_token_id=tokens["pad"])
-        return EncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))).train()
+        return TaughtEncoderDecoder(
+            EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))
+        ).train()
     if issubclass(class_for(source), EncoderDecoder):
-        model = EncoderDecoder.from_pretrained(source, dtype=torch.float32)
+        model = TaughtEncoderDecoder.from_pretrained(source, dtype=torch.float32)
     else:
         folder = encoder_folder(source)
-        model = EncoderDecoder.from_encoder_decoder(folder, folder, dtype=torch.float32, **_targets(tokens))
+        model = TaughtEncoderDecoder.from_encoder_decoder(
+            folder, folder, dtype=torch.float32, **_targets(tokens)
+        )
     return model.train()
 
 
@@ -182,12 +202,22 @@ class Pairs:
 
 
 def training_set(
-    model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: EncoderDecoder,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[EncoderDecoder, InputTokenizer] | None = None,
 ) -> Pairs:
     """The examples as items: the source with its special tokens, and the target with its end token.
 
     The decoder's input is the target shifted by one token, so each token is predicted from the true ones before it.
+
+    Raises:
+        DataError: an option does not fit the model, or the teacher, a model with its tokenizer, has other tokens.
     """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     sources = source_rows(model, tokenizer, examples, options)
     end = end_of(model)
     limit = target_length(model, options)
@@ -214,6 +244,7 @@ def source_rows(
                 f"task.max_length: got {options.max_length}, the encoder has {positions} positions"
             )
         limit = options.max_length
+    check_room(tokenizer, limit)
     return tokenizer.encode([example.source for example in examples], limit)
 
 
@@ -231,6 +262,8 @@ def check_vocabulary(model: EncoderDecoder, tokenizer: InputTokenizer) -> None:
 def target_length(model: EncoderDecoder, options: Options) -> int:
     """Most tokens of a target with its end token; DataError where the decoder has fewer positions."""
     positions = model.decoder.max_positions
+    if options.max_target_length == 1:
+        raise DataError("task.max_target_length: got 1, which its end takes: no token of a target is left")
     if options.max_target_length is None:
         return MAX_TARGET if positions is None else min(MAX_TARGET, positions)
     if positions is not None and options.max_target_length > positions:

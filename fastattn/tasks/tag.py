@@ -17,9 +17,10 @@ from fastattn.evaluation.report import Report
 from fastattn.evaluation.spans import entity_f1
 from fastattn.evaluation.words import is_unspaced
 from fastattn.models import BertForTokenClassification
-from fastattn.models.fields import one_of, or_none, size
+from fastattn.models.fields import one_of, or_none, positive, size
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, wide
-from fastattn.tasks.options import CheckedOptions
+from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtTagger, attach_teacher
 from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
@@ -54,16 +55,22 @@ class Options(CheckedOptions):
         label_pieces: the pieces of a word that are trained: "all", where pieces after the first of a B- word get I-, as
             `fastattn predict` and transformers' pipeline expect; or only the "first".
         head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if it has all labels.
+        distill_weight: share of the teacher's loss in the whole.
+        temperature: of the teacher's and the model's logits in that loss.
     """
 
     max_length: int | None = None
     label_pieces: str = "all"
     head: str = "auto"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
 
     CHECKS = {  # noqa: RUF012
         "max_length": or_none(size),
         "label_pieces": one_of(PIECES),
         "head": one_of(HEADS),
+        "distill_weight": part,
+        "temperature": positive,
     }
 
 
@@ -124,20 +131,29 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> BertForTokenClassification:
+) -> TaughtTagger:
     """The folder's or preset's encoder with a head for the tags, new or saved as `options.head` says."""
     labels = chosen_head(source, BertForTokenClassification, labels_in(examples), options.head)
     keep = options.head != "new" and saved_labels(source, BertForTokenClassification) == tuple(labels)
     new = () if keep else ("classifier.*",)
-    return load_encoder(
-        BertForTokenClassification, source, tokenizer, new=new, id2label=dict(enumerate(labels))
-    )
+    return load_encoder(TaughtTagger, source, tokenizer, new=new, id2label=dict(enumerate(labels)))
 
 
 def training_set(
-    model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
+    model: Any,
+    tokenizer: InputTokenizer,
+    examples: Sequence[Example],
+    options: Options,
+    *,
+    teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> EncodedTokens:
-    """The examples as items: tokens and the label of each, -100 for special tokens and pieces that are not trained."""
+    """The examples as items: tokens and the label of each, -100 for special tokens and pieces that are not trained.
+
+    Raises:
+        DataError: the teacher, a model with its tokenizer, has other tokens or labels.
+    """
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options)
     place = {name: number for number, name in enumerate(model.config.labels())}
     rows, words = rows_of(model, tokenizer, examples, options)
     labels = []

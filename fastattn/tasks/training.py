@@ -122,16 +122,26 @@ def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) ->
     """Most tokens of a row: `max_length`, or the limit of model and tokenizer.
 
     Raises:
-        DataError: the model has fewer positions.
+        DataError: the model has fewer positions, or special tokens take all of the row.
     """
     limit = max_tokens(model, tokenizer)
     if max_length is None:
         return limit
+    check_room(tokenizer, max_length)
     config = model.config
     positions = config.max_position_embeddings - config.position_offset
     if config.positions == "learned" and max_length > positions:
         raise DataError(f"task.max_length: got {max_length}, the model has {positions} positions")
     return max_length
+
+
+def check_room(tokenizer: InputTokenizer, max_length: int) -> None:
+    """Refuse a length that the special tokens around a text take."""
+    around = tokenizer.special_counts[0]
+    if max_length <= around:
+        raise DataError(
+            f"task.max_length: got {max_length}, of which {around} are special tokens: no token of a text is left"
+        )
 
 
 def check_tokenizer(config: BertConfig, tokenizer: InputTokenizer) -> None:

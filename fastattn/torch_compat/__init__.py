@@ -15,7 +15,7 @@ from .attention import (
     torch_sdpa,
 )
 from .norms import rms_norm_backward
-from .objects import cuda_sleep, has_hooks, hooks_of, version_of
+from .objects import copy_of_several, cuda_sleep, has_hooks, hooks_of, version_of
 from .products import (
     ONEDNN_MIN_PRODUCTS,
     has_fast_products,
@@ -61,6 +61,7 @@ __all__ = [
     "any_requires_grad",
     "apply_function",
     "can_bypass_dispatcher",
+    "copy_of_several",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
     "cpu_flash_kernel",

@@ -1,7 +1,8 @@
-"""Hooks of modules, versions of tensors, and a delay on a GPU."""
+"""Hooks of modules, versions and copies of tensors, and a delay on a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,3 +59,19 @@ def cuda_sleep(cycles: int) -> None:
     """
     if _cuda_sleep is not None:
         _cuda_sleep(cycles)
+
+
+_foreach_copy = find("torch._foreach_copy_")
+
+
+def copy_of_several() -> Callable[[Sequence[Tensor], Sequence[Tensor]], Any]:
+    """What copies tensors into as many others, (targets, sources), which share no memory.
+
+    Fallback: `copy_` for each.
+    """
+    return _copy_each if _foreach_copy is None else _foreach_copy
+
+
+def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources):
+        target.copy_(source)

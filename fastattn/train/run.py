@@ -103,7 +103,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     """Train, keep the best model, evaluate it and write the report."""
     task, sections, data = prepared.task, prepared.sections, prepared.data
     started = time.monotonic()
-    best = task.best(data.dev)
+    best = task.picked(data.options) if hasattr(task, "picked") else task.best(data.dev)
 
     def figures(model: nn.Module) -> Mapping[str, float]:
         found: Mapping[str, float] = _evaluated(prepared, model).metrics

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from cases import first_step, lookup, train_runs
 from cases import generate as bench_generate
-from cases import lookup
 from cases import models as bench_models
 from cases import train as bench_train
 from numerics import assert_within_rule
@@ -18,7 +18,10 @@ from report import figures
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", bench_train.cases_for(CPU), ids=lambda case: case.name)
+STEPS = [case for case in bench_train.cases_for(CPU) if isinstance(case, bench_train.TrainCase)]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
 def test_losses_agree(case: Any) -> None:
     pytest.importorskip("transformers")
     workload = case.small().open(CPU)
@@ -31,6 +34,35 @@ def test_losses_agree(case: Any) -> None:
         elif judgement is not None:
             plain = judgement.plain["loss"]
             assert_within_rule(loss, plain, judgement.golden["loss"], dtype=case.dtype)
+
+
+@pytest.mark.parametrize("case", train_runs.run_cases(), ids=lambda case: case.name)
+def test_training_as_it_is_run_has_the_peers_work(case: Any) -> None:
+    """In small: the same texts and documents go through every provider, and each step updates or makes something."""
+    pytest.importorskip("transformers")
+    if case.group == "fine-tune":
+        pytest.importorskip("accelerate")
+    workload = case.small().open(CPU)
+    first, second = ({n: workload.step(n)() for n in case.providers(CPU)} for _ in range(2))
+    for name, found in first.items():
+        for key, value in found.items():
+            assert torch.isfinite(value.double()).all()
+            if case.group == "packed":  # the same loss of the same documents by every provider
+                torch.testing.assert_close(value, first["fastattn"][key])
+            assert value.shape == second[name][key].shape
+    if case.group == "packed":
+        step = workload.step("fastattn")
+        assert step()["loss"] > step()["loss"]
+        assert sum(map(len, workload.documents)) == sum(
+            int((row["segment_ids"] >= 0).sum()) for row in workload.rows
+        )
+
+
+def test_a_new_process_comes_to_its_first_step() -> None:
+    entry = first_step.first_step_case(True)
+    (row,) = entry["rows"]
+    assert row["status"] == "ok"
+    assert row["time_ms"]["median"] > 0
 
 
 @pytest.mark.parametrize("case", bench_generate.cases_for(CPU), ids=lambda case: case.name)

@@ -107,7 +107,7 @@ def test_options_in_config_json_count_where_a_folder_has_no_generation_config(tm
     config.write_text(json.dumps({**entries, "no_repeat_ngram_size": 3}))
     with pytest.raises(ValueError, match=r"^generation_config: no_repeat_ngram_size=3 is not computed here"):
         GPT.from_pretrained(tmp_path).generate(IDS, MASK)
-    outer = {"decoder": {"num_beams": 3, "length_penalty": 2.0}, "length_penalty": 0.5}
+    outer = {"decoder": {"num_beams": 3, "length_penalty": 2.0}, "length_penalty": 0.5, "num_beams": 1}
     assert generation_of(tmp_path, outer, None) == {
         "_from_model_config": True, "num_beams": 3, "length_penalty": 0.5
     }  # fmt: skip

@@ -86,6 +86,6 @@ def test_quotients_are_rounded_up_by_one_function_in_each_language() -> None:
             if path.suffix in (".py", ".cpp", ".cuh", ".h", ".cu") and not linked:
                 text = path.read_text(encoding="utf-8")
                 divided = "//" if path.suffix == ".py" else "/"
-                if re.search(rf"- 1\) {divided}|-\(-[\w.\[\]() -]+//", text):
+                if re.search(rf"\+ [\w.<>()]+ - 1\) {divided}|-\(-[\w.\[\]() -]+//", text):
                     found.add(path.relative_to(ROOT).as_posix())
     assert found == ROUNDED_UP

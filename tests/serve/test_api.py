@@ -111,6 +111,27 @@ def test_echo_and_logprobs_in_the_legacy_schema(client: Any, folders: dict[str, 
     assert any(token.startswith("bytes:") for token in logprobs["tokens"])
 
 
+def test_the_sums_of_lm_evaluation_harness_are_the_models(client: Any, folders: dict[str, Path]) -> None:
+    """Its local-completions asks for a token more than it reads, and sums log-probabilities behind a context."""
+    tokenizer, model = Tokenizer.from_pretrained(folders["gpt"]), load(folders["gpt"])
+    pairs = [("the river", " runs to the sea"), ("who", " lives there?"), ("a tower in", " the")]
+    encoded = [(tokenizer.encode(context), tokenizer.encode(ending)) for context, ending in pairs]
+    asked = {"max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+    choices = complete(client, prompt=[context + ending for context, ending in encoded], **asked)["choices"]
+    sums, plain, golden = [], [], []
+    double = load(folders["gpt"]).double()
+    for (context, ending), choice in zip(encoded, sorted(choices, key=lambda each: each["index"])):
+        scores, best = (choice["logprobs"][n][len(context) : -1] for n in ("token_logprobs", "top_logprobs"))
+        ids, targets = torch.tensor([context + ending]), torch.tensor(ending)[:, None]
+        for one, found in ((model, plain), (double, golden)):
+            logits = one(ids).logits[0, len(context) - 1 : -1].detach()
+            found.append(logits.log_softmax(-1).gather(1, targets).sum())
+        greedy = logits.argmax(-1).tolist() == ending
+        assert all(score == max(top.values()) for score, top in zip(scores, best)) == greedy
+        sums.append(sum(scores))
+    assert_within_rule(torch.tensor(sums), torch.stack(plain), torch.stack(golden))
+
+
 def test_logprobs_without_echo_begin_behind_the_prompt(client: Any) -> None:
     choice = complete(client, logprobs=0, max_tokens=4)["choices"][0]
     logprobs = choice["logprobs"]

@@ -103,6 +103,24 @@ def test_tokens_are_those_of_generate_alone_whatever_else_runs(kind: str) -> Non
         assert [each.tokens()] == each.alone(model), each.options
 
 
+def test_tokens_of_16_bit_models_do_not_depend_on_company_either() -> None:
+    model = make_model().bfloat16()
+    asked = mixed()
+    run(make_engine(model, pages=9, max_batch=4), *asked)
+    for each in asked:
+        assert [each.tokens()] == each.alone(model), each.options
+
+
+def test_without_invariance_likeliest_tokens_that_stand_out_are_the_same() -> None:
+    model = make_model()
+    asked = [each for each in mixed() if not each.options.get("do_sample")]
+    engine = make_engine(model, pages=9, max_batch=4, batch_invariant=False)
+    run(engine, *asked)
+    assert engine.stats()["preemptions"] > 0
+    for each in asked:
+        assert [each.tokens()] == each.alone(model), each.options
+
+
 def test_log_probabilities_have_the_same_bits_alone_and_in_company() -> None:
     model = make_model()
     together, alone = mixed(), mixed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,35 @@ def test_bad_preferences_are_named(tokenizer: Tokenizer) -> None:
             dpo.examples_of(records(fields), dpo.Options())
     with pytest.raises(DataError, match=r"^--model: got a preset's name"):
         dpo.new_model(GPTConfig(), [], dpo.Options(), tokenizer)
+
+
+ASKED = {"role": "user", "content": "say"}
+SAID = {"role": "assistant", "content": "hello"}
+
+
+def test_conversations_without_a_prompt_share_their_beginning() -> None:
+    """As TRL reads them: what both begin with is the prompt."""
+    first, second = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+    whole = {"chosen": [ASKED, SAID, ASKED, first], "rejected": [ASKED, SAID, ASKED, second]}
+    (found,) = dpo.examples_of(records(whole), dpo.Options())
+    assert found.prompt == (ASKED, SAID, ASKED)
+    assert (found.chosen, found.rejected) == ("yes", "no")
+    given = {"prompt": [ASKED, SAID, ASKED], "chosen": [first], "rejected": [second]}
+    (same,) = dpo.examples_of(records(given), dpo.Options())
+    assert (same.prompt, same.chosen, same.rejected) == (found.prompt, found.chosen, found.rejected)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "said"),
+    [
+        ("a", "b", "has no prompt, needs one, or chosen and rejected as lists of messages"),
+        ([SAID], [ASKED], "chosen and rejected begin with different messages"),
+        ([ASKED, SAID], [ASKED, SAID], "chosen has 0 messages behind the 2"),
+        ([ASKED, SAID], [ASKED, ASKED, SAID], "rejected has 2 messages behind the 1"),
+    ],
+)
+def test_answers_without_a_prompt_that_share_no_beginning_are_refused(
+    chosen: Any, rejected: Any, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        dpo.examples_of(records({"chosen": chosen, "rejected": rejected}), dpo.Options())

@@ -18,6 +18,7 @@ LEAST = (
 )  # a probability above it has all its digits, so its logarithm is as precise as that of a sum
 
 Targets = tuple[Tensor | None, Tensor | None, Tensor]
+Block = slice | None  # some rows, or all where one block holds them
 
 
 def cross_entropy_fwd(
@@ -61,19 +62,21 @@ def _by_probability(call: CrossEntropyCall, dlosses: Tensor, dlogits: Tensor, ta
     own = _target_weights(call, target)
     blocks, grads = _Blocks(logits, dlogits), _BlockGrads(call, dlosses, dlogits, targets, own, None)
     column = target[:, None]
-    probs_of_targets = logits.new_empty(column.shape, dtype=blocks.dtype)
+    of_targets = logits.new_empty(column.shape, dtype=blocks.dtype)
     for rows in blocks:
         probs = blocks.probs(rows)
         torch_compat.softmax(probs, blocks.logits(rows), 1, log=False)
-        torch.gather(probs, 1, column[rows], out=probs_of_targets[rows])
+        torch.gather(probs, 1, _part(column, rows), out=_part(of_targets, rows))
         grads.finish(rows, probs, None)
     grads.finish_all()
-    underflows = probs_of_targets < LEAST
-    losses = probs_of_targets.log_().neg_()[:, 0]
-    if underflows.any():
-        for rows in underflows.nonzero()[:, 0].split(blocks.step):
-            z = logits[rows].to(losses.dtype)
-            losses[rows] = z.logsumexp(1) - z.gather(1, column[rows])[:, 0]
+    if of_targets.numel() and not of_targets.amin().item() >= LEAST:  # NaN is neither
+        few = (of_targets < LEAST).nonzero()[:, 0]
+    else:
+        few = None
+    losses = of_targets.log_().neg_()[:, 0]
+    for rows in () if few is None else few.split(blocks.step):
+        z = logits[rows].to(losses.dtype)
+        losses[rows] = z.logsumexp(1) - z.gather(1, column[rows])[:, 0]
     if own is not None:
         losses.mul_(own)
     return _marked(losses, ignored, wrong)
@@ -101,14 +104,16 @@ def _forward(
         grads = _BlockGrads(call, dlosses, dlogits, targets, own, mean)
     for rows in blocks:
         z, probs = blocks.logits(rows), blocks.probs(rows)
-        torch.amax(z, 1, keepdim=True, out=largest[rows])
+        z_largest, p_highest = _part(largest, rows), _part(highest, rows)
+        torch.amax(z, 1, keepdim=True, out=z_largest)
         if spread is not None:
-            torch.sub(z, largest[rows], out=probs)
-            spread[rows] = probs.mean(1) if weight is None else probs @ (weight / weight.shape[0])
+            torch.sub(z, z_largest, out=probs)
+            mean_of_block = probs.mean(1) if weight is None else probs @ (weight / weight.shape[0])
+            _part(spread, rows).copy_(mean_of_block)
         torch_compat.softmax(probs, z, 1, log=False)
-        torch.amax(probs, 1, keepdim=True, out=highest[rows])
+        torch.amax(probs, 1, keepdim=True, out=p_highest)
         if grads is not None:
-            lse = largest[rows, 0] - highest[rows, 0].log() if call.z_loss else None
+            lse = (z_largest - p_highest.log())[:, 0] if call.z_loss else None
             grads.finish(rows, probs, lse)
     if grads is not None:
         grads.finish_all()
@@ -152,19 +157,22 @@ class _Blocks:
         )
         self.kept: dict[str, Tensor] = {}
 
-    def __iter__(self) -> Iterator[slice]:
-        return (slice(start, start + self.step) for start in range(0, self.whole.shape[0], self.step))
+    def __iter__(self) -> Iterator[Block]:
+        rows = self.whole.shape[0]
+        if rows <= self.step:
+            return iter((None,))
+        return (slice(start, start + self.step) for start in range(0, rows, self.step))
 
-    def logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: Block) -> Tensor:
         """The logits of a block."""
-        z = self.whole[rows]
+        z = _part(self.whole, rows)
         return z if z.dtype == self.dtype else self._memory("logits", z).copy_(z)
 
-    def probs(self, rows: slice) -> Tensor:
+    def probs(self, rows: Block) -> Tensor:
         """Where the probabilities of a block are written: where its gradient will be, or to memory of their own."""
         if self.in_place and self.dlogits is not None:
-            return self.dlogits[rows]
-        return self._memory("probs", self.whole[rows])
+            return _part(self.dlogits, rows)
+        return self._memory("probs", _part(self.whole, rows))
 
     def _memory(self, name: str, like: Tensor) -> Tensor:
         if name not in self.kept:
@@ -197,25 +205,25 @@ class _BlockGrads:
         self.base = own if own is None or mean is None else own + call.label_smoothing * mean
         self.wanted = self.dlosses * (call.label_smoothing - 1 if own is None else -own)
 
-    def _factor(self, rows: slice, lse: Tensor | None) -> Tensor:
+    def _factor(self, rows: Block, lse: Tensor | None) -> Tensor:
         """dloss * f of each row, or of all rows."""
         dlosses = _of(self.dlosses, rows)
         if lse is None:
-            return dlosses if self.base is None else dlosses * self.base[rows, None]
+            return dlosses if self.base is None else dlosses * _of(self.base, rows)
         return dlosses * (
-            2 * self.call.z_loss * lse[:, None] + (1.0 if self.base is None else self.base[rows, None])
+            2 * self.call.z_loss * lse[:, None] + (1.0 if self.base is None else _of(self.base, rows))
         )
 
-    def finish(self, rows: slice, block: Tensor, lse: Tensor | None) -> None:
+    def finish(self, rows: Block, block: Tensor, lse: Tensor | None) -> None:
         """Make the gradient of a block's probabilities, in their place, and write it; lse under z_loss."""
         block.mul_(self._factor(rows, lse))
         smoothing, weight = self.call.label_smoothing, self.call.class_weight
         if smoothing:
             share = smoothing / block.shape[1] * _of(self.dlosses, rows)
             block.sub_(share if weight is None else share * weight)
-        column = self.column[rows]
+        column = _part(self.column, rows)
         block.scatter_add_(1, column, _of(self.wanted, rows).expand(column.shape))
-        part = self.dlogits[rows]
+        part = _part(self.dlogits, rows)
         if block.data_ptr() != part.data_ptr():
             part.copy_(block)
 
@@ -241,7 +249,7 @@ def cross_entropy_bwd(
     for rows in blocks:
         probs = blocks.probs(rows)
         torch_compat.softmax(probs, blocks.logits(rows), 1, log=False)
-        grads.finish(rows, probs, None if lse is None else lse[rows])
+        grads.finish(rows, probs, None if lse is None else _part(lse, rows))
     grads.finish_all()
     return dlogits
 
@@ -288,13 +296,19 @@ def _are_classes(target: Tensor, num_classes: int, ignore_index: int) -> bool:
     """Whether all targets are classes, and none can be the one that is ignored."""
     if target.numel() == 0:
         return True
-    lowest, highest = (bound.item() for bound in torch.aminmax(target))
+    bounds = torch.aminmax(target)
+    lowest, highest = bounds.min.item(), bounds.max.item()
     return lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest
 
 
-def _of(values: Tensor, rows: slice) -> Tensor:
-    """The part of a block of rows as a column; the one number where all rows share it."""
-    return values if values.dim() == 0 else values[rows, None]
+def _part(tensor: Tensor, rows: Block) -> Tensor:
+    """The rows of a block."""
+    return tensor if rows is None else tensor[rows]
+
+
+def _of(values: Tensor, rows: Block) -> Tensor:
+    """What the rows of a block have in `values`, as a column; the one number where all rows share it."""
+    return values if values.dim() == 0 else _part(values, rows)[:, None]
 
 
 def _target_weights(call: CrossEntropyCall, target: Tensor) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     for tile in row_tiles:
         mask = _fused_mask(part, tile)
         query, key, value = rows_of(part.query, tile), cols_of(part.key, tile), cols_of(part.value, tile)
-        if folds(query, key):
+        if mask is not None and folds(query, key):
             tile_out, tile_lse = folded(query, key, value, mask, part.call.scale)
         else:
             tile_out, tile_lse = torch_compat.cpu_flash_attention(
@@ -62,16 +61,14 @@ def folds(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] == 1 and key.shape[1] < query.shape[1] and query.shape[3] < FOLDED_MAX_DIM
 
 
-def folded(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse), (B, H, 1, D) and (B, H, 1), of one query of heads that share keys, by torch's fused kernel.
 
     mask: additive, (1 or B, 1 or H, 1, Sk), or (1, Sk).
     """
     batch, num_heads, _, dim = query.shape
     groups = (num_kv_heads := key.shape[1], num_heads // num_kv_heads)
-    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+    if mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], *groups, mask.shape[3])
     out, lse = torch_compat.cpu_flash_attention(
         query.reshape(batch, *groups, dim), key, value, False, mask, scale
@@ -108,11 +105,12 @@ def fused_whole_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a call of one tile. Where heads share keys, some heads at a time: the kernel is given keys and
     values repeated, and gives a share of their gradients for every query head."""
-    if part.call.group_size == 1:
-        return fused_tile_bwd(part, tile, out, lse_safe, dout)
     call = part.call
+    chunks = [*kv_head_chunks(part, tile)]
+    if call.group_size == 1 or len(chunks) == 1:
+        return fused_tile_bwd(part, tile, out, lse_safe, dout)
     grads = tuple(empty_in_order(t, tuple(t.shape)) for t in (call.query, call.key, call.value))
-    for kv_heads in kv_head_chunks(part, tile):
+    for kv_heads in chunks:
         shares = fused_tile_bwd(part, tile, out, lse_safe, dout, kv_heads)
         for grad, share, heads in zip(grads, shares, (query_heads(part, kv_heads), kv_heads, kv_heads)):
             grad[:, heads] = share
@@ -169,7 +167,7 @@ def _with_irregular_rows(
 def is_regular(lse: Tensor) -> bool:
     """Whether the fused kernel gave no row the lse 0, +inf or NaN: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
-        rows = _listed(lse)
+        rows = lse.ravel().tolist()
         if 0.0 < abs(math.prod(rows)) < math.inf:
             return True
         total = sum(rows)  # float32 is summed in float64, which finite numbers cannot overflow
@@ -182,17 +180,10 @@ def is_regular(lse: Tensor) -> bool:
 def is_finite(lse: Tensor) -> bool:
     """Whether every row has a finite lse: (B, H, rows) or (H, rows)."""
     if lse.numel() <= FEW_ROWS:
-        total = sum(_listed(lse))
+        total = sum(lse.ravel().tolist())
         return total - total == 0.0
     lowest, highest = torch.aminmax(lse)
     return bool(lowest.item() > -torch.inf and highest.item() < torch.inf)
-
-
-def _listed(lse: Tensor) -> list[float]:
-    rows = lse.tolist()
-    if lse.dim() == 3:
-        rows = rows[0] if len(rows) == 1 else [*chain.from_iterable(rows)]
-    return [*chain.from_iterable(rows)]
 
 
 def _largest_scores(part: Part, tile: Tile) -> Tensor:

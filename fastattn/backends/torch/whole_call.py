@@ -49,7 +49,7 @@ def attention_fwd_plan(
     flash = torch_compat.cpu_flash_kernel()
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = flash(query, key, value, 0.0, causal, attn_mask=None, scale=scale)
+        out, lse = flash(query, key, value, 0.0, causal, scale=scale)
         if not fused.is_regular(lse):
             return attention_fwd(spec, AttentionCall(query, key, value, scale=scale, **options))
         if out.stride() != strides:
@@ -214,6 +214,7 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
         (strides[1] if num_kv_heads > 1 else strides[0], strides[2], 1) for strides in (k_strides, v_strides)
     )
     widened = spec.dtype.itemsize < 4
+    copy = torch_compat.copy_of_several()
 
     def run(
         query: Tensor, k_cache: Tensor, v_cache: Tensor, key: Tensor | None, value: Tensor | None, start: int
@@ -223,14 +224,15 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
             return None
         # as_strided takes half the time of narrow
         if key is not None and value is not None:
-            k_cache.as_strided(k_added, k_strides, k_cache.storage_offset() + start * k_step).copy_(key)
-            v_cache.as_strided(v_added, v_strides, v_cache.storage_offset() + start * v_step).copy_(value)
+            k_place = k_cache.as_strided(k_added, k_strides, k_cache.storage_offset() + start * k_step)
+            v_place = v_cache.as_strided(v_added, v_strides, v_cache.storage_offset() + start * v_step)
+            copy((k_place, v_place), (key, value))
         lse: Tensor | None
         if total <= most_fused and torch.get_num_threads() == 1:
             folded = query if group_size == 1 else query.reshape(folded_shape)
             keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
             values = v_cache.as_strided((batch, num_kv_heads, total, value_dim), v_strides)
-            out, lse = flash(folded, keys, values, 0.0, False, scale=scale)
+            out, lse = flash(folded, keys, values, scale=scale)
             if fused.is_regular(lse):
                 if group_size > 1:
                     out = out.reshape(shape)

@@ -28,7 +28,12 @@ _DRAWING = {  # methods of tensors and functions of torch.nn.init that fill thei
     *("kaiming_normal_", "kaiming_uniform_", "orthogonal_"),
 }
 # Values of generation's options that old files hold although nobody set them.
-DEFAULTS: dict[str, tuple[Any, ...]] = {"max_length": (20,), "num_return_sequences": (1,), "num_beams": (1,)}
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "max_length": (20,),
+    **dict.fromkeys(("num_return_sequences", "num_beams", "temperature", "top_p"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("do_sample", "early_stopping"), (False,)),
+}
 
 log = logging.getLogger("fastattn")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from fastattn.integers import cdiv
 from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
 from fastattn.serve.engine.requests import Overloaded, Request
@@ -60,7 +61,7 @@ class Engine:
         bytes_of_page = (
             2 * len(model.h) * config.kv_heads * page_size * config.head_dim * weight.element_size()
         )
-        of_one = -(-self.max_length // page_size)
+        of_one = cdiv(self.max_length, page_size)
         pages = max_batch * of_one
         if kv_memory is None:
             pages = max(min(pages, BYTES_OF_CACHE // bytes_of_page), of_one)
