@@ -132,7 +132,12 @@ def resumed_with_the_same_bits(folder, sharding, **options):
         folder / "parts", sharding=sharding, dropout=0.3, seed=7, resume="auto", **options
     )
     equal = same(wanted, found) and straight.last == resumed.last
-    return [stopped.steps, stopped.interrupted, resumed.steps, equal]
+    apart = max(
+        float((own_part(wanted[n]) - own_part(found[n])).abs().max())
+        for n in wanted
+        if own_part(wanted[n]).numel()
+    )
+    return {"steps": [stopped.steps, stopped.interrupted, resumed.steps], "equal": equal, "apart": apart}
 
 
 def gpt(folder, sharding):
