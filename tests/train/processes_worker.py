@@ -132,14 +132,19 @@ def resumed_with_the_same_bits(folder, sharding, **options):
         folder / "parts", sharding=sharding, dropout=0.3, seed=7, resume="auto", **options
     )
     equal = same(wanted, found) and straight.last == resumed.last
-    return [stopped.steps, stopped.interrupted, resumed.steps, equal]
+    apart = max(
+        float((own_part(wanted[n]) - own_part(found[n])).abs().max())
+        for n in wanted
+        if own_part(wanted[n]).numel()
+    )
+    return {"steps": [stopped.steps, stopped.interrupted, resumed.steps], "equal": equal, "apart": apart}
 
 
 def gpt(folder, sharding):
     """A model that is saved by its own method: the folder at the end loads without any process group."""
-    _, weights, trainer = train(
-        folder / "gpt", make=make_gpt, sharding=sharding, activation_checkpointing=True
-    )
+    # A larger eps: the gradient of key biases is zero but for rounding, and a small one would make steps of it.
+    options = {"activation_checkpointing": True, "eps": 1e-4}
+    _, weights, trainer = train(folder / "gpt", make=make_gpt, sharding=sharding, **options)
     if trainer.distributed.is_main:
         torch.save(weights, folder / "gpt.pt")
 
