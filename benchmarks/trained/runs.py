@@ -162,11 +162,15 @@ def _run_step(job: Run, step: Step, done: Sequence[Result]) -> Result:
     needed = [each for each in done[:-1] if each["name"] == step.name and each["kind"] in ("train", "peer")]
     if needed and needed[-1]["status"] not in ("done", "cut"):
         return {"status": "skipped", "reason": "its model was not trained"}
+    words = job.filled(step.words)
+    if needed and step.kind in ("evaluate", "stops"):
+        folder = Path(words[1] if step.kind == "evaluate" else words[0])
+        if not (folder / "config.json").is_file():
+            return {"status": "skipped", "reason": "its training was cut before it saved a model"}
     grace = GRACE if needed and step.kind not in ("train", "peer") else 0.0
     limit = job.left() + grace
     if limit < 1.0:
         return {"status": "skipped", "reason": "no time was left"}
-    words = job.filled(step.words)
     if step.kind == "evaluate":
         words, lacking = _without_missing(words)
     else:

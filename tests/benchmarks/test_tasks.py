@@ -130,6 +130,8 @@ def _answer(job: runs.Run, cut: str) -> Any:
         out.mkdir()
         records = [{"event": "eval", "step": s, "loss": 3.0 - s, "seconds": 60.0 * s} for s in range(4)]
         records.append({"event": "train", "step": 3, "tokens": 99, "seconds": 200.0})
+        if cut != "early":
+            (out / "config.json").write_text("{}", encoding="utf-8")
         (out / "log.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
         return (130 if out.name == cut else 1 if cut == "all" else 0), "", out.name == cut
 
@@ -169,6 +171,14 @@ def test_what_failed_is_said_and_its_figures_are_not_asked_for(
     assert str(tmp_path) not in json.dumps(record)
     monkeypatch.setitem(page.ROWS, "reuters8", ROW)
     assert "| not measured |" in page.summary({"reuters8": record})
+
+
+def test_training_that_saved_no_model_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _job(ROW, tmp_path)
+    monkeypatch.setattr(runs, "_call", _answer(job, "early"))
+    steps = runs.run(job)["steps"]
+    assert [step["status"] for step in steps] == ["done", "skipped"] * 2
+    assert steps[1]["reason"] == "its training was cut before it saved a model"
 
 
 def test_no_time_left_skips_what_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
