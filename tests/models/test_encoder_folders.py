@@ -339,3 +339,9 @@ def test_a_config_refuses_by_name_what_means_nothing_and_keeps_plain_types(field
             json.dumps(config.to_dict(), allow_nan=False)
     assert [message for message in refused if not re.match(rf"{field}\b.*(got|needs)", message)] == []
     assert len(refused) >= 13  # a flag takes two of them, an optional number four at most
+
+
+@pytest.mark.parametrize("new", [True, "classifier.*", (1,)])
+def test_patterns_of_new_parameters_are_checked(tmp_path: Path, new: object) -> None:
+    with pytest.raises(TypeError, match=r"new: got .*, needs a sequence of patterns"):
+        BertForSequenceClassification.from_pretrained(tmp_path, new=new)

@@ -48,6 +48,12 @@ def load_model(
 ) -> nn.Module:
     """A `Pretrained` class's model from a folder or hub repository, in eval mode; see `Pretrained.from_pretrained`."""
     wanted = None if dtype is None else float_dtype(dtype)
+    if (
+        isinstance(new, str)
+        or not isinstance(new, Sequence)
+        or not all(isinstance(each, str) for each in new)
+    ):
+        raise TypeError(f"new: got {new!r}, needs a sequence of patterns of parameters' names")
     folder = resolve_folder(path_or_id)
     entries = read_json(folder / CONFIG)
     small = is_int8(entries)
