@@ -29,6 +29,7 @@ from fastattn.nn.linear import Linear, linear
 from fastattn.nn.norms import RMSNorm, normalised
 from fastattn.nn.positions import RotaryTable, lengths_of_segments, sinusoids
 from fastattn.nn.rows import forget
+from fastattn.nn.uninitialised import Uninitialised
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 
 
@@ -59,16 +60,17 @@ class GPT(Pretrained, nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd, config.padding_idx)
-        self.wpe = _position_embedding(config) if config.positions == "learned" else None
-        self.wtt = nn.Embedding(config.type_vocab_size, config.n_embd) if config.type_vocab_size else None
-        self.ln_emb = _norm(config, config.n_embd) if config.post_norm else None
-        self.rotary = config.rotary()  # by kind of layer; empty with other positions
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(_block(config, kind) for kind in config.kinds)
-        self.ln_f = nn.Identity() if config.post_norm else _norm(config, config.n_embd)
-        self.lm_transform = _transform(config) if config.lm_transform else None
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.lm_transform)
+        with Uninitialised():  # _init_weights draws all of them
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd, config.padding_idx)
+            self.wpe = _position_embedding(config) if config.positions == "learned" else None
+            self.wtt = nn.Embedding(config.type_vocab_size, config.n_embd) if config.type_vocab_size else None
+            self.ln_emb = _norm(config, config.n_embd) if config.post_norm else None
+            self.rotary = config.rotary()  # by kind of layer; empty with other positions
+            self.drop = nn.Dropout(config.embd_pdrop)
+            self.h = nn.ModuleList(_block(config, kind) for kind in config.kinds)
+            self.ln_f = nn.Identity() if config.post_norm else _norm(config, config.n_embd)
+            self.lm_transform = _transform(config) if config.lm_transform else None
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.lm_transform)
         self.tie_weights()
         self._init_weights()
 

@@ -18,6 +18,7 @@ from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
 from fastattn.nn.linear import Linear
 from fastattn.nn.norms import normalised
 from fastattn.nn.positions import Rotary, RotaryTable, positions_of_tokens
+from fastattn.nn.uninitialised import Uninitialised
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
@@ -60,14 +61,17 @@ class Bert(PretrainedEncoder, nn.Module):
     def __init__(self, config: BertConfig, *, add_pooler: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
-        self.rotary = {
-            FULL: Rotary(config.head_dim, config.rope_theta),
-            SLIDING: Rotary(config.head_dim, config.local_rope_theta),
-        }
-        self.layers = nn.ModuleList(_block(config, i) for i in range(config.num_hidden_layers))
-        self.final_norm = _norm(config, config.hidden_size) if config.pre_norm else nn.Identity()
-        self.pooler = Linear(config.hidden_size, config.hidden_size) if config.pooler and add_pooler else None
+        with Uninitialised():  # apply_init draws all of them
+            self.embeddings = Embeddings(config)
+            self.rotary = {
+                FULL: Rotary(config.head_dim, config.rope_theta),
+                SLIDING: Rotary(config.head_dim, config.local_rope_theta),
+            }
+            self.layers = nn.ModuleList(_block(config, i) for i in range(config.num_hidden_layers))
+            self.final_norm = _norm(config, config.hidden_size) if config.pre_norm else nn.Identity()
+            self.pooler = (
+                Linear(config.hidden_size, config.hidden_size) if config.pooler and add_pooler else None
+            )
         self.apply_init()
 
     def forward(

@@ -22,7 +22,7 @@ from fastattn.models.checkpoint import (
     resolve_folder,
 )
 from fastattn.models.checkpoint.encoder_decoder import NEW_IN_DECODER, decoder_family, read_decoder
-from fastattn.models.checkpoint.load import Uninitialised, float_dtype
+from fastattn.models.checkpoint.load import float_dtype
 from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
 from fastattn.models.decoder import GPT
@@ -33,6 +33,7 @@ from fastattn.models.losses import check_targets
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.linear import Linear
 from fastattn.nn.modes import evaluating
+from fastattn.nn.uninitialised import Uninitialised
 from fastattn.nn.unpadding import Tokens
 from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 

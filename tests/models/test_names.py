@@ -20,9 +20,9 @@ from fastattn.models.checkpoint import (
     load_weights,
 )
 from fastattn.models.checkpoint.keys import check_keys
-from fastattn.models.checkpoint.load import Uninitialised
 from fastattn.models.checkpoint.names import join, placed, to_file
 from fastattn.models.families import MODELS
+from fastattn.nn.uninitialised import Uninitialised
 
 LLAMA_LIKE = {
     "vocab_size": 61,

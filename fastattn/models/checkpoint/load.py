@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastattn.generation.options import HONOURED, NOT_COMPUTED
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
@@ -22,11 +21,8 @@ from fastattn.models.checkpoint.int8 import is_int8, widened
 from fastattn.models.checkpoint.names import Family, Placed, join, placed, stored
 from fastattn.models.checkpoint.report import LoadReport
 from fastattn.models.checkpoint.save import generation_entries
+from fastattn.nn.uninitialised import Uninitialised
 
-_DRAWING = {  # methods of tensors and functions of torch.nn.init that fill their first argument
-    *("normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_"),
-    *("kaiming_normal_", "kaiming_uniform_", "orthogonal_"),
-}
 # Values of generation's options that old files hold although nobody set them.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "max_length": (20,),
@@ -206,18 +202,6 @@ def load_weights(
             type(model).__name__,
         )
     return report
-
-
-class Uninitialised(TorchFunctionMode):
-    """Leaves tensors as they are where a constructor would draw them, which costs time on the meta device."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWING and (args or "tensor" in kwargs):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 class _Plan:
