@@ -21,6 +21,7 @@ import checkout
 from measure.memory import peak_resident_mib
 
 WORDS, WORDS_OF_DOCUMENT = 3000, 700  # about 5 KB a document
+SECONDS = 3600.0  # after which a process is stopped
 
 
 def write_corpus(path: Path, megabytes: float) -> None:
@@ -65,7 +66,7 @@ def peaks(sizes: list[float], scratch: Path) -> list[dict[str, float]]:
         corpus, folder = scratch / f"corpus-{number}.txt", scratch / f"made-{number}"
         write_corpus(corpus, size)
         command = [sys.executable, str(Path(__file__).resolve()), "--measure", str(corpus), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         found.append(json.loads(done.stdout.splitlines()[-1]))

@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) ->
         for p in (ROOT / "csrc").rglob("*")
         if p.suffix in (".h", ".cpp", ".cuh", ".cu")
     }
-    assert package | kernels | benches | sources | {"fastattn/py.typed"} == {
+    page = {f"fastattn/serve/page_files/{name}" for name in ("index.html", "page.css", "page.js")}
+    assert package | kernels | benches | sources | page | {"fastattn/py.typed"} == {
         name for name in names if name.startswith("fastattn/")
     }
 

@@ -88,8 +88,9 @@ def attention_forward(
         masks == "float" or (not masks and wants_eager_masks(getattr(module, "config", None)))
     ):
         is_causal, sliding_window = False, None
-    if not REFUSED.keys().isdisjoint(kwargs):
-        _refuse(kwargs)
+    for name in kwargs:
+        if name in REFUSED:
+            _refuse(kwargs)
     if query.shape[0] == 1 and key.shape[0] != 1:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     options = _mask_options(module, query, key, attention_mask, is_causal, sliding_window)

@@ -12,6 +12,7 @@ from measure import perplexity, rows
 def test_the_table_has_a_line_for_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "SIZES", ((5, 7),))
     monkeypatch.setattr(rows, "ROUNDS", 1)
+    monkeypatch.setattr(rows, "COLD_BYTES", 1)  # two weights of each kind
     header, _, *lines = rows.table()
     assert header.count("|") == 2 + len(rows.COUNTS) + 2
     names = [line.split("|")[1].strip() for line in lines]

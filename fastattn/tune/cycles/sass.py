@@ -116,7 +116,7 @@ def tool(name: str) -> str:
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         raise NoDisassembler(
-            f"{name}: not found, needs Triton or a CUDA toolkit, or {name.upper()} set to its path"
+            f"there is no {name}: it comes with triton and with the CUDA toolkit, or {name.upper()} names it"
         )
     return found
 
