@@ -220,7 +220,7 @@ def _end(process: subprocess.Popen[str]) -> str:
         return process.communicate(timeout=ENDING)[0]
     except subprocess.TimeoutExpired:
         process.kill()
-        return process.communicate()[0]
+        return process.communicate(timeout=ENDING)[0]
 
 
 def _of_training(out: Path) -> Result:
