@@ -105,3 +105,12 @@ def _forget_warnings() -> Iterator[None]:
     backends._warned.clear()
     with warnings.catch_warnings():
         yield
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads of torch's operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -16,7 +16,9 @@ SIZES = ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))  # (O,
 COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
-COLD_BYTES = 2**27  # of weights in turn, as layers follow each other: more than any cache keeps
+COLD_BYTES = (
+    2**27
+)  # size of the weights that are used one after another, as in a model: larger than the caches
 
 NOTICEABLE_RATIO = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
 
@@ -38,7 +40,7 @@ def products(weight: Tensor) -> dict[str, Product]:
 
 
 def times(products: Sequence[Product], width: int, dtype: torch.dtype) -> list[float]:
-    """Median microseconds for each number of rows, of products with several weights in turn."""
+    """Median microseconds for each number of rows; a round uses the next of the products, each with its own weight."""
     found = []
     for count in COUNTS:
         x, seconds = torch.randn(count, width).to(dtype), []
@@ -52,7 +54,7 @@ def times(products: Sequence[Product], width: int, dtype: torch.dtype) -> list[f
 
 
 def cold_weights(out: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Weights (out, width), so many that no cache holds them until their turn comes again."""
+    """Enough weights (out, width) that each has left the caches before it is used again."""
     count = max(2, -(-COLD_BYTES // (out * width * dtype.itemsize)))
     return [(torch.randn(out, width) * width**-0.5).to(dtype) for _ in range(count)]
 

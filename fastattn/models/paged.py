@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from fastattn.models.decodable import Decodable, can_decode
-from fastattn.models.steps import GPTDecoder
+from fastattn.models.steps import GPTDecoder, attend_prompts
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import apply_rotary, positions_of_tokens
 from fastattn.nn.rows import InBlocks, Rows
-from fastattn.ops.attention import attention
 from fastattn.ops.kv_cache import attention_kv_cache
 
 LARGE_BLOCK = 16  # rows
@@ -114,10 +113,7 @@ class PagedDecoder(GPTDecoder):
             keys, values = self.cache[layer]
             keys[blocks, :, inside] = k[0].transpose(0, 1)
             values[blocks, :, inside] = v[0].transpose(0, 1)
-            return attention(
-                q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
-                sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
-            )  # fmt: skip
+            return attend_prompts(attn, q, k, v)
 
         config, positions = self.model.config, places
         if config.position_offset:

@@ -260,10 +260,7 @@ class GPTDecoder:
                 return _append(attn, (keys[rows], values[rows]), before, q, k, v, (None, None))
             keys[rows, :, held].copy_(k)
             values[rows, :, held].copy_(v)
-            return attention(
-                q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
-                sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
-            )  # fmt: skip
+            return attend_prompts(attn, q, k, v)
 
         config, positions = self.model.config, places
         if config.position_offset:
@@ -352,6 +349,14 @@ class GPTDecoder:
         product = rows_of(weight, bias, self.model.quantized, once=self.once)
         # sums of integers are exact in any order
         return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
+
+
+def attend_prompts(attn: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of prompts that no cache precedes, (B, H, S, D), with the layer's options."""
+    return attention(
+        q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
+        sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
+    )  # fmt: skip
 
 
 def _append(

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastattn.data.encoding import InputTokenizer
 from fastattn.serve.engine.requests import DeadlineError, Overloaded
+from fastattn.serve.engine.worker import Worker
 
 log = logging.getLogger("fastattn.serve")
 
@@ -43,7 +44,7 @@ class Job:
             self.cancelled.set()
 
 
-class EncoderWorker:
+class EncoderWorker(Worker):
     """Runs `task.predict` for the texts of several requests at a time, up to so many tokens.
 
     Models pack a batch's tokens, so that no padding is computed. A request with more tokens is run in parts, between
@@ -53,61 +54,23 @@ class EncoderWorker:
     def __init__(
         self, task: ModuleType, model: Any, tokenizer: InputTokenizer, batch_tokens: int, max_queue: int
     ) -> None:
+        super().__init__("fastattn-encoder", max_queue)
         self.task, self.model, self.tokenizer = task, model, tokenizer
-        self.batch_tokens, self.max_queue = batch_tokens, max_queue
+        self.batch_tokens, self._busy = batch_tokens, False
         self._jobs: deque[Job] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()
-        self._closing = self._stopped = self._busy = False
-        self._thread: threading.Thread | None = None
         self.batches = self.texts = self.read_tokens = 0
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._work, name="fastattn-encoder", daemon=True)
-        self._thread.start()
-
     @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+    def busy(self) -> bool:
+        """Whether a job waits or runs."""
+        return bool(self._jobs) or self._busy
 
     def submit(self, job: Job) -> None:
         """Hand a job over from any thread; Overloaded if the queue is full."""
         with self._changed:
-            if self._closing:
-                raise Overloaded("the server is shutting down")
-            if len(self._jobs) >= self.max_queue:
-                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._admit(len(self._jobs))
             self._jobs.append(job)
             self._changed.notify()
-
-    def call(self, work: Callable[[], None]) -> None:
-        """Run `work`, which raises nothing, in the worker's thread between two batches; Overloaded as `submit`."""
-        with self._changed:
-            if self._closing:
-                raise Overloaded("the server is shutting down")
-            if len(self._calls) >= self.max_queue:
-                raise Overloaded(f"{self.max_queue} requests are waiting already")
-            self._calls.append(work)
-            self._changed.notify()
-
-    def drain(self, seconds: float) -> bool:
-        """Take no more jobs and finish those there are, for so long at most; whether all were finished."""
-        with self._changed:
-            self._closing = True
-        end = time.monotonic() + seconds
-        while self.alive and (self._calls or self._jobs or self._busy) and time.monotonic() < end:
-            time.sleep(0.01)
-        return not (self._jobs or self._busy)
-
-    def stop(self) -> None:
-        """End the thread; jobs that are not finished fail."""
-        with self._changed:
-            self._closing = self._stopped = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
 
     def stats(self) -> Mapping[str, float]:
         """Counts since the start, and what waits now."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,15 +17,6 @@ SHAPES = [
     (2, 2, 64, 64, 300, 5), (12, 1, 64, 64, 200, 2), (1, 4, 64, 64, 2100, 3), (1, 1, 64, 64, 40, 5),
     (1, 3, 128, 128, 1100, 5), (2, 4, 128, 128, 600, 16), (2, 1, 24, 40, 16, 16), (3, 2, 7, 80, 33, 4),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Threads of torch's operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def made(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from plan_cases import assert_same, attended, heads, in_order, with_grads
@@ -24,15 +22,6 @@ MASKS = {
     "of a sequence that sees nothing": (SEEN & torch.tensor([[True], [False]]))[:, None, None],
     "of fewer dimensions": torch.arange(KEYS) < 30,
 }
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Threads of torch's operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def options_of(name: str, return_lse: bool) -> dict[str, object]:

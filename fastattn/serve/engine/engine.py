@@ -1,12 +1,10 @@
-"""The thread that owns a model, and how requests reach it from others."""
+"""The thread that owns a decoder and runs its requests together."""
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -15,13 +13,14 @@ from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
 from fastattn.serve.engine.requests import Overloaded, Request
 from fastattn.serve.engine.steps import Batch, refuse_unreadable
+from fastattn.serve.engine.worker import Worker
 
 log = logging.getLogger("fastattn.serve")
 PAGE_SIZE = 16  # tokens
 BYTES_OF_CACHE = 1 << 30  # unless told otherwise, and no more than all places of the batch can use
 
 
-class Engine:
+class Engine(Worker):
     """Runs requests of one GPT at the same time; they join and leave at every step.
 
     On a CPU a request's tokens have the bits that `generate(batch_invariant=True, prefill_chunk_size=page_size)` gives
@@ -72,26 +71,18 @@ class Engine:
                 f"kv_memory: got {kv_memory} bytes, needs {of_one * bytes_of_page} at least, for a sequence of "
                 f"{self.max_length} tokens"
             )
-        self.model, self.max_queue = model, max_queue
+        super().__init__("fastattn-engine", max_queue)
+        self.model = model
         self.batch_invariant = weight.device.type == "cpu" if batch_invariant is None else batch_invariant
         self.batch = Batch(model, pages, page_size, self.max_length, max_batch, self.batch_invariant)
         self._arrived: deque[Request] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()
         self._count = self.steps = 0
-        self._closing = self._stopped = False
-        self._thread: threading.Thread | None = None
         self._torch_threads = torch.get_num_threads()
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._work, name="fastattn-engine", daemon=True)
-        self._thread.start()
-
     @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._arrived) or self.batch.busy
 
     @property
     def queued(self) -> int:
@@ -115,42 +106,11 @@ class Engine:
                 f"{wanted}, more than the {self.max_length} that the model reads"
             )
         with self._changed:
-            if self._closing:
-                raise Overloaded("the server is shutting down")
-            if self.queued >= self.max_queue:
-                raise Overloaded(f"{self.max_queue} requests are waiting already")
+            self._admit(self.queued)
             self._count += 1
             request.number = self._count
             self._arrived.append(request)
             self._changed.notify()
-
-    def call(self, work: Callable[[], None]) -> None:
-        """Run `work`, which raises nothing, in the engine's thread between two steps; Overloaded as `submit`."""
-        with self._changed:
-            if self._closing:
-                raise Overloaded("the server is shutting down")
-            if len(self._calls) >= self.max_queue:
-                raise Overloaded(f"{self.max_queue} requests are waiting already")
-            self._calls.append(work)
-            self._changed.notify()
-
-    def drain(self, seconds: float) -> bool:
-        """Take no more requests and finish those there are, for so long at most; whether all were finished."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        end = time.monotonic() + seconds
-        while self.alive and (self._calls or self._arrived or self.batch.busy) and time.monotonic() < end:
-            time.sleep(0.01)
-        return not (self._arrived or self.batch.busy)
-
-    def stop(self) -> None:
-        """End the thread; requests that are not finished fail."""
-        with self._changed:
-            self._closing = self._stopped = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
 
     def stats(self) -> Mapping[str, float]:
         """Counts since the start, and what runs now."""
@@ -168,9 +128,7 @@ class Engine:
         }
 
     def _work(self) -> None:
-        torch.set_num_threads(
-            self._torch_threads
-        )  # a thread's own number, on which the order of sums may depend
+        torch.set_num_threads(self._torch_threads)  # a thread has its own; the order of sums may depend on it
         with evaluating(self.model):
             while True:
                 with self._changed:
@@ -179,13 +137,13 @@ class Engine:
                         break
                 if self._calls:
                     self._calls.popleft()()
-                if self._arrived or self.batch.busy:
+                if self.busy:
                     self._step()
         for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:
             self.batch.fail(request, Overloaded("the server is shutting down"))
 
     def _wanted(self) -> bool:
-        return bool(self._calls or self._arrived or self.batch.busy or self._stopped)
+        return bool(self._calls or self.busy or self._stopped)
 
     def _step(self) -> None:
         while self._arrived:

@@ -1,0 +1,80 @@
+"""A thread that owns a model, and how requests reach it from others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from fastattn.serve.engine.requests import Overloaded
+
+
+class Worker:
+    """Base of the engine and of the worker of encoders: the thread, its queue's limits, and its end.
+
+    Args:
+        name: of the thread.
+        max_queue: most requests that wait; more are refused.
+    """
+
+    def __init__(self, name: str, max_queue: int) -> None:
+        self.name, self.max_queue = name, max_queue
+        self._calls: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        raise NotImplementedError
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Run `work`, which raises nothing, in the thread between two steps.
+
+        Raises:
+            Overloaded: too many wait, or the worker is closing.
+        """
+        with self._changed:
+            self._admit(len(self._calls))
+            self._calls.append(work)
+            self._changed.notify()
+
+    def _admit(self, waiting: int) -> None:
+        """Refuse one more where the worker is closing or `waiting` is the limit; the lock is held."""
+        if self._closing:
+            raise Overloaded("the server is shutting down")
+        if waiting >= self.max_queue:
+            raise Overloaded(f"{self.max_queue} requests are waiting already")
+
+    def drain(self, seconds: float) -> bool:
+        """Accept no more requests and finish those there are, within `seconds`; whether all were finished."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        end = time.monotonic() + seconds
+        while self.alive and (self._calls or self.busy) and time.monotonic() < end:
+            time.sleep(0.01)
+        return not self.busy
+
+    def stop(self) -> None:
+        """End the thread; requests that are not finished fail."""
+        with self._changed:
+            self._closing = self._stopped = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
