@@ -1,4 +1,5 @@
-// The text of every wgmma instruction: one struct per operand type, N and home of A, named by wgmma.cuh.
+// The asm text of every wgmma instruction, for wgmma.cuh: one struct per operand type and N, with A from shared memory
+// (a descriptor) or from registers.
 //
 // An asm statement numbers its operands, accumulators first, so the text depends on N. The tables below spell out the
 // accumulators and, per N, the numbers that follow them.

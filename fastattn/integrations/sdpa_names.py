@@ -38,21 +38,21 @@ class ImportedNames:
         put = [(original, function)] if original is torchs else [(original, function), (torchs, of_torchs)]
         self._look_through_new_modules({id(torchs), id(original), *self._exchanged})
         for module, name in self._held_by(self._known):
-            key, value = (ref(module), name), _globals_of(module)[name]
+            key, value = (ref(module), name), globals_of(module)[name]
             if self._is_ours(value):  # exchanged before, or imported meanwhile
                 value = self._originals.setdefault(key, original)
             for held, new in put:
                 if value is held:
                     self._originals[key] = value
-                    _globals_of(module)[name] = new
+                    globals_of(module)[name] = new
         self._exchanged |= {id(function): function, id(of_torchs): of_torchs}
 
     def give_back(self, original: Any) -> None:
         """Restore every name, unless another value has been assigned to it since."""
         self._look_through_new_modules(self._exchanged.keys())
         for module, name in self._held_by(self._known):
-            if self._is_ours(_globals_of(module)[name]):
-                _globals_of(module)[name] = self._originals.get((ref(module), name), original)
+            if self._is_ours(globals_of(module)[name]):
+                globals_of(module)[name] = self._originals.get((ref(module), name), original)
         self._originals.clear()
         self._exchanged.clear()
 
@@ -63,14 +63,14 @@ class ImportedNames:
     def _held_by(names: set[Name]) -> Iterator[tuple[ModuleType, str]]:
         for reference, name in list(names):
             module = reference()
-            if module is None or name not in _globals_of(module):
+            if module is None or name not in globals_of(module):
                 names.discard((reference, name))
             else:
                 yield module, name
 
     def _look_through_new_modules(self, ids: Any) -> None:
         for module in self._new_modules():
-            for name, value in list(_globals_of(module).items()):
+            for name, value in list(globals_of(module).items()):
                 if id(value) in ids:
                     self._known.add((ref(module), name))
 
@@ -87,7 +87,7 @@ class ImportedNames:
         for module in modules:
             if not isinstance(module, ModuleType) or module in self._seen or module is main:
                 continue
-            names = _globals_of(module)
+            names = globals_of(module)
             if (
                 str(names.get("__name__")).partition(".")[0] == "torch"
             ):  # torch's own callers look the function up
@@ -102,7 +102,7 @@ class ImportedNames:
         return found
 
 
-def _globals_of(module: ModuleType) -> dict[str, Any]:
+def globals_of(module: ModuleType) -> dict[str, Any]:
     """A module's dictionary, read without triggering lazy loading."""
     names: dict[str, Any] = object.__getattribute__(module, "__dict__")
     return names

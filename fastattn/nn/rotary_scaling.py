@@ -18,9 +18,9 @@ class RotaryScaling:
 
     linear: every frequency divided by `factor`.
     dynamic: a base that grows with the sequence's length beyond the original one ("dynamic NTK").
-    yarn: low frequencies divided by `factor`, high ones kept, a ramp between the pairs that turn `beta_slow` and
-        `beta_fast` times within the original length; cos and sin are multiplied by `attention_factor`, or where that
-        is None by one made from `factor` and the two `mscale`. Peng et al. 2023, "YaRN".
+    yarn: low frequencies divided by `factor`, high ones kept, a linear ramp between the pairs that make `beta_slow`
+        and `beta_fast` rotations within the original length; cos and sin are multiplied by `attention_factor`, or
+        where that is None by a factor computed from `factor` and the two `mscale`. Peng et al. 2023, "YaRN".
     llama3: frequencies whose wavelength is above original / low_freq_factor divided by `factor`, those below
         original / high_freq_factor kept, between the two interpolated. Llama 3.1.
     """
@@ -75,11 +75,11 @@ def frequencies(
 
 
 def _yarn(base: float, dim: int, scaling: RotaryScaling, exponents: Tensor) -> Tensor:
-    def pair_that_turns(times: float) -> float:
-        """The pair, a fraction of one too, that turns so many times within the original length."""
-        return dim * math.log(scaling.original_length / (times * 2 * math.pi)) / (2 * math.log(base))
+    def pair_with(rotations: float) -> float:
+        """The index, not rounded, of the pair that makes this many rotations within the original length."""
+        return dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -95,8 +95,8 @@ def _llama3(plain: Tensor, scaling: RotaryScaling) -> Tensor:
     shortest = scaling.original_length / scaling.high_freq_factor
     wavelength = 2 * math.pi / plain
     stretched = torch.where(wavelength > longest, plain / scaling.factor, plain)
-    share = (scaling.original_length / wavelength - scaling.low_freq_factor) / (
+    smooth = (scaling.original_length / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    between = (1 - share) * stretched / scaling.factor + share * stretched
-    return torch.where((wavelength >= shortest) & (wavelength <= longest), between, stretched)
+    smoothed = (1 - smooth) * stretched / scaling.factor + smooth * stretched
+    return torch.where((wavelength >= shortest) & (wavelength <= longest), smoothed, stretched)

@@ -118,7 +118,7 @@ def attention_kv_cache(
     if unknown:
         raise spelling.unexpected(attention_kv_cache, unknown)
     in_torch = plain.wanted()
-    make = partial(plain.quietly, _call_arguments) if in_torch else _call_arguments
+    make = partial(plain.quietly, call_arguments) if in_torch else call_arguments
     args = make(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, window=window, softcap=softcap, scale=scale,
@@ -164,7 +164,7 @@ def explain_kv_cache(
     Takes the arguments of `attention_kv_cache`; runs nothing and writes nothing. See `fastattn.explain`.
     """
     spelling.check(options, attention_kv_cache, "explain_kv_cache")
-    args = _call_arguments(
+    args = call_arguments(
         query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
         sinks, rotary_interleaved, num_splits, causal=causal, **options,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def explain_kv_cache(
     return backends.explanation({"kv_cache_fwd": spec_of(call)}, backend)
 
 
-def _call_arguments(
+def call_arguments(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

@@ -65,7 +65,7 @@ def softmax(
         return cast(Tensor, symbolic.record(softmax, locals()))
     if unknown:
         raise spelling.unexpected(softmax, unknown)
-    args = _call_arguments(x, dim, scale, mask, causal, log)
+    args = call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
     if plain.wanted():
         return composed(*args)
@@ -171,7 +171,7 @@ def explain_softmax(
     """
     if unknown:
         raise spelling.unexpected(softmax, unknown, "explain_softmax")
-    args = _call_arguments(x, dim, scale, mask, causal, log)
+    args = call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
     return backends.explanation(_passes(SoftmaxCall(*args)), backend)
 
@@ -188,7 +188,7 @@ def _passes(call: SoftmaxCall) -> dict[str, SoftmaxSpec]:
     return passes
 
 
-def _call_arguments(
+def call_arguments(
     x: Tensor, dim: int, scale: float, mask: Tensor | None, causal: bool, log: bool
 ) -> tuple[Any, ...]:
     """The public arguments, checked and put in the order of SoftmaxCall's fields."""

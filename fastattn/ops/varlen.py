@@ -111,7 +111,7 @@ def attention_varlen(
     if unknown:
         raise spelling.unexpected(attention_varlen, unknown)
     in_torch = plain.wanted()
-    make = partial(plain.quietly, _call_arguments) if in_torch else _call_arguments
+    make = partial(plain.quietly, call_arguments) if in_torch else call_arguments
     args = make(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window,
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
@@ -156,7 +156,7 @@ def explain_varlen(
     Takes the arguments of `attention_varlen`; runs nothing. See `fastattn.explain`.
     """
     spelling.check(options, attention_varlen, "explain_varlen")
-    args = _call_arguments(
+    args = call_arguments(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes=alibi_slopes,
         **options, draw=False,
     )  # fmt: skip
@@ -185,7 +185,7 @@ def kept_by_dropout(
     return keep_mask(seed, heads, range(seqlen_q), range(seqlen_k), dropout_p)
 
 
-def _call_arguments(
+def call_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -14,7 +14,7 @@ import fastattn
 from fastattn import backends
 from fastattn.backends import triton as triton_backend
 from fastattn.kernels.tiles import table_tiles
-from fastattn.ops.varlen import _call_arguments
+from fastattn.ops.varlen import call_arguments
 from fastattn.spec import AttentionSpec, VarlenCall
 from numerics import assert_within_rule
 
@@ -109,7 +109,7 @@ def test_operands_loaded_by_tma_give_the_same_bits(packed: bool, head_dim: int) 
     cu_seqlens = _edges(LENGTHS if packed else [sum(LENGTHS)])
     defaults = {"causal": True, "window": None, "alibi_slopes": None, "softcap": None, "sinks": None, "scale": None,
                 "dropout_p": 0.0, "dropout_seed": None}  # fmt: skip
-    call = VarlenCall(*_call_arguments(query, key, value, cu_seqlens, cu_seqlens, None, None, **defaults))
+    call = VarlenCall(*call_arguments(query, key, value, cu_seqlens, cu_seqlens, None, None, **defaults))
     spec = AttentionSpec.of(call.as_one_sequence())
     tiles = table_tiles(spec)
     without, with_tma = (replace(tiles, forward=replace(tiles.forward, tma=tma)) for tma in (False, True))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastattn
+from fastattn import torch_compat
 from fastattn.ops import sdpa as sdpa_module
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -277,6 +278,18 @@ def test_a_compiled_call_is_no_silence():
 def test_entering_again_looks_through_new_modules_only(monkeypatch):
     from fastattn.integrations import sdpa_names
 
-    names = sdpa_names.ImportedNames()
-    assert len(names._new_modules()) > 100
-    assert names._new_modules() == [sys.modules["__main__"]]
+    read = []
+    globals_of = sdpa_names.globals_of
+    monkeypatch.setattr(sdpa_names, "globals_of", lambda module: read.append(module) or globals_of(module))
+    names, torchs = sdpa_names.ImportedNames(), torch_compat.torch_sdpa()
+    counts = []
+    for new in ([], [], [types.ModuleType("new_module")]):
+        for module in new:
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        read.clear()
+        names.exchange(lambda: None, lambda: None, torchs)
+        counts.append(len(set(read)))
+        assert not set(new) - set(read)
+        names.give_back(torchs)
+    assert counts[0] > 100
+    assert counts[1] < 20  # `__main__`, and the modules that hold the name

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.backends import layout
 from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tile
-from fastattn.ops.kv_cache import _call_arguments
+from fastattn.ops.kv_cache import call_arguments
 from fastattn.spec import AttentionSpec, KVCacheCall
 from numerics import assert_within_rule, plain_in_any_order
 
@@ -89,7 +89,7 @@ class Inputs:
 
     def call(self, **changes: Any) -> KVCacheCall:
         """The normalised call a backend gets."""
-        args = _call_arguments(
+        args = call_arguments(
             self.query, key=self.key, value=self.value, num_splits=self.case.num_splits,
             **{**DEFAULTS, **self.cache.call(self.case.kind), **self.options},
         )  # fmt: skip

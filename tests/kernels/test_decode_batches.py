@@ -190,7 +190,7 @@ def test_a_small_workspace_changes_no_bit(
 def test_pieces_cover_every_sequence_and_head_once() -> None:
     for batch, heads, at_once in ((5, 3, 7), (5, 3, 2), (1, 8, 100), (4, 1, 0), (0, 3, 5), (3, 4, 4)):
         seen = torch.zeros(batch, heads)
-        for sequences, some_heads in triton_kv_cache._pieces(batch, heads, at_once):
+        for sequences, some_heads in triton_kv_cache.batch_pieces(batch, heads, at_once):
             part = seen[sequences, some_heads]
             assert 0 < part.numel() <= max(1, at_once)
             part += 1

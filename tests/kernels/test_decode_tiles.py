@@ -152,16 +152,16 @@ def test_large_tiles_and_full_caches_have_a_program_for_each_split() -> None:
     ],
 )
 def test_a_window_is_all_there_is_to_split(options: dict[str, object], seen: int) -> None:
-    from fastattn.backends.triton.kv_cache import _blocks_seen, _keys_seen
+    from fastattn.backends.triton.kv_cache import blocks_seen, keys_seen
 
     call = call_of()
     call = KVCacheCall(
         *(getattr(call, name) for name in ("query", "k_cache", "v_cache", "cache_lengths")), **options
     )
-    assert _keys_seen(call) == seen
+    assert keys_seen(call) == seen
     for block_n in (1, 4, 16, 64):
         ends = [(first // block_n, (first + seen - 1) // block_n) for first in range(32 - seen + 1)]
-        assert _blocks_seen(call, block_n) == max(last - first + 1 for first, last in ends), block_n
+        assert blocks_seen(call, block_n) == max(last - first + 1 for first, last in ends), block_n
 
 
 def test_decoding_on_a_gpu_runs_on_triton() -> None:

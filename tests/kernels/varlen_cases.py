@@ -15,7 +15,7 @@ from fastattn import reference
 from fastattn.backends import layout
 from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tiles
-from fastattn.ops.varlen import _call_arguments
+from fastattn.ops.varlen import call_arguments
 from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall
 from numerics import assert_within_rule, plain_in_any_order
 
@@ -83,7 +83,7 @@ class Inputs:
             "causal": False, "window": None, "alibi_slopes": None, "softcap": None, "sinks": None, "dropout_p": 0.0,
             "dropout_seed": None, "scale": None,
         }  # fmt: skip
-        args = _call_arguments(*tensors, **{**defaults, **self.options})
+        args = call_arguments(*tensors, **{**defaults, **self.options})
         return layout.for_backend(backend, layout.operands(VarlenCall(*args)))
 
     def differentiable(self) -> dict[str, Tensor]:

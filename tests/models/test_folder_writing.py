@@ -32,7 +32,7 @@ def way(request, monkeypatch):
         def refuse(one, other):
             raise OSError(errno.EINVAL, "not on this file system")
 
-        monkeypatch.setattr(swap, "_exchange", refuse)
+        monkeypatch.setattr(swap, "exchange", refuse)
     if request.param == "inside":
         real = swap.tempfile.mkdtemp
 
@@ -88,7 +88,7 @@ def steps(monkeypatch, fail: Callable[[int, str], None]) -> list[str]:
         (os, "replace"),
         (Path, "rename"),
         (Path, "mkdir"),
-        (swap, "_exchange"),
+        (swap, "exchange"),
     ]
     for owner, name in places:
         real = getattr(owner, name)
@@ -126,7 +126,7 @@ def test_a_full_disk_at_any_write_leaves_the_old_folder(old, way, monkeypatch):
         if (
             contents(old) != before
         ):  # where linking or exchanging fails, files are moved instead, and that worked
-            assert failed[-1] in ("link", "_exchange", "mkdir", "fsync")
+            assert failed[-1] in ("link", "exchange", "mkdir", "fsync")
             assert GPT.from_pretrained(old).config == source.config
             shutil.rmtree(old)
             for name, content in before.items():
@@ -136,7 +136,7 @@ def test_a_full_disk_at_any_write_leaves_the_old_folder(old, way, monkeypatch):
         assert left == []
     assert set(raised) == {errno.ENOSPC}
     assert {"save_file", "write_text", "fsync"} <= set(failed)
-    assert ("_exchange" in failed) == (way != "inside")
+    assert ("exchange" in failed) == (way != "inside")
     assert ("replace" in failed) == (way != "exchange")
     assert len([name for name in failed if name == "save_file"]) > 2  # of shards
 
@@ -211,28 +211,28 @@ def test_a_real_limit_on_file_sizes_leaves_the_old_folder(old):
 
 
 def test_what_others_add_during_a_save_stays(old, monkeypatch):
-    real = swap._exchange
+    real = swap.exchange
 
     def exchange(one, other):
         (old / "late.txt").write_text("late")
         (old / "checkpoint-1" / "late.pt").write_bytes(b"late")
         real(one, other)
 
-    monkeypatch.setattr(swap, "_exchange", exchange)
+    monkeypatch.setattr(swap, "exchange", exchange)
     make(seed=1).save_pretrained(old)
     assert (old / "late.txt").read_text() == "late"
     assert (old / "checkpoint-1" / "late.pt").read_bytes() == b"late"
 
 
 def test_two_processes_save_into_the_same_new_folder(tmp_path, monkeypatch):
-    real = swap._umask
+    real = swap.umask
 
     def umask():  # asked for where the folder was found not to exist
-        monkeypatch.setattr(swap, "_umask", real)
+        monkeypatch.setattr(swap, "umask", real)
         make(seed=2).save_pretrained(tmp_path / "model")
         return real()
 
-    monkeypatch.setattr(swap, "_umask", umask)
+    monkeypatch.setattr(swap, "umask", umask)
     make(seed=1).save_pretrained(tmp_path / "model")
     make(seed=1).save_pretrained(tmp_path / "alone")
     assert contents(tmp_path / "model") == contents(tmp_path / "alone")
@@ -265,7 +265,7 @@ def test_the_exchange_is_available_here(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "x").touch()
-    swap._exchange(tmp_path / "a", tmp_path / "b")
+    swap.exchange(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "x").exists()
     with pytest.raises(OSError, match="No such file"):
-        swap._exchange(tmp_path / "a", tmp_path / "gone")
+        swap.exchange(tmp_path / "a", tmp_path / "gone")

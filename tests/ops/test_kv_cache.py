@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 import fastattn
 from fastattn.integrations.flash_attn import flash_attn_with_kvcache
-from fastattn.ops.kv_cache import _call_arguments
+from fastattn.ops.kv_cache import call_arguments
 from numerics import assert_within_rule, plain_in_any_order
 
 BATCH, HEADS, KV_HEADS, DIM, VALUE_DIM, CAPACITY = 3, 4, 2, 16, 16, 40  # of Cache's own defaults
@@ -136,7 +136,7 @@ def test_opcheck(kind: str) -> None:
     key, value = (torch.randn(BATCH, KV_HEADS, 1, DIM) for _ in range(2))
     arguments = cache.call(kind)
     k_cache, v_cache = (arguments[name].nan_to_num() for name in ("k_cache", "v_cache"))
-    args = _call_arguments(
+    args = call_arguments(
         query, k_cache, v_cache, cache.lengths, key, value, arguments.get("block_table"), *ROTARY.values(), None,
         None, False, None, causal=True, window=None, softcap=None, scale=None,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import fastattn
-from fastattn.ops.varlen import _call_arguments
+from fastattn.ops.varlen import call_arguments
 from numerics import assert_within_rule, plain_in_any_order
 
 # an empty sequence, and two tokens of no sequence
@@ -146,7 +146,7 @@ def test_opcheck(name: str) -> None:
     for option in ("alibi_slopes", "sinks"):
         if option in options:
             options[option] = torch.rand(options[option]).requires_grad_()
-    args = _call_arguments(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, 100, 100, **{"alibi_slopes": None, **options})
+    args = call_arguments(q, k, v, CU_SEQLENS_Q, CU_SEQLENS_K, 100, 100, **{"alibi_slopes": None, **options})
     opcheck(torch.ops.fastattn.varlen_fwd.default, (*args, "auto"))
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
     out, lse = torch.ops.fastattn.varlen_fwd(*detached, "auto")

@@ -72,12 +72,14 @@ def _attend(spec: AttentionSpec, call: KVCacheCall, tile: Tile) -> tuple[Tensor,
     out = empty_in_order(query, (*query.shape[:3], spec.value_dim))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     rows = query.shape[2] * spec.group_size
-    splits = splits_for(rows, tile, _blocks_seen(call, tile.block_n), call.num_splits)
+    splits = splits_for(rows, tile, blocks_seen(call, tile.block_n), call.num_splits)
     if splits.most == 1:
         decode_launch(spec, call, out, lse, splits, tile).run()
         return out, lse
     head_bytes = 4 * splits.most * rows * (spec.value_dim + 1)
-    for batch, heads in _pieces(query.shape[0], call.k_cache.shape[1], WORKSPACE_BYTES // max(1, head_bytes)):
+    for batch, heads in batch_pieces(
+        query.shape[0], call.k_cache.shape[1], WORKSPACE_BYTES // max(1, head_bytes)
+    ):
         part, query_heads = call, slice(heads.start * spec.group_size, heads.stop * spec.group_size)
         if (batch.stop - batch.start, heads.stop - heads.start) != (query.shape[0], call.k_cache.shape[1]):
             part = _piece_of(call, batch, heads, query_heads)
@@ -98,7 +100,7 @@ def _attend_in_splits(
         num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
     tiles = query.shape[0] * call.k_cache.shape[1] * cdiv(query.shape[2] * spec.group_size, tile.block_m)
     several = loops(tile, full=call.cache_lengths.numel() == 0)
-    programs = programs_for(several, tiles, count, _keys_seen(call), num_sms)
+    programs = programs_for(several, tiles, count, keys_seen(call), num_sms)
     split_out = query.new_empty((count, *out.shape), dtype=torch.float32)
     split_lse = query.new_empty((count, *lse.shape), dtype=torch.float32)
     split_counts = query.new_empty(lse.shape, dtype=torch.int32)
@@ -107,7 +109,7 @@ def _attend_in_splits(
     combine_launch(split_out, split_lse, split_counts, out, lse).run()
 
 
-def _pieces(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+def batch_pieces(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
     """Sequences and key heads, at most `at_once` key heads in a piece or one, and only one sequence's if not all."""
     sequences, heads_at_once = max(1, at_once // max(1, heads)), max(1, min(heads, at_once))
     for first in range(0, batch, sequences):
@@ -136,13 +138,13 @@ def _piece_of(call: KVCacheCall, batch: slice, heads: slice, query_heads: slice)
     )
 
 
-def _blocks_seen(call: KVCacheCall, block_n: int) -> int:
+def blocks_seen(call: KVCacheCall, block_n: int) -> int:
     """The most key blocks that a query tile may see, wherever its window begins."""
-    seen = _keys_seen(call)
+    seen = keys_seen(call)
     return cdiv(min(call.capacity, seen + block_n - 1), block_n) if seen else 0
 
 
-def _keys_seen(call: KVCacheCall) -> int:
+def keys_seen(call: KVCacheCall) -> int:
     """The most keys that the queries may see, however many there are now."""
     right = 0 if call.causal != "none" else call.window_right
     if call.window_left < 0 or right < 0:

@@ -47,7 +47,7 @@ def write_folder(
         for path in scratch.rglob("*"):
             sync(path)
         if not directory.exists():
-            scratch.chmod(0o777 & ~_umask())
+            scratch.chmod(0o777 & ~umask())
             sync(scratch)
             if _renamed(scratch, directory):
                 sync(directory.parent)
@@ -92,7 +92,7 @@ def _changed_places(scratch: Path, directory: Path, replaced: set[str]) -> bool:
             _link(entry, scratch / entry.name)
         shutil.copymode(directory, scratch)
         sync(scratch)
-        _exchange(scratch, directory)
+        exchange(scratch, directory)
     except OSError:
         for entry in kept:
             delete(scratch / entry.name)
@@ -149,7 +149,7 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
 
 
-def _exchange(one: Path, other: Path) -> None:
+def exchange(one: Path, other: Path) -> None:
     """Two paths change places in one step; OSError where the system or the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     a, b = os.fsencode(one), os.fsencode(other)
@@ -217,7 +217,8 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
