@@ -16,10 +16,10 @@ from torch import Tensor
 
 from measure.training import train_gpt
 
-LENGTH, BATCH, STEPS = 512, 4, 360
+LENGTH, BATCH, STEPS = 1024, 2, 360
 CHARACTERS = 90_000  # of the corpus, which training reads about twenty times
-MODEL: dict[str, Any] = {"vocab_size": 2048, "n_positions": 512, "n_embd": 256, "n_layer": 4, "n_head": 4}
-SMALL: dict[str, Any] = {"vocab_size": 64, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
+MODEL: dict[str, Any] = {"vocab_size": 2048, "n_positions": 1024, "n_embd": 256, "n_layer": 4, "n_head": 4}
+SMALL: dict[str, Any] = {"vocab_size": 64, "n_positions": 1024, "n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
 def corpus_of(kind: str) -> list[str]:
