@@ -321,7 +321,8 @@ def test_the_python_of_the_page_serves_under_a_prefix(root: Path) -> None:
         command, cwd=root, env=ray_cases.environment(root), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    refused, models, health, proxy = json.loads(done.stdout.splitlines()[-1])
+    found = next(line for line in done.stdout.splitlines() if line.startswith("[["))  # Ray prints, too
+    refused, models, health, proxy = json.loads(found)
     assert refused[0] == 401
     assert (models[0], json.loads(models[1])["data"][0]["id"], models[2]) == (200, "gpt2", ["one"])
     assert (health[0], proxy[:2]) == (200, [200, "success"])
