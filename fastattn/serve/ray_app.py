@@ -40,8 +40,9 @@ class Replica:
 
     def __init__(self, folders: Sequence[Path], options: ServeOptions) -> None:
         from fastattn.serve.served import load_all
-        from fastattn.serve.server import check_installed, check_options
+        from fastattn.serve.server import check_installed, check_options, log_to_stderr
 
+        log_to_stderr()
         check_installed()
         check_options(folders, options)
         self.models, self.options = load_all(folders, options), options
