@@ -84,6 +84,7 @@ CONFINED = {
     "fastapi": ("serve/app.py",),
     "uvicorn": ("serve/server.py",),
     "prometheus_client": ("serve/metrics.py",),
+    "ray": ("serve/ray_app.py",),
     "matplotlib": ("plot.py",),
     "rich": ("cli/console.py", "train", "backends/__init__.py"),  # there to draw an explanation
 }

@@ -15,6 +15,7 @@ LOOKED_UP = {
     "varlen_tiles": "likewise",
     "_between_marks": "by Jinja, as the name that its call_method is given",
     "_init_handles": "by Triton, which calls it on what it compiled",
+    "check_health": "by Ray Serve",
     "extra_repr": "by torch.nn.Module",
     "num_targets": "a figure of a training set for its user",
 }

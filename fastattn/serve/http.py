@@ -158,6 +158,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.monotonic(), 0
+        path = scope["path"].removeprefix(
+            scope.get("root_path", "")
+        )  # of the application, wherever it is mounted
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         marked = given if given.isascii() and 0 < len(given) <= 128 else uuid.uuid4().hex.encode()
@@ -170,7 +173,7 @@ class Guard:
             await send(message)
 
         try:
-            if self.key is not None and scope["path"] not in OPEN_PATHS and not self._knows(headers):
+            if self.key is not None and path not in OPEN_PATHS and not self._knows(headers):
                 error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
                 await error_response(error)(scope, receive, counted)
             else:
@@ -180,7 +183,7 @@ class Guard:
             if not status:
                 await error_response(of_exception(error))(scope, receive, counted)
         finally:
-            route = scope["path"] if scope["path"] in self.paths else "other"
+            route = path if path in self.paths else "other"
             self.metrics.answered(route, status, time.monotonic() - started)
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:

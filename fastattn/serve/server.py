@@ -65,6 +65,11 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
+def log_to_stderr() -> None:
+    """Where the process has no logging of its own: messages from INFO up, with time and logger."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+
+
 def serve(
     folders: Sequence[Path], host: str, port: int, options: ServeOptions, say: Callable[[str], None]
 ) -> None:
@@ -81,7 +86,7 @@ def serve(
     from fastattn.serve.app import create_app
     from fastattn.serve.served import load_all
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    log_to_stderr()
     models = load_all(folders, options)
     config = uvicorn.Config(
         create_app(models, options),
