@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +229,31 @@ def test_an_error_while_writing_keeps_the_folder_incomplete(tmp_path: Path) -> N
         StoredTexts(tmp_path)
     with pytest.raises(DataError):
         TokenStream.load(tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_every_write_of_the_files_may_fail_and_their_writer_be_killed(tmp_path: Path) -> None:
+    """Folders that have their names are whole; the next run writes what is missing. Every third write is tried."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler on Linux: calls of the C library are replaced")
+    library = tmp_path / "full_disk.so"
+    source = Path(__file__).with_name("full_disk.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("corpus_worker.py"), tmp_path, library, "3", "8"],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(library),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["writes"] > 20
+    assert found["kills"] > 0
+    assert found["problems"] == []
