@@ -82,6 +82,7 @@ class Corpus:
             self.sections.task,
             None if self.dev else len(dev),
             counts,
+            self.folder,
         )
 
     def tokenizer(self, learn: Callable[[], Any], load: Callable[[Path], Any]) -> Any:

@@ -135,6 +135,8 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
             f"no --dev: {data.held_out} of {data.held_out + len(data.train)} examples are held out of the training data"
             f" (seed {sections.train.seed})"
         )
+    if data.folder is not None:
+        trainer.display.note(f"data: in files in {data.folder}, for later runs of the same data too")
     for name, count in data.cleaning.items():
         trainer.display.note(f"clean.{name}: {count} examples")
     if getattr(prepared.train_set, "cut_rows", 0):
@@ -200,8 +202,11 @@ def _prepare(inputs: Inputs) -> Prepared:
         def learn() -> Any:
             return learnt_tokenizer(task, sections.data, preset, Texts(data.train), directory.resume_from)
 
-        keeps = corpus is not None and directory.resume_from is None
-        tokenizer = to_save = corpus.tokenizer(learn, kind_of(task).from_pretrained) if keeps else learn()
+        if corpus is None or directory.resume_from is not None:
+            tokenizer = learn()
+        else:
+            tokenizer = corpus.tokenizer(learn, kind_of(task).from_pretrained)
+        to_save = tokenizer
     source: Any = sections.model if preset is not None else inputs.model
     if preset is None:
         check_fits(inputs.model, task, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ class TaskData:
     """Checked examples, and what was done to get them.
 
     held_out: number of training examples that became the dev set, None where that has files of its own. cleaning: per
-    step, the number of training examples that it changed or dropped.
+    step, the number of training examples that it changed or dropped. folder: where the files of a large corpus are.
     """
 
     train: Sequence[Any]
@@ -26,6 +27,7 @@ class TaskData:
     options: Any  # of the task, settled by the training examples
     held_out: int | None
     cleaning: dict[str, int] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sections: Sections) -> TaskData:

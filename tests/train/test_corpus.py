@@ -112,6 +112,18 @@ def test_other_data_options_or_tokens_make_other_files(tmp_path: Path, texts: Pa
     assert folders("changed")["documents"] == 3
 
 
+def test_a_run_that_goes_on_reads_its_files_again(tmp_path: Path, texts: Path) -> None:
+    cache = tmp_path / "cache"
+    given = ["train", "causal-lm", "--train", texts, *DECODER, *STEPS[1:], "--json", f"--data.cache={cache}"]
+    given += ["--train.schedule=constant", "--train.save_every=2", "--resume", "auto"]
+    for out, steps in (("whole", (4,)), ("parts", (2, 4))):
+        for each in steps:
+            code, _, err = invoke(*given, f"--train.max_steps={each}", "--out", tmp_path / out)
+            assert code == 0, err
+    assert left(tmp_path / "parts")[2] == left(tmp_path / "whole")[2]
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 3
+
+
 def test_a_damaged_file_is_written_anew(tmp_path: Path, texts: Path) -> None:
     cache = tmp_path / "cache"
     given = ["train", "causal-lm", "--train", texts, *DECODER, *STEPS, "--json", f"--data.cache={cache}"]
