@@ -101,7 +101,8 @@ def test_every_task_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
         families.load(tmp_path / f"{name}-2")
         if name.startswith(("masked-lm", "embed")):
             continue
-        assert found["tokens"] == expected["tokens"], name
+        if not name.startswith("dpo"):  # whose rows are packed by batch, and padding counts
+            assert found["tokens"] == expected["tokens"], name
         assert found["last"]["loss"] == pytest.approx(expected["last"]["loss"], rel=FLOAT32), name
         for figure, value in expected["metrics"].items():
             assert found["metrics"][figure] == pytest.approx(value, rel=FLOAT32, abs=FLOAT32), (name, figure)
@@ -112,8 +113,22 @@ def steps_of(out: Path) -> int:
     return max((int(path.name[11:]) for path in out.glob("checkpoint-*")), default=0)
 
 
+def family(process: int) -> list[int]:
+    """A process and all that descend from it."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+    found = [process]
+    for each in found:  # which grows meanwhile
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
+
+
 @pytest.mark.exhaustive
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by Linux's /proc")
 def test_a_run_whose_processes_are_all_killed_goes_on(tmp_path: Path) -> None:
     """SIGKILL to torchrun and its processes at once; the same command then ends as a run that was never stopped."""
     data = write(tmp_path / "train.conll", rows("tag"))
@@ -146,9 +161,11 @@ def test_a_run_whose_processes_are_all_killed_goes_on(tmp_path: Path) -> None:
             time.sleep(0.02)
         assert started.poll() is None, "it ended before it could be killed"
     finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
+        found = family(started.pid)
+        for process in found:
+            os.kill(process, signal.SIGKILL)
         started.wait()
+    assert len(found) == 3  # torchrun and its two workers, which are in sessions of their own
     reached = steps_of(tmp_path / "killed")
     assert 4 <= reached < 400
     total = reached + 6
