@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,6 +20,19 @@ def cache_dir() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "fastattn"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A lock that one process of this machine holds at a time, released even if it dies; none on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,36 +89,77 @@ def clean(
         DataError: near_duplicates without the package datasketch; a step changes text that is not editable; or
             nothing is left.
     """
-    counts: dict[str, int] = {}
-    edits = {
-        "encoding": repaired,
-        "control": without_control,
-        "emails": without_emails,
-        "phones": without_phones,
-    }
-    for name, edit in edits.items():
-        if getattr(config, name):
-            if not editable:
-                raise DataError(
-                    f"clean.{name}: changes texts, but the labels of this task are positions in them"
-                )
-            records, counts[name] = _edited(records, names, edit)
-    for name, keep in (
-        ("min_chars", lambda size: size >= (config.min_chars or 0)),
-        ("max_chars", lambda size: size <= (config.max_chars or 0)),
-    ):
-        if getattr(config, name) is not None:
-            kept = [r for r in records if keep(sum(len(text) for text in _texts(r, names)))]
-            records, counts[name] = kept, len(records) - len(kept)
-    if config.exact_duplicates:
-        kept = list({_digest(record): record for record in reversed(records)}.values())[::-1]
-        records, counts["exact_duplicates"] = kept, len(records) - len(kept)
-    if config.near_duplicates is not None:
-        kept = _without_near(records, names, config.near_duplicates)
-        records, counts["near_duplicates"] = kept, len(records) - len(kept)
-    if not records:
-        raise DataError("clean: dropped every example, by step: " + _listed(counts))
-    return list(records), counts
+    cleaner = Cleaner(config, names, editable=editable)
+    kept = list(cleaner.kept(records))
+    cleaner.check_some_left(len(kept))
+    return kept, cleaner.counts
+
+
+class Cleaner:
+    """The steps of `clean` on one record after another: what is held of a record is a hash, and with near_duplicates
+    a sketch.
+
+    counts: for each step that is on, the number of records that it has changed or dropped so far.
+    """
+
+    def __init__(self, config: CleaningConfig, names: Sequence[str], *, editable: bool = True) -> None:
+        self.config, self.names = config, tuple(names)
+        edits = {
+            "encoding": repaired,
+            "control": without_control,
+            "emails": without_emails,
+            "phones": without_phones,
+        }
+        self._edits = {name: edit for name, edit in edits.items() if getattr(config, name)}
+        if self._edits and not editable:
+            name = next(iter(self._edits))
+            raise DataError(f"clean.{name}: changes texts, but the labels of this task are positions in them")
+        dropping = ("min_chars", "max_chars", "exact_duplicates", "near_duplicates")
+        on = [*self._edits, *(name for name in dropping if getattr(config, name) not in (False, None))]
+        self.counts = dict.fromkeys(on, 0)
+        self._seen: set[bytes] = set()
+        self._near = None if config.near_duplicates is None else _NearDuplicates(config.near_duplicates)
+
+    def kept(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records that remain, in their order; of duplicates the first."""
+        for record in records:
+            edited = self._edited(record)
+            dropped = self._dropped(edited)
+            if dropped is None:
+                yield edited
+            else:
+                self.counts[dropped] += 1
+
+    def check_some_left(self, count: int) -> None:
+        """Raise DataError where no record is left."""
+        if not count:
+            raise DataError("clean: dropped every example, by step: " + _listed(self.counts))
+
+    def _edited(self, record: Record) -> Record:
+        for name, edit in self._edits.items():
+            new = {each: _applied(record.fields[each], edit) for each in self.names if each in record.fields}
+            if any(record.fields[each] != value for each, value in new.items()):
+                self.counts[name] += 1
+                record = Record(record.where, {**record.fields, **new})
+        return record
+
+    def _dropped(self, record: Record) -> str | None:
+        """The step that drops a record."""
+        config = self.config
+        if config.min_chars is not None or config.max_chars is not None:
+            size = sum(len(text) for text in _texts(record, self.names))
+            if config.min_chars is not None and size < config.min_chars:
+                return "min_chars"
+            if config.max_chars is not None and size > config.max_chars:
+                return "max_chars"
+        if config.exact_duplicates:
+            digest = _digest(record)
+            if digest in self._seen:
+                return "exact_duplicates"
+            self._seen.add(digest)
+        if self._near is not None and self._near.holds(" ".join(_texts(record, self.names))):
+            return "near_duplicates"
+        return None
 
 
 def repaired(text: str) -> str:
@@ -160,19 +201,6 @@ def _is_phone(found: str) -> bool:
     return found[0] in "+(0" or GROUPED.search(found) is not None
 
 
-def _edited(
-    records: Sequence[Record], names: Sequence[str], edit: Callable[[str], str]
-) -> tuple[list[Record], int]:
-    made, changed = [], 0
-    for record in records:
-        new = {name: _applied(record.fields[name], edit) for name in names if name in record.fields}
-        if any(record.fields[name] != value for name, value in new.items()):
-            changed += 1
-            record = Record(record.where, {**record.fields, **new})
-        made.append(record)
-    return made, changed
-
-
 def _applied(value: Any, edit: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return edit(value)
@@ -205,26 +233,31 @@ def _digest(record: Record) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _without_near(records: Sequence[Record], names: Sequence[str], threshold: float) -> list[Record]:
-    try:
-        datasketch = importlib.import_module("datasketch")
-    except ImportError:
-        raise DataError(
-            "clean.near_duplicates: needs the package datasketch (pip install 'fastattn[train]')"
-        ) from None
-    # a lower threshold in the index, whose search is probabilistic; the sketches are compared below
-    index = datasketch.MinHashLSH(threshold=min(0.9, 0.9 * threshold), num_perm=PERMUTATIONS)
-    sketches: dict[str, Any] = {}
-    kept = []
-    for number, record in enumerate(records):
-        sketch = datasketch.MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([shingle.encode() for shingle in shingles(" ".join(_texts(record, names)))])
-        if any(sketch.jaccard(sketches[name]) >= threshold for name in index.query(sketch)):
-            continue
-        index.insert(str(number), sketch)
-        sketches[str(number)] = sketch
-        kept.append(record)
-    return kept
+class _NearDuplicates:
+    """The sketches of texts, against which further ones are compared."""
+
+    def __init__(self, threshold: float) -> None:
+        try:
+            self._datasketch = importlib.import_module("datasketch")
+        except ImportError:
+            raise DataError(
+                "clean.near_duplicates: needs the package datasketch (pip install 'fastattn[train]')"
+            ) from None
+        self._threshold = threshold
+        # a lower threshold in the index, whose search is probabilistic; the sketches are compared below
+        self._index = self._datasketch.MinHashLSH(threshold=min(0.9, 0.9 * threshold), num_perm=PERMUTATIONS)
+        self._sketches: dict[str, Any] = {}
+
+    def holds(self, text: str) -> bool:
+        """Whether an earlier text is about the same; one that is not is added."""
+        sketch = self._datasketch.MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        if any(sketch.jaccard(self._sketches[name]) >= self._threshold for name in self._index.query(sketch)):
+            return True
+        name = str(len(self._sketches))
+        self._index.insert(name, sketch)
+        self._sketches[name] = sketch
+        return False
 
 
 def shingles(text: str) -> set[str]:

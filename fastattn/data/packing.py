@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastattn.cache import write_atomically
 from fastattn.constants import IGNORE_INDEX, MAX_INT32
+from fastattn.data.array_files import save_array
 from fastattn.data.checks import check_flag, check_integer, check_text, check_texts
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
@@ -103,7 +104,7 @@ def _encoded(
 ) -> Iterator[tuple[npt.NDArray[np.unsignedinteger], list[int]]]:
     """Batches of encoded documents: their tokens as one array, and the length of each."""
     empty = True
-    for texts in _batched(documents):
+    for texts in batched_texts(documents):
         rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts) if ids]
         if rows:
             empty = False
@@ -112,7 +113,8 @@ def _encoded(
         raise DataError("documents: got no token, needs some text")
 
 
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
+def batched_texts(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists of about `ENCODE_CHARACTERS` characters, or of one that is longer."""
     held: list[str] = []
     size = 0
     for document in documents:
@@ -138,9 +140,9 @@ def _write(
     lengths: list[int] = []
     with (folder / "tokens.bin").open("wb") as file:
         for piece, sizes in pieces:
-            piece.tofile(file)
+            file.write(piece.data)
             lengths.extend(sizes)
-    np.save(folder / "starts.npy", _starts(lengths))
+    save_array(folder / "starts.npy", _starts(lengths))
     meta = {"dtype": dtype.name, "tokens": sum(lengths), "documents": len(lengths)}
     write_atomically(folder / "stream.json", json.dumps(meta) + "\n")
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastattn.data.corpora import DataError, check_text_file, split_documents
 from fastattn.data.hub_records import HUB, is_saved_dataset, read_hub, read_saved
 from fastattn.data.json_lines import check_file, lines_of, objects_of
@@ -76,14 +79,37 @@ def read_records(
     Raises:
         DataError: a path, a line or a column cannot be used; the message has the file and the line.
     """
+    return list(iterate_records(paths, columns=columns, format=format))
+
+
+def iterate_records(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+) -> Iterator[Record]:
+    """The same one after another, of which only a JSON file that is one list is held as a whole."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     if format is not None and format not in FORMATS:
         raise DataError(f"format: got {format!r}, needs one of {', '.join(FORMATS)}")
     if not paths:
         raise DataError("data: got no file, needs at least one")
-    found = [record for path in paths for record in _records_of(path, format)]
-    return [mapped(record, columns) for record in found] if columns else found
+    for path in paths:
+        for record in _records_of(path, format):
+            yield mapped(record, columns) if columns else record
+
+
+def source_files(path: str | os.PathLike[str], format: str | None = None) -> list[Path] | None:
+    """The files that `read_records` reads for a path that exists; None for a data set by name."""
+    if os.fspath(path).startswith(HUB):
+        return None
+    place = Path(path)
+    if not place.is_dir():
+        return [place]
+    if is_saved_dataset(place):
+        return [file for file in sorted(place.rglob("*")) if file.is_file()]
+    return _files_of(place, format)
 
 
 def mapped(record: Record, columns: Mapping[str, str]) -> Record:
@@ -140,24 +166,33 @@ def split_records(
     Raises:
         DataError: all records have the same key.
     """
-    groups: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
-        groups.setdefault(text, []).append(number)
-    if len(groups) < 2:
+    ranks = [rank_of(record, seed=seed, key=key) for record in records]
+    held = held_out(ranks, fraction)
+    train = [record for record, out in zip(records, held) if not out]
+    return train, [record for record, out in zip(records, held) if out]
+
+
+def rank_of(record: Record, *, seed: int = 0, key: Callable[[Record], str] | None = None) -> bytes:
+    """The seeded hash by which `held_out` decides on a record: 32 bytes."""
+    text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
+    return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def held_out(ranks: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
+    """Whether each record is held out, by their ranks: see `split_records`.
+
+    Raises:
+        DataError: all ranks are equal.
+    """
+    numbers = np.array(ranks, dtype="S32")  # of one length, so that zero bytes at the end change no order
+    _, group_of, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
         raise DataError("data: has fewer than two different examples, so none can be held out, needs --dev")
-
-    def rank(text: str) -> bytes:
-        return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
-
-    wanted = max(1, round(fraction * len(records)))
-    held: set[int] = set()
-    for text in sorted(groups, key=rank)[: len(groups) - 1]:
-        if len(held) >= wanted:
-            break
-        held.update(groups[text])
-    train = [record for number, record in enumerate(records) if number not in held]
-    return train, [records[number] for number in sorted(held)]
+    wanted = max(1, round(fraction * len(ranks)))
+    taken = np.cumsum(sizes) - sizes < wanted  # until enough are held out
+    taken[-1] = False
+    held: npt.NDArray[np.bool_] = taken[group_of]
+    return held
 
 
 def conversation_of(record: Record) -> list[dict[str, str]]:
@@ -295,19 +330,13 @@ def _list_of(entry: Any, name: str, where: str) -> list[Any]:
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        rows = list(_rows(path, delimiter))
-    finally:
-        csv.field_size_limit(limit)
-    if not rows:
-        return
-    (_, header), *rest = rows
+    rows = _rows(path, delimiter)
+    _, header = next(rows, (1, []))
     for column in header:
         if not column.strip() or header.count(column) > 1:
             what = "more than one column is named" if column.strip() else "a column has no name:"
             raise DataError(f"{path}: line 1: {what} {column!r}")
-    for number, row in rest:
+    for number, row in rows:
         if len(row) != len(header):
             raise DataError(
                 f"{path}: line {number} has {len(row)} values, needs {len(header)} as its first line names"
@@ -323,13 +352,19 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not empty, each with the number of its first line."""
     reader = csv.reader((line + "\n" for _, line in lines_of(path)), delimiter=delimiter, strict=True)
     begins = 1
-    try:
-        for row in reader:
-            if row:
-                yield begins, row
-            begins = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}: line {begins} is not CSV ({error})") from None
+    while True:
+        limit = csv.field_size_limit(sys.maxsize)  # of this row alone: it holds for the whole process
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}: line {begins} is not CSV ({error})") from None
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        if row:
+            yield begins, row
+        begins = reader.line_num + 1
 
 
 def _conll(path: Path) -> Iterator[Record]:

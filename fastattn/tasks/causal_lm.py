@@ -111,15 +111,21 @@ def training_set(
     options: Options,
     folder: Path | None = None,
     *,
+    reuse: bool = False,
     teacher: tuple[GPT, Tokenizer] | None = None,
 ) -> PackedDataset | BestFitDataset:
     """The examples as blocks of tokens; with a folder, in memory-mapped files there.
+
+    reuse: the folder holds the files of an earlier call with the same arguments, and no example is read.
 
     Raises:
         DataError: the text has fewer than two tokens, or the teacher's tokens differ.
     """
     length = block_length(model, options)
-    stream = TokenStream.build((example.text for example in examples), tokenizer, folder)
+    if reuse and folder is not None:
+        stream = TokenStream.load(folder)
+    else:
+        stream = TokenStream.build((example.text for example in examples), tokenizer, folder)
     data: PackedDataset | BestFitDataset
     try:
         if options.packing == BEST_FIT:
@@ -168,7 +174,7 @@ def evaluate(
     return evaluate_documents(
         model,
         tokenizer,
-        [e.text for e in examples],
+        (example.text for example in examples),
         batch_size=batch_size,
         max_length=length,
         stride=options.stride,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from fastattn.data.records import Record, text_of
 
@@ -15,6 +15,33 @@ class Example:
 
     where: str
     text: str
+
+
+class StoredExamples(Sequence[Example]):
+    """Documents as examples, each made where it is used.
+
+    texts: the documents, such as `fastattn.data.array_files.StoredTexts`.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (Example(f"document {number}", text) for number, text in enumerate(self.texts, 1))
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Example(f"document {index % max(1, len(self)) + 1}", self.texts[index])
 
 
 def examples_of(records: Sequence[Record], options: Any) -> list[Example]:

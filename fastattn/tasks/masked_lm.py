@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from fastattn.tasks.documents import check_examples as check_examples
 from fastattn.tasks.documents import examples_of as examples_of
 from fastattn.tasks.documents import labels_in as labels_in
 from fastattn.tasks.options import CheckedOptions, part, share
-from fastattn.tasks.passages import Around, Passage, pairs, singles
+from fastattn.tasks.passages import Around, Passage, pairs, sentences_of, singles
+from fastattn.tasks.stored_passages import StoredPassages, stored_passages
 from fastattn.tasks.taught import TaughtMaskedLM, TaughtPreTraining, attach_teacher
 from fastattn.tasks.training import Batch, Source, config_of, layout_of, load_encoder, longest_of, padded
 
@@ -181,10 +183,14 @@ def training_set(
     tokenizer: InputTokenizer,
     examples: Sequence[Example],
     options: Options,
+    folder: Path | None = None,
     *,
+    reuse: bool = False,
     teacher: tuple[Any, InputTokenizer] | None = None,
 ) -> Passages:
-    """The examples' text in passages as items.
+    """The examples' text in passages as items; with a folder, in memory-mapped files there.
+
+    reuse: the folder holds the files of an earlier call with the same arguments, and no example is read.
 
     Raises:
         DataError: the tokenizer has no mask token, there are fewer than two documents for pairs, or the teacher, a
@@ -199,17 +205,24 @@ def training_set(
         limit = min(MAX_LENGTH, longest_of(model, tokenizer, None))
     longest = longest_of(model, tokenizer, limit)
     around = Around.of(tokenizer)
-    if options.next_sentence:
-        passages = list(pairs(tokenizer, [e.text for e in examples], longest, around))
+    texts = (example.text for example in examples)
+    passages: Sequence[Passage]
+    if folder is None:
+        passages = list(
+            pairs(list(sentences_of(tokenizer, texts)), longest, around)
+            if options.next_sentence
+            else singles(tokenizer, texts, longest, around)
+        )
+    elif reuse:
+        passages = StoredPassages(folder)
     else:
-        passages = list(singles(tokenizer, [e.text for e in examples], longest, around))
+        passages = stored_passages(tokenizer, texts, longest, around, folder, two=options.next_sentence)
     if not passages:
         raise DataError("data: has no token, needs some text")
     vocab_size = min(tokenizer.core.get_vocab_size(), model.config.vocab_size)
     return Passages(passages, options, mask_id=tokenizer.mask_id, vocab_size=vocab_size, **layout_of(model))
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     tokenizer: InputTokenizer,
@@ -222,16 +235,21 @@ def evaluate(
 
     perplexity is exp(loss). Random generators are restored.
     """
-    data = training_set(model, tokenizer, examples, options or Options())
+    options = options or Options()
+    return evaluate_set(model, training_set(model, tokenizer, examples, options), batch_size=batch_size)
+
+
+@torch.no_grad()
+def evaluate_set(model: Any, data: Passages, *, batch_size: int = BATCH_SIZE) -> Report:
+    """The same of a set that `training_set` made."""
     device = next(model.parameters()).device
     loss_sum = right = count = follows = 0.0
     with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        masked = [
-            data.collate([data[i]]) for i in range(len(data))
-        ]  # one by one: masks do not depend on batches
         for start in range(0, len(data), batch_size):
-            batch = joined(masked[start : start + batch_size], data.pad_id)
+            some = range(start, min(start + batch_size, len(data)))
+            # one by one: masks do not depend on batches
+            batch = joined([data.collate([data[i]]) for i in some], data.pad_id)
             batch = {name: value.to(device) for name, value in batch.items()}
             nexts, labels = batch.pop("next_sentence_label", None), batch.pop("labels")
             x, tokens, _, _ = model.bert.encode_tokens(**batch)
@@ -246,7 +264,7 @@ def evaluate(
                 follows += int((logits.argmax(-1) == nexts).sum())
     loss = loss_sum / count
     metrics = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "accuracy": right / count}
-    if (options or Options()).next_sentence:
+    if data.options.next_sentence:
         metrics["next_sentence_accuracy"] = follows / len(data)
     return Report(metrics=metrics, count=int(count))
 

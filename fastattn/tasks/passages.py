@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
+from fastattn.data.packing import batched_texts
 
 SHORTER = 0.1  # share of pairs with a random shorter length
 SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")  # ASCII's and Chinese
@@ -91,29 +92,32 @@ def _tokens_of(tokenizer: InputTokenizer, texts: Sequence[str]) -> list[Tokens]:
 
 
 def singles(
-    tokenizer: InputTokenizer, texts: Sequence[str], longest: int, around: Around
+    tokenizer: InputTokenizer, texts: Iterable[str], longest: int, around: Around
 ) -> Iterator[Passage]:
     """Each document's tokens in passages of at most `longest` tokens; none spans two documents."""
     room = longest - sum(map(len, around.single))
     _check_room(room, longest)
-    for start in range(0, len(texts), 256):
-        for tokens in _tokens_of(tokenizer, texts[start : start + 256]):
+    for some in batched_texts(texts):
+        for tokens in _tokens_of(tokenizer, some):
             for first in range(0, len(tokens.ids), room):
                 part = tokens.ids[first : first + room]
                 words = tokens.words[first : first + room]
                 yield around.passage(part, [word - words[0] if word >= 0 else -1 for word in words])
 
 
-def pairs(tokenizer: InputTokenizer, texts: Sequence[str], longest: int, around: Around) -> Iterator[Passage]:
-    """Passages of two runs of sentences; as for BERT, the second is from another document half of the time."""
-    room = longest - sum(map(len, around.pair))
-    _check_room(room - 1, longest)
-    documents = []
+def sentences_of(tokenizer: InputTokenizer, texts: Iterable[str]) -> Iterator[list[Tokens]]:
+    """The tokens of each document's sentences; documents without a token are left out."""
     for text in texts:
         sentences = [part for part in SENTENCE_END.split(text) if part.strip()]
         tokens = [t for t in _tokens_of(tokenizer, sentences) if t.ids]
         if tokens:
-            documents.append(tokens)
+            yield tokens
+
+
+def pairs(documents: Sequence[Sequence[Tokens]], longest: int, around: Around) -> Iterator[Passage]:
+    """Passages of two runs of sentences; as for BERT, the second is from another document half of the time."""
+    room = longest - sum(map(len, around.pair))
+    _check_room(room - 1, longest)
     if len(documents) < 2:
         raise DataError(f"data: holds {len(documents)} document, next_sentence needs at least two")
     random = np.random.default_rng(SEED)

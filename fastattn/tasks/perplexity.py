@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from fastattn.evaluation.report import Report
 from fastattn.nn.modes import evaluating
 
 BATCH_SIZE = 8
+HELD_TOKENS = 1 << 20  # of windows that are held at once, and sorted by length
 
 
 class Window(NamedTuple):
@@ -64,7 +65,7 @@ def windows_of(ids: Sequence[int], bos_id: int | None, length: int, stride: int)
 def evaluate_documents(
     model: Any,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     batch_size: int = BATCH_SIZE,
     max_length: int,
@@ -83,39 +84,54 @@ def evaluate_documents(
     step = max(1, max_length // 2) if stride is None else stride
     if not 1 <= step < max_length:
         raise ValueError(f"stride: got {step}, needs at least 1 and less than max_length, {max_length}")
-    windows: list[Window] = []
-    size = documents = 0
-    for text in texts:
-        encoding = tokenizer.core.encode(text, add_special_tokens=False)
-        found = list(windows_of(encoding.ids, bos_id, max_length, step))
-        windows += found
-        if found:
-            documents += 1
-            unread = "" if bos_id is not None else text[: encoding.offsets[0][1]]
-            size += len(text.encode()) - len(unread.encode())
-    if not windows:
-        raise ValueError("texts: got none with a token that can be predicted, needs at least one")
     unknown_id = unknown_of(tokenizer)
-    device = next(model.parameters()).device
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    windows: list[Window] = []
+    size = documents = held = 0
     loss_sum, tokens, unknown = 0.0, 0, 0
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = [windows[i] for i in order[start : start + batch_size]]
-            longest = len(chosen[0].ids)
-            ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
-            labels = torch.full_like(ids, IGNORE_INDEX)
-            for row, window in enumerate(
-                chosen
-            ):  # padding is on the right, where no token that counts attends to it
-                ids[row, : len(window.ids)] = torch.tensor(window.ids)
-                labels[row, window.scored : len(window.ids)] = ids[row, window.scored : len(window.ids)]
+
+    def score() -> None:
+        nonlocal loss_sum, tokens, unknown
+        for ids, labels in _batches(windows, batch_size):
             count = int((labels != IGNORE_INDEX).sum())
             output = model(ids.to(device), labels=labels.to(device), return_logits=False)
             loss_sum += float(output.loss) * count
             tokens += count
             unknown += 0 if unknown_id is None else int((labels == unknown_id).sum())
+        windows.clear()
+
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for text in texts:
+            encoding = tokenizer.core.encode(text, add_special_tokens=False)
+            read = False
+            for window in windows_of(encoding.ids, bos_id, max_length, step):
+                read = True
+                windows.append(window)
+                held += len(window.ids)
+                if held >= HELD_TOKENS:
+                    score()
+                    held = 0
+            if read:
+                documents += 1
+                unread = "" if bos_id is not None else text[: encoding.offsets[0][1]]
+                size += len(text.encode()) - len(unread.encode())
+        if not documents:
+            raise ValueError("texts: got none with a token that can be predicted, needs at least one")
+        score()
     return language(loss_sum, tokens, max(size, 1), unknown=unknown, documents=documents)
+
+
+def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and labels (B, S) of windows, the longest first; padding is on the right, where no token attends to it."""
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    for start in range(0, len(order), batch_size):
+        chosen = [windows[i] for i in order[start : start + batch_size]]
+        ids = torch.zeros(len(chosen), len(chosen[0].ids), dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for row, window in enumerate(chosen):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            labels[row, window.scored : len(window.ids)] = ids[row, window.scored : len(window.ids)]
+        yield ids, labels
 
 
 def unknown_of(tokenizer: Tokenizer) -> int | None:

@@ -133,16 +133,18 @@ def new_model(
     tokens = special_tokens(tokenizer)
     if isinstance(source, BertConfig):
         config = replace(source, vocab_size=tokenizer.core.get_vocab_size(), pad_token_id=tokens["pad"])
-        return TaughtEncoderDecoder(
-            EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens))
-        ).train()
-    if issubclass(class_for(source), EncoderDecoder):
+        model = TaughtEncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **_targets(tokens)))
+    elif issubclass(class_for(source), EncoderDecoder):
         model = TaughtEncoderDecoder.from_pretrained(source, dtype=torch.float32)
     else:
         folder = encoder_folder(source)
         model = TaughtEncoderDecoder.from_encoder_decoder(
             folder, folder, dtype=torch.float32, **_targets(tokens)
         )
+    if (
+        model.encoder.pooler is not None
+    ):  # no loss depends on it; several processes would wait for its gradient
+        model.encoder.pooler.requires_grad_(False)
     return model.train()
 
 

@@ -16,6 +16,7 @@ from .attention import (
 )
 from .norms import rms_norm_backward
 from .objects import copy_of_several, cuda_sleep, has_hooks, hooks_of, version_of
+from .optimizers import adamw, muon
 from .products import (
     ONEDNN_MIN_PRODUCTS,
     has_fast_products,
@@ -58,6 +59,7 @@ __all__ = [
     "ONEDNN_MIN_PRODUCTS",
     "PLAIN_KEYS",
     "PLAIN_TENSOR_KEYS",
+    "adamw",
     "any_requires_grad",
     "apply_function",
     "can_bypass_dispatcher",
@@ -85,6 +87,7 @@ __all__ = [
     "is_exporting",
     "is_fake",
     "is_wrapped",
+    "muon",
     "nothing_records",
     "onednn_linear",
     "only_autograd_records",

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastattn import torch_compat
 from fastattn.train.sharding import is_sharded
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -70,7 +71,7 @@ def build_optimizer(
         )
     taken = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in taken]
-    muon = torch.optim.Muon(
+    muon = torch_compat.muon(
         matrices,
         lr=lr,
         weight_decay=weight_decay,
@@ -206,6 +207,6 @@ def _adamw(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(
+    return torch_compat.adamw(
         [group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=fused
     )

@@ -66,10 +66,7 @@ def deterministic_algorithms(wanted: bool, device: torch.device | None = None) -
 
     On a CUDA device a matrix product tests whether cuBLAS is deterministic: RuntimeError where it cannot be any more.
     """
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = _deterministic()
     try:
         if wanted:
             allow_deterministic_cublas()
@@ -78,7 +75,17 @@ def deterministic_algorithms(wanted: bool, device: torch.device | None = None) -
                 _check_cublas(device)
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        if _deterministic() != before:  # torch imports its compiler to set it
+            enabled, warn_only = before
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    """Whether deterministic algorithms are required, and whether torch then only warns."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
 
 def allow_deterministic_cublas() -> None:

@@ -19,25 +19,30 @@ from safetensors import safe_open
 from torch import nn
 
 from fastattn.cache import write_atomically
-from fastattn.data import DataError, Tokenizer, train_bpe, train_characters
-from fastattn.data.encoding import InputTokenizer
-from fastattn.data.input_tokenizers import train_input_tokenizer
-from fastattn.models import GPT, EncoderDecoder, families
+from fastattn.models import GPT, families
 from fastattn.models.checkpoint.hub import resolve_folder
-from fastattn.models.embedding import encoder_folder
 from fastattn.models.lora import attach, merge
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
-from fastattn.tasks.training import check_tokenizer, config_of, learning_rate
+from fastattn.tasks.training import learning_rate
 from fastattn.train.checkpoint import ADAPTER, OPTIONS, REPORT, RunDirectory, read_model
 from fastattn.train.config import ConfigError, step_limit
+from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.log import plain
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.resume import WEIGHTS
 from fastattn.train.state import FitResult
 from fastattn.train.task_config import Sections, presets_of, read_sections
-from fastattn.train.task_data import TaskData, read_data, texts_of
+from fastattn.train.task_data import TaskData, check_columns, read_data
+from fastattn.train.tokenizing import (
+    Texts,
+    check_fits,
+    kind_of,
+    learnt_tokenizer,
+    saved_tokenizer,
+    teacher_of,
+)
 from fastattn.train.trainer import Trainer
 
 TASKS: dict[str, ModuleType] = {
@@ -90,7 +95,7 @@ def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str
 
 
 def prepare(inputs: Inputs) -> Prepared:
-    """Read and check everything, cheap things first; nothing is written."""
+    """Read and check everything, cheap things first; nothing is written but the files of a large corpus."""
     try:
         return _prepare(inputs)
     except (TypeError, ValueError) as error:
@@ -130,6 +135,8 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
             f"no --dev: {data.held_out} of {data.held_out + len(data.train)} examples are held out of the training data"
             f" (seed {sections.train.seed})"
         )
+    if data.folder is not None:
+        trainer.display.note(f"data: in files in {data.folder}, for later runs of the same data too")
     for name, count in data.cleaning.items():
         trainer.display.note(f"clean.{name}: {count} examples")
     if getattr(prepared.train_set, "cut_rows", 0):
@@ -184,27 +191,56 @@ def _prepare(inputs: Inputs) -> Prepared:
             and Path(folder).resolve() == Path(inputs.out).resolve()
         ):
             raise ConfigError(f"--out: {inputs.out} is the folder of {option}, which overwrite would delete")
-    teacher = None if inputs.teacher is None else _teacher(inputs.teacher, task)
+    teacher = None if inputs.teacher is None else teacher_of(inputs.teacher, task)
     learns = sections.data.learnt or (preset is not None and sections.data.tokenizer is None)
-    tokenizer = None if learns else _tokenizer(inputs, sections, task)
-    data = read_data(task, inputs.train, inputs.dev, sections)
-    saved_tokenizer = tokenizer if sections.data.tokenizer is not None else None
+    tokenizer = None if learns else saved_tokenizer(inputs.model, sections, task)
+    corpus = _corpus(task, inputs, sections)
+    data = read_data(task, inputs.train, inputs.dev, sections) if corpus is None else corpus.read()
+    to_save = tokenizer if sections.data.tokenizer is not None else None
     if tokenizer is None:
-        tokenizer = saved_tokenizer = _learnt(task, sections, preset, data, directory.resume_from)
+
+        def learn() -> Any:
+            return learnt_tokenizer(task, sections.data, preset, Texts(data.train), directory.resume_from)
+
+        if corpus is None or directory.resume_from is not None:
+            tokenizer = learn()
+        else:
+            tokenizer = corpus.tokenizer(learn, kind_of(task).from_pretrained)
+        to_save = tokenizer
     source: Any = sections.model if preset is not None else inputs.model
     if preset is None:
-        _check_fits(inputs.model, task, tokenizer)
+        check_fits(inputs.model, task, tokenizer)
     torch.manual_seed(sections.train.seed)
     model = task.new_model(source, data.train, data.options, tokenizer)
     if getattr(task, "CHANGES_TOKENIZER", False):
-        saved_tokenizer = tokenizer
+        to_save = tokenizer
     if sections.lora.r is not None:
         _attach(model, task, sections)
     extra = {} if teacher is None else {"teacher": teacher}
-    train_set = task.training_set(model, tokenizer, data.train, data.options, **extra)
-    dev_set = task.training_set(model, tokenizer, data.dev, data.options)
+    if corpus is None:
+        train_set = task.training_set(model, tokenizer, data.train, data.options, **extra)
+        dev_set = task.training_set(model, tokenizer, data.dev, data.options)
+    else:
+
+        def build(folder: Path, training: bool, reuse: bool) -> Any:
+            examples, more = (data.train, extra) if training else (data.dev, {})
+            return task.training_set(model, tokenizer, examples, data.options, folder, reuse=reuse, **more)
+
+        train_set, dev_set = corpus.sets(tokenizer, build)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
-    return Prepared(task, inputs, sections, data, model, tokenizer, saved_tokenizer, train_set, dev_set)
+    return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set)
+
+
+def _corpus(task: ModuleType, inputs: Inputs, sections: Sections) -> Corpus | None:
+    """The files of a language model's data; None where it is held in memory."""
+    if task not in (causal_lm, masked_lm):
+        if sections.data.cache is not None:
+            raise ConfigError(f"data.cache: is for causal-lm and masked-lm, {task.NAME} holds its examples")
+        return None
+    if not is_large(inputs.train, inputs.dev, sections):
+        return None
+    check_columns(task, sections.data.mapping)
+    return Corpus(task, inputs.train, inputs.dev, sections)
 
 
 def learns_from_teachers(task: ModuleType) -> bool:
@@ -260,69 +296,6 @@ def _check_class(model: str, task: ModuleType) -> None:
         raise ConfigError(f"--model: {model} holds a {cls.__name__}, {task.NAME} needs {need}")
 
 
-def _tokenizer(inputs: Inputs, sections: Sections, task: ModuleType) -> Any:
-    kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
-    folder: Any = sections.data.tokenizer
-    if folder is not None and not Path(folder).is_dir():
-        raise ConfigError(
-            f"data.tokenizer: got {folder!r}, needs a folder, or with a preset wordpiece, bpe or characters"
-        )
-    if folder is None:
-        folder = resolve_folder(inputs.model) if kind is Tokenizer else encoder_folder(inputs.model)
-    return kind.from_pretrained(folder)
-
-
-def _learnt(
-    task: ModuleType, sections: Sections, preset: str | None, data: TaskData, checkpoint: Path | None
-) -> Any:
-    """A tokenizer trained on the training texts; for a resumed run, the one that its weights were trained with."""
-    options = sections.data
-    if preset is None:
-        raise ConfigError(
-            f"data.tokenizer: got {options.tokenizer!r}, needs a preset, because a model's folder has its own tokens"
-        )
-    if checkpoint is not None:
-        kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
-        return kind.from_pretrained(checkpoint)
-    texts = [text for example in data.train for text in texts_of(example)]
-    if GPT in task.MODELS:
-        if options.tokenizer == "characters":
-            return train_characters(texts, options.vocab_size)
-        if options.tokenizer not in (None, "bpe"):
-            raise ConfigError(
-                f"data.tokenizer: got {options.tokenizer!r}, {task.NAME} needs bpe, characters or a folder"
-            )
-        return train_bpe(texts, options.vocab_size)
-    return train_input_tokenizer(
-        options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=options.lowercase
-    )
-
-
-def _check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model's vocabulary; no weight is read."""
-    if GPT in task.MODELS:
-        from fastattn.models.checkpoint.folder import CONFIG, read_json
-
-        size = read_json(resolve_folder(model) / CONFIG).get("vocab_size")
-        if isinstance(size, int) and tokenizer.vocab_size > size:
-            raise DataError(
-                f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocab_size is {size}: it is another model's"
-            )
-        return
-    if issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
-        return  # its task checks both parts
-    config, _ = config_of(model, families.class_for(encoder_folder(model)))
-    check_tokenizer(config, tokenizer)
-
-
-def _teacher(folder: str, task: ModuleType) -> tuple[Any, Any]:
-    cls = families.class_for(folder)
-    if not issubclass(cls, task.MODELS):
-        raise ConfigError(f"--teacher: {folder} holds a {cls.__name__}, needs a {task.MODELS[0].__name__}")
-    kind: Any = Tokenizer if GPT in task.MODELS else InputTokenizer
-    return task.MODELS[0].from_pretrained(folder), kind.from_pretrained(folder)
-
-
 def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
     """Attach adapters and freeze everything else, except new parts of the head and the task's own parts."""
     lora = sections.lora
@@ -357,6 +330,8 @@ def _finished(prepared: Prepared, model: Any, out: Path) -> nn.Module:
 def _evaluated(prepared: Prepared, model: nn.Module) -> Any:
     """The task's `Report` of the dev set."""
     size = prepared.sections.train.batch_size
+    if hasattr(prepared.task, "evaluate_set"):
+        return prepared.task.evaluate_set(model, prepared.dev_set, batch_size=size)
     return prepared.task.evaluate(
         model, prepared.tokenizer, prepared.data.dev, batch_size=size, options=prepared.data.options
     )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastattn.ops.distributed import is_dtensor
 from fastattn.train.recompute import blocks_of
 
 
@@ -90,11 +91,7 @@ class Sharding:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is split over processes."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    return is_dtensor(tensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:

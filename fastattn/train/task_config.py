@@ -32,6 +32,8 @@ class DataConfig:
             "characters", trained on the training data.
         vocab_size: of a tokenizer that is trained.
         lowercase: whether a trained tokenizer drops case and accents.
+        cache: folder for the files of causal-lm and masked-lm, of which a later run with the same data and tokenizer
+            makes use; by default data of 64 MB and more has files in the user's cache.
     """
 
     columns: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 8192
     lowercase: bool = True
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         for each in self.columns:

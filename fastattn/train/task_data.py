@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,14 +19,15 @@ class TaskData:
     """Checked examples, and what was done to get them.
 
     held_out: number of training examples that became the dev set, None where that has files of its own. cleaning: per
-    step, the number of training examples that it changed or dropped.
+    step, the number of training examples that it changed or dropped. folder: where the files of a large corpus are.
     """
 
-    train: list[Any]
-    dev: list[Any]
+    train: Sequence[Any]
+    dev: Sequence[Any]
     options: Any  # of the task, settled by the training examples
     held_out: int | None
     cleaning: dict[str, int] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sections: Sections) -> TaskData:
@@ -38,11 +40,7 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
             and line.
     """
     data, options = sections.data, sections.task
-    fields = {*task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ())}
-    for name in data.mapping:
-        if name not in fields:
-            known = ", ".join(sorted(fields))
-            raise DataError(f"data.columns: {name!r} is not a field of {task.NAME}, needs one of {known}")
+    check_columns(task, data.mapping)
 
     def records_of(paths: Sequence[str]) -> list[Record]:
         return read_records(list(paths), columns=data.mapping, format=data.format)
@@ -87,6 +85,15 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
     if not dev_examples:
         raise DataError("data: has too few examples of each label to hold some out, needs --dev")
     return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)
+
+
+def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
+    """Refuse a column for a field that the task does not have."""
+    fields = {*task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ())}
+    for name in mapping:
+        if name not in fields:
+            known = ", ".join(sorted(fields))
+            raise DataError(f"data.columns: {name!r} is not a field of {task.NAME}, needs one of {known}")
 
 
 def _parts(task: ModuleType, record: Record, fraction: float) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,3 +20,11 @@ def test_four_times_the_text_takes_the_same_memory(tmp_path: Path) -> None:
     grown = (large["peak_mib"] - small["peak_mib"]) * 2**20
     assert large["tokens"] > 3.5 * small["tokens"]
     assert grown < ALLOWED * 1e6 * (large["megabytes"] - small["megabytes"]), (small, large)
+
+
+def test_the_page_has_what_is_stored() -> None:
+    record = json.loads(corpus_memory.STORED.read_text(encoding="utf-8"))
+    page = corpus_memory.PAGE.read_text(encoding="utf-8")
+    assert corpus_memory.paragraph(record) in page
+    assert corpus_memory.refreshed(page, record) == page
+    assert corpus_memory.refreshed(page, {**record, "date": "1999-01-01"}) != page

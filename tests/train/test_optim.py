@@ -1,12 +1,17 @@
 """Which parameters decay, and the learning rate's shape."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_lm import make_blocks, make_model
 from torch import nn
 
+from fastattn import torch_compat
 from fastattn.train.optim import build_optimizer, hidden_matrices, learning_rate, set_learning_rate
 
 
@@ -130,3 +135,59 @@ def test_a_state_of_other_groups_is_refused():
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match="state_dict: holds 2 groups, needs 3"):
         optimizer.load_state_dict({**state, "param_groups": state["param_groups"][:2]})
+
+
+@pytest.mark.parametrize(
+    ("made", "cls"), [(torch_compat.adamw, torch.optim.AdamW), (torch_compat.muon, torch.optim.Muon)]
+)
+def test_optimisers_take_the_steps_of_torchs_own(made: Any, cls: Any) -> None:
+    """With hooks, a closure, and a state that either reads of the other."""
+    torch.manual_seed(0)
+    start = torch.randn(4, 3)
+    found = {}
+    for kind in (made, cls):
+        weight = nn.Parameter(start.clone())
+        optimizer = kind([weight], lr=0.1)
+        calls: list[str] = []
+        optimizer.register_step_pre_hook(lambda *given, calls=calls: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *given, calls=calls: calls.append("post"))
+
+        def loss(optimizer: Any = optimizer, weight: Any = weight) -> torch.Tensor:
+            optimizer.zero_grad()
+            value = weight.square().sum()
+            value.backward()
+            return value
+
+        losses = [float(optimizer.step(loss)) for _ in range(3)]
+        assert not weight.requires_grad or weight.is_leaf
+        found[kind] = losses, weight.detach(), optimizer.state_dict(), calls
+    (losses, weight, state, calls), (other_losses, other_weight, other_state, _) = found[made], found[cls]
+    assert (losses, calls) == (other_losses, ["pre", "post"] * 3)
+    assert torch.equal(weight, other_weight)
+    fresh = cls([nn.Parameter(start.clone())], lr=0.5)
+    fresh.load_state_dict(state)
+    ours = made([nn.Parameter(start.clone())], lr=0.5)
+    ours.load_state_dict(other_state)
+    assert fresh.param_groups[0]["lr"] == ours.param_groups[0]["lr"] == 0.1
+    for name, value in other_state["state"][0].items():
+        assert torch.equal(ours.state_dict()["state"][0][name], value)
+        assert torch.equal(fresh.state_dict()["state"][0][name], value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_steps_do_not_import_the_compiler(tmp_path: Path, name: str) -> None:
+    """Which takes about as long as the rest of the package; a process of its own, as others import it."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from tiny_lm import make_blocks, make_data
+from fastattn.train import TrainConfig, Trainer
+config = TrainConfig(output_dir={str(tmp_path)!r}, max_steps=2, batch_size=4, optimizer={name!r})
+trainer = Trainer(make_blocks(), config, make_data(), make_data(seed=1))
+after, steps = trainer._after_step, []
+trainer._after_step = lambda: (steps.append("torch._dynamo" in sys.modules), after())
+trainer.fit()
+assert steps == [False, False], steps
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]

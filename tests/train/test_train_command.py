@@ -17,7 +17,7 @@ from fastattn.data.input_tokenizers import train_input_tokenizer
 from fastattn.data.records import Record
 from fastattn.models import families
 from fastattn.tasks import predict as predicting
-from fastattn.train import load_config
+from fastattn.train import load_config, tokenizing
 from fastattn.train import run as work
 from fastattn.train.checkpoint import read_model
 from fastattn.train.task_config import DataConfig, LoraConfig
@@ -458,7 +458,7 @@ def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoint(
     def other(*_: object, **__: object) -> None:
         raise AssertionError("a tokenizer was learnt anew")
 
-    monkeypatch.setattr(work, "train_input_tokenizer", other)
+    monkeypatch.setattr(tokenizing, "train_input_tokenizer", other)
     second = CliRunner().invoke(cli.app, ["train", *line, "--train.max_steps=2", "--train.device=cpu"])
     assert second.exit_code == 0, second.output
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == kept

@@ -1,0 +1,95 @@
+"""The tokenizers of a task's run: of a folder, trained on the data, or of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fastattn.data import DataError, Tokenizer, train_bpe, train_characters
+from fastattn.data.encoding import InputTokenizer
+from fastattn.data.input_tokenizers import train_input_tokenizer
+from fastattn.models import GPT, EncoderDecoder, families
+from fastattn.models.checkpoint.folder import CONFIG, read_json
+from fastattn.models.checkpoint.hub import resolve_folder
+from fastattn.models.embedding import encoder_folder
+from fastattn.tasks.training import check_tokenizer, config_of
+from fastattn.train.config import ConfigError
+from fastattn.train.task_config import DataConfig, Sections
+from fastattn.train.task_data import texts_of
+
+
+def saved_tokenizer(model: str, sections: Sections, task: ModuleType) -> Any:
+    """The tokenizer of data.tokenizer, or of the model's folder."""
+    kind = kind_of(task)
+    folder: Any = sections.data.tokenizer
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(
+            f"data.tokenizer: got {folder!r}, needs a folder, or with a preset wordpiece, bpe or characters"
+        )
+    if folder is None:
+        folder = resolve_folder(model) if kind is Tokenizer else encoder_folder(model)
+    return kind.from_pretrained(folder)
+
+
+class Texts:
+    """Every text of examples but their labels, however often it is gone through."""
+
+    def __init__(self, examples: Sequence[Any]) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for example in self.examples for text in texts_of(example))
+
+
+def kind_of(task: ModuleType) -> Any:
+    """The class of a task's tokenizers."""
+    return Tokenizer if GPT in task.MODELS else InputTokenizer
+
+
+def learnt_tokenizer(
+    task: ModuleType, options: DataConfig, preset: str | None, texts: Texts, checkpoint: Path | None
+) -> Any:
+    """A tokenizer trained on the training texts; for a resumed run, the one that its weights were trained with."""
+    if preset is None:
+        raise ConfigError(
+            f"data.tokenizer: got {options.tokenizer!r}, needs a preset, because a model's folder has its own tokens"
+        )
+    if checkpoint is not None:
+        return kind_of(task).from_pretrained(checkpoint)
+    if GPT in task.MODELS:
+        if options.tokenizer == "characters":
+            return train_characters(texts, options.vocab_size)
+        if options.tokenizer not in (None, "bpe"):
+            raise ConfigError(
+                f"data.tokenizer: got {options.tokenizer!r}, {task.NAME} needs bpe, characters or a folder"
+            )
+        return train_bpe(texts, options.vocab_size)
+    return train_input_tokenizer(
+        options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=options.lowercase
+    )
+
+
+def check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model's vocabulary; no weight is read."""
+    if GPT in task.MODELS:
+        size = read_json(resolve_folder(model) / CONFIG).get("vocab_size")
+        if isinstance(size, int) and tokenizer.vocab_size > size:
+            raise DataError(
+                f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocab_size is {size}: it is another model's"
+            )
+        return
+    if issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
+        return  # its task checks both parts
+    config, _ = config_of(model, families.class_for(encoder_folder(model)))
+    check_tokenizer(config, tokenizer)
+
+
+def teacher_of(folder: str, task: ModuleType) -> tuple[Any, Any]:
+    """The teacher in a folder and its tokenizer."""
+    cls = families.class_for(folder)
+    if not issubclass(cls, task.MODELS):
+        raise ConfigError(f"--teacher: {folder} holds a {cls.__name__}, needs a {task.MODELS[0].__name__}")
+    kind = kind_of(task)
+    return task.MODELS[0].from_pretrained(folder), kind.from_pretrained(folder)
