@@ -53,15 +53,17 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
         return None, None
     environment = switches.environment()
     kinds = tuple(map(type, tensors))
-    given = _given(tensors) if _NONE in kinds else tensors
+    given: Sequence[Tensor] | None = None if _NONE in kinds else tensors
     brief = (op, options, kinds)
     if environment is switches.UNSET:
         try:
             last = _last.get(brief)
         except TypeError:  # an option without a hash
             return None, None
-        if last is not None and last[0] is torch.is_grad_enabled() and last[1](*given):
-            return None, last[2]
+        if last is not None and last[0] is torch.is_grad_enabled():
+            given = _given(tensors) if given is None else given
+            if last[1](*given):
+                return None, last[2]
     if not _PLAIN.issuperset(kinds):
         return None, None
     first, second = tensors[0], tensors[1]
@@ -79,6 +81,7 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     except TypeError:  # an option without a hash
         return None, None
     if guarded is not None:
+        given = _given(tensors) if given is None else given
         for guard, found in guarded:
             if guard(*given):
                 if not outside and len(_last) < MOST:
