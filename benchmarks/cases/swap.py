@@ -73,8 +73,10 @@ class SwapWorkload:
         try:
             with torch.device(device):
                 self.model, self.inputs, self.call = case.make(case.batch, case.length, case.tiny)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             self.missing: str | None = f"not installed: {error}"
+        except ImportError as error:
+            self.missing = str(error)
         else:
             self.missing = None
 

@@ -1,12 +1,13 @@
 """Models of torch, transformers, timm and open_clip with random weights, for `swap_attention`.
 
 Each function returns a model in evaluation mode, its inputs and a call of (model, inputs); `small` asks for a size that
-runs in a moment. timm and open_clip_torch are needed for their own models only; without them those cases are
-"unavailable".
+runs in a moment. timm and open_clip_torch are needed for their own models only; where one of them is missing, or cannot
+be imported, its cases are "unavailable".
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,20 @@ Made = tuple[nn.Module, Inputs, Callable[[Any, Inputs], Tensor]]
 WIDTH, HEADS = 512, 8
 
 
+def imported(name: str) -> Any:
+    """The module of a library. ImportError with the reason where its import fails, be it by another error, as that of
+    timm and open_clip fails beside a torchvision made for another torch."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ImportError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
 def timm_vit(batch: int, length: int, small: bool) -> Made:
     """A vision transformer of timm's; `length` is the side of a square image in pixels."""
-    import timm
-
+    timm = imported("timm")
     name = "test_vit" if small else "vit_small_patch16_224"
     side = 160 if small else length
     model = timm.create_model(name, pretrained=False, num_classes=10, img_size=side).eval()
@@ -31,8 +42,7 @@ def timm_vit(batch: int, length: int, small: bool) -> Made:
 
 def open_clip(batch: int, length: int, small: bool) -> Made:
     """Both towers of a CLIP: images of 224 pixels a side and captions of `length` tokens."""
-    import open_clip
-
+    open_clip = imported("open_clip")
     model = open_clip.create_model("RN50" if small else "ViT-B-32", pretrained=None).eval()
     captions = torch.randint(1, 1000, (batch, model.context_length))
     captions[:, length:] = 0

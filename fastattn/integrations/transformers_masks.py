@@ -256,19 +256,23 @@ def _add_padding(mask: StructuredMask, padding: Tensor) -> None:
     """
     batch, _, seqlen_q, seqlen_k = mask.shape
     if not compat.is_tracing(padding):
-        lengths = padding.sum(-1, dtype=torch.int32)
-        at_end = torch.arange(seqlen_k, device=padding.device) < lengths[:, None]
-        everything, lengths_tell = torch.stack((padding.all(), (at_end == padding).all())).tolist()
-        if everything:
+        # on a CPU a look at values is no synchronisation, and in a step of generation it saves the operations below
+        if padding.is_cpu and bool(padding.all()):
             return
-        if lengths_tell:
-            mask.key_lengths = (
-                lengths if mask.key_lengths is None else torch.minimum(lengths, mask.key_lengths)
-            )
+        if not (padding.is_cpu and bool(padding[:, -1].all())):  # else there is padding, and not at the end
+            lengths = padding.sum(-1, dtype=torch.int32)
+            at_end = torch.arange(seqlen_k, device=padding.device) < lengths[:, None]
+            everything, lengths_tell = torch.stack((padding.all(), (at_end == padding).all())).tolist()
+            if everything:
+                return
+            if lengths_tell:
+                mask.key_lengths = (
+                    lengths if mask.key_lengths is None else torch.minimum(lengths, mask.key_lengths)
+                )
+                return
+        if seqlen_q == 1 and mask.segment_ids is None and padding.is_cpu:
+            mask.key_mask = padding
             return
-    if seqlen_q == 1 and mask.segment_ids is None and padding.is_cpu and not compat.is_tracing(padding):
-        mask.key_mask = padding
-        return
     of_query, of_key = mask.segment_ids or (
         torch.zeros(batch, seqlen_q, dtype=torch.int32, device=padding.device),
         torch.zeros(batch, seqlen_k, dtype=torch.int32, device=padding.device),

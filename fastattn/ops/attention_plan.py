@@ -129,7 +129,8 @@ class AttentionPlan:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *others: Any
     ) -> tuple[Tensor, Tensor]:
         if others[-1] is None:  # the seed, which no key holds
-            found = self.masked_launch(query, key, value, arguments.with_leading_ones(mask, 4))
+            whole = mask if mask.dim() == 4 else arguments.with_leading_ones(mask, 4)
+            found = self.masked_launch(query, key, value, whole)
             if found is not None:
                 out, lse = found
                 return out, lse

@@ -34,7 +34,7 @@ Guarded = tuple[Callable[..., bool], Plan]
 _plans: dict[Key, Plan] = {}
 # by the parts of a key that are cheap to make: guards, which check whether tensors match a plan, each with its plan
 _guarded: dict[Key, tuple[Guarded, ...]] = {}
-# by op, options and number of tensors alone: (grad mode, guard, plan) of the last such call, on a CPU and without None
+# by op, options and types of tensors alone: (grad mode, guard, plan) of the last such call, on a CPU
 _last: dict[Key, tuple[bool, Callable[..., bool], Plan]] = {}
 _seen: set[int] = set()  # hashes of keys of earlier calls: a key gets its plan when it occurs again
 _lock = threading.Lock()
@@ -52,15 +52,18 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     if not torch_compat.nothing_records() or plain.chosen:
         return None, None
     environment = switches.environment()
-    brief = (op, options, len(tensors))
+    kinds = tuple(map(type, tensors))
+    given: Sequence[Tensor] | None = None if _NONE in kinds else tensors
+    brief = (op, options, kinds)
     if environment is switches.UNSET:
         try:
             last = _last.get(brief)
         except TypeError:  # an option without a hash
             return None, None
-        if last is not None and last[0] is torch.is_grad_enabled() and last[1](*tensors):
-            return None, last[2]
-    kinds = tuple(map(type, tensors))
+        if last is not None and last[0] is torch.is_grad_enabled():
+            given = _given(tensors) if given is None else given
+            if last[1](*given):
+                return None, last[2]
     if not _PLAIN.issuperset(kinds):
         return None, None
     first, second = tensors[0], tensors[1]
@@ -78,10 +81,10 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     except TypeError:  # an option without a hash
         return None, None
     if guarded is not None:
-        given = _given(tensors) if _NONE in kinds else tensors
+        given = _given(tensors) if given is None else given
         for guard, found in guarded:
             if guard(*given):
-                if not outside and given is tensors and len(_last) < MOST:
+                if not outside and len(_last) < MOST:
                     _last[brief] = (torch.is_grad_enabled(), guard, found)
                 return None, found
     state = torch_compat.state_of_call(tensors)

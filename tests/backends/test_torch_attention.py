@@ -209,3 +209,31 @@ def test_keys_are_repeated_for_some_heads_at_a_time(causal: bool, monkeypatch: p
         grads = torch.autograd.grad(out, leaves, dout)
     assert all(torch.equal(one, other) for one, other in zip(grads, whole))
     assert sum(size >= 4 * query.numel() for size in allocated.sizes) == 1  # the query's gradient
+
+
+def test_a_tiles_mask_is_made_once_for_all_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the backward takes the heads in several runs."""
+    monkeypatch.setattr(fused, "FUSED_SHARE_BYTES", 1)
+    monkeypatch.setattr(parts, "FUSED_DENSE_ELEMENTS", 1)
+    made = []
+
+    def counted(part: parts.Part, tile: Any) -> torch.Tensor | None:
+        made.append(tile.rows)
+        return fused.fused_mask(part, tile)
+
+    monkeypatch.setattr(backend, "fused_mask", counted)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 8, 256, 16, requires_grad=True) for _ in range(3))
+    mask = torch.rand(256, 256) > 0.3
+    fastattn.attention(query, key, value, mask=mask, backend="torch").sum().backward()
+    assert made == [range(128), range(128, 256)]
+
+
+def test_hidden_keys_stay_hidden_behind_slopes_that_overflow() -> None:
+    """A negative slope's term of a far key is +inf, which adding -inf would make NaN."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    slopes = torch.full((2,), -1e38)
+    out = fastattn.attention(query, key, value, causal=True, alibi_slopes=slopes, backend="torch")
+    assert torch.equal(out[:, :, 0], value[:, :, 0])
+    assert out[:, :, :3].isfinite().all()

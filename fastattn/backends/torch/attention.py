@@ -15,7 +15,13 @@ from fastattn.backends.torch import fused as torch_kernel
 from fastattn.backends.torch import ragged_query, single_query
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
-from fastattn.backends.torch.fused import fused_rows, fused_tile_bwd, fused_whole_bwd, kv_head_chunks
+from fastattn.backends.torch.fused import (
+    fused_mask,
+    fused_rows,
+    fused_tile_bwd,
+    fused_whole_bwd,
+    kv_head_chunks,
+)
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import (
     COL_BLOCK,
@@ -119,8 +125,9 @@ def attention_bwd(
                         )
                         return AttentionGrads(dq, dk, dv, sinks=dsinks(sink_weight, delta, needs))
                     sums = sums or GradientSums(call, needs.bias, needs.alibi_slopes)
+                    mask = fused_mask(part, tile)
                     for kv_heads in kv_head_chunks(part, tile):
-                        shares = fused_tile_bwd(part, tile, out, lse_safe, dout, kv_heads)
+                        shares = fused_tile_bwd(part, tile, mask, out, lse_safe, dout, kv_heads)
                         sums.add(part, tile, kv_heads, *shares)
                         del shares  # free these before the next are allocated
                 else:

@@ -17,7 +17,7 @@ from fastattn.spec import AttentionCall, accumulation_dtype
 
 FUSED_ROW_BLOCK = 64  # rows of a tile along a window, for torch's fused kernel
 FUSED_DENSE_ROW_BLOCK = 128  # the fewest along a dense mask or bias, whose tiles span all keys
-FUSED_DENSE_ELEMENTS = 2**20  # of a mask's tile, which sets the rows where no band bounds the columns
+FUSED_DENSE_ELEMENTS = 2**22  # of a mask's tile, which sets the rows where no band bounds the columns
 ROW_BLOCK, COL_BLOCK = 128, 512  # the blockwise path; never a function of the batch size
 
 

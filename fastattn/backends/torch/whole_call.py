@@ -113,13 +113,20 @@ def masked_fwd_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool) -
     if tile is None or tile.structure != "full":
         return None
     scale, folds = call.scale, fused.folds(call.query, call.key)
-    strides = strides_in_order(call.query.stride(), (*call.query.shape[:3], spec.value_dim))
+    batch, num_heads, _, dim = call.query.shape
+    shape, num_kv_heads = (batch, num_heads, 1, dim), call.key.shape[1]
+    folded_shape = (batch, num_kv_heads, num_heads // num_kv_heads, dim)
+    per_head = None if mask.shape[1] == 1 else (mask.shape[0], *folded_shape[1:3], mask.shape[3])
+    strides = strides_in_order(call.query.stride(), shape)
     flash, zero = torch_compat.cpu_flash_kernel(), torch.zeros((), dtype=spec.dtype)
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
         additive = torch.where(mask, zero, -torch.inf)
-        if folds:
-            out, lse = fused.folded(query, key, value, additive, scale)
+        if folds:  # as `fused.folded`
+            query_rows = query.reshape(folded_shape)
+            additive = additive if per_head is None else additive.reshape(per_head)
+            out, lse = flash(query_rows, key, value, 0.0, False, attn_mask=additive, scale=scale)
+            out = out.reshape(shape)
         else:
             out, lse = flash(query, key, value, 0.0, False, attn_mask=additive, scale=scale)
         # a hidden key's NaN would show in lse, one of its value in out
@@ -127,7 +134,7 @@ def masked_fwd_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool) -
             return None
         if out.stride() != strides:
             out = in_order(out, query)
-        return out, lse.contiguous() if wants_lse else None
+        return out, lse.reshape(batch, num_heads, 1).contiguous() if wants_lse else None
 
     return run
 
