@@ -73,8 +73,11 @@ async def attention(
         else:
             loop.call_soon_threadsafe(settle, answer.set_result, found)
 
+    def refuse(error: Exception) -> None:
+        loop.call_soon_threadsafe(settle, answer.set_exception, of_exception(error))
+
     try:
-        model.worker.call(work)
+        model.worker.call(work, refuse)
     except Exception as error:
         raise of_exception(error) from None
     found = await unless_gone(http, answer, lambda: None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import struct
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -345,3 +347,71 @@ def test_limits_of_a_server(folders: dict[str, Path]) -> None:
         models["gpt"].engine.max_queue = 1
         events = events_of(client.post("/v1/completions", json={**body, "stream": True}))
         assert events[-1]["error"]["code"] == "deadline"
+
+
+def test_embeddings_of_token_ids_are_those_of_the_text(client: Any) -> None:
+    texts = ["the river runs", "a tower"]
+    ids = [
+        client.post("/tokenize", json={"model": "embed", "prompt": text}).json()["tokens"] for text in texts
+    ]
+
+    def embed(given: Any) -> Any:
+        response = client.post("/v1/embeddings", json={"model": "embed", "input": given})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    by_text, by_ids = embed(texts), embed(ids)
+    assert by_ids == by_text
+    assert by_ids["usage"]["prompt_tokens"] == sum(map(len, ids))
+    (one,) = embed(ids[0])["data"]
+    assert one["embedding"] == pytest.approx(by_text["data"][0]["embedding"], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_from_the_prompts_beginning_with_and_without_echo(client: Any, stream: bool) -> None:
+    """OpenAI's legacy API does so; vLLM's counts from the beginning of the text that is returned."""
+    body = {"model": "gpt", "prompt": PROMPT, "temperature": 0, "max_tokens": 4, "logprobs": 0}
+
+    def offsets(echo: bool) -> list[int]:
+        response = client.post("/v1/completions", json={**body, "echo": echo, "stream": stream})
+        parts = events_of(response) if stream else [response.json()]
+        return [at for part in parts for at in part["choices"][0]["logprobs"]["text_offset"]]
+
+    echoed, plain = offsets(True), offsets(False)
+    assert plain[0] == len(PROMPT)
+    assert echoed[-len(plain) :] == plain
+    assert echoed[0] == 0
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_the_log_holds_prompts_only_where_asked(
+    folders: dict[str, Path], log_prompts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = load_all([folders["gpt"], folders["embed"]], ServeOptions())
+    with (
+        caplog.at_level("DEBUG", "fastattn"),
+        client_of(models, ServeOptions(log_prompts=log_prompts)) as one,
+    ):
+        one.post("/v1/completions", json={"model": "gpt", "prompt": "a secret\nriver", "max_tokens": 1})
+        one.post("/v1/embeddings", json={"model": "embed", "input": ["another secret"]})
+    assert ("a secret\\nriver" in caplog.text) == log_prompts
+    assert ("another secret" in caplog.text) == log_prompts
+
+
+def test_attention_that_waits_at_a_stop_is_answered(folders: dict[str, Path]) -> None:
+    models = load_all([folders["gpt"]], ServeOptions(drain=0.0))
+    worker = models["gpt"].worker
+    worker.start = lambda: None  # type: ignore[method-assign]  # a thread that never comes to the call
+    answers: list[Any] = []
+    with client_of(models, ServeOptions(drain=0.0)) as one:
+        asking = threading.Thread(
+            target=lambda: answers.append(one.post("/attention", json={"model": "gpt", "text": "a river"}))
+        )
+        asking.start()
+        while not worker._calls:
+            time.sleep(0.01)
+        worker.stop()
+        asking.join(30.0)
+    (answer,) = answers
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "shutting_down"

@@ -135,8 +135,7 @@ class Engine(Worker):
                     self._changed.wait_for(self._wanted)
                     if self._stopped:
                         break
-                if self._calls:
-                    self._calls.popleft()()
+                self._run_call()
                 if self.busy:
                     self._step()
         for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:
