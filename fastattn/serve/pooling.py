@@ -229,7 +229,7 @@ def tokenize(body: TokenizeBody, model: Decoder | Encoder) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt, messages: needs one of them", param="prompt")
     core = model.tokenizer.core if isinstance(model, Decoder) else model.core
-    longest = model.engine.max_length if isinstance(model, Decoder) else model.longest
+    longest = model.engine.longest if isinstance(model, Decoder) else model.longest
     if body.messages is not None:
         if not isinstance(model, Decoder):
             raise ApiError(400, f"messages: {model.name} reads no conversations", param="messages")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -88,6 +88,24 @@ class Engine(Worker):
     def queued(self) -> int:
         """Requests that have no place yet."""
         return len(self._arrived) + len(self.batch.waiting)
+
+    def behind(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The tokens that a continuation follows."""
+        return prompt
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens of a prompt's continuation; below 0 where the prompt is too long."""
+        return self.max_length - len(prompt)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt."""
+        return self.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Of prompts."""
+        return self.model.config.vocab_size
 
     def submit(self, request: Request) -> None:
         """Hand a request over from any thread; outputs come by its `on_output`, in the engine's thread.

@@ -21,6 +21,7 @@ from fastattn.serve.engine.requests import (
     Overloaded,
     Request,
     TokenScore,
+    scores_of,
 )
 
 log = logging.getLogger("fastattn.serve")
@@ -245,7 +246,7 @@ class Batch:
                 other.prompt_scores = list(each.prompt_scores)
                 self._run(other)
         for other in family if each.index == 0 else [each]:
-            self._accept(other, self._choose(other, logits), logits)
+            self._accept(other, other.choose(logits), logits)
         for other in self.running[self.max_batch :]:  # beyond the batch; they wait, with their first token
             self._release(other)
             self.waiting.append(other)
@@ -255,43 +256,23 @@ class Batch:
     def _chosen(self, those: Sequence[Continuation], logits: Tensor) -> None:
         """The last token of each is in the cache; choose the next by the logits (N, V)."""
         likeliest: list[int] | None = None
-        if any(self._plain(each) for each in those):
+        if any(each.plain for each in those):
             likeliest = greedy(logits).tolist()
         for place, each in enumerate(those):
             each.held += 1
             row = logits[place : place + 1]
             try:
-                token = likeliest[place] if likeliest and self._plain(each) else self._choose(each, row)
+                token = likeliest[place] if likeliest and each.plain else each.choose(row)
                 self._accept(each, token, row)
             except Exception as error:
                 self.fail(each.request, error)
 
-    @staticmethod
-    def _plain(each: Continuation) -> bool:
-        return each.chooser.greedy and each.chooser.independent
-
-    def _choose(self, each: Continuation, logits: Tensor) -> int:
-        if each.row.done:
-            return -1
-        return int(each.chooser(logits, len(each.made)))
-
     def _accept(self, each: Continuation, token: int, logits: Tensor) -> None:
         """A chosen token joins a continuation, and what may be given of it is."""
         row, request = each.row, each.request
-        if not row.done:
-            row.append(token)
-            each.made.append(token)
-            self.made_tokens += 1
-            if each.chooser.scores.changes:
-                each.chooser.scores.add(torch.tensor([token], device=self.device))
-            if request.scores is not None:
-                each.scores += scores_of(logits, [token], request.scores)
-        news = each.news()
+        self.made_tokens += not row.done
+        news = each.accept(token, logits)
         if row.done:
-            stopped = bool(row.text is not None and row.text.found) or bool(
-                each.made and each.made[-1] in row.ends
-            )
-            news.finish = "stop" if stopped else "length"
             self._release(each)
             self.running.remove(each)
             request.unfinished -= 1
@@ -364,16 +345,6 @@ class Batch:
         longest = max((len(each.pages) for each in those), default=0)
         rows = [each.pages + [0] * (longest - len(each.pages)) for each in those]
         return torch.tensor(rows, dtype=torch.int32, device=self.device).view(len(rows), longest)
-
-
-def scores_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """The scores of one token (N) for each row of logits (N, V)."""
-    scores = []
-    for row, token in zip(logits.float().log_softmax(-1), tokens):
-        best = row.topk(min(top, len(row)))
-        likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
-        scores.append(TokenScore(token, float(row[token]), likeliest))
-    return scores
 
 
 def refuse_unreadable(model: GPT, prompt: Sequence[int]) -> None:
