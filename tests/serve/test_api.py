@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import struct
-import threading
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -363,8 +361,7 @@ def test_embeddings_of_token_ids_are_those_of_the_text(client: Any) -> None:
     by_text, by_ids = embed(texts), embed(ids)
     assert by_ids == by_text
     assert by_ids["usage"]["prompt_tokens"] == sum(map(len, ids))
-    (one,) = embed(ids[0])["data"]
-    assert one["embedding"] == pytest.approx(by_text["data"][0]["embedding"], rel=1e-5, abs=1e-6)
+    assert embed(ids[0])["data"] == embed(texts[0])["data"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -381,37 +378,3 @@ def test_offsets_count_from_the_prompts_beginning_with_and_without_echo(client: 
     assert plain[0] == len(PROMPT)
     assert echoed[-len(plain) :] == plain
     assert echoed[0] == 0
-
-
-@pytest.mark.parametrize("log_prompts", [False, True])
-def test_the_log_holds_prompts_only_where_asked(
-    folders: dict[str, Path], log_prompts: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    models = load_all([folders["gpt"], folders["embed"]], ServeOptions())
-    with (
-        caplog.at_level("DEBUG", "fastattn"),
-        client_of(models, ServeOptions(log_prompts=log_prompts)) as one,
-    ):
-        one.post("/v1/completions", json={"model": "gpt", "prompt": "a secret\nriver", "max_tokens": 1})
-        one.post("/v1/embeddings", json={"model": "embed", "input": ["another secret"]})
-    assert ("a secret\\nriver" in caplog.text) == log_prompts
-    assert ("another secret" in caplog.text) == log_prompts
-
-
-def test_attention_that_waits_at_a_stop_is_answered(folders: dict[str, Path]) -> None:
-    models = load_all([folders["gpt"]], ServeOptions(drain=0.0))
-    worker = models["gpt"].worker
-    worker.start = lambda: None  # type: ignore[method-assign]  # a thread that never comes to the call
-    answers: list[Any] = []
-    with client_of(models, ServeOptions(drain=0.0)) as one:
-        asking = threading.Thread(
-            target=lambda: answers.append(one.post("/attention", json={"model": "gpt", "text": "a river"}))
-        )
-        asking.start()
-        while not worker._calls:
-            time.sleep(0.01)
-        worker.stop()
-        asking.join(30.0)
-    (answer,) = answers
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "shutting_down"
