@@ -32,7 +32,8 @@ class InLargeBlocks(InBlocks):
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, I) -> (N, O)."""
-        count, parts, start = x.shape[0], [], 0
+        count, start = x.shape[0], 0
+        parts: list[Tensor] = []
         if count <= INVARIANT_ROWS.get(x.dtype, 1):
             return super().__call__(x)
         while start < count:
@@ -80,7 +81,8 @@ class _Group(NamedTuple):
 
 def _groups(lengths: Tensor, page_size: int) -> list[slice]:
     """Neighbouring sequences whose copies hold at most GATHERED tokens, one at least."""
-    groups, start, longest = [], 0, 0
+    groups: list[slice] = []
+    start = longest = 0
     for number, length in enumerate(lengths.tolist()):
         room = (max(longest, length) // page_size + 1) * page_size
         if number > start and room * (number + 1 - start) > GATHERED:
@@ -162,7 +164,8 @@ class PagedDecoder(GPTDecoder):
         append = self._appender(lengths, table) if count else None
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            outs, start = [], 0
+            outs: list[Tensor] = []
+            start = 0
             for part, reader in zip(parts, readers):
                 rows = slice(start, start + part.ids.shape[0])
                 outs.append(reader(attn, layer, q[:, :, rows], k[:, :, rows], v[:, :, rows]))
@@ -237,7 +240,8 @@ class PagedDecoder(GPTDecoder):
         groups = [self._group(lengths[rows], table[rows]) for rows in _groups(lengths, self.page_size)]
 
         def gathered(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            outs, start = [], 0
+            outs: list[Tensor] = []
+            start = 0
             for group in groups:
                 rows = slice(start, start + group.lengths.shape[0])
                 outs.append(self._append_to_copies(attn, layer, group, q[rows], k[rows], v[rows]))
@@ -271,7 +275,7 @@ class PagedDecoder(GPTDecoder):
             rows = pages.view(count * heads, size * dim).index_select(0, group.rows)
             copies.append(rows.view(q.shape[0], heads, -1, dim))  # (N, Hkv, pages * size, D)
         out = attention_kv_cache(
-            q, *copies, group.lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin, window=attn.window,
+            q, copies[0], copies[1], group.lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin, window=attn.window,
             softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks, scale=attn.scale,
             backend=attn.backend,
         )  # fmt: skip

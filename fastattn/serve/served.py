@@ -133,8 +133,12 @@ def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
 
 def _engine(model: Any, options: ServeOptions) -> Engine | TargetEngine:
     if isinstance(model, EncoderDecoder):
-        sizes = {"max_batch": options.max_batch, "max_queue": options.max_queue}
-        return TargetEngine(model, max_length=options.max_length, **sizes)
+        return TargetEngine(
+            model,
+            max_batch=options.max_batch,
+            max_queue=options.max_queue,
+            max_length=options.max_length,
+        )
     return Engine(
         model,
         max_batch=options.max_batch,

@@ -6,12 +6,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastattn.generation.choosing import greedy
-from fastattn.generation.protocol import GenerationError
+from fastattn.generation.protocol import CausalLM, GenerationError
 from fastattn.models import EncoderDecoder
 from fastattn.nn.modes import evaluating
 from fastattn.serve.engine.requests import Continuation, DeadlineError, Output, Overloaded, Request
@@ -101,7 +102,7 @@ class TargetEngine(Worker):
         if not all(0 <= token < self.vocab_size for token in request.prompt):
             raise GenerationError(f"prompt: got a token id outside 0 to {self.vocab_size - 1}")
         request.begins = self.start_ids
-        request.settle(self.model)
+        request.settle(cast("CausalLM", self.model))  # whose tokens and settings it reads
         assert request.settled is not None
         if request.copies > self.max_batch:
             raise ValueError(f"n: got {request.copies}, needs {self.max_batch} at most")
