@@ -23,6 +23,7 @@ NAMES = {
     "models": "BERT on texts of unequal length beside transformers and sentence-transformers.",
     "swap": "Models of torch, transformers, timm and open_clip before and after swap_attention.",
     "overhead": "Host time of a call, for every op.",
+    "serve": "A server under load beside transformers, and clients that misbehave.",
 }
 ALL_OPTIONS = (
     "--update-docs"  # after "all" only: tables and charts of the documentation from the stored results

@@ -12,7 +12,7 @@ import task_cases
 import torch
 
 from fastattn.data import train_bpe
-from fastattn.models import GPT, GPTConfig
+from fastattn.models import GPT, BertConfig, EncoderDecoder, EncoderDecoderConfig, GPTConfig, bert_decoder
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
@@ -44,6 +44,21 @@ def save_gpt(folder: Path, *, chat: bool = False, seed: int = 0, **sizes: Any) -
     return model
 
 
+def save_encoder_decoder(folder: Path, *, seed: int = 2) -> EncoderDecoder:
+    """An encoder-decoder with one byte-level tokenizer for both parts."""
+    tokenizer = train_bpe(TEXTS, 290)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=40, initializer_range=0.3, pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+    tokens = {"decoder_start_token_id": 5, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    model = EncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **tokens)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
 def save_encoder(folder: Path, head: str, **options: Any) -> None:
     """An encoder with a head and its tokenizer."""
     task_cases.save_model(folder, head, vocab_size=35, **options)
@@ -61,7 +76,7 @@ def client_of(models: Any, options: Any = None) -> Iterator[Any]:
         yield client
     for model in models.values():
         if isinstance(model, Decoder):
-            assert model.engine.stats()["pages_held"] == 0
+            assert model.engine.stats().get("pages_held", 0) == 0
 
 
 def events_of(response: Any) -> list[dict[str, Any]]:

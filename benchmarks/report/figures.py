@@ -110,6 +110,11 @@ def verdict(case: Result) -> str:
             return ""
         if ours["time_ms"]["median"] > target["extra_ms"]:
             missed.append(f"{ours['time_ms']['median']:.0f} of {target['extra_ms']:.0f} ms")
+    if "wrong" in target:
+        if ours is None:
+            return ""
+        if ours["wrong"] > target["wrong"]:
+            missed.append(f"{ours['wrong']} wrong of {target['wrong']}")
     return f"missed ({', '.join(missed)})" if missed else "met"
 
 
@@ -117,6 +122,7 @@ def goals(case: Result) -> list[str]:
     """The parts of the case's target."""
     target = case["target"] or {}
     words = {"speed": "≥ {}×", "time": "≤ {}× time", "memory": "≤ {} mem", "extra_ms": "≤ {:.0f} ms"}
+    words["wrong"] = "≤ {} wrong"
     return [text.format(target[name]) for name, text in words.items() if name in target]
 
 

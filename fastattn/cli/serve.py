@@ -40,6 +40,9 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="What clients have to send; FASTATTN_API_KEY by default.")
     ] = None,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write what clients send, prompts and texts, to the log.")
+    ] = False,
 ) -> None:
     """Serve models with OpenAI's API: completions, chat and embeddings, and vLLM's rerank, classify and tokenize.
 
@@ -58,5 +61,6 @@ def serve(
         kv_memory=None if kv_memory is None else kv_memory * MEGABYTE,
         page_size=page_size,
         api_key=key_from_environment() if api_key is None else api_key,
+        log_prompts=log_prompts,
     )
     work(folders, host, port, options, typer.echo)

@@ -2,45 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.models.decodable import Decodable, can_decode
-from fastattn.models.steps import GPTDecoder, attend_prompts
+from fastattn.models.steps import Attend, GPTDecoder, attend_prompts
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import apply_rotary, positions_of_tokens
-from fastattn.nn.rows import InBlocks, Rows
+from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows
 from fastattn.ops.kv_cache import attention_kv_cache
 
-LARGE_BLOCK = 16  # rows
+LARGE_BLOCKS = (16, 32, 64)  # rows
+GATHERED = 1 << 14  # most tokens whose keys and values are copied out of their pages at the same time
 
 
 class InLargeBlocks(InBlocks):
-    """`InBlocks`, but with blocks of LARGE_BLOCK rows first, which read the weight once for all of them.
+    """`InBlocks`, but with larger blocks for more rows, which read the weight once for all of them.
 
-    For products that give a row the same bits in a block of either size (`blocks_agree`).
+    For products that give a row the same bits in a block of any of these sizes (`blocks_that_agree`).
     """
+
+    def __init__(self, product: Rows, sizes: tuple[int, ...]) -> None:
+        super().__init__(product)
+        self.sizes = sizes
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, I) -> (N, O)."""
-        whole = x.shape[0] // LARGE_BLOCK * LARGE_BLOCK
-        if not whole:
+        count, start = x.shape[0], 0
+        parts: list[Tensor] = []
+        if count <= INVARIANT_ROWS.get(x.dtype, 1):
             return super().__call__(x)
-        parts = [self.product(part.clone()) for part in x[:whole].split(LARGE_BLOCK)]
-        if whole < x.shape[0]:
-            parts.append(super().__call__(x[whole:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        while start < count:
+            size = next((size for size in self.sizes if size >= count - start), self.sizes[-1])
+            part = x[start : start + size]
+            missing = size - part.shape[0]
+            # a copy each: memory begins at the same alignment, which some kernels go by
+            parts.append(self.product(F.pad(part, (0, 0, 0, missing)) if missing else part.clone()))
+            start += size
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
 
 
-def blocks_agree(product: Rows, weight: Tensor) -> bool:
-    """Whether a product with a weight (O, I) has the same bits in blocks of both sizes, tried with random rows.
+def blocks_that_agree(product: Rows, weight: Tensor) -> tuple[int, ...]:
+    """The sizes of LARGE_BLOCKS in which a product with a weight (O, I) has the bits of small blocks, tried with random
+    rows.
 
     An order of summation is a matter of shapes, threads and the machine, not of values; another order rounds some of
-    LARGE_BLOCK * O random sums differently.
+    many random sums differently.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(LARGE_BLOCK, weight.shape[1], generator=generator).to(weight)
-    return torch.equal(product(rows.clone()), InBlocks(product)(rows))
+    rows = torch.randn(LARGE_BLOCKS[-1], weight.shape[1], generator=generator).to(weight)
+    small = InBlocks(product)(rows)
+    return tuple(size for size in LARGE_BLOCKS if torch.equal(product(rows[:size].clone()), small[:size]))
+
+
+class Part(NamedTuple):
+    """Tokens of a prompt that are read in one pass: from the beginning of a page on."""
+
+    ids: Tensor  # (S,)
+    start: int  # tokens before them
+    table: Tensor  # (1, pages) int32, the sequence's pages up to the end of this part at least
+    length: int  # tokens of the whole prompt
+
+
+class _Group(NamedTuple):
+    """Sequences whose pages are copied next to each other, and where their new tokens go."""
+
+    lengths: Tensor  # (N,) int32
+    rows: Tensor  # (N * Hkv * pages,), of pages as (P * Hkv, page * D)
+    numbers: Tensor  # (N,), 0, 1, 2 ...
+    places: Tensor  # (N,), of the new token in the copy
+    blocks: Tensor  # (N,), its page
+    inside: Tensor  # (N,), its place in the page
+
+
+def _groups(lengths: Tensor, page_size: int) -> list[slice]:
+    """Neighbouring sequences whose copies hold at most GATHERED tokens, one at least."""
+    groups: list[slice] = []
+    start = longest = 0
+    for number, length in enumerate(lengths.tolist()):
+        room = (max(longest, length) // page_size + 1) * page_size
+        if number > start and room * (number + 1 - start) > GATHERED:
+            groups.append(slice(start, number))
+            start, longest = number, 0
+        longest = max(longest, length)
+    return [*groups, slice(start, lengths.shape[0])]
 
 
 class PagedDecoder(GPTDecoder):
@@ -72,6 +121,7 @@ class PagedDecoder(GPTDecoder):
             raise ValueError(
                 "model: a GPT with replaced modules, hooks or cross-attention has no paged steps"
             )
+        self._agreeing: dict[tuple[torch.Size, torch.dtype], tuple[int, ...]] = {}
         super().__init__(model, pages, page_size, batch_invariant=batch_invariant)
         if self.once:
             self._make_products(once=False)
@@ -80,9 +130,13 @@ class PagedDecoder(GPTDecoder):
 
     def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         made = super()._rows(weight, bias)
-        if isinstance(made, InBlocks) and blocks_agree(made.product, weight):
-            return InLargeBlocks(made.product)
-        return made
+        if not isinstance(made, InBlocks):
+            return made
+        kind = (weight.shape, weight.dtype)
+        if kind not in self._agreeing:
+            self._agreeing[kind] = blocks_that_agree(made.product, weight)
+        sizes = self._agreeing[kind]
+        return InLargeBlocks(made.product, sizes) if sizes else made
 
     @property
     def keys_depend_on_length(self) -> bool:
@@ -91,49 +145,143 @@ class PagedDecoder(GPTDecoder):
         return any(scaling is not None and scaling.kind == "dynamic" for scaling in scalings)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, start: int, table: Tensor, length: int) -> Tensor:
-        """Read a part of a prompt, (1, S) ids from position `start` on; their final hidden states (S, E).
+    def run(self, parts: Sequence[Part], tokens: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+        """Read parts of prompts and append a token to each of N other sequences, in one pass over the weights.
 
         Args:
-            table: (1, pages) int32, the sequence's pages up to the end of this part at least.
-            length: tokens of the whole prompt.
+            parts: of different sequences.
+            tokens: (N,).
+            lengths: (N,) int32, tokens that each of these sequences holds.
+            table: (N, pages) int32, with the page that each new token goes to, which no other sequence has.
+
+        Returns:
+            Final hidden states (S of every part, then N, E).
         """
-        seqlen, device = ids.shape[1], ids.device
-        places = torch.arange(start, start + seqlen, device=device)
-        before = torch.tensor([start], dtype=torch.int32, device=device)
-        lengths = torch.tensor([[length]], dtype=torch.int32, device=device)
+        count = tokens.shape[0]
+        ids = torch.cat([*(part.ids for part in parts), tokens])
+        positions = torch.cat([*(self._positions(part) for part in parts), lengths.to(ids.dtype)])
+        readers = [self._reader(part) for part in parts]
+        append = self._appender(lengths, table) if count else None
+
+        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            outs: list[Tensor] = []
+            start = 0
+            for part, reader in zip(parts, readers):
+                rows = slice(start, start + part.ids.shape[0])
+                outs.append(reader(attn, layer, q[:, :, rows], k[:, :, rows], v[:, :, rows]))
+                start = rows.stop
+            if append is not None:
+                q, k, v = (x[:, :, start:].transpose(0, 2) for x in (q, k, v))  # (N, heads, 1, D)
+                outs.append(append(attn, layer, q, k, v).transpose(0, 2))
+            return outs[0] if len(outs) == 1 else torch.cat(outs, 2)  # (1, H, S + N, D)
+
+        return self._through_blocks(self._embed(ids, positions), ids.shape[0], attend)
+
+    def read(self, ids: Tensor, start: int, table: Tensor, length: int) -> Tensor:
+        """Read one part of a prompt, (S,) ids from position `start` on; their final hidden states (S, E)."""
+        return self.run([Part(ids, start, table, length)], ids[:0], table.new_zeros(0), table[:0])
+
+    @torch.no_grad()
+    def append(self, tokens: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+        """Append a token to each of N sequences, (N,), as `run` does; logits of the token after it, (N, V)."""
+        return self._logits(self.run((), tokens, lengths, table))
+
+    def _positions(self, part: Part) -> Tensor:
+        """(S,)"""
+        config = self.model.config
+        if config.position_offset:
+            made = positions_of_tokens(part.ids[None], config.pad_token_id, 0, part.start)
+            return made.flatten()
+        return torch.arange(part.start, part.start + part.ids.shape[0], device=part.ids.device)
+
+    def _reader(self, part: Part) -> Attend:
+        """The attention of a part of a prompt, a page at a time, which writes its keys and values to the pages."""
+        size, start, stop = self.page_size, part.start, part.start + part.ids.shape[0]
+        places = torch.arange(start, stop, device=part.ids.device)
+        lengths = torch.tensor([[part.length]], dtype=torch.int32, device=places.device)
         tables = {kind: self._table(kind, places, lengths) for kind in self.rotary}
-        blocks, inside = table[0, places // self.page_size].long(), places % self.page_size
+        blocks, inside = part.table[0, places // size].long(), places % size
+        edges = [*range(start, stop, size), stop]
+        before = [torch.tensor([edge], dtype=torch.int32, device=places.device) for edge in edges[:-1]]
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if (rotation := tables.get(self.kinds[layer])) is not None:
                 q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
-            if start:
-                return self._append(attn, layer, before, q, k, v, table, (None, None))
-            keys, values = self.cache[layer]
-            keys[blocks, :, inside] = k[0].transpose(0, 1)
-            values[blocks, :, inside] = v[0].transpose(0, 1)
-            return attend_prompts(attn, q, k, v)
+            outs = []
+            for number, edge in enumerate(edges[:-1]):
+                page = slice(edge - start, edges[number + 1] - start)
+                q_p, k_p, v_p = (x[:, :, page] for x in (q, k, v))
+                if edge:
+                    outs.append(
+                        self._append(attn, layer, before[number], q_p, k_p, v_p, part.table, (None, None))
+                    )
+                    continue
+                keys, values = self.cache[layer]
+                keys[blocks[page], :, inside[page]] = k_p[0].transpose(0, 1)
+                values[blocks[page], :, inside[page]] = v_p[0].transpose(0, 1)
+                outs.append(attend_prompts(attn, q_p, k_p, v_p))
+            return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-        config, positions = self.model.config, places
-        if config.position_offset:
-            positions = positions_of_tokens(ids, config.pad_token_id, 0, start)
-        return self._through_blocks(self._embed(ids, positions).flatten(0, 1), seqlen, attend)
+        return attend
 
-    @torch.no_grad()
-    def append(self, tokens: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
-        """Append a token to each of N sequences, (N,); logits of the token after it, (N, V).
+    def _appender(self, lengths: Tensor, table: Tensor) -> Attend:
+        """The attention of a token behind each of N sequences, whose keys and values go to the pages.
 
-        Args:
-            lengths: (N,) int32, tokens that each sequence holds.
-            table: (N, pages) int32, with the page that each new token goes to, which no other sequence has.
+        On a CPU pages are copied next to each other first, for all sequences at once: the backend would copy them for
+        each sequence by operations of its own.
         """
+        if not lengths.is_cpu:
 
-        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rotation = self.rotary.get(self.kinds[layer], (None, None))
-            return self._append(attn, layer, lengths, q, k, v, table, rotation)
+            def paged(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                rotation = self.rotary.get(self.kinds[layer], (None, None))
+                return self._append(attn, layer, lengths, q, k, v, table, rotation)
 
-        return self._logits(self._through_blocks(self._embed(tokens, lengths), 1, attend))
+            return paged
+        groups = [self._group(lengths[rows], table[rows]) for rows in _groups(lengths, self.page_size)]
+
+        def gathered(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            outs: list[Tensor] = []
+            start = 0
+            for group in groups:
+                rows = slice(start, start + group.lengths.shape[0])
+                outs.append(self._append_to_copies(attn, layer, group, q[rows], k[rows], v[rows]))
+                start = rows.stop
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+        return gathered
+
+    def _group(self, lengths: Tensor, table: Tensor) -> _Group:
+        heads = self.cache[0][0].shape[1]
+        pages = int(lengths.max()) // self.page_size + 1
+        used = table[:, :pages].long()
+        rows = used[:, None] * heads + torch.arange(heads)[None, :, None]  # (N, Hkv, pages)
+        longer = lengths.long()
+        return _Group(
+            lengths,
+            rows.flatten(),
+            torch.arange(lengths.shape[0]),
+            longer,
+            used.gather(1, (longer // self.page_size)[:, None])[:, 0],
+            longer % self.page_size,
+        )
+
+    def _append_to_copies(
+        self, attn: MultiHeadAttention, layer: int, group: _Group, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        cos, sin = self.rotary.get(self.kinds[layer], (None, None))
+        copies = []
+        for pages in self.cache[layer]:
+            count, heads, size, dim = pages.shape
+            rows = pages.view(count * heads, size * dim).index_select(0, group.rows)
+            copies.append(rows.view(q.shape[0], heads, -1, dim))  # (N, Hkv, pages * size, D)
+        out = attention_kv_cache(
+            q, copies[0], copies[1], group.lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin, window=attn.window,
+            softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks, scale=attn.scale,
+            backend=attn.backend,
+        )  # fmt: skip
+        for pages, copy in zip(self.cache[layer], copies):
+            pages[group.blocks, :, group.inside] = copy[group.numbers, :, group.places]
+        return out
 
     @torch.no_grad()
     def append_several(self, tokens: Tensor, start: int, table: Tensor) -> None:

@@ -74,7 +74,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
 
     def post(path: str, body: type[Parsed], kind: Any, work: Callable[..., Awaitable[Any]]) -> None:
         async def endpoint(http: HttpRequest) -> Any:
-            parsed: Any = await read_body(http, body, limits.max_body)
+            parsed: Any = await read_body(http, body, limits)
             result = await work(http, parsed, chosen(parsed.model, kind), limits)
             return JSONResponse(result) if isinstance(result, dict) else result
 
@@ -98,7 +98,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
 
     @app.post("/tokenize")
     async def _tokenize(http: HttpRequest) -> Response:
-        body = await read_body(http, bodies.TokenizeBody, limits.max_body)
+        body = await read_body(http, bodies.TokenizeBody, limits)
         if body.model is None and len(models) == 1:
             model = next(iter(models.values()))
         else:

@@ -34,6 +34,11 @@ async def completions(
         raise ApiError(400, f"best_of: got {body.best_of}, needs n, {body.n}", param="best_of")
     if body.suffix:
         raise ApiError(400, "suffix: is not supported", param="suffix")
+    if body.echo and model.encodes:
+        raise ApiError(
+            400, f"echo: the prompt is what the encoder of {model.name} reads, which its text does not follow",
+            param="echo",
+        )  # fmt: skip
     check_sampling(body, limits)
     prompts = await run_in_threadpool(prompts_of, body, model, limits)
     constraint = await run_in_threadpool(model.grammars.constraint, body.response_format)
@@ -53,7 +58,11 @@ async def completions(
         "model": model.name,
     }
     logprobs = [
-        [LegacyLogprobs(model.strings, ids, text, body.echo) for _ in range(body.n)] for ids, text in prompts
+        [
+            LegacyLogprobs(model.strings, model.engine.behind(ids), "" if model.encodes else text, body.echo)
+            for _ in range(body.n)
+        ]
+        for ids, text in prompts
     ]
 
     def choice(number: int, index: int, news: Output | Choice, first: bool) -> dict[str, Any]:
@@ -173,7 +182,7 @@ def _prompt(given: str | list[int], model: Decoder) -> tuple[list[int], str]:
         text = given
     else:
         ids = list(given)
-        size = model.engine.model.config.vocab_size
+        size = model.engine.vocab_size
         if not all(0 <= token < size for token in ids):
             raise ApiError(400, f"prompt: needs token ids from 0 to {size - 1}", param="prompt")
         text = model.tokenizer.decode(ids)

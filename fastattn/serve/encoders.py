@@ -28,7 +28,7 @@ class Job:
         on_done: called once in the worker's thread, with the predictions in their order or an error.
     """
 
-    examples: list[dict[str, str]]
+    examples: list[dict[str, Any]]
     tokens: list[int]
     options: dict[str, Any]
     on_done: Callable[[list[dict[str, Any]] | Exception], None]
@@ -89,8 +89,7 @@ class EncoderWorker(Worker):
                 if self._stopped:
                     break
                 self._busy = True
-            if self._calls:
-                self._calls.popleft()()
+            self._run_call()
             self.step()
             self._busy = False
         for job in self._jobs:

@@ -28,7 +28,7 @@ def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens
     vocab_size = model.engine.model.config.vocab_size
     processors: list[Any] = []
     if body.frequency_penalty:
-        processors.append(FrequencyPenalty(len(prompt), body.frequency_penalty))
+        processors.append(FrequencyPenalty(len(model.engine.behind(prompt)), body.frequency_penalty))
     if body.logit_bias:
         bias = {int(token): number for token, number in body.logit_bias.items() if token.isdecimal()}
         if len(bias) < len(body.logit_bias) or any(token >= vocab_size for token in bias):
@@ -63,11 +63,11 @@ def room_for(
     model: Decoder, prompt: Sequence[int], asked: int | None, default: int | None, limits: ServeOptions
 ) -> int:
     """How many tokens may be made behind a prompt; ApiError if what is asked for does not fit."""
-    longest = model.engine.max_length
-    most = longest if limits.max_tokens is None else limits.max_tokens
+    longest, room = model.engine.longest, model.engine.room(prompt)
+    most = model.engine.max_length if limits.max_tokens is None else limits.max_tokens
     if asked is not None and asked > most:
         raise ApiError(400, f"max_tokens: got {asked}, needs {most} at most", param="max_tokens")
-    if len(prompt) > longest or len(prompt) + (asked or 0) > longest:
+    if room < (asked or 0):
         raise ApiError(
             400,
             f"This model's maximum context length is {longest} tokens; the prompt has {len(prompt)}"
@@ -77,7 +77,7 @@ def room_for(
         )
     if asked is not None:
         return asked
-    return min(most, longest - len(prompt), *([] if default is None else [default]))
+    return min(most, room, *([] if default is None else [default]))
 
 
 @dataclass

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastattn.serve.errors import ApiError, of_exception
 from fastattn.serve.metrics import Metrics
+from fastattn.serve.options import ServeOptions
 
 log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -28,8 +29,9 @@ SEND_SECONDS = 60.0  # that a client may leave an event unread
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
 
-async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Parsed:
-    """The body of a request, in JSON; ApiError 413 if it is larger than `most` bytes, 400 if it does not fit."""
+async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptions) -> Parsed:
+    """The body of a request, in JSON; ApiError 413 if it is larger than it may be, 400 if it does not fit."""
+    most = limits.max_body
     too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > most:
@@ -51,9 +53,12 @@ async def read_body(request: HttpRequest, kind: type[Parsed], most: int) -> Pars
     except ClientDisconnect:
         raise ApiError(499, "the client is gone") from None
     try:
-        return kind.model_validate_json(b"".join(parts))
+        body = kind.model_validate_json(b"".join(parts))
     except ValidationError as error:
         raise _refusal(error) from None
+    if limits.log_prompts:  # as JSON in ASCII: no text begins a line of its own
+        log.info("%s %s", request.url.path, json.dumps(body.model_dump(exclude_unset=True)))
+    return body
 
 
 def _refusal(error: ValidationError) -> ApiError:

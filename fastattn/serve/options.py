@@ -25,6 +25,7 @@ class ServeOptions:
         timeout: seconds after which a request fails.
         drain: seconds that running requests get to finish when the server is told to stop.
         api_key: what clients have to show as bearer; None = nothing.
+        log_prompts: whether the log holds the bodies of requests, with their prompts.
     """
 
     device: str | None = None
@@ -41,6 +42,7 @@ class ServeOptions:
     timeout: float = 600.0
     drain: float = 30.0
     api_key: str | None = None
+    log_prompts: bool = False
 
 
 def key_from_environment() -> str | None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fastattn.serve.completions import check_text
-from fastattn.serve.errors import of_exception
+from fastattn.serve.errors import ApiError, of_exception
 from fastattn.serve.http import unless_gone
 from fastattn.serve.maps import attention_maps
 from fastattn.serve.options import ServeOptions
@@ -54,6 +54,10 @@ async def attention(
     for name, text in (("text", body.text), ("text_pair", body.text_pair)):
         if text is not None:
             check_text(name, text)
+    if isinstance(model, Decoder) and model.encodes:
+        raise ApiError(
+            400, f"model: {model.name} is an encoder-decoder, of which no maps are drawn", param="model"
+        )
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[dict[str, Any]] = loop.create_future()
 
@@ -73,8 +77,11 @@ async def attention(
         else:
             loop.call_soon_threadsafe(settle, answer.set_result, found)
 
+    def refuse(error: Exception) -> None:
+        loop.call_soon_threadsafe(settle, answer.set_exception, of_exception(error))
+
     try:
-        model.worker.call(work)
+        model.worker.call(work, refuse)
     except Exception as error:
         raise of_exception(error) from None
     found = await unless_gone(http, answer, lambda: None)

@@ -30,7 +30,7 @@ Found = list[dict[str, Any]]
 async def run(
     http: HttpRequest,
     model: Encoder,
-    examples: list[dict[str, str]],
+    examples: list[dict[str, Any]],
     limits: ServeOptions,
     options: dict[str, Any] | None = None,
 ) -> tuple[Found, int]:
@@ -62,8 +62,10 @@ async def run(
     return found, sum(tokens)
 
 
-def tokens_of(model: Encoder, examples: Sequence[dict[str, str]]) -> list[int]:
+def tokens_of(model: Encoder, examples: Sequence[dict[str, Any]]) -> list[int]:
     """How many tokens of each example are read."""
+    if examples and "ids" in examples[0]:
+        return [len(each["ids"]) for each in examples]
     texts = [list(each.values()) for each in examples]
     encoded = model.core.encode_batch([t[0] if len(t) == 1 else tuple(t[:2]) for t in texts])
     return [min(len(each.ids), model.longest) for each in encoded]
@@ -76,11 +78,28 @@ def texts_of(given: Any, limits: ServeOptions, name: str = "input") -> list[str]
         raise ApiError(400, f"{name}: got {len(texts)} texts, needs 1 to {limits.max_inputs}", param=name)
     for text in texts:
         if not isinstance(text, str):
-            raise ApiError(400, f"{name}: token ids are not read here, send texts", param=name)
+            raise ApiError(400, f"{name}: needs texts, or lists of token ids, and not both", param=name)
         check_text(name, text)
         if not text.strip():
             raise ApiError(400, f"{name}: got an empty text", param=name)
     return texts
+
+
+def inputs_of(given: Any, model: Encoder, limits: ServeOptions) -> list[dict[str, Any]]:
+    """The examples of /v1/embeddings: texts, or token ids, which are read as they are, special tokens and all."""
+    one = isinstance(given, str) or (given and isinstance(given[0], int))
+    listed = [given] if one else list(given)
+    if not listed or isinstance(listed[0], str):
+        return [{"text": text} for text in texts_of(listed, limits)]
+    if len(listed) > limits.max_inputs:
+        raise ApiError(400, f"input: got {len(listed)}, needs 1 to {limits.max_inputs}", param="input")
+    size, longest = model.model.config.vocab_size, embed.longest_read(model.model, model.worker.tokenizer)
+    for ids in listed:
+        if not 0 < len(ids) <= longest:
+            raise ApiError(400, f"input: got {len(ids)} token ids, needs 1 to {longest}", param="input")
+        if not all(0 <= token < size for token in ids):
+            raise ApiError(400, f"input: needs token ids from 0 to {size - 1}", param="input")
+    return [{"ids": ids} for ids in listed]
 
 
 def usage_of(tokens: int) -> dict[str, Any]:
@@ -97,8 +116,7 @@ async def embeddings(
     width = model.model.config.hidden_size
     if body.dimensions is not None and body.dimensions > width:
         raise ApiError(400, f"dimensions: got {body.dimensions}, needs {width} at most", param="dimensions")
-    texts = texts_of(body.input, limits)
-    found, tokens = await run(http, model, [{"text": text} for text in texts], limits)
+    found, tokens = await run(http, model, inputs_of(body.input, model, limits), limits)
     data = []
     for index, each in enumerate(found):
         vector = shortened(each["embedding"], body.dimensions)
@@ -211,7 +229,7 @@ def tokenize(body: TokenizeBody, model: Decoder | Encoder) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt, messages: needs one of them", param="prompt")
     core = model.tokenizer.core if isinstance(model, Decoder) else model.core
-    longest = model.engine.max_length if isinstance(model, Decoder) else model.longest
+    longest = model.engine.longest if isinstance(model, Decoder) else model.longest
     if body.messages is not None:
         if not isinstance(model, Decoder):
             raise ApiError(400, f"messages: {model.name} reads no conversations", param="messages")

@@ -15,9 +15,9 @@ from fastattn import console
 from fastattn.console import InputError
 from fastattn.data import DataError, Tokenizer
 from fastattn.data.chat import ChatTemplate
-from fastattn.models import GPT, families
+from fastattn.models import GPT, EncoderDecoder, families
 from fastattn.serve.encoders import EncoderWorker
-from fastattn.serve.engine import Engine
+from fastattn.serve.engine import Engine, TargetEngine
 from fastattn.serve.grammar import Grammars
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.token_texts import TokenStrings
@@ -28,10 +28,10 @@ from fastattn.text_generation import vocabularies
 
 @dataclass(eq=False)
 class Decoder:
-    """A GPT with its engine, its tokenizer and, where the tokenizer has one, its chat template."""
+    """What generates text, a GPT or an encoder-decoder, with its engine, its tokenizer and its chat template if any."""
 
     name: str
-    engine: Engine
+    engine: Engine | TargetEngine
     tokenizer: Tokenizer
     template: ChatTemplate | None
     strings: TokenStrings
@@ -39,16 +39,21 @@ class Decoder:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def worker(self) -> Engine:
+    def worker(self) -> Engine | TargetEngine:
         """What runs its requests."""
         return self.engine
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads the prompt, and the text does not follow it."""
+        return isinstance(self.engine, TargetEngine)
 
     @property
     def card(self) -> dict[str, Any]:
         """Its entry in /v1/models."""
         return {
             **_card(self.name, self.created, "generate"),
-            "max_model_len": self.engine.max_length,
+            "max_model_len": self.engine.longest,
             "batch_invariant": self.engine.batch_invariant,  # whether tokens do not depend on what else runs
         }
 
@@ -99,7 +104,7 @@ def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encode
     """The model of a folder, loaded and ready; its thread is not started yet."""
     try:
         cls = families.class_for(folder)
-        if issubclass(cls, GPT):
+        if issubclass(cls, (GPT, EncoderDecoder)):
             return _decoder(name, folder, options)
     except (DataError, ValueError) as error:
         raise InputError(str(error)) from None
@@ -115,11 +120,26 @@ def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
     tokenizer = Tokenizer.from_pretrained(folder)
     model = _placed(families.load(folder, dtype=options.dtype), options)
     largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= (size := vocabularies(model)["model"]):
-        raise InputError(
-            f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the model {size} tokens"
+    for part, size in vocabularies(model).items():
+        if largest >= size:
+            raise InputError(
+                f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
+            )
+    engine = _engine(model, options)
+    template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
+    strings = TokenStrings(tokenizer)
+    return Decoder(name, engine, tokenizer, template, strings, Grammars(model, strings))
+
+
+def _engine(model: Any, options: ServeOptions) -> Engine | TargetEngine:
+    if isinstance(model, EncoderDecoder):
+        return TargetEngine(
+            model,
+            max_batch=options.max_batch,
+            max_queue=options.max_queue,
+            max_length=options.max_length,
         )
-    engine = Engine(
+    return Engine(
         model,
         max_batch=options.max_batch,
         max_queue=options.max_queue,
@@ -127,9 +147,6 @@ def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
         page_size=options.page_size,
         kv_memory=options.kv_memory,
     )
-    template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
-    strings = TokenStrings(tokenizer)
-    return Decoder(name, engine, tokenizer, template, strings, Grammars(model, strings))
 
 
 def _placed(model: Any, options: ServeOptions) -> Any:

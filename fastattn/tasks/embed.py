@@ -228,12 +228,19 @@ def training_set(
     return Pairs(rows, texts, **layout_of(model))
 
 
+def longest_read(model: Any, tokenizer: InputTokenizer, asked: int | None = None) -> int:
+    """Most tokens of a text that are read: the folder's limit, and `asked`."""
+    longest = longest_of(model, tokenizer, asked)
+    return longest if model.max_seq_length is None else min(longest, model.max_seq_length)
+
+
+def _row(ids: list[int]) -> Row:
+    return Row(ids, [0] * len(ids), [(0, 0)] * len(ids), [0] * len(ids))
+
+
 def rows_of(model: Any, tokenizer: InputTokenizer, texts: Sequence[str], options: Options) -> list[Row]:
     """The tokens of texts, prepared as `BertForEmbedding.encode` does."""
-    longest = longest_of(model, tokenizer, options.max_length)
-    if model.max_seq_length is not None:
-        longest = min(longest, model.max_seq_length)
-    return tokenizer.encode(model.prepared(texts), longest)
+    return tokenizer.encode(model.prepared(texts), longest_read(model, tokenizer, options.max_length))
 
 
 def evaluate(
@@ -278,16 +285,22 @@ def evaluate(
 def predict(
     model: BertForEmbedding,
     tokenizer: InputTokenizer,
-    examples: Sequence[dict[str, str]],
+    examples: Sequence[dict[str, Any]],
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[dict[str, Any]]:
-    """For each example (text) its vector as a list, and `cut`, the number of truncated tokens.
+    """For each example its vector as a list, and `cut`, the number of truncated tokens.
 
     Texts are prepared as in `BertForEmbedding.encode`: in lower case and with the default prompt where the folder
     asks for these.
+
+    Args:
+        examples: with "text"; or with "ids", token ids that are read as they are, special tokens and all, at most
+            `longest_read` of them.
     """
-    rows = rows_of(model, tokenizer, [e["text"] for e in examples], Options())
+    texts = [e["text"] for e in examples if "ids" not in e]
+    made = iter(rows_of(model, tokenizer, texts, Options()) if texts else ())
+    rows = [_row(e["ids"]) if "ids" in e else next(made) for e in examples]
     found = run(model, rows, batch_size, lambda out, i, _: out.embeddings[i].tolist())
     return [{"embedding": vector, "cut": row.cut} for vector, row in zip(found, rows)]
 

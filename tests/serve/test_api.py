@@ -345,3 +345,36 @@ def test_limits_of_a_server(folders: dict[str, Path]) -> None:
         models["gpt"].engine.max_queue = 1
         events = events_of(client.post("/v1/completions", json={**body, "stream": True}))
         assert events[-1]["error"]["code"] == "deadline"
+
+
+def test_embeddings_of_token_ids_are_those_of_the_text(client: Any) -> None:
+    texts = ["the river runs", "a tower"]
+    ids = [
+        client.post("/tokenize", json={"model": "embed", "prompt": text}).json()["tokens"] for text in texts
+    ]
+
+    def embed(given: Any) -> Any:
+        response = client.post("/v1/embeddings", json={"model": "embed", "input": given})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    by_text, by_ids = embed(texts), embed(ids)
+    assert by_ids == by_text
+    assert by_ids["usage"]["prompt_tokens"] == sum(map(len, ids))
+    assert embed(ids[0])["data"] == embed(texts[0])["data"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_from_the_prompts_beginning_with_and_without_echo(client: Any, stream: bool) -> None:
+    """OpenAI's legacy API does so; vLLM's counts from the beginning of the text that is returned."""
+    body = {"model": "gpt", "prompt": PROMPT, "temperature": 0, "max_tokens": 4, "logprobs": 0}
+
+    def offsets(echo: bool) -> list[int]:
+        response = client.post("/v1/completions", json={**body, "echo": echo, "stream": stream})
+        parts = events_of(response) if stream else [response.json()]
+        return [at for part in parts for at in part["choices"][0]["logprobs"]["text_offset"]]
+
+    echoed, plain = offsets(True), offsets(False)
+    assert plain[0] == len(PROMPT)
+    assert echoed[-len(plain) :] == plain
+    assert echoed[0] == 0

@@ -114,3 +114,16 @@ def test_stopping_fails_what_waits() -> None:
     worker._stopped = True
     worker._work()
     assert isinstance(told[0], Overloaded)
+
+
+def test_calls_that_wait_at_a_stop_are_refused() -> None:
+    worker, _ = make()
+    ran: list[str] = []
+    refused: list[Exception] = []
+    for _ in range(2):
+        worker.call(lambda: ran.append("ran"), refused.append)
+    worker.stop()  # its thread was never started
+    assert ran == []
+    assert [type(error) for error in refused] == [Overloaded, Overloaded]
+    with pytest.raises(Overloaded):
+        worker.call(lambda: None, refused.append)

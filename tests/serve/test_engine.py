@@ -12,7 +12,7 @@ from small_models import GPT2, KINDS, VOCAB
 from fastattn.generation import generate
 from fastattn.generation.options import Options
 from fastattn.models import GPT, GPTConfig
-from fastattn.models.paged import LARGE_BLOCK
+from fastattn.models.paged import LARGE_BLOCKS
 from fastattn.serve.engine import Engine, Output, Request
 from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
 from numerics import assert_within_rule
@@ -261,15 +261,15 @@ def test_a_request_that_fails_fails_alone() -> None:
 def test_out_of_memory_makes_the_latest_request_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     engine = make_engine(model, pages=40)
-    append, calls = engine.batch.decoder.append, []
+    compute, calls = engine.batch.decoder.run, []
 
-    def scarce(tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    def scarce(parts: Any, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         calls.append(len(tokens))
         if len(tokens) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return append(tokens, *others)
+        return compute(parts, tokens, *others)
 
-    monkeypatch.setattr(engine.batch.decoder, "append", scarce)
+    monkeypatch.setattr(engine.batch.decoder, "run", scarce)
     asked = [Asked(random_ids(5, i), max_new_tokens=6) for i in range(3)]
     run(engine, *asked)
     assert max(calls) == 3
@@ -283,10 +283,31 @@ def test_out_of_memory_alone_ends_the_request(monkeypatch: pytest.MonkeyPatch) -
     def none(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(engine.batch.decoder, "append", none)
+    monkeypatch.setattr(engine.batch.decoder, "run", none)
     asked = Asked(random_ids(5, 1), max_new_tokens=6)
     run(engine, asked)
     assert isinstance(asked.error, torch.OutOfMemoryError)
+
+
+def test_an_error_of_a_pass_ends_the_request_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    engine = make_engine(model, pages=40)
+    compute = engine.batch.decoder.run
+    bad = Asked([7, 7, 7], max_new_tokens=6)
+    good = [Asked(random_ids(5 + 9 * i, i), max_new_tokens=6) for i in range(3)]
+
+    def breaks(parts: Any, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if any(part.ids.tolist() == bad.prompt for part in parts):
+            raise RuntimeError("broken")
+        return compute(parts, tokens, *others)
+
+    monkeypatch.setattr(engine.batch.decoder, "run", breaks)
+    engine.submit(good[0].request)
+    engine._step()  # it decodes while the others are read
+    run(engine, bad, *good[1:])
+    assert str(bad.error) == "broken"
+    for each in good:
+        assert [each.tokens()] == each.alone(model)
 
 
 def test_a_listener_that_fails_is_a_listener_that_left() -> None:
@@ -311,8 +332,8 @@ def test_a_deadline_ends_a_request() -> None:
 
 def test_a_full_batch_has_the_bits_of_each_request_alone() -> None:
     model = make_model(n_embd=64)
-    asked = [Asked(random_ids(3 + i, i), scores=1, max_new_tokens=6) for i in range(LARGE_BLOCK + 2)]
-    engine = make_engine(model, pages=200, max_batch=LARGE_BLOCK + 2)
+    asked = [Asked(random_ids(3 + i, i), scores=1, max_new_tokens=6) for i in range(LARGE_BLOCKS[0] + 2)]
+    engine = make_engine(model, pages=200, max_batch=LARGE_BLOCKS[0] + 2)
     run(engine, *asked)
     alone = [Asked(each.prompt, scores=1, max_new_tokens=6) for each in asked]
     for each in alone:

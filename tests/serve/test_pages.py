@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastattn.models.paged import LARGE_BLOCK, InLargeBlocks, blocks_agree
-from fastattn.nn.rows import InBlocks
+from fastattn.models.paged import LARGE_BLOCKS, InLargeBlocks, blocks_that_agree
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 
 
@@ -31,22 +30,28 @@ def test_pages_are_counted_named_and_found() -> None:
         pool.take()
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_large_blocks_are_used_where_they_have_the_bits_of_small_ones(same: bool) -> None:
+@pytest.mark.parametrize("agreeing", [LARGE_BLOCKS, LARGE_BLOCKS[:1], ()])
+def test_large_blocks_are_used_where_they_have_the_bits_of_small_ones(agreeing: tuple[int, ...]) -> None:
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
 
     def product(x: torch.Tensor) -> torch.Tensor:
         out = (x[:, None].double() * weight).sum(-1).float()
-        return out if same or len(x) < LARGE_BLOCK else out * (1 + 2**-20)
+        return out if len(x) in (4, *agreeing) else out * (1 + 2**-20)
 
-    assert blocks_agree(product, weight) == same
+    assert blocks_that_agree(product, weight) == agreeing
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks"),
+    [(0, [0]), (3, [4]), (5, [16]), (16, [16]), (17, [32]), (40, [64]), (64, [64]), (70, [64, 16])],
+)
+def test_blocks_hold_all_rows_in_their_order(rows: int, blocks: list[int]) -> None:
     sizes = []
 
     def recorded(x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
-        return product(x)
+        return x + 1
 
-    x = torch.randn(2 * LARGE_BLOCK + 6, 40, generator=torch.Generator().manual_seed(2))
-    found = InLargeBlocks(recorded)(x)
-    assert sizes == [LARGE_BLOCK, LARGE_BLOCK, 4, 4]
-    assert torch.equal(found, InBlocks(product)(x)) == same
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(InLargeBlocks(recorded, LARGE_BLOCKS)(x), x + 1)
+    assert sizes == blocks

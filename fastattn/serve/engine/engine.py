@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -89,6 +89,24 @@ class Engine(Worker):
         """Requests that have no place yet."""
         return len(self._arrived) + len(self.batch.waiting)
 
+    def behind(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The tokens that a continuation follows."""
+        return prompt
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens of a prompt's continuation; below 0 where the prompt is too long."""
+        return self.max_length - len(prompt)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt."""
+        return self.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Of prompts."""
+        return self.model.config.vocab_size
+
     def submit(self, request: Request) -> None:
         """Hand a request over from any thread; outputs come by its `on_output`, in the engine's thread.
 
@@ -135,8 +153,7 @@ class Engine(Worker):
                     self._changed.wait_for(self._wanted)
                     if self._stopped:
                         break
-                if self._calls:
-                    self._calls.popleft()()
+                self._run_call()
                 if self.busy:
                     self._step()
         for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:

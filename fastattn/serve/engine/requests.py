@@ -104,6 +104,7 @@ class Request:
     constraint: Callable[[], LogitsProcessor] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     # of the engine
+    begins: Sequence[int] | None = None  # what continuations follow, where that is not the prompt
     number: int = 0  # in the order of arrival
     settled: Settled | None = None
     sequences: list[Continuation] = field(default_factory=list)
@@ -120,9 +121,14 @@ class Request:
         except Exception:
             self.cancel()
 
+    @property
+    def behind(self) -> Sequence[int]:
+        """The tokens that continuations follow."""
+        return self.prompt if self.begins is None else self.begins
+
     def settle(self, model: CausalLM) -> None:
         """Decide the options and make the continuations; TypeError or ValueError for options that do not fit."""
-        settled = self.options.settled(model, len(self.prompt), 1)
+        settled = self.options.settled(model, len(self.behind), 1)
         if settled.num_beams > 1:
             raise ValueError(f"num_beams: got {settled.num_beams}, a running batch has no beams, needs 1")
         if not settled.do_sample and self.copies > 1:
@@ -132,7 +138,7 @@ class Request:
         if settled.seed is None:
             settled = replace(settled, seed=secrets.randbits(63))
         self.settled = settled
-        prompt = torch.tensor([list(self.prompt)])
+        prompt = torch.tensor([list(self.behind)])
         device = next(model.parameters()).device  # type: ignore[attr-defined]
         self.sequences = [Continuation(self, copy, model, prompt.to(device)) for copy in range(self.copies)]
         self.unfinished = self.copies
@@ -148,7 +154,7 @@ class Continuation:
         ends, _ = special_tokens(model, settled.eos_token_id, settled.pad_token_id)
         text = None
         if request.tokenizer is not None:
-            text = RowText(request.tokenizer, request.prompt, settled.stop_strings)
+            text = RowText(request.tokenizer, request.behind, settled.stop_strings)
         self.row = Row(frozenset(ends), settled.max_new_tokens, text)
         if request.constraint is not None:
             settled = replace(settled, logits_processor=(*settled.logits_processor, request.constraint()))
@@ -156,7 +162,7 @@ class Continuation:
         if self.chooser.draws is not None:  # the continuations of a prompt draw from streams of their own
             assert isinstance(settled.seed, int)
             self.chooser.draws = Draws([(settled.seed, index)], prompt.device)
-        self.prompt = request.prompt
+        self.prompt = request.behind
         self.made: list[int] = []  # chosen tokens, those of a stop string included
         self.scores: list[TokenScore] = []  # of those not given yet
         self.prompt_scores: list[TokenScore] = []
@@ -180,6 +186,33 @@ class Continuation:
         """The token at a place of prompt and continuation."""
         return self.prompt[place] if place < len(self.prompt) else self.made[place - len(self.prompt)]
 
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token by the model's logits is taken."""
+        return self.chooser.greedy and self.chooser.independent
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token by logits (1, V)."""
+        return -1 if self.row.done else int(self.chooser(logits, len(self.made)))
+
+    def accept(self, token: int, logits: Tensor) -> Output:
+        """A token that was chosen by logits (1, V) joins; what may be given now."""
+        row, top = self.row, self.request.scores
+        if not row.done:
+            row.append(token)
+            self.made.append(token)
+            if self.chooser.scores.changes:
+                self.chooser.scores.add(torch.tensor([token], device=logits.device))
+            if top is not None:
+                self.scores += scores_of(logits, [token], top)
+        news = self.news()
+        if row.done:
+            stopped = bool(row.text is not None and row.text.found) or bool(
+                self.made and self.made[-1] in row.ends
+            )
+            news.finish = "stop" if stopped else "length"
+        return news
+
     def news(self) -> Output:
         """What may be given of the row and was not yet."""
         row = self.row
@@ -192,3 +225,13 @@ class Continuation:
         output.made = len(self.made)
         output.prompt_scores, self.prompt_scores = self.prompt_scores, []
         return output
+
+
+def scores_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+    """The scores of one token (N) for each row of logits (N, V)."""
+    scores = []
+    for row, token in zip(logits.float().log_softmax(-1), tokens):
+        best = row.topk(min(top, len(row)))
+        likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
+        scores.append(TokenScore(token, float(row[token]), likeliest))
+    return scores

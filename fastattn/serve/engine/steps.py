@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn.generation.choosing import greedy
 from fastattn.generation.protocol import GenerationError
 from fastattn.models import GPT
-from fastattn.models.paged import PagedDecoder
+from fastattn.models.paged import PagedDecoder, Part
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import (
     Continuation,
@@ -21,6 +21,7 @@ from fastattn.serve.engine.requests import (
     Overloaded,
     Request,
     TokenScore,
+    scores_of,
 )
 
 log = logging.getLogger("fastattn.serve")
@@ -60,13 +61,28 @@ class Batch:
         self._admit()
         decoding = [each for each in self.running if not each.reading]
         budget = max(self.page_size, len(decoding)) if decoding else max(self.page_size, READ_ALONE)
+        reads: list[tuple[Continuation, int]] = []  # and where the part of the prompt ends
         for each in list(self.running):
-            if each.reading and budget > 0 and each in self.running:
-                budget -= self._guarded([each], self._read) or 0
-        ready = [each for each in decoding if each in self.running and self._has_room(each)]
+            if not (each.reading and budget > 0 and each in self.running):
+                continue
+            if each.held >= len(each.prompt):
+                budget -= self._read_again(each)
+                continue
+            pages = each.held // self.page_size + max(budget // self.page_size, 1)
+            end = min(pages * self.page_size, len(each.prompt))
+            if self._grow(each, end):
+                reads.append((each, end))
+                budget -= end - each.held
+        # those of the same length run in the same operations
+        ready = sorted(
+            (each for each in decoding if each in self.running and self._has_room(each)),
+            key=lambda each: each.held,
+        )
+        # one that came later may have lost its pages meanwhile
+        reads = [(each, end) for each, end in reads if each in self.running]
         ready = [each for each in ready if each in self.running]
-        if ready:
-            self._guarded(ready, self._decode)
+        if reads or ready:
+            self._pass(reads, ready)
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error."""
@@ -125,49 +141,99 @@ class Batch:
             each.names = names_of(each.prompt, self.page_size, len(each.prompt) // self.page_size)
         return each.names
 
-    def _guarded(self, those: Sequence[Continuation], work: object) -> int | None:
-        """Run a part of a step; an error ends the requests it is of. Out of memory, the latest request waits."""
-        assert callable(work)
-        try:
-            done: int | None = work(those)
-            return done
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if len(self.running) > 1:
-                self._preempt(self.running[-1])
-            else:
-                self.fail(those[0].request, error)
-        except Exception as error:
-            for request in dict.fromkeys(each.request for each in those):
-                self.fail(request, error)
-        return None
+    def _out_of_memory(self, error: Exception, request: Request) -> None:
+        """The latest continuation waits; where there is no other, the request fails."""
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+        else:
+            self.fail(request, error)
 
-    def _read(self, those: Sequence[Continuation]) -> int:
-        """Read the next part of a prompt, or of what was made before a preemption; how many tokens that were."""
-        (each,) = those
-        length = len(each.prompt)
-        end = min(
-            (each.held // self.page_size + 1) * self.page_size, length if each.held < length else each.wanted
-        )
+    def _read_again(self, each: Continuation) -> int:
+        """Compute the next page of what was made before a preemption; how many tokens that were."""
+        end = min((each.held // self.page_size + 1) * self.page_size, each.wanted)
         if not self._grow(each, end):
             return 0
-        table = self._table([each])
         tokens = [each.token(place) for place in range(each.held, end)]
-        ids = torch.tensor(tokens, device=self.device)
-        if each.held >= length:
-            self.decoder.append_several(ids, each.held, table)
+        try:
+            ids = torch.tensor(tokens, device=self.device)
+            self.decoder.append_several(ids, each.held, self._table([each]))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._out_of_memory(error, each.request)
+        except Exception as error:
+            self.fail(each.request, error)
+        else:
             each.held = end
-            return len(tokens)
-        hidden = self.decoder.read(ids[None], each.held, table, length)
-        self.prompt_tokens += len(tokens)
+        return len(tokens)
+
+    def _pass(self, reads: Sequence[tuple[Continuation, int]], ready: Sequence[Continuation]) -> None:
+        """Read parts of prompts and append the last token of every continuation that is ready, in one pass.
+
+        An error ends the request that it is of, which shows when each runs alone.
+        """
+        try:
+            hidden, logits = self._computed(reads, ready)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._out_of_memory(error, (ready[0] if ready else reads[0][0]).request)
+            return
+        except Exception as error:
+            if len(reads) + len(ready) == 1:
+                self.fail((ready[0] if ready else reads[0][0]).request, error)
+                return
+            for read in reads:
+                if read[0] in self.running:
+                    self._pass([read], ())
+            for each in ready:
+                if each in self.running:
+                    self._pass((), [each])
+            return
+        parts = [(each, end, end - each.held, self._begins(each, end)) for each, end in reads]
+        self._chosen(ready, logits[: len(ready)])
+        start, place = 0, len(ready)
+        for each, end, count, begins in parts:
+            if each in self.running:  # else it is of a request that failed just now
+                try:
+                    self._has_read(each, end, hidden[start : start + count])
+                    if begins:
+                        self._begin(each, logits[place : place + 1])
+                except Exception as error:
+                    self.fail(each.request, error)
+            start, place = start + count, place + begins
+
+    def _computed(
+        self, reads: Sequence[tuple[Continuation, int]], ready: Sequence[Continuation]
+    ) -> tuple[Tensor, Tensor]:
+        """The final hidden states of prompts' parts (S of each, E), and logits after the tokens of those that are ready
+        and after the prompts that end (N, V)."""
+        parts = []
+        for each, end in reads:
+            ids = torch.tensor(list(each.prompt[each.held : end]), device=self.device)
+            parts.append(Part(ids, each.held, self._table([each]), len(each.prompt)))
+        tokens = torch.tensor([each.made[-1] for each in ready], dtype=torch.int64, device=self.device)
+        lengths = torch.tensor([each.held for each in ready], dtype=torch.int32, device=self.device)
+        hidden = self.decoder.run(parts, tokens, lengths, self._table(ready))
+        counts = [part.ids.shape[0] for part in parts]
+        wanted, start = list(range(sum(counts), len(hidden))), 0
+        for (each, end), count in zip(reads, counts):
+            start += count
+            wanted += [start - 1] if self._begins(each, end) else []
+        # of so many rows at most: those that decode and one of each prompt
+        logits = self.decoder.logits_of(hidden[wanted]) if wanted else hidden[:0]
+        return hidden, logits
+
+    @staticmethod
+    def _begins(each: Continuation, end: int) -> bool:
+        """Whether a prompt is read once its part up to `end` is, and its first token is to be chosen."""
+        return end == len(each.prompt) and not each.made
+
+    def _has_read(self, each: Continuation, end: int, hidden: Tensor) -> None:
+        """A part of a prompt is in the cache; its final hidden states are (S, E)."""
+        self.prompt_tokens += end - each.held
         if each.request.prompt_scores is not None and not each.made:
             self._score_prompt(each, hidden, end)
+        if self.sharing:
+            for place in range(each.held // self.page_size, end // self.page_size):
+                self.pool.name(each.pages[place], self._names(each)[place])
         each.held = end
-        if self.sharing and end % self.page_size == 0:
-            place = end // self.page_size - 1
-            self.pool.name(each.pages[place], self._names(each)[place])
-        if end == length and not each.made:
-            self._begin(each, self.decoder.logits_of(hidden[-1:].contiguous()))
-        return len(tokens)
 
     def _begin(self, each: Continuation, logits: Tensor) -> None:
         """A prompt is read: the request's other continuations share its pages, and each gets its first token."""
@@ -180,57 +246,33 @@ class Batch:
                 other.prompt_scores = list(each.prompt_scores)
                 self._run(other)
         for other in family if each.index == 0 else [each]:
-            self._accept(other, self._choose(other, logits), logits)
+            self._accept(other, other.choose(logits), logits)
         for other in self.running[self.max_batch :]:  # beyond the batch; they wait, with their first token
             self._release(other)
             self.waiting.append(other)
         self.running = self.running[: self.max_batch]
         self.waiting.sort(key=lambda other: other.order)
 
-    def _decode(self, those: Sequence[Continuation]) -> int:
-        """Append the last token of each and choose the next."""
-        tokens = torch.tensor([each.made[-1] for each in those], device=self.device)
-        lengths = torch.tensor([each.held for each in those], dtype=torch.int32, device=self.device)
-        logits = self.decoder.append(tokens, lengths, self._table(those))
+    def _chosen(self, those: Sequence[Continuation], logits: Tensor) -> None:
+        """The last token of each is in the cache; choose the next by the logits (N, V)."""
         likeliest: list[int] | None = None
-        if any(self._plain(each) for each in those):
+        if any(each.plain for each in those):
             likeliest = greedy(logits).tolist()
         for place, each in enumerate(those):
             each.held += 1
             row = logits[place : place + 1]
             try:
-                token = likeliest[place] if likeliest and self._plain(each) else self._choose(each, row)
+                token = likeliest[place] if likeliest and each.plain else each.choose(row)
                 self._accept(each, token, row)
             except Exception as error:
                 self.fail(each.request, error)
-        return len(those)
-
-    @staticmethod
-    def _plain(each: Continuation) -> bool:
-        return each.chooser.greedy and each.chooser.independent
-
-    def _choose(self, each: Continuation, logits: Tensor) -> int:
-        if each.row.done:
-            return -1
-        return int(each.chooser(logits, len(each.made)))
 
     def _accept(self, each: Continuation, token: int, logits: Tensor) -> None:
         """A chosen token joins a continuation, and what may be given of it is."""
         row, request = each.row, each.request
-        if not row.done:
-            row.append(token)
-            each.made.append(token)
-            self.made_tokens += 1
-            if each.chooser.scores.changes:
-                each.chooser.scores.add(torch.tensor([token], device=self.device))
-            if request.scores is not None:
-                each.scores += scores_of(logits, [token], request.scores)
-        news = each.news()
+        self.made_tokens += not row.done
+        news = each.accept(token, logits)
         if row.done:
-            stopped = bool(row.text is not None and row.text.found) or bool(
-                each.made and each.made[-1] in row.ends
-            )
-            news.finish = "stop" if stopped else "length"
             self._release(each)
             self.running.remove(each)
             request.unfinished -= 1
@@ -300,19 +342,9 @@ class Batch:
         each.pages, each.held = [], 0
 
     def _table(self, those: Sequence[Continuation]) -> Tensor:
-        longest = max(len(each.pages) for each in those)
+        longest = max((len(each.pages) for each in those), default=0)
         rows = [each.pages + [0] * (longest - len(each.pages)) for each in those]
-        return torch.tensor(rows, dtype=torch.int32, device=self.device)
-
-
-def scores_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """The scores of one token (N) for each row of logits (N, V)."""
-    scores = []
-    for row, token in zip(logits.float().log_softmax(-1), tokens):
-        best = row.topk(min(top, len(row)))
-        likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
-        scores.append(TokenScore(token, float(row[token]), likeliest))
-    return scores
+        return torch.tensor(rows, dtype=torch.int32, device=self.device).view(len(rows), longest)
 
 
 def refuse_unreadable(model: GPT, prompt: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ class Worker:
 
     def __init__(self, name: str, max_queue: int) -> None:
         self.name, self.max_queue = name, max_queue
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Callable[[], None], Callable[[Exception], None]]] = deque()
         self._changed = threading.Condition()
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
@@ -43,15 +43,15 @@ class Worker:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    def call(self, work: Callable[[], None]) -> None:
-        """Run `work`, which raises nothing, in the thread between two steps.
+    def call(self, work: Callable[[], None], refuse: Callable[[Exception], None]) -> None:
+        """Run `work`, which raises nothing, in the thread between two steps; `refuse` if the thread ends before.
 
         Raises:
             Overloaded: too many wait, or the worker is closing.
         """
         with self._changed:
             self._admit(len(self._calls))
-            self._calls.append(work)
+            self._calls.append((work, refuse))
             self._changed.notify()
 
     def _admit(self, waiting: int) -> None:
@@ -71,10 +71,19 @@ class Worker:
             time.sleep(0.01)
         return not self.busy
 
+    def _run_call(self) -> None:
+        """Run one of the calls that wait, if there is one."""
+        if self._calls:
+            work, _ = self._calls.popleft()
+            work()
+
     def stop(self) -> None:
-        """End the thread; requests that are not finished fail."""
+        """End the thread; requests that are not finished fail, and calls that wait are refused."""
         with self._changed:
             self._closing = self._stopped = True
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
+        while self._calls:
+            _, refuse = self._calls.popleft()
+            refuse(Overloaded("the server is shutting down"))
