@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import task_cases
 import torch
 
@@ -67,6 +69,8 @@ def save_encoder(folder: Path, head: str, **options: Any) -> None:
 @contextmanager
 def client_of(models: Any, options: Any = None) -> Iterator[Any]:
     """Starlette's client of the application; its threads run meanwhile, and no page is held afterwards."""
+    if not (find_spec("httpx2") or find_spec("httpx")):
+        pytest.skip("needs httpx2, for Starlette's test client")
     from starlette.testclient import TestClient
 
     from fastattn.serve.app import create_app

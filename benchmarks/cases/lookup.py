@@ -24,7 +24,9 @@ class LookupCase:
     text: str  # "code" or "prose"; "" is random ids
     quantized: str | None = None
     do_sample: bool = False
-    prompt: int = 896  # with the new tokens nearly all of the model's 1,024 positions, as in completing a file
+    prompt: int = (
+        896  # with the new tokens nearly all of the model's 1,024 positions, as in completing a file
+    )
     new_tokens: int = 112
     count: int = 4
     group: str = "lookup"

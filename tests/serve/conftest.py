@@ -31,8 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def client(folders: dict[str, Path]) -> Iterator[Any]:
-    if any(find_spec(name) is None for name in NEEDED) or not (find_spec("httpx2") or find_spec("httpx")):
-        pytest.skip("needs the extra [serve], and httpx2 for Starlette's test client")
+    if any(find_spec(name) is None for name in NEEDED):
+        pytest.skip("needs the extra [serve]")
     from fastattn.serve.served import load_all
 
     options = ServeOptions(page_size=8, max_batch=8)

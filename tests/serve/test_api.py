@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import struct
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from numerics import assert_within_rule
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-if find_spec("httpx2") is None:  # of Starlette's test client
-    pytest.importorskip("httpx")
 
 from fastattn.data import Tokenizer
 from fastattn.generation import generate

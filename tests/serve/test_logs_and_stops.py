@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from serve_cases import client_of
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-if find_spec("httpx2") is None:  # of Starlette's test client
-    pytest.importorskip("httpx")
 
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.served import load_all

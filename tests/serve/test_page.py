@@ -17,7 +17,6 @@ from serve_cases import client_of
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-pytest.importorskip("httpx")
 
 from fastattn.serve import page
 from fastattn.serve.options import ServeOptions

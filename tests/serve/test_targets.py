@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> Any:
     pytest.importorskip("fastapi")
     pytest.importorskip("prometheus_client")
-    if not (find_spec("httpx2") or find_spec("httpx")):
-        pytest.skip("needs Starlette's test client")
     options = ServeOptions(max_batch=3)
     with client_of(load_all([folder], options), options) as made:
         yield made
