@@ -268,7 +268,7 @@ class Batch:
                 self.fail(each.request, error)
 
     def _accept(self, each: Continuation, token: int, logits: Tensor) -> None:
-        """A chosen token joins a continuation, and what may be given of it is."""
+        """Append a chosen token to a continuation, and send what is complete of its text and scores."""
         row, request = each.row, each.request
         self.made_tokens += not row.done
         news = each.accept(token, logits)
