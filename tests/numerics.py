@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = [
     "MORE_ORDERS",
     "SUM_ORDERS",
     "OtherOrder",
+    "assert_attention_within_rule",
     "assert_each_within_rule",
     "assert_within_rule",
     "plain_in_any_order",
@@ -97,6 +99,27 @@ def assert_each_within_rule(
         if observe is not None:
             observe(f"{label}: {name}", error, allowed)
         assert error <= allowed, f"{label}: {name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_attention_within_rule(
+    results: Sequence[Tensor], operands: Sequence[Tensor], label: str, **options: Any
+) -> None:
+    """Hold (out, lse) of an attention call to `assert_each_within_rule`.
+
+    Args:
+        results: out and lse.
+        operands: query, key and value; their dtype is the kernel's.
+        label: for the message.
+        options: of `fastattn.attention`.
+    """
+    from fastattn import reference
+
+    def formula(dtype: torch.dtype) -> dict[str, Tensor]:
+        made = reference.attention(*(t.to(dtype) for t in operands), **options, return_lse=True)
+        return dict(zip(("out", "lse"), made))
+
+    dtype, actual = operands[0].dtype, dict(zip(("out", "lse"), results))
+    assert_each_within_rule(actual, lambda: formula(dtype), formula(torch.float64), label, dtype)
 
 
 def _error_and_allowed(

@@ -17,7 +17,7 @@ from fastattn.backends.torch import ragged_query
 from fastattn.backends.torch.single_query import results, single_query
 from fastattn.ops import arguments
 from fastattn.spec import AttentionCall
-from numerics import assert_within_rule
+from numerics import assert_attention_within_rule, assert_each_within_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 2, 7, 33, 100, 513)
@@ -157,10 +157,7 @@ def test_the_error_rule(
         results = attend(query, k, v, lengths)
     for b, length in enumerate(lengths):
         operands = [t[b : b + 1] for t in (query, k[:, :, :length], v[:, :, :length])]
-        golden = reference.attention(*(t.double() for t in operands), return_lse=True)
-        plain = reference.attention(*operands, return_lse=True)
-        for name, actual, of_plain, exact in zip(("out", "lse"), results, plain, golden):
-            assert_within_rule(actual[b : b + 1], of_plain, exact, f"{name} of {b}", dtype)
+        assert_attention_within_rule([t[b : b + 1] for t in results], operands, f"sequence {b}")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -170,11 +167,8 @@ def test_caches_in_another_memory_order(batch: int) -> None:
     k, v = caches(batch, 2, 40, 64, torch.float32)
     query = torch.randn(batch, 4, 1, 64)
     other = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
-    out, lse = attend(query, *other, [40] * batch)
-    golden = reference.attention(*(t.double() for t in (query, k, v)), return_lse=True)
-    plain = reference.attention(query, k, v, return_lse=True)
-    assert_within_rule(out, plain[0], golden[0])
-    assert_within_rule(lse, plain[1], golden[1])
+    results = attend(query, *other, [40] * batch)
+    assert_attention_within_rule(results, (query, k, v), "another memory order")
 
 
 @pytest.mark.parametrize("window", [None, (4, None), (0, 0)], ids=str)
@@ -246,21 +240,16 @@ def test_ranges_of_keys_by_sequence(name: str, dtype: torch.dtype) -> None:
     tensors = [torch.randn(4, heads, n, 16).to(dtype) for heads, n in ((4, 1), (2, 40), (2, 40))]
     dout, dlse = torch.randn(4, 4, 1, 16).to(dtype), torch.randn(4, 4, 1)
 
-    def results(attention: Callable[..., Any], to: torch.dtype) -> list[Tensor]:
+    def results(attention: Callable[..., Any], to: torch.dtype) -> dict[str, Tensor]:
         leaves = [t.to(to).requires_grad_() for t in tensors]
         out, lse = attention(*leaves, **options, return_lse=True)
         upstream = torch.where(lse.isinf(), 0.0, dlse.to(lse.dtype))
         grads = torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), upstream))
-        return [out.detach(), lse.detach(), *grads]
+        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads))}
 
     actual = results(partial(fastattn.attention, backend="torch"), dtype)
-    for part, a, p, g in zip(
-        ("out", "lse", "dq", "dk", "dv"), actual, results(reference.attention, dtype),
-        results(reference.attention, torch.float64),
-    ):  # fmt: skip
-        seen = ~g.isinf()
-        assert torch.equal(a[~seen].double(), g[~seen])
-        assert_within_rule(a[seen], p[seen], g[seen], f"{name}: {part}", dtype)
+    golden = results(reference.attention, torch.float64)
+    assert_each_within_rule(actual, lambda: results(reference.attention, dtype), golden, name, dtype)
     for b in range(4):
         mine = slice(b, b + 1)
         own = {
@@ -269,8 +258,8 @@ def test_ranges_of_keys_by_sequence(name: str, dtype: torch.dtype) -> None:
             for key, value in options.items()
         }  # fmt: skip
         out, lse = fastattn.attention(*(t[mine] for t in tensors), **own, return_lse=True, backend="torch")
-        assert torch.equal(out, actual[0][mine])
-        assert torch.equal(lse, actual[1][mine])
+        assert torch.equal(out, actual["out"][mine])
+        assert torch.equal(lse, actual["lse"][mine])
 
 
 def test_what_a_query_sees_as_a_range() -> None:

@@ -123,7 +123,7 @@ def fake_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "measure_ceilings", lambda *args: json.loads(json.dumps(ceilings)))
 
 
-@pytest.mark.parametrize("name", bench.NAMES)
+@pytest.mark.parametrize("name", [name for name in bench.NAMES if MODULES[name].cases_for(CPU)])
 @pytest.mark.usefixtures("fake_measurements")
 def test_json_is_all_of_standard_output(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
