@@ -65,10 +65,7 @@ def check(model_type: str, swap: Callable[[Any], Any] = fastattn.swap_attention)
         eager = copy.deepcopy(before)
         with contextlib.suppress(Exception):  # the formula with its scores, if the model runs it
             eager.set_attn_implementation("eager")
-            plain.append(results(eager, arguments, valid))
-        for seed in range(SUM_ORDERS if len(plain) > 1 else 0):
-            with torch_compat.dispatch_mode(OtherOrder(seed)):
-                plain.append(results(eager, arguments, valid))
+            plain += results_in_orders(eager, arguments, valid)
         golden = in_float64(before, arguments, valid)
         compare(results(tiny.model, arguments, valid), plain, golden, padding)
     for name in outcome.probes:
@@ -126,6 +123,15 @@ def results(model: Any, arguments: dict[str, Tensor], valid: Tensor | None) -> d
         for n, p in model.named_parameters()
     }
     return {**{n: t.detach().double() for n, t in outs.items()}, **grads}
+
+
+def results_in_orders(model: Any, *rest: Any) -> list[dict[str, Tensor]]:
+    """Those of `results` with torch's order of summation, and with others."""
+    made = [results(model, *rest)]
+    for seed in range(SUM_ORDERS):
+        with torch_compat.dispatch_mode(OtherOrder(seed)):
+            made.append(results(model, *rest))
+    return made
 
 
 def in_float64(model: Any, *rest: Any) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from loss_operands import (
 import fastattn
 from fastattn.backends import linear_cross_entropy as chunked
 from fastattn.backends.torch import softmax as torch_softmax
-from numerics import assert_within_rule
+from numerics import assert_each_within_rule, assert_within_rule
 
 
 @pytest.fixture(params=[1, 100, 2**20], ids=["row by row", "two rows", "whole"])
@@ -95,15 +96,16 @@ def test_error_rule(dtype: torch.dtype, smoothing: float, reduction: str) -> Non
 def test_linear_error_rule(dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chunked.CHUNK_LOGITS, "cpu", 3 * VOCAB)
     inputs, target = operands(dtype), targets(TOKENS)
-    results = []
-    for function, kind in (
-        (fastattn.linear_cross_entropy, dtype), (all_logits, dtype), (all_logits, torch.float64)
-    ):  # fmt: skip
+
+    def results(function: Callable[..., torch.Tensor], kind: torch.dtype) -> dict[str, torch.Tensor]:
         leaves = [t.detach().to(kind).requires_grad_() for t in inputs]
-        results.append(linear(function, leaves, target, reduction=reduction, softcap=5.0))
-    for name, *three in zip(("loss", "dhidden", "dweight", "dbias"), *results):
-        assert three[0].dtype == dtype
-        assert_within_rule(*three, name)
+        made = linear(function, leaves, target, reduction=reduction, softcap=5.0)
+        return dict(zip(("loss", "dhidden", "dweight", "dbias"), made))
+
+    actual = results(fastattn.linear_cross_entropy, dtype)
+    assert all(t.dtype == dtype for t in actual.values())
+    golden = results(all_logits, torch.float64)
+    assert_each_within_rule(actual, lambda: results(all_logits, dtype), golden, reduction, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -126,7 +126,7 @@ def test_state_that_the_run_has_no_use_for_or_lacks_is_refused(make_trainer, bef
         "fastattn.train.snapshot.restore_random_state",
         "fastattn.train.snapshot.read_model",
         "fastattn.train.trainer.IndexSampler.load_state_dict",
-        "torch.optim.AdamW.load_state_dict",
+        "fastattn.torch_compat.optimizers._AdamW.load_state_dict",
     ],
 )
 def test_nothing_of_the_state_is_idle(make_trainer, straight, monkeypatch, forgotten):
