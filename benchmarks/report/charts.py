@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import checkout
 from report import figures, schema
 from report.schema import Result
 from report.tables import conditions, refreshed, result_files, stale_pages
+
+LABEL_WIDTH = 64  # characters of a line of a case's label; two lines fit beside a bar
 
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
@@ -154,7 +157,8 @@ def _ratio_figure(result: Result) -> Any:
         if target:
             axis.plot([target, target], [place - 0.4, place + 0.4], color="#cc3311")
     axis.axvline(1.0, color="0.3", linewidth=0.8)
-    axis.set_yticks(list(places), [label for label, _, _ in ratios], fontsize=7)
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label, _, _ in ratios]
+    axis.set_yticks(list(places), labels, fontsize=7)
     _label_log(axis.xaxis, "×")
     # at the right end: with long labels the axis is narrower than this text
     axis.set_xlabel("times the peer's speed" + (" (red: the target)" if targets else ""), loc="right")
