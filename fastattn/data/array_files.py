@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,31 @@ from fastattn.cache import write_atomically
 from fastattn.data.corpora import DataError
 
 META = "arrays.json"  # written last: a folder without it is incomplete
+Item = TypeVar("Item")
+
+
+class Items(Sequence[Item]):
+    """A sequence whose items are made where they are used; a subclass has `__len__` and makes each item."""
+
+    def item(self, number: int) -> Item:
+        """The item of a number from 0 to len - 1."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.item(number) for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: got {index}, needs {-len(self)} to {len(self) - 1}")
+        return self.item(index % len(self))
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.item(number) for number in range(len(self)))
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -83,7 +108,7 @@ def load_arrays(folder: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any
     return found
 
 
-class StoredTexts(Sequence[str]):
+class StoredTexts(Items[str]):
     """Texts in the files of a folder, each read where it is used, and not mapped: to go through all of them would
     make each page of the file a part of the process's resident memory."""
 
@@ -104,19 +129,10 @@ class StoredTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: got {index}, there are {len(self)} texts")
+    def item(self, number: int) -> str:
+        """A text, read from the file."""
         with self._path.open("rb") as file:
-            return self._read(file, index % len(self))
+            return self._read(file, number)
 
     def __iter__(self) -> Iterator[str]:
         with self._path.open("rb") as file:

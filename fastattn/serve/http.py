@@ -163,9 +163,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.monotonic(), 0
-        path = scope["path"].removeprefix(
-            scope.get("root_path", "")
-        )  # of the application, wherever it is mounted
+        # of the application, wherever it is mounted
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         marked = given if given.isascii() and 0 < len(given) <= 128 else uuid.uuid4().hex.encode()

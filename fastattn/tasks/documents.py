@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
+from fastattn.data.array_files import Items
 from fastattn.data.records import Record, text_of
 
 
@@ -17,7 +18,7 @@ class Example:
     text: str
 
 
-class StoredExamples(Sequence[Example]):
+class StoredExamples(Items[Example]):
     """Documents as examples, each made where it is used.
 
     texts: the documents, such as `fastattn.data.array_files.StoredTexts`.
@@ -29,19 +30,12 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __iter__(self) -> Iterator[Example]:
+    def item(self, number: int) -> Example:
+        """An example; its place is the document's number from 1 on."""
+        return Example(f"document {number + 1}", self.texts[number])
+
+    def __iter__(self) -> Iterator[Example]:  # the texts open their file once
         return (Example(f"document {number}", text) for number, text in enumerate(self.texts, 1))
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return Example(f"document {index % max(1, len(self)) + 1}", self.texts[index])
 
 
 def examples_of(records: Sequence[Record], options: Any) -> list[Example]:

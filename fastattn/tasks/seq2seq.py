@@ -141,9 +141,8 @@ def new_model(
         model = TaughtEncoderDecoder.from_encoder_decoder(
             folder, folder, dtype=torch.float32, **_targets(tokens)
         )
-    if (
-        model.encoder.pooler is not None
-    ):  # no loss depends on it; several processes would wait for its gradient
+    if model.encoder.pooler is not None:
+        # no loss depends on it, so that several processes would wait for its gradient
         model.encoder.pooler.requires_grad_(False)
     return model.train()
 

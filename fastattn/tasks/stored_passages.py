@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastattn.data.array_files import ArrayWriter, load_arrays
+from fastattn.data.array_files import ArrayWriter, Items, load_arrays
 from fastattn.data.encoding import InputTokenizer
 from fastattn.tasks.passages import Around, Passage, Tokens, pairs, sentences_of, singles
 
@@ -40,7 +40,7 @@ def stored_passages(
     return StoredPassages(folder)
 
 
-class StoredPassages(Sequence[Passage]):
+class StoredPassages(Items[Passage]):
     """Passages of a folder, each read where it is used."""
 
     def __init__(self, folder: Path) -> None:
@@ -61,20 +61,10 @@ class StoredPassages(Sequence[Passage]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Passage: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Passage]: ...
-
-    def __getitem__(self, index: int | slice) -> Passage | list[Passage]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: got {index}, there are {len(self)} passages")
-        index %= len(self)
-        part = _part(self._ends, index)
-        follows = int(self._follows[index])
+    def item(self, number: int) -> Passage:
+        """A passage, read from the files."""
+        part = _part(self._ends, number)
+        follows = int(self._follows[number])
         return Passage(
             self._ids[part].tolist(),
             self._types[part].tolist(),
@@ -83,7 +73,7 @@ class StoredPassages(Sequence[Passage]):
         )
 
 
-class StoredSentences(Sequence["_Sentences"]):
+class StoredSentences(Items["_Sentences"]):
     """Documents of a folder as sequences of their sentences' tokens, each read where it is used."""
 
     def __init__(self, folder: Path) -> None:
@@ -106,18 +96,9 @@ class StoredSentences(Sequence["_Sentences"]):
     def __len__(self) -> int:
         return len(self._documents)
 
-    @overload
-    def __getitem__(self, index: int) -> _Sentences: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[_Sentences]: ...
-
-    def __getitem__(self, index: int | slice) -> _Sentences | list[_Sentences]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: got {index}, there are {len(self)} documents")
-        part = _part(self._documents, index % len(self))
+    def item(self, number: int) -> _Sentences:
+        """The sentences of a document."""
+        part = _part(self._documents, number)
         return _Sentences(self, range(part.start, part.stop))
 
     def sentence(self, number: int) -> Tokens:
@@ -126,7 +107,7 @@ class StoredSentences(Sequence["_Sentences"]):
         return Tokens(self._ids[part].tolist(), self._words[part].tolist())
 
 
-class _Sentences(Sequence[Tokens]):
+class _Sentences(Items[Tokens]):
     """Those of one document."""
 
     def __init__(self, source: StoredSentences, numbers: range) -> None:
@@ -135,19 +116,9 @@ class _Sentences(Sequence[Tokens]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Tokens: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tokens]: ...
-
-    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        if isinstance(index, slice):
-            return [self._source.sentence(number) for number in self._numbers[index]]
-        return self._source.sentence(self._numbers[index])
-
-    def __iter__(self) -> Iterator[Tokens]:
-        return (self._source.sentence(number) for number in self._numbers)
+    def item(self, number: int) -> Tokens:
+        """A sentence, read from the files."""
+        return self._source.sentence(self._numbers[number])
 
 
 def _part(ends: npt.NDArray[np.int64], index: int) -> slice:

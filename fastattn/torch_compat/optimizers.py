@@ -16,9 +16,8 @@ _METHODS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 def _without_compiler(cls: type[Optimizer]) -> type[Optimizer]:
     """A subclass whose methods are those of torch under the decorators; hooks and profiles of steps stay."""
     members: dict[str, Any] = {each: inspect.unwrap(getattr(cls, each)) for each in _METHODS}
-    members["step"] = torch.no_grad()(
-        inspect.unwrap(cls.step)
-    )  # one of the decorators switches gradients off
+    # one of the decorators switches gradients off
+    members["step"] = torch.no_grad()(inspect.unwrap(cls.step))
     members |= {"__module__": __name__, "__qualname__": f"_{cls.__name__}", "__doc__": cls.__doc__}
     made: type[Optimizer] = type(cls.__name__, (cls,), members)
     return made

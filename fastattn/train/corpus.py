@@ -138,9 +138,8 @@ class Corpus:
         first: Record | None = None
         for record in self._records(self.train):
             first = first or record
-            self.task.examples_of(
-                [record], self.sections.task
-            )  # an error in a line comes before one of the split
+            # an error in a line comes before one of the split
+            self.task.examples_of([record], self.sections.task)
             ranks.append(rank_of(record, seed=self.sections.train.seed))
         if (
             len(ranks) == 1

@@ -196,7 +196,7 @@ class Continuation:
         return -1 if self.row.done else int(self.chooser(logits, len(self.made)))
 
     def accept(self, token: int, logits: Tensor) -> Output:
-        """A token that was chosen by logits (1, V) joins; what may be given now."""
+        """Append a token that was chosen by logits (1, V); what is complete of the text and its scores."""
         row, top = self.row, self.request.scores
         if not row.done:
             row.append(token)
