@@ -9,10 +9,10 @@ from fastattn import torch_compat
 from fastattn.integers import cdiv
 
 KEYS_PER_CALL = 8  # one Philox call yields four 32-bit words, so eight 16-bit halves
-_ROUNDS = 10
-_LOW32 = 0xFFFFFFFF
-_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+LOW32 = 0xFFFFFFFF
+MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _TOP_BITS = 0x8000800080008000 - 2**64  # of four 16-bit halves, as a signed 64-bit integer
 
 
@@ -24,24 +24,28 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> list
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         # The products wrap modulo 2**64, which keeps every bit. Their low words need no mask: the only operation
         # before the next product is an xor, whose result is masked once.
-        product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
+        product0, product1 = c0 * MULTIPLIER[0], c2 * MULTIPLIER[1]
         c0 = _xor_high(product1, c1 ^ k0)
         c2 = _xor_high(product0, c3 ^ k1)
         c1, c3 = product1, product0
-        k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
-    return [c0, c1 & _LOW32, c2, c3 & _LOW32]
+        k0, k1 = (k0 + WEYL[0]) & LOW32, (k1 + WEYL[1]) & LOW32
+    return [c0, c1 & LOW32, c2, c3 & LOW32]
 
 
 def _xor_high(product: Tensor, other: Tensor) -> Tensor:
     """The high word of each product xor `other`, without temporaries where shapes and transforms allow."""
     high = product >> 32
-    same_shape = high.shape == torch.broadcast_shapes(high.shape, other.shape)
-    if same_shape and not torch_compat.transforms_active((high, other)):
-        return high.bitwise_xor_(other).bitwise_and_(_LOW32)
-    return (high ^ other).bitwise_and_(_LOW32)
+    if _holds(high.shape, other.shape) and not torch_compat.transforms_active((high, other)):
+        return high.bitwise_xor_(other).bitwise_and_(LOW32)
+    return (high ^ other).bitwise_and_(LOW32)
+
+
+def _holds(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes that broadcast together give the first. torch.broadcast_shapes takes longer than a round."""
+    return len(other) <= len(shape) and all(n in (1, m) for m, n in zip(reversed(shape), reversed(other)))
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -81,7 +85,7 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
     queries = torch.arange(rows.start, rows.stop, device=device)[:, None]
     heads = heads.to(torch.int64)[..., None, None]
     words = torch.broadcast_tensors(
-        *philox_4x32((calls, queries, heads, torch.zeros_like(calls)), (seed & _LOW32, (seed >> 32) & _LOW32))
+        *philox_4x32((calls, queries, heads, torch.zeros_like(calls)), (seed & LOW32, (seed >> 32) & LOW32))
     )
     if torch_compat.transforms_active(words):  # which have no view as another dtype
         halves = (

@@ -1,4 +1,4 @@
-"""Linear layers that use oneDNN for float32 on a CPU, where torch itself would use MKL or OpenBLAS."""
+"""Linear layers that use oneDNN for float32 on a CPU where MKL or OpenBLAS, torch's own choice, are slower."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
 
     float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies one row per sequence,
     where BLAS libraries use a single thread or slow kernels, and not every CPU's vector instructions. So do the three
-    products of training, whose backward makes x again from what `remade` names instead of keeping it.
+    products of training, whose backward makes x again from what `remade` names instead of keeping it. Where MKL knows
+    the processor, shapes that may not repeat stay with it (`torch_compat.large_linear`).
     """
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight, repeated):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
             function, sources = getattr(x, REMAKE, (None, (x,)))
             out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
             return out
-        return torch_compat.onednn_linear(x, weight, bias)
+        product = torch_compat.onednn_linear if repeated else torch_compat.large_linear
+        return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -71,7 +73,7 @@ class _OneDnnLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.function = function
         ctx.save_for_backward(weight, *sources)
-        return torch_compat.onednn_linear(x, weight, bias)
+        return torch_compat.large_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .lookup import find
@@ -43,13 +46,38 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+@functools.cache
+def mkl_knows_processor() -> bool:
+    """Whether torch has MKL, and this processor is of MKL's maker: then it uses all vector instructions.
+
+    Fallback: False where the maker is not known, and large products are oneDNN's.
+    """
+    if not torch.backends.mkl.is_available():
+        return False
+    info = Path("/proc/cpuinfo")
+    told = info.read_text(errors="replace") if info.exists() else platform.processor()
+    return "GenuineIntel" in told
+
+
+def large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias for many rows, of a number that may not come again.
+
+    oneDNN makes a kernel for each number of rows, which takes as long as a product. MKL has none to make, but does not
+    use the vector instructions of every maker's processors.
+
+    Fallback: torch.nn.functional.linear where torch has no oneDNN.
+    """
+    if not _HAS_ONEDNN or mkl_knows_processor():
+        return F.linear(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
 ONEDNN_MIN_PRODUCTS = 1 << 24  # multiplications below which a oneDNN call costs more than it saves
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T of matrices, without a gradient: large float32 ones on a CPU by oneDNN, others as torch does.
-
-    MKL, torch's own choice, does not use the vector instructions of every maker's CPUs.
+    """x @ weight.T of matrices, without a gradient: large float32 ones on a CPU by `large_linear`, others as torch
+    does.
 
     Fallback: torch's product.
     """
@@ -59,7 +87,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= ONEDNN_MIN_PRODUCTS
     ):
-        return onednn_linear(x, weight, None)
+        return large_linear(x, weight, None)
     return x @ weight.mT
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import Part, cols_of, dropped, grouped, rows_of
 from fastattn.backends.torch.schedule import Tile
-from fastattn.philox import keep_scale
 from fastattn.spec import accumulation_dtype
 
 
@@ -64,11 +63,9 @@ def blockwise_tile_bwd(part: Part, tile: Tile, rows: RowStatistics, dout: Tensor
         probs.masked_fill_(weightless, 0)
     dout_rows = grouped(rows_of(part.of(dout), tile).to(probs.dtype), num_kv_heads)
     dprobs = (dout_rows @ cols_of(part.value, tile).to(probs.dtype).mT).view(probs.shape)
-    keep = part.kept(tile)
     weights = probs
-    if keep is not None:
-        factor = keep.to(probs.dtype).mul_(keep_scale(part.call.dropout_p))
-        weights, dprobs = probs * factor, dprobs.mul_(factor)
+    if (drawn := part.dropped(tile)) is not None:
+        weights, dprobs = probs * drawn, dprobs.mul_(drawn)
     cols_of(part.of(sums.value), tile).add_(grouped(weights, num_kv_heads).mT @ dout_rows)
     if rows.alone:  # rowsum(p * dp) of the tile itself cancels exactly where dscore is 0
         dscores = dprobs.mul_(probs)

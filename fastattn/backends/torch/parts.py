@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastattn import visibility
+from fastattn.backends.torch.dropped import factor
 from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
-from fastattn.philox import keep_mask, keep_scale
 from fastattn.spec import AttentionCall, accumulation_dtype
 
 FUSED_ROW_BLOCK = 64  # rows of a tile along a window, for torch's fused kernel
@@ -152,15 +152,17 @@ class Part:
             scores = scores.masked_fill_(~visible, -torch.inf)
         return scores, slope
 
-    def kept(self, tile: Tile) -> Tensor | None:
-        """Which weights of a tile dropout keeps, (b, H, rows, cols); None without dropout."""
+    def dropped(self, tile: Tile) -> Tensor | None:
+        """What dropout multiplies a tile's weights by, 0 or 1 / (1 - p), (b, H, rows, cols) in the accumulation dtype;
+        None without dropout."""
         call = self.call
         if call.dropout_seed is None:
             return None
         batch, num_heads, device = call.query.shape[0], self.query.shape[1], self.query.device
         sequences = torch.arange(self.first_sequence, self.first_sequence + batch, device=device)
         heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=device)
-        return keep_mask(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p)
+        dtype = accumulation_dtype(self.query.dtype)
+        return factor(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p, dtype)
 
 
 def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:
@@ -207,8 +209,8 @@ def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:
 
 
 def dropped(part: Part, tile: Tile, probs: Tensor) -> Tensor:
-    keep = part.kept(tile)
-    return probs if keep is None else probs * keep * keep_scale(part.call.dropout_p)
+    drawn = part.dropped(tile)
+    return probs if drawn is None else probs * drawn
 
 
 def rows_of(tensor: Tensor, tile: Tile) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.torch import fused, single_query
+from fastattn.backends.torch import fused, short, single_query
 from fastattn.backends.torch.attention import attention_bwd, attention_fwd
 from fastattn.spec import (
     AttentionCall,
@@ -31,7 +31,15 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     tokens, num_heads, _ = call.query.shape
     out = empty_in_order(call.query, (tokens, num_heads, spec.value_dim)).zero_()
     lse = call.query.new_full((num_heads, tokens), -torch.inf, dtype=accumulation_dtype(spec.dtype))
-    for b, rows, _, sequence in _sequences(call):
+    bounds = _bounds(call)
+    done: set[int] = set()
+    # without dropout torch's fused kernel is one operation for each sequence
+    for group in short.groups(call, bounds) if spec.dropout and short.can_run(spec) else ():
+        outs, lses = short.forward(call, group)
+        done |= group.finite(outs, lses)
+        group.rows.put(outs, out)
+        group.rows.put(lses, lse.T)
+    for b, rows, _, sequence in _sequences(call, bounds, done):
         sequence_out, sequence_lse = attention_fwd(spec, sequence, b)
         out[rows] = sequence_out[0].transpose(0, 1)
         lse[:, rows] = sequence_lse[0]
@@ -115,7 +123,14 @@ def varlen_bwd(
     slopes = call.alibi_slopes
     dslopes = torch.zeros_like(slopes) if needs.alibi_slopes and slopes is not None else None
     dsinks = torch.zeros_like(call.sinks) if needs.sinks and call.sinks is not None else None
-    for b, rows, cols, sequence in _sequences(call):
+    bounds = _bounds(call)
+    done: set[int] = set()
+    for group in short.groups(call, bounds) if short.can_run(spec) else ():
+        padded = short.backward(call, group, dout, dlse)
+        done |= group.finite(*padded)
+        for total, places, padded_grad in zip((dq, dk, dv), (group.rows, group.cols, group.cols), padded):
+            places.put(padded_grad, total)
+    for b, rows, cols, sequence in _sequences(call, bounds, done):
         grads = attention_bwd(
             spec, sequence, _padded(out[rows]), lse[None, :, rows], _padded(dout[rows]),
             None if dlse is None else dlse[None, :, rows], needs, b,
@@ -130,12 +145,17 @@ def varlen_bwd(
     return AttentionGrads(dq, dk, dv, None, dslopes, dsinks)
 
 
-def _sequences(call: VarlenCall) -> Iterator[tuple[int, slice, slice, AttentionCall]]:
-    """(b, its queries, its keys, its call) for every sequence with a query."""
-    cu_seqlens_k = list(pairwise(call.cu_seqlens_k.tolist()))
-    for b, (start, stop) in enumerate(pairwise(call.cu_seqlens_q.tolist())):
-        if stop > start:
-            rows, cols = slice(start, stop), slice(*cu_seqlens_k[b])
+def _bounds(call: VarlenCall) -> short.Bounds:
+    return list(zip(pairwise(call.cu_seqlens_q.tolist()), pairwise(call.cu_seqlens_k.tolist())))
+
+
+def _sequences(
+    call: VarlenCall, bounds: short.Bounds, done: set[int]
+) -> Iterator[tuple[int, slice, slice, AttentionCall]]:
+    """(b, its queries, its keys, its call) for every sequence with a query that is not done."""
+    for b, (of_rows, of_cols) in enumerate(bounds):
+        rows, cols = slice(*of_rows), slice(*of_cols)
+        if rows.stop > rows.start and b not in done:
             yield b, rows, cols, call.sequence(b, rows, cols)
 
 

@@ -1,0 +1,99 @@
+"""What dropout multiplies weights by: the stream of `philox`, drawn by NumPy on a CPU.
+
+NumPy starts an operation in a fraction of torch's time, and every one of a hundred operations is on a few thousand
+counters, which stay in a core's cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastattn.integers import cdiv
+from fastattn.philox import (
+    KEYS_PER_CALL,
+    LOW32,
+    MULTIPLIER,
+    ROUNDS,
+    WEYL,
+    keep_mask,
+    keep_scale,
+    keep_threshold,
+)
+
+BLOCK = 2**13  # counters that are drawn at a time; six buffers of 8 bytes for each
+Words = NDArray[np.uint64]
+_LOW, _SHIFT = np.uint64(LOW32), np.uint64(32)
+_BY = np.uint64(MULTIPLIER[0]), np.uint64(MULTIPLIER[1])
+
+
+def factor(
+    seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: float, dtype: torch.dtype
+) -> Tensor:
+    """0 for a weight that is dropped, 1 / (1 - p) for one that is kept: (*heads.shape, len(rows), len(cols)).
+
+    Args:
+        seed, heads, rows, cols, dropout_p: as of `keep_mask`; real tensors.
+        dtype: of the result.
+    """
+    if heads.is_cpu:
+        kept = _kept(int(seed), heads.flatten().numpy(), rows, cols, keep_threshold(dropout_p))
+        keep = torch.from_numpy(kept).unflatten(0, heads.shape)
+    else:
+        keep = keep_mask(seed, heads, rows, cols, dropout_p)
+    return keep.to(dtype).mul_(keep_scale(dropout_p))
+
+
+def _kept(seed: int, heads: NDArray[np.int64], rows: range, cols: range, threshold: int) -> NDArray[np.bool_]:
+    """(heads, rows, cols)."""
+    first, last = cols.start // KEYS_PER_CALL, cdiv(cols.stop, KEYS_PER_CALL)
+    calls = max(last - first, 0)
+    keep = np.empty((len(heads), len(rows), calls * KEYS_PER_CALL), np.bool_)
+    if keep.size:
+        most_rows = min(len(rows), max(BLOCK // calls, 1))
+        most_heads = max(BLOCK // (calls * most_rows), 1) if most_rows == len(rows) else 1
+        places = np.arange(first, last, dtype=np.uint64)
+        for head in range(0, len(heads), most_heads):
+            of_heads = heads[head : head + most_heads].astype(np.uint64)[:, None, None]
+            for row in range(0, len(rows), most_rows):
+                of_rows = np.arange(rows.start, rows.stop, dtype=np.uint64)[row : row + most_rows, None]
+                halves = _halves(places, of_rows, of_heads, (seed & LOW32, (seed >> 32) & LOW32))
+                part = keep[head : head + most_heads, row : row + most_rows]
+                np.greater_equal(halves, np.uint16(threshold), out=part)
+    start = cols.start - first * KEYS_PER_CALL
+    return keep[:, :, start : start + len(cols)]
+
+
+def _halves(calls: Words, rows: Words, heads: Words, key: tuple[int, int]) -> NDArray[np.uint16]:
+    """The 16-bit halves of Philox4x32-10 in the order of their keys, (heads, rows, 8 * calls).
+
+    Words are broadcast while they depend on some of the three coordinates only; then rounds run in place.
+    """
+    shape = (len(heads), len(rows), len(calls))
+    c0, c1, c2, c3 = calls, rows, heads, np.zeros_like(calls)
+    for number in range(ROUNDS):
+        k0, k1 = (np.uint64((k + number * w) & LOW32) for k, w in zip(key, WEYL))
+        if number == 3:  # every word depends on all coordinates from here on
+            c0, c1, c2, c3 = (np.array(np.broadcast_to(word, shape)) for word in (c0, c1, c2, c3))
+            product0, product1 = np.empty_like(c0), np.empty_like(c0)
+        if number < 3:
+            product0, product1 = c0 * _BY[0], c2 * _BY[1]
+            c0 = product1 >> _SHIFT ^ (c1 ^ k0) & _LOW
+            c2 = product0 >> _SHIFT ^ (c3 ^ k1) & _LOW
+        else:
+            np.multiply(c0, _BY[0], out=product0)
+            np.multiply(c2, _BY[1], out=product1)
+            for word, product, other, k in ((c0, product1, c1, k0), (c2, product0, c3, k1)):
+                np.right_shift(product, _SHIFT, out=word)
+                np.bitwise_xor(other, k, out=other)
+                np.bitwise_and(other, _LOW, out=other)
+                np.bitwise_xor(word, other, out=word)
+        # a product's low word needs no mask before the next xor
+        c1, product1 = product1, c1
+        c3, product0 = product0, c3
+    words = np.empty((*shape, 4), np.uint32)
+    for place, word in enumerate((c0, c1, c2, c3)):
+        words[..., place] = word  # its low 32 bits
+    return words.view(np.uint16).reshape(*shape[:2], -1)
