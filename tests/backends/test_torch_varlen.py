@@ -92,3 +92,62 @@ def test_what_is_not_finite_takes_the_long_way(bad: float, monkeypatch: pytest.M
     again = fastattn.attention_varlen(q, k, v, ends([5, 6]), ends([5, 6]), return_lse=True, backend="torch")
     for one, other in zip(results, again):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def results_of(
+    lengths: list[int], tensors: list[torch.Tensor], heads: int = 2, **options: Any
+) -> list[torch.Tensor]:
+    """(out, dq, dk, dv) of sequences of these lengths, the first tokens of q, k, v and dout (T, heads, 16)."""
+    leaves = [t[: sum(lengths), :heads].clone().requires_grad_() for t in tensors[:3]]
+    cu_seqlens = ends(lengths)
+    out = fastattn.attention_varlen(*leaves, cu_seqlens, cu_seqlens, backend="torch", **options)
+    return [out, *torch.autograd.grad(out, leaves, tensors[3][: sum(lengths), :heads])]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("first", [1, 16, 23, 200, 256, 257])
+def test_others_change_no_bit_of_a_short_sequence(
+    first: int, causal: bool, dropout_p: float, heads: int
+) -> None:
+    torch.manual_seed(0)
+    lengths = [first, 17, 23, first, 3, 256]
+    tensors = [torch.randn(sum(lengths), heads, 16) for _ in range(4)]
+    options = {"causal": causal, "dropout_p": dropout_p, "dropout_seed": 5 if dropout_p else None}
+    together = results_of(lengths, tensors, heads, **options)
+    alone = results_of([first], tensors, heads, **options)
+    for one, whole in zip(alone, together):
+        assert torch.equal(one, whole[:first])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("operand", range(4), ids=["query", "key", "value", "dout"])
+def test_what_is_not_finite_stays_in_its_short_sequence(
+    operand: int, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    lengths = [20, 21, 22]
+    tensors = [torch.randn(sum(lengths), 2, 16) for _ in range(4)]
+    options: dict[str, Any] = {"causal": True, "dropout_p": 0.3, "dropout_seed": 1}
+    clean = results_of(lengths, tensors, **options)
+    tensors[operand][25, 1, 3] = bad
+    results = results_of(lengths, tensors, **options)
+    monkeypatch.setattr(varlen.short, "can_run", lambda spec: False)
+    one_by_one = results_of(lengths, tensors, **options)
+    for found, before, expected in zip(results, clean, one_by_one):
+        assert torch.equal(found[:20], before[:20])
+        assert torch.equal(found[41:], before[41:])
+        torch.testing.assert_close(found[20:41], expected[20:41], equal_nan=True)
+
+
+def test_operations_do_not_grow_with_the_number_of_short_sequences() -> None:
+    def operations(count: int) -> int:
+        lengths = [20 + i % 10 for i in range(count)]
+        tensors = [torch.randn(sum(lengths), 2, 16) for _ in range(4)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            results_of(lengths, tensors, dropout_p=0.1, dropout_seed=0)
+        return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+    operations(2)
+    assert operations(40) <= operations(4)
