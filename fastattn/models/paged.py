@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.models.appending import InBlocksOfKeys, suits
 from fastattn.models.decodable import Decodable, can_decode
 from fastattn.models.steps import Attend, GPTDecoder, attend_prompts
 from fastattn.nn.attention import MultiHeadAttention
@@ -17,7 +18,6 @@ from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows
 from fastattn.ops.kv_cache import attention_kv_cache
 
 LARGE_BLOCKS = (16, 32, 64)  # rows
-GATHERED = 1 << 14  # most tokens whose keys and values are copied out of their pages at the same time
 
 
 class InLargeBlocks(InBlocks):
@@ -68,30 +68,6 @@ class Part(NamedTuple):
     length: int  # tokens of the whole prompt
 
 
-class _Group(NamedTuple):
-    """Sequences whose pages are copied next to each other, and where their new tokens go."""
-
-    lengths: Tensor  # (N,) int32
-    rows: Tensor  # (N * Hkv * pages,), of pages as (P * Hkv, page * D)
-    numbers: Tensor  # (N,), 0, 1, 2 ...
-    places: Tensor  # (N,), of the new token in the copy
-    blocks: Tensor  # (N,), its page
-    inside: Tensor  # (N,), its place in the page
-
-
-def _groups(lengths: Tensor, page_size: int) -> list[slice]:
-    """Neighbouring sequences whose copies hold at most GATHERED tokens, one at least."""
-    groups: list[slice] = []
-    start = longest = 0
-    for number, length in enumerate(lengths.tolist()):
-        room = (max(longest, length) // page_size + 1) * page_size
-        if number > start and room * (number + 1 - start) > GATHERED:
-            groups.append(slice(start, number))
-            start, longest = number, 0
-        longest = max(longest, length)
-    return [*groups, slice(start, lengths.shape[0])]
-
-
 class PagedDecoder(GPTDecoder):
     """The steps of a `GPTDecoder` whose caches are pages (P, Hkv, page, D); the caller says which pages are whose.
 
@@ -127,6 +103,9 @@ class PagedDecoder(GPTDecoder):
             self._make_products(once=False)
         self.page_size, self.max_length = page_size, max_length
         self._make_positions(max_length)
+
+    def _room_for(self, capacity: int) -> int:
+        return capacity
 
     def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         made = super()._rows(weight, bias)
@@ -230,73 +209,27 @@ class PagedDecoder(GPTDecoder):
         On a CPU pages are copied next to each other first, for all sequences at once: the backend would copy them for
         each sequence by operations of its own.
         """
-        if not lengths.is_cpu:
+        if lengths.is_cpu and all(suits(block.module.attn) for block in self.blocks):
+            return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
 
-            def paged(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                rotation = self.rotary.get(self.kinds[layer], (None, None))
-                return self._append(attn, layer, lengths, q, k, v, table, rotation)
+        def paged(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rotation = self.rotary.get(self.kinds[layer], (None, None))
+            return self._append(attn, layer, lengths, q, k, v, table, rotation)
 
-            return paged
-        groups = [self._group(lengths[rows], table[rows]) for rows in _groups(lengths, self.page_size)]
-
-        def gathered(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            outs: list[Tensor] = []
-            start = 0
-            for group in groups:
-                rows = slice(start, start + group.lengths.shape[0])
-                outs.append(self._append_to_copies(attn, layer, group, q[rows], k[rows], v[rows]))
-                start = rows.stop
-            return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-        return gathered
-
-    def _group(self, lengths: Tensor, table: Tensor) -> _Group:
-        heads = self.cache[0][0].shape[1]
-        pages = int(lengths.max()) // self.page_size + 1
-        used = table[:, :pages].long()
-        rows = used[:, None] * heads + torch.arange(heads)[None, :, None]  # (N, Hkv, pages)
-        longer = lengths.long()
-        return _Group(
-            lengths,
-            rows.flatten(),
-            torch.arange(lengths.shape[0]),
-            longer,
-            used.gather(1, (longer // self.page_size)[:, None])[:, 0],
-            longer % self.page_size,
-        )
-
-    def _append_to_copies(
-        self, attn: MultiHeadAttention, layer: int, group: _Group, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        cos, sin = self.rotary.get(self.kinds[layer], (None, None))
-        copies = []
-        for pages in self.cache[layer]:
-            count, heads, size, dim = pages.shape
-            rows = pages.view(count * heads, size * dim).index_select(0, group.rows)
-            copies.append(rows.view(q.shape[0], heads, -1, dim))  # (N, Hkv, pages * size, D)
-        out = attention_kv_cache(
-            q, copies[0], copies[1], group.lengths, key=k, value=v, rotary_cos=cos, rotary_sin=sin, window=attn.window,
-            softcap=attn.softcap, alibi_slopes=attn.alibi_slopes, sinks=attn.sinks, scale=attn.scale,
-            backend=attn.backend,
-        )  # fmt: skip
-        for pages, copy in zip(self.cache[layer], copies):
-            pages[group.blocks, :, group.inside] = copy[group.numbers, :, group.places]
-        return out
+        return paged
 
     @torch.no_grad()
     def append_several(self, tokens: Tensor, start: int, table: Tensor) -> None:
         """Append tokens (n,) to one sequence that holds `start`, with the bits of n calls of `append`."""
         before = torch.tensor([start], dtype=torch.int32, device=tokens.device)
+        one_by_one = [self._appender(before + i, table) for i in range(len(tokens))] if self.invariant else []
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rotation = self.rotary.get(self.kinds[layer], (None, None))
-            if not self.invariant:
+            if not one_by_one:
+                rotation = self.rotary.get(self.kinds[layer], (None, None))
                 return self._append(attn, layer, before, q, k, v, table, rotation)
-            outs = []
-            for i in range(q.shape[2]):
-                q_i, k_i, v_i = (x[:, :, i : i + 1] for x in (q, k, v))
-                outs.append(self._append(attn, layer, before + i, q_i, k_i, v_i, table, rotation))
-            return torch.cat(outs, 2)
+            parts = ([x[:, :, i : i + 1] for x in (q, k, v)] for i in range(q.shape[2]))
+            return torch.cat([append(attn, layer, *part) for append, part in zip(one_by_one, parts)], 2)
 
         positions = torch.arange(start, start + len(tokens), device=tokens.device)
         self._through_blocks(self._embed(tokens, positions), len(tokens), attend)

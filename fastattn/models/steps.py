@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.integers import cdiv
+from fastattn.models.appending import KEYS, InBlocksOfKeys, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
 from fastattn.models.sources import Sources
@@ -67,10 +69,16 @@ class GPTDecoder:
         memory: Memory | None = None,
     ) -> None:
         self.model, self.invariant = model, batch_invariant
-        self.cache = [
-            (layer.keys, layer.values) for layer in model.new_cache(batch, capacity)
-        ]  # (B, Hkv, C, D)
         device = model.wte.weight.device
+        self.in_blocks = (
+            batch_invariant
+            and device.type == "cpu"
+            and all(suits(cast(MultiHeadAttention, block.attn)) for block in model.h)
+        )
+        # (B, Hkv, C, D)
+        self.cache = [
+            (layer.keys, layer.values) for layer in model.new_cache(batch, self._room_for(capacity))
+        ]
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._make_products(
             once=not batch_invariant
@@ -80,6 +88,10 @@ class GPTDecoder:
         )
         self.kinds = model.config.kinds
         self._make_positions(capacity)
+
+    def _room_for(self, capacity: int) -> int:
+        """Tokens of each sequence that the caches are made for: whole blocks are copied fastest."""
+        return cdiv(capacity, KEYS) * KEYS if self.in_blocks else capacity
 
     def _make_positions(self, count: int) -> None:
         """What the first `count` positions of a sequence add to tokens, and the angles that they turn keys by."""
@@ -122,7 +134,7 @@ class GPTDecoder:
         if self.once:
             self._make_products(once=False)
         x = self._embed(tokens, self.lengths)  # (B, E)
-        logits = self._logits(self._through_blocks(x, 1, self._to_cache))
+        logits = self._logits(self._through_blocks(x, 1, self._appending(self.lengths)))
         self.lengths += 1
         return logits
 
@@ -140,7 +152,7 @@ class GPTDecoder:
             # a token beyond the last position is a guess that will be discarded
             positions.clamp_(max=self.positions.shape[0] - 1 - self.model.config.position_offset)
         x = self._embed(tokens, positions)  # (B, n, E)
-        attend = self._to_cache_one_by_one if self.invariant else self._to_cache
+        attend = self._one_by_one(count) if self.invariant else self._to_cache
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
         return logits.unflatten(0, tuple(tokens.shape))
@@ -279,15 +291,29 @@ class GPTDecoder:
         table = self.rotary.get(self.kinds[layer], (None, None))
         return _append(attn, self.cache[layer], self.lengths, q, k, v, table)
 
-    def _to_cache_one_by_one(
-        self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
+    def _appending(self, lengths: Tensor) -> Attend:
+        """The attention of a token behind each sequence."""
+        if not self.in_blocks:
+            return self._to_cache
+        table = torch.arange(len(lengths))[:, None]  # a page for each sequence
+        return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
+
+    def _one_by_one(self, count: int) -> Attend:
         """As if each token came by a step of its own, whose bits a kernel for several queries need not give."""
-        table, outs = self.rotary.get(self.kinds[layer], (None, None)), []
-        for i in range(q.shape[2]):
-            q_i, k_i, v_i = (x[:, :, i : i + 1] for x in (q, k, v))
-            outs.append(_append(attn, self.cache[layer], self.lengths + i, q_i, k_i, v_i, table))
-        return torch.cat(outs, 2)
+        lengths = [self.lengths + i for i in range(count)]
+        appending = [self._appending(each) for each in lengths] if self.in_blocks else []
+
+        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            table, outs = self.rotary.get(self.kinds[layer], (None, None)), []
+            for i in range(q.shape[2]):
+                q_i, k_i, v_i = (x[:, :, i : i + 1] for x in (q, k, v))
+                if appending:
+                    outs.append(appending[i](attn, layer, q_i, k_i, v_i))
+                else:
+                    outs.append(_append(attn, self.cache[layer], lengths[i], q_i, k_i, v_i, table))
+            return torch.cat(outs, 2)
+
+        return attend
 
     def _through_blocks(
         self, x: Tensor, seqlen: int, attend: Attend, sequences: slice = slice(None)
