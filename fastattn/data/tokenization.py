@@ -27,6 +27,11 @@ SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 BYTES = 256  # the alphabet of a byte-level tokeniser, which can encode every text, without an unknown token
 
 
+def _plain(number: Any) -> Any:
+    """A number of NumPy or torch as Python's."""
+    return number.item() if hasattr(number, "item") else number
+
+
 class Tokenizer:
     """Text to token ids and back, with named special tokens.
 
@@ -93,7 +98,10 @@ class Tokenizer:
         check_flag("skip_special_tokens", skip_special_tokens)
         if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
             raise TypeError(f"ids: got a {type(ids).__name__}, needs a sequence of token ids")
-        numbers = [check_integer("ids", getattr(i, "item", lambda i=i: i)(), 0, MAX_ID) for i in ids]
+        numbers = [
+            i if type(i) is int and 0 <= i <= MAX_ID else check_integer("ids", _plain(i), 0, MAX_ID)
+            for i in ids
+        ]
         return self.core.decode(numbers, skip_special_tokens=skip_special_tokens)
 
     def special_texts(self) -> dict[str, str]:

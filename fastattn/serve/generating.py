@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
 
@@ -91,13 +93,51 @@ class Choice:
     made: int = 0
 
 
+class Mailbox:
+    """Outputs on their way from engines' threads to an event loop, which is woken once for all that come together."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._posted: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._woken = False
+
+    def post(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        """Put an item into a queue of the loop, from any thread; RuntimeError once the loop is closed."""
+        self._posted.append((queue, item))
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._woken = False
+                raise
+
+    def _deliver(self) -> None:
+        self._woken = False  # before the posts are read: a later one wakes the loop again
+        while self._posted:
+            queue, item = self._posted.popleft()
+            queue.put_nowait(item)
+
+
+_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+
+
+def mailbox() -> Mailbox:
+    """The running event loop's."""
+    loop = asyncio.get_running_loop()
+    if loop not in _mailboxes:
+        _mailboxes[loop] = Mailbox(loop)
+    return _mailboxes[loop]
+
+
 class Generation:
     """The requests of one body, and their outputs in the event loop."""
 
     def __init__(self, model: Decoder, metrics: Metrics) -> None:
-        self.model, self.metrics = model, metrics
+        self.model = model
         self.requests: list[Request] = []
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox()
+        self._first, self._between = (each.labels(model.name) for each in (metrics.first, metrics.between))
         self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self._started = time.monotonic()
         self._last: dict[tuple[int, int], float] = {}
@@ -108,7 +148,7 @@ class Generation:
         number = len(self.requests)
 
         def on_output(output: Output) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, output))
+            self._mailbox.post(self._queue, (number, output))
 
         self.requests.append(Request(prompt, options, on_output, tokenizer=self.model.tokenizer, **more))
 
@@ -136,9 +176,9 @@ class Generation:
                 raise of_exception(output.error)
             key, now = (number, output.index), time.monotonic()
             if key in self._last:
-                self.metrics.between.labels(self.model.name).observe(now - self._last[key])
+                self._between.observe(now - self._last[key])
             else:
-                self.metrics.first.labels(self.model.name).observe(now - self._started)
+                self._first.observe(now - self._started)
             self._last[key] = now
             self.made[key] = output.made
             unfinished -= output.finish is not None

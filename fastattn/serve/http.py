@@ -113,18 +113,29 @@ class EventStream:
 
     def __init__(self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
         self.events, self.cancel = events, cancel
+        self._since: float | None = None  # when the event that is being sent began
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.ensure_future(until_disconnect(receive))
         sending = asyncio.ensure_future(self._send_all(send))
+        watching = asyncio.ensure_future(self._unread())
         try:
-            await asyncio.wait({leaving, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done() and not sending.cancelled() and (error := sending.exception()) is not None:
+            tasks = {leaving, sending, watching}
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                log.info("a stream ended early: the client left an event unread for %g s", SEND_SECONDS)
+            elif sending.done() and not sending.cancelled() and (error := sending.exception()) is not None:
                 log.info("a stream ended early: %s", type(error).__name__)
         finally:
             self.cancel()
-            sending.cancel()
-            leaving.cancel()
+            for task in (leaving, sending, watching):
+                task.cancel()
+
+    async def _unread(self) -> None:
+        """Returns when the client has left an event unread for too long. One timer for all events of a stream: one for
+        each would take longer than sending it."""
+        while self._since is None or (left := self._since + SEND_SECONDS - time.monotonic()) > 0:
+            await asyncio.sleep(SEND_SECONDS if self._since is None else left)
 
     async def _send_all(self, send: Send) -> None:
         headers = [
@@ -134,7 +145,9 @@ class EventStream:
         ]
 
         async def pass_on(message: Message) -> None:
-            await asyncio.wait_for(send(message), SEND_SECONDS)
+            self._since = time.monotonic()
+            await send(message)
+            self._since = None
 
         async def write(data: str, last: bool = False) -> None:
             body = f"data: {data}\n\n".encode()
@@ -144,7 +157,7 @@ class EventStream:
         try:
             async for event in self.events:
                 await write(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
-        except (OSError, TimeoutError, asyncio.TimeoutError):
+        except OSError:
             raise
         except Exception as error:
             await write(json.dumps(of_exception(error).body))

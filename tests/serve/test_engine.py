@@ -144,7 +144,8 @@ def test_prompts_read_in_chunks_run_beside_decodes() -> None:
     before = len(first.tokens())
     while not long.outputs:
         engine._step()
-    assert len(first.tokens()) - before >= 40 // PAGE  # a token with each chunk
+    # a token with each chunk; the last two pages of a prompt may come together
+    assert len(first.tokens()) - before >= 40 // PAGE - 1
     finish(engine)
 
 
