@@ -12,6 +12,8 @@ from torch import Tensor
 from measure import calls
 from report import figures, schema
 
+DROPOUT_SEED = 7  # of our calls
+
 
 def spread_lengths(shortest: int, longest: int, batch: int, seed: int) -> Tensor:
     """Lengths (batch,) int64 spread evenly from `shortest` to `longest`, in a random order that the seed fixes."""
@@ -36,6 +38,7 @@ class VarlenCall:
     direction: str = "forward+backward"
     target: schema.Result | None = None
     peers: tuple[str, ...] = ()  # () = those of a GPU, and ours by backend
+    dropout_p: float = 0.0
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -48,7 +51,8 @@ class VarlenCall:
         names = ("batch", "shortest", "longest", "heads", "kv_heads", "head_dim", "causal")
         tokens = sum(self.lengths)
         share = round(tokens / (self.batch * max(self.lengths)), 4)
-        return {**{name: getattr(self, name) for name in names}, "tokens": tokens, "tokens_of_padded": share}
+        sizes = {**{name: getattr(self, name) for name in names}, "tokens": tokens, "tokens_of_padded": share}
+        return {**sizes, "dropout_p": self.dropout_p} if self.dropout_p else sizes
 
     @property
     def label(self) -> str:
@@ -56,6 +60,7 @@ class VarlenCall:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         parts = [f"{self.batch} sequences of {self.shortest}..{self.longest}, {heads}×{self.head_dim}"]  # noqa: RUF001
         parts += ["causal"] if self.causal else []
+        parts += [f"dropout {self.dropout_p}"] if self.dropout_p else []
         return ", ".join([*parts, *figures.unusual(self.dtype, self.direction)])
 
     @property

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inputs.varlen import VarlenInputs
+from inputs.varlen import DROPOUT_SEED, VarlenInputs
 from measure import calls
 from measure.protocols import CannotRun
 from peers.attention import sdpa_backend
@@ -37,12 +37,14 @@ def fastattn(work: VarlenInputs, backend: str) -> Made:
     from fastattn import attention_varlen
 
     cu_seqlens, longest = work.cu_seqlens, work.longest
-    causal, name = work.case.causal, backend or "auto"
+    causal, dropout_p, name = work.case.causal, work.case.dropout_p, backend or "auto"
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention_varlen(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=causal, backend=name
-        )
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=causal, dropout_p=dropout_p,
+            dropout_seed=DROPOUT_SEED if dropout_p else None,
+            backend=name,
+        )  # fmt: skip
 
     if backend:
         calls.unless_refused(lambda: call(*work.inputs.values()))
@@ -66,7 +68,13 @@ def padded(work: VarlenInputs, backend: str) -> Made:
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(sdpa_backend(backend)) if backend else nullcontext():
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=case.causal, enable_gqa=gqa
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=case.dropout_p,
+                is_causal=case.causal,
+                enable_gqa=gqa,
             )
 
     def pad(packed: Tensor) -> Tensor:
@@ -89,7 +97,9 @@ def loop(work: VarlenInputs) -> Made:
         parts = []
         for start, stop in itertools.pairwise(work.starts):
             q, k, v = (t[start:stop].transpose(0, 1)[None] for t in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa)
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=case.dropout_p, is_causal=case.causal, enable_gqa=gqa
+            )
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)
 

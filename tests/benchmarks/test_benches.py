@@ -60,7 +60,8 @@ def test_providers_keep_to_the_error_rule(name: str, case: Any) -> None:
     for row in ran:
         if row["provider"].startswith("fastattn"):
             assert row["within_rule"], row
-        else:  # another's kernel is not ours to hold to the rule: it is to compute the same thing
+        elif row["error"] is not None:  # with dropout each draws its own
+            # another's kernel is not ours to hold to the rule: it is to compute the same thing
             assert max(row["error"].values()) < (0.06 if case.dtype == torch.bfloat16 else 2e-5), row
 
 
