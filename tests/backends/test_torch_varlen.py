@@ -107,7 +107,7 @@ def results_of(
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("first", [1, 16, 23, 200, 256, 257])
+@pytest.mark.parametrize("first", [1, 16, 23, 200, 600, 800])
 def test_others_change_no_bit_of_a_short_sequence(
     first: int, causal: bool, dropout_p: float, heads: int
 ) -> None:

@@ -20,9 +20,10 @@ from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec, VarlenCall, accumulation_dtype
 from fastattn.visibility import distances
 
-MOST_TOKENS = 256  # of a sequence; starting the operations of a longer one takes less than running them
 STEP = 16  # tokens to a multiple of which sequences are padded
-GROUPED_ELEMENTS = 2**19  # weights of sequences that run together: what stays in a core's cache
+# Weights of sequences that run together: what stays in a core's cache. The operations of a sequence with more take longer
+# than starting them.
+GROUPED_ELEMENTS = 2**19
 
 Bounds = Sequence[
     tuple[tuple[int, int], tuple[int, int]]
@@ -86,8 +87,8 @@ def _groups(bounds: Bounds, causal: str, num_heads: int) -> Sequence[Group]:
     for number, ((q_start, q_stop), (k_start, k_stop)) in enumerate(bounds):
         rows, cols = q_stop - q_start, k_stop - k_start
         cut = causal == "bottom_right" and rows > cols
-        if 0 < rows <= MOST_TOKENS and 0 < cols <= MOST_TOKENS and not cut:
-            size = (cdiv(rows, STEP) * STEP, cdiv(cols, STEP) * STEP)
+        size = (cdiv(rows, STEP) * STEP, cdiv(cols, STEP) * STEP)
+        if rows and cols and not cut and num_heads * size[0] * size[1] <= GROUPED_ELEMENTS:
             padded.setdefault(size, []).append(number)
     found = []
     with torch.inference_mode(False):
