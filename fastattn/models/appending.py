@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fastattn.backends.torch.key_blocks import KEYS as KEYS
-from fastattn.backends.torch.key_blocks import KeyBlocks
 from fastattn.nn.attention import MultiHeadAttention
-from fastattn.nn.positions import RotaryTable
-from fastattn.rotary import rotated_at
+from fastattn.nn.positions import RotaryTable, apply_rotary
+from fastattn.ops.key_blocks import KeyBlocks
 
-GATHERED = 1 << 14  # most tokens whose keys and values are copied out of their pages at the same time
+# (layer's attention, number of the layer, q, k, v) -> the heads' outputs, all (N, heads, S, D)
+Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
+
+
+def one_by_one(appending: Sequence[Attend]) -> Attend:
+    """As if each of several tokens came by a step of its own, whose bits a kernel for several queries need not give."""
+
+    def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = ([x[:, :, i : i + 1] for x in (q, k, v)] for i in range(len(appending)))
+        return torch.cat([append(attn, layer, *part) for append, part in zip(appending, parts)], 2)
+
+    return attend
 
 
 def suits(attn: MultiHeadAttention) -> bool:
@@ -46,33 +55,20 @@ class InBlocksOfKeys:
         self.page_size = caches[0][0].shape[2]
         self.pages = table.long().gather(1, self.places // self.page_size)[:, 0]
         self.inside = self.places[:, 0] % self.page_size
-        self._blocks: dict[tuple[int, int | None], list[tuple[slice, KeyBlocks]]] = {}
+        self._blocks: dict[tuple[int, int | None], KeyBlocks] = {}  # by heads and window
 
     def __call__(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(N, H, 1, D) of queries (N, H, 1, D) and the new keys and values (N, Hkv, 1, D)."""
         if (table := self.rotary.get(self.kinds[layer])) is not None:
-            q, k = (rotated_at(x, table, self.places, interleaved=False) for x in (q, k))
+            cos, sin = (angles[self.places] for angles in table)  # (N, 1, rotary_dim / 2)
+            q, k = (apply_rotary(x, (cos, sin)) for x in (q, k))
         keys, values = self.caches[layer]
         keys[self.pages, :, self.inside] = k[:, :, 0]
         values[self.pages, :, self.inside] = v[:, :, 0]
         left = None if attn.window is None else attn.window[0]
         kind = (keys.shape[1], left)
         if kind not in self._blocks:
-            self._blocks[kind] = self._new_blocks(*kind)
-        outs = [
-            blocks.attend(q[rows], keys, values, attn.scale, attn.softcap)
-            for rows, blocks in self._blocks[kind]
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _new_blocks(self, heads: int, window_left: int | None) -> list[tuple[slice, KeyBlocks]]:
-        """Of neighbouring sequences that hold at most GATHERED tokens together, one sequence at least."""
-        made, start, held = [], 0, 0
-        for stop, length in enumerate([*self.lengths, GATHERED], 1):
-            held += length
-            if held > GATHERED and stop - 1 > start:
-                rows = slice(start, stop - 1)
-                lengths, table = [n + 1 for n in self.lengths[rows]], self.table[rows]
-                made.append((rows, KeyBlocks(lengths, table, heads, self.page_size, window_left)))
-                start, held = rows.stop, length
-        return made
+            self._blocks[kind] = KeyBlocks(
+                [n + 1 for n in self.lengths], self.table, keys.shape[1], self.page_size, left
+            )
+        return self._blocks[kind].attend(q, keys, values, attn.scale, attn.softcap)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.models.appending import InBlocksOfKeys, suits
+from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
 from fastattn.models.decodable import Decodable, can_decode
-from fastattn.models.steps import Attend, GPTDecoder, attend_prompts
+from fastattn.models.steps import GPTDecoder, attend_prompts
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import apply_rotary, positions_of_tokens
 from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows
@@ -101,6 +101,8 @@ class PagedDecoder(GPTDecoder):
         super().__init__(model, pages, page_size, batch_invariant=batch_invariant)
         if self.once:
             self._make_products(once=False)
+        # also where bits may differ: the backend would copy the pages of each sequence by operations of its own
+        self.in_blocks = self.lengths.is_cpu and all(suits(block.module.attn) for block in self.blocks)
         self.page_size, self.max_length = page_size, max_length
         self._make_positions(max_length)
 
@@ -204,12 +206,8 @@ class PagedDecoder(GPTDecoder):
         return attend
 
     def _appender(self, lengths: Tensor, table: Tensor) -> Attend:
-        """The attention of a token behind each of N sequences, whose keys and values go to the pages.
-
-        On a CPU pages are copied next to each other first, for all sequences at once: the backend would copy them for
-        each sequence by operations of its own.
-        """
-        if lengths.is_cpu and all(suits(block.module.attn) for block in self.blocks):
+        """The attention of a token behind each of N sequences, whose keys and values go to the pages."""
+        if self.in_blocks:
             return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
 
         def paged(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -222,15 +220,10 @@ class PagedDecoder(GPTDecoder):
     def append_several(self, tokens: Tensor, start: int, table: Tensor) -> None:
         """Append tokens (n,) to one sequence that holds `start`, with the bits of n calls of `append`."""
         before = torch.tensor([start], dtype=torch.int32, device=tokens.device)
-        one_by_one = [self._appender(before + i, table) for i in range(len(tokens))] if self.invariant else []
-
-        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if not one_by_one:
-                rotation = self.rotary.get(self.kinds[layer], (None, None))
-                return self._append(attn, layer, before, q, k, v, table, rotation)
-            parts = ([x[:, :, i : i + 1] for x in (q, k, v)] for i in range(q.shape[2]))
-            return torch.cat([append(attn, layer, *part) for append, part in zip(one_by_one, parts)], 2)
-
+        if self.invariant or self.in_blocks:
+            attend = one_by_one([self._appender(before + i, table) for i in range(len(tokens))])
+        else:
+            attend = self._appender(before, table)
         positions = torch.arange(start, start + len(tokens), device=tokens.device)
         self._through_blocks(self._embed(tokens, positions), len(tokens), attend)
 

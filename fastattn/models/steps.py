@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.integers import cdiv
-from fastattn.models.appending import KEYS, InBlocksOfKeys, suits
+from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
 from fastattn.models.sources import Sources
@@ -27,11 +26,11 @@ from fastattn.nn.norms import RMSNorm, rms_norm
 from fastattn.nn.positions import RotaryTable, apply_rotary, positions_of_tokens, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
+from fastattn.ops.key_blocks import whole_blocks
 from fastattn.ops.kv_cache import attention_kv_cache
 from fastattn.ops.varlen import attention_varlen
 
 PACKED_SHARE = 0.9  # prompts are packed without padding if at most this share of their ids are real tokens
-Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Block(NamedTuple):
@@ -90,8 +89,8 @@ class GPTDecoder:
         self._make_positions(capacity)
 
     def _room_for(self, capacity: int) -> int:
-        """Tokens of each sequence that the caches are made for: whole blocks are copied fastest."""
-        return cdiv(capacity, KEYS) * KEYS if self.in_blocks else capacity
+        """Tokens of each sequence that the caches are made for."""
+        return whole_blocks(capacity) if self.in_blocks else capacity
 
     def _make_positions(self, count: int) -> None:
         """What the first `count` positions of a sequence add to tokens, and the angles that they turn keys by."""
@@ -152,7 +151,10 @@ class GPTDecoder:
             # a token beyond the last position is a guess that will be discarded
             positions.clamp_(max=self.positions.shape[0] - 1 - self.model.config.position_offset)
         x = self._embed(tokens, positions)  # (B, n, E)
-        attend = self._one_by_one(count) if self.invariant else self._to_cache
+        if self.invariant:
+            attend = one_by_one([self._appending(self.lengths + i) for i in range(count)])
+        else:
+            attend = self._appending(self.lengths)
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
         return logits.unflatten(0, tuple(tokens.shape))
@@ -287,33 +289,17 @@ class GPTDecoder:
         cos, sin = self.rotary[kind]
         return cos[places], sin[places]
 
-    def _to_cache(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        table = self.rotary.get(self.kinds[layer], (None, None))
-        return _append(attn, self.cache[layer], self.lengths, q, k, v, table)
-
     def _appending(self, lengths: Tensor) -> Attend:
         """The attention of a token behind each sequence."""
-        if not self.in_blocks:
-            return self._to_cache
-        table = torch.arange(len(lengths))[:, None]  # a page for each sequence
-        return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
+        if self.in_blocks:
+            table = torch.arange(len(lengths))[:, None]  # a page for each sequence
+            return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
 
-    def _one_by_one(self, count: int) -> Attend:
-        """As if each token came by a step of its own, whose bits a kernel for several queries need not give."""
-        lengths = [self.lengths + i for i in range(count)]
-        appending = [self._appending(each) for each in lengths] if self.in_blocks else []
+        def append(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            table = self.rotary.get(self.kinds[layer], (None, None))
+            return _append(attn, self.cache[layer], lengths, q, k, v, table)
 
-        def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            table, outs = self.rotary.get(self.kinds[layer], (None, None)), []
-            for i in range(q.shape[2]):
-                q_i, k_i, v_i = (x[:, :, i : i + 1] for x in (q, k, v))
-                if appending:
-                    outs.append(appending[i](attn, layer, q_i, k_i, v_i))
-                else:
-                    outs.append(_append(attn, self.cache[layer], lengths[i], q_i, k_i, v_i, table))
-            return torch.cat(outs, 2)
-
-        return attend
+        return append
 
     def _through_blocks(
         self, x: Tensor, seqlen: int, attend: Attend, sequences: slice = slice(None)

@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.torch.short import product
+from fastattn.integers import cdiv
 from fastattn.spec import accumulation_dtype
 
 KEYS = 64  # of a block
 COPIED_ELEMENTS = 2**19  # of keys or values that are copied out of their pages at a time
+
+
+def whole_blocks(tokens: int) -> int:
+    """So many tokens or a few more, which are whole blocks: a cache of them is copied fastest."""
+    return cdiv(tokens, KEYS) * KEYS
 
 
 class KeyBlocks:
@@ -44,26 +50,21 @@ class KeyBlocks:
         window_left: int | None = None,
     ) -> None:
         ends = np.asarray(lengths)
-        starts = (
-            np.zeros_like(ends)
-            if window_left is None or window_left < 0
-            else np.maximum(ends - 1 - window_left, 0)
-        )
+        starts = np.zeros_like(ends)
+        if window_left is not None and window_left >= 0:
+            starts = np.maximum(ends - 1 - window_left, 0)
         first = starts // KEYS
         counts = (ends - 1) // KEYS + 1 - first
         order = np.argsort(-counts, kind="stable")
-        self.levels = [
-            int((counts > level).sum()) for level in range(counts.max())
-        ]  # sequences with so many blocks
-        places = np.concatenate(
-            [np.arange(size) for size in self.levels]
-        )  # of each block's sequence in the order
+        # how many sequences have a first block, a second one ...
+        self.levels = [int((counts > level).sum()) for level in range(counts.max())]
+        # the place of each block's sequence in the order
+        places = np.concatenate([np.arange(size) for size in self.levels])
         of = order[places]
         block = first[of] + np.repeat(np.arange(len(self.levels)), self.levels)
         self.tokens = math.gcd(page_size, KEYS)  # that are next to each other in a page
-        at = np.minimum(
-            block[:, None] * KEYS + np.arange(0, KEYS, self.tokens), ends[of, None] - 1
-        )  # (M, rows)
+        # (M, KEYS / tokens); beyond the last key a sequence may have no page
+        at = np.minimum(block[:, None] * KEYS + np.arange(0, KEYS, self.tokens), ends[of, None] - 1)
         pages = table.numpy()[of[:, None], at // page_size]
         rows = (pages[:, None] * heads + np.arange(heads)[:, None]) * (page_size // self.tokens)
         rows = rows + (at % page_size // self.tokens)[:, None]  # (M, heads, KEYS / tokens)

@@ -21,13 +21,12 @@ from fastattn.spec import AttentionSpec, VarlenCall, accumulation_dtype
 from fastattn.visibility import distances
 
 STEP = 16  # tokens to a multiple of which sequences are padded
-# Weights of sequences that run together: what stays in a core's cache. The operations of a sequence with more take longer
-# than starting them.
+# Weights of sequences that run together: what stays in a core's cache. The operations of a sequence with more take
+# longer than starting them.
 GROUPED_ELEMENTS = 2**19
 
-Bounds = Sequence[
-    tuple[tuple[int, int], tuple[int, int]]
-]  # (start, stop) of each sequence's queries and of its keys
+# (start, stop) of each sequence's queries and of its keys
+Bounds = Sequence[tuple[tuple[int, int], tuple[int, int]]]
 
 
 @dataclass(frozen=True)
