@@ -75,18 +75,20 @@ def can_run(spec: AttentionSpec) -> bool:
     return spec.device == "cpu" and not changed
 
 
-def groups(call: VarlenCall, bounds: Bounds) -> Sequence[Group]:
-    """The sequences that are short, have keys, and of which each causal row sees one; shortest first."""
-    return _groups(tuple(bounds), call.causal, call.query.shape[1])
+def groups(call: VarlenCall, bounds: Bounds, fewer_keys: int | None = None) -> Sequence[Group]:
+    """The sequences that are short, have keys, fewer than `fewer_keys`, and of which each causal row sees one; shortest
+    first."""
+    return _groups(tuple(bounds), call.causal, call.query.shape[1], fewer_keys)
 
 
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, are given the same sequences
-def _groups(bounds: Bounds, causal: str, num_heads: int) -> Sequence[Group]:
+def _groups(bounds: Bounds, causal: str, num_heads: int, fewer_keys: int | None) -> Sequence[Group]:
     padded: dict[tuple[int, int], list[int]] = {}
     for number, ((q_start, q_stop), (k_start, k_stop)) in enumerate(bounds):
         rows, cols = q_stop - q_start, k_stop - k_start
         cut = causal == "bottom_right" and rows > cols
         size = (cdiv(rows, STEP) * STEP, cdiv(cols, STEP) * STEP)
+        cut = cut or (fewer_keys is not None and cols >= fewer_keys)
         if rows and cols and not cut and num_heads * size[0] * size[1] <= GROUPED_ELEMENTS:
             padded.setdefault(size, []).append(number)
     found = []

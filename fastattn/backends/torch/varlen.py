@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused, short, single_query
 from fastattn.backends.torch.attention import attention_bwd, attention_fwd
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -125,7 +126,9 @@ def varlen_bwd(
     dsinks = torch.zeros_like(call.sinks) if needs.sinks and call.sinks is not None else None
     bounds = _bounds(call)
     done: set[int] = set()
-    for group in short.groups(call, bounds) if short.can_run(spec) else ():
+    # without dropout torch's fused kernel takes sequences of more keys
+    fewer = None if spec.dropout else FUSED_BWD_MIN_KEYS
+    for group in short.groups(call, bounds, fewer) if short.can_run(spec) else ():
         padded = short.backward(call, group, dout, dlse)
         done |= group.finite(*padded)
         for total, places, padded_grad in zip((dq, dk, dv), (group.rows, group.cols, group.cols), padded):
