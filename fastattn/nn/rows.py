@@ -26,6 +26,10 @@ INT8_LEVELS = 127  # of weights, and of activations on CPUs whose sums of 8-bit 
 INT8_ROWS = 256  # at a time, so that temporaries stay in the cache
 SAFE_LEVELS = 63  # of activations on other CPUs: the sum of two products of 7 and 8 bits fits 16 bits
 
+# Elements: a multiple of what torch's vectorised loops take at a time, for each half of a gated row too.
+LOOP_STEP = 128
+UNSPLIT_ELEMENTS = 32768  # from which on torch splits elementwise work between threads
+
 Rows = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
 Choice = tuple[tuple["int | None", str], ...]  # (most rows or None for any number, name in PRODUCTS)
 
@@ -164,8 +168,20 @@ class InBlocks:
 
 
 def by_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An elementwise function, one row at a time: the vectorised loop and its remainder may round differently."""
-    return lambda x: torch.stack([function(row) for row in x]) if len(x) else function(x)
+    """An elementwise function of rows (N, I), whose bits do not depend on the other rows.
+
+    The vectorised loop and its remainder may round differently. Rows of whole steps of that loop leave no remainder, as
+    long as they are so few that torch does not split them between threads; others go one at a time.
+    """
+
+    def apply(x: Tensor) -> Tensor:
+        width = x.shape[1]
+        step = 1 if width % LOOP_STEP else max(1, (UNSPLIT_ELEMENTS - 1) // max(width, 1))
+        if x.shape[0] <= step:
+            return function(x)
+        return torch.cat([function(rows) for rows in x.split(step)])
+
+    return apply
 
 
 def _kept(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:

@@ -120,11 +120,17 @@ def test_a_block_gives_a_row_the_same_bits_at_every_place_and_beside_any_other(
     assert torch.equal(product(x[::2]), together[::2])
 
 
-def test_by_row_is_the_function_of_each_row() -> None:
-    x = torch.randn(5, 37)
-    gelu = by_row(F.gelu)
-    assert torch.equal(gelu(x)[3], F.gelu(x[3].clone()))
-    torch.testing.assert_close(gelu(x), F.gelu(x))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [96, 128, 100, 3072, 20480, 40960])
+def test_by_row_has_the_bits_of_each_row_alone(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (4 * torch.randn(37, width, generator=generator)).to(dtype)
+    for function in (F.gelu, F.silu, lambda rows: F.gelu(rows.chunk(2, -1)[0], approximate="tanh")):
+        apply = by_row(function)
+        together = apply(x)
+        assert torch.equal(together, torch.cat([apply(row) for row in x.split(1)]))
+        assert torch.equal(together[:5], apply(x[:5]))
+    assert by_row(F.gelu)(x[:0]).shape == (0, width)
 
 
 @pytest.mark.parametrize("name", ["int8", "bfloat16", "float32"])
