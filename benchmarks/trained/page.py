@@ -112,12 +112,12 @@ def lines_of(record: Result) -> dict[str, Result]:
     """The steps of each line of the table as one: the figures of all, the costs of its training."""
     lines: dict[str, Result] = {}
     for step in record["steps"]:
-        line = lines.setdefault(step["name"], {"metrics": {}, "baselines": {}, "statuses": []})
-        line["statuses"].append(step["status"])
+        line = lines.setdefault(step["name"], {"metrics": {}, "baselines": {}, "cut": False})
         line["metrics"] |= step.get("metrics", {})
         line["baselines"] |= step.get("baselines", {})
         if step["kind"] in ("train", "peer"):
             line |= {k: step[k] for k in ("train_seconds", "steps", "tokens", "peak_memory") if k in step}
+            line["cut"] = step["status"] == "cut"
     return lines
 
 
@@ -127,7 +127,8 @@ def table(row: TaskRow, record: Result) -> list[str]:
     made = [f"| | {' | '.join([*heads, *COSTS])} |", "|---" * (1 + len(heads) + len(COSTS)) + "|"]
     lines = lines_of(record)
     for name, line in lines.items():
-        made.append(_line(name, [_number(line["metrics"].get(f)) for f in row.shown], _costs(line)))
+        label = f"{name} (cut short)" if line["cut"] else name
+        made.append(_line(label, [_number(line["metrics"].get(f)) for f in row.shown], _costs(line)))
     for prefix in ("", PEER):
         seeds = _seeds(lines, prefix)
         if len(seeds) > 1:
@@ -143,11 +144,11 @@ def table(row: TaskRow, record: Result) -> list[str]:
 
 
 def comparison(row: TaskRow, record: Result) -> str:
-    """Ours beside transformers' Trainer in a sentence; empty where one of them has no figures."""
+    """Ours beside transformers' Trainer in a sentence; empty where one of them has no figures or was cut short."""
     lines = lines_of(record)
     pairs = [(lines[name.removeprefix(PEER)], peer) for name, peer in lines.items() if name.startswith(PEER)]
     figure = row.shown[0]
-    pairs = [p for p in pairs if all(figure in each["metrics"] and "train_seconds" in each for each in p)]
+    pairs = [p for p in pairs if all(figure in each["metrics"] and not each["cut"] for each in p)]
     if not pairs:
         return ""
     ours, theirs = ([pair[i]["metrics"][figure] for pair in pairs] for i in (0, 1))
@@ -161,7 +162,7 @@ def comparison(row: TaskRow, record: Result) -> str:
 
 def _seeds(lines: dict[str, Result], prefix: str) -> list[Result]:
     names = [name for name in lines if name.startswith(f"{prefix}seed ")]
-    return [lines[name] for name in names if lines[name]["metrics"]]
+    return [lines[name] for name in names if lines[name]["metrics"] and not lines[name]["cut"]]
 
 
 def _figure_of(record: Result, goal: Goal) -> float | None:
@@ -224,9 +225,10 @@ def _about(record: Result) -> str:
     versions = ", ".join(
         f"{k} {v}" for k, v in record["versions"].items() if v and k not in ("platform", "fastattn")
     )
+    threads = f"{device['threads']} thread{'' if device['threads'] == 1 else 's'}"
     commit = (record["revision"] or "?")[:10] + ("+" if record["dirty"] else "")
     return (
-        f"{device['name']}, {device['threads']} threads; {versions}; {record['date'][:10]}, commit {commit}, "
+        f"{device['name']}, {threads}; {versions}; {record['date'][:10]}, commit {commit}, "
         f"{record['seconds'] / 60:.0f} minutes in all."
     )
 

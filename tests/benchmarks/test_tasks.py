@@ -160,6 +160,32 @@ def test_a_run_cut_short_leaves_its_partial_row(tmp_path: Path, monkeypatch: pyt
     assert "<svg" in (tmp_path / "row.svg").read_text(encoding="utf-8")
 
 
+def test_a_run_of_transformers_that_was_cut_is_not_compared() -> None:
+    def step(name: str, kind: str, status: str = "done", **found: Any) -> dict[str, Any]:
+        return {"name": name, "kind": kind, "status": status, "command": "", **found}
+
+    def record(status: str) -> dict[str, Any]:
+        about = {
+            "device": {"name": "CPU", "threads": 1},
+            "versions": {},
+            "date": "2000-01-01",
+            "revision": None,
+        }
+        return {**about, "dirty": False, "seconds": 60.0, "minutes": 1, "planned": 4, "command": "", "steps": [
+            step("seed 0", "train", train_seconds=1.0, steps=9), step("seed 0", "evaluate", metrics={"f1": 0.5}),
+            step("transformers, seed 0", "peer", status, train_seconds=2.0, steps=3),
+            step("transformers, seed 0", "evaluate", metrics={"f1": 0.1}),
+        ]}  # fmt: skip
+
+    row = page.ROWS["wnut17"]
+    whole, cut = (page.section(row, record(status), False) for status in ("done", "cut"))
+    assert "transformers' Trainer 0.1000, in 0.50 times its time" in whole
+    assert "| transformers, seed 0 | 0.1000" in whole
+    assert "times its time" not in cut
+    assert "| transformers, seed 0 (cut short) | 0.1000" in cut
+    assert ", 1 thread;" in cut
+
+
 def test_what_failed_is_said_and_its_figures_are_not_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
