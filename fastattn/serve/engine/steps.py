@@ -26,8 +26,8 @@ from fastattn.serve.engine.requests import (
 
 log = logging.getLogger("fastattn.serve")
 READ_ALONE = 256  # tokens of prompts that a step reads where no continuation waits for one
-# Rows of a step up to which the ends of prompts are read beyond what a step reads of a long one: a product takes little
-# longer for these, and each adds a continuation to all steps that follow.
+# Rows of a step up to which prompts of up to two pages are read beyond what a step reads of a long one: a product takes
+# little longer for these, and each adds a continuation to all steps that follow.
 MOST_ROWS = 64
 
 
@@ -67,14 +67,15 @@ class Batch:
         rows = len(decoding)
         reads: list[tuple[Continuation, int]] = []  # and where the part of the prompt ends
         for each in list(self.running):
-            ends = 0 < len(each.prompt) - each.held <= min(2 * self.page_size, MOST_ROWS - rows)
-            if not (each.reading and (budget > 0 or ends) and each in self.running):
+            left = len(each.prompt) - each.held
+            short = len(each.prompt) <= 2 * self.page_size and 0 < left <= MOST_ROWS - rows
+            if not (each.reading and (budget > 0 or short) and each in self.running):
                 continue
             if each.held >= len(each.prompt):
                 budget -= self._read_again(each)
                 continue
             pages = each.held // self.page_size + max(budget // self.page_size, 1)
-            end = len(each.prompt) if ends else min(pages * self.page_size, len(each.prompt))
+            end = len(each.prompt) if short else min(pages * self.page_size, len(each.prompt))
             if self._grow(each, end):
                 reads.append((each, end))
                 budget -= end - each.held
