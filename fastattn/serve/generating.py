@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
 
@@ -97,17 +97,20 @@ class Mailbox:
     """Outputs on their way from engines' threads to an event loop, which is woken once for all that come together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = weakref.ref(loop)  # which a mailbox that is kept for it must not keep
         self._posted: deque[tuple[asyncio.Queue[Any], Any]] = deque()
         self._woken = False
 
     def post(self, queue: asyncio.Queue[Any], item: Any) -> None:
         """Put an item into a queue of the loop, from any thread; RuntimeError once the loop is closed."""
+        loop = self._loop()
+        if loop is None:
+            raise RuntimeError("the event loop is gone")
         self._posted.append((queue, item))
         if not self._woken:
             self._woken = True
             try:
-                self._loop.call_soon_threadsafe(self._deliver)
+                loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:
                 self._woken = False
                 raise
@@ -119,7 +122,7 @@ class Mailbox:
             queue.put_nowait(item)
 
 
-_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakKeyDictionary()
 
 
 def mailbox() -> Mailbox:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -80,6 +82,16 @@ def test_a_mailbox_keeps_the_order_of_each_thread_and_loses_nothing() -> None:
     found = asyncio.run(run())
     for number in range(4):
         assert [i for who, i in found if who == number] == list(range(500))
+
+
+def test_a_mailbox_keeps_no_loop() -> None:
+    async def made() -> weakref.ref[asyncio.AbstractEventLoop]:
+        mailbox()
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = asyncio.run(made())
+    gc.collect()
+    assert loop() is None
 
 
 def test_a_mailbox_of_a_closed_loop_says_so_each_time() -> None:
