@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a few generated lines and steps, to see that it works"
     )
+    parser.add_argument("--conditions", help="what else the machine does meanwhile, a sentence for the page")
     parser.add_argument("--list", action="store_true", help="the rows, and the minutes that they take")
     parser.add_argument("--page", action="store_true", help="write docs/results.md from the stored records")
     options = parser.parse_args(argv)
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         record = runs.start(
             options.name, ROWS, options.out, data=options.data, encoder=options.encoder, minutes=options.minutes,
-            quick=options.quick, store=store,
+            quick=options.quick, store=store, conditions=options.conditions,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"tasks.py: {error}", file=sys.stderr)

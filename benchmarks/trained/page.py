@@ -32,8 +32,7 @@ the folder of all-MiniLM-L6-v2. Neither comes with fastattn. Settings are fixed 
 model is picked by a part of it, or by the dev part that a set comes with, never by a test set. Figures of a test set
 are those of `fastattn evaluate` ([their definitions](evaluation.md#metrics)); shares are within [0, 1]. A line that
 begins with "transformers" has the same start, data, rate, batches and number of steps in transformers' Trainer. Time is
-that of training with its evaluations. A run that was cut short says so and shows what there was. Runs on one thread of
-two cores had another job on the other core, so that their times are upper bounds.
+that of training with its evaluations. A run that was cut short says so and shows what there was.
 """
 NAMES = {
     "ece": "calibration error", "macro_f1": "macro F1", "f1": "F1", "exact_match": "exact match", "bleu": "BLEU",
@@ -228,9 +227,10 @@ def _about(record: Result) -> str:
     )
     threads = f"{device['threads']} thread{'' if device['threads'] == 1 else 's'}"
     commit = (record["revision"] or "?")[:10] + ("+" if record["dirty"] else "")
+    beside = f" {record['conditions']}" if record.get("conditions") else ""
     return (
         f"{device['name']}, {threads}; {versions}; {record['date'][:10]}, commit {commit}, "
-        f"{record['seconds'] / 60:.0f} minutes in all."
+        f"{record['seconds'] / 60:.0f} minutes in all.{beside}"
     )
 
 

@@ -44,6 +44,7 @@ class Run:
     seconds: float  # that it may take
     quick: bool = False
     stored: tuple[Path, ...] = ()  # where the record goes
+    conditions: str = ""  # what else the machine did, for the page
     record: Result = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -126,6 +127,7 @@ def new_record(job: Run, steps: Sequence[Step]) -> Result:
         "versions": versions,
         "revision": about["revision"],
         "dirty": about["dirty"],
+        "conditions": job.conditions,
         "command": command,
         "minutes": job.seconds / 60,
         "planned": len(steps),
@@ -339,6 +341,5 @@ def start(name: str, rows: dict[str, TaskRow], out: Path, **options: Any) -> Res
         data, encoder = options["data"], options["encoder"]
     minutes = options["minutes"] or row.minutes
     stored = [folder / STORED, *([options["store"]] if options["store"] else [])]
-    return run(
-        Run(row, data.resolve(), encoder.resolve(), folder.resolve(), 60 * minutes, quick, tuple(stored))
-    )
+    folders = (each.resolve() for each in (data, encoder, folder))
+    return run(Run(row, *folders, 60 * minutes, quick, tuple(stored), options.get("conditions") or ""))

@@ -55,7 +55,7 @@ class InBlocksOfKeys:
         self.page_size = caches[0][0].shape[2]
         self.pages = table.long().gather(1, self.places // self.page_size)[:, 0]
         self.inside = self.places[:, 0] % self.page_size
-        self._blocks: dict[tuple[int, int | None], KeyBlocks] = {}  # by heads and window
+        self._blocks: dict[int | None, KeyBlocks] = {}  # by window
 
     def __call__(self, attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(N, H, 1, D) of queries (N, H, 1, D) and the new keys and values (N, Hkv, 1, D)."""
@@ -66,9 +66,8 @@ class InBlocksOfKeys:
         keys[self.pages, :, self.inside] = k[:, :, 0]
         values[self.pages, :, self.inside] = v[:, :, 0]
         left = None if attn.window is None else attn.window[0]
-        kind = (keys.shape[1], left)
-        if kind not in self._blocks:
-            self._blocks[kind] = KeyBlocks(
+        if left not in self._blocks:
+            self._blocks[left] = KeyBlocks(
                 [n + 1 for n in self.lengths], self.table, keys.shape[1], self.page_size, left
             )
-        return self._blocks[kind].attend(q, keys, values, attn.scale, attn.softcap)
+        return self._blocks[left].attend(q, keys, values, attn.scale, attn.softcap)

@@ -30,8 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
 
     float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies one row per sequence,
     where BLAS libraries use a single thread or slow kernels, and not every CPU's vector instructions. So do the three
-    products of training, whose backward makes x again from what `remade` names instead of keeping it. Where MKL knows
-    the processor, shapes that may not repeat stay with it (`torch_compat.large_linear`).
+    products of training, whose backward makes x again from what `remade` names instead of keeping it. On Intel
+    processors with MKL, shapes that may not repeat stay with it (`torch_compat.large_linear`).
     """
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight, repeated):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):

@@ -27,11 +27,11 @@ from .products import (
     instructions,
     int8_linear,
     large_linear,
-    mkl_knows_processor,
     onednn_linear,
     pack_int8_linear,
     pack_linear,
     packed_linear,
+    prefers_mkl,
     product,
 )
 from .softmax_kernels import softmax, softmax_backward, softmax_gradient, softmax_gradient_kernel
@@ -90,7 +90,6 @@ __all__ = [
     "is_fake",
     "is_wrapped",
     "large_linear",
-    "mkl_knows_processor",
     "muon",
     "nothing_records",
     "onednn_linear",
@@ -99,6 +98,7 @@ __all__ = [
     "pack_int8_linear",
     "pack_linear",
     "packed_linear",
+    "prefers_mkl",
     "product",
     "rms_norm_backward",
     "softmax",

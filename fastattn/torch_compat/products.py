@@ -47,7 +47,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def mkl_knows_processor() -> bool:
+def prefers_mkl() -> bool:
     """Whether torch has MKL, and this processor is of MKL's maker: then it uses all vector instructions.
 
     Fallback: False where the maker is not known, and large products are oneDNN's.
@@ -62,12 +62,12 @@ def mkl_knows_processor() -> bool:
 def large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias for many rows, of a number that may not come again.
 
-    oneDNN makes a kernel for each number of rows, which takes as long as a product. MKL has none to make, but does not
-    use the vector instructions of every maker's processors.
+    oneDNN makes a kernel for each new number of rows. MKL has none to make, but does not use the vector instructions of
+    every maker's processors.
 
     Fallback: torch.nn.functional.linear where torch has no oneDNN.
     """
-    if not _HAS_ONEDNN or mkl_knows_processor():
+    if not _HAS_ONEDNN or prefers_mkl():
         return F.linear(x, weight, bias)
     return onednn_linear(x, weight, bias)
 

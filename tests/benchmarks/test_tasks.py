@@ -185,6 +185,9 @@ def test_a_run_of_transformers_that_was_cut_is_not_compared() -> None:
     assert "times its time" not in cut
     assert "| transformers, seed 0 (cut short) | 0.1000" in cut
     assert ", 1 thread;" in cut
+    assert "Tests ran beside it." in page.section(
+        row, {**record("done"), "conditions": "Tests ran beside it."}, False
+    )
 
 
 def test_what_failed_is_said_and_its_figures_are_not_asked_for(

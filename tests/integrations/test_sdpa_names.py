@@ -282,9 +282,8 @@ def test_entering_again_looks_through_new_modules_only(monkeypatch):
     globals_of = sdpa_names.globals_of
     monkeypatch.setattr(sdpa_names, "globals_of", lambda module: read.append(module) or globals_of(module))
     names, torchs = sdpa_names.ImportedNames(), torch_compat.torch_sdpa()
-    modules = [
-        types.ModuleType(f"made_for_a_test_{number}") for number in range(2)
-    ]  # hold no name of torch's
+    # hold no name of torch's
+    modules = [types.ModuleType(f"made_for_a_test_{number}") for number in range(2)]
     for new in modules:
         monkeypatch.setitem(sys.modules, new.__name__, new)
         read.clear()

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastattn import torch_compat
 from fastattn.nn import linear as module
 from fastattn.nn.linear import Linear, linear
+from fastattn.torch_compat import products
 from numerics import assert_within_rule, plain_in_any_order
 
 needs_onednn = pytest.mark.skipif(not torch_compat.has_onednn_linear(), reason="this torch has no oneDNN")
@@ -96,8 +97,10 @@ def test_shapes_that_do_not_fit_are_torchs_to_refuse(calls):
     assert calls == []
 
 
-def test_gradients_keep_the_error_rule(calls, monkeypatch):
+@pytest.mark.parametrize("mkl", [False, True])
+def test_gradients_keep_the_error_rule(mkl, calls, monkeypatch):
     monkeypatch.setattr(torch_compat, "ONEDNN_MIN_PRODUCTS", 0)
+    monkeypatch.setattr(products, "prefers_mkl", lambda: mkl)
     x, layer = torch.randn(3, 40, 24, requires_grad=True), Linear(24, 16)
     dout = torch.randn(3, 40, 16)
 

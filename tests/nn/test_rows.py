@@ -130,6 +130,8 @@ def test_by_row_has_the_bits_of_each_row_alone(width: int, dtype: torch.dtype) -
         together = apply(x)
         assert torch.equal(together, torch.cat([apply(row) for row in x.split(1)]))
         assert torch.equal(together[:5], apply(x[:5]))
+        assert torch.equal(together[3], function(x[3:4].clone())[0])
+        torch.testing.assert_close(together, function(x))
     assert by_row(F.gelu)(x[:0]).shape == (0, width)
 
 

@@ -10,8 +10,9 @@ import torch
 from engine_cases import PAGE, Asked, finish, make_engine, make_model, random_ids, run
 from small_models import KINDS, VOCAB
 
+from fastattn.models import GPT
 from fastattn.models.paged import LARGE_BLOCKS
-from fastattn.serve.engine import Output
+from fastattn.serve.engine import Engine, Output
 from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
 from numerics import assert_within_rule
 
@@ -73,13 +74,19 @@ def test_log_probabilities_have_the_same_bits_alone_and_in_company() -> None:
     assert [len(scores) for scores in scored] == [20, 0, 0, 25, 0, 0]
 
 
-def test_short_prompts_that_come_together_are_read_in_one_step() -> None:
-    model = make_model()
+def answering(model: GPT) -> tuple[Engine, Asked]:
+    """An engine that has answered a few tokens of a request."""
     first = Asked(random_ids(4, 1), max_new_tokens=30)
     engine = make_engine(model, pages=80)
     engine.submit(first.request)
     for _ in range(3):
         engine._step()
+    return engine, first
+
+
+def test_short_prompts_that_come_together_are_read_in_one_step() -> None:
+    model = make_model()
+    engine, _ = answering(model)
     short = [Asked(random_ids(PAGE + 1 + i, 2 + i), max_new_tokens=3) for i in range(4)]
     for each in short:
         engine.submit(each.request)
@@ -92,11 +99,7 @@ def test_short_prompts_that_come_together_are_read_in_one_step() -> None:
 
 def test_prompts_read_in_chunks_run_beside_decodes() -> None:
     model = make_model()
-    first = Asked(random_ids(4, 1), max_new_tokens=30)
-    engine = make_engine(model, pages=40)
-    engine.submit(first.request)
-    for _ in range(3):
-        engine._step()
+    engine, first = answering(model)
     long = Asked(random_ids(40, 2), max_new_tokens=3)
     engine.submit(long.request)
     before = len(first.tokens())

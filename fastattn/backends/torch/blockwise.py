@@ -64,8 +64,8 @@ def blockwise_tile_bwd(part: Part, tile: Tile, rows: RowStatistics, dout: Tensor
     dout_rows = grouped(rows_of(part.of(dout), tile).to(probs.dtype), num_kv_heads)
     dprobs = (dout_rows @ cols_of(part.value, tile).to(probs.dtype).mT).view(probs.shape)
     weights = probs
-    if (drawn := part.dropped(tile)) is not None:
-        weights, dprobs = probs * drawn, dprobs.mul_(drawn)
+    if (keep := part.keep(tile)) is not None:
+        weights, dprobs = probs * keep, dprobs.mul_(keep)
     cols_of(part.of(sums.value), tile).add_(grouped(weights, num_kv_heads).mT @ dout_rows)
     if rows.alone:  # rowsum(p * dp) of the tile itself cancels exactly where dscore is 0
         dscores = dprobs.mul_(probs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import visibility
-from fastattn.backends.torch.dropped import factor
+from fastattn.backends.torch.dropout import scaled_keep_mask
 from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
 from fastattn.spec import AttentionCall, accumulation_dtype
 
@@ -152,7 +152,7 @@ class Part:
             scores = scores.masked_fill_(~visible, -torch.inf)
         return scores, slope
 
-    def dropped(self, tile: Tile) -> Tensor | None:
+    def keep(self, tile: Tile) -> Tensor | None:
         """What dropout multiplies a tile's weights by, 0 or 1 / (1 - p), (b, H, rows, cols) in the accumulation dtype;
         None without dropout."""
         call = self.call
@@ -162,7 +162,9 @@ class Part:
         sequences = torch.arange(self.first_sequence, self.first_sequence + batch, device=device)
         heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=device)
         dtype = accumulation_dtype(self.query.dtype)
-        return factor(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p, dtype)
+        return scaled_keep_mask(
+            call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p, dtype
+        )
 
 
 def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:
@@ -209,8 +211,8 @@ def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:
 
 
 def dropped(part: Part, tile: Tile, probs: Tensor) -> Tensor:
-    drawn = part.dropped(tile)
-    return probs if drawn is None else probs * drawn
+    keep = part.keep(tile)
+    return probs if keep is None else probs * keep
 
 
 def rows_of(tensor: Tensor, tile: Tile) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.torch.dropped import factor
+from fastattn.backends.torch.dropout import scaled_keep_mask
 from fastattn.integers import cdiv
 from fastattn.spec import AttentionSpec, VarlenCall, accumulation_dtype
 from fastattn.visibility import distances
@@ -86,10 +86,10 @@ def _groups(bounds: Bounds, causal: str, num_heads: int, fewer_keys: int | None)
     padded: dict[tuple[int, int], list[int]] = {}
     for number, ((q_start, q_stop), (k_start, k_stop)) in enumerate(bounds):
         rows, cols = q_stop - q_start, k_stop - k_start
-        cut = causal == "bottom_right" and rows > cols
+        unseen = causal == "bottom_right" and rows > cols
+        many = fewer_keys is not None and cols >= fewer_keys
         size = (cdiv(rows, STEP) * STEP, cdiv(cols, STEP) * STEP)
-        cut = cut or (fewer_keys is not None and cols >= fewer_keys)
-        if rows and cols and not cut and num_heads * size[0] * size[1] <= GROUPED_ELEMENTS:
+        if rows and cols and not (unseen or many) and num_heads * size[0] * size[1] <= GROUPED_ELEMENTS:
             padded.setdefault(size, []).append(number)
     found = []
     with torch.inference_mode(False):
@@ -161,15 +161,15 @@ class Operands:
             self.by_head(scores).masked_fill_(self.group.hidden[:, None], -torch.inf)
         return scores
 
-    def dropped(self) -> Tensor | None:
+    def keep(self) -> Tensor | None:
         """What dropout multiplies weights by, 0 or 1 / (1 - p), as the scores; None without dropout."""
         call = self.call
         if call.dropout_seed is None:
             return None
         heads = torch.tensor(self.group.numbers)[:, None] * self.num_heads + torch.arange(self.num_heads)
         rows, cols = range(self.num_rows), range(self.num_cols)
-        drawn = factor(call.dropout_seed, heads, rows, cols, call.dropout_p, self.dtype)
-        return drawn.view(self.count * self.num_kv_heads, -1, self.num_cols)
+        keep = scaled_keep_mask(call.dropout_seed, heads, rows, cols, call.dropout_p, self.dtype)
+        return keep.view(self.count * self.num_kv_heads, -1, self.num_cols)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -185,8 +185,8 @@ def forward(call: VarlenCall, group: Group) -> tuple[Tensor, Tensor]:
     scores = operands.scores()
     probs = torch.softmax(scores, -1)
     lse = scores.amax(-1) - probs.amax(-1).log_()  # the largest weight is exp(0) / sum
-    if (drawn := operands.dropped()) is not None:
-        probs.mul_(drawn)
+    if (keep := operands.keep()) is not None:
+        probs.mul_(keep)
     out = operands.by_head(product(probs, operands.value))
     return out, lse.view(out.shape[:3])
 
@@ -201,9 +201,9 @@ def backward(
     douts = operands.gradients_of_rows(dout)
     dprobs = product(douts, operands.value.mT)
     weights = probs
-    if (drawn := operands.dropped()) is not None:
-        weights = probs * drawn
-        dprobs.mul_(drawn)
+    if (keep := operands.keep()) is not None:
+        weights = probs * keep
+        dprobs.mul_(keep)
     dv = product(weights.mT, douts)
     dscores = torch_compat.softmax_gradient(dprobs, probs)
     if dlse is not None:

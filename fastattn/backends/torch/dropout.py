@@ -29,7 +29,7 @@ _LOW, _SHIFT = np.uint64(LOW32), np.uint64(32)
 _BY = np.uint64(MULTIPLIER[0]), np.uint64(MULTIPLIER[1])
 
 
-def factor(
+def scaled_keep_mask(
     seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: float, dtype: torch.dtype
 ) -> Tensor:
     """0 for a weight that is dropped, 1 / (1 - p) for one that is kept: (*heads.shape, len(rows), len(cols)).
