@@ -341,5 +341,6 @@ def start(name: str, rows: dict[str, TaskRow], out: Path, **options: Any) -> Res
         data, encoder = options["data"], options["encoder"]
     minutes = options["minutes"] or row.minutes
     stored = [folder / STORED, *([options["store"]] if options["store"] else [])]
-    folders = (each.resolve() for each in (data, encoder, folder))
-    return run(Run(row, *folders, 60 * minutes, quick, tuple(stored), options.get("conditions") or ""))
+    job = Run(row, data.resolve(), encoder.resolve(), folder.resolve(), 60 * minutes, quick, tuple(stored))
+    job.conditions = options.get("conditions") or ""
+    return run(job)
