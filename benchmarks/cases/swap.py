@@ -98,7 +98,7 @@ class SwapWorkload:
         """The model as it was, in float64; None for generated ids, whose ties of logits differ by rounding."""
         if self.missing or self.case.group.startswith("Llama"):
             return None
-        plain = self._run(self.model, self.inputs)
+        plain = partial(self._run, self.model, self.inputs)
         doubled = {n: t.double() if t.is_floating_point() else t for n, t in self.inputs.items()}
         golden = self._run(copy.deepcopy(self.model).double(), doubled)
         return Judgement(lambda name, tensor: tensor, golden, plain, "all of the output")

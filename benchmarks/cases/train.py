@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases.train_runs import run_cases
 from measure.harness import Budget
-from measure.protocols import Judgement, Step
+from measure.protocols import Judgement, Step, Tensors
 from peers.gpt import GPTPair, product_weights
 from report import figures, schema
 
@@ -134,8 +134,11 @@ class TrainWorkload:
     @cached_property
     def _judgement(self) -> Judgement:
         golden = {"loss": self._loss(torch.float64)}
-        with self._precision():
-            plain = {"loss": self._loss(torch.float32)}
+
+        def plain() -> Tensors:
+            with self._precision():
+                return {"loss": self._loss(torch.float32)}
+
         return Judgement(lambda name, tensor: tensor, golden, plain, "the first loss")
 
     @torch.no_grad()

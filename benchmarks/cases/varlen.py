@@ -57,7 +57,7 @@ class VarlenWorkload(VarlenInputs):
         for peers with another dropout mask."""
         if self.case.dropout_p and not provider.startswith("fastattn"):
             return None
-        golden, plain, over = self._expected
+        expected = self._expected
         length, heads = self.case.lengths[0], {"dk": 1, "dv": 1}
         group = self.case.heads // self.case.kv_heads
 
@@ -68,10 +68,10 @@ class VarlenWorkload(VarlenInputs):
                 tensor = tensor[0].transpose(0, 1)
             return tensor[:length, : heads.get(name, group)]
 
-        return Judgement(part, golden, plain, over)
+        return expected._replace(part=part)
 
     @cached_property
-    def _expected(self) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    def _expected(self) -> Judgement:
         from fastattn import reference
 
         case, length = self.case, self.case.lengths[0]
@@ -88,10 +88,9 @@ class VarlenWorkload(VarlenInputs):
 
         over = f"sequence 0 of {length} tokens, query heads 0..{group - 1}"
         dout = self.dout[:length, :group]
-        judgement = calls.judge_by(
+        return calls.judge_by(
             formula, few, dout, case.direction, case.dtype, lambda name, tensor: tensor, over
         )
-        return dict(judgement.golden), dict(judgement.plain), over
 
 
 def cases_for(device: torch.device) -> list[VarlenCase]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +56,13 @@ def judge_by(
     """The formula's results on `few` inputs in float64 and in `dtype`; `names` are those compared (None = all)."""
     if names is not None and set(names) == {"out"}:
         direction = "forward"
-    made: list[dict[str, Any]] = []
-    for precision in (torch.float64, dtype):
+
+    def run(precision: torch.dtype) -> Tensors:
         upstream = None if dout is None else dout.to(precision)
         found = results_of(formula, leaves_of(few, direction, precision), upstream, direction)
-        made.append({n: t for n, t in found.items() if names is None or n in names})
-    return Judgement(part, made[0], made[1], over)
+        return {n: t for n, t in found.items() if names is None or n in names}
+
+    return Judgement(part, run(torch.float64), partial(run, dtype), over)
 
 
 def unless_refused(call: Callable[[], Any]) -> None:

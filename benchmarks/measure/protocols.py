@@ -20,11 +20,11 @@ class CannotRun(Exception):
 
 
 class Judgement(NamedTuple):
-    """The reference of a step's tensors: the same part of each in float64, and plain torch's own."""
+    """The reference of a step's tensors: the same part of each in float64, and how plain torch computes it."""
 
     part: Callable[[str, Tensor], Tensor]  # the slice of a step's tensor that was judged
     golden: Tensors  # float64
-    plain: Tensors  # the formula in the case's dtype, scores and weights materialised
+    plain: Callable[[], Tensors]  # the formula in the case's dtype, scores and weights materialised
     over: str  # which part, in words
 
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.integers import cdiv
+
 SIZES = ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))  # (O, I) of GPT-2 small
 COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 15
-COLD_BYTES = (
-    2**27
-)  # size of the weights that are used one after another, as in a model: larger than the caches
-
+# Size of the weights that are used one after another, as in a model: larger than the caches.
+COLD_BYTES = 2**27
 NOTICEABLE_RATIO = 0.95  # of the time of the product for all rows: a smaller gain counts as noise
 
 Product = Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ def times(products: Sequence[Product], width: int, dtype: torch.dtype) -> list[f
 
 def cold_weights(out: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """Enough weights (out, width) that each has left the caches before it is used again."""
-    count = max(2, -(-COLD_BYTES // (out * width * dtype.itemsize)))
+    count = max(2, cdiv(COLD_BYTES, out * width * dtype.itemsize))
     return [(torch.randn(out, width) * width**-0.5).to(dtype) for _ in range(count)]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import checkout
+from fastattn.integers import cdiv
 from report import schema
 from report.schema import Result
 from trained import files as row_files
@@ -270,7 +271,7 @@ def _of_output(step: Step, output: str) -> Result:
 
 def thinned(records: Sequence[Result], most: int = CURVE) -> list[Result]:
     """Evaluations as points (step, seconds, loss and other numbers), of many every n-th and the last."""
-    step = max(1, -(-len(records) // most))
+    step = max(1, cdiv(len(records), most))
     kept = [*records[:-1:step], *records[-1:]]
     return [_numbers({k: v for k, v in record.items() if k != "perplexity"}) for record in kept]
 

@@ -44,15 +44,6 @@ struct Pipeline {
     }
   }
 
-  // A fresh stage counts as empty.
-  FASTATTN_DEVICE void wait_empty(State state) {
-    if constexpr (kBlocks == 1) {
-      mbarrier_wait(&empty[state.stage], state.parity ^ 1);
-    } else {
-      mbarrier_wait_cluster(&empty[state.stage], state.parity ^ 1);
-    }
-  }
-
   // Fills a stage. The whole producer warp waits until the stage is empty. Once every lane has seen that, the lane with
   // `issues` set expects the number of bytes at `arrived` and issues their copies. A lane that were still waiting for
   // this phase when the consumers completed the next one would wait forever. `arrived` is the stage's full barrier, or
@@ -78,13 +69,24 @@ struct Pipeline {
 
   FASTATTN_DEVICE void wait_full(State state) { mbarrier_wait(&full[state.stage], state.parity); }
 
-  // Releases a stage, the consumers' counterpart of wait_empty: the caller has finished reading.
+  // Releases a stage, which load and fill wait for: the caller has finished reading.
   FASTATTN_DEVICE void release(State state) {
     if constexpr (kBlocks == 1) {
       mbarrier_arrive(&empty[state.stage]);
     } else {
 #pragma unroll
       for (uint32_t rank = 0; rank < kBlocks; ++rank) mbarrier_arrive_cluster_read(&empty[state.stage], rank);
+    }
+  }
+
+ private:
+  // By the whole warp, which must reconverge before one of its lanes arrives at the stage: load and fill do both. A
+  // fresh stage counts as empty.
+  FASTATTN_DEVICE void wait_empty(State state) {
+    if constexpr (kBlocks == 1) {
+      mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+    } else {
+      mbarrier_wait_cluster(&empty[state.stage], state.parity ^ 1);
     }
   }
 };

@@ -59,7 +59,9 @@ class FakeCase:
 
     def judge(self, provider: str) -> Judgement:
         zeros = {"out": torch.zeros(3, dtype=torch.float64)}
-        return Judgement(lambda name, tensor: tensor, zeros, {"out": torch.full((3,), 0.25)}, "everything")
+        return Judgement(
+            lambda name, tensor: tensor, zeros, lambda: {"out": torch.full((3,), 0.25)}, "everything"
+        )
 
 
 def test_rounds_call_everyone_once_in_a_rotating_order() -> None:
@@ -168,10 +170,25 @@ def test_the_rule_is_twice_the_error_of_plain_torch(value: float, within: bool) 
     assert kept is within
 
 
+def test_plain_torch_that_is_exact_by_chance_is_asked_in_other_orders() -> None:
+    golden = {"out": torch.zeros(3, dtype=torch.float64)}
+    for dtype, within in ((torch.float32, True), (torch.bfloat16, False)):
+        errors_of_orders = iter((0.0, 0.125, 0.25, 4.0))
+        judgement = Judgement(
+            lambda name, tensor: tensor,
+            golden,
+            lambda: {"out": torch.full((3,), next(errors_of_orders), dtype=dtype)},  # noqa: B023
+            "all",
+        )
+        _, kept = harness.errors_against(judgement, {"out": torch.full((3,), 0.5)}, dtype)
+        assert kept is within
+        assert list(errors_of_orders) == ([4.0] if within else [0.125, 0.25, 4.0])  # no more than it takes
+
+
 def test_equal_infinities_are_no_error() -> None:
     golden = {"lse": torch.tensor([-torch.inf, 1.0], dtype=torch.float64)}
     judgement = Judgement(
-        lambda name, tensor: tensor, golden, {"lse": torch.tensor([-torch.inf, 1.0])}, "all"
+        lambda name, tensor: tensor, golden, lambda: {"lse": torch.tensor([-torch.inf, 1.0])}, "all"
     )
     errors, within = harness.errors_against(
         judgement, {"lse": torch.tensor([-torch.inf, 1.0])}, torch.float32

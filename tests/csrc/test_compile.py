@@ -174,17 +174,3 @@ def test_special_instructions_stay_in_the_device_layer() -> None:
     for path in paths:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\basm\b|__shared__|threadIdx|blockIdx|__syncthreads|__shfl", text), path
-
-
-def test_stages_are_loaded_by_one_helper() -> None:
-    """Pipeline::load and fill sync the warp between wait and copies; a loop that waits by itself could forget it."""
-    for path in (CSRC / "kernels").glob("*.cuh"):
-        assert "wait_empty" not in path.read_text(encoding="utf-8"), path
-    pipeline = (CSRC / "device" / "pipeline.cuh").read_text(encoding="utf-8")
-    for helper, steps in {
-        "void load(": ["wait_empty(state);", "warp_sync();", "mbarrier_arrive_expect_tx(", "copies();"],
-        "void fill(": ["wait_empty(state);", "warp_sync();", "write();", "mbarrier_arrive("],
-    }.items():
-        text = pipeline.split(helper)[1]
-        places = [text.index(step) for step in steps]
-        assert places == sorted(places), helper

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastattn.integers import cdiv
 from fastattn.tune.cycles import machine
 from fastattn.tune.cycles.loops import Loop, hot_loops
 from fastattn.tune.cycles.resources import Resources, resources_of
@@ -130,7 +131,7 @@ def _blocks(resources: Resources, shared: int) -> int:
     """The number of resident blocks of a multiprocessor."""
     if not shared or not resources.registers or not resources.threads:
         return 1
-    registers = -(-resources.registers // 8) * 8 * resources.threads
+    registers = cdiv(resources.registers, 8) * 8 * resources.threads
     by_shared = machine.SHARED_MEMORY // (shared + machine.BLOCK_RESERVED)
     return max(1, min(machine.REGISTERS // registers, by_shared, machine.THREADS // resources.threads))
 
