@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils.data import DataLoader
 
 import fastattn
 from fastattn import reference, torch_compat
@@ -391,3 +393,13 @@ def test_without_its_kernel_several_copies_are_one_after_another(lacking: Callab
         torch_compat.copy_of_several()(targets, sources)
         assert all(torch.equal(target, source) for target, source in zip(targets, sources))
         lacking("torch._foreach_copy_")
+
+
+def test_without_the_loaders_method_workers_end_with_the_iterator(lacking: Callable[..., None]) -> None:
+    lacking("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers")
+    batches = iter(DataLoader(range(4), num_workers=1))  # type: ignore[arg-type]
+    torch_compat.end_loader_workers(batches)
+    assert len(multiprocessing.active_children()) == 1
+    assert next(batches).item() == 0
+    del batches
+    assert not multiprocessing.active_children()

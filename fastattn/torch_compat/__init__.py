@@ -15,7 +15,7 @@ from .attention import (
     torch_sdpa,
 )
 from .norms import rms_norm_backward
-from .objects import copy_of_several, cuda_sleep, has_hooks, hooks_of, version_of
+from .objects import copy_of_several, cuda_sleep, end_loader_workers, has_hooks, hooks_of, version_of
 from .optimizers import adamw, muon
 from .products import (
     ONEDNN_MIN_PRODUCTS,
@@ -73,6 +73,7 @@ __all__ = [
     "dispatch_mode",
     "dispatch_mode_active",
     "dual_level_entered",
+    "end_loader_workers",
     "graph_task",
     "has_cpu_flash_attention",
     "has_dispatch_mode",

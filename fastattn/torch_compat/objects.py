@@ -1,8 +1,8 @@
-"""Hooks of modules, versions and copies of tensors, and a delay on a GPU."""
+"""Hooks of modules, versions and copies of tensors, a delay on a GPU, and the workers of a data loader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,3 +75,15 @@ def copy_of_several() -> Callable[[Sequence[Tensor], Sequence[Tensor]], Any]:
 def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources):
         target.copy_(source)
+
+
+_end_workers = find("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers")
+
+
+def end_loader_workers(batches: Iterator[Any]) -> None:
+    """End the worker processes of a `DataLoader`'s iterator, which may still be referenced, as by a traceback.
+
+    Fallback: they end with the last reference to the iterator.
+    """
+    if _end_workers is not None:
+        _end_workers(batches)

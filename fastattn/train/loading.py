@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastattn import torch_compat
 from fastattn.data.packing import IndexSampler
 from fastattn.train.batches import Batch, Examples
 from fastattn.train.rng import seed_all, seed_at
@@ -61,7 +62,13 @@ class WorkerBatches:
         return next(self._batches)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers.
+
+        An error of a worker keeps the iterator in its traceback, and a process that exits waits for workers, which
+        leave its signals: so they are ended here and not with the last reference.
+        """
+        if self._batches is not None:
+            torch_compat.end_loader_workers(self._batches)
         self._batches = None
 
 

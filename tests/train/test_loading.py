@@ -1,5 +1,6 @@
 """Batches by worker processes: the same with any number of workers, and in a run that goes on from a checkpoint."""
 
+import multiprocessing
 import os
 import signal
 
@@ -62,5 +63,7 @@ def test_an_error_in_a_worker_ends_the_run_with_its_message(make_trainer):
         def __getitem__(self, index):
             raise ValueError("row 5 is no row")
 
-    with pytest.raises(ValueError, match="row 5 is no row"):
+    with pytest.raises(ValueError, match="row 5 is no row") as raised:
         make_trainer(train=Broken(), loader_workers=1).fit()
+    assert raised.tb is not None  # which holds the loader's iterator
+    assert not multiprocessing.active_children()  # an exiting process would wait for them
