@@ -63,7 +63,7 @@ ARROWS = {
     "demo_grid": {"", "reference"},
     "demo": {"", "console", "demo_grid", "data", "models", "train", "backends", "reference", "integrations"},
     "bench": {"console"},
-    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache"},
+    "tune": {"console", "kernels", "backends", "reference", "ops", "spec", "extension", "cache", "integers"},
     "evaluation": {"plot"},
     "tasks": {"console", "constants", "data", "evaluation", "models", "nn", "ops", "plot"},
     "text_generation": {"console", "data", "generation", "models"},

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.integers import cdiv
-
 SIZES = ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))  # (O, I) of GPT-2 small
 COUNTS = (1, 2, 4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +53,8 @@ def times(products: Sequence[Product], width: int, dtype: torch.dtype) -> list[f
 
 def cold_weights(out: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """Enough weights (out, width) that each has left the caches before it is used again."""
+    from fastattn.integers import cdiv
+
     count = max(2, cdiv(COLD_BYTES, out * width * dtype.itemsize))
     return [(torch.randn(out, width) * width**-0.5).to(dtype) for _ in range(count)]
 

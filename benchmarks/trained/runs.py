@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 import checkout
-from fastattn.integers import cdiv
 from report import schema
 from report.schema import Result
 from trained import files as row_files
@@ -271,6 +270,8 @@ def _of_output(step: Step, output: str) -> Result:
 
 def thinned(records: Sequence[Result], most: int = CURVE) -> list[Result]:
     """Evaluations as points (step, seconds, loss and other numbers), of many every n-th and the last."""
+    from fastattn.integers import cdiv
+
     step = max(1, cdiv(len(records), most))
     kept = [*records[:-1:step], *records[-1:]]
     return [_numbers({k: v for k, v in record.items() if k != "perplexity"}) for record in kept]
