@@ -14,6 +14,7 @@ from fastattn import torch_compat
 ONEDNN_MIN_WEIGHTS = 1 << 20  # below, a oneDNN call of one row costs more than it saves
 # The least for shapes that repeat, as in steps of generation: the kernel that oneDNN makes for a shape is used again.
 REPEATED_MIN_ROWS, REPEATED_MIN_PRODUCTS = 4, 1 << 20
+REPEATED_MOST_ROWS = 32  # more are those of a prompt, whose number may not come again
 REMAKE = "_fastattn_remake"  # the attribute of a tensor that holds how to recompute it
 
 
@@ -30,16 +31,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
 
     float32 on a CPU goes to oneDNN, the kernel that torch.compile would use: decoding multiplies one row per sequence,
     where BLAS libraries use a single thread or slow kernels, and not every CPU's vector instructions. So do the three
-    products of training, whose backward makes x again from what `remade` names instead of keeping it. On Intel
-    processors with MKL, shapes that may not repeat stay with it (`torch_compat.large_linear`).
+    products of training, whose backward makes x again from what `remade` names instead of keeping it. Where MKL uses
+    all vector instructions, shapes that may not repeat stay with it (`torch_compat.large_linear`).
     """
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight, repeated):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
             function, sources = getattr(x, REMAKE, (None, (x,)))
             out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
             return out
-        product = torch_compat.onednn_linear if repeated else torch_compat.large_linear
-        return product(x, weight, bias)
+        if repeated and x.numel() <= REPEATED_MOST_ROWS * weight.shape[1]:
+            return torch_compat.onednn_linear(x, weight, bias)
+        return torch_compat.large_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -4,6 +4,11 @@ FASTEST[instructions of the CPU][dtype]: up to how many rows (None: any number) 
 """
 
 FASTEST: dict[str, dict[str, tuple[tuple[int | None, str], ...]]] = {
+    "AVX2": {
+        "float32": ((1, "linear"), (None, "packed")),
+        "bfloat16": ((None, "linear"),),
+        "float16": ((1, "one by one"), (None, "linear")),
+    },
     "AVX512+VNNI": {
         "float32": ((None, "packed"),),
         "bfloat16": ((None, "packed"),),

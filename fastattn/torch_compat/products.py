@@ -46,14 +46,20 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+_avx512: Any = find("torch.cpu._is_avx512_supported")
+
+
 @functools.cache
 def prefers_mkl() -> bool:
-    """Whether torch has MKL, and this processor is of MKL's maker: then it uses all vector instructions.
+    """Whether torch has MKL, and MKL uses all vector instructions of this processor: one of its maker, or one without
+    AVX-512.
 
-    Fallback: False where the maker is not known, and large products are oneDNN's.
+    Fallback: False where neither is known, and large products are oneDNN's.
     """
     if not torch.backends.mkl.is_available():
         return False
+    if _avx512 is not None and not _avx512():
+        return True
     info = Path("/proc/cpuinfo")
     told = info.read_text(errors="replace") if info.exists() else platform.processor()
     return "GenuineIntel" in told
@@ -62,8 +68,8 @@ def prefers_mkl() -> bool:
 def large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias for many rows, of a number that may not come again.
 
-    oneDNN makes a kernel for each new number of rows. MKL has none to make, but does not use the vector instructions of
-    every maker's processors.
+    oneDNN makes a kernel for each new number of rows, and copies operands that are transposed, as in a backward. MKL does
+    neither, but does not use all vector instructions of every maker's processors.
 
     Fallback: torch.nn.functional.linear where torch has no oneDNN.
     """
@@ -135,7 +141,6 @@ def packed_linear(x: Tensor, pack: Any, bias: Tensor | None) -> Tensor:
 _int8_linear: Any = find("torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32")
 _int8_pack: Any = find("torch.ops.quantized.linear_prepack")
 _per_channel: Any = find("torch._make_per_channel_quantized_tensor")
-_avx512: Any = find("torch.cpu._is_avx512_supported")
 _vnni: Any = find("torch.cpu._is_vnni_supported")
 
 
@@ -161,7 +166,7 @@ def has_int8_linear() -> bool:
 def has_int8_dot_products() -> bool:
     """Whether 8-bit products are summed in 32 bits, by AVX-512 VNNI, so that none saturates.
 
-    Fallback: False, and activations use 7 bits.
+    Others sum two of them in 16 bits. Fallback: False, and activations use 7 bits.
     """
     return None not in (_avx512, _vnni) and bool(_avx512() and _vnni())
 
@@ -194,9 +199,12 @@ def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:
 
 
 def int8_linear(x: Tensor, pack: Any) -> Tensor:
-    """round(x) @ (weight * scale).T, float32, for float32 x of magnitude 127 at most.
+    """round(x) @ (weight * scale).T, float32, for float32 x of magnitude 127 at most, 63 without
+    `has_int8_dot_products`.
 
     Fallback: none is needed, `has_int8_linear` says so.
     """
-    result: Tensor = _int8_linear(x, 1.0, 128, pack)
+    # x becomes 0 .. 255 by adding this, or 0 .. 127 where two products with weights have to fit 16 bits
+    zero = 128 if has_int8_dot_products() else 64
+    result: Tensor = _int8_linear(x, 1.0, zero, pack)
     return result

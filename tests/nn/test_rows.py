@@ -59,12 +59,13 @@ def test_the_error_of_8_bits_is_the_documented_one(
     shape: tuple[int, int], levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each x is off by half a step of its row, each weight by half a step of its output, besides rounding."""
+    if levels == 127 and torch_compat.has_int8_linear() and not torch_compat.has_int8_dot_products():
+        pytest.skip("sums of products with 8-bit activations may not fit this CPU's 16 bits")
     monkeypatch.setattr(torch_compat, "has_int8_dot_products", lambda: levels == 127)
     weight, bias = operands(*shape)
     x = torch.randn(9, shape[1]) * torch.logspace(-20, 20, 9)[:, None]
     product = Int8Rows(weight, bias)
-    if not torch_compat.has_int8_dot_products() or levels == 127:
-        assert product.levels == levels
+    assert product.levels == levels
     exact = F.linear(x.double(), weight.double(), bias.double())
     of_x = x.double().abs().amax(1, keepdim=True) / (2 * levels)  # (N, 1)
     of_weight = weight.double().abs().amax(1, keepdim=True) / (2 * INT8_LEVELS)  # (O, 1)
