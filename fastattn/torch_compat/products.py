@@ -68,8 +68,8 @@ def prefers_mkl() -> bool:
 def large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias for many rows, of a number that may not come again.
 
-    oneDNN makes a kernel for each new number of rows, and copies operands that are transposed, as in a backward. MKL does
-    neither, but does not use all vector instructions of every maker's processors.
+    oneDNN makes a kernel for each new number of rows, and copies operands that are transposed, as in a backward. MKL
+    does neither, but does not use all vector instructions of every maker's processors.
 
     Fallback: torch.nn.functional.linear where torch has no oneDNN.
     """

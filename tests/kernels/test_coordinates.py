@@ -72,7 +72,6 @@ ROUNDED_UP = {  # the functions themselves, and why others do without them
     "fastattn/integers.py",  # cdiv
     "csrc/device/config.cuh",  # ceil_div
     "fastattn/data/best_fit.py",  # of arrays
-    "fastattn/tune/cycles/report.py",  # the model: its figures on file are keyed by its code
     "csrc/divisor.h",  # of 128 bits, on the host alone
     "kernels/attention_bwd_splits.py",  # of constants in a kernel
 }
