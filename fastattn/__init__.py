@@ -3,17 +3,20 @@
 from importlib import import_module
 from typing import Any
 
-from fastattn import reference
-from fastattn.integrations.swap import SwapReport, restore_attention, swap_attention
-from fastattn.integrations.torch import sdpa_override
-from fastattn.nn.attention import MultiHeadAttention
-from fastattn.ops.attention import attention, explain
-from fastattn.ops.cross_entropy import cross_entropy, explain_cross_entropy
-from fastattn.ops.kv_cache import attention_kv_cache, explain_kv_cache
-from fastattn.ops.linear_cross_entropy import explain_linear_cross_entropy, linear_cross_entropy
-from fastattn.ops.sdpa import scaled_dot_product_attention
-from fastattn.ops.softmax import explain_softmax, softmax
-from fastattn.ops.varlen import attention_varlen, explain_varlen
+from fastattn.collector import paused as _paused
+
+with _paused():
+    from fastattn import reference
+    from fastattn.integrations.swap import SwapReport, restore_attention, swap_attention
+    from fastattn.integrations.torch import sdpa_override
+    from fastattn.nn.attention import MultiHeadAttention
+    from fastattn.ops.attention import attention, explain
+    from fastattn.ops.cross_entropy import cross_entropy, explain_cross_entropy
+    from fastattn.ops.kv_cache import attention_kv_cache, explain_kv_cache
+    from fastattn.ops.linear_cross_entropy import explain_linear_cross_entropy, linear_cross_entropy
+    from fastattn.ops.sdpa import scaled_dot_product_attention
+    from fastattn.ops.softmax import explain_softmax, softmax
+    from fastattn.ops.varlen import attention_varlen, explain_varlen
 
 __all__ = [
     "MultiHeadAttention",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import JsonFlag, print_json, standard_input
+from fastattn.collector import paused
 from fastattn.constants import MAX_INT32
 
 MAX_SEED = 2**63 - 1
@@ -72,7 +73,8 @@ def generate(
     Options that are not given default to the folder's generation_config.json, except --max-new-tokens.
     Exits with 2 on bad input.
     """
-    from fastattn import text_generation as work
+    with paused():
+        from fastattn import text_generation as work
 
     options = work.options_of(
         temperature, top_k, top_p, min_p, stop, max_new_tokens=max_new_tokens, num_beams=num_beams, seed=seed,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastattn.collector import paused
 from fastattn.constants import MAX_INT32
 
 MEGABYTE = 1 << 20
@@ -49,8 +50,9 @@ def serve(
     Clients name a model by its folder's name. Each request gets the tokens that it gets alone. SIGTERM or Ctrl-C ends
     it once running requests are finished. Exits with 2 on bad input.
     """
-    from fastattn.serve.options import ServeOptions, key_from_environment
-    from fastattn.serve.server import serve as work
+    with paused():
+        from fastattn.serve.options import ServeOptions, key_from_environment
+        from fastattn.serve.server import serve as work
 
     options = ServeOptions(
         device=device,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastattn.cli.command import INTERRUPTED, JsonFlag, print_json, stop
+from fastattn.collector import paused
 from fastattn.console import InputError
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}  # of the command's settings
@@ -49,9 +50,10 @@ def train(
     Without --dev a part of the training data is held out, and a line says so; test sets are never read. OUT is a folder
     for fastattn predict and transformers, with log.jsonl, run.yaml and report.json. Exits with 2 on bad input.
     """
-    from fastattn.train import ConfigError, TrainingDiverged
-    from fastattn.train import run as work
-    from fastattn.train.progress import NoDisplay
+    with paused():
+        from fastattn.train import ConfigError, TrainingDiverged
+        from fastattn.train import run as work
+        from fastattn.train.progress import NoDisplay
 
     task, overrides = _split([*(words or ()), *context.args])
     try:
