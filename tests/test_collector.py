@@ -20,14 +20,18 @@ print(len(started), gc.isenabled())
 """
 
 
+def fail_while_paused() -> None:
+    with paused():
+        raise ImportError(f"collector on: {gc.isenabled()}")
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_what_was_before_is_back_also_after_an_error(enabled: bool) -> None:
     was = gc.isenabled()
     (gc.enable if enabled else gc.disable)()
     try:
-        with pytest.raises(ImportError), paused():
-            assert not gc.isenabled()
-            raise ImportError
+        with pytest.raises(ImportError, match="collector on: False"):
+            fail_while_paused()
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if was else gc.disable)()
