@@ -13,6 +13,7 @@ from fastattn.torch_compat import products
 from numerics import assert_within_rule, plain_in_any_order
 
 needs_onednn = pytest.mark.skipif(not torch_compat.has_onednn_linear(), reason="this torch has no oneDNN")
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
 
 
 @pytest.fixture
@@ -113,6 +114,29 @@ def test_gradients_keep_the_error_rule(mkl, calls, monkeypatch):
         plain = plain_in_any_order(lambda n=number: gradients(F.linear, torch.float32)[n], golden[number])
         assert_within_rule(actual, plain, golden[number])
     assert len(calls) == torch_compat.has_onednn_linear()
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 32, 33])
+def test_a_step_s_rows_are_onednn_s_and_those_of_a_prompt_whose_is_faster(rows, calls, monkeypatch):
+    used = []
+    for name in ("onednn_linear", "large_linear"):
+        monkeypatch.setattr(torch_compat, name, lambda *args, name=name: used.append(name))
+    with torch.no_grad():
+        linear(torch.randn(rows, 16), torch.randn(8, 16), repeated=True)
+    assert used == (["onednn_linear"] if rows <= 32 else ["large_linear"])
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    ("avx512", "maker", "mkl"),
+    [(True, "GenuineIntel", True), (True, "AuthenticAMD", False), (False, "AuthenticAMD", True)],
+)
+def test_mkl_is_preferred_where_it_uses_all_vector_instructions(avx512, maker, mkl, monkeypatch):
+    monkeypatch.setattr(products, "_avx512", lambda: avx512)
+    monkeypatch.setattr(products.Path, "exists", lambda path: True)
+    monkeypatch.setattr(products.Path, "read_text", lambda path, **_: f"vendor_id : {maker}")
+    assert products.prefers_mkl.__wrapped__() is mkl
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2)], ids=str)
