@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -67,3 +68,19 @@ def test_an_error_in_a_worker_ends_the_run_with_its_message(make_trainer):
         make_trainer(train=Broken(), loader_workers=1).fit()
     assert raised.tb is not None  # which holds the loader's iterator
     assert not multiprocessing.active_children()  # an exiting process would wait for them
+
+
+@pytest.mark.exhaustive  # torch waits for the worker twice, five seconds each
+def test_a_worker_that_does_not_come_back_is_killed(make_trainer):
+    class Stuck:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            if torch.utils.data.get_worker_info().id == 0:
+                raise ValueError("this one fails")
+            time.sleep(600)
+
+    with pytest.raises(ValueError, match="this one fails"):
+        make_trainer(train=Stuck(), loader_workers=2).fit()
+    assert not multiprocessing.active_children()
