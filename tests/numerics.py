@@ -19,6 +19,7 @@ from measure.rounding import (
     error_of_terms,
     plain_by_orders,
     plain_in_any_order,
+    terms_of_one_key,
     terms_of_score_gradients,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "assert_within_rule",
     "plain_in_any_order",
     "share_bound",
+    "terms_of_one_key",
     "terms_of_score_gradients",
 ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from evidence.findings import Finding, announce_call, attempt, backends_here, finding
 from measure.errors import ratios_of
 from measure.protocols import REFUSED
-from measure.rounding import terms_of_score_gradients
+from measure.rounding import terms_of_one_key
 
 HEAD_DIMS = (16, 64, 80, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -156,11 +156,10 @@ def _varlen(draw: random.Random, generator: torch.Generator, device: torch.devic
         found = []
         for start, stop in itertools.pairwise(cu_seqlens.tolist()):
             query, key, value, upstream = (
-                t[start:stop].double().transpose(0, 1)[None] for t in (*tensors.values(), dout)
+                t[start:stop].transpose(0, 1)[None] for t in (*tensors.values(), dout)
             )
-            _, weights = reference.attention(query, key, value, **options, return_weights=True)
             none = torch.zeros_like(upstream[..., 0])
-            pair = terms_of_score_gradients(query, key, value, weights * (weights == 1), upstream, none)
+            pair = terms_of_one_key(query, key, value, upstream, none, **options)
             found.append([t[0].transpose(0, 1) for t in pair])
         return {name: torch.cat(parts) for name, parts in zip(("dquery", "dkey"), zip(*found))}
 

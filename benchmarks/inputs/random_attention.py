@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure.rounding import terms_of_dscores, terms_of_score_gradients
+from measure.rounding import terms_of_dscores, terms_of_one_key
 
 SEQUENCES = (1, 2, 15, 17, 63, 64, 65, 113, 127, 128, 129, 191, 200, 255, 257, 384, 511, 520, 1000, 1023)
 HEAD_DIMS = (1, 8, 16, 17, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 200, 256)
@@ -88,15 +88,12 @@ class RandomCall:
     def cancelling_terms(self) -> dict[str, Tensor]:
         """The terms of gradients that cancel: of dquery and dkey in rows that see one key, whose weight is 1 whatever
         the score, and of the gradients of a bias, slopes or sinks of fewer than FEW numbers."""
-        from fastattn import reference
 
         of_few = self._terms_of_few()
         if self.options.get("dropout_p"):  # of an output that dropout has scaled the rounding does not cancel
             return of_few
-        query, key, value = (t.double() for t in self.operands.values())
-        _, weights = reference.attention(query, key, value, **self.options, return_weights=True)
-        seen = weights * (weights == 1)
-        dquery, dkey = terms_of_score_gradients(query, key, value, seen, self.dout, self.dlse)
+        query, key, value = self.operands.values()
+        dquery, dkey = terms_of_one_key(query, key, value, self.dout, self.dlse, **self.options)
         return {"dquery": dquery, "dkey": dkey, **of_few}
 
     def _terms_of_few(self) -> dict[str, Tensor]:

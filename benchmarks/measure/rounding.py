@@ -44,6 +44,21 @@ def terms_of_score_gradients(
     return of_scores @ key.repeat_interleave(group, dim=1), dkey
 
 
+def terms_of_one_key(
+    query: Tensor, key: Tensor, value: Tensor, dout: Tensor, dlse: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`terms_of_score_gradients` of the rows that see one key, whose weight is 1 whatever the score.
+
+    options: of the reference, without dropout: the rounding of an output that it has scaled does not cancel.
+    """
+    from fastattn import reference
+
+    query, key, value = query.double(), key.double(), value.double()
+    _, weights = reference.attention(query, key, value, **options, return_weights=True)
+    seen = weights * (weights == 1)
+    return terms_of_score_gradients(query, key, value, seen, dout, dlse, scale=options.get("scale"))
+
+
 def terms_of_dscores(
     value: Tensor, weights: Tensor, dout: Tensor, dlse: Tensor, dweights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

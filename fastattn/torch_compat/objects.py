@@ -83,7 +83,13 @@ _end_workers = find("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.
 def end_loader_workers(batches: Iterator[Any]) -> None:
     """End the worker processes of a `DataLoader`'s iterator, which may still be referenced, as by a traceback.
 
+    One that is busy is waited for as long as torch does, and then killed.
+
     Fallback: they end with the last reference to the iterator.
     """
     if _end_workers is not None:
         _end_workers(batches)
+        for worker in getattr(batches, "_workers", ()):
+            if worker.is_alive():
+                worker.kill()
+                worker.join()

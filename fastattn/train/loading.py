@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,9 +55,7 @@ class WorkerBatches:
             pin_memory=pin,
             generator=torch.Generator(),  # else it would draw from the global one, which is the model's
         )
-        others = set(multiprocessing.active_children())
         self._batches: Iterator[Batch] | None = iter(loader)
-        self._workers = set(multiprocessing.active_children()) - others
 
     def __next__(self) -> Batch:
         assert self._batches is not None
@@ -73,10 +70,6 @@ class WorkerBatches:
         if self._batches is not None:
             torch_compat.end_loader_workers(self._batches)
         self._batches = None
-        for worker in self._workers:
-            if worker.is_alive():  # it is busy with a batch that takes long
-                worker.kill()
-                worker.join()
 
 
 class _Requests:

@@ -17,7 +17,7 @@ from fastattn.backends import triton as backend
 from fastattn.kernels.tiles import Tiles
 from fastattn.ops.varlen import call_arguments
 from fastattn.spec import AttentionGrads, AttentionSpec, GradsNeeded, VarlenCall
-from numerics import assert_each_within_rule, terms_of_score_gradients
+from numerics import assert_each_within_rule, terms_of_one_key
 
 DIFFERENTIABLE = ("query", "key", "value", "alibi_slopes", "sinks")
 RAGGED = ((21, 37), (0, 5), (17, 16), (5, 0), (1, 18))  # queries and keys; one has none, one has no keys
@@ -159,19 +159,14 @@ def run_reference(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def cancelling_terms(inputs: Inputs) -> dict[str, Tensor]:
-    """The terms of dquery and dkey in rows that see one key, whose weight is 1 whatever the score.
-
-    None under dropout: the rounding of an output that it has scaled does not cancel.
-    """
+    """The terms of dquery and dkey in rows that see one key; none under dropout."""
     if inputs.options.get("dropout_p"):
         return {}
     terms = {name: torch.zeros_like(getattr(inputs, name), dtype=torch.float64) for name in ("query", "key")}
     for b in range(len(inputs.cu_seqlens_q) - 1):
         one = inputs.alone(b)
-        operands = [t.double().transpose(0, 1)[None] for t in (one.query, one.key, one.value)]
-        _, weights = reference.attention(*operands, **one.options, return_weights=True)
-        upstream = one.dout.double().transpose(0, 1)[None], one.dlse.double()[None]
-        found = terms_of_score_gradients(*operands, weights * (weights == 1), *upstream)
+        operands = [t.transpose(0, 1)[None] for t in (one.query, one.key, one.value, one.dout)]
+        found = terms_of_one_key(*operands, one.dlse[None], **one.options)
         for name, place, of_one in zip(terms, (inputs.rows(b), inputs.cols(b)), found):
             terms[name][place] = of_one[0].transpose(0, 1)
     return {"d" + name: of_name for name, of_name in terms.items()}

@@ -79,6 +79,15 @@ def test_the_error_of_8_bits_is_the_documented_one(
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_8_bit_numbers_do_not_saturate(sign: int) -> None:
+    weight = torch.full((40, 64), 0.5 * sign)
+    for value in (3.0, -3.0):
+        expected = torch.full((3, 40), 64 * 0.5 * sign * value)
+        torch.testing.assert_close(Int8Rows(weight, None)(torch.full((3, 64), value)), expected)
+
+
+@pytest.mark.usefixtures("engine")
 def test_rows_of_8_bits_have_the_bits_that_each_has_alone() -> None:
     weight, bias = operands(96, 65)
     product, x = Int8Rows(weight, bias), torch.randn(17, 65)
