@@ -41,6 +41,8 @@ class Budget:
 
 
 QUICK = Budget(seconds=1.0, least_rounds=2, most_rounds=5, least_sample_seconds=0.001)
+SIZING_CALLS = 4  # at most, of which the quickest tells how many calls a sample takes
+SIZING_SAMPLES = 10  # a call that takes as long as so many samples is not repeated
 TARGET_ROUNDS = 15  # least number of samples of a case with a target
 
 
@@ -170,8 +172,9 @@ def time_interleaved(
     """Seconds per call of every sample: each round calls every provider once, in an order that rotates.
 
     The first call of each step must have happened. The first round takes single calls and sizes the later samples; it
-    counts where those are single calls too. On CUDA a sample is bracketed by events and the last-level cache is
-    overwritten before it; elsewhere by the host's clock.
+    counts where those are single calls too. The quickest of a few calls sizes them, since a second call may still
+    prepare something, as our plans do. On CUDA a sample is bracketed by events and the last-level cache is overwritten
+    before it; elsewhere by the host's clock.
     """
     names = list(steps)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -189,7 +192,12 @@ def time_interleaved(
             for name in names[turn:] + names[:turn]:
                 seconds = sample(steps[name], repeats[name])
                 if number == 0:
-                    repeats[name] = max(1, min(1000, int(budget.least_sample_seconds / max(seconds, 1e-7))))
+                    quickest = seconds
+                    for _ in range(SIZING_CALLS - 1):
+                        if quickest < SIZING_SAMPLES * budget.least_sample_seconds:
+                            seconds = sample(steps[name], 1)
+                            quickest = min(quickest, seconds)
+                    repeats[name] = max(1, min(1000, int(budget.least_sample_seconds / max(quickest, 1e-7))))
                 if number > 0 or repeats[name] == 1 or budget.most_rounds == 1:
                     samples[name].append(seconds)
             used = time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -120,9 +121,9 @@ class AttentionPlan:
 
     def runner(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """(out, lse) of calls of this kind from their tensors, by the shortest way for them."""
-        if self.launch is not None and self.bare and not self.records:
+        if self.launch is not None and self.bare:
             launch: Callable[..., tuple[Tensor, Tensor]] = self.launch
-            return launch
+            return partial(self.record, self) if self.records else launch
         return self._results if self.masked_launch is None else self._masked_results
 
     def _masked_results(

@@ -50,19 +50,27 @@ _avx512: Any = find("torch.cpu._is_avx512_supported")
 
 
 @functools.cache
+def has_mkl_on_intel() -> bool:
+    """Whether torch has MKL, and the processor is of MKL's maker.
+
+    Fallback: False where the maker is not known.
+    """
+    if not torch.backends.mkl.is_available():
+        return False
+    info = Path("/proc/cpuinfo")
+    told = info.read_text(errors="replace") if info.exists() else platform.processor()
+    return "GenuineIntel" in told
+
+
+@functools.cache
 def prefers_mkl() -> bool:
     """Whether torch has MKL, and MKL uses all vector instructions of this processor: one of its maker, or one without
     AVX-512.
 
     Fallback: False where neither is known, and large products are oneDNN's.
     """
-    if not torch.backends.mkl.is_available():
-        return False
-    if _avx512 is not None and not _avx512():
-        return True
-    info = Path("/proc/cpuinfo")
-    told = info.read_text(errors="replace") if info.exists() else platform.processor()
-    return "GenuineIntel" in told
+    without_avx512 = _avx512 is not None and not _avx512()
+    return has_mkl_on_intel() or (without_avx512 and torch.backends.mkl.is_available())
 
 
 def large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import fastattn
 from fastattn import reference, torch_compat
 from fastattn.backends.torch import ragged_query
 from fastattn.backends.torch.single_query import results, single_query
-from fastattn.ops import arguments
+from fastattn.ops import arguments, plan
 from fastattn.spec import AttentionCall
 from numerics import assert_attention_within_rule, assert_each_within_rule
 
@@ -30,6 +30,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["other maker", "maker of MKL"])
+def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whose processor the code is chosen for."""
+    plan.clear()
+    monkeypatch.setattr(torch_compat, "has_mkl_on_intel", lambda: request.param)
+    yield
+    plan.clear()
 
 
 def caches(batch: int, kv_heads: int, capacity: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -54,6 +63,7 @@ def attend(
     return [out, lse]
 
 
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("group", [1, 2, 8])
@@ -91,6 +101,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_shape_depends_on_its_batch(

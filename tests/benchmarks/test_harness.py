@@ -96,6 +96,19 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     assert max(samples["quick"]) < 0.001
 
 
+def test_a_call_that_prepares_something_does_not_size_the_samples() -> None:
+    calls = []
+
+    def step() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(0.005)
+
+    budget = Budget(seconds=0, least_rounds=3, most_rounds=3, least_sample_seconds=0.002)
+    harness.time_interleaved({"planned": step}, CPU, budget)
+    assert len(calls) > 100
+
+
 def test_on_a_gpu_the_host_time_and_the_launches_of_a_call_are_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

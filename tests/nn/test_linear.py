@@ -136,6 +136,8 @@ def test_mkl_is_preferred_where_it_uses_all_vector_instructions(avx512, maker, m
     monkeypatch.setattr(products, "_avx512", lambda: avx512)
     monkeypatch.setattr(products.Path, "exists", lambda path: True)
     monkeypatch.setattr(products.Path, "read_text", lambda path, **_: f"vendor_id : {maker}")
+    monkeypatch.setattr(products, "has_mkl_on_intel", products.has_mkl_on_intel.__wrapped__)
+    assert products.has_mkl_on_intel() is (maker == "GenuineIntel")
     assert products.prefers_mkl.__wrapped__() is mkl
 
 

@@ -4,7 +4,8 @@ head.
 A batched matrix product gives a matrix the same bits at any place of the batch, except in a batch of one, which uses
 other code; a single matrix is therefore given twice. torch's fused kernel does not have this property with several
 threads: each thread's scratch buffer follows the previous one's, so the alignment, on which products of few rows
-depend, differs between threads. With one thread it is used where keys are few or shared, as it starts fewer operations.
+depend, differs between threads. With one thread it is used where it is faster: it starts fewer operations, which
+matters where keys are few, and everywhere on processors for which MKL's products are made.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ WIDENED_ELEMENTS = 2**18  # of a float32 copy of keys or values: what stays in a
 FEW_ELEMENTS = 2**17  # of the keys of one sequence; with fewer, the cost of starting an operation matters
 MOST_QUERIES = 16  # per head; more queries run in tiles
 MOST_SCORES = 2**22  # of one sequence with several queries, whose scores are all in memory at once
-KEYS_FIRST_MIN_DIM = 128  # head dim from which MKL reads long float32 keys faster as the first operand
+# head dim from which MKL reads long float32 keys faster as the first operand, except on processors of its maker
+KEYS_FIRST_MIN_DIM = 128
 # the operand of baddbmm that a beta of 0 leaves unread
 _NOTHING = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
@@ -171,7 +173,9 @@ def products(
     """
     dtype, head_dim = queries.dtype, queries.shape[2]
     wide = accumulation_dtype(dtype)
-    keys_first = head_dim >= KEYS_FIRST_MIN_DIM and elements > FEW_ELEMENTS
+    keys_first = (
+        head_dim >= KEYS_FIRST_MIN_DIM and elements > FEW_ELEMENTS and not torch_compat.has_mkl_on_intel()
+    )
     if dtype == wide:
         return _products(queries, keys, values, scale, keys_first, count, wants_lse)
     if not exact_scores and torch_compat.has_fast_products(dtype):
@@ -214,7 +218,9 @@ def most_fused_keys(
     ):
         return 0
     shared = group_size > 1 and head_dim < KEYS_FIRST_MIN_DIM
-    return sys.maxsize if shared else FEW_ELEMENTS // (num_kv_heads * head_dim)
+    if shared or torch_compat.has_mkl_on_intel():
+        return sys.maxsize
+    return FEW_ELEMENTS // (num_kv_heads * head_dim)
 
 
 def _products(
