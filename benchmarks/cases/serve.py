@@ -21,7 +21,8 @@ from measure import harness
 from measure.http_client import Answer, gaps, get, metric, p95, post
 from measure.protocols import CannotRun
 from peers.encoders import embedding_folder, sentences
-from report import schema
+from peers.served import Sample, generate_batch, one_at_a_time
+from report import figures, schema
 
 OURS, GENERATE, CONTINUOUS, OFFLINE = (
     "fastattn",
@@ -33,9 +34,7 @@ BESIDE, EARLIER = "fastattn-beside-512", "after-200-requests"
 TINY = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
 SMALL = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # GPT-2
 CLIENTS, TOKENS, LONG = 16, 32, 512
-ALONE = 2  # prompts of a round that run one at a time: their time for each token is that of all
 START_SECONDS = 120.0
-Sample = Callable[[], float]  # seconds
 
 
 def save_model(folder: Path, **sizes: Any) -> None:
@@ -144,6 +143,7 @@ def entry(
     target: schema.Result,
     quick: bool,
     rows: Callable[[], list[schema.Result]],
+    dtype: torch.dtype = torch.float32,
 ) -> schema.Result:
     """A case's entry of a result; a server that cannot run has a row with the reason."""
     try:
@@ -152,15 +152,20 @@ def entry(
         reason = schema.without_paths(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
         made = [{"provider": target["provider"], "status": "failed", "reason": reason}]
     return {
-        "name": name, "group": "serve", "params": params, "direction": "forward", "dtype": "float32",
-        "label": label, "axis": None, "flops": None, "bytes": None, "target": None if quick else target,
-        "rows": made,
+        "name": name, "group": "serve", "params": params, "direction": "forward",
+        "dtype": schema.dtype_name(dtype), "label": label, "axis": None, "flops": None, "bytes": None,
+        "target": None if quick else target, "rows": made,
     }  # fmt: skip
 
 
 def clients_case(quick: bool) -> schema.Result:
     """Tokens of 16 streams at once beside transformers' generate for one prompt at a time; milliseconds of a token."""
-    return _throughput("clients-16", GENERATE, 8.0, TOKENS, 5, quick)
+    return _throughput("clients-16", GENERATE, 8.0, TOKENS, 15, quick)
+
+
+def bfloat16_case(quick: bool) -> schema.Result:
+    """The same with weights in bfloat16 on both sides."""
+    return _throughput("clients-16-bfloat16", GENERATE, 8.0, TOKENS, 15, quick, torch.bfloat16)
 
 
 def continuous_case(quick: bool) -> schema.Result:
@@ -168,69 +173,37 @@ def continuous_case(quick: bool) -> schema.Result:
     return _throughput("clients-16-continuous", CONTINUOUS, 1.5, TOKENS // 2, 3, quick)
 
 
-def _throughput(name: str, peer: str, speed: float, tokens: int, rounds: int, quick: bool) -> schema.Result:
+def _throughput(
+    name: str, peer: str, speed: float, tokens: int, rounds: int, quick: bool,
+    dtype: torch.dtype = torch.float32,
+) -> schema.Result:  # fmt: skip
     count, tokens = (3, 4) if quick else (CLIENTS, tokens)
 
     def rows() -> list[schema.Result]:
-        with served_gpt(TINY if quick else SMALL) as (port, _, folder):
+        served = served_gpt(TINY if quick else SMALL, f"--dtype={schema.dtype_name(dtype)}")
+        with served as (port, _, folder):
 
             def ours() -> float:
                 started = time.perf_counter()
                 asyncio.run(streams(port, prompts(count), tokens))
                 return (time.perf_counter() - started) / (count * tokens)
 
-            make = {GENERATE: _one_at_a_time, CONTINUOUS: _generate_batch}[peer]
+            make = {GENERATE: one_at_a_time, CONTINUOUS: generate_batch}[peer]
             try:
-                theirs = make(folder, prompts(count), tokens)
+                theirs = make(folder, prompts(count), tokens, dtype)
             except Exception as error:  # as a row with the reason
                 theirs = _raising(error)
             return rounds_of({OURS: ours, peer: theirs}, 1 if quick else rounds)
 
     label = f"a token of {count} streams at once, {tokens} tokens behind 8 to 23 each, beside {peer}"
+    label = ", ".join([label, *figures.unusual(dtype, "forward+backward")])
     target = {"provider": OURS, "against": peer, "speed": speed}
-    return entry(name, label, {"clients": count, "tokens": tokens}, target, quick, rows)
+    return entry(name, label, {"clients": count, "tokens": tokens}, target, quick, rows, dtype)
 
 
 def _raising(error: Exception) -> Sample:
     def sample() -> float:
         raise error
-
-    return sample
-
-
-def _one_at_a_time(folder: Path, of: Sequence[Sequence[int]], tokens: int) -> Sample:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    chosen = [torch.tensor([list(each)]) for each in of[len(of) // 2 :][:ALONE]]
-    options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 1}
-
-    def sample() -> float:
-        started = time.perf_counter()
-        for ids in chosen:
-            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return (time.perf_counter() - started) / (len(chosen) * tokens)
-
-    return sample
-
-
-def _generate_batch(folder: Path, of: Sequence[Sequence[int]], tokens: int) -> Sample:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    config = transformers.GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=1, use_cache=True
-    )
-    inputs = [list(each) for each in of]
-
-    def sample() -> float:
-        started = time.perf_counter()
-        made = model.generate_batch(inputs, generation_config=config, progress_bar=False)
-        took = time.perf_counter() - started
-        count = sum(len(each.generated_tokens) for each in made.values())
-        if count != len(inputs) * tokens:
-            raise ValueError(f"it made {count} tokens, needs {len(inputs) * tokens}")
-        return took / count
 
     return sample
 
@@ -391,6 +364,7 @@ def faults_case(quick: bool) -> schema.Result:
 
 CASES: dict[str, Callable[[bool], schema.Result]] = {
     "clients-16": clients_case,
+    "clients-16-bfloat16": bfloat16_case,
     "clients-16-continuous": continuous_case,
     "between-tokens": gaps_case,
     "embeddings": embeddings_case,

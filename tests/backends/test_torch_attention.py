@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import fastattn
 from fastattn.backends.torch import attention as backend
 from fastattn.backends.torch import fused, parts
+from fastattn.ops import plan
 from fastattn.ops.arguments import call_arguments
 from fastattn.spec import AttentionCall, AttentionSpec, GradsNeeded
 from numerics import assert_each_within_rule, assert_within_rule, plain_in_any_order
@@ -237,3 +238,26 @@ def test_hidden_keys_stay_hidden_behind_slopes_that_overflow() -> None:
     out = fastattn.attention(query, key, value, causal=True, alibi_slopes=slopes, backend="torch")
     assert torch.equal(out[:, :, 0], value[:, :, 0])
     assert out[:, :, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_as_sequences_change_no_bit(
+    batch: int, causal: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contiguous tensors of many elements, by a plan and without one: results of the same bits in their order."""
+    torch.manual_seed(0)
+    query, dout = (torch.randn(batch, 4, 130, 64) for _ in range(2))
+    key, value = (torch.randn(batch, kv_heads, 130, 64) for _ in range(2))
+    results = []
+    for least in (2**30, 0):
+        monkeypatch.setattr(fused, "SEQUENCES_MIN_ELEMENTS", least)
+        plan.clear()
+        for _ in range(3):
+            tensors = [t.clone().requires_grad_() for t in (query, key, value)]
+            out, lse = fastattn.attention(*tensors, causal=causal, return_lse=True, backend="torch")
+            results.append([out, lse, *torch.autograd.grad(out, tensors, dout)])
+    for other in results[1:]:
+        assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(results[0], other))
+    plan.clear()

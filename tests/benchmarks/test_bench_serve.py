@@ -18,13 +18,18 @@ from report import figures, schema
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
-PEERS = {"clients-16": serve.GENERATE, "between-tokens": serve.BESIDE, "embeddings": serve.OFFLINE}
+PEERS = {
+    "clients-16": serve.GENERATE,
+    "clients-16-bfloat16": serve.GENERATE,
+    "between-tokens": serve.BESIDE,
+    "embeddings": serve.OFFLINE,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in serve.CASES if name != "clients-16-continuous"])
 def test_small_forms_run_and_are_stored(name: str, tmp_path: Path) -> None:
-    if name == "clients-16":
+    if PEERS.get(name) == serve.GENERATE:
         pytest.importorskip("transformers")
     options = ["--device", "cpu", "--quick", "--only", f"^{name}$", "--out", str(tmp_path)]
     assert bench_serve.main(options) == 0

@@ -6,6 +6,8 @@ counters, which stay in a core's cache.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from fastattn.philox import (
 )
 
 BLOCK = 2**13  # counters that are drawn at a time; six buffers of 8 bytes for each
+PAGE_WORDS = 2**9  # of 8 bytes
 Words = NDArray[np.uint64]
 _LOW, _SHIFT = np.uint64(LOW32), np.uint64(32)
 _BY = np.uint64(MULTIPLIER[0]), np.uint64(MULTIPLIER[1])
@@ -66,6 +69,18 @@ def _kept(seed: int, heads: NDArray[np.int64], rows: range, cols: range, thresho
     return keep[:, :, start : start + len(cols)]
 
 
+def _buffers(count: int, shape: tuple[int, ...]) -> list[Words]:
+    """Uninitialised arrays, whose beginnings are at different distances from a page's.
+
+    At the same distance, as those of separate arrays often are, a processor takes a load from one for a load of what
+    was just stored in another, and waits.
+    """
+    size = math.prod(shape)
+    step = cdiv(size, PAGE_WORDS) * PAGE_WORDS + PAGE_WORDS // 8
+    memory = np.empty(count * step, np.uint64)
+    return [memory[i * step : i * step + size].reshape(shape) for i in range(count)]
+
+
 def _halves(calls: Words, rows: Words, heads: Words, key: tuple[int, int]) -> NDArray[np.uint16]:
     """The 16-bit halves of Philox4x32-10 in the order of their keys, (heads, rows, 8 * calls).
 
@@ -76,8 +91,10 @@ def _halves(calls: Words, rows: Words, heads: Words, key: tuple[int, int]) -> ND
     for number in range(ROUNDS):
         k0, k1 = (np.uint64((k + number * w) & LOW32) for k, w in zip(key, WEYL))
         if number == 3:  # every word depends on all coordinates from here on
-            c0, c1, c2, c3 = (np.array(np.broadcast_to(word, shape)) for word in (c0, c1, c2, c3))
-            product0, product1 = np.empty_like(c0), np.empty_like(c0)
+            *copies, product0, product1 = _buffers(6, shape)
+            for copy, word in zip(copies, (c0, c1, c2, c3)):
+                np.copyto(copy, word)
+            c0, c1, c2, c3 = copies
         if number < 3:
             product0, product1 = c0 * _BY[0], c2 * _BY[1]
             c0 = product1 >> _SHIFT ^ (c1 ^ k0) & _LOW

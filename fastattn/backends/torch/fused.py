@@ -18,6 +18,7 @@ from fastattn.strides import empty_in_order
 
 FOLDED_MAX_DIM = 128  # head dims from which more rows take the kernel longer than to read the keys again
 FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
+SEQUENCES_MIN_ELEMENTS = 2**16  # of the queries, from which on copying results takes longer than making views
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
 
@@ -42,6 +43,12 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
         query, key, value = rows_of(part.query, tile), cols_of(part.key, tile), cols_of(part.value, tile)
         if mask is not None and folds(query, key):
             tile_out, tile_lse = folded(query, key, value, mask, part.call.scale)
+        elif mask is None and are_sequences(query, key, value):
+            q, k, v = map(as_sequences, (query, key, value))
+            tile_out, tile_lse = torch_compat.cpu_flash_attention(
+                q, k, v, tile.structure == "causal", None, part.call.scale
+            )
+            tile_out, tile_lse = tile_out.view(query.shape), tile_lse.view(query.shape[:3])
         else:
             tile_out, tile_lse = torch_compat.cpu_flash_attention(
                 query, key, value, tile.structure == "causal", mask, part.call.scale
@@ -54,6 +61,24 @@ def fused_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
             out = out * share[..., None] + tile_out * tile_share[..., None]
     assert out is not None
     return (out if out.dtype == part.query.dtype else out.to(part.query.dtype)), lse
+
+
+def are_sequences(query: Tensor, key: Tensor, *others: Tensor) -> bool:
+    """Whether every head may be a sequence of its own to the kernel, for which heads share no keys.
+
+    Its results lie in the order (B, S, H, D); those of sequences of one head are contiguous, as these tensors are, so
+    that none has to be copied. Views take longer than to copy few elements.
+    """
+    if query.numel() < SEQUENCES_MIN_ELEMENTS:
+        return False
+    contiguous = query.is_contiguous() and key.is_contiguous() and all(t.is_contiguous() for t in others)
+    return contiguous and query.shape[1] == key.shape[1]
+
+
+def as_sequences(tensor: Tensor) -> Tensor:
+    """(B, H, S, D) as (B * H, 1, S, D), and (B, H, S) as (B * H, 1, S)."""
+    batch, heads, *rest = tensor.shape
+    return tensor.view(batch * heads, 1, *rest)
 
 
 def folds(query: Tensor, key: Tensor) -> bool:
@@ -100,9 +125,17 @@ def fused_tile_bwd(
         key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, heads]
-    dq, dk, dv = torch_compat.cpu_flash_attention_backward(
-        dout, query, key, value, out, lse_safe, tile.structure == "causal", mask, part.call.scale
-    )  # fmt: skip
+    causal, scale, run = (
+        tile.structure == "causal",
+        part.call.scale,
+        torch_compat.cpu_flash_attention_backward,
+    )
+    if mask is None and are_sequences(query, key, value, dout, out, lse_safe):
+        do, q, k, v, o, lse = map(as_sequences, (dout, query, key, value, out, lse_safe))
+        dq, dk, dv = run(do, q, k, v, o, lse, causal, None, scale)
+        dq, dk, dv = dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
+    else:
+        dq, dk, dv = run(dout, query, key, value, out, lse_safe, causal, mask, scale)
     if group_size > 1:
         dk, dv = (g.unflatten(1, (g.shape[1] // group_size, group_size)).sum(2) for g in (dk, dv))
     return dq, dk, dv

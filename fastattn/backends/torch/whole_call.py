@@ -47,6 +47,17 @@ def attention_fwd_plan(
         "window_right": call.window_right,
     }
     flash = torch_compat.cpu_flash_kernel()
+    if fused.are_sequences(call.query, call.key, call.value):
+        shape, of_lse = call.query.shape, call.query.shape[:3]
+        rows, cols = (fused.as_sequences(t).shape for t in (call.query, call.key))
+
+        def run_apart(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = flash(query.view(rows), key.view(cols), value.view(cols), 0.0, causal, scale=scale)
+            if not fused.is_regular(lse):
+                return attention_fwd(spec, AttentionCall(query, key, value, scale=scale, **options))
+            return out.view(shape), lse.view(of_lse)
+
+        return run_apart
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = flash(query, key, value, 0.0, causal, scale=scale)
@@ -164,12 +175,24 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
     ):
         return None
     strides = tuple(strides_in_order(t.stride(), tuple(t.shape)) for t in (call.query, call.key, call.value))
+    apart, shape, of_keys = (
+        fused.are_sequences(call.query, call.key, call.value),
+        call.query.shape,
+        call.key.shape,
+    )
+    rows, cols = ((s[0] * s[1], 1, *s[2:]) for s in (shape, of_keys))
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dout: Tensor
     ) -> AttentionGrads | None:
         if not fused.is_finite(lse):
             return None
+        if apart and dout.is_contiguous():
+            dq, dk, dv = torch_compat.cpu_flash_attention_backward(
+                dout.view(rows), query.view(rows), key.view(cols), value.view(cols), out.view(rows),
+                lse.view(rows[:3]), causal, None, scale,
+            )  # fmt: skip
+            return AttentionGrads(dq.view(shape), dk.view(of_keys), dv.view(of_keys))
         dq, dk, dv = torch_compat.cpu_flash_attention_backward(
             dout, query, key, value, out, lse.contiguous(), causal, None, scale
         )
