@@ -1,0 +1,58 @@
+"""Models of folders as a server holds them: where they are loaded."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package)
+from fastattn.console import InputError
+from fastattn.serve import served
+from fastattn.serve.options import ServeOptions
+
+TASKS = Path("/proc/self/task")  # the threads of this process, Python's or not
+
+
+def test_models_are_loaded_in_a_thread_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(served, "name_of", lambda folder: folder.name)
+    monkeypatch.setattr(served, "load_one", lambda *_: threading.current_thread())
+    loaded = served.load_all([tmp_path / "a", tmp_path / "b"], ServeOptions())
+    assert set(loaded) == {"a", "b"}
+    assert len({*loaded.values(), threading.current_thread()}) == 2
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="only Linux tells the threads of a process")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this torch has no OpenMP")
+def test_openmp_keeps_no_threads_of_the_loading() -> None:
+    before, threads = len(os.listdir(TASKS)), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+
+        def work() -> tuple[int, int]:
+            torch.ones(2**22).exp_()
+            return torch.get_num_threads(), len(os.listdir(TASKS))
+
+        inside, during = served.in_own_thread(work)
+    finally:
+        torch.set_num_threads(threads)
+    assert (inside, during) == (3, before + 3)  # itself and two of OpenMP
+    end = time.monotonic() + 30
+    while len(os.listdir(TASKS)) > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(os.listdir(TASKS)) <= before
+
+
+@pytest.mark.parametrize("error", [InputError("no such folder"), KeyboardInterrupt()], ids=repr)
+def test_what_loading_raises_arrives(error: BaseException) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        served.in_own_thread(work)
+    assert caught.value is error
