@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(package)
 from fastattn.console import InputError
 from fastattn.serve import served
 from fastattn.serve.options import ServeOptions
+
+for package in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package)
 
 TASKS = Path("/proc/self/task")  # the threads of this process, Python's or not
 
