@@ -120,7 +120,8 @@ def rounds_of(samples: Mapping[str, Sample], rounds: int) -> list[schema.Result]
             if name in reasons:
                 continue
             try:
-                took = samples[name]()
+                with harness.without_collections():  # which take the client's processors from the server
+                    took = samples[name]()
             except Exception as error:
                 if name.startswith(OURS):
                     raise

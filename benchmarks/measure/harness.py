@@ -6,12 +6,13 @@ returns its tensors by name, from which the errors are computed. A provider that
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,10 +183,7 @@ def time_interleaved(
         return samples
     sample = sample or _sampler(device)
     repeats = dict.fromkeys(names, 1)
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collections():
         started = time.perf_counter()
         for number in range(budget.most_rounds):
             turn = number % len(names)
@@ -205,10 +203,20 @@ def time_interleaved(
             enough = min(budget.least_rounds, 3) if hurried else budget.least_rounds
             if number + 1 >= max(enough, 2) and used > budget.seconds:
                 break
+    return samples
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Collect garbage now, and not while this is active."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if enabled:
             gc.enable()
-    return samples
 
 
 def _sampler(device: torch.device) -> Sampler:

@@ -18,6 +18,14 @@ from fastattn.strides import empty_in_order
 
 FOLDED_MAX_DIM = 128  # head dims from which more rows take the kernel longer than to read the keys again
 FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
+# the integers of a dtype's size, and the one with the bits of -inf
+_MINUS_INFINITY = {
+    dtype: (integer, int(torch.tensor(-torch.inf, dtype=dtype).view(integer)))
+    for dtype, integer in (
+        (torch.float64, torch.int64), (torch.float32, torch.int32), (torch.bfloat16, torch.int16),
+        (torch.float16, torch.int16),
+    )
+}  # fmt: skip
 SEQUENCES_MIN_ELEMENTS = 2**16  # of the queries, from which on copying results takes longer than making views
 FUSED_SHARE_BYTES = 2**21  # gradients of a tile larger than this are computed some heads at a time
 
@@ -187,8 +195,12 @@ def fused_mask(part: Part, tile: Tile) -> Tensor | None:
 
 
 def _penalties(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a pair is visible, -inf elsewhere: 1 - 1 / visible, in half the time of where."""
-    return visible.to(dtype).reciprocal_().neg_().add_(1)
+    """0 where a pair is visible, -inf elsewhere.
+
+    By integers: 1 - 1 is 0, and 0 - 1 has every bit, of which those of -inf are kept. Five times as fast as where.
+    """
+    integer, bits = _MINUS_INFINITY[dtype]
+    return visible.to(integer).sub_(1).bitwise_and_(bits).view(dtype)
 
 
 def _slopes_stay_finite(call: AttentionCall) -> bool:
