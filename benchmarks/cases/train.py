@@ -112,7 +112,7 @@ class TrainWorkload:
         run = torch.compile(model) if provider.endswith("-compile") else model
         optimizer = None
         if self.case.update:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
         def step() -> dict[str, Tensor]:
             with self._precision(), torch.set_grad_enabled(trains):
@@ -170,6 +170,8 @@ def cases_for(device: torch.device) -> list[Any]:
                 "train-1x512-bf16", "train", 1, 512, dtype=torch.bfloat16, target=at_least(1.15), peers=alone
             ),
             TrainCase("train-4x512", "train", 4, 512, target=at_least(1.15, 0.4), peers=alone),
+            TrainCase("step-1x512", "train", 1, 512, update=True, target=at_least(1.15, 0.8), peers=alone),
+            TrainCase("step-4x512", "train", 4, 512, update=True, target=at_least(1.15, 0.5), peers=alone),
             TrainCase("train-1x256-dropout", "train", 1, 256, dropout=0.1, peers=alone),
             TrainCase("evaluate-1x512", "evaluate", 1, 512, peers=alone),
             *run_cases(),

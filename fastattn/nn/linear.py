@@ -39,7 +39,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
             function, sources = getattr(x, REMAKE, (None, (x,)))
             out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
             return out
-        if repeated and x.numel() <= REPEATED_MOST_ROWS * weight.shape[1]:
+        several = (
+            x.numel() > weight.shape[1]
+        )  # rows; MKL reads a weight for one fastest where it is made for the CPU
+        if (
+            repeated
+            and x.numel() <= REPEATED_MOST_ROWS * weight.shape[1]
+            and (several or not torch_compat.has_mkl_on_intel())
+        ):
             return torch_compat.onednn_linear(x, weight, bias)
         return torch_compat.large_linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -60,9 +60,11 @@ def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None, *, onc
 def choice_for(instructions: str, dtype: torch.dtype) -> Choice:
     """The line of the table for a CPU and a dtype.
 
-    For a CPU that was not measured: packed weights in bfloat16, torch's own products in other dtypes.
+    For a CPU that was not measured: that of the same instructions by another maker; else packed weights in bfloat16,
+    torch's own products in other dtypes.
     """
-    measured = FASTEST.get(instructions, {}).get(str(dtype).removeprefix("torch."))
+    of_cpu = FASTEST.get(instructions) or FASTEST.get(instructions.partition(",")[0], {})
+    measured = of_cpu.get(str(dtype).removeprefix("torch."))
     if measured is not None:
         return measured
     return ((None, "packed" if dtype == torch.bfloat16 else "linear"),)

@@ -14,4 +14,9 @@ FASTEST: dict[str, dict[str, tuple[tuple[int | None, str], ...]]] = {
         "bfloat16": ((None, "packed"),),
         "float16": ((None, "linear"),),
     },
+    "AVX512+VNNI, Intel": {
+        "float32": ((1, "one by one"), (None, "packed")),
+        "bfloat16": ((None, "packed"),),
+        "float16": ((None, "linear"),),
+    },
 }

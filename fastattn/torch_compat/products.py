@@ -181,12 +181,14 @@ def has_int8_dot_products() -> bool:
 
 @functools.cache
 def instructions() -> str:
-    """The instruction set that this CPU has for products, as torch names it: "AVX2", "AVX512", "AVX512+VNNI".
+    """The instruction set that this CPU has for products, as torch names it: "AVX2", "AVX512", "AVX512+VNNI"; with
+    ", Intel" where MKL uses it best.
 
     Fallback: the name alone.
     """
     name = str(torch.backends.cpu.get_cpu_capability())
-    return f"{name}+VNNI" if has_int8_dot_products() else name
+    name = f"{name}+VNNI" if has_int8_dot_products() else name
+    return f"{name}, Intel" if has_mkl_on_intel() else name
 
 
 def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:

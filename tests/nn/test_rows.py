@@ -190,6 +190,15 @@ def test_the_table_is_what_chooses(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert used == ["packed" if dtype == torch.bfloat16 else "linear"]
 
 
+def test_a_cpu_of_another_maker_goes_by_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_both, of_one = ((None, "linear"),), ((None, "one by one"),)
+    monkeypatch.setattr(module, "FASTEST", {"AVX9": {"float32": of_both}, "AVX9, A": {"float32": of_one}})
+    assert module.choice_for("AVX9", torch.float32) == of_both
+    assert module.choice_for("AVX9, A", torch.float32) == of_one
+    assert module.choice_for("AVX9, B", torch.float32) == of_both
+    assert module.choice_for("AVX8, A", torch.float32) == ((None, "linear"),)
+
+
 def test_a_product_that_is_made_once_packs_no_float32_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FASTEST", {torch_compat.instructions(): PACKED})
     weight, bias = operands(4200, 130)
