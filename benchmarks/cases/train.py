@@ -98,7 +98,7 @@ class TrainWorkload:
     """One set of weights in both libraries' models, and the tokens."""
 
     def __init__(self, case: TrainCase, device: torch.device) -> None:
-        self.case, self.device = case, device
+        self.case, self.device, self.keeps_state = case, device, case.update
         rates = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), case.dropout)
         self.pair = GPTPair(case.preset, device, **rates)
         size = (case.batch, case.seqlen)

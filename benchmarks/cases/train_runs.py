@@ -189,6 +189,7 @@ class Packed(Unjudged):
 
     ROW = 1024
     LAYERS = 4  # of the preset's width, so that fifteen rounds take minutes
+    keeps_state = True  # AdamW's, from the first step on
 
     def __init__(self, case: RunCase, device: torch.device) -> None:
         self.case, self.device = case, device

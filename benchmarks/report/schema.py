@@ -40,6 +40,7 @@ ROOT = checkout.ROOT
 RESULTS = (
     ROOT / "benchmarks" / "results" if (ROOT / "pyproject.toml").exists() else Path("fastattn-benchmarks")
 )
+CPU_MAKERS = ("AMD", "Intel", "ARM", "Apple")  # as names of processors have them
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.+@-]+/)+[\w.+@-]*")
 
 Result = dict[str, Any]
@@ -67,8 +68,14 @@ def describe_device(device: torch.device) -> Result:
 
 
 def folder_name(device: Result) -> str:
-    """The results folder of a device: "cpu", or a GPU's name such as "nvidia-h200"."""
-    return "cpu" if device["kind"] == "cpu" else re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
+    """The results folder of a device: a GPU's name such as "nvidia-h200", of a CPU its maker, as in "cpu-amd".
+
+    Ratios differ between makers, whose processors the libraries below use to different degrees.
+    """
+    if device["kind"] != "cpu":
+        return re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
+    maker = next((maker for maker in CPU_MAKERS if maker in device["name"]), None)
+    return f"cpu-{maker.lower()}" if maker else "cpu"
 
 
 def new_result(bench: str, device: torch.device, settings: Result) -> Result:

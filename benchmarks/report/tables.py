@@ -120,32 +120,51 @@ def _results(kind: str, bench: str) -> list[Result]:
     return [result for result in loaded if result["device"]["kind"] == kind and result["bench"] == bench]
 
 
-def _headline_lines(words: Words) -> list[str]:
-    """Every CPU case with a target, under one line per set of conditions."""
-    rows, under = [], []
+def _cpus() -> list[list[Result]]:
+    """The results of each maker's CPU, in the order of the benches."""
+    found: dict[str, list[Result]] = {}
     for bench in BENCHES:
         for result in _results("cpu", bench):
+            found.setdefault(schema.folder_name(result["device"]), []).append(result)
+    return [found[name] for name in sorted(found)]
+
+
+def _headline_lines(words: Words) -> list[str]:
+    """Every CPU case with a target: a table for each CPU, with one line per set of conditions."""
+    made: list[str] = []
+    for results in _cpus():
+        rows, under = [], []
+        for result in results:
             chosen = [case for case in result["cases"] if case["target"] is not None]
             rows += [_case_line(case) for case in chosen]
             under += [conditions(result, words)] if chosen else []
-    return [*_header([words[name] for name in COLUMNS]), *rows, "", *dict.fromkeys(under)] if rows else []
+        if rows:
+            made += [*_header([words[name] for name in COLUMNS]), *rows, "", *dict.fromkeys(under), ""]
+    return made[:-1]
 
 
 def _highlight_lines(words: Words) -> list[str]:
-    """The cases of HIGHLIGHTS in few columns."""
-    rows, under = [], []
-    for bench, name in HIGHLIGHTS:
-        for result in _results("cpu", bench):
-            for case in (each for each in result["cases"] if each["name"] == name):
-                ours, peer = figures.ours_of(case), figures.peer_of(case)
-                ratio = figures.speed_ratio(ours, peer) if ours and peer else None
-                speed = f"**{ratio:.1f}×**" if ratio else "–"
-                who = peer["provider"] if peer else "–"
-                memory = f"{_mib(ours)} ({_mib(peer)})"
-                rows.append(_line(case["label"], who, _ms(peer), _ms(ours), speed, memory))
-                under.append(conditions(result, words))
+    """The cases of HIGHLIGHTS in few columns, a table for each CPU."""
     names = ("case", "peer", "peer_ms", "ours_ms", "speed", "memory")
-    return [*_header([words[name] for name in names]), *rows, "", *dict.fromkeys(under)] if rows else []
+    made: list[str] = []
+    for results in _cpus():
+        rows, under = [], []
+        for bench, name in HIGHLIGHTS:
+            for result in (each for each in results if each["bench"] == bench):
+                for case in (each for each in result["cases"] if each["name"] == name):
+                    rows.append(_highlight_line(case))
+                    under.append(conditions(result, words))
+        if rows:
+            made += [*_header([words[name] for name in names]), *rows, "", *dict.fromkeys(under), ""]
+    return made[:-1]
+
+
+def _highlight_line(case: Result) -> str:
+    ours, peer = figures.ours_of(case), figures.peer_of(case)
+    ratio = figures.speed_ratio(ours, peer) if ours and peer else None
+    speed = f"**{ratio:.1f}×**" if ratio else "–"
+    who = peer["provider"] if peer else "–"
+    return _line(case["label"], who, _ms(peer), _ms(ours), speed, f"{_mib(ours)} ({_mib(peer)})")
 
 
 def _bench_lines(bench: str, kind: str) -> Callable[[Words], list[str]]:

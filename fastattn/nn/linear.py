@@ -39,9 +39,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
             function, sources = getattr(x, REMAKE, (None, (x,)))
             out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
             return out
-        several = (
-            x.numel() > weight.shape[1]
-        )  # rows; MKL reads a weight for one fastest where it is made for the CPU
+        # MKL reads a weight for one row fastest, where it is made for the CPU
+        several = x.numel() > weight.shape[1]
         if (
             repeated
             and x.numel() <= REPEATED_MOST_ROWS * weight.shape[1]

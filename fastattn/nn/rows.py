@@ -53,8 +53,15 @@ def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None, *, onc
     choice = choice_for(torch_compat.instructions(), weight.dtype)
     if len(choice) == 1:
         return PRODUCTS[choice[0][1]](weight, bias)
-    made = [(most, PRODUCTS[name](weight, bias)) for most, name in choice]
-    return lambda x: next(product for most, product in made if most is None or x.shape[0] <= most)(x)
+    made: dict[str, Rows] = {}  # once they are used: to pack a weight takes time and memory
+
+    def product(x: Tensor) -> Tensor:
+        name = next(name for most, name in choice if most is None or x.shape[0] <= most)
+        if name not in made:
+            made[name] = PRODUCTS[name](weight, bias)
+        return made[name](x)
+
+    return product
 
 
 def choice_for(instructions: str, dtype: torch.dtype) -> Choice:

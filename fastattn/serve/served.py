@@ -117,9 +117,8 @@ def in_own_thread(work: Callable[[], Result]) -> Result:
         except BaseException as error:
             outcome.set_exception(error)
 
-    thread = threading.Thread(
-        target=run, name="fastattn-loading", daemon=True
-    )  # a signal need not wait for it
+    # a daemon, so that a signal need not wait for it
+    thread = threading.Thread(target=run, name="fastattn-loading", daemon=True)
     thread.start()
     result = outcome.result()
     thread.join()  # with its threads

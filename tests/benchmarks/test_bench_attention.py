@@ -203,7 +203,9 @@ def test_an_unknown_case_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
 def test_partial_runs_do_not_replace_the_stored_results() -> None:
     result = schema.new_result("attention", CPU, {})
     full = build_parser("attention").parse_args([])
-    assert command._json_path("attention", result, full) == schema.RESULTS / "cpu" / "attention.json"
+    assert command._json_path("attention", result, full) == (
+        schema.RESULTS / schema.folder_name(result["device"]) / "attention.json"
+    )
     for partial in (["--quick"], ["--only", "x"], ["--providers", "x"], ["--no-memory"], ["--no-errors"]):
         chosen = build_parser("attention").parse_args(partial)
         assert command._json_path("attention", result, chosen) is None

@@ -227,6 +227,31 @@ def test_peak_memory_counts_what_a_step_holds_and_what_it_needs(capsys: pytest.C
     assert memory.peak_of_step(FakeCase({"it": needs_48_uses_96}), "it") == pytest.approx(48 + 96, abs=6)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux only")
+def test_peak_memory_of_steps_that_keep_something_is_a_later_one_s() -> None:
+    """As an optimiser's state, which the first step makes once its temporaries are gone."""
+    mib = 2**18
+
+    class Keeping(FakeCase):
+        keeps_state = True
+
+    def keeps_48_uses_96() -> Callable[[], Any]:
+        kept: list[Tensor] = []
+
+        def step() -> dict[str, Tensor]:
+            first = torch.ones(96 * mib)
+            del first
+            if not kept:
+                kept.append(torch.ones(48 * mib))
+            return {"out": torch.ones(1)}
+
+        return step
+
+    steps = {"it": keeps_48_uses_96}
+    assert memory.peak_of_step(FakeCase(steps), "it") == pytest.approx(96, abs=6)
+    assert memory.peak_of_step(Keeping(steps), "it") == pytest.approx(48 + 96, abs=6)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes fork on Linux")
 def test_providers_are_weighed_in_processes_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -58,7 +58,9 @@ def test_a_new_result_says_where_it_comes_from() -> None:
     assert result["versions"]["torch"] == torch.__version__
     assert result["device"]["kind"] == "cpu"
     assert result["device"]["threads"] == torch.get_num_threads()
-    assert schema.folder_name(result["device"]) == "cpu"
+    assert schema.folder_name(result["device"]).partition("-")[0] == "cpu"
+    names = {"AMD EPYC, AVX2": "cpu-amd", "Intel(R) Xeon(R) Processor": "cpu-intel", "Some CPU": "cpu"}
+    assert {name: schema.folder_name({"kind": "cpu", "name": name}) for name in names} == names
     assert schema.folder_name({"kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
 
 

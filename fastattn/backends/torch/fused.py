@@ -133,11 +133,8 @@ def fused_tile_bwd(
         key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, heads]
-    causal, scale, run = (
-        tile.structure == "causal",
-        part.call.scale,
-        torch_compat.cpu_flash_attention_backward,
-    )
+    causal, scale = tile.structure == "causal", part.call.scale
+    run = torch_compat.cpu_flash_attention_backward
     if mask is None and are_sequences(query, key, value, dout, out, lse_safe):
         do, q, k, v, o, lse = map(as_sequences, (dout, query, key, value, out, lse_safe))
         dq, dk, dv = run(do, q, k, v, o, lse, causal, None, scale)

@@ -175,11 +175,8 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
     ):
         return None
     strides = tuple(strides_in_order(t.stride(), tuple(t.shape)) for t in (call.query, call.key, call.value))
-    apart, shape, of_keys = (
-        fused.are_sequences(call.query, call.key, call.value),
-        call.query.shape,
-        call.key.shape,
-    )
+    apart = fused.are_sequences(call.query, call.key, call.value)
+    shape, of_keys = call.query.shape, call.key.shape
     rows, cols = ((s[0] * s[1], 1, *s[2:]) for s in (shape, of_keys))
 
     def run(
