@@ -13,7 +13,8 @@ from report import figures, schema
 from report.schema import Result
 from report.tables import conditions, refreshed, result_files, stale_pages
 
-LABEL_WIDTH = 64  # characters of a line of a case's label; two lines fit beside a bar
+LABEL_WIDTH = 64  # characters of a line of a case's label
+LINE_INCHES = 0.14  # its height
 
 
 def draw(result: Result, folder: Path, kind: str = "svg") -> list[Path]:
@@ -134,7 +135,9 @@ def _label_log(axis: Any, unit: str) -> None:
 def _ratio_figure(result: Result) -> Any:
     """A bar from 1 for each case: to the right where ours is faster than the peer, to the left where it is slower."""
     ratios = figures.ratios_of(result)
-    figure = _drawing().new_figure(9, 0.28 * len(ratios) + 1.1)
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label, _, _ in ratios]
+    lines = max([2, *(label.count("\n") + 1 for label in labels)])
+    figure = _drawing().new_figure(9, LINE_INCHES * lines * len(ratios) + 1.1)
     axis = figure.subplots()
     places = range(len(ratios), 0, -1)
     values = [ratio for _, ratio, _ in ratios]
@@ -157,7 +160,6 @@ def _ratio_figure(result: Result) -> Any:
         if target:
             axis.plot([target, target], [place - 0.4, place + 0.4], color="#cc3311")
     axis.axvline(1.0, color="0.3", linewidth=0.8)
-    labels = [textwrap.fill(label, LABEL_WIDTH) for label, _, _ in ratios]
     axis.set_yticks(list(places), labels, fontsize=7)
     _label_log(axis.xaxis, "×")
     # at the right end: with long labels the axis is narrower than this text
