@@ -103,9 +103,9 @@ def load_all(folders: Sequence[Path], options: ServeOptions) -> dict[str, Decode
 def in_own_thread(work: Callable[[], Result]) -> Result:
     """What `work` returns or raises in a thread that ends with it.
 
-    OpenMP makes threads for each thread that runs torch's operations, and keeps them as long as it lives. Once it has
-    more than there are processors, as for this thread and a model's, they sleep between two operations instead of
-    waiting for the next: a step of a small model then takes up to 1.7 times as long.
+    OpenMP makes a pool of threads for each thread that runs torch's operations, and keeps it as long as that lives.
+    Once pools have more threads than there are processors, as those of this thread and a model's, libgomp lets them
+    sleep between two operations instead of spinning, and waking them takes as long as a small operation.
     """
     outcome: Future[Result] = Future()
     threads = torch.get_num_threads()  # a new thread has the number that torch began with

@@ -182,7 +182,7 @@ def has_int8_dot_products() -> bool:
 @functools.cache
 def instructions() -> str:
     """The instruction set that this CPU has for products, as torch names it: "AVX2", "AVX512", "AVX512+VNNI"; with
-    ", Intel" where MKL uses it best.
+    ", Intel" where `has_mkl_on_intel`.
 
     Fallback: the name alone.
     """

@@ -190,6 +190,24 @@ def test_the_table_is_what_chooses(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert used == ["packed" if dtype == torch.bfloat16 else "linear"]
 
 
+def test_a_weight_is_packed_once_a_number_of_rows_uses_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def packed(weight: Tensor, bias: Tensor | None) -> Rows:
+        used.append("packed")
+        return lambda x: F.linear(x, weight, bias)
+
+    line = ((1, "one by one"), (None, "packed"))
+    monkeypatch.setattr(module, "FASTEST", {torch_compat.instructions(): {"float32": line}})
+    monkeypatch.setitem(module.PRODUCTS, "packed", packed)
+    product = rows_of(*operands(7, 5))
+    product(torch.randn(1, 5))
+    assert used == []
+    for _ in range(2):
+        product(torch.randn(2, 5))
+    assert used == ["packed"]
+
+
 def test_a_cpu_of_another_maker_goes_by_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     of_both, of_one = ((None, "linear"),), ((None, "one by one"),)
     monkeypatch.setattr(module, "FASTEST", {"AVX9": {"float32": of_both}, "AVX9, A": {"float32": of_one}})

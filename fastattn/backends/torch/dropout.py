@@ -26,7 +26,7 @@ from fastattn.philox import (
 )
 
 BLOCK = 2**13  # counters that are drawn at a time; six buffers of 8 bytes for each
-PAGE_WORDS = 2**9  # of 8 bytes
+PAGE_WORDS = 2**9  # of 8 bytes, in a page of memory
 Words = NDArray[np.uint64]
 _LOW, _SHIFT = np.uint64(LOW32), np.uint64(32)
 _BY = np.uint64(MULTIPLIER[0]), np.uint64(MULTIPLIER[1])
@@ -70,10 +70,10 @@ def _kept(seed: int, heads: NDArray[np.int64], rows: range, cols: range, thresho
 
 
 def _buffers(count: int, shape: tuple[int, ...]) -> list[Words]:
-    """Uninitialised arrays, whose beginnings are at different distances from a page's.
+    """Uninitialised arrays whose addresses differ modulo the size of a page.
 
-    At the same distance, as those of separate arrays often are, a processor takes a load from one for a load of what
-    was just stored in another, and waits.
+    Those of separate arrays are often equal modulo it, and then a load from one waits for a store to another (4K
+    aliasing).
     """
     size = math.prod(shape)
     step = cdiv(size, PAGE_WORDS) * PAGE_WORDS + PAGE_WORDS // 8

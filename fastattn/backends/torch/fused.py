@@ -194,7 +194,7 @@ def fused_mask(part: Part, tile: Tile) -> Tensor | None:
 def _penalties(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a pair is visible, -inf elsewhere.
 
-    By integers: 1 - 1 is 0, and 0 - 1 has every bit, of which those of -inf are kept. Five times as fast as where.
+    By integers, which is faster than torch.where: 1 - 1 is 0, and 0 - 1 has every bit, of which those of -inf are kept.
     """
     integer, bits = _MINUS_INFINITY[dtype]
     return visible.to(integer).sub_(1).bitwise_and_(bits).view(dtype)

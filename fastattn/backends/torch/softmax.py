@@ -197,8 +197,8 @@ def _finite(tensor: Tensor, dim: int) -> bool:
 def _of_first_entries(tensor: Tensor, dim: int) -> float:
     """A sum over the rows' first entries that is NaN if one of them is, and finite only if all are.
 
-    The entries lie apart, so fetching their cache lines takes the time: torch's product of vectors does that several
-    times as fast as its sum, except in 16 bits.
+    The entries lie apart, so fetching their cache lines takes the time: torch's product of vectors does that
+    faster than its sum, except in 16 bits.
     """
     first = tensor.select(dim, 0)
     if first.dim() != 1 or first.dtype not in PRODUCT_DTYPES:
