@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from fastattn.backends.torch import dropout
-from fastattn.philox import keep_mask, keep_scale
+from fastattn.philox import keep_mask
 
 
 @pytest.mark.parametrize("block", [dropout.BLOCK, 7])
@@ -22,5 +24,60 @@ def test_equals_the_stream_of_torch_operations(block: int, monkeypatch: pytest.M
         rows = range(row, row + drawn.choice((0, 1, 5, 64)))
         cols = range(col, col + drawn.choice((0, 1, 7, 8, 9, 130)))
         for p in (1e-9, 0.1, 0.5, 0.99999):
-            expected = keep_mask(seed, heads, rows, cols, p).double() * keep_scale(p)
-            assert torch.equal(dropout.scaled_keep_mask(seed, heads, rows, cols, p, torch.float64), expected)
+            expected = keep_mask(seed, heads, rows, cols, p).double()
+            assert torch.equal(dropout.kept_weights(seed, heads, rows, cols, p, torch.float64), expected)
+
+
+def test_a_mask_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout, "_recent", dropout._RecentMasks(2**16))
+    drawn = []
+    draw = dropout._kept
+    monkeypatch.setattr(dropout, "_kept", lambda *args: drawn.append(args) or draw(*args))
+    heads = torch.arange(3)
+    calls = [
+        (torch.tensor([seed]), heads + head, range(row, 20), range(col, 30), p)
+        for seed in (1, 2)
+        for head in (0, 1)
+        for row in (0, 3)
+        for col in (0, 9)
+        for p in (0.1, 0.2)
+    ]
+    first = [dropout.kept_weights(*call, torch.float32) for call in calls]
+    again = [dropout.kept_weights(*call, torch.float32) for call in calls]
+    assert len(drawn) == len(calls)
+    for call, one, other in zip(calls, first, again):
+        assert torch.equal(one, keep_mask(*call).float())
+        assert torch.equal(one, other)
+        one.zero_()  # what is kept is not what was given
+    assert dropout.kept_weights(*calls[0], torch.float32).any()
+
+
+def test_masks_beyond_the_limit_are_let_go() -> None:
+    recent = dropout._RecentMasks(10)
+    packed = {name: np.zeros(size, np.uint8) for name, size in (("a", 4), ("b", 4), ("c", 4), ("large", 11))}
+    recent.put("a", packed["a"])
+    recent.put("b", packed["b"])
+    assert recent.get("a") is packed["a"]  # used later than b now
+    recent.put("c", packed["c"])
+    recent.put("large", packed["large"])
+    assert [recent.get(name) is not None for name in packed] == [True, False, True, False]
+    recent.put("c", packed["c"])
+    assert recent.bytes == 8
+
+
+def test_threads_share_the_masks() -> None:
+    heads, rows, cols = torch.arange(2), range(17), range(40)
+    expected = {seed: keep_mask(torch.tensor([seed]), heads, rows, cols, 0.3).float() for seed in range(8)}
+
+    def run(number: int) -> bool:
+        seeds = [(number + i) % 8 for i in range(50)]
+        return all(
+            torch.equal(
+                dropout.kept_weights(torch.tensor([seed]), heads, rows, cols, 0.3, torch.float32),
+                expected[seed],
+            )
+            for seed in seeds
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, range(16)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
-from fastattn.backends.torch import ragged_query, single_query
+from fastattn.backends.torch import ragged_query, single_query, whole_rows
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
 from fastattn.backends.torch.fused import (
@@ -52,7 +52,10 @@ def tiles(spec: AttentionSpec) -> str:
         return "one query: matrix products with all keys"
     if torch_kernel.can_run(spec):
         return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
-    return f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
+    blockwise = f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
+    if whole_rows.may_run(spec):
+        return f"softmax of whole rows in torch operations up to {whole_rows.ELEMENTS} weights, beyond {blockwise}"
+    return blockwise
 
 
 def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
@@ -67,6 +70,10 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
 
 def _by_tiles(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) without sinks."""
+    if whole_rows.can_run(spec, call):
+        found = whole_rows.attention_fwd(call, first_sequence)
+        if found is not None:
+            return found
     fused = torch_kernel.can_run(spec) and call.scale > 0
     run = fused_rows if fused else blockwise_rows
     if single_query.can_run(spec):
@@ -103,6 +110,10 @@ def attention_bwd(
     extreme = is_extreme(call, lse)
     if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
         return _few_keys_bwd(call, dout)
+    if lse_safe is lse and not has_nan and whole_rows.can_run(spec, call):
+        grads = whole_rows.attention_bwd(call, dout, dlse, first_sequence)
+        if grads is not None:
+            return grads
     forward_fused = torch_kernel.can_run(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
     forward_fused = forward_fused or ragged_query.can_run(spec)
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.backends.torch.exponential import exp_
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import dropped, parts, rows_of
 from fastattn.backends.torch.references import is_extreme, references
@@ -63,5 +64,5 @@ def attention_weights_bwd(
 def _probs(scores: Tensor, reference: Tensor, has_nan: bool) -> Tensor:
     """exp(score - reference) in place of the scores; 0 where a query may not look, even if its reference is NaN."""
     hidden = scores == -torch.inf if has_nan else None
-    probs = scores.sub_(reference[..., None]).exp_()
+    probs = exp_(scores.sub_(reference[..., None]))
     return probs if hidden is None else probs.masked_fill_(hidden, 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.backends.torch.exponential import exp_
 from fastattn.backends.torch.gradient_sums import GradientSums
 from fastattn.backends.torch.parts import Part, cols_of, dropped, grouped, rows_of
 from fastattn.backends.torch.schedule import Tile
@@ -24,7 +25,7 @@ def blockwise_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:
         scores, _ = part.scores(tile)
         new_max = torch.maximum(row_max, scores.amax(-1))
         base = new_max.masked_fill(new_max == -torch.inf, 0)  # rows that saw nothing yet: exp(-inf - 0) = 0
-        probs = torch.exp_(scores.sub_(base[..., None]))
+        probs = exp_(scores.sub_(base[..., None]))
         rescale = torch.exp(row_max - base)
         row_sum = row_sum * rescale + probs.sum(-1)
         values = grouped(dropped(part, tile, probs), part.key.shape[1]) @ cols_of(part.value, tile).to(dtype)
@@ -53,7 +54,7 @@ def blockwise_tile_bwd(part: Part, tile: Tile, rows: RowStatistics, dout: Tensor
     scores, slope = part.scores(tile)
     lse = rows_of(part.of(rows.lse_safe), tile)
     weightless = scores == -torch.inf if rows.has_nan else None
-    probs = scores.sub_(lse[..., None]).exp_()
+    probs = exp_(scores.sub_(lse[..., None]))
     if rows.normalise:
         total = probs.sum(-1)
         if rows.sink_weight is not None:

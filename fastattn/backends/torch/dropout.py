@@ -7,6 +7,9 @@ counters, which stay in a core's cache.
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
 
 import numpy as np
 import torch
@@ -21,43 +24,89 @@ from fastattn.philox import (
     ROUNDS,
     WEYL,
     keep_mask,
-    keep_scale,
     keep_threshold,
 )
 
 BLOCK = 2**13  # counters that are drawn at a time; six buffers of 8 bytes for each
 PAGE_WORDS = 2**9  # of 8 bytes, in a page of memory
+RECENT_BYTES = 2**24  # of masks that are kept for a backward pass
 Words = NDArray[np.uint64]
 _LOW, _SHIFT = np.uint64(LOW32), np.uint64(32)
 _BY = np.uint64(MULTIPLIER[0]), np.uint64(MULTIPLIER[1])
 
 
-def scaled_keep_mask(
+class _RecentMasks:
+    """The masks that were drawn last, a bit for each weight: a backward pass needs what its forward drew.
+
+    Drawing one takes a hundred times as long as packing and unpacking it.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes, self.bytes = most_bytes, 0
+        self._packed: OrderedDict[Hashable, NDArray[np.uint8]] = (
+            OrderedDict()
+        )  # the one used longest ago first
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> NDArray[np.uint8] | None:
+        """The packed mask of this key, if it is still here."""
+        with self._lock:
+            packed = self._packed.get(key)
+            if packed is not None:
+                self._packed.move_to_end(key)
+            return packed
+
+    def put(self, key: Hashable, packed: NDArray[np.uint8]) -> None:
+        """Keep a mask, in place of those used longest ago where there is no room for all."""
+        if packed.nbytes > self.most_bytes:
+            return
+        with self._lock:
+            known = self._packed.pop(key, None)
+            self.bytes += packed.nbytes - (0 if known is None else known.nbytes)
+            self._packed[key] = packed
+            while self.bytes > self.most_bytes:
+                self.bytes -= self._packed.popitem(last=False)[1].nbytes
+
+
+_recent = _RecentMasks(RECENT_BYTES)
+
+
+def kept_weights(
     seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: float, dtype: torch.dtype
 ) -> Tensor:
-    """0 for a weight that is dropped, 1 / (1 - p) for one that is kept: (*heads.shape, len(rows), len(cols)).
+    """0 for a weight that is dropped, 1 for one that is kept: (*heads.shape, len(rows), len(cols)).
 
     Args:
         seed, heads, rows, cols, dropout_p: as of `keep_mask`; real tensors.
         dtype: of the result.
     """
-    if heads.is_cpu:
-        kept = _kept(int(seed), heads.flatten().numpy(), rows, cols, keep_threshold(dropout_p))
-        keep = torch.from_numpy(kept).unflatten(0, heads.shape)
-    else:
-        keep = keep_mask(seed, heads, rows, cols, dropout_p)
-    return keep.to(dtype).mul_(keep_scale(dropout_p))
-
-
-def _kept(seed: int, heads: NDArray[np.int64], rows: range, cols: range, threshold: int) -> NDArray[np.bool_]:
-    """(heads, rows, cols)."""
+    if not heads.is_cpu:
+        return keep_mask(seed, heads, rows, cols, dropout_p).to(dtype)
+    threshold = keep_threshold(dropout_p)
     first, last = cols.start // KEYS_PER_CALL, cdiv(cols.stop, KEYS_PER_CALL)
-    calls = max(last - first, 0)
-    keep = np.empty((len(heads), len(rows), calls * KEYS_PER_CALL), np.bool_)
+    numbers = heads.flatten().numpy()
+    shape = (len(numbers), len(rows), max(last - first, 0) * KEYS_PER_CALL)
+    key = (int(seed), numbers.tobytes(), rows, first, last, threshold)
+    packed = _recent.get(key)
+    if packed is None:
+        drawn = _kept(int(seed), numbers, rows, range(first, last), threshold)
+        _recent.put(key, np.packbits(drawn))
+        kept = drawn.view(np.uint8)
+    else:
+        kept = np.unpackbits(packed).reshape(shape)
+    start = cols.start - first * KEYS_PER_CALL
+    return torch.from_numpy(kept[:, :, start : start + len(cols)]).unflatten(0, heads.shape).to(dtype)
+
+
+def _kept(
+    seed: int, heads: NDArray[np.int64], rows: range, calls: range, threshold: int
+) -> NDArray[np.bool_]:
+    """(heads, rows, 8 * calls)."""
+    keep = np.empty((len(heads), len(rows), len(calls) * KEYS_PER_CALL), np.bool_)
     if keep.size:
-        most_rows = min(len(rows), max(BLOCK // calls, 1))
-        most_heads = max(BLOCK // (calls * most_rows), 1) if most_rows == len(rows) else 1
-        places = np.arange(first, last, dtype=np.uint64)
+        most_rows = min(len(rows), max(BLOCK // len(calls), 1))
+        most_heads = max(BLOCK // (len(calls) * most_rows), 1) if most_rows == len(rows) else 1
+        places = np.arange(calls.start, calls.stop, dtype=np.uint64)
         for head in range(0, len(heads), most_heads):
             of_heads = heads[head : head + most_heads].astype(np.uint64)[:, None, None]
             for row in range(0, len(rows), most_rows):
@@ -65,8 +114,7 @@ def _kept(seed: int, heads: NDArray[np.int64], rows: range, cols: range, thresho
                 halves = _halves(places, of_rows, of_heads, (seed & LOW32, (seed >> 32) & LOW32))
                 part = keep[head : head + most_heads, row : row + most_rows]
                 np.greater_equal(halves, np.uint16(threshold), out=part)
-    start = cols.start - first * KEYS_PER_CALL
-    return keep[:, :, start : start + len(cols)]
+    return keep
 
 
 def _buffers(count: int, shape: tuple[int, ...]) -> list[Words]:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastattn.backends.torch.short import product
+from fastattn.backends.torch.exponential import exp_
+from fastattn.backends.torch.whole_rows import product
 from fastattn.integers import cdiv
 from fastattn.spec import accumulation_dtype
 
 KEYS = 64  # of a block
-COPIED_ELEMENTS = 2**19  # of keys or values that are copied out of their pages at a time
+COPIED_ELEMENTS = 2**17  # of keys or values that are copied out of their pages at a time, for each thread
 
 
 def whole_blocks(tokens: int) -> int:
@@ -95,7 +96,7 @@ class KeyBlocks:
             scores.div_(softcap).tanh_().mul_(softcap)
         scores = scores.view(count, num_heads, KEYS).masked_fill_(self.hidden, -torch.inf)
         largest = self._over_blocks(scores.amax(-1), torch.maximum)  # (N, H)
-        probs = scores.sub_(largest.index_select(0, self.places)[..., None]).exp_()
+        probs = exp_(scores.sub_(largest.index_select(0, self.places)[..., None]))
         total = self._over_blocks(probs.sum(-1), torch.add)[..., None]
         probs = probs.view(count * self.heads, num_heads // self.heads, KEYS)
         out = self._weighted(probs, values, total, masked=False)
@@ -111,7 +112,8 @@ class KeyBlocks:
         dim, count = pages.shape[3], len(self.of)
         source = pages.view(-1, self.tokens * dim)
         result = rows.new_empty(*rows.shape[:2], KEYS if transposed else dim)
-        step = max(1, COPIED_ELEMENTS // (self.heads * KEYS * dim))
+        copied_elements = COPIED_ELEMENTS * torch.get_num_threads()
+        step = max(1, copied_elements // (self.heads * KEYS * dim))
         copied = source.new_empty(min(step, count) * self.rows.shape[1], source.shape[1])
         for first in range(0, count, step):
             places = self.rows[first : first + step].flatten()

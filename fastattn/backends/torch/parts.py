@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn import visibility
-from fastattn.backends.torch.dropout import scaled_keep_mask
+from fastattn.backends.torch.dropout import kept_weights
 from fastattn.backends.torch.schedule import Band, Segments, Tile, block_tiles, whole_tiles
+from fastattn.philox import keep_scale
 from fastattn.spec import AttentionCall, accumulation_dtype
 
 FUSED_ROW_BLOCK = 64  # rows of a tile along a window, for torch's fused kernel
@@ -162,9 +163,8 @@ class Part:
         sequences = torch.arange(self.first_sequence, self.first_sequence + batch, device=device)
         heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=device)
         dtype = accumulation_dtype(self.query.dtype)
-        return scaled_keep_mask(
-            call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p, dtype
-        )
+        kept = kept_weights(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p, dtype)
+        return kept.mul_(keep_scale(call.dropout_p))
 
 
 def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:

@@ -14,17 +14,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastattn import torch_compat
-from fastattn.backends.torch.dropout import scaled_keep_mask
+from fastattn.backends.torch.dropout import kept_weights
+from fastattn.backends.torch.whole_rows import ELEMENTS, Matrices, minus_infinity
 from fastattn.integers import cdiv
+from fastattn.philox import keep_scale
 from fastattn.spec import AttentionSpec, VarlenCall, accumulation_dtype
 from fastattn.visibility import distances
 
 STEP = 16  # tokens to a multiple of which sequences are padded
-# Weights of sequences that run together: what stays in a core's cache. The operations of a sequence with more take
-# longer than starting them.
-GROUPED_ELEMENTS = 2**19
-
 # (start, stop) of each sequence's queries and of its keys
 Bounds = Sequence[tuple[tuple[int, int], tuple[int, int]]]
 
@@ -89,12 +86,12 @@ def _groups(bounds: Bounds, causal: str, num_heads: int, fewer_keys: int | None)
         unseen = causal == "bottom_right" and rows > cols
         many = fewer_keys is not None and cols >= fewer_keys
         size = (cdiv(rows, STEP) * STEP, cdiv(cols, STEP) * STEP)
-        if rows and cols and not (unseen or many) and num_heads * size[0] * size[1] <= GROUPED_ELEMENTS:
+        if rows and cols and not (unseen or many) and num_heads * size[0] * size[1] <= ELEMENTS:
             padded.setdefault(size, []).append(number)
     found = []
     with torch.inference_mode(False):
         for (rows, cols), numbers in sorted(padded.items()):
-            most = max(1, GROUPED_ELEMENTS // (num_heads * rows * cols))
+            most = max(1, ELEMENTS // (num_heads * rows * cols))
             for first in range(0, len(numbers), most):
                 found.append(_group(causal, bounds, numbers[first : first + most], rows, cols))
     return found
@@ -124,70 +121,47 @@ def _places(bounds: Sequence[tuple[int, int]], length: int) -> Places:
     return Places(tokens, inside, flat, tokens.flatten()[flat])
 
 
-class Operands:
-    """What a group's products take, in the accumulation dtype: one matrix for each key/value head of each sequence."""
-
-    def __init__(self, call: VarlenCall, group: Group) -> None:
-        self.call, self.group = call, group
-        self.count, self.num_rows = group.rows.tokens.shape
-        self.num_cols = group.cols.tokens.shape[1]
-        self.num_heads, self.num_kv_heads = call.query.shape[1], call.key.shape[1]
-        self.dtype = accumulation_dtype(call.query.dtype)
-        self.query = self.of_rows(call.query)
-        self.key, self.value = (
-            group.cols.padded(t, self.dtype).flatten(0, 1) for t in (call.key, call.value)
-        )
-
-    def of_rows(self, tokens: Tensor) -> Tensor:
-        """(T, H, n) -> (count * Hkv, group * Sq, n)."""
-        gathered = self.group.rows.padded(tokens, self.dtype)
-        return gathered.view(self.count * self.num_kv_heads, -1, tokens.shape[2])
-
-    def gradients_of_rows(self, tokens: Tensor) -> Tensor:
-        """The same, and 0 in the rows beyond a sequence."""
-        gathered = self.of_rows(tokens)
-        if (inside := self.group.rows.inside) is not None:
-            self.by_head(gathered).masked_fill_(~inside[:, None, :, None], 0)
-        return gathered
-
-    def by_head(self, matrices: Tensor) -> Tensor:
-        """(count * Hkv, group * Sq, n) -> (count, H, Sq, n)."""
-        return matrices.view(self.count, self.num_heads, self.num_rows, matrices.shape[2])
-
-    def scores(self) -> Tensor:
-        """(count * Hkv, group * Sq, Sk), -inf where a row does not see a key."""
-        scores = product(self.query, self.key.mT).mul_(self.call.scale)
-        if self.group.hidden is not None:
-            self.by_head(scores).masked_fill_(self.group.hidden[:, None], -torch.inf)
-        return scores
-
-    def keep(self) -> Tensor | None:
-        """What dropout multiplies weights by, 0 or 1 / (1 - p), as the scores; None without dropout."""
-        call = self.call
-        if call.dropout_seed is None:
-            return None
-        heads = torch.tensor(self.group.numbers)[:, None] * self.num_heads + torch.arange(self.num_heads)
-        rows, cols = range(self.num_rows), range(self.num_cols)
-        keep = scaled_keep_mask(call.dropout_seed, heads, rows, cols, call.dropout_p, self.dtype)
-        return keep.view(self.count * self.num_kv_heads, -1, self.num_cols)
+def _matrices(call: VarlenCall, group: Group) -> Matrices:
+    dtype = accumulation_dtype(call.query.dtype)
+    count, num_rows = group.rows.tokens.shape
+    num_heads, num_kv_heads, num_cols = call.query.shape[1], call.key.shape[1], group.cols.tokens.shape[1]
+    key, value = (group.cols.padded(t, dtype).flatten(0, 1) for t in (call.key, call.value))
+    hidden = keep = None
+    if group.hidden is not None:
+        hidden = minus_infinity(group.hidden, dtype)[:, None].expand(-1, num_heads, num_rows, -1)
+        hidden = hidden.reshape(count * num_kv_heads, -1, num_cols)
+    if call.dropout_seed is not None:
+        heads = torch.tensor(group.numbers)[:, None] * num_heads + torch.arange(num_heads)
+        rows, cols = range(num_rows), range(num_cols)
+        keep = kept_weights(call.dropout_seed, heads, rows, cols, call.dropout_p, dtype)
+        keep = keep.view(count * num_kv_heads, -1, num_cols)
+    query = _rows(call, group, call.query)
+    return Matrices(query, key, value, call.scale, hidden, keep, keep_scale(call.dropout_p))
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """The products of matrices; a single one is given twice, as a batch of one uses other code."""
-    if a.shape[0] == 1:
-        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
-    return torch.bmm(a, b)
+def _rows(call: VarlenCall, group: Group, tokens: Tensor) -> Tensor:
+    """(T, H, n) -> (count * Hkv, group * Sq, n) in the accumulation dtype."""
+    gathered = group.rows.padded(tokens, accumulation_dtype(call.query.dtype))
+    return gathered.view(gathered.shape[0] * call.key.shape[1], -1, tokens.shape[2])
+
+
+def _gradients_of_rows(call: VarlenCall, group: Group, tokens: Tensor) -> Tensor:
+    """The same, and 0 in the rows beyond a sequence."""
+    gathered = _rows(call, group, tokens)
+    if (inside := group.rows.inside) is not None:
+        _by_head(group, call.query.shape[1], gathered).masked_fill_(~inside[:, None, :, None], 0)
+    return gathered
+
+
+def _by_head(group: Group, num_heads: int, matrices: Tensor) -> Tensor:
+    """(count * Hkv, group * S, n) -> (count, heads, S, n)."""
+    return matrices.view(len(group.numbers), num_heads, -1, matrices.shape[2])
 
 
 def forward(call: VarlenCall, group: Group) -> tuple[Tensor, Tensor]:
     """(out (count, H, Sq, Dv), lse (count, H, Sq)) in the accumulation dtype; rows beyond a sequence hold anything."""
-    operands = Operands(call, group)
-    scores = operands.scores()
-    probs = torch.softmax(scores, -1)
-    lse = scores.amax(-1) - probs.amax(-1).log_()  # the largest weight is exp(0) / sum
-    if (keep := operands.keep()) is not None:
-        probs.mul_(keep)
-    out = operands.by_head(product(probs, operands.value))
+    out, lse = _matrices(call, group).forward()
+    out = _by_head(group, call.query.shape[1], out)
     return out, lse.view(out.shape[:3])
 
 
@@ -195,20 +169,11 @@ def backward(
     call: VarlenCall, group: Group, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq (count, H, Sq, D), dk (count, Hkv, Sk, D), dv (count, Hkv, Sk, Dv)) in the accumulation dtype, of gradients
-    (T, H, Dv) and (H, T). The weights come from the scores anew, and so sum to 1."""
-    operands = Operands(call, group)
-    probs = torch.softmax(operands.scores(), -1)
-    douts = operands.gradients_of_rows(dout)
-    dprobs = product(douts, operands.value.mT)
-    weights = probs
-    if (keep := operands.keep()) is not None:
-        weights = probs * keep
-        dprobs.mul_(keep)
-    dv = product(weights.mT, douts)
-    dscores = torch_compat.softmax_gradient(dprobs, probs)
-    if dlse is not None:
-        dscores.addcmul_(probs, operands.gradients_of_rows(dlse.T[:, :, None]))
-    dscores.mul_(call.scale)
-    dq, dk = product(dscores, operands.key), product(dscores.mT, operands.query)
-    by_key = (operands.count, operands.num_kv_heads, operands.num_cols, -1)
-    return operands.by_head(dq), dk.view(by_key), dv.view(by_key)
+    (T, H, Dv) and (H, T)."""
+    douts = _gradients_of_rows(call, group, dout)
+    dlses = None if dlse is None else _gradients_of_rows(call, group, dlse.T[:, :, None])
+    dq, dk, dv = _matrices(call, group).backward(douts, dlses)
+    num_heads, num_kv_heads = call.query.shape[1], call.key.shape[1]
+    return (
+        _by_head(group, num_heads, dq), _by_head(group, num_kv_heads, dk), _by_head(group, num_kv_heads, dv),
+    )  # fmt: skip
