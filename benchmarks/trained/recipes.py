@@ -146,7 +146,8 @@ def _written(name: str, title: str, folder: str, columns: str, baseline: str, no
     mapped = (f"--data.columns={columns}",) if columns else ()
     words = (
         "--train", f"{{data}}/{folder}/train.jsonl", "--dev", "{files}/dev.jsonl", "--model", "{encoder}", *mapped,
-        "--task.max_length=128", "--task.max_target_length=96", "--train.max_seconds={seconds:0.35}",
+        "--task.max_length=128", "--task.max_target_length=96", "--train.precision=bfloat16",
+        "--train.max_seconds={seconds:0.35}",
     )  # fmt: skip
     columned = tuple(word for each in columns.split(",") if each for word in ("--column", each))
     limits = ("--option", "max_length=128", "--option", "max_target_length=96")

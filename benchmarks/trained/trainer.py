@@ -68,6 +68,8 @@ def train(name: str, like: Path, out: Path, seconds: float | None = None) -> dic
         adam_beta2=config.beta2,
         adam_epsilon=config.eps,
         max_grad_norm=config.grad_clip or 0.0,
+        bf16=config.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),  # which bf16 wants said
         seed=config.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
