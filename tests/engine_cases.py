@@ -20,10 +20,10 @@ def make_model(**extra: Any) -> GPT:
     return GPT(GPTConfig(**{**GPT2, **extra})).eval()
 
 
-def make_engine(model: GPT, pages: int, **options: Any) -> Engine:
+def make_engine(model: GPT, pages: int, page_size: int = PAGE, **options: Any) -> Engine:
     config = model.config
-    of_page = 2 * config.n_layer * config.kv_heads * PAGE * config.head_dim * 4
-    return Engine(model, page_size=PAGE, kv_memory=pages * of_page, **options)
+    of_page = 2 * config.n_layer * config.kv_heads * page_size * config.head_dim * 4
+    return Engine(model, page_size=page_size, kv_memory=pages * of_page, **options)
 
 
 class Asked:
@@ -39,9 +39,9 @@ class Asked:
     def tokens(self, index: int = 0) -> list[int]:
         return [token for out in self.outputs if out.index == index for token in out.tokens]
 
-    def alone(self, model: GPT, **more: Any) -> list[list[int]]:
+    def alone(self, model: GPT, chunk: int = PAGE, **more: Any) -> list[list[int]]:
         made = generate(
-            model, torch.tensor([self.prompt]), eos_token_id=(), batch_invariant=True, prefill_chunk_size=PAGE,
+            model, torch.tensor([self.prompt]), eos_token_id=(), batch_invariant=True, prefill_chunk_size=chunk,
             **self.options, **more,
         )  # fmt: skip
         return made[:, len(self.prompt) :].tolist()

@@ -84,3 +84,17 @@ def noisy_collate(items):
         drop[0, 3] = True
     batch["labels"][drop] = -100
     return batch
+
+
+def everything(trainer):
+    """The weights and the optimiser's state of a trainer, by name."""
+    state = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    for index, values in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    return state
+
+
+def timeless(log):
+    """The records of a log without what is measured."""
+    measured = ("seconds", "tokens_per_second", "stopped", "peak_memory")
+    return [{k: v for k, v in r.items() if k not in measured} for r in log]

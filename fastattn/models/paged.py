@@ -18,6 +18,7 @@ from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows
 from fastattn.ops.kv_cache import attention_kv_cache
 
 LARGE_BLOCKS = (16, 32, 64)  # rows
+CHUNK_SIZE = 16  # tokens of a prompt that are read at a time; a page where that is no multiple
 
 
 class InLargeBlocks(InBlocks):
@@ -60,7 +61,7 @@ def blocks_that_agree(product: Rows, weight: Tensor) -> tuple[int, ...]:
 
 
 class Part(NamedTuple):
-    """Tokens of a prompt that are read in one pass: from the beginning of a page on."""
+    """Tokens of a prompt that are read in one pass: from a multiple of `chunk_size` on."""
 
     ids: Tensor  # (S,)
     start: int  # tokens before them
@@ -71,13 +72,14 @@ class Part(NamedTuple):
 class PagedDecoder(GPTDecoder):
     """The steps of a `GPTDecoder` whose caches are pages (P, Hkv, page, D); the caller says which pages are whose.
 
-    With batch_invariant a sequence has the bits that `generate` gives it alone with a prefill_chunk_size of one page:
-    a prompt is read a page at a time, so that what a page holds depends on the tokens up to its end only.
+    With batch_invariant a sequence has the bits that `generate` gives it alone with a prefill_chunk_size of
+    `chunk_size`: a prompt is read in parts of so many tokens, so that what a page holds depends on the tokens up to its
+    end only.
 
     Args:
         model: a GPT without replaced modules or hooks.
         pages: how many there are.
-        page_size: tokens of a page.
+        page_size: tokens of a page. On a CPU those of 64, or a multiple, are read where they lie.
         max_length: most tokens of a sequence.
 
     Raises:
@@ -104,6 +106,7 @@ class PagedDecoder(GPTDecoder):
         # also where bits may differ: the backend would copy the pages of each sequence by operations of its own
         self.in_blocks = self.lengths.is_cpu and all(suits(block.module.attn) for block in self.blocks)
         self.page_size, self.max_length = page_size, max_length
+        self.chunk_size = page_size if page_size % CHUNK_SIZE else CHUNK_SIZE
         self._make_positions(max_length)
 
     def _room_for(self, capacity: int) -> int:
@@ -176,13 +179,13 @@ class PagedDecoder(GPTDecoder):
         return torch.arange(part.start, part.start + part.ids.shape[0], device=part.ids.device)
 
     def _reader(self, part: Part) -> Attend:
-        """The attention of a part of a prompt, a page at a time, which writes its keys and values to the pages."""
+        """The attention of a part of a prompt, a chunk at a time, which writes its keys and values to the pages."""
         size, start, stop = self.page_size, part.start, part.start + part.ids.shape[0]
         places = torch.arange(start, stop, device=part.ids.device)
         lengths = torch.tensor([[part.length]], dtype=torch.int32, device=places.device)
         tables = {kind: self._table(kind, places, lengths) for kind in self.rotary}
         blocks, inside = part.table[0, places // size].long(), places % size
-        edges = [*range(start, stop, size), stop]
+        edges = [*range(start, stop, self.chunk_size), stop]
         before = [torch.tensor([edge], dtype=torch.int32, device=places.device) for edge in edges[:-1]]
 
         def attend(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -190,17 +193,17 @@ class PagedDecoder(GPTDecoder):
                 q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
             outs = []
             for number, edge in enumerate(edges[:-1]):
-                page = slice(edge - start, edges[number + 1] - start)
-                q_p, k_p, v_p = (x[:, :, page] for x in (q, k, v))
+                chunk = slice(edge - start, edges[number + 1] - start)
+                q_c, k_c, v_c = (x[:, :, chunk] for x in (q, k, v))
                 if edge:
                     outs.append(
-                        self._append(attn, layer, before[number], q_p, k_p, v_p, part.table, (None, None))
+                        self._append(attn, layer, before[number], q_c, k_c, v_c, part.table, (None, None))
                     )
                     continue
                 keys, values = self.cache[layer]
-                keys[blocks[page], :, inside[page]] = k_p[0].transpose(0, 1)
-                values[blocks[page], :, inside[page]] = v_p[0].transpose(0, 1)
-                outs.append(attend_prompts(attn, q_p, k_p, v_p))
+                keys[blocks[chunk], :, inside[chunk]] = k_c[0].transpose(0, 1)
+                values[blocks[chunk], :, inside[chunk]] = v_c[0].transpose(0, 1)
+                outs.append(attend_prompts(attn, q_c, k_c, v_c))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
         return attend

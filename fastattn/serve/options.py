@@ -18,7 +18,7 @@ class ServeOptions:
         max_tokens: most tokens that a request may ask for; None = what fits behind its prompt.
         max_length: most tokens of prompt and continuation; None = what the model reads.
         kv_memory: bytes for the keys and values of a model; None = for max_batch sequences, at most 1 GiB.
-        page_size: tokens of a page of them.
+        page_size: tokens of a page of them; a CPU is fastest with a multiple of 64.
         batch_tokens: tokens of texts that an encoder reads at the same time.
         max_body: most bytes of a request.
         max_inputs: most prompts or texts of a request.
@@ -35,7 +35,7 @@ class ServeOptions:
     max_tokens: int | None = None
     max_length: int | None = None
     kv_memory: int | None = None
-    page_size: int = 16
+    page_size: int = 64
     batch_tokens: int = 8192
     max_body: int = 4 << 20
     max_inputs: int = 2048

@@ -24,8 +24,8 @@ from fastattn.models.checkpoint.save import SHARD, TOKENIZER_FILES
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming, sync
 from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
-from fastattn.train.config import ConfigError
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check
+from fastattn.train.sections import ConfigError
 from fastattn.train.trackers import BOARD
 
 LOG = "log.jsonl"

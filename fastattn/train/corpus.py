@@ -24,7 +24,7 @@ from fastattn.data.records import Record, held_out, iterate_records, rank_of, so
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming
 from fastattn.tasks.documents import StoredExamples
 from fastattn.train.checkpoint import publish
-from fastattn.train.config import ConfigError
+from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections
 from fastattn.train.task_data import TaskData, split_document
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastattn.train.config import ConfigError
+from fastattn.train.sections import ConfigError
 
 T = TypeVar("T")
 LEAVING = timedelta(seconds=10)  # time that a process waits for its peers before it leaves their group

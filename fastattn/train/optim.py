@@ -40,7 +40,7 @@ def build_optimizer(
     eps: float = 1e-8,
     name: OptimizerName = "adamw",
     muon_momentum: float = 0.95,
-) -> Stepper:
+) -> torch.optim.Optimizer | JoinedOptimizer:
     """An optimiser over the trainable parameters, with weight decay for those of two or more dimensions only.
 
     "adamw" is Loshchilov and Hutter 2019 (arXiv 1711.05101), torch's fused step where every parameter allows it.

@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastattn.train.config import ConfigError, TrainConfig
+from fastattn.train.config import TrainConfig
 from fastattn.train.metrics import Evaluation
 from fastattn.train.optim import Stepper
+from fastattn.train.sections import ConfigError
 from fastattn.train.state import TrainState
 
 WEIGHTS = "model.safetensors"

@@ -27,11 +27,12 @@ from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import learning_rate
 from fastattn.train.checkpoint import ADAPTER, OPTIONS, REPORT, RunDirectory, read_model
-from fastattn.train.config import ConfigError, step_limit
+from fastattn.train.config import step_limit
 from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.log import plain
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.resume import WEIGHTS
+from fastattn.train.sections import ConfigError
 from fastattn.train.state import FitResult
 from fastattn.train.task_config import Sections, presets_of, read_sections
 from fastattn.train.task_data import TaskData, check_columns, read_data

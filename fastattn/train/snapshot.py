@@ -14,7 +14,7 @@ from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
 from fastattn.train.averaging import Averaged
 from fastattn.train.checkpoint import read_model, write_model
-from fastattn.train.config import ConfigError, TrainConfig
+from fastattn.train.config import TrainConfig
 from fastattn.train.distributed import Distributed
 from fastattn.train.optim import Stepper
 from fastattn.train.resume import (
@@ -31,6 +31,7 @@ from fastattn.train.resume import (
     sums_of,
 )
 from fastattn.train.rng import random_state, restore_random_state, seed_all, seed_at
+from fastattn.train.sections import ConfigError
 from fastattn.train.state import TrainState
 
 

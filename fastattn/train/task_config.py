@@ -17,7 +17,8 @@ from fastattn.models import GPT, BertConfig, GPTConfig
 from fastattn.models.bert_config import PRESETS as ENCODERS
 from fastattn.models.config import PRESETS as DECODERS
 from fastattn.models.lora import ALL_LINEAR
-from fastattn.train.config import ConfigError, TrainConfig, given_options, load_config
+from fastattn.train.config import TrainConfig
+from fastattn.train.sections import ConfigError, given_options, load_config
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.embedding import encoder_folder
 from fastattn.tasks.training import check_tokenizer, config_of
-from fastattn.train.config import ConfigError
+from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import DataConfig, Sections
 from fastattn.train.task_data import texts_of
 

@@ -19,7 +19,7 @@ from fastattn.models.checkpoint.swap import delete
 from fastattn.train.arguments import check_arguments, check_evaluation
 from fastattn.train.batches import Batch, Batches, Examples
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
-from fastattn.train.config import ConfigError, TrainConfig, save_config, step_limit
+from fastattn.train.config import TrainConfig, step_limit
 from fastattn.train.distributed import Distributed, usable_device, usable_dtype
 from fastattn.train.evaluating import Evaluator, is_gain
 from fastattn.train.loading import WorkerBatches
@@ -42,6 +42,7 @@ from fastattn.train.rng import (
     seed_all,
     seeded,
 )
+from fastattn.train.sections import ConfigError, save_config
 from fastattn.train.sharding import Sharding
 from fastattn.train.signals import StopRequest
 from fastattn.train.snapshot import Snapshot
@@ -113,6 +114,10 @@ class Trainer:
         self.device = usable_device(config.device)
         self.dtype = usable_dtype(config.precision, self.device)
         self.distributed = Distributed(self.device)
+        if config.update_in_backward and self.distributed.active:
+            raise ConfigError(
+                "update_in_backward: needs one process, whose gradients are not summed with others'"
+            )
         self.directory = self.distributed.on_first(
             lambda: RunDirectory(
                 config.output_dir, resume=config.resume, overwrite=config.overwrite, model=model
@@ -383,7 +388,7 @@ class Trainer:
             self.updates.discard()
             return
         figures = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
-        culprit = self.objective.first_gradient_not_finite()
+        culprit = self.updates.first_gradient_not_finite()
         examples = self.updates.examples_not_finite(indices)
         self.log.add("diverged", state.step, **figures, parameter=culprit, examples=examples)
         kept = self.directory.checkpoints()

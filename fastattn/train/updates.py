@@ -12,6 +12,7 @@ from torch import nn
 from fastattn.train.averaging import Averaged
 from fastattn.train.batches import Batch
 from fastattn.train.config import TrainConfig
+from fastattn.train.in_backward import UpdatesInBackward
 from fastattn.train.objective import Objective
 from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate
 
@@ -30,7 +31,7 @@ class Update:
     norm: float  # of the gradient before it was clipped
     rate: float
     tokens: int
-    taken: bool  # False where the loss or a gradient is not finite: the weights are as before
+    taken: bool  # False where the loss or a gradient is not finite: no weights changed, unless updated in backward
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4g}, gradient norm {self.norm:.4g}, lr {self.rate:.3g}"
@@ -58,6 +59,7 @@ class Updates:
             muon_momentum=config.muon_momentum,
         )
         self.averaged = None if config.ema_decay is None else Averaged(model, config.ema_decay)
+        self._in_backward = UpdatesInBackward(model, self.optimizer) if config.update_in_backward else None
 
     def take(self, batches: Sequence[Batch], step: float, progress: float) -> Update:
         """One step on these micro-batches, at the learning rate of this position in the run.
@@ -75,6 +77,14 @@ class Updates:
             decay_ratio=config.decay_ratio,
         )
         set_learning_rate(self.optimizer, rate, (config.muon_lr or config.lr) / config.lr)
+        if self._in_backward is not None:
+            with self._in_backward.on():
+                loss, tokens = self.objective.accumulate(batches)
+            norm = self._in_backward.norm()
+            taken = math.isfinite(loss) and math.isfinite(norm)
+            if taken:
+                self.discard()
+            return Update(loss, norm, rate, tokens, taken)
         loss, tokens = self.objective.accumulate(batches)
         scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it accepts any object with groups and a step
         norm = self.objective.clip_gradients(config.grad_clip)
@@ -92,6 +102,12 @@ class Updates:
         if self.averaged is not None:
             self.averaged.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def first_gradient_not_finite(self) -> str | None:
+        """The name of the first parameter whose gradient held an inf or NaN in a step that was not taken."""
+        if self._in_backward is not None:
+            return self._in_backward.first_gradient_not_finite()
+        return self.objective.first_gradient_not_finite()
 
     def examples_not_finite(self, indices: Sequence[Sequence[int]]) -> list[int]:
         """The examples of the micro-batches whose loss is not finite; of all micro-batches if every loss is finite."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +100,43 @@ def test_others_and_pages_change_no_bit(
         for pages in (paged, others):
             alone = pages.attend(query, [number], **OPTIONS[name])
             assert torch.equal(alone[0], together[number])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page_size", [KEYS, 4 * KEYS])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_neighbours_are_read_where_they_lie_with_the_bits_of_copies(
+    name: str, page_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages in the order of their places, with holes and a page that two sequences share."""
+    paged = Paged(page_size, 2, dtype)
+    paged.table = torch.arange(paged.table.numel(), dtype=torch.int32).view(paged.table.shape)
+    query = torch.randn(len(LENGTHS), 4, 1, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    which = [5, 4, 4, 2, 1, 0]
+    in_place = paged.attend(query, which, **OPTIONS[name])
+    runs = []
+
+    def none(pages: Any, inside: Any) -> Any:
+        found, order = found_runs(pages, inside)
+        runs.extend(found)
+        return [], order
+
+    found_runs = key_blocks._runs
+    monkeypatch.setattr(key_blocks, "_runs", none)
+    assert torch.equal(paged.attend(query, which, **OPTIONS[name]), in_place)
+    assert runs or name == "own key alone"  # one block of each
+
+
+def test_runs_are_blocks_at_one_place_of_consecutive_pages() -> None:
+    pages, inside = np.array([7, 3, 5, 4, 9, 8, 8, 2, 3]), np.array([0, 0, 0, 0, 1, 1, 0, 1, 1])
+    runs, order = key_blocks._runs(pages, inside)
+    assert sorted(order.tolist()) == list(range(9))
+    assert [tuple(run) for run in runs] == [(0, 3, 3, 0), (3, 5, 7, 0), (5, 7, 2, 1), (7, 9, 8, 1)]
+    for run in runs:
+        blocks = order[run.start : run.stop]
+        assert pages[blocks].tolist() == list(range(run.page, run.page + len(blocks)))
+        assert set(inside[blocks]) == {run.inside}
+    assert key_blocks._runs(np.array([4, 4, 1]), np.array([0, 0, 0]))[0] == []
 
 
 @pytest.mark.parametrize("filling", [math.nan, math.inf, 1e30])

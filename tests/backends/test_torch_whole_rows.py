@@ -141,7 +141,7 @@ def test_what_no_query_sees_may_be_anything(bad: float, taken: list[bool]) -> No
 def test_calls_of_more_weights_run_by_blocks(taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = operands(2)
     whole = results(fastattn.attention, tensors, backend="torch")
-    monkeypatch.setattr(whole_rows, "ELEMENTS", 2 * QUERIES * KEYS - 1)
+    monkeypatch.setattr(whole_rows, "ELEMENTS", 2 * (2 * QUERIES * KEYS) - 1)  # two queries share a key head
     by_blocks = results(fastattn.attention, tensors, backend="torch")
     assert taken == [True, True]
     for key, value in whole.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import socket
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 from serve_cases import save_gpt
 
+from fastattn.cli import serve as command
 from fastattn.console import InputError
 from fastattn.serve import server
+from fastattn.serve.engine import Engine
 from fastattn.serve.options import ServeOptions, key_from_environment
 from fastattn.serve.served import load_all
 
@@ -33,6 +37,15 @@ def test_the_engine_needs_no_package_of_the_extra() -> None:
     code = "import sys, fastattn.serve.served; print({'fastapi', 'uvicorn', 'prometheus_client'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_the_command_and_the_engine_have_the_defaults_of_the_options() -> None:
+    wanted = {field.name: field.default for field in dataclasses.fields(ServeOptions)}
+    for function in (command.serve, Engine.__init__):
+        given = inspect.signature(function).parameters.values()
+        shared = {each.name: each.default for each in given if each.name in wanted}
+        assert len(shared) >= 4
+        assert shared == {name: wanted[name] for name in shared}
 
 
 def test_an_address_in_use_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from engine_cases import PAGE, Asked, finish, make_engine, make_model, random_id
 from small_models import KINDS, VOCAB
 
 from fastattn.models import GPT
-from fastattn.models.paged import LARGE_BLOCKS
+from fastattn.models.paged import CHUNK_SIZE, LARGE_BLOCKS
 from fastattn.serve.engine import Engine, Output
 from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
 from numerics import assert_within_rule
@@ -43,6 +43,39 @@ def test_tokens_are_those_of_generate_alone_whatever_else_runs(kind: str) -> Non
     for each in asked:
         assert each.error is None
         assert [each.tokens()] == each.alone(model), each.options
+
+
+@pytest.mark.parametrize("kind", ["learned", "llama", "gqa, window, qk_norm"])
+@pytest.mark.parametrize("page_size", [32, 64])
+def test_prompts_are_read_in_parts_of_large_pages(page_size: int, kind: str) -> None:
+    model = make_model(**KINDS[kind], n_positions=160)
+    common = random_ids(70, 1)
+    asked = [
+        Asked(
+            common + random_ids(n, n), do_sample=False, max_new_tokens=30, **({"scores": 2} if n == 3 else {})
+        )
+        for n in (3, 20, 1, 12)
+    ]
+    late = Asked(common + random_ids(5, 9), do_sample=False, max_new_tokens=40)
+    engine = make_engine(model, 9 if page_size == 32 else 5, page_size, max_batch=4)
+    for each in asked:
+        engine.submit(each.request)
+    for _ in range(12):
+        engine._step()
+    run(engine, late)
+    stats = engine.stats()
+    assert stats["preemptions"] > 0
+    assert stats["shared_tokens"] > 0
+    assert engine.batch.decoder.chunk_size == CHUNK_SIZE
+    for each in (*asked, late):
+        assert each.error is None
+        assert [each.tokens()] == each.alone(model, CHUNK_SIZE)
+
+
+@pytest.mark.parametrize(("page_size", "chunk"), [(1, 1), (8, 8), (16, 16), (24, 24), (32, 16), (48, 16)])
+def test_parts_of_prompts_end_where_pages_do(page_size: int, chunk: int) -> None:
+    engine = make_engine(make_model(), 200 // page_size, page_size)
+    assert engine.batch.decoder.chunk_size == chunk
 
 
 def test_tokens_of_16_bit_models_do_not_depend_on_company_either() -> None:

@@ -83,6 +83,7 @@ TAKES: dict[str, set[str]] = {
     "muon_lr": OPTIONAL | NUMBER,
     "muon_momentum": {"0"},
     "activation_checkpointing": FLAG,
+    "update_in_backward": {"False"},  # True needs other options
     "ema_decay": OPTIONAL | {"0"},
     "trackers": {"list"},
     "sharding": set(),

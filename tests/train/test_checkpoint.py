@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_lm import TinyLM, make_blocks, make_data, make_model, noisy_collate
+from tiny_lm import TinyLM, everything, make_blocks, make_data, make_model, noisy_collate, timeless
 
 from fastattn.models.checkpoint.save import TOKENIZER_FILES
 from fastattn.train import ConfigError
@@ -21,18 +21,6 @@ from fastattn.train.log import read_log
 # What `fastattn train`, a tracker and a large model leave besides.
 OF_A_COMMAND = ("report.json", "run.yaml", "adapter/adapter_model.safetensors", "tensorboard/events")
 OF_A_COMMAND += ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
-
-
-def everything(trainer):
-    state = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    for index, values in trainer.optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
-    return state
-
-
-def timeless(log):
-    measured = ("seconds", "tokens_per_second", "stopped", "peak_memory")
-    return [{k: v for k, v in r.items() if k not in measured} for r in log]
 
 
 RUN = {"max_steps": 22, "accumulate": 2, "batch_size": 3, "log_every": 4, "eval_every": 5, "save_every": 5}

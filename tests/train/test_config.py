@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastattn.tasks import causal_lm
-from fastattn.train.config import ConfigError, TrainConfig, load_config, save_config
+from fastattn.train.config import TrainConfig
+from fastattn.train.sections import ConfigError, load_config, save_config
 from fastattn.train.task_config import read_sections
 
 

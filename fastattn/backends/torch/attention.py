@@ -54,7 +54,8 @@ def tiles(spec: AttentionSpec) -> str:
         return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
     blockwise = f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
     if whole_rows.may_run(spec):
-        return f"softmax of whole rows in torch operations up to {whole_rows.ELEMENTS} weights, beyond {blockwise}"
+        most = whole_rows.ELEMENTS // 2
+        return f"softmax of whole rows in torch operations up to {most} weights of a key head, beyond {blockwise}"
     return blockwise
 
 

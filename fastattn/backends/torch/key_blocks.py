@@ -8,10 +8,12 @@ their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastattn.backends.torch.exponential import exp_
@@ -20,7 +22,7 @@ from fastattn.integers import cdiv
 from fastattn.spec import accumulation_dtype
 
 KEYS = 64  # of a block
-COPIED_ELEMENTS = 2**17  # of keys or values that are copied out of their pages at a time, for each thread
+COPIED_ELEMENTS = 2**17  # of keys or values that are copied at a time, for each thread
 
 
 def whole_blocks(tokens: int) -> int:
@@ -32,7 +34,7 @@ class KeyBlocks:
     """Which blocks of caches of pages the last key of each of N sequences sees, and where they are.
 
     Blocks are sorted: the first ones of all sequences, then the second ones ..., and within these the sequences of the
-    most blocks come first.
+    most blocks come first. Products run in another order, by addresses (`_Stored`).
 
     Args:
         lengths: keys of each sequence, at least one.
@@ -63,17 +65,16 @@ class KeyBlocks:
         places = np.concatenate([np.arange(size) for size in self.levels])
         of = order[places]
         block = first[of] + np.repeat(np.arange(len(self.levels)), self.levels)
-        self.tokens = math.gcd(page_size, KEYS)  # that are next to each other in a page
+        tokens = math.gcd(page_size, KEYS)  # that are next to each other in a page
         # (M, KEYS / tokens); beyond the last key a sequence may have no page
-        at = np.minimum(block[:, None] * KEYS + np.arange(0, KEYS, self.tokens), ends[of, None] - 1)
+        at = np.minimum(block[:, None] * KEYS + np.arange(0, KEYS, tokens), ends[of, None] - 1)
         pages = table.numpy()[of[:, None], at // page_size]
-        rows = (pages[:, None] * heads + np.arange(heads)[:, None]) * (page_size // self.tokens)
-        rows = rows + (at % page_size // self.tokens)[:, None]  # (M, heads, KEYS / tokens)
-        self.rows = torch.from_numpy(rows.reshape(len(of), -1))
+        self.stored = _Stored(pages, at % page_size // tokens, heads, page_size, tokens)
         keys = block[:, None] * KEYS + np.arange(KEYS)
         hidden = (keys >= ends[of, None]) | (keys < starts[of, None])
         self.hidden = torch.from_numpy(hidden)[:, None]  # (M, 1, KEYS)
-        self.heads, self.of, self.places = heads, torch.from_numpy(of), torch.from_numpy(places)
+        self.heads, self.count, self.places = heads, len(of), torch.from_numpy(places)
+        self.of = torch.from_numpy(of[self.stored.order])
         self.back = torch.from_numpy(np.argsort(order))
 
     def attend(
@@ -86,54 +87,30 @@ class KeyBlocks:
             keys, values: (P, Hkv, page, D) and (P, Hkv, page, Dv), contiguous.
             scale, softcap: as in `attention`.
         """
-        count, num_heads = len(self.of), query.shape[1]
+        count, num_heads = self.count, query.shape[1]
         dtype = accumulation_dtype(query.dtype)
         scale = query.shape[3] ** -0.5 if scale is None else scale
         queries = query[:, :, 0].index_select(0, self.of).to(dtype)
         queries = queries.reshape(count * self.heads, num_heads // self.heads, -1)
-        scores = self._products(queries, keys, transposed=True).mul_(scale)
+        scores = self.stored.products(queries, keys, transposed=True).mul_(scale)
         if softcap:
             scores.div_(softcap).tanh_().mul_(softcap)
-        scores = scores.view(count, num_heads, KEYS).masked_fill_(self.hidden, -torch.inf)
+        scores = self.stored.unsorted(scores.view(count, num_heads, KEYS))
+        scores = scores.masked_fill_(self.hidden, -torch.inf)
         largest = self._over_blocks(scores.amax(-1), torch.maximum)  # (N, H)
         probs = exp_(scores.sub_(largest.index_select(0, self.places)[..., None]))
         total = self._over_blocks(probs.sum(-1), torch.add)[..., None]
-        probs = probs.view(count * self.heads, num_heads // self.heads, KEYS)
-        out = self._weighted(probs, values, total, masked=False)
+        probs = self.stored.sorted(probs).view(count * self.heads, num_heads // self.heads, KEYS)
+        out = self._weighted(probs, values, total)
         if not math.isfinite(out.sum().item()):  # what no key of this sequence may be in the last block
-            out = self._weighted(probs, values, total, masked=True)
+            out = self._weighted(probs, values, total, self.stored.sorted(self.hidden))
         return out.index_select(0, self.back).to(query.dtype)[:, :, None]
 
-    def _products(self, rows: Tensor, pages: Tensor, *, transposed: bool, masked: bool = False) -> Tensor:
-        """The products of (M * heads, group, n) with the blocks of caches (P, heads, page, D), or these transposed.
-
-        Blocks are copied out of their pages a few at a time, which stay in a core's cache until they are multiplied.
-        """
-        dim, count = pages.shape[3], len(self.of)
-        source = pages.view(-1, self.tokens * dim)
-        result = rows.new_empty(*rows.shape[:2], KEYS if transposed else dim)
-        copied_elements = COPIED_ELEMENTS * torch.get_num_threads()
-        step = max(1, copied_elements // (self.heads * KEYS * dim))
-        copied = source.new_empty(min(step, count) * self.rows.shape[1], source.shape[1])
-        for first in range(0, count, step):
-            places = self.rows[first : first + step].flatten()
-            blocks = torch.index_select(source, 0, places, out=copied[: len(places)])
-            matrices = blocks.view(-1, KEYS, dim).to(rows.dtype)
-            if masked:
-                unseen = self.hidden[first : first + step].expand(-1, self.heads, -1).reshape(-1, KEYS, 1)
-                matrices = matrices.masked_fill(unseen, 0)
-            part = slice(first * self.heads, first * self.heads + matrices.shape[0])
-            operands = rows[part], (matrices.mT if transposed else matrices)
-            if matrices.shape[0] == 1:
-                result[part] = product(*operands)
-            else:
-                torch.bmm(*operands, out=result[part])
-        return result
-
-    def _weighted(self, probs: Tensor, values: Tensor, total: Tensor, *, masked: bool) -> Tensor:
+    def _weighted(self, probs: Tensor, values: Tensor, total: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(N, H, Dv), in the order of `_over_blocks`."""
-        out = self._products(probs, values, transposed=False, masked=masked)
-        return self._over_blocks(out.view(len(self.of), -1, values.shape[3]), torch.add).div_(total)
+        out = self.stored.products(probs, values, transposed=False, hidden=hidden)
+        out = self.stored.unsorted(out.view(self.count, -1, values.shape[3]))
+        return self._over_blocks(out, torch.add).div_(total)
 
     def _over_blocks(self, of_blocks: Tensor, combine: Callable[..., Tensor]) -> Tensor:
         """(M, ...) -> (N, ...): the blocks of each sequence combined in their order; sequences with most come first."""
@@ -143,3 +120,111 @@ class KeyBlocks:
             combine(result[:size], of_blocks[start : start + size], out=result[:size])
             start += size
         return result
+
+
+class _Run(NamedTuple):
+    """Blocks at the same place of pages that follow each other."""
+
+    start: int  # of the blocks in the order of `_Stored`
+    stop: int
+    page: int  # of the first one
+    inside: int  # blocks before them in their pages
+
+
+class _Stored:
+    """M blocks in the order of their addresses, in which many are one batch of matrices where they lie.
+
+    Blocks that are not whole within a page, and those without a neighbour, are copied.
+
+    Args:
+        pages, inside: (M, KEYS / tokens), the page of each part of a block and the parts before it in there.
+        heads, page_size: as of `KeyBlocks`.
+        tokens: of a part.
+    """
+
+    def __init__(
+        self,
+        pages: NDArray[np.integer],
+        inside: NDArray[np.integer],
+        heads: int,
+        page_size: int,
+        tokens: int,
+    ) -> None:
+        self.heads, self.page_size, self.tokens = heads, page_size, tokens
+        self.runs, order = _runs(pages[:, 0], inside[:, 0]) if tokens == KEYS else ([], None)
+        self.order = slice(None) if order is None else order
+        self._order = self._unsorted = None
+        if order is not None:
+            self._order, self._unsorted = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
+        self.copied = self.runs[-1].stop if self.runs else 0  # from which block on they are
+        rows = (pages[:, None] * heads + np.arange(heads)[:, None]) * (page_size // tokens) + inside[:, None]
+        rows = rows[self.order][self.copied :]
+        # of caches (P * heads * parts, tokens * D)
+        self.rows = torch.from_numpy(rows.reshape(len(rows), heads * pages.shape[1]))
+
+    def sorted(self, blocks: Tensor) -> Tensor:
+        """(M, ...) in this order."""
+        return blocks if self._order is None else blocks.index_select(0, self._order)
+
+    def unsorted(self, blocks: Tensor) -> Tensor:
+        """(M, ...) in the order that they were given in."""
+        return blocks if self._unsorted is None else blocks.index_select(0, self._unsorted)
+
+    def products(
+        self, rows: Tensor, pages: Tensor, *, transposed: bool, hidden: Tensor | None = None
+    ) -> Tensor:
+        """The products of (M * heads, group, n) with blocks of caches (P, heads, page, D), or with these transposed.
+
+        hidden: (M, 1, KEYS), keys that count as 0; None = none.
+        """
+        result = rows.new_empty(*rows.shape[:2], KEYS if transposed else pages.shape[3])
+        for start, blocks in self._batches(pages):
+            part = slice(start * self.heads, start * self.heads + blocks.shape[0])
+            matrices = blocks.to(rows.dtype)
+            if hidden is not None:
+                unseen = hidden[start : start + blocks.shape[0] // self.heads].expand(-1, self.heads, -1)
+                matrices = matrices.masked_fill(unseen.reshape(-1, KEYS, 1), 0)
+            operands = rows[part], (matrices.mT if transposed else matrices)
+            if matrices.shape[0] == 1:
+                result[part] = product(*operands)
+            else:
+                torch.bmm(*operands, out=result[part])
+        return result
+
+    def _batches(self, pages: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first block, blocks (m * heads, KEYS, D)); few at a time where they are copied or converted, so that they
+        stay in a core's cache until they are multiplied."""
+        dim = pages.shape[3]
+        step = max(1, COPIED_ELEMENTS * torch.get_num_threads() // (self.heads * KEYS * dim))
+        matrix = self.page_size * dim
+        for run in self.runs:
+            most = run.stop - run.start if pages.dtype == accumulation_dtype(pages.dtype) else step
+            for start in range(run.start, run.stop, most):
+                count = min(most, run.stop - start) * self.heads
+                first = (run.page + start - run.start) * self.heads * matrix + run.inside * KEYS * dim
+                yield (
+                    start,
+                    pages.as_strided((count, KEYS, dim), (matrix, dim, 1), pages.storage_offset() + first),
+                )
+        if len(self.rows):
+            source = pages.view(-1, self.tokens * dim)
+            copied = source.new_empty(min(step, len(self.rows)) * self.rows.shape[1], source.shape[1])
+            for start in range(0, len(self.rows), step):
+                places = self.rows[start : start + step].flatten()
+                blocks = torch.index_select(source, 0, places, out=copied[: len(places)])
+                yield self.copied + start, blocks.view(-1, KEYS, dim)
+
+
+def _runs(pages: NDArray[np.integer], inside: NDArray[np.integer]) -> tuple[list[_Run], NDArray[np.integer]]:
+    """Runs of at least two blocks, and the order in which they come first, one after another."""
+    order = np.lexsort((pages, inside))
+    pages, inside = pages[order], inside[order]
+    follows = (np.diff(pages) == 1) & (np.diff(inside) == 0)
+    edges = np.concatenate(([0], np.flatnonzero(~follows) + 1, [len(order)]))
+    long = np.diff(edges) > 1
+    runs, first, parts = [], 0, []
+    for start, stop in zip(edges[:-1][long].tolist(), edges[1:][long].tolist()):
+        runs.append(_Run(first, first + stop - start, int(pages[start]), int(inside[start])))
+        parts.append(order[start:stop])
+        first += stop - start
+    return runs, np.concatenate([*parts, order[~np.repeat(long, np.diff(edges))]])

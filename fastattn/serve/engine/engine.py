@@ -16,23 +16,23 @@ from fastattn.serve.engine.steps import Batch, refuse_unreadable
 from fastattn.serve.engine.worker import Worker
 
 log = logging.getLogger("fastattn.serve")
-PAGE_SIZE = 16  # tokens
+PAGE_SIZE = 64  # tokens
 BYTES_OF_CACHE = 1 << 30  # unless told otherwise, and no more than all places of the batch can use
 
 
 class Engine(Worker):
     """Runs requests of one GPT at the same time; they join and leave at every step.
 
-    On a CPU a request's tokens have the bits that `generate(batch_invariant=True, prefill_chunk_size=page_size)` gives
-    the prompt alone, whatever else runs, and whether it was preempted or shared pages. Elsewhere logits are within
-    rounding of that.
+    On a CPU a request's tokens have the bits that `generate(batch_invariant=True, prefill_chunk_size=16)` gives the
+    prompt alone, whatever else runs, and whether it was preempted or shared pages; page_size instead of 16 where that
+    is no multiple. Elsewhere logits are within rounding of that.
 
     Args:
         model: the GPT; from here on it belongs to the engine's thread.
         max_batch: most continuations that run at the same time.
         max_queue: most requests that wait for a place; more are refused.
         max_length: most tokens of prompt and continuation; None = the model's n_positions.
-        page_size: tokens of a page of the cache. Prompts are read a page at a time.
+        page_size: tokens of a page of the cache; prompts share whole ones. A CPU reads multiples of 64 where they lie.
         kv_memory: bytes for pages; None = for max_batch sequences of max_length, at most 1 GiB.
         batch_invariant: None = on a CPU.
 

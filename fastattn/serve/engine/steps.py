@@ -26,8 +26,8 @@ from fastattn.serve.engine.requests import (
 
 log = logging.getLogger("fastattn.serve")
 READ_ALONE = 256  # tokens of prompts that a step reads where no continuation waits for one
-# Rows of a step up to which prompts of up to two pages are read beyond what a step reads of a long one: a product takes
-# little longer for these, and each adds a continuation to all steps that follow.
+# Rows of a step up to which prompts of up to two chunks are read beyond what a step reads of a long one: a product
+# takes little longer for these, and each adds a continuation to all steps that follow.
 MOST_ROWS = 64
 
 
@@ -63,19 +63,20 @@ class Batch:
         self._drop()
         self._admit()
         decoding = [each for each in self.running if not each.reading]
-        budget = max(self.page_size, len(decoding)) if decoding else max(self.page_size, READ_ALONE)
+        chunk = self.decoder.chunk_size
+        budget = max(chunk, len(decoding)) if decoding else READ_ALONE
         rows = len(decoding)
         reads: list[tuple[Continuation, int]] = []  # and where the part of the prompt ends
         for each in list(self.running):
             left = len(each.prompt) - each.held
-            short = len(each.prompt) <= 2 * self.page_size and 0 < left <= MOST_ROWS - rows
+            short = len(each.prompt) <= 2 * chunk and 0 < left <= MOST_ROWS - rows
             if not (each.reading and (budget > 0 or short) and each in self.running):
                 continue
             if each.held >= len(each.prompt):
                 budget -= self._read_again(each)
                 continue
-            pages = each.held // self.page_size + max(budget // self.page_size, 1)
-            end = len(each.prompt) if short else min(pages * self.page_size, len(each.prompt))
+            chunks = each.held // chunk + max(budget // chunk, 1)
+            end = len(each.prompt) if short else min(chunks * chunk, len(each.prompt))
             if self._grow(each, end):
                 reads.append((each, end))
                 budget -= end - each.held
@@ -156,8 +157,9 @@ class Batch:
             self.fail(request, error)
 
     def _read_again(self, each: Continuation) -> int:
-        """Compute the next page of what was made before a preemption; how many tokens that were."""
-        end = min((each.held // self.page_size + 1) * self.page_size, each.wanted)
+        """Compute the next chunk of what was made before a preemption; how many tokens that were."""
+        chunk = self.decoder.chunk_size
+        end = min((each.held // chunk + 1) * chunk, each.wanted)
         if not self._grow(each, end):
             return 0
         tokens = [each.token(place) for place in range(each.held, end)]
