@@ -25,34 +25,36 @@ class UpdatesInBackward:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | JoinedOptimizer) -> None:
-        self._parts = optimizer.parts if isinstance(optimizer, JoinedOptimizer) else (optimizer,)
-        self._norms: dict[str, Tensor] = {}  # of the gradients of the last pass, by parameter
-        self._on = False
+        parts = optimizer.parts if isinstance(optimizer, JoinedOptimizer) else (optimizer,)
         places = {
             id(parameter): (part, number)
-            for part in self._parts
+            for part in parts
             for number, group in enumerate(part.param_groups)
             for parameter in group["params"]
         }
-        self._names = [name for name, parameter in model.named_parameters() if id(parameter) in places]
-        for name, parameter in model.named_parameters():
-            if id(parameter) in places:
-                parameter.register_post_accumulate_grad_hook(
-                    partial(self._update, name, *places[id(parameter)])
-                )
+        self._updated = {
+            name: (parameter, *places[id(parameter)])
+            for name, parameter in model.named_parameters()
+            if id(parameter) in places
+        }
+        self._norms: dict[str, Tensor] = {}  # of the gradients of the last pass, by parameter
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """Inside, backward passes update the parameters; outside they leave gradients as ever."""
         self._norms.clear()
-        self._on = True
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._update, name, part, number))
+            for name, (parameter, part, number) in self._updated.items()
+        ]
         try:
             yield
         finally:
-            self._on = False
+            for hook in hooks:
+                hook.remove()
 
     def _update(self, name: str, part: torch.optim.Optimizer, number: int, parameter: Tensor) -> None:
-        if not self._on or parameter.grad is None:
+        if parameter.grad is None:
             return
         self._norms[name] = torch.linalg.vector_norm(parameter.grad)
         groups = part.param_groups  # loading a state makes new ones
@@ -65,9 +67,12 @@ class UpdatesInBackward:
 
     def norm(self) -> float:
         """Norm of the gradients of the last pass inside `on`."""
-        norms = [self._norms[name] for name in self._names if name in self._norms]
+        norms = [self._norms[name] for name in self._updated if name in self._norms]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def first_gradient_not_finite(self) -> str | None:
         """The name of the first parameter whose gradient in the last pass had an inf or NaN."""
-        return next((n for n in self._names if n in self._norms and not math.isfinite(self._norms[n])), None)
+        return next(
+            (name for name in self._updated if name in self._norms and not math.isfinite(self._norms[name])),
+            None,
+        )

@@ -1,6 +1,8 @@
 """Updates in the backward pass: the bits of updates after it, from a few gradients at a time."""
 
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -68,8 +70,7 @@ def test_gradients_are_dropped_one_by_one(make_trainer, monkeypatch):
     update = UpdatesInBackward._update
 
     def seen(self, name, part, number, parameter):
-        if self._on:
-            held.append(sum(p.grad is not None for p in trainer.model.parameters()))
+        held.append(sum(p.grad is not None for p in trainer.model.parameters()))
         update(self, name, part, number, parameter)
 
     monkeypatch.setattr(UpdatesInBackward, "_update", seen)
@@ -86,6 +87,16 @@ def test_other_passes_leave_gradients(make_trainer):
     trainer.objective.loss(trainer.model, batch).backward()
     assert all(p.grad is not None for p in trainer.model.parameters())
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before))
+
+
+def test_a_trained_model_does_not_keep_the_optimiser(make_trainer):
+    trainer = make_trainer(model=make_blocks(), max_steps=3, update_in_backward=True, **FREE)
+    trainer.fit()
+    model, optimizer = trainer.model, weakref.ref(trainer.optimizer)
+    del trainer
+    gc.collect()
+    assert optimizer() is None
+    assert model.head.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
