@@ -71,7 +71,7 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
 
 def _by_tiles(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) without sinks."""
-    if whole_rows.can_run(spec, call):
+    if spec.dropout and whole_rows.can_run(spec, call):
         found = whole_rows.attention_fwd(call, first_sequence)
         if found is not None:
             return found
@@ -111,7 +111,7 @@ def attention_bwd(
     extreme = is_extreme(call, lse)
     if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
         return _few_keys_bwd(call, dout)
-    if lse_safe is lse and not has_nan and whole_rows.can_run(spec, call):
+    if spec.dropout and lse_safe is lse and not has_nan and whole_rows.can_run(spec, call):
         grads = whole_rows.attention_bwd(call, dout, dlse, first_sequence)
         if grads is not None:
             return grads
