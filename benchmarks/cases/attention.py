@@ -162,6 +162,7 @@ def cpu_cases() -> list[AttentionCase]:
         make("packed-causal-8192", "packed", 8192, causal=True, **packed),
         make("packed-full-4096", "packed", 4096, **{**packed, "target": None}),
         make("dropout-1024", "features", 1024, dropout_p=0.1, target=against_sdpa(1.0)),
+        make("dropout-128", "features", 128, batch=16, heads=12, dropout_p=0.1, target=against_sdpa(1.0)),
         make("dense-full-2048", "dense", 2048),
         make("dense-causal-bf16-2048", "dense", 2048, causal=True, dtype=torch.bfloat16),
         make("gqa-causal-2048", "features", 2048, "sdpa-dense", **grouped),

@@ -172,6 +172,36 @@ def test_a_prompt_seen_before_is_not_read_again() -> None:
     assert first.tokens() == second.tokens()
 
 
+@pytest.mark.parametrize(("equal", "read"), [(90, 10), (70, 26), (50, 42), (33, 58), (20, 74), (15, 90)])
+def test_the_beginning_of_a_page_is_copied_instead_of_read(equal: int, read: int) -> None:
+    model = make_model(n_positions=160)
+    first = Asked(random_ids(90, 1), do_sample=False, max_new_tokens=12)
+    second = Asked(first.prompt[:equal] + random_ids(90 - equal, 2), do_sample=False, max_new_tokens=12)
+    engine = make_engine(model, 20, page_size=32)
+    run(engine, first)
+    run(engine, second)
+    assert engine.stats()["prompt_tokens"] == 90 + read
+    assert engine.stats()["shared_tokens"] == 90 - read
+    again = Asked(first.prompt, do_sample=False, max_new_tokens=12)
+    run(engine, again)  # what the second wrote behind its copy is not in the first's page
+    for each in (first, second, again):
+        assert [each.tokens()] == each.alone(model, CHUNK_SIZE)
+
+
+@pytest.mark.parametrize("pages", [4, 5, 6])
+def test_a_page_to_copy_is_not_the_one_that_is_taken(pages: int) -> None:
+    model = make_model(n_positions=128)
+    engine = make_engine(model, pages, page_size=32, max_batch=2)
+    asked = [
+        Asked(random_ids(50, 1)[:n] + random_ids(60 - n, n), max_new_tokens=40) for n in (50, 17, 34, 48)
+    ]
+    for each in asked:
+        run(engine, each)
+    run(engine, *(others := [Asked(each.prompt, max_new_tokens=40) for each in asked]))
+    for each in (*asked, *others):
+        assert [each.tokens()] == each.alone(model, CHUNK_SIZE)
+
+
 @pytest.mark.parametrize("kind", ["dynamic"])
 def test_pages_are_not_shared_where_keys_depend_on_the_prompts_length(kind: str) -> None:
     scaling = {"rope_type": kind, "factor": 2.0}

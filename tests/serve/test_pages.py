@@ -30,6 +30,21 @@ def test_pages_are_counted_named_and_found() -> None:
         pool.take()
 
 
+def test_a_page_has_the_names_of_its_parts() -> None:
+    pool = PagePool(2, 4)
+    names = names_of([1, 2, 3, 4, 5, 6], 2, 3)
+    page, other = pool.take(), pool.take()
+    pool.name(page, names[0])
+    pool.name(other, names[0])  # the first keeps it
+    pool.name(other, names[1])
+    assert [pool.page_of(name) for name in names] == [page, other, None]
+    pool.release(page)
+    pool.release(other)
+    assert pool.available == 2
+    assert pool.take() == page  # the one that was left first
+    assert [pool.page_of(name) for name in names] == [None, other, None]
+
+
 @pytest.mark.parametrize("agreeing", [LARGE_BLOCKS, LARGE_BLOCKS[:1], ()])
 def test_large_blocks_are_used_where_they_have_the_bits_of_small_ones(agreeing: tuple[int, ...]) -> None:
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))

@@ -32,7 +32,7 @@ class Engine(Worker):
         max_batch: most continuations that run at the same time.
         max_queue: most requests that wait for a place; more are refused.
         max_length: most tokens of prompt and continuation; None = the model's n_positions.
-        page_size: tokens of a page of the cache; prompts share whole ones. A CPU reads multiples of 64 where they lie.
+        page_size: tokens of a page of the cache. A CPU reads pages of a multiple of 64 where they lie.
         kv_memory: bytes for pages; None = for max_batch sequences of max_length, at most 1 GiB.
         batch_invariant: None = on a CPU.
 

@@ -15,8 +15,8 @@ class PagesExhausted(Exception):
 class PagePool:
     """Counts the holders of each page. Pages with a name are kept when nobody holds them, until one is needed.
 
-    A name says what a page holds: it is a digest of all tokens up to the page's end. A sequence whose prompt begins
-    with the same tokens takes the page instead of computing it.
+    A name says what a page holds: it is a digest of all tokens up to a place in it, or to its end. A sequence whose
+    prompt begins with the same tokens takes a whole page, or copies a part, instead of computing it.
     """
 
     def __init__(self, pages: int, page_size: int) -> None:
@@ -25,7 +25,7 @@ class PagePool:
         self._free = list(range(pages - 1, -1, -1))
         self._unheld: OrderedDict[int, None] = OrderedDict()  # with a name, the least recently used first
         self._page_of: dict[bytes, int] = {}
-        self._name_of: dict[int, bytes] = {}
+        self._names_of: dict[int, list[bytes]] = {}
 
     def __len__(self) -> int:
         return len(self.holders)
@@ -41,7 +41,8 @@ class PagePool:
             page = self._free.pop()
         elif self._unheld:
             page, _ = self._unheld.popitem(last=False)
-            del self._page_of[self._name_of.pop(page)]
+            for name in self._names_of.pop(page):
+                del self._page_of[name]
         else:
             raise PagesExhausted
         self.holders[page] = 1
@@ -58,33 +59,38 @@ class PagePool:
         self.holders[page] -= 1
         if self.holders[page]:
             return
-        if page in self._name_of:
+        if page in self._names_of:
             self._unheld[page] = None
         else:
             self._free.append(page)
 
     def name(self, page: int, name: bytes) -> None:
-        """A page is complete; the first with a name keeps it."""
-        if name not in self._page_of and page not in self._name_of:
-            self._page_of[name], self._name_of[page] = page, name
+        """A page is complete up to a place; the first with a name keeps it."""
+        if name not in self._page_of:
+            self._page_of[name] = page
+            self._names_of.setdefault(page, []).append(name)
+
+    def page_of(self, name: bytes) -> int | None:
+        """The page that holds what has this name; None = no page does. Nobody more holds it yet."""
+        return self._page_of.get(name)
 
     def begin_with(self, names: Sequence[bytes]) -> list[int]:
         """The pages that hold the first of these names, as far as there are any; nobody more holds them yet."""
         found = []
         for name in names:
-            page = self._page_of.get(name)
+            page = self.page_of(name)
             if page is None:
                 break
             found.append(page)
         return found
 
 
-def names_of(tokens: Sequence[int], page_size: int, pages: int) -> list[bytes]:
-    """The names of the first pages of a sequence; each depends on all tokens before it."""
+def names_of(tokens: Sequence[int], size: int, count: int) -> list[bytes]:
+    """The names of the first parts of a sequence, of `size` tokens each; each depends on all tokens before it."""
     names: list[bytes] = []
     name = b""
-    for number in range(pages):
-        part = array("q", tokens[number * page_size : (number + 1) * page_size])
+    for number in range(count):
+        part = array("q", tokens[number * size : (number + 1) * size])
         name = sha256(name + part.tobytes()).digest()
         names.append(name)
     return names

@@ -41,6 +41,7 @@ class Batch:
         self.pool = PagePool(pages, page_size)
         self.device = model.wte.weight.device
         self.max_batch, self.page_size = max_batch, page_size
+        self.chunks = page_size // self.decoder.chunk_size  # of a page
         self.sharing = not self.decoder.keys_depend_on_length
         self.running: list[Continuation] = []  # in the order of arrival, as are
         self.waiting: list[Continuation] = []
@@ -130,6 +131,7 @@ class Batch:
             for page in found:
                 self.pool.hold(page)
             each.pages, each.held = found, len(found) * self.page_size
+            self._copy_shared_part(each)
             self.shared_tokens += each.held
             self._run(each)
 
@@ -138,15 +140,36 @@ class Batch:
         self.running.sort(key=lambda other: other.order)
 
     def _shared_pages(self, each: Continuation) -> list[int]:
-        """Pages with the beginning of a prompt; its last token is always read, for the logits after it."""
+        """Pages with the beginning of a prompt."""
+        return self.pool.begin_with(self._shareable(each)[self.chunks - 1 :: self.chunks])
+
+    def _copy_shared_part(self, each: Continuation) -> None:
+        """Copy what some page has of the prompt's next one, which becomes the continuation's own."""
+        held = len(each.pages) * self.chunks
+        for end in range(min(held + self.chunks - 1, len(self._shareable(each))), held, -1):
+            source = self.pool.page_of(self._shareable(each)[end - 1])
+            if source is None:
+                continue
+            self.pool.hold(source)  # else it may be the one that is taken
+            if self.pool.available:
+                page = self.pool.take()
+                self.decoder.copy_page(source, page)
+                each.pages.append(page)
+                each.held = end * self.decoder.chunk_size
+            self.pool.release(source)
+            return
+
+    def _shareable(self, each: Continuation) -> list[bytes]:
+        """The names of what a prompt may share; its last token is always read, for the logits after it."""
         if not self.sharing or (each.request.prompt_scores is not None and not each.made):
             return []
-        whole = (len(each.prompt) - 1) // self.page_size
-        return self.pool.begin_with(self._names(each)[:whole])
+        return self._names(each)[: (len(each.prompt) - 1) // self.decoder.chunk_size]
 
     def _names(self, each: Continuation) -> list[bytes]:
+        """The names of a prompt's chunks."""
         if each.names is None:
-            each.names = names_of(each.prompt, self.page_size, len(each.prompt) // self.page_size)
+            size = self.decoder.chunk_size
+            each.names = names_of(each.prompt, size, len(each.prompt) // size)
         return each.names
 
     def _out_of_memory(self, error: Exception, request: Request) -> None:
@@ -240,8 +263,9 @@ class Batch:
         if each.request.prompt_scores is not None and not each.made:
             self._score_prompt(each, hidden, end)
         if self.sharing:
-            for place in range(each.held // self.page_size, end // self.page_size):
-                self.pool.name(each.pages[place], self._names(each)[place])
+            size = self.decoder.chunk_size
+            for place in range(each.held // size, end // size):
+                self.pool.name(each.pages[place // self.chunks], self._names(each)[place])
         each.held = end
 
     def _begin(self, each: Continuation, logits: Tensor) -> None:
