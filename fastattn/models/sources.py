@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.cross_attention import Memory
+from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.rows import Rows
 from fastattn.ops.kv_cache import attention_kv_cache
 
@@ -60,6 +61,5 @@ class Sources:
         source = rows[moved]
         self.of = wanted
         self.lengths[moved] = self.lengths[source]
-        for pair in self.cache:
-            for buffer in pair:
-                buffer[moved] = buffer[source]
+        buffers = [buffer for pair in self.cache for buffer in pair]
+        copy_sequences(buffers, source, moved, buffers[0].shape[2])

@@ -22,6 +22,7 @@ from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import PreNormBlock
 from fastattn.nn.cross_attention import Memory
+from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.norms import RMSNorm, rms_norm
 from fastattn.nn.positions import RotaryTable, apply_rotary, positions_of_tokens, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
@@ -175,9 +176,7 @@ class GPTDecoder:
         source = rows[moved]
         self.lengths[moved] = self.lengths[source]
         held = int(self.lengths[moved].max())
-        for layer in self.cache:
-            for buffer in layer:
-                buffer[moved, :, :held] = buffer[source, :, :held]  # indexing copies before it writes
+        copy_sequences((buffer for layer in self.cache for buffer in layer), source, moved, held)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -111,9 +112,25 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Sequence i becomes a copy of sequence rows[i], (B,), as beams need."""
-        for buffer in (self.keys, self.values):
-            held = buffer[:, :, : self.length]
-            held.copy_(held[rows])
+        to = torch.arange(len(rows), device=rows.device)
+        copy_sequences((self.keys, self.values), rows, to, self.length)
+
+
+def copy_sequences(buffers: Iterable[Tensor], source: Tensor, target: Tensor, tokens: int) -> None:
+    """Sequences `target` become copies of sequences `source` as these are now, up to so many tokens.
+
+    Args:
+        buffers: (B, heads, C, D) of one shape each, contiguous.
+        source, target: (N,) integers; target has none twice.
+        tokens: at most C.
+    """
+    for buffer in buffers:
+        _, num_heads, capacity, dim = buffer.shape
+        heads = torch.arange(num_heads, device=source.device)
+        rows, to = ((part[:, None] * num_heads + heads).flatten() for part in (source, target))
+        # a head's tokens are one row, whose copy takes half the time of indexing the buffer
+        held = buffer.view(-1, capacity * dim)[:, : tokens * dim]
+        held.index_copy_(0, to, held.index_select(0, rows))
 
 
 def _visible_keys(mask: Tensor, query: Tensor) -> Tensor | None:
