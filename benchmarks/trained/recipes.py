@@ -90,8 +90,8 @@ def _chinese() -> TaskRow:
     pretraining = train(
         "pre-training", "masked-lm", "--train", "{data}/classify/chinese_reviews/train.jsonl", "--model", "minilm-l6",
         "--data.tokenizer=characters", "--task.max_length=128", "--train.batch_size=32", "--train.lr=1e-3",
-        "--train.max_epochs=60", "--train.max_seconds={seconds:0.55}", "--train.save_every=1000000", *ENCODER,
-        out="encoder", preset="encoder",
+        "--train.max_epochs=60", "--train.max_seconds={seconds:0.55}", "--train.save_every=1000000",
+        "--train.precision={precision}", *ENCODER, out="encoder", preset="encoder",
     )  # fmt: skip
     words = ("--task.max_length=256",)
     return TaskRow(
@@ -146,7 +146,7 @@ def _written(name: str, title: str, folder: str, columns: str, baseline: str, no
     mapped = (f"--data.columns={columns}",) if columns else ()
     words = (
         "--train", f"{{data}}/{folder}/train.jsonl", "--dev", "{files}/dev.jsonl", "--model", "{encoder}", *mapped,
-        "--task.max_length=128", "--task.max_target_length=96", "--train.precision=bfloat16",
+        "--task.max_length=128", "--task.max_target_length=96", "--train.precision={precision}",
         "--train.max_seconds={seconds:0.35}",
     )  # fmt: skip
     columned = tuple(word for each in columns.split(",") if each for word in ("--column", each))

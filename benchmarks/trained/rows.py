@@ -1,6 +1,7 @@
 """What a row of docs/results.md is made of: `fastattn` commands on real data, and what stands beside their models.
 
-In the words of a step {data}, {encoder}, {files} and {out} are folders and {seconds:0.5} is a share of the row's time.
+In the words of a step {data}, {encoder}, {files} and {out} are folders, {seconds:0.5} is a share of the row's time
+and {precision} is bfloat16 where the machine multiplies in it.
 """
 
 from __future__ import annotations

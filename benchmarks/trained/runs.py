@@ -30,7 +30,15 @@ ENDING = 120.0  # seconds that a run has to write its checkpoint
 CURVE = 80  # most points of a stored curve
 SCRIPTS = {"peer": "benchmarks/trained/trainer.py", "stops": "benchmarks/trained/stops.py"}
 SHOWN = {"data": "DATA", "encoder": "ENCODER", "files": "RUN/files", "out": "RUN"}
-PLACE = re.compile(r"\{(data|encoder|files|out|seconds)(?::([\d.]+))?\}")
+PLACE = re.compile(r"\{(data|encoder|files|out|seconds|precision)(?::([\d.]+))?\}")
+
+
+def fastest_precision() -> str:
+    """bfloat16 where this machine multiplies in it, else float32: as `fastattn train` calls them."""
+    from fastattn import torch_compat
+
+    fast = torch.cuda.is_available() or torch_compat.has_fast_products(torch.bfloat16)
+    return "bfloat16" if fast else "float32"
 
 
 @dataclass
@@ -65,6 +73,8 @@ class Run:
         def value(found: re.Match[str]) -> str:
             if found[1] == "seconds":
                 return f"{self.seconds * float(found[2] or 1):.0f}"
+            if found[1] == "precision":
+                return fastest_precision()
             return places[found[1]]
 
         return PLACE.sub(value, word)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import checkout
@@ -34,6 +35,17 @@ def _job(row: TaskRow, out: Path, seconds: float = 600.0, **options: Any) -> run
 
 def _options(words: Sequence[str], name: str) -> list[str]:
     return [words[i + 1] for i, word in enumerate(words[:-1]) if word == name]
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_a_row_trains_in_bfloat16_where_the_machine_multiplies_in_it(
+    fast: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastattn.torch_compat.has_fast_products", lambda dtype: fast)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = _job(ROW, tmp_path)
+    assert job.filled(["--train.precision={precision}"]) == [f"--train.precision={precision}"]
+    assert job.shown(["--train.precision={precision}"]) == f"--train.precision={precision}"
 
 
 @pytest.mark.parametrize(
