@@ -18,7 +18,9 @@ from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec,
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
 OTHER_CHUNK_LOGITS = 2**27
-WEIGHT_ROWS = 1024  # rows of the weight's gradient that a CPU makes at once
+WEIGHT_ROWS = (
+    4096  # rows of the weight's gradient that a CPU makes at once, where they cannot be added by a product
+)
 MIN_CHUNKS = 4  # and at most a quarter of all logits
 
 Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
@@ -107,7 +109,8 @@ class _Grads:
         dtype = accumulation_dtype(call.hidden.dtype)
         self.call = call
         self.hidden = torch.empty_like(call.hidden) if hidden else None
-        self.weight = torch.zeros_like(call.weight, dtype=dtype) if weight else None
+        self.weight = torch.empty_like(call.weight, dtype=dtype) if weight else None
+        self._adds = False  # whether the weight's gradient holds anything yet
         self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
 
     def place(self, chunk: CrossEntropyCall) -> Tensor | None:
@@ -122,26 +125,31 @@ class _Grads:
         if self.hidden is not None:
             self.hidden[rows] = torch_compat.product(dlogits, call.weight.mT)
         if self.weight is not None:
-            self._add_to_weight(dlogits, _hidden(call, rows))
+            self._add_to_weight(self.weight, dlogits, _hidden(call, rows))
+            self._adds = True
         if self.bias is not None:
             self.bias.add_(dlogits.sum(0, dtype=self.bias.dtype))
 
-    def _add_to_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
-        weight = self.weight
-        assert weight is not None
-        if not weight.is_cpu:
-            if weight.dtype == hidden.dtype:
-                weight.addmm_(dlogits.mT, hidden)
-            else:
-                weight.add_(dlogits.mT @ hidden)
+    def _add_to_weight(self, weight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        """The first chunk writes, so that the gradient, the largest tensor of a step, needs no zeros."""
+        whole = not weight.is_cpu or torch_compat.prefers_mkl()
+        if whole and weight.dtype == hidden.dtype:
+            torch.addmm(weight, dlogits.mT, hidden, beta=int(self._adds), out=weight)
             return
-        for start in range(0, weight.shape[0], WEIGHT_ROWS):  # what is added is still in the cache
-            classes = slice(start, start + WEIGHT_ROWS)
-            weight[classes] += torch_compat.product(dlogits[:, classes].mT, hidden.mT)
+        size = WEIGHT_ROWS if weight.is_cpu else weight.shape[0]
+        for start in range(0, weight.shape[0], size):  # what is added is still in the cache
+            classes = slice(start, start + size)
+            rows = torch_compat.product(dlogits[:, classes].mT, hidden.mT)
+            if self._adds:
+                weight[classes] += rows
+            else:
+                weight[classes] = rows
 
     def results(self, kept: Tensor | None, whole: LinearCrossEntropyCall) -> LinearGrads:
         """The gradients, that of hidden with zeros at the tokens left out."""
         hidden = None if self.hidden is None else _spread(self.hidden, kept, whole.hidden)
+        if self.weight is not None and not self._adds:  # all tokens are ignored
+            self.weight.zero_()
         return LinearGrads(hidden, self.weight, self.bias)
 
 
