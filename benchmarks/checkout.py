@@ -37,10 +37,12 @@ def correct_interpreter() -> bool:
         or importlib.util.find_spec("triton") is None
     ):
         return False
-    spec = importlib.util.spec_from_file_location("triton_interpreter", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.Correction().install()
+    module = sys.modules.get("triton_interpreter")
+    if module is None:
+        spec = importlib.util.spec_from_file_location("triton_interpreter", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules["triton_interpreter"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    module.correction().install()
     return True

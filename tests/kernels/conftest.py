@@ -26,7 +26,7 @@ def corrected_interpreter() -> Iterator[object]:
     if not triton_interpreter.INTERPRETING:
         yield None
         return
-    correction = triton_interpreter.Correction()
+    correction = triton_interpreter.correction()
     correction.install()
     yield correction
     correction.remove()

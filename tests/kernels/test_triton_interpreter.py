@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,19 @@ def test_triton_checks_integers_for_overflow_and_drops_what_it_found() -> None:
 
     assert interpreter.interpreter_builder.options.sanitize_overflow
     assert doubled() == 2**31 + 10 - 2**32
+
+
+def test_a_benchmark_in_the_same_process_corrects_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from triton.runtime import interpreter
+
+    import checkout
+
+    assert checkout.correct_interpreter()
+    correction = triton_interpreter.correction()
+    correction.remove()
+    try:
+        assert interpreter.interpreter_builder.options.sanitize_overflow
+    finally:
+        correction.install()
+    assert not interpreter.interpreter_builder.options.sanitize_overflow

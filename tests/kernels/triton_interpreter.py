@@ -9,6 +9,7 @@ set before its import.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,9 @@ class Correction:
         self.patched: set[int] | None = None  # of the launch under way: whose functions' modules are patched
 
     def install(self) -> None:
-        """Put the corrected functions in place."""
+        """Put the corrected functions in place, if they are not yet."""
+        if self.saved:
+            return
         self._replace(self.builder, "cast_impl", self._cast)
         self._replace(self.builder, "create_fp_to_fp", self._convert)
         self._replace(self.builder, "create_dot", self._dot)
@@ -137,3 +140,9 @@ class Correction:
             return None
 
         return patch_lang
+
+
+@functools.cache
+def correction() -> Correction:
+    """The one of this process, whoever installs it: of two, one removed would leave the other."""
+    return Correction()
