@@ -105,7 +105,8 @@ def can_run(spec: AttentionSpec, call: AttentionCall) -> bool:
     """Whether this is such a call with so few weights that at least two matrices run together."""
     seqlen_k = call.key.shape[2]
     weights = call.group_size * call.query.shape[2] * seqlen_k  # of a key/value head
-    return may_run(spec) and seqlen_k <= COL_BLOCK and 0 < 2 * weights <= ELEMENTS
+    fits = seqlen_k <= COL_BLOCK and 0 < 2 * weights <= ELEMENTS
+    return may_run(spec) and fits and call.query.shape[0] > 0
 
 
 def attention_fwd(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor] | None:
