@@ -18,9 +18,8 @@ from fastattn.spec import CrossEntropyCall, LinearCrossEntropyCall, SoftmaxSpec,
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits per chunk: enough tokens for an efficient matrix product
 OTHER_CHUNK_LOGITS = 2**27
-WEIGHT_ROWS = (
-    4096  # rows of the weight's gradient that a CPU makes at once, where they cannot be added by a product
-)
+# rows of the weight's gradient that a CPU makes at once, where a product does not add to it
+WEIGHT_ROWS = 4096
 MIN_CHUNKS = 4  # and at most a quarter of all logits
 
 Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
@@ -110,7 +109,9 @@ class _Grads:
         self.call = call
         self.hidden = torch.empty_like(call.hidden) if hidden else None
         self.weight = torch.empty_like(call.weight, dtype=dtype) if weight else None
-        self._adds = False  # whether the weight's gradient holds anything yet
+        self._adds = (
+            False  # whether a chunk was written to the weight's gradient, so that the next ones add to it
+        )
         self.bias = torch.zeros_like(call.bias, dtype=dtype) if bias and call.bias is not None else None
 
     def place(self, chunk: CrossEntropyCall) -> Tensor | None:

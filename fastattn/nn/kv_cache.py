@@ -128,7 +128,7 @@ def copy_sequences(buffers: Iterable[Tensor], source: Tensor, target: Tensor, to
         _, num_heads, capacity, dim = buffer.shape
         heads = torch.arange(num_heads, device=source.device)
         rows, to = ((part[:, None] * num_heads + heads).flatten() for part in (source, target))
-        # a head's tokens are one row, whose copy takes half the time of indexing the buffer
+        # a head's tokens are one row, which is copied faster than the buffer is indexed
         held = buffer.view(-1, capacity * dim)[:, : tokens * dim]
         held.index_copy_(0, to, held.index_select(0, rows))
 

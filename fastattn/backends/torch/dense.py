@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.backends.torch.whole_rows import minus_infinity
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype
 from fastattn.strides import in_order
 
@@ -22,8 +23,7 @@ def additive(hidden: Tensor | None, group_size: int, dtype: torch.dtype) -> Tens
     """-inf in the pairs (Sq, Sk) that do not attend, 0 elsewhere, for the rows of a group of heads: (g * Sq, Sk)."""
     if hidden is None:
         return None
-    mask = torch.zeros(hidden.shape, dtype=accumulation_dtype(dtype), device=hidden.device)
-    return mask.masked_fill_(hidden, -torch.inf).repeat(group_size, 1)
+    return minus_infinity(hidden, accumulation_dtype(dtype)).repeat(group_size, 1)
 
 
 def dense_bwd(

@@ -38,7 +38,7 @@ _BY = np.uint64(MULTIPLIER[0]), np.uint64(MULTIPLIER[1])
 class _RecentMasks:
     """The masks that were drawn last, a bit for each weight: a backward pass needs what its forward drew.
 
-    Drawing one takes a hundred times as long as packing and unpacking it.
+    Drawing one takes far longer than packing and unpacking it.
     """
 
     def __init__(self, most_bytes: int) -> None:

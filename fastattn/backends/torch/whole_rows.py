@@ -92,7 +92,7 @@ class Matrices:
 
 def minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """-inf where `hidden` is True, 0 elsewhere."""
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def may_run(spec: AttentionSpec) -> bool:

@@ -71,7 +71,7 @@ class PagePool:
             self._names_of.setdefault(page, []).append(name)
 
     def page_of(self, name: bytes) -> int | None:
-        """The page that holds what has this name; None = no page does. Nobody more holds it yet."""
+        """The page that holds what has this name; None = no page does. It gets no holder by this."""
         return self._page_of.get(name)
 
     def begin_with(self, names: Sequence[bytes]) -> list[int]:
