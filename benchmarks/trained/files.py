@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0  # of every split: it is fixed, and no figure was looked at to choose it
+DEV_SHARE = 0.02  # of the characters that train
 TEST_SHARE = 0.1  # of tinyshakespeare, its end, as in its usual split
 SHARES = (1, 10, 100)  # percent of the labels of a learning curve
 REQUEST = "What does this package do, in one line?\n"
@@ -29,11 +30,13 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
 
 
 def shakespeare(data: Path, files: Path) -> None:
-    """train.txt and test.txt: the first nine tenths of the characters, and the rest."""
+    """train.txt, dev.txt and test.txt: the first nine tenths of the characters, of which the last 2 % are dev.txt, and
+    the rest."""
     text = (data / "lm" / "tinyshakespeare.txt").read_text(encoding="utf-8")
     cut = round((1 - TEST_SHARE) * len(text))
-    (files / "train.txt").write_text(text[:cut], encoding="utf-8")
-    (files / "test.txt").write_text(text[cut:], encoding="utf-8")
+    dev = round((1 - DEV_SHARE) * cut)
+    for name, part in (("train", text[:dev]), ("dev", text[dev:cut]), ("test", text[cut:])):
+        (files / f"{name}.txt").write_text(part, encoding="utf-8")
 
 
 def addresses(data: Path, files: Path) -> None:

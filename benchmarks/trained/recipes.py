@@ -11,21 +11,21 @@ from trained import files
 from trained.rows import SEEDS, Goal, Step, TaskRow, evaluate, peer, train, with_peers
 
 
-def shakespeare(name: str, minutes: float, layers: int, width: int, goal: float) -> TaskRow:
-    """The character model of tinyshakespeare within a time, by AdamW and by Muon."""
+def shakespeare(name: str, minutes: float, layers: int, width: int, rate: float, goal: float) -> TaskRow:
+    """The character model of tinyshakespeare within a time, by AdamW at a rate and by Muon."""
     whole = 2 * minutes + 4  # of both, evaluations included
     common = (
-        "--train", "{files}/train.txt", "--model", "nano", "--data.tokenizer=characters", "--data.dev_fraction=0.02",
+        "--train", "{files}/train.txt", "--dev", "{files}/dev.txt", "--model", "nano", "--data.tokenizer=characters",
         "--task.packing=stream", "--task.max_length=256", "--model.n_positions=256", "--model.positions=rotary",
         f"--model.n_layer={layers}", f"--model.n_embd={width}", f"--model.n_head={width // 64}",
         "--train.batch_size=8", "--train.warmup_steps=50", "--train.max_epochs=1000", "--train.min_lr_ratio=0.0",
-        "--train.beta2=0.99", "--train.eval_every=500", "--train.save_every=1000000",
+        "--train.beta2=0.99", "--train.eval_every=250", "--train.save_every=1000000", "--train.precision={precision}",
         f"--train.max_seconds={{seconds:{minutes / whole:.5f}}}",
     )  # fmt: skip
     tests = ("--data", "{files}/test.txt", "--option", "max_length=256", "--option", "stride=128")
     kinds = {
         "Muon": ("--train.optimizer=muon", "--train.muon_lr=0.02", "--train.lr=2e-3"),
-        "AdamW": ("--train.lr=3e-3",),
+        "AdamW": (f"--train.lr={rate:g}",),
     }
     steps: list[Step] = []
     for kind, words in kinds.items():
@@ -39,7 +39,7 @@ def shakespeare(name: str, minutes: float, layers: int, width: int, goal: float)
         ("loss", "bits_per_byte"),
         tuple(Goal(kind, "loss", goal, least=False) for kind in kinds),
         "Loss in nats per character over the whole validation split, the last tenth of the text, each character behind "
-        "128 others at least. The best model is picked on 2 % of the training text, never on that split.",
+        "128 others at least. The best model is picked on the last 2 % of the other text, never on that split.",
     )
 
 
@@ -273,8 +273,8 @@ def _preferences() -> TaskRow:
 ROWS: dict[str, TaskRow] = {
     row.name: row
     for row in (
-        shakespeare("shakespeare-5min", 5, 4, 192, 1.60),
-        shakespeare("shakespeare-60min", 60, 6, 384, 1.50),
+        shakespeare("shakespeare-5min", 5, 4, 192, 3e-3, 1.60),
+        shakespeare("shakespeare-60min", 60, 6, 384, 1e-3, 1.50),
         _reuters(),
         _chinese(),
         _entities(),
