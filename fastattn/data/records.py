@@ -184,8 +184,7 @@ def held_out(ranks: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
     Raises:
         DataError: all ranks are equal.
     """
-    numbers = np.array(ranks, dtype="S32")  # of one length, so that zero bytes at the end change no order
-    _, group_of, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+    group_of, sizes = groups_of(ranks)
     if len(sizes) < 2:
         raise DataError("data: has fewer than two different examples, so none can be held out, needs --dev")
     wanted = max(1, round(fraction * len(ranks)))
@@ -193,6 +192,13 @@ def held_out(ranks: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
     taken[-1] = False
     held: npt.NDArray[np.bool_] = taken[group_of]
     return held
+
+
+def groups_of(ranks: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Those of equal rank as groups in the order of ranks: the group of each one, and the sizes of the groups."""
+    numbers = np.array(ranks, dtype="S32")  # of one length, so that zero bytes at the end change no order
+    _, group_of, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+    return group_of, sizes
 
 
 def conversation_of(record: Record) -> list[dict[str, str]]:

@@ -31,6 +31,7 @@ MODELS = (EncoderDecoder,)
 FIELDS = ("source",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("target",)
+WRITES = True  # the tokenizer's text is the result, so it keeps case and accents
 TEXTS = ("source", "target")  # what cleaning reads
 NEW_PARTS = ("decoder.h.*.cross_attn.*", "decoder.h.*.ln_cross.*", "enc_to_dec_proj.*")
 DEFAULTS = {
@@ -42,6 +43,7 @@ DEFAULTS = {
     "beta2": 0.999,
 }
 BATCH_SIZE = 32
+LOOKED_AT = 1000  # targets
 SPECIAL = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}
 
 
@@ -163,6 +165,18 @@ def special_tokens(tokenizer: InputTokenizer) -> dict[str, int]:
     if lacking:
         raise DataError(f"tokenizer: has no {lacking[0]} token, which targets need")
     return {name: int(token) for name, token in named.items() if token is not None}
+
+
+def lost(tokenizer: InputTokenizer, examples: Sequence[Example]) -> str | None:
+    """What the tokenizer drops of the first targets, which the model then never writes; None where it keeps all."""
+    normalizer = tokenizer.core.normalizer
+    if normalizer is None:
+        return None
+    targets = [example.target for example in examples[:LOOKED_AT]]
+    kept = map(normalizer.normalize_str, targets)
+    if any(text != text.lower() for text in targets) and all(text == text.lower() for text in kept):
+        return "the tokenizer drops the case of targets: the model writes lower case"
+    return None
 
 
 def _targets(tokens: dict[str, int]) -> dict[str, int]:

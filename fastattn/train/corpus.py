@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,15 +21,15 @@ from fastattn.cache import cache_dir, locked, write_atomically
 from fastattn.data import DataError
 from fastattn.data.array_files import StoredTexts
 from fastattn.data.cleaning import Cleaner
-from fastattn.data.records import Record, held_out, iterate_records, rank_of, source_files
+from fastattn.data.records import Record, iterate_records, rank_of, source_files
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming
 from fastattn.tasks.documents import StoredExamples
 from fastattn.train.checkpoint import publish
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections
-from fastattn.train.task_data import TaskData, split_document
+from fastattn.train.task_data import TaskData, split_texts
 
-FORMAT = 1  # of the files; another number makes them anew
+FORMAT = 2  # of the files; another number makes them anew
 LARGE = 64 << 20  # bytes of data from which on it goes into files by default
 COUNTS = "counts.json"
 Made = TypeVar("Made")
@@ -133,31 +134,14 @@ class Corpus:
 
     def _divided(self) -> tuple[Iterator[Record], Iterator[Record]]:
         """(training, held-out) records: those that `read_data` takes."""
-        data = self.sections.data
         ranks = []
-        first: Record | None = None
+        lengths = array("q")
         for record in self._records(self.train):
-            first = first or record
             # an error in a line comes before one of the split
-            self.task.examples_of([record], self.sections.task)
+            (example,) = self.task.examples_of([record], self.sections.task)
             ranks.append(rank_of(record, seed=self.sections.train.seed))
-        if (
-            len(ranks) == 1
-            and first is not None
-            and len(parts := split_document(first, data.dev_fraction)) == 2
-        ):
-            return iter(parts[:1]), iter(parts[1:])
-        held = held_out(ranks, data.dev_fraction)
-
-        def chosen(wanted: bool) -> Iterator[Record]:
-            number = -1
-            for number, record in enumerate(self._records(self.train)):
-                if number < len(held) and held[number] == wanted:
-                    yield record
-            if number + 1 != len(held):
-                raise DataError(f"data: {len(held)} examples had become {number + 1} when read again")
-
-        return chosen(False), chosen(True)
+            lengths.append(len(example.text))
+        return split_texts(lambda: self._records(self.train), ranks, lengths, self.sections.data.dev_fraction)
 
 
 def made(folder: Path, write: Callable[[Path], None], read: Callable[[Path], Made]) -> Made:

@@ -133,7 +133,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     out = Path(prepared.inputs.out)
     if data.held_out is not None:
         trainer.display.note(
-            f"no --dev: {data.held_out} of {data.held_out + len(data.train)} examples are held out of the training data"
+            f"no --dev: {data.held_out} examples are held out of the training data, {len(data.train)} train"
             f" (seed {sections.train.seed})"
         )
     if data.folder is not None:
@@ -145,6 +145,8 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         trainer.display.note(
             f"{cut.cut_rows} texts are longer than the model's limit: {cut.cut} tokens are cut"
         )
+    if hasattr(task, "lost") and (lost := task.lost(prepared.tokenizer, data.train)):
+        trainer.display.note(lost)
     result = trainer.fit()
     report = _report(prepared, result, best)
     if result.interrupted:

@@ -28,11 +28,13 @@ class DataConfig:
     Args:
         columns: the columns of the task's fields, as "label=topic"; by default the columns of the same names.
         format: the format of every file, regardless of its suffix: jsonl, json, csv, tsv, conll or text.
-        dev_fraction: share of the training data that is held out where no --dev is given.
+        dev_fraction: share of the training data that is held out where no --dev is given: of the examples, or for
+            causal-lm and masked-lm of the text, where it may be the end of a document.
         tokenizer: a folder with the tokenizer, instead of the model's; or for a preset "wordpiece", "bpe" or
             "characters", trained on the training data.
         vocab_size: of a tokenizer that is trained.
-        lowercase: whether a trained tokenizer drops case and accents.
+        lowercase: whether a trained tokenizer drops case and accents; None where the task writes no text with it. Not
+            for "bpe" and decoders, which keep both.
         cache: folder for the files of causal-lm and masked-lm, of which a later run with the same data and tokenizer
             makes use; by default data of 64 MB and more has files in the user's cache.
     """
@@ -42,7 +44,7 @@ class DataConfig:
     dev_fraction: float = 0.1
     tokenizer: str | None = None
     vocab_size: int = 8192
-    lowercase: bool = True
+    lowercase: bool | None = None
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +57,8 @@ class DataConfig:
         if not 0.0 < self.dev_fraction < 1.0:
             raise ConfigError(f"data.dev_fraction: got {self.dev_fraction}, needs a number between 0 and 1")
         check_integer("data.vocab_size", self.vocab_size, 16, 2**31 - 1)
-        check_flag("data.lowercase", self.lowercase)
+        if self.lowercase is not None:
+            check_flag("data.lowercase", self.lowercase)
 
     @property
     def mapping(self) -> dict[str, str]:

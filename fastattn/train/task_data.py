@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastattn.data import DataError
 from fastattn.data.cleaning import clean
-from fastattn.data.records import Record, read_records, split_records, text_of
+from fastattn.data.records import Record, groups_of, held_out, rank_of, read_records, split_records
 from fastattn.train.task_config import Sections
 
 
@@ -18,8 +22,9 @@ from fastattn.train.task_config import Sections
 class TaskData:
     """Checked examples, and what was done to get them.
 
-    held_out: number of training examples that became the dev set, None where that has files of its own. cleaning: per
-    step, the number of training examples that it changed or dropped. folder: where the files of a large corpus are.
+    held_out: number of examples of a dev set that is held out of the training data, one of which may be the end of a
+    document, see `split_texts`; None where it has files of its own. cleaning: per step, the number of training examples
+    that it changed or dropped. folder: where the files of a large corpus are.
     """
 
     train: Sequence[Any]
@@ -48,14 +53,9 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
     records = records_of(train)
     if dev:
         dev_records = records_of(dev)
-    elif len(records) == 1 and len(parts := _parts(task, records[0], data.dev_fraction)) == 2:
-        records, dev_records = parts[:1], parts[1:]
     else:
-        key = getattr(task, "group_of", None)
         try:
-            records, dev_records = split_records(
-                records, data.dev_fraction, seed=sections.train.seed, key=key
-            )
+            records, dev_records = _divided(task, records, data.dev_fraction, sections.train.seed)
         except DataError:
             task.examples_of(
                 records, options
@@ -96,11 +96,16 @@ def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
             raise DataError(f"data.columns: {name!r} is not a field of {task.NAME}, needs one of {known}")
 
 
-def _parts(task: ModuleType, record: Record, fraction: float) -> list[Record]:
-    """The only document of a language model's data, in two parts where it can be split."""
+def _divided(
+    task: ModuleType, records: list[Record], fraction: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) records: a share of a language model's text, and of the number of other examples."""
     if (*task.FIELDS, *task.LABELS) != ("text",):
-        return [record]
-    return split_document(record, fraction)
+        return split_records(records, fraction, seed=seed, key=getattr(task, "group_of", None))
+    ranks = [rank_of(record, seed=seed) for record in records]
+    lengths = [len(_text(record)) for record in records]
+    train, dev = split_texts(lambda: records, ranks, lengths, fraction)
+    return list(train), list(dev)
 
 
 def check_known(task: ModuleType, train: Sequence[Any], dev: Sequence[Any]) -> None:
@@ -126,14 +131,102 @@ def texts_of(example: Any) -> list[str]:
     return found
 
 
-def split_document(record: Record, fraction: float) -> list[Record]:
-    """A text's beginning, and its last `fraction` from the next line or else word on; the record alone where there is
-    no such place."""
-    text = text_of(record, "text")
-    at = round((1 - fraction) * len(text))
-    for mark in ("\n", " "):
-        cut = text.find(mark, at) + 1 or text.rfind(mark, 0, at) + 1
-        parts = text[:cut], text[cut:]
-        if all(part.strip() for part in parts):
-            return [Record(record.where, {**record.fields, "text": part}) for part in parts]
-    return [record]
+def split_texts(
+    read: Callable[[], Iterable[Record]], ranks: Sequence[bytes], lengths: Sequence[int], fraction: float
+) -> tuple[Iterator[Record], Iterator[Record]]:
+    """(training, held-out) documents, in their order, of which about `fraction` of all characters is held out.
+
+    The choice by the number of documents stands where it holds out half to twice of that. Otherwise documents are held
+    out in the order of their ranks while they fit, and where these are less than half, the end of the first that does
+    not fit, as `split_document` finds it. Equal documents stay together: several that do not fit are passed over. The
+    choice by number also stands where that document cannot be split, or nothing fits.
+
+    Args:
+        read: gives the documents, each time from the first one on.
+        ranks, lengths: of each document, by `rank_of` and in characters.
+        fraction: within (0, 1).
+
+    Raises:
+        DataError: the only document cannot be split, or all are equal; from an iterator, `read` gave another number of
+            documents than before.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    total = int(sizes.sum())
+    wanted = min(fraction * total, total - 1)  # not all, however large the fraction
+    held = np.zeros(len(ranks), dtype=np.bool_)
+    refused: DataError | None = None
+    try:
+        held = held_out(ranks, fraction)
+    except DataError as error:
+        refused = error
+    cut: int | None = None
+    parts: tuple[Record, Record] | None = None
+    if refused is not None or not wanted <= 2 * sizes[held].sum() <= 4 * wanted:
+        fitting, cut = _fitting(ranks, sizes, wanted)
+        if cut is not None:
+            for record in islice(read(), cut, cut + 1):
+                parts = split_document(record, wanted - float(sizes[fitting].sum()))
+        if parts is not None or (cut is None and fitting.any()):
+            held = fitting
+        elif refused is not None:
+            raise refused
+
+    def part(dev: bool) -> Iterator[Record]:
+        number = -1
+        for number, record in enumerate(read()):
+            if parts is not None and number == cut:
+                yield parts[dev]
+            elif number < len(held) and held[number] == dev:
+                yield record
+        if number + 1 != len(held):
+            raise DataError(f"data: {len(held)} examples had become {number + 1} when read again")
+
+    return part(False), part(True)
+
+
+def _fitting(
+    ranks: Sequence[bytes], sizes: npt.NDArray[np.int64], wanted: float
+) -> tuple[npt.NDArray[np.bool_], int | None]:
+    """Which documents are held out whole, and the number of the one whose end is needed too: see `split_texts`."""
+    group_of, counts = groups_of(ranks)
+    characters = np.zeros(len(counts), dtype=np.int64)
+    np.add.at(characters, group_of, sizes)
+    taken = np.zeros(len(counts), dtype=np.bool_)
+    used = 0
+    for group, (size, count) in enumerate(zip(characters.tolist(), counts.tolist())):
+        if used + size <= wanted:
+            taken[group] = True
+            used += size
+        elif count == 1:
+            cut = int(np.flatnonzero(group_of == group)[0]) if 2 * used < wanted else None
+            return taken[group_of], cut
+    return taken[group_of], None
+
+
+def split_document(record: Record, size: float) -> tuple[Record, Record] | None:
+    """A text's beginning, and its end of about `size` characters from a line or else a word on; None where there is no
+    such place.
+
+    It is the next line, the one before, the next word or the one before: the first with half to twice of the size after
+    it, or else the one nearest to the size.
+    """
+    text = _text(record)
+    at = round(len(text) - size)
+    cuts = [
+        cut
+        for mark in ("\n", " ")
+        for cut in (text.find(mark, at) + 1, text.rfind(mark, 0, at) + 1)
+        if text[:cut].strip() and text[cut:].strip()
+    ]
+    if not cuts:
+        return None
+    close = [cut for cut in cuts if size <= 2 * (len(text) - cut) <= 4 * size]
+    cut = close[0] if close else min(cuts, key=lambda cut: abs(len(text) - cut - size))
+    begin, end = (Record(record.where, {**record.fields, "text": part}) for part in (text[:cut], text[cut:]))
+    return begin, end
+
+
+def _text(record: Record) -> str:
+    """The text; empty for a record without one, which is refused with its line where examples are made."""
+    text = record.fields.get("text")
+    return text if isinstance(text, str) else ""

@@ -66,8 +66,9 @@ def learnt_tokenizer(
                 f"data.tokenizer: got {options.tokenizer!r}, {task.NAME} needs bpe, characters or a folder"
             )
         return train_bpe(texts, options.vocab_size)
+    lowercase = not getattr(task, "WRITES", False) if options.lowercase is None else options.lowercase
     return train_input_tokenizer(
-        options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=options.lowercase
+        options.tokenizer or "wordpiece", texts, options.vocab_size, lowercase=lowercase
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record
 from fastattn.models import Bert, BertConfig, EncoderDecoder
-from fastattn.tasks import seq2seq
+from fastattn.tasks import masked_lm, seq2seq
+from fastattn.train.task_config import DataConfig
+from fastattn.train.tokenizing import Texts, learnt_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 35, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -131,3 +134,21 @@ def test_what_does_not_fit_is_named(tokenizer: InputTokenizer) -> None:
         seq2seq.training_set(small, tokenizer, examples(options), options)
     with pytest.raises(ValueError, match=r"^num_beams"):
         seq2seq.Options(num_beams=0)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "characters", "bpe"])
+def test_a_tokenizer_that_is_learnt_for_targets_keeps_their_case(kind: str) -> None:
+    texts = Texts(examples(seq2seq.Options()))
+    for lowercase, kept in ((None, True), (False, True), (True, kind == "bpe")):
+        options = DataConfig(tokenizer=kind, vocab_size=400, lowercase=lowercase)
+        learnt = learnt_tokenizer(seq2seq, options, "minilm-l6", texts, None)
+        ids = learnt.core.encode("Maria in Paris", add_special_tokens=False).ids
+        assert ("M" in learnt.core.decode(ids)) is kept
+        said = seq2seq.lost(learnt, texts.examples)
+        assert said == (
+            None if kept else "the tokenizer drops the case of targets: the model writes lower case"
+        )
+    without = [replace(example, target=example.target.lower()) for example in texts.examples]
+    assert seq2seq.lost(learnt, without) is None
+    masked = learnt_tokenizer(masked_lm, DataConfig(tokenizer="characters"), "minilm-l6", texts, None)
+    assert masked.core.encode("M").tokens[1] == "m"

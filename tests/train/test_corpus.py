@@ -83,14 +83,18 @@ def test_a_run_from_files_is_that_from_memory(
     }
 
 
-def test_a_text_without_breaks_is_held_out_at_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("documents", [1, 3])
+def test_the_end_of_a_text_is_held_out(tmp_path: Path, documents: int) -> None:
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"{LONG} {number}" for number in range(40)))
+    lines = [f"{LONG} {number}" for number in range(40)]
+    path.write_text("\n\n\n".join("\n".join(lines[number::documents]) for number in range(documents)))
     given = ("train", "causal-lm", "--train", path, *DECODER, *STEPS, "--json")
     for name, more in (("memory", ()), ("files", (f"--data.cache={tmp_path / 'cache'}",))):
         code, _, err = invoke(*given, "--out", tmp_path / name, *more)
         assert code == 0, err
     assert left(tmp_path / "files") == left(tmp_path / "memory")
+    report = left(tmp_path / "memory")[0]
+    assert (report["train"]["examples"], report["dev"]["examples"]) == (documents, 1)
 
 
 def test_other_data_options_or_tokens_make_other_files(tmp_path: Path, texts: Path) -> None:

@@ -14,14 +14,12 @@ from typer.testing import CliRunner
 
 from fastattn import cli
 from fastattn.data.input_tokenizers import train_input_tokenizer
-from fastattn.data.records import Record
 from fastattn.models import families
 from fastattn.tasks import predict as predicting
 from fastattn.train import load_config, tokenizing
 from fastattn.train import run as work
 from fastattn.train.checkpoint import read_model
 from fastattn.train.task_config import DataConfig, LoraConfig
-from fastattn.train.task_data import _parts
 
 SUFFIX = {"tag": "conll"}
 
@@ -206,7 +204,7 @@ def test_held_out_examples_are_announced(encoder: Path, tmp_path: Path) -> None:
     words = ("train", "classify", "--train", data, "--model", encoder, *QUICK, "--train.max_steps", 1)
     code, text, _ = invoke(*words, "--out", tmp_path / "a")
     assert code == 0
-    assert "no --dev: 2 of 24 examples are held out of the training data (seed 0)" in text
+    assert "no --dev: 2 examples are held out of the training data, 22 train (seed 0)" in text
     dev = write(tmp_path / "dev.jsonl", rows("classify")[::4])
     code, text, _ = invoke(*words, "--out", tmp_path / "b", "--dev", dev)
     assert code == 0
@@ -462,18 +460,6 @@ def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoint(
     second = CliRunner().invoke(cli.app, ["train", *line, "--train.max_steps=2", "--train.device=cpu"])
     assert second.exit_code == 0, second.output
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == kept
-
-
-@pytest.mark.parametrize("task", ["causal-lm", "masked-lm"])
-def test_a_single_document_gives_its_end_as_the_dev_set(task: str) -> None:
-    text = "".join(f"line {number} of a play\n" for number in range(40))
-    begin, end = _parts(work.task_named(task), Record("play.txt: document 1", {"text": text}), 0.1)
-    assert begin.fields["text"] + end.fields["text"] == text
-    assert begin.fields["text"].endswith("\n")
-    assert 0 < 10 * len(end.fields["text"]) <= len(text)
-    assert _parts(work.task_named("classify"), begin, 0.1) == [begin]
-    word = Record("word.txt", {"text": "word"})
-    assert _parts(work.task_named(task), word, 0.1) == [word]
 
 
 def test_the_same_text_gives_the_same_wordpiece() -> None:
