@@ -12,9 +12,15 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
-from fastattn.backends.torch import ragged_query, single_query, whole_rows
+from fastattn.backends.torch import ragged_query, segmented, single_query, whole_rows
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
+from fastattn.backends.torch.dense import (
+    FUSED_BWD_MIN_KEYS,
+    additive,
+    dense_bwd,
+    prefers_whole_rows_bwd,
+    runs_dense,
+)
 from fastattn.backends.torch.fused import (
     fused_mask,
     fused_rows,
@@ -53,7 +59,7 @@ def tiles(spec: AttentionSpec) -> str:
     if torch_kernel.can_run(spec):
         return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
     blockwise = f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
-    if whole_rows.may_run(spec):
+    if spec.dropout and whole_rows.may_run(spec):
         most = whole_rows.ELEMENTS // 2
         return f"softmax of whole rows in torch operations up to {most} weights of a key head, beyond {blockwise}"
     return blockwise
@@ -71,8 +77,14 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
 
 def _by_tiles(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) without sinks."""
-    if spec.dropout and whole_rows.can_run(spec, call):
-        found = whole_rows.attention_fwd(call, first_sequence)
+    if spec.dropout:
+        found = None
+        if whole_rows.can_run(spec, call):
+            found = whole_rows.attention_fwd(call, first_sequence)
+        elif segmented.can_run(spec):
+            found = segmented.attention_fwd(
+                call, first_sequence, partial(_by_tiles, spec.replace(segments=False))
+            )
         if found is not None:
             return found
     fused = torch_kernel.can_run(spec) and call.scale > 0
@@ -111,10 +123,15 @@ def attention_bwd(
     extreme = is_extreme(call, lse)
     if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
         return _few_keys_bwd(call, dout)
-    if spec.dropout and lse_safe is lse and not has_nan and whole_rows.can_run(spec, call):
-        grads = whole_rows.attention_bwd(call, dout, dlse, first_sequence)
-        if grads is not None:
-            return grads
+    if not has_nan and prefers_whole_rows_bwd(spec, call.key.shape[2]):
+        found = None
+        if lse_safe is lse and whole_rows.can_run(spec, call):
+            found = whole_rows.attention_bwd(call, dout, dlse, first_sequence)
+        elif segmented.can_run(spec):
+            run = partial(_alone_bwd, spec.replace(segments=False), needs)
+            found = segmented.attention_bwd(spec, call, out, lse, dout, dlse, first_sequence, run)
+        if found is not None:
+            return found
     forward_fused = torch_kernel.can_run(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
     forward_fused = forward_fused or ragged_query.can_run(spec)
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
@@ -151,6 +168,14 @@ def attention_bwd(
                     blockwise_tile_bwd(part, tile, rows, dout, sums)
     sums = sums or GradientSums(call, needs.bias, needs.alibi_slopes)
     return AttentionGrads(*sums.results(), dsinks(sink_weight, delta, needs))
+
+
+def _alone_bwd(
+    spec: AttentionSpec, needs: GradsNeeded, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None, number: int,
+) -> AttentionGrads:  # fmt: skip
+    """The gradients of one sequence, `number` of the dropout stream."""
+    return attention_bwd(spec, call, out, lse, dout, dlse, needs, number)
 
 
 def _single_query_rows(part: Part, row_tiles: list[Tile]) -> tuple[Tensor, Tensor]:

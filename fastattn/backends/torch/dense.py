@@ -11,12 +11,22 @@ from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumula
 from fastattn.strides import in_order
 
 FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has to come from the same products
+# Fewer keys in 16 bits: the kernel takes 32 rows at a time below as many queries, and longer than float32 products of
+# whole rows do.
+NARROW_FUSED_BWD_MIN_KEYS = 192
 
 
 def runs_dense(spec: AttentionSpec, call: AttentionCall) -> bool:
     """Whether a backward is one of few keys under nothing but causality and a window."""
     more = spec.mask or spec.bias or spec.segments or spec.key_lengths or spec.alibi or spec.sinks
     return call.key.shape[2] < FUSED_BWD_MIN_KEYS and not (more or spec.softcap or spec.dropout)
+
+
+def prefers_whole_rows_bwd(spec: AttentionSpec, seqlen_k: int) -> bool:
+    """Whether float32 products of whole rows are the faster backward, where they can run."""
+    return spec.dropout or (
+        spec.dtype.itemsize < 4 and (spec.segments or seqlen_k < NARROW_FUSED_BWD_MIN_KEYS)
+    )
 
 
 def additive(hidden: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor | None:

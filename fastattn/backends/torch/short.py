@@ -14,16 +14,64 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, NARROW_FUSED_BWD_MIN_KEYS
 from fastattn.backends.torch.dropout import kept_weights
 from fastattn.backends.torch.whole_rows import ELEMENTS, Matrices, minus_infinity
 from fastattn.integers import cdiv
 from fastattn.philox import keep_scale
-from fastattn.spec import AttentionSpec, VarlenCall, accumulation_dtype
+from fastattn.spec import AttentionCall, AttentionSpec, VarlenCall, accumulation_dtype
 from fastattn.visibility import distances
 
 STEP = 16  # tokens to a multiple of which sequences are padded
 # (start, stop) of each sequence's queries and of its keys
 Bounds = Sequence[tuple[tuple[int, int], tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokens in any order of sequences, each of which attends to itself or to one other.
+
+    Args:
+        query, key, value: (T, H, D), (Tk, Hkv, D) and (Tk, Hkv, Dv).
+        call: of which they are, for the options.
+        bounds: of each sequence.
+        origins: of each, its number and the position of its first token in the dropout stream; None = their order, and
+            each counts from 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    call: VarlenCall | AttentionCall
+    bounds: Bounds
+    origins: Sequence[tuple[int, int]] | None = None
+
+    @classmethod
+    def of(cls, call: VarlenCall, bounds: Bounds) -> Sequences:
+        """Those of a packed call."""
+        return cls(call.query, call.key, call.value, call, bounds)
+
+    def groups(self, fewer_keys: int | None = None) -> Sequence[Group]:
+        """The sequences that are short, have keys, fewer than `fewer_keys`, and of which each causal row sees one;
+        shortest first."""
+        return _groups(tuple(self.bounds), self.call.causal, self.query.shape[1], fewer_keys)
+
+    def keep(self, numbers: Sequence[int], rows: int, cols: int, dtype: torch.dtype) -> Tensor | None:
+        """1 for the weights of some sequences that dropout keeps, else 0, (n, H, rows, cols); None without dropout."""
+        call, num_heads = self.call, self.query.shape[1]
+        if call.dropout_seed is None:
+            return None
+        origins = [(number, 0) if self.origins is None else self.origins[number] for number in numbers]
+
+        def drawn(sequences: Sequence[int], first: int) -> Tensor:
+            heads = torch.tensor(sequences)[:, None] * num_heads + torch.arange(num_heads)
+            of_rows, of_cols = range(first, first + rows), range(first, first + cols)
+            assert call.dropout_seed is not None
+            return kept_weights(call.dropout_seed, heads, of_rows, of_cols, call.dropout_p, dtype)
+
+        if all(first == 0 for _, first in origins):
+            return drawn([sequence for sequence, _ in origins], 0)
+        return torch.cat([drawn([sequence], first) for sequence, first in origins])
 
 
 @dataclass(frozen=True)
@@ -66,16 +114,17 @@ class Group:
         return {number for number, *each in zip(self.numbers, *by_sequence) if all(each)}
 
 
+def fewer_keys_bwd(spec: AttentionSpec) -> int | None:
+    """The number of keys of a sequence from which on a backward is torch's fused kernel's; None = it is never."""
+    if spec.dropout:
+        return None
+    return FUSED_BWD_MIN_KEYS if spec.dtype.itemsize > 2 else NARROW_FUSED_BWD_MIN_KEYS
+
+
 def can_run(spec: AttentionSpec) -> bool:
     """Whether scores of a call depend on queries and keys alone, and which are seen on causality alone."""
     changed = spec.alibi or spec.sinks or spec.window_left or spec.window_right or spec.softcap
     return spec.device == "cpu" and not changed
-
-
-def groups(call: VarlenCall, bounds: Bounds, fewer_keys: int | None = None) -> Sequence[Group]:
-    """The sequences that are short, have keys, fewer than `fewer_keys`, and of which each causal row sees one; shortest
-    first."""
-    return _groups(tuple(bounds), call.causal, call.query.shape[1], fewer_keys)
 
 
 @lru_cache(maxsize=4)  # the layers of a model, forward and backward, are given the same sequences
@@ -121,35 +170,31 @@ def _places(bounds: Sequence[tuple[int, int]], length: int) -> Places:
     return Places(tokens, inside, flat, tokens.flatten()[flat])
 
 
-def _matrices(call: VarlenCall, group: Group) -> Matrices:
-    dtype = accumulation_dtype(call.query.dtype)
+def _matrices(given: Sequences, group: Group) -> Matrices:
+    call, dtype = given.call, accumulation_dtype(given.query.dtype)
     count, num_rows = group.rows.tokens.shape
-    num_heads, num_kv_heads, num_cols = call.query.shape[1], call.key.shape[1], group.cols.tokens.shape[1]
-    key, value = (group.cols.padded(t, dtype).flatten(0, 1) for t in (call.key, call.value))
-    hidden = keep = None
-    if group.hidden is not None:
-        hidden = minus_infinity(group.hidden, dtype)[:, None].expand(-1, num_heads, num_rows, -1)
-        hidden = hidden.reshape(count * num_kv_heads, -1, num_cols)
-    if call.dropout_seed is not None:
-        heads = torch.tensor(group.numbers)[:, None] * num_heads + torch.arange(num_heads)
-        rows, cols = range(num_rows), range(num_cols)
-        keep = kept_weights(call.dropout_seed, heads, rows, cols, call.dropout_p, dtype)
-        keep = keep.view(count * num_kv_heads, -1, num_cols)
-    query = _rows(call, group, call.query)
-    return Matrices(query, key, value, call.scale, hidden, keep, keep_scale(call.dropout_p))
+    num_heads, num_kv_heads = given.query.shape[1], given.key.shape[1]
+    num_cols = group.cols.tokens.shape[1]
+    key, value = (group.cols.padded(t, dtype).flatten(0, 1) for t in (given.key, given.value))
+    hidden = None if group.hidden is None else minus_infinity(group.hidden, dtype)[:, None]
+    keep = given.keep(group.numbers, num_rows, num_cols, dtype)
+    keep = None if keep is None else keep.view(count * num_kv_heads, -1, num_cols)
+    query = _rows(given, group, given.query)
+    heads = count, num_heads
+    return Matrices(query, key, value, call.scale, hidden, heads, keep, keep_scale(call.dropout_p))
 
 
-def _rows(call: VarlenCall, group: Group, tokens: Tensor) -> Tensor:
+def _rows(given: Sequences, group: Group, tokens: Tensor) -> Tensor:
     """(T, H, n) -> (count * Hkv, group * Sq, n) in the accumulation dtype."""
-    gathered = group.rows.padded(tokens, accumulation_dtype(call.query.dtype))
-    return gathered.view(gathered.shape[0] * call.key.shape[1], -1, tokens.shape[2])
+    gathered = group.rows.padded(tokens, accumulation_dtype(given.query.dtype))
+    return gathered.view(gathered.shape[0] * given.key.shape[1], -1, tokens.shape[2])
 
 
-def _gradients_of_rows(call: VarlenCall, group: Group, tokens: Tensor) -> Tensor:
+def _gradients_of_rows(given: Sequences, group: Group, tokens: Tensor) -> Tensor:
     """The same, and 0 in the rows beyond a sequence."""
-    gathered = _rows(call, group, tokens)
+    gathered = _rows(given, group, tokens)
     if (inside := group.rows.inside) is not None:
-        _by_head(group, call.query.shape[1], gathered).masked_fill_(~inside[:, None, :, None], 0)
+        _by_head(group, given.query.shape[1], gathered).masked_fill_(~inside[:, None, :, None], 0)
     return gathered
 
 
@@ -158,22 +203,22 @@ def _by_head(group: Group, num_heads: int, matrices: Tensor) -> Tensor:
     return matrices.view(len(group.numbers), num_heads, -1, matrices.shape[2])
 
 
-def forward(call: VarlenCall, group: Group) -> tuple[Tensor, Tensor]:
+def forward(given: Sequences, group: Group) -> tuple[Tensor, Tensor]:
     """(out (count, H, Sq, Dv), lse (count, H, Sq)) in the accumulation dtype; rows beyond a sequence hold anything."""
-    out, lse = _matrices(call, group).forward()
-    out = _by_head(group, call.query.shape[1], out)
+    out, lse = _matrices(given, group).forward()
+    out = _by_head(group, given.query.shape[1], out)
     return out, lse.view(out.shape[:3])
 
 
 def backward(
-    call: VarlenCall, group: Group, dout: Tensor, dlse: Tensor | None
+    given: Sequences, group: Group, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq (count, H, Sq, D), dk (count, Hkv, Sk, D), dv (count, Hkv, Sk, Dv)) in the accumulation dtype, of gradients
     (T, H, Dv) and (H, T)."""
-    douts = _gradients_of_rows(call, group, dout)
-    dlses = None if dlse is None else _gradients_of_rows(call, group, dlse.T[:, :, None])
-    dq, dk, dv = _matrices(call, group).backward(douts, dlses)
-    num_heads, num_kv_heads = call.query.shape[1], call.key.shape[1]
+    douts = _gradients_of_rows(given, group, dout)
+    dlses = None if dlse is None else _gradients_of_rows(given, group, dlse.T[:, :, None])
+    dq, dk, dv = _matrices(given, group).backward(douts, dlses)
+    num_heads, num_kv_heads = given.query.shape[1], given.key.shape[1]
     return (
         _by_head(group, num_heads, dq), _by_head(group, num_kv_heads, dk), _by_head(group, num_kv_heads, dv),
     )  # fmt: skip

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused, short, single_query
 from fastattn.backends.torch.attention import attention_bwd, attention_fwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -35,8 +34,9 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     bounds = _bounds(call)
     done: set[int] = set()
     # without dropout torch's fused kernel is one operation for each sequence
-    for group in short.groups(call, bounds) if spec.dropout and short.can_run(spec) else ():
-        outs, lses = short.forward(call, group)
+    given = short.Sequences.of(call, bounds)
+    for group in given.groups() if spec.dropout and short.can_run(spec) else ():
+        outs, lses = short.forward(given, group)
         done |= group.finite(outs, lses)
         group.rows.put(outs, out)
         group.rows.put(lses, lse.T)
@@ -126,10 +126,9 @@ def varlen_bwd(
     dsinks = torch.zeros_like(call.sinks) if needs.sinks and call.sinks is not None else None
     bounds = _bounds(call)
     done: set[int] = set()
-    # without dropout torch's fused kernel takes sequences of more keys
-    fewer = None if spec.dropout else FUSED_BWD_MIN_KEYS
-    for group in short.groups(call, bounds, fewer) if short.can_run(spec) else ():
-        padded = short.backward(call, group, dout, dlse)
+    given = short.Sequences.of(call, bounds)
+    for group in given.groups(short.fewer_keys_bwd(spec)) if short.can_run(spec) else ():
+        padded = short.backward(given, group, dout, dlse)
         done |= group.finite(*padded)
         for total, places, padded_grad in zip((dq, dk, dv), (group.rows, group.cols, group.cols), padded):
             places.put(padded_grad, total)

@@ -13,7 +13,13 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.backends.torch import fused, single_query
 from fastattn.backends.torch.attention import attention_fwd
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, additive, dense_bwd, runs_dense
+from fastattn.backends.torch.dense import (
+    FUSED_BWD_MIN_KEYS,
+    additive,
+    dense_bwd,
+    prefers_whole_rows_bwd,
+    runs_dense,
+)
 from fastattn.backends.torch.parts import parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, GradsNeeded, KVCacheCall
@@ -171,6 +177,7 @@ def attention_bwd_plan(spec: AttentionSpec, call: AttentionCall, needs: GradsNee
         spec.single_query
         or spec.group_size > 1
         or call.key.shape[2] < FUSED_BWD_MIN_KEYS
+        or prefers_whole_rows_bwd(spec, call.key.shape[2])
         or not torch_compat.has_cpu_flash_attention(backward=True)
     ):
         return None

@@ -48,7 +48,9 @@ class Matrices:
         query: (m, R, D), the R rows of the queries of a key/value head.
         key, value: (m, Sk, D) and (m, Sk, Dv).
         scale: of scores.
-        hidden: -inf in pairs that do not attend and 0 elsewhere, broadcastable to (m, R, Sk); None = all attend.
+        hidden: -inf in pairs that do not attend and 0 elsewhere, broadcastable to (b, H, Sq, Sk), the order of the rows
+            of all matrices; None = all attend.
+        heads: (b, H).
         keep: 1 for weights that dropout keeps, else 0, (m, R, Sk); None without dropout.
         keep_scale: what dropout multiplies kept weights by.
     """
@@ -58,12 +60,15 @@ class Matrices:
     value: Tensor
     scale: float
     hidden: Tensor | None = None
+    heads: tuple[int, int] = (1, 1)
     keep: Tensor | None = None
     keep_scale: float = 1.0
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The scores, -inf where a row does not see a key, and their softmax, (m, R, Sk)."""
-        scores = product(self.query, self.key.mT, self.scale, self.hidden)
+        scores = product(self.query, self.key.mT, self.scale)
+        if self.hidden is not None:
+            scores.view(*self.heads, -1, scores.shape[2]).add_(self.hidden)
         return scores, torch.softmax(scores, -1)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -96,9 +101,9 @@ def minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def may_run(spec: AttentionSpec) -> bool:
-    """Whether padded calls have dropout, and scores that depend on queries and keys alone."""
+    """Whether padded calls have scores that depend on queries and keys alone."""
     changed = spec.bias or spec.segments or spec.key_lengths or spec.alibi or spec.sinks or spec.softcap
-    return spec.dropout and spec.device == "cpu" and not changed
+    return spec.device == "cpu" and not changed
 
 
 def can_run(spec: AttentionSpec, call: AttentionCall) -> bool:
@@ -171,8 +176,9 @@ class _Heads:
         """What their products take."""
         call, dtype = self.call, accumulation_dtype(self.call.query.dtype)
         key, value = (self.of_keys(t).to(dtype).flatten(0, 1) for t in (call.key, call.value))
+        batch, num_heads = self.of_queries(call.query).shape[:2]
         return Matrices(
-            self.rows(call.query), key, value, call.scale, self._hidden(), self._keep(),
+            self.rows(call.query), key, value, call.scale, self._hidden(), (batch, num_heads), self._keep(),
             keep_scale(call.dropout_p),
         )  # fmt: skip
 
@@ -184,11 +190,7 @@ class _Heads:
             hidden = hidden[self.batch]
         if hidden.shape[1] > 1:
             hidden = hidden[:, self.query_heads]
-        batch, num_heads, seqlen_q, _ = self.of_queries(self.call.query).shape
-        group, seqlen_k = self.call.group_size, hidden.shape[3]
-        if hidden.shape[:2] == (1, 1):  # the same for all matrices
-            batch, num_heads = 1, group
-        return hidden.expand(batch, num_heads, seqlen_q, -1).reshape(-1, group * seqlen_q, seqlen_k)
+        return hidden
 
     def _keep(self) -> Tensor | None:
         call = self.call
