@@ -20,6 +20,7 @@ from fastattn.models.decoder_inputs import count_positions, next_tokens, visibil
 from fastattn.models.losses import mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder
 from fastattn.models.tied import TiedWeight, shares_gradient
+from fastattn.models.unpadded import Row
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
 from fastattn.nn.cross_attention import CrossAttention, Memory
@@ -134,9 +135,15 @@ class GPT(Pretrained, nn.Module):
         targets = None
         if labels is not None:
             targets = next_tokens(labels, segment_ids, config.vocab_size, aligned=labels_aligned)
-        visible = visibility(attention_mask, segment_ids, input_ids.shape[1])
         if position_ids is None:
             position_ids = count_positions(input_ids, attention_mask, segment_ids, past, config)
+        if not (return_logits or output_attentions) and cache is None and segment_ids is None:
+            row = Row.of(attention_mask, targets, memory)
+            if row is not None:  # a subclass may forward something else
+                return row.run(
+                    partial(GPT.forward, self), input_ids, targets, position_ids, output_hidden_states
+                )
+        visible = visibility(attention_mask, segment_ids, input_ids.shape[1])
 
         plain_head = (
             targets is not None and type(self.lm_head) is Linear and not torch_compat.has_hooks(self.lm_head)
@@ -317,7 +324,8 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(
                 f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
             )
-        if self.max_positions is not None and past + seqlen > self.max_positions:
+        placed = tensors["position_ids"] is not None  # which are checked themselves
+        if self.max_positions is not None and past + seqlen > self.max_positions and not placed:
             offset = self.config.position_offset
             raise ValueError(
                 f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}"

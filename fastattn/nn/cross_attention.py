@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastattn.nn.linear import Linear
@@ -19,11 +18,14 @@ class Memory:
 
     kept: if a dict, each layer's keys and values are computed at its first call and kept there for later calls, for the
         steps of generation; a second backward cannot go through them.
+    readers: where the decoder's tokens stand, whose sequences are packed in one row (1, Tq, E); None = they are padded,
+        (B, Sq, E).
     """
 
     x: Tensor  # (T, E)
     tokens: Tokens  # where these stand in (B, S)
     kept: dict[nn.Module, Tensor] | None = None
+    readers: Tokens | None = None
 
     def keys_and_values(self, layer: CrossAttention) -> Tensor:
         """(T, 2, H, D) of a layer."""
@@ -56,26 +58,19 @@ class CrossAttention(nn.Module):
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
 
     def forward(self, x: Tensor, memory: Memory, weights: list[Tensor] | None = None) -> Tensor:
-        """(B, Sq, E) -> (B, Sq, E).
+        """(B, Sq, E) -> (B, Sq, E), or of a row (1, Tq, E) that `memory.readers` describes.
 
-        weights: a list to which the attention weights are added, (B, H, Sq, Sk), 0 at padding.
+        weights: a list to which the attention weights are added, (B, H, Sq, Sk), 0 at padding; not of a row.
         """
-        batch, seqlen_q = x.shape[:2]
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))  # (B, Sq, H, D)
         k, v = memory.keys_and_values(self).unbind(1)  # (T, H, D)
         tokens, dropout_p = memory.tokens, self.dropout if self.training else 0.0
-        if tokens.cu_seqlens is not None and weights is None:
-            starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * seqlen_q
+        readers = memory.readers or Tokens(x.shape[0], x.shape[1], longest=x.shape[1])
+        if memory.readers is not None or (tokens.cu_seqlens is not None and weights is None):
             packed = attention_varlen(
-                q.flatten(0, 1),
-                k,
-                v,
-                starts,
-                tokens.cu_seqlens,
-                seqlen_q,
-                tokens.longest,
-                dropout_p=dropout_p,
-            )
+                q.flatten(0, 1), k, v, readers.starts(x.device), tokens.starts(x.device), readers.longest,
+                tokens.longest, dropout_p=dropout_p,
+            )  # fmt: skip
             return self.out_proj(packed.reshape(x.shape))
         k, v = (tokens.pad(t).transpose(1, 2) for t in (k, v))  # (B, H, Sk, D)
         seen = None if tokens.real is None else tokens.real[:, None, None]

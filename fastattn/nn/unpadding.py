@@ -131,6 +131,12 @@ class Tokens:
         padded = self.pad(x, empty)
         return padded.sum(1) if how == "sum" else padded.amax(1)
 
+    def starts(self, device: torch.device) -> Tensor:
+        """(B + 1,) int32, where each sequence starts among packed or dense tokens, and where the last one ends."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens
+        return torch.arange(self.batch + 1, dtype=torch.int32, device=device) * self.seqlen
+
     def lengths(self, device: torch.device) -> Tensor:
         """(B,) int64, the number of tokens of each sequence, on `device`."""
         if self.cu_seqlens is not None:
