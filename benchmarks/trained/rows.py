@@ -98,14 +98,14 @@ def peer(name: str, task: str, like: str, out: str, seed: int = 0) -> Step:
 
 
 def with_peers(
-    task: str, words: Sequence[str], tests: Sequence[str], seeds: Sequence[int]
+    task: str, words: Sequence[str], tests: Sequence[str], seeds: Sequence[int], preset: str | None = None
 ) -> tuple[Step, ...]:
-    """For each seed our run, its figures on the test set, the peer's run and its figures."""
+    """For each seed our run, its figures on the test set, the peer's run and its figures; preset as of `Step`."""
     steps: list[Step] = []
     for seed in seeds:
         ours, theirs = f"seed {seed}", f"transformers, seed {seed}"
         steps += [
-            train(ours, task, *words, seed=seed),
+            train(ours, task, *words, seed=seed, preset=preset),
             evaluate(ours, *(tests if seed == seeds[0] else _without_baselines(tests))),
             peer(theirs, task, f"seed-{seed}", f"transformers-{seed}", seed),
             evaluate(theirs, *_without_baselines(tests), out=f"transformers-{seed}"),

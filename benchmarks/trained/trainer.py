@@ -35,23 +35,29 @@ def train(name: str, like: Path, out: Path, seconds: float | None = None) -> dic
     from fastattn.data.encoding import InputTokenizer
     from fastattn.models.embedding import encoder_folder
     from fastattn.train.run import TASKS as OURS
-    from fastattn.train.task_config import read_sections
+    from fastattn.train.task_config import presets_of, read_sections
     from fastattn.train.task_data import read_data
 
     task = OURS[name]
     report = json.loads((like / "report.json").read_text(encoding="utf-8"))
     overrides = [f"--train.output_dir={out}"]
-    sections = read_sections(task, preset=None, file=str(like / "run.yaml"), overrides=overrides, defaults={})
+    preset = report["model"] if report["model"] in presets_of(task)[1] else None
+    sections = read_sections(
+        task, preset=preset, file=str(like / "run.yaml"), overrides=overrides, defaults={}
+    )
     data = read_data(task, report["train"]["files"], report["dev"]["files"], sections)
-    folder = encoder_folder(report["model"])
+    # of random weights, the run's folder has the config and the tokenizer
+    folder = encoder_folder(report["model"]) if preset is None else like
     tokenizer = InputTokenizer.from_pretrained(folder)
-    sized = task.new_model(report["model"], data.train, data.options, tokenizer)
+    sized = task.new_model(sections.model or report["model"], data.train, data.options, tokenizer)
     train_set, dev_set = (
         task.training_set(sized, tokenizer, e, data.options) for e in (data.train, data.dev)
     )
     config = sections.train
     transformers.set_seed(config.seed)
-    model, figures, best = _model(transformers, name, folder, sized, task, tokenizer, data)
+    model, figures, best = _model(
+        transformers, name, folder, sized, task, tokenizer, data, preset is not None
+    )
     arguments = transformers.TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=report["steps"],
@@ -126,9 +132,14 @@ def train(name: str, like: Path, out: Path, seconds: float | None = None) -> dic
 
 
 def _model(
-    transformers: Any, name: str, folder: Path, sized: Any, task: Any, tokenizer: Any, data: Any
+    transformers: Any, name: str, folder: Path, sized: Any, task: Any, tokenizer: Any, data: Any, random: bool
 ) -> tuple[Any, Figures | None, str]:
-    """transformers' model of a folder, what it is evaluated by on the dev set, and the figure that picks the best."""
+    """transformers' model of a folder, or with random weights of its config, what it is evaluated by on the dev set,
+    and the figure that picks the best."""
+    if random:
+        if name != "seq2seq":
+            raise ValueError(f"--like: {name} from a preset has no peer, needs seq2seq")
+        return transformers.EncoderDecoderModel(transformers.AutoConfig.from_pretrained(folder)), None, "loss"
     if name == "seq2seq":
         model = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(str(folder), str(folder))
         ours = sized.config
