@@ -83,6 +83,33 @@ def test_a_backward_that_runs_elsewhere_says_why(monkeypatch: pytest.MonkeyPatch
     assert fastattn.explain(*qkv()).backward is None
 
 
+IDS = torch.zeros(2, 5, dtype=torch.int32)
+ROWS, FUSED_CPU, BLOCKS = "softmax of whole rows", "torch's fused CPU kernel", "blockwise softmax"
+ON_CPU: dict[str, tuple[dict[str, Any], torch.dtype, str, str]] = {
+    "plain": ({}, torch.float32, FUSED_CPU, FUSED_CPU),
+    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{ROWS} in torch operations up to 191 keys, beyond {FUSED_CPU}"),
+    "dropout": ({"dropout_p": 0.1}, torch.float32, f"{ROWS} in torch operations up to 262144", ROWS),
+    "segments": ({"segment_ids": IDS}, torch.float32, FUSED_CPU, FUSED_CPU),
+    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, f"{ROWS} in torch operations up to 191"),
+    "segments, dropout": (
+        {"segment_ids": IDS, "dropout_p": 0.1}, torch.float32,
+        f"{ROWS} in torch operations up to 524288 weights of all heads in a run of a segment, beyond {BLOCKS}", ROWS,
+    ),
+    "softcap": ({"softcap": 3.0}, torch.bfloat16, BLOCKS, BLOCKS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_what_runs_on_a_cpu_is_said(name: str) -> None:
+    options, dtype, forward, backward = ON_CPU[name]
+    q, k, v = (t.to(dtype).requires_grad_() for t in qkv())
+    explanation = fastattn.explain(q, k, v, **options)
+    assert explanation.tiles is not None
+    assert explanation.tiles.startswith(forward)
+    assert explanation.backward_tiles is not None
+    assert explanation.backward_tiles.startswith(backward)
+
+
 def test_the_other_ops_are_explained_too() -> None:
     q, k, v = qkv(grad=True)
     packed = [t.flatten(0, 1) for t in (q, k, v)]

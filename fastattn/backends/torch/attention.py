@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
-from fastattn.backends.torch import ragged_query, segmented, single_query, whole_rows
+from fastattn.backends.torch import ragged_query, segmented, short, single_query, whole_rows
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import (
     FUSED_BWD_MIN_KEYS,
+    NARROW_FUSED_BWD_MIN_KEYS,
     additive,
     dense_bwd,
     prefers_whole_rows_bwd,
@@ -56,13 +57,20 @@ def tiles(spec: AttentionSpec) -> str:
     """The implementation of a tile, and its rows and columns."""
     if ragged_query.can_run(spec):
         return "one query: matrix products with all keys"
+    usual = f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
     if torch_kernel.can_run(spec):
-        return f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
-    blockwise = f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
-    if spec.dropout and whole_rows.may_run(spec):
-        most = whole_rows.ELEMENTS // 2
-        return f"softmax of whole rows in torch operations up to {most} weights of a key head, beyond {blockwise}"
-    return blockwise
+        usual = f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
+    narrow_bwd = spec.backward and spec.dtype.itemsize < 4
+    if not (spec.dropout or narrow_bwd):
+        return usual
+    most = f"{NARROW_FUSED_BWD_MIN_KEYS - 1} keys"
+    if segmented.can_run(spec):
+        most = f"{short.ELEMENTS} weights of all heads in a run of a segment" if spec.dropout else most
+    elif not whole_rows.may_run(spec):
+        return usual
+    elif spec.dropout:
+        most = f"{whole_rows.ELEMENTS // 2} weights of a key head"
+    return f"softmax of whole rows in torch operations up to {most}, beyond {usual}"
 
 
 def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
