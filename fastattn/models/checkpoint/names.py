@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.models.checkpoint.adjoining import adjoined
+
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")  # the first whole number of a dotted name
 
 
@@ -155,11 +157,14 @@ def to_file(state: dict[str, Tensor], config: Any, family: Family) -> dict[str, 
 
 
 def join(pieces: Sequence[Tensor], part: Part, dtype: torch.dtype | None = None) -> Tensor:
-    """Our tensor of a file's: itself where it is one in our order and dtype, else copied row block by row block."""
+    """Our tensor of a file's: a view of one or of several that adjoin, in our order and dtype, else copied row block by
+    row block."""
     dtype = dtype if dtype is not None and pieces[0].is_floating_point() else pieces[0].dtype
     pieces = [piece.t() if part.transposed else piece for piece in pieces]
     if len(pieces) == 1 and pieces[0].dtype == dtype and pieces[0].is_contiguous():
         return pieces[0]
+    if pieces[0].dtype == dtype and (whole := adjoined(pieces)) is not None:
+        return whole
     rows = [piece.shape[0] if piece.dim() else 1 for piece in pieces]
     shape = (sum(rows), *pieces[0].shape[1:]) if pieces[0].dim() else ()
     out = torch.empty(shape, dtype=dtype)
